@@ -1,0 +1,64 @@
+"""Covariance updates by library matrix products: any device, any dtype, the truth the kernels are tested against."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK = 256  # rows of the second moment per matrix product: half of a (d, d) product is skipped at d >> BLOCK
+CHUNK_BYTES = 64 << 20  # a chunk of rows converted to the state's dtype stays below this
+
+
+def update(second_moment: Tensor, total: Tensor, x: Tensor) -> None:
+    """Add ``x^T x`` to the lower triangle of ``second_moment`` and the column sums of ``x`` to ``total``.
+
+    Products and sums are taken in the state's dtype, so a bfloat16 ``x`` loses nothing before it is summed.
+    """
+    features = x.shape[-1]
+    rows = x.reshape(-1, features)
+    chunk = max(1, CHUNK_BYTES // max(1, features * second_moment.element_size()))
+    for part in rows.split(chunk):
+        _update_block_triangle(second_moment, total, part.to(second_moment.dtype))
+
+
+def update_conv(
+    second_moment: Tensor,  # (groups, d, d) with d = channels / groups * kernel height * kernel width
+    total: Tensor,  # (groups, d)
+    x: Tensor,  # (batch, channels, height, width)
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> None:
+    """The same over the patches of a convolution's input, unfolded a few images at a time."""
+    groups, features = total.shape
+    batch, channels = x.shape[:2]
+    positions = math.prod(output_size(x.shape[2:], kernel_size, stride, padding, dilation))
+    bytes_per_image = groups * features * positions * second_moment.element_size()
+    images = max(1, CHUNK_BYTES // max(1, bytes_per_image))
+    for part in x.split(images):
+        part = part.to(second_moment.dtype).reshape(-1, channels // groups, *x.shape[2:])
+        patches = F.unfold(part, kernel_size, dilation, padding, stride)  # (images * groups, d, positions)
+        patches = patches.view(-1, groups, features, positions)
+        for group in range(groups):
+            rows = patches[:, group].transpose(1, 2).reshape(-1, features)
+            _update_block_triangle(second_moment[group], total[group], rows)
+
+
+def output_size(
+    size: torch.Size | list[int], kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int]
+) -> list[int]:
+    """Height and width of a convolution's output."""
+    return [
+        (size[i] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i] + 1 for i in range(len(size))
+    ]
+
+
+def _update_block_triangle(second_moment: Tensor, total: Tensor, rows: Tensor) -> None:
+    total += rows.sum(0)
+    for start in range(0, rows.shape[1], BLOCK):
+        stop = min(start + BLOCK, rows.shape[1])
+        second_moment[start:stop, :stop].addmm_(rows[:, start:stop].T, rows[:, :stop])
