@@ -1,0 +1,166 @@
+"""Compile a Triton kernel for an arch that is not here, and say what the machine code is like.
+
+Must run in a process where TRITON_INTERPRET is not set: the interpreter replaces the kernels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.cache import get_cache_manager
+
+ARCHS = (80, 90, 100)
+SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}  # bytes a block may ask for
+TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+SERIALISED = ("C7510", "C7511", "C7515")  # ptxas: "wgmma pipelines were serialized because ..."
+
+_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_OPCODE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
+_TENSOR_CORE_OPCODE = re.compile(r"HMMA|HGMMA|UTC\w*MMA")
+_REPORT_VERSION = 1
+
+
+class Report(NamedTuple):
+    """What one kernel became for one arch."""
+
+    arch: int
+    triton: str
+    registers: int  # per thread
+    stack: int  # bytes per thread
+    spill_stores: int  # bytes, as ptxas counts them
+    spill_loads: int
+    local_stores: int  # STL instructions
+    local_loads: int  # LDL instructions
+    shared: int  # bytes per block
+    tensor_core: dict[str, int]  # opcode -> count
+    tma_loads: int  # UTMALDG instructions
+    serialised: list[str]  # ptxas's codes for wgmma that waits for each instruction
+
+    def mma(self) -> str:
+        """The kernel's tensor-core instruction, the most frequent one, or "-"."""
+        return max(self.tensor_core, key=self.tensor_core.__getitem__) if self.tensor_core else "-"
+
+
+def compile_kernel(
+    kernel: Any,
+    signature: Mapping[str, str],
+    constexprs: Mapping[str, Any],
+    arch: int,
+    num_warps: int,
+    num_stages: int,
+    attrs: Mapping[tuple[int, ...], Any] | None = None,
+    **options: Any,
+) -> Report:
+    """Compile ``kernel`` for ``arch`` (80, 90 or 100) and read the cubin. Reports are kept in Triton's cache.
+
+    ``signature`` names every argument; those in ``constexprs`` may be left out of it.
+    """
+    full = {name: "constexpr" if name in constexprs else signature[name] for name in kernel.arg_names}
+    source = ASTSource(kernel, full, dict(constexprs), dict(attrs or {}))
+    options = {"num_warps": num_warps, "num_stages": num_stages, **options}
+    key = repr((_REPORT_VERSION, triton.__version__, source.hash(), arch, sorted(options.items())))
+    cache = get_cache_manager(hashlib.sha256(key.encode()).hexdigest())
+    kept = cache.get_file("report.json")
+    if kept is not None:
+        return Report(**json.loads(Path(kept).read_text()))
+
+    log = io.StringIO()
+    with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(log):
+        knobs.nvidia.dump_ptxas_log = True  # spills and serialised wgmma are told there and nowhere else
+        knobs.compilation.always_compile = True
+        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    report = _read(arch, compiled, log.getvalue())
+    cache.put(json.dumps(report._asdict()), "report.json", binary=False)
+    return report
+
+
+def compile_specialization(specialization: Any, arch: int) -> Report:
+    """``compile_kernel`` for an entry of an op's ``shipped(arch)``."""
+    return compile_kernel(
+        specialization.kernel,
+        specialization.signature,
+        specialization.constexprs,
+        arch,
+        specialization.num_warps,
+        specialization.num_stages,
+        specialization.attrs,
+        **specialization.options,
+    )
+
+
+def assert_clean(report: Report, arch: int, tma: bool = False, mma: bool | str = True) -> None:
+    """Fail with every way in which ``report`` is not what a kernel for ``arch`` should be.
+
+    Args:
+        tma: the kernel is meant to load by TMA.
+        mma: it is meant to use the arch's newest tensor-core instruction; a string names another, False asks nothing.
+    """
+    faults = []
+    if report.arch != arch:
+        faults.append(f"compiled for sm_{report.arch}, not sm_{arch}")
+    if report.spill_stores or report.spill_loads:
+        faults.append(f"spills {report.spill_stores} bytes of stores, {report.spill_loads} bytes of loads")
+    if report.local_stores or report.local_loads:
+        faults.append(f"{report.local_stores} STL and {report.local_loads} LDL instructions")
+    if report.shared > SHARED_LIMIT[arch]:
+        faults.append(f"{report.shared} bytes of shared memory, sm_{arch} has {SHARED_LIMIT[arch]}")
+    if tma and not report.tma_loads:
+        faults.append("no UTMALDG: the loads do not go through TMA")
+    wanted = TENSOR_CORE[arch] if mma is True else mma
+    if wanted and not any(opcode.startswith(wanted) for opcode in report.tensor_core):
+        faults.append(f"no {wanted}; tensor-core instructions: {report.tensor_core or 'none'}")
+    if report.serialised:
+        faults.append(f"ptxas serialised wgmma: {', '.join(report.serialised)}")
+    assert not faults, f"sm_{arch}, Triton {report.triton}: " + "; ".join(faults)
+
+
+def _read(arch: int, compiled: Any, log: str) -> Report:
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = _tool("cuobjdump", "-res-usage", str(cubin))
+        opcodes = Counter(_OPCODE.findall(_tool("nvdisasm", "-c", str(cubin))))
+    return Report(
+        arch=arch,
+        triton=triton.__version__,
+        registers=_number(r"REG:(\d+)", usage),
+        stack=_number(r"STACK:(\d+)", usage),
+        spill_stores=_number(r"(\d+) bytes spill stores", log),
+        spill_loads=_number(r"(\d+) bytes spill loads", log),
+        local_stores=_starting(opcodes, "STL"),
+        local_loads=_starting(opcodes, "LDL"),
+        shared=compiled.metadata.shared,
+        tensor_core={
+            opcode: count for opcode, count in sorted(opcodes.items()) if _TENSOR_CORE_OPCODE.match(opcode)
+        },
+        tma_loads=_starting(opcodes, "UTMALDG"),
+        serialised=sorted({code for code in SERIALISED if code in log}),
+    )
+
+
+def _tool(name: str, *arguments: str) -> str:
+    return subprocess.run([_BIN / name, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.findall(pattern, text)
+    assert found, f"no match for {pattern!r} in:\n{text}"
+    return max(int(value) for value in found)
+
+
+def _starting(opcodes: Counter[str], prefix: str) -> int:
+    return sum(count for opcode, count in opcodes.items() if opcode.split(".")[0] == prefix)
