@@ -1,0 +1,44 @@
+"""Low-rank layers from the subspaces that a model really uses: calibrate, measure, compress, run fast."""
+
+from . import ops
+from .calibration import NonFiniteActivationError, calibrate, calibration
+from .compress import compress_
+from .config import CompressionConfig, ExplainedVariance, ParameterBudget, Ranks
+from .covariances import Covariance, Covariances
+from .factors import Factors, factorize
+from .layers import LowRankConv2d, LowRankLinear
+from .ranks import choose_ranks
+from .replacement import replace_
+from .report import CompressionReport, UtilizationReport, utilization
+from .subspaces import LayerSubspaces, Subspace, layer_subspaces
+
+__all__ = [
+    "ops",
+    # calibration
+    "calibrate",
+    "calibration",
+    "Covariance",
+    "Covariances",
+    "NonFiniteActivationError",
+    # subspaces and utilization
+    "layer_subspaces",
+    "LayerSubspaces",
+    "Subspace",
+    "utilization",
+    "UtilizationReport",
+    # ranks
+    "choose_ranks",
+    "ExplainedVariance",
+    "ParameterBudget",
+    "Ranks",
+    # factors and replacement
+    "CompressionConfig",
+    "CompressionReport",
+    "compress_",
+    "Factors",
+    "factorize",
+    "LowRankConv2d",
+    "LowRankLinear",
+    "replace_",
+]
+__version__ = "0.1.0"

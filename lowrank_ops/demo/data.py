@@ -28,7 +28,7 @@ def load_images(split: str) -> tuple[Tensor, Tensor]:
 
 def standardise(images: np.ndarray) -> Tensor:
     """uint8 images (n, 28, 28) to float32 (n, 1, 28, 28) by the mean and deviation of the training set."""
-    return (torch.from_numpy(images).float().unsqueeze(1) / 255 - 0.2860) / 0.3530
+    return (torch.tensor(images, dtype=torch.float32).unsqueeze(1) / 255 - 0.2860) / 0.3530
 
 
 def read_original(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:

@@ -52,7 +52,7 @@ def train(data: Path, out: Path, epochs: int, seed: int) -> None:
         model.train()
         order, total = torch.randperm(len(images)), 0.0
         for rows in tqdm(order[: steps * BATCH].split(BATCH), desc=f"epoch {epoch}/{epochs}"):
-            loss = F.cross_entropy(model(_augment(images[rows])), labels[rows], label_smoothing=0.05)
+            loss = F.cross_entropy(model(images[rows]), labels[rows])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -70,8 +70,7 @@ def train(data: Path, out: Path, epochs: int, seed: int) -> None:
         "seed": seed,
         "epochs": epochs,
         "batch": BATCH,
-        "optimizer": f"AdamW, one cycle to {LEARNING_RATE}, weight decay {WEIGHT_DECAY}, label smoothing 0.05",
-        "augmentation": "horizontal flip, shift by at most 2 pixels",
+        "optimizer": f"AdamW, one cycle to {LEARNING_RATE}, weight decay {WEIGHT_DECAY}",
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "test_accuracy_float16_weights": evaluate(model, test_images, test_labels),
         "seconds": round(time.perf_counter() - started),
@@ -83,14 +82,7 @@ def train(data: Path, out: Path, epochs: int, seed: int) -> None:
 
 def _tensors(data: Path, split: str) -> tuple[Tensor, Tensor]:
     images, labels = read_original(data, split)
-    return standardise(images), torch.from_numpy(labels.astype("int64"))
-
-
-def _augment(images: Tensor) -> Tensor:
-    """Flip each image with probability 1/2 and shift the batch by up to two pixels."""
-    flipped = torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images.flip(-1), images)
-    down, right = torch.randint(-2, 3, (2,)).tolist()
-    return flipped.roll((down, right), dims=(-2, -1))
+    return standardise(images), torch.tensor(labels, dtype=torch.int64)
 
 
 @torch.inference_mode()

@@ -17,6 +17,7 @@ from .._backend import Backend, Device, Impl, choose, device_facts
 from .._backend import explain as _explain
 from .._layout import row_stride, starts_on_16_bytes
 from . import reference
+from .reference import output_size as output_size
 
 _STATE_DTYPES = (torch.float32, torch.float64)
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

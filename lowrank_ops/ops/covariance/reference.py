@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -49,7 +49,11 @@ def update_conv(
 
 
 def output_size(
-    size: torch.Size | list[int], kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int]
+    size: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
 ) -> list[int]:
     """Height and width of a convolution's output."""
     return [

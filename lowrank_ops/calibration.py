@@ -1,0 +1,414 @@
+"""Stream a model's activations through the covariance op: model + batches -> Covariances.
+
+Hooks see every call of every layer; the model is handed back as it was: training flags, gradients, random state.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .covariances import Covariance, Covariances
+from .dense_layers import FilterFn, bias_vector, dimensions, find_layers, pad_input
+from .ops import conv_covariance_update_, covariance_finalize_, covariance_update_
+from .ops.covariance import output_size
+
+Mask = str | Callable[[tuple[Any, ...], dict[str, Any]], Tensor | None]
+
+# Past this ratio of input to output features, ``side="auto"`` streams the output, whose moment is (ratio)^2 smaller,
+# unless the input's moment is too small to matter.
+OUTPUT_SIDE_RATIO = 16
+SMALL_STATE_BYTES = 64 << 20
+
+
+class NonFiniteActivationError(ValueError):
+    """NaN or inf reached a layer during calibration; the message names the layer and the batch."""
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    filter_fn: FilterFn | None = None,
+    mask: Mask | None = None,
+    side: str = "auto",
+    dtype: torch.dtype = torch.float64,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    max_state_bytes: int = 2 << 30,
+    share_inputs: bool = True,
+    progress: bool = False,
+) -> Covariances:
+    """Run ``batches`` through ``model`` and collect the second moments of its layers' activations.
+
+    Args:
+        model: any module; evaluated in eval mode and handed back as it was.
+        batches: what the model takes: tensors, tuples or lists (positional arguments) or mappings (keyword
+            arguments). Tensors are moved to the device of the model's first parameter.
+        filter_fn: ``filter_fn(module, fqn) -> bool`` chooses layers; None takes all that can be compressed.
+        mask: which positions count, for padded sequences: the name of a keyword argument of the model's
+            forward (``"attention_mask"``) or ``mask(args, kwargs) -> Tensor | None``; (batch, positions), true or
+            non-zero where a token is real. Does not apply to convolutions.
+        side: ``"input"`` streams layer inputs, which gives every measure; ``"output"`` streams outputs, which is
+            enough for ``projection="output"``; ``"auto"`` takes the input unless its moment would take more than
+            ``max_state_bytes``, or more than 64 MiB where the input is over 16 times as wide as the output.
+        dtype: dtype of the sums, float64 or float32.
+        forward: ``forward(model, batch)`` replaces the call of the model, to drop labels for instance.
+        max_state_bytes: bound on one layer's input moment under ``side="auto"``.
+        share_inputs: keep one covariance for layers that receive the same tensor (q, k, v; gate, up).
+        progress: show a progress bar.
+
+    Returns:
+        The covariances, with ``unreached`` and ``skipped`` layers named.
+
+    Raises:
+        NonFiniteActivationError: NaN or inf in an activation.
+        ValueError: a bad argument, no batch, or no layer to calibrate.
+    """
+    run = forward or _call
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    seen = 0
+    with (
+        torch.no_grad(),
+        calibration(
+            model,
+            filter_fn=filter_fn,
+            mask=mask,
+            side=side,
+            dtype=dtype,
+            max_state_bytes=max_state_bytes,
+            share_inputs=share_inputs,
+        ) as covariances,
+    ):
+        for batch in tqdm(batches, desc="calibrating", unit="batch", disable=not progress):
+            run(model, _to(batch, device))
+            seen += 1
+    if not seen:
+        raise ValueError("batches was empty; pass at least one batch.")
+    return covariances
+
+
+@contextmanager
+def calibration(
+    model: nn.Module,
+    *,
+    filter_fn: FilterFn | None = None,
+    mask: Mask | None = None,
+    side: str = "auto",
+    dtype: torch.dtype = torch.float64,
+    max_state_bytes: int = 2 << 30,
+    share_inputs: bool = True,
+) -> Iterator[Covariances]:
+    """Collect covariances from whatever runs inside the ``with`` block; arguments as for :func:`calibrate`.
+
+    The object that it gives is filled when the block ends. If the block raises, the model is restored all the same.
+    """
+    if side not in ("auto", "input", "output"):
+        raise ValueError(f"side must be 'auto', 'input' or 'output'; got {side!r}.")
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"dtype must be torch.float32 or torch.float64, the dtype of the sums; got {dtype}.")
+    layers, skipped = find_layers(model, filter_fn)
+    if not layers:
+        reasons = "".join(f"\n  {fqn or '(the model)'}: {reason}" for fqn, reason in skipped.items())
+        raise ValueError(f"model has no Linear, Conv2d or Conv1D layer that filter_fn keeps and that can be seen.{reasons}")
+
+    covariances = Covariances()
+    covariances.skipped = skipped
+    recorder = _Recorder(model, layers, mask, share_inputs)
+    training = {module: module.training for module in model.modules()}
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    with torch.random.fork_rng(devices=[device.index for device in devices]):
+        try:
+            model.eval()
+            for fqn, layer in layers.items():
+                recorder.attach(fqn, layer, _side(layer, side, dtype, max_state_bytes), dtype)
+            yield covariances
+            recorder.check_finite()
+        finally:
+            recorder.detach()
+            for module, flag in training.items():
+                module.training = flag
+    recorder.finish(covariances)
+
+
+def _side(layer: nn.Module, side: str, dtype: torch.dtype, max_state_bytes: int) -> str:
+    if side != "auto":
+        return side
+    groups, in_features, out_features = dimensions(layer)
+    state_bytes = groups * in_features**2 * dtype.itemsize
+    much_wider = in_features > OUTPUT_SIDE_RATIO * out_features and state_bytes > SMALL_STATE_BYTES
+    return "output" if much_wider or state_bytes > max_state_bytes else "input"
+
+
+class _Recorder:
+    """The hooks of one calibration and the sums that they fill."""
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], mask: Mask | None, share: bool) -> None:
+        self._layers = layers
+        self._mask_source = mask
+        self._mask: Tensor | None = None
+        self._share = share
+        self._states: dict[str, _State] = {}  # by layer; a layer that shares its input has its leader's
+        self._touched: dict[str, _State] = {}  # in this forward, in the order of the calls
+        self._batch = 0
+        self._handles = [
+            model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            model.register_forward_hook(self._after_forward),
+        ]
+
+    def attach(self, fqn: str, layer: nn.Module, side: str, dtype: torch.dtype) -> None:
+        """Hook one layer."""
+        if side == "output":
+            self._handles.append(
+                layer.register_forward_hook(lambda module, args, y: self._see_output(fqn, module, y, dtype))
+            )
+        else:
+            self._handles.append(
+                layer.register_forward_pre_hook(
+                    lambda module, args, kwargs: self._see_input(
+                        fqn, module, args[0] if args else next(iter(kwargs.values())), dtype
+                    ),
+                    with_kwargs=True,
+                )
+            )
+
+    def detach(self) -> None:
+        """Remove every hook."""
+        for handle in self._handles:
+            handle.remove()
+
+    def finish(self, covariances: Covariances) -> None:
+        """Mirror the triangles, take biases out of streamed outputs, and hand the sums over."""
+        for fqn, state in self._states.items():
+            if fqn == state.leader:
+                state.check_followers()
+                covariance = state.covariance
+                covariance_finalize_(covariance.second_moment)
+                if covariance.side == "output":
+                    _remove_bias(covariance, self._layers[fqn])
+                covariances._add(covariance)
+        covariances._sort(list(self._layers))
+        covariances.unreached = tuple(fqn for fqn in self._layers if fqn not in covariances)
+
+    def check_finite(self) -> None:
+        """Raise for the first layer of this forward whose sums are not finite: one synchronisation for all."""
+        if not self._touched:
+            return
+        finite = torch.stack([state.is_finite().cpu() for state in self._touched.values()])
+        if not bool(finite.all()):
+            fqn = list(self._touched)[int(finite.int().argmin())]
+            raise NonFiniteActivationError(
+                f"layer {fqn!r}: its {self._touched[fqn].covariance.side} holds NaN or inf (or overflows the sums) "
+                f"in batch {self._batch} (counted from 0). Check that batch, or run the model in a wider dtype."
+            )
+        self._touched.clear()
+
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        source = self._mask_source
+        if source is None:
+            return
+        if callable(source):
+            mask = source(args, kwargs)
+        elif source in kwargs:
+            mask = kwargs[source]
+        else:
+            raise ValueError(
+                f"mask={source!r} is not among the keyword arguments of the model's forward ({', '.join(kwargs)}); "
+                "pass batches as mappings, or a callable mask(args, kwargs)."
+            )
+        self._mask = None if mask is None else mask.bool()
+
+    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.check_finite()
+        self._mask = None
+        self._batch += 1
+
+    def _see_input(self, fqn: str, layer: nn.Module, x: Tensor, dtype: torch.dtype) -> None:
+        state = self._state(fqn, layer, x, "input", dtype)
+        if not state.is_repeated(fqn, x):
+            self._touched[state.leader] = state
+            with torch.no_grad():
+                if isinstance(layer, nn.Conv2d):
+                    state.update_conv(layer, x.detach())
+                else:
+                    state.update(_real_rows(fqn, x.detach(), self._mask))
+
+    def _see_output(self, fqn: str, layer: nn.Module, y: Tensor, dtype: torch.dtype) -> None:
+        state = self._state(fqn, layer, None, "output", dtype)
+        self._touched[fqn] = state
+        with torch.no_grad():
+            if isinstance(layer, nn.Conv2d):
+                channels = y.detach().movedim(-3, -1).flatten(0, -2)  # (positions, out_channels)
+                state.update(channels)
+            else:
+                state.update(_real_rows(fqn, y.detach(), self._mask))
+
+    def _state(self, fqn: str, layer: nn.Module, x: Tensor | None, side: str, dtype: torch.dtype) -> _State:
+        if fqn not in self._states:
+            leader = self._leader_of(layer, x) if self._share and x is not None else None
+            if leader is None:
+                groups, in_features, out_features = dimensions(layer)
+                features = in_features if side == "input" else out_features
+                shape = (features,) if groups == 1 else (groups, features)
+                device = layer.weight.device
+                assert isinstance(device, torch.device)
+                with torch.inference_mode(False):  # sums made in inference mode could not be updated outside it
+                    second_moment = torch.zeros(*shape, features, dtype=dtype, device=device)
+                    total = torch.zeros(shape, dtype=dtype, device=device)
+                leader = _State(fqn, _geometry(layer), Covariance(second_moment, total, side=side))
+            leader.join(fqn)
+            self._states[fqn] = leader
+        return self._states[fqn]
+
+    def _leader_of(self, layer: nn.Module, x: Tensor) -> _State | None:
+        """The state of an earlier layer that has received just this tensor, in its one call so far."""
+        for state in self._touched.values():
+            if state.has_only_seen(x) and state.geometry == _geometry(layer):
+                return state
+        return None
+
+
+class _State:
+    """The sums of one tensor's consumers: the leader updates, the followers check that they get the same tensor."""
+
+    def __init__(self, leader: str, geometry: object, covariance: Covariance) -> None:
+        self.leader = leader
+        self.geometry = geometry
+        self.covariance = covariance
+        self._calls: dict[str, int] = {}
+        self._last: weakref.ref[Tensor] | None = None
+        self._last_version = 0
+
+    def join(self, fqn: str) -> None:
+        """Take ``fqn`` among the consumers."""
+        self._calls[fqn] = 0
+        self.covariance.layers.append(fqn)
+
+    def has_only_seen(self, x: Tensor) -> bool:
+        """Whether the leader was called once so far, with ``x``."""
+        return self._calls[self.leader] == 1 and self._is_last(x)
+
+    def is_repeated(self, fqn: str, x: Tensor) -> bool:
+        """Count the call; True where the leader has added this tensor already.
+
+        Raises:
+            ValueError: a follower receives another tensor than its leader; its sums would be wrong.
+        """
+        if fqn == self.leader:
+            self.check_followers()
+            self._last, self._last_version = weakref.ref(x), _version(x)
+        elif not self._is_last(x) or self._calls[fqn] + 1 != self._calls[self.leader]:
+            raise ValueError(self._diverged(fqn))
+        self._calls[fqn] += 1
+        return fqn != self.leader
+
+    def check_followers(self) -> None:
+        """Raise if a follower missed the leader's last call."""
+        for fqn, calls in self._calls.items():
+            if calls != self._calls[self.leader]:
+                raise ValueError(self._diverged(fqn))
+
+    def update(self, rows: Tensor) -> None:
+        """Add rows (..., groups * features)."""
+        second_moment, total = self.covariance.second_moment, self.covariance.total
+        features = total.shape[-1]
+        groups = zip(second_moment.view(-1, features, features), total.view(-1, features), strict=True)
+        for (group_moment, group_total), part in zip(groups, rows.split(features, dim=-1), strict=True):
+            covariance_update_(group_moment, group_total, part)
+        self.covariance.count += rows.numel() // total.numel()
+
+    def update_conv(self, layer: nn.Conv2d, x: Tensor) -> None:
+        """Add the patches of a convolution's input."""
+        x, padding = pad_input(layer, x if x.dim() == 4 else x.unsqueeze(0))
+        second_moment, total = self.covariance.second_moment, self.covariance.total
+        features = total.shape[-1]
+        conv_covariance_update_(
+            second_moment.view(-1, features, features),
+            total.view(-1, features),
+            x,
+            kernel_size=layer.kernel_size,
+            stride=layer.stride,
+            padding=padding,
+            dilation=layer.dilation,
+        )
+        positions = output_size(x.shape[2:], layer.kernel_size, layer.stride, padding, layer.dilation)
+        self.covariance.count += x.shape[0] * math.prod(positions)
+
+    def is_finite(self) -> Tensor:
+        """A boolean scalar on the device of the sums."""
+        diagonal = self.covariance.second_moment.diagonal(dim1=-2, dim2=-1)
+        return (self.covariance.total.abs().sum() + diagonal.sum()).isfinite()
+
+    def _is_last(self, x: Tensor) -> bool:
+        return self._last is not None and self._last() is x and self._last_version == _version(x)
+
+    def _diverged(self, fqn: str) -> str:
+        return (
+            f"layer {fqn!r} received the tensor of {self.leader!r} at first and another one later, so the two cannot "
+            "share a covariance. Calibrate again with share_inputs=False."
+        )
+
+
+def _real_rows(fqn: str, x: Tensor, mask: Tensor | None) -> Tensor:
+    """The rows of ``x`` (..., features) at which ``mask`` (batch, positions) is true."""
+    if mask is None:
+        return x
+    leading = x.shape[:-1]
+    if leading == mask.shape or leading == (mask.numel(),):
+        return x[mask.view(leading).to(x.device)]
+    if leading == mask.shape[:1]:
+        return x  # pooled: one row for each sequence
+    raise ValueError(
+        f"mask of shape {tuple(mask.shape)} does not fit the activation {tuple(x.shape)} of layer {fqn!r}, whose "
+        "leading shape must be (batch, positions), (batch * positions,) or (batch,). Leave the layer out with filter_fn."
+    )
+
+
+def _remove_bias(covariance: Covariance, layer: nn.Module) -> None:
+    """Turn the sums of y = W x + b into those of W x."""
+    bias = bias_vector(layer)
+    if bias is None:
+        return
+    total = covariance.total.double()
+    bias = bias.double().view_as(total)
+    cross = bias.unsqueeze(-1) * total.unsqueeze(-2)
+    own = bias.unsqueeze(-1) * bias.unsqueeze(-2)
+    corrected = covariance.second_moment.double() - cross - cross.mT + covariance.count * own
+    covariance.second_moment.copy_(corrected)
+    covariance.total.copy_(total - covariance.count * bias)
+
+
+def _geometry(layer: nn.Module) -> object:
+    """What besides the input tensor decides the rows: two layers may share only where this is equal."""
+    if isinstance(layer, nn.Conv2d):
+        return (layer.kernel_size, layer.stride, layer.padding, layer.padding_mode, layer.dilation, layer.groups)
+    return "linear"
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
+
+
+def _call(model: nn.Module, batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, (tuple, list)):
+        return model(*batch)
+    return model(batch)
+
+
+def _to(batch: Any, device: torch.device) -> Any:
+    """Move the tensors of a batch, nested in mappings, tuples and lists."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: _to(value, device) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return [_to(value, device) for value in batch]
+    return batch

@@ -1,0 +1,118 @@
+"""The dense layers that can be compressed, seen as matrices: Linear, Conv2d and transformers' Conv1D."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FilterFn = Callable[[nn.Module, str], bool]
+
+
+class Dimensions(NamedTuple):
+    """A layer as ``groups`` matrices of (out_features, in_features)."""
+
+    groups: int
+    in_features: int  # of one group: for a convolution, channels / groups * kernel height * kernel width
+    out_features: int  # of one group
+
+
+def find_layers(model: nn.Module, filter_fn: FilterFn | None = None) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The layers of ``model`` that can be compressed and those that look like it but cannot.
+
+    Args:
+        model: any module.
+        filter_fn: ``filter_fn(module, fqn) -> bool`` keeps a layer; None keeps all.
+
+    Returns:
+        ``{fqn: layer}`` in the model's order and ``{fqn: reason}`` for what was passed over.
+    """
+    layers: dict[str, nn.Module] = {}
+    skipped: dict[str, str] = {}
+    attention: list[str] = []
+    for fqn, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            attention.append(f"{fqn}." if fqn else "")
+            skipped[fqn] = (
+                "nn.MultiheadAttention applies its projections without calling a Linear; "
+                "use an attention with separate Linear layers to compress them"
+            )
+        elif fqn.startswith(tuple(attention)) if attention else False:
+            continue
+        elif isinstance(module, (nn.Linear, nn.Conv2d)) or is_conv1d(module):
+            if filter_fn is not None and not filter_fn(module, fqn):
+                continue
+            reason = _why_not(module)
+            if reason is None:
+                layers[fqn] = module
+            else:
+                skipped[fqn] = reason
+    return layers, skipped
+
+
+def _why_not(module: nn.Module) -> str | None:
+    base = nn.Linear if isinstance(module, nn.Linear) else nn.Conv2d if isinstance(module, nn.Conv2d) else type(module)
+    if type(module).forward is not base.forward:
+        return f"{type(module).__name__} has a forward of its own"
+    if hasattr(module, "parametrizations"):
+        return "its weight is parametrized; call torch.nn.utils.parametrize.remove_parametrizations first"
+    weight = module.weight
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        return "its weight is not initialised yet; run the model once"
+    if not isinstance(weight, Tensor) or weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        return f"its weight is {weight.dtype if isinstance(weight, Tensor) else type(weight).__name__}, not a plain float"
+    return None
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether ``module`` is transformers' Conv1D, a linear layer with a transposed weight."""
+    return any(base.__name__ == "Conv1D" and base.__module__.startswith("transformers.") for base in type(module).__mro__)
+
+
+def dimensions(module: nn.Module) -> Dimensions:
+    """The layer's groups and the features of one group."""
+    if isinstance(module, nn.Conv2d):
+        in_features = module.in_channels // module.groups * module.kernel_size[0] * module.kernel_size[1]
+        return Dimensions(module.groups, in_features, module.out_channels // module.groups)
+    out_features, in_features = weight_matrix(module).shape[-2:]
+    return Dimensions(1, in_features, out_features)
+
+
+def weight_matrix(module: nn.Module) -> Tensor:
+    """The weight as (out_features, in_features), or (groups, out_features, in_features) where groups > 1."""
+    weight: Tensor = module.weight.detach()  # type: ignore[union-attr]
+    if isinstance(module, nn.Conv2d):
+        groups, in_features, out_features = dimensions(module)
+        return weight.reshape(groups, out_features, in_features) if groups > 1 else weight.flatten(1)
+    return weight.T if is_conv1d(module) else weight
+
+
+def bias_vector(module: nn.Module) -> Tensor | None:
+    """The bias (all out_features,), or None."""
+    bias = module.bias
+    return bias.detach() if isinstance(bias, Tensor) else None
+
+
+def pad_input(module: nn.Conv2d, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """Apply the padding that zero padding of a convolution cannot express; return what is left to pad.
+
+    Circular, reflecting and replicating padding, and the uneven padding of ``padding="same"`` with an even kernel.
+    """
+    left, right, top, bottom = _sides(module)
+    if module.padding_mode == "zeros" and left == right and top == bottom:
+        return x, (top, left)
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    return F.pad(x, (left, right, top, bottom), mode=mode), (0, 0)
+
+
+def _sides(module: nn.Conv2d) -> tuple[int, int, int, int]:
+    if module.padding == "valid":
+        return 0, 0, 0, 0
+    if module.padding == "same":
+        reach = [dilation * (size - 1) for dilation, size in zip(module.dilation, module.kernel_size, strict=True)]
+        return reach[1] // 2, reach[1] - reach[1] // 2, reach[0] // 2, reach[0] - reach[0] // 2
+    height, width = module.padding  # type: ignore[misc]
+    return int(width), int(width), int(height), int(height)

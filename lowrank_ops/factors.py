@@ -1,0 +1,135 @@
+"""Weight x subspace -> thin factors: W' = up down, with the mean folded into the bias. Everything in float64.
+
+No inverse and no Cholesky: a rank-deficient covariance is the normal case.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .subspaces import LayerSubspaces
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The replacement of one layer.
+
+    Attributes:
+        down: (..., rank, in_features), float64.
+        up: (..., out_features, rank), float64.
+        bias: (groups * out_features,), float64, or None.
+        rank: the true rank, before padding.
+        projection: how the factors were made.
+        predicted_error: E|y - y'|^2 over the calibration rows, summed over the outputs; None where it cannot
+            be known (only the output was streamed, and the projection is ``"weight"``).
+        output_variance: the variance of y about its mean (or about zero where not centred), to compare with.
+    """
+
+    down: Tensor
+    up: Tensor
+    bias: Tensor | None
+    rank: int
+    projection: str
+    predicted_error: float | None
+    output_variance: float
+
+
+def factorize(spaces: LayerSubspaces, rank: int, projection: str = "output") -> Factors:
+    """Factors of rank ``rank`` for one layer.
+
+    Args:
+        spaces: the layer's weight and spaces.
+        rank: at most min(in_features, out_features).
+        projection: ``"output"``: W' = U U^T W with U the first ``rank`` output directions, the least output
+            error at that rank, which equals the variance dropped. ``"utilized"``: W' = P_T W P_S (Garg et al.
+            2024) at the explained variance whose utilized rank is ``rank``. ``"weight"``: truncated SVD.
+
+    Raises:
+        ValueError: ``"utilized"`` needs the input space, and only the output was streamed.
+    """
+    if projection == "utilized":
+        down, up = _utilized(spaces, rank)
+    else:
+        space = spaces.output if projection == "output" else spaces.weight_output
+        up = space.basis[..., :rank]
+        down = up.mT @ spaces.weight
+    return Factors(
+        down,
+        up,
+        _bias(spaces, down, up, projection),
+        rank,
+        projection,
+        _predicted_error(spaces, down, up, rank, projection),
+        float(spaces.output.spectrum.sum()),
+    )
+
+
+def _utilized(spaces: LayerSubspaces, rank: int) -> tuple[Tensor, Tensor]:
+    if spaces.input is None:
+        raise ValueError(
+            "projection='utilized' needs the input space, but only the output was streamed; calibrate with "
+            "side='input' or use projection='output'."
+        )
+    groups = zip(_batch(spaces.weight), _batch(spaces.input.basis), _batch(spaces.output.basis), strict=True)
+    downs, ups = [], []
+    for index, (weight, input_basis, output_basis) in enumerate(groups):
+        k_s, k_t = _dimensions_at(spaces, index, rank)
+        source, target = input_basis[:, :k_s], output_basis[:, :k_t]
+        if k_t <= k_s:
+            down, up = target.T @ weight @ source @ source.T, target
+        else:
+            down, up = source.T, target @ target.T @ weight @ source
+        missing = rank - min(k_s, k_t)  # a group that needs less than the layer's rank
+        downs.append(torch.nn.functional.pad(down, (0, 0, 0, missing)))
+        ups.append(torch.nn.functional.pad(up, (0, missing)))
+    shape = spaces.weight.shape[:-2]
+    return torch.stack(downs).view(*shape, rank, -1), torch.stack(ups).view(*shape, -1, rank)
+
+
+def _dimensions_at(spaces: LayerSubspaces, group: int, rank: int) -> tuple[int, int]:
+    """k_S and k_T at the smallest explained variance at which min(k_S, k_T) is ``rank``.
+
+    The space that needs more variance to reach ``rank`` sets the threshold and the other has at least as many
+    directions there, so that ``rank`` is the layer's utilized rank in the sense of the paper.
+    """
+    assert spaces.input is not None
+    if rank == 0:
+        return 0, 0
+    sides = [_batch(space.spectrum, 1)[group] for space in (spaces.input, spaces.output)]
+    shares = [spectrum.cumsum(0) / spectrum.sum().clamp_min(1e-300) for spectrum in sides]
+    threshold = max(float(share[rank - 1]) for share in shares)
+    needed = [int((share < threshold).sum()) + 1 for share in shares]
+    limits = [int((spectrum > 0).sum()) for spectrum in sides]
+    k_s, k_t = (min(max(rank, need), max(rank, limit)) for need, limit in zip(needed, limits, strict=True))
+    return k_s, k_t
+
+
+def _bias(spaces: LayerSubspaces, down: Tensor, up: Tensor, projection: str) -> Tensor | None:
+    """b' = b + (W - W') mu, which makes the mean output exact; the SVD of the weight stays blind to the data."""
+    bias = None if spaces.bias is None else spaces.bias.double()
+    if not spaces.centered or projection == "weight":
+        return bias
+    if projection == "output":
+        kept = up @ (up.mT @ spaces.output_mean.unsqueeze(-1))
+    else:
+        kept = up @ (down @ spaces.covariance.mean.to(up.device).unsqueeze(-1))
+    shift = (spaces.output_mean - kept.squeeze(-1)).flatten()
+    return shift if bias is None else bias + shift
+
+
+def _predicted_error(spaces: LayerSubspaces, down: Tensor, up: Tensor, rank: int, projection: str) -> float | None:
+    if projection == "output":
+        return float(spaces.output.spectrum[..., rank:].sum())
+    if spaces.covariance.side != "input":
+        return None
+    lost = spaces.weight - up @ down
+    moment = spaces.covariance.moment(centered=False).to(lost.device) if projection == "weight" else spaces.moment
+    return float(((lost @ moment) * lost).sum())
+
+
+def _batch(tensor: Tensor, dims: int = 2) -> Tensor:
+    """Add the dimension of groups where there is only one."""
+    return tensor if tensor.dim() > dims else tensor.unsqueeze(0)

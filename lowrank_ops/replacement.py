@@ -1,0 +1,77 @@
+"""Factors -> replaced model: every layer, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from .dense_layers import find_layers
+from .factors import Factors
+from .layers import LowRankConv2d, LowRankLinear
+
+
+def replace_(model: nn.Module, factors: Mapping[str, Factors]) -> nn.Module:
+    """Put factorised layers in the place of dense ones, in place.
+
+    All new layers are made before the first is put in, so that an error leaves the model untouched. A module that
+    is used at several places is replaced at all of them by one layer.
+
+    Args:
+        model: holds a layer at every name.
+        factors: ``{fqn: Factors}``.
+
+    Returns:
+        ``model``; where the model itself is the layer, its replacement.
+
+    Raises:
+        ValueError: a name that is no compressible layer, a weight tied to another module, or hooks on a layer
+            that a replacement would drop.
+    """
+    layers, skipped = find_layers(model)
+    unknown = [fqn for fqn in factors if fqn not in layers]
+    if unknown:
+        reasons = "; ".join(f"{fqn!r}: {skipped.get(fqn, 'no such layer')}" for fqn in unknown)
+        raise ValueError(f"factors names layers that cannot be replaced: {reasons}.")
+    tied = tied_layers(model)
+    for fqn in factors:
+        if fqn in tied:
+            raise ValueError(
+                f"layer {fqn!r} cannot be replaced: its weight is tied to {tied[fqn]!r}. "
+                "Untie the two or leave the layer out with filter_fn."
+            )
+        hooks = (layers[fqn]._forward_hooks, layers[fqn]._forward_pre_hooks, layers[fqn]._backward_hooks)
+        if any(hooks):
+            raise ValueError(f"layer {fqn!r} has hooks, which its replacement would drop; remove them first.")
+
+    replacements = {layers[fqn]: _replacement(layers[fqn], part) for fqn, part in factors.items()}
+    swap_(model, replacements)
+    return replacements.get(model, model)
+
+
+def swap_(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Put each new module in every place of the old one."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child in replacements:
+                setattr(parent, name, replacements[child])
+
+
+def tied_layers(model: nn.Module) -> dict[str, str]:
+    """``{fqn of a module: fqn of another module}`` for modules that hold one and the same parameter."""
+    owners: dict[int, list[str]] = {}
+    for fqn, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(fqn)
+    return {
+        fqn: next(other for other in holders if other != fqn)
+        for holders in owners.values()
+        if len(set(holders)) > 1
+        for fqn in holders
+    }
+
+
+def _replacement(layer: nn.Module, factors: Factors) -> nn.Module:
+    if isinstance(layer, nn.Conv2d):
+        return LowRankConv2d.from_factors(layer, factors)
+    return LowRankLinear.from_factors(layer, factors)
