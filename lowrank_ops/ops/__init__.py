@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from . import covariance as _covariance
@@ -10,7 +11,7 @@ from ._backend import Backend, BackendUnavailableError
 from .covariance import conv_covariance_update_, covariance_finalize_, covariance_update_
 from .lowrank_linear import lowrank_linear
 
-_EXPLAIN = {
+_EXPLAIN: dict[str, Callable[..., str]] = {
     "covariance_update_": _covariance.explain,
     "conv_covariance_update_": _covariance.explain_conv,
     "lowrank_linear": _lowrank_linear.explain,
