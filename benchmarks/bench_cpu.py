@@ -1,0 +1,102 @@
+"""The CPU's share of the suite, in under two minutes on one core: ``python -m benchmarks.bench_cpu --out FILE``.
+
+Covariances by the block triangle against the full product, low-rank layers against dense ones, and what an op of ours
+costs in Python beside ``F.linear``. One thread on its own clock, which leaves out what other processes take from the core;
+what they do to its caches stays in, and so results are read as ratios of times that were taken in turn.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+import lowrank_ops as lro
+from lowrank_ops.ops._backend import choose
+
+from . import bench_covariance, bench_lowrank_linear, shapes
+from .measure import Probe, sample, summarize
+from .rows import Case, Row, compare
+from .suite import finish, line, parser, record, run
+
+_op = importlib.import_module("lowrank_ops.ops.lowrank_linear")
+CALLS = 500  # per sample of an overhead
+MODES = {"inference_mode": torch.inference_mode, "no_grad": torch.no_grad}
+
+
+def cases(
+    features: Iterable[int] = shapes.CPU_COVARIANCE_FEATURES, layers: Iterable[shapes.Layer] = shapes.CPU_LAYERS
+) -> Iterator[Case]:
+    """float32, which is what CPUs calibrate and run in."""
+    for width in features:
+        yield bench_covariance.case(shapes.CPU_COVARIANCE_TOKENS, width, "fp32")
+    yield from bench_lowrank_linear.cases("fp32", layers, shapes.CPU_TOKENS)
+
+
+def overheads(seconds: float) -> tuple[list[Row], dict[str, float]]:
+    """Calls so small that nearly all of their time is Python and dispatch.
+
+    Returns:
+        Rows for each mode of grad, and the microseconds of the parts of a call of ours.
+    """
+    x, down, up, bias = (torch.randn(size) for size in ((1, 8), (8, 8), (8, 8), (8,)))
+    calls: dict[str, Callable[[], Any]] = {
+        "F.linear": lambda: F.linear(x, up, bias),
+        "two F.linear": lambda: F.linear(F.linear(x, down), up, bias),
+        "lowrank_ops auto": lambda: lro.ops.lowrank_linear(x, down, up, bias),
+    }
+    exact = F.linear(F.linear(x.double(), down.double()), up.double(), bias.double())
+    rows = []
+    for mode, scope in MODES.items():
+        with scope():
+            right = bool(torch.allclose(calls["lowrank_ops auto"]().double(), exact, atol=1e-5))
+            times = sample({name: _repeated(call) for name, call in calls.items()}, seconds)
+        group = []
+        for name, samples in times.items():
+            row = Row("overhead", {"mode": mode}, name, correct=right or not name.startswith("lowrank_ops"))
+            row.median_us, row.p90_us, row.eager_us, row.samples = summarize(samples)
+            group.append(row)
+        rows += compare(group, ["F.linear", "two F.linear"])
+    problem = _op.describe(x, down, up, bias, "none")
+    parts = {
+        "describe": lambda: _op.describe(x, down, up, bias, "none"),
+        "choose": lambda: choose(_op.TABLE, problem, "auto"),
+    }
+    times = sample({name: _repeated(call) for name, call in parts.items()}, seconds)
+    return rows, {name: round(summarize(samples).median, 2) for name, samples in times.items()}
+
+
+def _repeated(call: Callable[[], Any]) -> Probe:
+    def probe(number: int) -> float:
+        start = time.thread_time()
+        for _ in range(CALLS):
+            call()
+        return (time.thread_time() - start) / CALLS
+
+    return probe
+
+
+def main() -> int:
+    """The command line."""
+    arguments = parser(__doc__)
+    arguments.set_defaults(device="cpu", seconds=2.0)
+    parsed = arguments.parse_args()
+    torch.set_num_threads(1)  # a thread's clock does not see the work of others
+    with torch.inference_mode():
+        suite = run("cpu", cases(), parsed, time.thread_time)
+    if suite is None:
+        return 0
+    rows, suite["overhead_parts_us"] = overheads(parsed.seconds)
+    record(suite, rows, {})
+    print("\n".join(["", "overhead", *(f"  {row.shape['mode']:16}{line(row)}" for row in rows)]))
+    print("  parts of a call:", ", ".join(f"{name} {value} us" for name, value in suite["overhead_parts_us"].items()))
+    return finish(suite, "cpu", parsed.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""The shapes that are measured: layers of Vision Transformers and of a Llama-like decoder, and the batches they meet."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class Layer(NamedTuple):
+    """A linear layer and the rank of its factors."""
+
+    in_features: int
+    out_features: int
+    rank: int
+
+
+class Conv(NamedTuple):
+    """A convolution as calibration meets it: batch, channels, square input, square kernel."""
+
+    batch: int
+    channels: int
+    size: int
+    kernel: int
+    stride: int
+    padding: int
+
+
+LAYERS = (
+    Layer(768, 768, 134),  # ViT-B/16 attention
+    Layer(768, 3072, 215),  # ViT-B/16 MLP
+    Layer(1024, 4096, 163),  # ViT-L/16 MLP
+    Layer(4096, 4096, 512),  # Llama-like attention
+    Layer(4096, 11008, 746),  # Llama-like MLP
+    Layer(4096, 4096, 1024),
+    Layer(4096, 11008, 1492),
+)
+# Ranks as lowrank_ops stores them: multiples of 8, without which no vector load is possible.
+STORED_LAYERS = tuple(layer._replace(rank=-(-layer.rank // 8) * 8) for layer in LAYERS)
+TOKENS = (1, 4, 16, 64, 256, 2048, 12608, 65536)  # 12608 = 64 images of 197 tokens
+
+COVARIANCE_FEATURES = (768, 1024, 3072, 4096, 11008)
+COVARIANCE_TOKENS = (8192, 12608, 65536)
+
+CONVS = (
+    Conv(64, 64, 56, 3, 1, 1),  # ResNet-50, stage 1
+    Conv(64, 256, 14, 3, 1, 1),  # stage 3
+    Conv(64, 512, 7, 3, 1, 1),  # stage 4
+    Conv(64, 3, 224, 16, 16, 0),  # ViT-B/16 patches
+)
+
+# What two CPU cores measure in under two minutes.
+CPU_COVARIANCE_FEATURES = (512, 1024, 2048, 3072)
+CPU_COVARIANCE_TOKENS = 1024
+CPU_LAYERS = (STORED_LAYERS[0], STORED_LAYERS[1], STORED_LAYERS[2], STORED_LAYERS[3])
+CPU_TOKENS = (1, 16, 256)

@@ -1,0 +1,192 @@
+"""What the ``bench_*`` files share: their command line, the dry run, the loop over cases, and the JSON of results."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowrank_ops.ops._backend import Device, explain
+
+from .measure import Ceilings, Clock, ceilings, environment
+from .rows import Case, Row, floor_us, measure_case
+
+RESULTS = Path(__file__).parent / "results"
+META = torch.device("meta")
+# The dry run plans for one H200 unless told otherwise; what is stated there has to be measured in every real run.
+H200 = Device("cuda", 0, (9, 0), 132, 232448)
+STATED = Ceilings(4.3e12, {"bfloat16": 790e12, "float16": 790e12})
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The arguments that every suite takes."""
+    arguments = argparse.ArgumentParser(description=description)
+    arguments.add_argument("--dry-run", action="store_true", help="print rows, plans and floors; measure nothing")
+    arguments.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments.add_argument("--seconds", type=float, default=1.0, help="of timing per case (default 1)")
+    arguments.add_argument("--only", default="", help="run the cases whose label contains this text")
+    arguments.add_argument("--out", type=Path, help="JSON file that gets the suite's rows; others' rows in it stay")
+    return arguments
+
+
+def run(
+    name: str, cases: Iterable[Case], arguments: argparse.Namespace, clock: Clock = time.perf_counter
+) -> dict[str, Any] | None:
+    """Measure ``cases``, or print what would be measured.
+
+    Returns:
+        The suite, for :func:`finish`; None after a dry run.
+    """
+    chosen = [case for case in cases if arguments.only in label(case)]
+    if arguments.dry_run:
+        print("\n".join(dry_run(chosen)))
+        return None
+    device = torch.device(arguments.device)
+    suite = start(device, clock)
+    print(ceilings_line(suite["ceilings"]))
+    limits = Ceilings(suite["ceilings"]["copy_gb_per_s"] * 1e9, _rates(suite["ceilings"]))
+    for case in chosen:
+        rows, not_run = measure_case(case, device, limits, arguments.seconds, clock)
+        record(suite, rows, not_run)
+        if rows:
+            print("\n".join(["", label(case), *(f"  {line(row)}" for row in rows)]), flush=True)
+        if arguments.out:
+            save(arguments.out, name, suite)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    suite["complete"] = not arguments.only
+    return suite
+
+
+def start(device: torch.device, clock: Clock = time.perf_counter) -> dict[str, Any]:
+    """An empty suite with the machine's facts and ceilings, measured now."""
+    facts = environment(device)
+    limits = ceilings(device, clock=clock)
+    return {
+        "environment": facts | {"clock": clock.__name__},
+        "ceilings": {
+            "copy_gb_per_s": round(limits.copy / 1e9, 1),
+            "matmul_tflop_per_s": {dtype: round(rate / 1e12, 4) for dtype, rate in limits.matmul.items()},
+        },
+        "complete": False,
+        "rows": [],
+        "not_run": {},
+    }
+
+
+def record(suite: dict[str, Any], rows: Sequence[Row], not_run: dict[str, str]) -> None:
+    """Add rows, wrong ones before all others."""
+    merged = suite["rows"] + [row.to_dict() for row in rows]
+    suite["rows"] = sorted(merged, key=lambda row: row["correct"])
+    suite["not_run"].update(not_run)
+
+
+def finish(suite: dict[str, Any], name: str, out: Path | None) -> int:
+    """Say what was not run and what is wrong, and write the suite.
+
+    Returns:
+        The exit code: 1 where a result of lowrank_ops is wrong or failed.
+    """
+    suite["environment"]["load_at_end"] = round(os.getloadavg()[0], 2)
+    for arm, reason in suite["not_run"].items():
+        print(f"not run: {arm}: {reason}")
+    wrong = [row for row in suite["rows"] if not row["correct"]]
+    for row in wrong:
+        print(f"WRONG: {row['op']} {row['shape']} {row['arm']}: {row['failure'] or row['error']}", file=sys.stderr)
+    if out:
+        save(out, name, suite)
+    return int(any(row["arm"].startswith("lowrank_ops") for row in wrong))
+
+
+def save(path: Path, name: str, suite: dict[str, Any]) -> None:
+    """Write one suite into a file of results, beside the other suites in it."""
+    document = load(path) if path.exists() else {"suites": {}}
+    document["suites"][name] = suite
+    partial = path.with_suffix(".partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial.write_text(json.dumps(document, indent=1, default=_plain) + "\n")
+    partial.replace(path)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A file of results."""
+    document: dict[str, Any] = json.loads(path.read_text())
+    return document
+
+
+def _plain(value: object) -> object:
+    raise TypeError(f"{type(value).__name__} has no place in a file of results.")
+
+
+def _rates(stated: dict[str, Any]) -> dict[str, float]:
+    return {dtype: rate * 1e12 for dtype, rate in stated["matmul_tflop_per_s"].items()}
+
+
+def label(case: Case) -> str:
+    """One line that names a case."""
+    return f"{case.op} " + " ".join(f"{key}={value}" for key, value in case.shape.items())
+
+
+def ceilings_line(limits: dict[str, Any]) -> str:
+    rates = ", ".join(f"{rate:.4g} TFLOP/s {dtype}" for dtype, rate in limits["matmul_tflop_per_s"].items())
+    return f"measured ceilings: copy {limits['copy_gb_per_s']:.4g} GB/s; matmul {rates}"
+
+
+def line(row: Row) -> str:
+    """One row for people; a wrong one shows no speed-up."""
+    name = row.arm + (f" ({row.implementation})" if row.implementation else "")
+    if row.failure:
+        return f"{name:44} FAILED: {row.failure}"
+    if not row.correct:
+        return f"{name:44} WRONG: error {row.error:.3g}, allowed {row.allowed:.3g}"
+    ratios = "  ".join(f"{factor:.2f}x {other}" for other, factor in row.speedup.items())
+    reached = f"{row.achieved:8.4g} {row.unit}  {row.fraction_of_floor:4.0%} of floor" if row.fraction_of_floor else ""
+    times = f"{row.median_us:10.1f} us  p90 {row.p90_us:10.1f}  eager {row.eager_us:10.1f}"
+    return f"{name:44} {times}  {reached}  {ratios}"
+
+
+def dry_run(cases: Iterable[Case], device: Device = H200, limits: Ceilings = STATED) -> list[str]:
+    """What a run on ``device`` would measure: every row, the implementation that ours would take, and the floor.
+
+    Nothing is allocated and nothing is timed.
+    """
+    rates = ", ".join(f"{rate / 1e12:.4g} TFLOP/s {dtype}" for dtype, rate in limits.matmul.items())
+    lines = [
+        f"Planned for compute capability {device.capability[0]}.{device.capability[1]} with {device.multiprocessors} "
+        f"multiprocessors; floors from stated ceilings: copy {limits.copy / 1e9:.4g} GB/s, matmul {rates}."
+    ]
+    for case in cases:
+        tensors = case.make(META, 0)
+        floor, unit = floor_us(case, limits)
+        lines += ["", f"{label(case)}: floor {floor:.1f} us, bound by {unit}"]
+        table, problem = case.pose(tensors) if case.pose else ((), None)
+        for arm in case.arms:
+            if arm.backend is None or problem is None:
+                reason = arm.unavailable(torch.device("cuda"))
+                lines.append(f"  {arm.name}: {'would run' if reason is None else reason}")
+            else:
+                assumed = problem._replace(device=device)  # type: ignore[attr-defined]
+                lines += [f"  {arm.name}:", *(f"    {entry}" for entry in _plan(table, assumed, arm.backend))]
+    return lines
+
+
+def _plan(table: Sequence[Any], problem: Any, backend: str) -> list[str]:
+    """The plan of one backend; a table has rows for all of them."""
+    wanted = tuple(impl for impl in table if backend in ("auto", impl.backend.value))
+    return explain(wanted, problem, backend).splitlines() or [f"no {backend} implementation in this installation"]
+
+
+def main(name: str, make_cases: Callable[[str], Iterable[Case]], description: str | None, default: str) -> int:
+    """The command line of a suite whose cases depend on nothing but the dtypes asked for."""
+    arguments = parser(description)
+    arguments.add_argument("--dtypes", default=default, help=f"of the inputs, separated by commas (default {default})")
+    parsed = arguments.parse_args()
+    suite = run(name, [case for dtype in parsed.dtypes.split(",") for case in make_cases(dtype)], parsed)
+    return 0 if suite is None else finish(suite, name, parsed.out)

@@ -1,0 +1,387 @@
+"""Find the fastest configurations on this GPU: ``python -m benchmarks.tune [--op OP] [--budget SECONDS]``.
+
+Writes ``lowrank_ops/ops/tuned/<op>.<arch>.json``. From every implementation's own choice and all that ship, the search
+goes to the best neighbour, one field at a time, while that gains. A candidate that the kernels' own predicates refuse is
+not launched, and one whose result is wrong is not timed. Progress is kept in ``results/tuning`` after every shape; the same
+command goes on from there, and the table is written once every shape is done: an incomplete one would speak for shapes it
+never saw. The compile gate (``make test-compile``) then holds the new configurations to its rules.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import importlib
+import json
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import lowrank_ops as lro
+from lowrank_ops.ops._backend import Device, choose, device_facts
+
+from . import bench_covariance, bench_lowrank_linear, shapes
+from .measure import Timing, copies_to_rotate, environment, time_arms
+from .rows import Case, distance, truth
+
+_covariance = importlib.import_module("lowrank_ops.ops.covariance")
+_linear = importlib.import_module("lowrank_ops.ops.lowrank_linear")
+_covariance_triton = importlib.import_module("lowrank_ops.ops.covariance._triton")
+_linear_triton = importlib.import_module("lowrank_ops.ops.lowrank_linear._triton")
+_linear_config = importlib.import_module("lowrank_ops.ops.lowrank_linear._triton_config")
+
+TABLES = Path(lro.__file__).parent / "ops" / "tuned"
+PROGRESS = Path(__file__).parent / "results" / "tuning"
+GAIN = 0.01  # a neighbour that is not faster by this much is noise
+Shape = dict[str, Any]
+
+
+class Candidate(NamedTuple):
+    """An implementation with a configuration; None for one that has none."""
+
+    impl: str
+    config: Any
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"impl": self.impl, "config": {} if self.config is None else dataclasses.asdict(self.config)}
+
+
+class Tuner(ABC):
+    """What the search has to know of an op. ``options`` are the values that a configuration's fields may take."""
+
+    op: str  # as in the table's name
+    options: Mapping[str, Mapping[str, Sequence[Any]]]  # implementation -> field -> values
+
+    @abstractmethod
+    def shapes(self) -> list[Shape]:
+        """The table's rows."""
+
+    @abstractmethod
+    def case(self, shape: Shape) -> Case:
+        """The benchmark's case of a shape."""
+
+    @abstractmethod
+    def arch(self, device: Device) -> str:
+        """The arch in the table's name."""
+
+    @abstractmethod
+    def starts(self, problem: Any) -> list[Candidate]:
+        """What would run now, first, and what else is worth beginning from."""
+
+    @abstractmethod
+    def refuse(self, candidate: Candidate, problem: Any) -> str | None:
+        """None, or why the kernels would not run ``problem`` so."""
+
+    @abstractmethod
+    def arm(self, candidate: Candidate, problem: Any) -> Callable[..., Any]:
+        """A function of a case's tensors."""
+
+    def neighbours(self, candidate: Candidate) -> list[Candidate]:
+        """All candidates that differ in one field."""
+        return [
+            Candidate(candidate.impl, dataclasses.replace(candidate.config, **{field: value}))
+            for field, values in self.options.get(candidate.impl, {}).items()
+            for value in values
+            if value != getattr(candidate.config, field)
+        ]
+
+
+class CovarianceTuner(Tuner):
+    """``covariance_update_``."""
+
+    op = "covariance_update"
+    options = {
+        "triton": {
+            "block_d": (64, 128),
+            "block_t": (32, 64, 128),
+            "num_warps": (4, 8),
+            "num_stages": (2, 3, 4, 5),
+            "group": (4, 8, 16),
+            "split": (0, 1, 2, 3, 4, 6, 8, 12, 16, 32),
+        }
+    }
+
+    def shapes(self) -> list[Shape]:
+        return [
+            {"tokens": tokens, "features": features, "dtype": dtype}
+            for dtype in ("bf16", "fp16", "fp32")
+            for features in shapes.COVARIANCE_FEATURES
+            for tokens in shapes.COVARIANCE_TOKENS
+        ]
+
+    def case(self, shape: Shape) -> Case:
+        return bench_covariance.case(shape["tokens"], shape["features"], shape["dtype"])
+
+    def arch(self, device: Device) -> str:
+        return f"sm{_covariance_triton.arch_of(device)}"
+
+    def starts(self, problem: Any) -> list[Candidate]:
+        arch = _covariance_triton.arch_of(problem.device)
+        shipped = [config for (of, _), config in _covariance_triton.HEURISTIC.items() if of == arch]
+        configs = dict.fromkeys([_covariance_triton.config_for(problem), *shipped])
+        return [Candidate("triton", config) for config in configs]
+
+    def refuse(self, candidate: Candidate, problem: Any) -> str | None:
+        reason: str | None = _covariance_triton.unsupported_config(candidate.config, problem.dtype, problem.device)
+        return reason
+
+    def arm(self, candidate: Candidate, problem: Any) -> Callable[..., Any]:
+        plan = _covariance_triton.plan_with(problem, candidate.config)
+        return lambda state, total, x: _covariance_triton.launch(plan, state, total, x, problem)
+
+
+class LowRankLinearTuner(Tuner):
+    """``lowrank_linear``."""
+
+    op = "lowrank_linear"
+    options = {
+        "triton.decode": {
+            "block_m": (16, 32, 64, 128),
+            "block_r": (16, 32, 64),
+            "block_k": (64, 128, 256),
+            "down_warps": (4, 8),
+            "down_stages": (2, 3, 4, 5),
+            "block_n": (16, 32, 64, 128),
+            "slab": (64, 128, 256, 512),
+            "rest": (32, 64, 128),
+            "up_warps": (4, 8),
+            "up_stages": (2, 3, 4),
+            "slices": (1, 2, 4, 8),
+            "fold": (False, True),
+        },
+        "triton.prefill": {
+            "block_m": (64, 128),
+            "block_n": (64, 128),
+            "block_k": (32, 64, 128),
+            "warps": (4, 8),
+            "stages_k": (2, 3, 4),
+            "stages_n": (2, 3),
+            "parts": (1, 2, 4, 8),
+        },
+    }
+
+    def shapes(self) -> list[Shape]:
+        return [
+            {**layer._asdict(), "tokens": tokens, "dtype": dtype}
+            for dtype in ("bfloat16", "float16")
+            for layer in shapes.STORED_LAYERS
+            for tokens in shapes.TOKENS
+        ]
+
+    def case(self, shape: Shape) -> Case:
+        layer = shapes.Layer(shape["in_features"], shape["out_features"], shape["rank"])
+        dtype = {"bfloat16": "bf16", "float16": "fp16"}[shape["dtype"]]
+        return bench_lowrank_linear.case(layer, shape["tokens"], dtype)
+
+    def arch(self, device: Device) -> str:
+        name: str = _linear_config.arch(device.capability)
+        return name
+
+    def starts(self, problem: Any) -> list[Candidate]:
+        name = self.arch(problem.device)
+        current = choose(_linear.TABLE, problem, "auto").name
+        own = {"triton.decode": _linear_config.decode_config, "triton.prefill": _linear_config.prefill_config}
+        listed = [Candidate(impl, config_of(problem)) for impl, config_of in own.items()]
+        listed += [Candidate("triton.decode", config) for config in _linear_config.shipped_decode(name)]
+        listed += [Candidate("triton.prefill", config) for config in _linear_config.shipped_prefill(name)]
+        listed.append(Candidate("two_products", None))
+        listed = list(
+            dict.fromkeys(candidate for candidate in listed if candidate.config or candidate.impl == "two_products")
+        )
+        return sorted(listed, key=lambda candidate: candidate.impl != current)
+
+    def refuse(self, candidate: Candidate, problem: Any) -> str | None:
+        config = candidate.config
+        if candidate.impl == "triton.decode":
+            if config.fold and config.slices == 1:
+                return "one slice leaves nothing to add"
+            reason: str | None = _linear_triton.supports_decode(problem, config)
+            return reason
+        return _linear_triton.supports_prefill(problem, config) if candidate.impl == "triton.prefill" else None
+
+    def arm(self, candidate: Candidate, problem: Any) -> Callable[..., Any]:
+        if candidate.impl == "two_products":
+            return bench_lowrank_linear.two_linears
+        run = _linear_triton.run_decode if candidate.impl == "triton.decode" else _linear_triton.run_prefill
+        return lambda x, down, up, bias, weight: run(problem, x, down, up, bias, "none", candidate.config)
+
+
+TUNERS: dict[str, Tuner] = {tuner.op: tuner for tuner in (CovarianceTuner(), LowRankLinearTuner())}
+
+
+class Tuned(NamedTuple):
+    """The outcome for one shape."""
+
+    entry: dict[str, Any]  # for the table
+    change: str  # for people
+    tried: dict[str, str]  # candidates that did not get timed, and why
+
+
+def tune_shape(tuner: Tuner, shape: Shape, device: torch.device, seconds: float) -> Tuned | None:
+    """Search the configurations of one shape.
+
+    Returns:
+        None where no candidate runs and is right.
+    """
+    case = tuner.case(shape)
+    tensors = case.make(device, 0)
+    assert case.pose is not None
+    _, problem = case.pose(tensors)
+    exact, allowed = truth(case, tensors)
+    rotation = [tensors, *(case.make(device, seed) for seed in range(1, copies_to_rotate(tensors[: case.read_by_all])))]
+    failed: dict[str, str] = {}
+    arms: dict[Candidate, Callable[..., Any] | None] = {}
+
+    def usable(candidate: Candidate) -> bool:
+        """Whether a candidate is legal, runs and is right; each is asked once."""
+        if candidate not in arms:
+            arms[candidate] = None
+            reason = tuner.refuse(candidate, problem)
+            if reason is None:
+                reason = _wrong(case, tuner.arm(candidate, problem), tensors, exact, allowed)
+            if reason is None:
+                arms[candidate] = tuner.arm(candidate, problem)
+            else:
+                failed[str(candidate)] = reason
+        return arms[candidate] is not None
+
+    def timed(candidates: Iterable[Candidate], spend: float) -> dict[Candidate, float]:
+        listed = {str(candidate): candidate for candidate in candidates if usable(candidate)}
+        runs = {name: arms[candidate] for name, candidate in listed.items()}
+        results = time_arms(runs, rotation, spend) if runs else {}  # type: ignore[arg-type]
+        for name, result in results.items():
+            if isinstance(result, str):
+                arms[listed[name]], failed[name] = None, result
+        return {listed[name]: result.median for name, result in results.items() if isinstance(result, Timing)}
+
+    starts = tuner.starts(problem)
+    times = timed(starts, seconds)
+    if not times:
+        return None
+    finalists = {min(times, key=times.__getitem__)}
+    for impl in {candidate.impl for candidate in times if candidate.config is not None}:
+        best = min((candidate for candidate in times if candidate.impl == impl), key=times.__getitem__)
+        finalists.add(_descend(tuner, best, timed, seconds))
+    current = next((candidate for candidate in starts if usable(candidate)), None)
+    final = timed(dict.fromkeys([*([current] if current else []), *finalists]), 2 * seconds)
+    best = min(final, key=final.__getitem__)
+    if current in final and final[best] > (1 - GAIN) * final[current]:
+        best = current
+    return Tuned(
+        {"shape": shape, **best.to_dict(), "us": round(final[best], 3)}, _change(shape, current, best, final), failed
+    )
+
+
+def _descend(tuner: Tuner, best: Candidate, timed: Callable[..., dict[Candidate, float]], seconds: float) -> Candidate:
+    """Go to the best neighbour while that gains."""
+    while True:
+        times = timed([best, *tuner.neighbours(best)], seconds)
+        fastest = min(times, key=times.__getitem__, default=best)
+        if best not in times or times[fastest] >= (1 - GAIN) * times[best]:
+            return best
+        best = fastest
+
+
+def _wrong(case: Case, arm: Callable[..., Any], tensors: Any, exact: Any, allowed: float) -> str | None:
+    """None, or what is wrong with a candidate's result."""
+    try:
+        error = distance(case.solve(arm, tensors), exact)
+    except Exception as failure:  # out of shared memory, or a tile that Triton cannot compile
+        return f"{type(failure).__name__}: {failure}"
+    return None if error <= allowed else f"wrong: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def _change(shape: Shape, current: Candidate | None, best: Candidate, times: Mapping[Candidate, float]) -> str:
+    name = " ".join(f"{key}={value}" for key, value in shape.items())
+    if current is None or current not in times:
+        return f"{name}: {best} in {times[best]:.2f} us; what would have run cannot"
+    if best == current:
+        return f"{name}: stays {best}, {times[best]:.2f} us"
+    return f"{name}: {current} -> {best}, {times[current]:.2f} -> {times[best]:.2f} us"
+
+
+def tune(tuner: Tuner, device: torch.device, budget: float, seconds: float, progress: Path, tables: Path) -> bool:
+    """Tune every shape that ``progress`` does not have yet; write the table when none is left.
+
+    Returns:
+        Whether the table is complete.
+    """
+    facts = environment(device)
+    arch = tuner.arch(device_facts(device))
+    conditions = {"device": facts["device"], "triton": facts["triton"], "package": lro.__version__}
+    kept = progress / f"{tuner.op}.{arch}.json"
+    done = _load_progress(kept, conditions)
+    end = time.perf_counter() + budget
+    wanted = tuner.shapes()
+    for shape in wanted:
+        if any(entry["shape"] == shape for entry in done):
+            continue
+        if time.perf_counter() > end:
+            break
+        tuned = tune_shape(tuner, shape, device, seconds)
+        if tuned is None:
+            print(f"{shape}: no candidate runs and is right", file=sys.stderr)
+            continue
+        print(tuned.change, flush=True)
+        for candidate, reason in tuned.tried.items():
+            if reason.startswith("wrong"):
+                print(f"  {candidate}: {reason}", file=sys.stderr)
+        done.append(tuned.entry)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps({"conditions": conditions, "entries": done}, indent=1) + "\n")
+    missing = [shape for shape in wanted if not any(entry["shape"] == shape for entry in done)]
+    if missing:
+        print(f"{tuner.op}: {len(wanted) - len(missing)} of {len(wanted)} shapes are done; run again to go on")
+        return False
+    print(f"wrote {write_table(tuner.op, arch, facts, done, tables)}; now run make test-compile")
+    return True
+
+
+def _load_progress(path: Path, conditions: Mapping[str, Any]) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    kept = json.loads(path.read_text())
+    if kept["conditions"] != conditions:
+        print(f"{path} was made under {kept['conditions']}, now {dict(conditions)}: starting anew")
+        return []
+    entries: list[dict[str, Any]] = kept["entries"]
+    return entries
+
+
+def write_table(op: str, arch: str, facts: Mapping[str, Any], entries: Sequence[dict[str, Any]], folder: Path) -> Path:
+    """Write a table as ``lowrank_ops.ops._tuning`` reads it, one line per entry."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{op}.{arch}.json"
+    head = {"op": op, "arch": arch, **{key: facts[key] for key in ("device", "triton", "commit", "date")}}
+    lines = ",\n".join(f"  {json.dumps(entry)}" for entry in entries)
+    path.write_text(json.dumps(head, indent=1)[:-2] + f',\n "entries": [\n{lines}\n ]\n}}\n')
+    return path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; 2 where there is no GPU, 1 where the budget ran out before the tables were complete."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--op", choices=tuple(TUNERS), help="by default all")
+    parser.add_argument("--budget", type=float, default=3600.0, help="seconds in all (default 3600)")
+    parser.add_argument("--seconds", type=float, default=0.5, help="of timing per step of the search (default 0.5)")
+    arguments = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("tune: needs a CUDA device; a table is not written from anything else.", file=sys.stderr)
+        return 2
+    end = time.perf_counter() + arguments.budget
+    device = torch.device("cuda")
+    step = functools.partial(tune, device=device, seconds=arguments.seconds, progress=PROGRESS, tables=TABLES)
+    chosen = [arguments.op] if arguments.op else list(TUNERS)
+    complete = [step(TUNERS[op], budget=end - time.perf_counter()) for op in chosen]
+    return 0 if all(complete) else 1
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        sys.exit(main())
