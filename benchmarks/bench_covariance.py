@@ -1,4 +1,4 @@
-"""``covariance_update_`` and its convolution form against what calibration codes do: ``python -m benchmarks.bench_covariance``.
+"""Covariance updates against what calibration codes do: ``python -m benchmarks.bench_covariance``.
 
 Arms other than ours leave out the column sums that ours takes along; every arm accumulates into a float32 state.
 """
@@ -106,7 +106,7 @@ def torch_mm(state: Tensor, total: Tensor, x: Tensor) -> None:
 
 
 def symmetric_triton(state: Tensor, total: Tensor, x: Tensor) -> None:
-    """The symmetric product as published for the Muon optimizer: half the tiles, each written twice, then an addition."""
+    """The symmetric product as published for the Muon optimizer, half the tiles written twice, then an addition."""
     from .symmetric_kernel import symmetric_product
 
     state += symmetric_product(x)

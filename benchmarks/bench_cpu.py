@@ -1,8 +1,8 @@
 """The CPU's share of the suite, in under two minutes on one core: ``python -m benchmarks.bench_cpu --out FILE``.
 
 Covariances by the block triangle against the full product, low-rank layers against dense ones, and what an op of ours
-costs in Python beside ``F.linear``. One thread on its own clock, which leaves out what other processes take from the core;
-what they do to its caches stays in, and so results are read as ratios of times that were taken in turn.
+costs in Python beside ``F.linear``. One thread on its own clock, which leaves out what other processes take from the
+core; what they do to its caches stays in, and so results are read as ratios of times that were taken in turn.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ samples of the batch, in float64.
 
 from __future__ import annotations
 
-import copy
 import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -54,8 +53,8 @@ def case(name: str, size: models.Size, fraction: float, batch: int, mode: str, d
         return lambda x: _ready(size, fraction, which, mode, x.device, kind)(x)
 
     def exact(tensors: Tensors) -> Tensor:
-        model = copy.deepcopy(_ready(size, fraction, "two_linears", "eager", tensors[0].device, kind)).double()
-        result: Tensor = model(tensors[0][:COMPARED].double())
+        model = models.variant(_model(size, fraction, tensors[0].device, kind), "two_linears")
+        result: Tensor = model.double()(tensors[0][:COMPARED].double())
         return result
 
     meta = models.lowrank_model(size, fraction, torch.device("meta"), kind)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lowrank_ops as lro
+
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -165,7 +168,7 @@ def flops(model: nn.Module, size: Size, batch: int) -> float:
     return 2.0 * batch * size.tokens * (thin + 2 * size.depth * size.tokens * size.width)
 
 
-def _layers(module: object, kind: type[nn.Module]) -> list[tuple[nn.Module, str, nn.Module]]:
+def _layers(module: object, kind: type[Layer]) -> list[tuple[nn.Module, str, Layer]]:
     assert isinstance(module, nn.Module)
     return [
         (owner, name, child)

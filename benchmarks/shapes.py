@@ -1,4 +1,4 @@
-"""The shapes that are measured: layers of Vision Transformers and of a Llama-like decoder, and the batches they meet."""
+"""The shapes that are measured: layers of Vision Transformers and of a Llama-like decoder, and their batches."""
 
 from __future__ import annotations
 

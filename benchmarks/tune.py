@@ -1,10 +1,10 @@
 """Find the fastest configurations on this GPU: ``python -m benchmarks.tune [--op OP] [--budget SECONDS]``.
 
-Writes ``lowrank_ops/ops/tuned/<op>.<arch>.json``. From every implementation's own choice and all that ship, the search
-goes to the best neighbour, one field at a time, while that gains. A candidate that the kernels' own predicates refuse is
-not launched, and one whose result is wrong is not timed. Progress is kept in ``results/tuning`` after every shape; the same
-command goes on from there, and the table is written once every shape is done: an incomplete one would speak for shapes it
-never saw. The compile gate (``make test-compile``) then holds the new configurations to its rules.
+Writes ``lowrank_ops/ops/tuned/<op>.<arch>.json``. From every implementation's own choice and all that ship, the
+search goes to the best neighbour, one field at a time, while that gains. A candidate that the kernels' own predicates
+refuse is not launched, and one whose result is wrong is not timed. Progress is kept in ``results/tuning`` after every
+shape; the same command goes on from there, and the table is written once every shape is done: an incomplete one would
+speak for shapes it never saw. The compile gate (``make test-compile``) then holds the new configurations to its rules.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -40,6 +40,7 @@ TABLES = Path(lro.__file__).parent / "ops" / "tuned"
 PROGRESS = Path(__file__).parent / "results" / "tuning"
 GAIN = 0.01  # a neighbour that is not faster by this much is noise
 Shape = dict[str, Any]
+Options = Mapping[str, Mapping[str, Sequence[Any]]]
 
 
 class Candidate(NamedTuple):
@@ -56,7 +57,7 @@ class Tuner(ABC):
     """What the search has to know of an op. ``options`` are the values that a configuration's fields may take."""
 
     op: str  # as in the table's name
-    options: Mapping[str, Mapping[str, Sequence[Any]]]  # implementation -> field -> values
+    options: ClassVar[Options]  # implementation -> field -> values
 
     @abstractmethod
     def shapes(self) -> list[Shape]:
@@ -96,7 +97,7 @@ class CovarianceTuner(Tuner):
     """``covariance_update_``."""
 
     op = "covariance_update"
-    options = {
+    options: ClassVar[Options] = {
         "triton": {
             "block_d": (64, 128),
             "block_t": (32, 64, 128),
@@ -140,7 +141,7 @@ class LowRankLinearTuner(Tuner):
     """``lowrank_linear``."""
 
     op = "lowrank_linear"
-    options = {
+    options: ClassVar[Options] = {
         "triton.decode": {
             "block_m": (16, 32, 64, 128),
             "block_r": (16, 32, 64),
@@ -279,13 +280,16 @@ def tune_shape(tuner: Tuner, shape: Shape, device: torch.device, seconds: float)
 
 
 def _descend(tuner: Tuner, best: Candidate, timed: Callable[..., dict[Candidate, float]], seconds: float) -> Candidate:
-    """Go to the best neighbour while that gains."""
-    while True:
+    """Go to the best neighbour while that gains, never back: where noise leads in circles, there is nothing to gain."""
+    visited: set[Candidate] = set()
+    while best not in visited:
+        visited.add(best)
         times = timed([best, *tuner.neighbours(best)], seconds)
         fastest = min(times, key=times.__getitem__, default=best)
         if best not in times or times[fastest] >= (1 - GAIN) * times[best]:
-            return best
+            break
         best = fastest
+    return best
 
 
 def _wrong(case: Case, arm: Callable[..., Any], tensors: Any, exact: Any, allowed: float) -> str | None:

@@ -1,0 +1,180 @@
+"""The suites: every arm of every case dry-run, those that run on a CPU run and right, and the files of results."""
+
+import argparse
+import dataclasses
+import importlib
+import json
+import sys
+
+import pytest
+import torch
+
+from benchmarks import bench_covariance, bench_cpu, bench_lowrank_linear, bench_model, models, shapes, suite
+from benchmarks.measure import Ceilings
+from benchmarks.rows import distance, measure_case, truth
+
+CPU = torch.device("cpu")
+LIMITS = Ceilings(1e10, {"float32": 5e10})
+CASES = {
+    "covariance": lambda: [case for dtype in shapes.DTYPES for case in bench_covariance.all_cases(dtype)],
+    "lowrank_linear": lambda: list(bench_lowrank_linear.cases("bf16")),
+    "model": lambda: list(bench_model.cases(models.SMOKE_SIZES, (1, 2), "bf16")),
+    "cpu": lambda: list(bench_cpu.cases()),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_dry_run_shows_every_arm_of_every_case(name):
+    cases = CASES[name]()
+    blocks = "\n".join(suite.dry_run(cases)).split("\n\n")
+    assert "floors from stated ceilings" in blocks[0] and len(blocks) == len(cases) + 1
+    for case, block in zip(cases, blocks[1:], strict=True):
+        head, *lines = block.splitlines()
+        assert head.startswith(suite.label(case)) and "floor" in head
+        shown = [line.strip().partition(":")[0] for line in lines if line.startswith("  ") and line[2] != " "]
+        assert shown == [arm.name for arm in case.arms]
+
+
+def test_dry_run_plans_for_the_gpu_that_is_not_here():
+    layer = shapes.Layer(4096, 4096, 512)
+    decode, large = ("\n".join(suite.dry_run([bench_lowrank_linear.case(layer, rows, "bf16")])) for rows in (16, 65536))
+    assert "triton.decode: runs" in decode and "triton.decode: cannot run" in large
+    assert "dense: would run" in decode and "no cuda implementation" in decode
+    covariance = "\n".join(suite.dry_run([bench_covariance.case(65536, 1024, "bf16")]))
+    # 65536 * 1024 * 1025 operations at 790 TFLOP/s
+    assert "floor 87.1 us, bound by TFLOP/s" in covariance and "triton: runs" in covariance
+
+
+@pytest.mark.parametrize("dtype", shapes.DTYPES)
+def test_covariance_arms_on_a_cpu(dtype):
+    measured, not_run = measure_case(bench_covariance.case(96, 300, dtype), CPU, LIMITS, 0.02)
+    names = {row.arm for row in measured}
+    assert {"lowrank_ops auto", "lowrank_ops reference"} < names
+    assert ("torch_mm" in names) == (dtype == "fp32") and ("float32_product" in names) == (dtype != "fp32")
+    assert all(row.correct for row in measured), measured
+    assert {"symmetric_triton", "quack_gemm_symmetric", "lowrank_ops triton"} <= set(not_run)
+
+
+def test_convolution_arms_on_a_cpu():
+    conv = shapes.Conv(2, 3, 9, 3, 2, 1)
+    measured, _ = measure_case(bench_covariance.conv_case(conv, "bf16"), CPU, LIMITS, 0.02)
+    assert [row.arm for row in measured] == ["unfold_and_product", "lowrank_ops auto", "lowrank_ops reference"]
+    assert all(row.correct for row in measured), measured
+
+
+def test_a_wrong_covariance_is_seen():
+    case = bench_covariance.case(64, 40, "bf16")
+    tensors = case.make(CPU, 0)
+
+    def forgets_a_row(state, total, x):
+        bench_covariance.float32_product(state, total, x[:-1])
+
+    exact, allowed = truth(case, tensors)
+    assert distance(case.solve(bench_covariance.float32_product, tensors), exact) <= allowed
+    assert distance(case.solve(forgets_a_row, tensors), exact) > allowed
+
+
+@pytest.mark.parametrize("name", models.SMOKE_SIZES)
+def test_model_variants_compute_one_function_with_the_parameters_promised(name):
+    size = models.SMOKE_SIZES[name]
+    thin = models.lowrank_model(size, 0.5, CPU, torch.float64)
+    x = models.sample(size, 3, CPU, torch.float64)
+    outputs = [models.variant(thin, which)(x) for which in bench_model.VARIANTS]
+    for output in outputs:
+        assert output.shape == ((3, 1000) if size.kind == "vit" else x.shape)
+        torch.testing.assert_close(output, outputs[0], rtol=1e-9, atol=1e-9)
+    dense = models.variant(thin, "dense")
+    counts = [sum(p.numel() for n, p in model.blocks.named_parameters() if p.dim() == 2) for model in (thin, dense)]
+    assert 0.3 < counts[0] / counts[1] <= 0.5
+
+
+def test_true_model_sizes():
+    """Parameters as published for ViT-B/16 and ViT-L/16 at 224 pixels, counted without allocating them."""
+    published = {"ViT-B/16": 86_567_656, "ViT-L/16": 304_326_632}
+    for name, parameters in published.items():
+        with torch.device("meta"):
+            assert sum(p.numel() for p in models.ViT(models.SIZES[name]).parameters()) == parameters
+
+
+def test_models_on_a_cpu_and_their_calibration():
+    eager, compiled = (
+        bench_model.case("tiny ViT", models.SMOKE_SIZES["tiny ViT"], 0.5, 2, mode, "fp32")
+        for mode in ("eager", "compiled")
+    )
+    with torch.no_grad():
+        measured, _ = measure_case(eager, CPU, LIMITS, 0.02)
+        assert [row.arm for row in measured] == list(bench_model.VARIANTS) and all(row.correct for row in measured)
+        assert measure_case(compiled, CPU, LIMITS, 0.02) == (
+            [],
+            dict.fromkeys(bench_model.VARIANTS, "needs a CUDA device"),
+        )
+        rows = bench_model.calibration_rows("tiny ViT", models.SMOKE_SIZES["tiny ViT"], 2, CPU, "fp32", 0.02)
+    assert [row.arm for row in rows] == ["forward", "hooks_float32", "lowrank_ops"]
+    assert all(row.correct for row in rows) and set(rows[2].speedup) == {"forward", "hooks_float32"}
+
+
+def test_overheads_of_an_op():
+    measured, parts = bench_cpu.overheads(0.01)
+    assert {row.shape["mode"] for row in measured} == {"inference_mode", "no_grad"} and len(measured) == 6
+    assert all(row.correct and row.median_us > 0 for row in measured)
+    assert set(parts) == {"describe", "choose"} and min(parts.values()) > 0
+
+
+def arguments(**changes):
+    options = {"dry_run": False, "device": "cpu", "seconds": 0.02, "only": "", "out": None}
+    return argparse.Namespace(**options | changes)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(suite, "ceilings", lambda device, clock: LIMITS)
+
+
+def test_results_of_suites_lie_side_by_side(tmp_path, quick, capsys):
+    path = tmp_path / "results.json"
+    layer = [bench_lowrank_linear.case(shapes.Layer(24, 40, 8), 6, "fp32")]
+    for name in ("first", "second", "first"):
+        made = suite.run(name, layer, arguments(out=path))
+        assert suite.finish(made, name, path) == 0
+    document = json.loads(path.read_text())
+    assert set(document["suites"]) == {"first", "second"}
+    for made in document["suites"].values():
+        assert made["complete"] and len(made["rows"]) == 4 and made["environment"]["commit"]
+        assert made["ceilings"] == {"copy_gb_per_s": 10.0, "matmul_tflop_per_s": {"float32": 0.05}}
+        assert "lowrank_ops triton" in made["not_run"]
+    assert not list(tmp_path.glob("*.partial"))
+    assert "x two_linears" in capsys.readouterr().out
+
+
+def test_a_choice_of_cases_is_no_complete_suite(quick, capsys):
+    layers = [bench_lowrank_linear.case(shapes.Layer(24, 40, 8), rows, "fp32") for rows in (1, 6)]
+    made = suite.run("some", layers, arguments(only="tokens=6"))
+    assert not made["complete"] and {row["shape"]["tokens"] for row in made["rows"]} == {6}
+
+
+def test_a_wrong_result_of_ours_is_an_exit_code(quick, monkeypatch, capsys):
+    case = bench_lowrank_linear.case(shapes.Layer(24, 40, 8), 6, "fp32")
+    honest = case.arms[3].run
+    lying = case.arms[3]._replace(run=lambda *tensors: honest(*tensors) + 1)
+    made = suite.run("wrong", [dataclasses.replace(case, arms=(*case.arms[:3], lying))], arguments())
+    assert made["rows"][0]["arm"] == "lowrank_ops auto" and made["rows"][0]["speedup"] == {}
+    assert suite.finish(made, "wrong", None) == 1
+    assert "WRONG: lowrank_linear" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["bench_covariance", "bench_lowrank_linear", "bench_model", "bench_cpu"])
+def test_command_lines_dry_run(module, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [module, "--dry-run", "--only", "nothing of this name"])
+    entry = importlib.import_module(f"benchmarks.{module}")
+    if module in ("bench_covariance", "bench_lowrank_linear"):
+        made = entry.all_cases if module == "bench_covariance" else entry.cases
+        assert suite.main("name", made, entry.__doc__, "bf16") == 0
+    else:
+        assert entry.main() == 0
+    assert "floors from stated ceilings" in capsys.readouterr().out
+
+
+def test_opponents_of_the_gpu_can_be_imported():
+    pytest.importorskip("triton")
+    assert callable(importlib.import_module("benchmarks.symmetric_kernel").symmetric_product)
+    assert callable(bench_lowrank_linear._compiled())

@@ -1,0 +1,163 @@
+"""The tuner without a GPU: what it would search, how it keeps its progress, and that its tables are read as written."""
+
+import dataclasses
+import importlib
+import json
+
+import pytest
+import torch
+
+from benchmarks import tune
+from benchmarks.suite import H200, META
+from lowrank_ops.ops import _tuning
+
+covariance = importlib.import_module("lowrank_ops.ops.covariance")
+covariance_triton = importlib.import_module("lowrank_ops.ops.covariance._triton")
+linear = importlib.import_module("lowrank_ops.ops.lowrank_linear")
+linear_config = importlib.import_module("lowrank_ops.ops.lowrank_linear._triton_config")
+CPU = torch.device("cpu")
+FACTS = {"device": "a GPU", "triton": "3", "commit": "abc", "date": "today"}
+
+
+def problem_of(tuner, shape):
+    case = tuner.case(shape)
+    return case.pose(case.make(META, 0))[1]._replace(device=H200)
+
+
+@pytest.fixture
+def tables(tmp_path, monkeypatch):
+    """A folder in which ``_tuning`` looks for tables instead of its own."""
+    cached = (_tuning.load, covariance_triton.config_for, linear_config.decode_config, linear_config.prefill_config)
+    monkeypatch.setattr(_tuning, "files", lambda package: tmp_path)
+    for function in cached:
+        function.cache_clear()
+    yield tmp_path / "tuned"
+    for function in cached:
+        function.cache_clear()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what happens without a GPU")
+def test_refuses_to_tune_without_a_gpu(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tune, "TABLES", tmp_path)
+    monkeypatch.setattr(tune, "PROGRESS", tmp_path)
+    assert tune.main([]) == 2
+    assert "needs a CUDA device" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("op", tune.TUNERS)
+def test_what_would_run_now_comes_first_and_is_legal(op):
+    tuner = tune.TUNERS[op]
+    for shape in tuner.shapes()[:: 3 if op == "lowrank_linear" else 1]:
+        problem = problem_of(tuner, shape)
+        starts = tuner.starts(problem)
+        assert len(starts) == len(set(starts)) and tuner.refuse(starts[0], problem) is None, shape
+        table, _ = tuner.case(shape).pose(tuner.case(shape).make(META, 0))
+        assert starts[0].impl == tune.choose(table, problem, "auto").name
+
+
+@pytest.mark.parametrize("op", tune.TUNERS)
+def test_neighbours_differ_in_one_field_and_some_are_illegal(op):
+    tuner = tune.TUNERS[op]
+    problem = problem_of(tuner, tuner.shapes()[0])
+    start = tuner.starts(problem)[0]
+    neighbours = tuner.neighbours(start)
+    for neighbour in neighbours:
+        pairs = zip(dataclasses.astuple(start.config), dataclasses.astuple(neighbour.config), strict=True)
+        assert sum(a != b for a, b in pairs) == 1
+    greedy = tune.Candidate(start.impl, dataclasses.replace(start.config, **{
+        field: max(values) for field, values in tuner.options[start.impl].items()
+    }))  # fmt: skip
+    assert "shared memory" in tuner.refuse(greedy, problem)
+
+
+def test_a_table_goes_the_way_back(tables):
+    tuner = tune.TUNERS["covariance_update"]
+    shape = {"tokens": 8192, "features": 768, "dtype": "bf16"}
+    problem = problem_of(tuner, shape)
+    config = dataclasses.replace(covariance_triton.config_for(problem), num_stages=3, split=6)
+    entry = {"shape": shape, **tune.Candidate("triton", config).to_dict(), "us": 1.5}
+    path = tune.write_table(tuner.op, tuner.arch(H200), FACTS, [entry], tables)
+    covariance_triton.config_for.cache_clear()
+    _tuning.load.cache_clear()
+    assert path.name == "covariance_update.sm90.json" and json.loads(path.read_text())["device"] == "a GPU"
+    assert covariance_triton.config_for(problem) == config
+    assert covariance_triton.config_for(problem._replace(tokens=9000)) == config
+    assert covariance_triton.config_for(problem._replace(dtype=torch.float16)) != config
+
+
+@pytest.mark.parametrize("impl", ["triton.decode", "triton.prefill", "two_products"])
+def test_a_linear_table_chooses_the_implementation(tables, impl):
+    tuner = tune.TUNERS["lowrank_linear"]
+    shape = next(shape for shape in tuner.shapes() if shape["tokens"] == 64 and shape["rank"] == 136)
+    problem = problem_of(tuner, shape)
+    start = next(candidate for candidate in tuner.starts(problem) if candidate.impl == impl)
+    field = {"triton.decode": {"up_stages": 4}, "triton.prefill": {"stages_k": 4}}.get(impl)
+    config = dataclasses.replace(start.config, **field) if field else None
+    tune.write_table(
+        tuner.op,
+        tuner.arch(H200),
+        FACTS,
+        [{"shape": shape, **tune.Candidate(impl, config).to_dict(), "us": 1.0}],
+        tables,
+    )
+    for function in (_tuning.load, linear_config.decode_config, linear_config.prefill_config, tune.choose):
+        function.cache_clear()
+    try:
+        assert tune.choose(linear.TABLE, problem, "auto").name == impl
+        if impl == "triton.decode":
+            assert linear_config.decode_config(problem) == config
+        if impl == "triton.prefill":
+            assert linear_config.prefill_config(problem) == config
+    finally:
+        tune.choose.cache_clear()
+
+
+class Fake(tune.CovarianceTuner):
+    """Three shapes, told apart by their tokens."""
+
+    def shapes(self):
+        return [{"tokens": tokens, "features": 8, "dtype": "bf16"} for tokens in (1, 2, 3)]
+
+
+@pytest.fixture
+def searched(monkeypatch):
+    """Shapes in the order in which they were searched, at no cost."""
+    seen = []
+
+    def search(tuner, shape, device, seconds):
+        seen.append(shape["tokens"])
+        entry = {"shape": shape, "impl": "triton", "config": {}, "us": 1.0}
+        return tune.Tuned(entry, f"changed {shape['tokens']}", {"a candidate": "wrong: error 1"})
+
+    monkeypatch.setattr(tune, "tune_shape", search)
+    return seen
+
+
+def test_progress_is_kept_and_the_table_waits_for_all(tmp_path, searched, monkeypatch, capsys):
+    progress, folder = tmp_path / "progress", tmp_path / "tables"
+    clock = iter(range(100))
+    monkeypatch.setattr(tune.time, "perf_counter", lambda: next(clock))
+    assert not tune.tune(Fake(), CPU, 2, 0.1, progress, folder)
+    assert searched == [1, 2] and not folder.exists()
+    assert "2 of 3 shapes are done" in (captured := capsys.readouterr()).out and "wrong: error 1" in captured.err
+    assert tune.tune(Fake(), CPU, 50, 0.1, progress, folder)
+    assert searched == [1, 2, 3]
+    (written,) = folder.iterdir()
+    assert [entry["shape"]["tokens"] for entry in json.loads(written.read_text())["entries"]] == [1, 2, 3]
+    assert "changed 3" in capsys.readouterr().out
+
+
+def test_progress_of_other_conditions_is_not_mixed_in(tmp_path, searched):
+    progress, folder = tmp_path / "progress", tmp_path / "tables"
+    assert tune.tune(Fake(), CPU, 50, 0.1, progress, folder)
+    (kept,) = progress.iterdir()
+    document = json.loads(kept.read_text())
+    document["conditions"]["triton"] = "another"
+    kept.write_text(json.dumps(document))
+    assert tune.tune(Fake(), CPU, 50, 0.1, progress, folder) and searched == [1, 2, 3, 1, 2, 3]
+
+
+def test_a_shape_without_a_candidate_keeps_the_table_from_being_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tune, "tune_shape", lambda *arguments: None)
+    assert not tune.tune(Fake(), CPU, 50, 0.1, tmp_path / "progress", tmp_path / "tables")
+    assert not (tmp_path / "tables").exists() and "no candidate" in capsys.readouterr().err

@@ -1,0 +1,22 @@
+"""The symmetric kernel that the benchmarks compare with must be a fair opponent: no spills, and on tensor cores."""
+
+import pytest
+
+from benchmarks.symmetric_kernel import BLOCK_D, BLOCK_T, STAGES, WARPS, symmetric_kernel
+from tests.compile_gate.gate import ARCHS, assert_clean, compile_kernel
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_symmetric_kernel_is_clean(arch, dtype):
+    names = symmetric_kernel.arg_names
+    report = compile_kernel(
+        symmetric_kernel,
+        {"x_ptr": f"*{dtype}", "out_ptr": "*fp32", **dict.fromkeys(names[2:6], "i32")},
+        {"BLOCK_D": BLOCK_D, "BLOCK_T": BLOCK_T, "UPCAST": False},
+        arch,
+        WARPS,
+        STAGES,
+        {(index,): [["tt.divisibility", 16]] for index in (0, 1, 3, 4, 5)},
+    )
+    assert_clean(report, arch)
