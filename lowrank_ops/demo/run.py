@@ -231,15 +231,14 @@ def _decompose(
 
 
 def _configs(options: argparse.Namespace) -> Iterator[lro.CompressionConfig]:
-    ranks = lro.ExplainedVariance(options.explained_variance)
-    budgets = [lro.ParameterBudget(percent / 100, options.allocation) for percent in options.budgets]
-    for policy, projection in [(ranks, "utilized"), *((budget, name) for budget in budgets for name in METHODS)]:
-        yield lro.CompressionConfig(
-            policy,
-            projection=projection,
-            centered=not options.uncentered,
-            overrides=dict.fromkeys(options.keep_dense),
-        )
+    def config(rank: lro.ExplainedVariance | lro.ParameterBudget, projection: str) -> lro.CompressionConfig:
+        dense = dict.fromkeys(options.keep_dense)
+        return lro.CompressionConfig(rank, projection, centered=not options.uncentered, overrides=dense)
+
+    yield config(lro.ExplainedVariance(options.explained_variance), "utilized")
+    for percent in options.budgets:
+        for projection in METHODS:
+            yield config(lro.ParameterBudget(percent / 100, options.allocation), projection)
 
 
 def _checks(rows: Sequence[Row], recorded: float | None) -> list[Check]:
