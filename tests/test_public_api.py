@@ -8,9 +8,9 @@ import lowrank_ops as lro
 
 NAMES = {
     "calibrate", "calibration", "choose_ranks", "CheckpointError", "CompressionConfig", "CompressionReport",
-    "compress_", "Covariance", "Covariances", "ExplainedVariance", "Factors", "factorize", "layer_subspaces", "LayerSubspaces",
-    "load_pretrained", "LowRankConv2d", "LowRankLinear", "NonFiniteActivationError", "ops", "ParameterBudget", "Ranks",
-    "replace_", "save_pretrained", "Subspace", "utilization", "UtilizationReport",
+    "compress_", "Covariance", "Covariances", "ExplainedVariance", "Factors", "factorize", "layer_subspaces",
+    "LayerSubspaces", "load_pretrained", "LowRankConv2d", "LowRankLinear", "NonFiniteActivationError", "ops",
+    "ParameterBudget", "Ranks", "replace_", "save_pretrained", "Subspace", "utilization", "UtilizationReport",
 }  # fmt: skip
 OPS = {
     "Backend", "BackendUnavailableError", "conv_covariance_update_", "covariance_finalize_", "covariance_update_",
