@@ -2,6 +2,7 @@
 #
 #   make demo      compress a trained Vision Transformer and compare it with the dense one
 #   make test      lint, type check, all tests that this machine can run, coverage
+#   make bench     measure: on a CPU in two minutes, where there is a GPU on that as well
 #   make test-gpu  the tests that need a CUDA device, with the torch and Triton that are installed
 #
 # On a machine whose package index serves a CUDA build of torch, a CPU build comes with
@@ -16,7 +17,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test lint test-unit test-interpreter test-compile coverage test-triton36 test-gpu clean
+.PHONY: demo test lint test-unit test-interpreter test-compile coverage test-triton36 test-gpu bench clean
 
 demo: $(VENV)/ready
 	$(BIN)/lowrank-ops demo
@@ -52,6 +53,21 @@ test-triton36: .venv-triton36/ready
 # Uses the environment at hand, which has to have a CUDA build of torch.
 test-gpu:
 	$(PYTHON) -m pytest -m gpu tests/gpu
+
+# The CPU suite in .venv; the GPU suite with the torch at hand, which has to be a CUDA build where there is a GPU.
+# RESULTS names the file of the GPU's figures.
+RESULTS ?= benchmarks/results/gpu.json
+bench: $(VENV)/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_cpu --out benchmarks/results/cpu.json
+	if $(PYTHON) -c "import torch; raise SystemExit(not torch.cuda.is_available())" 2>/dev/null; then \
+	  failed=0; \
+	  for suite in covariance lowrank_linear model; do \
+	    $(PYTHON) -m benchmarks.bench_$$suite --out $(RESULTS) || failed=1; \
+	  done; \
+	  exit $$failed; \
+	else \
+	  echo "no CUDA device: the GPU suite was not run"; \
+	fi
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
