@@ -196,8 +196,8 @@ def test_one_strided_token_is_left_to_the_reference():
     second_moment, total = torch.zeros(32, 32), torch.zeros(32)
     assert "unit column stride" in explain(second_moment, total, x)
     covariance_update_(second_moment, total, x)
-    zero = torch.zeros(32, 32)
-    assert_updated(second_moment, total, zero, torch.zeros(32), x[None], "bf16x3", torch.float32)
+    torch.testing.assert_close(second_moment.tril(), torch.outer(x, x).tril())
+    assert torch.equal(total, x)
 
 
 def test_auto_keeps_to_the_reference_and_refusals_say_why():
