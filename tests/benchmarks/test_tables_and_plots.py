@@ -67,7 +67,7 @@ def test_curves_hold_right_rows_in_order():
             "speedup": {"dense": speedup}, "fraction_of_floor": 0.5,
         } | changes  # fmt: skip
 
-    rows = [row(64, 2.0), row(1, 1.5), row(16, 9.0, correct=False), row(4, 9.0, arm="dense"), row(8, 9.0, speedup={})]
+    rows = [row(64, 2.0), row(1, 1.5), row(16, 9.0, correct=False), row(4, 9.0, arm="dense"), row(8, None)]
     found = plot.curves(rows, "lowrank_linear", "tokens", lambda row: row["speedup"].get("dense"), lambda row: "layer")
     assert found == {"layer": [(1, 1.5), (64, 2.0)]}
 
