@@ -1,10 +1,10 @@
 """Low-rank layers from the subspaces that a model really uses: calibrate, measure, compress, run fast."""
 
 from . import ops
-from .calibration import NonFiniteActivationError, calibrate, calibration
+from .calibration import calibrate, calibration
 from .compress import compress_
 from .config import CompressionConfig, ExplainedVariance, ParameterBudget, Ranks
-from .covariances import Covariance, Covariances
+from .covariances import Covariance, Covariances, NonFiniteActivationError
 from .factors import Factors, factorize
 from .layers import LowRankConv2d, LowRankLinear
 from .ranks import choose_ranks
