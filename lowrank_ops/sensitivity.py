@@ -127,7 +127,8 @@ class GradientTaps:
         if not gradients:
             raise ValueError(
                 "the loss of sensitivity depends on no layer: the model's forward runs without gradients "
-                "(torch.no_grad, inference_mode, a detached output). Pass forward= with a differentiable call, or sensitivity=None."
+                "(torch.no_grad, inference_mode, a detached output). "
+                "Pass forward= with a differentiable call, or sensitivity=None."
             )
         return gradients
 
