@@ -281,7 +281,8 @@ class _Recorder:
             batch = f"batch {self._batch - of_loss} (counted from 0)"
             where = batch if self._in_forward or of_loss else "a call beside the model's forward"
             raise NonFiniteActivationError(
-                f"layer {state.leader!r}: its {state.covariance.side} holds NaN or inf (or overflows the sums) in {where}. "
+                f"layer {state.leader!r}: its {state.covariance.side} holds NaN or inf (or overflows the sums) "
+                f"in {where}. "
                 "Check that batch, or run the model in a wider dtype."
             )
         self._touched.clear()
