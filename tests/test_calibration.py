@@ -510,7 +510,7 @@ def test_nan_in_a_model_that_is_the_layer_names_the_right_batch():
 
 def test_nan_beside_the_models_forward():
     model = nn.Sequential(nn.Linear(2, 2))
-    with pytest.raises(lro.NonFiniteActivationError, match="layer '0'.*a call beside the model's forward"):
+    with pytest.raises(lro.NonFiniteActivationError, match=r"layer '0'.*a call beside the model's forward"):
         lro.calibrate(model, [torch.full((1, 2), torch.nan)], forward=lambda model, batch: model[0](batch))
 
 
