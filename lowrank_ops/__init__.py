@@ -3,7 +3,7 @@
 from . import ops
 from .calibration import calibrate, calibration
 from .compress import compress_
-from .config import CompressionConfig, ExplainedVariance, ParameterBudget, Ranks
+from .config import AccuracyGuided, CompressionConfig, ExplainedVariance, FlopBudget, ParameterBudget, Ranks
 from .covariances import Covariance, Covariances, NonFiniteActivationError
 from .factors import Factors, factorize
 from .layers import LowRankConv2d, LowRankLinear
@@ -30,6 +30,8 @@ __all__ = [
     "choose_ranks",
     "ExplainedVariance",
     "ParameterBudget",
+    "FlopBudget",
+    "AccuracyGuided",
     "Ranks",
     # factors and replacement
     "CompressionConfig",
