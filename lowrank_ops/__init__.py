@@ -6,6 +6,7 @@ from .compress import compress_
 from .config import AccuracyGuided, CompressionConfig, ExplainedVariance, FlopBudget, ParameterBudget, Ranks
 from .covariances import Covariance, Covariances, NonFiniteActivationError
 from .factors import Factors, factorize
+from .finetune import FinetuneReport, finetune_
 from .layers import LowRankConv2d, LowRankLinear
 from .ranks import choose_ranks
 from .replacement import replace_
@@ -42,5 +43,8 @@ __all__ = [
     "LowRankConv2d",
     "LowRankLinear",
     "replace_",
+    # recovering accuracy
+    "finetune_",
+    "FinetuneReport",
 ]
 from .version import __version__ as __version__

@@ -1,8 +1,8 @@
-"""Batches as users have them: tensors, tuples, lists and mappings."""
+"""Batches and outputs as models have them: tensors, tuples, lists, mappings and objects."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,3 +32,14 @@ def move(batch: Any, device: torch.device) -> Any:
 def device_of(model: nn.Module) -> torch.device:
     """The device of the model's first parameter."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def output_tensor(output: Any, fields: Sequence[str]) -> Tensor | None:
+    """The tensor of a model's output: itself, the first of ``fields`` that it has, or the first of a tuple or list."""
+    found = output
+    if not isinstance(output, Tensor):
+        get = output.get if isinstance(output, Mapping) else lambda name: getattr(output, name, None)
+        found = next((value for value in map(get, fields) if isinstance(value, Tensor)), None)
+        if found is None and isinstance(output, (tuple, list)) and output:
+            found = output[0]
+    return found if isinstance(found, Tensor) and found.is_floating_point() and found.dim() else None

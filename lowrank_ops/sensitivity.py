@@ -6,12 +6,14 @@ negative log-likelihood it is the output's block of the Fisher information (Mart
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from .batches import output_tensor
 
 Sensitivity = str | Callable[[Any, Any], Tensor]
 KINDS = ("fisher", "output")
@@ -67,14 +69,8 @@ def objective(sensitivity: Sensitivity, output: Any, batch: Any, mask: Tensor | 
 
 
 def _tensor(output: Any, kind: str) -> Tensor:
-    """The tensor of a model's output: itself, a known field, or the first of a tuple or list."""
-    found = output
-    if not isinstance(output, Tensor):
-        get = output.get if isinstance(output, Mapping) else lambda name: getattr(output, name, None)
-        found = next((value for value in map(get, _FIELDS[kind]) if isinstance(value, Tensor)), None)
-        if found is None and isinstance(output, Sequence) and len(output):
-            found = output[0]
-    if not isinstance(found, Tensor) or not found.is_floating_point() or not found.dim():
+    found = output_tensor(output, _FIELDS[kind])
+    if found is None:
         raise ValueError(
             f"sensitivity={kind!r} found no tensor in the model's output of type {type(output).__name__}; pass "
             "forward=, which picks one, or a function loss(output, batch) as sensitivity."

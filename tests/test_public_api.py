@@ -7,7 +7,7 @@ import pytest
 import lowrank_ops as lro
 
 NAMES = {
-    "AccuracyGuided", "FlopBudget", "calibrate", "calibration", "choose_ranks", "CheckpointError", "CompressionConfig", "CompressionReport", "compress_",
+    "AccuracyGuided", "finetune_", "FinetuneReport", "FlopBudget", "calibrate", "calibration", "choose_ranks", "CheckpointError", "CompressionConfig", "CompressionReport", "compress_",
     "Covariance", "Covariances", "ExplainedVariance", "Factors", "factorize", "layer_subspaces", "LayerSubspaces",
     "load_pretrained", "LowRankConv2d", "LowRankLinear", "NonFiniteActivationError", "ops", "ParameterBudget", "Ranks",
     "replace_", "save_pretrained", "Subspace", "utilization", "UtilizationReport",
