@@ -2,6 +2,7 @@
 
 from . import ops
 from .calibration import calibrate, calibration
+from .checkpoint import CheckpointError, load_pretrained, save_pretrained
 from .compress import compress_
 from .config import AccuracyGuided, CompressionConfig, ExplainedVariance, FlopBudget, ParameterBudget, Ranks
 from .covariances import Covariance, Covariances, NonFiniteActivationError
@@ -46,5 +47,9 @@ __all__ = [
     # recovering accuracy
     "finetune_",
     "FinetuneReport",
+    # checkpoints
+    "CheckpointError",
+    "load_pretrained",
+    "save_pretrained",
 ]
 from .version import __version__ as __version__

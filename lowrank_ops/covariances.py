@@ -164,7 +164,10 @@ class Covariances(Mapping[str, Covariance]):
             "unreached": self.unreached,
             "skipped": self.skipped,
         }
+        Path(path).touch()
+        mode = Path(path).stat().st_mode
         save_file(tensors, path, metadata={"lowrank_ops": json.dumps(header)})
+        Path(path).chmod(mode)  # safetensors makes files private
 
     @classmethod
     def load(cls, path: str | Path) -> Covariances:

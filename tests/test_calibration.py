@@ -589,3 +589,9 @@ def test_progress_and_filter():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     covariances = lro.calibrate(model, [torch.randn(2, 4)], filter_fn=lambda module, fqn: fqn == "1", progress=True)
     assert list(covariances) == ["1"]
+
+
+def test_a_batch_of_the_wrong_width_names_the_layer() -> None:
+    model = nn.Sequential(nn.Linear(8, 4))
+    with pytest.raises(ValueError, match=r"layer '0' takes 8 features on its input side; a batch brought 5"):
+        lro.calibrate(model, [torch.randn(3, 5)])

@@ -1,8 +1,9 @@
 """Accuracy at equal size: ``python -m lowrank_ops.demo.accuracy``, the tables of docs/results.md.
 
 Compresses the demo's Vision Transformer with every projection and allocation at several parameter budgets, without
-fine-tuning; with ``--finetune`` it goes on to fine-tune each of them, on labels and by distillation from the dense model,
-for one pass through the original training images (on Debian: ``apt install dataset-fashion-mnist``). Rows go to a JSON file as they are done; run again, it computes those that are missing.
+fine-tuning; with ``--finetune`` it goes on to fine-tune each of them, on labels and by distillation from the dense
+model, for one pass through the original training images (on Debian: ``apt install dataset-fashion-mnist``). Rows go
+to a JSON file as they are done; run again, it computes those that are missing.
 """
 
 from __future__ import annotations

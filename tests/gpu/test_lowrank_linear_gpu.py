@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from tolerance import assert_close_to_float64
+from tests.tolerance import assert_close_to_float64
 
 from lowrank_ops.ops import lowrank_linear
 from lowrank_ops.ops.lowrank_linear import _triton, _triton_config, describe, explain, reference

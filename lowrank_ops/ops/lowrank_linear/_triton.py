@@ -285,9 +285,10 @@ def _layout(strides: tuple[int, ...]) -> tuple[bool, int]:
 
 
 def shipped(arch: int) -> list[Specialization]:
-    """Every compiled form that a call may take on ``arch`` (80, 90 or 100), for offline compilation.
+    """Every compiled form that ``auto`` may take on ``arch`` (80, 90 or 100), for offline compilation.
 
-    Of forms that differ only in what costs no registers (the dtype, the activation, a bias) the most expensive one.
+    Of forms that differ in the dtype, the activation or a bias only the most expensive one. Not among them are those
+    for operands off 16 bytes: they load element by element and may spill, so that only ``backend="triton"`` takes them.
     """
     from ._triton_shipped import specializations
 

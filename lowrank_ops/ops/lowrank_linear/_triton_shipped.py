@@ -1,4 +1,4 @@
-"""The compiled forms of the Triton kernels that calls may take, as the compile gate and the kernel table read them."""
+"""The compiled forms of the Triton kernels that `auto` may take, as the compile gate and the kernel table read them."""
 
 from __future__ import annotations
 
