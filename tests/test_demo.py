@@ -129,6 +129,12 @@ def test_run_reports_every_method_at_every_budget(finished: tuple[int, Path]) ->
     assert report["training"] == training_record()
 
 
+def test_what_the_demo_promises_holds(tmp_path: Path) -> None:
+    assert run.run(options("--out", tmp_path, "--budgets", "--rounds", 1)) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert len(report["checks"]) == 3 and report["test_images"] == 10_000
+
+
 def test_reported_numbers_agree_with_one_another(finished: tuple[int, Path]) -> None:
     report = json.loads((finished[1] / "report.json").read_text())
     dense, utilized, *budgets = report["rows"]
@@ -157,7 +163,9 @@ def test_utilization_is_that_of_the_library(finished: tuple[int, Path]) -> None:
     reported = json.loads((finished[1] / "report.json").read_text())["utilization"]
     model = load_vit()
     covariances = lro.calibrate(model, data.load_images("calibration")[0][:200].split(50))
-    expected = lro.utilization(model, covariances, 0.99, filter_fn=lambda module, fqn: "blocks.3" in fqn)
+    expected = lro.utilization(
+        model, covariances, 0.99, centered=False, filter_fn=lambda module, fqn: "blocks.3" in fqn
+    )
     found = {layer["fqn"]: layer["rank"] for layer in reported["layers"]}
     assert expected.layers and all(found[layer.fqn] == layer.rank for layer in expected.layers)
     mean = sum(layer["utilization"] for layer in reported["layers"]) / len(reported["layers"])
@@ -214,17 +222,20 @@ def test_a_budget_that_cannot_be_met(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert not (tmp_path / "report.json").exists()
 
 
-def test_layers_can_stay_dense_and_variance_be_about_zero(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], small_model: None
-) -> None:
-    run.run(quick(tmp_path, "--budgets", 50, "--keep-dense", "head", "--uncentered"))
+@pytest.mark.usefixtures("small_model")
+@pytest.mark.parametrize(("arguments", "dense"), [([], {"head"}), (["--keep-dense", "blocks.0.fc1"], {"blocks.0.fc1"})])
+def test_layers_stay_dense_on_request(tmp_path: Path, arguments: list[str], dense: set[str]) -> None:
+    run.run(quick(tmp_path, "--budgets", 80, *arguments))
     report = json.loads((tmp_path / "report.json").read_text())
-    assert "head left dense. Variance about zero" in capsys.readouterr().out
-    assert report["utilization"]["centered"] is False
     for row in report["rows"][1:]:
-        assert row["compression"]["config"]["centered"] is False
         ranks = {layer["fqn"]: layer["rank"] for layer in row["compression"]["layers"]}
-        assert ranks["head"] is None and any(rank is not None for rank in ranks.values())
+        assert all(ranks[fqn] is None for fqn in dense) and any(rank is not None for rank in ranks.values())
+
+
+def test_utilized_rank_counts_variance_about_zero_and_budgets_about_the_mean(finished: tuple[int, Path]) -> None:
+    report = json.loads((finished[1] / "report.json").read_text())
+    assert report["utilization"]["centered"] is False
+    assert [row["compression"]["config"]["centered"] for row in report["rows"][1:]] == [False] + [True] * 9
 
 
 def test_recorded_accuracy_is_checked_on_the_whole_test_set_only() -> None:

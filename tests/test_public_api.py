@@ -34,7 +34,8 @@ def test_public_things_are_documented(name: str) -> None:
         assert all(method.__doc__ or method.__name__ in {"forward", "extra_repr"} for method in methods)
     else:
         assert all(
-            parameter.annotation is not inspect.Parameter.empty for parameter in inspect.signature(thing).parameters.values()
+            parameter.annotation is not inspect.Parameter.empty
+            for parameter in inspect.signature(thing).parameters.values()
         )
 
 

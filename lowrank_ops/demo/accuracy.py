@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--budgets", type=float, nargs="+", default=[75, 50, 35, 25, 15], help="%% of layer parameters")
     parser.add_argument("--projections", nargs="+", choices=PROJECTIONS, default=list(PROJECTIONS))
     parser.add_argument("--allocations", nargs="+", choices=ALLOCATIONS, default=list(ALLOCATIONS))
+    parser.add_argument("--keep-dense", nargs="*", default=[], metavar="LAYER", help="such as head, the classifier")
     parser.add_argument("--finetune", action="store_true", help="fine-tune, instead of the tables without")
     parser.add_argument("--lr", type=float, default=3e-4, help="of the fine-tuning")
     parser.add_argument("--train-images", type=int, default=60_000, help="fine-tune on this many, the first of the set")
@@ -54,8 +55,9 @@ def main() -> None:
 
     rows = json.loads(options.out.read_text()) if options.out.exists() else []
     bench = Bench(options.probes)
+    setup: dict[str, Any] = {"kept_dense": " ".join(options.keep_dense), "probes": options.probes}
     configs: list[dict[str, Any]] = [
-        {"budget": budget, "projection": projection, "allocation": allocation}
+        {"budget": budget, "projection": projection, "allocation": allocation, **setup}
         for budget in options.budgets
         for projection in options.projections
         for allocation in options.allocations
@@ -64,13 +66,15 @@ def main() -> None:
     if options.finetune:
         ways = ("plain", "distilled")
         train = training_batches(options.data, options.train_images)
-        setup = {"train_images": options.train_images, "lr": options.lr}
-        configs = [{**config, "finetuned": way, **setup} for config in configs for way in ways]
+        training = {"train_images": options.train_images, "lr": options.lr}
+        configs = [{**config, "finetuned": way, **training} for config in configs for way in ways]
     else:
         configs = [{**config, "finetuned": "none"} for config in configs]
     missing = [config for config in configs if not any(config.items() <= row.items() for row in rows)]
     for config in tqdm(missing, desc="compressing and evaluating", unit="model"):
-        student, report = bench.compress(config["budget"], config["projection"], config["allocation"])
+        student, report = bench.compress(
+            config["budget"], config["projection"], config["allocation"], options.keep_dense
+        )
         if options.finetune:
             recover(student, bench.dense, train, config["finetuned"] == "distilled", options.lr)
         rows.append({**config, **bench.judge(student), "layer_share": share(report), "predicted_loss": lost(report)})
@@ -99,9 +103,15 @@ class Bench:
         self.predictions = predict(self.dense, self.images)
         print(f"dense: {percent_equal(self.predictions, self.labels):.2f}%")
 
-    def compress(self, budget: float, projection: str, allocation: str) -> tuple[nn.Module, lro.CompressionReport]:
-        """A compressed copy, and what was done to it; ``budget`` in % of the layer parameters."""
-        config = lro.CompressionConfig(lro.ParameterBudget(budget / 100, allocation), projection=projection)
+    def compress(
+        self, budget: float, projection: str, allocation: str, kept_dense: Sequence[str]
+    ) -> tuple[nn.Module, lro.CompressionReport]:
+        """A compressed copy, and what was done to it; ``budget`` in % of the parameters of all layers."""
+        config = lro.CompressionConfig(
+            lro.ParameterBudget(budget / 100, allocation),
+            projection=projection,
+            overrides=dict.fromkeys(kept_dense),
+        )
         student = copy.deepcopy(self.dense)
         return student, lro.compress_(student, self.covariances, config, subspaces=self.subspaces)
 

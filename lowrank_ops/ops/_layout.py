@@ -4,7 +4,7 @@ from torch import Tensor
 
 
 def row_stride(x: Tensor) -> int:
-    """Elements between the rows of ``x`` (..., features) seen as a matrix; 0 where it is none with unit column stride."""
+    """Elements between the rows of ``x`` (..., features) as a matrix; 0 where it is none with unit column stride."""
     if x.is_contiguous():
         return x.shape[-1]
     if x.dim() < 2 or x.stride(-1) != 1:

@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+
 from tests.tolerance import assert_close_to_float64
 
 if os.environ.get("TRITON_INTERPRET") != "1":

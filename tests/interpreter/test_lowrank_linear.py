@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+
 from tests.tolerance import assert_close_to_float64
 
 if not os.environ.get("TRITON_INTERPRET"):
