@@ -76,7 +76,9 @@ def test_shares_lie_between_0_and_1(share):
 def test_bad_choices():
     with pytest.raises(ValueError, match="allocation must be one of 'uniform', 'energy', 'loss'; got 'greedy'"):
         lro.ParameterBudget(0.5, "greedy")
-    with pytest.raises(TypeError, match="rank must be one of ExplainedVariance, ParameterBudget, FlopBudget, Ranks, AccuracyGuided"):
+    with pytest.raises(
+        TypeError, match="rank must be one of ExplainedVariance, ParameterBudget, FlopBudget, Ranks, AccuracyGuided"
+    ):
         lro.CompressionConfig(rank=64)
     with pytest.raises(AttributeError):
         lro.CompressionConfig().projection = "weight"
