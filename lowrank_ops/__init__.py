@@ -1,12 +1,13 @@
 """Low-rank layers from the subspaces that a model really uses: calibrate, measure, compress, run fast."""
 
 from . import ops
-from .calibration import NonFiniteActivationError, calibrate, calibration
+from .calibration import calibrate, calibration
 from .checkpoint import CheckpointError, load_pretrained, save_pretrained
 from .compress import compress_
-from .config import CompressionConfig, ExplainedVariance, ParameterBudget, Ranks
-from .covariances import Covariance, Covariances
+from .config import AccuracyGuided, CompressionConfig, ExplainedVariance, FlopBudget, ParameterBudget, Ranks
+from .covariances import Covariance, Covariances, NonFiniteActivationError
 from .factors import Factors, factorize
+from .finetune import FinetuneReport, finetune_
 from .layers import LowRankConv2d, LowRankLinear
 from .ranks import choose_ranks
 from .replacement import replace_
@@ -31,6 +32,8 @@ __all__ = [
     "choose_ranks",
     "ExplainedVariance",
     "ParameterBudget",
+    "FlopBudget",
+    "AccuracyGuided",
     "Ranks",
     # factors and replacement
     "CompressionConfig",
@@ -41,6 +44,9 @@ __all__ = [
     "LowRankConv2d",
     "LowRankLinear",
     "replace_",
+    # recovering accuracy
+    "finetune_",
+    "FinetuneReport",
     # checkpoints
     "CheckpointError",
     "load_pretrained",

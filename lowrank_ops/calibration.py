@@ -1,6 +1,7 @@
 """Stream a model's activations through the covariance op: model + batches -> Covariances.
 
 Hooks see every call of every layer; the model is handed back as it was: training flags, gradients, random state.
+With a loss, one backward pass per batch streams the gradients at the layers' outputs as well.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,10 +18,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
-from .covariances import Covariance, Covariances
+from .batches import call_model, device_of, move
+from .covariances import GRADIENT, Covariance, Covariances, NonFiniteActivationError
 from .dense_layers import FilterFn, bias_vector, dimensions, find_layers, pad_input
 from .ops import conv_covariance_update_, covariance_finalize_, covariance_update_
 from .ops.covariance import output_size
+from .sensitivity import GradientTaps, Sensitivity, check_sensitivity, gradient_rows, objective
 
 Mask = str | Callable[[tuple[Any, ...], dict[str, Any]], Tensor | None]
 
@@ -28,10 +31,6 @@ Mask = str | Callable[[tuple[Any, ...], dict[str, Any]], Tensor | None]
 # unless the input's moment is too small to matter.
 OUTPUT_SIDE_RATIO = 16
 SMALL_STATE_BYTES = 64 << 20
-
-
-class NonFiniteActivationError(ValueError):
-    """NaN or inf reached a layer during calibration; the message names the layer and the batch."""
 
 
 def calibrate(
@@ -43,6 +42,8 @@ def calibrate(
     side: str = "auto",
     dtype: torch.dtype = torch.float64,
     forward: Callable[[nn.Module, Any], Any] | None = None,
+    sensitivity: Sensitivity | None = None,
+    probes: int = 1,
     max_state_bytes: int = 2 << 30,
     share_inputs: bool = True,
     progress: bool = False,
@@ -63,6 +64,12 @@ def calibrate(
             times as wide as the output.
         dtype: dtype of the sums, float64 or float32.
         forward: ``forward(model, batch)`` replaces the call of the model, to drop labels for instance.
+        sensitivity: also stream the gradients at the layers' outputs, which ``projection="loss"`` and
+            ``allocation="loss"`` need, by one backward pass per batch. ``"fisher"``: of the log-likelihood of labels
+            drawn from the model's own output distribution (logits); ``"output"``: of random signs times the model's
+            output, for models without one; or ``loss(output, batch)``, a scalar summed (not averaged) over
+            samples or a tensor of losses by sample. Gradients of parameters are left as they are.
+        probes: draws, and backward passes, per batch for ``"fisher"`` and ``"output"``.
         max_state_bytes: bound on one layer's input moment under ``side="auto"``.
         share_inputs: keep one covariance for layers that receive the same tensor (q, k, v; gate, up). Tensors made
             under ``torch.inference_mode`` are not shared: nothing tells whether they were changed in between.
@@ -73,26 +80,30 @@ def calibrate(
         ``filter_fn`` chose the layers.
 
     Raises:
-        NonFiniteActivationError: NaN or inf in an activation.
+        NonFiniteActivationError: NaN or inf in an activation or a gradient.
         ValueError: a bad argument, no batch, or no layer to calibrate.
     """
-    run = forward or _call
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    if sensitivity is not None:
+        check_sensitivity(sensitivity)
+    if isinstance(probes, bool) or not isinstance(probes, int) or probes < 1:
+        raise ValueError(f"probes must be a positive integer, the number of draws per batch; got {probes!r}.")
+    run = forward or call_model
+    device = device_of(model)
     seen = 0
     with (
-        torch.no_grad(),
-        calibration(
-            model,
-            filter_fn=filter_fn,
-            mask=mask,
-            side=side,
-            dtype=dtype,
-            max_state_bytes=max_state_bytes,
-            share_inputs=share_inputs,
-        ) as covariances,
+        torch.inference_mode(False) if sensitivity is not None else nullcontext(),
+        torch.set_grad_enabled(sensitivity is not None),
+        _recording(model, filter_fn, mask, side, dtype, max_state_bytes, share_inputs) as (recorder, covariances),
     ):
+        _warn_of_skipped(covariances, filter_fn, stacklevel=3)
+        if sensitivity is not None:
+            recorder.attach_taps(dtype)
         for batch in tqdm(batches, desc="calibrating", unit="batch", disable=not progress):
-            run(model, _to(batch, device))
+            moved = move(batch, device)
+            output = run(model, moved)
+            if sensitivity is not None:
+                for probe in range(probes):
+                    recorder.see_loss(sensitivity, output, moved, keep=probe + 1 < probes)
             seen += 1
     if not seen:
         raise ValueError("batches was empty; pass at least one batch.")
@@ -114,6 +125,21 @@ def calibration(
 
     The object that it gives is filled when the block ends. If the block raises, the model is restored all the same.
     """
+    with _recording(model, filter_fn, mask, side, dtype, max_state_bytes, share_inputs) as (_, covariances):
+        _warn_of_skipped(covariances, filter_fn, stacklevel=4)
+        yield covariances
+
+
+@contextmanager
+def _recording(
+    model: nn.Module,
+    filter_fn: FilterFn | None,
+    mask: Mask | None,
+    side: str,
+    dtype: torch.dtype,
+    max_state_bytes: int,
+    share_inputs: bool,
+) -> Iterator[tuple[_Recorder, Covariances]]:
     if side not in ("auto", "input", "output"):
         raise ValueError(f"side must be 'auto', 'input' or 'output'; got {side!r}.")
     if dtype not in (torch.float32, torch.float64):
@@ -122,10 +148,6 @@ def calibration(
     if not layers:
         reasons = "".join(f"\n  {fqn or '(the model)'}: {reason}" for fqn, reason in skipped.items())
         raise ValueError(f"model has no Linear, Conv2d or Conv1D that filter_fn keeps and that can be seen.{reasons}")
-
-    if skipped and filter_fn is None:
-        reasons = "".join(f"\n  {fqn}: {reason}" for fqn, reason in skipped.items())
-        warnings.warn(f"calibration leaves out what it cannot see into:{reasons}", stacklevel=3)
 
     covariances = Covariances()
     covariances.skipped = skipped
@@ -137,13 +159,19 @@ def calibration(
             model.eval()
             sides = {fqn: _side(layer, side, dtype, max_state_bytes) for fqn, layer in layers.items()}
             recorder.attach(model, sides, dtype)
-            yield covariances
+            yield recorder, covariances
             recorder.check_finite()
         finally:
             recorder.detach()
             for module, flag in training.items():
                 module.training = flag
     recorder.finish(covariances)
+
+
+def _warn_of_skipped(covariances: Covariances, filter_fn: FilterFn | None, stacklevel: int) -> None:
+    if covariances.skipped and filter_fn is None:
+        reasons = "".join(f"\n  {fqn}: {reason}" for fqn, reason in covariances.skipped.items())
+        warnings.warn(f"calibration leaves out what it cannot see into:{reasons}", stacklevel=stacklevel)
 
 
 def _side(layer: nn.Module, side: str, dtype: torch.dtype, max_state_bytes: int) -> str:
@@ -163,10 +191,14 @@ class _Recorder:
     def __init__(self, layers: Mapping[str, nn.Module], mask: Mask | None, share: bool) -> None:
         self._layers = layers
         self._mask_source = mask
-        self._mask: Tensor | None = None
+        self._mask: Tensor | None = None  # of this forward
+        self._last_mask: Tensor | None = None  # of the forward that a loss follows
         self._share = share
         self._states: dict[str, _State] = {}  # by layer; a layer that shares its input has its leader's
         self._touched: dict[str, _State] = {}  # in this forward, in the order of the calls
+        self._taps = GradientTaps()
+        self._gradients: dict[str, _State] = {}
+        self._samples = 0
         self._batch = 0
         self._in_forward = False
         self._handles: list[RemovableHandle] = []
@@ -191,6 +223,31 @@ class _Recorder:
             with_kwargs=True,
         )
 
+    def attach_taps(self, dtype: torch.dtype) -> None:
+        """Hook the outputs of all layers, to differentiate by them."""
+        self._gradient_dtype = dtype
+        for fqn, layer in self._layers.items():
+            self._handles.append(
+                layer.register_forward_hook(
+                    lambda module, args, y, fqn=fqn: self._taps.tap(fqn, y, self._mask), prepend=True
+                )
+            )
+
+    def see_loss(self, sensitivity: Sensitivity, output: Any, batch: Any, keep: bool) -> None:
+        """Add the gradients of a batch's loss; ``keep`` where another loss of this batch follows."""
+        loss, samples = objective(sensitivity, output, batch, self._last_mask)
+        for fqn, values, mask in self._taps.gradients(loss, keep):
+            layer = self._layers[fqn]
+            if fqn not in self._gradients:
+                self._gradients[fqn] = _new_state(fqn, layer, GRADIENT, self._gradient_dtype)
+                self._gradients[fqn].join(fqn)
+            state = self._touched[f"gradient of {fqn}"] = self._gradients[fqn]
+            rows = gradient_rows(layer, values)
+            with torch.no_grad():
+                state.update(rows if isinstance(layer, nn.Conv2d) else _masked(fqn, rows, mask))
+        self._samples += samples
+        self.check_finite()
+
     def detach(self) -> None:
         """Remove every hook."""
         for handle in self._handles:
@@ -206,6 +263,10 @@ class _Recorder:
                 if covariance.side == "output":
                     _remove_bias(covariance, self._layers[fqn])
                 covariances._add(covariance)
+        for state in self._gradients.values():
+            covariance_finalize_(state.covariance.second_moment)
+            state.covariance.count = self._samples
+            covariances._add(state.covariance)
         covariances._sort(list(self._layers))
         covariances.unreached = tuple(fqn for fqn in self._layers if fqn not in covariances)
 
@@ -215,11 +276,14 @@ class _Recorder:
             return
         finite = torch.stack([state.is_finite().cpu() for state in self._touched.values()])
         if not bool(finite.all()):
-            fqn = list(self._touched)[int(finite.int().argmin())]
-            batch = f"batch {self._batch} (counted from 0)" if self._in_forward else "a call beside the model's forward"
+            state = list(self._touched.values())[int(finite.int().argmin())]
+            of_loss = state.covariance.side == GRADIENT  # the forward is over by then
+            batch = f"batch {self._batch - of_loss} (counted from 0)"
+            where = batch if self._in_forward or of_loss else "a call beside the model's forward"
             raise NonFiniteActivationError(
-                f"layer {fqn!r}: its {self._touched[fqn].covariance.side} holds NaN or inf (or overflows the sums) "
-                f"in {batch}. Check that batch, or run the model in a wider dtype."
+                f"layer {state.leader!r}: its {state.covariance.side} holds NaN or inf (or overflows the sums) "
+                f"in {where}. "
+                "Check that batch, or run the model in a wider dtype."
             )
         self._touched.clear()
 
@@ -244,7 +308,7 @@ class _Recorder:
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         self.check_finite()
-        self._mask = None
+        self._last_mask, self._mask = self._mask, None
         self._in_forward = False
         self._batch += 1
 
@@ -277,33 +341,13 @@ class _Recorder:
             )
         if x.is_nested:
             return torch.cat(x.unbind())  # nn.TransformerEncoder has taken the padding out
-        mask = self._mask
-        if mask is None:
-            return x
-        leading = x.shape[:-1]
-        if leading == mask.shape or leading == (mask.numel(),):
-            return x[mask.reshape(leading).to(x.device)]
-        if leading == mask.shape[:1]:
-            return x  # pooled: one row for each sequence
-        raise ValueError(
-            f"mask of shape {tuple(mask.shape)} does not fit the activation {tuple(x.shape)} of layer {fqn!r}, whose "
-            "leading shape must be (batch, positions), (batch * positions,) or (batch,). "
-            "Leave the layer out with filter_fn."
-        )
+        return _masked(fqn, x, self._mask)
 
     def _state(self, fqn: str, layer: nn.Module, x: Tensor | None, side: str, dtype: torch.dtype) -> _State:
         if fqn not in self._states:
             leader = self._leader_of(layer, x) if self._share and x is not None else None
             if leader is None:
-                groups, in_features, out_features = dimensions(layer)
-                features = in_features if side == "input" else out_features
-                shape = (features,) if groups == 1 else (groups, features)
-                device = layer.weight.device
-                assert isinstance(device, torch.device)
-                with torch.inference_mode(False):  # sums made in inference mode could not be updated outside it
-                    second_moment = torch.zeros(*shape, features, dtype=dtype, device=device)
-                    total = torch.zeros(shape, dtype=dtype, device=device)
-                leader = _State(fqn, _geometry(layer), Covariance(second_moment, total, side=side))
+                leader = _new_state(fqn, layer, side, dtype)
             leader.join(fqn)
             self._states[fqn] = leader
         return self._states[fqn]
@@ -314,6 +358,18 @@ class _Recorder:
             if state.has_only_seen(x) and state.geometry == _geometry(layer):
                 return state
         return None
+
+
+def _new_state(fqn: str, layer: nn.Module, side: str, dtype: torch.dtype) -> _State:
+    groups, in_features, out_features = dimensions(layer)
+    features = in_features if side == "input" else out_features
+    shape = (features,) if groups == 1 else (groups, features)
+    device = layer.weight.device
+    assert isinstance(device, torch.device)
+    with torch.inference_mode(False):  # sums made in inference mode could not be updated outside it
+        second_moment = torch.zeros(*shape, features, dtype=dtype, device=device)
+        total = torch.zeros(shape, dtype=dtype, device=device)
+    return _State(fqn, _geometry(layer), Covariance(second_moment, total, side=side))
 
 
 class _State:
@@ -404,6 +460,22 @@ class _State:
         )
 
 
+def _masked(fqn: str, x: Tensor, mask: Tensor | None) -> Tensor:
+    """The rows of ``x`` (..., features) at which ``mask`` (batch, positions) is true."""
+    if mask is None:
+        return x
+    leading = x.shape[:-1]
+    if leading == mask.shape or leading == (mask.numel(),):
+        return x[mask.reshape(leading).to(x.device)]
+    if leading == mask.shape[:1]:
+        return x  # pooled: one row for each sequence
+    raise ValueError(
+        f"mask of shape {tuple(mask.shape)} does not fit the activation {tuple(x.shape)} of layer {fqn!r}, whose "
+        "leading shape must be (batch, positions), (batch * positions,) or (batch,). "
+        "Leave the layer out with filter_fn."
+    )
+
+
 def _remove_bias(covariance: Covariance, layer: nn.Module) -> None:
     """Turn the sums of y = W x + b into those of W x."""
     bias = bias_vector(layer)
@@ -423,22 +495,3 @@ def _geometry(layer: nn.Module) -> object:
     if isinstance(layer, nn.Conv2d):
         return (layer.kernel_size, layer.stride, layer.padding, layer.padding_mode, layer.dilation, layer.groups)
     return "linear"
-
-
-def _call(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, (tuple, list)):
-        return model(*batch)
-    return model(batch)
-
-
-def _to(batch: Any, device: torch.device) -> Any:
-    """Move the tensors of a batch, nested in mappings, tuples and lists."""
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {key: _to(value, device) for key, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        return [_to(value, device) for value in batch]
-    return batch

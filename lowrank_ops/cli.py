@@ -199,6 +199,10 @@ def _add_calibration(parser: argparse.ArgumentParser) -> None:
         "--side", choices=["auto", "input", "output"], default="auto",
         help="stream the inputs of layers, their outputs, or the inputs unless too wide (default: %(default)s)",
     )  # fmt: skip
+    parser.add_argument(
+        "--sensitivity", choices=["fisher", "output"],
+        help="gradients to stream for --projection and --allocation loss: of labels by the logits, or of the output",
+    )  # fmt: skip
 
 
 def _add_compression(parser: argparse.ArgumentParser) -> None:
@@ -213,13 +217,13 @@ def _add_compression(parser: argparse.ArgumentParser) -> None:
     policy.add_argument("--ranks", type=Path, metavar="FILE", help='JSON file: {"layer name or re:pattern": rank, ...}')
     parser.add_argument(
         "--allocation", choices=ALLOCATIONS,
-        help="how a budget is shared out: the same share to each layer, or where it saves the most variance "
+        help="how a budget is shared out: the same share to each layer, or where it saves the most variance or loss "
         "(default: uniform)",
     )  # fmt: skip
     parser.add_argument(
         "--projection", choices=PROJECTIONS, default="output",
-        help="onto output principal components, onto utilized input and output spaces, or the SVD of the weight "
-        "alone (default: %(default)s)",
+        help="onto output principal components, the same weighed by the loss, onto utilized input and output spaces, "
+        "or the SVD of the weight alone (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--keep-dense", action="append", default=[], metavar="LAYER",
@@ -291,8 +295,8 @@ def _policy(options: argparse.Namespace) -> RankPolicy:
 
 def _calibrated(options: argparse.Namespace) -> tuple[nn.Module, Covariances]:
     """The model, and its covariances as measured now or read from a file."""
-    if options.covariances is not None and (options.mask is not None or options.side != "auto"):
-        raise _Failure(2, "--mask and --side say how to run --batches; they cannot go with --covariances")
+    if options.covariances is not None and (options.mask is not None or options.side != "auto" or options.sensitivity):
+        raise _Failure(2, "--mask, --side, --sensitivity say how to run --batches; they cannot go with --covariances")
     if options.save_covariances is not None:
         _check_folder(options.save_covariances, "--save-covariances")
     model = _load_model(options)
@@ -301,7 +305,9 @@ def _calibrated(options: argparse.Namespace) -> tuple[nn.Module, Covariances]:
     else:
         batches = _load_batches(options.batches)
         with _failing_as("calibration"):
-            covariances = calibrate(model, batches, mask=options.mask, side=options.side, progress=True)
+            covariances = calibrate(
+                model, batches, mask=options.mask, side=options.side, sensitivity=options.sensitivity, progress=True
+            )
     if options.save_covariances is not None:
         covariances.save(options.save_covariances)
     return model, covariances

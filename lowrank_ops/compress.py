@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
+import torch
 from torch import nn
 from tqdm import tqdm
 
-from .config import CompressionConfig
+from .config import AccuracyGuided, CompressionConfig, Ranks
 from .covariances import Covariances
 from .dense_layers import FilterFn, find_layers
-from .factors import factorize
-from .ranks import choose_ranks
-from .replacement import replace_, tied_layers
+from .factors import Factors, factorize
+from .ranks import ChosenRanks, choose_ranks
+from .replacement import replace_, replaced, tied_layers
 from .report import CompressionReport
 from .subspaces import LayerSubspaces, layer_subspaces
 
@@ -31,7 +33,8 @@ def compress_(
     Args:
         model: the model that was calibrated.
         covariances: from :func:`lowrank_ops.calibrate`.
-        config: ranks, projection and overrides; by default the utilized rank at 99% explained variance.
+        config: ranks, projection and overrides; by default the utilized rank at 99% explained variance. After
+            ``AccuracyGuided`` the report's config holds the ranks that it found.
         filter_fn: ``filter_fn(module, fqn) -> bool`` keeps a layer among those considered. None keeps all but
             layers whose weight is tied to another module, which the report lists; a filter that keeps one of
             those is an error.
@@ -65,14 +68,31 @@ def compress_(
     if not subspaces:
         raise ValueError("covariances hold none of the layers that filter_fn keeps; calibrate those layers first.")
 
-    ranks = choose_ranks(config.rank, subspaces, config.overrides)
+    policy, measure = config.rank, None
+    if isinstance(policy, AccuracyGuided):
+        evaluate, projection = policy.evaluate, config.projection
+
+        def measure(ranks: ChosenRanks) -> float:
+            with replaced(model, _factorize(ranks, subspaces, projection, progress=False)), torch.no_grad():
+                return float(evaluate(model))
+
+    ranks = choose_ranks(policy, subspaces, config.overrides, measure=measure, progress=progress)
+    if isinstance(policy, AccuracyGuided):  # what was found can be written to a file and used again
+        config = replace(config, rank=Ranks({fqn: rank for fqn, rank in ranks.items() if rank is not None}))
+    factors = _factorize(ranks, subspaces, config.projection, progress)
+    report = CompressionReport.build(model, config, subspaces, factors, skipped)
+    replace_(model, factors)
+    return report
+
+
+def _factorize(
+    ranks: ChosenRanks, subspaces: Mapping[str, LayerSubspaces], projection: str, progress: bool
+) -> dict[str, Factors]:
     factors = {}
     for fqn, rank in tqdm(ranks.items(), desc="factorising", unit="layer", disable=not progress):
         if rank is not None:
             try:
-                factors[fqn] = factorize(subspaces[fqn], rank, config.projection)
+                factors[fqn] = factorize(subspaces[fqn], rank, projection)
             except ValueError as error:
                 raise ValueError(f"layer {fqn!r}: {error}") from None
-    report = CompressionReport.build(model, config, subspaces, factors, skipped)
-    replace_(model, factors)
-    return report
+    return factors

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 FORMAT_VERSION = 1
-PROJECTIONS = ("output", "utilized", "weight")
-ALLOCATIONS = ("uniform", "energy")
+PROJECTIONS = ("output", "loss", "utilized", "weight")
+ALLOCATIONS = ("uniform", "energy", "loss")
+SEARCHES = ("budget", "layers")
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class ParameterBudget:
     Args:
         fraction: share of the parameters of the considered layers in (0, 1]; met exactly or from below.
         allocation: ``"uniform"`` gives every layer the same share; ``"energy"`` gives parameters where they
-            save the largest share of a layer's output variance.
+            save the largest share of a layer's output variance; ``"loss"`` where they save most of the loss, which
+            needs covariances with a sensitivity.
     """
 
     fraction: float
@@ -45,16 +47,68 @@ class ParameterBudget:
 
 
 @dataclass(frozen=True)
+class FlopBudget:
+    """All considered layers together keep at most ``fraction`` of their multiplications.
+
+    A layer's multiplications are those of its weight times the rows that calibration saw, so that layers which run at
+    many positions, or several times per forward, count accordingly.
+
+    Args:
+        fraction: share of the multiplications in (0, 1]; met exactly or from below.
+        allocation: as in :class:`ParameterBudget`, per multiplication.
+    """
+
+    fraction: float
+    allocation: str = "uniform"
+
+    def __post_init__(self) -> None:
+        _check_share("fraction", self.fraction)
+        _check_choice("allocation", self.allocation, ALLOCATIONS)
+
+
+@dataclass(frozen=True)
+class AccuracyGuided:
+    """The smallest model, by a search with trial compressions, whose accuracy stays within a tolerance.
+
+    Args:
+        evaluate: ``evaluate(model) -> float``, higher is better; is called with the compressed model many times.
+        max_drop: how much less than the dense model's value is accepted, in the units of ``evaluate``.
+        search: ``"budget"`` bisects one parameter budget for all layers; ``"layers"`` bisects the rank of one layer
+            after another, the largest first, each with a part of the tolerance and those before it compressed: up
+            to log2(ranks) evaluations per layer (Garg et al. 2024 choose a threshold per layer).
+        allocation: how ``"budget"`` spends, as in :class:`ParameterBudget`.
+        evaluations: at most this many for ``"budget"``, the dense model's included.
+    """
+
+    evaluate: Callable[[Any], float]
+    max_drop: float
+    search: str = "budget"
+    allocation: str = "loss"
+    evaluations: int = 10
+
+    def __post_init__(self) -> None:
+        if not callable(self.evaluate):
+            raise TypeError(f"evaluate must be a function of the model that returns a number; got {self.evaluate!r}.")
+        if isinstance(self.max_drop, bool) or not isinstance(self.max_drop, (int, float)) or not self.max_drop >= 0:
+            raise ValueError(f"max_drop must be a number that is not negative; got {self.max_drop!r}.")
+        _check_choice("search", self.search, SEARCHES)
+        _check_choice("allocation", self.allocation, ALLOCATIONS)
+        if isinstance(self.evaluations, bool) or not isinstance(self.evaluations, int) or self.evaluations < 2:
+            raise ValueError(f"evaluations must be an integer of at least 2; got {self.evaluations!r}.")
+
+
+@dataclass(frozen=True)
 class Ranks:
     """Ranks by hand: ``{fqn or "re:pattern": rank}``; layers that are not named stay dense."""
 
     ranks: Mapping[str, int]
 
 
-RankPolicy = ExplainedVariance | ParameterBudget | Ranks
-_POLICIES: dict[str, type[ExplainedVariance] | type[ParameterBudget] | type[Ranks]] = {
+RankPolicy = ExplainedVariance | ParameterBudget | FlopBudget | AccuracyGuided | Ranks
+_POLICIES: dict[str, type[ExplainedVariance] | type[ParameterBudget] | type[FlopBudget] | type[Ranks]] = {
     "explained_variance": ExplainedVariance,
     "parameter_budget": ParameterBudget,
+    "flop_budget": FlopBudget,
     "ranks": Ranks,
 }
 
@@ -66,8 +120,10 @@ class CompressionConfig:
     Args:
         rank: the policy that chooses a rank per layer.
         projection: ``"output"``, output principal components, the least output error at a given rank;
-            ``"utilized"``, W' = P_T W P_S of Garg et al. 2024; ``"weight"``, the truncated SVD of the weight,
-            which ignores the data and is there to compare with.
+            ``"loss"``, the least error in the metric of the loss's gradient, which needs covariances with a
+            sensitivity (layers without one get ``"output"``, and the report says so); ``"utilized"``,
+            W' = P_T W P_S of Garg et al. 2024; ``"weight"``, the truncated SVD of the weight, which ignores the data
+            and is there to compare with.
         centered: use the covariance about the mean and fold the mean into the bias (never a larger output
             error); False uses the second moment and leaves the bias as it is.
         overrides: ``{fqn or "re:pattern": rank}``, which wins over the policy; a rank of None keeps a layer dense.
@@ -79,15 +135,22 @@ class CompressionConfig:
     overrides: Mapping[str, int | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rank, tuple(_POLICIES.values())):
-            accepted = ", ".join(policy.__name__ for policy in _POLICIES.values())
+        policies = (*_POLICIES.values(), AccuracyGuided)
+        if not isinstance(self.rank, policies):
+            accepted = ", ".join(policy.__name__ for policy in policies)
             raise TypeError(f"rank must be one of {accepted}; got {self.rank!r}.")
         _check_choice("projection", self.projection, PROJECTIONS)
         if not isinstance(self.centered, bool):
             raise TypeError(f"centered must be a bool; got {self.centered!r}.")
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as plain JSON types."""
+        """The configuration as plain JSON types.
+
+        Raises:
+            ValueError: the policy is AccuracyGuided, which holds a function.
+        """
+        if isinstance(self.rank, AccuracyGuided):
+            raise ValueError("rank=AccuracyGuided holds a function; the report's config holds the ranks that it found.")
         name = next(name for name, policy in _POLICIES.items() if type(self.rank) is policy)
         return {
             "version": FORMAT_VERSION,

@@ -13,6 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 _FORMAT = "lowrank_ops.covariances/1"
+GRADIENT = "gradient"
+
+
+class NonFiniteActivationError(ValueError):
+    """NaN or inf in an activation or a gradient during calibration; the message names the layer and the batch."""
 
 
 @dataclass
@@ -22,8 +27,10 @@ class Covariance:
     Attributes:
         second_moment: sum of x x^T, (features, features), or (groups, features, features) for grouped convolutions.
         total: sum of x, (features,) or (groups, features).
-        count: number of rows.
-        side: ``"input"``, or ``"output"`` where the bias-free output was streamed instead.
+        count: number of rows; for gradients the number of samples whose loss they belong to, so that the moments
+            of layers that see few or many rows of a sample compare.
+        side: ``"input"``, or ``"output"`` where the bias-free output was streamed instead; ``"gradient"`` for the
+            gradient of the loss at the layer's output.
         layers: names of the layers that received these very rows.
     """
 
@@ -63,12 +70,14 @@ class Covariances(Mapping[str, Covariance]):
     Attributes:
         unreached: layers that no batch went through.
         skipped: ``{fqn: reason}`` of modules that calibration cannot see into.
+        sensitivities: ``{fqn: Covariance}`` of the loss's gradient at the layers' outputs, where it was streamed.
     """
 
     def __init__(self) -> None:
         self._layers: dict[str, Covariance] = {}
         self.unreached: tuple[str, ...] = ()
         self.skipped: dict[str, str] = {}
+        self.sensitivities: dict[str, Covariance] = {}
 
     def __getitem__(self, fqn: str) -> Covariance:
         return self._layers[fqn]
@@ -88,10 +97,10 @@ class Covariances(Mapping[str, Covariance]):
         return list({id(covariance): covariance for covariance in self._layers.values()}.values())
 
     def memory(self) -> int:
-        """Bytes held by the distinct statistics."""
+        """Bytes held by the distinct statistics and the sensitivities."""
         return sum(
             tensor.numel() * tensor.element_size()
-            for covariance in self.statistics()
+            for covariance in self._everything()
             for tensor in (covariance.second_moment, covariance.total)
         )
 
@@ -101,15 +110,16 @@ class Covariances(Mapping[str, Covariance]):
         Raises:
             ValueError: the two do not describe the same layers in the same way.
         """
-        if {fqn: _shape(self[fqn]) for fqn in self} != {fqn: _shape(other[fqn]) for fqn in other}:
-            differ = [fqn for fqn in {**self, **other} if _shape(self.get(fqn)) != _shape(other.get(fqn))]
+        shapes, others = self._shapes(), other._shapes()
+        if shapes != others:
+            differ = [key for key in {**shapes, **others} if shapes.get(key) != others.get(key)]
             raise ValueError(
                 f"other must hold the same layers, shapes, sides and sharing; it differs at {', '.join(differ)}. "
-                "Calibrate both with the same model, filter_fn and side."
+                "Calibrate both with the same model, filter_fn, side and sensitivity."
             )
         merged = Covariances()
-        for mine in self.statistics():
-            theirs = other[mine.layers[0]]
+        for mine in self._everything():
+            theirs = (other.sensitivities if mine.side == GRADIENT else other)[mine.layers[0]]
             merged._add(
                 Covariance(
                     mine.second_moment + theirs.second_moment.to(mine.second_moment),
@@ -130,10 +140,10 @@ class Covariances(Mapping[str, Covariance]):
             ValueError: the processes hold different layers, as when one of them never reached a layer.
         """
         shapes: list[object] = [None] * torch.distributed.get_world_size(group)
-        torch.distributed.all_gather_object(shapes, {fqn: _shape(self[fqn]) for fqn in self}, group=group)
+        torch.distributed.all_gather_object(shapes, self._shapes(), group=group)
         if any(shape != shapes[0] for shape in shapes):
             raise ValueError("all_reduce_ needs the same layers, sides and sharing in every process; they differ.")
-        for covariance in self.statistics():
+        for covariance in self._everything():
             count = torch.tensor(covariance.count, device=covariance.total.device)
             for tensor in (covariance.second_moment, covariance.total, count):
                 torch.distributed.all_reduce(tensor, group=group)
@@ -143,7 +153,7 @@ class Covariances(Mapping[str, Covariance]):
     def save(self, path: str | Path) -> None:
         """Write one safetensors file."""
         tensors, entries = {}, []
-        for index, covariance in enumerate(self.statistics()):
+        for index, covariance in enumerate(self._everything()):
             tensors[f"{index}.second_moment"] = covariance.second_moment.contiguous().cpu()
             tensors[f"{index}.total"] = covariance.total.contiguous().cpu()
             entries.append({"count": covariance.count, "side": covariance.side, "layers": covariance.layers})
@@ -183,15 +193,22 @@ class Covariances(Mapping[str, Covariance]):
             raise ValueError(f"path {str(path)!r} is not a whole file written by Covariances.save: {error}.") from None
         return covariances
 
+    def _everything(self) -> list[Covariance]:
+        return [*self.statistics(), *self.sensitivities.values()]
+
+    def _shapes(self) -> dict[str, object]:
+        """What two objects must have in common to be added, by a name for the reader."""
+        gradients = {f"{GRADIENT} of {fqn}": _shape(covariance) for fqn, covariance in self.sensitivities.items()}
+        return {**{fqn: _shape(covariance) for fqn, covariance in self.items()}, **gradients}
+
     def _add(self, covariance: Covariance) -> None:
         for fqn in covariance.layers:
-            self._layers[fqn] = covariance
+            (self.sensitivities if covariance.side == GRADIENT else self._layers)[fqn] = covariance
 
     def _sort(self, order: Mapping[str, object] | list[str]) -> None:
         self._layers = {fqn: self._layers[fqn] for fqn in order if fqn in self._layers}
+        self.sensitivities = {fqn: self.sensitivities[fqn] for fqn in order if fqn in self.sensitivities}
 
 
-def _shape(covariance: Covariance | None) -> tuple[object, ...] | None:
-    if covariance is None:
-        return None
+def _shape(covariance: Covariance) -> tuple[object, ...]:
     return tuple(covariance.second_moment.shape), covariance.side, tuple(covariance.layers)

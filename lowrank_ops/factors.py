@@ -1,6 +1,6 @@
 """Weight x subspace -> thin factors: W' = up down, with the mean folded into the bias. Everything in float64.
 
-No inverse and no Cholesky: a rank-deficient covariance is the normal case.
+No Cholesky and no inverse of a covariance: a rank-deficient one is the normal case.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ class Factors:
         up: (..., out_features, rank), float64.
         bias: (groups * out_features,), float64, or None.
         rank: the true rank, before padding.
-        projection: how the factors were made.
+        projection: how the factors were made; ``"output"`` where ``"loss"`` was asked for without a sensitivity.
         predicted_error: E|y - y'|^2 over the calibration rows, summed over the outputs; None where it cannot
             be known (only the output was streamed, and the projection is ``"weight"``).
         output_variance: the variance of y about its mean (or about zero where not centred), to compare with.
+        predicted_loss: the increase of the loss of one sample, to second order, that the error brings; None where no
+            sensitivity was streamed or the error cannot be known.
     """
 
     down: Tensor
@@ -35,6 +37,7 @@ class Factors:
     projection: str
     predicted_error: float | None
     output_variance: float
+    predicted_loss: float | None = None
 
 
 def factorize(spaces: LayerSubspaces, rank: int, projection: str = "output") -> Factors:
@@ -44,27 +47,44 @@ def factorize(spaces: LayerSubspaces, rank: int, projection: str = "output") -> 
         spaces: the layer's weight and spaces.
         rank: at most min(in_features, out_features).
         projection: ``"output"``: W' = U U^T W with U the first ``rank`` output directions, the least output
-            error at that rank, which equals the variance dropped. ``"utilized"``: W' = P_T W P_S (Garg et al.
+            error at that rank, which equals the variance dropped. ``"loss"``: the same in the metric of the loss,
+            min |G^1/2 (W - W') C^1/2| with G the second moment of the loss's gradient; ``"output"`` where no
+            sensitivity was streamed. ``"utilized"``: W' = P_T W P_S (Garg et al.
             2024) at the largest explained variance whose utilized rank is ``rank``. ``"weight"``: truncated SVD.
 
     Raises:
         ValueError: ``"utilized"`` needs the input space, and only the output was streamed.
     """
+    if projection == "loss" and spaces.loss is None:
+        projection = "output"
+    left = None  # (..., rank, out_features), where down is left @ W
     if projection == "utilized":
         down, up = _utilized(spaces, rank)
     else:
-        space = spaces.output if projection == "output" else spaces.weight_output
-        up = space.basis[..., :rank]
-        down = up.mT @ spaces.weight
+        left, up = _output_projection(spaces, rank, projection)
+        down = left @ spaces.weight
+    lost = _lost_moment(spaces, down, up, left, projection)
     return Factors(
         down,
         up,
-        _bias(spaces, down, up, projection),
+        _bias(spaces, down, up, left, projection),
         rank,
         projection,
-        _predicted_error(spaces, down, up, rank, projection),
+        _predicted_error(spaces, lost, rank, projection),
         float(spaces.output.spectrum.sum()),
+        _predicted_loss(spaces, lost),
     )
+
+
+def _output_projection(spaces: LayerSubspaces, rank: int, projection: str) -> tuple[Tensor, Tensor]:
+    """The two sides of a projection of the output, W' = up left W."""
+    if projection == "loss":
+        assert spaces.loss is not None
+        directions = spaces.loss.subspace.basis[..., :rank]
+        return directions.mT @ spaces.loss.root, spaces.loss.inverse_root @ directions
+    space = spaces.output if projection == "output" else spaces.weight_output
+    up = space.basis[..., :rank]
+    return up.mT, up
 
 
 def _utilized(spaces: LayerSubspaces, rank: int) -> tuple[Tensor, Tensor]:
@@ -107,27 +127,43 @@ def _dimensions_at(spaces: LayerSubspaces, group: int, rank: int) -> tuple[int, 
     return k_s, k_t
 
 
-def _bias(spaces: LayerSubspaces, down: Tensor, up: Tensor, projection: str) -> Tensor | None:
+def _bias(spaces: LayerSubspaces, down: Tensor, up: Tensor, left: Tensor | None, projection: str) -> Tensor | None:
     """b' = b + (W - W') mu, which makes the mean output exact; the SVD of the weight stays blind to the data."""
     bias = None if spaces.bias is None else spaces.bias.double()
     if not spaces.centered or projection == "weight":
         return bias
-    if projection == "output":
-        kept = up @ (up.mT @ spaces.output_mean.unsqueeze(-1))
+    if left is not None:
+        kept = up @ (left @ spaces.output_mean.unsqueeze(-1))
     else:
         kept = up @ (down @ spaces.mean.unsqueeze(-1))
     shift = (spaces.output_mean - kept.squeeze(-1)).flatten()
     return shift if bias is None else bias + shift
 
 
-def _predicted_error(spaces: LayerSubspaces, down: Tensor, up: Tensor, rank: int, projection: str) -> float | None:
-    if projection == "output":
-        return float(spaces.output.spectrum[..., rank:].sum())
+def _lost_moment(
+    spaces: LayerSubspaces, down: Tensor, up: Tensor, left: Tensor | None, projection: str
+) -> Tensor | None:
+    """E[(y - y')(y - y')^T], (..., out_features, out_features); None where the streamed side does not tell it."""
+    if left is not None and projection != "weight":  # the error is a projection of the output itself
+        lost = torch.eye(up.shape[-2], dtype=up.dtype, device=up.device) - up @ left
+        return lost @ spaces.output_moment @ lost.mT
     if spaces.covariance.side != "input":
         return None
     lost = spaces.weight - up @ down
     moment = spaces.covariance.moment(centered=False).to(lost.device) if projection == "weight" else spaces.moment
-    return max(0.0, float(((lost @ moment) * lost).sum()))
+    return lost @ moment @ lost.mT
+
+
+def _predicted_error(spaces: LayerSubspaces, lost: Tensor | None, rank: int, projection: str) -> float | None:
+    if projection == "output":
+        return float(spaces.output.spectrum[..., rank:].sum())
+    return None if lost is None else max(0.0, float(lost.diagonal(dim1=-2, dim2=-1).sum()))
+
+
+def _predicted_loss(spaces: LayerSubspaces, lost: Tensor | None) -> float | None:
+    if spaces.gradient_moment is None or lost is None:
+        return None
+    return max(0.0, 0.5 * float((spaces.gradient_moment * lost).sum()))
 
 
 def _batch(tensor: Tensor, dims: int = 2) -> Tensor:

@@ -80,6 +80,7 @@ class LowRankLinear(_LowRank):
         rank: int,
         covariance: Covariance | None = None,
         *,
+        sensitivity: Covariance | None = None,
         projection: str = "output",
         centered: bool = True,
     ) -> LowRankLinear:
@@ -89,6 +90,7 @@ class LowRankLinear(_LowRank):
             linear: the layer; not changed.
             rank: at most min(in_features, out_features).
             covariance: of its input or output; None takes the truncated SVD of the weight.
+            sensitivity: of the loss's gradient at its output, for ``projection="loss"``.
             projection, centered: as in :class:`lowrank_ops.CompressionConfig`.
 
         Raises:
@@ -97,7 +99,7 @@ class LowRankLinear(_LowRank):
         """
         if not isinstance(linear, nn.Linear) and not is_conv1d(linear):
             raise TypeError(f"linear must be a torch.nn.Linear; got {type(linear).__name__}.")
-        return cls.from_factors(linear, _factorize(linear, rank, covariance, projection, centered))
+        return cls.from_factors(linear, _factorize(linear, rank, covariance, sensitivity, projection, centered))
 
     @classmethod
     def from_factors(cls, linear: nn.Module, factors: Factors) -> LowRankLinear:
@@ -211,13 +213,14 @@ class LowRankConv2d(_LowRank):
         rank: int,
         covariance: Covariance | None = None,
         *,
+        sensitivity: Covariance | None = None,
         projection: str = "output",
         centered: bool = True,
     ) -> LowRankConv2d:
         """Factorise one Conv2d; arguments and errors as for :meth:`LowRankLinear.from_linear`."""
         if not isinstance(conv, nn.Conv2d):
             raise TypeError(f"conv must be a torch.nn.Conv2d; got {type(conv).__name__}.")
-        return cls.from_factors(conv, _factorize(conv, rank, covariance, projection, centered))
+        return cls.from_factors(conv, _factorize(conv, rank, covariance, sensitivity, projection, centered))
 
     @classmethod
     def from_factors(cls, conv: nn.Conv2d, factors: Factors) -> LowRankConv2d:
@@ -272,11 +275,20 @@ def _geometry(conv: nn.Module) -> dict[str, Any]:
     return {name: getattr(conv, name) for name in names}
 
 
-def _factorize(layer: nn.Module, rank: int, covariance: Covariance | None, projection: str, centered: bool) -> Factors:
+def _factorize(
+    layer: nn.Module,
+    rank: int,
+    covariance: Covariance | None,
+    sensitivity: Covariance | None,
+    projection: str,
+    centered: bool,
+) -> Factors:
     _, in_features, out_features = dimensions(layer)
     _check_rank(rank, in_features, out_features)
     if covariance is not None:
-        return factorize(LayerSubspaces(layer, covariance, centered=centered), rank, projection)
+        return factorize(
+            LayerSubspaces(layer, covariance, centered=centered, sensitivity=sensitivity), rank, projection
+        )
     weight = weight_matrix(layer).double()
     total = weight.new_zeros(*weight.shape[:-2], in_features)
     unknown = Covariance(weight.new_zeros(*total.shape, in_features), total)

@@ -12,13 +12,16 @@ from collections.abc import Callable, Mapping
 from functools import singledispatch
 from typing import NamedTuple
 
-from .config import ExplainedVariance, ParameterBudget, RankPolicy, Ranks
+from tqdm import tqdm
+
+from .config import AccuracyGuided, ExplainedVariance, FlopBudget, ParameterBudget, RankPolicy, Ranks
 from .subspaces import LayerSubspaces
 
 RANK_ALIGNMENT = 8  # stored ranks are multiples of this, so that every layer can take the fast kernels
 
 Spaces = Mapping[str, LayerSubspaces]
 ChosenRanks = dict[str, int | None]
+Measure = Callable[[ChosenRanks], float]
 
 
 def stored_rank(rank: int) -> int:
@@ -39,7 +42,26 @@ def lowrank_parameters(spaces: LayerSubspaces, rank: int) -> int:
     return groups * (stored_rank(rank) * (in_features + out_features) + bias)
 
 
-def choose_ranks(policy: RankPolicy, spaces: Spaces, overrides: Mapping[str, int | None] | None = None) -> ChosenRanks:
+def dense_multiplications(spaces: LayerSubspaces) -> int:
+    """Multiplications of the layer as it is, over the calibration rows."""
+    groups, in_features, out_features = spaces.dimensions
+    return spaces.covariance.count * groups * in_features * out_features
+
+
+def lowrank_multiplications(spaces: LayerSubspaces, rank: int) -> int:
+    """Multiplications of the layer's replacement, over the calibration rows."""
+    groups, in_features, out_features = spaces.dimensions
+    return spaces.covariance.count * groups * stored_rank(rank) * (in_features + out_features)
+
+
+def choose_ranks(
+    policy: RankPolicy,
+    spaces: Spaces,
+    overrides: Mapping[str, int | None] | None = None,
+    *,
+    measure: Measure | None = None,
+    progress: bool = False,
+) -> ChosenRanks:
     """A rank for every layer, or None where it stays dense.
 
     Args:
@@ -47,22 +69,31 @@ def choose_ranks(policy: RankPolicy, spaces: Spaces, overrides: Mapping[str, int
         spaces: the layers considered.
         overrides: ``{fqn or "re:pattern": rank or None}``, which wins over the policy. An exact name wins over
             a pattern, a later pattern over an earlier one.
+        measure: ``measure(ranks) -> float``, the accuracy of the model compressed to these ranks, for policies that
+            try; :func:`lowrank_ops.compress_` brings its own.
+        progress: show a progress bar over the trials.
 
     Raises:
-        ValueError: a name that matches no layer, a rank that is out of range, a budget that cannot be met.
+        ValueError: a name that matches no layer, a rank that is out of range, a budget that cannot be met, an
+            allocation by loss without sensitivities, a policy that tries without ``measure``.
     """
     fixed = _by_hand(overrides or {}, spaces, "overrides")
-    chosen = {**_choose(policy, spaces, fixed), **fixed}
+    chosen = {**_choose(policy, spaces, fixed, _Trials(measure, progress)), **fixed}
     return {fqn: chosen[fqn] for fqn in spaces}
 
 
+class _Trials(NamedTuple):
+    measure: Measure | None
+    progress: bool
+
+
 @singledispatch
-def _choose(policy: object, spaces: Spaces, fixed: ChosenRanks) -> ChosenRanks:
+def _choose(policy: object, spaces: Spaces, fixed: ChosenRanks, trials: _Trials) -> ChosenRanks:
     raise TypeError(f"rank policy {type(policy).__name__} is not known.")
 
 
 @_choose.register
-def _(policy: ExplainedVariance, spaces: Spaces, fixed: ChosenRanks) -> ChosenRanks:
+def _(policy: ExplainedVariance, spaces: Spaces, fixed: ChosenRanks, trials: _Trials) -> ChosenRanks:
     chosen: ChosenRanks = {}
     for fqn, space in spaces.items():
         if fqn not in fixed:
@@ -73,60 +104,192 @@ def _(policy: ExplainedVariance, spaces: Spaces, fixed: ChosenRanks) -> ChosenRa
 
 
 @_choose.register
-def _(policy: Ranks, spaces: Spaces, fixed: ChosenRanks) -> ChosenRanks:
+def _(policy: Ranks, spaces: Spaces, fixed: ChosenRanks, trials: _Trials) -> ChosenRanks:
     return {**dict.fromkeys(spaces), **_by_hand(policy.ranks, spaces, "ranks")}
 
 
 @_choose.register
-def _(policy: ParameterBudget, spaces: Spaces, fixed: ChosenRanks) -> ChosenRanks:
-    budget = math.floor(policy.fraction * sum(map(dense_parameters, spaces.values())))
-    budget -= sum(_cost(spaces[fqn], rank) for fqn, rank in fixed.items())
-    options = {fqn: _options(space) for fqn, space in spaces.items() if fqn not in fixed}
-    least = sum(choices[0].parameters for choices in options.values())
-    if least > budget:
+def _(policy: ParameterBudget, spaces: Spaces, fixed: ChosenRanks, trials: _Trials) -> ChosenRanks:
+    return _within(policy.fraction, policy.allocation, _PARAMETERS, spaces, fixed)
+
+
+@_choose.register
+def _(policy: FlopBudget, spaces: Spaces, fixed: ChosenRanks, trials: _Trials) -> ChosenRanks:
+    return _within(policy.fraction, policy.allocation, _MULTIPLICATIONS, spaces, fixed)
+
+
+@_choose.register
+def _(policy: AccuracyGuided, spaces: Spaces, fixed: ChosenRanks, trials: _Trials) -> ChosenRanks:
+    if trials.measure is None:
         raise ValueError(
-            f"fraction={policy.fraction} cannot be met: the smallest ranks take {least} parameters, {budget} are left. "
-            "Use a larger fraction, or leave layers out with filter_fn."
+            "AccuracyGuided tries compressed models; use it in compress_, or pass measure to choose_ranks."
         )
-    taken = _by_share(options, budget) if policy.allocation == "uniform" else dict.fromkeys(options, 0)
-    gain = _share_gain if policy.allocation == "uniform" else _energy_gain
-    _spend(taken, options, spaces, budget - _total(taken, options), gain)
-    return {fqn: options[fqn][index].rank for fqn, index in taken.items()}
+    free = {fqn: _options(space, _PARAMETERS) for fqn, space in spaces.items() if fqn not in fixed}
+    most = (
+        policy.evaluations
+        if policy.search == "budget"
+        else 1 + sum(len(options).bit_length() for options in free.values())
+    )
+    with tqdm(total=most, desc="searching ranks", unit="trial", disable=not trials.progress) as bar:
+
+        def measure(ranks: ChosenRanks) -> float:
+            assert trials.measure is not None
+            accuracy = trials.measure({fqn: {**ranks, **fixed}[fqn] for fqn in spaces})
+            bar.set_postfix(accuracy=f"{accuracy:.4g}")
+            bar.update()
+            return accuracy
+
+        accepted = measure(dict.fromkeys(spaces))
+        if policy.search == "budget":
+            return _bisect_budget(policy, spaces, fixed, accepted - policy.max_drop, measure)
+        return _bisect_layers(policy.max_drop, free, accepted, measure)
+
+
+def _bisect_budget(
+    policy: AccuracyGuided, spaces: Spaces, fixed: ChosenRanks, least_accuracy: float, measure: Measure
+) -> ChosenRanks:
+    """The smallest parameter budget found, in halves of what is left, whose ranks are accurate enough."""
+    least = sum(
+        _PARAMETERS.of(space, fixed[fqn]) if fqn in fixed else _options(space, _PARAMETERS)[0].cost
+        for fqn, space in spaces.items()
+    )
+    low, high = min(1.0, least / sum(map(dense_parameters, spaces.values()))), 1.0
+    best: ChosenRanks = {fqn: None for fqn in spaces if fqn not in fixed}
+    for _ in range(policy.evaluations - 1):
+        middle = (low + high) / 2
+        ranks = _within(middle, policy.allocation, _PARAMETERS, spaces, fixed)
+        if ranks == best or measure(ranks) >= least_accuracy:
+            best, high = ranks, middle
+        else:
+            low = middle
+    return best
+
+
+def _bisect_layers(
+    max_drop: float, free: Mapping[str, list[_Option]], dense_accuracy: float, measure: Measure
+) -> ChosenRanks:
+    """The smallest rank of one layer after another, with a part of the tolerance by its part of the parameters."""
+    chosen: ChosenRanks = dict.fromkeys(free)
+    by_size = sorted(free, key=lambda fqn: -free[fqn][-1].cost)
+    seen, total = 0, sum(options[-1].cost for options in free.values())
+    for fqn in by_size:
+        seen += free[fqn][-1].cost
+        least_accuracy = dense_accuracy - max_drop * seen / total
+        low, high = 0, len(free[fqn]) - 1  # dense: what the layers before it were accepted with
+        while low < high:
+            middle = (low + high) // 2
+            if measure({**chosen, fqn: free[fqn][middle].rank}) >= least_accuracy:
+                high = middle
+            else:
+                low = middle + 1
+        chosen[fqn] = free[fqn][high].rank
+    return chosen
+
+
+class _Price(NamedTuple):
+    """What a budget counts."""
+
+    unit: str
+    dense: Callable[[LayerSubspaces], int]
+    lowrank: Callable[[LayerSubspaces, int], int]
+
+    def of(self, space: LayerSubspaces, rank: int | None) -> int:
+        return self.dense(space) if rank is None else self.lowrank(space, rank)
+
+
+_PARAMETERS = _Price("parameters", dense_parameters, lowrank_parameters)
+_MULTIPLICATIONS = _Price("multiplications", dense_multiplications, lowrank_multiplications)
 
 
 class _Option(NamedTuple):
     """A layer at one size."""
 
     rank: int | None
-    parameters: int
+    cost: int
 
 
-def _options(space: LayerSubspaces) -> list[_Option]:
+def _options(space: LayerSubspaces, price: _Price) -> list[_Option]:
     """Aligned ranks up to break-even, then dense."""
-    dense = _Option(None, dense_parameters(space))
+    dense = _Option(None, price.dense(space))
     options = []
     for rank in range(RANK_ALIGNMENT, min(space.dimensions[1:]) + 1, RANK_ALIGNMENT):
-        option = _Option(rank, lowrank_parameters(space, rank))
-        if option.parameters >= dense.parameters:
+        option = _Option(rank, price.lowrank(space, rank))
+        if option.cost >= dense.cost:
             break
         options.append(option)
     return [*options, dense]
 
 
-def _cost(space: LayerSubspaces, rank: int | None) -> int:
-    return dense_parameters(space) if rank is None else lowrank_parameters(space, rank)
+def _within(fraction: float, allocation: str, price: _Price, spaces: Spaces, fixed: ChosenRanks) -> ChosenRanks:
+    """Ranks that cost at most ``fraction`` of the dense layers."""
+    budget = math.floor(fraction * sum(map(price.dense, spaces.values())))
+    budget -= sum(price.of(spaces[fqn], rank) for fqn, rank in fixed.items())
+    options = {fqn: _options(space, price) for fqn, space in spaces.items() if fqn not in fixed}
+    least = sum(choices[0].cost for choices in options.values())
+    if least > budget:
+        raise ValueError(
+            f"fraction={fraction} cannot be met: the smallest ranks take {least} {price.unit}, {budget} are left. "
+            "Use a larger fraction, or leave layers out with filter_fn."
+        )
+    every = {fqn: list(range(len(choices))) for fqn, choices in options.items()}
+    if allocation == "uniform":
+        taken = _by_share(options, budget)
+        # prefer the layer that keeps the least share of itself
+        _spend(taken, every, options, budget, lambda fqn, now, then: -options[fqn][now].cost / options[fqn][-1].cost)
+    else:
+        worth = {fqn: _worth(fqn, spaces[fqn], choices, allocation) for fqn, choices in options.items()}
+
+        def gain(fqn: str, now: int, then: int) -> float:
+            return (worth[fqn][then] - worth[fqn][now]) / (options[fqn][then].cost - options[fqn][now].cost)
+
+        taken = dict.fromkeys(options, 0)
+        if allocation == "loss":
+            _spend(
+                taken,
+                {fqn: _efficient(fqn, len(choices), gain) for fqn, choices in options.items()},
+                options,
+                budget,
+                gain,
+            )
+        _spend(taken, every, options, budget, gain)
+    return {fqn: options[fqn][index].rank for fqn, index in taken.items()}
+
+
+def _worth(fqn: str, space: LayerSubspaces, options: list[_Option], allocation: str) -> list[float]:
+    """What each option keeps: a share of the layer's output variance, or loss of one sample."""
+    if allocation == "energy":
+        return [1.0 if option.rank is None else float(space.output.explained(option.rank).mean()) for option in options]
+    if space.loss is None:
+        raise ValueError(
+            f"allocation='loss' needs a sensitivity for every layer, and {fqn!r} has none; calibrate with "
+            "sensitivity='fisher', 'output' or a loss, leave the layer out with filter_fn, or fix it in overrides."
+        )
+    spectrum = space.loss.subspace.spectrum
+    kept = spectrum.reshape(-1, spectrum.shape[-1]).sum(0).cumsum(0).tolist()
+    return [kept[-1] if option.rank is None else kept[option.rank - 1] for option in options]
+
+
+def _efficient(fqn: str, options: int, gain: Callable[[str, int, int], float]) -> list[int]:
+    """The options that no mixture of two others beats: from each, the next is the one with the largest gain.
+
+    The step to dense is a large gain at a small price once the rank is near break-even; single steps would miss it.
+    """
+    path = [0]
+    while path[-1] < options - 1:
+        path.append(max(range(path[-1] + 1, options), key=lambda then: (gain(fqn, path[-1], then), then)))
+    return path
 
 
 def _total(taken: Mapping[str, int], options: Mapping[str, list[_Option]]) -> int:
-    return sum(options[fqn][index].parameters for fqn, index in taken.items())
+    return sum(options[fqn][index].cost for fqn, index in taken.items())
 
 
 def _by_share(options: Mapping[str, list[_Option]], budget: int) -> dict[str, int]:
-    """The largest common share of its own parameters for every layer that fits the budget, by bisection."""
+    """The largest common share of its own cost for every layer that fits the budget, by bisection."""
 
     def at(share: float) -> dict[str, int]:
         return {
-            fqn: max(0, sum(option.parameters <= share * choices[-1].parameters for option in choices) - 1)
+            fqn: max(0, sum(option.cost <= share * choices[-1].cost for option in choices) - 1)
             for fqn, choices in options.items()
         }
 
@@ -139,43 +302,32 @@ def _by_share(options: Mapping[str, list[_Option]], budget: int) -> dict[str, in
     return at(low)
 
 
-def _share_gain(space: LayerSubspaces, now: _Option, then: _Option) -> float:
-    """Prefer the layer that keeps the least share of itself."""
-    return -now.parameters / dense_parameters(space)
-
-
-def _energy_gain(space: LayerSubspaces, now: _Option, then: _Option) -> float:
-    """Share of the layer's output variance gained per parameter."""
-    explained = [
-        1.0 if option.rank is None else float(space.output.explained(option.rank).mean()) for option in (now, then)
-    ]
-    return (explained[1] - explained[0]) / (then.parameters - now.parameters)
-
-
 def _spend(
     taken: dict[str, int],
+    stops: Mapping[str, list[int]],
     options: Mapping[str, list[_Option]],
-    spaces: Spaces,
     budget: int,
-    gain: Callable[[LayerSubspaces, _Option, _Option], float],
+    gain: Callable[[str, int, int], float],
 ) -> None:
-    """Raise layers one option at a time, the largest gain first, as long as an option fits."""
+    """Raise layers from one of their stops to the next, the largest gain first, as long as it fits the budget."""
 
     def push(fqn: str) -> None:
-        index = taken[fqn]
-        if index + 1 < len(options[fqn]):
-            now, then = options[fqn][index], options[fqn][index + 1]
-            heapq.heappush(heap, (-gain(spaces[fqn], now, then), order[fqn], fqn, then.parameters - now.parameters))
+        now = taken[fqn]
+        then = next((stop for stop in stops[fqn] if stop > now), None)
+        if then is not None:
+            heapq.heappush(heap, (-gain(fqn, now, then), order[fqn], fqn, then))
 
+    left = budget - _total(taken, options)
     heap: list[tuple[float, int, str, int]] = []
     order = {fqn: position for position, fqn in enumerate(options)}
     for fqn in options:
         push(fqn)
     while heap:
-        _, _, fqn, price = heapq.heappop(heap)
-        if price <= budget:
-            budget -= price
-            taken[fqn] += 1
+        _, _, fqn, then = heapq.heappop(heap)
+        price = options[fqn][then].cost - options[fqn][taken[fqn]].cost
+        if price <= left:
+            left -= price
+            taken[fqn] = then
             push(fqn)
 
 

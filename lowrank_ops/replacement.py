@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from torch import nn
 
@@ -48,6 +49,18 @@ def replace_(model: nn.Module, factors: Mapping[str, Factors]) -> nn.Module:
     replacements = {layers[fqn]: _replacement(layers[fqn], part) for fqn, part in factors.items()}
     swap_(model, replacements)
     return replacements.get(model, model)
+
+
+@contextmanager
+def replaced(model: nn.Module, factors: Mapping[str, Factors]) -> Iterator[None]:
+    """Compress ``model`` inside the ``with`` block only; arguments and errors as for :func:`replace_`."""
+    dense = dict(model.named_modules())
+    replace_(model, factors)
+    compressed = dict(model.named_modules())
+    try:
+        yield
+    finally:
+        swap_(model, {compressed[fqn]: dense[fqn] for fqn in factors})
 
 
 def swap_(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:

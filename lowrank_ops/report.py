@@ -158,6 +158,8 @@ class LayerCompression:
     predicted_error: float | None  # E|y - y'|^2 over the calibration rows; None: not known
     output_variance: float
     rows: int  # calibration rows seen
+    projection: str | None = None  # how the factors were made; None: left dense
+    predicted_loss: float | None = None  # increase of one sample's loss, to second order; None: not known
 
 
 @dataclass(frozen=True)
@@ -205,17 +207,31 @@ class CompressionReport:
                 "-" if layer.stored_rank is None else str(layer.stored_rank),
                 f"{layer.parameters / layer.dense_parameters:.1%}",
                 _relative_error(layer),
+                "not known" if layer.predicted_loss is None else f"{layer.predicted_loss:.3g}",
             ]
             for layer in self.layers
         ]
-        lines = [format_table(["layer", "weight", "rank", "stored", "parameters", "output error"], rows)]
+        header = ["layer", "weight", "rank", "stored", "parameters", "output error", "loss increase"]
+        if all(layer.predicted_loss is None or layer.rank is None for layer in self.layers):  # no sensitivity
+            header, rows = header[:-1], [row[:-1] for row in rows]
+        lines = [format_table(header, rows)]
+        known = [layer.predicted_loss for layer in self.layers if layer.predicted_loss is not None]
+        if len(header) == 7:
+            lines.append(f"predicted increase of the loss of a sample, summed over the layers: {sum(known):.3g}")
         lines.append(
             f"layer parameters {self.layer_parameters_before:,} -> {self.layer_parameters:,} "
             f"({self.layer_parameters / self.layer_parameters_before:.1%}), "
             f"model {self.model_parameters_before:,} -> {self.model_parameters:,} "
             f"({self.model_parameters / self.model_parameters_before:.1%})"
         )
-        return "\n".join(lines + _notes((), self.skipped))
+        return "\n".join([*lines, *self._fallbacks(), *_notes((), self.skipped)])
+
+    def _fallbacks(self) -> list[str]:
+        return [
+            f"{layer.fqn}: factors by projection={layer.projection!r}, as no sensitivity was streamed for it"
+            for layer in self.layers
+            if layer.projection not in (None, self.config.projection)
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON types."""
@@ -252,6 +268,8 @@ def _layer_compression(fqn: str, space: LayerSubspaces, factors: Factors | None)
         0.0 if factors is None else factors.predicted_error,
         float(space.output.spectrum.sum()),
         space.covariance.count,
+        None if factors is None else factors.projection,
+        0.0 if factors is None else factors.predicted_loss,
     )
 
 

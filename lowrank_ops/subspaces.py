@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from .covariances import Covariance, Covariances
 from .dense_layers import Dimensions, bias_vector, dimensions, weight_matrix
 
+DAMPING = 1e-3  # of the loss's metric, relative to its mean eigenvalue
+
 
 @dataclass(frozen=True)
 class Subspace:
@@ -71,17 +73,59 @@ def principal_subspace(moment: Tensor, mean: Tensor | None = None, rounding: flo
     return Subspace(vectors, torch.where(values > torch.maximum(of_sums, of_eigh), values, 0.0))
 
 
+@dataclass(frozen=True)
+class LossSpace:
+    """The output space as the loss feels it: the principal directions of M^1/2 y, where M is the loss's metric.
+
+    Attributes:
+        subspace: of M^1/2 E[y y^T] M^1/2; half of the spectrum beyond a rank is the increase of the loss of one
+            sample, to second order, that dropping those directions brings.
+        root: M^1/2, (..., out_features, out_features), float64, up to the scale of the loss.
+        inverse_root: its inverse.
+    """
+
+    subspace: Subspace
+    root: Tensor
+    inverse_root: Tensor
+
+
+def loss_space(output_moment: Tensor, sensitivity: Tensor) -> LossSpace:
+    """The output space in the metric M = G + 1e-3 tr(G) / out_features I.
+
+    The damping keeps the metric regular where few gradients were seen. Without any gradient it is the identity, and
+    the spectrum, being in units of the loss, is zero.
+
+    Args:
+        output_moment: (..., out_features, out_features), float64.
+        sensitivity: G, the second moment of the gradients, of the same shape.
+    """
+    scale = sensitivity.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(0)[..., None, None]
+    values, vectors = torch.linalg.eigh(torch.where(scale > 0, sensitivity / scale.clamp_min(1e-300), 0.0))
+    metric = values.clamp_min(0) + DAMPING
+    root = (vectors * metric.sqrt().unsqueeze(-2)) @ vectors.mT
+    inverse_root = (vectors * metric.rsqrt().unsqueeze(-2)) @ vectors.mT
+    whitened = principal_subspace(root @ output_moment @ root.mT)
+    return LossSpace(Subspace(whitened.basis, whitened.spectrum * scale.squeeze(-1)), root, inverse_root)
+
+
 class LayerSubspaces:
     """The input and output space of one layer, computed when first asked for and kept."""
 
     def __init__(
-        self, layer: nn.Module, covariance: Covariance, *, centered: bool, shared: LayerSubspaces | None = None
+        self,
+        layer: nn.Module,
+        covariance: Covariance,
+        *,
+        centered: bool,
+        shared: LayerSubspaces | None = None,
+        sensitivity: Covariance | None = None,
     ) -> None:
         self.dimensions: Dimensions = dimensions(layer)
         self.covariance = covariance
         self.centered = centered
         self.weight = weight_matrix(layer).double()
         self.bias = bias_vector(layer)
+        self.sensitivity = sensitivity
         self._shared = shared
         groups, in_features, out_features = self.dimensions
         features = in_features if covariance.side == "input" else out_features
@@ -90,6 +134,12 @@ class LayerSubspaces:
             raise ValueError(
                 f"the covariance has features {tuple(covariance.total.shape)} on the {covariance.side} side, the layer "
                 f"{expected}; it belongs to another layer or model."
+            )
+        expected = (out_features,) if groups == 1 else (groups, out_features)
+        if sensitivity is not None and sensitivity.total.shape != expected:
+            raise ValueError(
+                f"the sensitivity has features {tuple(sensitivity.total.shape)}, the layer's output {expected}; it "
+                "belongs to another layer or model."
             )
 
     @cached_property
@@ -114,6 +164,27 @@ class LayerSubspaces:
         streamed = self.covariance.side == "output"
         moment = self.moment if streamed else self.weight @ self.moment @ self.weight.mT
         return self._decompose(moment, self.output_mean)
+
+    @property
+    def output_moment(self) -> Tensor:
+        """Second moment of the bias-free output without rounding noise, (..., out_features, out_features), float64."""
+        basis, spectrum = self.output.basis, self.output.spectrum
+        return (basis * spectrum.unsqueeze(-2)) @ basis.mT
+
+    @cached_property
+    def gradient_moment(self) -> Tensor | None:
+        """G, (..., out_features, out_features), float64, summed over the rows of a sample; None: not streamed."""
+        if self.sensitivity is None:
+            return None
+        return self.sensitivity.moment(centered=False).to(self.weight.device)
+
+    @cached_property
+    def loss(self) -> LossSpace | None:
+        """The output space in the metric of the loss, or None where no sensitivity was streamed."""
+        if self.sensitivity is None or self.gradient_moment is None:
+            return None
+        # G sums over the rows of a sample, which makes the spectrum one of whole samples.
+        return loss_space(self.output_moment, self.gradient_moment)
 
     @cached_property
     def weight_output(self) -> Subspace:
@@ -154,7 +225,13 @@ def layer_subspaces(
             continue
         covariance = covariances[fqn]
         try:
-            found[fqn] = LayerSubspaces(layer, covariance, centered=centered, shared=leaders.get(id(covariance)))
+            found[fqn] = LayerSubspaces(
+                layer,
+                covariance,
+                centered=centered,
+                shared=leaders.get(id(covariance)),
+                sensitivity=covariances.sensitivities.get(fqn),
+            )
         except ValueError as error:
             raise ValueError(f"covariances[{fqn!r}]: {error}") from None
         leaders.setdefault(id(covariance), found[fqn])

@@ -188,6 +188,13 @@ class TestCompress:
         assert cli.main([*argv, "--json"]) == 0
         assert json.loads(capsys.readouterr().out) == first
 
+    def test_loss_takes_gradients_along(self, capsys: pytest.CaptureFixture[str]) -> None:
+        by_loss = ["--budget", "0.8", "--allocation", "loss", "--projection", "loss", "--json"]
+        assert "needs a sensitivity for every layer" in refused(capsys, 2, *COMPRESS, *by_loss)
+        assert cli.main([*COMPRESS, *by_loss, "--sensitivity", "fisher"]) == 0
+        layers = json.loads(capsys.readouterr().out)["compression"]["layers"]
+        assert all(layer["projection"] in ("loss", None) and layer["predicted_loss"] is not None for layer in layers)
+
     def test_nothing_to_gain_is_said_and_nothing_written(
         self, project: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -270,6 +277,7 @@ class TestRefusals:
             ([*ANALYZE, "--save-covariances", "none/c"], "--save-covariances: there is no folder"),
             ([*ANALYZE, "--plot", "none/p.png"], "--plot: there is no folder"),
             (["analyze", "m:b", "--covariances", "c", "--mask", "x"], "cannot go with --covariances"),
+            (["analyze", "m:b", "--covariances", "c", "--sensitivity", "fisher"], "cannot go with --covariances"),
             ([*COMPRESS, "--budget", "0.001"], "cannot be met"),
             ([*COMPRESS, "--keep-dense", "nowhere"], "overrides: 'nowhere' matches none"),
         ],

@@ -50,7 +50,7 @@ def changed(**changes):
         (changed(rank={"policy": "ranks", "ranks": {}, "extra": 1}), "unexpected keyword argument 'extra'"),
         (changed(rank=7), "not a compression configuration of version 1"),
         (changed(colour="red"), "unexpected keyword argument 'colour'"),
-        (changed(projection="input"), "projection must be one of 'output', 'utilized', 'weight'; got 'input'"),
+        (changed(projection="input"), "projection must be one of 'output', 'loss', 'utilized', 'weight'; got 'input'"),
         (changed(centered="no"), "centered must be a bool; got 'no'"),
         ([1], "a compression configuration must be a JSON object; got list"),
     ],
@@ -74,9 +74,11 @@ def test_shares_lie_between_0_and_1(share):
 
 
 def test_bad_choices():
-    with pytest.raises(ValueError, match="allocation must be one of 'uniform', 'energy'; got 'greedy'"):
+    with pytest.raises(ValueError, match="allocation must be one of 'uniform', 'energy', 'loss'; got 'greedy'"):
         lro.ParameterBudget(0.5, "greedy")
-    with pytest.raises(TypeError, match="rank must be one of ExplainedVariance, ParameterBudget, Ranks; got 64"):
+    with pytest.raises(
+        TypeError, match="rank must be one of ExplainedVariance, ParameterBudget, FlopBudget, Ranks, AccuracyGuided"
+    ):
         lro.CompressionConfig(rank=64)
     with pytest.raises(AttributeError):
         lro.CompressionConfig().projection = "weight"

@@ -7,10 +7,11 @@ import pytest
 import lowrank_ops as lro
 
 NAMES = {
-    "calibrate", "calibration", "choose_ranks", "CheckpointError", "CompressionConfig", "CompressionReport",
-    "compress_", "Covariance", "Covariances", "ExplainedVariance", "Factors", "factorize", "layer_subspaces",
-    "LayerSubspaces", "load_pretrained", "LowRankConv2d", "LowRankLinear", "NonFiniteActivationError", "ops",
-    "ParameterBudget", "Ranks", "replace_", "save_pretrained", "Subspace", "utilization", "UtilizationReport",
+    "AccuracyGuided", "calibrate", "calibration", "CheckpointError", "choose_ranks", "compress_", "CompressionConfig",
+    "CompressionReport", "Covariance", "Covariances", "ExplainedVariance", "factorize", "Factors", "finetune_",
+    "FinetuneReport", "FlopBudget", "layer_subspaces", "LayerSubspaces", "load_pretrained", "LowRankConv2d",
+    "LowRankLinear", "NonFiniteActivationError", "ops", "ParameterBudget", "Ranks", "replace_", "save_pretrained",
+    "Subspace", "utilization", "UtilizationReport",
 }  # fmt: skip
 OPS = {
     "Backend", "BackendUnavailableError", "conv_covariance_update_", "covariance_finalize_", "covariance_update_",

@@ -1,0 +1,45 @@
+"""Batches and outputs as models have them: tensors, tuples, lists, mappings and objects."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def call_model(model: nn.Module, batch: Any) -> Any:
+    """The model's output for a batch: mappings are keyword arguments, tuples and lists positional ones."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, (tuple, list)):
+        return model(*batch)
+    return model(batch)
+
+
+def move(batch: Any, device: torch.device) -> Any:
+    """Move the tensors of a batch, nested in mappings, tuples and lists."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: move(value, device) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return [move(value, device) for value in batch]
+    return batch
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the model's first parameter."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def output_tensor(output: Any, fields: Sequence[str]) -> Tensor | None:
+    """The tensor of a model's output: itself, the first of ``fields`` that it has, or the first of a tuple or list."""
+    found = output
+    if not isinstance(output, Tensor):
+        get = output.get if isinstance(output, Mapping) else lambda name: getattr(output, name, None)
+        found = next((value for value in map(get, fields) if isinstance(value, Tensor)), None)
+        if found is None and isinstance(output, (tuple, list)) and output:
+            found = output[0]
+    return found if isinstance(found, Tensor) and found.is_floating_point() and found.dim() else None

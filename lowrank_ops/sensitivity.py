@@ -1,0 +1,134 @@
+"""What the loss feels: gradients of a loss at the layers' outputs, one backward pass for all layers.
+
+The second moment G = E[g g^T] of those gradients weighs output errors by what they do to the loss: with a loss of
+negative log-likelihood it is the output's block of the Fisher information (Martens 2014, arXiv 1412.1193).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from .batches import output_tensor
+
+Sensitivity = str | Callable[[Any, Any], Tensor]
+KINDS = ("fisher", "output")
+
+# Where a model's output is an object or a mapping, the tensor to take from it.
+_FIELDS = {"fisher": ("logits",), "output": ("last_hidden_state", "logits")}
+
+
+class Objective(NamedTuple):
+    """A loss summed over samples, so that the gradient of each row is that of its own sample's loss."""
+
+    loss: Tensor  # ()
+    samples: int
+
+
+def check_sensitivity(sensitivity: object) -> None:
+    """Raise ValueError for what :func:`objective` cannot use."""
+    if not callable(sensitivity) and sensitivity not in KINDS:
+        raise ValueError(
+            f"sensitivity must be None, a function loss(output, batch), {' or '.join(map(repr, KINDS))}; "
+            f"got {sensitivity!r}."
+        )
+
+
+def objective(sensitivity: Sensitivity, output: Any, batch: Any, mask: Tensor | None) -> Objective:
+    """What is differentiated for one batch.
+
+    Args:
+        sensitivity: a function ``loss(output, batch)`` that gives a scalar summed over samples, or a tensor of losses
+            by sample; ``"fisher"``: the negative log-likelihood of labels drawn from the model's own distribution;
+            ``"output"``: the output times random signs, whose expected squared gradient is that of the squared
+            output (Hutchinson 1989).
+        output: of the model.
+        batch: that the model was given.
+        mask: (batch, positions), the real positions; drops the others from outputs (batch, positions, features).
+    """
+    if callable(sensitivity):
+        loss = sensitivity(output, batch)
+        if not isinstance(loss, Tensor) or not loss.is_floating_point():
+            raise ValueError(f"sensitivity must return a tensor of losses; it returned {type(loss).__name__}.")
+        samples = loss.numel() if loss.dim() else len(_tensor(output, "output"))
+        return Objective(loss.sum(), samples)
+    values = _tensor(output, sensitivity)
+    samples = len(values)
+    if mask is not None and values.shape[:-1] == mask.shape:
+        values = values[mask.to(values.device)]
+    if sensitivity == "output":
+        signs = torch.randint(2, values.shape, device=values.device, dtype=torch.int8) * 2 - 1
+        return Objective((values.float() * signs).sum(), samples)
+    log_likelihood = values.flatten(0, -2).float().log_softmax(-1)  # (draws, classes)
+    labels = torch.multinomial(log_likelihood.detach().exp(), 1)
+    return Objective(-log_likelihood.gather(-1, labels).sum(), len(labels))
+
+
+def _tensor(output: Any, kind: str) -> Tensor:
+    found = output_tensor(output, _FIELDS[kind])
+    if found is None:
+        raise ValueError(
+            f"sensitivity={kind!r} found no tensor in the model's output of type {type(output).__name__}; pass "
+            "forward=, which picks one, or a function loss(output, batch) as sensitivity."
+        )
+    return found
+
+
+class Gradient(NamedTuple):
+    """The gradient at one call of one layer."""
+
+    fqn: str
+    values: Tensor  # the shape of the layer's output
+    mask: Tensor | None  # the mask of that forward
+
+
+class GradientTaps:
+    """Remembers where the layers' outputs entered the graph, for one backward pass per loss.
+
+    Edges of the graph are kept rather than tensors: what the model does to an output in place afterwards does not
+    change them, and no gradient is added to a parameter.
+    """
+
+    def __init__(self) -> None:
+        self._edges: list[tuple[str, GradientEdge, Tensor | None]] = []
+
+    def tap(self, fqn: str, y: Tensor, mask: Tensor | None) -> Tensor | None:
+        """Remember a layer's output; gives the tensor that takes its place, or None to leave it."""
+        if y.is_inference() or not torch.is_grad_enabled():
+            return None
+        if y.requires_grad:
+            self._edges.append((fqn, get_gradient_edge(y), mask))
+            return None
+        anchor = y.detach().requires_grad_()  # nothing before this layer needs a gradient: the graph starts here
+        self._edges.append((fqn, get_gradient_edge(anchor), mask))
+        return anchor.clone()  # a leaf could not be changed in place by what follows
+
+    def gradients(self, loss: Tensor, keep: bool = False) -> list[Gradient]:
+        """The gradient of ``loss`` at every call that it depends on; forgets the calls unless ``keep``.
+
+        Raises:
+            ValueError: the loss depends on no layer.
+        """
+        taps = self._edges
+        found: Sequence[Tensor | None] = []
+        if taps and loss.requires_grad:
+            found = torch.autograd.grad(loss, [edge for _, edge, _ in taps], retain_graph=keep, allow_unused=True)
+        if not keep:
+            self._edges = []
+        gradients = [Gradient(fqn, g, mask) for (fqn, _, mask), g in zip(taps, found, strict=False) if g is not None]
+        if not gradients:
+            raise ValueError(
+                "the loss of sensitivity depends on no layer: the model's forward runs without gradients "
+                "(torch.no_grad, inference_mode, a detached output). "
+                "Pass forward= with a differentiable call, or sensitivity=None."
+            )
+        return gradients
+
+
+def gradient_rows(layer: nn.Module, gradient: Tensor) -> Tensor:
+    """The gradient as (..., out_features): channels last for a convolution."""
+    return gradient.movedim(-3, -1).flatten(0, -2) if isinstance(layer, nn.Conv2d) else gradient

@@ -1,0 +1,269 @@
+"""Fine-tuning the factors: it learns, keeps the rank, resumes as if never broken off, and leaves the teacher alone."""
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lowrank_ops as lro
+
+Batch = tuple[Tensor, Tensor]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def network(dropout: float = 0.1) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Dropout(dropout), nn.BatchNorm1d(32), nn.Linear(32, 5))
+
+
+def truth(x: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return (torch.tanh(x @ torch.randn(12, 16, generator=generator)) @ torch.randn(16, 5, generator=generator)).argmax(
+        -1
+    )
+
+
+def data(count: int = 12, rows: int = 32, seed: int = 1) -> list[Batch]:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = [torch.randn(rows, 12, generator=generator) for _ in range(count)]
+    return [(x, truth(x)) for x in inputs]
+
+
+def first(model: nn.Module, batch: Batch) -> Tensor:
+    return model(batch[0])
+
+
+def cross_entropy(output: Tensor, batch: Batch) -> Tensor:
+    return F.cross_entropy(output, batch[1])
+
+
+def students(dropout: float = 0.1) -> tuple[nn.Sequential, nn.Sequential]:
+    """A trained dense network and its compression to rank 5 in the first layer, stored as 8."""
+    dense = network(dropout)
+    lro.finetune_(dense, data(40), loss=cross_entropy, forward=first, epochs=8, lr=1e-2)
+    student = copy.deepcopy(dense)
+    covariances = lro.calibrate(student, data(), forward=first)
+    lro.compress_(student, covariances, lro.CompressionConfig(lro.Ranks({"0": 5})))
+    return dense.eval(), student
+
+
+def score(model: nn.Module) -> float:
+    x, y = (torch.cat(parts) for parts in zip(*data(20, seed=9), strict=True))
+    model.eval()
+    with torch.no_grad():
+        return F.cross_entropy(model(x), y).item()
+
+
+@pytest.mark.parametrize("how", ["plain", "distilled", "both"])
+def test_it_recovers_accuracy_and_keeps_the_rank(how: str) -> None:
+    dense, student = students()
+    before, teacher_state = score(student), copy.deepcopy(dense.state_dict())
+    dense[0].train()  # a flag to be found again
+    report = lro.finetune_(
+        student,
+        data(40),
+        teacher=None if how == "plain" else dense,
+        loss=None if how == "distilled" else cross_entropy,
+        forward=first,
+        epochs=3,
+        lr=3e-3,
+    )
+    assert report.steps == 120 and sum(report.losses[-20:]) < sum(report.losses[:20])
+    assert score(student) < before - 0.3 * (before - score(dense))
+    layer = student[0]
+    assert isinstance(layer, lro.LowRankLinear) and layer.rank == 5
+    assert not layer.down[5:].any() and not layer.up[:, 5:].any()
+    assert torch.linalg.matrix_rank(layer.weight) == 5
+    assert all(torch.equal(value, teacher_state[key]) for key, value in dense.state_dict().items())
+    assert all(parameter.grad is None for model in (dense, student) for parameter in model.parameters())
+
+
+def test_distillation_is_the_divergence_from_the_teacher() -> None:
+    dense, student = students(dropout=0.0)
+    batch = data(1)[0]
+    student[3].eval()
+    expected = copy.deepcopy(student).train()
+    with torch.no_grad():
+        p = (dense(batch[0]) / 3).softmax(-1)
+        log_q = (expected(batch[0]) / 3).log_softmax(-1)
+    divergence = 9 * (p * (p.log() - log_q)).sum(-1).mean()
+    report = lro.finetune_(student, [batch], teacher=dense, temperature=3, forward=first)
+    assert report.losses[0] == pytest.approx(divergence.item(), rel=1e-4)
+
+
+def test_training_flags_come_back() -> None:
+    dense, student = students()
+    dense.eval()
+    dense[2].train()
+    student.eval()
+    student[3].train()
+    flags = [module.training for model in (dense, student) for module in model.modules()]
+
+    def loss(output: Tensor, batch: Batch) -> Tensor:
+        assert all(module.training for module in student.modules())
+        assert not any(module.training for module in dense.modules())
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        lro.finetune_(student, data(2), teacher=dense, loss=loss, forward=first)
+    assert [module.training for model in (dense, student) for module in model.modules()] == flags
+
+
+def test_accumulated_batches_are_one_large_batch() -> None:
+    plain = nn.Sequential(nn.Linear(12, 5))
+    large, small = copy.deepcopy(plain), copy.deepcopy(plain)
+    batches = data(4, rows=8)
+    joined = [tuple(torch.cat(parts) for parts in zip(*batches[i : i + 2], strict=True)) for i in (0, 2)]
+    of_large = lro.finetune_(large, joined, loss=cross_entropy, forward=first)
+    of_small = lro.finetune_(small, batches, loss=cross_entropy, forward=first, accumulate=2)
+    assert of_large.steps == of_small.steps == 2
+    torch.testing.assert_close(large[0].weight, small[0].weight)
+
+
+def test_learning_rate_rises_and_falls_by_a_cosine(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[float] = []
+    step = torch.optim.AdamW.step
+
+    def recording(self: torch.optim.AdamW) -> None:
+        rates.append(self.param_groups[0]["lr"])
+        assert [group["weight_decay"] for group in self.param_groups] == [0.1, 0.0]
+        step(self)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", recording)
+    lro.finetune_(
+        network(), data(10), loss=cross_entropy, forward=first, lr=0.01, warmup=0.3, epochs=2, weight_decay=0.1
+    )
+    assert len(rates) == 20 and rates[6] == pytest.approx(0.01)
+    assert rates[:7] == sorted(rates[:7]) and rates[6:] == sorted(rates[6:], reverse=True)
+    assert rates[13] == pytest.approx(0.005) and 0 < rates[-1] < 0.0002
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupted_after(calls: int):  # type: ignore[no-untyped-def]
+    def loss(output: Tensor, batch: Batch) -> Tensor:
+        nonlocal calls
+        calls -= 1
+        if calls < 0:
+            raise Interrupted
+        return F.cross_entropy(output, batch[1])
+
+    return loss
+
+
+@pytest.mark.parametrize("stop", [3, 12, 21])
+def test_a_resumed_run_is_an_unbroken_one(tmp_path: Path, stop: int) -> None:
+    """With dropout, batch norm and a shuffling loader; 10 batches per epoch, 3 epochs, a checkpoint every 2 steps."""
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(*(torch.cat(part) for part in zip(*data(10), strict=True))), 32, shuffle=True
+    )
+    start = network()
+    whole, broken = copy.deepcopy(start), copy.deepcopy(start)
+    arguments = {"forward": first, "epochs": 3, "checkpoint_every": 2, "lr": 1e-2}
+
+    torch.manual_seed(5)
+    expected = lro.finetune_(whole, loader, loss=cross_entropy, **arguments)
+    torch.manual_seed(5)
+    path = tmp_path / "run.pt"
+    with pytest.raises(Interrupted):
+        lro.finetune_(broken, loader, loss=interrupted_after(stop), checkpoint=path, **arguments)
+    torch.manual_seed(77)
+    fresh = copy.deepcopy(start)
+    report = lro.finetune_(fresh, loader, loss=cross_entropy, checkpoint=path, **arguments)
+    assert report.losses == expected.losses
+    assert all(torch.equal(value, whole.state_dict()[key]) for key, value in fresh.state_dict().items())
+
+    finished = copy.deepcopy(start)  # a run that is over is loaded, not repeated
+    again = lro.finetune_(finished, loader, loss=interrupted_after(0), checkpoint=path, **arguments)
+    assert again.losses == expected.losses
+    assert all(torch.equal(value, whole.state_dict()[key]) for key, value in finished.state_dict().items())
+
+
+def test_checkpoints_of_other_runs_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.pt"
+    arguments = {"loss": cross_entropy, "forward": first, "checkpoint": path}
+    lro.finetune_(network(), data(2), **arguments)
+    with pytest.raises(ValueError, match=r"is of a run with .*'lr': 0.0003.* this one has .*'lr': 0.1"):
+        lro.finetune_(network(), data(2), lr=0.1, **arguments)
+    with pytest.raises(ValueError, match="is of another student"):
+        lro.finetune_(nn.Linear(12, 5), data(2), **arguments)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="cannot be read"):
+        lro.finetune_(network(), data(2), **arguments)
+    torch.save({"weights": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="was not written by finetune_"):
+        lro.finetune_(network(), data(2), **arguments)
+
+
+def test_mixed_precision_trains() -> None:
+    _, student = students()
+    seen: list[torch.dtype] = []
+    student[0].register_forward_hook(lambda module, args, y: seen.append(y.dtype))
+    report = lro.finetune_(
+        student, data(10), loss=lambda o, b: F.cross_entropy(o.float(), b[1]), forward=first, autocast=torch.bfloat16
+    )
+    assert set(seen) == {torch.bfloat16} and student[0].down.dtype == torch.float32
+    assert report.losses[-1] < 2
+
+
+def test_a_plain_loop_works_and_keeps_the_rank() -> None:
+    _, student = students()
+    before = score(student)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3, weight_decay=0.1)
+    student.train()
+    for _ in range(3):
+        for x, y in data(40):
+            optimizer.zero_grad()
+            F.cross_entropy(student(x), y).backward()
+            optimizer.step()
+    assert score(student) < before
+    assert torch.linalg.matrix_rank(student[0].weight) == 5
+
+
+def test_steps_without_a_length() -> None:
+    class Endless:
+        def __iter__(self) -> Iterator[Batch]:
+            while True:
+                yield from data(2)
+
+    assert lro.finetune_(network(), Endless(), loss=cross_entropy, forward=first, steps=5).steps == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "needs a loss"),
+        ({"loss": cross_entropy, "batches": []}, "batches was empty"),
+        ({"loss": cross_entropy, "batches": iter(data(2))}, "pass steps"),
+        ({"loss": cross_entropy, "batches": iter(data(2)), "steps": 5}, "passed through only once"),
+        ({"loss": cross_entropy, "epochs": 0}, "epochs must be a positive integer; got 0"),
+        ({"loss": cross_entropy, "lr": 0}, "lr must be positive; got 0"),
+        ({"loss": cross_entropy, "warmup": 1}, r"warmup must be a share of the steps in \[0, 1\)"),
+        ({"loss": cross_entropy, "soft_weight": 2}, "soft_weight must be in"),
+        ({"loss": cross_entropy, "autocast": torch.float16}, "autocast must be None or torch.bfloat16"),
+        ({"loss": lambda output, batch: output.sum() * float("nan")}, "the loss is nan at step 0"),
+        ({"teacher": network(), "forward": lambda model, batch: [str(model(batch[0]))]}, "teacher needs logits"),
+    ],
+)
+def test_bad_arguments_are_explained(arguments: dict[str, object], message: str) -> None:
+    arguments = {"batches": data(2), "forward": first, **arguments}
+    with pytest.raises(ValueError, match=message):
+        lro.finetune_(network(), **arguments)
+
+
+def test_students_that_cannot_learn_are_explained() -> None:
+    model = network()
+    with pytest.raises(ValueError, match="teacher is the student itself"):
+        lro.finetune_(model, data(2), teacher=model, forward=first)
+    with pytest.raises(ValueError, match="no parameter that requires gradients"):
+        lro.finetune_(model.requires_grad_(False), data(2), loss=cross_entropy, forward=first)

@@ -1,0 +1,276 @@
+"""Gradients at the layers' outputs: against autograd by sample, and a model that is left as it was."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lowrank_ops as lro
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def mlp(**kwargs: object) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(inplace=True), nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+
+
+def summed_loss(output: Tensor, batch: list[Tensor]) -> Tensor:
+    return F.cross_entropy(output, batch[1], reduction="sum")
+
+
+def first(model: nn.Module, batch: list[Tensor]) -> Tensor:
+    return model(batch[0])
+
+
+def labelled(batches: int = 3, rows: int = 7) -> list[list[Tensor]]:
+    return [[torch.randn(rows, 6).double(), torch.randint(3, (rows,))] for _ in range(batches)]
+
+
+def gradients_by_sample(model: nn.Module, layer: nn.Module, x: Tensor, loss: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """The gradient at a layer's output, one sample and one backward pass at a time: (samples, ...)."""
+    rows = []
+    for index in range(len(x)):
+        seen: list[Tensor] = []
+        handle = layer.register_forward_hook(lambda m, a, y, seen=seen: seen.append(y) or y.clone())
+        value = loss(model(x[index : index + 1]), index)
+        rows.append(torch.autograd.grad(value, seen[0])[0])
+        handle.remove()
+    return torch.cat(rows)
+
+
+def test_second_moment_is_that_of_single_samples() -> None:
+    model, batches = mlp(), labelled()
+    covariances = lro.calibrate(model, batches, forward=first, sensitivity=summed_loss)
+    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    for fqn in ("0", "2", "4"):
+        g = gradients_by_sample(
+            model, model[int(fqn)], x, lambda out, index: F.cross_entropy(out, y[index : index + 1])
+        )
+        found = covariances.sensitivities[fqn]
+        assert found.count == 21 and found.side == "gradient"
+        torch.testing.assert_close(found.moment(centered=False), g.T @ g / 21)
+
+
+def test_a_loss_by_sample_is_summed() -> None:
+    model, batches = mlp(), labelled()
+    scalar = lro.calibrate(model, batches, forward=first, sensitivity=summed_loss)
+    by_sample = lro.calibrate(
+        model,
+        batches,
+        forward=first,
+        sensitivity=lambda output, batch: F.cross_entropy(output, batch[1], reduction="none"),
+    )
+    for fqn, expected in scalar.sensitivities.items():
+        assert by_sample.sensitivities[fqn].count == expected.count
+        torch.testing.assert_close(by_sample.sensitivities[fqn].second_moment, expected.second_moment)
+
+
+def test_input_statistics_do_not_depend_on_the_loss() -> None:
+    model, batches = mlp(), labelled()
+    plain = lro.calibrate(model, batches, forward=first)
+    both = lro.calibrate(model, batches, forward=first, sensitivity=summed_loss)
+    assert not plain.sensitivities
+    for fqn in plain:
+        assert torch.equal(plain[fqn].second_moment, both[fqn].second_moment)
+    assert both.memory() == plain.memory() + sum(8 * (n * n + n) for n in (8, 5, 3))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_model_is_left_as_it_was(frozen: bool) -> None:
+    model, batches = mlp().train().requires_grad_(not frozen), labelled()
+    if not frozen:
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+    before = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    state = torch.get_rng_state()
+    covariances = lro.calibrate(model, batches, forward=first, sensitivity="fisher")
+    assert torch.equal(state, torch.get_rng_state())
+    assert list(covariances.sensitivities) == ["0", "2", "4"]
+    assert model.training and all(p.requires_grad is not frozen for p in model.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    for parameter, grad in zip(model.parameters(), before, strict=True):
+        assert (parameter.grad is None) if grad is None else torch.equal(parameter.grad, grad)
+
+
+def test_frozen_and_trainable_models_agree() -> None:
+    model, batches = mlp(), labelled()
+    trainable = lro.calibrate(model, batches, forward=first, sensitivity=summed_loss)
+    frozen = lro.calibrate(model.requires_grad_(False), batches, forward=first, sensitivity=summed_loss)
+    for fqn in trainable.sensitivities:
+        torch.testing.assert_close(frozen.sensitivities[fqn].second_moment, trainable.sensitivities[fqn].second_moment)
+
+
+def test_fisher_approaches_the_exact_expectation() -> None:
+    """At the logits the Fisher information of a sample is diag(p) - p p^T."""
+    model, x = nn.Linear(4, 3).double(), torch.randn(50, 4).double()
+    covariances = lro.calibrate(nn.Sequential(model), [x], sensitivity="fisher", probes=400)
+    p = model(x).softmax(-1)
+    exact = torch.diag(p.mean(0)) - p.T @ p / len(p)
+    found = covariances.sensitivities["0"]
+    assert found.count == 50 * 400
+    torch.testing.assert_close(found.moment(centered=False), exact.detach(), atol=0.01, rtol=0)
+
+
+def test_output_probes_approach_the_jacobian() -> None:
+    """E of J^T v v^T J over random signs is J^T J."""
+    head = nn.Linear(5, 4, bias=False).double()
+    model = nn.Sequential(nn.Linear(3, 5).double(), head)
+    covariances = lro.calibrate(model, [torch.randn(20, 3).double()], sensitivity="output", probes=400)
+    moment = covariances.sensitivities["0"].moment(centered=False)
+    exact = (head.weight.T @ head.weight).detach()
+    assert (moment - exact).norm() < 0.05 * exact.norm()
+    torch.testing.assert_close(
+        covariances.sensitivities["1"].moment(centered=False), torch.eye(4).double(), atol=0.05, rtol=0
+    )
+
+
+class Twice(nn.Module):
+    """Calls one layer two times, changes its output in place, and reads attributes of an output object."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.unused = nn.Linear(4, 4)
+        self.dead_end = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> SimpleNamespace:
+        self.dead_end(x)
+        y = self.layer(x)
+        y += x
+        return SimpleNamespace(logits=self.layer(y.relu_()))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_layers_called_twice_count_twice(frozen: bool) -> None:
+    model, x = Twice().double().requires_grad_(not frozen), torch.randn(9, 4).double()
+    found = lro.calibrate(
+        model, [x], sensitivity=lambda output, batch: output.logits.square().sum(), share_inputs=False
+    ).sensitivities
+    assert list(found) == ["layer"]
+
+    first_call = model.layer(x).detach().requires_grad_()
+    second_call = model.layer((first_call + x).relu())
+    gradients = torch.autograd.grad(second_call.square().sum(), [first_call, second_call])
+    expected = sum(g.T @ g for g in gradients)
+    torch.testing.assert_close(found["layer"].second_moment, expected)
+    assert found["layer"].count == 9
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_convolutions_give_a_row_for_each_position(groups: int) -> None:
+    conv = nn.Conv2d(4, 6, 3, padding=1, groups=groups)
+    model = nn.Sequential(conv, nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(6 * 25, 3)).double()
+    x, y = torch.randn(5, 4, 5, 5).double(), torch.randint(3, (5,))
+    found = lro.calibrate(
+        model, [x], sensitivity=lambda output, batch: F.cross_entropy(output, y, reduction="sum")
+    ).sensitivities
+    g = gradients_by_sample(model, conv, x, lambda out, index: F.cross_entropy(out, y[index : index + 1]))
+    rows = g.movedim(1, -1).reshape(-1, groups, 6 // groups)
+    expected = torch.einsum("ngi,ngj->gij", rows, rows) / 5
+    moment = found["0"].moment(centered=False)
+    torch.testing.assert_close(moment, expected if groups > 1 else expected[0])
+
+
+class Tokens(nn.Module):
+    """(batch, tokens) -> last_hidden_state, mixing positions by their masked mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 6)
+        self.layer = nn.Linear(6, 6)
+        self.out = nn.Linear(6, 4)
+
+    def forward(self, ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+        h = self.layer(self.embedding(ids)).tanh() * attention_mask.unsqueeze(-1)
+        return {"last_hidden_state": self.out(h + h.sum(1, keepdim=True))}
+
+
+@pytest.mark.parametrize("kind", ["output", "fisher"])
+def test_padding_adds_nothing(kind: str) -> None:
+    """Longer padding draws other random numbers, so what does not depend on them is compared: zeros and counts."""
+    model = Tokens().double()
+    ids, mask = torch.randint(11, (3, 5)), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 1, 1]])
+    forward = None if kind == "output" else lambda model, batch: model(**batch)["last_hidden_state"]
+    seen: list[Tensor] = []
+    handle = model.out.register_forward_hook(lambda m, a, y: y.register_hook(seen.append) and None)
+    found = lro.calibrate(
+        model, [{"ids": ids, "attention_mask": mask}], mask="attention_mask", sensitivity=kind, forward=forward
+    ).sensitivities["out"]
+    handle.remove()
+    rows = seen[0]
+    assert not rows[mask == 0].any() and rows[mask == 1].all(-1).all()
+    torch.testing.assert_close(found.second_moment, torch.einsum("nti,ntj->ij", rows, rows))
+    assert found.count == (3 if kind == "output" else 10)  # sequences, or labels drawn
+
+
+def test_masked_gradients_are_left_out() -> None:
+    """A loss that does reach padded positions."""
+    model = Tokens().double()
+    batch = {"ids": torch.randint(11, (2, 3)), "attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]])}
+    found = lro.calibrate(
+        model, [batch], mask="attention_mask", sensitivity=lambda output, batch: output["last_hidden_state"].sum()
+    ).sensitivities["out"]
+    torch.testing.assert_close(found.second_moment, torch.full((4, 4), 5.0).double())
+
+
+def test_save_load_and_merge(tmp_path: Path) -> None:
+    model, batches = mlp(), labelled(4)
+    whole, left, right = (
+        lro.calibrate(model, part, forward=first, sensitivity=summed_loss)
+        for part in (batches, batches[:1], batches[1:])
+    )
+    merged = left.merge(right)
+    merged.save(tmp_path / "statistics.safetensors")
+    loaded = lro.Covariances.load(tmp_path / "statistics.safetensors")
+    assert list(loaded) == list(whole) and list(loaded.sensitivities) == list(whole.sensitivities)
+    for fqn, expected in whole.sensitivities.items():
+        assert loaded.sensitivities[fqn].count == expected.count == 28
+        torch.testing.assert_close(loaded.sensitivities[fqn].second_moment, expected.second_moment)
+        torch.testing.assert_close(loaded[fqn].second_moment, whole[fqn].second_moment)
+
+
+def test_merge_names_a_missing_sensitivity() -> None:
+    model, batches = mlp(), labelled()
+    with pytest.raises(ValueError, match="gradient of 0"):
+        lro.calibrate(model, batches, forward=first, sensitivity="fisher").merge(
+            lro.calibrate(model, batches, forward=first)
+        )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sensitivity": "hessian"}, "'fisher' or 'output'"),
+        ({"sensitivity": "fisher", "probes": 0}, "probes must be a positive integer"),
+        ({"sensitivity": lambda output, batch: 1.0}, "returned float"),
+        ({"sensitivity": lambda output, batch: output.detach().sum()}, "depends on no layer"),
+        ({"sensitivity": "fisher", "forward": lambda model, batch: (model(batch[0]), 3)[1]}, "found no tensor"),
+    ],
+)
+def test_bad_arguments_are_explained(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        lro.calibrate(mlp(), labelled(), **{"forward": first, **arguments})
+
+
+def test_a_gradient_that_is_not_finite_is_named() -> None:
+    def loss(output: Tensor, batch: list[Tensor]) -> Tensor:
+        return (output - output.detach()).sqrt().sum()  # an infinite slope at zero
+
+    with pytest.raises(lro.NonFiniteActivationError, match=r"layer '[024]': its gradient holds NaN or inf.*batch 0"):
+        lro.calibrate(mlp(), labelled(), forward=first, sensitivity=loss)
+
+
+def test_sensitivity_works_inside_no_grad_and_inference_mode() -> None:
+    model, batches = mlp(), labelled()
+    expected = lro.calibrate(model, batches, forward=first, sensitivity=summed_loss).sensitivities
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            found = lro.calibrate(model, batches, forward=first, sensitivity=summed_loss).sensitivities
+        assert all(torch.equal(found[fqn].second_moment, expected[fqn].second_moment) for fqn in expected)
