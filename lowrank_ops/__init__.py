@@ -41,4 +41,4 @@ __all__ = [
     "LowRankLinear",
     "replace_",
 ]
-__version__ = "0.1.0"
+from .version import __version__ as __version__

@@ -106,18 +106,18 @@ class LowRankLinear(_LowRank):
     @classmethod
     def from_factors(cls, linear: nn.Module, factors: Factors) -> LowRankLinear:
         """A layer like ``linear`` (dtype, device, training and gradient flags) that holds ``factors``."""
+        layer = cls.empty_like(linear, factors.rank, bias=factors.bias is not None)
+        layer._fill(factors)
+        return layer
+
+    @classmethod
+    def empty_like(cls, linear: nn.Module, rank: int, bias: bool) -> LowRankLinear:
+        """A layer like ``linear`` (sizes, dtype, device, training and gradient flags) with factors yet to be set."""
         _, in_features, out_features = dimensions(linear)
         weight: Tensor = linear.weight  # type: ignore[assignment]
         layer = nn.utils.skip_init(
-            cls,
-            in_features,
-            out_features,
-            factors.rank,
-            bias=factors.bias is not None,
-            device=weight.device,
-            dtype=weight.dtype,
+            cls, in_features, out_features, rank, bias=bias, device=weight.device, dtype=weight.dtype
         )
-        layer._fill(factors)
         return _like(layer, linear)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
@@ -213,15 +213,16 @@ class LowRankConv2d(_LowRank):
     @classmethod
     def from_factors(cls, conv: nn.Conv2d, factors: Factors) -> LowRankConv2d:
         """A layer like ``conv`` that holds ``factors``."""
-        layer = nn.utils.skip_init(
-            cls,
-            **_geometry(conv),
-            rank=factors.rank,
-            bias=factors.bias is not None,
-            device=conv.weight.device,
-            dtype=conv.weight.dtype,
-        )
+        layer = cls.empty_like(conv, factors.rank, bias=factors.bias is not None)
         layer._fill(factors)
+        return layer
+
+    @classmethod
+    def empty_like(cls, conv: nn.Conv2d, rank: int, bias: bool) -> LowRankConv2d:
+        """A layer like ``conv`` with factors yet to be set."""
+        layer = nn.utils.skip_init(
+            cls, **_geometry(conv), rank=rank, bias=bias, device=conv.weight.device, dtype=conv.weight.dtype
+        )
         return _like(layer, conv)
 
     def forward(self, x: Tensor) -> Tensor:  # (batch, in_channels, height, width), as Conv2d

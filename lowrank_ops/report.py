@@ -157,6 +157,7 @@ class LayerCompression:
     parameters: int
     predicted_error: float | None  # E|y - y'|^2 over the calibration rows; None: not known
     output_variance: float
+    rows: int  # calibration rows seen
 
 
 @dataclass(frozen=True)
@@ -250,6 +251,7 @@ def _layer_compression(fqn: str, space: LayerSubspaces, factors: Factors | None)
         kept,
         0.0 if factors is None else factors.predicted_error,
         float(space.output.spectrum.sum()),
+        space.covariance.count,
     )
 
 

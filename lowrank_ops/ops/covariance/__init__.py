@@ -16,7 +16,7 @@ from .._autocast import register_autocast
 from .._backend import Backend, Device, Impl, choose, device_facts
 from .._backend import explain as _explain
 from .._layout import row_stride, starts_on_16_bytes
-from . import reference
+from . import _triton, reference
 from .reference import output_size as output_size
 
 _STATE_DTYPES = (torch.float32, torch.float64)
@@ -56,6 +56,7 @@ class ConvProblem(NamedTuple):
 
 
 TABLE: tuple[Impl, ...] = (
+    Impl("triton", Backend.TRITON, _triton.supports, _triton.run, _triton.prefers),
     Impl(
         "reference", Backend.REFERENCE, lambda problem: None, lambda problem, *tensors: reference.update(*tensors)
     ),

@@ -14,7 +14,7 @@ from .._autocast import register_autocast
 from .._backend import Backend, Device, Impl, choose, device_facts
 from .._backend import explain as _explain
 from .._layout import row_stride, starts_on_16_bytes
-from . import reference
+from . import _triton, reference
 
 
 class Problem(NamedTuple):
@@ -48,6 +48,20 @@ TABLE: tuple[Impl, ...] = (
         lambda problem: None,
         lambda problem, *args: reference.dense(*args),
         _dense_costs_less,
+    ),
+    Impl(
+        "triton.decode",
+        Backend.TRITON,
+        _triton.supports_decode,
+        _triton.run_decode,
+        _triton.prefers_decode,
+    ),
+    Impl(
+        "triton.prefill",
+        Backend.TRITON,
+        _triton.supports_prefill,
+        _triton.run_prefill,
+        _triton.prefers_prefill,
     ),
     Impl(
         "two_products",
