@@ -6,6 +6,7 @@ Hooks see every call of every layer; the model is handed back as it was: trainin
 from __future__ import annotations
 
 import math
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 from .covariances import Covariance, Covariances
@@ -56,16 +58,19 @@ def calibrate(
             forward (``"attention_mask"``) or ``mask(args, kwargs) -> Tensor | None``; (batch, positions), true or
             non-zero where a token is real. Does not apply to convolutions.
         side: ``"input"`` streams layer inputs, which gives every measure; ``"output"`` streams outputs, which is
-            enough for ``projection="output"``; ``"auto"`` takes the input unless its moment would take more than
-            ``max_state_bytes``, or more than 64 MiB where the input is over 16 times as wide as the output.
+            enough for ``projection="output"``; ``"auto"`` takes the input unless the output is narrower and the
+            input's moment would take more than ``max_state_bytes``, or more than 64 MiB where the input is over 16
+            times as wide as the output.
         dtype: dtype of the sums, float64 or float32.
         forward: ``forward(model, batch)`` replaces the call of the model, to drop labels for instance.
         max_state_bytes: bound on one layer's input moment under ``side="auto"``.
-        share_inputs: keep one covariance for layers that receive the same tensor (q, k, v; gate, up).
+        share_inputs: keep one covariance for layers that receive the same tensor (q, k, v; gate, up). Tensors made
+            under ``torch.inference_mode`` are not shared: nothing tells whether they were changed in between.
         progress: show a progress bar.
 
     Returns:
-        The covariances, with ``unreached`` and ``skipped`` layers named.
+        The covariances, with ``unreached`` and ``skipped`` layers named. A warning names the skipped ones, unless
+        ``filter_fn`` chose the layers.
 
     Raises:
         NonFiniteActivationError: NaN or inf in an activation.
@@ -116,18 +121,22 @@ def calibration(
     layers, skipped = find_layers(model, filter_fn)
     if not layers:
         reasons = "".join(f"\n  {fqn or '(the model)'}: {reason}" for fqn, reason in skipped.items())
-        raise ValueError(f"model has no Linear, Conv2d or Conv1D layer that filter_fn keeps and that can be seen.{reasons}")
+        raise ValueError(f"model has no Linear, Conv2d or Conv1D that filter_fn keeps and that can be seen.{reasons}")
+
+    if skipped and filter_fn is None:
+        reasons = "".join(f"\n  {fqn}: {reason}" for fqn, reason in skipped.items())
+        warnings.warn(f"calibration leaves out what it cannot see into:{reasons}", stacklevel=3)
 
     covariances = Covariances()
     covariances.skipped = skipped
-    recorder = _Recorder(model, layers, mask, share_inputs)
+    recorder = _Recorder(layers, mask, share_inputs)
     training = {module: module.training for module in model.modules()}
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     with torch.random.fork_rng(devices=[device.index for device in devices]):
         try:
             model.eval()
-            for fqn, layer in layers.items():
-                recorder.attach(fqn, layer, _side(layer, side, dtype, max_state_bytes), dtype)
+            sides = {fqn: _side(layer, side, dtype, max_state_bytes) for fqn, layer in layers.items()}
+            recorder.attach(model, sides, dtype)
             yield covariances
             recorder.check_finite()
         finally:
@@ -142,6 +151,8 @@ def _side(layer: nn.Module, side: str, dtype: torch.dtype, max_state_bytes: int)
         return side
     groups, in_features, out_features = dimensions(layer)
     state_bytes = groups * in_features**2 * dtype.itemsize
+    if out_features >= in_features:
+        return "input"
     much_wider = in_features > OUTPUT_SIDE_RATIO * out_features and state_bytes > SMALL_STATE_BYTES
     return "output" if much_wider or state_bytes > max_state_bytes else "input"
 
@@ -149,7 +160,7 @@ def _side(layer: nn.Module, side: str, dtype: torch.dtype, max_state_bytes: int)
 class _Recorder:
     """The hooks of one calibration and the sums that they fill."""
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], mask: Mask | None, share: bool) -> None:
+    def __init__(self, layers: Mapping[str, nn.Module], mask: Mask | None, share: bool) -> None:
         self._layers = layers
         self._mask_source = mask
         self._mask: Tensor | None = None
@@ -157,26 +168,28 @@ class _Recorder:
         self._states: dict[str, _State] = {}  # by layer; a layer that shares its input has its leader's
         self._touched: dict[str, _State] = {}  # in this forward, in the order of the calls
         self._batch = 0
-        self._handles = [
-            model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            model.register_forward_hook(self._after_forward),
-        ]
+        self._in_forward = False
+        self._handles: list[RemovableHandle] = []
 
-    def attach(self, fqn: str, layer: nn.Module, side: str, dtype: torch.dtype) -> None:
-        """Hook one layer."""
+    def attach(self, model: nn.Module, sides: Mapping[str, str], dtype: torch.dtype) -> None:
+        """Hook the model around its layers; the model may itself be the layer, so the order matters."""
+        self._handles.append(model.register_forward_pre_hook(self._before_forward, with_kwargs=True))
+        for fqn, layer in self._layers.items():
+            self._handles.append(self._hook(fqn, layer, sides[fqn], dtype))
+        self._handles.append(model.register_forward_hook(self._after_forward))
+
+    def _hook(self, fqn: str, layer: nn.Module, side: str, dtype: torch.dtype) -> RemovableHandle:
+        """See the input after all hooks that change it, or the output before any of them."""
         if side == "output":
-            self._handles.append(
-                layer.register_forward_hook(lambda module, args, y: self._see_output(fqn, module, y, dtype))
+            return layer.register_forward_hook(
+                lambda module, args, y: self._see_output(fqn, module, y, dtype), prepend=True
             )
-        else:
-            self._handles.append(
-                layer.register_forward_pre_hook(
-                    lambda module, args, kwargs: self._see_input(
-                        fqn, module, args[0] if args else next(iter(kwargs.values())), dtype
-                    ),
-                    with_kwargs=True,
-                )
-            )
+        return layer.register_forward_pre_hook(
+            lambda module, args, kwargs: self._see_input(
+                fqn, module, args[0] if args else next(iter(kwargs.values())), dtype
+            ),
+            with_kwargs=True,
+        )
 
     def detach(self) -> None:
         """Remove every hook."""
@@ -186,7 +199,7 @@ class _Recorder:
     def finish(self, covariances: Covariances) -> None:
         """Mirror the triangles, take biases out of streamed outputs, and hand the sums over."""
         for fqn, state in self._states.items():
-            if fqn == state.leader:
+            if fqn == state.leader and state.covariance.count:
                 state.check_followers()
                 covariance = state.covariance
                 covariance_finalize_(covariance.second_moment)
@@ -203,13 +216,15 @@ class _Recorder:
         finite = torch.stack([state.is_finite().cpu() for state in self._touched.values()])
         if not bool(finite.all()):
             fqn = list(self._touched)[int(finite.int().argmin())]
+            batch = f"batch {self._batch} (counted from 0)" if self._in_forward else "a call beside the model's forward"
             raise NonFiniteActivationError(
                 f"layer {fqn!r}: its {self._touched[fqn].covariance.side} holds NaN or inf (or overflows the sums) "
-                f"in batch {self._batch} (counted from 0). Check that batch, or run the model in a wider dtype."
+                f"in {batch}. Check that batch, or run the model in a wider dtype."
             )
         self._touched.clear()
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._in_forward = True
         source = self._mask_source
         if source is None:
             return
@@ -218,15 +233,19 @@ class _Recorder:
         elif source in kwargs:
             mask = kwargs[source]
         else:
+            given = ", ".join(kwargs) or "none"
             raise ValueError(
-                f"mask={source!r} is not among the keyword arguments of the model's forward ({', '.join(kwargs)}); "
-                "pass batches as mappings, or a callable mask(args, kwargs)."
+                f"mask={source!r} is not among the keyword arguments of the model's forward ({given}); pass batches as "
+                "mappings, or a callable mask(args, kwargs)."
             )
+        if mask is not None and mask.dim() != 2:
+            raise ValueError(f"mask must have shape (batch, positions); got {tuple(mask.shape)}.")
         self._mask = None if mask is None else mask.bool()
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         self.check_finite()
         self._mask = None
+        self._in_forward = False
         self._batch += 1
 
     def _see_input(self, fqn: str, layer: nn.Module, x: Tensor, dtype: torch.dtype) -> None:
@@ -237,7 +256,7 @@ class _Recorder:
                 if isinstance(layer, nn.Conv2d):
                     state.update_conv(layer, x.detach())
                 else:
-                    state.update(_real_rows(fqn, x.detach(), self._mask))
+                    state.update(self._real_rows(fqn, x.detach()))
 
     def _see_output(self, fqn: str, layer: nn.Module, y: Tensor, dtype: torch.dtype) -> None:
         state = self._state(fqn, layer, None, "output", dtype)
@@ -247,7 +266,30 @@ class _Recorder:
                 channels = y.detach().movedim(-3, -1).flatten(0, -2)  # (positions, out_channels)
                 state.update(channels)
             else:
-                state.update(_real_rows(fqn, y.detach(), self._mask))
+                state.update(self._real_rows(fqn, y.detach()))
+
+    def _real_rows(self, fqn: str, x: Tensor) -> Tensor:
+        """The rows of ``x`` (..., features) at which the mask (batch, positions) of this forward is true."""
+        if self._mask_source is not None and not self._in_forward:
+            raise ValueError(
+                f"layer {fqn!r} was called beside the model's own forward, where mask is not known. "
+                "Calibrate the module whose forward is called, or do without mask."
+            )
+        if x.is_nested:
+            return torch.cat(x.unbind())  # nn.TransformerEncoder has taken the padding out
+        mask = self._mask
+        if mask is None:
+            return x
+        leading = x.shape[:-1]
+        if leading == mask.shape or leading == (mask.numel(),):
+            return x[mask.reshape(leading).to(x.device)]
+        if leading == mask.shape[:1]:
+            return x  # pooled: one row for each sequence
+        raise ValueError(
+            f"mask of shape {tuple(mask.shape)} does not fit the activation {tuple(x.shape)} of layer {fqn!r}, whose "
+            "leading shape must be (batch, positions), (batch * positions,) or (batch,). "
+            "Leave the layer out with filter_fn."
+        )
 
     def _state(self, fqn: str, layer: nn.Module, x: Tensor | None, side: str, dtype: torch.dtype) -> _State:
         if fqn not in self._states:
@@ -302,7 +344,7 @@ class _State:
         """
         if fqn == self.leader:
             self.check_followers()
-            self._last, self._last_version = weakref.ref(x), _version(x)
+            self._last, self._last_version = weakref.ref(x), 0 if x.is_inference() else x._version
         elif not self._is_last(x) or self._calls[fqn] + 1 != self._calls[self.leader]:
             raise ValueError(self._diverged(fqn))
         self._calls[fqn] += 1
@@ -346,28 +388,15 @@ class _State:
         return (self.covariance.total.abs().sum() + diagonal.sum()).isfinite()
 
     def _is_last(self, x: Tensor) -> bool:
-        return self._last is not None and self._last() is x and self._last_version == _version(x)
+        if x.is_inference():  # counts no versions, so a change in place between two layers would go unseen
+            return False
+        return self._last is not None and self._last() is x and self._last_version == x._version
 
     def _diverged(self, fqn: str) -> str:
         return (
             f"layer {fqn!r} received the tensor of {self.leader!r} at first and another one later, so the two cannot "
             "share a covariance. Calibrate again with share_inputs=False."
         )
-
-
-def _real_rows(fqn: str, x: Tensor, mask: Tensor | None) -> Tensor:
-    """The rows of ``x`` (..., features) at which ``mask`` (batch, positions) is true."""
-    if mask is None:
-        return x
-    leading = x.shape[:-1]
-    if leading == mask.shape or leading == (mask.numel(),):
-        return x[mask.view(leading).to(x.device)]
-    if leading == mask.shape[:1]:
-        return x  # pooled: one row for each sequence
-    raise ValueError(
-        f"mask of shape {tuple(mask.shape)} does not fit the activation {tuple(x.shape)} of layer {fqn!r}, whose "
-        "leading shape must be (batch, positions), (batch * positions,) or (batch,). Leave the layer out with filter_fn."
-    )
 
 
 def _remove_bias(covariance: Covariance, layer: nn.Module) -> None:
@@ -389,10 +418,6 @@ def _geometry(layer: nn.Module) -> object:
     if isinstance(layer, nn.Conv2d):
         return (layer.kernel_size, layer.stride, layer.padding, layer.padding_mode, layer.dilation, layer.groups)
     return "linear"
-
-
-def _version(x: Tensor) -> int:
-    return 0 if x.is_inference() else x._version
 
 
 def _call(model: nn.Module, batch: Any) -> Any:

@@ -52,6 +52,8 @@ def compress_(
         tied = {fqn: f"its weight is tied to {other!r}" for fqn, other in tied_layers(model).items() if fqn in layers}
         layers = {fqn: layer for fqn, layer in layers.items() if fqn not in tied}
         skipped = {**skipped, **tied}
+    if "" in layers:
+        raise ValueError("model is itself the layer to replace; use LowRankLinear.from_linear or its like.")
     missing = [fqn for fqn in covariances if fqn not in dict(model.named_modules())]
     if missing:
         raise ValueError(f"covariances name layers that model does not have: {', '.join(missing)}.")
@@ -72,6 +74,5 @@ def compress_(
             except ValueError as error:
                 raise ValueError(f"layer {fqn!r}: {error}") from None
     report = CompressionReport.build(model, config, subspaces, factors, skipped)
-    if replace_(model, factors) is not model:
-        raise ValueError("model is itself the layer to replace; use LowRankLinear.from_linear or from_conv2d.")
+    replace_(model, factors)
     return report

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Union
+from typing import Any
 
 FORMAT_VERSION = 1
 PROJECTIONS = ("output", "utilized", "weight")
@@ -51,7 +51,7 @@ class Ranks:
     ranks: Mapping[str, int]
 
 
-RankPolicy = Union[ExplainedVariance, ParameterBudget, Ranks]
+RankPolicy = ExplainedVariance | ParameterBudget | Ranks
 _POLICIES: dict[str, type[ExplainedVariance] | type[ParameterBudget] | type[Ranks]] = {
     "explained_variance": ExplainedVariance,
     "parameter_budget": ParameterBudget,
@@ -83,6 +83,8 @@ class CompressionConfig:
             accepted = ", ".join(policy.__name__ for policy in _POLICIES.values())
             raise TypeError(f"rank must be one of {accepted}; got {self.rank!r}.")
         _check_choice("projection", self.projection, PROJECTIONS)
+        if not isinstance(self.centered, bool):
+            raise TypeError(f"centered must be a bool; got {self.centered!r}.")
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain JSON types."""
@@ -102,15 +104,20 @@ class CompressionConfig:
         Raises:
             ValueError: an unknown version, policy or field.
         """
+        if not isinstance(values, Mapping):
+            raise ValueError(f"a compression configuration must be a JSON object; got {type(values).__name__}.")
         values = dict(values)
         version = values.pop("version", None)
         if version != FORMAT_VERSION:
-            raise ValueError(f"version must be {FORMAT_VERSION}; got {version!r}. Update lowrank_ops to read newer files.")
+            raise ValueError(f"version must be {FORMAT_VERSION}; got {version!r}. Update lowrank_ops for newer files.")
         try:
             policy = dict(values.pop("rank"))
-            rank = _POLICIES[policy.pop("policy")](**policy)
-            return cls(rank=rank, **values)
-        except (KeyError, TypeError) as error:
+            name = policy.pop("policy")
+            _check_choice("policy", name, tuple(_POLICIES))
+            return cls(rank=_POLICIES[name](**policy), **values)
+        except KeyError as error:
+            raise ValueError(f"not a compression configuration: the field {error} is missing.") from None
+        except TypeError as error:
             raise ValueError(f"not a compression configuration of version {FORMAT_VERSION}: {error}.") from None
 
     def to_json(self) -> str:
@@ -124,7 +131,7 @@ class CompressionConfig:
 
 
 def _check_share(name: str, value: float) -> None:
-    if not isinstance(value, (int, float)) or not 0 < value <= 1:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
         raise ValueError(f"{name} must be a number in (0, 1]; got {value!r}.")
 
 

@@ -39,11 +39,18 @@ class Covariance:
         return self.total.double() / max(self.count, 1)
 
     def moment(self, *, centered: bool) -> Tensor:
-        """E[x x^T], about the mean if ``centered``; float64, so that little is lost where the mean is large."""
+        """E[x x^T], about the mean if ``centered``, float64.
+
+        A feature whose variance is lost in the rounding of the sums beside its mean is constant: its variance is 0.
+        """
         moment = self.second_moment.double() / max(self.count, 1)
         if centered:
             mean = self.mean
             moment -= mean.unsqueeze(-1) * mean.unsqueeze(-2)
+            # A sum of n equal numbers loses up to n eps; library products, which add in blocks, lose less.
+            rounding = min(self.count * torch.finfo(self.second_moment.dtype).eps, 1e-5)
+            varies = moment.diagonal(dim1=-2, dim2=-1) > rounding * mean.square()
+            moment *= varies.unsqueeze(-1) & varies.unsqueeze(-2)
         return moment
 
 
@@ -162,12 +169,12 @@ class Covariances(Mapping[str, Covariance]):
                 for index, entry in enumerate(header["entries"]):
                     second_moment = file.get_tensor(f"{index}.second_moment")
                     covariances._add(Covariance(second_moment, file.get_tensor(f"{index}.total"), **entry))
+                covariances._sort(header["order"])
+                covariances.unreached, covariances.skipped = tuple(header["unreached"]), header["skipped"]
         except FileNotFoundError:
             raise
         except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
             raise ValueError(f"path {str(path)!r} is not a whole file written by Covariances.save: {error}.") from None
-        covariances._sort(header["order"])
-        covariances.unreached, covariances.skipped = tuple(header["unreached"]), header["skipped"]
         return covariances
 
     def _add(self, covariance: Covariance) -> None:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 FilterFn = Callable[[nn.Module, str], bool]
 
 
@@ -32,15 +34,15 @@ def find_layers(model: nn.Module, filter_fn: FilterFn | None = None) -> tuple[di
     """
     layers: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
-    attention: list[str] = []
+    attention: tuple[str, ...] = ()  # what the names of their children begin with
     for fqn, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention):
-            attention.append(f"{fqn}." if fqn else "")
+            attention += (f"{fqn}." if fqn else "",)
             skipped[fqn] = (
                 "nn.MultiheadAttention applies its projections without calling a Linear; "
                 "use an attention with separate Linear layers to compress them"
             )
-        elif fqn.startswith(tuple(attention)) if attention else False:
+        elif fqn.startswith(attention):
             continue
         elif isinstance(module, (nn.Linear, nn.Conv2d)) or is_conv1d(module):
             if filter_fn is not None and not filter_fn(module, fqn):
@@ -55,21 +57,24 @@ def find_layers(model: nn.Module, filter_fn: FilterFn | None = None) -> tuple[di
 
 def _why_not(module: nn.Module) -> str | None:
     base = nn.Linear if isinstance(module, nn.Linear) else nn.Conv2d if isinstance(module, nn.Conv2d) else type(module)
-    if type(module).forward is not base.forward:
+    if getattr(module.forward, "__func__", None) is not base.forward:
         return f"{type(module).__name__} has a forward of its own"
     if hasattr(module, "parametrizations"):
         return "its weight is parametrized; call torch.nn.utils.parametrize.remove_parametrizations first"
     weight = module.weight
     if isinstance(weight, nn.parameter.UninitializedParameter):
         return "its weight is not initialised yet; run the model once"
-    if not isinstance(weight, Tensor) or weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        return f"its weight is {weight.dtype if isinstance(weight, Tensor) else type(weight).__name__}, not a plain float"
-    return None
+    if not isinstance(weight, nn.Parameter):
+        return "its weight is made anew in each forward, as by weight norm or pruning; make that permanent first"
+    if type(weight) is not nn.Parameter or weight.dtype not in _DTYPES:
+        return f"its weight is a {type(weight).__name__} of {weight.dtype}, not a plain float tensor"
+    return None if weight.numel() else "its weight is empty"
 
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether ``module`` is transformers' Conv1D, a linear layer with a transposed weight."""
-    return any(base.__name__ == "Conv1D" and base.__module__.startswith("transformers.") for base in type(module).__mro__)
+    bases = type(module).__mro__
+    return any(base.__name__ == "Conv1D" and base.__module__.startswith("transformers.") for base in bases)
 
 
 def dimensions(module: nn.Module) -> Dimensions:
@@ -83,7 +88,7 @@ def dimensions(module: nn.Module) -> Dimensions:
 
 def weight_matrix(module: nn.Module) -> Tensor:
     """The weight as (out_features, in_features), or (groups, out_features, in_features) where groups > 1."""
-    weight: Tensor = module.weight.detach()  # type: ignore[union-attr]
+    weight = module.get_parameter("weight").detach()
     if isinstance(module, nn.Conv2d):
         groups, in_features, out_features = dimensions(module)
         return weight.reshape(groups, out_features, in_features) if groups > 1 else weight.flatten(1)
@@ -114,5 +119,5 @@ def _sides(module: nn.Conv2d) -> tuple[int, int, int, int]:
     if module.padding == "same":
         reach = [dilation * (size - 1) for dilation, size in zip(module.dilation, module.kernel_size, strict=True)]
         return reach[1] // 2, reach[1] - reach[1] // 2, reach[0] // 2, reach[0] - reach[0] // 2
-    height, width = module.padding  # type: ignore[misc]
-    return int(width), int(width), int(height), int(height)
+    height, width = (int(size) for size in module.padding)
+    return width, width, height, height

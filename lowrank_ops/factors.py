@@ -45,7 +45,7 @@ def factorize(spaces: LayerSubspaces, rank: int, projection: str = "output") -> 
         rank: at most min(in_features, out_features).
         projection: ``"output"``: W' = U U^T W with U the first ``rank`` output directions, the least output
             error at that rank, which equals the variance dropped. ``"utilized"``: W' = P_T W P_S (Garg et al.
-            2024) at the explained variance whose utilized rank is ``rank``. ``"weight"``: truncated SVD.
+            2024) at the largest explained variance whose utilized rank is ``rank``. ``"weight"``: truncated SVD.
 
     Raises:
         ValueError: ``"utilized"`` needs the input space, and only the output was streamed.
@@ -82,18 +82,18 @@ def _utilized(spaces: LayerSubspaces, rank: int) -> tuple[Tensor, Tensor]:
             down, up = target.T @ weight @ source @ source.T, target
         else:
             down, up = source.T, target @ target.T @ weight @ source
-        missing = rank - min(k_s, k_t)  # a group that needs less than the layer's rank
-        downs.append(torch.nn.functional.pad(down, (0, 0, 0, missing)))
-        ups.append(torch.nn.functional.pad(up, (0, missing)))
-    shape = spaces.weight.shape[:-2]
-    return torch.stack(downs).view(*shape, rank, -1), torch.stack(ups).view(*shape, -1, rank)
+        downs.append(down)
+        ups.append(up)
+    if spaces.dimensions.groups == 1:
+        return downs[0], ups[0]
+    return torch.stack(downs), torch.stack(ups)
 
 
 def _dimensions_at(spaces: LayerSubspaces, group: int, rank: int) -> tuple[int, int]:
-    """k_S and k_T at the smallest explained variance at which min(k_S, k_T) is ``rank``.
+    """k_S and k_T, the lesser of them ``rank``, at the largest explained variance at which that is so.
 
-    The space that needs more variance to reach ``rank`` sets the threshold and the other has at least as many
-    directions there, so that ``rank`` is the layer's utilized rank in the sense of the paper.
+    The space whose first ``rank`` directions hold more of its variance sets that threshold, and the other one needs at
+    least as many directions for it. Past the numerical rank of both, directions without variance fill up.
     """
     assert spaces.input is not None
     if rank == 0:
@@ -115,7 +115,7 @@ def _bias(spaces: LayerSubspaces, down: Tensor, up: Tensor, projection: str) -> 
     if projection == "output":
         kept = up @ (up.mT @ spaces.output_mean.unsqueeze(-1))
     else:
-        kept = up @ (down @ spaces.covariance.mean.to(up.device).unsqueeze(-1))
+        kept = up @ (down @ spaces.mean.unsqueeze(-1))
     shift = (spaces.output_mean - kept.squeeze(-1)).flatten()
     return shift if bias is None else bias + shift
 
@@ -127,7 +127,7 @@ def _predicted_error(spaces: LayerSubspaces, down: Tensor, up: Tensor, rank: int
         return None
     lost = spaces.weight - up @ down
     moment = spaces.covariance.moment(centered=False).to(lost.device) if projection == "weight" else spaces.moment
-    return float(((lost @ moment) * lost).sum())
+    return max(0.0, float(((lost @ moment) * lost).sum()))
 
 
 def _batch(tensor: Tensor, dims: int = 2) -> Tensor:

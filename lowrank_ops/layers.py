@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -27,18 +26,15 @@ class _LowRank(nn.Module):
 
     @property
     def stored_rank(self) -> int:
-        """The rank as stored: ``rank`` rounded up to a multiple of 8 with zero directions."""
+        """The rank as stored: ``rank`` rounded up to a positive multiple of 8 with zero directions."""
         return stored_rank(self.rank)
 
     @torch.no_grad()
     def _fill(self, factors: Factors) -> None:
         """Write factors into the parameters, zero beyond their rank."""
-        groups = math.prod(factors.down.shape[:-2])
-        down = factors.down.reshape(groups, factors.rank, -1)
-        up = factors.up.reshape(groups, -1, factors.rank)
         padding = self.stored_rank - factors.rank
-        self.down.copy_(F.pad(down, (0, 0, 0, padding)).reshape(self.down.shape))
-        self.up.copy_(F.pad(up, (0, padding)).reshape(self.up.shape))
+        self.down.copy_(F.pad(factors.down, (0, 0, 0, padding)).reshape(self.down.shape))
+        self.up.copy_(F.pad(factors.up, (0, padding)).reshape(self.up.shape))
         if self.bias is not None and factors.bias is not None:
             self.bias.copy_(factors.bias)
 
@@ -158,6 +154,13 @@ class LowRankConv2d(_LowRank):
     ``rank`` is that of one group. Arguments are those of ``torch.nn.Conv2d``, and ``rank``.
     """
 
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: str | tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+    padding_mode: str
+
     def __init__(
         self,
         in_channels: int,
@@ -175,13 +178,19 @@ class LowRankConv2d(_LowRank):
     ) -> None:
         super().__init__()
         # A Conv2d on the meta device checks the arguments and expands them, and costs nothing.
-        conv = nn.Conv2d(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device="meta"
-        )
+        geometry: dict[str, Any] = {
+            "kernel_size": kernel_size,
+            "stride": stride,
+            "padding": padding,
+            "dilation": dilation,
+            "groups": groups,
+            "padding_mode": padding_mode,
+        }
+        conv = nn.Conv2d(in_channels, out_channels, **geometry, device="meta")
         _, in_features, out_features = dimensions(conv)
         _check_rank(rank, in_features, out_features)
         self.in_channels, self.out_channels, self.rank = in_channels, out_channels, rank
-        for name in ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"):
+        for name in geometry:
             setattr(self, name, getattr(conv, name))
         shape = (groups * self.stored_rank, in_channels // groups, *conv.kernel_size)
         self.down = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -263,15 +272,14 @@ def _geometry(conv: nn.Module) -> dict[str, Any]:
     return {name: getattr(conv, name) for name in names}
 
 
-def _factorize(
-    layer: nn.Module, rank: int, covariance: Covariance | None, projection: str, centered: bool
-) -> Factors:
+def _factorize(layer: nn.Module, rank: int, covariance: Covariance | None, projection: str, centered: bool) -> Factors:
     _, in_features, out_features = dimensions(layer)
     _check_rank(rank, in_features, out_features)
     if covariance is not None:
         return factorize(LayerSubspaces(layer, covariance, centered=centered), rank, projection)
     weight = weight_matrix(layer).double()
-    unknown = Covariance(weight.new_zeros(*weight.shape[:-2], in_features, in_features), weight[..., 0, :] * 0)
+    total = weight.new_zeros(*weight.shape[:-2], in_features)
+    unknown = Covariance(weight.new_zeros(*total.shape, in_features), total)
     return factorize(LayerSubspaces(layer, unknown, centered=False), rank, "weight")
 
 
@@ -295,9 +303,9 @@ def _reset(down: Tensor, up: Tensor, bias: Tensor | None, rank: int, fan_in: int
 
 
 def _like(layer: Any, original: nn.Module) -> Any:
-    """Training and gradient flags as in ``original``."""
-    trained = any(parameter.requires_grad for parameter in original.parameters(recurse=False))
-    return layer.train(original.training).requires_grad_(trained)
-
-
-
+    """Training and gradient flags as in ``original``: the factors follow its weight, the bias its bias."""
+    flags = {name: parameter.requires_grad for name, parameter in original.named_parameters(recurse=False)}
+    weight = any(flag for name, flag in flags.items() if name != "bias")
+    for name, parameter in layer.named_parameters(recurse=False):
+        parameter.requires_grad_(flags.get("bias", weight) if name == "bias" else weight)
+    return layer.train(original.training)

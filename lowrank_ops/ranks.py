@@ -8,7 +8,7 @@ from __future__ import annotations
 import heapq
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import singledispatch
 from typing import NamedTuple
 
@@ -22,8 +22,8 @@ ChosenRanks = dict[str, int | None]
 
 
 def stored_rank(rank: int) -> int:
-    """The rank rounded up to what is stored."""
-    return -(-rank // RANK_ALIGNMENT) * RANK_ALIGNMENT
+    """The rank rounded up to what is stored; never 0, so that no kernel and no convolution meets an empty factor."""
+    return max(1, -(-rank // RANK_ALIGNMENT)) * RANK_ALIGNMENT
 
 
 def dense_parameters(spaces: LayerSubspaces) -> int:
@@ -52,7 +52,8 @@ def choose_ranks(policy: RankPolicy, spaces: Spaces, overrides: Mapping[str, int
         ValueError: a name that matches no layer, a rank that is out of range, a budget that cannot be met.
     """
     fixed = _by_hand(overrides or {}, spaces, "overrides")
-    return {fqn: {**_choose(policy, spaces, fixed), **fixed}[fqn] for fqn in spaces}
+    chosen = {**_choose(policy, spaces, fixed), **fixed}
+    return {fqn: chosen[fqn] for fqn in spaces}
 
 
 @singledispatch
@@ -151,7 +152,13 @@ def _energy_gain(space: LayerSubspaces, now: _Option, then: _Option) -> float:
     return (explained[1] - explained[0]) / (then.parameters - now.parameters)
 
 
-def _spend(taken, options, spaces, budget, gain) -> None:  # type: ignore[no-untyped-def]
+def _spend(
+    taken: dict[str, int],
+    options: Mapping[str, list[_Option]],
+    spaces: Spaces,
+    budget: int,
+    gain: Callable[[LayerSubspaces, _Option, _Option], float],
+) -> None:
     """Raise layers one option at a time, the largest gain first, as long as an option fits."""
 
     def push(fqn: str) -> None:
@@ -172,10 +179,19 @@ def _spend(taken, options, spaces, budget, gain) -> None:  # type: ignore[no-unt
             push(fqn)
 
 
+def _matches(key: str, spaces: Spaces, argument: str) -> list[str]:
+    if not key.startswith("re:"):
+        return [key] if key in spaces else []
+    try:
+        return [fqn for fqn in spaces if re.fullmatch(key[3:], fqn)]
+    except re.error as error:
+        raise ValueError(f"{argument}: {key!r} is not a regular expression: {error}.") from None
+
+
 def _by_hand(ranks: Mapping[str, int | None], spaces: Spaces, argument: str) -> ChosenRanks:
     chosen: ChosenRanks = {}
     for key, rank in sorted(ranks.items(), key=lambda item: not item[0].startswith("re:")):
-        matches = [fqn for fqn in spaces if (re.fullmatch(key[3:], fqn) if key.startswith("re:") else fqn == key)]
+        matches = _matches(key, spaces, argument)
         if not matches:
             raise ValueError(f"{argument}: {key!r} matches none of the layers considered: {', '.join(spaces)}.")
         for fqn in matches:

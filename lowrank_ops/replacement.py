@@ -10,6 +10,8 @@ from .dense_layers import find_layers
 from .factors import Factors
 from .layers import LowRankConv2d, LowRankLinear
 
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
 
 def replace_(model: nn.Module, factors: Mapping[str, Factors]) -> nn.Module:
     """Put factorised layers in the place of dense ones, in place.
@@ -40,8 +42,7 @@ def replace_(model: nn.Module, factors: Mapping[str, Factors]) -> nn.Module:
                 f"layer {fqn!r} cannot be replaced: its weight is tied to {tied[fqn]!r}. "
                 "Untie the two or leave the layer out with filter_fn."
             )
-        hooks = (layers[fqn]._forward_hooks, layers[fqn]._forward_pre_hooks, layers[fqn]._backward_hooks)
-        if any(hooks):
+        if any(getattr(layers[fqn], kind) for kind in _HOOKS):
             raise ValueError(f"layer {fqn!r} has hooks, which its replacement would drop; remove them first.")
 
     replacements = {layers[fqn]: _replacement(layers[fqn], part) for fqn, part in factors.items()}
@@ -53,7 +54,7 @@ def swap_(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None
     """Put each new module in every place of the old one."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
-            if child in replacements:
+            if child is not None and child in replacements:
                 setattr(parent, name, replacements[child])
 
 

@@ -63,9 +63,8 @@ class UtilizationReport:
             for layer in self.layers
         ]
         lines = [format_table(["layer", "in", "out", "k_S", "k_T", "rank", "utilization"], rows)]
-        lines.append(
-            f"Mean Layer Utilization {self.mean_layer_utilization:.1%} at explained variance {self.explained_variance:g}"
-        )
+        mean = f"Mean Layer Utilization {self.mean_layer_utilization:.1%}"
+        lines.append(f"{mean} at explained variance {self.explained_variance:g}")
         return "\n".join(lines + _notes(self.unreached, self.skipped))
 
     def to_dict(self) -> dict[str, Any]:
@@ -119,7 +118,8 @@ def utilization(
     if not 0 < explained_variance <= 1:
         raise ValueError(f"explained_variance must be in (0, 1]; got {explained_variance!r}.")
     layers, _ = find_layers(model, filter_fn)
-    subspaces = subspaces or layer_subspaces(layers, covariances, centered=centered)
+    if subspaces is None or any(space.centered != centered for space in subspaces.values()):
+        subspaces = layer_subspaces(layers, covariances, centered=centered)
     rows = tuple(
         _layer_utilization(fqn, space, explained_variance) for fqn, space in subspaces.items() if fqn in layers
     )

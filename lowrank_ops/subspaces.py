@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from .covariances import Covariance, Covariances
 from .dense_layers import Dimensions, bias_vector, dimensions, weight_matrix
 
+_EPS = torch.finfo(torch.float64).eps
+_MARGIN = 64  # sums over a million rows lose up to some 20 eps
+
 
 @dataclass(frozen=True)
 class Subspace:
@@ -49,40 +52,54 @@ class Subspace:
         return torch.where(total > 0, self.spectrum[..., :rank].sum(-1) / total.clamp_min(1e-300), 1.0)
 
 
-def principal_subspace(moment: Tensor, resolution: float) -> Subspace:
-    """Eigenvectors and eigenvalues of a symmetric positive semi-definite matrix.
+def principal_subspace(moment: Tensor, mean: Tensor | None = None, resolution: float = _EPS) -> Subspace:
+    """Eigenvectors and eigenvalues of a symmetric positive semi-definite matrix; what is rounding noise is zero.
+
+    Sums that are rounded relative to the mean squares m_i of the features shift the variance along a direction v by
+    about resolution * sqrt(features) * sum_i v_i^2 m_i, and ``eigh`` all of them relative to the largest.
 
     Args:
         moment: (..., features, features), float64; singular matrices are the normal case.
-        resolution: relative rounding error of the entries; eigenvalues below features * resolution * the largest
-            are noise and set to zero.
+        mean: (..., features), what was subtracted from the features, or None.
+        resolution: relative rounding error of the sums that ``moment`` was made from.
     """
+    features = moment.shape[-1]
     values, vectors = torch.linalg.eigh(moment)
     values, vectors = values.flip(-1), vectors.flip(-1)
-    noise = moment.shape[-1] * resolution * values[..., :1].clamp_min(0)
-    return Subspace(vectors, torch.where(values > noise, values, 0.0))
+    mean_square = moment.diagonal(dim1=-2, dim2=-1)
+    if mean is not None:
+        mean_square = mean_square + mean.square()
+    of_sums = _MARGIN * resolution * features**0.5 * (mean_square.unsqueeze(-2) @ vectors.square()).squeeze(-2)
+    of_eigh = features * _EPS * values[..., :1]
+    return Subspace(vectors, torch.where(values > torch.maximum(of_sums, of_eigh), values, 0.0))
 
 
 class LayerSubspaces:
     """The input and output space of one layer, computed when first asked for and kept."""
 
-    def __init__(self, layer: nn.Module, covariance: Covariance, *, centered: bool, shared: LayerSubspaces | None = None):
+    def __init__(
+        self, layer: nn.Module, covariance: Covariance, *, centered: bool, shared: LayerSubspaces | None = None
+    ) -> None:
         self.dimensions: Dimensions = dimensions(layer)
         self.covariance = covariance
         self.centered = centered
         self.weight = weight_matrix(layer).double()
         self.bias = bias_vector(layer)
         self._shared = shared
-        expected = self.dimensions.in_features if covariance.side == "input" else self.dimensions.out_features
-        if covariance.total.shape[-1] != expected:
+        groups, in_features, out_features = self.dimensions
+        features = in_features if covariance.side == "input" else out_features
+        expected = (features,) if groups == 1 else (groups, features)
+        if covariance.total.shape != expected:
             raise ValueError(
-                f"the covariance has {covariance.total.shape[-1]} features on the {covariance.side} side, the layer "
+                f"the covariance has features {tuple(covariance.total.shape)} on the {covariance.side} side, the layer "
                 f"{expected}; it belongs to another layer or model."
             )
 
     @cached_property
     def moment(self) -> Tensor:
         """Second moment of the streamed side, (..., features, features), float64, on the weight's device."""
+        if self._shared is not None:
+            return self._shared.moment
         return self.covariance.moment(centered=self.centered).to(self.weight.device)
 
     @cached_property
@@ -92,29 +109,33 @@ class LayerSubspaces:
             return None
         if self._shared is not None:
             return self._shared.input
-        return principal_subspace(self.moment, self._resolution)
+        return self._decompose(self.moment, self.mean)
 
     @cached_property
     def output(self) -> Subspace:
         """The space of the bias-free output."""
-        if self.covariance.side == "output":
-            return principal_subspace(self.moment, self._resolution)
-        return principal_subspace(self.weight @ self.moment @ self.weight.mT, self._resolution)
+        streamed = self.covariance.side == "output"
+        moment = self.moment if streamed else self.weight @ self.moment @ self.weight.mT
+        return self._decompose(moment, self.output_mean)
 
     @cached_property
     def weight_output(self) -> Subspace:
         """The output space of white input: the left singular vectors of the weight and its squared singular values."""
-        return principal_subspace(self.weight @ self.weight.mT, torch.finfo(torch.float64).eps)
-
-    @cached_property
-    def output_mean(self) -> Tensor:
-        """Mean of the bias-free output, (..., out_features), float64."""
-        mean = self.covariance.mean.to(self.weight.device)
-        return mean if self.covariance.side == "output" else (self.weight @ mean.unsqueeze(-1)).squeeze(-1)
+        return principal_subspace(self.weight @ self.weight.mT)
 
     @property
-    def _resolution(self) -> float:
-        return torch.finfo(self.covariance.second_moment.dtype).eps
+    def mean(self) -> Tensor:
+        """Mean of the streamed side, (..., features), float64, on the weight's device."""
+        return self.covariance.mean.to(self.weight.device)
+
+    @property
+    def output_mean(self) -> Tensor:
+        """Mean of the bias-free output, (..., out_features), float64."""
+        return self.mean if self.covariance.side == "output" else (self.weight @ self.mean.unsqueeze(-1)).squeeze(-1)
+
+    def _decompose(self, moment: Tensor, mean: Tensor) -> Subspace:
+        resolution = torch.finfo(self.covariance.second_moment.dtype).eps
+        return principal_subspace(moment, mean if self.centered else None, resolution)
 
     def utilized_rank(self, explained_variance: float) -> int:
         """r = min(k_S, k_T); k_T alone where k_S is not measured."""
@@ -137,9 +158,7 @@ def layer_subspaces(
             continue
         covariance = covariances[fqn]
         try:
-            found[fqn] = LayerSubspaces(
-                layer, covariance, centered=centered, shared=leaders.get(id(covariance))
-            )
+            found[fqn] = LayerSubspaces(layer, covariance, centered=centered, shared=leaders.get(id(covariance)))
         except ValueError as error:
             raise ValueError(f"covariances[{fqn!r}]: {error}") from None
         leaders.setdefault(id(covariance), found[fqn])

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .data import IMAGES, pack, read_original, standardise
-from .vit import ViT
+from .evaluation import percent_equal, predict
+from .vit import WEIGHTS, ViT
 
 BATCH = 128
 LEARNING_RATE = 1e-3
@@ -23,6 +24,7 @@ WEIGHT_DECAY = 0.05
 
 
 def main() -> None:
+    """The command."""
     parser = argparse.ArgumentParser(prog="python -m lowrank_ops.demo.train", description=__doc__)
     parser.add_argument(
         "--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"), help="folder of the original files"
@@ -59,12 +61,12 @@ def train(data: Path, out: Path, epochs: int, seed: int) -> None:
             optimizer.step()
             schedule.step()
             total += loss.item()
-        accuracy = evaluate(model, test_images, test_labels)
+        accuracy = percent_equal(predict(model, test_images), test_labels)
         log.append({"epoch": epoch, "train_loss": round(total / steps, 4), "test_accuracy": accuracy})
         print(log[-1], flush=True)
 
     half = {name: tensor.half() for name, tensor in model.state_dict().items()}
-    save_file(half, out / "vit.safetensors")
+    save_file(half, out / WEIGHTS)
     model.load_state_dict(half)
     record = {
         "seed": seed,
@@ -72,7 +74,7 @@ def train(data: Path, out: Path, epochs: int, seed: int) -> None:
         "batch": BATCH,
         "optimizer": f"AdamW, one cycle to {LEARNING_RATE}, weight decay {WEIGHT_DECAY}",
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "test_accuracy_float16_weights": evaluate(model, test_images, test_labels),
+        "test_accuracy_float16_weights": percent_equal(predict(model, test_images), test_labels),
         "seconds": round(time.perf_counter() - started),
         "torch": torch.__version__,
         "log": log,
@@ -83,17 +85,6 @@ def train(data: Path, out: Path, epochs: int, seed: int) -> None:
 def _tensors(data: Path, split: str) -> tuple[Tensor, Tensor]:
     images, labels = read_original(data, split)
     return standardise(images), torch.tensor(labels, dtype=torch.int64)
-
-
-@torch.inference_mode()
-def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Accuracy in percent."""
-    model.eval()
-    hits = sum(
-        int((model(part).argmax(-1) == truth).sum())
-        for part, truth in zip(images.split(250), labels.split(250), strict=True)
-    )
-    return round(100 * hits / len(images), 2)
 
 
 if __name__ == "__main__":

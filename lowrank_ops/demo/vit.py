@@ -2,7 +2,12 @@
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load
 from torch import Tensor, nn
+
+from .data import ASSETS
+
+WEIGHTS = "vit.safetensors"
 
 
 class Attention(nn.Module):
@@ -58,3 +63,11 @@ class ViT(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x)[:, 0])
+
+
+def load_vit() -> ViT:
+    """The trained model that ships with the package: float32, eval mode."""
+    model = ViT()
+    half = load((ASSETS / WEIGHTS).read_bytes())
+    model.load_state_dict({name: tensor.float() for name, tensor in half.items()})
+    return model.eval()

@@ -38,7 +38,7 @@ class Device(NamedTuple):
     """The facts about a device on which a choice may depend."""
 
     type: str
-    index: int
+    ordinal: int
     capability: tuple[int, int]
     multiprocessors: int
     shared_memory: int  # bytes per block, opt-in limit
@@ -53,14 +53,12 @@ def device_facts(device: torch.device) -> Device:
     """Facts about ``device``; asks the driver once per device."""
     if device.type != "cuda":
         return Device(device.type, device.index or 0, (0, 0), 0, 0)
-    index = torch.cuda.current_device() if device.index is None else device.index
-    properties = torch.cuda.get_device_properties(index)
+    ordinal = torch.cuda.current_device() if device.index is None else device.index
+    properties = torch.cuda.get_device_properties(ordinal)
+    # ROCm has no opt-in limit.
+    shared = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
     return Device(
-        "cuda",
-        index,
-        (properties.major, properties.minor),
-        properties.multi_processor_count,
-        properties.shared_memory_per_block_optin,
+        "cuda", ordinal, (properties.major, properties.minor), properties.multi_processor_count, shared
     )
 
 

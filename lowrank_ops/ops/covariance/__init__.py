@@ -16,7 +16,7 @@ from .._autocast import register_autocast
 from .._backend import Backend, Device, Impl, choose, device_facts
 from .._backend import explain as _explain
 from .._layout import row_stride, starts_on_16_bytes
-from . import _triton, reference
+from . import _triton, _triton_conv, reference
 from .reference import output_size as output_size
 
 _STATE_DTYPES = (torch.float32, torch.float64)
@@ -63,6 +63,7 @@ TABLE: tuple[Impl, ...] = (
 )
 
 CONV_TABLE: tuple[Impl, ...] = (
+    Impl("triton", Backend.TRITON, _triton_conv.supports, _triton_conv.run, _triton.prefers),
     Impl(
         "reference", Backend.REFERENCE, lambda problem: None, lambda problem, *args: reference.update_conv(*args)
     ),
@@ -148,10 +149,39 @@ def covariance_finalize_(second_moment: Tensor) -> Tensor:
     return second_moment
 
 
-def explain(second_moment: Tensor, total: Tensor, x: Tensor, *, backend: str = "auto") -> str:
+def explain(
+    second_moment: Tensor,
+    total: Tensor,
+    x: Tensor,
+    *,
+    deterministic: bool = True,
+    allow_tf32: bool = False,
+    backend: str = "auto",
+) -> str:
     """Which implementation would run this ``covariance_update_`` and why the others would not."""
     _check(second_moment, total, x)
-    return _explain(TABLE, describe(second_moment, x), backend)
+    return _explain(TABLE, describe(second_moment, x, deterministic, allow_tf32), backend)
+
+
+def explain_conv(
+    second_moment: Tensor,
+    total: Tensor,
+    x: Tensor,
+    *,
+    kernel_size: Sequence[int],
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    deterministic: bool = True,
+    allow_tf32: bool = False,
+    backend: str = "auto",
+) -> str:
+    """Which implementation would run this ``conv_covariance_update_`` and why the others would not."""
+    _check_conv(second_moment, total, x, kernel_size, {"stride": stride, "padding": padding, "dilation": dilation})
+    problem = describe_conv(
+        second_moment, total, x, kernel_size, stride, padding, dilation, deterministic, allow_tf32
+    )
+    return _explain(CONV_TABLE, problem, backend)
 
 
 def describe(second_moment: Tensor, x: Tensor, deterministic: bool = True, allow_tf32: bool = False) -> Problem:
@@ -169,6 +199,34 @@ def describe(second_moment: Tensor, x: Tensor, deterministic: bool = True, allow
         deterministic=deterministic,
         allow_tf32=allow_tf32,
         device=device_facts(x.device),
+    )
+
+
+def describe_conv(
+    second_moment: Tensor,
+    total: Tensor,
+    x: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    deterministic: bool = True,
+    allow_tf32: bool = False,
+) -> ConvProblem:
+    """The problem that a call over patches poses."""
+    return ConvProblem(
+        tuple(x.shape),  # type: ignore[arg-type]
+        x.stride(),  # type: ignore[arg-type]
+        total.shape[0],
+        tuple(kernel_size),  # type: ignore[arg-type]
+        tuple(stride),  # type: ignore[arg-type]
+        tuple(padding),  # type: ignore[arg-type]
+        tuple(dilation),  # type: ignore[arg-type]
+        x.dtype,
+        second_moment.dtype,
+        deterministic,
+        allow_tf32,
+        device_facts(x.device),
     )
 
 
@@ -204,7 +262,7 @@ def _check_dtypes(second_moment: Tensor, total: Tensor, x: Tensor) -> None:
 
 
 def _check_conv(
-    second_moment: Tensor, total: Tensor, x: Tensor, kernel_size: list[int], geometry: dict[str, list[int]]
+    second_moment: Tensor, total: Tensor, x: Tensor, kernel_size: Sequence[int], geometry: dict[str, Sequence[int]]
 ) -> None:
     for name, value in {"kernel_size": kernel_size, **geometry}.items():
         least = 0 if name == "padding" else 1
@@ -273,19 +331,8 @@ def _run_conv(
     backend: str = "auto",
 ) -> None:
     _check_conv(second_moment, total, x, kernel_size, {"stride": stride, "padding": padding, "dilation": dilation})
-    problem = ConvProblem(
-        tuple(x.shape),
-        tuple(x.stride()),
-        total.shape[0],
-        tuple(kernel_size),
-        tuple(stride),
-        tuple(padding),
-        tuple(dilation),
-        x.dtype,
-        second_moment.dtype,
-        deterministic,
-        allow_tf32,
-        device_facts(x.device),
+    problem = describe_conv(
+        second_moment, total, x, kernel_size, stride, padding, dilation, deterministic, allow_tf32
     )
     impl = choose(CONV_TABLE, problem, backend)
     if x.numel():

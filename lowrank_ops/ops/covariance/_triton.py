@@ -31,7 +31,7 @@ REDUCE_ROWS = 16  # rows of a tile per program of the reduction
 MOST_SPLITS = 64
 
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-_TOKEN_LIMIT = 2**31 - 2**20  # token indices are 32-bit, and the last chunk may run past the end
+TOKEN_LIMIT = 2**31 - 2**20  # token indices are 32-bit, and the last chunk may run past the end
 _STRIDE_LIMIT = 2**23  # offsets inside a tile of the state are 32-bit
 
 
@@ -96,8 +96,8 @@ def supports(problem: Problem) -> str | None:
         return None
     if problem.row_stride == 0:
         return "x is no matrix with unit column stride; call x.contiguous() first"
-    if problem.tokens > _TOKEN_LIMIT:
-        return f"x has {problem.tokens} tokens, more than {_TOKEN_LIMIT}; split it"
+    if problem.tokens > TOKEN_LIMIT:
+        return f"x has {problem.tokens} tokens, more than {TOKEN_LIMIT}; split it"
     if problem.state_stride >= _STRIDE_LIMIT:
         return f"second_moment has rows {problem.state_stride} elements apart, not below {_STRIDE_LIMIT}"
     return unsupported_config(config_for(problem), problem.dtype, problem.device)
@@ -115,21 +115,16 @@ def run(problem: Problem, second_moment: Tensor, total: Tensor, x: Tensor) -> No
 
 def launch(plan: Plan, second_moment: Tensor, total: Tensor, x: Tensor, problem: Problem) -> None:
     """Run ``plan``; apart from :func:`run` so that tests can choose the configuration."""
-    kernels = device_code()
-    config, split, tiles = plan.config, plan.split, plan.tiles
     if plan.block is None:
         source = x
     else:
         source = _descriptor()(x, [problem.tokens, problem.features], [problem.row_stride, 1], plan.block)
     partial = plan.constants["DEST"] == "partial"
+    target, target_total = second_moment, total
     if partial:
-        tile_elements = split * tiles * config.block_d * config.block_d
-        scratch = second_moment.new_empty(tile_elements + split * plan.tile_rows * config.block_d)
-        target, target_total = scratch, scratch[tile_elements:]
-    else:
-        target, target_total = second_moment, total
+        target, target_total = scratch(plan, 1, second_moment)
     with on_device(x):
-        kernels.covariance_kernel[(tiles, split)](
+        device_code().covariance_kernel[(plan.tiles, plan.split)](
             source,
             target,
             target_total,
@@ -144,11 +139,18 @@ def launch(plan: Plan, second_moment: Tensor, total: Tensor, x: Tensor, problem:
             **plan.constants,
         )
         if partial:
-            reduce(kernels, plan, target, target_total, second_moment[None], total[None], problem.features)
+            reduce(plan, target, target_total, second_moment[None], total[None], problem.features)
+
+
+def scratch(plan: Plan, groups: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for the splits' tiles (splits, groups, tiles, block_d, block_d) and sums; every element gets written."""
+    block, rows = plan.config.block_d, plan.split * groups
+    tile_elements = rows * plan.tiles * block * block
+    both = like.new_empty(tile_elements + rows * plan.tile_rows * block)
+    return both, both[tile_elements:]
 
 
 def reduce(
-    kernels: ModuleType,
     plan: Plan,
     partial: Tensor,  # (splits, groups, tiles, block_d, block_d)
     partial_total: Tensor,  # (splits, groups, tile rows, block_d)
@@ -160,7 +162,7 @@ def reduce(
 ) -> None:
     """Add the partial tiles of all splits to the state."""
     config = plan.config
-    kernels.reduce_kernel[(plan.tiles, config.block_d // REDUCE_ROWS, total.shape[0])](
+    device_code().reduce_kernel[(plan.tiles, config.block_d // REDUCE_ROWS, total.shape[0])](
         partial,
         partial_total,
         second_moment,

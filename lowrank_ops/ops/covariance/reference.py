@@ -41,7 +41,7 @@ def update_conv(
     images = max(1, CHUNK_BYTES // max(1, bytes_per_image))
     for part in x.split(images):
         part = part.to(second_moment.dtype).reshape(-1, channels // groups, *x.shape[2:])
-        patches = F.unfold(part, kernel_size, dilation, padding, stride)  # (images * groups, d, positions)
+        patches = F.unfold(part, tuple(kernel_size), tuple(dilation), tuple(padding), tuple(stride))  # (images * groups, d, positions)
         patches = patches.view(-1, groups, features, positions)
         for group in range(groups):
             rows = patches[:, group].transpose(1, 2).reshape(-1, features)

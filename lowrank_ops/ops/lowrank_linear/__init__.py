@@ -13,7 +13,7 @@ from torch import Tensor
 from .._autocast import register_autocast
 from .._backend import Backend, Device, Impl, choose, device_facts
 from .._backend import explain as _explain
-from .._layout import row_stride, starts_on_16_bytes
+from .._layout import row_stride
 from . import _triton, reference
 
 
@@ -113,24 +113,45 @@ def explain(
 def describe(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: str) -> Problem:
     """The problem that a call poses."""
     in_features = x.shape[-1]
-    x_stride = row_stride(x)
+    rank, out_features = down.shape[0], up.shape[0]
+    x_stride = row_stride(x) if x.dim() > 1 or x.stride(0) == 1 else 0
+    down_strides, up_strides = down.stride(), up.stride()
+    # One test for all: a set low bit anywhere shows in the union of addresses and strides, in bytes.
+    low_bits = x.data_ptr() | down.data_ptr() | up.data_ptr()
+    low_bits |= (x_stride | max(down_strides) | max(up_strides)) * x.element_size()
     return Problem(
-        tokens=x.numel() // in_features if in_features else 0,
-        in_features=in_features,
-        rank=down.shape[0],
-        out_features=up.shape[0],
-        dtype=x.dtype,
-        x_stride=x_stride,
-        down_strides=down.stride(),
-        up_strides=up.stride(),
-        aligned=(
-            starts_on_16_bytes(x, x_stride)
-            and starts_on_16_bytes(down, max(down.stride()))
-            and starts_on_16_bytes(up, max(up.stride()))
-        ),
-        has_bias=bias is not None,
-        activation=activation,
-        device=device_facts(x.device),
+        x.numel() // in_features if in_features else 0,
+        in_features,
+        rank,
+        out_features,
+        x.dtype,
+        x_stride,
+        down_strides,
+        up_strides,
+        low_bits & 15 == 0,
+        bias is not None,
+        activation,
+        device_facts(x.device),
+    )
+
+
+def _fits(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: str) -> bool:
+    """Whether the arguments are plainly right: a quick look before ``_check``, which finds out what is wrong."""
+    dtype, device = x.dtype, x.device
+    if x.dim() == 0 or down.dim() != 2 or up.dim() != 2:
+        return False
+    rank, in_features = down.shape
+    out_features, up_rank = up.shape
+    return (
+        x.shape[-1] == in_features
+        and rank == up_rank
+        and down.dtype is dtype
+        and up.dtype is dtype
+        and down.device == device
+        and up.device == device
+        and dtype.is_floating_point
+        and activation in reference.ACTIVATIONS
+        and (bias is None or (bias.shape == (out_features,) and bias.dtype is dtype and bias.device == device))
     )
 
 
@@ -176,7 +197,8 @@ def _run(
     activation: str = "none",
     backend: str = "auto",
 ) -> Tensor:
-    _check(x, down, up, bias, activation)
+    if not _fits(x, down, up, bias, activation):
+        _check(x, down, up, bias, activation)
     problem = describe(x, down, up, bias, activation)
     return choose(TABLE, problem, backend).run(problem, x, down, up, bias, activation)
 
@@ -209,7 +231,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad = reference.activation_backward(grad, preactivation, activation)
     needs_x, needs_down, needs_up, needs_bias = ctx.needs_input_grad[:4]
     rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-    grad_x = lowrank_linear(grad, up.T, down.T, backend=backend) if needs_x else None
+    # A gradient may be a broadcast scalar, which a backend named by the user need not take.
+    grad_x = lowrank_linear(grad.contiguous(), up.T, down.T, backend=backend) if needs_x else None
     grad_down = (grads @ up).T @ rows if needs_down else None
     grad_up = grads.T @ (rows @ down.T) if needs_up else None
     grad_bias = grads.sum(0) if needs_bias and bias is not None else None

@@ -63,20 +63,34 @@ def prefers_prefill(problem: Problem) -> bool:
     return _worth_it("triton.prefill", problem)
 
 
-def run_decode(problem: Problem, x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """``lowrank_linear`` for few rows of x; the arguments are those of the op, described by ``problem``."""
+def run_decode(
+    problem: Problem,
+    x: Tensor,  # (..., in_features)
+    down: Tensor,  # (rank, in_features)
+    up: Tensor,  # (out_features, rank)
+    bias: Tensor | None,  # (out_features,)
+    activation: str,
+    config: DecodeConfig | None = None,
+) -> Tensor:  # (..., out_features)
+    """``lowrank_linear`` for few rows of x, described by ``problem``, by ``config`` or the one chosen for it."""
     y = x.new_empty((*x.shape[:-1], problem.out_features))
     if problem.tokens:
-        _on_device(problem.device, _decode_plan(problem, decode_config(problem)), x, down, up, bias, y)
+        _on_device(problem.device, _decode_plan(problem, config), x, down, up, bias, y)
     return y
 
 
-def run_prefill(problem: Problem, x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """``lowrank_linear`` for many rows of x; the arguments are those of the op, described by ``problem``."""
+def run_prefill(
+    problem: Problem,
+    x: Tensor,  # (..., in_features)
+    down: Tensor,  # (rank, in_features)
+    up: Tensor,  # (out_features, rank)
+    bias: Tensor | None,  # (out_features,)
+    activation: str,
+    config: PrefillConfig | None = None,
+) -> Tensor:  # (..., out_features)
+    """``lowrank_linear`` for many rows of x, described by ``problem``, by ``config`` or the one chosen for it."""
     y = x.new_empty((*x.shape[:-1], problem.out_features))
     if problem.tokens:
-        config = prefill_config(problem)
-        assert config is not None, "supports_prefill refuses a problem without a configuration"
         _on_device(problem.device, _prefill_plan(problem, config), x, down, up, bias, y)
     return y
 
@@ -89,12 +103,18 @@ class _Launch:
     is known too. Where pointers may be unaligned, Triton looks each time.
     """
 
-    __slots__ = ("_bound", "_kernel", "_options", "_grid", "_run", "_same_form")
+    __slots__ = ("_bound", "_grid", "_kernel", "_options", "_run", "_same_form")
 
     def __init__(
-        self, kernel: Any, grid: tuple[int, int, int], bound: tuple[Any, ...], same_form: bool, **options: Any
+        self,
+        kernel: Any,
+        grid: tuple[int, int, int],
+        sizes: tuple[int, ...],
+        constants: tuple[Any, ...],
+        same_form: bool,
+        **options: Any,
     ) -> None:
-        self._kernel, self._grid, self._bound = kernel, grid, bound
+        self._kernel, self._grid, self._bound = kernel, grid, (*sizes, *constants)
         self._same_form, self._options = same_form, options
         self._run: Callable[..., Any] | None = None
 
@@ -108,10 +128,11 @@ class _Launch:
 
 
 @functools.lru_cache(maxsize=4096)
-def _decode_plan(problem: Problem, config: DecodeConfig) -> Callable[..., None]:
+def _decode_plan(problem: Problem, config: DecodeConfig | None = None) -> Callable[..., None]:
     """A function of (x, down, up, bias, y) that launches the decode kernels for ``problem``."""
     from . import _triton_decode as kernels
 
+    config = config or decode_config(problem)
     unit, pdl = vector(problem), _overlaps(problem.device)
     overlap = {"launch_pdl": True} if pdl else {}
     tokens, rank, slices = problem.tokens, problem.rank, config.slices
@@ -123,17 +144,18 @@ def _decode_plan(problem: Problem, config: DecodeConfig) -> Callable[..., None]:
     launch_down = _Launch(
         kernels.down_kernel,
         (-(-rank // config.block_r), slices, token_blocks),
-        (tokens, columns, ranks, problem.x_stride // unit, down_stride // unit, slice_blocks)
-        + (unit, down_along_k, config.block_m, config.block_r, config.block_k, pdl),
+        (tokens, columns, ranks, problem.x_stride // unit, down_stride // unit, slice_blocks),
+        (unit, down_along_k, config.block_m, config.block_r, config.block_k, pdl),
         problem.aligned,
         num_warps=config.down_warps,
         num_stages=config.down_stages,
     )
+    tiles = (config.block_m, config.block_n, config.slab, config.rest, pdl)
     launch_up = _Launch(
         kernels.up_kernel,
         (-(-problem.out_features // config.block_n), token_blocks, 1),
-        (tokens, ranks, rows, up_stride // unit, unit, up_along_r, slices if config.fold else 1)
-        + (problem.has_bias, problem.activation, config.block_m, config.block_n, config.slab, config.rest, pdl),
+        (tokens, ranks, rows, up_stride // unit),
+        (unit, up_along_r, slices if config.fold else 1, problem.has_bias, problem.activation, *tiles),
         problem.aligned,
         num_warps=config.up_warps,
         num_stages=config.up_stages,
@@ -152,7 +174,8 @@ def _decode_plan(problem: Problem, config: DecodeConfig) -> Callable[..., None]:
     launch_sum = _Launch(
         kernels.sum_kernel,
         (-(-tokens * rank // _SUM_BLOCK), 1, 1),
-        (tokens * rank // unit, unit, slices, _SUM_BLOCK, pdl),
+        (tokens * rank // unit,),
+        (unit, slices, _SUM_BLOCK, pdl),
         problem.aligned,
         num_warps=4,
         **overlap,
@@ -169,22 +192,24 @@ def _decode_plan(problem: Problem, config: DecodeConfig) -> Callable[..., None]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _prefill_plan(problem: Problem, config: PrefillConfig) -> Callable[..., None]:
+def _prefill_plan(problem: Problem, config: PrefillConfig | None = None) -> Callable[..., None]:
     """A function of (x, down, up, bias, y) that launches the prefill kernel for ``problem``."""
     from ._triton_prefill import prefill_kernel
 
+    config = config or prefill_config(problem)
+    assert config is not None, "supports_prefill refuses a problem without a configuration"
     unit = vector(problem)
     down_along_k, down_stride = _layout(problem.down_strides)
     up_along_r, up_stride = _layout(problem.up_strides)
-    tiles = -(-problem.tokens // config.block_m) * config.parts
+    programs = -(-problem.tokens // config.block_m) * config.parts
+    tiles = (config.block_m, config.block_n, config.block_k, config.piece_0, config.piece_1)
+    tiles += (config.stages_k, config.stages_n)
     sizes = (problem.in_features, problem.rank, problem.out_features, problem.x_stride, down_stride, up_stride)
     launch = _Launch(
         prefill_kernel,
-        (min(tiles, problem.device.multiprocessors or 1), 1, 1),
-        (problem.tokens, *(size // unit for size in sizes), config.parts)
-        + (unit, down_along_k, up_along_r, problem.has_bias, problem.activation)
-        + (config.block_m, config.block_n, config.block_k, config.piece_0, config.piece_1)
-        + (config.stages_k, config.stages_n),
+        (min(programs, problem.device.multiprocessors or 1), 1, 1),
+        (problem.tokens, *(size // unit for size in sizes), config.parts),
+        (unit, down_along_k, up_along_r, problem.has_bias, problem.activation, *tiles),
         problem.aligned,
         num_warps=config.warps,
         num_stages=config.stages_k,
@@ -198,10 +223,10 @@ def _prefill_plan(problem: Problem, config: PrefillConfig) -> Callable[..., None
 
 def _on_device(device: Device, plan: Callable[..., None], *tensors: Tensor | None) -> None:
     """Run ``plan`` with ``device`` as the current one, which is where Triton launches."""
-    if device.type != "cuda" or torch.cuda.current_device() == device.index:
+    if device.type != "cuda" or torch.cuda.current_device() == device.ordinal:
         plan(*tensors)
     else:
-        with torch.cuda.device(device.index):
+        with torch.cuda.device(device.ordinal):
             plan(*tensors)
 
 
@@ -218,12 +243,12 @@ def _refusal(problem: Problem) -> str | None:
         return "takes x whose leading dimensions merge into one and whose features are neighbours in memory"
     if 1 not in problem.down_strides or 1 not in problem.up_strides:
         return f"takes down and up with one stride of 1; theirs are {problem.down_strides} and {problem.up_strides}"
-    if max(problem.x_stride, *problem.down_strides, *problem.up_strides) >= _MAX_STRIDE:
-        return f"takes strides below {_MAX_STRIDE}"
+    if max(problem.x_stride, problem.out_features, *problem.down_strides, *problem.up_strides) >= _MAX_STRIDE:
+        return f"takes rows, of x, y, down and up, less than {_MAX_STRIDE} elements apart"
     return None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _unavailable(device: Device) -> str | None:
     """Why no Triton kernel can run on ``device``, or None."""
     if importlib.util.find_spec("triton") is None:

@@ -106,7 +106,7 @@ _PREFILL: dict[str, tuple[PrefillConfig, ...]] = {
         PrefillConfig(128, 128, 64, 128, 0, 8, 3, 2),
         PrefillConfig(128, 64, 64, 128, 16, 8, 3, 2),
         PrefillConfig(128, 64, 64, 128, 64, 8, 3, 2),
-        PrefillConfig(64, 64, 64, 64, 0, 4, 3, 2),
+        PrefillConfig(64, 64, 64, 64, 0, 8, 3, 2),
         PrefillConfig(64, 64, 64, 128, 16, 8, 3, 2),
         PrefillConfig(64, 64, 64, 256, 0, 8, 3, 2),
     ),

@@ -12,7 +12,16 @@ from ._triton_tile import activated, load_tile, product, rounded, store_tile
 
 
 @triton.jit(
-    do_not_specialize=["tokens", "in_features", "rank", "out_features", "x_stride", "down_stride", "up_stride", "parts"],
+    do_not_specialize=[
+        "tokens",
+        "in_features",
+        "rank",
+        "out_features",
+        "x_stride",
+        "down_stride",
+        "up_stride",
+        "parts",
+    ],
     do_not_specialize_on_alignment=["bias_ptr"],
 )
 def prefill_kernel(

@@ -1,0 +1,61 @@
+"""Every covariance kernel that ships, compiled for every arch; and the gate shown to catch what it is there for."""
+
+import dataclasses
+
+import pytest
+
+from lowrank_ops.ops.covariance import _triton, _triton_conv
+from tests.compile_gate.gate import ARCHS, assert_clean, compile_specialization
+
+SHIPPED = [
+    pytest.param(arch, specialization, id=f"sm{arch}-{specialization.name}".replace(" ", "-"))
+    for arch in ARCHS
+    for specialization in (*_triton.shipped(arch), *_triton_conv.shipped(arch))
+]
+ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+
+@pytest.mark.parametrize("arch, specialization", SHIPPED)
+def test_shipped_kernel_is_clean(arch, specialization):
+    report = compile_specialization(specialization, arch)
+    assert_clean(report, arch, tma=specialization.tma, mma=specialization.mma)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_names_are_unique(arch):
+    names = [specialization.name for specialization in (*_triton.shipped(arch), *_triton_conv.shipped(arch))]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_predicate_knows_the_shared_memory(arch):
+    """``supports`` refuses by an estimate made without a compiler; it must not be below what the compiler takes."""
+    for kind, config in _triton._shipped_configs(arch):
+        dtype = "fp32" if kind == "float32" else "bf16"
+        product = "bf16x3" if kind == "float32" else "exact"
+        specialization = _triton._specialization(arch, config, dtype, product, "even", "state", "fp64")
+        assert compile_specialization(specialization, arch).shared <= config.shared_bytes(ITEMSIZE[dtype])
+    for specialization in _triton_conv.shipped(arch):
+        config = _triton_conv.HEURISTIC[arch, "vector" if specialization.constexprs["VECTOR"] > 1 else "scalar"]
+        itemsize = ITEMSIZE[specialization.signature["x"].lstrip("*")]
+        assert compile_specialization(specialization, arch).shared <= config.shared_bytes(itemsize)
+
+
+def test_gate_catches_spills():
+    config = dataclasses.replace(_triton.HEURISTIC[90, "wide"], block_d=256, num_stages=2)
+    spilled = _triton._specialization(90, config, "bf16", "exact", "even", "state", "fp32")
+    with pytest.raises(AssertionError, match="spills .* LDL"):
+        assert_clean(compile_specialization(spilled, 90), 90, tma=True)
+
+
+def test_gate_catches_too_much_shared_memory():
+    config = dataclasses.replace(_triton.HEURISTIC[90, "wide"], num_stages=8)
+    large = _triton._specialization(90, config, "bf16", "exact", "even", "state", "fp32")
+    with pytest.raises(AssertionError, match="bytes of shared memory"):
+        assert_clean(compile_specialization(large, 90), 90, tma=True)
+
+
+def test_gate_catches_loads_that_miss_tma():
+    odd = _triton._specialization(90, _triton.HEURISTIC[90, "narrow"], "bf16", "exact", "odd", "state", "fp32")
+    with pytest.raises(AssertionError, match="UTMALDG"):
+        assert_clean(compile_specialization(odd, 90), 90, tma=True)
