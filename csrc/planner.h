@@ -25,6 +25,9 @@ enum class Source {
   patches,           // implicit im2col
 };
 
+// Accepts the names of the enumerators; throws std::invalid_argument for any other.
+Source parse_source(const std::string& name);
+
 struct CovarianceProblem {
   int64_t tokens;    // rows per group
   int64_t features;  // per group

@@ -16,6 +16,10 @@ struct Patches {
   int64_t image_stride, channel_stride, row_stride, col_stride;  // elements
 };
 
+LRO_HD constexpr int output_length(int length, int kernel, int stride, int padding, int dilation) {
+  return (length + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
+}
+
 // A token is an output position. Its offset is that of the patch's corner, which padding may put outside.
 struct PatchToken {
   int64_t offset;
