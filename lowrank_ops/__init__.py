@@ -2,6 +2,7 @@
 
 from . import ops
 from .calibration import NonFiniteActivationError, calibrate, calibration
+from .checkpoint import CheckpointError, load_pretrained, save_pretrained
 from .compress import compress_
 from .config import CompressionConfig, ExplainedVariance, ParameterBudget, Ranks
 from .covariances import Covariance, Covariances
@@ -40,5 +41,9 @@ __all__ = [
     "LowRankConv2d",
     "LowRankLinear",
     "replace_",
+    # checkpoints
+    "CheckpointError",
+    "load_pretrained",
+    "save_pretrained",
 ]
 from .version import __version__ as __version__

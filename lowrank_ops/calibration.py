@@ -360,6 +360,11 @@ class _State:
         """Add rows (..., groups * features)."""
         second_moment, total = self.covariance.second_moment, self.covariance.total
         features = total.shape[-1]
+        if rows.shape[-1] != total.numel():
+            raise ValueError(
+                f"layer {self.leader!r} takes {total.numel()} features on its {self.covariance.side} side; a batch "
+                f"brought {rows.shape[-1]}. Check the shape of the batches."
+            )
         groups = zip(second_moment.view(-1, features, features), total.view(-1, features), strict=True)
         for (group_moment, group_total), part in zip(groups, rows.split(features, dim=-1), strict=True):
             covariance_update_(group_moment, group_total, part)

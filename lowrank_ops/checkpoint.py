@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,7 @@ def save_pretrained(model: nn.Module, path: str | Path, report: CompressionRepor
     try:
         save_file(tensors, unfinished[WEIGHTS_FILE], metadata={"format": "pt", _METADATA_KEY: json.dumps(config)})
         unfinished[CONFIG_FILE].write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        shutil.copymode(unfinished[CONFIG_FILE], unfinished[WEIGHTS_FILE])  # safetensors makes files private
         for name, file in unfinished.items():
             os.replace(file, folder / name)
     finally:

@@ -38,6 +38,11 @@ class Covariance:
         """E[x], float64; zero where no row was seen."""
         return self.total.double() / max(self.count, 1)
 
+    @property
+    def rounding(self) -> float:
+        """Relative rounding error of the sums: up to n eps for n equal rows, less where products add in blocks."""
+        return min(self.count * torch.finfo(self.second_moment.dtype).eps, 1e-5)
+
     def moment(self, *, centered: bool) -> Tensor:
         """E[x x^T], about the mean if ``centered``, float64.
 
@@ -47,9 +52,7 @@ class Covariance:
         if centered:
             mean = self.mean
             moment -= mean.unsqueeze(-1) * mean.unsqueeze(-2)
-            # A sum of n equal numbers loses up to n eps; library products, which add in blocks, lose less.
-            rounding = min(self.count * torch.finfo(self.second_moment.dtype).eps, 1e-5)
-            varies = moment.diagonal(dim1=-2, dim2=-1) > rounding * mean.square()
+            varies = moment.diagonal(dim1=-2, dim2=-1) > self.rounding * mean.square()
             moment *= varies.unsqueeze(-1) & varies.unsqueeze(-2)
         return moment
 
@@ -151,7 +154,10 @@ class Covariances(Mapping[str, Covariance]):
             "unreached": self.unreached,
             "skipped": self.skipped,
         }
+        Path(path).touch()
+        mode = Path(path).stat().st_mode
         save_file(tensors, path, metadata={"lowrank_ops": json.dumps(header)})
+        Path(path).chmod(mode)  # safetensors makes files private
 
     @classmethod
     def load(cls, path: str | Path) -> Covariances:

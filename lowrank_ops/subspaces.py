@@ -15,9 +15,6 @@ from torch import Tensor, nn
 from .covariances import Covariance, Covariances
 from .dense_layers import Dimensions, bias_vector, dimensions, weight_matrix
 
-_EPS = torch.finfo(torch.float64).eps
-_MARGIN = 64  # sums over a million rows lose up to some 20 eps
-
 
 @dataclass(frozen=True)
 class Subspace:
@@ -52,16 +49,16 @@ class Subspace:
         return torch.where(total > 0, self.spectrum[..., :rank].sum(-1) / total.clamp_min(1e-300), 1.0)
 
 
-def principal_subspace(moment: Tensor, mean: Tensor | None = None, resolution: float = _EPS) -> Subspace:
+def principal_subspace(moment: Tensor, mean: Tensor | None = None, rounding: float = 0.0) -> Subspace:
     """Eigenvectors and eigenvalues of a symmetric positive semi-definite matrix; what is rounding noise is zero.
 
     Sums that are rounded relative to the mean squares m_i of the features shift the variance along a direction v by
-    about resolution * sqrt(features) * sum_i v_i^2 m_i, and ``eigh`` all of them relative to the largest.
+    up to rounding * sqrt(features) * sum_i v_i^2 m_i, and ``eigh`` shifts all of them relative to the largest.
 
     Args:
         moment: (..., features, features), float64; singular matrices are the normal case.
         mean: (..., features), what was subtracted from the features, or None.
-        resolution: relative rounding error of the sums that ``moment`` was made from.
+        rounding: relative rounding error of the sums that ``moment`` was made from.
     """
     features = moment.shape[-1]
     values, vectors = torch.linalg.eigh(moment)
@@ -69,8 +66,8 @@ def principal_subspace(moment: Tensor, mean: Tensor | None = None, resolution: f
     mean_square = moment.diagonal(dim1=-2, dim2=-1)
     if mean is not None:
         mean_square = mean_square + mean.square()
-    of_sums = _MARGIN * resolution * features**0.5 * (mean_square.unsqueeze(-2) @ vectors.square()).squeeze(-2)
-    of_eigh = features * _EPS * values[..., :1]
+    of_sums = rounding * features**0.5 * (mean_square.unsqueeze(-2) @ vectors.square()).squeeze(-2)
+    of_eigh = features * torch.finfo(torch.float64).eps * values[..., :1]
     return Subspace(vectors, torch.where(values > torch.maximum(of_sums, of_eigh), values, 0.0))
 
 
@@ -134,8 +131,7 @@ class LayerSubspaces:
         return self.mean if self.covariance.side == "output" else (self.weight @ self.mean.unsqueeze(-1)).squeeze(-1)
 
     def _decompose(self, moment: Tensor, mean: Tensor) -> Subspace:
-        resolution = torch.finfo(self.covariance.second_moment.dtype).eps
-        return principal_subspace(moment, mean if self.centered else None, resolution)
+        return principal_subspace(moment, mean if self.centered else None, self.covariance.rounding)
 
     def utilized_rank(self, explained_variance: float) -> int:
         """r = min(k_S, k_T); k_T alone where k_S is not measured."""

@@ -510,7 +510,7 @@ def test_nan_in_a_model_that_is_the_layer_names_the_right_batch():
 
 def test_nan_beside_the_models_forward():
     model = nn.Sequential(nn.Linear(2, 2))
-    with pytest.raises(lro.NonFiniteActivationError, match="layer '0'.*a call beside the model's forward"):
+    with pytest.raises(lro.NonFiniteActivationError, match=r"layer '0'.*a call beside the model's forward"):
         lro.calibrate(model, [torch.full((1, 2), torch.nan)], forward=lambda model, batch: model[0](batch))
 
 
@@ -589,3 +589,9 @@ def test_progress_and_filter():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     covariances = lro.calibrate(model, [torch.randn(2, 4)], filter_fn=lambda module, fqn: fqn == "1", progress=True)
     assert list(covariances) == ["1"]
+
+
+def test_a_batch_of_the_wrong_width_names_the_layer() -> None:
+    model = nn.Sequential(nn.Linear(8, 4))
+    with pytest.raises(ValueError, match=r"layer '0' takes 8 features on its input side; a batch brought 5"):
+        lro.calibrate(model, [torch.randn(3, 5)])

@@ -317,6 +317,11 @@ class TestSaving:
             "calibration_rows": 128 * 9,
         }
 
+    def test_both_files_have_the_usual_permissions(self, tmp_path: Path) -> None:
+        save_pretrained(nn.Linear(2, 2), tmp_path)
+        (tmp_path / "usual").touch()
+        assert len({file.stat().st_mode for file in tmp_path.iterdir()}) == 1
+
     def test_without_a_report_its_entries_are_null(self, tmp_path: Path) -> None:
         model, _ = compressed()
         save_pretrained(model, tmp_path)

@@ -144,9 +144,7 @@ def _read(arch: int, compiled: Any, log: str) -> Report:
         local_stores=_starting(opcodes, "STL"),
         local_loads=_starting(opcodes, "LDL"),
         shared=compiled.metadata.shared,
-        tensor_core={
-            opcode: count for opcode, count in sorted(opcodes.items()) if _TENSOR_CORE_OPCODE.match(opcode)
-        },
+        tensor_core={opcode: count for opcode, count in sorted(opcodes.items()) if _TENSOR_CORE_OPCODE.match(opcode)},
         tma_loads=_starting(opcodes, "UTMALDG"),
         serialised=sorted({code for code in SERIALISED if code in log}),
     )

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lowrank_ops.ops._specialization import Specialization
-from lowrank_ops.ops.covariance import _triton, _triton_conv
+from lowrank_ops.ops.covariance import _triton as covariance
+from lowrank_ops.ops.covariance import _triton_conv as convolution
+from lowrank_ops.ops.lowrank_linear import _triton as lowrank_linear
 
 OPS: dict[str, Callable[[int], list[Specialization]]] = {
-    "covariance_update_": _triton.shipped,
-    "conv_covariance_update_": _triton_conv.shipped,
+    "covariance_update_": covariance.shipped,
+    "conv_covariance_update_": convolution.shipped,
+    "lowrank_linear": lowrank_linear.shipped,
 }

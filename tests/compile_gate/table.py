@@ -17,8 +17,8 @@ from tests.compile_gate.shipped import OPS
 
 MARK = "<!-- kernel table -->"
 HEADER = (
-    "| op | kernel and configuration | arch | warps | stages | registers | shared memory, B | spills, B | tensor core | "
-    "TMA loads |"
+    "| op | kernel and configuration | arch | warps | stages | registers | shared memory, B | spills, B | "
+    "tensor core | TMA loads |"
 )
 
 

@@ -44,7 +44,7 @@ def test_predicate_knows_the_shared_memory(arch):
 def test_gate_catches_spills():
     config = dataclasses.replace(_triton.HEURISTIC[90, "wide"], block_d=256, num_stages=2)
     spilled = _triton._specialization(90, config, "bf16", "exact", "even", "state", "fp32")
-    with pytest.raises(AssertionError, match="spills .* LDL"):
+    with pytest.raises(AssertionError, match=r"spills .* LDL"):
         assert_clean(compile_specialization(spilled, 90), 90, tma=True)
 
 

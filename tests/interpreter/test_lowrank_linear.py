@@ -184,16 +184,19 @@ def test_leading_dimensions():
 @pytest.mark.parametrize("activation", ["none", "gelu"])
 @pytest.mark.parametrize("upstream", ["dense", "broadcast"])
 def test_backward_against_the_reference(activation, upstream):
-    def gradients(backend):
-        leaves = [tensor.clone().requires_grad_() for tensor in arguments(6, 40, 8, 24, torch.float32)]
-        cast = [leaf.to(torch.float64 if backend == "float64" else torch.bfloat16) for leaf in leaves]
-        y = lowrank_linear(*cast, activation=activation, backend="reference" if backend == "float64" else backend)
-        grad = torch.linspace(-1, 1, y.numel()).view_as(y) if upstream == "dense" else torch.ones(()).expand_as(y)
-        return torch.autograd.grad(y, cast, grad.to(y.dtype))
+    def gradients(dtype, backend):
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in arguments(6, 40, 8, 24, torch.bfloat16)]
+        y = lowrank_linear(*leaves, activation=activation, backend=backend)
+        grad = torch.linspace(-1, 1, y.numel()).view_as(y)
+        if upstream == "broadcast":
+            grad = grad[:1, :1].expand_as(y)
+        return torch.autograd.grad(y, leaves, grad.bfloat16().to(dtype))
 
-    for ours, theirs, truth in zip(gradients("triton"), gradients("reference"), gradients("float64"), strict=True):
-        # The leaves are rounded to bfloat16 in both: the truth is that of the rounded ones to the same tolerance.
-        assert_close_to_float64(ours, theirs, truth)
+    truth = gradients(torch.float64, "reference")
+    for ours, theirs, exact in zip(
+        gradients(torch.bfloat16, "triton"), gradients(torch.bfloat16, "reference"), truth, strict=True
+    ):
+        assert_close_to_float64(ours, theirs, exact)
 
 
 def test_opcheck():

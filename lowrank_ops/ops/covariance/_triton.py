@@ -2,7 +2,7 @@
 
 Importing this module does not import Triton; the device code is in ``_triton_kernels`` and ``_triton_conv_kernels``.
 
-float32 inputs are multiplied as three bfloat16 products (error below 2^-16 of the sum of ``|x_i x_j|``) or, with
+float32 inputs are multiplied as three bfloat16 products (error below 2^-15 of the sum of ``|x_i x_j|``) or, with
 ``allow_tf32``, as one TensorFloat-32 product (below 2^-10). bfloat16 and float16 products are exact. Sums are taken in
 float32 over at most ``CHUNK`` tokens, then in the state's dtype.
 """
@@ -50,7 +50,7 @@ class Config:
         """An upper bound of the shared memory per block."""
         operands = self.num_stages * 2 * self.block_t * self.block_d * itemsize
         epilogue = self.block_d * self.block_d // 4 * 8
-        return max(operands, epilogue) + 1024
+        return max(operands, epilogue) + 2048
 
 
 # Keyed by arch and kind of input: 16-bit inputs wide enough for 128 x 128 tiles, narrower ones, and float32.
@@ -81,7 +81,7 @@ class Plan(NamedTuple):
     constants: Mapping[str, Any]  # constexprs and compile options of the launch
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def interpreted() -> bool:
     """Whether Triton's CPU interpreter is on, which is decided when Triton is imported."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -110,6 +110,8 @@ def prefers(problem: Any) -> bool:
 
 def run(problem: Problem, second_moment: Tensor, total: Tensor, x: Tensor) -> None:
     """``covariance_update_`` for tensors that :func:`supports` accepts."""
+    if x.dim() == 1:
+        x = x.contiguous()  # one token; its problem has the row stride of a contiguous one
     launch(plan(problem), second_moment, total, x, problem)
 
 
@@ -186,7 +188,7 @@ def reduce(
 
 def plan(problem: Problem) -> Plan:
     """The launch for ``problem``."""
-    return _plan(problem, config_for(problem))
+    return plan_with(problem, config_for(problem))
 
 
 @functools.lru_cache(maxsize=8192)
@@ -201,7 +203,8 @@ def config_for(problem: Problem) -> Config:
 
 
 @functools.lru_cache(maxsize=8192)
-def _plan(problem: Problem, config: Config) -> Plan:
+def plan_with(problem: Problem, config: Config) -> Plan:
+    """The launch for ``problem`` with a configuration of the caller's choice."""
     itemsize = problem.dtype.itemsize
     tma = has_tma(problem.device) and problem.aligned
     vector = 16 // itemsize
@@ -293,7 +296,7 @@ def unsupported_config(config: Config, dtype: torch.dtype, device: Device) -> st
     return None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _missing_triton() -> str | None:
     try:
         import triton.language  # noqa: F401
@@ -302,14 +305,14 @@ def _missing_triton() -> str | None:
     return None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def device_code() -> ModuleType:
     from . import _triton_kernels
 
     return _triton_kernels
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _descriptor() -> Any:
     from triton.tools.tensor_descriptor import TensorDescriptor
 

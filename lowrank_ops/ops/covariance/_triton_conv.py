@@ -157,7 +157,7 @@ def _output_size(problem: ConvProblem) -> list[int]:
     return output_size(list(problem.shape[2:]), *(list(pair) for pair in geometry))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _device_code() -> ModuleType:
     from . import _triton_conv_kernels
 

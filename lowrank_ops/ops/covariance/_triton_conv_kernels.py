@@ -1,4 +1,4 @@
-"""Device code of the convolution's covariance update: the tiles of patches are gathered from the image as they are used.
+"""Device code of the convolution's covariance update: tiles of patches are gathered from the image as they are used.
 
 A patch's features are numbered (channel, ky, kx), the order of the state, for NCHW, where neighbouring tokens are
 neighbours in memory; and (ky, kx, channel) for channels-last, where neighbouring channels are, with the sums put back
@@ -139,7 +139,17 @@ def conv_covariance_kernel(
         scratch_tile = scratch.to(tl.int64) * tl.num_programs(0) + tile
         if CHANNELS_LAST and DEST != PARTIAL:
             add_renumbered(
-                state, i, j, acc, features, state_stride, state_column_stride, kernel_area, group_channels, BLOCK_D, DEST
+                state,
+                i,
+                j,
+                acc,
+                features,
+                state_stride,
+                state_column_stride,
+                kernel_area,
+                group_channels,
+                BLOCK_D,
+                DEST,
             )
             if i == j:
                 feature = i * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -150,9 +160,7 @@ def conv_covariance_kernel(
                 state, scratch_tile, i, j, acc, features, state_stride, state_column_stride, chunk == 0, BLOCK_D, DEST
             )
             if i == j:
-                add_sums(
-                    total, scratch * tile_rows + i, i, sums, features, total_stride, chunk == 0, BLOCK_D, DEST
-                )
+                add_sums(total, scratch * tile_rows + i, i, sums, features, total_stride, chunk == 0, BLOCK_D, DEST)
 
 
 @triton.jit
@@ -240,8 +248,6 @@ def add_renumbered(
 
 
 @triton.jit
-def add_pairs(
-    state, part, p, q, features, stride, column_stride, kernel_area, group_channels, DEST: tl.constexpr
-):
+def add_pairs(state, part, p, q, features, stride, column_stride, kernel_area, group_channels, DEST: tl.constexpr):
     mask = (p < features)[:, None] & (q < features)[None, :] & (p[:, None] >= q[None, :])
     add_to(state + mirrored(p, q, kernel_area, group_channels, stride, column_stride), part, mask, DEST)

@@ -55,10 +55,7 @@ def covariance_kernel(
             columns = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
             for t in range(start, stop, BLOCK_T):
                 b = load_rows(x, t, j * BLOCK_D, tokens, features, row_stride, BLOCK_T, BLOCK_D, TMA)
-                if TMA:
-                    a = b.T
-                else:
-                    a = load_columns(x, t, i * BLOCK_D, tokens, features, row_stride, BLOCK_T, BLOCK_D)
+                a = b.T if TMA else load_columns(x, t, i * BLOCK_D, tokens, features, row_stride, BLOCK_T, BLOCK_D)
                 acc = multiply(a, b, acc, PRODUCT)
                 columns += b.to(tl.float32)
             add_sums(
@@ -73,9 +70,7 @@ def covariance_kernel(
                 b = load_rows(x, t, j * BLOCK_D, tokens, features, row_stride, BLOCK_T, BLOCK_D, TMA)
                 acc = multiply(a, b, acc, PRODUCT)
         scratch_tile = split * tl.num_programs(0) + tile
-        add_tile(
-            state, scratch_tile, i, j, acc, features, state_stride, state_column_stride, chunk == 0, BLOCK_D, DEST
-        )
+        add_tile(state, scratch_tile, i, j, acc, features, state_stride, state_column_stride, chunk == 0, BLOCK_D, DEST)
 
 
 @triton.jit
@@ -172,12 +167,13 @@ def load_rows(
 ):
     """A (BLOCK_T, BLOCK_D) tile of x, zero outside of it."""
     if TMA:
-        return x.load([token, feature])
+        tile = x.load([token, feature])
     else:
         rows = token + tl.arange(0, BLOCK_T)
         columns = feature + tl.arange(0, BLOCK_D)
         source = x + rows.to(tl.int64)[:, None] * row_stride + columns[None, :]
-        return tl.load(source, mask=(rows < tokens)[:, None] & (columns < features)[None, :], other=0.0)
+        tile = tl.load(source, mask=(rows < tokens)[:, None] & (columns < features)[None, :], other=0.0)
+    return tile
 
 
 @triton.jit
@@ -198,7 +194,7 @@ def multiply(a, b, acc, PRODUCT: tl.constexpr):
     if PRODUCT == "tf32":
         acc = tl.dot(round_to_tf32(a), round_to_tf32(b), acc, input_precision="tf32")
     elif PRODUCT == "bf16x3":
-        # x = high + low + O(2^-17 x); low * low is left out, it is as small as what the split loses.
+        # x = high + low, to within 2^-17 of x; low * low, at most 2^-16 of the product, is left out.
         a_high, b_high = round_to_bf16(a), round_to_bf16(b)
         a_low = round_to_bf16(a - a_high.to(tl.float32))
         b_low = round_to_bf16(b - b_high.to(tl.float32))
@@ -295,9 +291,7 @@ def add_columns(
 
 
 @triton.jit
-def add_sums(
-    total, scratch_row, i, sums, features, stride, fresh, BLOCK_D: tl.constexpr, DEST: tl.constexpr
-):
+def add_sums(total, scratch_row, i, sums, features, stride, fresh, BLOCK_D: tl.constexpr, DEST: tl.constexpr):
     columns = tl.arange(0, BLOCK_D)
     if DEST == PARTIAL:
         target = total + scratch_row * BLOCK_D + columns

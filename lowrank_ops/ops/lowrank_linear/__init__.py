@@ -26,8 +26,8 @@ class Problem(NamedTuple):
     out_features: int
     dtype: torch.dtype
     x_stride: int  # elements between rows of x, 0 where x is not a matrix with unit column stride
-    down_strides: tuple[int, int]
-    up_strides: tuple[int, int]
+    down_strides: tuple[int, ...]  # of both its dimensions
+    up_strides: tuple[int, ...]
     aligned: bool  # x, down, up and their rows start on 16 bytes
     has_bias: bool
     activation: str
@@ -230,7 +230,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if activation != "none":
         preactivation = lowrank_linear(x, down, up, bias, backend=backend)
         grad = reference.activation_backward(grad, preactivation, activation)
-    needs_x, needs_down, needs_up, needs_bias = ctx.needs_input_grad[:4]
+    # torch leaves out trailing arguments that have their default: without a bias there are three.
+    needs_x, needs_down, needs_up, needs_bias = (*ctx.needs_input_grad[:4], False)[:4]
     rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
     # A gradient may be a broadcast scalar, which a backend named by the user need not take.
     grad_x = lowrank_linear(grad.contiguous(), up.T, down.T, backend=backend) if needs_x else None

@@ -202,8 +202,8 @@ def _prefill_plan(problem: Problem, config: PrefillConfig | None = None) -> Call
     down_along_k, down_stride = _layout(problem.down_strides)
     up_along_r, up_stride = _layout(problem.up_strides)
     programs = -(-problem.tokens // config.block_m) * config.parts
-    tiles = (config.block_m, config.block_n, config.block_k, config.piece_0, config.piece_1)
-    tiles += (config.stages_k, config.stages_n)
+    pieces, stages = (config.piece_0, config.piece_1), (config.stages_k, config.stages_n)
+    tiles = (config.block_m, config.block_n, config.block_k, *pieces, *stages)
     sizes = (problem.in_features, problem.rank, problem.out_features, problem.x_stride, down_stride, up_stride)
     launch = _Launch(
         prefill_kernel,
@@ -279,15 +279,16 @@ def _overlaps(device: Device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and device.capability >= (9, 0)
 
 
-def _layout(strides: tuple[int, int]) -> tuple[bool, int]:
+def _layout(strides: tuple[int, ...]) -> tuple[bool, int]:
     """Whether the columns are neighbours, and the stride of the other dimension."""
     return (True, strides[0]) if strides[1] == 1 else (False, strides[1])
 
 
 def shipped(arch: int) -> list[Specialization]:
-    """Every compiled form that a call may take on ``arch`` (80, 90 or 100), for offline compilation.
+    """Every compiled form that ``auto`` may take on ``arch`` (80, 90 or 100), for offline compilation.
 
-    Of forms that differ only in what costs no registers (the dtype, the activation, a bias) the most expensive one.
+    Of forms that differ in the dtype, the activation or a bias only the most expensive one. Not among them are those
+    for operands off 16 bytes: they load element by element and may spill, so that only ``backend="triton"`` takes them.
     """
     from ._triton_shipped import specializations
 

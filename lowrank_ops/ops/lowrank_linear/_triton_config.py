@@ -182,7 +182,8 @@ def _heuristic_decode(problem: Problem) -> DecodeConfig:
         enough = programs * slices >= _BUSY * problem.device.multiprocessors
         if enough or blocks <= 2 * slices or (fold and slices == _FOLDED_SLICES):
             break
-    return replace(base, slices=slices, fold=fold and slices > 1)
+    config = replace(base, slices=slices, fold=fold and slices > 1)
+    return config if _fits(config, problem) else replace(config, fold=False)
 
 
 def _cheapest_parts(config: PrefillConfig, problem: Problem) -> tuple[float, PrefillConfig]:

@@ -1,4 +1,4 @@
-"""The compiled forms of the Triton kernels that calls may take, as the compile gate and the kernel table read them."""
+"""The compiled forms of the Triton kernels that `auto` may take, as the compile gate and the kernel table read them."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def specializations(arch: int) -> list[Specialization]:
         listed += [_up(config, pdl, along_r) for along_r in (True, False) if along_r or widest]
         if config.slices > 1 and not config.fold:
             listed.append(_sum(config, pdl))
-    for config in shipped_prefill(name):
-        backward = (config.piece_0, config.piece_1) == (128, 16)
-        listed += [_prefill(config, along) for along in (True, False) if along or backward]
+    for tiles in shipped_prefill(name):
+        backward = (tiles.piece_0, tiles.piece_1) == (128, 16)
+        listed += [_prefill(tiles, along) for along in (True, False) if along or backward]
     return list({entry.name: entry for entry in listed}.values())
 
 
@@ -119,8 +119,8 @@ def _specialization(
     pdl: bool = False,
 ) -> Specialization:
     """Pointers are to bfloat16 and on 16 bytes unless ``pointers`` says otherwise; a bias is never known to be."""
-    signature = {}
-    attrs = {}
+    signature: dict[str, str] = {}
+    attrs: dict[tuple[int, ...], Any] = {}
     for index, argument in enumerate(kernel.arg_names):
         if argument.endswith("_ptr"):
             signature[argument] = pointers.get(argument, "*bf16")

@@ -1,0 +1,197 @@
+"""Sums: moments, merging, files, several processes."""
+
+import json
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import lowrank_ops as lro
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+class Model(nn.Module):
+    """Two layers that share their input, a grouped convolution, a layer never reached and one that is skipped."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 2, groups=2)
+        self.a, self.b = nn.Linear(16, 5), nn.Linear(16, 3)
+        self.idle = nn.Linear(2, 2)
+        self.attention = nn.MultiheadAttention(4, 2)
+
+    def forward(self, x):
+        x = self.conv(x).flatten(1)
+        return self.a(x), self.b(x)
+
+
+def calibrated(x, model=None, **options):
+    model = model or Model()
+    return lro.calibrate(model, [x], filter_fn=lambda module, fqn: True, **options)
+
+
+def images(count=6):
+    return torch.randn(count, 4, 3, 3)
+
+
+def assert_same(one, other, **tolerance):
+    assert list(one) == list(other)
+    assert (one.unreached, one.skipped) == (other.unreached, other.skipped)
+    assert [covariance.layers for covariance in one.statistics()] == [
+        covariance.layers for covariance in other.statistics()
+    ]
+    for fqn in one:
+        assert (one[fqn].count, one[fqn].side) == (other[fqn].count, other[fqn].side)
+        for name in ("second_moment", "total"):
+            torch.testing.assert_close(getattr(one[fqn], name), getattr(other[fqn], name), **tolerance)
+
+
+# --- moments ----------------------------------------------------------------------------------------------------
+
+
+def test_moments_are_means_over_the_rows():
+    rows = torch.randn(50, 6, dtype=torch.float64) + 3
+    covariance = lro.calibrate(nn.Linear(6, 2).double(), [rows])[""]
+    torch.testing.assert_close(covariance.mean, rows.mean(0))
+    torch.testing.assert_close(covariance.moment(centered=False), rows.T @ rows / 50)
+    torch.testing.assert_close(covariance.moment(centered=True), torch.cov(rows.T, correction=0))
+    torch.testing.assert_close(covariance.second_moment, rows.T @ rows)  # moment() changed nothing
+
+
+def test_no_row_has_zero_moments():
+    covariance = lro.Covariance(torch.zeros(3, 3), torch.zeros(3))
+    assert covariance.mean.abs().sum() == 0 and covariance.moment(centered=True).abs().sum() == 0
+
+
+def test_a_feature_lost_beside_its_mean_is_constant():
+    rows = torch.full((1000, 3), 0.1, dtype=torch.float64)
+    rows[:, 0] += torch.linspace(-1e-3, 1e-3, 1000)
+    moment = lro.calibrate(nn.Linear(3, 2).double(), [rows])[""].moment(centered=True)
+    assert moment[0, 0] > 1e-7 and torch.count_nonzero(moment) == 1
+
+
+# --- the mapping ------------------------------------------------------------------------------------------------
+
+
+def test_shared_statistics_are_stored_once():
+    covariances = calibrated(images())
+    assert list(covariances) == ["conv", "a", "b"] and len(covariances) == 3
+    assert len(covariances.statistics()) == 2
+    assert covariances.memory() == 8 * ((2 * 8 * 8 + 2 * 8) + (16 * 16 + 16))
+    assert repr(covariances) == "Covariances(3 layers, 1 shared, 0.0 MiB)"
+    assert covariances.unreached == ("idle",)
+    assert list(covariances.skipped) == ["attention"]
+
+
+# --- merge ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_merging_is_calibrating_on_both(side):
+    model, x = Model(), images(10)
+    parts = [calibrated(part, model, side=side) for part in x.split(4)]
+    merged = parts[0].merge(parts[1]).merge(parts[2])
+    assert_same(merged, calibrated(x, model, side=side), rtol=1e-6, atol=1e-6)
+    assert parts[0]["a"].count == 4  # the parts are as before
+
+
+@pytest.mark.parametrize(
+    ("options", "differs"), [({"side": "output"}, "conv, a, b"), ({"share_inputs": False}, "a, b")]
+)
+def test_merging_what_does_not_belong_together_is_an_error_by_name(options, differs):
+    model = Model()
+    with pytest.raises(ValueError, match=f"other must hold the same layers.*it differs at {differs}\\."):
+        calibrated(images(), model).merge(calibrated(images(), model, **options))
+
+
+# --- files ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"side": "output"}, {"dtype": torch.float32}])
+def test_save_and_load(tmp_path, options):
+    covariances = calibrated(images(), **options)
+    covariances.save(tmp_path / "c.safetensors")
+    loaded = lro.Covariances.load(str(tmp_path / "c.safetensors"))
+    assert_same(loaded, covariances, rtol=0, atol=0)
+    assert_same(loaded.merge(covariances), covariances.merge(covariances), rtol=0, atol=0)
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def cut_in_the_header(path):
+    path.write_bytes(path.read_bytes()[:20])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def a_pickle(path):
+    torch.save({"a": torch.ones(2)}, path)
+
+
+def foreign(path):
+    save_file({"a": torch.ones(2)}, path)
+
+
+def of_another_format(path):
+    save_file({"a": torch.ones(2)}, path, metadata={"lowrank_ops": json.dumps({"format": "lowrank_ops.covariances/9"})})
+
+
+def without_a_field(path):
+    header = {"format": "lowrank_ops.covariances/1", "entries": []}
+    save_file({"a": torch.ones(2)}, path, metadata={"lowrank_ops": json.dumps(header)})
+
+
+@pytest.mark.parametrize(
+    "spoil", [truncated, cut_in_the_header, empty, a_pickle, foreign, of_another_format, without_a_field]
+)
+def test_a_bad_file_is_one_clear_error(tmp_path, spoil):
+    path = tmp_path / "c.safetensors"
+    calibrated(images()).save(path)
+    spoil(path)
+    with pytest.raises(ValueError, match=r"path '.*c\.safetensors' is not a whole file written by Covariances\.save: "):
+        lro.Covariances.load(path)
+
+
+def test_a_missing_file_is_missing(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        lro.Covariances.load(tmp_path / "none.safetensors")
+
+
+# --- several processes ------------------------------------------------------------------------------------------
+
+
+def _process(rank, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model, x = Model(), images(10)
+    calibrated(x[:4] if rank else x[4:], model).all_reduce_().save(f"{folder}/{rank}.safetensors")
+    try:
+        calibrated(x, model, side="output" if rank else "input").all_reduce_()
+    except ValueError as error:
+        Path(f"{folder}/{rank}.error").write_text(str(error))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_all_reduce_sums_over_processes():
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_process, (folder,), nprocs=2)
+        torch.manual_seed(0)
+        model = Model()
+        whole = calibrated(images(10), model)
+        for rank in (0, 1):
+            reduced = lro.Covariances.load(f"{folder}/{rank}.safetensors")
+            assert_same(reduced, whole, rtol=1e-12, atol=1e-12)
+            assert "all_reduce_ needs the same layers" in Path(f"{folder}/{rank}.error").read_text()
