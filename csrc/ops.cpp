@@ -50,7 +50,11 @@ void add_covariance(const char* op, covariance::Arguments args, Source source, c
   std::optional<Tensor> scratch;  // back to the allocator when the launches are queued: the stream keeps the order
   if (plan.scratch_floats) scratch = scratch_like(x, plan.scratch_floats);
   args.scratch = scratch ? static_cast<float*>(scratch->mutable_data_ptr()) : nullptr;
-  covariance::launch_sm80(plan, args, dtype, source, {current_stream(x.get_device_index()), what});
+  const Launch launch{current_stream(x.get_device_index()), what};
+#ifdef LOWRANK_OPS_SM90
+  if (plan.kernel == "covariance_sm90") return covariance::launch_sm90(plan, args, dtype, launch);
+#endif
+  covariance::launch_sm80(plan, args, dtype, source, launch);
 }
 
 void covariance_update(Tensor second_moment, Tensor total, Tensor x) {
@@ -118,14 +122,20 @@ void conv_covariance_update(Tensor second_moment, Tensor total, Tensor x, std::v
   add_covariance("conv_covariance_update_", args, Source::patches, second_moment, total, x);
 }
 
-// (why not, plan): one of the two is empty
+// (why not, plan): one of the two is empty. The archs are the library's own business, not the planner's.
+template <class Plan>
+std::tuple<std::string, std::string> explain(const Plan& plan, int64_t capability) {
+  std::string reason = plan.reason;
+  if (reason.empty()) reason = arch_refusal(LOWRANK_OPS_ARCHS, static_cast<int>(capability));
+  return {reason, reason.empty() ? describe(plan) : ""};
+}
+
 std::tuple<std::string, std::string> explain_covariance(int64_t tokens, int64_t features, int64_t groups,
                                                         std::string dtype, std::string source, int64_t capability,
                                                         int64_t multiprocessors, int64_t shared_memory) {
-  const CovariancePlan plan = plan_covariance(
-      {tokens, features, groups, parse_dtype(dtype), parse_source(source),
-       {static_cast<int>(capability), static_cast<int>(multiprocessors), shared_memory}});
-  return {plan.reason, plan.reason.empty() ? describe(plan) : ""};
+  const Machine machine{static_cast<int>(capability), static_cast<int>(multiprocessors), shared_memory};
+  return explain(
+      plan_covariance({tokens, features, groups, parse_dtype(dtype), parse_source(source), machine}), capability);
 }
 
 // ---- lowrank_linear ----
@@ -191,10 +201,10 @@ std::tuple<std::string, std::string> explain_lowrank_linear(int64_t tokens, int6
                                                             int64_t out_features, std::string dtype, bool aligned,
                                                             int64_t capability, int64_t multiprocessors,
                                                             int64_t shared_memory) {
-  const LowRankPlan plan = plan_lowrank_linear(
-      {tokens, in_features, rank, out_features, parse_dtype(dtype), aligned,
-       {static_cast<int>(capability), static_cast<int>(multiprocessors), shared_memory}});
-  return {plan.reason, plan.reason.empty() ? describe(plan) : ""};
+  const Machine machine{static_cast<int>(capability), static_cast<int>(multiprocessors), shared_memory};
+  return explain(
+      plan_lowrank_linear({tokens, in_features, rank, out_features, parse_dtype(dtype), aligned, machine}),
+      capability);
 }
 
 }  // namespace

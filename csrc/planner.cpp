@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "covariance/tiles.h"
+#include "covariance/wgmma_tiles.h"
 #include "lowrank_linear/fragments.h"
 
 namespace lowrank_ops {
@@ -14,6 +15,14 @@ constexpr int64_t kMostGrid = 2147483647;  // blocks along x
 constexpr int64_t kMostGridYZ = 65535;
 constexpr int64_t kSharedPerMultiprocessor = 1024;  // what the system keeps of each block's shared memory
 constexpr int64_t kScratchBytes = int64_t{256} << 20;
+
+// Whether code for `arch` ("80", "90a", "100f", ...) runs on a device: its own minor version and later ones of the same
+// major, an arch-specific one on its own device only.
+bool serves(const std::string& arch, int capability) {
+  const int built = std::stoi(arch);
+  if (arch.back() == 'a') return built == capability;
+  return built / 10 == capability / 10 && built <= capability;
+}
 
 std::string machine_refusal(const Machine& machine) {
   if (machine.capability == 0) return "it needs a CUDA device";
@@ -41,17 +50,17 @@ int64_t slots(const Machine& machine, int64_t shared_bytes, int blocks_by_regist
 
 // The number of blocks per tile that finishes first: whole waves of blocks, each of its steps and a fixed part for
 // filling the pipeline and leaving the tile, and the second kernel where there is more than one.
-int best_splits(int64_t tiles, int64_t tokens, int64_t at_once) {
+int best_splits(int64_t tiles, int64_t tokens, int block_tokens, int64_t at_once) {
   constexpr int kMostSplits = 64;
-  constexpr int64_t kFixedSteps = 16;
-  constexpr int64_t kSecondKernelSteps = 24;
-  int64_t steps = ceil_div(tokens, covariance::kTokens);
+  const int64_t fixed_steps = 512 / block_tokens;
+  const int64_t second_kernel_steps = 768 / block_tokens;
+  int64_t steps = ceil_div(tokens, block_tokens);
   int best = 1;
   int64_t least_cost = std::numeric_limits<int64_t>::max();
   for (int splits = 1; splits <= least(kMostSplits, greatest(1, steps)); ++splits) {
     if (splits > 1 && tiles * splits * covariance::kPartial * 4 > kScratchBytes) break;
     int64_t waves = ceil_div(tiles * splits, at_once);
-    int64_t cost = waves * (ceil_div(steps, splits) + kFixedSteps) + (splits > 1 ? kSecondKernelSteps + splits : 0);
+    int64_t cost = waves * (ceil_div(steps, splits) + fixed_steps) + (splits > 1 ? second_kernel_steps + splits : 0);
     if (cost < least_cost) {
       least_cost = cost;
       best = splits;
@@ -68,6 +77,13 @@ Dtype parse_dtype(const std::string& name) {
   if (name == "float32") return Dtype::float32;
   if (name == "float64") return Dtype::float64;
   throw std::invalid_argument("dtype must be bfloat16, float16, float32 or float64; got " + name);
+}
+
+std::string arch_refusal(const std::string& archs, int capability) {
+  std::istringstream list(archs);
+  for (std::string arch; std::getline(list, arch, ',');)
+    if (serves(arch, capability)) return "";
+  return "the native library was built for " + archs + " and has no code for sm_" + std::to_string(capability);
 }
 
 Source parse_source(const std::string& name) {
@@ -99,22 +115,32 @@ CovariancePlan plan_covariance(const CovarianceProblem& problem) {
 
   const bool split_in_parts = problem.dtype == Dtype::float32;
   const bool async = problem.source == Source::aligned_matrix && !split_in_parts;
-  const int64_t stage_bytes = 2 * kPartBytes * (split_in_parts ? 2 : 1);
-  // Two blocks of four stages need 136 KB per multiprocessor, which 8.0 and 9.0 have and 8.6, 8.9 and 12.0 do not.
-  plan.stages = !async ? 2 : problem.machine.shared_memory >= (int64_t{136} << 10) ? 4 : 3;
-  plan.shared_bytes = plan.stages * stage_bytes;
-  if (plan.shared_bytes + kStaticSharedBytes > problem.machine.shared_memory)
-    return refuse("it needs " + std::to_string(plan.shared_bytes + kStaticSharedBytes) +
+  int64_t static_bytes = kStaticSharedBytes;
+  if (async && problem.machine.capability == 90 && problem.groups == 1 &&
+      problem.tokens <= std::numeric_limits<int32_t>::max() - wgmma::kTokens) {
+    plan.kernel = "covariance_sm90";
+    plan.block_tokens = wgmma::kTokens;
+    plan.stages = wgmma::kStages;
+    plan.threads = wgmma::kThreads;
+    plan.shared_bytes = wgmma::kSharedBytes;
+    static_bytes = wgmma::kStaticSharedBytes;
+  } else {
+    plan.kernel = "covariance_sm80";
+    plan.block_tokens = kTokens;
+    // Two blocks of four stages need 136 KB per multiprocessor, which 8.0 and 9.0 have and 8.6, 8.9 and 12.0 do not.
+    plan.stages = !async ? 2 : problem.machine.shared_memory >= (int64_t{136} << 10) ? 4 : 3;
+    plan.threads = kThreads;
+    plan.shared_bytes = plan.stages * 2 * kPartBytes * (split_in_parts ? 2 : 1);
+  }
+  if (plan.shared_bytes + static_bytes > problem.machine.shared_memory)
+    return refuse("it needs " + std::to_string(plan.shared_bytes + static_bytes) +
                   " bytes of shared memory per block, the device has " +
                   std::to_string(problem.machine.shared_memory));
-  plan.kernel = "covariance_sm80";
   plan.tile = kTile;
-  plan.block_tokens = kTokens;
-  plan.threads = kThreads;
   plan.tiles = triangle(blocks);
-  int64_t at_once = slots(problem.machine, plan.shared_bytes + kStaticSharedBytes, async ? 2 : 1);
-  int splits = best_splits(plan.tiles * problem.groups, problem.tokens, at_once);
-  plan.tokens_per_split = round_up(ceil_div(problem.tokens, splits), kTokens);
+  int64_t at_once = slots(problem.machine, plan.shared_bytes + static_bytes, async ? 2 : 1);
+  int splits = best_splits(plan.tiles * problem.groups, problem.tokens, plan.block_tokens, at_once);
+  plan.tokens_per_split = round_up(ceil_div(problem.tokens, splits), plan.block_tokens);
   plan.splits = static_cast<int>(ceil_div(problem.tokens, plan.tokens_per_split));
   if (plan.splits > 1)
     plan.scratch_floats =

@@ -17,6 +17,9 @@ struct Machine {
   int64_t shared_memory;  // bytes a block may ask for
 };
 
+// Why a library built for `archs`, such as "80,90a,100f", has no code for a device; empty where it has.
+std::string arch_refusal(const std::string& archs, int capability);
+
 // ---- covariance_update_ ----
 
 enum class Source {

@@ -31,4 +31,10 @@ struct Arguments {
 void launch_sm80(const CovariancePlan& plan, const Arguments& arguments, Dtype dtype, Source source,
                  const Launch& launch);
 
+// Needs code for sm_90a, Source::aligned_matrix and a 16-bit dtype.
+void launch_sm90(const CovariancePlan& plan, const Arguments& arguments, Dtype dtype, const Launch& launch);
+
+// The second launch of both, where blocks share a tile's tokens.
+void launch_add_partials(const Arguments& arguments, const Launch& launch);
+
 }  // namespace lowrank_ops::covariance

@@ -2,11 +2,12 @@
 //
 // Both operands are x itself, so a tile on the diagonal brings its features once. float32 is split in two bfloat16
 // parts, high and low, and three of their four products are taken: what is left out is below 2^-17 of a product.
-// Accumulators are added to the state every 2048 tokens. Blocks that share a tile write partial tiles instead, and a
-// second kernel adds them in the order of the splits: the same bits every time.
+// Accumulators are added to the state every 2048 tokens. Blocks that share a tile write partial tiles instead, which
+// add_partials.cu adds in the order of the splits: the same bits every time.
 
 #include "../mma_sm80.cuh"
 #include "covariance.h"
+#include "state.cuh"
 #include "tiles.h"
 
 namespace lowrank_ops::covariance {
@@ -27,6 +28,8 @@ template <class Element>
 constexpr int kOperandBytes = Math<Element>::kParts * kPartBytes;
 template <class Element>
 constexpr int kStageBytes = 2 * kOperandBytes<Element>;
+
+static_assert(sizeof(PatchFeature) * 2 * kTile + sizeof(double) * 2 * kThreads == kStaticSharedBytes);
 
 struct Block {
   Tile tile;
@@ -203,24 +206,6 @@ __device__ void multiply_stage(Accumulators& acc, const unsigned char* stage, bo
 
 // ---- leaving the accumulators ----
 
-__device__ __forceinline__ void add_to_state(const Arguments& args, int64_t group, int64_t row, int64_t col,
-                                             float value) {
-  if (row >= args.features || col > row) return;
-  const int64_t at = group * args.state_group_stride + row * args.state_row_stride + col * args.state_col_stride;
-  if (args.state_is_double)
-    static_cast<double*>(args.second_moment)[at] += value;
-  else
-    static_cast<float*>(args.second_moment)[at] += value;
-}
-
-__device__ __forceinline__ void add_to_total(const Arguments& args, int64_t group, int64_t feature, double value) {
-  const int64_t at = group * args.total_group_stride + feature * args.total_stride;
-  if (args.state_is_double)
-    static_cast<double*>(args.total)[at] += value;
-  else
-    static_cast<float*>(args.total)[at] = static_cast<float>(static_cast<float*>(args.total)[at] + value);
-}
-
 __device__ void flush(Accumulators& acc, Sums& sums, const Arguments& args, const Block& block, bool first) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   float* partial = args.scratch + partial_offset(block.group, blockIdx.y, blockIdx.x, args.splits, args.tiles);
@@ -231,12 +216,12 @@ __device__ void flush(Accumulators& acc, Sums& sums, const Arguments& args, cons
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const float value = acc.tile[row][col][e];
+        const int r = accumulator_row(lane, warp, row, e), c = accumulator_col(lane, warp, col, e);
         if (args.splits == 1) {
-          add_to_state(args, block.group,
-                       static_cast<int64_t>(block.tile.row) * kTile + accumulator_row(lane, warp, row, e),
-                       static_cast<int64_t>(block.tile.col) * kTile + accumulator_col(lane, warp, col, e), value);
+          add_to_state(args, block.group, int64_t{block.tile.row} * kTile + r, int64_t{block.tile.col} * kTile + c,
+                       value);
         } else {
-          float* to = partial + partial_element(threadIdx.x, row, col, e);
+          float* to = partial + r * kTile + c;
           *to = first ? value : *to + value;
         }
       }
@@ -248,7 +233,7 @@ __device__ void flush(Accumulators& acc, Sums& sums, const Arguments& args, cons
 
 __device__ void flush_sums(const Sums& sums, const Arguments& args, const Block& block) {
   __syncthreads();
-  const int64_t feature = static_cast<int64_t>(block.tile.row) * kTile + threadIdx.x;
+  const int64_t feature = int64_t{block.tile.row} * kTile + threadIdx.x;
   if (threadIdx.x >= kTile || feature >= args.features) return;
   double sum = 0.0;
   for (int group = 0; group < kSumGroups; ++group) sum += sums.values[sum_thread(group, threadIdx.x)][threadIdx.x % 2];
@@ -324,39 +309,6 @@ __global__ void __launch_bounds__(kThreads, kSource == Source::aligned_matrix ? 
   if (block.diagonal()) flush_sums(sums, args, block);
 }
 
-// Adds the partial tiles, and on the diagonal the partial sums, in the order of the splits.
-__global__ void __launch_bounds__(kThreads) covariance_add_partials(const __grid_constant__ Arguments args) {
-  const Tile tile = tile_at(blockIdx.x);
-  const int64_t group = blockIdx.z;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int mma = blockIdx.y;  // a grid row per product of 16 x 8
-  const int row = mma / kMmaCols, col = mma % kMmaCols;
-#pragma unroll
-  for (int e = 0; e < 4; ++e) {
-    double sum = 0.0;
-    for (int64_t split = 0; split < args.splits; ++split)
-      sum += args.scratch[partial_offset(group, split, blockIdx.x, args.splits, args.tiles) +
-                          partial_element(threadIdx.x, row, col, e)];
-    const int64_t at_row = static_cast<int64_t>(tile.row) * kTile + accumulator_row(lane, warp, row, e);
-    const int64_t at_col = static_cast<int64_t>(tile.col) * kTile + accumulator_col(lane, warp, col, e);
-    if (at_row >= args.features || at_col > at_row) continue;
-    const int64_t at =
-        group * args.state_group_stride + at_row * args.state_row_stride + at_col * args.state_col_stride;
-    if (args.state_is_double)
-      static_cast<double*>(args.second_moment)[at] += sum;
-    else
-      static_cast<float*>(args.second_moment)[at] =
-          static_cast<float>(static_cast<float*>(args.second_moment)[at] + sum);
-  }
-  const int64_t feature = static_cast<int64_t>(tile.row) * kTile + threadIdx.x;
-  if (mma != 0 || tile.row != tile.col || threadIdx.x >= kTile || feature >= args.features) return;
-  double sum = 0.0;
-  for (int64_t split = 0; split < args.splits; ++split)
-    sum += args.scratch[partial_sum_offset(group, split, feature, args.groups, args.splits, args.tiles,
-                                           args.features)];
-  add_to_total(args, group, feature, sum);
-}
-
 template <class Element, Source kSource, int kStages>
 void launch_kernel(const CovariancePlan& plan, const Arguments& args, const Launch& launch) {
   const auto kernel = covariance_sm80<Element, kSource, kStages>;
@@ -367,9 +319,7 @@ void launch_kernel(const CovariancePlan& plan, const Arguments& args, const Laun
                   static_cast<unsigned>(args.groups));
   kernel<<<grid, kThreads, plan.shared_bytes, launch.stream>>>(args);
   check(cudaGetLastError(), launch);
-  if (args.splits == 1) return;
-  covariance_add_partials<<<dim3(grid.x, kMmaRows * kMmaCols, grid.z), kThreads, 0, launch.stream>>>(args);
-  check(cudaGetLastError(), launch);
+  if (args.splits > 1) launch_add_partials(args, launch);
 }
 
 template <class Element>

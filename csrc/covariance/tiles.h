@@ -1,7 +1,8 @@
-// Index arithmetic of the sm_80 covariance kernels: which tile, which tokens, which bytes, which element.
+// Index arithmetic of the covariance kernels: which tile, which tokens, which bytes, which element.
 //
-// A block owns one 128 x 128 tile of the lower triangle and one range of tokens. A stage holds 32 tokens of the
-// tile's 128 row features and of its 128 column features, token-major, as 16-byte chunks of 8 features.
+// A block owns one 128 x 128 tile of the lower triangle and one range of tokens. In the sm_80 kernels a stage holds 32
+// tokens of the tile's 128 row features and of its 128 column features, token-major, as 16-byte chunks of 8 features.
+// wgmma_tiles.h has what differs on sm_90.
 #pragma once
 
 #include <cmath>
@@ -114,16 +115,20 @@ LRO_HD constexpr int sum_offset(int thread, int i) {
   return chunk_offset(sum_group(thread) * kSumTokens + i, feature / kChunk) + feature % kChunk * 2;
 }
 
-// Scratch of a call with splits: all partial tiles, thread-major so that writes coalesce, then all partial sums.
+// Scratch of a call with splits: all partial tiles, row by row, then all partial sums.
 LRO_HD constexpr int64_t partial_offset(int64_t group, int64_t split, int64_t tile, int64_t splits, int64_t tiles) {
   return ((group * splits + split) * tiles + tile) * kPartial;
-}
-LRO_HD constexpr int partial_element(int thread, int mma_row, int mma_col, int e) {
-  return ((mma_row * kMmaCols + mma_col) * 4 + e) * kThreads + thread;
 }
 LRO_HD constexpr int64_t partial_sum_offset(int64_t group, int64_t split, int64_t feature, int64_t groups,
                                             int64_t splits, int64_t tiles, int64_t features) {
   return groups * splits * tiles * kPartial + (group * splits + split) * features + feature;
+}
+
+// The kernel that adds the partial tiles: 16 blocks a tile, element `e` (0..3) of a thread.
+constexpr int kAddElements = 4;
+constexpr int kAddBlocks = kPartial / (kThreads * kAddElements);
+LRO_HD constexpr int added_element(int slice, int thread, int e) {
+  return (slice * kAddElements + e) * kThreads + thread;
 }
 
 }  // namespace lowrank_ops::covariance

@@ -110,8 +110,9 @@ void the_tile_and_its_scratch_are_covered_once() {
         for (int e = 0; e < 4; ++e) {
           ++elements[accumulator_row(thread % 32, thread / 32, row, e) * kTile +
                      accumulator_col(thread % 32, thread / 32, col, e)];
-          ++scratch[partial_element(thread, row, col, e)];
         }
+    for (int slice = 0; slice < kAddBlocks; ++slice)
+      for (int e = 0; e < kAddElements; ++e) ++scratch[added_element(slice, thread, e)];
     for (int half = 0; half < 2; ++half) {
       ++sums[sum_feature(thread) + half];
       EXPECT(sum_thread(sum_group(thread), sum_feature(thread) + half) == thread);
@@ -234,7 +235,8 @@ void run(const Matrix& x, const CovariancePlan& plan, bool patches, std::vector<
                     int64_t{tile.col} * kTile + accumulator_col(thread % 32, thread / 32, col, e), value);
               else
                 scratch[partial_offset(0, split, index, plan.splits, plan.tiles) +
-                        partial_element(thread, row, col, e)] = value;
+                        accumulator_row(thread % 32, thread / 32, row, e) * kTile +
+                        accumulator_col(thread % 32, thread / 32, col, e)] = value;
             }
       for (int i = 0; diagonal && i < kTile; ++i) {
         const int64_t feature = int64_t{tile.row} * kTile + i;
@@ -249,17 +251,15 @@ void run(const Matrix& x, const CovariancePlan& plan, bool patches, std::vector<
       }
     }
     if (plan.splits == 1) continue;
-    for (int thread = 0; thread < kThreads; ++thread)
-      for (int row = 0; row < kMmaRows; ++row)
-        for (int col = 0; col < kMmaCols; ++col)
-          for (int e = 0; e < 4; ++e) {
-            double sum = 0;
-            for (int64_t split = 0; split < plan.splits; ++split)
-              sum += scratch[partial_offset(0, split, index, plan.splits, plan.tiles) +
-                             partial_element(thread, row, col, e)];
-            add(int64_t{tile.row} * kTile + accumulator_row(thread % 32, thread / 32, row, e),
-                int64_t{tile.col} * kTile + accumulator_col(thread % 32, thread / 32, col, e), sum);
-          }
+    for (int slice = 0; slice < kAddBlocks; ++slice)
+      for (int thread = 0; thread < kThreads; ++thread)
+        for (int e = 0; e < kAddElements; ++e) {
+          const int element = added_element(slice, thread, e);
+          double sum = 0;
+          for (int64_t split = 0; split < plan.splits; ++split)
+            sum += scratch[partial_offset(0, split, index, plan.splits, plan.tiles) + element];
+          add(int64_t{tile.row} * kTile + element / kTile, int64_t{tile.col} * kTile + element % kTile, sum);
+        }
     for (int i = 0; diagonal && i < kTile && int64_t{tile.row} * kTile + i < x.features; ++i)
       for (int64_t split = 0; split < plan.splits; ++split)
         total[tile.row * kTile + i] += scratch[partial_sum_offset(0, split, tile.row * kTile + i, 1, plan.splits,

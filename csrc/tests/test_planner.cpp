@@ -25,10 +25,10 @@ void expect_legal(const CovarianceProblem& problem) {
   int64_t blocks = ceil_div(problem.features, covariance::kTile);
   EXPECT(plan.tiles == blocks * (blocks + 1) / 2);
   EXPECT(plan.splits >= 1 && plan.splits <= 65535);
-  EXPECT(plan.tokens_per_split % covariance::kTokens == 0);
+  EXPECT(plan.tokens_per_split % plan.block_tokens == 0);
   EXPECT((plan.splits - 1) * plan.tokens_per_split < problem.tokens);
   EXPECT(plan.splits * plan.tokens_per_split >= problem.tokens);
-  EXPECT(plan.tokens_per_split / covariance::kTokens < (int64_t{1} << 31));
+  EXPECT(plan.tokens_per_split / plan.block_tokens < (int64_t{1} << 31));
   EXPECT((plan.scratch_floats == 0) == (plan.splits == 1));
   EXPECT(plan.scratch_floats * 4 <= (int64_t{300} << 20));
   EXPECT(problem.source == Source::aligned_matrix && problem.dtype != Dtype::float32 ? plan.stages >= 3
@@ -67,6 +67,19 @@ void every_plan_is_legal() {
     }
 }
 
+void hopper_gets_its_own_kernel_where_it_can() {
+  const Machine h200{90, 132, 232448};
+  const auto kernel = [&](int64_t tokens, Dtype dtype, Source source, const Machine& machine) {
+    return plan_covariance({tokens, 4096, 1, dtype, source, machine}).kernel;
+  };
+  EXPECT(kernel(8192, Dtype::bfloat16, Source::aligned_matrix, h200) == "covariance_sm90");
+  EXPECT(kernel(8192, Dtype::float16, Source::aligned_matrix, h200) == "covariance_sm90");
+  EXPECT(kernel(8192, Dtype::float32, Source::aligned_matrix, h200) == "covariance_sm80");
+  EXPECT(kernel(8192, Dtype::bfloat16, Source::matrix, h200) == "covariance_sm80");
+  EXPECT(kernel(int64_t{1} << 32, Dtype::bfloat16, Source::aligned_matrix, h200) == "covariance_sm80");
+  EXPECT(kernel(8192, Dtype::bfloat16, Source::aligned_matrix, {100, 148, 232448}) == "covariance_sm80");
+}
+
 void few_tiles_are_split_to_fill_the_machine() {
   const Machine h200{90, 132, 232448};
   const CovarianceProblem narrow{12608, 768, 1, Dtype::bfloat16, Source::aligned_matrix, h200};
@@ -103,6 +116,11 @@ void refusals_say_why() {
 void names_are_parsed() {
   EXPECT(parse_dtype("bfloat16") == Dtype::bfloat16);
   EXPECT(parse_source("patches") == Source::patches);
+  EXPECT(arch_refusal("80,90a", 86).empty());
+  EXPECT(arch_refusal("80,90a", 90).empty());
+  EXPECT(arch_refusal("80,100f", 103).empty());
+  EXPECT(arch_refusal("80,90a,100f", 120).find("no code for sm_120") != std::string::npos);
+  EXPECT(!arch_refusal("86", 80).empty());
   bool refused = false;
   try {
     parse_dtype("int8");
@@ -116,6 +134,7 @@ void names_are_parsed() {
 
 int main() {
   every_plan_is_legal();
+  hopper_gets_its_own_kernel_where_it_can();
   few_tiles_are_split_to_fill_the_machine();
   refusals_say_why();
   names_are_parsed();
