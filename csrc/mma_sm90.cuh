@@ -68,7 +68,8 @@ template <class Element>
 __device__ __forceinline__ void multiply_add_64x128(float (&d)[64], uint64_t a, uint64_t b, int accumulate);
 
 template <>
-__device__ __forceinline__ void multiply_add_64x128<__nv_bfloat16>(float (&d)[64], uint64_t a, uint64_t b, int accumulate) {
+__device__ __forceinline__ void multiply_add_64x128<__nv_bfloat16>(float (&d)[64], uint64_t a, uint64_t b,
+                                                                   int accumulate) {
   asm volatile(
       "{\n .reg .pred p;\n setp.ne.b32 p, %66, 0;\n"
       "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "

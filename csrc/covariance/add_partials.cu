@@ -7,7 +7,7 @@
 namespace lowrank_ops::covariance {
 namespace {
 
-__global__ void __launch_bounds__(kThreads) covariance_add_partials(const __grid_constant__ Arguments args) {
+__global__ void __launch_bounds__(kThreads, 1) covariance_add_partials(const __grid_constant__ Arguments args) {
   const Tile tile = tile_at(blockIdx.x);
   const int64_t group = blockIdx.z;
 #pragma unroll

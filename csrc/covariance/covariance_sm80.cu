@@ -29,8 +29,6 @@ constexpr int kOperandBytes = Math<Element>::kParts * kPartBytes;
 template <class Element>
 constexpr int kStageBytes = 2 * kOperandBytes<Element>;
 
-static_assert(sizeof(PatchFeature) * 2 * kTile + sizeof(double) * 2 * kThreads == kStaticSharedBytes);
-
 struct Block {
   Tile tile;
   Range tokens;
@@ -151,6 +149,7 @@ struct Accumulators {
 // Column sums over all of the block's tokens, one pair per thread. In shared memory, because registers are full.
 struct Sums {
   double values[kThreads][2];
+  int origin[2];  // first row and column of the tile
 };
 
 __device__ void clear(Accumulators& acc) {
@@ -208,6 +207,9 @@ __device__ void multiply_stage(Accumulators& acc, const unsigned char* stage, bo
 
 __device__ void flush(Accumulators& acc, Sums& sums, const Arguments& args, const Block& block, bool first) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  // Read anew every time: or else the compiler keeps 64 addresses in registers from one flush to the next.
+  const int64_t first_row = static_cast<volatile int&>(sums.origin[0]);
+  const int64_t first_col = static_cast<volatile int&>(sums.origin[1]);
   float* partial = args.scratch + partial_offset(block.group, blockIdx.y, blockIdx.x, args.splits, args.tiles);
 #pragma unroll
   for (int row = 0; row < kMmaRows; ++row)
@@ -218,8 +220,7 @@ __device__ void flush(Accumulators& acc, Sums& sums, const Arguments& args, cons
         const float value = acc.tile[row][col][e];
         const int r = accumulator_row(lane, warp, row, e), c = accumulator_col(lane, warp, col, e);
         if (args.splits == 1) {
-          add_to_state(args, block.group, int64_t{block.tile.row} * kTile + r, int64_t{block.tile.col} * kTile + c,
-                       value);
+          add_to_state(args, block.group, first_row + r, first_col + c, value);
         } else {
           float* to = partial + r * kTile + c;
           *to = first ? value : *to + value;
@@ -246,8 +247,11 @@ __device__ void flush_sums(const Sums& sums, const Arguments& args, const Block&
 
 // ---- kernels ----
 
+static_assert(sizeof(PatchFeature) * 2 * kTile + sizeof(Sums) <= kStaticSharedBytes);
+
 template <class Element, int kStages>
-__device__ void run_async(Accumulators& acc, Sums& sums, const Arguments& args, const Block& block, unsigned char* shared) {
+__device__ void run_async(Accumulators& acc, Sums& sums, const Arguments& args, const Block& block,
+                         unsigned char* shared) {
   const int steps = static_cast<int>(ceil_div(block.tokens.end - block.tokens.begin, kTokens));
   const auto bring = [&](int step) {
     if (step < steps)
@@ -266,7 +270,8 @@ __device__ void run_async(Accumulators& acc, Sums& sums, const Arguments& args, 
 }
 
 template <class Element, bool kPatches>
-__device__ void run_staged(Accumulators& acc, Sums& sums, const Arguments& args, const Block& block, unsigned char* shared) {
+__device__ void run_staged(Accumulators& acc, Sums& sums, const Arguments& args, const Block& block,
+                          unsigned char* shared) {
   __shared__ PatchFeature features[kPatches ? 2 * kTile : 1];
   if constexpr (kPatches) {
     for (int i = threadIdx.x; i < 2 * kTile; i += kThreads)
@@ -302,6 +307,7 @@ __global__ void __launch_bounds__(kThreads, kSource == Source::aligned_matrix ? 
   __shared__ Sums sums;
   Accumulators acc;
   clear(acc);
+  if (threadIdx.x < 2) sums.origin[threadIdx.x] = block.features_from(threadIdx.x);  // synchronized by the first step
   if constexpr (kSource == Source::aligned_matrix)
     run_async<Element, kStages>(acc, sums, args, block, shared);
   else

@@ -25,7 +25,7 @@ constexpr int kWarpRows = 64;
 constexpr int kWarpCols = 32;
 constexpr int kMmaRows = kWarpRows / 16;
 constexpr int kMmaCols = kWarpCols / 8;
-constexpr int kStaticSharedBytes = 4096 + 4096;  // column sums of all threads; offsets of patches
+constexpr int kStaticSharedBytes = 4096 + 4096 + 128;  // column sums of all threads; offsets of patches; the tile
 constexpr int kPartial = kTile * kTile;  // floats of a tile in scratch
 
 struct Tile {

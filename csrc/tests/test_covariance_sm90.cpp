@@ -1,5 +1,5 @@
-// The sm_90 covariance kernel's addressing and algorithm on the host: the tensor copy engine and wgmma as the PTX manual
-// describes them, fed with the kernel's own index functions and descriptors.
+// The sm_90 covariance kernel's addressing and algorithm on the host: the tensor copy engine and wgmma as the PTX
+// manual describes them, fed with the kernel's own index functions and descriptors.
 #include <array>
 #include <cmath>
 #include <random>

@@ -7,16 +7,14 @@ from pathlib import Path
 
 import torch
 
-from ._backend import Device
-
 LIBRARY = Path(__file__).parents[1] / "liblowrank_ops.so"
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def unavailable() -> str | None:
-    """Load the library, which defines ``torch.ops.lowrank_ops._cuda_*`` and ``_plan_*``; None, or what is in the way."""
+    """Load the library of ``torch.ops.lowrank_ops._cuda_*`` and ``_plan_*``; None, or what is in the way."""
     if not LIBRARY.is_file():
-        return "the native library was not built: install lowrank_ops where nvcc is, LOWRANK_OPS_CUDA=ON says what lacks"
+        return "the native library was not built: LOWRANK_OPS_CUDA=ON at install tells what it needs"
     try:
         torch.ops.load_library(LIBRARY)
     except OSError as error:
@@ -24,10 +22,10 @@ def unavailable() -> str | None:
     return None
 
 
-def machine(device: Device) -> tuple[int, int, int]:
-    """``device`` as the planner takes it: compute capability times ten, multiprocessors, bytes per block."""
-    major, minor = device.capability
-    return 10 * major + minor, device.multiprocessors, device.shared_memory
+def machine(device: tuple[str, int, tuple[int, int], int, int]) -> tuple[int, int, int]:
+    """A ``Device`` as the planner takes it: compute capability times ten, multiprocessors, bytes per block."""
+    _, _, (major, minor), multiprocessors, shared_memory = device
+    return 10 * major + minor, multiprocessors, shared_memory
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -84,6 +84,4 @@ def run_conv(
     dilation: list[int],
 ) -> None:
     """The same over patches, which are gathered while they are multiplied."""
-    torch.ops.lowrank_ops._cuda_conv_covariance_update_(
-        second_moment, total, x, kernel_size, stride, padding, dilation
-    )
+    torch.ops.lowrank_ops._cuda_conv_covariance_update_(second_moment, total, x, kernel_size, stride, padding, dilation)

@@ -24,12 +24,6 @@ def supports_decode(problem: Problem) -> str | None:
         return reason
     if problem.x_stride == 0:
         return "x is not a matrix with unit column stride; pass x.contiguous()"
-    for name, columns, strides in (
-        ("down", problem.in_features, problem.down_strides),
-        ("up", problem.rank, problem.up_strides),
-    ):
-        if columns > 1 and strides[1] != 1:
-            return f"{name} is not row-major; pass {name}.contiguous()"
     if problem.tokens == 0:
         return None
     reason, _ = torch.ops.lowrank_ops._plan_lowrank_linear(
@@ -52,10 +46,14 @@ def prefers_decode(problem: Problem) -> bool:
 def run_decode(
     problem: Problem, x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: str
 ) -> Tensor:  # (..., out_features)
-    """Two launches: partial sums of ``x down^T``, then their product with ``up``."""
+    """Two launches: partial sums of ``x down^T``, then their product with ``up``.
+
+    Factors that are not row-major, such as the backward's, are copied first.
+    """
     shape = (*x.shape[:-1], problem.out_features)
     if problem.tokens == 0:
         return x.new_empty(shape)
+    down, up = (factor if factor.stride(1) == 1 else factor.contiguous() for factor in (down, up))
     bias = None if bias is None else bias.contiguous()
     rows = x.reshape(problem.tokens, problem.in_features)
     return torch.ops.lowrank_ops._cuda_lowrank_linear(rows, down, up, bias, activation).view(shape)
