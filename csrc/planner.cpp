@@ -127,8 +127,9 @@ CovariancePlan plan_covariance(const CovarianceProblem& problem) {
   } else {
     plan.kernel = "covariance_sm80";
     plan.block_tokens = kTokens;
-    // Two blocks of four stages need 136 KB per multiprocessor, which 8.0 and 9.0 have and 8.6, 8.9 and 12.0 do not.
-    plan.stages = !async ? 2 : problem.machine.shared_memory >= (int64_t{136} << 10) ? 4 : 3;
+    // Two blocks of four stages need 139 KB per multiprocessor, which 8.0, 9.0 and 10.0 have; 8.6, 8.9 and 12.0 have
+    // 100 KB, enough for one block of five.
+    plan.stages = !async ? 2 : problem.machine.shared_memory >= (int64_t{139} << 10) ? 4 : 5;
     plan.threads = kThreads;
     plan.shared_bytes = plan.stages * 2 * kPartBytes * (split_in_parts ? 2 : 1);
   }
@@ -138,7 +139,8 @@ CovariancePlan plan_covariance(const CovarianceProblem& problem) {
                   std::to_string(problem.machine.shared_memory));
   plan.tile = kTile;
   plan.tiles = triangle(blocks);
-  int64_t at_once = slots(problem.machine, plan.shared_bytes + static_bytes, async ? 2 : 1);
+  int64_t at_once = slots(problem.machine, plan.shared_bytes + static_bytes,
+                          async && plan.stages != 5 ? 2 : 1);
   int splits = best_splits(plan.tiles * problem.groups, problem.tokens, plan.block_tokens, at_once);
   plan.tokens_per_split = round_up(ceil_div(problem.tokens, splits), plan.block_tokens);
   plan.splits = static_cast<int>(ceil_div(problem.tokens, plan.tokens_per_split));

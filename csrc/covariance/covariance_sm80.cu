@@ -300,7 +300,7 @@ __device__ void run_staged(Accumulators& acc, Sums& sums, const Arguments& args,
 }
 
 template <class Element, Source kSource, int kStages>
-__global__ void __launch_bounds__(kThreads, kSource == Source::aligned_matrix ? 2 : 1)
+__global__ void __launch_bounds__(kThreads, kStages == 4 ? 2 : 1)
     covariance_sm80(const __grid_constant__ Arguments args) {
   extern __shared__ __align__(128) unsigned char shared[];
   const Block block{tile_at(blockIdx.x), tokens_of_split(blockIdx.y, args.tokens_per_split, args.tokens), blockIdx.z};
@@ -334,7 +334,7 @@ void launch_element(const CovariancePlan& plan, const Arguments& args, Source so
   if constexpr (Math<Element>::kParts == 1) {
     if (source == Source::aligned_matrix) {
       if (plan.stages == 4) return launch_kernel<Element, Source::aligned_matrix, 4>(plan, args, launch);
-      return launch_kernel<Element, Source::aligned_matrix, 3>(plan, args, launch);
+      return launch_kernel<Element, Source::aligned_matrix, 5>(plan, args, launch);
     }
   }
   launch_kernel<Element, Source::matrix, 2>(plan, args, launch);

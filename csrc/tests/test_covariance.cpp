@@ -141,7 +141,10 @@ void the_tile_and_its_scratch_are_covered_once() {
 struct Matrix {
   int64_t tokens, features;
   std::vector<float> values;
-  float at(int64_t token, int64_t feature) const { return values[token * features + feature]; }
+  float at(int64_t token, int64_t feature) const {
+    EXPECT(token >= 0 && token < tokens && feature >= 0 && feature < features);
+    return values.at(token * features + feature);
+  }
 };
 
 Matrix random_matrix(int64_t tokens, int64_t features, unsigned seed) {

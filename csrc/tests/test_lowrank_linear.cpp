@@ -18,7 +18,10 @@ namespace {
 struct Matrix {
   int64_t rows, cols;
   std::vector<float> values;
-  float at(int64_t row, int64_t col) const { return values[row * cols + col]; }
+  float at(int64_t row, int64_t col) const {
+    EXPECT(row >= 0 && row < rows && col >= 0 && col < cols);
+    return values.at(row * cols + col);
+  }
 };
 
 Matrix random_matrix(int64_t rows, int64_t cols, std::mt19937& random) {
