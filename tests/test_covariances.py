@@ -1,5 +1,6 @@
 """Sums: moments, merging, files, several processes."""
 
+import copy
 import json
 import tempfile
 from pathlib import Path
@@ -111,6 +112,13 @@ def test_merging_what_does_not_belong_together_is_an_error_by_name(options, diff
         calibrated(images(), model).merge(calibrated(images(), model, **options))
 
 
+def test_merging_names_the_layers_that_one_side_lacks():
+    model = Model()
+    less = lro.calibrate(model, [images()], filter_fn=lambda module, fqn: fqn != "conv")
+    with pytest.raises(ValueError, match=r"it differs at conv\."):
+        less.merge(calibrated(images(), model))
+
+
 # --- files ------------------------------------------------------------------------------------------------------
 
 
@@ -169,6 +177,17 @@ def test_a_missing_file_is_missing(tmp_path):
 
 
 # --- several processes ------------------------------------------------------------------------------------------
+
+
+def test_all_reduce_over_one_process_changes_nothing(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        covariances = calibrated(images())
+        before = copy.deepcopy(covariances)
+        assert covariances.all_reduce_() is covariances
+        assert_same(covariances, before, rtol=0, atol=0)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def _process(rank, folder):

@@ -7,10 +7,10 @@ import pytest
 import lowrank_ops as lro
 
 NAMES = {
-    "calibrate", "calibration", "choose_ranks", "CheckpointError", "CompressionConfig", "CompressionReport", "compress_",
-    "Covariance", "Covariances", "ExplainedVariance", "Factors", "factorize", "layer_subspaces", "LayerSubspaces",
-    "load_pretrained", "LowRankConv2d", "LowRankLinear", "NonFiniteActivationError", "ops", "ParameterBudget", "Ranks",
-    "replace_", "save_pretrained", "Subspace", "utilization", "UtilizationReport",
+    "calibrate", "calibration", "choose_ranks", "CheckpointError", "CompressionConfig", "CompressionReport",
+    "compress_", "Covariance", "Covariances", "ExplainedVariance", "Factors", "factorize", "layer_subspaces",
+    "LayerSubspaces", "load_pretrained", "LowRankConv2d", "LowRankLinear", "NonFiniteActivationError", "ops",
+    "ParameterBudget", "Ranks", "replace_", "save_pretrained", "Subspace", "utilization", "UtilizationReport",
 }  # fmt: skip
 OPS = {
     "Backend", "BackendUnavailableError", "conv_covariance_update_", "covariance_finalize_", "covariance_update_",
@@ -33,7 +33,8 @@ def test_public_things_are_documented(name: str) -> None:
         assert all(method.__doc__ or method.__name__ in {"forward", "extra_repr"} for method in methods)
     else:
         assert all(
-            parameter.annotation is not inspect.Parameter.empty for parameter in inspect.signature(thing).parameters.values()
+            parameter.annotation is not inspect.Parameter.empty
+            for parameter in inspect.signature(thing).parameters.values()
         )
 
 

@@ -66,8 +66,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allocation",
         choices=["uniform", "energy"],
-        default="uniform",
+        default="energy",
         help="how a budget is shared among the layers (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--keep-dense",
+        nargs="*",
+        default=["head"],
+        metavar="LAYER",
+        help="layers to leave as they are (default: head, the classifier, where rank 8 would save 304 parameters)",
     )
     parser.add_argument(
         "--images",
@@ -155,13 +162,16 @@ def _run(options: argparse.Namespace) -> int:
     say(f"torch {environment['torch']} on {environment['cpu']}, threads: {environment['threads']}.\n")
 
     covariances = lro.calibrate(model, calibration_images.split(CALIBRATION_BATCH), progress=True)
-    subspaces = _decompose(model, covariances, weights=bool(options.budgets))
-    utilization = lro.utilization(model, covariances, options.explained_variance, subspaces=subspaces)
+    # The utilized rank counts variance about zero, as in the paper; factors at a budget fold the mean into the bias.
+    about_zero = _decompose(model, covariances, centered=False, weights=False)
+    about_mean = _decompose(model, covariances, centered=True, weights=True) if options.budgets else {}
+    utilization = lro.utilization(model, covariances, options.explained_variance, centered=False, subspaces=about_zero)
     say(f"\n{utilization.table()}\n")
 
     compressed = []
     for config in _configs(options):
         smaller = copy.deepcopy(model)
+        subspaces = about_mean if config.centered else about_zero
         compressed.append((smaller, lro.compress_(smaller, covariances, config, subspaces=subspaces)))
     rows = compare(model, compressed, images, labels, options.rounds)
     shown = f"{table(rows)}\n\n{_legend(options, len(utilization.layers), environment)}"
@@ -187,6 +197,7 @@ def _run(options: argparse.Namespace) -> int:
         "explained_variance": options.explained_variance,
         "budgets": options.budgets,
         "allocation": options.allocation,
+        "keep_dense": options.keep_dense,
         "test_images": len(images),
         "calibration_images": len(calibration_images),
         "latency": {"batch": len(images[:LATENCY_BATCH]), "rounds": options.rounds},
@@ -206,19 +217,25 @@ def _run(options: argparse.Namespace) -> int:
     return 0 if held else 1
 
 
-def _decompose(model: nn.Module, covariances: lro.Covariances, weights: bool) -> dict[str, lro.LayerSubspaces]:
+def _decompose(
+    model: nn.Module, covariances: lro.Covariances, centered: bool, weights: bool
+) -> dict[str, lro.LayerSubspaces]:
     """All spaces that the demo needs, here and not when first used, so that a bar shows where the time goes."""
-    subspaces = lro.layer_subspaces({fqn: model.get_submodule(fqn) for fqn in covariances}, covariances)
+    layers = {fqn: model.get_submodule(fqn) for fqn in covariances}
+    subspaces = lro.layer_subspaces(layers, covariances, centered=centered)
     for spaces in tqdm(subspaces.values(), desc="decomposing", unit="layer"):
         _ = spaces.input, spaces.output, spaces.weight_output if weights else None
     return subspaces
 
 
 def _configs(options: argparse.Namespace) -> Iterator[lro.CompressionConfig]:
-    yield lro.CompressionConfig(lro.ExplainedVariance(options.explained_variance), projection="utilized")
+    dense = dict.fromkeys(options.keep_dense)
+    utilized = lro.ExplainedVariance(options.explained_variance)
+    yield lro.CompressionConfig(utilized, "utilized", centered=False, overrides=dense)
     for percent in options.budgets:
+        budget = lro.ParameterBudget(percent / 100, options.allocation)
         for projection in METHODS:
-            yield lro.CompressionConfig(lro.ParameterBudget(percent / 100, options.allocation), projection=projection)
+            yield lro.CompressionConfig(budget, projection, overrides=dense)
 
 
 def _checks(rows: Sequence[Row], recorded: float | None) -> list[Check]:
@@ -234,8 +251,10 @@ def _checks(rows: Sequence[Row], recorded: float | None) -> list[Check]:
 
 
 def _legend(options: argparse.Namespace, layers: int, environment: dict[str, Any]) -> str:
+    kept = f", {', '.join(options.keep_dense)} left dense" if options.keep_dense else ""
     return (
-        f"Layer parameters: of the {layers} Linear and Conv2d layers. Budgets: {options.allocation} allocation. "
+        f"Layer parameters: of the {layers} Linear and Conv2d layers{kept}. Explained variance: about zero, without a "
+        f"change of biases, as in the paper. Budgets: about the mean, {options.allocation} allocation. "
         f"Accuracy: on {options.images:,} test images, without fine-tuning. Agreement: images with the dense model's "
         f"prediction. Latency: {min(LATENCY_BATCH, options.images)} images, median of {options.rounds} runs in turn, "
         f"float32, {environment['cpu']}, threads: {environment['threads']}."

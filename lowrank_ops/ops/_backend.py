@@ -48,7 +48,7 @@ class BackendUnavailableError(RuntimeError):
     """An explicitly requested backend cannot run this problem; the message says why."""
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def device_facts(device: torch.device) -> Device:
     """Facts about ``device``; asks the driver once per device."""
     if device.type != "cuda":
@@ -57,9 +57,7 @@ def device_facts(device: torch.device) -> Device:
     properties = torch.cuda.get_device_properties(ordinal)
     # ROCm has no opt-in limit.
     shared = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
-    return Device(
-        "cuda", ordinal, (properties.major, properties.minor), properties.multi_processor_count, shared
-    )
+    return Device("cuda", ordinal, (properties.major, properties.minor), properties.multi_processor_count, shared)
 
 
 @functools.lru_cache(maxsize=8192)

@@ -4,10 +4,10 @@ from torch import Tensor
 
 
 def row_stride(x: Tensor) -> int:
-    """Elements between the rows of ``x`` (..., features) seen as a matrix; 0 where it is none with unit column stride."""
-    if x.dim() < 2 or x.is_contiguous():
+    """Elements between the rows of ``x`` (..., features) as a matrix; 0 where it is none with unit column stride."""
+    if x.is_contiguous():
         return x.shape[-1]
-    if x.stride(-1) != 1:
+    if x.dim() < 2 or x.stride(-1) != 1:
         return 0
     for outer in range(x.dim() - 2):
         if x.shape[outer] != 1 and x.stride(outer) != x.stride(outer + 1) * x.shape[outer + 1]:

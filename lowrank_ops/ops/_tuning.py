@@ -13,7 +13,7 @@ from importlib.resources import files
 from typing import Any
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def load(op: str, arch: str) -> tuple[dict[str, Any], ...]:
     """The entries of an op's table for an arch such as ``"sm90"``; empty where none ships."""
     path = files("lowrank_ops.ops") / "tuned" / f"{op}.{arch}.json"

@@ -59,3 +59,19 @@ def test_gate_catches_loads_that_miss_tma():
     odd = _triton._specialization(90, _triton.HEURISTIC[90, "narrow"], "bf16", "exact", "odd", "state", "fp32")
     with pytest.raises(AssertionError, match="UTMALDG"):
         assert_clean(compile_specialization(odd, 90), 90, tma=True)
+
+
+def test_integers_that_are_one():
+    """Triton makes an integer argument that is 1 a constant, on which a kernel must not call a tensor's methods."""
+    update = _triton._specialization(90, _triton.HEURISTIC[90, "narrow"], "bf16", "exact", "odd", "partial", "fp32")
+    reduction = _triton._reduction("fp32", 64, channels_last=True)
+    convolution = _triton_conv._specialization(
+        _triton_conv.HEURISTIC[90, "scalar"], "scalar", "bf16", "exact", False, "state", "fp32"
+    )
+    for specialization in (update, reduction, convolution):
+        free = {parameter.name for parameter in specialization.kernel.params if not parameter.do_not_specialize}
+        ones = {name: 1 for name in free - set(specialization.constexprs) if specialization.signature[name] == "i32"}
+        assert ones
+        constexprs = {**specialization.constexprs, **ones}
+        specialization = specialization._replace(constexprs=constexprs, attrs=None)
+        assert_clean(compile_specialization(specialization, 90), 90, mma=False)

@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 import torch
-from tolerance import assert_close_to_float64
 
 from lowrank_ops.ops import lowrank_linear
 from lowrank_ops.ops.lowrank_linear import _triton, _triton_config, describe, explain, reference
+from tests.tolerance import assert_close_to_float64
 
 pytestmark = pytest.mark.gpu
 

@@ -5,7 +5,8 @@ import os
 
 import pytest
 import torch
-from tolerance import assert_close_to_float64
+
+from tests.tolerance import assert_close_to_float64
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 in a process of its own", allow_module_level=True)

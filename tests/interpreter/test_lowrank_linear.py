@@ -6,7 +6,8 @@ import os
 
 import pytest
 import torch
-from tolerance import assert_close_to_float64
+
+from tests.tolerance import assert_close_to_float64
 
 if not os.environ.get("TRITON_INTERPRET"):
     pytest.skip("needs TRITON_INTERPRET=1 in a process of its own", allow_module_level=True)

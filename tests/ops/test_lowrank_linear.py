@@ -8,10 +8,10 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from tolerance import assert_close_to_float64
 
 from lowrank_ops.ops import Backend, BackendUnavailableError, lowrank_linear
 from lowrank_ops.ops._backend import Device, choose
+from tests.tolerance import assert_close_to_float64
 
 op = importlib.import_module("lowrank_ops.ops.lowrank_linear")
 

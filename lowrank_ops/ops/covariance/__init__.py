@@ -57,17 +57,13 @@ class ConvProblem(NamedTuple):
 
 TABLE: tuple[Impl, ...] = (
     Impl("triton", Backend.TRITON, _triton.supports, _triton.run, _triton.prefers),
-    Impl(
-        "reference", Backend.REFERENCE, lambda problem: None, lambda problem, *tensors: reference.update(*tensors)
-    ),
+    Impl("reference", Backend.REFERENCE, lambda problem: None, lambda problem, *tensors: reference.update(*tensors)),
     Impl("cuda", Backend.CUDA, _cuda.supports, _cuda.run, _cuda.prefers),
 )
 
 CONV_TABLE: tuple[Impl, ...] = (
     Impl("triton", Backend.TRITON, _triton_conv.supports, _triton_conv.run, _triton.prefers),
-    Impl(
-        "reference", Backend.REFERENCE, lambda problem: None, lambda problem, *args: reference.update_conv(*args)
-    ),
+    Impl("reference", Backend.REFERENCE, lambda problem: None, lambda problem, *args: reference.update_conv(*args)),
     Impl("cuda", Backend.CUDA, _cuda.supports_conv, _cuda.run_conv, _cuda.prefers),
 )
 
@@ -88,8 +84,10 @@ def covariance_update_(
     Args:
         second_moment: (features, features), float32 or float64.
         total: (features,), the dtype of ``second_moment``.
-        x: (..., features), float64, float32, bfloat16 or float16, at most as precise as the state. Products
-            are exact or in the state's precision: nothing is rounded to the dtype of ``x`` before it is summed.
+        x: (..., features), float64, float32, bfloat16 or float16, at most as precise as the state. Nothing is
+            rounded to the dtype of ``x`` before it is summed: the reference multiplies and adds in the state's
+            dtype; GPU kernels take exact products of bfloat16 and float16, and of float32 to 2^-15 of the sum of
+            ``|x_i x_j|`` (three bfloat16 products), summed in float32 over at most 2,048 rows at a time.
         deterministic: False allows a kernel to add with atomics, in an order that may change between runs.
         allow_tf32: lets a GPU kernel take float32 products in TensorFloat-32 (relative error about 5e-4).
         backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"cuda"``.
@@ -180,9 +178,7 @@ def explain_conv(
 ) -> str:
     """Which implementation would run this ``conv_covariance_update_`` and why the others would not."""
     _check_conv(second_moment, total, x, kernel_size, {"stride": stride, "padding": padding, "dilation": dilation})
-    problem = describe_conv(
-        second_moment, total, x, kernel_size, stride, padding, dilation, deterministic, allow_tf32
-    )
+    problem = describe_conv(second_moment, total, x, kernel_size, stride, padding, dilation, deterministic, allow_tf32)
     return _explain(CONV_TABLE, problem, backend)
 
 
@@ -333,9 +329,7 @@ def _run_conv(
     backend: str = "auto",
 ) -> None:
     _check_conv(second_moment, total, x, kernel_size, {"stride": stride, "padding": padding, "dilation": dilation})
-    problem = describe_conv(
-        second_moment, total, x, kernel_size, stride, padding, dilation, deterministic, allow_tf32
-    )
+    problem = describe_conv(second_moment, total, x, kernel_size, stride, padding, dilation, deterministic, allow_tf32)
     impl = choose(CONV_TABLE, problem, backend)
     if x.numel():
         impl.run(problem, second_moment, total, x, kernel_size, stride, padding, dilation)

@@ -110,8 +110,6 @@ def prefers(problem: Any) -> bool:
 
 def run(problem: Problem, second_moment: Tensor, total: Tensor, x: Tensor) -> None:
     """``covariance_update_`` for tensors that :func:`supports` accepts."""
-    if x.dim() == 1:
-        x = x.contiguous()  # one token; its problem has the row stride of a contiguous one
     launch(plan(problem), second_moment, total, x, problem)
 
 

@@ -115,7 +115,7 @@ def describe(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activatio
     """The problem that a call poses."""
     in_features = x.shape[-1]
     rank, out_features = down.shape[0], up.shape[0]
-    x_stride = row_stride(x) if x.dim() > 1 or x.stride(0) == 1 else 0
+    x_stride = row_stride(x)
     down_strides, up_strides = down.stride(), up.stride()
     # One test for all: a set low bit anywhere shows in the union of addresses and strides, in bytes.
     low_bits = x.data_ptr() | down.data_ptr() | up.data_ptr()
