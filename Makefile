@@ -2,6 +2,7 @@
 #
 #   make demo      compress a trained Vision Transformer and compare it with the dense one
 #   make test      lint, type check, all tests that this machine can run, coverage
+#   make wheel     a wheel with the CUDA kernels, for any torch since 2.10, and its tests; needs nvcc
 #   make bench     measure: on a CPU in two minutes, where there is a GPU on that as well
 #   make test-gpu  the tests that need a CUDA device, with the torch and Triton that are installed
 #
@@ -16,8 +17,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest
+# The environments here hold a CPU build of torch, for which compiling CUDA kernels would be minutes in vain.
+WITHOUT_CUDA := LOWRANK_OPS_CUDA=OFF
 
-.PHONY: demo test lint test-unit test-interpreter test-compile coverage test-triton36 test-gpu bench clean
+.PHONY: demo test lint test-unit test-interpreter test-compile coverage test-triton36 test-gpu wheel bench clean
 
 demo: $(VENV)/ready
 	$(BIN)/lowrank-ops demo
@@ -50,6 +53,16 @@ test-triton36: .venv-triton36/ready
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(OLD)/bin/python -m pytest tests/interpreter -n 2
 	$(OLD)/bin/python -m pytest tests/compile_gate -n 2
 
+# Tested from a folder without the sources, so that what is tested is what was installed.
+wheel: $(VENV)/ready-dev
+	rm -rf dist .venv-wheel
+	LOWRANK_OPS_CUDA=ON $(BIN)/python -m pip wheel --quiet . --no-deps --wheel-dir dist
+	ls -l dist
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/python -m pip install --quiet $(PIP_TORCH) "$(TORCH)" pytest "triton>=3.6" dist/*.whl
+	mkdir .venv-wheel/src && cp -r tests csrc pyproject.toml .venv-wheel/src
+	cd .venv-wheel/src && ../bin/python -m pytest tests/native tests/ops
+
 # Uses the environment at hand, which has to have a CUDA build of torch.
 test-gpu:
 	$(PYTHON) -m pytest -m gpu tests/gpu
@@ -72,18 +85,18 @@ bench: $(VENV)/ready
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(PIP_TORCH) "$(TORCH)"
-	$(PIP) --editable ".[plots]"
+	$(WITHOUT_CUDA) $(PIP) --editable ".[plots]"
 	touch $@
 
 $(VENV)/ready-dev: $(VENV)/ready
-	$(PIP) --editable ".[dev]"
+	$(WITHOUT_CUDA) $(PIP) --editable ".[dev]"
 	touch $@
 
 .venv-triton36/ready: pyproject.toml
 	$(PYTHON) -m venv .venv-triton36
 	.venv-triton36/bin/python -m pip install --quiet $(PIP_TORCH) "$(TORCH)"
-	.venv-triton36/bin/python -m pip install --quiet --editable . pytest pytest-xdist "triton==3.6.*" "numpy<2.4"
+	$(WITHOUT_CUDA) .venv-triton36/bin/python -m pip install --quiet --editable . pytest pytest-xdist "triton==3.6.*" "numpy<2.4"
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-triton36 build dist *.egg-info
+	rm -rf $(VENV) .venv-triton36 .venv-wheel build dist *.egg-info

@@ -16,7 +16,7 @@ from .._autocast import register_autocast
 from .._backend import Backend, Device, Impl, choose, device_facts
 from .._backend import explain as _explain
 from .._layout import row_stride, starts_on_16_bytes
-from . import _triton, _triton_conv, reference
+from . import _cuda, _triton, _triton_conv, reference
 from .reference import output_size as output_size
 
 _STATE_DTYPES = (torch.float32, torch.float64)
@@ -58,11 +58,13 @@ class ConvProblem(NamedTuple):
 TABLE: tuple[Impl, ...] = (
     Impl("triton", Backend.TRITON, _triton.supports, _triton.run, _triton.prefers),
     Impl("reference", Backend.REFERENCE, lambda problem: None, lambda problem, *tensors: reference.update(*tensors)),
+    Impl("cuda", Backend.CUDA, _cuda.supports, _cuda.run, _cuda.prefers),
 )
 
 CONV_TABLE: tuple[Impl, ...] = (
     Impl("triton", Backend.TRITON, _triton_conv.supports, _triton_conv.run, _triton.prefers),
     Impl("reference", Backend.REFERENCE, lambda problem: None, lambda problem, *args: reference.update_conv(*args)),
+    Impl("cuda", Backend.CUDA, _cuda.supports_conv, _cuda.run_conv, _cuda.prefers),
 )
 
 

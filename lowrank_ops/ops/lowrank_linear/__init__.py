@@ -14,7 +14,7 @@ from .._autocast import register_autocast
 from .._backend import Backend, Device, Impl, choose, device_facts
 from .._backend import explain as _explain
 from .._layout import row_stride
-from . import _triton, reference
+from . import _cuda, _triton, reference
 
 
 class Problem(NamedTuple):
@@ -69,6 +69,7 @@ TABLE: tuple[Impl, ...] = (
         lambda problem: None,
         lambda problem, *args: reference.two_products(*args),
     ),
+    Impl("cuda.decode", Backend.CUDA, _cuda.supports_decode, _cuda.run_decode, _cuda.prefers_decode),
 )
 
 

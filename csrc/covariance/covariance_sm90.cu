@@ -1,0 +1,200 @@
+// x^T x by wgmma for 16-bit x whose rows start on 16 bytes: one 128 x 128 tile of the lower triangle per block.
+//
+// One warp has the tensor copy engine bring 64 tokens at a time; two warpgroups multiply 64 rows of the tile each. x
+// is taken as it lies: the instruction transposes both operands. As in covariance_sm80.cu the accumulators are added to
+// the state every 2048 tokens, and blocks that share a tile leave partial tiles for add_partials.cu.
+
+#include "../mma_sm90.cuh"
+#include "covariance.h"
+#include "state.cuh"
+#include "wgmma_tiles.h"
+
+namespace lowrank_ops::covariance {
+namespace {
+
+namespace w = wgmma;
+using w::a_start, w::b_start, w::descriptor, w::feature_offset, w::sum_consumer;
+using w::kAccumulators, w::kAlignment, w::kBoxBytes, w::kBoxes, w::kBoxFeatures, w::kConsumers, w::kOperandBytes;
+using w::kStageBytes, w::kStages, w::kStep;
+
+struct Sums {
+  double values[kConsumers][2];
+};
+
+struct Block {
+  Tile tile;
+  Range tokens;
+  int steps;
+  __device__ bool diagonal() const { return tile.row == tile.col; }
+};
+
+// A stage's pair of barriers, by the number of the step that uses it.
+struct Pipeline {
+  uint32_t barriers;
+  uint32_t stages;
+  __device__ uint32_t full(int step) const { return barriers + step % kStages * 16; }
+  __device__ uint32_t empty(int step) const { return full(step) + 8; }
+  __device__ uint32_t stage(int step) const { return stages + step % kStages * kStageBytes; }
+  __device__ static int parity(int step) { return step / kStages % 2; }
+};
+
+__device__ void produce(const CUtensorMap* map, const Block& block, const Pipeline& pipeline) {
+  const int operands = block.diagonal() ? 1 : 2;
+  for (int step = 0; step < block.steps; ++step) {
+    sm90::wait(pipeline.empty(step), Pipeline::parity(step) ^ 1);  // the first round finds its stages empty
+    sm90::arrive_expecting(pipeline.full(step), operands * kOperandBytes);
+    const int token = static_cast<int>(block.tokens.begin) + step * w::kTokens;
+    for (int operand = 0; operand < operands; ++operand)
+      for (int box = 0; box < kBoxes; ++box)
+        sm90::copy_box(pipeline.stage(step) + operand * kOperandBytes + box * kBoxBytes, map,
+                       (operand == 0 ? block.tile.row : block.tile.col) * kTile + box * kBoxFeatures, token,
+                       pipeline.full(step));
+  }
+}
+
+__device__ __forceinline__ void flush(const float (&acc)[kAccumulators], const Arguments& args, const Block& block,
+                                      int consumer, bool first) {
+  float* partial = args.scratch + partial_offset(blockIdx.z, blockIdx.y, blockIdx.x, args.splits, args.tiles);
+#pragma unroll
+  for (int i = 0; i < kAccumulators; ++i) {
+    const int row = w::accumulator_row(consumer, i), col = w::accumulator_col(consumer, i);
+    if (args.splits == 1) {
+      add_to_state(args, blockIdx.z, int64_t{block.tile.row} * kTile + row, int64_t{block.tile.col} * kTile + col,
+                   acc[i]);
+    } else {
+      float* to = partial + row * kTile + col;
+      *to = first ? acc[i] : *to + acc[i];
+    }
+  }
+}
+
+template <class Element>
+__device__ void consume(const Arguments& args, const Block& block, const Pipeline& pipeline,
+                        const unsigned char* stages, Sums& sums, int consumer) {
+  float acc[kAccumulators];
+  for (int chunk = 0; chunk < block.steps; chunk += w::kChunkSteps) {
+    const int end = min(chunk + w::kChunkSteps, block.steps);
+    float sum[2] = {0.0f, 0.0f};
+    for (int step = chunk; step < end; ++step) {
+      sm90::wait(pipeline.full(step), Pipeline::parity(step));
+      const uint32_t rows = pipeline.stage(step);
+      const uint32_t cols = block.diagonal() ? rows : rows + kOperandBytes;
+      sm90::fence_products();
+#pragma unroll
+      for (int k = 0; k < w::kTokens / kStep; ++k)
+        sm90::multiply_add_64x128<Element>(acc, descriptor(rows + a_start(consumer / 128, k)),
+                                           descriptor(cols + b_start(k)), step > chunk || k > 0);
+      sm90::commit_products();
+      if (block.diagonal()) {
+        const unsigned char* stage = stages + step % kStages * kStageBytes;
+#pragma unroll
+        for (int i = 0; i < w::kSumTokens; ++i) {
+          const Element* pair = reinterpret_cast<const Element*>(
+              stage + feature_offset(w::sum_token(consumer, i), w::sum_feature(consumer)));
+          sum[0] += static_cast<float>(pair[0]);
+          sum[1] += static_cast<float>(pair[1]);
+        }
+        __syncwarp();
+      }
+      sm90::wait_products<1>();  // this step's may run on, the one before has been read
+      if (step > chunk && consumer % 32 == 0) sm90::arrive(pipeline.empty(step - 1));
+    }
+    sm90::wait_products<0>();
+    if (consumer % 32 == 0) sm90::arrive(pipeline.empty(end - 1));
+    flush(acc, args, block, consumer, chunk == 0);
+    for (int i = 0; i < 2; ++i)
+      sums.values[consumer][i] = chunk == 0 ? sum[i] : sums.values[consumer][i] + sum[i];
+  }
+}
+
+// All threads of the block.
+__device__ void flush_sums(const Sums& sums, const Arguments& args, const Block& block) {
+  __syncthreads();
+  const int64_t feature = int64_t{block.tile.row} * kTile + threadIdx.x;
+  if (threadIdx.x >= kTile || feature >= args.features) return;
+  double sum = 0.0;
+  for (int group = 0; group < w::kSumGroups; ++group)
+    sum += sums.values[sum_consumer(group, threadIdx.x)][threadIdx.x % 2];
+  if (args.splits == 1)
+    add_to_total(args, blockIdx.z, feature, sum);
+  else
+    args.scratch[partial_sum_offset(blockIdx.z, blockIdx.y, feature, args.groups, args.splits, args.tiles,
+                                    args.features)] = static_cast<float>(sum);
+}
+
+template <class Element>
+__global__ void __launch_bounds__(w::kThreads, 2)
+    covariance_sm90(const __grid_constant__ CUtensorMap map, const __grid_constant__ Arguments args) {
+  extern __shared__ unsigned char unaligned[];
+  __shared__ Sums sums;
+  const uint32_t start = sm90::shared_address(unaligned);
+  const uint32_t padding = static_cast<uint32_t>(round_up(start, kAlignment)) - start;
+  const Pipeline pipeline{start + padding + kStages * kStageBytes, start + padding};
+
+  Block block{tile_at(blockIdx.x), tokens_of_split(blockIdx.y, args.tokens_per_split, args.tokens), 0};
+  block.steps = static_cast<int>(ceil_div(block.tokens.end - block.tokens.begin, w::kTokens));
+  if (threadIdx.x == 0) {
+    sm90::prefetch(&map);
+    for (int stage = 0; stage < kStages; ++stage) {
+      sm90::init_barrier(pipeline.full(stage), 1);
+      sm90::init_barrier(pipeline.empty(stage), kConsumers / 32);
+    }
+    sm90::fence_barrier_init();
+  }
+  __syncthreads();
+  if (threadIdx.x < kConsumers) {
+    consume<Element>(args, block, pipeline, unaligned + padding, sums, threadIdx.x);
+  } else {
+    if (threadIdx.x == kConsumers) produce(&map, block, pipeline);
+    __syncwarp();
+  }
+  if (block.diagonal()) flush_sums(sums, args, block);
+}
+
+// The driver's function, without linking the driver: the library has to load where there is none.
+decltype(&cuTensorMapEncodeTiled) encoder(const Launch& launch) {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult found;
+  check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found),
+        launch);
+  check(found == cudaDriverEntryPointSuccess ? cudaSuccess : cudaErrorNotSupported, launch);
+  return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+}
+
+CUtensorMap tensor_map(const Arguments& args, CUtensorMapDataType type, const Launch& launch) {
+  CUtensorMap map;
+  const cuuint64_t size[2] = {static_cast<cuuint64_t>(args.features), static_cast<cuuint64_t>(args.tokens)};
+  const int64_t row = args.tokens == 1 ? round_up(args.features, 8) : args.x_row_stride;  // one row has any stride
+  const cuuint64_t stride[1] = {static_cast<cuuint64_t>(row) * 2};
+  const cuuint32_t box[2] = {kBoxFeatures, w::kTokens};
+  const cuuint32_t steps[2] = {1, 1};
+  const CUresult result = encoder(launch)(&map, type, 2, const_cast<void*>(args.x), size, stride, box, steps,
+                                          CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                          CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  check(result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue, launch);
+  return map;
+}
+
+template <class Element>
+void launch_element(const CovariancePlan& plan, const Arguments& args, CUtensorMapDataType type,
+                    const Launch& launch) {
+  const auto kernel = covariance_sm90<Element>;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(plan.shared_bytes)),
+        launch);
+  const dim3 grid(static_cast<unsigned>(args.tiles), static_cast<unsigned>(args.splits),
+                  static_cast<unsigned>(args.groups));
+  kernel<<<grid, w::kThreads, plan.shared_bytes, launch.stream>>>(tensor_map(args, type, launch), args);
+  check(cudaGetLastError(), launch);
+  if (args.splits > 1) launch_add_partials(args, launch);
+}
+
+}  // namespace
+
+void launch_sm90(const CovariancePlan& plan, const Arguments& args, Dtype dtype, const Launch& launch) {
+  if (dtype == Dtype::bfloat16)
+    return launch_element<__nv_bfloat16>(plan, args, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, launch);
+  launch_element<__half>(plan, args, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, launch);
+}
+
+}  // namespace lowrank_ops::covariance

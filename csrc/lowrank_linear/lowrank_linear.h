@@ -1,0 +1,28 @@
+// Launchers of the low-rank product's kernels. No torch.
+#pragma once
+
+#include "../launch.h"
+#include "../planner.h"
+
+namespace lowrank_ops::lowrank_linear {
+
+enum class Activation { none, relu, gelu, gelu_tanh, silu };
+
+struct Arguments {
+  const void* x;     // (tokens, in_features)
+  const void* down;  // (rank, in_features)
+  const void* up;    // (out_features, rank)
+  const void* bias;  // (out_features,) or null
+  void* y;           // (tokens, out_features), contiguous
+  float* scratch;    // (splits, tokens, rank)
+  int64_t x_stride, down_stride, up_stride;  // elements between rows
+  int64_t tokens, in_features, rank, out_features;
+  int64_t split_features;
+  int splits;
+  Activation activation;
+};
+
+void launch_decode_sm80(const LowRankPlan& plan, const Arguments& arguments, Dtype dtype, bool aligned,
+                        const Launch& launch);
+
+}  // namespace lowrank_ops::lowrank_linear

@@ -1,0 +1,238 @@
+// The library's ops: schemas, checks that keep memory safe, and the way from tensors to the launchers.
+//
+// They are internal to lowrank_ops: `lowrank_ops/ops/*/_cuda.py` calls them with what the public ops have validated.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "covariance/covariance.h"
+#include "lowrank_linear/lowrank_linear.h"
+#include "torch_cuda.h"
+
+namespace lowrank_ops {
+namespace {
+
+using torch::stable::Tensor;
+using torch::stable::accelerator::DeviceGuard;
+
+std::string on_arch(const Machine& machine) { return " on sm_" + std::to_string(machine.capability); }
+
+Tensor scratch_like(const Tensor& tensor, int64_t floats) {
+  return torch::stable::new_empty(tensor, {floats}, torch::headeronly::ScalarType::Float);
+}
+
+// ---- covariance_update_ ----
+
+void add_covariance(const char* op, covariance::Arguments args, Source source, const Tensor& second_moment,
+                    const Tensor& total, const Tensor& x) {
+  const DeviceGuard guard(x.get_device_index());
+  const Machine machine = machine_of(x.get_device_index());
+  const Dtype dtype = dtype_of(x);
+  const CovariancePlan plan = plan_covariance({args.tokens, args.features, args.groups, dtype, source, machine});
+  const auto what = [&] { return std::string(op) + " of x " + shape_of(x) + on_arch(machine); };
+  STD_TORCH_CHECK(plan.reason.empty(), what(), " cannot run: ", plan.reason);
+  STD_TORCH_CHECK(second_moment.scalar_type() == total.scalar_type(), what(), ": the state has two dtypes");
+
+  args.x = x.const_data_ptr();
+  args.second_moment = second_moment.mutable_data_ptr();
+  args.total = total.mutable_data_ptr();
+  args.state_is_double = dtype_of(second_moment) == Dtype::float64;
+  STD_TORCH_CHECK(args.state_is_double || dtype_of(second_moment) == Dtype::float32, what(),
+                  ": the state must be float32 or float64");
+  args.tiles = plan.tiles;
+  args.splits = plan.splits;
+  args.tokens_per_split = plan.tokens_per_split;
+  std::optional<Tensor> scratch;  // back to the allocator when the launches are queued: the stream keeps the order
+  if (plan.scratch_floats) scratch = scratch_like(x, plan.scratch_floats);
+  args.scratch = scratch ? static_cast<float*>(scratch->mutable_data_ptr()) : nullptr;
+  const Launch launch{current_stream(x.get_device_index()), what};
+#ifdef LOWRANK_OPS_SM90
+  if (plan.kernel == "covariance_sm90") return covariance::launch_sm90(plan, args, dtype, launch);
+#endif
+  covariance::launch_sm80(plan, args, dtype, source, launch);
+}
+
+void covariance_update(Tensor second_moment, Tensor total, Tensor x) {
+  STD_TORCH_CHECK(x.dim() == 2 && second_moment.dim() == 2 && total.dim() == 1, "x and the state must be matrices");
+  const int64_t features = x.size(1);
+  STD_TORCH_CHECK(second_moment.size(0) == features && second_moment.size(1) == features &&
+                      total.size(0) == features && (features == 1 || x.stride(1) == 1),
+                  "the state does not fit x of shape ", shape_of(x));
+  covariance::Arguments args{};
+  args.tokens = x.size(0);
+  args.features = features;
+  args.groups = 1;
+  args.x_row_stride = x.stride(0);
+  args.state_row_stride = second_moment.stride(0);
+  args.state_col_stride = second_moment.stride(1);
+  args.total_stride = total.stride(0);
+  add_covariance("covariance_update_", args, aligned(x) ? Source::aligned_matrix : Source::matrix, second_moment,
+                 total, x);
+}
+
+void conv_covariance_update(Tensor second_moment, Tensor total, Tensor x, std::vector<int64_t> kernel_size,
+                            std::vector<int64_t> stride, std::vector<int64_t> padding,
+                            std::vector<int64_t> dilation) {
+  STD_TORCH_CHECK(x.dim() == 4 && second_moment.dim() == 3 && total.dim() == 2, "x must be an image batch");
+  for (const std::vector<int64_t>* geometry : {&kernel_size, &stride, &padding, &dilation})
+    STD_TORCH_CHECK(geometry->size() == 2, "kernel_size, stride, padding and dilation are (height, width)");
+  const int64_t groups = total.size(0), features = total.size(1);
+  const int64_t channels = x.size(1) / groups;
+  STD_TORCH_CHECK(channels * groups == x.size(1) && channels * kernel_size[0] * kernel_size[1] == features &&
+                      second_moment.size(0) == groups && second_moment.size(1) == features &&
+                      second_moment.size(2) == features,
+                  "the state does not fit x of shape ", shape_of(x));
+  covariance::Patches patches{};
+  patches.channels = static_cast<int>(channels);
+  patches.height = static_cast<int>(x.size(2));
+  patches.width = static_cast<int>(x.size(3));
+  patches.kernel_height = static_cast<int>(kernel_size[0]);
+  patches.kernel_width = static_cast<int>(kernel_size[1]);
+  patches.stride_y = static_cast<int>(stride[0]);
+  patches.stride_x = static_cast<int>(stride[1]);
+  patches.padding_y = static_cast<int>(padding[0]);
+  patches.padding_x = static_cast<int>(padding[1]);
+  patches.dilation_y = static_cast<int>(dilation[0]);
+  patches.dilation_x = static_cast<int>(dilation[1]);
+  patches.out_height = covariance::output_length(patches.height, patches.kernel_height, patches.stride_y,
+                                                 patches.padding_y, patches.dilation_y);
+  patches.out_width = covariance::output_length(patches.width, patches.kernel_width, patches.stride_x,
+                                                patches.padding_x, patches.dilation_x);
+  patches.image_stride = x.stride(0);
+  patches.channel_stride = x.stride(1);
+  patches.row_stride = x.stride(2);
+  patches.col_stride = x.stride(3);
+
+  covariance::Arguments args{};
+  args.patches = patches;
+  args.tokens = x.size(0) * patches.out_height * patches.out_width;
+  args.features = features;
+  args.groups = groups;
+  args.x_group_stride = channels * x.stride(1);
+  args.state_group_stride = second_moment.stride(0);
+  args.state_row_stride = second_moment.stride(1);
+  args.state_col_stride = second_moment.stride(2);
+  args.total_group_stride = total.stride(0);
+  args.total_stride = total.stride(1);
+  add_covariance("conv_covariance_update_", args, Source::patches, second_moment, total, x);
+}
+
+// (why not, plan): one of the two is empty. The archs are the library's own business, not the planner's.
+template <class Plan>
+std::tuple<std::string, std::string> explain(const Plan& plan, int64_t capability) {
+  std::string reason = plan.reason;
+  if (reason.empty()) reason = arch_refusal(LOWRANK_OPS_ARCHS, static_cast<int>(capability));
+  return {reason, reason.empty() ? describe(plan) : ""};
+}
+
+std::tuple<std::string, std::string> explain_covariance(int64_t tokens, int64_t features, int64_t groups,
+                                                        std::string dtype, std::string source, int64_t capability,
+                                                        int64_t multiprocessors, int64_t shared_memory) {
+  const Machine machine{static_cast<int>(capability), static_cast<int>(multiprocessors), shared_memory};
+  return explain(
+      plan_covariance({tokens, features, groups, parse_dtype(dtype), parse_source(source), machine}), capability);
+}
+
+// ---- lowrank_linear ----
+
+lowrank_linear::Activation parse_activation(const std::string& name) {
+  using lowrank_linear::Activation;
+  if (name == "none") return Activation::none;
+  if (name == "relu") return Activation::relu;
+  if (name == "gelu") return Activation::gelu;
+  if (name == "gelu_tanh") return Activation::gelu_tanh;
+  STD_TORCH_CHECK(name == "silu", "activation must be none, relu, gelu, gelu_tanh or silu; got ", name);
+  return Activation::silu;
+}
+
+Tensor lowrank_linear_forward(Tensor x, Tensor down, Tensor up, std::optional<Tensor> bias, std::string activation) {
+  STD_TORCH_CHECK(x.dim() == 2 && down.dim() == 2 && up.dim() == 2, "x, down and up must be matrices");
+  const Machine machine = machine_of(x.get_device_index());
+  const auto what = [&] {
+    return "lowrank_linear of x " + shape_of(x) + ", down " + shape_of(down) + ", up " + shape_of(up) +
+           on_arch(machine);
+  };
+  lowrank_linear::Arguments args{};
+  args.tokens = x.size(0);
+  args.in_features = x.size(1);
+  args.rank = down.size(0);
+  args.out_features = up.size(0);
+  STD_TORCH_CHECK(down.size(1) == args.in_features && up.size(1) == args.rank, what(), ": shapes do not fit");
+  STD_TORCH_CHECK(x.scalar_type() == down.scalar_type() && x.scalar_type() == up.scalar_type(), what(),
+                  ": dtypes differ");
+  for (const Tensor* matrix : {&x, &down, &up})
+    STD_TORCH_CHECK(matrix->size(1) == 1 || matrix->stride(1) == 1, what(), ": a matrix is not row-major");
+  if (bias)
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == args.out_features && bias->is_contiguous() &&
+                        bias->scalar_type() == x.scalar_type(),
+                    what(), ": bias does not fit");
+
+  const DeviceGuard guard(x.get_device_index());
+  const bool on_16_bytes = aligned(x) && aligned(down) && aligned(up);
+  const Dtype dtype = dtype_of(x);
+  const LowRankPlan plan =
+      plan_lowrank_linear({args.tokens, args.in_features, args.rank, args.out_features, dtype, on_16_bytes, machine});
+  STD_TORCH_CHECK(plan.reason.empty(), what(), " cannot run: ", plan.reason);
+
+  Tensor y = torch::stable::new_empty(x, {args.tokens, args.out_features});
+  Tensor scratch = scratch_like(x, plan.scratch_floats);
+  args.x = x.const_data_ptr();
+  args.down = down.const_data_ptr();
+  args.up = up.const_data_ptr();
+  args.bias = bias ? bias->const_data_ptr() : nullptr;
+  args.y = y.mutable_data_ptr();
+  args.scratch = static_cast<float*>(scratch.mutable_data_ptr());
+  args.x_stride = x.stride(0);
+  args.down_stride = down.stride(0);
+  args.up_stride = up.stride(0);
+  args.split_features = plan.split_features;
+  args.splits = plan.splits;
+  args.activation = parse_activation(activation);
+  lowrank_linear::launch_decode_sm80(plan, args, dtype, on_16_bytes, {current_stream(x.get_device_index()), what});
+  return y;
+}
+
+std::tuple<std::string, std::string> explain_lowrank_linear(int64_t tokens, int64_t in_features, int64_t rank,
+                                                            int64_t out_features, std::string dtype, bool aligned,
+                                                            int64_t capability, int64_t multiprocessors,
+                                                            int64_t shared_memory) {
+  const Machine machine{static_cast<int>(capability), static_cast<int>(multiprocessors), shared_memory};
+  return explain(
+      plan_lowrank_linear({tokens, in_features, rank, out_features, parse_dtype(dtype), aligned, machine}),
+      capability);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(lowrank_ops, m) {
+  m.def("_cuda_covariance_update_(Tensor(a!) second_moment, Tensor(b!) total, Tensor x) -> ()");
+  m.def(
+      "_cuda_conv_covariance_update_(Tensor(a!) second_moment, Tensor(b!) total, Tensor x, int[] kernel_size, "
+      "int[] stride, int[] padding, int[] dilation) -> ()");
+  m.def("_cuda_lowrank_linear(Tensor x, Tensor down, Tensor up, Tensor? bias, str activation) -> Tensor");
+  m.def(
+      "_plan_covariance(int tokens, int features, int groups, str dtype, str source, int capability, "
+      "int multiprocessors, int shared_memory) -> (str, str)");
+  m.def(
+      "_plan_lowrank_linear(int tokens, int in_features, int rank, int out_features, str dtype, bool aligned, "
+      "int capability, int multiprocessors, int shared_memory) -> (str, str)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lowrank_ops, CUDA, m) {
+  m.impl("_cuda_covariance_update_", TORCH_BOX(&covariance_update));
+  m.impl("_cuda_conv_covariance_update_", TORCH_BOX(&conv_covariance_update));
+  m.impl("_cuda_lowrank_linear", TORCH_BOX(&lowrank_linear_forward));
+}
+
+// No tensor among the arguments: the only key that such a call reaches.
+STABLE_TORCH_LIBRARY_IMPL(lowrank_ops, CompositeExplicitAutograd, m) {
+  m.impl("_plan_covariance", TORCH_BOX(&explain_covariance));
+  m.impl("_plan_lowrank_linear", TORCH_BOX(&explain_lowrank_linear));
+}
+
+}  // namespace lowrank_ops

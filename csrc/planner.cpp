@@ -1,0 +1,222 @@
+#include "planner.h"
+
+#include <limits>
+#include <sstream>
+#include <stdexcept>
+
+#include "covariance/tiles.h"
+#include "covariance/wgmma_tiles.h"
+#include "lowrank_linear/fragments.h"
+
+namespace lowrank_ops {
+namespace {
+
+constexpr int64_t kMostGrid = 2147483647;  // blocks along x
+constexpr int64_t kMostGridYZ = 65535;
+constexpr int64_t kSharedPerMultiprocessor = 1024;  // what the system keeps of each block's shared memory
+constexpr int64_t kScratchBytes = int64_t{256} << 20;
+
+// Whether code for `arch` ("80", "90a", "100f", ...) runs on a device: its own minor version and later ones of the same
+// major, an arch-specific one on its own device only.
+bool serves(const std::string& arch, int capability) {
+  const int built = std::stoi(arch);
+  if (arch.back() == 'a') return built == capability;
+  return built / 10 == capability / 10 && built <= capability;
+}
+
+std::string machine_refusal(const Machine& machine) {
+  if (machine.capability == 0) return "it needs a CUDA device";
+  if (machine.capability < 80)
+    return "it needs compute capability 8.0 or newer, the device has " + std::to_string(machine.capability / 10) +
+           "." + std::to_string(machine.capability % 10);
+  return "";
+}
+
+const char* name(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::bfloat16: return "bfloat16";
+    case Dtype::float16: return "float16";
+    case Dtype::float32: return "float32";
+    case Dtype::float64: return "float64";
+  }
+  return "";
+}
+
+// Blocks in flight on the whole machine.
+int64_t slots(const Machine& machine, int64_t shared_bytes, int blocks_by_registers) {
+  int64_t by_shared = (machine.shared_memory + kSharedPerMultiprocessor) / (shared_bytes + kSharedPerMultiprocessor);
+  return machine.multiprocessors * greatest(1, least(by_shared, blocks_by_registers));
+}
+
+// The number of blocks per tile that finishes first: whole waves of blocks, each of its steps and a fixed part for
+// filling the pipeline and leaving the tile, and the second kernel where there is more than one.
+int best_splits(int64_t tiles, int64_t tokens, int block_tokens, int64_t at_once) {
+  constexpr int kMostSplits = 64;
+  const int64_t fixed_steps = 512 / block_tokens;
+  const int64_t second_kernel_steps = 768 / block_tokens;
+  int64_t steps = ceil_div(tokens, block_tokens);
+  int best = 1;
+  int64_t least_cost = std::numeric_limits<int64_t>::max();
+  for (int splits = 1; splits <= least(kMostSplits, greatest(1, steps)); ++splits) {
+    if (splits > 1 && tiles * splits * covariance::kPartial * 4 > kScratchBytes) break;
+    int64_t waves = ceil_div(tiles * splits, at_once);
+    int64_t cost = waves * (ceil_div(steps, splits) + fixed_steps) + (splits > 1 ? second_kernel_steps + splits : 0);
+    if (cost < least_cost) {
+      least_cost = cost;
+      best = splits;
+    }
+  }
+  return best;
+}
+
+}  // namespace
+
+Dtype parse_dtype(const std::string& name) {
+  if (name == "bfloat16") return Dtype::bfloat16;
+  if (name == "float16") return Dtype::float16;
+  if (name == "float32") return Dtype::float32;
+  if (name == "float64") return Dtype::float64;
+  throw std::invalid_argument("dtype must be bfloat16, float16, float32 or float64; got " + name);
+}
+
+std::string arch_refusal(const std::string& archs, int capability) {
+  std::istringstream list(archs);
+  for (std::string arch; std::getline(list, arch, ',');)
+    if (serves(arch, capability)) return "";
+  return "the native library was built for " + archs + " and has no code for sm_" + std::to_string(capability);
+}
+
+Source parse_source(const std::string& name) {
+  if (name == "matrix") return Source::matrix;
+  if (name == "aligned_matrix") return Source::aligned_matrix;
+  if (name == "patches") return Source::patches;
+  throw std::invalid_argument("source must be matrix, aligned_matrix or patches; got " + name);
+}
+
+CovariancePlan plan_covariance(const CovarianceProblem& problem) {
+  using namespace covariance;
+  CovariancePlan plan;
+  const auto refuse = [&](const std::string& reason) {
+    plan.reason = reason;
+    return plan;
+  };
+  if (std::string reason = machine_refusal(problem.machine); !reason.empty()) return refuse(reason);
+  if (problem.dtype == Dtype::float64) return refuse("it takes bfloat16, float16 or float32, not float64");
+  if (problem.tokens < 1 || problem.features < 1 || problem.groups < 1) return refuse("there is nothing to add");
+  if (problem.groups > kMostGridYZ)
+    return refuse("it takes at most 65535 groups, got " + std::to_string(problem.groups));
+  int64_t blocks = ceil_div(problem.features, kTile);
+  if (problem.features > std::numeric_limits<int32_t>::max() / kTile || triangle(blocks) > kMostGrid)
+    return refuse("the second moment has more tiles than a grid has blocks");
+  if (problem.source == Source::patches && problem.tokens > std::numeric_limits<int32_t>::max())
+    return refuse("it takes at most 2^31 - 1 patches, got " + std::to_string(problem.tokens));
+  if (problem.tokens > int64_t{1} << 35)
+    return refuse("it takes at most 2^35 tokens, got " + std::to_string(problem.tokens));
+
+  const bool split_in_parts = problem.dtype == Dtype::float32;
+  const bool async = problem.source == Source::aligned_matrix && !split_in_parts;
+  int64_t static_bytes = kStaticSharedBytes;
+  if (async && problem.machine.capability == 90 && problem.groups == 1 &&
+      problem.tokens <= std::numeric_limits<int32_t>::max() - wgmma::kTokens) {
+    plan.kernel = "covariance_sm90";
+    plan.block_tokens = wgmma::kTokens;
+    plan.stages = wgmma::kStages;
+    plan.threads = wgmma::kThreads;
+    plan.shared_bytes = wgmma::kSharedBytes;
+    static_bytes = wgmma::kStaticSharedBytes;
+  } else {
+    plan.kernel = "covariance_sm80";
+    plan.block_tokens = kTokens;
+    // Two blocks of four stages need 139 KB per multiprocessor, which 8.0, 9.0 and 10.0 have; 8.6, 8.9 and 12.0 have
+    // 100 KB, enough for one block of five.
+    plan.stages = !async ? 2 : problem.machine.shared_memory >= (int64_t{139} << 10) ? 4 : 5;
+    plan.threads = kThreads;
+    plan.shared_bytes = plan.stages * 2 * kPartBytes * (split_in_parts ? 2 : 1);
+  }
+  if (plan.shared_bytes + static_bytes > problem.machine.shared_memory)
+    return refuse("it needs " + std::to_string(plan.shared_bytes + static_bytes) +
+                  " bytes of shared memory per block, the device has " +
+                  std::to_string(problem.machine.shared_memory));
+  plan.tile = kTile;
+  plan.tiles = triangle(blocks);
+  int64_t at_once = slots(problem.machine, plan.shared_bytes + static_bytes,
+                          async && plan.stages != 5 ? 2 : 1);
+  int splits = best_splits(plan.tiles * problem.groups, problem.tokens, plan.block_tokens, at_once);
+  plan.tokens_per_split = round_up(ceil_div(problem.tokens, splits), plan.block_tokens);
+  plan.splits = static_cast<int>(ceil_div(problem.tokens, plan.tokens_per_split));
+  if (plan.splits > 1)
+    plan.scratch_floats =
+        partial_sum_offset(problem.groups, 0, 0, problem.groups, plan.splits, plan.tiles, problem.features);
+  return plan;
+}
+
+std::string describe(const CovariancePlan& plan) {
+  if (!plan.reason.empty()) return "cannot run: " + plan.reason;
+  std::ostringstream out;
+  out << plan.kernel << ": tile " << plan.tile << "x" << plan.tile << ", " << plan.block_tokens << " tokens x "
+      << plan.stages << " stages, " << plan.tiles << " tiles x " << plan.splits << " splits of "
+      << plan.tokens_per_split << " tokens, " << plan.threads << " threads, " << plan.shared_bytes
+      << " bytes of shared memory, " << plan.scratch_floats << " floats of scratch";
+  return out.str();
+}
+
+LowRankPlan plan_lowrank_linear(const LowRankProblem& problem) {
+  using namespace lowrank_linear;
+  LowRankPlan plan;
+  const auto refuse = [&](const std::string& reason) {
+    plan.reason = reason;
+    return plan;
+  };
+  if (std::string reason = machine_refusal(problem.machine); !reason.empty()) return refuse(reason);
+  if (problem.dtype != Dtype::bfloat16 && problem.dtype != Dtype::float16)
+    return refuse(std::string("it takes bfloat16 or float16, not ") + name(problem.dtype));
+  if (problem.tokens < 1 || problem.in_features < 1 || problem.rank < 1 || problem.out_features < 1)
+    return refuse("a dimension is empty");
+  if (problem.tokens > kMostTokens)
+    return refuse("it takes at most " + std::to_string(kMostTokens) + " tokens, got " +
+                  std::to_string(problem.tokens));
+  constexpr int64_t kMostFeatures = int64_t{1} << 30;
+  if (problem.in_features > kMostFeatures || problem.out_features > kMostFeatures)
+    return refuse("it takes at most 2^30 features");
+
+  // t lies in shared memory for a block's tokens: fewer tokens where the rank is large.
+  plan.token_tile = problem.tokens <= 8 ? 8 : problem.tokens <= 16 ? 16 : problem.tokens <= 32 ? 32 : 64;
+  const auto up_bytes = [&] {
+    int rows = kRows * up_products(plan.token_tile);
+    return greatest(plan.token_tile * t_pitch(problem.rank), sum_bytes(rows, plan.token_tile));
+  };
+  while (plan.token_tile > 8 && up_bytes() > problem.machine.shared_memory) plan.token_tile /= 2;
+  plan.threads = kThreads;
+  plan.rows_down = kRows;
+  plan.rows_up = kRows * up_products(plan.token_tile);
+  plan.shared_bytes_down = sum_bytes(plan.rows_down, plan.token_tile);
+  plan.shared_bytes_up = up_bytes();
+  if (plan.shared_bytes_up > problem.machine.shared_memory)
+    return refuse("rank " + std::to_string(problem.rank) + " needs " + std::to_string(plan.shared_bytes_up) +
+                  " bytes of shared memory per block, the device has " +
+                  std::to_string(problem.machine.shared_memory));
+  // Few rows of down: share its features, but keep a warp's share worth starting and the sums of t cheap to read.
+  constexpr int64_t kLeastSteps = 2 * kWarps;
+  constexpr int64_t kMostSplits = 8;
+  int64_t steps = ceil_div(problem.in_features, kFeatures);
+  int64_t wanted = problem.machine.multiprocessors / ceil_div(problem.rank, kRows);
+  int64_t splits = greatest(1, least(least(wanted, kMostSplits), steps / kLeastSteps));
+  plan.split_features = ceil_div(steps, splits) * kFeatures;
+  plan.splits = static_cast<int>(ceil_div(problem.in_features, plan.split_features));
+  plan.scratch_floats = plan.splits * problem.tokens * problem.rank;
+  plan.dependent_launch = problem.machine.capability >= 90;
+  plan.kernel = "decode_sm80";
+  return plan;
+}
+
+std::string describe(const LowRankPlan& plan) {
+  if (!plan.reason.empty()) return "cannot run: " + plan.reason;
+  std::ostringstream out;
+  out << plan.kernel << ": " << plan.token_tile << " tokens, " << plan.rows_down << " rows of down x " << plan.splits
+      << " splits of " << plan.split_features << " features, then " << plan.rows_up << " rows of up, " << plan.threads
+      << " threads, " << plan.shared_bytes_down << " and " << plan.shared_bytes_up << " bytes of shared memory, "
+      << plan.scratch_floats << " floats of scratch" << (plan.dependent_launch ? ", dependent launch" : "");
+  return out.str();
+}
+
+}  // namespace lowrank_ops

@@ -1,0 +1,90 @@
+// Which kernel runs a problem, and how: the single statement of what the kernels can take. No torch, no CUDA.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace lowrank_ops {
+
+enum class Dtype { bfloat16, float16, float32, float64 };
+
+// Accepts the names that torch prints, without "torch."; throws std::invalid_argument for any other.
+Dtype parse_dtype(const std::string& name);
+
+struct Machine {
+  int capability;       // 10 * major + minor
+  int multiprocessors;
+  int64_t shared_memory;  // bytes a block may ask for
+};
+
+// Why a library built for `archs`, such as "80,90a,100f", has no code for a device; empty where it has.
+std::string arch_refusal(const std::string& archs, int capability);
+
+// ---- covariance_update_ ----
+
+enum class Source {
+  matrix,            // rows of any alignment, staged through registers
+  aligned_matrix,    // 16-bit rows on 16 bytes: asynchronous copies
+  patches,           // implicit im2col
+};
+
+// Accepts the names of the enumerators; throws std::invalid_argument for any other.
+Source parse_source(const std::string& name);
+
+struct CovarianceProblem {
+  int64_t tokens;    // rows per group
+  int64_t features;  // per group
+  int64_t groups;
+  Dtype dtype;
+  Source source;
+  Machine machine;
+};
+
+struct CovariancePlan {
+  std::string reason;  // why no kernel can run this; empty where one can
+  std::string kernel;
+  int tile = 0;             // rows and columns of the second moment per block
+  int block_tokens = 0;     // tokens per pipeline stage
+  int stages = 0;
+  int threads = 0;
+  int64_t tiles = 0;        // lower tiles per group
+  int splits = 0;           // blocks that share a tile's tokens
+  int64_t tokens_per_split = 0;
+  int64_t shared_bytes = 0;
+  int64_t scratch_floats = 0;  // 0 where a tile has one block
+};
+
+CovariancePlan plan_covariance(const CovarianceProblem& problem);
+std::string describe(const CovariancePlan& plan);
+
+// ---- lowrank_linear ----
+
+struct LowRankProblem {
+  int64_t tokens;
+  int64_t in_features;
+  int64_t rank;
+  int64_t out_features;
+  Dtype dtype;
+  bool aligned;  // x, down, up and all their rows start on 16 bytes
+  Machine machine;
+};
+
+struct LowRankPlan {
+  std::string reason;
+  std::string kernel;
+  int token_tile = 0;     // tokens per block, a multiple of 8
+  int threads = 0;
+  int rows_down = 0;      // rows of down per block of the first kernel
+  int rows_up = 0;        // rows of up per block of the second
+  int splits = 0;         // blocks that share in_features of a row of down
+  int64_t split_features = 0;
+  int64_t shared_bytes_down = 0;
+  int64_t shared_bytes_up = 0;
+  int64_t scratch_floats = 0;  // (splits, tokens, rank) partial sums of t
+  bool dependent_launch = false;  // the second kernel starts while the first one runs
+};
+
+LowRankPlan plan_lowrank_linear(const LowRankProblem& problem);
+std::string describe(const LowRankPlan& plan);
+
+}  // namespace lowrank_ops

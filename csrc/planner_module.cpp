@@ -1,0 +1,43 @@
+// The planner for Python, on machines where the op library does not load: (why not, plan), one of them empty.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <utility>
+
+#include "planner.h"
+
+namespace lowrank_ops {
+namespace {
+
+template <class Plan>
+std::pair<std::string, std::string> explain(const Plan& plan) {
+  return {plan.reason, plan.reason.empty() ? describe(plan) : ""};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_planner, m) {
+  using pybind11::arg;
+  m.doc() = "Which kernel would run a problem, and how.";
+  m.def(
+      "plan_covariance",
+      [](int64_t tokens, int64_t features, int64_t groups, const std::string& dtype, const std::string& source,
+         int capability, int multiprocessors, int64_t shared_memory) {
+        return explain(plan_covariance({tokens, features, groups, parse_dtype(dtype), parse_source(source),
+                                        {capability, multiprocessors, shared_memory}}));
+      },
+      arg("tokens"), arg("features"), arg("groups"), arg("dtype"), arg("source"), arg("capability"),
+      arg("multiprocessors"), arg("shared_memory"));
+  m.def(
+      "plan_lowrank_linear",
+      [](int64_t tokens, int64_t in_features, int64_t rank, int64_t out_features, const std::string& dtype,
+         bool aligned, int capability, int multiprocessors, int64_t shared_memory) {
+        return explain(plan_lowrank_linear({tokens, in_features, rank, out_features, parse_dtype(dtype), aligned,
+                                            {capability, multiprocessors, shared_memory}}));
+      },
+      arg("tokens"), arg("in_features"), arg("rank"), arg("out_features"), arg("dtype"), arg("aligned"),
+      arg("capability"), arg("multiprocessors"), arg("shared_memory"));
+}
+
+}  // namespace lowrank_ops

@@ -1,0 +1,142 @@
+// Every plan is legal for its machine, and every refusal says why.
+#include "../planner.h"
+
+#include <array>
+#include <cmath>
+#include <random>
+#include <stdexcept>
+
+#include "../covariance/tiles.h"
+#include "../lowrank_linear/fragments.h"
+#include "check.h"
+
+using namespace lowrank_ops;
+
+namespace {
+
+const Machine kMachines[] = {
+    {80, 108, 166912}, {86, 84, 101376}, {89, 128, 101376}, {90, 132, 232448}, {100, 148, 232448}, {120, 170, 101376},
+};
+
+void expect_legal(const CovarianceProblem& problem) {
+  const CovariancePlan plan = plan_covariance(problem);
+  EXPECT(plan.reason.empty());
+  EXPECT(plan.shared_bytes + covariance::kStaticSharedBytes <= problem.machine.shared_memory);
+  int64_t blocks = ceil_div(problem.features, covariance::kTile);
+  EXPECT(plan.tiles == blocks * (blocks + 1) / 2);
+  EXPECT(plan.splits >= 1 && plan.splits <= 65535);
+  EXPECT(plan.tokens_per_split % plan.block_tokens == 0);
+  EXPECT((plan.splits - 1) * plan.tokens_per_split < problem.tokens);
+  EXPECT(plan.splits * plan.tokens_per_split >= problem.tokens);
+  EXPECT(plan.tokens_per_split / plan.block_tokens < (int64_t{1} << 31));
+  EXPECT((plan.scratch_floats == 0) == (plan.splits == 1));
+  EXPECT(plan.scratch_floats * 4 <= (int64_t{300} << 20));
+  EXPECT(problem.source == Source::aligned_matrix && problem.dtype != Dtype::float32 ? plan.stages >= 3
+                                                                                      : plan.stages == 2);
+}
+
+void expect_legal(const LowRankProblem& problem) {
+  const LowRankPlan plan = plan_lowrank_linear(problem);
+  EXPECT(plan.reason.empty());
+  EXPECT(plan.shared_bytes_up <= problem.machine.shared_memory);
+  EXPECT(plan.shared_bytes_down <= problem.machine.shared_memory);
+  EXPECT(plan.token_tile % 8 == 0 && plan.token_tile <= 64);
+  EXPECT(plan.split_features % lowrank_linear::kFeatures == 0);
+  EXPECT((plan.splits - 1) * plan.split_features < problem.in_features);
+  EXPECT(plan.splits * plan.split_features >= problem.in_features);
+  EXPECT(plan.scratch_floats == plan.splits * problem.tokens * problem.rank);
+  EXPECT(plan.dependent_launch == (problem.machine.capability >= 90));
+  EXPECT(plan.token_tile * lowrank_linear::t_pitch(problem.rank) <= plan.shared_bytes_up);
+  EXPECT(lowrank_linear::padded_rank(problem.rank) * 2 <= lowrank_linear::t_pitch(problem.rank));
+}
+
+void every_plan_is_legal() {
+  std::mt19937_64 random(7);
+  const auto up_to = [&](double bits) {
+    return static_cast<int64_t>(std::pow(2.0, std::uniform_real_distribution<>(0, bits)(random)));
+  };
+  for (const Machine& machine : kMachines)
+    for (int i = 0; i < 4000; ++i) {
+      Dtype dtype = std::array{Dtype::bfloat16, Dtype::float16, Dtype::float32}[random() % 3];
+      Source source = std::array{Source::matrix, Source::aligned_matrix, Source::patches}[random() % 3];
+      expect_legal(CovarianceProblem{up_to(source == Source::patches ? 30.9 : 35), up_to(16), 1 + up_to(6), dtype,
+                                     source, machine});
+      Dtype half = random() % 2 ? Dtype::bfloat16 : Dtype::float16;
+      expect_legal(LowRankProblem{1 + static_cast<int64_t>(random() % 64), up_to(20), up_to(12), up_to(20), half,
+                                  random() % 2 == 0, machine});
+    }
+}
+
+void hopper_gets_its_own_kernel_where_it_can() {
+  const Machine h200{90, 132, 232448};
+  const auto kernel = [&](int64_t tokens, Dtype dtype, Source source, const Machine& machine) {
+    return plan_covariance({tokens, 4096, 1, dtype, source, machine}).kernel;
+  };
+  EXPECT(kernel(8192, Dtype::bfloat16, Source::aligned_matrix, h200) == "covariance_sm90");
+  EXPECT(kernel(8192, Dtype::float16, Source::aligned_matrix, h200) == "covariance_sm90");
+  EXPECT(kernel(8192, Dtype::float32, Source::aligned_matrix, h200) == "covariance_sm80");
+  EXPECT(kernel(8192, Dtype::bfloat16, Source::matrix, h200) == "covariance_sm80");
+  EXPECT(kernel(int64_t{1} << 32, Dtype::bfloat16, Source::aligned_matrix, h200) == "covariance_sm80");
+  EXPECT(kernel(8192, Dtype::bfloat16, Source::aligned_matrix, {100, 148, 232448}) == "covariance_sm80");
+}
+
+void few_tiles_are_split_to_fill_the_machine() {
+  const Machine h200{90, 132, 232448};
+  const CovarianceProblem narrow{12608, 768, 1, Dtype::bfloat16, Source::aligned_matrix, h200};
+  const CovariancePlan plan = plan_covariance(narrow);
+  EXPECT(plan.tiles == 21);
+  EXPECT(plan.splits * plan.tiles > 132);
+  CovarianceProblem wide = narrow;
+  wide.features = 11008;
+  EXPECT(plan_covariance(wide).splits == 1);
+  EXPECT(plan_covariance(wide).scratch_floats == 0);
+}
+
+void refusals_say_why() {
+  const Machine a100 = kMachines[0], none{0, 0, 0}, v100{70, 80, 98304};
+  const auto covariance = [](int64_t tokens, int64_t features, Dtype dtype, const Machine& machine) {
+    return plan_covariance({tokens, features, 1, dtype, Source::matrix, machine}).reason;
+  };
+  const auto says = [](const std::string& reason, const char* what) { return reason.find(what) != std::string::npos; };
+  EXPECT(says(covariance(8, 8, Dtype::bfloat16, none), "needs a CUDA device"));
+  EXPECT(says(covariance(8, 8, Dtype::bfloat16, v100), "has 7.0"));
+  EXPECT(says(covariance(8, 8, Dtype::float64, a100), "not float64"));
+  EXPECT(says(covariance(0, 8, Dtype::float16, a100), "nothing to add"));
+  EXPECT(says(covariance(8, int64_t{1} << 25, Dtype::float16, a100), "more tiles"));
+  const auto lowrank = [](int64_t tokens, int64_t rank, Dtype dtype, const Machine& machine) {
+    return plan_lowrank_linear({tokens, 768, rank, 768, dtype, true, machine}).reason;
+  };
+  EXPECT(says(lowrank(65, 8, Dtype::bfloat16, a100), "at most 64 tokens, got 65"));
+  EXPECT(says(lowrank(1, 8, Dtype::float32, a100), "not float32"));
+  EXPECT(says(lowrank(1, 20000, Dtype::float16, a100), "rank 20000 needs"));
+  EXPECT(says(lowrank(1, 0, Dtype::float16, a100), "empty"));
+  EXPECT(says(lowrank(1, 8, Dtype::float16, none), "needs a CUDA device"));
+}
+
+void names_are_parsed() {
+  EXPECT(parse_dtype("bfloat16") == Dtype::bfloat16);
+  EXPECT(parse_source("patches") == Source::patches);
+  EXPECT(arch_refusal("80,90a", 86).empty());
+  EXPECT(arch_refusal("80,90a", 90).empty());
+  EXPECT(arch_refusal("80,100f", 103).empty());
+  EXPECT(arch_refusal("80,90a,100f", 120).find("no code for sm_120") != std::string::npos);
+  EXPECT(!arch_refusal("86", 80).empty());
+  bool refused = false;
+  try {
+    parse_dtype("int8");
+  } catch (const std::invalid_argument&) {
+    refused = true;
+  }
+  EXPECT(refused);
+}
+
+}  // namespace
+
+int main() {
+  every_plan_is_legal();
+  hopper_gets_its_own_kernel_where_it_can();
+  few_tiles_are_split_to_fill_the_machine();
+  refusals_say_why();
+  names_are_parsed();
+  return tests::result();
+}

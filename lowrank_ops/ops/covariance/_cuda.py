@@ -1,0 +1,87 @@
+"""CUDA C++ covariance updates: ``csrc/covariance``. What they can run, the planner says.
+
+Sums are taken in float32 over at most 2048 tokens, then in the state's dtype, in an order that does not change between
+runs. float32 inputs are multiplied as three bfloat16 products, with or without ``allow_tf32``: relative error about
+2^-17 of ``|x_i x_j|``. bfloat16 and float16 products are exact.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import _native
+from .reference import output_size
+
+if TYPE_CHECKING:
+    from . import ConvProblem, Problem
+
+
+def supports(problem: Problem) -> str | None:
+    """Why ``run`` cannot take the problem, or None."""
+    if problem.device.type != "cuda":
+        return "it needs a CUDA device"
+    if (reason := _native.unavailable()) is not None:
+        return reason
+    if problem.row_stride == 0:
+        return "x is not a matrix with unit column stride; pass x.contiguous()"
+    if not problem.tokens or not problem.features:
+        return None  # nothing will be launched
+    source = "aligned_matrix" if problem.aligned else "matrix"
+    reason, _ = torch.ops.lowrank_ops._plan_covariance(
+        problem.tokens,
+        problem.features,
+        1,
+        _native.dtype_name(problem.dtype),
+        source,
+        *_native.machine(problem.device),
+    )
+    return reason or None
+
+
+def supports_conv(problem: ConvProblem) -> str | None:
+    """Why ``run_conv`` cannot take the problem, or None."""
+    if problem.device.type != "cuda":
+        return "it needs a CUDA device"
+    if (reason := _native.unavailable()) is not None:
+        return reason
+    batch, channels, *size = problem.shape
+    if not batch or not channels:
+        return None
+    positions = math.prod(output_size(size, problem.kernel_size, problem.stride, problem.padding, problem.dilation))
+    reason, _ = torch.ops.lowrank_ops._plan_covariance(
+        batch * positions,
+        channels // problem.groups * math.prod(problem.kernel_size),
+        problem.groups,
+        _native.dtype_name(problem.dtype),
+        "patches",
+        *_native.machine(problem.device),
+    )
+    return reason or None
+
+
+def prefers(problem: Any) -> bool:
+    """Not preferred until measured: the kernels run only where they are asked for."""
+    return False
+
+
+def run(problem: Problem, second_moment: Tensor, total: Tensor, x: Tensor) -> None:
+    """One launch, or two where the tokens are split."""
+    torch.ops.lowrank_ops._cuda_covariance_update_(second_moment, total, x.reshape(-1, problem.features))
+
+
+def run_conv(
+    problem: ConvProblem,
+    second_moment: Tensor,  # (groups, d, d)
+    total: Tensor,  # (groups, d)
+    x: Tensor,  # (batch, channels, height, width)
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> None:
+    """The same over patches, which are gathered while they are multiplied."""
+    torch.ops.lowrank_ops._cuda_conv_covariance_update_(second_moment, total, x, kernel_size, stride, padding, dilation)

@@ -1,0 +1,59 @@
+"""CUDA C++ low-rank products: ``csrc/lowrank_linear``. What they can run, the planner says.
+
+Products are summed in float32; ``x down^T`` is rounded to the dtype of ``x`` in between, as two library products do.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .. import _native
+
+if TYPE_CHECKING:
+    from . import Problem
+
+
+def supports_decode(problem: Problem) -> str | None:
+    """Why ``run_decode`` cannot take the problem, or None."""
+    if problem.device.type != "cuda":
+        return "it needs a CUDA device"
+    if (reason := _native.unavailable()) is not None:
+        return reason
+    if problem.x_stride == 0:
+        return "x is not a matrix with unit column stride; pass x.contiguous()"
+    if problem.tokens == 0:
+        return None
+    reason, _ = torch.ops.lowrank_ops._plan_lowrank_linear(
+        problem.tokens,
+        problem.in_features,
+        problem.rank,
+        problem.out_features,
+        _native.dtype_name(problem.dtype),
+        problem.aligned,
+        *_native.machine(problem.device),
+    )
+    return reason or None
+
+
+def prefers_decode(problem: Problem) -> bool:
+    """Not preferred until measured: the kernels run only where they are asked for."""
+    return False
+
+
+def run_decode(
+    problem: Problem, x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: str
+) -> Tensor:  # (..., out_features)
+    """Two launches: partial sums of ``x down^T``, then their product with ``up``.
+
+    Factors that are not row-major, such as the backward's, are copied first.
+    """
+    shape = (*x.shape[:-1], problem.out_features)
+    if problem.tokens == 0:
+        return x.new_empty(shape)
+    down, up = (factor if factor.stride(1) == 1 else factor.contiguous() for factor in (down, up))
+    bias = None if bias is None else bias.contiguous()
+    rows = x.reshape(problem.tokens, problem.in_features)
+    return torch.ops.lowrank_ops._cuda_lowrank_linear(rows, down, up, bias, activation).view(shape)

@@ -1,0 +1,131 @@
+"""Reads the machine code of a library or an object file, and says what its kernels are like."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+REGISTERS_PER_MULTIPROCESSOR = 65536
+STATIC_SHARED = 48 << 10  # bytes that need no permission at launch
+
+# Threads per block, and how many blocks are meant to share a multiprocessor.
+LAUNCH_BOUNDS = {
+    "covariance_sm80": (256, 1),
+    "covariance_sm90": (288, 2),
+    "covariance_add_partials": (256, 1),
+    "decode_down_sm80": (256, 1),
+    "decode_up_sm80": (256, 1),
+}
+
+
+class Kernel(NamedTuple):
+    """One kernel for one arch."""
+
+    name: str
+    symbol: str  # mangled: tells the template arguments
+    arch: str
+    registers: int  # per thread
+    stack: int  # bytes per thread
+    shared: int  # static bytes per block
+    opcodes: dict[str, int]  # first word of the opcode -> count
+    products: dict[str, int]  # tensor-core opcodes in full -> count
+
+    def has(self, opcode: str) -> bool:
+        return self.opcodes.get(opcode, 0) > 0
+
+
+def tool(name: str) -> str | None:
+    """The toolkit's program, or the one that Triton brings; cuobjdump and nvdisasm have to be of one kind."""
+    found = shutil.which(name) or shutil.which(name, path=f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin")
+    if found:
+        return found
+    spec = importlib.util.find_spec("triton")
+    if spec is None or spec.submodule_search_locations is None:
+        return None
+    bundled = Path(spec.submodule_search_locations[0]) / "backends" / "nvidia" / "bin" / name
+    return str(bundled) if bundled.is_file() else None
+
+
+def kernels(binary: Path) -> list[Kernel]:
+    """Every kernel in ``binary`` for every arch, in both reports of cuobjdump."""
+    usage = {}
+    for arch, text in _by_arch(_cuobjdump("-res-usage", binary)):
+        for symbol, registers, stack, shared in re.findall(
+            r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", text
+        ):
+            usage[arch, symbol] = int(registers), int(stack), int(shared)
+    found = []
+    for arch, text in _by_arch(_cuobjdump("-sass", binary)):
+        for part in text.split("Function : ")[1:]:
+            symbol, code = part.split("\n", 1)
+            opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", code)
+            found.append(
+                Kernel(
+                    kernel_name(symbol),
+                    symbol,
+                    arch,
+                    *usage[arch, symbol],
+                    Counter(opcode.split(".")[0] for opcode in opcodes),
+                    Counter(opcode for opcode in opcodes if "MMA" in opcode.split(".")[0]),
+                )
+            )
+    assert len(found) == len(usage), "the two reports tell of different kernels"
+    return found
+
+
+def kernel_name(symbol: str) -> str:
+    """``"decode_up_sm80"`` from a symbol mangled for an anonymous namespace, any other as it is."""
+    match = re.search(r"_cu_[0-9a-f]{8}(?:_\d+)?(\d+)", symbol)
+    return symbol[match.end() : match.end() + int(match[1])] if match else symbol
+
+
+def faults(kernel: Kernel) -> list[str]:
+    """Every way in which ``kernel`` is not what it should be."""
+    found = []
+    threads, blocks = LAUNCH_BOUNDS.get(kernel.name, (1024, 1))
+    if kernel.registers * threads * blocks > REGISTERS_PER_MULTIPROCESSOR:
+        found.append(f"{kernel.registers} registers x {threads} threads x {blocks} blocks are too many")
+    if kernel.stack:
+        found.append(f"a stack of {kernel.stack} bytes")
+    for opcode in ("LDL", "STL"):
+        if kernel.has(opcode):
+            found.append(f"{kernel.opcodes[opcode]} {opcode}")
+    if kernel.shared > STATIC_SHARED:
+        found.append(f"{kernel.shared} bytes of static shared memory")
+    if kernel.name == "covariance_sm90":
+        found += [f"no {opcode}" for opcode in ("HGMMA", "UTMALDG", "SYNCS") if not kernel.has(opcode)]
+        # A warpgroup waits once a step and once at the end; when the assembler serialises, after every product.
+        products, waits = kernel.opcodes.get("HGMMA", 0), kernel.opcodes.get("WARPGROUP", 0)
+        if waits > 2 * products:
+            found.append(f"{waits} WARPGROUP for {products} HGMMA: serialised")
+    elif (
+        kernel.name in LAUNCH_BOUNDS
+        and kernel.name != "covariance_add_partials"
+        and not any(opcode.startswith("HMMA.16816.F32") for opcode in kernel.products)
+    ):
+        found.append(f"no HMMA.16816.F32: {kernel.products or 'no products'}")
+    # Source::aligned_matrix is the enumerator 1.
+    if kernel.name == "covariance_sm80" and "SourceE1E" in kernel.symbol and not kernel.has("LDGSTS"):
+        found.append("no LDGSTS: the copies are not asynchronous")
+    return found
+
+
+def _cuobjdump(option: str, binary: Path) -> str:
+    program = tool("cuobjdump")
+    assert program, "no cuobjdump"
+    path = os.pathsep.join([str(Path(program).parent), os.environ.get("PATH", "")])  # it runs nvdisasm
+    result = subprocess.run(
+        [program, option, str(binary)], check=True, capture_output=True, text=True, env={**os.environ, "PATH": path}
+    )
+    return result.stdout
+
+
+def _by_arch(text: str) -> list[tuple[str, str]]:
+    parts = re.split(r"^arch = (sm_\w+)$", text, flags=re.MULTILINE)
+    return list(zip(parts[1::2], parts[2::2], strict=True))

@@ -1,0 +1,77 @@
+"""The native table of ``docs/kernels.md``: what every CUDA kernel became for every arch.
+
+``python tests/native/table.py`` prints it; ``--write docs/kernels.md`` replaces what stands between the file's
+``<!-- native table -->`` marks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from tests.native import machine_code
+
+MARK = "<!-- native table -->"
+HEADER = (
+    "| kernel | template arguments | arch | registers | static shared memory, B | stack, B | products | copies | run |"
+)
+TYPES = {"f": "fp32", "6__half": "fp16", "13__nv_bfloat16": "bf16"}
+SOURCES = ("rows", "aligned rows", "patches")  # the enumerators of Source
+
+
+def arguments(kernel: machine_code.Kernel) -> str:
+    """``"bf16, aligned rows, 4 stages"`` from the mangled template arguments."""
+    match = re.search(rf"{kernel.name}I(f|6__half|13__nv_bfloat16)(\S*?)Evv?", kernel.symbol + "v")
+    if match is None:
+        return "-"
+    parts = [TYPES[match[1]]]
+    rest = match[2] + "E"
+    if kernel.name == "covariance_sm80":
+        source, stages = re.findall(r"E(\d+)E", rest.replace("ELi", "EE"))[:2]
+        parts += [SOURCES[int(source)], f"{stages} stages"]
+    elif kernel.name.startswith("decode"):
+        groups, aligned = re.findall(r"L[ib](\d+)E", rest)
+        parts += [f"{8 * int(groups)} tokens", "aligned" if aligned == "1" else "any alignment"]
+    return ", ".join(parts)
+
+
+def row(kernel: machine_code.Kernel) -> str:
+    products = ", ".join(f"{count} {opcode}" for opcode, count in sorted(kernel.products.items())) or "-"
+    copies = ", ".join(f"{kernel.opcodes[name]} {name}" for name in ("LDGSTS", "UTMALDG") if kernel.has(name)) or "-"
+    cells = (
+        kernel.name,
+        arguments(kernel),
+        kernel.arch,
+        kernel.registers,
+        kernel.shared,
+        kernel.stack,
+        products,
+        copies,
+        "compiled, not run",
+    )
+    return "| " + " | ".join(str(cell) for cell in cells) + " |"
+
+
+def table(library: Path) -> str:
+    rule = "|" + "---|" * (HEADER.count("|") - 1)
+    kernels = sorted(machine_code.kernels(library), key=lambda kernel: (kernel.name, kernel.symbol, kernel.arch))
+    return "\n".join([HEADER, rule, *map(row, kernels)])
+
+
+def main() -> None:
+    from lowrank_ops.ops import _native
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", type=Path, help="a Markdown file with two <!-- native table --> marks")
+    path = parser.parse_args().write
+    text = table(_native.LIBRARY)
+    if path is None:
+        print(text)
+        return
+    before, _, after = path.read_text().split(MARK)
+    path.write_text(f"{before}{MARK}\n{text}\n{MARK}{after}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""The library: it loads, it asks torch for nothing but the stable interface of 2.10, and its planner is the planner."""
+
+import importlib.util
+import itertools
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowrank_ops.ops import (
+    BackendUnavailableError,
+    _native,
+    conv_covariance_update_,
+    covariance_update_,
+    lowrank_linear,
+)
+from lowrank_ops.ops._backend import Device
+from lowrank_ops.ops.covariance import _cuda as covariance_cuda
+from lowrank_ops.ops.covariance import describe as describe_covariance
+from lowrank_ops.ops.lowrank_linear import _cuda as lowrank_cuda
+from lowrank_ops.ops.lowrank_linear import describe as describe_lowrank
+
+ROOT = Path(__file__).parents[2]
+H200 = Device("cuda", 0, (9, 0), 132, 232448)
+
+# What the library takes from torch: C functions, all of torch 2.10. One that is new to this list has to be looked up.
+TORCH_FUNCTIONS = re.compile(r"aoti_torch_\w+|torch_(call_dispatcher|library_impl)|torch_(new|delete)_(list|string)\w*|"
+                             r"torch_(list|string)_\w+|torch_get_(const|mutable)_data_ptr")  # fmt: skip
+
+
+def symbols(library: Path, *options: str) -> list[str]:
+    result = subprocess.run(["nm", "-D", *options, library], check=True, capture_output=True, text=True)
+    return result.stdout.splitlines()
+
+
+def test_loads(library: Path) -> None:
+    assert _native.unavailable() is None
+    for name in ("_cuda_covariance_update_", "_cuda_conv_covariance_update_", "_cuda_lowrank_linear"):
+        assert hasattr(torch.ops.lowrank_ops, name)
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
+def test_asks_torch_for_its_stable_interface_only(library: Path) -> None:
+    foreign = []
+    for line in symbols(library, "--undefined-only"):
+        kind, name = line.split()[-2:]
+        if "@" in name or kind == "w":  # versioned: libc, libstdc++, libgcc
+            assert kind != "w" or name.split("@")[0] in {
+                "aoti_torch_get_current_cuda_stream", "__gmon_start__", "_ITM_deregisterTMCloneTable",
+                "_ITM_registerTMCloneTable", "__cxa_finalize",
+            }, name  # fmt: skip
+        elif not TORCH_FUNCTIONS.fullmatch(name):
+            foreign.append(name)
+    assert not foreign
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
+def test_the_symbol_check_sees_other_interfaces() -> None:
+    for name in (
+        "_ZN3c106detail14torchCheckFailEPKcS2_jS2_",
+        "torch_c10_cuda_check_msg",
+        "PyList_New",
+        "cuLaunchKernel",
+    ):
+        assert not TORCH_FUNCTIONS.fullmatch(name)
+
+
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="no readelf")
+def test_depends_on_nothing_else(library: Path) -> None:
+    dynamic = subprocess.run(["readelf", "-d", library], check=True, capture_output=True, text=True).stdout
+    needed = set(re.findall(r"NEEDED.*\[(.+)\]", dynamic))
+    system = {"libstdc++.so.6", "libgcc_s.so.1", "libc.so.6", "libm.so.6", "libdl.so.2", "librt.so.1",
+              "libpthread.so.0", "ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1"}  # fmt: skip
+    assert {"libtorch.so", "libtorch_cpu.so"} <= needed
+    assert needed <= system | {"libtorch.so", "libtorch_cpu.so"}
+    assert "RUNPATH" not in dynamic and "RPATH" not in dynamic
+
+
+def test_shapes_that_do_not_fit_are_refused_before_a_launch(library: Path) -> None:
+    """The meta device reaches no kernel; a CPU tensor has none."""
+    _native.unavailable()
+    with pytest.raises(NotImplementedError, match="_cuda_covariance_update_"):
+        torch.ops.lowrank_ops._cuda_covariance_update_(torch.zeros(8, 8), torch.zeros(8), torch.zeros(4, 8))
+
+
+def test_explicit_backend_on_a_cpu_tensor_says_why() -> None:
+    with pytest.raises(BackendUnavailableError, match="needs a CUDA device"):
+        covariance_update_(torch.zeros(8, 8), torch.zeros(8), torch.zeros(4, 8), backend="cuda")
+    with pytest.raises(BackendUnavailableError, match="needs a CUDA device"):
+        conv_covariance_update_(
+            torch.zeros(1, 8, 8), torch.zeros(1, 8), torch.zeros(1, 2, 4, 4), kernel_size=(2, 2), backend="cuda"
+        )
+    with pytest.raises(BackendUnavailableError, match=r"cuda\.decode: it needs a CUDA device"):
+        lowrank_linear(torch.zeros(2, 8), torch.zeros(4, 8), torch.zeros(3, 4), backend="cuda")
+
+
+def test_a_missing_or_broken_library_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    problem = describe_covariance(torch.zeros(8, 8), torch.zeros(4, 8))._replace(device=H200)
+    _native.unavailable.cache_clear()
+    try:
+        monkeypatch.setattr(_native, "LIBRARY", tmp_path / "liblowrank_ops.so")
+        assert "was not built" in (covariance_cuda.supports(problem) or "")
+        _native.unavailable.cache_clear()
+        (tmp_path / "liblowrank_ops.so").write_bytes(b"not a library")
+        assert "does not load" in (covariance_cuda.supports(problem) or "")
+    finally:
+        _native.unavailable.cache_clear()
+
+
+def test_supports_is_the_planner(library: Path) -> None:
+    """Problems of a device that is not here: nothing is launched."""
+    state = torch.zeros(64, 64)
+    x = torch.zeros(100, 64, dtype=torch.bfloat16)
+    problem = describe_covariance(state, x)._replace(device=H200)
+    if "sm_90" in (covariance_cuda.supports(problem) or ""):
+        pytest.skip("the library was built without code for sm_90a")
+    assert covariance_cuda.supports(problem) is None
+    assert not covariance_cuda.prefers(problem)
+    assert "not float64" in covariance_cuda.supports(problem._replace(dtype=torch.float64))
+    assert "contiguous" in covariance_cuda.supports(problem._replace(row_stride=0))
+    assert covariance_cuda.supports(problem._replace(tokens=0)) is None
+    old = H200._replace(capability=(7, 5))
+    assert "8.0 or newer" in covariance_cuda.supports(problem._replace(device=old))
+
+    tensors = [torch.zeros(*shape, dtype=torch.bfloat16) for shape in ((16, 64), (8, 64), (40, 8))]
+    linear = describe_lowrank(*tensors, None, "gelu")._replace(device=H200)
+    assert lowrank_cuda.supports_decode(linear) is None
+    assert not lowrank_cuda.prefers_decode(linear)
+    assert "at most 64 tokens, got 65" in lowrank_cuda.supports_decode(linear._replace(tokens=65))
+    assert "x.contiguous()" in lowrank_cuda.supports_decode(linear._replace(x_stride=0))
+    assert lowrank_cuda.supports_decode(linear._replace(tokens=0)) is None
+
+
+def test_the_module_and_the_library_plan_alike(library: Path) -> None:
+    if importlib.util.find_spec("lowrank_ops._planner") is None:
+        pytest.skip("_planner was not built for this Python")
+    from lowrank_ops import _planner
+
+    assert _native.unavailable() is None
+    machines = [(80, 108, 166912), (86, 84, 101376), (90, 132, 232448), (100, 148, 232448), (70, 80, 98304), (0, 0, 0)]
+    dtypes = ["bfloat16", "float16", "float32", "float64"]
+    for machine, dtype, source, tokens, features in itertools.product(
+        machines, dtypes, ["matrix", "aligned_matrix", "patches"], [1, 12608, 1 << 33], [1, 768, 11008]
+    ):
+        mine = torch.ops.lowrank_ops._plan_covariance(tokens, features, 2, dtype, source, *machine)
+        if "no code for" not in mine[0]:
+            assert mine == _planner.plan_covariance(tokens, features, 2, dtype, source, *machine)
+    for machine, dtype, tokens, rank in itertools.product(machines, dtypes, [1, 64, 65], [1, 134, 1492, 30000]):
+        arguments = (tokens, 4096, rank, 11008, dtype, True, *machine)
+        mine = torch.ops.lowrank_ops._plan_lowrank_linear(*arguments)
+        if "no code for" not in mine[0]:
+            assert mine == _planner.plan_lowrank_linear(*arguments)
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None or shutil.which("c++") is None, reason="no CMake or compiler")
+def test_the_cpp_tests_pass(tmp_path: Path) -> None:
+    """Index arithmetic and algorithms of the kernels, run on the host."""
+    options = ["-DLOWRANK_OPS_CUDA=OFF", f"-DPython_EXECUTABLE={sys.executable}"]
+    subprocess.run(["cmake", "-S", ROOT, "-B", tmp_path, *options], check=True, capture_output=True)
+    subprocess.run(["cmake", "--build", tmp_path, "--parallel", "2"], check=True, capture_output=True)
+    result = subprocess.run(["ctest", "--test-dir", tmp_path, "--output-on-failure"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+    assert "100% tests passed" in result.stdout
