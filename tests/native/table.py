@@ -1,6 +1,6 @@
 """The native table of ``docs/kernels.md``: what every CUDA kernel became for every arch.
 
-``python tests/native/table.py`` prints it; ``--write docs/kernels.md`` replaces what stands between the file's
+``python -m tests.native.table`` prints it; ``--write docs/kernels.md`` replaces what stands between the file's
 ``<!-- native table -->`` marks.
 """
 
