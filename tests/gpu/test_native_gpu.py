@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tolerance import assert_close_to_float64
 
 from lowrank_ops.ops import _native, conv_covariance_update_, covariance_update_, lowrank_linear
 from lowrank_ops.ops.covariance import _cuda, describe
 from lowrank_ops.ops.lowrank_linear import reference
+from tests.tolerance import assert_close_to_float64
 
 pytestmark = [
     pytest.mark.gpu,
