@@ -13,20 +13,20 @@ def call_model(model: nn.Module, batch: Any) -> Any:
     """The model's output for a batch: mappings are keyword arguments, tuples and lists positional ones."""
     if isinstance(batch, Mapping):
         return model(**batch)
-    if isinstance(batch, (tuple, list)):
+    if isinstance(batch, (tuple, list)) and not hasattr(batch, "_fields"):  # a named tuple is one argument
         return model(*batch)
     return model(batch)
 
 
 def move(batch: Any, device: torch.device) -> Any:
     """Move the tensors of a batch, nested in mappings, tuples and lists."""
-    if isinstance(batch, Tensor):
-        return batch.to(device)
     if isinstance(batch, Mapping):
         return {key: move(value, device) for key, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        return [move(value, device) for value in batch]
-    return batch
+    if isinstance(batch, (tuple, list)) and not isinstance(batch, nn.utils.rnn.PackedSequence):
+        moved = [move(value, device) for value in batch]
+        return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
+    movable = isinstance(batch, (Tensor, nn.utils.rnn.PackedSequence))
+    return batch.to(device=device) if movable else batch
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -83,6 +83,10 @@ def calibrate(
         NonFiniteActivationError: NaN or inf in an activation or a gradient.
         ValueError: a bad argument, no batch, or no layer to calibrate.
     """
+    if isinstance(batches, (Tensor, Mapping, str)):
+        raise TypeError(
+            f"batches must be a collection of batches; got one {type(batches).__name__}. Pass [batch] for a single one."
+        )
     if sensitivity is not None:
         check_sensitivity(sensitivity)
     if isinstance(probes, bool) or not isinstance(probes, int) or probes < 1:
@@ -144,6 +148,8 @@ def _recording(
         raise ValueError(f"side must be 'auto', 'input' or 'output'; got {side!r}.")
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype must be torch.float32 or torch.float64, the dtype of the sums; got {dtype}.")
+    if hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:
+        raise ValueError("model is compiled, which hides its layers; calibrate and compress it before torch.compile.")
     layers, skipped = find_layers(model, filter_fn)
     if not layers:
         reasons = "".join(f"\n  {fqn or '(the model)'}: {reason}" for fqn, reason in skipped.items())

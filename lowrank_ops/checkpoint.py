@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -100,7 +101,8 @@ def load_pretrained(dense_model: nn.Module, path: str | Path) -> nn.Module:
     config = _read_config(folder)
     layers = _empty_layers(dense_model, config["layers"])
     slots = _slots(dense_model, layers)
-    tensors = _read_tensors(folder / WEIGHTS_FILE, config, slots)
+    with torch.inference_mode(False):  # parameters made in inference mode could not be trained
+        tensors = _read_tensors(folder / WEIGHTS_FILE, config, slots)
     new = {id(slot): tensors[name] for name, slot in slots.items()}
     for module in [*dense_model.modules(), *layers.values()]:
         for name, old in [*module._parameters.items(), *module._buffers.items()]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -50,6 +51,13 @@ def compress_(
             be replaced; the message names it.
     """
     config = config or CompressionConfig()
+    if not isinstance(config, CompressionConfig):
+        raise TypeError(
+            f"config must be a CompressionConfig; got {type(config).__name__}. "
+            "Wrap a policy: CompressionConfig(rank=ParameterBudget(0.5))."
+        )
+    if not isinstance(covariances, Covariances):
+        raise TypeError(f"covariances must come from calibrate(model, batches); got {type(covariances).__name__}.")
     layers, skipped = find_layers(model, filter_fn)
     if filter_fn is None:
         tied = {fqn: f"its weight is tied to {other!r}" for fqn, other in tied_layers(model).items() if fqn in layers}
@@ -66,22 +74,40 @@ def compress_(
         subspaces = layer_subspaces(layers, covariances, centered=config.centered)
     subspaces = {fqn: subspaces[fqn] for fqn in layers if fqn in subspaces}
     if not subspaces:
-        raise ValueError("covariances hold none of the layers that filter_fn keeps; calibrate those layers first.")
+        reasons = "".join(f"\n  {fqn or '(the model)'}: {reason}" for fqn, reason in skipped.items())
+        raise ValueError(
+            "covariances hold none of the layers that can be replaced and that filter_fn keeps; calibrate those layers "
+            f"first.{reasons}"
+        )
 
     policy, measure = config.rank, None
     if isinstance(policy, AccuracyGuided):
         evaluate, projection = policy.evaluate, config.projection
 
         def measure(ranks: ChosenRanks) -> float:
+            training = [(module, module.training) for module in model.modules()]
             with replaced(model, _factorize(ranks, subspaces, projection, progress=False)), torch.no_grad():
-                return float(evaluate(model))
+                try:
+                    accuracy = evaluate(model)
+                finally:
+                    for module, flag in training:
+                        module.training = flag
+            try:
+                accuracy = float(accuracy)
+            except (TypeError, ValueError):
+                accuracy = math.nan
+            if not math.isfinite(accuracy):
+                raise ValueError("evaluate must return the model's accuracy as a finite number, the larger the better.")
+            return accuracy
 
     ranks = choose_ranks(policy, subspaces, config.overrides, measure=measure, progress=progress)
     if isinstance(policy, AccuracyGuided):  # what was found can be written to a file and used again
         config = replace(config, rank=Ranks({fqn: rank for fqn, rank in ranks.items() if rank is not None}))
-    factors = _factorize(ranks, subspaces, config.projection, progress)
+    with torch.inference_mode(False):  # parameters made in inference mode could not be trained
+        factors = _factorize(ranks, subspaces, config.projection, progress)
     report = CompressionReport.build(model, config, subspaces, factors, skipped)
-    replace_(model, factors)
+    with torch.inference_mode(False):
+        replace_(model, factors)
     return report
 
 

@@ -24,7 +24,7 @@ class ExplainedVariance:
     threshold: float = 0.99
 
     def __post_init__(self) -> None:
-        _check_share("threshold", self.threshold)
+        check_share("threshold", self.threshold)
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class ParameterBudget:
     allocation: str = "uniform"
 
     def __post_init__(self) -> None:
-        _check_share("fraction", self.fraction)
-        _check_choice("allocation", self.allocation, ALLOCATIONS)
+        check_share("fraction", self.fraction)
+        check_choice("allocation", self.allocation, ALLOCATIONS)
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class FlopBudget:
     allocation: str = "uniform"
 
     def __post_init__(self) -> None:
-        _check_share("fraction", self.fraction)
-        _check_choice("allocation", self.allocation, ALLOCATIONS)
+        check_share("fraction", self.fraction)
+        check_choice("allocation", self.allocation, ALLOCATIONS)
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ class AccuracyGuided:
             raise TypeError(f"evaluate must be a function of the model that returns a number; got {self.evaluate!r}.")
         if isinstance(self.max_drop, bool) or not isinstance(self.max_drop, (int, float)) or not self.max_drop >= 0:
             raise ValueError(f"max_drop must be a number that is not negative; got {self.max_drop!r}.")
-        _check_choice("search", self.search, SEARCHES)
-        _check_choice("allocation", self.allocation, ALLOCATIONS)
+        check_choice("search", self.search, SEARCHES)
+        check_choice("allocation", self.allocation, ALLOCATIONS)
         if isinstance(self.evaluations, bool) or not isinstance(self.evaluations, int) or self.evaluations < 2:
             raise ValueError(f"evaluations must be an integer of at least 2; got {self.evaluations!r}.")
 
@@ -102,6 +102,9 @@ class Ranks:
     """Ranks by hand: ``{fqn or "re:pattern": rank}``; layers that are not named stay dense."""
 
     ranks: Mapping[str, int]
+
+    def __post_init__(self) -> None:
+        _check_names("ranks", self.ranks)
 
 
 RankPolicy = ExplainedVariance | ParameterBudget | FlopBudget | AccuracyGuided | Ranks
@@ -135,11 +138,12 @@ class CompressionConfig:
     overrides: Mapping[str, int | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        _check_names("overrides", self.overrides)
         policies = (*_POLICIES.values(), AccuracyGuided)
         if not isinstance(self.rank, policies):
             accepted = ", ".join(policy.__name__ for policy in policies)
             raise TypeError(f"rank must be one of {accepted}; got {self.rank!r}.")
-        _check_choice("projection", self.projection, PROJECTIONS)
+        check_choice("projection", self.projection, PROJECTIONS)
         if not isinstance(self.centered, bool):
             raise TypeError(f"centered must be a bool; got {self.centered!r}.")
 
@@ -176,7 +180,7 @@ class CompressionConfig:
         try:
             policy = dict(values.pop("rank"))
             name = policy.pop("policy")
-            _check_choice("policy", name, tuple(_POLICIES))
+            check_choice("policy", name, tuple(_POLICIES))
             return cls(rank=_POLICIES[name](**policy), **values)
         except KeyError as error:
             raise ValueError(f"not a compression configuration: the field {error} is missing.") from None
@@ -193,11 +197,18 @@ class CompressionConfig:
         return cls.from_dict(json.loads(text))
 
 
-def _check_share(name: str, value: float) -> None:
+def _check_names(name: str, value: object) -> None:
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise TypeError(f'{name} must be a mapping {{fqn or "re:pattern": rank}} with strings for keys; got {value!r}.')
+
+
+def check_share(name: str, value: float) -> None:
+    """Raise ValueError where ``value`` is no number in (0, 1]."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
         raise ValueError(f"{name} must be a number in (0, 1]; got {value!r}.")
 
 
-def _check_choice(name: str, value: str, accepted: tuple[str, ...]) -> None:
+def check_choice(name: str, value: str, accepted: tuple[str, ...]) -> None:
+    """Raise ValueError where ``value`` is none of the names accepted."""
     if value not in accepted:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}; got {value!r}.")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .config import PROJECTIONS, check_choice
 from .subspaces import LayerSubspaces
 
 
@@ -53,8 +54,9 @@ def factorize(spaces: LayerSubspaces, rank: int, projection: str = "output") -> 
             2024) at the largest explained variance whose utilized rank is ``rank``. ``"weight"``: truncated SVD.
 
     Raises:
-        ValueError: ``"utilized"`` needs the input space, and only the output was streamed.
+        ValueError: an unknown projection; ``"utilized"`` needs the input space, and only the output was streamed.
     """
+    check_choice("projection", projection, PROJECTIONS)
     if projection == "loss" and spaces.loss is None:
         projection = "output"
     left = None  # (..., rank, out_features), where down is left @ W

@@ -91,7 +91,8 @@ def finetune_(
         progress: show a progress bar.
 
     Raises:
-        ValueError: a bad argument, no batch, a loss that is not finite, a checkpoint of another run.
+        ValueError: a bad argument, no batch, a loss or gradient that is not finite, a checkpoint of another run,
+            float16 parameters.
     """
     total = _total_steps(batches, epochs, steps, accumulate)
     _check(student, teacher, loss, soft_weight, temperature, lr, warmup, clip, autocast, checkpoint_every)
@@ -101,8 +102,22 @@ def finetune_(
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}], lr=lr
     )
-    settings = {"steps": total, "lr": lr, "weight_decay": weight_decay, "warmup": warmup, "accumulate": accumulate}
+    settings = {
+        "steps": total,
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "warmup": warmup,
+        "accumulate": accumulate,
+        "clip": clip,
+        "soft_weight": soft_weight,
+        "temperature": temperature,
+        "autocast": str(autocast),
+        "teacher": teacher is not None,
+        "loss": loss is not None,
+    }
     place = _Place(device)
+    if checkpoint is not None and not Path(checkpoint).parent.is_dir():
+        raise ValueError(f"checkpoint {str(checkpoint)!r} is in a folder that does not exist; make it first.")
     if checkpoint is not None and Path(checkpoint).exists():
         _resume(Path(checkpoint), student, optimizer, place, settings)
 
@@ -136,11 +151,18 @@ def finetune_(
                 (value / accumulate).backward()
                 mean += float(value.detach()) / accumulate
             if not math.isfinite(mean):
+                optimizer.zero_grad(set_to_none=True)
                 raise ValueError(
                     f"the loss is {mean} at step {len(place.losses)} (counted from 0); check the batches, lower "
                     f"lr={lr}, or do without autocast."
                 )
-            nn.utils.clip_grad_norm_(trained, clip)
+            norm = float(nn.utils.clip_grad_norm_(trained, clip))
+            if not math.isfinite(norm):
+                optimizer.zero_grad(set_to_none=True)
+                raise ValueError(
+                    f"the gradient is not finite at step {len(place.losses)} (counted from 0), although the loss is; "
+                    "check the loss function for square roots, logarithms and divisions at zero."
+                )
             optimizer.step()
             place.losses.append(mean)
             bar.set_postfix(loss=f"{mean:.4g}")
@@ -309,6 +331,11 @@ def _check(
         raise ValueError("teacher is the student itself; keep a copy of the dense model before compress_.")
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise ValueError("student has no parameter that requires gradients; call student.requires_grad_(True).")
+    if any(parameter.dtype == torch.float16 and parameter.requires_grad for parameter in student.parameters()):
+        raise ValueError(
+            "student has float16 parameters, which AdamW's steps underflow; call student.float() and pass "
+            "autocast=torch.bfloat16 for speed."
+        )
     if not 0 <= soft_weight <= 1:
         raise ValueError(f"soft_weight must be in [0, 1]; got {soft_weight!r}.")
     if not 0 <= warmup < 1:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .config import PROJECTIONS, check_choice
 from .covariances import Covariance
 from .dense_layers import dimensions, is_conv1d, pad_input, weight_matrix
 from .factors import Factors, factorize
@@ -119,6 +120,8 @@ class LowRankLinear(_LowRank):
         return _like(layer, linear)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
+        if x.is_nested:  # as nn.TransformerEncoder hands over sequences without their padding
+            return F.linear(F.linear(x, self.down), self.up, self.bias)
         return lowrank_linear(x, self.down, self.up, self.bias)
 
     @property
@@ -285,6 +288,12 @@ def _factorize(
 ) -> Factors:
     _, in_features, out_features = dimensions(layer)
     _check_rank(rank, in_features, out_features)
+    check_choice("projection", projection, PROJECTIONS)
+    if covariance is not None and not isinstance(covariance, Covariance):
+        raise TypeError(
+            f"covariance must be the Covariance of this layer, such as covariances['name']; got "
+            f"{type(covariance).__name__}."
+        )
     if covariance is not None:
         return factorize(
             LayerSubspaces(layer, covariance, centered=centered, sensitivity=sensitivity), rank, projection

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import torch.nn.functional as F
 from torch import nn
 
 from .dense_layers import find_layers
@@ -64,11 +65,27 @@ def replaced(model: nn.Module, factors: Mapping[str, Factors]) -> Iterator[None]
 
 
 def swap_(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
-    """Put each new module in every place of the old one."""
+    """Put each new module in every place of the old one.
+
+    ``nn.TransformerEncoderLayer`` has a fast path that reads its Linears' weights and calls none of them. It would
+    multiply factors out in every call, so it is switched off while the layer holds one.
+    """
     for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is not None and child in replacements:
-                setattr(parent, name, replacements[child])
+        places = [name for name, child in parent._modules.items() if child is not None and child in replacements]
+        for name in places:
+            setattr(parent, name, replacements[parent.get_submodule(name)])
+        if places and isinstance(parent, nn.TransformerEncoderLayer):
+            _allow_fast_path(parent, not any(isinstance(child, LowRankLinear) for child in parent.children()))
+
+
+def _allow_fast_path(layer: nn.TransformerEncoderLayer, allowed: bool) -> None:
+    """The layer takes its fast path where this number names its activation, 1 for relu and 2 for gelu."""
+    kind = 0
+    if allowed and (layer.activation is F.relu or isinstance(layer.activation, nn.ReLU)):
+        kind = 1
+    elif allowed and (layer.activation is F.gelu or isinstance(layer.activation, nn.GELU)):
+        kind = 2
+    layer.activation_relu_or_gelu = kind
 
 
 def tied_layers(model: nn.Module) -> dict[str, str]:

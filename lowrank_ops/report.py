@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from .config import CompressionConfig
+from .config import CompressionConfig, check_share
 from .covariances import Covariances
 from .dense_layers import FilterFn, find_layers
 from .factors import Factors
@@ -115,8 +115,7 @@ def utilization(
     Raises:
         ValueError: ``explained_variance`` out of range, or no layer with a covariance.
     """
-    if not 0 < explained_variance <= 1:
-        raise ValueError(f"explained_variance must be in (0, 1]; got {explained_variance!r}.")
+    check_share("explained_variance", explained_variance)
     layers, _ = find_layers(model, filter_fn)
     if subspaces is None or any(space.centered != centered for space in subspaces.values()):
         subspaces = layer_subspaces(layers, covariances, centered=centered)

@@ -57,6 +57,11 @@ def objective(sensitivity: Sensitivity, output: Any, batch: Any, mask: Tensor | 
         samples = loss.numel() if loss.dim() else len(_tensor(output, "output"))
         return Objective(loss.sum(), samples)
     values = _tensor(output, sensitivity)
+    if sensitivity == "fisher" and (values.dim() > 3 or values.shape[-1] < 2):
+        raise ValueError(
+            f"sensitivity='fisher' needs logits of shape (..., classes) with at least 2 classes; got "
+            f"{tuple(values.shape)}. Pass forward= that moves the classes last, sensitivity='output', or a loss."
+        )
     samples = len(values)
     if mask is not None and values.shape[:-1] == mask.shape:
         values = values[mask.to(values.device)]

@@ -117,7 +117,7 @@ def test_a_plot_without_matplotlib_says_how_to_get_it(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("share", [0, 1.5, float("nan")])
 def test_bad_shares(share):
-    with pytest.raises(ValueError, match=r"explained_variance must be in \(0, 1\]; got"):
+    with pytest.raises(ValueError, match=r"explained_variance must be a number in \(0, 1\]; got"):
         lro.utilization(*calibrated(), share)
 
 
