@@ -24,8 +24,8 @@ ALLOWED = {
     "calibration": {"batches", "covariances", "dense_layers", "ops", "sensitivity"},
     "subspaces": {"covariances", "dense_layers"},
     "ranks": {"config", "subspaces"},
-    "factors": {"subspaces"},
-    "layers": {"covariances", "dense_layers", "factors", "ops", "ranks", "subspaces"},
+    "factors": {"config", "subspaces"},
+    "layers": {"config", "covariances", "dense_layers", "factors", "ops", "ranks", "subspaces"},
     "replacement": {"dense_layers", "factors", "layers"},
     "report": {"config", "covariances", "dense_layers", "factors", "ranks", "subspaces"},
     "compress": {
