@@ -289,9 +289,7 @@ def test_a_replacement_that_fails_leaves_every_layer(monkeypatch):
 def test_nothing_to_compress_is_an_error():
     model = Model()
     covariances = lro.calibrate(model, [torch.randn(40, 4, 6, 6)], filter_fn=lambda module, fqn: fqn == "q")
-    with pytest.raises(
-        ValueError, match="hold none of the layers that can be replaced and that filter_fn keeps"
-    ):
+    with pytest.raises(ValueError, match="hold none of the layers that can be replaced and that filter_fn keeps"):
         lro.compress_(model, covariances, filter_fn=lambda module, fqn: fqn == "k")
     lro.compress_(model, covariances, lro.CompressionConfig(lro.Ranks({"q": 4})))
     with pytest.raises(ValueError, match="covariances hold none of the layers"):
