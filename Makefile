@@ -60,7 +60,7 @@ wheel: $(VENV)/ready-dev
 	ls -l dist
 	$(PYTHON) -m venv .venv-wheel
 	.venv-wheel/bin/python -m pip install --quiet $(PIP_TORCH) "$(TORCH)" pytest "triton>=3.6" dist/*.whl
-	mkdir .venv-wheel/src && cp -r tests csrc pyproject.toml .venv-wheel/src
+	mkdir .venv-wheel/src && cp -r tests csrc CMakeLists.txt pyproject.toml .venv-wheel/src
 	cd .venv-wheel/src && ../bin/python -m pytest tests/native tests/ops
 
 # Uses the environment at hand, which has to have a CUDA build of torch.
