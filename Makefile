@@ -3,7 +3,7 @@
 #   make demo      compress a trained Vision Transformer and compare it with the dense one
 #   make test      lint, type check, all tests that this machine can run, coverage
 #   make wheel     a wheel with the CUDA kernels, for any torch since 2.10, and its tests; needs nvcc
-#   make bench     measure: on a CPU in two minutes, where there is a GPU on that as well
+#   make bench     measure: the CPU in a few minutes, where there is a GPU that as well
 #   make test-gpu  the tests that need a CUDA device, with the torch and Triton that are installed
 #
 # On a machine whose package index serves a CUDA build of torch, a CPU build comes with

@@ -1,4 +1,4 @@
-"""The CPU's share of the suite, in under two minutes on one core: ``python -m benchmarks.bench_cpu --out FILE``.
+"""The CPU's share of the suite: ``python -m benchmarks.bench_cpu --out FILE``.
 
 Covariances by the block triangle against the full product, low-rank layers against dense ones, and what an op of ours
 costs in Python beside ``F.linear``. One thread on its own clock, which leaves out what other processes take from the

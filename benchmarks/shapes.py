@@ -51,7 +51,7 @@ CONVS = (
     Conv(64, 3, 224, 16, 16, 0),  # ViT-B/16 patches
 )
 
-# What two CPU cores measure in under two minutes.
+# What two CPU cores measure in a few minutes.
 CPU_COVARIANCE_FEATURES = (512, 1024, 2048, 3072)
 CPU_COVARIANCE_TOKENS = 1024
 CPU_LAYERS = (STORED_LAYERS[0], STORED_LAYERS[1], STORED_LAYERS[2], STORED_LAYERS[3])
