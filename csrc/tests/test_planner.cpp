@@ -7,7 +7,7 @@
 #include <stdexcept>
 
 #include "../covariance/tiles.h"
-#include "../lowrank_linear/fragments.h"
+#include "../lowrank_linear/slabs.h"
 #include "check.h"
 
 using namespace lowrank_ops;
@@ -36,18 +36,32 @@ void expect_legal(const CovarianceProblem& problem) {
 }
 
 void expect_legal(const LowRankProblem& problem) {
+  using namespace lowrank_linear;
   const LowRankPlan plan = plan_lowrank_linear(problem);
   EXPECT(plan.reason.empty());
-  EXPECT(plan.shared_bytes_up <= problem.machine.shared_memory);
-  EXPECT(plan.shared_bytes_down <= problem.machine.shared_memory);
   EXPECT(plan.token_tile % 8 == 0 && plan.token_tile <= 64);
-  EXPECT(plan.split_features % lowrank_linear::kFeatures == 0);
-  EXPECT((plan.splits - 1) * plan.split_features < problem.in_features);
+  EXPECT(plan.split_features % kFeatures == 0);
   EXPECT(plan.splits * plan.split_features >= problem.in_features);
-  EXPECT(plan.scratch_floats == plan.splits * problem.tokens * problem.rank);
-  EXPECT(plan.dependent_launch == (problem.machine.capability >= 90));
-  EXPECT(plan.token_tile * lowrank_linear::t_pitch(problem.rank) <= plan.shared_bytes_up);
-  EXPECT(lowrank_linear::padded_rank(problem.rank) * 2 <= lowrank_linear::t_pitch(problem.rank));
+  EXPECT(padded_rank(problem.rank) * 2 <= rank_pitch(problem.rank));
+  if (plan.kernel == "decode_sm90") {
+    EXPECT(problem.machine.capability == 90 && problem.aligned && problem.rank % 8 == 0);
+    EXPECT(plan.shared_bytes == layout(plan.token_tile, problem.rank, plan.resident_tiles).bytes);
+    EXPECT(plan.shared_bytes <= problem.machine.shared_memory && plan.shared_bytes < (1 << 20));  // a barrier's count
+    EXPECT(plan.splits == 1 || plan.splits == 2 || plan.splits == 4 || plan.splits == 8);
+    EXPECT(plan.blocks % plan.splits == 0 && plan.blocks >= plan.splits);
+    EXPECT(plan.blocks <= problem.machine.multiprocessors);  // all run at once
+    EXPECT(plan.resident_tiles >= 1);
+    EXPECT(plan.scratch_floats * 2 >= problem.tokens * problem.rank);
+    EXPECT(!plan.dependent_launch);
+  } else {
+    EXPECT(plan.kernel == "decode_sm80");
+    EXPECT(plan.shared_bytes_up <= problem.machine.shared_memory);
+    EXPECT(plan.shared_bytes_down <= problem.machine.shared_memory);
+    EXPECT((plan.splits - 1) * plan.split_features < problem.in_features);
+    EXPECT(plan.scratch_floats == plan.splits * problem.tokens * problem.rank);
+    EXPECT(plan.dependent_launch == (problem.machine.capability >= 90));
+    EXPECT(plan.token_tile * rank_pitch(problem.rank) <= plan.shared_bytes_up);
+  }
 }
 
 void every_plan_is_legal() {
@@ -64,6 +78,8 @@ void every_plan_is_legal() {
       Dtype half = random() % 2 ? Dtype::bfloat16 : Dtype::float16;
       expect_legal(LowRankProblem{1 + static_cast<int64_t>(random() % 64), up_to(20), up_to(12), up_to(20), half,
                                   random() % 2 == 0, machine});
+      expect_legal(LowRankProblem{1 + static_cast<int64_t>(random() % 64), up_to(30), 8 * up_to(9), up_to(30), half,
+                                  true, machine});
     }
 }
 
@@ -78,6 +94,21 @@ void hopper_gets_its_own_kernel_where_it_can() {
   EXPECT(kernel(8192, Dtype::bfloat16, Source::matrix, h200) == "covariance_sm80");
   EXPECT(kernel(int64_t{1} << 32, Dtype::bfloat16, Source::aligned_matrix, h200) == "covariance_sm80");
   EXPECT(kernel(8192, Dtype::bfloat16, Source::aligned_matrix, {100, 148, 232448}) == "covariance_sm80");
+}
+
+void hopper_decodes_in_one_launch_where_it_can() {
+  const Machine h200{90, 132, 232448};
+  const auto plan = [&](int64_t tokens, int64_t rank, bool aligned, const Machine& machine) {
+    return plan_lowrank_linear({tokens, 4096, rank, 4096, Dtype::bfloat16, aligned, machine});
+  };
+  for (int64_t tokens : {1, 16, 64})
+    for (int64_t rank : {8, 136, 512, 1024}) EXPECT(plan(tokens, rank, true, h200).kernel == "decode_sm90");
+  EXPECT(plan(1, 134, true, h200).kernel == "decode_sm80");
+  EXPECT(plan(1, 136, false, h200).kernel == "decode_sm80");
+  EXPECT(plan(1, 136, true, {100, 148, 232448}).kernel == "decode_sm80");
+  EXPECT(plan(1, 8192, true, h200).kernel == "decode_sm80");  // no room for a tile of up
+  EXPECT(plan(1, 512, true, h200).splits > 1);
+  EXPECT(plan(1, 512, true, h200).resident_tiles == 2);  // 256 tiles over 132 blocks: all of up is resident
 }
 
 void few_tiles_are_split_to_fill_the_machine() {
@@ -135,6 +166,7 @@ void names_are_parsed() {
 int main() {
   every_plan_is_legal();
   hopper_gets_its_own_kernel_where_it_can();
+  hopper_decodes_in_one_launch_where_it_can();
   few_tiles_are_split_to_fill_the_machine();
   refusals_say_why();
   names_are_parsed();

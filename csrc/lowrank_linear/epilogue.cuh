@@ -1,0 +1,26 @@
+// What becomes of a sum before it is stored.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "lowrank_linear.h"
+
+namespace lowrank_ops::lowrank_linear {
+
+__device__ __forceinline__ float activate(float y, Activation activation) {
+  switch (activation) {
+    case Activation::none: return y;
+    case Activation::relu: return y < 0.0f ? 0.0f : y;  // keeps NaN
+    case Activation::gelu: return 0.5f * y * (1.0f + erff(y * 0.70710678118654752f));
+    case Activation::gelu_tanh:
+      return 0.5f * y * (1.0f + tanhf(0.79788456080286536f * (y + 0.044715f * y * y * y)));
+    case Activation::silu: return y / (1.0f + expf(-y));
+  }
+  return y;
+}
+
+__device__ __forceinline__ __nv_bfloat16 round_to(float value, __nv_bfloat16) { return __float2bfloat16_rn(value); }
+__device__ __forceinline__ __half round_to(float value, __half) { return __float2half_rn(value); }
+
+}  // namespace lowrank_ops::lowrank_linear
