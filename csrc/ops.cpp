@@ -154,6 +154,7 @@ void launch_lowrank_linear(const LowRankPlan& plan, const lowrank_linear::Argume
                            bool on_16_bytes, const Launch& launch) {
 #ifdef LOWRANK_OPS_SM90
   if (plan.kernel == "decode_sm90") return lowrank_linear::launch_decode_sm90(plan, args, dtype, launch);
+  if (plan.kernel == "prefill_sm90") return lowrank_linear::launch_prefill_sm90(plan, args, dtype, launch);
 #endif
   lowrank_linear::launch_decode_sm80(plan, args, dtype, on_16_bytes, launch);
 }
@@ -188,13 +189,14 @@ Tensor lowrank_linear_forward(Tensor x, Tensor down, Tensor up, std::optional<Te
   STD_TORCH_CHECK(plan.reason.empty(), what(), " cannot run: ", plan.reason);
 
   Tensor y = torch::stable::new_empty(x, {args.tokens, args.out_features});
-  Tensor scratch = scratch_like(x, plan.scratch_floats);
+  std::optional<Tensor> scratch;
+  if (plan.scratch_floats) scratch = scratch_like(x, plan.scratch_floats);
   args.x = x.const_data_ptr();
   args.down = down.const_data_ptr();
   args.up = up.const_data_ptr();
   args.bias = bias ? bias->const_data_ptr() : nullptr;
   args.y = y.mutable_data_ptr();
-  args.scratch = static_cast<float*>(scratch.mutable_data_ptr());
+  args.scratch = scratch ? static_cast<float*>(scratch->mutable_data_ptr()) : nullptr;
   args.x_stride = x.stride(0);
   args.down_stride = down.stride(0);
   args.up_stride = up.stride(0);

@@ -6,6 +6,7 @@
 
 #include "covariance/tiles.h"
 #include "covariance/wgmma_tiles.h"
+#include "lowrank_linear/back_to_back.h"
 #include "lowrank_linear/slabs.h"
 
 namespace lowrank_ops {
@@ -234,7 +235,7 @@ LowRankPlan plan_decode_persistent(const LowRankProblem& problem) {
     int64_t cost = rounds * (ceil_div(ceil_div(steps, cluster), kWarps) + kFixedSteps);
     if (cost < least_cost) {
       least_cost = cost;
-      plan.splits = cluster;
+      plan.splits = plan.cluster = cluster;
     }
   }
   plan.split_features = ceil_div(steps, plan.splits) * kFeatures;
@@ -245,6 +246,57 @@ LowRankPlan plan_decode_persistent(const LowRankProblem& problem) {
   plan.resident_tiles = least(room(), ceil_div(tiles_up, plan.blocks));
   plan.shared_bytes = layout(plan.token_tile, problem.rank, plan.resident_tiles).bytes;
   plan.scratch_floats = ceil_div(problem.tokens * problem.rank, 2);
+  return plan;
+}
+
+// Many tokens: one kernel that keeps t on the chip.
+LowRankPlan plan_prefill(const LowRankProblem& problem) {
+  using namespace lowrank_linear::prefill;
+  LowRankPlan plan;
+  plan.kernel = "prefill_sm90";
+  const auto refuse = [&](const std::string& reason) {
+    plan.reason = "it takes at most " + std::to_string(lowrank_linear::kMostTokens) + " tokens, got " +
+                  std::to_string(problem.tokens) + "; for more, " + reason;
+    return plan;
+  };
+  const Machine& machine = problem.machine;
+  if (machine.capability != 90) return refuse("it needs compute capability 9.0");
+  if (!problem.aligned) return refuse("rows of x, down and up must start on 16 bytes");
+  if (problem.rank > kMostRank) return refuse("the rank must be at most 256, got " + std::to_string(problem.rank));
+  if (problem.tokens > std::numeric_limits<int32_t>::max() - kTokens) return refuse("it takes at most 2^31 - 129");
+  plan.token_tile = kTokens;
+  plan.threads = kThreads;
+  plan.rows_up = kOutputs;
+  plan.splits = 1;
+  plan.split_features = problem.in_features;
+
+  // The cluster that finishes first: waves of clusters; per block the steps over features, each bound by its products
+  // or by bringing its operands, and the rows of up. In cycles: a wgmma takes half of its columns, for each of two
+  // warpgroups; 40 bytes a cycle come to a block; a tile of up is left in 300, a block started in 2000. None of these
+  // is measured.
+  const auto cycles = [](int64_t products, int64_t bytes) { return greatest(products, bytes / 40); };
+  const int64_t row_tiles = ceil_div(problem.tokens, kTokens);
+  int64_t least_cost = std::numeric_limits<int64_t>::max();
+  for (int ranks = rank_tile(problem.rank); ranks <= kMostRank; ranks += 64)
+    for (int cluster = 1; cluster <= least(8, machine.multiprocessors); cluster *= 2) {
+      if (!exists(ranks, cluster) || shared_bytes(ranks, cluster) > machine.shared_memory ||
+          row_tiles * cluster > kMostGrid)
+        continue;
+      const int columns = ranks / cluster;
+      const int64_t waves = ceil_div(row_tiles, machine.multiprocessors / cluster);
+      const int64_t down = ceil_div(problem.in_features, kBox) * cycles(4 * columns, down_step_bytes(columns));
+      const int64_t up = up_tiles(0, cluster, problem.out_features) * (cycles(4 * ranks, up_step_bytes(ranks)) + 300);
+      const int64_t cost = waves * (down + up + 2000);
+      if (cost >= least_cost) continue;
+      least_cost = cost;
+      plan.rank_tile = ranks;
+      plan.cluster = cluster;
+      plan.rows_down = columns;
+      plan.stages = stages(ranks, cluster);
+      plan.shared_bytes = shared_bytes(ranks, cluster);
+      plan.blocks = row_tiles * cluster;
+    }
+  if (plan.rank_tile == 0) return refuse("there is too little shared memory: " + std::to_string(machine.shared_memory));
   return plan;
 }
 
@@ -264,9 +316,7 @@ LowRankPlan plan_lowrank_linear(const LowRankProblem& problem) {
   constexpr int64_t kMostFeatures = int64_t{1} << 30;
   if (problem.in_features > kMostFeatures || problem.out_features > kMostFeatures)
     return refuse("it takes at most 2^30 features");
-  if (problem.tokens > lowrank_linear::kMostTokens)
-    return refuse("it takes at most " + std::to_string(lowrank_linear::kMostTokens) + " tokens, got " +
-                  std::to_string(problem.tokens));
+  if (problem.tokens > lowrank_linear::kMostTokens) return plan_prefill(problem);
   const LowRankPlan persistent = plan_decode_persistent(problem);
   return persistent.reason.empty() ? persistent : plan_decode_pair(problem);
 }
@@ -280,8 +330,10 @@ std::string describe(const LowRankPlan& plan) {
   if (plan.kernel == "decode_sm80")
     out << plan.shared_bytes_down << " and " << plan.shared_bytes_up << " bytes of shared memory, ";
   else
-    out << plan.blocks << " blocks in clusters of " << plan.splits << ", " << plan.resident_tiles * plan.rows_up
-        << " rows of up in shared memory, " << plan.shared_bytes << " bytes, ";
+    out << plan.blocks << " blocks in clusters of " << plan.cluster << ", " << plan.shared_bytes
+        << " bytes of shared memory, ";
+  if (plan.kernel == "decode_sm90") out << plan.resident_tiles * plan.rows_up << " rows of up in it, ";
+  if (plan.kernel == "prefill_sm90") out << "ranks up to " << plan.rank_tile << ", " << plan.stages << " stages, ";
   out << plan.scratch_floats << " floats of scratch" << (plan.dependent_launch ? ", dependent launch" : "");
   return out.str();
 }

@@ -223,7 +223,7 @@ void launch_groups(const LowRankPlan& plan, const Arguments& args, const Launch&
         launch);
   cudaLaunchAttribute attributes[2]{};
   attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim.x = plan.splits;
+  attributes[0].val.clusterDim.x = plan.cluster;
   attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
   attributes[1].id = cudaLaunchAttributeCooperative;  // starts when all blocks can, or fails
   attributes[1].val.cooperative = 1;
@@ -236,9 +236,9 @@ void launch_groups(const LowRankPlan& plan, const Arguments& args, const Launch&
   config.numAttrs = 1;
   // Any number of clusters does the work. A device may hold fewer than the planner counted, where its processors
   // come in groups that a cluster does not fill.
-  const int64_t at_once = clusters_at_once(reinterpret_cast<const void*>(kernel), config, plan.splits, launch);
+  const int64_t at_once = clusters_at_once(reinterpret_cast<const void*>(kernel), config, plan.cluster, launch);
   check(at_once > 0 ? cudaSuccess : cudaErrorCooperativeLaunchTooLarge, launch);
-  config.gridDim = dim3(static_cast<unsigned>(least(plan.blocks, at_once * plan.splits)));
+  config.gridDim = dim3(static_cast<unsigned>(least(plan.blocks, at_once * plan.cluster)));
   config.numAttrs = 2;
   check(cudaLaunchKernelEx(&config, kernel, args), launch);
 }

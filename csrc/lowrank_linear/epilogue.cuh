@@ -20,6 +20,22 @@ __device__ __forceinline__ float activate(float y, Activation activation) {
   return y;
 }
 
+// The same for many, asking once which it is.
+template <int kValues>
+__device__ __forceinline__ void activate_all(float (&values)[kValues], Activation activation) {
+  const auto each = [&](Activation known) {
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) values[i] = activate(values[i], known);
+  };
+  switch (activation) {
+    case Activation::none: return;
+    case Activation::relu: return each(Activation::relu);
+    case Activation::gelu: return each(Activation::gelu);
+    case Activation::gelu_tanh: return each(Activation::gelu_tanh);
+    case Activation::silu: return each(Activation::silu);
+  }
+}
+
 __device__ __forceinline__ __nv_bfloat16 round_to(float value, __nv_bfloat16) { return __float2bfloat16_rn(value); }
 __device__ __forceinline__ __half round_to(float value, __half) { return __float2half_rn(value); }
 

@@ -26,5 +26,6 @@ struct Arguments {
 void launch_decode_sm80(const LowRankPlan& plan, const Arguments& arguments, Dtype dtype, bool aligned,
                         const Launch& launch);
 void launch_decode_sm90(const LowRankPlan& plan, const Arguments& arguments, Dtype dtype, const Launch& launch);
+void launch_prefill_sm90(const LowRankPlan& plan, const Arguments& arguments, Dtype dtype, const Launch& launch);
 
 }  // namespace lowrank_ops::lowrank_linear

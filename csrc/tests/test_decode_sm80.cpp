@@ -1,6 +1,6 @@
 // The decode pair's index arithmetic, and its algorithm lane by lane, against plain sums.
 #include "../planner.h"
-#include "decode.h"
+#include "lowrank.h"
 
 using namespace lowrank_ops;
 using namespace lowrank_ops::lowrank_linear;

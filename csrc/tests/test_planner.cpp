@@ -7,6 +7,7 @@
 #include <stdexcept>
 
 #include "../covariance/tiles.h"
+#include "../lowrank_linear/back_to_back.h"
 #include "../lowrank_linear/slabs.h"
 #include "check.h"
 
@@ -39,8 +40,8 @@ void expect_legal(const LowRankProblem& problem) {
   using namespace lowrank_linear;
   const LowRankPlan plan = plan_lowrank_linear(problem);
   EXPECT(plan.reason.empty());
-  EXPECT(plan.token_tile % 8 == 0 && plan.token_tile <= 64);
-  EXPECT(plan.split_features % kFeatures == 0);
+  EXPECT(plan.token_tile % 8 == 0 && (plan.token_tile <= 64 || plan.kernel == "prefill_sm90"));
+  EXPECT(plan.split_features % kFeatures == 0 || plan.kernel == "prefill_sm90");
   EXPECT(plan.splits * plan.split_features >= problem.in_features);
   EXPECT(padded_rank(problem.rank) * 2 <= rank_pitch(problem.rank));
   if (plan.kernel == "decode_sm90") {
@@ -53,6 +54,14 @@ void expect_legal(const LowRankProblem& problem) {
     EXPECT(plan.resident_tiles >= 1);
     EXPECT(plan.scratch_floats * 2 >= problem.tokens * problem.rank);
     EXPECT(!plan.dependent_launch);
+  } else if (plan.kernel == "prefill_sm90") {
+    EXPECT(problem.machine.capability == 90 && problem.aligned && problem.tokens > 64);
+    EXPECT(prefill::exists(plan.rank_tile, plan.cluster) && plan.rank_tile >= problem.rank);
+    EXPECT(plan.rows_down * plan.cluster == plan.rank_tile && plan.stages >= 2 && plan.stages <= prefill::kMostStages);
+    EXPECT(plan.shared_bytes == prefill::shared_bytes(plan.rank_tile, plan.cluster));
+    EXPECT(plan.shared_bytes <= problem.machine.shared_memory);
+    EXPECT(plan.blocks == ceil_div(problem.tokens, plan.token_tile) * plan.cluster && plan.blocks < (int64_t{1} << 31));
+    EXPECT(plan.scratch_floats == 0 && !plan.dependent_launch);
   } else {
     EXPECT(plan.kernel == "decode_sm80");
     EXPECT(plan.shared_bytes_up <= problem.machine.shared_memory);
@@ -80,6 +89,9 @@ void every_plan_is_legal() {
                                   random() % 2 == 0, machine});
       expect_legal(LowRankProblem{1 + static_cast<int64_t>(random() % 64), up_to(30), 8 * up_to(9), up_to(30), half,
                                   true, machine});
+      if (machine.capability == 90)
+        expect_legal(LowRankProblem{64 + up_to(30.9), up_to(30), 1 + static_cast<int64_t>(random() % 256), up_to(30),
+                                    half, true, machine});
     }
 }
 
@@ -111,6 +123,19 @@ void hopper_decodes_in_one_launch_where_it_can() {
   EXPECT(plan(1, 512, true, h200).resident_tiles == 2);  // 256 tiles over 132 blocks: all of up is resident
 }
 
+void many_tokens_are_shared_by_clusters_where_tiles_are_few() {
+  const Machine h200{90, 132, 232448};
+  const auto plan = [&](int64_t tokens, int64_t rank) {
+    return plan_lowrank_linear({tokens, 768, rank, 3072, Dtype::bfloat16, true, h200});
+  };
+  EXPECT(plan(65, 136).kernel == "prefill_sm90");
+  EXPECT(plan(2048, 216).cluster > 2);
+  EXPECT(plan(1 << 20, 64).cluster == 1);
+  EXPECT(plan(1 << 20, 64).rank_tile == 64);
+  EXPECT(plan(1 << 20, 136).rank_tile == 192);
+  EXPECT(plan(1 << 20, 256).cluster == 2);  // a thread has no registers for 256 columns
+}
+
 void few_tiles_are_split_to_fill_the_machine() {
   const Machine h200{90, 132, 232448};
   const CovarianceProblem narrow{12608, 768, 1, Dtype::bfloat16, Source::aligned_matrix, h200};
@@ -138,6 +163,10 @@ void refusals_say_why() {
     return plan_lowrank_linear({tokens, 768, rank, 768, dtype, true, machine}).reason;
   };
   EXPECT(says(lowrank(65, 8, Dtype::bfloat16, a100), "at most 64 tokens, got 65"));
+  EXPECT(says(lowrank(65, 8, Dtype::bfloat16, a100), "needs compute capability 9.0"));
+  EXPECT(says(lowrank(65, 257, Dtype::bfloat16, {90, 132, 232448}), "at most 256, got 257"));
+  EXPECT(says(lowrank(65, 64, Dtype::bfloat16, {90, 132, 60000}), "too little shared memory"));
+  EXPECT(says(plan_lowrank_linear({65, 8, 8, 8, Dtype::float16, false, {90, 132, 232448}}).reason, "on 16 bytes"));
   EXPECT(says(lowrank(1, 8, Dtype::float32, a100), "not float32"));
   EXPECT(says(lowrank(1, 20000, Dtype::float16, a100), "rank 20000 needs"));
   EXPECT(says(lowrank(1, 0, Dtype::float16, a100), "empty"));
@@ -167,6 +196,7 @@ int main() {
   every_plan_is_legal();
   hopper_gets_its_own_kernel_where_it_can();
   hopper_decodes_in_one_launch_where_it_can();
+  many_tokens_are_shared_by_clusters_where_tiles_are_few();
   few_tiles_are_split_to_fill_the_machine();
   refusals_say_why();
   names_are_parsed();

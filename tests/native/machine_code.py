@@ -22,12 +22,14 @@ LAUNCH_BOUNDS = {
     "decode_down_sm80": (256, 1),
     "decode_up_sm80": (256, 1),
     "decode_sm90": (256, 1),
+    "prefill_sm90": (288, 1),
 }
 
 # What a kernel is written for and has to show: tensor cores, the copy engine, barriers of a block, a cluster, the grid.
 NEEDS = {
     "covariance_sm90": ("HGMMA", "UTMALDG", "SYNCS"),
     "decode_sm90": ("HMMA", "UBLKCP", "SYNCS", "UCGABAR_ARV", "UCGABAR_WAIT", "ATOM"),
+    "prefill_sm90": ("HGMMA", "UTMALDG", "SYNCS"),
 }
 
 

@@ -1,6 +1,8 @@
-// The decode kernels' products on the host, lane by lane, with the kernels' own index functions.
+// For the tests of low-rank products: matrices, what is expected of their product, and the decode kernels' products lane
+// by lane, with the kernels' own index functions.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstring>
@@ -10,6 +12,7 @@
 
 #include "../lowrank_linear/fragments.h"
 #include "check.h"
+#include "half.h"
 #include "warp.h"
 
 namespace lowrank_ops::tests {
@@ -29,6 +32,61 @@ inline Matrix random_matrix(int64_t rows, int64_t cols, std::mt19937& random) {
   Matrix m{rows, cols, std::vector<float>(rows * cols)};
   for (float& value : m.values) value = static_cast<float>(static_cast<int>(random() % 9) - 4) / 4;  // exact sums
   return m;
+}
+
+inline Matrix normal_matrix(int64_t rows, int64_t cols, float scale, std::mt19937& random) {
+  std::normal_distribution<float> normal;
+  Matrix m{rows, cols, std::vector<float>(rows * cols)};
+  for (float& value : m.values) value = to_bfloat16(scale * normal(random));
+  return m;
+}
+
+// (x down^T) up^T for values whose sums are exact: all that is rounded is t.
+inline std::vector<float> exact(const Matrix& x, const Matrix& down, const Matrix& up) {
+  std::vector<float> y(x.rows * up.rows, 0.0f);
+  for (int64_t token = 0; token < x.rows; ++token)
+    for (int64_t r = 0; r < down.rows; ++r) {
+      float t = 0;
+      for (int64_t k = 0; k < x.cols; ++k) t += x.at(token, k) * down.at(r, k);
+      for (int64_t n = 0; n < up.rows; ++n) y[token * up.rows + n] += to_bfloat16(t) * up.at(n, r);
+    }
+  return y;
+}
+
+inline bool same(const std::vector<float>& a, const std::vector<float>& b) {
+  return std::equal(a.begin(), a.end(), b.begin(), b.end());  // a NaN differs from all
+}
+
+// The project's tolerance: at most twice as far from float64 as two products in bfloat16 with t rounded between.
+inline void expect_as_near_as_two_products(const std::vector<float>& mine, const Matrix& x, const Matrix& down,
+                                           const Matrix& up) {
+  double worst = 0, allowed = 0;
+  for (int64_t token = 0; token < x.rows; ++token) {
+    std::vector<double> t(down.rows, 0.0);
+    std::vector<float> rounded(down.rows, 0.0f);
+    for (int64_t r = 0; r < down.rows; ++r) {
+      float sum = 0;
+      for (int64_t k = 0; k < x.cols; ++k) {
+        t[r] += static_cast<double>(x.at(token, k)) * down.at(r, k);
+        sum += x.at(token, k) * down.at(r, k);
+      }
+      rounded[r] = to_bfloat16(sum);
+    }
+    for (int64_t n = 0; n < up.rows; ++n) {
+      double y = 0;
+      float same_dtype = 0;
+      for (int64_t r = 0; r < down.rows; ++r) {
+        y += t[r] * up.at(n, r);
+        same_dtype += rounded[r] * up.at(n, r);
+      }
+      const double error = std::abs(to_bfloat16(mine[token * up.rows + n]) - y);
+      EXPECT(!std::isnan(error));
+      worst = std::max(worst, error);
+      allowed = std::max(allowed, std::abs(to_bfloat16(same_dtype) - y));
+    }
+  }
+  EXPECT(worst <= 2 * allowed + 1e-6);
+  EXPECT(worst > 0);
 }
 
 // Where a lane's 8 values come from: a row, counted from the first of the product, and a feature.
