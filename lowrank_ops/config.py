@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from .latencies import LayerLatencies
+
 FORMAT_VERSION = 1
 PROJECTIONS = ("output", "loss", "utilized", "weight")
 ALLOCATIONS = ("uniform", "energy", "loss")
@@ -67,6 +69,38 @@ class FlopBudget:
 
 
 @dataclass(frozen=True)
+class LatencyBudget:
+    """All considered layers together take at most ``fraction`` of the time that they take dense, as predicted.
+
+    The sum of the measured times of the layers is what is kept within the budget, not the time of a whole model,
+    which does other things as well. The ranks are the solution of a multiple-choice knapsack over aligned ranks and
+    dense layers (to within its steps, each at most 1/2000 of what the layers may spend above the least).
+
+    Args:
+        fraction: share of the dense layers' time in (0, 1]; met exactly or from below.
+        latencies: from :func:`lowrank_ops.measure_latency`, on the device and with the batch size that count.
+        allocation: ``"loss"`` keeps as much of the loss as the time allows, which needs covariances with a
+            sensitivity; ``"energy"`` the most of the layers' shares of output variance; ``"uniform"`` gives every
+            layer the same share of its time.
+    """
+
+    fraction: float
+    latencies: LayerLatencies
+    allocation: str = "loss"
+
+    def __post_init__(self) -> None:
+        check_share("fraction", self.fraction)
+        if isinstance(self.latencies, Mapping):  # from JSON
+            object.__setattr__(self, "latencies", LayerLatencies.from_dict(self.latencies))
+        if not isinstance(self.latencies, LayerLatencies):
+            raise TypeError(
+                f"latencies must come from measure_latency(model, batch) or LayerLatencies.load; got "
+                f"{type(self.latencies).__name__}."
+            )
+        check_choice("allocation", self.allocation, ALLOCATIONS)
+
+
+@dataclass(frozen=True)
 class AccuracyGuided:
     """The smallest model, by a search with trial compressions, whose accuracy stays within a tolerance.
 
@@ -107,11 +141,13 @@ class Ranks:
         _check_names("ranks", self.ranks)
 
 
-RankPolicy = ExplainedVariance | ParameterBudget | FlopBudget | AccuracyGuided | Ranks
-_POLICIES: dict[str, type[ExplainedVariance] | type[ParameterBudget] | type[FlopBudget] | type[Ranks]] = {
+_Storable = ExplainedVariance | ParameterBudget | FlopBudget | LatencyBudget | Ranks
+RankPolicy = _Storable | AccuracyGuided
+_POLICIES: dict[str, type[_Storable]] = {
     "explained_variance": ExplainedVariance,
     "parameter_budget": ParameterBudget,
     "flop_budget": FlopBudget,
+    "latency_budget": LatencyBudget,
     "ranks": Ranks,
 }
 

@@ -14,7 +14,8 @@ ROOT = Path(lowrank_ops.__file__).parent
 # Each module, and the modules of ours that it may import. No arrow points up the pipeline.
 ALLOWED = {
     "version": set(),
-    "config": set(),
+    "latencies": set(),
+    "config": {"latencies"},
     "covariances": set(),
     "dense_layers": set(),
     "ops": set(),
@@ -24,11 +25,14 @@ ALLOWED = {
     "recording": {"covariances", "dense_layers", "ops", "sensitivity"},
     "calibration": {"batches", "covariances", "dense_layers", "recording", "sensitivity"},
     "subspaces": {"covariances", "dense_layers"},
-    "ranks": {"config", "subspaces"},
+    "costs": {"latencies", "subspaces"},
+    "allocation": {"costs", "subspaces"},
+    "ranks": {"allocation", "config", "costs", "subspaces"},
     "factors": {"config", "subspaces"},
-    "layers": {"config", "covariances", "dense_layers", "factors", "ops", "ranks", "subspaces"},
+    "layers": {"config", "costs", "covariances", "dense_layers", "factors", "ops", "subspaces"},
+    "timing": {"batches", "costs", "dense_layers", "latencies", "layers"},
     "replacement": {"dense_layers", "factors", "layers"},
-    "report": {"config", "covariances", "dense_layers", "factors", "ranks", "subspaces"},
+    "report": {"config", "costs", "covariances", "dense_layers", "factors", "subspaces"},
     "compress": {
         "config", "covariances", "dense_layers", "factors", "ranks", "replacement", "report", "subspaces",
     },
