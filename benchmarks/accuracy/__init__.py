@@ -1,0 +1,1 @@
+"""Accuracy at equal size, on real models."""
