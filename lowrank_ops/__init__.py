@@ -14,6 +14,7 @@ from .config import (
     Ranks,
 )
 from .covariances import Covariance, Covariances, NonFiniteActivationError
+from .decomposition import Subspace
 from .factors import Factors, factorize
 from .finetune import FinetuneReport, finetune_
 from .latencies import LayerLatencies
@@ -21,7 +22,7 @@ from .layers import LowRankConv2d, LowRankLinear
 from .ranks import choose_ranks
 from .replacement import replace_
 from .report import CompressionReport, UtilizationReport, utilization
-from .subspaces import LayerSubspaces, Subspace, layer_subspaces
+from .subspaces import LayerSubspaces, layer_subspaces
 from .timing import measure_latency
 
 __all__ = [

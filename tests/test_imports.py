@@ -24,7 +24,8 @@ ALLOWED = {
     "finetune": {"batches"},
     "recording": {"covariances", "dense_layers", "ops", "sensitivity"},
     "calibration": {"batches", "covariances", "dense_layers", "recording", "sensitivity"},
-    "subspaces": {"covariances", "dense_layers"},
+    "decomposition": set(),
+    "subspaces": {"covariances", "decomposition", "dense_layers"},
     "costs": {"latencies", "subspaces"},
     "allocation": {"costs", "subspaces"},
     "ranks": {"allocation", "config", "costs", "subspaces"},
@@ -39,7 +40,7 @@ ALLOWED = {
     "checkpoint": {"config", "dense_layers", "layers", "replacement", "report"},
 }  # fmt: skip
 IMPORTED_BY_NOBODY = {"cli", "demo", "hf"}
-OP_LEAVES = {"_backend", "_native", "_tuning", "_layout", "_autocast", "_specialization"}
+OP_LEAVES = {"_backend", "_eager", "_native", "_tuning", "_layout", "_autocast", "_specialization"}
 
 
 def imported_by(path: Path) -> set[str]:
