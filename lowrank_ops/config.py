@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from .latencies import LayerLatencies
@@ -107,11 +108,16 @@ class AccuracyGuided:
     Args:
         evaluate: ``evaluate(model) -> float``, higher is better; is called with the compressed model many times.
         max_drop: how much less than the dense model's value is accepted, in the units of ``evaluate``.
-        search: ``"budget"`` bisects one parameter budget for all layers; ``"layers"`` bisects the rank of one layer
-            after another, the largest first, each with a part of the tolerance and those before it compressed: up
-            to log2(ranks) evaluations per layer (Garg et al. 2024 choose a threshold per layer).
+        search: ``"budget"`` bisects one parameter budget for all layers. With ``allocation="loss"`` that is a
+            bisection of one threshold for all layers, on the loss that a parameter saves: the ranks within a
+            budget are those of a threshold, filled up with what still fits. ``"layers"`` bisects the rank of one
+            layer after another, the largest first, each with a part of the tolerance and those before it
+            compressed: up to log2(ranks) evaluations per layer (Garg et al. 2024 choose a threshold per layer).
         allocation: how ``"budget"`` spends, as in :class:`ParameterBudget`.
         evaluations: at most this many for ``"budget"``, the dense model's included.
+        journal: file that keeps the accuracy of every trial; a search that finds its trials there does not repeat
+            them, be it the same one interrupted or another over the same model. Trials of other weights,
+            covariances or projections are refused; that ``evaluate`` is the same is up to you.
     """
 
     evaluate: Callable[[Any], float]
@@ -119,6 +125,7 @@ class AccuracyGuided:
     search: str = "budget"
     allocation: str = "loss"
     evaluations: int = 10
+    journal: str | Path | None = None
 
     def __post_init__(self) -> None:
         if not callable(self.evaluate):
@@ -129,6 +136,8 @@ class AccuracyGuided:
         check_choice("allocation", self.allocation, ALLOCATIONS)
         if isinstance(self.evaluations, bool) or not isinstance(self.evaluations, int) or self.evaluations < 2:
             raise ValueError(f"evaluations must be an integer of at least 2; got {self.evaluations!r}.")
+        if self.journal is not None and not isinstance(self.journal, (str, Path)):
+            raise TypeError(f"journal must be the path of a file, or None; got {self.journal!r}.")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ ROOT = Path(lowrank_ops.__file__).parent
 # Each module, and the modules of ours that it may import. No arrow points up the pipeline.
 ALLOWED = {
     "version": set(),
+    "journal": set(),
     "latencies": set(),
     "config": {"latencies"},
     "covariances": set(),
@@ -35,7 +36,7 @@ ALLOWED = {
     "replacement": {"dense_layers", "factors", "layers"},
     "report": {"config", "costs", "covariances", "dense_layers", "factors", "subspaces"},
     "compress": {
-        "config", "covariances", "dense_layers", "factors", "ranks", "replacement", "report", "subspaces",
+        "config", "covariances", "dense_layers", "factors", "journal", "ranks", "replacement", "report", "subspaces",
     },
     "checkpoint": {"config", "dense_layers", "layers", "replacement", "report"},
 }  # fmt: skip
