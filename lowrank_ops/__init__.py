@@ -6,13 +6,14 @@ from .checkpoint import CheckpointError, load_pretrained, save_pretrained
 from .compress import compress_
 from .config import AccuracyGuided, CompressionConfig, ExplainedVariance, FlopBudget, ParameterBudget, Ranks
 from .covariances import Covariance, Covariances, NonFiniteActivationError
+from .decomposition import Subspace
 from .factors import Factors, factorize
 from .finetune import FinetuneReport, finetune_
 from .layers import LowRankConv2d, LowRankLinear
 from .ranks import choose_ranks
 from .replacement import replace_
 from .report import CompressionReport, UtilizationReport, utilization
-from .subspaces import LayerSubspaces, Subspace, layer_subspaces
+from .subspaces import LayerSubspaces, layer_subspaces
 
 __all__ = [
     "ops",

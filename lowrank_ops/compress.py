@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .config import AccuracyGuided, CompressionConfig, Ranks
+from .config import AccuracyGuided, CompressionConfig, ExplainedVariance, RankPolicy, Ranks
 from .covariances import Covariances
 from .dense_layers import FilterFn, find_layers
 from .factors import Factors, factorize
@@ -86,7 +86,8 @@ def compress_(
 
         def measure(ranks: ChosenRanks) -> float:
             training = [(module, module.training) for module in model.modules()]
-            with replaced(model, _factorize(ranks, subspaces, projection, progress=False)), torch.no_grad():
+            factors = _factorize(ranks, subspaces, projection, progress=False, keep_directions=True)
+            with replaced(model, factors), torch.no_grad():
                 try:
                     accuracy = evaluate(model)
                 finally:
@@ -100,6 +101,7 @@ def compress_(
                 raise ValueError("evaluate must return the model's accuracy as a finite number, the larger the better.")
             return accuracy
 
+    _decompose(policy, subspaces, progress)
     ranks = choose_ranks(policy, subspaces, config.overrides, measure=measure, progress=progress)
     if isinstance(policy, AccuracyGuided):  # what was found can be written to a file and used again
         config = replace(config, rank=Ranks({fqn: rank for fqn, rank in ranks.items() if rank is not None}))
@@ -111,14 +113,33 @@ def compress_(
     return report
 
 
+def _decompose(policy: RankPolicy, subspaces: Mapping[str, LayerSubspaces], progress: bool) -> None:
+    """Find the spectra that the policy will ask for, one layer in memory at a time."""
+    allocation = getattr(policy, "allocation", None)
+    for space in tqdm(subspaces.values(), desc="decomposing", unit="layer", disable=not progress):
+        if isinstance(policy, ExplainedVariance):
+            space.utilized_rank(policy.threshold)
+        elif allocation == "energy":
+            _ = space.output.spectrum
+        elif allocation == "loss" and space.loss is not None:
+            _ = space.loss.subspace.spectrum
+        space.release()
+
+
 def _factorize(
-    ranks: ChosenRanks, subspaces: Mapping[str, LayerSubspaces], projection: str, progress: bool
+    ranks: ChosenRanks,
+    subspaces: Mapping[str, LayerSubspaces],
+    projection: str,
+    progress: bool,
+    keep_directions: bool = False,
 ) -> dict[str, Factors]:
     factors = {}
     for fqn, rank in tqdm(ranks.items(), desc="factorising", unit="layer", disable=not progress):
         if rank is not None:
+            space = subspaces[fqn]
             try:
-                factors[fqn] = factorize(subspaces[fqn], rank, projection)
+                factors[fqn] = factorize(space, rank, projection).to(space.dtype)
             except ValueError as error:
                 raise ValueError(f"layer {fqn!r}: {error}") from None
+            space.release(directions=not keep_directions)
     return factors

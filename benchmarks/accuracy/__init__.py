@@ -1,5 +1,7 @@
-"""How much of a model's accuracy is left at a given size, run from a checkout as ``python -m benchmarks.accuracy.X``.
+"""How much of a real model's accuracy is left at a given size: ``python -m benchmarks.accuracy.X`` in a checkout.
 
-``vision``: the demo's Vision Transformer at equal size, before and after fine-tuning; ``calibration_size``: by how many
-images it was calibrated; ``pretraining``: how it was trained. ``results`` keeps their rows.
+``vision``: the demo's Vision Transformer, before and after fine-tuning.
+``calibration_size``: the same by how many images it was calibrated. ``pretraining``: its utilization by how it was trained.
+``text``: a sentence encoder on two kinds of text, which ``corpora`` collects and ``encoder`` embeds.
+``decomposition``: ways to decompose wide covariances. ``results`` keeps the rows.
 """
