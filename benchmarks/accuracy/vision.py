@@ -41,11 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cases = asked(options)
     missing = [] if options.tables else [case for case in cases if results.find(case) is None]
     if missing:
-        bench = Bench(options.probes)
         train = None
         if options.finetune:
             train = Training(*training_images(options.data), options.train_images, options.held_out)
-            bench.judge_by(*train.held_out_images)
+        torch.manual_seed(0)
+        bench = Bench(*(train.held_out_images if train is not None and options.held_out else load_images("test")))
+        bench.use(bench.calibrate(load_images("calibration")[0], options.probes))  # the 2,000 images that ship
         for case in tqdm(missing, desc="compressing and evaluating", unit="model"):
             student, report = bench.compress(case["budget"], case["projection"], case["allocation"], options.keep_dense)
             losses = {} if train is None else train.recover(student, bench.dense, case)
@@ -102,31 +103,33 @@ def asked(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 class Bench:
-    """The dense model, its calibration by the 2,000 images that ship, and the images that it is judged by."""
+    """The dense model, its spaces by the images it was calibrated with, and the images that it is judged by."""
 
-    def __init__(self, probes: int) -> None:
-        torch.manual_seed(0)
-        self.dense = load_vit()
-        images, _ = load_images("calibration")
-        self.covariances = lro.calibrate(
-            self.dense, images.split(CALIBRATION_BATCH), sensitivity="fisher", probes=probes, progress=True
-        )
-        layers = {fqn: module for fqn, module in self.dense.named_modules() if fqn in self.covariances}
-        self.subspaces = lro.layer_subspaces(layers, self.covariances)
-        self.judge_by(*load_images("test"))
+    covariances: lro.Covariances
+    subspaces: dict[str, lro.LayerSubspaces]
 
-    def judge_by(
+    def __init__(
         self,
         images: Tensor,  # (n, 1, 28, 28)
         labels: Tensor,  # (n,)
     ) -> None:
-        """Judge by these images from now on; by the same as before where there are none."""
-        if len(images):
-            self.images, self.labels, self.predictions = images, labels, predict(self.dense, images)
-            print(f"dense: {percent_equal(self.predictions, self.labels):.2f}% of {len(images)} images")
+        self.dense = load_vit()
+        self.images, self.labels, self.predictions = images, labels, predict(self.dense, images)
+        print(f"dense: {percent_equal(self.predictions, labels):.2f}% of {len(images)} images")
+
+    def calibrate(self, images: Tensor, probes: int = 1) -> lro.Covariances:
+        """Covariances and sensitivities of images (n, 1, 28, 28)."""
+        batches = images.split(CALIBRATION_BATCH)
+        return lro.calibrate(self.dense, batches, sensitivity="fisher", probes=probes, progress=True)
+
+    def use(self, covariances: lro.Covariances) -> None:
+        """Compress by these covariances from now on."""
+        self.covariances = covariances
+        layers = {fqn: module for fqn, module in self.dense.named_modules() if fqn in covariances}
+        self.subspaces = lro.layer_subspaces(layers, covariances)
 
     def compress(
-        self, budget: float, projection: str, allocation: str, kept_dense: Sequence[str]
+        self, budget: float, projection: str, allocation: str, kept_dense: Sequence[str] = ()
     ) -> tuple[nn.Module, lro.CompressionReport]:
         """A compressed copy, and what was done to it; ``budget`` in % of the parameters of all layers."""
         config = lro.CompressionConfig(
