@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 FORMAT_VERSION = 1
-PROJECTIONS = ("output", "loss", "utilized", "weight")
+PROJECTIONS = ("output", "loss", "utilized", "input", "weight")
 ALLOCATIONS = ("uniform", "energy", "loss")
 SEARCHES = ("budget", "layers")
 
@@ -125,8 +125,8 @@ class CompressionConfig:
         projection: ``"output"``, output principal components, the least output error at a given rank;
             ``"loss"``, the least error in the metric of the loss's gradient, which needs covariances with a
             sensitivity (layers without one get ``"output"``, and the report says so); ``"utilized"``,
-            W' = P_T W P_S of Garg et al. 2024; ``"weight"``, the truncated SVD of the weight, which ignores the data
-            and is there to compare with.
+            W' = P_T W P_S of Garg et al. 2024; to compare with, ``"input"``, input principal components, W' = W P_S,
+            and ``"weight"``, the truncated SVD of the weight, which ignores the data.
         centered: use the covariance about the mean and fold the mean into the bias (never a larger output
             error); False uses the second moment and leaves the bias as it is.
         overrides: ``{fqn or "re:pattern": rank}``, which wins over the policy; a rank of None keeps a layer dense.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .config import PROJECTIONS, check_choice
-from .subspaces import LayerSubspaces
+from .subspaces import LayerSubspaces, Subspace
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,12 @@ def factorize(spaces: LayerSubspaces, rank: int, projection: str = "output") -> 
             error at that rank, which equals the variance dropped. ``"loss"``: the same in the metric of the loss,
             min |G^1/2 (W - W') C^1/2| with G the second moment of the loss's gradient; ``"output"`` where no
             sensitivity was streamed. ``"utilized"``: W' = P_T W P_S (Garg et al.
-            2024) at the largest explained variance whose utilized rank is ``rank``. ``"weight"``: truncated SVD.
+            2024) at the largest explained variance whose utilized rank is ``rank``. ``"input"``: W' = W P_S with P_S on
+            the first ``rank`` input directions. ``"weight"``: truncated SVD.
 
     Raises:
-        ValueError: an unknown projection; ``"utilized"`` needs the input space, and only the output was streamed.
+        ValueError: an unknown projection; ``"utilized"`` and ``"input"`` need the input space, and only the output was
+            streamed.
     """
     check_choice("projection", projection, PROJECTIONS)
     if projection == "loss" and spaces.loss is None:
@@ -70,6 +72,9 @@ def factorize(spaces: LayerSubspaces, rank: int, projection: str = "output") -> 
     left = None  # (..., rank, out_features), where down is left @ W
     if projection == "utilized":
         down, up = _utilized(spaces, rank)
+    elif projection == "input":
+        source = _input_space(spaces, projection).leading(rank).basis
+        down, up = source.mT, spaces.weight @ source
     else:
         left, up = _output_projection(spaces, rank, projection)
         down = left @ spaces.weight
@@ -101,14 +106,19 @@ def _output_projection(spaces: LayerSubspaces, rank: int, projection: str) -> tu
     return up.mT, up
 
 
-def _utilized(spaces: LayerSubspaces, rank: int) -> tuple[Tensor, Tensor]:
+def _input_space(spaces: LayerSubspaces, projection: str) -> Subspace:
     if spaces.input is None:
         raise ValueError(
-            "projection='utilized' needs the input space, but only the output was streamed; calibrate with "
+            f"projection={projection!r} needs the input space, but only the output was streamed; calibrate with "
             "side='input' or use projection='output'."
         )
+    return spaces.input
+
+
+def _utilized(spaces: LayerSubspaces, rank: int) -> tuple[Tensor, Tensor]:
+    inputs = _input_space(spaces, "utilized")
     sizes = [_dimensions_at(spaces, group, rank) for group in range(spaces.dimensions.groups)]
-    input_basis = spaces.input.leading(max(k_s for k_s, _ in sizes)).basis
+    input_basis = inputs.leading(max(k_s for k_s, _ in sizes)).basis
     output_basis = spaces.output.leading(max(k_t for _, k_t in sizes)).basis
     groups = zip(_batch(spaces.weight), _batch(input_basis), _batch(output_basis), sizes, strict=True)
     downs, ups = [], []

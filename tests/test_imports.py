@@ -21,7 +21,8 @@ ALLOWED = {
     "batches": set(),
     "sensitivity": {"batches"},
     "finetune": {"batches"},
-    "calibration": {"batches", "covariances", "dense_layers", "ops", "sensitivity"},
+    "recording": {"covariances", "dense_layers", "ops", "sensitivity"},
+    "calibration": {"batches", "covariances", "dense_layers", "recording", "sensitivity"},
     "decomposition": set(),
     "subspaces": {"covariances", "decomposition", "dense_layers"},
     "ranks": {"config", "subspaces"},
@@ -35,7 +36,7 @@ ALLOWED = {
     "checkpoint": {"config", "dense_layers", "layers", "replacement", "report"},
 }  # fmt: skip
 IMPORTED_BY_NOBODY = {"cli", "demo", "hf"}
-OP_LEAVES = {"_backend", "_native", "_tuning", "_layout", "_autocast", "_specialization"}
+OP_LEAVES = {"_backend", "_eager", "_native", "_tuning", "_layout", "_autocast", "_specialization"}
 
 
 def imported_by(path: Path) -> set[str]:
