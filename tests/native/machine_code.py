@@ -111,7 +111,7 @@ def faults(kernel: Kernel) -> list[str]:
     if kernel.has("HGMMA"):
         # A warpgroup waits once a step and once at the end; when the assembler serialises, after every product.
         products, waits = kernel.opcodes.get("HGMMA", 0), kernel.opcodes.get("WARPGROUP", 0)
-        if waits > 2 * products:
+        if waits > products:
             found.append(f"{waits} WARPGROUP for {products} HGMMA: serialised")
     elif (
         kernel.name in LAUNCH_BOUNDS

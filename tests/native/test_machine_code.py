@@ -36,6 +36,10 @@ def test_the_kernels_are_there(kernels: list[machine_code.Kernel]) -> None:
         assert sum(kernel.name == "decode_up_sm80" for kernel in kernels if kernel.arch == arch) == 16
         # two types x four token tiles
         assert sum(kernel.name == "decode_sm90" for kernel in kernels if kernel.arch == arch) == 8 * (arch == "sm_90a")
+        # two types x nine pairs of ranks and cluster
+        assert sum(kernel.name == "prefill_sm90" for kernel in kernels if kernel.arch == arch) == 18 * (
+            arch == "sm_90a"
+        )
 
 
 BAD_KERNELS = """
@@ -71,7 +75,7 @@ def test_the_gate_counts() -> None:
     )
     assert not machine_code.faults(good)
     assert "too many" in machine_code.faults(good._replace(registers=128))[0]
-    assert "serialised" in machine_code.faults(good._replace(opcodes={**good.opcodes, "WARPGROUP": 9}))[0]
+    assert "serialised" in machine_code.faults(good._replace(opcodes={**good.opcodes, "WARPGROUP": 5}))[0]
     assert "static shared" in machine_code.faults(good._replace(shared=50000))[0]
     copies = machine_code.Kernel("covariance_sm80", "SourceE1E", "sm_80", 128, 0, 0, {}, {"HMMA.16816.F32.BF16": 1})
     assert "no LDGSTS" in machine_code.faults(copies)[0]
