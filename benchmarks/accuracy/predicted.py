@@ -31,6 +31,7 @@ from .corpora import SOURCES, corpus
 from .encoder import load_encoder, model_folder, tokenize
 
 PROJECTIONS = ("output", "loss", "utilized")
+ROUNDING = 1e-10  # share of a layer's variance
 HEADER = ["model", "projection", "budget", "layers", "correlation", "median ratio", "lowest", "highest", "at layer"]
 
 
@@ -139,8 +140,9 @@ class Bench:
 
 
 def summary(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Correlation of the logarithms and ratios; layers without any error, predicted and measured, are left out."""
-    pairs = [(row["predicted"], row["measured"], row["layer"]) for row in layers if row["predicted"] > 0]
+    """Correlation of the logarithms and ratios; left out are layers whose error is that of rounding in float32."""
+    kept = [row for row in layers if row["predicted"] > ROUNDING * row["variance"]]
+    pairs = [(row["predicted"], row["measured"], row["layer"]) for row in kept]
     logs = [[math.log(predicted), math.log(measured)] for predicted, measured, _ in pairs]
     ratios = sorted((measured / predicted, layer) for predicted, measured, layer in pairs)
     return {
