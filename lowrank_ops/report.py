@@ -12,10 +12,10 @@ from torch import nn
 from tqdm import tqdm
 
 from .config import CompressionConfig, check_share
+from .costs import dense_parameters, stored_rank
 from .covariances import Covariances
 from .dense_layers import FilterFn, find_layers
 from .factors import Factors
-from .ranks import dense_parameters, stored_rank
 from .subspaces import LayerSubspaces, layer_subspaces
 
 
