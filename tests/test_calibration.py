@@ -247,7 +247,7 @@ def test_the_output_is_seen_before_the_users_hooks_change_it():
 
 def test_layers_with_one_input_share_one_covariance(monkeypatch):
     calls = []
-    module = sys.modules["lowrank_ops.calibration"]  # the package's attribute of this name is the function
+    module = sys.modules["lowrank_ops.recording"]
     update = module.covariance_update_
     monkeypatch.setattr(module, "covariance_update_", lambda *args: (calls.append(args), update(*args)))
     model = Attention()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import lowrank_ops as lro
 from lowrank_ops import cli, ops
 from lowrank_ops.checkpoint import load_pretrained
+from lowrank_ops.cli import doctor, inputs
 
 PROJECT = """
 import torch
@@ -76,7 +78,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def build() -> torch.nn.Module:
     """The project's model, as the command builds it."""
-    return cli._import("cli_project:build", "MODEL")()
+    return inputs.import_callable("cli_project:build", "MODEL")()
 
 
 def refused(capsys: pytest.CaptureFixture[str], code: int, *argv: str) -> str:
@@ -143,7 +145,7 @@ class TestAnalyze:
         assert (project / "picture.png").read_bytes().startswith(b"\x89PNG")
 
     def test_plot_without_matplotlib(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
         assert "pip install 'lowrank_ops[plots]'" in refused(capsys, 2, *ANALYZE, "--plot", "picture.png")
 
 
@@ -228,7 +230,7 @@ class TestDoctor:
     def test_an_op_without_implementation_is_exit_code_1(
         self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, json_flag: list[str]
     ) -> None:
-        monkeypatch.setattr(cli.ops, "explain", lambda op, *tensors, **options: "reference: cannot run: out of luck")
+        monkeypatch.setattr(ops, "explain", lambda op, *tensors, **options: "reference: cannot run: out of luck")
         assert cli.main(["doctor", *json_flag]) == 1
         out = capsys.readouterr().out
         assert "out of luck" in out
@@ -237,14 +239,14 @@ class TestDoctor:
     def test_a_gpu_is_described(self, monkeypatch: pytest.MonkeyPatch) -> None:
         facts = SimpleNamespace(name="A GPU", major=9, minor=0, multi_processor_count=132, total_memory=80 << 30)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: facts)
-        assert cli._gpu(1) == {
+        assert doctor._gpu(1) == {
             "device": "cuda:1", "name": "A GPU", "capability": "9.0", "multiprocessors": 132, "memory_gib": 80.0,
         }  # fmt: skip
 
     def test_a_broken_package_is_told(self, project: Path) -> None:
         sys.path.insert(0, str(project))
-        assert cli._version_of("cli_broken") == "cannot be imported: no weights"
-        assert cli._version_of("a_package_that_is_not_there") == "not installed"
+        assert doctor._version_of("cli_broken") == "cannot be imported: no weights"
+        assert doctor._version_of("a_package_that_is_not_there") == "not installed"
 
 
 class TestDemo:
@@ -349,7 +351,7 @@ class TestRefusals:
         def interrupt(*args: object, **options: object) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(cli, "calibrate", interrupt)
+        monkeypatch.setattr(inputs, "calibrate", interrupt)
         assert cli.main([*ANALYZE]) == 130
         assert "interrupted" in capsys.readouterr().err
 

@@ -14,27 +14,34 @@ ROOT = Path(lowrank_ops.__file__).parent
 # Each module, and the modules of ours that it may import. No arrow points up the pipeline.
 ALLOWED = {
     "version": set(),
-    "config": set(),
+    "journal": set(),
+    "latencies": set(),
+    "config": {"latencies"},
     "covariances": set(),
     "dense_layers": set(),
     "ops": set(),
     "batches": set(),
     "sensitivity": {"batches"},
     "finetune": {"batches"},
-    "calibration": {"batches", "covariances", "dense_layers", "ops", "sensitivity"},
-    "subspaces": {"covariances", "dense_layers"},
-    "ranks": {"config", "subspaces"},
+    "recording": {"covariances", "dense_layers", "ops", "sensitivity"},
+    "calibration": {"batches", "covariances", "dense_layers", "recording", "sensitivity"},
+    "decomposition": set(),
+    "subspaces": {"covariances", "decomposition", "dense_layers"},
+    "costs": {"latencies", "subspaces"},
+    "allocation": {"costs", "subspaces"},
+    "ranks": {"allocation", "config", "costs", "subspaces"},
     "factors": {"config", "subspaces"},
-    "layers": {"config", "covariances", "dense_layers", "factors", "ops", "ranks", "subspaces"},
+    "layers": {"config", "costs", "covariances", "dense_layers", "factors", "ops", "subspaces"},
+    "timing": {"batches", "costs", "dense_layers", "latencies", "layers"},
     "replacement": {"dense_layers", "factors", "layers"},
-    "report": {"config", "covariances", "dense_layers", "factors", "ranks", "subspaces"},
+    "report": {"config", "costs", "covariances", "dense_layers", "factors", "subspaces"},
     "compress": {
-        "config", "covariances", "dense_layers", "factors", "ranks", "replacement", "report", "subspaces",
+        "config", "covariances", "dense_layers", "factors", "journal", "ranks", "replacement", "report", "subspaces",
     },
     "checkpoint": {"config", "dense_layers", "layers", "replacement", "report"},
 }  # fmt: skip
 IMPORTED_BY_NOBODY = {"cli", "demo", "hf"}
-OP_LEAVES = {"_backend", "_native", "_tuning", "_layout", "_autocast", "_specialization"}
+OP_LEAVES = {"_backend", "_eager", "_native", "_tuning", "_layout", "_autocast", "_specialization"}
 
 
 def imported_by(path: Path) -> set[str]:

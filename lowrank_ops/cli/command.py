@@ -1,0 +1,102 @@
+"""What every command shares: how it is declared, what it gives, and how it refuses."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..version import __version__
+
+
+class Failure(Exception):
+    """Ends the command with an exit code and one line on stderr."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Result(NamedTuple):
+    """What a command gives: for machines and for people."""
+
+    document: dict[str, Any]
+    text: str
+    code: int = 0
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise Failure(2, f"{message} (see {self.prog} --help)")
+
+
+def add_command(
+    commands: Any,
+    name: str,
+    summary: str,
+    description: str,
+    example: str,
+    run: Callable[[argparse.Namespace], Any],
+    passes_on: bool = False,
+) -> argparse.ArgumentParser:
+    """Declare a command.
+
+    Args:
+        run: takes the parsed options and gives a :class:`Result`, or the exit code of a command that prints by itself.
+        passes_on: arguments that the command does not know, ``--help`` among them, are for what it runs: they are
+            no error and lie in ``options.rest``.
+    """
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=description,
+        epilog=example,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=not passes_on,
+        allow_abbrev=not passes_on,
+    )
+    parser.set_defaults(run=run, passes_on=passes_on)
+    return parser
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
+    parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
+
+
+def share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must be a number in (0, 1]; got {text!r}")
+    return value
+
+
+@contextlib.contextmanager
+def failing_as(what: str, but: type[Exception] | tuple[()] = ()) -> Iterator[None]:
+    """Tell an error of the user's own code, or of what it was given, in one line."""
+    try:
+        yield
+    except but:
+        raise
+    except Exception as error:
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise Failure(1, f"{what} failed: {kind}{one_line(error)} (--traceback shows where)") from error
+
+
+def check_folder(path: Path, argument: str) -> None:
+    """Before the long work: can the file be written at all?"""
+    if not path.absolute().parent.is_dir():
+        raise Failure(2, f"{argument}: there is no folder {str(path.absolute().parent)!r}")
+
+
+def document(options: argparse.Namespace, **results: Any) -> dict[str, Any]:
+    return {"command": options.command, "version": __version__, "model": options.model, **results}
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

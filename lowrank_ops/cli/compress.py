@@ -1,0 +1,97 @@
+"""``lowrank-ops compress``: write a smaller model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import save_pretrained
+from ..compress import compress_
+from ..config import ALLOCATIONS, PROJECTIONS, CompressionConfig, ExplainedVariance, ParameterBudget, RankPolicy, Ranks
+from .command import Failure, Result, add_command, add_output, document, share
+from .inputs import add_calibration, calibrated
+
+_COMPRESS = """\
+Replace layers of the model by low-rank ones and write the result to a folder: model.safetensors and
+lowrank_config.json. In Python, lowrank_ops.load_pretrained(build_model(), folder) gives the compressed model back."""
+
+_COMPRESS_EXAMPLE = """\
+examples:
+  half of the layers' parameters
+    lowrank-ops compress my_project:build_model --batches my_project:batches --budget 0.5 --out smaller
+  what a former analysis measured, 99% of each layer's variance, the classifier left dense
+    lowrank-ops compress my_project:build_model --covariances covariances.safetensors \\
+        --explained-variance 0.99 --keep-dense head --out smaller
+  ranks by hand, {"layer name or re:pattern": rank, ...}; layers that are not named stay dense
+    lowrank-ops compress my_project:build_model --batches my_project:batches --ranks ranks.json --out smaller"""
+
+
+def add(commands: Any) -> None:
+    """Declare the command."""
+    compress = add_command(commands, "compress", "write a smaller model", _COMPRESS, _COMPRESS_EXAMPLE, run)
+    add_calibration(compress)
+    _add_compression(compress)
+    add_output(compress)
+
+
+def _add_compression(parser: argparse.ArgumentParser) -> None:
+    policy = parser.add_mutually_exclusive_group()
+    policy.add_argument(
+        "--explained-variance", type=share, default=None, metavar="SHARE",
+        help="each layer keeps the directions that hold this share of its variance (the default, with 0.99)",
+    )  # fmt: skip
+    policy.add_argument(
+        "--budget", type=share, metavar="SHARE", help="all layers together keep at most this share of their parameters"
+    )
+    policy.add_argument("--ranks", type=Path, metavar="FILE", help='JSON file: {"layer name or re:pattern": rank, ...}')
+    parser.add_argument(
+        "--allocation", choices=ALLOCATIONS,
+        help="how a budget is shared out: the same share to each layer, or where it saves the most variance or loss "
+        "(default: uniform)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--projection", choices=PROJECTIONS, default="output",
+        help="onto output principal components, the same weighed by the loss, onto utilized input and output spaces, "
+        "or the SVD of the weight alone (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--keep-dense", action="append", default=[], metavar="LAYER",
+        help="layer name or re:pattern that stays as it is; may be given several times",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where to write the compressed model")
+
+
+def run(options: argparse.Namespace) -> Result:
+    if options.out.exists() and not options.out.is_dir():
+        raise Failure(2, f"--out must be a folder; {str(options.out)!r} is a file")
+    config = CompressionConfig(
+        rank=_policy(options), projection=options.projection, overrides=dict.fromkeys(options.keep_dense)
+    )
+    model, covariances = calibrated(options)
+    report = compress_(model, covariances, config, progress=True)
+    if all(layer.rank is None for layer in report.layers):
+        raise Failure(1, "every layer stays dense at these ranks, so nothing was written; allow smaller ranks")
+    save_pretrained(model, options.out, report)
+    return Result(
+        document(options, out=str(options.out), compression=report.to_dict()),
+        f"{report.table()}\nwritten to {options.out}; lowrank_ops.load_pretrained(dense_model, {str(options.out)!r}) "
+        "reads it",
+    )
+
+
+def _policy(options: argparse.Namespace) -> RankPolicy:
+    if options.allocation is not None and options.budget is None:
+        raise Failure(2, "--allocation shares out a budget; give --budget with it")
+    if options.budget is not None:
+        return ParameterBudget(options.budget, options.allocation or "uniform")
+    if options.ranks is None:
+        return ExplainedVariance(0.99 if options.explained_variance is None else options.explained_variance)
+    try:
+        ranks = json.loads(options.ranks.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise Failure(2, f"--ranks: {str(options.ranks)!r} is no JSON text: {error}") from None
+    if not isinstance(ranks, dict):
+        raise Failure(2, f"--ranks: {str(options.ranks)!r} must hold a JSON object of ranks by layer name")
+    return Ranks(ranks)

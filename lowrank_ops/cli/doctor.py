@@ -1,0 +1,135 @@
+"""``lowrank-ops doctor``: what can run on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import platform
+from collections.abc import Iterator
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..version import __version__
+from .command import Result, add_command, add_output, one_line
+
+_DOCTOR = """\
+Print the versions and devices found, and for each operation which implementations can run here and why the others
+cannot. Exits with 1 if an operation has none."""
+
+_DOCTOR_EXAMPLE = """\
+example:
+  lowrank-ops doctor"""
+
+
+def add(commands: Any) -> None:
+    """Declare the command."""
+    doctor = add_command(
+        commands, "doctor", "see what can run on this machine, and why the rest cannot", _DOCTOR, _DOCTOR_EXAMPLE, run
+    )
+    add_output(doctor)
+
+
+def run(options: argparse.Namespace) -> Result:
+    environment = {
+        "lowrank_ops": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or "not built into this torch",
+        "triton": _version_of("triton"),
+        "safetensors": safetensors.__version__,
+        "matplotlib": _version_of("matplotlib"),
+    }
+    devices = [{"device": "cpu", "name": platform.machine(), "threads": torch.get_num_threads()}]
+    devices += [_gpu(index) for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)]
+    calls = [call for device in devices for call in _calls(str(device["device"]))]
+    held = all(any(row["chosen"] for row in call["implementations"]) for call in calls)
+
+    width = max(map(len, environment))
+    lines = [f"{name.ljust(width)}  {value}" for name, value in environment.items()]
+    for device in devices:
+        facts = ", ".join(f"{key} {value}" for key, value in device.items() if key not in ("device", "name"))
+        lines.append(f"{'device'.ljust(width)}  {device['device']}: {device['name']}, {facts}")
+    for call in calls:
+        lines += ["", f"{call['op']} of {call['call']} on {call['device']}"]
+        names = max(len(row["implementation"]) for row in call["implementations"])
+        for row in call["implementations"]:
+            state = "runs" if row["chosen"] else "can run" if row["can_run"] else f"cannot run: {row['reason']}"
+            lines.append(f"  {row['implementation'].ljust(names)}  {state}")
+    lines += ["", "Every operation can run on every device." if held else "An operation has nothing that can run it."]
+    document = {"command": "doctor", "environment": environment, "devices": devices, "calls": calls, "held": held}
+    return Result(document, "\n".join(lines), 0 if held else 1)
+
+
+def _version_of(module: str) -> str:
+    if importlib.util.find_spec(module) is None:
+        return "not installed"
+    try:
+        return str(importlib.import_module(module).__version__)
+    except Exception as error:  # a broken installation is what a doctor is asked about
+        return f"cannot be imported: {one_line(error)}"
+
+
+def _gpu(index: int) -> dict[str, Any]:
+    facts = torch.cuda.get_device_properties(index)
+    return {
+        "device": f"cuda:{index}",
+        "name": facts.name,
+        "capability": f"{facts.major}.{facts.minor}",
+        "multiprocessors": facts.multi_processor_count,
+        "memory_gib": round(facts.total_memory / 2**30, 1),
+    }
+
+
+def _calls(device: str) -> Iterator[dict[str, Any]]:
+    """Typical calls of each op on a device, and what each implementation says to them."""
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+
+    def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    sums, width, rank, patch = torch.float64, 1024, 256, 64 * 9
+    typical: list[tuple[str, str, tuple[Tensor, ...], dict[str, Any]]] = [
+        (
+            "covariance_update_",
+            f"4096 x {width}",
+            (zeros(width, width, dtype=sums), zeros(width, dtype=sums), zeros(4096, width)),
+            {},
+        ),
+        (
+            "conv_covariance_update_",
+            "8 x 64 x 28 x 28, kernel 3 x 3",
+            (zeros(1, patch, patch, dtype=sums), zeros(1, patch, dtype=sums), zeros(8, 64, 28, 28)),
+            {"kernel_size": (3, 3), "padding": (1, 1)},
+        ),
+    ]
+    typical += [
+        (
+            "lowrank_linear",
+            f"{tokens} x {width}, rank {rank}",
+            (zeros(tokens, width), zeros(rank, width), zeros(width, rank)),
+            {},
+        )
+        for tokens in (1, 4096)
+    ]
+    for op, shape, tensors, keywords in typical:
+        answers = [line.partition(": ") for line in ops.explain(op, *tensors, **keywords).splitlines()]
+        yield {
+            "op": op,
+            "call": f"{shape}, {str(dtype).removeprefix('torch.')}",
+            "device": device,
+            "implementations": [
+                {
+                    "implementation": name,
+                    "can_run": not state.startswith("cannot run"),
+                    "chosen": state == "runs",
+                    "reason": state.removeprefix("cannot run: ") if state.startswith("cannot run") else None,
+                }
+                for name, _, state in answers
+            ],
+        }
