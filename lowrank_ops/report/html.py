@@ -220,7 +220,9 @@ def _all_layers(report: CompressionReport) -> str:
     header = ["layer", "kind", "weight", "rank", "stored", "parameters", "multiplications", "predicted error"]
     columns: list[tuple[str, Callable[[LayerCompression], str]]] = []
     if any(layer.measured_error is not None for layer in report.layers):
-        columns.append(("measured error", lambda layer: percent(layer.measured_error)))
+        columns.append(
+            ("measured error", lambda layer: "-" if layer.measured_error is None else percent(layer.measured_error))
+        )
     if any(layer.predicted_loss for layer in report.layers):
         columns.append(
             ("loss", lambda layer: "not known" if layer.predicted_loss is None else f"{layer.predicted_loss:.3g}")
