@@ -228,9 +228,8 @@ def _all_layers(report: CompressionReport) -> str:
             ("loss", lambda layer: "not known" if layer.predicted_loss is None else f"{layer.predicted_loss:.3g}")
         )
     if all(layer.seconds is not None for layer in report.layers):
-        columns.append(
-            ("ms", lambda layer: f"{1e3 * (layer.dense_seconds or 0):.3f} → {1e3 * (layer.seconds or 0):.3f}")
-        )
+        columns.append(("dense ms", lambda layer: f"{1e3 * (layer.dense_seconds or 0):.3f}"))
+        columns.append(("ms", lambda layer: f"{1e3 * (layer.seconds or 0):.3f}"))
     rows = [
         [
             layer.fqn,
