@@ -90,7 +90,8 @@ def _plans(arch: str) -> Result:
     plans: list[dict[str, Any]] = []
     lines = [f"bfloat16 on {arch}"]
     for op, call in calls:
-        tokens, shape = call["tokens"], {name: size for name, size in call.items() if name != "tokens"}
+        tokens = call["tokens"]
+        shape: dict[str, Any] = {name: size for name, size in call.items() if name != "tokens"}
         try:
             plan = ops.plan(op, arch, torch.bfloat16, tokens=tokens, **shape)
         except RuntimeError as error:
