@@ -252,4 +252,4 @@ def _all_layers(report: CompressionReport) -> str:
 
 def _notes(lines: Sequence[str]) -> list[str]:
     rows = [[line] for line in lines]
-    return [section("Left out", "What was not done, and why.", table("", ["note"], rows))] if lines else []
+    return [section("Left out", "", table("What was not done, and why", ["note"], rows))] if lines else []
