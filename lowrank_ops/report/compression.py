@@ -155,7 +155,7 @@ class CompressionReport:
             header, rows = header[:-1], [row[:-1] for row in rows]
         if any(layer.measured_error is not None for layer in self.layers):
             header = [*header, "measured error"]
-            rows = [[*row, percent(layer.measured_error)] for row, layer in zip(rows, self.layers, strict=True)]
+            rows = [[*row, _measured(layer)] for row, layer in zip(rows, self.layers, strict=True)]
         lines = [format_table(header, rows)]
         known = [layer.predicted_loss for layer in self.layers if layer.predicted_loss is not None]
         if by_loss:
@@ -252,6 +252,10 @@ def _layer_compression(
         None if latencies is None else latencies.seconds(fqn, None),
         None if latencies is None else latencies.seconds(fqn, stored),
     )
+
+
+def _measured(layer: LayerCompression) -> str:
+    return "not measured" if layer.measured_error is None else percent(layer.measured_error)
 
 
 def percent(share: float | None) -> str:
