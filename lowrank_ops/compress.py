@@ -14,7 +14,8 @@ from .config import AccuracyGuided, CompressionConfig, ExplainedVariance, RankPo
 from .covariances import Covariances
 from .dense_layers import FilterFn, find_layers
 from .factors import Factors, factorize
-from .ranks import ChosenRanks, choose_ranks
+from .journal import Journal, digest
+from .ranks import ChosenRanks, Measure, choose_ranks
 from .replacement import replace_, replaced, tied_layers
 from .report import CompressionReport
 from .subspaces import LayerSubspaces, layer_subspaces
@@ -80,11 +81,12 @@ def compress_(
             f"first.{reasons}"
         )
 
-    policy, measure = config.rank, None
+    policy = config.rank
+    measure: Measure | None = None
     if isinstance(policy, AccuracyGuided):
         evaluate, projection = policy.evaluate, config.projection
 
-        def measure(ranks: ChosenRanks) -> float:
+        def accuracy_at(ranks: ChosenRanks) -> float:
             training = [(module, module.training) for module in model.modules()]
             factors = _factorize(ranks, subspaces, projection, progress=False, keep_directions=True)
             with replaced(model, factors), torch.no_grad():
@@ -101,6 +103,10 @@ def compress_(
                 raise ValueError("evaluate must return the model's accuracy as a finite number, the larger the better.")
             return accuracy
 
+        measure = accuracy_at
+        if policy.journal is not None:
+            measure = Journal(policy.journal, _what_trials_depend_on(model, subspaces, config)).remembering(measure)
+
     _decompose(policy, subspaces, progress)
     ranks = choose_ranks(policy, subspaces, config.overrides, measure=measure, progress=progress)
     if isinstance(policy, AccuracyGuided):  # what was found can be written to a file and used again
@@ -111,6 +117,24 @@ def compress_(
     with torch.inference_mode(False):
         replace_(model, factors)
     return report
+
+
+def _what_trials_depend_on(
+    model: nn.Module, subspaces: Mapping[str, LayerSubspaces], config: CompressionConfig
+) -> dict[str, str]:
+    """Digests of what decides the accuracy at given ranks; the user's evaluate cannot be among it."""
+    statistics = {fqn: space.covariance for fqn, space in subspaces.items()}
+    if config.projection == "loss":
+        sensitivities = {f"gradient of {fqn}": space.sensitivity for fqn, space in subspaces.items()}
+        statistics |= {name: found for name, found in sensitivities.items() if found is not None}
+    sums = {f"{name} total": found.total for name, found in statistics.items()}
+    sums |= {f"{name} squares": found.second_moment.diagonal(dim1=-2, dim2=-1) for name, found in statistics.items()}
+    return {
+        "model": digest({**dict(model.named_parameters()), **dict(model.named_buffers())}),
+        "covariances": digest(sums),
+        "projection": config.projection,
+        "centered": str(config.centered),
+    }
 
 
 def _decompose(policy: RankPolicy, subspaces: Mapping[str, LayerSubspaces], progress: bool) -> None:

@@ -77,7 +77,7 @@ def test_bad_choices():
     with pytest.raises(ValueError, match="allocation must be one of 'uniform', 'energy', 'loss'; got 'greedy'"):
         lro.ParameterBudget(0.5, "greedy")
     with pytest.raises(
-        TypeError, match="rank must be one of ExplainedVariance, ParameterBudget, FlopBudget, Ranks, AccuracyGuided"
+        TypeError, match="rank must be one of ExplainedVariance, ParameterBudget, FlopBudget, LatencyBudget, Ranks, "
     ):
         lro.CompressionConfig(rank=64)
     with pytest.raises(AttributeError):

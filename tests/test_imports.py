@@ -14,7 +14,9 @@ ROOT = Path(lowrank_ops.__file__).parent
 # Each module, and the modules of ours that it may import. No arrow points up the pipeline.
 ALLOWED = {
     "version": set(),
-    "config": set(),
+    "journal": set(),
+    "latencies": set(),
+    "config": {"latencies"},
     "covariances": set(),
     "dense_layers": set(),
     "ops": set(),
@@ -25,13 +27,17 @@ ALLOWED = {
     "calibration": {"batches", "covariances", "dense_layers", "recording", "sensitivity"},
     "decomposition": set(),
     "subspaces": {"covariances", "decomposition", "dense_layers"},
-    "ranks": {"config", "subspaces"},
+    "costs": {"latencies", "subspaces"},
+    "allocation": {"costs", "subspaces"},
+    "ranks": {"allocation", "config", "costs", "subspaces"},
     "factors": {"config", "subspaces"},
-    "layers": {"config", "covariances", "dense_layers", "factors", "ops", "ranks", "subspaces"},
+    "layers": {"config", "costs", "covariances", "dense_layers", "factors", "ops", "subspaces"},
+    "timing": {"batches", "costs", "dense_layers", "latencies", "layers"},
     "replacement": {"dense_layers", "factors", "layers"},
-    "report": {"config", "covariances", "dense_layers", "factors", "ranks", "subspaces"},
+    "errors": {"batches", "dense_layers", "layers", "recording"},
+    "report": {"config", "costs", "covariances", "dense_layers", "factors", "latencies", "subspaces"},
     "compress": {
-        "config", "covariances", "dense_layers", "factors", "ranks", "replacement", "report", "subspaces",
+        "config", "covariances", "dense_layers", "factors", "journal", "ranks", "replacement", "report", "subspaces",
     },
     "checkpoint": {"config", "dense_layers", "layers", "replacement", "report"},
 }  # fmt: skip
