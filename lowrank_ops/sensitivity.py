@@ -16,6 +16,9 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from .batches import output_tensor
 
 Sensitivity = str | Callable[[Any, Any], Tensor]
+# Of the mean's part of "pooled", beside the rows'. Deep in a model its gradients, which are alike at all rows, are larger
+# than the rows'. On a sentence encoder at 25% of the parameters 1/4 keeps more than 0, 0.4 and 1; at 50% about as much.
+MEAN_SCALE = 0.25
 KINDS = ("fisher", "output", "pooled")
 
 # Where a model's output is an object or a mapping, the tensor to take from it.
@@ -85,8 +88,8 @@ def _pooled_signs(values: Tensor, mask: Tensor | None) -> Tensor:
 
     Calibration adds up what single rows do to the loss. The mean alone would be misjudged by that: errors that the rows
     of a sample have in common add up in it, errors of single rows cancel, and the layers near the output, whose
-    gradients are alike at all rows, would get too small a part of the parameters. The mean's part is scaled to
-    the sum over the rows, at which both parts are equally large.
+    gradients are alike at all rows, would get too small a part of the parameters. At a scale of 1 for the mean's
+    part both parts are equally large at the output; see ``MEAN_SCALE``.
     """
     if values.dim() != 3 or (mask is not None and mask.shape != values.shape[:-1]):
         raise ValueError(
@@ -97,7 +100,7 @@ def _pooled_signs(values: Tensor, mask: Tensor | None) -> Tensor:
     values = values.float()
     real = torch.ones_like(values[..., :1]) if mask is None else mask.to(values).unsqueeze(-1)
     total = (values * real).sum(1)  # (batch, features)
-    direction = torch.nn.functional.normalize(total, dim=-1) * total.detach().norm(dim=-1, keepdim=True)
+    direction = torch.nn.functional.normalize(total, dim=-1) * (MEAN_SCALE * total.detach().norm(dim=-1, keepdim=True))
     of_rows = torch.randint_like(values, 2) * 2 - 1
     of_mean = torch.randint_like(direction, 2) * 2 - 1
     return (values * of_rows * real).sum() + (direction * of_mean).sum()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lowrank_ops as lro
-from lowrank_ops.sensitivity import objective
+from lowrank_ops.sensitivity import MEAN_SCALE, objective
 
 
 @pytest.fixture(autouse=True)
@@ -300,7 +300,7 @@ def test_pooled_signs_meet_every_row_and_the_direction_of_the_mean() -> None:
         mean = values[sample][real].mean(0)
         assert abs(float(shared[0] @ mean)) < 1e-5  # the length of the mean does not matter
     signs = torch.stack([of_pooled(values, mask, seed)[0] for seed in range(300)])
-    torch.testing.assert_close(signs.square().mean(), torch.tensor(2 - 1 / 16), atol=0.1, rtol=0)
+    torch.testing.assert_close(signs.square().mean(), torch.tensor(1 + MEAN_SCALE**2 * (1 - 1 / 16)), atol=0.02, rtol=0)
 
 
 def test_pooled_without_a_mask_takes_all_rows() -> None:
