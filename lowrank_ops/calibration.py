@@ -61,9 +61,11 @@ def calibrate(
         sensitivity: also stream the gradients at the layers' outputs, which ``projection="loss"`` and
             ``allocation="loss"`` need, by one backward pass per batch. ``"fisher"``: of the log-likelihood of labels
             drawn from the model's own output distribution (logits); ``"output"``: of random signs times the model's
-            output, for models without one; or ``loss(output, batch)``, a scalar summed (not averaged) over
-            samples or a tensor of losses by sample. Gradients of parameters are left as they are.
-        probes: draws, and backward passes, per batch for ``"fisher"`` and ``"output"``.
+            output, for models without one; ``"pooled"``: the same for outputs (batch, positions, features) that are
+            averaged over the positions afterwards, such as sentence embeddings; or ``loss(output, batch)``, a scalar
+            summed (not averaged) over samples or a tensor of losses by sample. Gradients of parameters are left as
+            they are.
+        probes: draws, and backward passes, per batch for the named ones.
         max_state_bytes: bound on one layer's input moment under ``side="auto"``.
         share_inputs: keep one covariance for layers that receive the same tensor (q, k, v; gate, up). Tensors made
             under ``torch.inference_mode`` are not shared: nothing tells whether they were changed in between.

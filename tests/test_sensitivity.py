@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lowrank_ops as lro
+from lowrank_ops.sensitivity import MEAN_SCALE, objective
 
 
 @pytest.fixture(autouse=True)
@@ -247,7 +248,7 @@ def test_merge_names_a_missing_sensitivity() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"sensitivity": "hessian"}, "'fisher' or 'output'"),
+        ({"sensitivity": "hessian"}, "'fisher', 'output', 'pooled'"),
         ({"sensitivity": "fisher", "probes": 0}, "probes must be a positive integer"),
         ({"sensitivity": lambda output, batch: 1.0}, "returned float"),
         ({"sensitivity": lambda output, batch: output.detach().sum()}, "depends on no layer"),
@@ -335,3 +336,55 @@ def test_losses_out_of_place():
             live.observe(y.sum(), 0)
         with pytest.raises(ValueError, match="depends on no layer"):
             live.observe(torch.zeros(()), 5)
+
+
+def of_pooled(values: Tensor, mask: Tensor | None, seed: int = 0) -> Tensor:
+    values = values.detach().requires_grad_()
+    torch.manual_seed(seed)
+    found = objective("pooled", SimpleNamespace(last_hidden_state=values), None, mask)
+    assert found.samples == len(values)
+    return torch.autograd.grad(found.loss, values)[0]
+
+
+def test_pooled_signs_meet_every_row_and_the_direction_of_the_mean() -> None:
+    values = torch.randn(3, 5, 16)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]]).bool()
+    gradient = of_pooled(values, mask)
+    assert not gradient[~mask].any()
+
+    torch.manual_seed(0)
+    of_rows = torch.randint_like(values, 2) * 2 - 1
+    of_mean = gradient - of_rows * mask.unsqueeze(-1)  # the same at all rows of a sample
+    for sample, real in enumerate(mask):
+        shared = of_mean[sample][real]
+        torch.testing.assert_close(shared, shared[:1].expand_as(shared))
+        mean = values[sample][real].mean(0)
+        assert abs(float(shared[0] @ mean)) < 1e-5  # the length of the mean does not matter
+    signs = torch.stack([of_pooled(values, mask, seed)[0] for seed in range(300)])
+    torch.testing.assert_close(signs.square().mean(), torch.tensor(1 + MEAN_SCALE**2 * (1 - 1 / 16)), atol=0.02, rtol=0)
+
+
+def test_pooled_without_a_mask_takes_all_rows() -> None:
+    values = torch.randn(2, 4, 6)
+    assert torch.equal(of_pooled(values, None), of_pooled(values, torch.ones(2, 4).bool()))
+
+
+@pytest.mark.parametrize(
+    ("shape", "mask"), [((2, 6), None), ((2, 4, 6), (2, 3)), ((2, 3, 4, 6), None)], ids=["pooled", "mask", "four"]
+)
+def test_pooled_refuses_what_has_no_positions(shape: tuple[int, ...], mask: tuple[int, ...] | None) -> None:
+    with pytest.raises(ValueError, match=r"needs an output \(batch, positions, features\)"):
+        objective("pooled", torch.randn(shape), None, None if mask is None else torch.ones(mask).bool())
+
+
+def test_pooled_gradients_leave_out_padding() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5))
+    rows, mask = torch.randn(3, 4, 6), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]])
+    other = torch.where(mask.bool().unsqueeze(-1), rows, torch.randn(3, 4, 6))
+    found = []
+    for x in (rows, other):
+        torch.manual_seed(0)
+        found.append(lro.calibrate(model, [x], sensitivity="pooled", mask=lambda args, kwargs: mask))
+    for fqn, expected in found[0].sensitivities.items():
+        assert expected.count == 3
+        torch.testing.assert_close(found[1].sensitivities[fqn].second_moment, expected.second_moment)
