@@ -79,7 +79,7 @@ class Recorder:
             state = self._touched[f"gradient of {fqn}"] = self._gradients[fqn]
             rows = gradient_rows(layer, values)
             with torch.no_grad():
-                state.update(rows if isinstance(layer, nn.Conv2d) else _masked(fqn, rows, mask))
+                state.update(rows if isinstance(layer, nn.Conv2d) else masked_rows(fqn, rows, mask))
         self._samples += samples
         self.check_finite()
 
@@ -124,22 +124,7 @@ class Recorder:
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._in_forward = True
-        source = self._mask_source
-        if source is None:
-            return
-        if callable(source):
-            mask = source(args, kwargs)
-        elif source in kwargs:
-            mask = kwargs[source]
-        else:
-            given = ", ".join(kwargs) or "none"
-            raise ValueError(
-                f"mask={source!r} is not among the keyword arguments of the model's forward ({given}); pass batches as "
-                "mappings, or a callable mask(args, kwargs)."
-            )
-        if mask is not None and mask.dim() != 2:
-            raise ValueError(f"mask must have shape (batch, positions); got {tuple(mask.shape)}.")
-        self._mask = None if mask is None else mask.bool()
+        self._mask = mask_of(self._mask_source, args, kwargs)
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         self.check_finite()
@@ -176,7 +161,7 @@ class Recorder:
             )
         if x.is_nested:
             return torch.cat(x.unbind())  # nn.TransformerEncoder has taken the padding out
-        return _masked(fqn, x, self._mask)
+        return masked_rows(fqn, x, self._mask)
 
     def _state(self, fqn: str, layer: nn.Module, x: Tensor | None, side: str, dtype: torch.dtype) -> _State:
         if fqn not in self._states:
@@ -295,7 +280,30 @@ class _State:
         )
 
 
-def _masked(fqn: str, x: Tensor, mask: Tensor | None) -> Tensor:
+def mask_of(source: Mask | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The mask (batch, positions) of a call of the model, true where a token is real, or None.
+
+    Raises:
+        ValueError: the call has no such argument, or it is no matrix.
+    """
+    if source is None:
+        return None
+    if callable(source):
+        mask = source(args, kwargs)
+    elif source in kwargs:
+        mask = kwargs[source]
+    else:
+        given = ", ".join(kwargs) or "none"
+        raise ValueError(
+            f"mask={source!r} is not among the keyword arguments of the model's forward ({given}); pass batches as "
+            "mappings, or a callable mask(args, kwargs)."
+        )
+    if mask is not None and mask.dim() != 2:
+        raise ValueError(f"mask must have shape (batch, positions); got {tuple(mask.shape)}.")
+    return None if mask is None else mask.bool()
+
+
+def masked_rows(fqn: str, x: Tensor, mask: Tensor | None) -> Tensor:
     """The rows of ``x`` (..., features) at which ``mask`` (batch, positions) is true."""
     if mask is None:
         return x

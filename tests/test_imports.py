@@ -34,7 +34,8 @@ ALLOWED = {
     "layers": {"config", "costs", "covariances", "dense_layers", "factors", "ops", "subspaces"},
     "timing": {"batches", "costs", "dense_layers", "latencies", "layers"},
     "replacement": {"dense_layers", "factors", "layers"},
-    "report": {"config", "costs", "covariances", "dense_layers", "factors", "subspaces"},
+    "errors": {"batches", "dense_layers", "layers", "recording"},
+    "report": {"config", "costs", "covariances", "dense_layers", "factors", "latencies", "subspaces"},
     "compress": {
         "config", "covariances", "dense_layers", "factors", "journal", "ranks", "replacement", "report", "subspaces",
     },
