@@ -22,15 +22,23 @@ class Journal:
         key: what the accuracies depend on besides the ranks, ``{part: digest}``.
 
     Raises:
-        ValueError: the file holds something else, or trials of another key; the message names the parts.
+        ValueError: the file holds something else, or trials of another key; the message names the parts. There is no
+            such folder, or ``path`` is one.
     """
 
     def __init__(self, path: str | Path, key: Mapping[str, str]) -> None:
         self._path = Path(path)
         self._key = dict(key)
         self._accuracies: dict[str, float] = {}
-        if self._path.exists():
+        if self._path.is_dir():
+            raise ValueError(f"journal={str(self._path)!r} is a folder; name a file.")
+        if not self._path.absolute().parent.is_dir():  # before the first trial, which may take long
+            raise ValueError(f"journal={str(self._path)!r} is in a folder that does not exist; make it first.")
+        if not self._is_new():
             self._read()
+
+    def _is_new(self) -> bool:
+        return not self._path.exists() or not self._path.stat().st_size
 
     def _read(self) -> None:
         text = self._path.read_bytes().decode("utf-8", errors="replace")
@@ -40,10 +48,11 @@ class Journal:
             head, *trials = [json.loads(line) for line in whole]
             if head["format"] != _FORMAT:
                 raise KeyError("format")
+            key = dict(head["key"])
             self._accuracies = {_name(trial["ranks"]): float(trial["accuracy"]) for trial in trials}
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"journal={str(self._path)!r} is no file of trials; name another one.") from None
-        differing = [part for part in {**head["key"], **self._key} if head["key"].get(part) != self._key.get(part)]
+        differing = [part for part in {**key, **self._key} if key.get(part) != self._key.get(part)]
         if differing:
             raise ValueError(
                 f"journal={str(self._path)!r} holds trials with another {', another '.join(differing)}; name another "
@@ -62,7 +71,7 @@ class Journal:
             name = _name(ranks)
             if name not in self._accuracies:
                 accuracy = measure(ranks)
-                if not self._path.exists():
+                if self._is_new():
                     self._append({"format": _FORMAT, "key": self._key})
                 self._append({"ranks": ranks, "accuracy": accuracy})
                 self._accuracies[name] = accuracy

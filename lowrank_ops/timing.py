@@ -35,8 +35,9 @@ class _Call(NamedTuple):
         _, in_features, out_features = dimensions(layer)
         if isinstance(layer, nn.Conv2d):
             kernel = " x ".join(map(str, layer.kernel_size))
-            geometry = f"{layer.in_channels} -> {layer.out_channels}, kernel {kernel}, stride {layer.stride[0]}"
-            geometry += f", padding {layer.padding}, dilation {layer.dilation[0]}, groups {layer.groups}"
+            geometry = f"{layer.in_channels} -> {layer.out_channels}, kernel {kernel}, stride {layer.stride}"
+            geometry += f", padding {layer.padding} {layer.padding_mode}, dilation {layer.dilation}"
+            geometry += f", groups {layer.groups}"
         else:
             geometry = f"{in_features} -> {out_features}"
         dtype = str(layer.get_parameter("weight").dtype).removeprefix("torch.")
@@ -61,7 +62,8 @@ def measure_latency(
     eager calls with warm caches, with their launch; on a machine that computes something else they are too long.
 
     Args:
-        model: as it will run: its device, its dtype; evaluated in eval mode and handed back as it was.
+        model: as it will run: its device, its dtype; evaluated in eval mode and handed back as it was, and so is the
+            random state.
         batch: one batch as for :func:`lowrank_ops.calibrate`, of the size whose latency is wanted.
         filter_fn: ``filter_fn(module, fqn) -> bool`` chooses layers; None takes all that can be compressed.
         forward: ``forward(model, batch)`` replaces the call of the model.
@@ -81,7 +83,8 @@ def measure_latency(
     layers, _ = find_layers(model, filter_fn)
 
     def see(fqn: str, x: Tensor) -> None:
-        call = _Call(layers[fqn], x.shape)
+        # nn.TransformerEncoder takes padding out; to a Linear what is left is a matrix
+        call = _Call(layers[fqn], torch.cat(x.unbind()).shape if x.is_nested else x.shape)
         distinct.setdefault(call.name, call)
         calls.setdefault(fqn, Counter())[call.name] += 1
 
@@ -104,10 +107,11 @@ def measure_latency(
             module.training = flag
     if not calls:
         raise ValueError("the forward of model called no layer that can be compressed and that filter_fn keeps.")
-    curves = {
-        name: _curve(call, points, rounds)
-        for name, call in tqdm(distinct.items(), desc="timing layers", unit="shape", disable=not progress)
-    }
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # inputs and factors are random
+        curves = {
+            name: _curve(call, points, rounds)
+            for name, call in tqdm(distinct.items(), desc="timing layers", unit="shape", disable=not progress)
+        }
     return LayerLatencies(_name_of(device), torch.get_num_threads(), curves, {fqn: dict(c) for fqn, c in calls.items()})
 
 

@@ -90,13 +90,38 @@ def test_trials_of_something_else_are_refused(tmp_path: Path, covariances) -> No
     assert path.read_text() == before and judge.calls == 0
 
 
-@pytest.mark.parametrize("text", ["{}\n", "not JSON\n", "[1]\n", '{"format": "lowrank_ops.trials/9", "key": {}}\n'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{}\n",
+        "not JSON\n",
+        "[1]\n",
+        '{"format": "lowrank_ops.trials/9", "key": {}}\n',
+        '{"format": "lowrank_ops.trials/1"}\n',
+    ],
+)
 def test_other_files_are_left_alone(tmp_path: Path, covariances, text: str) -> None:
     path = tmp_path / "file"
     path.write_text(text)
     with pytest.raises(ValueError, match="is no file of trials; name another one"):
         search(Judge(), path, covariances)
     assert path.read_text() == text
+
+
+def test_an_empty_file_is_a_new_journal(tmp_path: Path, covariances) -> None:
+    path = tmp_path / "trials"
+    path.touch()
+    expected, judge = search(Judge(), path, covariances), Judge()
+    assert search(judge, path, covariances) == expected and judge.calls == 0
+
+
+def test_a_path_that_cannot_be_written_is_refused_before_the_first_trial(tmp_path: Path, covariances) -> None:
+    judge = Judge()
+    with pytest.raises(ValueError, match="is in a folder that does not exist; make it first"):
+        search(judge, tmp_path / "nowhere" / "trials", covariances)
+    with pytest.raises(ValueError, match="is a folder; name a file"):
+        search(judge, tmp_path, covariances)
+    assert judge.calls == 0
 
 
 def test_lines_are_plain_json(tmp_path: Path) -> None:

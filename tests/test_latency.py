@@ -79,13 +79,51 @@ def test_every_distinct_call_is_timed_once(calibrated, monkeypatch) -> None:
     square = "Linear 64 -> 64, 2 x 64, float32"
     assert found.layers["once"] == {square: 1} and found.layers["again"] == {square: 3}
     assert found.layers["conv"] == {
-        "Conv2d 4 -> 32, kernel 3 x 3, stride 1, padding (1, 1), dilation 1, groups 1, 2 x 4 x 4 x 4, float32": 1
+        "Conv2d 4 -> 32, kernel 3 x 3, stride (1, 1), padding (1, 1) zeros, dilation (1, 1), groups 1, "
+        "2 x 4 x 4 x 4, float32": 1
     }
     assert "idle" not in found.layers and len(timed) == len(found.curves) == 4
     assert [None, 8, 16, 32] in timed  # 64 -> 64 breaks even at rank 32
     curve = found.curves[square]
     assert curve.ranks == (8, 16, 32) and all(second > 0 for second in (curve.dense, *curve.seconds))
     assert found.threads == torch.get_num_threads()
+
+
+def test_convolutions_with_other_strides_are_other_calls() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tall = nn.Conv2d(16, 16, 3, stride=(1, 2))
+            self.small = nn.Conv2d(16, 16, 3, stride=(2, 2))
+
+        def forward(self, x: Tensor) -> None:
+            self.tall(x), self.small(x)
+
+    found = lro.measure_latency(Both(), torch.randn(1, 16, 9, 9), points=2, rounds=1)
+    assert len(found.curves) == 2 and found.layers["tall"] != found.layers["small"]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_rows_without_their_padding_are_timed_as_a_matrix() -> None:
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+            self.encoder = nn.TransformerEncoder(layer, 1)
+
+        def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+            return self.encoder(x, src_key_padding_mask=padding)
+
+    padding = torch.tensor([[False, False, True], [False, False, False]])
+    found = lro.measure_latency(Padded(), (torch.randn(2, 3, 16), padding), points=2, rounds=1)
+    assert found.layers["encoder.layers.0.linear1"] == {"Linear 16 -> 32, 5 x 16, float32": 1}
+
+
+def test_timing_leaves_the_random_state_alone() -> None:
+    model = nn.Sequential(nn.Linear(24, 24))
+    before = torch.get_rng_state()
+    lro.measure_latency(model, torch.zeros(2, 24), points=2, rounds=1)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_timing_takes_turns_and_the_median() -> None:
