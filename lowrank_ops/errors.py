@@ -12,7 +12,7 @@ from tqdm import tqdm
 from .batches import call_model, device_of, move
 from .dense_layers import bias_vector
 from .layers import LowRankConv2d, LowRankLinear
-from .recording import Mask, mask_of, masked_rows
+from .recording import Mask, mask_of, real_rows
 
 
 class _Sums:
@@ -54,17 +54,19 @@ def measure_errors(
 
     Args:
         dense: the model before compression (a copy made then); evaluated in eval mode and handed back as it was.
-        compressed: the same model after :func:`lowrank_ops.compress_`, on the same device.
+        compressed: the same model after :func:`lowrank_ops.compress_`, on the same device and in the same dtype.
         batches, mask, forward: as for :func:`lowrank_ops.calibrate`.
         centered: measure the outputs' variance about their mean; False about zero, without the bias, as for
             ``CompressionConfig(centered=False)``.
         progress: show a progress bar.
 
     Returns:
-        ``{fqn: relative error}`` of the replaced layers that were called.
+        ``{fqn: relative error}`` of the replaced layers that were called; inf where the dense output
+        does not vary and the other does.
 
     Raises:
-        ValueError: ``compressed`` has no replaced layer, or one that ``dense`` does not have; no batch.
+        ValueError: ``compressed`` has no replaced layer, or one that ``dense`` does not have; no batch; a mask that
+            does not fit, or a layer called beside the forward of ``dense``, where it is not known.
     """
     replaced = {
         fqn: layer for fqn, layer in compressed.named_modules() if isinstance(layer, (LowRankLinear, LowRankConv2d))
@@ -78,26 +80,31 @@ def measure_errors(
                 f"dense has no dense layer {fqn!r}; pass a copy of the model made before compress_, by copy.deepcopy."
             )
     sums: dict[str, _Sums] = {}
-    current: list[Tensor | None] = [None]  # the mask of this forward
+    masks: list[Tensor | None] = []  # of this forward; empty beside it
 
     def see(fqn: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
         error = y - replaced[fqn](x)
         bias = None if centered else bias_vector(layer)
         if isinstance(layer, nn.Conv2d):
             y, error = (part.movedim(-3, -1).flatten(0, -2) for part in (y, error))
-        elif not x.is_nested:
-            y, error = (masked_rows(fqn, part, current[0]) for part in (y, error))
         else:
-            y, error = (torch.cat(part.unbind()) for part in (y, error))
+            real = masks[-1] if masks else None
+            y, error = (real_rows(fqn, part, real, known=mask is None or bool(masks)) for part in (y, error))
         y, error = (part.reshape(-1, part.shape[-1]) for part in (y, error))
         if fqn not in sums:
             sums[fqn] = _Sums(y.shape[-1], y.device)
         sums[fqn].add(y if bias is None else y - bias, error)
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        current[0] = mask_of(mask, args, kwargs)
+        masks.append(mask_of(mask, args, kwargs))
 
-    handles = [dense.register_forward_pre_hook(before, with_kwargs=True)]
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        masks.clear()
+
+    handles = [
+        dense.register_forward_pre_hook(before, with_kwargs=True),
+        dense.register_forward_hook(after),
+    ]
     handles += [
         originals[fqn].register_forward_hook(
             lambda module, args, kwargs, y, fqn=fqn: see(

@@ -162,14 +162,7 @@ class Recorder:
 
     def _real_rows(self, fqn: str, x: Tensor) -> Tensor:
         """The rows of ``x`` (..., features) at which the mask (batch, positions) of this forward is true."""
-        if self._mask_source is not None and not self._in_forward:
-            raise ValueError(
-                f"layer {fqn!r} was called beside the model's own forward, where mask is not known. "
-                "Calibrate the module whose forward is called, or do without mask."
-            )
-        if x.is_nested:
-            return torch.cat(x.unbind())  # nn.TransformerEncoder has taken the padding out
-        return masked_rows(fqn, x, self._mask)
+        return real_rows(fqn, x, self._mask, known=self._mask_source is None or self._in_forward)
 
     def _state(self, fqn: str, layer: nn.Module, x: Tensor | None, side: str, dtype: torch.dtype) -> _State:
         if fqn not in self._states:
@@ -309,6 +302,22 @@ def mask_of(source: Mask | None, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if mask is not None and mask.dim() != 2:
         raise ValueError(f"mask must have shape (batch, positions); got {tuple(mask.shape)}.")
     return None if mask is None else mask.bool()
+
+
+def real_rows(fqn: str, x: Tensor, mask: Tensor | None, known: bool) -> Tensor:
+    """The rows of ``x`` (..., features) that are no padding; ``known``: the mask is that of this forward.
+
+    Raises:
+        ValueError: the mask is not known, or does not fit.
+    """
+    if not known:
+        raise ValueError(
+            f"layer {fqn!r} was called beside the model's own forward, where mask is not known. "
+            "Pass the module whose forward is called, or do without mask."
+        )
+    if x.is_nested:
+        return torch.cat(x.unbind())  # nn.TransformerEncoder has taken the padding out
+    return masked_rows(fqn, x, mask)
 
 
 def masked_rows(fqn: str, x: Tensor, mask: Tensor | None) -> Tensor:

@@ -1,6 +1,7 @@
 """Measured output errors: what they are, what they leave alone, and that predictions hold."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -107,6 +108,46 @@ def test_masked_rows_do_not_count() -> None:
     plain = lro.measure_errors(dense, small, [{"x": x, "keep": keep}], mask="keep")
     assert lro.measure_errors(dense, small, [{"x": spoiled, "keep": keep}], mask="keep") == plain
     assert lro.measure_errors(dense, small, [{"x": x, "keep": keep}]) != plain
+
+
+def test_a_mask_is_not_passed_over_where_it_is_not_known() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(24, 24)
+
+        def forward(self, x: Tensor, keep: Tensor) -> Tensor:
+            return self.encode(x)
+
+        def encode(self, x: Tensor) -> Tensor:
+            return self.fc(x)
+
+    torch.manual_seed(0)
+    dense, batch = Masked(), {"x": torch.randn(4, 5, 24), "keep": torch.ones(4, 5)}
+    small = copy.deepcopy(dense)
+    lro.compress_(small, lro.calibrate(dense, [batch], mask="keep"), lro.CompressionConfig(lro.Ranks({"fc": 8})))
+
+    def forward(model: nn.Module, batch: dict[str, Tensor], first: bool) -> None:
+        if first:
+            model(**batch)
+        model.encode(batch["x"])
+
+    for first in (False, True):
+        with pytest.raises(ValueError, match="layer 'fc' was called beside the model's own forward"):
+            lro.measure_errors(dense, small, [batch], mask="keep", forward=lambda m, b, first=first: forward(m, b, first))
+        assert lro.measure_errors(dense, small, [batch], forward=lambda m, b, first=first: forward(m, b, first))
+
+
+def test_an_output_that_does_not_vary_has_an_infinite_error_that_reports_can_tell(tmp_path) -> None:
+    dense, small, report = compressed()
+    errors = lro.measure_errors(dense, small, [images(1)])
+    assert errors["wide"] == float("inf") and 0 < errors["conv"] < float("inf")
+    report = report.with_measured({**errors, "head": 0.5})
+    assert report.prediction().layers == 2
+    found = json.loads(report.to_json(), parse_constant=pytest.fail)["layers"]
+    assert [layer["measured_error"] is None for layer in found] == [False, True, False]
+    report.to_html(tmp_path / "page.html")
+    assert "inf%" in report.table()
 
 
 def test_what_cannot_be_compared_is_refused() -> None:

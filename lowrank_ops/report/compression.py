@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -44,7 +45,7 @@ class LayerCompression:
     multiplications: int = 0
     dense_seconds: float | None = None  # of all calls in one forward, as a LatencyBudget had them measured
     seconds: float | None = None
-    measured_error: float | None = None  # as relative_error, on other data; see with_measured
+    measured_error: float | None = None  # as relative_error, on other data; see with_measured. Infinite is null in JSON
 
     @property
     def relative_error(self) -> float | None:
@@ -116,13 +117,20 @@ class CompressionReport:
         layers = (replace(layer, measured_error=errors.get(layer.fqn, layer.measured_error)) for layer in self.layers)
         return replace(self, layers=tuple(layers))
 
+    def compared(self) -> list[tuple[LayerCompression, float, float]]:
+        """Replaced layers with their predicted and measured relative errors, where both are positive and finite."""
+        return [
+            (layer, layer.relative_error, layer.measured_error)
+            for layer in self.layers
+            if layer.rank is not None
+            and layer.relative_error
+            and layer.measured_error
+            and math.isfinite(layer.measured_error)
+        ]
+
     def prediction(self) -> Prediction | None:
         """How predicted output errors compare with measured ones; None with less than two layers to compare."""
-        pairs = [
-            (layer.fqn, layer.relative_error, layer.measured_error)
-            for layer in self.layers
-            if layer.rank is not None and layer.relative_error and layer.measured_error
-        ]
+        pairs = self.compared()
         if len(pairs) < 2:
             return None
         logs = torch.tensor([(predicted, measured) for _, predicted, measured in pairs], dtype=torch.float64).log()
@@ -133,7 +141,7 @@ class CompressionReport:
         )
         ratios = (logs[:, 1] - logs[:, 0]).exp()
         worst = int(logs.diff(dim=1).abs().argmax())
-        return Prediction(correlation, float(ratios.median()), pairs[worst][0], float(ratios[worst]), len(pairs))
+        return Prediction(correlation, float(ratios.median()), pairs[worst][0].fqn, float(ratios[worst]), len(pairs))
 
     def table(self) -> str:
         """One line per layer and the totals, for a terminal."""
@@ -203,7 +211,7 @@ class CompressionReport:
         """The report as plain JSON types."""
         return {
             "config": self.config.to_dict(),
-            "layers": [asdict(layer) for layer in self.layers],
+            "layers": [_plain(layer) for layer in self.layers],
             "layer_parameters_before": self.layer_parameters_before,
             "layer_parameters": self.layer_parameters,
             "model_parameters_before": self.model_parameters_before,
@@ -252,6 +260,13 @@ def _layer_compression(
         None if latencies is None else latencies.seconds(fqn, None),
         None if latencies is None else latencies.seconds(fqn, stored),
     )
+
+
+def _plain(layer: LayerCompression) -> dict[str, Any]:
+    values = asdict(layer)
+    if layer.measured_error is not None and not math.isfinite(layer.measured_error):
+        values["measured_error"] = None  # JSON has no infinity
+    return values
 
 
 def _measured(layer: LayerCompression) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from ..config import Ranks
 from .compression import CompressionReport, LayerCompression, percent
 from .kinds import KINDS
 from .page import Bar, Curve, bars, curves, key, page, scatter, section, table
@@ -156,7 +157,8 @@ def _settings(report: CompressionReport) -> str:
     policy = report.config.rank
     values = {name: getattr(policy, name) for name in ("fraction", "threshold", "allocation") if hasattr(policy, name)}
     inside = ", ".join(f"{name}={value!r}" for name, value in values.items())
-    return f"Ranks by {type(policy).__name__}({inside}), projection={report.config.projection!r}."
+    by = "name" if isinstance(policy, Ranks) else f"{type(policy).__name__}({inside})"
+    return f"Ranks by {by}, projection={report.config.projection!r}."
 
 
 Amount = Callable[[LayerCompression], float]
@@ -198,11 +200,7 @@ def _spectra(lines: Sequence[Curve], kinds: Sequence[str], point: str) -> list[s
 
 
 def _prediction(report: CompressionReport, kinds: Sequence[str]) -> list[str]:
-    points = [
-        (layer.fqn, layer.kind, layer.relative_error, layer.measured_error)
-        for layer in report.layers
-        if layer.rank is not None and layer.relative_error and layer.measured_error
-    ]
+    points = [(layer.fqn, layer.kind, predicted, measured) for layer, predicted, measured in report.compared()]
     prediction = report.prediction()
     if prediction is None:
         return []
