@@ -158,7 +158,17 @@ def calibration(
             for images, labels in batches:
                 loss = cross_entropy(model(images), labels, reduction="sum")
                 covariances.observe(loss, samples=len(labels))
+
+    Each forward's graph is kept until ``observe`` takes a loss of it. A warning tells if none was taken.
+
+    Raises:
+        TypeError: ``sensitivity`` is no bool; the named ones are for :func:`calibrate`, which knows the batches.
     """
+    if not isinstance(sensitivity, bool):
+        raise TypeError(
+            f"sensitivity must be True or False here; got {sensitivity!r}. Pass your losses to observe, or use "
+            "calibrate(model, batches, sensitivity=...)."
+        )
     found = Calibration()
     with _recording(model, filter_fn, mask, side, dtype, max_state_bytes, share_inputs, found) as (recorder, _):
         _warn_of_skipped(found, filter_fn, stacklevel=4)
@@ -169,6 +179,8 @@ def calibration(
             yield found
         finally:
             found._recorder = None
+    if sensitivity and not found.sensitivities:
+        warnings.warn("calibration(sensitivity=True) was given no loss; call observe inside its block.", stacklevel=3)
 
 
 @contextmanager

@@ -422,8 +422,8 @@ def _check_match(
     match: Sequence[str],
     match_weight: float,
 ) -> None:
-    if isinstance(match, str):
-        raise ValueError(f"match must be a sequence of module names; got the string {match!r}. Pass [{match!r}].")
+    if isinstance(match, str) or not isinstance(match, Sequence):
+        raise ValueError(f"match must be a sequence of module names, such as ['blocks.0']; got {match!r}.")
     if match and teacher is None:
         raise ValueError("match needs a teacher, whose outputs the student is to have.")
     if not match_weight > 0:

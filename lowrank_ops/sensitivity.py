@@ -162,8 +162,8 @@ class GradientTaps:
         if not gradients:
             raise ValueError(
                 "the loss of sensitivity depends on no layer: the model's forward runs without gradients "
-                "(torch.no_grad, inference_mode, a detached output). "
-                "Pass forward= with a differentiable call, or sensitivity=None."
+                "(torch.no_grad, inference_mode, a detached output), or its loss was taken already. "
+                "Let it run with gradients, in calibrate by forward=, or do without sensitivity."
             )
         return gradients
 

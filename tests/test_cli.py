@@ -309,6 +309,7 @@ class TestRefusals:
             ([*ANALYZE, "--plot", "none/p.png"], "--plot: there is no folder"),
             ([*ANALYZE, "--html", "none/p.html"], "--html: there is no folder"),
             ([*COMPRESS, "--html", "none/p.html"], "--html: there is no folder"),
+            ([*ANALYZE, "--html", "."], "--html: '.' is a folder; name a file"),
             (["analyze", "m:b", "--covariances", "c", "--mask", "x"], "cannot go with --covariances"),
             (["analyze", "m:b", "--covariances", "c", "--sensitivity", "fisher"], "cannot go with --covariances"),
             ([*COMPRESS, "--budget", "0.001"], "cannot be met"),

@@ -127,15 +127,17 @@ def test_a_mask_is_not_passed_over_where_it_is_not_known() -> None:
     small = copy.deepcopy(dense)
     lro.compress_(small, lro.calibrate(dense, [batch], mask="keep"), lro.CompressionConfig(lro.Ranks({"fc": 8})))
 
-    def forward(model: nn.Module, batch: dict[str, Tensor], first: bool) -> None:
-        if first:
-            model(**batch)
+    def encode(model: nn.Module, batch: dict[str, Tensor]) -> None:
         model.encode(batch["x"])
 
-    for first in (False, True):
+    def after_another(model: nn.Module, batch: dict[str, Tensor]) -> None:
+        model(**batch)
+        encode(model, batch)
+
+    for forward in (encode, after_another):
         with pytest.raises(ValueError, match="layer 'fc' was called beside the model's own forward"):
-            lro.measure_errors(dense, small, [batch], mask="keep", forward=lambda m, b, first=first: forward(m, b, first))
-        assert lro.measure_errors(dense, small, [batch], forward=lambda m, b, first=first: forward(m, b, first))
+            lro.measure_errors(dense, small, [batch], mask="keep", forward=forward)
+        assert lro.measure_errors(dense, small, [batch], forward=forward)
 
 
 def test_an_output_that_does_not_vary_has_an_infinite_error_that_reports_can_tell(tmp_path) -> None:

@@ -178,7 +178,8 @@ def test_hooks_are_removed_after_an_error() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"match": "0"}, r"match must be a sequence of module names; got the string '0'. Pass \['0'\]"),
+        ({"match": "0"}, r"match must be a sequence of module names, such as \['blocks.0'\]; got '0'"),
+        ({"match": None}, "match must be a sequence of module names, .*; got None"),
         ({"match": ["0"], "teacher": None, "loss": cross_entropy}, "match needs a teacher"),
         ({"match": ["0"], "match_weight": 0}, "match_weight must be positive; got 0"),
         ({"match": ["0", "fc"]}, "the student has no module 'fc'"),

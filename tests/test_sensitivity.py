@@ -322,13 +322,17 @@ def test_several_losses_of_one_forward():
 def test_losses_out_of_place():
     model = nn.Sequential(nn.Linear(6, 4))
     batches = [(torch.randn(5, 6), torch.randint(4, (5,)))]
-    covariances = own_losses(model, batches, observe=False)
+    with pytest.warns(UserWarning, match="was given no loss; call observe inside its block") as warned:
+        covariances = own_losses(model, batches, observe=False)
+    assert warned[0].filename == __file__
+    with pytest.raises(TypeError, match="sensitivity must be True or False here; got 'fisher'"):
+        lro.calibration(model, sensitivity="fisher").__enter__()
     assert not covariances.sensitivities and covariances["0"].count == 5
     with pytest.raises(RuntimeError, match="inside a with block"):
         covariances.observe(torch.zeros(()), 1)
     with lro.calibration(model) as plain, pytest.raises(RuntimeError, match="sensitivity=True"):
         plain.observe(model(batches[0][0]).sum(), 5)
-    with lro.calibration(model, sensitivity=True) as live:
+    with pytest.warns(UserWarning, match="was given no loss"), lro.calibration(model, sensitivity=True) as live:
         y = model(batches[0][0])
         with pytest.raises(ValueError, match=r"loss must be a scalar tensor, summed over samples; got \(5, 4\)"):
             live.observe(y, 5)
@@ -336,6 +340,11 @@ def test_losses_out_of_place():
             live.observe(y.sum(), 0)
         with pytest.raises(ValueError, match="depends on no layer"):
             live.observe(torch.zeros(()), 5)
+    with lro.calibration(model, sensitivity=True) as live:
+        loss = model(batches[0][0]).sum()
+        live.observe(loss, 5)
+        with pytest.raises(ValueError, match="or its loss was taken already"):
+            live.observe(loss, 5)
 
 
 def of_pooled(values: Tensor, mask: Tensor | None, seed: int = 0) -> Tensor:

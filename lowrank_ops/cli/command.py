@@ -92,6 +92,8 @@ def check_folder(path: Path, argument: str) -> None:
     """Before the long work: can the file be written at all?"""
     if not path.absolute().parent.is_dir():
         raise Failure(2, f"{argument}: there is no folder {str(path.absolute().parent)!r}")
+    if path.is_dir():
+        raise Failure(2, f"{argument}: {str(path)!r} is a folder; name a file")
 
 
 def document(options: argparse.Namespace, **results: Any) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def _add_compression(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--projection", choices=PROJECTIONS, default="output",
         help="onto output principal components, the same weighed by the loss, onto utilized input and output spaces, "
-        "or the SVD of the weight alone (default: %(default)s)",
+        "onto input principal components, or the SVD of the weight alone (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--keep-dense", action="append", default=[], metavar="LAYER",
