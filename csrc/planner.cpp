@@ -208,7 +208,7 @@ LowRankPlan plan_decode_persistent(const LowRankProblem& problem) {
     plan.reason = "it needs compute capability 9.0";
     return plan;
   }
-  if (!problem.aligned || problem.rank % kVector != 0) {
+  if (!problem.aligned || problem.in_features % kVector != 0 || problem.rank % kVector != 0) {
     plan.reason = "rows do not start and end on 16 bytes";
     return plan;
   }

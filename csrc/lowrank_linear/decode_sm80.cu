@@ -157,6 +157,7 @@ void launch_groups(const LowRankPlan& plan, const Arguments& args, const Launch&
 
 void launch_decode_sm80(const LowRankPlan& plan, const Arguments& args, Dtype dtype, bool aligned,
                         const Launch& launch) {
+  aligned = aligned && args.in_features % kVector == 0 && args.rank % kVector == 0;  // rows end on 16 bytes, too
   if (dtype == Dtype::bfloat16)
     return aligned ? launch_groups<__nv_bfloat16, true>(plan, args, launch)
                    : launch_groups<__nv_bfloat16, false>(plan, args, launch);
