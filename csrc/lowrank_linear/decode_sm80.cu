@@ -120,11 +120,8 @@ void launch_pair(const LowRankPlan& plan, Arguments args, const Launch& launch) 
   const auto down = decode_down_sm80<Element, kGroups, kAligned>;
   const auto up = decode_up_sm80<Element, kGroups, kAligned>;
   const unsigned token_tiles = static_cast<unsigned>(ceil_div(args.tokens, plan.token_tile));
-  const auto allow = [&](const void* kernel, int64_t bytes) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)), launch);
-  };
-  allow(reinterpret_cast<const void*>(down), plan.shared_bytes_down);
-  allow(reinterpret_cast<const void*>(up), plan.shared_bytes_up);
+  allow_all_shared_memory(reinterpret_cast<const void*>(down), launch);
+  allow_all_shared_memory(reinterpret_cast<const void*>(up), launch);
 
   down<<<dim3(static_cast<unsigned>(ceil_div(args.rank, plan.rows_down)), plan.splits, token_tiles), kThreads,
          plan.shared_bytes_down, launch.stream>>>(args);
