@@ -184,6 +184,8 @@ void names_are_parsed() {
   EXPECT(arch_refusal("80,100f", 103).empty());
   EXPECT(arch_refusal("80,90a,100f", 120).find("no code for sm_120") != std::string::npos);
   EXPECT(!arch_refusal("86", 80).empty());
+  EXPECT(!arch_refusal("80,86,100f", 87).empty() && arch_refusal("80,87", 87).empty());
+  EXPECT(!arch_refusal("80,100f", 101).empty());
   bool refused = false;
   try {
     parse_dtype("int8");
