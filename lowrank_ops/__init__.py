@@ -10,6 +10,7 @@ from .factors import Factors, factorize
 from .finetune import FinetuneReport, finetune_
 from .layers import LowRankConv2d, LowRankLinear
 from .ranks import choose_ranks
+from .refit import refit_factors
 from .replacement import replace_
 from .report import CompressionReport, UtilizationReport, utilization
 from .subspaces import LayerSubspaces, Subspace, layer_subspaces
@@ -41,6 +42,7 @@ __all__ = [
     "compress_",
     "Factors",
     "factorize",
+    "refit_factors",
     "LowRankConv2d",
     "LowRankLinear",
     "replace_",

@@ -28,7 +28,9 @@ class Factors:
             be known (only the output was streamed, and the projection is ``"weight"``).
         output_variance: the variance of y about its mean (or about zero where not centred), to compare with.
         predicted_loss: the increase of the loss of one sample, to second order, that the error brings; None where no
-            sensitivity was streamed or the error cannot be known.
+            sensitivity was streamed or the error cannot be known, and after a refit.
+        refitted: made by :func:`lowrank_ops.refit_factors`; ``predicted_error`` is then that of the compressed model's
+            output against the dense model's, with what the layers before it contribute.
     """
 
     down: Tensor
@@ -39,6 +41,7 @@ class Factors:
     predicted_error: float | None
     output_variance: float
     predicted_loss: float | None = None
+    refitted: bool = False
 
 
 def factorize(spaces: LayerSubspaces, rank: int, projection: str = "output") -> Factors:

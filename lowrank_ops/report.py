@@ -159,6 +159,7 @@ class LayerCompression:
     rows: int  # calibration rows seen
     projection: str | None = None  # how the factors were made; None: left dense
     predicted_loss: float | None = None  # increase of one sample's loss, to second order; None: not known
+    refitted: bool = False  # the predicted error is then against the dense model's output, from the compressed input
 
 
 @dataclass(frozen=True)
@@ -230,6 +231,10 @@ class CompressionReport:
             f"{layer.fqn}: factors by projection={layer.projection!r}, as no sensitivity was streamed for it"
             for layer in self.layers
             if layer.projection not in (None, self.config.projection)
+        ] + [
+            f"{layer.fqn}: not refitted"
+            for layer in self.layers
+            if self.config.refit is not None and layer.rank is not None and not layer.refitted
         ]
 
     def to_dict(self) -> dict[str, Any]:
@@ -265,10 +270,11 @@ def _layer_compression(fqn: str, space: LayerSubspaces, factors: Factors | None)
         dense,
         kept,
         0.0 if factors is None else factors.predicted_error,
-        float(space.output.spectrum.sum()),
+        float(space.output.spectrum.sum()) if factors is None else factors.output_variance,
         space.covariance.count,
         None if factors is None else factors.projection,
         0.0 if factors is None else factors.predicted_loss,
+        factors is not None and factors.refitted,
     )
 
 
