@@ -8,6 +8,7 @@ each time, so nothing is assumed about the blocks' arguments.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -44,17 +45,18 @@ class Group:
 def find_chains(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]:
     """Names of the ModuleLists and Sequentials whose children hold the layers, none inside another.
 
-    Of nested ones the one with the most children that hold layers is taken.
+    Every layer takes a run through the child that it is in, so what a container saves is the square of the number of
+    its layers less the squares of those of its children. Of nested ones the one that saves most is taken.
     """
-    parts = {}
+    saved = {}
     for name, module in model.named_modules():
         if isinstance(module, (nn.ModuleList, nn.Sequential)):
             prefix = f"{name}." if name else ""
-            children = {fqn[len(prefix) :].split(".")[0] for fqn in layers if fqn.startswith(prefix)}
+            children = Counter(fqn[len(prefix) :].split(".")[0] for fqn in layers if fqn.startswith(prefix))
             if len(children) > 1:
-                parts[name] = len(children)
+                saved[name] = children.total() ** 2 - sum(count**2 for count in children.values())
     chosen: list[str] = []
-    for name in sorted(parts, key=lambda name: -parts[name]):
+    for name in sorted(saved, key=lambda name: -saved[name]):
         if not any(_inside(name, other) or _inside(other, name) for other in chosen):
             chosen.append(name)
     return chosen
@@ -271,7 +273,7 @@ class Streams:
                     self._kept[chain, False, 0] = outputs[chain, count - 1]
                 expected = [other for other in events if other.position == event.position]
                 try:
-                    found = self._first_inputs(len(expected))
+                    found = self._first_inputs({other.fqn for other in expected}, len(expected))
                 except Exception:  # the model's code between blocks refuses outputs of later ones in earlier places
                     return new[-1]
                 if len(found) != len(expected) or not all(
@@ -283,14 +285,15 @@ class Streams:
             self._kept.clear()
         return None
 
-    def _first_inputs(self, count: int) -> list[tuple[str, Tensor]]:
-        """The first calls of a dense run of the first batch."""
+    def _first_inputs(self, wanted: set[str], count: int) -> list[tuple[str, Tensor]]:
+        """The first calls of some layers in a dense run of the first batch."""
         found: list[tuple[str, Tensor]] = []
 
         def see(fqn: str, x: Tensor) -> None:
-            found.append((fqn, x if x.is_nested else x.clone()))
-            if len(found) == count:
-                raise _Reached
+            if fqn in wanted:
+                found.append((fqn, x if x.is_nested else x.clone()))
+                if len(found) == count:
+                    raise _Reached
 
         self._run(0, False, see)
         return found
@@ -312,9 +315,7 @@ def _first_calls(events: list[_Event]) -> list[_Event]:
 
 
 def _grouped(events: list[_Event], layers: Mapping[str, nn.Module]) -> list[Group]:
-    calls: dict[str, int] = {}
-    for event in events:
-        calls[event.fqn] = calls.get(event.fqn, 0) + 1
+    calls = Counter(event.fqn for event in events)
     groups: dict[object, list[_Event]] = {}
     for event in _first_calls(events):
         shares = calls[event.fqn] == 1 and not isinstance(layers[event.fqn], nn.Conv2d)
