@@ -29,6 +29,7 @@ from lowrank_ops.ops._backend import Device, choose, device_facts
 from . import bench_covariance, bench_lowrank_linear, shapes
 from .measure import Timing, copies_to_rotate, environment, time_arms
 from .rows import Case, distance, truth
+from .suite import H200, META
 
 _covariance = importlib.import_module("lowrank_ops.ops.covariance")
 _linear = importlib.import_module("lowrank_ops.ops.lowrank_linear")
@@ -347,6 +348,25 @@ def tune(tuner: Tuner, device: torch.device, budget: float, seconds: float, prog
     return True
 
 
+def dry_run(tuner: Tuner, device: Device = H200) -> list[str]:
+    """The shapes of a search on ``device``, where each would begin, and how many neighbours the kernels accept.
+
+    Nothing is allocated, launched or timed.
+    """
+    lines = [f"{tuner.op}, planned for {tuner.arch(device)}: {len(tuner.shapes())} shapes"]
+    for shape in tuner.shapes():
+        case = tuner.case(shape)
+        assert case.pose is not None
+        _, problem = case.pose(case.make(META, 0))
+        assumed = problem._replace(device=device)  # type: ignore[attr-defined]
+        starts = [start for start in tuner.starts(assumed) if tuner.refuse(start, assumed) is None]
+        around = {near for start in starts for near in tuner.neighbours(start) if tuner.refuse(near, assumed) is None}
+        name = " ".join(f"{key}={value}" for key, value in shape.items())
+        first = starts[0] if starts else "nothing that can run"
+        lines.append(f"  {name}: {len(starts)} starts, {len(around - set(starts))} neighbours; first {first}")
+    return lines
+
+
 def _load_progress(path: Path, conditions: Mapping[str, Any]) -> list[dict[str, Any]]:
     if not path.exists():
         return []
@@ -372,16 +392,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; 2 where there is no GPU, 1 where the budget ran out before the tables were complete."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", choices=tuple(TUNERS), help="by default all")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be searched; needs no GPU")
     parser.add_argument("--budget", type=float, default=3600.0, help="seconds in all (default 3600)")
     parser.add_argument("--seconds", type=float, default=0.5, help="of timing per step of the search (default 0.5)")
     arguments = parser.parse_args(argv)
+    chosen = [arguments.op] if arguments.op else list(TUNERS)
+    if arguments.dry_run:
+        print("\n".join(line for op in chosen for line in dry_run(TUNERS[op])))
+        return 0
     if not torch.cuda.is_available():
         print("tune: needs a CUDA device; a table is not written from anything else.", file=sys.stderr)
         return 2
     end = time.perf_counter() + arguments.budget
     device = torch.device("cuda")
     step = functools.partial(tune, device=device, seconds=arguments.seconds, progress=PROGRESS, tables=TABLES)
-    chosen = [arguments.op] if arguments.op else list(TUNERS)
     complete = [step(TUNERS[op], budget=end - time.perf_counter()) for op in chosen]
     return 0 if all(complete) else 1
 

@@ -4,16 +4,27 @@ from . import ops
 from .calibration import calibrate, calibration
 from .checkpoint import CheckpointError, load_pretrained, save_pretrained
 from .compress import compress_
-from .config import AccuracyGuided, CompressionConfig, ExplainedVariance, FlopBudget, ParameterBudget, Ranks
+from .config import (
+    AccuracyGuided,
+    CompressionConfig,
+    ExplainedVariance,
+    FlopBudget,
+    LatencyBudget,
+    ParameterBudget,
+    Ranks,
+)
 from .covariances import Covariance, Covariances, NonFiniteActivationError
+from .decomposition import Subspace
 from .factors import Factors, factorize
 from .finetune import FinetuneReport, finetune_
+from .latencies import LayerLatencies
 from .layers import LowRankConv2d, LowRankLinear
 from .ranks import choose_ranks
 from .refit import refit_factors
 from .replacement import replace_
 from .report import CompressionReport, UtilizationReport, utilization
-from .subspaces import LayerSubspaces, Subspace, layer_subspaces
+from .subspaces import LayerSubspaces, layer_subspaces
+from .timing import measure_latency
 
 __all__ = [
     "ops",
@@ -34,6 +45,9 @@ __all__ = [
     "ExplainedVariance",
     "ParameterBudget",
     "FlopBudget",
+    "LatencyBudget",
+    "LayerLatencies",
+    "measure_latency",
     "AccuracyGuided",
     "Ranks",
     # factors and replacement

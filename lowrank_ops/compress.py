@@ -12,12 +12,13 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .config import AccuracyGuided, CompressionConfig, Ranks
+from .config import AccuracyGuided, CompressionConfig, ExplainedVariance, RankPolicy, Ranks
 from .covariances import Covariances
 from .dense_layers import FilterFn, find_layers
 from .factors import Factors, factorize
+from .journal import Journal, digest
 from .masks import Mask
-from .ranks import ChosenRanks, choose_ranks
+from .ranks import ChosenRanks, Measure, choose_ranks
 from .refit import refit_factors
 from .replacement import replace_, replaced, tied_layers
 from .report import CompressionReport
@@ -97,13 +98,15 @@ def compress_(
             f"first.{reasons}"
         )
 
-    policy, measure = config.rank, None
+    policy = config.rank
+    measure: Measure | None = None
     if isinstance(policy, AccuracyGuided):
         evaluate, projection = policy.evaluate, config.projection
 
-        def measure(ranks: ChosenRanks) -> float:
+        def accuracy_at(ranks: ChosenRanks) -> float:
             training = [(module, module.training) for module in model.modules()]
-            with replaced(model, _factorize(ranks, subspaces, projection, progress=False)), torch.no_grad():
+            factors = _factorize(ranks, subspaces, projection, progress=False, keep_directions=True)
+            with replaced(model, factors), torch.no_grad():
                 try:
                     accuracy = evaluate(model)
                 finally:
@@ -117,6 +120,11 @@ def compress_(
                 raise ValueError("evaluate must return the model's accuracy as a finite number, the larger the better.")
             return accuracy
 
+        measure = accuracy_at
+        if policy.journal is not None:
+            measure = Journal(policy.journal, _what_trials_depend_on(model, subspaces, config)).remembering(measure)
+
+    _decompose(policy, subspaces, progress)
     ranks = choose_ranks(policy, subspaces, config.overrides, measure=measure, progress=progress)
     if isinstance(policy, AccuracyGuided):  # what was found can be written to a file and used again
         config = replace(config, rank=Ranks({fqn: rank for fqn, rank in ranks.items() if rank is not None}))
@@ -141,14 +149,51 @@ def compress_(
     return report
 
 
+def _what_trials_depend_on(
+    model: nn.Module, subspaces: Mapping[str, LayerSubspaces], config: CompressionConfig
+) -> dict[str, str]:
+    """Digests of what decides the accuracy at given ranks; the user's evaluate cannot be among it."""
+    statistics = {fqn: space.covariance for fqn, space in subspaces.items()}
+    if config.projection == "loss":
+        sensitivities = {f"gradient of {fqn}": space.sensitivity for fqn, space in subspaces.items()}
+        statistics |= {name: found for name, found in sensitivities.items() if found is not None}
+    sums = {f"{name} total": found.total for name, found in statistics.items()}
+    sums |= {f"{name} squares": found.second_moment.diagonal(dim1=-2, dim2=-1) for name, found in statistics.items()}
+    return {
+        "model": digest({**dict(model.named_parameters()), **dict(model.named_buffers())}),
+        "covariances": digest(sums),
+        "projection": config.projection,
+        "centered": str(config.centered),
+    }
+
+
+def _decompose(policy: RankPolicy, subspaces: Mapping[str, LayerSubspaces], progress: bool) -> None:
+    """Find the spectra that the policy will ask for, one layer in memory at a time."""
+    allocation = getattr(policy, "allocation", None)
+    for space in tqdm(subspaces.values(), desc="decomposing", unit="layer", disable=not progress):
+        if isinstance(policy, ExplainedVariance):
+            space.utilized_rank(policy.threshold)
+        elif allocation == "energy":
+            _ = space.output.spectrum
+        elif allocation == "loss" and space.loss is not None:
+            _ = space.loss.subspace.spectrum
+        space.release()
+
+
 def _factorize(
-    ranks: ChosenRanks, subspaces: Mapping[str, LayerSubspaces], projection: str, progress: bool
+    ranks: ChosenRanks,
+    subspaces: Mapping[str, LayerSubspaces],
+    projection: str,
+    progress: bool,
+    keep_directions: bool = False,
 ) -> dict[str, Factors]:
     factors = {}
     for fqn, rank in tqdm(ranks.items(), desc="factorising", unit="layer", disable=not progress):
         if rank is not None:
+            space = subspaces[fqn]
             try:
-                factors[fqn] = factorize(subspaces[fqn], rank, projection)
+                factors[fqn] = factorize(space, rank, projection).to(space.dtype)
             except ValueError as error:
                 raise ValueError(f"layer {fqn!r}: {error}") from None
+            space.release(directions=not keep_directions)
     return factors

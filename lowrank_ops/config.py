@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
+from .latencies import LayerLatencies
+
 FORMAT_VERSION = 1
-PROJECTIONS = ("output", "loss", "utilized", "weight")
+PROJECTIONS = ("output", "loss", "utilized", "input", "weight")
 ALLOCATIONS = ("uniform", "energy", "loss")
 SEARCHES = ("budget", "layers")
 REFITS = (None, "sequential")
@@ -68,17 +71,54 @@ class FlopBudget:
 
 
 @dataclass(frozen=True)
+class LatencyBudget:
+    """All considered layers together take at most ``fraction`` of the time that they take dense, as predicted.
+
+    The sum of the measured times of the layers is what is kept within the budget, not the time of a whole model,
+    which does other things as well. The ranks are the solution of a multiple-choice knapsack over aligned ranks and
+    dense layers (to within its steps, each at most 1/2000 of what the layers may spend above the least).
+
+    Args:
+        fraction: share of the dense layers' time in (0, 1]; met exactly or from below.
+        latencies: from :func:`lowrank_ops.measure_latency`, on the device and with the batch size that count.
+        allocation: ``"loss"`` keeps as much of the loss as the time allows, which needs covariances with a
+            sensitivity; ``"energy"`` the most of the layers' shares of output variance; ``"uniform"`` gives every
+            layer the same share of its time.
+    """
+
+    fraction: float
+    latencies: LayerLatencies
+    allocation: str = "loss"
+
+    def __post_init__(self) -> None:
+        check_share("fraction", self.fraction)
+        if isinstance(self.latencies, Mapping):  # from JSON
+            object.__setattr__(self, "latencies", LayerLatencies.from_dict(self.latencies))
+        if not isinstance(self.latencies, LayerLatencies):
+            raise TypeError(
+                f"latencies must come from measure_latency(model, batch) or LayerLatencies.load; got "
+                f"{type(self.latencies).__name__}."
+            )
+        check_choice("allocation", self.allocation, ALLOCATIONS)
+
+
+@dataclass(frozen=True)
 class AccuracyGuided:
     """The smallest model, by a search with trial compressions, whose accuracy stays within a tolerance.
 
     Args:
         evaluate: ``evaluate(model) -> float``, higher is better; is called with the compressed model many times.
         max_drop: how much less than the dense model's value is accepted, in the units of ``evaluate``.
-        search: ``"budget"`` bisects one parameter budget for all layers; ``"layers"`` bisects the rank of one layer
-            after another, the largest first, each with a part of the tolerance and those before it compressed: up
-            to log2(ranks) evaluations per layer (Garg et al. 2024 choose a threshold per layer).
+        search: ``"budget"`` bisects one parameter budget for all layers. With ``allocation="loss"`` that is a
+            bisection of one threshold for all layers, on the loss that a parameter saves: the ranks within a
+            budget are those of a threshold, filled up with what still fits. ``"layers"`` bisects the rank of one
+            layer after another, the largest first, each with a part of the tolerance and those before it
+            compressed: up to log2(ranks) evaluations per layer (Garg et al. 2024 choose a threshold per layer).
         allocation: how ``"budget"`` spends, as in :class:`ParameterBudget`.
         evaluations: at most this many for ``"budget"``, the dense model's included.
+        journal: file that keeps the accuracy of every trial; a search that finds its trials there does not repeat
+            them, be it the same one interrupted or another over the same model. Trials of other weights,
+            covariances or projections are refused; that ``evaluate`` is the same is up to you.
     """
 
     evaluate: Callable[[Any], float]
@@ -86,6 +126,7 @@ class AccuracyGuided:
     search: str = "budget"
     allocation: str = "loss"
     evaluations: int = 10
+    journal: str | Path | None = None
 
     def __post_init__(self) -> None:
         if not callable(self.evaluate):
@@ -96,6 +137,8 @@ class AccuracyGuided:
         check_choice("allocation", self.allocation, ALLOCATIONS)
         if isinstance(self.evaluations, bool) or not isinstance(self.evaluations, int) or self.evaluations < 2:
             raise ValueError(f"evaluations must be an integer of at least 2; got {self.evaluations!r}.")
+        if self.journal is not None and not isinstance(self.journal, (str, Path)):
+            raise TypeError(f"journal must be the path of a file, or None; got {self.journal!r}.")
 
 
 @dataclass(frozen=True)
@@ -108,11 +151,13 @@ class Ranks:
         _check_names("ranks", self.ranks)
 
 
-RankPolicy = ExplainedVariance | ParameterBudget | FlopBudget | AccuracyGuided | Ranks
-_POLICIES: dict[str, type[ExplainedVariance] | type[ParameterBudget] | type[FlopBudget] | type[Ranks]] = {
+_Storable = ExplainedVariance | ParameterBudget | FlopBudget | LatencyBudget | Ranks
+RankPolicy = _Storable | AccuracyGuided
+_POLICIES: dict[str, type[_Storable]] = {
     "explained_variance": ExplainedVariance,
     "parameter_budget": ParameterBudget,
     "flop_budget": FlopBudget,
+    "latency_budget": LatencyBudget,
     "ranks": Ranks,
 }
 
@@ -126,8 +171,8 @@ class CompressionConfig:
         projection: ``"output"``, output principal components, the least output error at a given rank;
             ``"loss"``, the least error in the metric of the loss's gradient, which needs covariances with a
             sensitivity (layers without one get ``"output"``, and the report says so); ``"utilized"``,
-            W' = P_T W P_S of Garg et al. 2024; ``"weight"``, the truncated SVD of the weight, which ignores the data
-            and is there to compare with.
+            W' = P_T W P_S of Garg et al. 2024; to compare with, ``"input"``, input principal components, W' = W P_S,
+            and ``"weight"``, the truncated SVD of the weight, which ignores the data.
         centered: use the covariance about the mean and fold the mean into the bias (never a larger output
             error); False uses the second moment and leaves the bias as it is.
         overrides: ``{fqn or "re:pattern": rank}``, which wins over the policy; a rank of None keeps a layer dense.

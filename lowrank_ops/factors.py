@@ -5,13 +5,13 @@ No Cholesky and no inverse of a covariance: a rank-deficient one is the normal c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .config import PROJECTIONS, check_choice
-from .subspaces import LayerSubspaces
+from .subspaces import LayerSubspaces, Subspace
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,9 @@ class Factors:
         output_variance: the variance of y about its mean (or about zero where not centred), to compare with.
         predicted_loss: the increase of the loss of one sample, to second order, that the error brings; None where no
             sensitivity was streamed or the error cannot be known, and after a refit.
+        excess_error: a bound on how much of ``predicted_error`` the best factors of that rank would avoid, for
+            ``"output"``: 0 but for wide layers, whose directions are found by iteration; None for other projections
+            and after a refit.
         refitted: made by :func:`lowrank_ops.refit_factors`; ``predicted_error`` is then that of the compressed model's
             output against the dense model's, with what the layers before it contribute.
     """
@@ -41,7 +44,13 @@ class Factors:
     predicted_error: float | None
     output_variance: float
     predicted_loss: float | None = None
+    excess_error: float | None = None
     refitted: bool = False
+
+    def to(self, dtype: torch.dtype) -> Factors:
+        """The same factors in another dtype, as the layer will hold them."""
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return replace(self, down=self.down.to(dtype), up=self.up.to(dtype), bias=bias)
 
 
 def factorize(spaces: LayerSubspaces, rank: int, projection: str = "output") -> Factors:
@@ -54,10 +63,12 @@ def factorize(spaces: LayerSubspaces, rank: int, projection: str = "output") -> 
             error at that rank, which equals the variance dropped. ``"loss"``: the same in the metric of the loss,
             min |G^1/2 (W - W') C^1/2| with G the second moment of the loss's gradient; ``"output"`` where no
             sensitivity was streamed. ``"utilized"``: W' = P_T W P_S (Garg et al.
-            2024) at the largest explained variance whose utilized rank is ``rank``. ``"weight"``: truncated SVD.
+            2024) at the largest explained variance whose utilized rank is ``rank``. ``"input"``: W' = W P_S with P_S on
+            the first ``rank`` input directions. ``"weight"``: truncated SVD.
 
     Raises:
-        ValueError: an unknown projection; ``"utilized"`` needs the input space, and only the output was streamed.
+        ValueError: an unknown projection; ``"utilized"`` and ``"input"`` need the input space, and only the output was
+            streamed.
     """
     check_choice("projection", projection, PROJECTIONS)
     if projection == "loss" and spaces.loss is None:
@@ -65,19 +76,26 @@ def factorize(spaces: LayerSubspaces, rank: int, projection: str = "output") -> 
     left = None  # (..., rank, out_features), where down is left @ W
     if projection == "utilized":
         down, up = _utilized(spaces, rank)
+    elif projection == "input":
+        source = _input_space(spaces, projection).leading(rank).basis
+        down, up = source.mT, spaces.weight @ source
     else:
         left, up = _output_projection(spaces, rank, projection)
         down = left @ spaces.weight
-    lost = _lost_moment(spaces, down, up, left, projection)
+    best = spaces.output.leading(rank) if projection == "output" else None
+    lost = None
+    if best is None or spaces.sensitivity is not None:  # else nobody asks for it
+        lost = _lost_moment(spaces, down, up, left, projection)
     return Factors(
         down,
         up,
         _bias(spaces, down, up, left, projection),
         rank,
         projection,
-        _predicted_error(spaces, lost, rank, projection),
-        float(spaces.output.spectrum.sum()),
+        _trace(lost) if best is None else float(best.dropped.sum()),
+        float(spaces.output.total.sum()),
         _predicted_loss(spaces, lost),
+        None if best is None else float(best.excess.sum()),
     )
 
 
@@ -85,23 +103,30 @@ def _output_projection(spaces: LayerSubspaces, rank: int, projection: str) -> tu
     """The two sides of a projection of the output, W' = up left W."""
     if projection == "loss":
         assert spaces.loss is not None
-        directions = spaces.loss.subspace.basis[..., :rank]
+        directions = spaces.loss.subspace.leading(rank).basis
         return directions.mT @ spaces.loss.root, spaces.loss.inverse_root @ directions
     space = spaces.output if projection == "output" else spaces.weight_output
-    up = space.basis[..., :rank]
+    up = space.leading(rank).basis
     return up.mT, up
 
 
-def _utilized(spaces: LayerSubspaces, rank: int) -> tuple[Tensor, Tensor]:
+def _input_space(spaces: LayerSubspaces, projection: str) -> Subspace:
     if spaces.input is None:
         raise ValueError(
-            "projection='utilized' needs the input space, but only the output was streamed; calibrate with "
+            f"projection={projection!r} needs the input space, but only the output was streamed; calibrate with "
             "side='input' or use projection='output'."
         )
-    groups = zip(_batch(spaces.weight), _batch(spaces.input.basis), _batch(spaces.output.basis), strict=True)
+    return spaces.input
+
+
+def _utilized(spaces: LayerSubspaces, rank: int) -> tuple[Tensor, Tensor]:
+    inputs = _input_space(spaces, "utilized")
+    sizes = [_dimensions_at(spaces, group, rank) for group in range(spaces.dimensions.groups)]
+    input_basis = inputs.leading(max(k_s for k_s, _ in sizes)).basis
+    output_basis = spaces.output.leading(max(k_t for _, k_t in sizes)).basis
+    groups = zip(_batch(spaces.weight), _batch(input_basis), _batch(output_basis), sizes, strict=True)
     downs, ups = [], []
-    for index, (weight, input_basis, output_basis) in enumerate(groups):
-        k_s, k_t = _dimensions_at(spaces, index, rank)
+    for weight, input_basis, output_basis, (k_s, k_t) in groups:
         source, target = input_basis[:, :k_s], output_basis[:, :k_t]
         if k_t <= k_s:
             down, up = target.T @ weight @ source @ source.T, target
@@ -159,9 +184,7 @@ def _lost_moment(
     return lost @ moment @ lost.mT
 
 
-def _predicted_error(spaces: LayerSubspaces, lost: Tensor | None, rank: int, projection: str) -> float | None:
-    if projection == "output":
-        return float(spaces.output.spectrum[..., rank:].sum())
+def _trace(lost: Tensor | None) -> float | None:
     return None if lost is None else max(0.0, float(lost.diagonal(dim1=-2, dim2=-1).sum()))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +50,8 @@ def finetune_(
     loss: Callable[[Any, Any], Tensor] | None = None,
     soft_weight: float = 0.5,
     temperature: float = 2.0,
+    match: Sequence[str] = (),
+    match_weight: float = 1.0,
     epochs: int = 1,
     steps: int | None = None,
     lr: float = 3e-4,
@@ -73,8 +75,13 @@ def finetune_(
             arXiv 1503.02531). Outputs are logits (..., classes), or have a field ``logits``.
         loss: ``loss(output, batch)``, a scalar, mean over samples; may be left out with a teacher.
         soft_weight: in [0, 1], the weight of the distillation where there are a teacher and a loss; the loss
-            has the rest.
+            has the rest. 0 leaves the divergence out, for models without logits, which need ``match`` or a loss.
         temperature: divides the logits of both in the distillation.
+        match: names of modules whose outputs the student is also to have from the teacher, such as
+            ``["blocks.0", "blocks.1"]``: the squared error over the variance of the teacher's, mean over all entries
+            and modules (hidden states as in Sanh et al. 2019, arXiv 1910.01108, by their squared error). Both models
+            must have them; of tuples the first tensor counts.
+        match_weight: of that, beside the rest.
         epochs: passes through ``batches``.
         steps: optimizer steps, instead of ``epochs``; needed where ``batches`` has no length.
         lr: the largest learning rate.
@@ -92,10 +99,11 @@ def finetune_(
 
     Raises:
         ValueError: a bad argument, no batch, a loss or gradient that is not finite, a checkpoint of another run,
-            float16 parameters.
+            float16 parameters, outputs to match that do not compare.
     """
     total = _total_steps(batches, epochs, steps, accumulate)
     _check(student, teacher, loss, soft_weight, temperature, lr, warmup, clip, autocast, checkpoint_every)
+    _check_match(student, teacher, loss, soft_weight, match, match_weight)
     run, device = forward or call_model, device_of(student)
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     matrices, vectors = ([p for p in trained if (p.dim() > 1) is matrix] for matrix in (True, False))
@@ -111,6 +119,8 @@ def finetune_(
         "clip": clip,
         "soft_weight": soft_weight,
         "temperature": temperature,
+        "match": list(match),
+        "match_weight": match_weight,
         "autocast": str(autocast),
         "teacher": teacher is not None,
         "loss": loss is not None,
@@ -122,21 +132,24 @@ def finetune_(
         _resume(Path(checkpoint), student, optimizer, place, settings)
 
     def objective(batch: Any) -> Tensor:
+        of_student.clear()
+        of_teacher.clear()
         with torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
             output = run(student, batch)
             with torch.no_grad():
-                target = None if teacher is None else run(teacher, batch)
+                target = run(teacher, batch) if teacher is not None and (match or soft_weight) else None
+        soft = _divergence(output, target, temperature) if teacher is not None and soft_weight else None
         hard = None if loss is None else loss(output, batch)
-        soft = None if teacher is None else _divergence(output, target, temperature)
-        if hard is None or soft is None:
-            value = soft if hard is None else hard
-            assert value is not None
-            return value
-        return soft_weight * soft + (1 - soft_weight) * hard
+        if hard is not None and soft is not None:
+            soft, hard = soft_weight * soft, (1 - soft_weight) * hard
+        matched = match_weight * _mismatch(of_student, of_teacher, match) if match else None
+        return torch.stack([term for term in (soft, hard, matched) if term is not None]).sum()
 
     started = time.perf_counter()
     with (
         _modes(student, teacher),
+        _outputs(student, match) as of_student,
+        _outputs(teacher, match) as of_teacher,
         torch.enable_grad(),
         tqdm(total=total, initial=len(place.losses), desc="fine-tuning", unit="step", disable=not progress) as bar,
     ):
@@ -232,6 +245,54 @@ def _divergence(output: Any, target: Any, temperature: float) -> Tensor:
         (logits.flatten(0, -2).float() / temperature).log_softmax(-1) for logits in (of_student, of_teacher)
     )
     return temperature**2 * nn.functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+@contextmanager
+def _outputs(model: nn.Module | None, names: Sequence[str]) -> Iterator[dict[str, list[Any]]]:
+    """What the named modules give, by name and in the order of their calls, until the dictionary is cleared."""
+    seen: dict[str, list[Any]] = {}
+
+    def see(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        return lambda module, args, output: seen.setdefault(name, []).append(output)
+
+    handles = []
+    try:
+        for name in names:
+            assert model is not None
+            handles.append(model.get_submodule(name).register_forward_hook(see(name)))
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _mismatch(of_student: dict[str, list[Any]], of_teacher: dict[str, list[Any]], names: Sequence[str]) -> Tensor:
+    """The squared error of the student's outputs over the variance of the teacher's, mean over calls and modules."""
+    errors = []
+    for name in names:
+        calls = [len(seen.get(name, ())) for seen in (of_student, of_teacher)]
+        if calls[0] != calls[1] or not calls[0]:
+            raise ValueError(
+                f"match: the student calls {name!r} {calls[0]} times per batch and the teacher {calls[1]} times; name "
+                "modules that both call, and equally often."
+            )
+        for pair in zip(of_student[name], of_teacher[name], strict=True):
+            y, target = (output_tensor(output, ("last_hidden_state", "logits")) for output in pair)
+            if y is None or target is None:
+                raise ValueError(
+                    f"match: {name!r} gives no tensor of floats but {type(pair[0]).__name__}; name another."
+                )
+            if y.shape != target.shape:
+                raise ValueError(
+                    f"match: the output of {name!r} is {tuple(y.shape)} in the student and {tuple(target.shape)} in "
+                    "the teacher; name modules whose outputs have one shape."
+                )
+            target = target.float()
+            variance = (target - target.mean()).square().mean()
+            constant = 1e-6 * target.square().mean()  # no more than rounding varies: the error is taken as it is
+            scale = torch.where(variance > constant, variance, 1.0)
+            errors.append((y.float() - target).square().mean() / scale)
+    return torch.stack(errors).mean()
 
 
 def _schedule(step: int, total: int, warmup: float) -> float:
@@ -350,3 +411,25 @@ def _check(
             raise ValueError(f"{name} must be positive; got {value!r}.")
     if autocast not in (None, torch.bfloat16):
         raise ValueError(f"autocast must be None or torch.bfloat16; got {autocast!r}.")
+
+
+def _check_match(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    loss: Callable[[Any, Any], Tensor] | None,
+    soft_weight: float,
+    match: Sequence[str],
+    match_weight: float,
+) -> None:
+    if isinstance(match, str):
+        raise ValueError(f"match must be a sequence of module names; got the string {match!r}. Pass [{match!r}].")
+    if match and teacher is None:
+        raise ValueError("match needs a teacher, whose outputs the student is to have.")
+    if not match_weight > 0:
+        raise ValueError(f"match_weight must be positive; got {match_weight!r}. Leave match out to do without.")
+    if loss is None and not match and not soft_weight:
+        raise ValueError("soft_weight=0 leaves nothing to train by; pass a loss, or module names in match.")
+    for role, model in {"student": student, "teacher": teacher}.items():
+        missing = [name for name in match if model is not None and name not in dict(model.named_modules())]
+        if missing:
+            raise ValueError(f"match: the {role} has no module {missing[0]!r}; its names are those of named_modules().")

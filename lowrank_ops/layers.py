@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import PROJECTIONS, check_choice
+from .costs import stored_rank
 from .covariances import Covariance
 from .dense_layers import dimensions, is_conv1d, pad_input, weight_matrix
 from .factors import Factors, factorize
 from .ops import lowrank_linear
-from .ranks import stored_rank
 from .subspaces import LayerSubspaces
 
 

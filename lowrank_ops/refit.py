@@ -78,13 +78,13 @@ def refit_factors(
         progress: show a progress bar.
 
     Returns:
-        ``{fqn: Factors}`` in the order of ``factors``, with ``refitted`` true where they are new.
+        ``{fqn: Factors}`` in the order of ``factors``; new ones are in the layer's dtype and have ``refitted`` true.
 
     Raises:
         NonFiniteActivationError: NaN or inf in the input of a layer.
         ValueError: a bad argument, layers that cannot be replaced, a checkpoint of another run.
     """
-    batches = _checked(batches, ridge, blocks)
+    batches = _checked(model, factors, batches, ridge)
     layers, _ = find_layers(model)
     with replaced(model, factors):  # raises now for what could not be put into the model in the end
         pass
@@ -183,7 +183,13 @@ def _layer(dense: nn.Module, factors: Factors) -> nn.Module:
     return make(dense, factors)  # type: ignore[arg-type]
 
 
-def _checked(batches: Iterable[Any], ridge: float | None, blocks: str | Sequence[str] | None) -> list[Any]:
+def _checked(
+    model: nn.Module, factors: Mapping[str, Factors], batches: Iterable[Any], ridge: float | None
+) -> list[Any]:
+    if hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:
+        raise ValueError("model is compiled, which hides its layers; refit and compress it before torch.compile.")
+    if "" in factors:
+        raise ValueError("model is itself the layer to refit, and has no layer before it; refit_factors does nothing.")
     if isinstance(batches, (Tensor, Mapping, str)):
         raise TypeError(
             f"batches must be a collection of batches; got one {type(batches).__name__}. Pass [batch] for a single one."
@@ -235,7 +241,9 @@ def _save(path: Path, settings: dict[str, Any], done: Mapping[str, Factors]) -> 
             tensor = getattr(part, name)
             if tensor is not None:
                 tensors[f"{fqn}.{name}"] = tensor.contiguous().cpu()
-        names = ("rank", "projection", "predicted_error", "output_variance", "predicted_loss", "refitted")
+        names = (
+            "rank", "projection", "predicted_error", "output_variance", "predicted_loss", "excess_error", "refitted",
+        )  # fmt: skip
         entries[fqn] = {name: getattr(part, name) for name in names}
     header = {"format": _FORMAT, "settings": settings, "layers": entries}
     partial = path.with_name(path.name + ".part")

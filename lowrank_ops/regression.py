@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .covariances import Covariance
+from .decomposition import Subspace, principal_subspace
 from .dense_layers import pad_input, weight_matrix
 from .factors import Factors, factorize
 from .ops import covariance_finalize_, covariance_update_
-from .subspaces import DAMPING, LayerSubspaces, Subspace, principal_subspace
+from .subspaces import DAMPING, LayerSubspaces
 
 # What the ridge is chosen from, relative to the mean variance of the input's features; infinity leaves W as it is.
 RIDGES = (*(10 ** (exponent / 2) for exponent in range(-14, 7)), float("inf"))
@@ -174,9 +175,10 @@ def refit_layers(
         held = [fold.moments(*means) for fold in folds]
         if leader is None:
             leader = spaces
+            mean = means[0] if centered else None
+            leader.input = principal_subspace(leader.moment, mean, whole.rounding)  # all of it, however wide
             # what a fold's rows weigh among all, and the space that they span
             shares = [fold.rows / total.rows for fold in folds]
-            mean = means[0] if centered else None
             bases = [principal_subspace(part[0], mean, whole.rounding) for part in held] if ridge is None else []
         chosen = ridge
         if chosen is None:
@@ -242,5 +244,10 @@ def _fit(
     crossed = weight @ ez.mT
     variance = float((weight @ zz @ weight.mT + crossed + crossed.mT + ee).trace())
     return replace(
-        factors, predicted_error=max(0.0, error), output_variance=variance, predicted_loss=None, refitted=True
+        factors.to(spaces.dtype),
+        predicted_error=max(0.0, error),
+        output_variance=variance,
+        predicted_loss=None,
+        excess_error=None,
+        refitted=True,
     )

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from tqdm import tqdm
 
 from .config import CompressionConfig, check_share
+from .costs import dense_parameters, stored_rank
 from .covariances import Covariances
 from .dense_layers import FilterFn, find_layers
 from .factors import Factors
-from .ranks import dense_parameters, stored_rank
 from .subspaces import LayerSubspaces, layer_subspaces
 
 
@@ -101,6 +102,7 @@ def utilization(
     centered: bool = True,
     filter_fn: FilterFn | None = None,
     subspaces: Mapping[str, LayerSubspaces] | None = None,
+    progress: bool = False,
 ) -> UtilizationReport:
     """Measure the utilized rank of every calibrated layer.
 
@@ -111,6 +113,7 @@ def utilization(
         centered: measure about the mean; False takes the second moment, as if zero were the mean.
         filter_fn: ``filter_fn(module, fqn) -> bool`` chooses layers; None takes all.
         subspaces: from :func:`lowrank_ops.layer_subspaces`; made here by default.
+        progress: show a progress bar.
 
     Raises:
         ValueError: ``explained_variance`` out of range, or no layer with a covariance.
@@ -119,9 +122,9 @@ def utilization(
     layers, _ = find_layers(model, filter_fn)
     if subspaces is None or any(space.centered != centered for space in subspaces.values()):
         subspaces = layer_subspaces(layers, covariances, centered=centered)
-    rows = tuple(
-        _layer_utilization(fqn, space, explained_variance) for fqn, space in subspaces.items() if fqn in layers
-    )
+    subspaces = {fqn: space for fqn, space in subspaces.items() if fqn in layers}
+    bar = tqdm(subspaces.items(), desc="decomposing", unit="layer", disable=not progress)
+    rows = tuple(_layer_utilization(fqn, space, explained_variance) for fqn, space in bar)
     if not rows:
         raise ValueError("covariances hold none of the model's layers that filter_fn keeps; calibrate them first.")
     return UtilizationReport(explained_variance, centered, rows, covariances.unreached, covariances.skipped)
@@ -130,6 +133,7 @@ def utilization(
 def _layer_utilization(fqn: str, space: LayerSubspaces, explained_variance: float) -> LayerUtilization:
     groups, in_features, out_features = space.dimensions
     rank = space.utilized_rank(explained_variance)
+    space.release()
     return LayerUtilization(
         fqn,
         in_features,
@@ -159,6 +163,7 @@ class LayerCompression:
     rows: int  # calibration rows seen
     projection: str | None = None  # how the factors were made; None: left dense
     predicted_loss: float | None = None  # increase of one sample's loss, to second order; None: not known
+    excess_error: float | None = None  # bound on predicted_error above the least possible; None: not known
     refitted: bool = False  # the predicted error is then against the dense model's output, from the compressed input
 
 
@@ -261,6 +266,8 @@ def _layer_compression(fqn: str, space: LayerSubspaces, factors: Factors | None)
     if factors is not None:
         kept = groups * stored_rank(factors.rank) * (in_features + out_features)
         kept += 0 if factors.bias is None else factors.bias.numel()
+    output_variance = float(space.output.total.sum()) if factors is None else factors.output_variance
+    space.release()
     return LayerCompression(
         fqn,
         in_features,
@@ -270,10 +277,11 @@ def _layer_compression(fqn: str, space: LayerSubspaces, factors: Factors | None)
         dense,
         kept,
         0.0 if factors is None else factors.predicted_error,
-        float(space.output.spectrum.sum()) if factors is None else factors.output_variance,
+        output_variance,
         space.covariance.count,
         None if factors is None else factors.projection,
         0.0 if factors is None else factors.predicted_loss,
+        0.0 if factors is None else factors.excess_error,
         factors is not None and factors.refitted,
     )
 

@@ -5,111 +5,78 @@ The output's second moment is W C W^T exactly, so only the input is ever streame
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from .covariances import Covariance, Covariances
+from .decomposition import WIDE, Subspace, WideSubspace, principal_subspace
 from .dense_layers import Dimensions, bias_vector, dimensions, weight_matrix
 
 DAMPING = 1e-3  # of the loss's metric, relative to its mean eigenvalue
 
 
-@dataclass(frozen=True)
-class Subspace:
-    """The principal directions of a space, by falling variance.
+class LossSpace:
+    """The output space as the loss feels it: the principal directions of M^1/2 y, M = G + 1e-3 tr(G) / out_features I.
 
-    Attributes:
-        basis: (..., features, features), float64, directions in columns.
-        spectrum: (..., features), float64, the variance along each; what is numerically zero is exactly zero.
-    """
-
-    basis: Tensor
-    spectrum: Tensor
-
-    def rank_at(self, explained_variance: float) -> int:
-        """The least number of directions that hold this share of the variance; with groups, of the neediest one.
-
-        1 gives the numerical rank; a space without variance has rank 0.
-        """
-        return int(self.ranks_at(explained_variance).max())
-
-    def ranks_at(self, explained_variance: float) -> Tensor:
-        """:meth:`rank_at` for each group, (...,)."""
-        nonzero = (self.spectrum > 0).sum(-1)
-        if explained_variance >= 1:
-            return nonzero
-        enough = explained_variance * self.spectrum.sum(-1, keepdim=True)
-        return torch.minimum((self.spectrum.cumsum(-1) < enough).sum(-1) + 1, nonzero)
-
-    def explained(self, rank: int) -> Tensor:
-        """The share of the variance that the first ``rank`` directions hold, (...,); 1 where there is none."""
-        total = self.spectrum.sum(-1)
-        return torch.where(total > 0, self.spectrum[..., :rank].sum(-1) / total.clamp_min(1e-300), 1.0)
-
-
-def principal_subspace(moment: Tensor, mean: Tensor | None = None, rounding: float = 0.0) -> Subspace:
-    """Eigenvectors and eigenvalues of a symmetric positive semi-definite matrix; what is rounding noise is zero.
-
-    Sums that are rounded relative to the mean squares m_i of the features shift the variance along a direction v by
-    up to rounding * sqrt(features) * sum_i v_i^2 m_i, and ``eigh`` shifts all of them relative to the largest.
+    The damping keeps the metric M regular where few gradients were seen. Without any gradient it is the identity, and
+    the spectrum, being in units of the loss, is zero.
 
     Args:
-        moment: (..., features, features), float64; singular matrices are the normal case.
-        mean: (..., features), what was subtracted from the features, or None.
-        rounding: relative rounding error of the sums that ``moment`` was made from.
-    """
-    features = moment.shape[-1]
-    values, vectors = torch.linalg.eigh(moment)
-    values, vectors = values.flip(-1), vectors.flip(-1)
-    mean_square = moment.diagonal(dim1=-2, dim2=-1)
-    if mean is not None:
-        mean_square = mean_square + mean.square()
-    of_sums = rounding * features**0.5 * (mean_square.unsqueeze(-2) @ vectors.square()).squeeze(-2)
-    of_eigh = features * torch.finfo(torch.float64).eps * values[..., :1]
-    return Subspace(vectors, torch.where(values > torch.maximum(of_sums, of_eigh), values, 0.0))
-
-
-@dataclass(frozen=True)
-class LossSpace:
-    """The output space as the loss feels it: the principal directions of M^1/2 y, where M is the loss's metric.
+        output_moment: gives E[y y^T], (..., out_features, out_features), float64.
+        sensitivity: gives G, the second moment of the gradients, of the same shape.
 
     Attributes:
         subspace: of M^1/2 E[y y^T] M^1/2; half of the spectrum beyond a rank is the increase of the loss of one
             sample, to second order, that dropping those directions brings.
-        root: M^1/2, (..., out_features, out_features), float64, up to the scale of the loss.
-        inverse_root: its inverse.
     """
 
     subspace: Subspace
-    root: Tensor
-    inverse_root: Tensor
 
+    def __init__(self, output_moment: Callable[[], Tensor], sensitivity: Callable[[], Tensor]) -> None:
+        self._sensitivity = sensitivity
+        diagonal = sensitivity().diagonal(dim1=-2, dim2=-1)
+        self._scale = diagonal.mean(-1).clamp_min(0)  # (...,)
 
-def loss_space(output_moment: Tensor, sensitivity: Tensor) -> LossSpace:
-    """The output space in the metric M = G + 1e-3 tr(G) / out_features I.
+        def whitened() -> Tensor:
+            return self.root @ output_moment() @ self.root.mT
 
-    The damping keeps the metric regular where few gradients were seen. Without any gradient it is the identity, and
-    the spectrum, being in units of the loss, is zero.
+        self._wide = diagonal.shape[-1] >= WIDE
+        subspace: Subspace = WideSubspace(whitened) if self._wide else principal_subspace(whitened())
+        self.subspace = subspace.scaled(self._scale)
 
-    Args:
-        output_moment: (..., out_features, out_features), float64.
-        sensitivity: G, the second moment of the gradients, of the same shape.
-    """
-    scale = sensitivity.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(0)[..., None, None]
-    values, vectors = torch.linalg.eigh(torch.where(scale > 0, sensitivity / scale.clamp_min(1e-300), 0.0))
-    metric = values.clamp_min(0) + DAMPING
-    root = (vectors * metric.sqrt().unsqueeze(-2)) @ vectors.mT
-    inverse_root = (vectors * metric.rsqrt().unsqueeze(-2)) @ vectors.mT
-    whitened = principal_subspace(root @ output_moment @ root.mT)
-    return LossSpace(Subspace(whitened.basis, whitened.spectrum * scale.squeeze(-1)), root, inverse_root)
+    @property
+    def root(self) -> Tensor:
+        """M^1/2, (..., out_features, out_features), float64, up to the scale of the loss."""
+        return self._roots[0]
+
+    @property
+    def inverse_root(self) -> Tensor:
+        """The inverse of :attr:`root`."""
+        return self._roots[1]
+
+    @cached_property
+    def _roots(self) -> tuple[Tensor, Tensor]:
+        scale = self._scale[..., None, None]
+        values, vectors = torch.linalg.eigh(torch.where(scale > 0, self._sensitivity() / scale.clamp_min(1e-300), 0.0))
+        metric = values.clamp_min(0) + DAMPING
+        root = (vectors * metric.sqrt().unsqueeze(-2)) @ vectors.mT
+        return root, (vectors * metric.rsqrt().unsqueeze(-2)) @ vectors.mT
+
+    def release(self) -> None:
+        """Drop the matrices of a wide space, which are made again at need; the spectrum stays."""
+        if self._wide:
+            self.__dict__.pop("_roots", None)
+            self.subspace.release()
 
 
 class LayerSubspaces:
-    """The input and output space of one layer, computed when first asked for and kept."""
+    """The input and output space of one layer, computed when first asked for and kept until released.
+
+    The layer's weight must stay as it is meanwhile.
+    """
 
     def __init__(
         self,
@@ -123,7 +90,8 @@ class LayerSubspaces:
         self.dimensions: Dimensions = dimensions(layer)
         self.covariance = covariance
         self.centered = centered
-        self.weight = weight_matrix(layer).double()
+        self._weight = weight_matrix(layer)
+        self._version = None if self._weight.is_inference() else self._weight._version
         self.bias = bias_vector(layer)
         self.sensitivity = sensitivity
         self._shared = shared
@@ -142,6 +110,22 @@ class LayerSubspaces:
                 "belongs to another layer or model."
             )
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the layer's weight."""
+        return self._weight.dtype
+
+    @cached_property
+    def weight(self) -> Tensor:
+        """The weight, (out_features, in_features) or (groups, out_features, in_features), float64.
+
+        Raises:
+            ValueError: the weight has been changed since these spaces were made.
+        """
+        if self._version is not None and self._weight._version != self._version:
+            raise ValueError("its weight was changed after its subspaces were made; make them anew.")
+        return self._weight.double()
+
     @cached_property
     def moment(self) -> Tensor:
         """Second moment of the streamed side, (..., features, features), float64, on the weight's device."""
@@ -156,18 +140,24 @@ class LayerSubspaces:
             return None
         if self._shared is not None:
             return self._shared.input
-        return self._decompose(self.moment, self.mean)
+        return self._subspace(lambda: self.moment, self.mean, self.dimensions.in_features)
 
     @cached_property
     def output(self) -> Subspace:
         """The space of the bias-free output."""
-        streamed = self.covariance.side == "output"
-        moment = self.moment if streamed else self.weight @ self.moment @ self.weight.mT
-        return self._decompose(moment, self.output_mean)
+        return self._subspace(self._output_moment, self.output_mean, self.dimensions.out_features)
+
+    def _output_moment(self) -> Tensor:
+        return self.moment if self.covariance.side == "output" else self.weight @ self.moment @ self.weight.mT
 
     @property
     def output_moment(self) -> Tensor:
-        """Second moment of the bias-free output without rounding noise, (..., out_features, out_features), float64."""
+        """Second moment of the bias-free output, (..., out_features, out_features), float64.
+
+        Without rounding noise, except where the output is so wide that its directions are not known.
+        """
+        if isinstance(self.output, WideSubspace):
+            return self._output_moment()
         basis, spectrum = self.output.basis, self.output.spectrum
         return (basis * spectrum.unsqueeze(-2)) @ basis.mT
 
@@ -181,14 +171,17 @@ class LayerSubspaces:
     @cached_property
     def loss(self) -> LossSpace | None:
         """The output space in the metric of the loss, or None where no sensitivity was streamed."""
-        if self.sensitivity is None or self.gradient_moment is None:
+        sensitivity = self.sensitivity
+        if sensitivity is None:
             return None
         # G sums over the rows of a sample, which makes the spectrum one of whole samples.
-        return loss_space(self.output_moment, self.gradient_moment)
+        return LossSpace(lambda: self.output_moment, lambda: sensitivity.moment(centered=False).to(self._weight.device))
 
     @cached_property
     def weight_output(self) -> Subspace:
         """The output space of white input: the left singular vectors of the weight and its squared singular values."""
+        if self.dimensions.out_features >= WIDE:
+            return WideSubspace(lambda: self.weight @ self.weight.mT)
         return principal_subspace(self.weight @ self.weight.mT)
 
     @property
@@ -201,8 +194,27 @@ class LayerSubspaces:
         """Mean of the bias-free output, (..., out_features), float64."""
         return self.mean if self.covariance.side == "output" else (self.weight @ self.mean.unsqueeze(-1)).squeeze(-1)
 
-    def _decompose(self, moment: Tensor, mean: Tensor) -> Subspace:
-        return principal_subspace(moment, mean if self.centered else None, self.covariance.rounding)
+    def _subspace(self, moment: Callable[[], Tensor], mean: Tensor, features: int) -> Subspace:
+        shift, rounding = mean if self.centered else None, self.covariance.rounding
+        if features >= WIDE:
+            return WideSubspace(moment, shift, rounding)
+        return principal_subspace(moment(), shift, rounding)
+
+    def release(self, *, directions: bool = True) -> None:
+        """Drop the large matrices, which are made again at need; spectra stay, and so do spaces that are not wide.
+
+        Args:
+            directions: drop those of wide spaces as well; False keeps what took longest.
+        """
+        for name in ("weight", "moment", "gradient_moment"):
+            self.__dict__.pop(name, None)
+        if directions:
+            for name in ("input", "output", "weight_output", "loss"):
+                space = self.__dict__.get(name)
+                if space is not None:
+                    space.release()
+        if self._shared is not None:
+            self._shared.release(directions=directions)
 
     def utilized_rank(self, explained_variance: float) -> int:
         """r = min(k_S, k_T); k_T alone where k_S is not measured."""

@@ -11,7 +11,7 @@ CONFIGS = [
     lro.CompressionConfig(lro.ExplainedVariance(0.9), "utilized", centered=False),
     lro.CompressionConfig(lro.ExplainedVariance(1)),
     lro.CompressionConfig(lro.ParameterBudget(0.5, "energy"), "weight", overrides={"a.b": 8, "re:c.*": None}),
-    lro.CompressionConfig(lro.Ranks({"re:.*": 16})),
+    lro.CompressionConfig(lro.Ranks({"re:.*": 16}), "input"),
 ]
 
 
@@ -50,7 +50,7 @@ def changed(**changes):
         (changed(rank={"policy": "ranks", "ranks": {}, "extra": 1}), "unexpected keyword argument 'extra'"),
         (changed(rank=7), "not a compression configuration of version 1"),
         (changed(colour="red"), "unexpected keyword argument 'colour'"),
-        (changed(projection="input"), "projection must be one of 'output', 'loss', 'utilized', 'weight'; got 'input'"),
+        (changed(projection="svd"), "projection must be one of 'output', .*'input', 'weight'; got 'svd'"),
         (changed(centered="no"), "centered must be a bool; got 'no'"),
         ([1], "a compression configuration must be a JSON object; got list"),
     ],
@@ -77,7 +77,7 @@ def test_bad_choices():
     with pytest.raises(ValueError, match="allocation must be one of 'uniform', 'energy', 'loss'; got 'greedy'"):
         lro.ParameterBudget(0.5, "greedy")
     with pytest.raises(
-        TypeError, match="rank must be one of ExplainedVariance, ParameterBudget, FlopBudget, Ranks, AccuracyGuided"
+        TypeError, match="rank must be one of ExplainedVariance, ParameterBudget, FlopBudget, LatencyBudget, Ranks, "
     ):
         lro.CompressionConfig(rank=64)
     with pytest.raises(AttributeError):

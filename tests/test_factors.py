@@ -7,7 +7,7 @@ from torch import nn
 
 import lowrank_ops as lro
 
-PROJECTIONS = ("output", "utilized", "weight")
+PROJECTIONS = ("output", "utilized", "input", "weight")
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +67,7 @@ def test_the_whole_rank_loses_nothing(layer_and_input):
     layer, x = layer_and_input
     spaces = spaces_of(layer, x)
     rank = min(spaces.dimensions[1:])
-    for projection in PROJECTIONS:
+    for projection in set(PROJECTIONS) - {"input"}:  # which keeps as many input directions, whatever the output takes
         factors = lro.factorize(spaces, rank, projection)
         assert measured_error(layer, factors, x) < 1e-12 * factors.output_variance
 
@@ -92,7 +92,7 @@ def test_output_is_optimal(layer_and_input, rank):
     best = lro.factorize(spaces, rank, "output")
     dropped = float(spaces.output.spectrum[..., rank:].sum())
     assert abs(best.predicted_error - dropped) < 1e-12 * best.output_variance
-    for projection in ("utilized", "weight"):
+    for projection in ("utilized", "input", "weight"):
         other = measured_error(layer, lro.factorize(spaces, rank, projection), x)
         assert best.predicted_error <= other + 1e-9 * best.output_variance
     for scale in (1e-3, 1e-1, 1.0):  # no factors nearby do better, with the bias that is best for them
@@ -122,7 +122,7 @@ def test_affine_is_never_worse(layer_and_input, rank):
     assert affine <= linear * (1 + 1e-9) + 1e-12
 
 
-@pytest.mark.parametrize("projection", ["output", "utilized"])
+@pytest.mark.parametrize("projection", ["output", "utilized", "input"])
 def test_the_mean_output_is_exact(layer_and_input, projection):
     layer, x = layer_and_input
     factors = lro.factorize(spaces_of(layer, x), 3, projection)
@@ -166,6 +166,29 @@ def test_utilized_past_the_numerical_rank_loses_nothing():
     assert measured_error(layer, factors, x) < 1e-12 * factors.output_variance
 
 
+# --- projections to compare with --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("centered", [True, False])
+def test_input_keeps_the_principal_components_of_the_input(centered):
+    layer = nn.Linear(24, 16).double()
+    x = rows_of_rank(30, 24) * torch.logspace(0, -2, 24).double()
+    factors = lro.factorize(spaces_of(layer, x, centered=centered), 5, "input")
+    inputs, weight, bias = x.numpy(), layer.weight.detach().numpy(), layer.bias.detach().numpy()
+    mean = inputs.mean(0) if centered else np.zeros(24)
+    source = np.linalg.svd(inputs - mean, full_matrices=False)[2][:5]
+    expected = ((inputs - mean) @ source.T @ source + mean) @ weight.T + bias
+    found = lro.LowRankLinear.from_factors(layer, factors)(x).detach().numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-8 * np.abs(expected).max())
+    np.testing.assert_allclose(factors.down @ factors.down.T, np.eye(5), atol=1e-9)
+
+
+def test_input_at_the_inputs_rank_loses_nothing():
+    layer, x = nn.Linear(24, 16).double(), rows_of_rank(4, 24)
+    factors = lro.factorize(spaces_of(layer, x), 4, "input")
+    assert measured_error(layer, factors, x) < 1e-12 * factors.output_variance
+
+
 def test_weight_is_the_truncated_svd_and_blind_to_the_data():
     layer, x = nn.Linear(24, 16).double(), rows_of_rank(4, 24)
     factors = lro.factorize(spaces_of(layer, x), 5, "weight")
@@ -194,8 +217,9 @@ def test_what_a_streamed_output_cannot_give():
     layer = nn.Linear(24, 16).double()
     spaces = spaces_of(layer, rows_of_rank(9, 24), side="output")
     assert lro.factorize(spaces, 3, "weight").predicted_error is None
-    with pytest.raises(ValueError, match=r"projection='utilized' needs the input space.*side='input'"):
-        lro.factorize(spaces, 3, "utilized")
+    for projection in ("utilized", "input"):
+        with pytest.raises(ValueError, match=rf"projection='{projection}' needs the input space.*side='input'"):
+            lro.factorize(spaces, 3, projection)
 
 
 @pytest.mark.parametrize("projection", PROJECTIONS)

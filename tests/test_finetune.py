@@ -98,6 +98,106 @@ def test_distillation_is_the_divergence_from_the_teacher() -> None:
     assert report.losses[0] == pytest.approx(divergence.item(), rel=1e-4)
 
 
+def hooks(*models: nn.Module) -> int:
+    return sum(len(module._forward_hooks) for model in models for module in model.modules())
+
+
+def test_matched_outputs_are_the_relative_squared_error() -> None:
+    dense, student = students(dropout=0.0)
+    batch = data(1)[0]
+    expected = copy.deepcopy(student).train()
+    with torch.no_grad():
+        hard = cross_entropy(expected(batch[0]), batch)
+        errors = []
+        for end in (1, 2):  # after the first layer and after its activation
+            target = dense[:end](batch[0])
+            errors.append((student[:end](batch[0]) - target).square().mean() / target.var(correction=0))
+    report = lro.finetune_(
+        student,
+        [batch],
+        teacher=dense,
+        loss=cross_entropy,
+        forward=first,
+        soft_weight=0,
+        match=["0", "1"],
+        match_weight=3,
+    )
+    assert report.losses[0] == pytest.approx(float(hard + 3 * sum(errors) / 2), rel=1e-4)
+    assert hooks(dense, student) == 0
+
+
+def test_matching_alone_trains_models_without_logits() -> None:
+    """An encoder that gives no logits: with soft_weight=0 only the layers' outputs count."""
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = nn.Sequential(nn.Linear(12, 32), nn.Tanh(), nn.Linear(32, 32))
+
+        def forward(self, x: Tensor) -> dict[str, str | Tensor]:
+            return {"name": "code", "code": self.block(x)}
+
+    dense = Encoder()
+    student = copy.deepcopy(dense)
+    batches = [x for x, _ in data(40)]
+    covariances = lro.calibrate(student, batches)
+    lro.compress_(student, covariances, lro.CompressionConfig(lro.Ranks({"re:.*": 6})))
+    x = torch.cat([x for x, _ in data(10, seed=9)])
+
+    def error() -> float:
+        with torch.no_grad():
+            return float((student.block(x) - dense.block(x)).square().mean())
+
+    before = error()
+    report = lro.finetune_(student, batches, teacher=dense, soft_weight=0, match=["block"], epochs=3, lr=3e-3)
+    assert sum(report.losses[-10:]) < 0.9 * sum(report.losses[:10]) and error() < 0.9 * before
+    assert hooks(dense, student) == 0
+
+
+def test_a_constant_output_of_the_teacher_can_be_matched() -> None:
+    """Nothing to divide by: the error is taken as it is, and stays finite."""
+    dense, student = students(dropout=0.0)
+    with torch.no_grad():
+        dense[0].weight.zero_()
+    report = lro.finetune_(student, data(3), teacher=dense, match=["0"], soft_weight=0, forward=first)
+    assert torch.tensor(report.losses).isfinite().all() and report.losses[0] < 100
+
+
+def test_hooks_are_removed_after_an_error() -> None:
+    dense, student = students()
+
+    def loss(output: Tensor, batch: Batch) -> Tensor:
+        assert hooks(dense, student) == 2
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        lro.finetune_(student, data(2), teacher=dense, loss=loss, match=["0"], forward=first)
+    assert hooks(dense, student) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"match": "0"}, r"match must be a sequence of module names; got the string '0'. Pass \['0'\]"),
+        ({"match": ["0"], "teacher": None, "loss": cross_entropy}, "match needs a teacher"),
+        ({"match": ["0"], "match_weight": 0}, "match_weight must be positive; got 0"),
+        ({"match": ["0", "fc"]}, "the student has no module 'fc'"),
+        ({"soft_weight": 0}, "soft_weight=0 leaves nothing to train by"),
+        ({"match": ["5"], "teacher": nn.Sequential(*network(), nn.Linear(5, 5))}, "the student has no module '5'"),
+        ({"match": ["4"], "teacher": nn.Sequential(nn.Linear(12, 5))}, "the teacher has no module '4'"),
+        ({"match": ["0"], "teacher": nn.Sequential(nn.Linear(12, 5))}, r"\(32, 32\) in the student and \(32, 5\)"),
+        (
+            {"match": ["0"], "forward": lambda model, batch: model[1:](torch.zeros(2, 32))},
+            "calls '0' 0 times per batch and the teacher 0 times",
+        ),
+    ],
+)
+def test_outputs_that_cannot_be_matched_are_explained(arguments: dict[str, object], message: str) -> None:
+    arguments = {"teacher": network(), "forward": first, **arguments}
+    with pytest.raises(ValueError, match=message):
+        lro.finetune_(network(), data(2), **arguments)
+
+
 def test_training_flags_come_back() -> None:
     dense, student = students()
     dense.eval()

@@ -14,7 +14,9 @@ ROOT = Path(lowrank_ops.__file__).parent
 # Each module, and the modules of ours that it may import. No arrow points up the pipeline.
 ALLOWED = {
     "version": set(),
-    "config": set(),
+    "journal": set(),
+    "latencies": set(),
+    "config": {"latencies"},
     "covariances": set(),
     "dense_layers": set(),
     "ops": set(),
@@ -24,25 +26,29 @@ ALLOWED = {
     "masks": set(),
     "recording": {"covariances", "dense_layers", "masks", "ops", "sensitivity"},
     "calibration": {"batches", "covariances", "dense_layers", "masks", "recording", "sensitivity"},
-    "subspaces": {"covariances", "dense_layers"},
-    "ranks": {"config", "subspaces"},
+    "decomposition": set(),
+    "subspaces": {"covariances", "decomposition", "dense_layers"},
+    "costs": {"latencies", "subspaces"},
+    "allocation": {"costs", "subspaces"},
+    "ranks": {"allocation", "config", "costs", "subspaces"},
     "factors": {"config", "subspaces"},
-    "layers": {"config", "covariances", "dense_layers", "factors", "ops", "ranks", "subspaces"},
+    "layers": {"config", "costs", "covariances", "dense_layers", "factors", "ops", "subspaces"},
+    "timing": {"batches", "costs", "dense_layers", "latencies", "layers"},
     "replacement": {"dense_layers", "factors", "layers"},
     "streams": {"batches", "dense_layers", "masks"},
-    "regression": {"covariances", "dense_layers", "factors", "ops", "subspaces"},
+    "regression": {"covariances", "decomposition", "dense_layers", "factors", "ops", "subspaces"},
     "refit": {
         "batches", "covariances", "dense_layers", "factors", "layers", "masks", "regression", "replacement", "streams",
     },
-    "report": {"config", "covariances", "dense_layers", "factors", "ranks", "subspaces"},
+    "report": {"config", "costs", "covariances", "dense_layers", "factors", "subspaces"},
     "compress": {
-        "config", "covariances", "dense_layers", "factors", "masks", "ranks", "refit", "replacement", "report",
-        "subspaces",
+        "config", "covariances", "dense_layers", "factors", "journal", "masks", "ranks", "refit", "replacement",
+        "report", "subspaces",
     },
     "checkpoint": {"config", "dense_layers", "layers", "replacement", "report"},
 }  # fmt: skip
 IMPORTED_BY_NOBODY = {"cli", "demo", "hf"}
-OP_LEAVES = {"_backend", "_native", "_tuning", "_layout", "_autocast", "_specialization"}
+OP_LEAVES = {"_backend", "_eager", "_native", "_tuning", "_layout", "_autocast", "_specialization"}
 
 
 def imported_by(path: Path) -> set[str]:

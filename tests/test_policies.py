@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import lowrank_ops as lro
-from lowrank_ops.ranks import _MULTIPLICATIONS, _PARAMETERS, _options, stored_rank
+from lowrank_ops.costs import MULTIPLICATIONS, PARAMETERS, options_of, stored_rank
 
 
 class Net(nn.Module):
@@ -41,14 +41,14 @@ def calibrated() -> tuple[Net, lro.Covariances, dict[str, lro.LayerSubspaces]]:
 def test_multiplications_are_counted_by_rows(calibrated) -> None:  # type: ignore[no-untyped-def]
     _, _, spaces = calibrated
     images = 6 * 64
-    dense = {fqn: _MULTIPLICATIONS.dense(space) for fqn, space in spaces.items()}
+    dense = {fqn: MULTIPLICATIONS.dense(fqn, space) for fqn, space in spaces.items()}
     assert dense == {
         "conv": images * 16 * 72 * 32,
         "wide": images * 512 * 64,
         "again": 3 * images * 64 * 64,
         "head": images * 64 * 40,
     }
-    assert _MULTIPLICATIONS.lowrank(spaces["conv"], 9) == images * 16 * 16 * (72 + 32)
+    assert MULTIPLICATIONS.lowrank("conv", spaces["conv"], 9) == images * 16 * 16 * (72 + 32)
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "energy", "loss"])
@@ -56,11 +56,11 @@ def test_multiplications_are_counted_by_rows(calibrated) -> None:  # type: ignor
 def test_flop_budget_is_met(calibrated, fraction: float, allocation: str) -> None:  # type: ignore[no-untyped-def]
     _, _, spaces = calibrated
     ranks = lro.choose_ranks(lro.FlopBudget(fraction, allocation), spaces)
-    spent = sum(_MULTIPLICATIONS.of(space, ranks[fqn]) for fqn, space in spaces.items())
-    dense = sum(map(_MULTIPLICATIONS.dense, spaces.values()))
+    spent = sum(MULTIPLICATIONS.of(fqn, space, ranks[fqn]) for fqn, space in spaces.items())
+    dense = sum(MULTIPLICATIONS.dense(fqn, space) for fqn, space in spaces.items())
     cheapest_step = min(
-        _options(space, _MULTIPLICATIONS)[1].cost - _options(space, _MULTIPLICATIONS)[0].cost
-        for space in spaces.values()
+        options_of(fqn, space, MULTIPLICATIONS)[1].cost - options_of(fqn, space, MULTIPLICATIONS)[0].cost
+        for fqn, space in spaces.items()
     )
     assert spent <= fraction * dense
     assert spent > fraction * dense - 8 * cheapest_step or fraction == 1
@@ -84,8 +84,8 @@ def dropped_loss(spaces: dict[str, lro.LayerSubspaces], ranks: dict[str, int | N
 def test_loss_allocation_is_near_the_best_of_all(calibrated, fraction: float) -> None:  # type: ignore[no-untyped-def]
     """Against every combination of options of the four layers."""
     _, _, spaces = calibrated
-    budget = fraction * sum(map(_PARAMETERS.dense, spaces.values()))
-    options = {fqn: _options(space, _PARAMETERS) for fqn, space in spaces.items()}
+    budget = fraction * sum(PARAMETERS.dense(fqn, space) for fqn, space in spaces.items())
+    options = {fqn: options_of(fqn, space, PARAMETERS) for fqn, space in spaces.items()}
     best = min(
         dropped_loss(spaces, {fqn: option.rank for fqn, option in zip(spaces, combination, strict=True)})
         for combination in itertools.product(*options.values())
@@ -96,7 +96,7 @@ def test_loss_allocation_is_near_the_best_of_all(calibrated, fraction: float) ->
         for allocation in ("uniform", "energy", "loss")
     }
     for ranks in found.values():
-        assert sum(_PARAMETERS.of(spaces[fqn], rank) for fqn, rank in ranks.items()) <= budget
+        assert sum(PARAMETERS.of(fqn, spaces[fqn], rank) for fqn, rank in ranks.items()) <= budget
     lost = {allocation: dropped_loss(spaces, ranks) for allocation, ranks in found.items()}
     assert lost["loss"] <= min(lost.values())
     assert lost["loss"] <= 1.15 * best + 1e-9
@@ -108,7 +108,7 @@ def test_layers_past_break_even_become_dense(calibrated) -> None:  # type: ignor
     assert None in ranks.values()
     for fqn, rank in ranks.items():
         if rank is not None:
-            assert _PARAMETERS.lowrank(spaces[fqn], rank) < _PARAMETERS.dense(spaces[fqn])
+            assert PARAMETERS.lowrank(fqn, spaces[fqn], rank) < PARAMETERS.dense(fqn, spaces[fqn])
             assert rank == stored_rank(rank)
 
 
@@ -150,7 +150,7 @@ def test_accuracy_guided_keeps_to_the_tolerance(calibrated, search: str) -> None
     report = lro.compress_(model, covariances, lro.CompressionConfig(policy, projection="loss"))
     reached = 100 - 10 * (1 - report.model_parameters / report.model_parameters_before)
     assert 96 <= reached < 97  # within the tolerance, and near it
-    steps = sum(math.ceil(math.log2(len(_options(space, _PARAMETERS)))) for space in spaces.values())
+    steps = sum(math.ceil(math.log2(len(options_of(fqn, space, PARAMETERS)))) for fqn, space in spaces.items())
     assert judge.calls <= (10 if search == "budget" else 1 + steps)
 
 

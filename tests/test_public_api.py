@@ -9,7 +9,8 @@ import lowrank_ops as lro
 NAMES = {
     "AccuracyGuided", "calibrate", "calibration", "CheckpointError", "choose_ranks", "compress_", "CompressionConfig",
     "CompressionReport", "Covariance", "Covariances", "ExplainedVariance", "factorize", "Factors", "finetune_",
-    "FinetuneReport", "FlopBudget", "layer_subspaces", "LayerSubspaces", "load_pretrained", "LowRankConv2d",
+    "FinetuneReport", "FlopBudget", "LatencyBudget", "LayerLatencies", "measure_latency",
+    "layer_subspaces", "LayerSubspaces", "load_pretrained", "LowRankConv2d",
     "LowRankLinear", "NonFiniteActivationError", "ops", "ParameterBudget", "Ranks", "refit_factors", "replace_",
     "save_pretrained", "Subspace", "utilization", "UtilizationReport",
 }  # fmt: skip

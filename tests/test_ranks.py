@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lowrank_ops as lro
-from lowrank_ops.ranks import dense_parameters, lowrank_parameters, stored_rank
+from lowrank_ops.costs import dense_parameters, lowrank_parameters, stored_rank
 
 
 @pytest.fixture(scope="module")

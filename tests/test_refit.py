@@ -495,7 +495,7 @@ def test_what_cannot_be_refitted_keeps_its_factors() -> None:
     assert "experts.0: its inputs in the dense and in the compressed model do not correspond" in message
     assert "seldom: the first batch did not reach it" in message
     kept = {fqn for fqn, part in found.items() if not part.refitted}
-    assert kept == {"stem", "experts.0", "experts.1", "seldom", "last"} - {"last"} or "last" in kept
+    assert kept == {"stem", "experts.0", "experts.1", "seldom"}
     assert all(found[fqn] is factors[fqn] for fqn in kept) and "router" not in kept
 
     with pytest.warns(UserWarning, match="more than max_state_bytes"):
@@ -528,6 +528,10 @@ def test_bad_arguments_are_refused() -> None:
     for ridge in (-1, float("nan"), "much", True):
         with pytest.raises(ValueError, match="ridge must be None or a number that is not negative"):
             lro.refit_factors(model, factors, batches, ridge=ridge)
+    with pytest.raises(ValueError, match="model is itself the layer to refit"):
+        lro.refit_factors(model[0][0], {"": factors["0.0"]}, batches)
+    with pytest.raises(ValueError, match="model is compiled"):
+        lro.refit_factors(torch.compile(model), factors, batches)
     with pytest.raises(ValueError, match=r"factors names layers that cannot be replaced: 'no'"):
         lro.refit_factors(model, {"no": factors["0.0"]}, batches)
     assert lro.refit_factors(model, {}, batches) == {}
@@ -545,4 +549,4 @@ def test_it_runs_in_the_models_dtype_and_on_its_mask() -> None:
     assert_same(lro.refit_factors(model, factors, padding, mask=mask), expected)  # what padding holds does not count
     low = copy.deepcopy(model).bfloat16()
     found = lro.refit_factors(low, factors, batches, mask=mask)
-    assert all(part.refitted and part.down.dtype == torch.float64 for part in found.values())
+    assert all(part.refitted and part.down.dtype == torch.bfloat16 for part in found.values())

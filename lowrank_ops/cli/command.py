@@ -33,17 +33,31 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_command(
-    commands: Any, name: str, summary: str, description: str, example: str, run: Callable[[argparse.Namespace], Any]
+    commands: Any,
+    name: str,
+    summary: str,
+    description: str,
+    example: str,
+    run: Callable[[argparse.Namespace], Any],
+    passes_on: bool = False,
 ) -> argparse.ArgumentParser:
-    """Declare a command; ``run`` takes the parsed options and gives a :class:`Result`."""
+    """Declare a command.
+
+    Args:
+        run: takes the parsed options and gives a :class:`Result`, or the exit code of a command that prints by itself.
+        passes_on: arguments that the command does not know, ``--help`` among them, are for what it runs: they are
+            no error and lie in ``options.rest``.
+    """
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=summary,
         description=description,
         epilog=example,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=not passes_on,
+        allow_abbrev=not passes_on,
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, passes_on=passes_on)
     return parser
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from .._autocast import register_autocast
 from .._backend import Backend, Device, Impl, choose, device_facts
 from .._backend import explain as _explain
+from .._eager import undisturbed
 from .._layout import row_stride
 from . import _cuda, _triton, reference
 
@@ -100,6 +101,8 @@ def lowrank_linear(
         ValueError: a shape, dtype, device or name does not fit; the message names the argument.
         BackendUnavailableError: the requested backend cannot run this call.
     """
+    if undisturbed(x, down, up, bias):
+        return _run(x, down, up, bias, activation=activation, backend=backend)
     return torch.ops.lowrank_ops.lowrank_linear(x, down, up, bias, activation=activation, backend=backend)
 
 

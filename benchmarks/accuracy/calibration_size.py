@@ -1,0 +1,117 @@
+"""How many calibration rows are enough: ``python -m benchmarks.accuracy.calibration_size``, a table of docs/results.md.
+
+Calibrates the demo's Vision Transformer by more and more training images, drawn at random and each set holding the one
+before it, and tells Mean Layer Utilization and the accuracy of the model compressed to a quarter of its layer
+parameters. An image is 17 tokens, 16 patches and the class token, which is 17 rows for all layers but three: the
+patch embedding sees 16, the classifier 1. Rows go to a JSON file; run again, it computes those that are missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import lowrank_ops as lro
+
+from . import vision
+from .results import Results
+
+RESULTS = vision.RESULTS.with_name("calibration_size.json")
+SIZES = (6, 20, 60, 200, 600, 2000, 3000)  # images
+TOKENS = 17  # of an image
+ARMS = (("output", "energy"), ("loss", "loss"))  # projection, allocation
+THRESHOLDS = (0.9, 0.99, 0.999)
+BUDGET = 25.0  # % of the layer parameters
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parser().parse_args(arguments)
+    results = Results(options.out)
+    if not options.tables:
+        measure(results, options)
+    print(table(results, options.sizes, options.seeds))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.accuracy.calibration_size",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="file of rows, read and added to")
+    parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), help="images, from few to many")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0], help="of the draws of images; the table's are means"
+    )
+    parser.add_argument("--data", type=Path, default=vision.ORIGINAL, help="folder of the original files")
+    parser.add_argument("--tables", action="store_true", help="show what there is, compute nothing")
+    return parser
+
+
+def measure(results: Results, options: argparse.Namespace) -> None:
+    """Compute the rows that are missing."""
+    bench: vision.Bench | None = None
+    images, _ = vision.training_images(options.data)
+    for seed in options.seeds:
+        sizes = [
+            size for size in sorted(options.sizes) if any(results.find(case) is None for case in cases(size, seed))
+        ]
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+        covariances, taken = None, 0
+        for size in tqdm(sizes, desc="sizes", unit="size"):
+            bench = bench or vision.Bench(*vision.load_images("test"))
+            torch.manual_seed(seed)
+            more = bench.calibrate(images[order[taken:size]])
+            covariances, taken = more if covariances is None else covariances.merge(more), size
+            bench.use(covariances)
+            shares = utilizations(bench)
+            for case in cases(size, seed):
+                student, _ = bench.compress(BUDGET, case["projection"], case["allocation"])
+                results.add(case, {**bench.judge(student), **shares})
+
+
+def cases(size: int, seed: int) -> list[dict[str, Any]]:
+    """What the rows of one calibration are called by."""
+    return [{"images": size, "seed": seed, "projection": p, "allocation": a, "budget": BUDGET} for p, a in ARMS]
+
+
+def utilizations(bench: vision.Bench) -> dict[str, float]:
+    """Mean Layer Utilization about the mean, by explained variance."""
+    return {
+        f"mlu_{threshold:g}": lro.utilization(
+            bench.dense, bench.covariances, threshold, subspaces=bench.subspaces
+        ).mean_layer_utilization
+        for threshold in THRESHOLDS
+    }
+
+
+def table(results: Results, sizes: Sequence[int], seeds: Sequence[int]) -> str:
+    """One line per size, means over the seeds that were measured."""
+    arms = [f"{projection}, {allocation}" for projection, allocation in ARMS]
+    columns = ["images", "tokens", "draws", *(f"MLU at {threshold:g}" for threshold in THRESHOLDS), *arms]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for size in sizes:
+        found = [[results.find(case) for case in cases(size, seed)] for seed in seeds]
+        draws = [[row for row in rows if row is not None] for rows in found if None not in rows]
+        if draws:
+            shares = [fmean(rows[0][f"mlu_{threshold:g}"] for rows in draws) for threshold in THRESHOLDS]
+            accuracies = [
+                [fmean(rows[arm][name] for rows in draws) for name in ("accuracy", "agreement")]
+                for arm in range(len(ARMS))
+            ]
+            cells = [*(f"{share:.3f}" for share in shares), *(f"{a:.2f} ({b:.2f})" for a, b in accuracies)]
+        else:
+            cells = ["not measured"] * (len(THRESHOLDS) + len(ARMS))
+        lines.append(f"| {size:,} | {TOKENS * size:,} | {len(draws)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

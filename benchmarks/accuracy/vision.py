@@ -1,0 +1,258 @@
+"""Accuracy at equal size: ``python -m benchmarks.accuracy.vision``, the image tables of docs/results.md.
+
+Compresses the demo's Vision Transformer by every projection and allocation at several parameter budgets, without
+fine-tuning; ``--finetune plain distilled`` goes on to fine-tune each of them, on labels or by distillation from the
+dense model, for one pass through the original training images (on Debian: ``apt install dataset-fashion-mnist``), as
+they are, which is how the model was trained. Rows go to a JSON file as they are done; run again, it computes those that
+are missing, and with ``--tables`` none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import lowrank_ops as lro
+from lowrank_ops.demo.data import load_images, read_original, standardise
+from lowrank_ops.demo.evaluation import percent_equal, predict
+from lowrank_ops.demo.vit import load_vit
+
+from .results import Results
+
+PROJECTIONS = ("weight", "input", "utilized", "output", "loss")
+ALLOCATIONS = ("uniform", "energy", "loss")
+WAYS = ("plain", "distilled")
+CALIBRATION_BATCH = 100
+TRAIN_BATCH = 128
+RESULTS = Path(__file__).parents[1] / "results" / "vision.json"
+ORIGINAL = Path("/usr/share/datasets/fashion-mnist")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parser().parse_args(arguments)
+    results = Results(options.out)
+    cases = asked(options)
+    missing = [] if options.tables else [case for case in cases if results.find(case) is None]
+    if missing:
+        train = None
+        if options.finetune:
+            train = Training(*training_images(options.data), options.train_images, options.held_out)
+        torch.manual_seed(0)
+        bench = Bench(*(train.held_out_images if train is not None and options.held_out else load_images("test")))
+        bench.use(bench.calibrate(load_images("calibration")[0], options.probes))  # the 2,000 images that ship
+        for case in tqdm(missing, desc="compressing and evaluating", unit="model"):
+            student, report = bench.compress(case["budget"], case["projection"], case["allocation"], options.keep_dense)
+            losses = {} if train is None else train.recover(student, bench.dense, case)
+            results.add(
+                case, {**bench.judge(student), "layer_share": share(report), "predicted_loss": lost(report), **losses}
+            )
+    print((recovered if options.finetune else table)(results, cases, options))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.accuracy.vision",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="file of rows, read and added to")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[75, 50, 35, 25, 15], help="%% of layer parameters")
+    parser.add_argument("--projections", nargs="+", choices=PROJECTIONS, default=list(PROJECTIONS))
+    parser.add_argument("--allocations", nargs="+", choices=ALLOCATIONS, default=list(ALLOCATIONS))
+    parser.add_argument("--keep-dense", nargs="*", default=[], metavar="LAYER", help="such as head, the classifier")
+    parser.add_argument("--probes", type=int, default=1, help="labels drawn per image for the sensitivity")
+    parser.add_argument("--tables", action="store_true", help="show what there is, compute nothing")
+    training = parser.add_argument_group("fine-tuning")
+    training.add_argument("--finetune", nargs="+", choices=WAYS, default=[], help="fine-tune, in these ways")
+    training.add_argument("--lr", type=float, nargs="+", default=[1e-4], help="learning rates, one row for each")
+    training.add_argument("--steps", type=int, help="optimizer steps; left out, one pass through the images")
+    training.add_argument("--train-images", type=int, default=60_000, help="the first so many of the set")
+    training.add_argument(
+        "--held-out", type=int, default=0, help="judge by so many of the last training images instead of the test set"
+    )
+    training.add_argument("--data", type=Path, default=ORIGINAL, help="folder of the original files")
+    return parser
+
+
+def asked(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """What every row of this command is called by."""
+    setup: dict[str, Any] = {"kept_dense": " ".join(options.keep_dense), "probes": options.probes}
+    cases: list[dict[str, Any]] = [
+        {"budget": budget, "projection": projection, "allocation": allocation, **setup}
+        for budget in options.budgets
+        for allocation in options.allocations
+        for projection in options.projections
+    ]
+    if not options.finetune:
+        return [{**case, "finetuned": "none"} for case in cases]
+    length = {"steps": options.steps, "train_images": options.train_images, "held_out": options.held_out}
+    return [
+        {**case, "finetuned": way, "lr": lr, **length}
+        for case in cases
+        for lr in options.lr
+        for way in options.finetune
+    ]
+
+
+class Bench:
+    """The dense model, its spaces by the images it was calibrated with, and the images that it is judged by."""
+
+    covariances: lro.Covariances
+    subspaces: dict[str, lro.LayerSubspaces]
+
+    def __init__(
+        self,
+        images: Tensor,  # (n, 1, 28, 28)
+        labels: Tensor,  # (n,)
+    ) -> None:
+        self.dense = load_vit()
+        self.images, self.labels, self.predictions = images, labels, predict(self.dense, images)
+        print(f"dense: {percent_equal(self.predictions, labels):.2f}% of {len(images)} images")
+
+    def calibrate(self, images: Tensor, probes: int = 1) -> lro.Covariances:
+        """Covariances and sensitivities of images (n, 1, 28, 28)."""
+        batches = images.split(CALIBRATION_BATCH)
+        return lro.calibrate(self.dense, batches, sensitivity="fisher", probes=probes, progress=True)
+
+    def use(self, covariances: lro.Covariances) -> None:
+        """Compress by these covariances from now on."""
+        self.covariances = covariances
+        layers = {fqn: module for fqn, module in self.dense.named_modules() if fqn in covariances}
+        self.subspaces = lro.layer_subspaces(layers, covariances)
+
+    def compress(
+        self, budget: float, projection: str, allocation: str, kept_dense: Sequence[str] = ()
+    ) -> tuple[nn.Module, lro.CompressionReport]:
+        """A compressed copy, and what was done to it; ``budget`` in % of the parameters of all layers."""
+        config = lro.CompressionConfig(
+            lro.ParameterBudget(budget / 100, allocation),
+            projection=projection,
+            overrides=dict.fromkeys(kept_dense),
+        )
+        student = copy.deepcopy(self.dense)
+        return student, lro.compress_(student, self.covariances, config, subspaces=self.subspaces)
+
+    def judge(self, model: nn.Module) -> dict[str, float]:
+        """Accuracy and agreement with the dense model, in percent."""
+        predictions = predict(model, self.images)
+        return {
+            "accuracy": percent_equal(predictions, self.labels),
+            "agreement": percent_equal(predictions, self.predictions),
+        }
+
+
+def training_images(folder: Path) -> tuple[Tensor, Tensor]:
+    """The 60,000 images (n, 1, 28, 28) that the dense model was trained on, and their labels (n,)."""
+    images, labels = read_original(folder, "train")
+    return standardise(images), torch.tensor(labels, dtype=torch.int64)
+
+
+class Remembered(nn.Module):
+    """A teacher that was asked once and answers from memory, so that distilling costs no more than plain training."""
+
+    def __init__(self, logits: Tensor) -> None:  # (images, classes)
+        super().__init__()
+        self.register_buffer("logits", logits)
+
+    def forward(self, index: Tensor) -> Tensor:  # (batch,) -> (batch, classes)
+        return self.logits[index]
+
+
+class Training:
+    """Shuffled batches of (images, labels, index), the last incomplete one dropped, and what is held out of them."""
+
+    def __init__(self, images: Tensor, labels: Tensor, count: int, held_out: int) -> None:
+        kept = len(images) - held_out
+        self.images, self.labels = images[: min(count, kept)], labels[: min(count, kept)]
+        self.held_out_images = images[kept:], labels[kept:]
+        self._teacher: Remembered | None = None
+
+    def __len__(self) -> int:
+        return len(self.images) // TRAIN_BATCH
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for index in torch.randperm(len(self.images))[: len(self) * TRAIN_BATCH].split(TRAIN_BATCH):
+            yield self.images[index], self.labels[index], index
+
+    def teacher(self, dense: nn.Module) -> Remembered:
+        """The dense model's logits of the training images."""
+        if self._teacher is None:
+            dense.eval()
+            with torch.no_grad():
+                parts = tqdm(self.images.split(CALIBRATION_BATCH), desc="asking the teacher", unit="batch")
+                self._teacher = Remembered(torch.cat([dense(part) for part in parts]))
+        return self._teacher
+
+    def recover(self, student: nn.Module, dense: nn.Module, case: dict[str, Any]) -> dict[str, float]:
+        """Fine-tune the student as its case says; gives the mean loss of the first and the last tenth of the steps."""
+        distil = case["finetuned"] == "distilled"
+        teacher = self.teacher(dense) if distil else None
+        torch.manual_seed(0)
+        report = lro.finetune_(
+            student,
+            self,
+            teacher=teacher,
+            loss=None if distil else lambda output, batch: nn.functional.cross_entropy(output, batch[1]),
+            forward=lambda model, batch: model(batch[2] if model is teacher else batch[0]),
+            lr=case["lr"],
+            steps=case["steps"],
+            progress=True,
+        )
+        tenth = max(1, report.steps // 10)
+        first, last = (sum(part) / tenth for part in (report.losses[:tenth], report.losses[-tenth:]))
+        return {"first_loss": first, "last_loss": last}
+
+
+def share(report: lro.CompressionReport) -> float:
+    """Layer parameters kept, in percent."""
+    return 100 * report.layer_parameters / report.layer_parameters_before
+
+
+def lost(report: lro.CompressionReport) -> float | None:
+    """Predicted increase of the loss of one sample, all layers together."""
+    known = [layer.predicted_loss for layer in report.layers if layer.predicted_loss is not None]
+    return sum(known) if len(known) == len(report.layers) else None
+
+
+def shown(row: dict[str, Any] | None) -> str:
+    """A cell: accuracy (agreement)."""
+    return "not measured" if row is None else f"{row['accuracy']:.2f} ({row['agreement']:.2f})"
+
+
+def table(results: Results, cases: Sequence[dict[str, Any]], options: argparse.Namespace) -> str:
+    """One line per budget and projection, one column per allocation."""
+    columns = ["budget", "projection", *options.allocations]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for budget in options.budgets:
+        for projection in options.projections:
+            same = [case for case in cases if (case["budget"], case["projection"]) == (budget, projection)]
+            cells = " | ".join(shown(results.find(case)) for case in same)
+            lines.append(f"| {budget:g}% | {projection} | {cells} |")
+    return "\n".join(lines)
+
+
+def recovered(results: Results, cases: Sequence[dict[str, Any]], options: argparse.Namespace) -> str:
+    """One line per compressed model and learning rate, one column per way of fine-tuning."""
+    compressed = ("budget", "allocation", "projection", "kept_dense", "probes")
+    ways = [*([] if options.held_out else ["none"]), *options.finetune]  # without, they were judged by other images
+    columns = ["budget", "allocation", "projection", "learning rate", *ways]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for first in cases[:: len(options.finetune)]:
+        cells = [f"{first[name]}" for name in ("allocation", "projection", "lr")]
+        for way in ways:
+            case = {name: first[name] for name in compressed} if way == "none" else first
+            cells.append(shown(results.find({**case, "finetuned": way})))
+        lines.append(f"| {first['budget']:g}% | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

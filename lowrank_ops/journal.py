@@ -1,0 +1,89 @@
+"""A file of trials, so that a search that was interrupted goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ChosenRanks = dict[str, int | None]
+_FORMAT = "lowrank_ops.trials/1"
+
+
+class Journal:
+    """Accuracies by ranks, one JSON line each, written as they are found.
+
+    Args:
+        path: of the file; made with the first trial where there is none.
+        key: what the accuracies depend on besides the ranks, ``{part: digest}``.
+
+    Raises:
+        ValueError: the file holds something else, or trials of another key; the message names the parts.
+    """
+
+    def __init__(self, path: str | Path, key: Mapping[str, str]) -> None:
+        self._path = Path(path)
+        self._key = dict(key)
+        self._accuracies: dict[str, float] = {}
+        if self._path.exists():
+            self._read()
+
+    def _read(self) -> None:
+        text = self._path.read_bytes().decode("utf-8", errors="replace")
+        lines = text.split("\n")
+        whole, torn = lines[:-1], lines[-1]  # a crash may have cut the last line
+        try:
+            head, *trials = [json.loads(line) for line in whole]
+            if head["format"] != _FORMAT:
+                raise KeyError("format")
+            self._accuracies = {_name(trial["ranks"]): float(trial["accuracy"]) for trial in trials}
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"journal={str(self._path)!r} is no file of trials; name another one.") from None
+        differing = [part for part in {**head["key"], **self._key} if head["key"].get(part) != self._key.get(part)]
+        if differing:
+            raise ValueError(
+                f"journal={str(self._path)!r} holds trials with another {', another '.join(differing)}; name another "
+                "file, or delete this one. (Calibrating again can change covariances: keep them by Covariances.save.)"
+            )
+        if torn:
+            self._path.write_text("\n".join(whole) + "\n", encoding="utf-8")
+
+    def __len__(self) -> int:
+        return len(self._accuracies)
+
+    def remembering(self, measure: Callable[[ChosenRanks], float]) -> Callable[[ChosenRanks], float]:
+        """``measure`` that looks here first and writes down what it finds."""
+
+        def remembered(ranks: ChosenRanks) -> float:
+            name = _name(ranks)
+            if name not in self._accuracies:
+                accuracy = measure(ranks)
+                if not self._path.exists():
+                    self._append({"format": _FORMAT, "key": self._key})
+                self._append({"ranks": ranks, "accuracy": accuracy})
+                self._accuracies[name] = accuracy
+            return self._accuracies[name]
+
+        return remembered
+
+    def _append(self, line: Mapping[str, object]) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def _name(ranks: Mapping[str, int | None]) -> str:
+    return json.dumps(dict(ranks), sort_keys=True)
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Of names, shapes, dtypes and every byte."""
+    found = hashlib.sha256()
+    for name, tensor in tensors.items():
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        bytes_of = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        found.update(bytes_of.numpy().data)
+    return found.hexdigest()[:16]

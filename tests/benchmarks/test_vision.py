@@ -1,0 +1,107 @@
+"""The study of images: rows that are right, added to and not computed twice, and a teacher that remembers."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+import torch
+
+import lowrank_ops as lro
+from benchmarks.accuracy import vision
+from benchmarks.accuracy.results import Results
+from lowrank_ops.demo.data import load_images
+from lowrank_ops.demo.vit import ViT
+
+FEW = {"calibration": 60, "test": 50}
+
+
+def small_vit() -> ViT:
+    torch.manual_seed(0)
+    return ViT(dim=32, depth=1, heads=2).eval()
+
+
+@pytest.fixture(autouse=True)
+def _little_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vision, "load_vit", small_vit)
+    whole = {split: load_images(split) for split in FEW}
+    monkeypatch.setattr(vision, "load_images", lambda split: tuple(part[: FEW[split]] for part in whole[split]))
+    train = tuple(part[:64] for part in whole["calibration"])
+    monkeypatch.setattr(vision, "training_images", lambda folder: train)
+    monkeypatch.setattr(vision, "TRAIN_BATCH", 16)
+
+
+def test_rows_are_computed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "rows.json"
+    arguments = ["--out", str(out), "--budgets", "60", "--allocations", "loss", "--keep-dense", "head"]
+    vision.main([*arguments, "--projections", "loss"])
+    (row,) = Results(out).rows
+    assert 55 < row["layer_share"] <= 60 and 0 < row["predicted_loss"] < 0.1
+    assert row["agreement"] > 80 and row["finetuned"] == "none"
+
+    compressed: list[str] = []
+    compress = vision.Bench.compress
+    monkeypatch.setattr(vision.Bench, "compress", lambda self, *key: compressed.append(key[1]) or compress(self, *key))
+    vision.main([*arguments, "--projections", "loss", "input"])
+    rows = Results(out).rows
+    assert compressed == ["input"] and rows[0] == row and rows[1]["projection"] == "input"
+    assert f"| 60% | loss | {row['accuracy']:.2f} ({row['agreement']:.2f}) |" in capsys.readouterr().out
+
+    vision.main([*arguments, "--projections", "loss", "weight", "--tables"])
+    assert compressed == ["input"] and "| 60% | weight | not measured |" in capsys.readouterr().out
+
+
+def test_finetuning_trains_both_ways(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[tuple[bool, bool]] = []
+    finetune = lro.finetune_
+
+    def recording(student, train, *, teacher, loss, **arguments):  # type: ignore[no-untyped-def]
+        calls.append((teacher is not None, loss is not None))
+        report = finetune(student, train, teacher=teacher, loss=loss, **arguments)
+        assert report.steps == 3 and torch.tensor(report.losses).isfinite().all()
+        return report
+
+    monkeypatch.setattr(lro, "finetune_", recording)
+    out = tmp_path / "rows.json"
+    arguments = ["--budgets", "60", "--projections", "loss", "--allocations", "loss", "--held-out", "16"]
+    vision.main(["--finetune", "plain", "distilled", "--out", str(out), *arguments])
+    rows = Results(out).rows
+    assert [row["finetuned"] for row in rows] == ["plain", "distilled"] and calls == [(False, True), (True, False)]
+    assert rows[0]["accuracy"] in {100 * hits / 16 for hits in range(17)}, "not judged by the 16 held out"
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 60%")]
+    assert line == f"| 60% | loss | loss | 0.0001 | {vision.shown(rows[0])} | {vision.shown(rows[1])} |"
+
+
+def test_the_remembered_teacher_answers_as_the_dense_model() -> None:
+    images, labels = vision.training_images(vision.ORIGINAL)
+    train, dense = vision.Training(images, labels, count=40, held_out=16), small_vit()
+    assert len(train) == 2 and len(train.held_out_images[0]) == 16
+    teacher = train.teacher(dense)
+    assert train.teacher(dense) is teacher and teacher.logits.shape == (40, 10)
+    for batch, of_batch, index in train:
+        assert torch.equal(batch, images[index]) and torch.equal(of_batch, labels[index]) and index.max() < 40
+        with torch.no_grad():
+            torch.testing.assert_close(teacher(index), dense(batch), rtol=1e-4, atol=1e-4)
+
+
+def test_cases_name_all_that_changes_a_row() -> None:
+    def cases(*arguments: str) -> list[dict[str, object]]:
+        options = vision.parser().parse_args(arguments)
+        assert isinstance(options, argparse.Namespace)
+        return vision.asked(options)
+
+    assert len(cases()) == 75
+    base = ["--finetune", "plain", "--budgets", "25", "--projections", "loss", "--allocations", "loss"]
+    (plain,) = cases(*base)
+    for change in (
+        ["--lr", "1e-3"],
+        ["--steps", "9"],
+        ["--train-images", "99"],
+        ["--held-out", "5"],
+        ["--probes", "2"],
+    ):
+        (other,) = cases(*base, *change)
+        assert other != plain
