@@ -198,7 +198,7 @@ class TestCompress:
         assert all(layer["projection"] in ("loss", None) and layer["predicted_loss"] is not None for layer in layers)
 
     def test_refit(self, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert cli.main([*COMPRESS, "--budget", "0.7", "--refit", "sequential", "--json"]) == 0
+        assert cli.main([*COMPRESS, "--budget", "0.8", "--refit", "sequential", "--json"]) == 0
         compression = json.loads(capsys.readouterr().out)["compression"]
         assert compression["config"]["refit"] == "sequential"
         assert all(layer["refitted"] for layer in compression["layers"] if layer["rank"] is not None)
