@@ -84,57 +84,54 @@ def refit_factors(
         NonFiniteActivationError: NaN or inf in the input of a layer.
         ValueError: a bad argument, layers that cannot be replaced, a checkpoint of another run.
     """
-    batches = _checked(model, factors, batches, ridge)
-    layers, _ = find_layers(model)
+    sensitivities = sensitivities or {}
+    batches = _checked(model, factors, batches, sensitivities, ridge)
     with replaced(model, factors):  # raises now for what could not be put into the model in the end
         pass
-    layers = {fqn: layers[fqn] for fqn in factors}
-    one_shot, new = dict(factors), dict(factors)
-    if not factors:
-        return new
+    found, _ = find_layers(model)
+    layers = {fqn: found[fqn] for fqn in factors}
     chains = find_chains(model, layers) if blocks is None else _containers(model, blocks)
-    settings = _settings(layers, one_shot, len(batches), centered, ridge)
+    settings = _settings(layers, factors, len(batches), centered, ridge)
     done = {} if checkpoint is None else _resume(Path(checkpoint), settings)
-    folds = 2 if ridge is None else 1
+    new, kept = dict(factors), dict.fromkeys(layers, "the first batch did not reach it")
 
-    with Streams(model, layers, batches, forward or call_model, mask, chains, strict=blocks is not None) as streams:
+    def refitted(streams: Streams, group: Group) -> dict[str, Factors] | str:
+        """New factors of a group, or why it keeps those that it has."""
+        if all(fqn in done for fqn in group.layers):
+            return {fqn: done[fqn] for fqn in group.layers}
+        members = {fqn: layers[fqn] for fqn in group.layers}
+        folds = 2 if ridge is None else 1
+        if any(getattr(layer, "groups", 1) > 1 for layer in members.values()):
+            return "it is a convolution with groups"
+        if (needed := PairedSums.state_bytes(members, folds)) > max_state_bytes:
+            return f"its sums would take {needed / 2**30:.2g} GiB, more than max_state_bytes"
+        pairs = PairedSums(members, folds)
+        old = {fqn: factors[fqn] for fqn in members}
+        reason = _stream(streams, group, pairs)
+        return reason or refit_layers(pairs, old, sensitivities, centered=centered, ridge=ridge)
 
-        def place(fqn: str) -> None:
+    with (
+        Streams(model, layers, batches, forward or call_model, mask, chains, strict=blocks is not None) as streams,
+        tqdm(total=len(layers), desc="refitting", unit="layer", disable=not progress) as bar,
+    ):
+        called_once = {fqn for group in streams.groups if group.calls == 1 for fqn in group.layers}
+        for fqn in layers.keys() - called_once:  # later calls depend on what the layer makes of earlier ones
             streams.replace(fqn, _layer(layers[fqn], new[fqn]))
-
-        kept = dict.fromkeys(layers, "the first batch did not reach it")
-        for group in streams.groups:
+        ready: dict[str, Factors] = {}
+        for group, following in zip(streams.groups, [*streams.groups[1:], None], strict=False):
+            streams.advance(group.position)
+            result = refitted(streams, group)
             for fqn in group.layers:
-                del kept[fqn]
-                if group.calls > 1:  # later calls of a layer depend on what it makes of earlier ones
-                    place(fqn)
-        for fqn in kept:
-            place(fqn)
-        with tqdm(total=len(layers) - len(kept), desc="refitting", unit="layer", disable=not progress) as bar:
-            for index, group in enumerate(streams.groups):
-                streams.advance(group.position)
-                if all(fqn in done for fqn in group.layers):
-                    new.update({fqn: done[fqn] for fqn in group.layers})
+                if isinstance(result, str):
+                    kept[fqn] = result
                 else:
-                    members = {fqn: layers[fqn] for fqn in group.layers}
-                    reason = _why_not(members, folds, max_state_bytes)
-                    if reason is None:
-                        pairs = PairedSums(members, folds)
-                        reason = _stream(streams, group, pairs)
-                    if reason is None:
-                        found = refit_layers(
-                            pairs, {fqn: one_shot[fqn] for fqn in members}, sensitivities or {},
-                            centered=centered, ridge=ridge,
-                        )  # fmt: skip
-                        new.update(found)
-                    kept |= {} if reason is None else dict.fromkeys(members, reason)
-                for fqn in group.layers:
-                    place(fqn)
-                bar.update(len(group.layers))
-                last = index + 1 == len(streams.groups)
-                if checkpoint is not None and (last or streams.groups[index + 1].position != group.position):
-                    ready = [fqn for earlier in streams.groups[: index + 1] for fqn in earlier.layers]
-                    _save(Path(checkpoint), settings, {fqn: new[fqn] for fqn in ready})
+                    new[fqn] = result[fqn]
+                    del kept[fqn]
+                ready[fqn] = new[fqn]
+                streams.replace(fqn, _layer(layers[fqn], new[fqn]))
+            bar.update(len(group.layers))
+            if checkpoint is not None and (following is None or following.position != group.position):
+                _save(Path(checkpoint), settings, ready)
     if kept:
         reasons = "".join(f"\n  {fqn}: {reason}" for fqn, reason in kept.items())
         warnings.warn(f"these layers are not refitted:{reasons}", stacklevel=2)
@@ -169,27 +166,28 @@ def _stream(streams: Streams, group: Group, pairs: PairedSums) -> str | None:
     return None
 
 
-def _why_not(layers: Mapping[str, nn.Module], folds: int, max_state_bytes: int) -> str | None:
-    if any(getattr(layer, "groups", 1) > 1 for layer in layers.values()):
-        return "it is a convolution with groups"
-    needed = PairedSums.state_bytes(layers, folds)
-    if needed > max_state_bytes:
-        return f"its sums would take {needed / 2**30:.2g} GiB, more than max_state_bytes"
-    return None
-
-
 def _layer(dense: nn.Module, factors: Factors) -> nn.Module:
     make = LowRankConv2d.from_factors if isinstance(dense, nn.Conv2d) else LowRankLinear.from_factors
     return make(dense, factors)  # type: ignore[arg-type]
 
 
 def _checked(
-    model: nn.Module, factors: Mapping[str, Factors], batches: Iterable[Any], ridge: float | None
+    model: nn.Module,
+    factors: Mapping[str, Factors],
+    batches: Iterable[Any],
+    sensitivities: Mapping[str, Covariance],
+    ridge: float | None,
 ) -> list[Any]:
     if hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:
         raise ValueError("model is compiled, which hides its layers; refit and compress it before torch.compile.")
     if "" in factors:
         raise ValueError("model is itself the layer to refit, and has no layer before it; refit_factors does nothing.")
+    unweighed = [fqn for fqn, part in factors.items() if part.projection == "loss" and fqn not in sensitivities]
+    if unweighed:
+        raise ValueError(
+            f"factors of projection='loss' need their sensitivities, which lack {', '.join(unweighed)}; pass "
+            "sensitivities=covariances.sensitivities."
+        )
     if isinstance(batches, (Tensor, Mapping, str)):
         raise TypeError(
             f"batches must be a collection of batches; got one {type(batches).__name__}. Pass [batch] for a single one."

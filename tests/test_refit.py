@@ -1,6 +1,7 @@
 """Sequential refit: what a plain loop over whole models gives, for any model, resumable, and never half-done."""
 
 import copy
+import dataclasses
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -528,6 +529,9 @@ def test_bad_arguments_are_refused() -> None:
     for ridge in (-1, float("nan"), "much", True):
         with pytest.raises(ValueError, match="ridge must be None or a number that is not negative"):
             lro.refit_factors(model, factors, batches, ridge=ridge)
+    weighed = {fqn: dataclasses.replace(part, projection="loss") for fqn, part in factors.items()}
+    with pytest.raises(ValueError, match=r"lack 0\.0, 1\.0; pass sensitivities=covariances\.sensitivities"):
+        lro.refit_factors(model, weighed, batches)
     with pytest.raises(ValueError, match="model is itself the layer to refit"):
         lro.refit_factors(model[0][0], {"": factors["0.0"]}, batches)
     with pytest.raises(ValueError, match="model is compiled"):
