@@ -150,6 +150,15 @@ lowrank_linear::Activation parse_activation(const std::string& name) {
   return Activation::silu;
 }
 
+void launch_lowrank_linear(const LowRankPlan& plan, const lowrank_linear::Arguments& args, Dtype dtype,
+                           bool on_16_bytes, const Launch& launch) {
+#ifdef LOWRANK_OPS_SM90
+  if (plan.kernel == "decode_sm90") return lowrank_linear::launch_decode_sm90(plan, args, dtype, launch);
+  if (plan.kernel == "prefill_sm90") return lowrank_linear::launch_prefill_sm90(plan, args, dtype, launch);
+#endif
+  lowrank_linear::launch_decode_sm80(plan, args, dtype, on_16_bytes, launch);
+}
+
 Tensor lowrank_linear_forward(Tensor x, Tensor down, Tensor up, std::optional<Tensor> bias, std::string activation) {
   STD_TORCH_CHECK(x.dim() == 2 && down.dim() == 2 && up.dim() == 2, "x, down and up must be matrices");
   const Machine machine = machine_of(x.get_device_index());
@@ -180,20 +189,23 @@ Tensor lowrank_linear_forward(Tensor x, Tensor down, Tensor up, std::optional<Te
   STD_TORCH_CHECK(plan.reason.empty(), what(), " cannot run: ", plan.reason);
 
   Tensor y = torch::stable::new_empty(x, {args.tokens, args.out_features});
-  Tensor scratch = scratch_like(x, plan.scratch_floats);
+  std::optional<Tensor> scratch;
+  if (plan.scratch_floats) scratch = scratch_like(x, plan.scratch_floats);
   args.x = x.const_data_ptr();
   args.down = down.const_data_ptr();
   args.up = up.const_data_ptr();
   args.bias = bias ? bias->const_data_ptr() : nullptr;
   args.y = y.mutable_data_ptr();
-  args.scratch = static_cast<float*>(scratch.mutable_data_ptr());
+  args.scratch = scratch ? static_cast<float*>(scratch->mutable_data_ptr()) : nullptr;
   args.x_stride = x.stride(0);
   args.down_stride = down.stride(0);
   args.up_stride = up.stride(0);
   args.split_features = plan.split_features;
   args.splits = plan.splits;
+  args.resident_tiles = plan.resident_tiles;
   args.activation = parse_activation(activation);
-  lowrank_linear::launch_decode_sm80(plan, args, dtype, on_16_bytes, {current_stream(x.get_device_index()), what});
+  const Launch launch{current_stream(x.get_device_index()), what};
+  launch_lowrank_linear(plan, args, dtype, on_16_bytes, launch);
   return y;
 }
 

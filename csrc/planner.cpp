@@ -6,7 +6,8 @@
 
 #include "covariance/tiles.h"
 #include "covariance/wgmma_tiles.h"
-#include "lowrank_linear/fragments.h"
+#include "lowrank_linear/back_to_back.h"
+#include "lowrank_linear/slabs.h"
 
 namespace lowrank_ops {
 namespace {
@@ -160,30 +161,18 @@ std::string describe(const CovariancePlan& plan) {
   return out.str();
 }
 
-LowRankPlan plan_lowrank_linear(const LowRankProblem& problem) {
+namespace {
+
+// Two kernels, for any alignment and every machine.
+LowRankPlan plan_decode_pair(const LowRankProblem& problem) {
   using namespace lowrank_linear;
   LowRankPlan plan;
-  const auto refuse = [&](const std::string& reason) {
-    plan.reason = reason;
-    return plan;
-  };
-  if (std::string reason = machine_refusal(problem.machine); !reason.empty()) return refuse(reason);
-  if (problem.dtype != Dtype::bfloat16 && problem.dtype != Dtype::float16)
-    return refuse(std::string("it takes bfloat16 or float16, not ") + name(problem.dtype));
-  if (problem.tokens < 1 || problem.in_features < 1 || problem.rank < 1 || problem.out_features < 1)
-    return refuse("a dimension is empty");
-  if (problem.tokens > kMostTokens)
-    return refuse("it takes at most " + std::to_string(kMostTokens) + " tokens, got " +
-                  std::to_string(problem.tokens));
-  constexpr int64_t kMostFeatures = int64_t{1} << 30;
-  if (problem.in_features > kMostFeatures || problem.out_features > kMostFeatures)
-    return refuse("it takes at most 2^30 features");
-
+  plan.kernel = "decode_sm80";
   // t lies in shared memory for a block's tokens: fewer tokens where the rank is large.
-  plan.token_tile = problem.tokens <= 8 ? 8 : problem.tokens <= 16 ? 16 : problem.tokens <= 32 ? 32 : 64;
+  plan.token_tile = decode_token_tile(problem.tokens);
   const auto up_bytes = [&] {
     int rows = kRows * up_products(plan.token_tile);
-    return greatest(plan.token_tile * t_pitch(problem.rank), sum_bytes(rows, plan.token_tile));
+    return greatest(plan.token_tile * rank_pitch(problem.rank), sum_bytes(rows, plan.token_tile));
   };
   while (plan.token_tile > 8 && up_bytes() > problem.machine.shared_memory) plan.token_tile /= 2;
   plan.threads = kThreads;
@@ -191,10 +180,11 @@ LowRankPlan plan_lowrank_linear(const LowRankProblem& problem) {
   plan.rows_up = kRows * up_products(plan.token_tile);
   plan.shared_bytes_down = sum_bytes(plan.rows_down, plan.token_tile);
   plan.shared_bytes_up = up_bytes();
-  if (plan.shared_bytes_up > problem.machine.shared_memory)
-    return refuse("rank " + std::to_string(problem.rank) + " needs " + std::to_string(plan.shared_bytes_up) +
-                  " bytes of shared memory per block, the device has " +
-                  std::to_string(problem.machine.shared_memory));
+  if (plan.shared_bytes_up > problem.machine.shared_memory) {
+    plan.reason = "rank " + std::to_string(problem.rank) + " needs " + std::to_string(plan.shared_bytes_up) +
+                  " bytes of shared memory per block, the device has " + std::to_string(problem.machine.shared_memory);
+    return plan;
+  }
   // Few rows of down: share its features, but keep a warp's share worth starting and the sums of t cheap to read.
   constexpr int64_t kLeastSteps = 2 * kWarps;
   constexpr int64_t kMostSplits = 8;
@@ -205,8 +195,130 @@ LowRankPlan plan_lowrank_linear(const LowRankProblem& problem) {
   plan.splits = static_cast<int>(ceil_div(problem.in_features, plan.split_features));
   plan.scratch_floats = plan.splits * problem.tokens * problem.rank;
   plan.dependent_launch = problem.machine.capability >= 90;
-  plan.kernel = "decode_sm80";
   return plan;
+}
+
+// One kernel with clusters and bulk copies; a reason where those cannot be.
+LowRankPlan plan_decode_persistent(const LowRankProblem& problem) {
+  using namespace lowrank_linear;
+  LowRankPlan plan;
+  plan.kernel = "decode_sm90";
+  const Machine& machine = problem.machine;
+  if (machine.capability != 90) {
+    plan.reason = "it needs compute capability 9.0";
+    return plan;
+  }
+  if (!problem.aligned || problem.rank % kVector != 0) {
+    plan.reason = "rows do not start and end on 16 bytes";
+    return plan;
+  }
+  // The whole slab if it fits, and all tokens at once; but at least one tile of up, and fewer tokens if need be.
+  const int64_t tile_bytes = kRows * rank_pitch(problem.rank);
+  const auto room = [&] { return (machine.shared_memory - layout(plan.token_tile, problem.rank, 0).bytes) / tile_bytes; };
+  plan.token_tile = decode_token_tile(problem.tokens);
+  while (plan.token_tile > 8 && room() < 1) plan.token_tile /= 2;
+  if (room() < 1) {
+    plan.reason = "rank " + std::to_string(problem.rank) + " leaves no room for a tile of up in " +
+                  std::to_string(machine.shared_memory) + " bytes of shared memory";
+    return plan;
+  }
+  plan.threads = kThreads;
+  plan.rows_down = plan.rows_up = kRows;
+
+  // The cluster that finishes down first: rounds of units, each of a warp's steps and a fixed part for adding up.
+  constexpr int64_t kFixedSteps = 2;
+  const int64_t work = units(problem.rank, problem.tokens, plan.token_tile);
+  const int64_t steps = ceil_div(problem.in_features, kFeatures);
+  int64_t least_cost = std::numeric_limits<int64_t>::max();
+  for (int cluster = 1; cluster <= least(kMostCluster, machine.multiprocessors); cluster *= 2) {
+    int64_t rounds = ceil_div(work, machine.multiprocessors / cluster);
+    int64_t cost = rounds * (ceil_div(ceil_div(steps, cluster), kWarps) + kFixedSteps);
+    if (cost < least_cost) {
+      least_cost = cost;
+      plan.splits = plan.cluster = cluster;
+    }
+  }
+  plan.split_features = ceil_div(steps, plan.splits) * kFeatures;
+  const int64_t tiles_up = ceil_div(problem.out_features, kRows);
+  const int64_t clusters =
+      least(machine.multiprocessors / plan.splits, greatest(work, ceil_div(tiles_up, plan.splits)));
+  plan.blocks = clusters * plan.splits;
+  plan.resident_tiles = least(room(), ceil_div(tiles_up, plan.blocks));
+  plan.shared_bytes = layout(plan.token_tile, problem.rank, plan.resident_tiles).bytes;
+  plan.scratch_floats = ceil_div(problem.tokens * problem.rank, 2);
+  return plan;
+}
+
+// Many tokens: one kernel that keeps t on the chip.
+LowRankPlan plan_prefill(const LowRankProblem& problem) {
+  using namespace lowrank_linear::prefill;
+  LowRankPlan plan;
+  plan.kernel = "prefill_sm90";
+  const auto refuse = [&](const std::string& reason) {
+    plan.reason = "it takes at most " + std::to_string(lowrank_linear::kMostTokens) + " tokens, got " +
+                  std::to_string(problem.tokens) + "; for more, " + reason;
+    return plan;
+  };
+  const Machine& machine = problem.machine;
+  if (machine.capability != 90) return refuse("it needs compute capability 9.0");
+  if (!problem.aligned) return refuse("rows of x, down and up must start on 16 bytes");
+  if (problem.rank > kMostRank) return refuse("the rank must be at most 256, got " + std::to_string(problem.rank));
+  if (problem.tokens > std::numeric_limits<int32_t>::max() - kTokens) return refuse("it takes at most 2^31 - 129");
+  plan.token_tile = kTokens;
+  plan.threads = kThreads;
+  plan.rows_up = kOutputs;
+  plan.splits = 1;
+  plan.split_features = problem.in_features;
+
+  // The cluster that finishes first: waves of clusters; per block the steps over features, each bound by its products
+  // or by bringing its operands, and the rows of up. In cycles: a wgmma takes half of its columns, for each of two
+  // warpgroups; 40 bytes a cycle come to a block; a tile of up is left in 300, a block started in 2000. None of these
+  // is measured.
+  const auto cycles = [](int64_t products, int64_t bytes) { return greatest(products, bytes / 40); };
+  const int64_t row_tiles = ceil_div(problem.tokens, kTokens);
+  int64_t least_cost = std::numeric_limits<int64_t>::max();
+  for (int ranks = rank_tile(problem.rank); ranks <= kMostRank; ranks += 64)
+    for (int cluster = 1; cluster <= least(8, machine.multiprocessors); cluster *= 2) {
+      if (!exists(ranks, cluster) || shared_bytes(ranks, cluster) > machine.shared_memory ||
+          row_tiles * cluster > kMostGrid)
+        continue;
+      const int columns = ranks / cluster;
+      const int64_t waves = ceil_div(row_tiles, machine.multiprocessors / cluster);
+      const int64_t down = ceil_div(problem.in_features, kBox) * cycles(4 * columns, down_step_bytes(columns));
+      const int64_t up = up_tiles(0, cluster, problem.out_features) * (cycles(4 * ranks, up_step_bytes(ranks)) + 300);
+      const int64_t cost = waves * (down + up + 2000);
+      if (cost >= least_cost) continue;
+      least_cost = cost;
+      plan.rank_tile = ranks;
+      plan.cluster = cluster;
+      plan.rows_down = columns;
+      plan.stages = stages(ranks, cluster);
+      plan.shared_bytes = shared_bytes(ranks, cluster);
+      plan.blocks = row_tiles * cluster;
+    }
+  if (plan.rank_tile == 0) return refuse("there is too little shared memory: " + std::to_string(machine.shared_memory));
+  return plan;
+}
+
+}  // namespace
+
+LowRankPlan plan_lowrank_linear(const LowRankProblem& problem) {
+  const auto refuse = [](const std::string& reason) {
+    LowRankPlan plan;
+    plan.reason = reason;
+    return plan;
+  };
+  if (std::string reason = machine_refusal(problem.machine); !reason.empty()) return refuse(reason);
+  if (problem.dtype != Dtype::bfloat16 && problem.dtype != Dtype::float16)
+    return refuse(std::string("it takes bfloat16 or float16, not ") + name(problem.dtype));
+  if (problem.tokens < 1 || problem.in_features < 1 || problem.rank < 1 || problem.out_features < 1)
+    return refuse("a dimension is empty");
+  constexpr int64_t kMostFeatures = int64_t{1} << 30;
+  if (problem.in_features > kMostFeatures || problem.out_features > kMostFeatures)
+    return refuse("it takes at most 2^30 features");
+  if (problem.tokens > lowrank_linear::kMostTokens) return plan_prefill(problem);
+  const LowRankPlan persistent = plan_decode_persistent(problem);
+  return persistent.reason.empty() ? persistent : plan_decode_pair(problem);
 }
 
 std::string describe(const LowRankPlan& plan) {
@@ -214,8 +326,15 @@ std::string describe(const LowRankPlan& plan) {
   std::ostringstream out;
   out << plan.kernel << ": " << plan.token_tile << " tokens, " << plan.rows_down << " rows of down x " << plan.splits
       << " splits of " << plan.split_features << " features, then " << plan.rows_up << " rows of up, " << plan.threads
-      << " threads, " << plan.shared_bytes_down << " and " << plan.shared_bytes_up << " bytes of shared memory, "
-      << plan.scratch_floats << " floats of scratch" << (plan.dependent_launch ? ", dependent launch" : "");
+      << " threads, ";
+  if (plan.kernel == "decode_sm80")
+    out << plan.shared_bytes_down << " and " << plan.shared_bytes_up << " bytes of shared memory, ";
+  else
+    out << plan.blocks << " blocks in clusters of " << plan.cluster << ", " << plan.shared_bytes
+        << " bytes of shared memory, ";
+  if (plan.kernel == "decode_sm90") out << plan.resident_tiles * plan.rows_up << " rows of up in it, ";
+  if (plan.kernel == "prefill_sm90") out << "ranks up to " << plan.rank_tile << ", " << plan.stages << " stages, ";
+  out << plan.scratch_floats << " floats of scratch" << (plan.dependent_launch ? ", dependent launch" : "");
   return out.str();
 }
 

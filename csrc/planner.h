@@ -72,16 +72,26 @@ struct LowRankProblem {
 struct LowRankPlan {
   std::string reason;
   std::string kernel;
-  int token_tile = 0;     // tokens per block, a multiple of 8
+  int token_tile = 0;     // tokens per block, or at a time
   int threads = 0;
-  int rows_down = 0;      // rows of down per block of the first kernel
-  int rows_up = 0;        // rows of up per block of the second
+  int rows_down = 0;      // rows of down per block, or at a time
+  int rows_up = 0;        // rows of up, likewise
   int splits = 0;         // blocks that share in_features of a row of down
+  int cluster = 1;        // decode_sm90: the same; prefill_sm90: blocks that share rank and out_features
   int64_t split_features = 0;
+  int64_t scratch_floats = 0;
+
+  // decode_sm80: two kernels
   int64_t shared_bytes_down = 0;
   int64_t shared_bytes_up = 0;
-  int64_t scratch_floats = 0;  // (splits, tokens, rank) partial sums of t
   bool dependent_launch = false;  // the second kernel starts while the first one runs
+
+  // decode_sm90, prefill_sm90: one kernel
+  int64_t shared_bytes = 0;
+  int64_t blocks = 0;          // decode_sm90: all run at once
+  int64_t resident_tiles = 0;  // decode_sm90: 16-row tiles of up that a block keeps in shared memory
+  int rank_tile = 0;           // prefill_sm90: ranks that the kernel multiplies, zeros past the last
+  int stages = 0;              // prefill_sm90
 };
 
 LowRankPlan plan_lowrank_linear(const LowRankProblem& problem);

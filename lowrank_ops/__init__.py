@@ -15,6 +15,7 @@ from .config import (
 )
 from .covariances import Covariance, Covariances, NonFiniteActivationError
 from .decomposition import Subspace
+from .errors import measure_errors
 from .factors import Factors, factorize
 from .finetune import FinetuneReport, finetune_
 from .latencies import LayerLatencies
@@ -54,6 +55,7 @@ __all__ = [
     "CompressionConfig",
     "CompressionReport",
     "compress_",
+    "measure_errors",
     "Factors",
     "factorize",
     "refit_factors",

@@ -246,6 +246,27 @@ class TestDoctor:
         assert "out of luck" in out
         assert ("An operation has nothing" in out) is (not json_flag)
 
+    def test_plans_are_printed_for_an_arch(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(ops, "plan", lambda op, arch, dtype, **shape: f"{op} {arch} {shape['tokens']} planned")
+        assert cli.main(["doctor", "--plan", "sm_90"]) == 0
+        assert "lowrank_linear sm_90 64 planned" in capsys.readouterr().out
+        assert cli.main(["doctor", "--plan", "sm_90", "--json"]) == 0
+        plans = json.loads(capsys.readouterr().out)["plans"]
+        assert {plan["op"] for plan in plans} == set(ops._EXPLAIN)
+
+    def test_plans_are_refused_with_a_reason(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert "'sm_90'" in refused(capsys, 2, "doctor", "--plan", "h100")
+
+        def missing(*arguments: object, **options: object) -> str:
+            raise RuntimeError("No plan without the native library")
+
+        monkeypatch.setattr(ops, "plan", missing)
+        assert "No plan without" in refused(capsys, 1, "doctor", "--plan", "sm_90")
+
     def test_a_gpu_is_described(self, monkeypatch: pytest.MonkeyPatch) -> None:
         facts = SimpleNamespace(name="A GPU", major=9, minor=0, multi_processor_count=132, total_memory=80 << 30)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: facts)

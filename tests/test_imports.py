@@ -40,7 +40,8 @@ ALLOWED = {
     "refit": {
         "batches", "covariances", "dense_layers", "factors", "layers", "masks", "regression", "replacement", "streams",
     },
-    "report": {"config", "costs", "covariances", "dense_layers", "factors", "subspaces"},
+    "errors": {"batches", "dense_layers", "layers", "masks"},
+    "report": {"config", "costs", "covariances", "dense_layers", "factors", "latencies", "subspaces"},
     "compress": {
         "config", "covariances", "dense_layers", "factors", "journal", "masks", "ranks", "refit", "replacement",
         "report", "subspaces",

@@ -23,7 +23,7 @@ from tqdm import tqdm
 import lowrank_ops as lro
 
 from .corpora import SOURCES, corpus
-from .encoder import Batch, cosines, embed, embed_all, load_encoder, model_folder, tokenize
+from .encoder import Batch, cosines, embed, embed_all, load_encoder, model_folder, signs_on_tokens_and_text, tokenize
 
 
 class Arm(NamedTuple):
@@ -43,8 +43,12 @@ ARMS = {
     "output-refit": Arm("output", "uniform", "sequential"),
     "loss-refit": Arm("loss", "loss", "sequential"),
 }
-# What the random signs of sensitivity="output" meet: every feature of every token, or the sentence embedding.
-PROBED: dict[str, Callable[[nn.Module, Any], Any] | None] = {"tokens": None, "embedding": embed}
+# What the sensitivity is the sensitivity of: the forward to calibrate with, and the loss.
+PROBED: dict[str, tuple[Callable[[nn.Module, Any], Any] | None, Any]] = {
+    "tokens": (None, "output"),
+    "embedding": (embed, "output"),
+    "both": (None, signs_on_tokens_and_text),
+}
 SUMS = torch.float32  # twice as fast as float64 on a CPU
 SIZES = (100, 200, 400, 800, 1600)  # calibration runs in steps from one to the next, so that a curve costs one run
 
@@ -97,7 +101,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--budgets", type=float, nargs="+", default=[75, 50, 35, 25], help="%% of layer parameters")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument(
-        "--probed", choices=list(PROBED), default="tokens", help="what the sensitivity is the sensitivity of"
+        "--probed", choices=list(PROBED), default="both", help="what the sensitivity is the sensitivity of"
     )
     parser.add_argument("--probes", type=int, default=1, help="random projections per batch for the sensitivity")
     parser.add_argument("--held-out", type=int, default=400, help="texts to judge on, and as many for choices")
@@ -143,12 +147,13 @@ class Bench:
         if path is not None and path.exists():
             return lro.Covariances.load(path)
         torch.manual_seed(start)
+        forward, sensitivity = PROBED[options.probed]
         part = lro.calibrate(
             self.dense,
             tokenize(self._folder, self._corpus.calibration[start:stop]),
             mask="attention_mask",
-            forward=PROBED[options.probed],
-            sensitivity="output",
+            forward=forward,
+            sensitivity=sensitivity,
             probes=options.probes,
             dtype=SUMS,
             progress=True,

@@ -5,6 +5,7 @@
 // the state every 2048 tokens, and blocks that share a tile leave partial tiles for add_partials.cu.
 
 #include "../mma_sm90.cuh"
+#include "../tensor_map.h"
 #include "covariance.h"
 #include "state.cuh"
 #include "wgmma_tiles.h"
@@ -151,28 +152,8 @@ __global__ void __launch_bounds__(w::kThreads, 2)
   if (block.diagonal()) flush_sums(sums, args, block);
 }
 
-// The driver's function, without linking the driver: the library has to load where there is none.
-decltype(&cuTensorMapEncodeTiled) encoder(const Launch& launch) {
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult found;
-  check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found),
-        launch);
-  check(found == cudaDriverEntryPointSuccess ? cudaSuccess : cudaErrorNotSupported, launch);
-  return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
-}
-
 CUtensorMap tensor_map(const Arguments& args, CUtensorMapDataType type, const Launch& launch) {
-  CUtensorMap map;
-  const cuuint64_t size[2] = {static_cast<cuuint64_t>(args.features), static_cast<cuuint64_t>(args.tokens)};
-  const int64_t row = args.tokens == 1 ? round_up(args.features, 8) : args.x_row_stride;  // one row has any stride
-  const cuuint64_t stride[1] = {static_cast<cuuint64_t>(row) * 2};
-  const cuuint32_t box[2] = {kBoxFeatures, w::kTokens};
-  const cuuint32_t steps[2] = {1, 1};
-  const CUresult result = encoder(launch)(&map, type, 2, const_cast<void*>(args.x), size, stride, box, steps,
-                                          CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                          CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  check(result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue, launch);
-  return map;
+  return sm90::matrix_map(type, args.x, args.tokens, args.features, args.x_row_stride, w::kTokens, kBoxFeatures, launch);
 }
 
 template <class Element>

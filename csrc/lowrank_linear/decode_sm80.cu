@@ -2,14 +2,12 @@
 // t = x down^T over ranges of in_features, then t rounded, times up. The second brings its first weights before it
 // waits for the first, which on compute capability 9.0 and newer is still running then.
 
-#include "../mma_sm80.cuh"
-#include "fragments.h"
+#include "decode.cuh"
+#include "epilogue.cuh"
 #include "lowrank_linear.h"
 
 namespace lowrank_ops::lowrank_linear {
 namespace {
-
-constexpr int kAhead = 4;  // steps whose weights a warp has on the way
 
 __device__ __forceinline__ void let_dependents_start() {
 #if __CUDA_ARCH__ >= 900
@@ -22,119 +20,21 @@ __device__ __forceinline__ void wait_for_predecessor() {
 #endif
 }
 
-struct Vector {
-  uint32_t words[4];  // 8 features
-};
-
-// 8 features of a row, zeros past its end. kAligned: the row starts on 16 bytes, as `feature` does.
-template <class Element, bool kAligned>
-__device__ __forceinline__ Vector load_features(const Element* row, int64_t feature, int64_t features, bool exists) {
-  Vector v{{0, 0, 0, 0}};
-  if (!exists || feature >= features) return v;
-  if (kAligned && feature + kVector <= features) {
-    const uint4 bits = __ldg(reinterpret_cast<const uint4*>(row + feature));
-    return {{bits.x, bits.y, bits.z, bits.w}};
-  }
-  const unsigned short* bits = reinterpret_cast<const unsigned short*>(row + feature);
-#pragma unroll
-  for (int e = 0; e < kVector; ++e)
-    if (feature + e < features) v.words[e / 2] |= static_cast<uint32_t>(__ldg(bits + e)) << (e % 2 * 16);
-  return v;
-}
-
-// A warp's weights of one step: rows r and r + 8 of each 16-row product.
-template <int kProducts>
-struct Weights {
-  Vector rows[kProducts][2];
-};
-
-template <class Element, bool kAligned, int kProducts>
-__device__ __forceinline__ void load_weights(Weights<kProducts>& weights, const Element* weight, int64_t stride,
-                                             int64_t first_row, int64_t rows, int64_t feature, int64_t features) {
-#pragma unroll
-  for (int p = 0; p < kProducts; ++p)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int64_t row = first_row + p * kRows + lane_row(threadIdx.x % 32) + half * 8;
-      weights.rows[p][half] =
-          load_features<Element, kAligned>(weight + row * stride, feature, features, row < rows);
-    }
-}
-
-template <class Element, int kProducts, int kGroups>
-__device__ __forceinline__ void multiply(float (&acc)[kProducts][kGroups][4], const Weights<kProducts>& weights,
-                                         const Vector& tokens, int group) {
-#pragma unroll
-  for (int p = 0; p < kProducts; ++p)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const Vector &top = weights.rows[p][0], &bottom = weights.rows[p][1];
-      const uint32_t a[4] = {top.words[2 * half], bottom.words[2 * half], top.words[2 * half + 1],
-                             bottom.words[2 * half + 1]};
-      multiply_add<Element>(acc[p][group], a, tokens.words[2 * half], tokens.words[2 * half + 1]);
-    }
-}
-
-// Leaves every warp's sums in shared memory.
-template <int kProducts, int kGroups>
-__device__ __forceinline__ void leave_sums(const float (&acc)[kProducts][kGroups][4], float* sums) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-#pragma unroll
-  for (int p = 0; p < kProducts; ++p)
-#pragma unroll
-    for (int group = 0; group < kGroups; ++group)
-#pragma unroll
-      for (int e = 0; e < 4; ++e)
-        sums[sum_index(warp, p * kRows + accumulator_row(lane, e), group * 8 + accumulator_token(lane, e),
-                       kProducts * kRows, kGroups * 8)] = acc[p][group][e];
-  __syncthreads();
-}
-
-template <int kProducts, int kGroups>
-__device__ __forceinline__ float sum_of_warps(const float* sums, int row, int token) {
-  float sum = 0.0f;
-#pragma unroll
-  for (int warp = 0; warp < kWarps; ++warp)
-    sum += sums[sum_index(warp, row, token, kProducts * kRows, kGroups * 8)];
-  return sum;
-}
-
 // ---- t = x down^T: 16 rows of down, a range of in_features, a tile of tokens per block ----
 
 template <class Element, int kGroups, bool kAligned>
 __global__ void __launch_bounds__(kThreads, 1) decode_down_sm80(const __grid_constant__ Arguments args) {
   extern __shared__ __align__(128) unsigned char shared[];
   let_dependents_start();
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kRows;
   const int64_t first_token = static_cast<int64_t>(blockIdx.z) * kGroups * 8;
   const int64_t begin = blockIdx.y * args.split_features;
   const int64_t end = least(begin + args.split_features, args.in_features);
-  const int steps = static_cast<int>(ceil_div(end - begin, kFeatures));
-  const Element* x = static_cast<const Element*>(args.x);
-  const Element* down = static_cast<const Element*>(args.down);
 
   float acc[1][kGroups][4] = {};
-  for (int i = 0; step_of_warp(warp, i) < steps; i += kAhead) {
-    Weights<1> weights[kAhead];
-#pragma unroll
-    for (int j = 0; j < kAhead; ++j)
-      load_weights<Element, kAligned>(weights[j], down, args.down_stride, first_row, args.rank,
-                                      begin + int64_t{step_of_warp(warp, i + j)} * kFeatures + lane_feature(lane),
-                                      end);
-#pragma unroll
-    for (int j = 0; j < kAhead; ++j) {
-      const int64_t feature = begin + int64_t{step_of_warp(warp, i + j)} * kFeatures + lane_feature(lane);
-#pragma unroll
-      for (int group = 0; group < kGroups; ++group) {
-        const int64_t token = first_token + group * 8 + lane_token(lane);
-        multiply<Element>(acc, weights[j],
-                          load_features<Element, kAligned>(x + token * args.x_stride, feature, end,
-                                                           token < args.tokens),
-                          group);
-      }
-    }
-  }
+  multiply_range<Element, kGroups, kAligned>(acc, static_cast<const Element*>(args.down), args.down_stride, first_row,
+                                             args.rank, static_cast<const Element*>(args.x), args.x_stride,
+                                             first_token, args.tokens, begin, end);
   float* sums = reinterpret_cast<float*>(shared);
   leave_sums(acc, sums);
   for (int i = threadIdx.x; i < kRows * kGroups * 8; i += kThreads) {
@@ -148,28 +48,13 @@ __global__ void __launch_bounds__(kThreads, 1) decode_down_sm80(const __grid_con
 
 // ---- y = activation(t up^T + bias): 16 or 32 rows of up, a tile of tokens per block ----
 
-__device__ __forceinline__ float activate(float y, Activation activation) {
-  switch (activation) {
-    case Activation::none: return y;
-    case Activation::relu: return y < 0.0f ? 0.0f : y;  // keeps NaN
-    case Activation::gelu: return 0.5f * y * (1.0f + erff(y * 0.70710678118654752f));
-    case Activation::gelu_tanh:
-      return 0.5f * y * (1.0f + tanhf(0.79788456080286536f * (y + 0.044715f * y * y * y)));
-    case Activation::silu: return y / (1.0f + expf(-y));
-  }
-  return y;
-}
-
-__device__ __forceinline__ __nv_bfloat16 round_to(float value, __nv_bfloat16) { return __float2bfloat16_rn(value); }
-__device__ __forceinline__ __half round_to(float value, __half) { return __float2half_rn(value); }
-
 // The tile's t, summed over the splits in order and rounded; zeros past the last token and the last rank.
 template <class Element, int kGroups>
 __device__ __forceinline__ void gather_t(const Arguments& args, int64_t first_token, unsigned char* t) {
   const int columns = static_cast<int>(padded_rank(args.rank));
   for (int row = threadIdx.x / 32; row < kGroups * 8; row += kWarps) {
     const int64_t token = first_token + row;
-    Element* to = reinterpret_cast<Element*>(t + row * t_pitch(args.rank));
+    Element* to = reinterpret_cast<Element*>(t + row * rank_pitch(args.rank));
     for (int r = threadIdx.x % 32; r < columns; r += 32) {
       float sum = 0.0f;
       if (token < args.tokens && r < args.rank)
@@ -212,7 +97,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_up_sm80(const __grid_const
 #pragma unroll
       for (int group = 0; group < kGroups; ++group) {
         const uint4 bits = *reinterpret_cast<const uint4*>(
-            shared + (group * 8 + lane_token(lane)) * t_pitch(args.rank) + feature * 2);
+            shared + (group * 8 + lane_token(lane)) * rank_pitch(args.rank) + feature * 2);
         multiply<Element>(acc, weights[j], Vector{{bits.x, bits.y, bits.z, bits.w}}, group);
       }
     }

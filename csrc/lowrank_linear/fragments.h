@@ -24,6 +24,11 @@ LRO_HD constexpr int lane_row(int lane) { return lane / 4; }
 // The token, of a group of 8, that a lane feeds.
 LRO_HD constexpr int lane_token(int lane) { return lane / 4; }
 
+// Tokens per block: all of them, in whole groups of 8, or as many as the accumulators of a warp can take.
+LRO_HD constexpr int decode_token_tile(int64_t tokens) {
+  return tokens <= 8 ? 8 : tokens <= 16 ? 16 : tokens <= 32 ? 32 : 64;
+}
+
 // Element e (0..3) of an accumulator: a row of the weight and a token of its group of 8.
 LRO_HD constexpr int accumulator_row(int lane, int e) { return lane / 4 + e / 2 * 8; }
 LRO_HD constexpr int accumulator_token(int lane, int e) { return lane % 4 * 2 + e % 2; }
@@ -47,9 +52,9 @@ LRO_HD constexpr int64_t partial_index(int64_t split, int64_t token, int64_t r, 
   return (split * tokens + token) * rank + r;
 }
 
-// t in shared memory, rounded: bytes between tokens. 64 bytes past a multiple of 128 let the eight lanes that read
-// 16 bytes each in one go, two tokens of four, touch all banks once.
+// t, and rows of up, in shared memory: bytes between rows of 16-bit values. 64 bytes past a multiple of 128 let the
+// eight lanes that read 16 bytes each in one go, two rows of four, touch all banks once.
 LRO_HD constexpr int64_t padded_rank(int64_t rank) { return round_up(rank, kFeatures); }
-LRO_HD constexpr int64_t t_pitch(int64_t rank) { return round_up(rank * 2, 128) + 64; }
+LRO_HD constexpr int64_t rank_pitch(int64_t rank) { return round_up(rank * 2, 128) + 64; }
 
 }  // namespace lowrank_ops::lowrank_linear

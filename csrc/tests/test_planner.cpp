@@ -7,7 +7,8 @@
 #include <stdexcept>
 
 #include "../covariance/tiles.h"
-#include "../lowrank_linear/fragments.h"
+#include "../lowrank_linear/back_to_back.h"
+#include "../lowrank_linear/slabs.h"
 #include "check.h"
 
 using namespace lowrank_ops;
@@ -36,18 +37,40 @@ void expect_legal(const CovarianceProblem& problem) {
 }
 
 void expect_legal(const LowRankProblem& problem) {
+  using namespace lowrank_linear;
   const LowRankPlan plan = plan_lowrank_linear(problem);
   EXPECT(plan.reason.empty());
-  EXPECT(plan.shared_bytes_up <= problem.machine.shared_memory);
-  EXPECT(plan.shared_bytes_down <= problem.machine.shared_memory);
-  EXPECT(plan.token_tile % 8 == 0 && plan.token_tile <= 64);
-  EXPECT(plan.split_features % lowrank_linear::kFeatures == 0);
-  EXPECT((plan.splits - 1) * plan.split_features < problem.in_features);
+  EXPECT(plan.token_tile % 8 == 0 && (plan.token_tile <= 64 || plan.kernel == "prefill_sm90"));
+  EXPECT(plan.split_features % kFeatures == 0 || plan.kernel == "prefill_sm90");
   EXPECT(plan.splits * plan.split_features >= problem.in_features);
-  EXPECT(plan.scratch_floats == plan.splits * problem.tokens * problem.rank);
-  EXPECT(plan.dependent_launch == (problem.machine.capability >= 90));
-  EXPECT(plan.token_tile * lowrank_linear::t_pitch(problem.rank) <= plan.shared_bytes_up);
-  EXPECT(lowrank_linear::padded_rank(problem.rank) * 2 <= lowrank_linear::t_pitch(problem.rank));
+  EXPECT(padded_rank(problem.rank) * 2 <= rank_pitch(problem.rank));
+  if (plan.kernel == "decode_sm90") {
+    EXPECT(problem.machine.capability == 90 && problem.aligned && problem.rank % 8 == 0);
+    EXPECT(plan.shared_bytes == layout(plan.token_tile, problem.rank, plan.resident_tiles).bytes);
+    EXPECT(plan.shared_bytes <= problem.machine.shared_memory && plan.shared_bytes < (1 << 20));  // a barrier's count
+    EXPECT(plan.splits == 1 || plan.splits == 2 || plan.splits == 4 || plan.splits == 8);
+    EXPECT(plan.blocks % plan.splits == 0 && plan.blocks >= plan.splits);
+    EXPECT(plan.blocks <= problem.machine.multiprocessors);  // all run at once
+    EXPECT(plan.resident_tiles >= 1);
+    EXPECT(plan.scratch_floats * 2 >= problem.tokens * problem.rank);
+    EXPECT(!plan.dependent_launch);
+  } else if (plan.kernel == "prefill_sm90") {
+    EXPECT(problem.machine.capability == 90 && problem.aligned && problem.tokens > 64);
+    EXPECT(prefill::exists(plan.rank_tile, plan.cluster) && plan.rank_tile >= problem.rank);
+    EXPECT(plan.rows_down * plan.cluster == plan.rank_tile && plan.stages >= 2 && plan.stages <= prefill::kMostStages);
+    EXPECT(plan.shared_bytes == prefill::shared_bytes(plan.rank_tile, plan.cluster));
+    EXPECT(plan.shared_bytes <= problem.machine.shared_memory);
+    EXPECT(plan.blocks == ceil_div(problem.tokens, plan.token_tile) * plan.cluster && plan.blocks < (int64_t{1} << 31));
+    EXPECT(plan.scratch_floats == 0 && !plan.dependent_launch);
+  } else {
+    EXPECT(plan.kernel == "decode_sm80");
+    EXPECT(plan.shared_bytes_up <= problem.machine.shared_memory);
+    EXPECT(plan.shared_bytes_down <= problem.machine.shared_memory);
+    EXPECT((plan.splits - 1) * plan.split_features < problem.in_features);
+    EXPECT(plan.scratch_floats == plan.splits * problem.tokens * problem.rank);
+    EXPECT(plan.dependent_launch == (problem.machine.capability >= 90));
+    EXPECT(plan.token_tile * rank_pitch(problem.rank) <= plan.shared_bytes_up);
+  }
 }
 
 void every_plan_is_legal() {
@@ -64,6 +87,11 @@ void every_plan_is_legal() {
       Dtype half = random() % 2 ? Dtype::bfloat16 : Dtype::float16;
       expect_legal(LowRankProblem{1 + static_cast<int64_t>(random() % 64), up_to(20), up_to(12), up_to(20), half,
                                   random() % 2 == 0, machine});
+      expect_legal(LowRankProblem{1 + static_cast<int64_t>(random() % 64), up_to(30), 8 * up_to(9), up_to(30), half,
+                                  true, machine});
+      if (machine.capability == 90)
+        expect_legal(LowRankProblem{64 + up_to(30.9), up_to(30), 1 + static_cast<int64_t>(random() % 256), up_to(30),
+                                    half, true, machine});
     }
 }
 
@@ -78,6 +106,34 @@ void hopper_gets_its_own_kernel_where_it_can() {
   EXPECT(kernel(8192, Dtype::bfloat16, Source::matrix, h200) == "covariance_sm80");
   EXPECT(kernel(int64_t{1} << 32, Dtype::bfloat16, Source::aligned_matrix, h200) == "covariance_sm80");
   EXPECT(kernel(8192, Dtype::bfloat16, Source::aligned_matrix, {100, 148, 232448}) == "covariance_sm80");
+}
+
+void hopper_decodes_in_one_launch_where_it_can() {
+  const Machine h200{90, 132, 232448};
+  const auto plan = [&](int64_t tokens, int64_t rank, bool aligned, const Machine& machine) {
+    return plan_lowrank_linear({tokens, 4096, rank, 4096, Dtype::bfloat16, aligned, machine});
+  };
+  for (int64_t tokens : {1, 16, 64})
+    for (int64_t rank : {8, 136, 512, 1024}) EXPECT(plan(tokens, rank, true, h200).kernel == "decode_sm90");
+  EXPECT(plan(1, 134, true, h200).kernel == "decode_sm80");
+  EXPECT(plan(1, 136, false, h200).kernel == "decode_sm80");
+  EXPECT(plan(1, 136, true, {100, 148, 232448}).kernel == "decode_sm80");
+  EXPECT(plan(1, 8192, true, h200).kernel == "decode_sm80");  // no room for a tile of up
+  EXPECT(plan(1, 512, true, h200).splits > 1);
+  EXPECT(plan(1, 512, true, h200).resident_tiles == 2);  // 256 tiles over 132 blocks: all of up is resident
+}
+
+void many_tokens_are_shared_by_clusters_where_tiles_are_few() {
+  const Machine h200{90, 132, 232448};
+  const auto plan = [&](int64_t tokens, int64_t rank) {
+    return plan_lowrank_linear({tokens, 768, rank, 3072, Dtype::bfloat16, true, h200});
+  };
+  EXPECT(plan(65, 136).kernel == "prefill_sm90");
+  EXPECT(plan(2048, 216).cluster > 2);
+  EXPECT(plan(1 << 20, 64).cluster == 1);
+  EXPECT(plan(1 << 20, 64).rank_tile == 64);
+  EXPECT(plan(1 << 20, 136).rank_tile == 192);
+  EXPECT(plan(1 << 20, 256).cluster == 2);  // a thread has no registers for 256 columns
 }
 
 void few_tiles_are_split_to_fill_the_machine() {
@@ -107,6 +163,10 @@ void refusals_say_why() {
     return plan_lowrank_linear({tokens, 768, rank, 768, dtype, true, machine}).reason;
   };
   EXPECT(says(lowrank(65, 8, Dtype::bfloat16, a100), "at most 64 tokens, got 65"));
+  EXPECT(says(lowrank(65, 8, Dtype::bfloat16, a100), "needs compute capability 9.0"));
+  EXPECT(says(lowrank(65, 257, Dtype::bfloat16, {90, 132, 232448}), "at most 256, got 257"));
+  EXPECT(says(lowrank(65, 64, Dtype::bfloat16, {90, 132, 60000}), "too little shared memory"));
+  EXPECT(says(plan_lowrank_linear({65, 8, 8, 8, Dtype::float16, false, {90, 132, 232448}}).reason, "on 16 bytes"));
   EXPECT(says(lowrank(1, 8, Dtype::float32, a100), "not float32"));
   EXPECT(says(lowrank(1, 20000, Dtype::float16, a100), "rank 20000 needs"));
   EXPECT(says(lowrank(1, 0, Dtype::float16, a100), "empty"));
@@ -135,6 +195,8 @@ void names_are_parsed() {
 int main() {
   every_plan_is_legal();
   hopper_gets_its_own_kernel_where_it_can();
+  hopper_decodes_in_one_launch_where_it_can();
+  many_tokens_are_shared_by_clusters_where_tiles_are_few();
   few_tiles_are_split_to_fill_the_machine();
   refusals_say_why();
   names_are_parsed();

@@ -10,7 +10,7 @@ from typing import Any
 from ..checkpoint import save_pretrained
 from ..compress import compress_
 from ..config import ALLOCATIONS, PROJECTIONS, CompressionConfig, ExplainedVariance, ParameterBudget, RankPolicy, Ranks
-from .command import Failure, Result, add_command, add_output, document, share
+from .command import Failure, Result, add_command, add_output, check_folder, document, share
 from .inputs import add_calibration, calibrated, load_batches
 
 _COMPRESS = """\
@@ -33,6 +33,7 @@ def add(commands: Any) -> None:
     compress = add_command(commands, "compress", "write a smaller model", _COMPRESS, _COMPRESS_EXAMPLE, run)
     add_calibration(compress)
     _add_compression(compress)
+    compress.add_argument("--html", type=Path, metavar="FILE", help="also write one page with pictures and tables")
     add_output(compress)
 
 
@@ -70,6 +71,8 @@ def _add_compression(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> Result:
     if options.out.exists() and not options.out.is_dir():
         raise Failure(2, f"--out must be a folder; {str(options.out)!r} is a file")
+    if options.html is not None:
+        check_folder(options.html, "--html")
     if options.refit is not None and options.batches is None:
         raise Failure(2, "--refit runs the model on --batches; it cannot go with --covariances")
     config = CompressionConfig(
@@ -84,6 +87,8 @@ def run(options: argparse.Namespace) -> Result:
     if all(layer.rank is None for layer in report.layers):
         raise Failure(1, "every layer stays dense at these ranks, so nothing was written; allow smaller ranks")
     save_pretrained(model, options.out, report)
+    if options.html is not None:
+        report.to_html(options.html)
     return Result(
         document(options, out=str(options.out), compression=report.to_dict()),
         f"{report.table()}\nwritten to {options.out}; lowrank_ops.load_pretrained(dense_model, {str(options.out)!r}) "

@@ -15,15 +15,17 @@ from torch import Tensor
 
 from .. import ops
 from ..version import __version__
-from .command import Result, add_command, add_output, one_line
+from .command import Failure, Result, add_command, add_output, one_line
 
 _DOCTOR = """\
 Print the versions and devices found, and for each operation which implementations can run here and why the others
 cannot. Exits with 1 if an operation has none."""
 
 _DOCTOR_EXAMPLE = """\
-example:
-  lowrank-ops doctor"""
+examples:
+  lowrank-ops doctor
+  what the CUDA kernels would do on a GPU that need not be here
+    lowrank-ops doctor --plan sm_90"""
 
 
 def add(commands: Any) -> None:
@@ -31,10 +33,17 @@ def add(commands: Any) -> None:
     doctor = add_command(
         commands, "doctor", "see what can run on this machine, and why the rest cannot", _DOCTOR, _DOCTOR_EXAMPLE, run
     )
+    doctor.add_argument(
+        "--plan",
+        metavar="ARCH",
+        help="how the CUDA kernels would run typical calls on sm_80, sm_90, ...; nothing else",
+    )
     add_output(doctor)
 
 
 def run(options: argparse.Namespace) -> Result:
+    if options.plan is not None:
+        return _plans(options.plan)
     environment = {
         "lowrank_ops": __version__,
         "python": platform.python_version(),
@@ -64,6 +73,31 @@ def run(options: argparse.Namespace) -> Result:
     lines += ["", "Every operation can run on every device." if held else "An operation has nothing that can run it."]
     document = {"command": "doctor", "environment": environment, "devices": devices, "calls": calls, "held": held}
     return Result(document, "\n".join(lines), 0 if held else 1)
+
+
+def _plans(arch: str) -> Result:
+    """What the native planner says to typical calls on an arch."""
+    calls: list[tuple[str, dict[str, int]]] = [
+        ("covariance_update_", {"tokens": tokens, "features": features})
+        for tokens, features in ((12608, 768), (8192, 4096))
+    ]
+    calls.append(("conv_covariance_update_", {"tokens": 8 * 28 * 28, "features": 64 * 9, "groups": 1}))
+    calls += [
+        ("lowrank_linear", {"tokens": tokens, "in_features": width, "rank": rank, "out_features": outputs})
+        for width, rank, outputs in ((768, 136, 768), (768, 216, 3072), (4096, 512, 4096))
+        for tokens in (1, 64, 2048, 12608)
+    ]
+    plans: list[dict[str, Any]] = []
+    lines = [f"bfloat16 on {arch}"]
+    for op, call in calls:
+        shape: dict[str, Any] = {**call}
+        try:
+            plan = ops.plan(op, arch, torch.bfloat16, **shape)
+        except RuntimeError as error:
+            raise Failure(1, one_line(error)) from error
+        plans.append({"op": op, "call": call, "plan": plan})
+        lines += ["", f"{op} of {', '.join(f'{name} {size}' for name, size in call.items())}", f"  {plan}"]
+    return Result({"command": "doctor", "arch": arch, "plans": plans}, "\n".join(lines))
 
 
 def _version_of(module: str) -> str:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
+from . import _native
 from . import covariance as _covariance
 from . import lowrank_linear as _lowrank_linear
 from ._backend import Backend, BackendUnavailableError
@@ -33,6 +36,29 @@ def explain(op: str, *args: Any, **options: Any) -> str:
     return _EXPLAIN[op](*args, **options)
 
 
+def plan(op: str, arch: str, dtype: torch.dtype, *, tokens: int, aligned: bool = True, **shape: Any) -> str:
+    """Which CUDA kernel would run a problem on a typical device of an arch, and how; no device is needed.
+
+    Args:
+        op: ``"covariance_update_"``, ``"conv_covariance_update_"`` or ``"lowrank_linear"``.
+        arch: ``"sm_80"``, ``"sm_86"``, ``"sm_89"``, ``"sm_90"``, ``"sm_100"`` or ``"sm_120"``.
+        dtype: of the inputs.
+        tokens: rows of ``x``, for convolutions patches.
+        aligned: the matrices and their rows start on 16 bytes.
+        shape: ``features`` and, for convolutions, ``groups``; or ``in_features``, ``rank`` and ``out_features``.
+
+    Returns:
+        One line: the kernel with its tiles, clusters, stages and memory, or ``"cannot run: "`` and the reason.
+
+    Raises:
+        ValueError: an unknown op or arch.
+        RuntimeError: neither the native library nor its planner was built.
+    """
+    if arch not in _native.MACHINES:
+        raise ValueError(f"arch must be one of {', '.join(map(repr, _native.MACHINES))}; got {arch!r}.")
+    return _native.plan(op, dtype, _native.MACHINES[arch], tokens=tokens, aligned=aligned, **shape)
+
+
 __all__ = [
     "Backend",
     "BackendUnavailableError",
@@ -41,4 +67,5 @@ __all__ = [
     "covariance_update_",
     "explain",
     "lowrank_linear",
+    "plan",
 ]

@@ -3,11 +3,33 @@
 from __future__ import annotations
 
 import functools
+import importlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 LIBRARY = Path(__file__).parents[1] / "liblowrank_ops.so"
+
+
+class Machine(NamedTuple):
+    """What the planner knows of a device."""
+
+    capability: int  # 10 * major + minor
+    multiprocessors: int
+    shared_memory: int  # bytes that a block may ask for
+
+
+#: A typical device of each arch, for plans where there is none.
+MACHINES = {
+    "sm_80": Machine(80, 108, 166912),
+    "sm_86": Machine(86, 84, 101376),
+    "sm_89": Machine(89, 128, 101376),
+    "sm_90": Machine(90, 132, 232448),
+    "sm_100": Machine(100, 148, 232448),
+    "sm_120": Machine(120, 170, 101376),
+}
 
 
 @functools.cache
@@ -22,12 +44,59 @@ def unavailable() -> str | None:
     return None
 
 
-def machine(device: tuple[str, int, tuple[int, int], int, int]) -> tuple[int, int, int]:
-    """A ``Device`` as the planner takes it: compute capability times ten, multiprocessors, bytes per block."""
+def machine(device: tuple[str, int, tuple[int, int], int, int]) -> Machine:
+    """A ``Device`` as the planner takes it."""
     _, _, (major, minor), multiprocessors, shared_memory = device
-    return 10 * major + minor, multiprocessors, shared_memory
+    return Machine(10 * major + minor, multiprocessors, shared_memory)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
     """``"bfloat16"`` for ``torch.bfloat16``."""
     return str(dtype).removeprefix("torch.")
+
+
+def plan(
+    op: str,
+    dtype: torch.dtype,
+    machine: Machine,
+    *,
+    tokens: int,
+    aligned: bool = True,
+    features: int = 0,
+    groups: int = 1,
+    in_features: int = 0,
+    rank: int = 0,
+    out_features: int = 0,
+) -> str:
+    """Which CUDA kernel would run a problem on a machine that need not be here, and how; or ``"cannot run: ..."``.
+
+    Args:
+        op: ``"covariance_update_"`` or ``"conv_covariance_update_"``, which take ``features`` and ``groups`` (for
+            convolutions of patches: channels of a group x kernel height x width, and ``tokens`` counts patches), or
+            ``"lowrank_linear"``, which takes ``in_features``, ``rank`` and ``out_features``.
+        aligned: the matrices and their rows start on 16 bytes.
+
+    Raises:
+        ValueError: an unknown op.
+        RuntimeError: neither the library nor ``lowrank_ops._planner`` was built.
+    """
+    if op == "lowrank_linear":
+        shape: tuple[Any, ...] = (tokens, in_features, rank, out_features, dtype_name(dtype), aligned)
+    elif op in ("covariance_update_", "conv_covariance_update_"):
+        source = "patches" if op.startswith("conv") else "aligned_matrix" if aligned else "matrix"
+        shape = (tokens, features, groups, dtype_name(dtype), source)
+    else:
+        raise ValueError(f"op must be covariance_update_, conv_covariance_update_ or lowrank_linear; got {op!r}.")
+    reason, text = _planner("plan_lowrank_linear" if op == "lowrank_linear" else "plan_covariance")(*shape, *machine)
+    return f"cannot run: {reason}" if reason else text
+
+
+def _planner(function: str) -> Callable[..., tuple[str, str]]:
+    """The planner of the library, which also knows for which archs that was built; else the one for this Python."""
+    reason = unavailable()
+    if reason is None:
+        return getattr(torch.ops.lowrank_ops, f"_{function}")  # type: ignore[no-any-return]
+    try:
+        return getattr(importlib.import_module("lowrank_ops._planner"), function)  # type: ignore[no-any-return]
+    except ImportError:
+        raise RuntimeError(f"No plan without the native library or its planner: {reason}.") from None

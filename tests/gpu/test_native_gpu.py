@@ -5,6 +5,8 @@ import torch
 
 from lowrank_ops.ops import _native, conv_covariance_update_, covariance_update_, lowrank_linear
 from lowrank_ops.ops.covariance import _cuda, describe
+from lowrank_ops.ops.lowrank_linear import _cuda as linear_cuda
+from lowrank_ops.ops.lowrank_linear import describe as describe_linear
 from lowrank_ops.ops.lowrank_linear import reference
 from tests.tolerance import assert_close_to_float64
 
@@ -243,22 +245,63 @@ def test_decode_epilogues(dtype, tokens, bias, activation):
     assert_right(lowrank_linear(*args, activation=activation, backend="cuda"), *args, activation)
 
 
-@pytest.mark.parametrize("tokens", [1, 13, 64])
-def test_decode_reads_nothing_outside_its_operands(tokens):
+@HALVES
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+@pytest.mark.parametrize(
+    "shape",
+    [(65, 64, 8, 64), (128, 768, 136, 768), (129, 768, 216, 3072), (2048, 4096, 256, 4096), (2048, 1024, 168, 4096),
+     (12608, 768, 64, 768), (12608, 768, 128, 3072), (20000, 1024, 192, 1024), (300, 1000, 104, 1000),
+     (777, 1032, 248, 200), (100, 40, 8, 8), (100, 72, 16, 139)],
+    ids=str,
+)  # fmt: skip
+def test_prefill_shapes(dtype, activation, shape):
+    args = arguments(*shape, dtype)
+    if reason := linear_cuda.supports_prefill(describe_linear(*args, activation)):
+        pytest.skip(reason)
+    assert_right(lowrank_linear(*args, activation=activation, backend="cuda"), *args, activation)
+
+
+@pytest.mark.parametrize("cluster_rank", [64, 128, 192, 256])
+def test_prefill_by_few_and_by_many_tiles(cluster_rank):
+    """From one tile, which the largest cluster shares, to many, which it does not."""
+    for tokens in (65, 1000, 4000, 16000, 33000):
+        args = arguments(tokens, 512, cluster_rank, 640)
+        if reason := linear_cuda.supports_prefill(describe_linear(*args, "silu")):
+            pytest.skip(reason)
+        assert_right(lowrank_linear(*args, activation="silu", backend="cuda"), *args, "silu")
+
+
+def test_hopper_runs_its_own_kernels():
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("not compute capability 9.0")
+    device = _native.machine(describe(zeros(8)[0], random(8, 8)).device)
+    shape = {"in_features": 4096, "rank": 136, "out_features": 4096}
+    for tokens, kernel in ((16, "decode_sm90"), (2048, "prefill_sm90")):
+        assert _native.plan("lowrank_linear", torch.bfloat16, device, tokens=tokens, **shape).startswith(kernel)
+
+
+@pytest.mark.parametrize("tokens", [1, 13, 64, 65, 300])
+def test_nothing_outside_the_operands_is_read(tokens):
     def framed(matrix, pad):
         frame = torch.full((matrix.shape[0] + 2, matrix.shape[1] + 2 * pad), float("nan")).to(matrix)
         frame[1:-1, pad:-pad].copy_(matrix)
         return frame[1:-1, pad:-pad]
 
     x, down, up, bias = arguments(tokens, 1032, 136, 776)
-    for pad in (8, 3):  # rows on 16 bytes and off them
+    for pad in (8, 3) if tokens <= 64 else (8,):  # rows on 16 bytes and off them
+        if reason := linear_cuda.supports_prefill(describe_linear(x, down, up, bias, "none")) if tokens > 64 else None:
+            pytest.skip(reason)
         torch.full((16 << 20,), float("nan"), device="cuda")  # scratch and output may hold anything
         y = lowrank_linear(framed(x, pad), framed(down, pad), framed(up, pad), bias, backend="cuda")
         assert_right(y, x, down, up, bias, "none")
 
 
-def test_decode_same_bits_on_every_run_and_in_a_graph():
-    args = arguments(16, 4096, 512, 4096)
+@pytest.mark.parametrize("shape", [(1, 768, 136, 768), (16, 4096, 512, 4096), (2048, 4096, 216, 4096)], ids=str)
+def test_same_bits_on_every_run_and_in_a_graph(shape):
+    tokens, width, rank, _ = shape
+    args = arguments(tokens, width, rank, width)
+    if reason := linear_cuda.supports_prefill(describe_linear(*args, "none")) if tokens > 64 else None:
+        pytest.skip(reason)
     first = lowrank_linear(*args, backend="cuda")
     for _ in range(100):
         assert torch.equal(lowrank_linear(*args, backend="cuda"), first)
@@ -276,7 +319,7 @@ def test_decode_same_bits_on_every_run_and_in_a_graph():
 
 
 def test_decode_on_two_streams():
-    cases = [arguments(tokens, 1024, 168, 1024) for tokens in (1, 40)]
+    cases = [arguments(tokens, 1024, 168, 1024) for tokens in (1, 40)]  # kernels whose blocks wait for each other
     expected = [lowrank_linear(*args, backend="cuda") for args in cases]
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in cases]
@@ -301,6 +344,18 @@ def test_gradients():
     reference.two_products(*wide, "silu").sum().backward()
     for grad, same_dtype, truth in zip(mine, args, wide, strict=True):
         assert_close_to_float64(grad, same_dtype.grad, truth.grad)
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 64, 200])
+def test_sanitized(tokens):
+    """A small set of everything, for compute-sanitizer: see from_wheel.sh."""
+    x = random(max(tokens, 130), 72, dtype=torch.bfloat16)
+    state = zeros(72)
+    update(*state, x)
+    assert_updated(*state, x)
+    args = arguments(tokens, 200, 136, 328)
+    if tokens <= 64 or linear_cuda.supports_prefill(describe_linear(*args, "relu")) is None:
+        assert_right(lowrank_linear(*args, activation="relu", backend="cuda"), *args, "relu")
 
 
 def test_opcheck():

@@ -21,6 +21,15 @@ LAUNCH_BOUNDS = {
     "covariance_add_partials": (256, 1),
     "decode_down_sm80": (256, 1),
     "decode_up_sm80": (256, 1),
+    "decode_sm90": (256, 1),
+    "prefill_sm90": (288, 1),
+}
+
+# What a kernel is written for and has to show: tensor cores, the copy engine, barriers of a block, a cluster, the grid.
+NEEDS = {
+    "covariance_sm90": ("HGMMA", "UTMALDG", "SYNCS"),
+    "decode_sm90": ("HMMA", "UBLKCP", "SYNCS", "UCGABAR_ARV", "UCGABAR_WAIT", "ATOM"),
+    "prefill_sm90": ("HGMMA", "UTMALDG", "SYNCS"),
 }
 
 
@@ -98,14 +107,15 @@ def faults(kernel: Kernel) -> list[str]:
             found.append(f"{kernel.opcodes[opcode]} {opcode}")
     if kernel.shared > STATIC_SHARED:
         found.append(f"{kernel.shared} bytes of static shared memory")
-    if kernel.name == "covariance_sm90":
-        found += [f"no {opcode}" for opcode in ("HGMMA", "UTMALDG", "SYNCS") if not kernel.has(opcode)]
+    found += [f"no {opcode}" for opcode in NEEDS.get(kernel.name, ()) if not kernel.has(opcode)]
+    if kernel.has("HGMMA"):
         # A warpgroup waits once a step and once at the end; when the assembler serialises, after every product.
         products, waits = kernel.opcodes.get("HGMMA", 0), kernel.opcodes.get("WARPGROUP", 0)
-        if waits > 2 * products:
+        if waits > products:
             found.append(f"{waits} WARPGROUP for {products} HGMMA: serialised")
     elif (
         kernel.name in LAUNCH_BOUNDS
+        and "HGMMA" not in NEEDS.get(kernel.name, ())
         and kernel.name != "covariance_add_partials"
         and not any(opcode.startswith("HMMA.16816.F32") for opcode in kernel.products)
     ):

@@ -17,6 +17,7 @@ HEADER = (
     "| kernel | template arguments | arch | registers | static shared memory, B | stack, B | products | copies | run |"
 )
 TYPES = {"f": "fp32", "6__half": "fp16", "13__nv_bfloat16": "bf16"}
+COPIES = ("LDGSTS", "UTMALDG", "UBLKCP")
 SOURCES = ("rows", "aligned rows", "patches")  # the enumerators of Source
 
 
@@ -30,6 +31,11 @@ def arguments(kernel: machine_code.Kernel) -> str:
     if kernel.name == "covariance_sm80":
         source, stages = re.findall(r"E(\d+)E", rest.replace("ELi", "EE"))[:2]
         parts += [SOURCES[int(source)], f"{stages} stages"]
+    elif kernel.name == "decode_sm90":
+        parts.append(f"{8 * int(re.findall(r'Li(.+?)E', rest)[0])} tokens")
+    elif kernel.name == "prefill_sm90":
+        ranks, cluster = re.findall(r"Li(\d+)E", rest)
+        parts += [f"ranks up to {ranks}", f"clusters of {cluster}"]
     elif kernel.name.startswith("decode"):
         groups, aligned = re.findall(r"L[ib](\d+)E", rest)
         parts += [f"{8 * int(groups)} tokens", "aligned" if aligned == "1" else "any alignment"]
@@ -38,7 +44,7 @@ def arguments(kernel: machine_code.Kernel) -> str:
 
 def row(kernel: machine_code.Kernel) -> str:
     products = ", ".join(f"{count} {opcode}" for opcode, count in sorted(kernel.products.items())) or "-"
-    copies = ", ".join(f"{kernel.opcodes[name]} {name}" for name in ("LDGSTS", "UTMALDG") if kernel.has(name)) or "-"
+    copies = ", ".join(f"{kernel.opcodes[name]} {name}" for name in COPIES if kernel.has(name)) or "-"
     cells = (
         kernel.name,
         arguments(kernel),

@@ -17,6 +17,7 @@ from lowrank_ops.ops import (
     conv_covariance_update_,
     covariance_update_,
     lowrank_linear,
+    plan,
 )
 from lowrank_ops.ops._backend import Device
 from lowrank_ops.ops.covariance import _cuda as covariance_cuda
@@ -129,8 +130,12 @@ def test_supports_is_the_planner(library: Path) -> None:
     tensors = [torch.zeros(*shape, dtype=torch.bfloat16) for shape in ((16, 64), (8, 64), (40, 8))]
     linear = describe_lowrank(*tensors, None, "gelu")._replace(device=H200)
     assert lowrank_cuda.supports_decode(linear) is None
-    assert not lowrank_cuda.prefers_decode(linear)
-    assert "at most 64 tokens, got 65" in lowrank_cuda.supports_decode(linear._replace(tokens=65))
+    assert not lowrank_cuda.prefers(linear)
+    assert lowrank_cuda.supports_prefill(linear) == "16 tokens are for decode_sm90"
+    many = linear._replace(tokens=65)
+    assert lowrank_cuda.supports_prefill(many) is None
+    assert lowrank_cuda.supports_decode(many) == "65 tokens are for prefill_sm90"
+    assert "at most 256, got 264" in lowrank_cuda.supports_prefill(many._replace(rank=264))
     assert "x.contiguous()" in lowrank_cuda.supports_decode(linear._replace(x_stride=0))
     assert lowrank_cuda.supports_decode(linear._replace(tokens=0)) is None
 
@@ -149,11 +154,41 @@ def test_the_module_and_the_library_plan_alike(library: Path) -> None:
         mine = torch.ops.lowrank_ops._plan_covariance(tokens, features, 2, dtype, source, *machine)
         if "no code for" not in mine[0]:
             assert mine == _planner.plan_covariance(tokens, features, 2, dtype, source, *machine)
-    for machine, dtype, tokens, rank in itertools.product(machines, dtypes, [1, 64, 65], [1, 134, 1492, 30000]):
+    for machine, dtype, tokens, rank in itertools.product(machines, dtypes, [1, 64, 65, 12608], [1, 136, 1492, 30000]):
         arguments = (tokens, 4096, rank, 11008, dtype, True, *machine)
         mine = torch.ops.lowrank_ops._plan_lowrank_linear(*arguments)
         if "no code for" not in mine[0]:
             assert mine == _planner.plan_lowrank_linear(*arguments)
+
+
+def test_plans_of_devices_that_are_not_here(library: Path) -> None:
+    assert _native.unavailable() is None
+    shape = {"in_features": 4096, "rank": 136, "out_features": 4096}
+    decode = plan("lowrank_linear", "sm_90", torch.bfloat16, tokens=16, **shape)
+    if "no code for" in decode:
+        pytest.skip("the library was built without code for sm_90a")
+    assert decode.startswith("decode_sm90: ") and "clusters of" in decode
+    assert plan("lowrank_linear", "sm_90", torch.float16, tokens=2048, **shape).startswith("prefill_sm90: ")
+    unaligned = plan("lowrank_linear", "sm_90", torch.float16, tokens=16, aligned=False, **shape)
+    assert unaligned.startswith("decode_sm80: ")
+    for op, kernel in (("covariance_update_", "covariance_sm90"), ("conv_covariance_update_", "covariance_sm80")):
+        assert plan(op, "sm_90", torch.bfloat16, tokens=4096, features=72).startswith(f"{kernel}: ")
+    assert "not float64" in plan("covariance_update_", "sm_90", torch.float64, tokens=8, features=8)
+
+
+def test_plans_need_a_planner(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="got 'sm_91'"):
+        plan("lowrank_linear", "sm_91", torch.bfloat16, tokens=1)
+    with pytest.raises(ValueError, match="op must be"):
+        plan("matmul", "sm_90", torch.bfloat16, tokens=1)
+    _native.unavailable.cache_clear()
+    monkeypatch.setattr(_native, "LIBRARY", tmp_path / "liblowrank_ops.so")
+    monkeypatch.setitem(sys.modules, "lowrank_ops._planner", None)
+    try:
+        with pytest.raises(RuntimeError, match="was not built"):
+            plan("covariance_update_", "sm_90", torch.bfloat16, tokens=1, features=8)
+    finally:
+        _native.unavailable.cache_clear()
 
 
 @pytest.mark.skipif(shutil.which("cmake") is None or shutil.which("c++") is None, reason="no CMake or compiler")

@@ -17,7 +17,21 @@ if TYPE_CHECKING:
 
 
 def supports_decode(problem: Problem) -> str | None:
-    """Why ``run_decode`` cannot take the problem, or None."""
+    """Why ``run`` cannot take the problem with a kernel for few tokens, or None."""
+    return _refusal(problem, "decode")
+
+
+def supports_prefill(problem: Problem) -> str | None:
+    """Why ``run`` cannot take the problem with the kernel for many tokens, or None."""
+    return _refusal(problem, "prefill")
+
+
+def prefers(problem: Problem) -> bool:
+    """Not preferred until measured: the kernels run only where they are asked for."""
+    return False
+
+
+def _refusal(problem: Problem, kind: str) -> str | None:
     if problem.device.type != "cuda":
         return "it needs a CUDA device"
     if (reason := _native.unavailable()) is not None:
@@ -26,7 +40,7 @@ def supports_decode(problem: Problem) -> str | None:
         return "x is not a matrix with unit column stride; pass x.contiguous()"
     if problem.tokens == 0:
         return None
-    reason, _ = torch.ops.lowrank_ops._plan_lowrank_linear(
+    reason, plan = torch.ops.lowrank_ops._plan_lowrank_linear(
         problem.tokens,
         problem.in_features,
         problem.rank,
@@ -35,18 +49,14 @@ def supports_decode(problem: Problem) -> str | None:
         problem.aligned,
         *_native.machine(problem.device),
     )
-    return reason or None
+    kernel = plan.partition(":")[0]
+    return reason or (None if kernel.startswith(kind) else f"{problem.tokens} tokens are for {kernel}")
 
 
-def prefers_decode(problem: Problem) -> bool:
-    """Not preferred until measured: the kernels run only where they are asked for."""
-    return False
-
-
-def run_decode(
+def run(
     problem: Problem, x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: str
 ) -> Tensor:  # (..., out_features)
-    """Two launches: partial sums of ``x down^T``, then their product with ``up``.
+    """One launch on compute capability 9.0 with rows on 16 bytes, else two.
 
     Factors that are not row-major, such as the backward's, are copied first.
     """

@@ -1,83 +1,12 @@
 // The decode pair's index arithmetic, and its algorithm lane by lane, against plain sums.
-#include <algorithm>
-#include <array>
-#include <cmath>
-#include <random>
-#include <vector>
-
-#include "../lowrank_linear/fragments.h"
 #include "../planner.h"
-#include "check.h"
-#include "warp.h"
+#include "lowrank.h"
 
 using namespace lowrank_ops;
 using namespace lowrank_ops::lowrank_linear;
+using namespace lowrank_ops::tests;
 
 namespace {
-
-struct Matrix {
-  int64_t rows, cols;
-  std::vector<float> values;
-  float at(int64_t row, int64_t col) const {
-    EXPECT(row >= 0 && row < rows && col >= 0 && col < cols);
-    return values.at(row * cols + col);
-  }
-};
-
-Matrix random_matrix(int64_t rows, int64_t cols, std::mt19937& random) {
-  Matrix m{rows, cols, std::vector<float>(rows * cols)};
-  for (float& value : m.values) value = static_cast<float>(static_cast<int>(random() % 9) - 4) / 4;  // exact sums
-  return m;
-}
-
-// 8 features of a row, zeros past its end: what a lane loads.
-std::array<float, 8> load(const Matrix& m, int64_t row, int64_t feature, int64_t end) {
-  std::array<float, 8> v{};
-  for (int e = 0; e < kVector; ++e)
-    if (row < m.rows && feature + e < end) v[e] = m.at(row, feature + e);
-  return v;
-}
-
-// Sums of a block: products of 16 rows of `weight` with groups of 8 tokens over [begin, end), per warp.
-std::vector<float> multiply(const Matrix& weight, const Matrix& tokens, int64_t first_row, int64_t first_token,
-                            int64_t begin, int64_t end, int products, int token_tile) {
-  const int rows = products * kRows;
-  std::vector<float> sums(sum_bytes(rows, token_tile) / 4, NAN);
-  const int steps = static_cast<int>(ceil_div(end - begin, kFeatures));
-  for (int warp = 0; warp < kWarps; ++warp)
-    for (int p = 0; p < products; ++p)
-      for (int group = 0; group < token_tile / 8; ++group) {
-        std::array<std::array<float, 4>, 32> acc{};
-        for (int i = 0; step_of_warp(warp, i) < steps; ++i)
-          for (int half = 0; half < 2; ++half) {  // words 2 * half and 2 * half + 1 of a lane's vectors
-            std::array<std::array<tests::Pair<float>, 4>, 32> a;
-            std::array<std::array<tests::Pair<float>, 2>, 32> b;
-            for (int lane = 0; lane < 32; ++lane) {
-              const int64_t feature = begin + int64_t{step_of_warp(warp, i)} * kFeatures + lane_feature(lane);
-              const auto top = load(weight, first_row + p * kRows + lane_row(lane), feature, end);
-              const auto bottom = load(weight, first_row + p * kRows + lane_row(lane) + 8, feature, end);
-              const auto token = load(tokens, first_token + group * 8 + lane_token(lane), feature, end);
-              const auto word = [&](const std::array<float, 8>& v, int w) {
-                return tests::Pair<float>{v[(2 * half + w) * 2], v[(2 * half + w) * 2 + 1]};
-              };
-              a[lane] = {word(top, 0), word(bottom, 0), word(top, 1), word(bottom, 1)};
-              b[lane] = {word(token, 0), word(token, 1)};
-            }
-            tests::multiply_add(acc, a, b);
-          }
-        for (int lane = 0; lane < 32; ++lane)
-          for (int e = 0; e < 4; ++e)
-            sums[sum_index(warp, p * kRows + accumulator_row(lane, e), group * 8 + accumulator_token(lane, e), rows,
-                           token_tile)] = acc[lane][e];
-      }
-  return sums;
-}
-
-float sum_of_warps(const std::vector<float>& sums, int row, int token, int rows, int token_tile) {
-  float sum = 0;
-  for (int warp = 0; warp < kWarps; ++warp) sum += sums[sum_index(warp, row, token, rows, token_tile)];
-  return sum;
-}
 
 void expect_equals_plain_sums(int64_t tokens, int64_t in, int64_t rank, int64_t out, const Machine& machine) {
   std::mt19937 random(static_cast<unsigned>(tokens + in * 3 + rank * 5 + out * 7));
@@ -93,7 +22,7 @@ void expect_equals_plain_sums(int64_t tokens, int64_t in, int64_t rank, int64_t 
     for (int64_t first_row = 0; first_row < rank; first_row += plan.rows_down)
       for (int split = 0; split < plan.splits; ++split) {
         const int64_t begin = split * plan.split_features, end = least(begin + plan.split_features, in);
-        const auto sums = multiply(down, x, first_row, first_token, begin, end, 1, plan.token_tile);
+        const auto sums = multiply(rows_of(down, first_row, end), rows_of(x, first_token, end), begin, end, 1, plan.token_tile);
         for (int i = 0; i < kRows * plan.token_tile; ++i) {
           const int64_t r = first_row + i % kRows, token = first_token + i / kRows;
           if (r < rank && token < tokens)
@@ -109,7 +38,7 @@ void expect_equals_plain_sums(int64_t tokens, int64_t in, int64_t rank, int64_t 
   for (int64_t first_token = 0; first_token < tokens; first_token += plan.token_tile)
     for (int64_t first_row = 0; first_row < out; first_row += plan.rows_up) {
       const int products = plan.rows_up / kRows;
-      const auto sums = multiply(up, t, first_row, first_token, 0, rank, products, plan.token_tile);
+      const auto sums = multiply(rows_of(up, first_row, rank), rows_of(t, first_token, rank), 0, rank, products, plan.token_tile);
       for (int i = 0; i < plan.rows_up * plan.token_tile; ++i) {
         const int64_t n = first_row + i % plan.rows_up, token = first_token + i / plan.rows_up;
         if (n >= out || token >= tokens) continue;
@@ -152,11 +81,11 @@ void lanes_cover_a_step_once() {
 void t_is_read_without_bank_conflicts() {
   for (int64_t rank : {8, 134, 163, 215, 512, 746, 1024, 1492})
     for (int phase = 0; phase < 4; ++phase) {
-      EXPECT(t_pitch(rank) % 16 == 0);
+      EXPECT(rank_pitch(rank) % 16 == 0);
       std::vector<int> banks(32, 0);
       for (int lane = phase * 8; lane < phase * 8 + 8; ++lane)
         for (int word = 0; word < 4; ++word)
-          ++banks[(lane_token(lane) * t_pitch(rank) / 4 + lane_feature(lane) / 2 + word) % 32];
+          ++banks[(lane_token(lane) * rank_pitch(rank) / 4 + lane_feature(lane) / 2 + word) % 32];
       for (int count : banks) EXPECT(count == 1);
     }
 }

@@ -1,0 +1,100 @@
+// Index arithmetic of the sm_90 prefill kernel.
+//
+// A cluster takes 128 tokens. Its blocks share the columns of t = x down^T, exchange them, and share the rows of up.
+// Operands lie in shared memory as the tensor copy engine writes them with the 128-byte swizzle: a row's 64 values in
+// 128 bytes, whose 16-byte chunks are permuted by the row modulo 8. t never does: what a thread has summed is, rounded,
+// what it has to hold of the next product's left operand.
+#pragma once
+
+#include "../host_device.h"
+
+namespace lowrank_ops::lowrank_linear::prefill {
+
+constexpr int kTokens = 128;     // two warpgroups of 64
+constexpr int kBox = 64;         // values of a row per box
+constexpr int kRowBytes = kBox * 2;
+constexpr int kOutputs = 64;     // rows of up at a time
+constexpr int kStep = 16;        // values that one wgmma sums
+constexpr int kConsumers = 256;
+constexpr int kThreads = kConsumers + 32;
+constexpr int kMostRank = 256;
+constexpr int kMostStages = 6;
+constexpr int kAlignment = 1024;  // the swizzle repeats every 1024 bytes
+constexpr int kSharedLimit = 232448;
+
+// Ranks are served by the next of these; past the rank, the copy engine brings zeros.
+LRO_HD constexpr int rank_tile(int64_t rank) { return static_cast<int>(round_up(rank, 64)); }
+// Whether there is a kernel for it: a thread has registers for the sums of 192 columns, and a block of a cluster sums a
+// power of two of them, 32 at least.
+LRO_HD constexpr bool exists(int ranks, int cluster) {
+  if (ranks < 64 || ranks > kMostRank || ranks % 64 != 0) return false;
+  if (cluster == 1) return ranks <= 192;
+  return (cluster == 2 || cluster == 4 || cluster == 8) && ranks != 192 && ranks / cluster >= 32;
+}
+
+// A stage holds 64 features of x and, behind them, of a block's rows of down; or 64 rows of up, all ranks.
+constexpr int kXBytes = kTokens * kRowBytes;
+constexpr int kUpBoxBytes = kOutputs * kRowBytes;
+LRO_HD constexpr int down_step_bytes(int columns) { return kXBytes + columns * kRowBytes; }
+LRO_HD constexpr int up_step_bytes(int ranks) { return ranks / kBox * kUpBoxBytes; }
+LRO_HD constexpr int stage_bytes(int ranks, int cluster) {
+  return static_cast<int>(greatest(down_step_bytes(ranks / cluster), up_step_bytes(ranks)));
+}
+// What the blocks of a cluster send each other: t, rounded, 16 bytes per thread and step.
+LRO_HD constexpr int exchange_bytes(int ranks, int cluster) { return cluster == 1 ? 0 : kTokens * ranks * 2; }
+LRO_HD constexpr int stages(int ranks, int cluster) {
+  return static_cast<int>(least(kMostStages, (kSharedLimit - kAlignment - kMostStages * 16 -
+                                              exchange_bytes(ranks, cluster)) / stage_bytes(ranks, cluster)));
+}
+LRO_HD constexpr int exchange_offset(int ranks, int cluster) {
+  return stages(ranks, cluster) * stage_bytes(ranks, cluster);
+}
+LRO_HD constexpr int barrier_offset(int ranks, int cluster) {
+  return exchange_offset(ranks, cluster) + exchange_bytes(ranks, cluster);
+}
+LRO_HD constexpr int shared_bytes(int ranks, int cluster) {
+  return kAlignment + barrier_offset(ranks, cluster) + stages(ranks, cluster) * 16;
+}
+
+// Where a step of 16 summed values starts in an operand: rows of a warpgroup of x, all rows of down, of up.
+LRO_HD constexpr int x_start(int warpgroup, int step) { return warpgroup * 64 * kRowBytes + step * kStep * 2; }
+LRO_HD constexpr int down_start(int step) { return kXBytes + step * kStep * 2; }
+LRO_HD constexpr int up_start(int step) { return step / 4 * kUpBoxBytes + step % 4 * kStep * 2; }
+
+// A shared memory descriptor for operands whose summed values are contiguous, with the 128-byte swizzle. Offsets count
+// 16 bytes: the stride one from 8 rows to the next; the leading one is not used, as no row is longer than the swizzle.
+LRO_HD constexpr uint64_t descriptor(uint32_t address) {
+  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
+  constexpr uint64_t kStride = uint64_t{8 * kRowBytes / 16} << 32;
+  return kSwizzle128 | kStride | uint64_t{1} << 16 | ((address & 0x3FFFF) >> 4);
+}
+
+// Where accumulator i of a consumer lies: its token and its column.
+LRO_HD constexpr int accumulator_token(int consumer, int i) {
+  return consumer / 32 * 16 + consumer % 32 / 4 + i / 2 % 2 * 8;
+}
+LRO_HD constexpr int accumulator_column(int consumer, int i) { return i / 4 * 8 + consumer % 4 * 2 + i % 2; }
+
+// Word w (0..3) of a step's left operand holds two neighbouring columns of t: these accumulators, the lower one first.
+LRO_HD constexpr int accumulator_of_word(int step, int w) { return step * 8 + w * 2; }
+
+// Bytes from the start of the exchange to what a consumer holds of a step.
+LRO_HD constexpr int exchange_index(int consumer, int step, int ranks) {
+  return ((consumer / 32 * (ranks / kStep) + step) * 32 + consumer % 32) * 16;
+}
+// The first step whose columns block `rank` of a cluster has summed.
+LRO_HD constexpr int first_step(int rank, int columns) { return rank * (columns / kStep); }
+
+// The n-th tile of 64 rows of up that block `rank` multiplies.
+LRO_HD constexpr int64_t up_tile(int rank, int n, int cluster) { return int64_t{n} * cluster + rank; }
+LRO_HD constexpr int up_tiles(int rank, int cluster, int64_t out_features) {
+  return static_cast<int>(ceil_div(greatest(0, ceil_div(out_features, kOutputs) - rank), cluster));
+}
+
+// To store 16 bytes at a time, the four lanes that share a token transpose the words that they hold of 32 columns, in two
+// rounds of two exchanges: a lane gives one word of a pair to the lane `1 << round` away, for that lane's other one.
+LRO_HD constexpr int lower_word(int round, int exchange) { return round == 0 ? exchange * 2 : exchange; }
+LRO_HD constexpr int upper_word(int round, int exchange) { return lower_word(round, exchange) + (1 << round); }
+LRO_HD constexpr bool gives_lower(int lane, int round) { return (lane >> round & 1) != 0; }
+
+}  // namespace lowrank_ops::lowrank_linear::prefill

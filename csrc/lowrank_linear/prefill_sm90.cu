@@ -1,0 +1,289 @@
+// activation((x down^T) up^T + bias) for many tokens and ranks up to 256, back to back: t = x down^T never leaves the
+// chip. One warp has the tensor copy engine bring 64 features of x and down at a time, then 64 rows of up at a time;
+// two warpgroups multiply 64 tokens each. A thread's sums of t, rounded, are its part of the next product's left
+// operand, so t stays in registers. Where there are few tiles of tokens, a cluster shares one: each block sums some of
+// t's columns, hands them to the others through distributed shared memory, and multiplies some of the rows of up.
+
+#include "../products_sm90.cuh"
+#include "../tensor_map.h"
+#include "back_to_back.h"
+#include "epilogue.cuh"
+#include "lowrank_linear.h"
+
+namespace lowrank_ops::lowrank_linear {
+namespace {
+
+namespace p = prefill;
+
+struct Maps {
+  CUtensorMap x, down, up;
+};
+
+__device__ __forceinline__ uint32_t pack(float low, float high, __nv_bfloat16) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+__device__ __forceinline__ uint32_t pack(float low, float high, __half) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+
+template <class Element, int kRanks, int kCluster>
+struct Block {
+  static constexpr int kColumns = kRanks / kCluster;  // of t that this block sums
+  static constexpr int kSteps = kRanks / p::kStep;
+  static constexpr int kStages = p::stages(kRanks, kCluster);
+  static constexpr int kStageBytes = p::stage_bytes(kRanks, kCluster);
+  static_assert(p::exists(kRanks, kCluster) && kStages >= 2);
+
+  const Arguments& args;
+  uint32_t shared;  // address of the first stage
+  int rank;         // in the cluster
+  int64_t first_token;
+  int down_steps;
+  int tiles;        // of up
+
+  // A stage's pair of barriers, by the number of the step that uses it.
+  __device__ uint32_t full(int step) const { return shared + p::barrier_offset(kRanks, kCluster) + step % kStages * 16; }
+  __device__ uint32_t empty(int step) const { return full(step) + 8; }
+  __device__ uint32_t stage(int step) const { return shared + step % kStages * kStageBytes; }
+  __device__ static int parity(int step) { return step / kStages % 2; }
+
+  // One thread.
+  __device__ void produce(const Maps& maps) const {
+    int step = 0;
+    for (; step < down_steps; ++step) {
+      sm90::wait(empty(step), parity(step) ^ 1);  // the first round finds its stages empty
+      sm90::arrive_expecting(full(step), p::down_step_bytes(kColumns));
+      sm90::copy_box(stage(step), &maps.x, step * p::kBox, static_cast<int>(first_token), full(step));
+      sm90::copy_box(stage(step) + p::kXBytes, &maps.down, step * p::kBox, rank * kColumns, full(step));
+    }
+    for (int n = 0; n < tiles; ++n, ++step) {
+      sm90::wait(empty(step), parity(step) ^ 1);
+      sm90::arrive_expecting(full(step), p::up_step_bytes(kRanks));
+      const int row = static_cast<int>(p::up_tile(rank, n, kCluster)) * p::kOutputs;
+      for (int box = 0; box < kRanks / p::kBox; ++box)
+        sm90::copy_box(stage(step) + box * p::kUpBoxBytes, &maps.up, box * p::kBox, row, full(step));
+    }
+  }
+
+  // The consumers' part.
+  __device__ __forceinline__ void consume(int consumer) const {
+    uint32_t t[kSteps][4];
+    {
+      float acc[kColumns / 2];
+      multiply_down(acc, consumer);
+      uint32_t mine[kColumns / p::kStep][4];
+#pragma unroll
+      for (int step = 0; step < kColumns / p::kStep; ++step)
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+          const int i = p::accumulator_of_word(step, w);
+          mine[step][w] = pack(acc[i], acc[i + 1], Element{});
+        }
+      exchange(t, mine, consumer);
+    }
+    for (int n = 0; n < tiles; ++n) {
+      const int step = down_steps + n;
+      float acc[p::kOutputs / 2];
+      sm90::wait(full(step), parity(step));
+      sm90::fence_products();
+#pragma unroll
+      for (int k = 0; k < kSteps; ++k)
+        sm90::RegisterProduct<Element>::add(acc, t[k], p::descriptor(stage(step) + p::up_start(k)), k > 0);
+      sm90::commit_products();
+      sm90::wait_products<0>();
+      if (consumer % 32 == 0) sm90::arrive(empty(step));
+      store(acc, consumer, p::up_tile(rank, n, kCluster) * p::kOutputs);
+    }
+  }
+
+  __device__ __forceinline__ void multiply_down(float (&acc)[kColumns / 2], int consumer) const {
+    for (int step = 0; step < down_steps; ++step) {
+      sm90::wait(full(step), parity(step));
+      sm90::fence_products();
+#pragma unroll
+      for (int k = 0; k < p::kBox / p::kStep; ++k)
+        sm90::Product<Element, kColumns>::add(acc, p::descriptor(stage(step) + p::x_start(consumer / 128, k)),
+                                              p::descriptor(stage(step) + p::down_start(k)), step > 0 || k > 0);
+      sm90::commit_products();
+      sm90::wait_products<1>();  // this step's may run on, the one before has been read
+      if (step > 0 && consumer % 32 == 0) sm90::arrive(empty(step - 1));
+    }
+    sm90::wait_products<0>();
+    if (consumer % 32 == 0) sm90::arrive(empty(down_steps - 1));
+  }
+
+  // All of t from what each block of the cluster has of it.
+  __device__ __forceinline__ void exchange(uint32_t (&t)[kSteps][4], const uint32_t (&mine)[kColumns / p::kStep][4],
+                                           int consumer) const {
+    if constexpr (kCluster == 1) {
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step)
+#pragma unroll
+        for (int w = 0; w < 4; ++w) t[step][w] = mine[step][w];
+    } else {
+      const uint32_t start = shared + p::exchange_offset(kRanks, kCluster);
+      for (int block = 0; block < kCluster; ++block) {
+        const uint32_t there = sm90::address_in_block(start, block);
+#pragma unroll
+        for (int step = 0; step < kColumns / p::kStep; ++step)
+          sm90::store_in_block(there + p::exchange_index(consumer, p::first_step(rank, kColumns) + step, kRanks),
+                               mine[step]);
+      }
+      sm90::arrive_cluster();
+      sm90::wait_cluster();
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) sm90::load_shared(t[step], start + p::exchange_index(consumer, step, kRanks));
+    }
+  }
+
+  // 64 columns of y from `first` on.
+  __device__ __forceinline__ void store(float (&acc)[p::kOutputs / 2], int consumer, int64_t first) const {
+    if (args.bias) {
+#pragma unroll
+      for (int i = 0; i < p::kOutputs / 2; ++i) {
+        const int64_t n = first + p::accumulator_column(consumer, i);
+        if (n < args.out_features) acc[i] += static_cast<float>(static_cast<const Element*>(args.bias)[n]);
+      }
+    }
+    activate_all(acc, args.activation);
+    if (args.out_features % 8 == 0)
+      store_vectors(acc, consumer, first);
+    else
+      store_elements(acc, consumer, first);
+  }
+
+  __device__ __forceinline__ void store_elements(const float (&acc)[p::kOutputs / 2], int consumer,
+                                                 int64_t first) const {
+#pragma unroll
+    for (int i = 0; i < p::kOutputs / 2; ++i) {
+      const int64_t token = first_token + p::accumulator_token(consumer, i);
+      const int64_t n = first + p::accumulator_column(consumer, i);
+      if (token < args.tokens && n < args.out_features)
+        static_cast<Element*>(args.y)[token * args.out_features + n] = round_to(acc[i], Element{});
+    }
+  }
+
+  // Rows of y start on 16 bytes: each lane stores 8 columns of a token at a time.
+  __device__ __forceinline__ void store_vectors(const float (&acc)[p::kOutputs / 2], int consumer,
+                                                int64_t first) const {
+    const int quad_lane = consumer % 4;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64_t token = first_token + p::accumulator_token(consumer, half * 2);
+#pragma unroll
+      for (int columns = 0; columns < p::kOutputs; columns += 32) {
+        uint32_t words[4];
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+          const int i = (columns / 8 + w) * 4 + half * 2;
+          words[w] = pack(acc[i], acc[i + 1], Element{});
+        }
+#pragma unroll
+        for (int round = 0; round < 2; ++round)
+#pragma unroll
+          for (int exchange = 0; exchange < 2; ++exchange) {
+            uint32_t &lower = words[p::lower_word(round, exchange)], &upper = words[p::upper_word(round, exchange)];
+            const bool gives_lower = p::gives_lower(quad_lane, round);
+            const uint32_t got = __shfl_xor_sync(0xFFFFFFFF, gives_lower ? lower : upper, 1 << round);
+            lower = gives_lower ? got : lower;
+            upper = gives_lower ? upper : got;
+          }
+        const int64_t n = first + columns + quad_lane * 8;
+        if (token < args.tokens && n < args.out_features)
+          *reinterpret_cast<uint4*>(static_cast<Element*>(args.y) + token * args.out_features + n) =
+              uint4{words[0], words[1], words[2], words[3]};
+      }
+    }
+  }
+};
+
+template <class Element, int kRanks, int kCluster>
+__global__ void __launch_bounds__(p::kThreads, 1)
+    prefill_sm90(const __grid_constant__ Maps maps, const __grid_constant__ Arguments args) {
+  extern __shared__ unsigned char unaligned[];
+  using ThisBlock = Block<Element, kRanks, kCluster>;
+  const int rank = kCluster == 1 ? 0 : sm90::rank_in_cluster();
+  const ThisBlock block{args,
+                        static_cast<uint32_t>(round_up(sm90::shared_address(unaligned), p::kAlignment)),
+                        rank,
+                        static_cast<int64_t>(blockIdx.x / kCluster) * p::kTokens,
+                        static_cast<int>(ceil_div(args.in_features, p::kBox)),
+                        p::up_tiles(rank, kCluster, args.out_features)};
+  if (threadIdx.x == 0) {
+    sm90::prefetch(&maps.x);
+    sm90::prefetch(&maps.down);
+    sm90::prefetch(&maps.up);
+    for (int stage = 0; stage < ThisBlock::kStages; ++stage) {
+      sm90::init_barrier(block.full(stage), 1);
+      sm90::init_barrier(block.empty(stage), p::kConsumers / 32);
+    }
+    sm90::fence_barrier_init();
+  }
+  __syncthreads();
+  if constexpr (kCluster > 1) {  // nobody may write to a block that has not started
+    sm90::arrive_cluster();
+    sm90::wait_cluster();
+  }
+  if (threadIdx.x < p::kConsumers) {
+    block.consume(threadIdx.x);
+  } else {
+    // The exchange's barrier counts all threads. It also keeps a block from ending while others write to it.
+    if constexpr (kCluster > 1) sm90::arrive_cluster();
+    if (threadIdx.x == p::kConsumers) block.produce(maps);
+    __syncwarp();
+    if constexpr (kCluster > 1) sm90::wait_cluster();
+  }
+}
+
+template <class Element, int kRanks, int kCluster>
+void launch_one(const LowRankPlan& plan, const Arguments& args, CUtensorMapDataType type, const Launch& launch) {
+  const auto kernel = prefill_sm90<Element, kRanks, kCluster>;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(plan.shared_bytes)),
+        launch);
+  const Maps maps{
+      sm90::matrix_map(type, args.x, args.tokens, args.in_features, args.x_stride, p::kTokens, p::kBox, launch),
+      sm90::matrix_map(type, args.down, args.rank, args.in_features, args.down_stride, kRanks / kCluster, p::kBox,
+                       launch),
+      sm90::matrix_map(type, args.up, args.out_features, args.rank, args.up_stride, p::kOutputs, p::kBox, launch)};
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = kCluster;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(plan.blocks));
+  config.blockDim = dim3(p::kThreads);
+  config.dynamicSmemBytes = plan.shared_bytes;
+  config.stream = launch.stream;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  check(cudaLaunchKernelEx(&config, kernel, maps, args), launch);
+}
+
+template <class Element>
+void launch_element(const LowRankPlan& plan, const Arguments& args, CUtensorMapDataType type, const Launch& launch) {
+  switch (plan.rank_tile * 10 + plan.cluster) {
+    case 641: return launch_one<Element, 64, 1>(plan, args, type, launch);
+    case 642: return launch_one<Element, 64, 2>(plan, args, type, launch);
+    case 1281: return launch_one<Element, 128, 1>(plan, args, type, launch);
+    case 1282: return launch_one<Element, 128, 2>(plan, args, type, launch);
+    case 1284: return launch_one<Element, 128, 4>(plan, args, type, launch);
+    case 1921: return launch_one<Element, 192, 1>(plan, args, type, launch);
+    case 2562: return launch_one<Element, 256, 2>(plan, args, type, launch);
+    case 2564: return launch_one<Element, 256, 4>(plan, args, type, launch);
+    case 2568: return launch_one<Element, 256, 8>(plan, args, type, launch);
+    default: check(cudaErrorInvalidValue, launch);
+  }
+}
+
+}  // namespace
+
+void launch_prefill_sm90(const LowRankPlan& plan, const Arguments& args, Dtype dtype, const Launch& launch) {
+  if (dtype == Dtype::bfloat16)
+    return launch_element<__nv_bfloat16>(plan, args, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, launch);
+  launch_element<__half>(plan, args, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, launch);
+}
+
+}  // namespace lowrank_ops::lowrank_linear
