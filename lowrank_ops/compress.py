@@ -169,7 +169,8 @@ def _what_trials_depend_on(
 
 def _decompose(policy: RankPolicy, subspaces: Mapping[str, LayerSubspaces], progress: bool) -> None:
     """Find the spectra that the policy will ask for, one layer in memory at a time."""
-    allocation = getattr(policy, "allocation", None)
+    by_layer = isinstance(policy, AccuracyGuided) and policy.search == "layers"  # which tries ranks, without spectra
+    allocation = None if by_layer else getattr(policy, "allocation", None)
     for space in tqdm(subspaces.values(), desc="decomposing", unit="layer", disable=not progress):
         if isinstance(policy, ExplainedVariance):
             space.utilized_rank(policy.threshold)

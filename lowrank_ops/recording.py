@@ -70,6 +70,14 @@ class Recorder:
     def see_loss(self, sensitivity: Sensitivity, output: Any, batch: Any, keep: bool) -> None:
         """Add the gradients of a batch's loss; ``keep`` where another loss of this batch follows."""
         loss, samples = objective(sensitivity, output, batch, self._last_mask)
+        self.see_gradients(loss, samples, keep)
+
+    def see_gradients(self, loss: Tensor, samples: int, keep: bool) -> None:
+        """Add the gradients at all outputs that ``loss``, summed over ``samples``, depends on.
+
+        Inputs are shared by layers; outputs are not: every call of a layer makes a tensor of its own, with its own
+        gradient, and a module that is called at several places is one layer. So there is nothing to find twice.
+        """
         for fqn, values, mask in self._taps.gradients(loss, keep):
             layer = self._layers[fqn]
             if fqn not in self._gradients:

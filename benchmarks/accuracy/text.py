@@ -23,7 +23,7 @@ from tqdm import tqdm
 import lowrank_ops as lro
 
 from .corpora import SOURCES, corpus
-from .encoder import Batch, cosines, embed, embed_all, load_encoder, model_folder, signs_on_tokens_and_text, tokenize
+from .encoder import Batch, cosines, embed, embed_all, load_encoder, model_folder, tokenize
 
 
 class Arm(NamedTuple):
@@ -43,11 +43,11 @@ ARMS = {
     "output-refit": Arm("output", "uniform", "sequential"),
     "loss-refit": Arm("loss", "loss", "sequential"),
 }
-# What the sensitivity is the sensitivity of: the forward to calibrate with, and the loss.
-PROBED: dict[str, tuple[Callable[[nn.Module, Any], Any] | None, Any]] = {
+# What is probed with random signs: the forward to calibrate with, and the sensitivity.
+PROBED: dict[str, tuple[Callable[[nn.Module, Any], Any] | None, str]] = {
     "tokens": (None, "output"),
     "embedding": (embed, "output"),
-    "both": (None, signs_on_tokens_and_text),
+    "pooled": (None, "pooled"),
 }
 SUMS = torch.float32  # twice as fast as float64 on a CPU
 SIZES = (100, 200, 400, 800, 1600)  # calibration runs in steps from one to the next, so that a curve costs one run
@@ -101,7 +101,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--budgets", type=float, nargs="+", default=[75, 50, 35, 25], help="%% of layer parameters")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument(
-        "--probed", choices=list(PROBED), default="both", help="what the sensitivity is the sensitivity of"
+        "--probed", choices=list(PROBED), default="pooled", help="what the sensitivity is the sensitivity of"
     )
     parser.add_argument("--probes", type=int, default=1, help="random projections per batch for the sensitivity")
     parser.add_argument("--held-out", type=int, default=400, help="texts to judge on, and as many for choices")

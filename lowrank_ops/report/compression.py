@@ -159,7 +159,7 @@ class CompressionReport:
             header, rows = header[:-1], [row[:-1] for row in rows]
         if any(layer.measured_error is not None for layer in self.layers):
             header = [*header, "measured error"]
-            rows = [[*row, percent(layer.measured_error)] for row, layer in zip(rows, self.layers, strict=True)]
+            rows = [[*row, _measured(layer)] for row, layer in zip(rows, self.layers, strict=True)]
         lines = [format_table(header, rows)]
         known = [layer.predicted_loss for layer in self.layers if layer.predicted_loss is not None]
         if by_loss:
@@ -261,6 +261,10 @@ def _layer_compression(
         None if latencies is None else latencies.seconds(fqn, stored),
         refitted=factors is not None and factors.refitted,
     )
+
+
+def _measured(layer: LayerCompression) -> str:
+    return "not measured" if layer.measured_error is None else percent(layer.measured_error)
 
 
 def percent(share: float | None) -> str:
