@@ -1,4 +1,4 @@
-"""The CPU's share of the suite: ``python -m benchmarks.bench_cpu --out FILE``.
+"""The CPU's share of the suite: ``python -m benchmarks.bench_cpu --out FILE``; with ``--quick`` a look for CI.
 
 Covariances by the block triangle against the full product, low-rank layers against dense ones, and what an op of ours
 costs in Python beside ``F.linear``. One thread on its own clock, which leaves out what other processes take from the
@@ -26,6 +26,7 @@ from .suite import finish, line, parser, record, run
 
 _op = importlib.import_module("lowrank_ops.ops.lowrank_linear")
 CALLS = 500  # per sample of an overhead
+QUICK_SECONDS = 0.5  # of timing per case
 MODES = {"inference_mode": torch.inference_mode, "no_grad": torch.no_grad}
 
 
@@ -85,16 +86,26 @@ def main() -> int:
     """The command line."""
     arguments = parser(__doc__)
     arguments.set_defaults(device="cpu", seconds=2.0)
+    arguments.add_argument("--quick", action="store_true", help="the smaller half of the cases, for less time each")
     parsed = arguments.parse_args()
+    begin = time.perf_counter(), time.thread_time()
     torch.set_num_threads(1)  # a thread's clock does not see the work of others
+    chosen = cases()
+    if parsed.quick:
+        parsed.seconds = min(parsed.seconds, QUICK_SECONDS)
+        chosen = cases(shapes.CPU_COVARIANCE_FEATURES[:2], shapes.CPU_LAYERS[:2])
     with torch.inference_mode():
-        suite = run("cpu", cases(), parsed, time.thread_time)
+        suite = run("cpu", chosen, parsed, time.thread_time)
     if suite is None:
         return 0
+    suite["complete"] &= not parsed.quick
     rows, suite["overhead_parts_us"] = overheads(parsed.seconds)
     record(suite, rows, {})
     print("\n".join(["", "overhead", *(f"  {row.shape['mode']:16}{line(row)}" for row in rows)]))
     print("  parts of a call:", ", ".join(f"{name} {value} us" for name, value in suite["overhead_parts_us"].items()))
+    wall, own = time.perf_counter() - begin[0], time.thread_time() - begin[1]
+    suite["seconds"] = round(wall, 1)
+    print(f"took {wall:.0f} s, {own:.0f} s of them on the processor")
     return finish(suite, "cpu", parsed.out)
 
 

@@ -15,11 +15,13 @@ from .config import (
 )
 from .covariances import Covariance, Covariances, NonFiniteActivationError
 from .decomposition import Subspace
+from .errors import measure_errors
 from .factors import Factors, factorize
 from .finetune import FinetuneReport, finetune_
 from .latencies import LayerLatencies
 from .layers import LowRankConv2d, LowRankLinear
 from .ranks import choose_ranks
+from .refit import refit_factors
 from .replacement import replace_
 from .report import CompressionReport, UtilizationReport, utilization
 from .subspaces import LayerSubspaces, layer_subspaces
@@ -53,8 +55,10 @@ __all__ = [
     "CompressionConfig",
     "CompressionReport",
     "compress_",
+    "measure_errors",
     "Factors",
     "factorize",
+    "refit_factors",
     "LowRankConv2d",
     "LowRankLinear",
     "replace_",

@@ -55,6 +55,11 @@ class Subspace:
         return self._spectrum
 
     @property
+    def spectrum_is_known(self) -> bool:
+        """Whether reading the spectrum takes no decomposition."""
+        return True
+
+    @property
     def total(self) -> Tensor:
         """The variance of the whole space, (...,)."""
         return self.spectrum.sum(-1)
@@ -123,6 +128,10 @@ class WideSubspace(Subspace):
         if self._values is None:
             self._values = self._eigenvalues()
         return self._in_units(self._values)
+
+    @property
+    def spectrum_is_known(self) -> bool:
+        return self._values is not None
 
     @property
     def total(self) -> Tensor:

@@ -143,7 +143,8 @@ def finetune_(
         if hard is not None and soft is not None:
             soft, hard = soft_weight * soft, (1 - soft_weight) * hard
         matched = match_weight * _mismatch(of_student, of_teacher, match) if match else None
-        return torch.stack([term for term in (soft, hard, matched) if term is not None]).sum()
+        terms = [term for term in (soft, hard, matched) if term is not None]
+        return sum(terms[1:], start=terms[0])
 
     started = time.perf_counter()
     with (

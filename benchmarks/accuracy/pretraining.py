@@ -227,7 +227,7 @@ def table(results: Results, cases: Sequence[dict[str, Any]]) -> str:
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for case in cases:
         row = results.find(case)
-        name = f"masked, {case['epochs']} epochs" if case["epochs"] else case["model"]
+        name = f"masked, epochs: {case['epochs']}" if case["epochs"] else case["model"]
         if row is None:
             lines.append(f"| {name} | {' | '.join(['not measured'] * (len(columns) - 1))} |")
             continue

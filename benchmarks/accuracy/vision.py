@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         bench.use(bench.calibrate(load_images("calibration")[0], options.probes))  # the 2,000 images that ship
         for case in tqdm(missing, desc="compressing and evaluating", unit="model"):
             student, report = bench.compress(case["budget"], case["projection"], case["allocation"], options.keep_dense)
-            losses = {} if train is None else train.recover(student, bench.dense, case)
+            losses = {} if train is None else train.recover(student, bench.dense, case, options.scratch)
             results.add(
                 case, {**bench.judge(student), "layer_share": share(report), "predicted_loss": lost(report), **losses}
             )
@@ -78,6 +78,7 @@ def parser() -> argparse.ArgumentParser:
     training.add_argument(
         "--held-out", type=int, default=0, help="judge by so many of the last training images instead of the test set"
     )
+    training.add_argument("--scratch", type=Path, help="folder of what a broken run goes on from; none by default")
     training.add_argument("--data", type=Path, default=ORIGINAL, help="folder of the original files")
     return parser
 
@@ -182,19 +183,26 @@ class Training:
         for index in torch.randperm(len(self.images))[: len(self) * TRAIN_BATCH].split(TRAIN_BATCH):
             yield self.images[index], self.labels[index], index
 
-    def teacher(self, dense: nn.Module) -> Remembered:
+    def teacher(self, dense: nn.Module, scratch: Path | None) -> Remembered:
         """The dense model's logits of the training images."""
+        file = None if scratch is None else scratch / f"logits-{len(self.images)}.pt"
+        if self._teacher is None and file is not None and file.exists():
+            self._teacher = Remembered(torch.load(file, weights_only=True))
         if self._teacher is None:
             dense.eval()
             with torch.no_grad():
                 parts = tqdm(self.images.split(CALIBRATION_BATCH), desc="asking the teacher", unit="batch")
                 self._teacher = Remembered(torch.cat([dense(part) for part in parts]))
+            if file is not None:
+                torch.save(self._teacher.logits, file)
         return self._teacher
 
-    def recover(self, student: nn.Module, dense: nn.Module, case: dict[str, Any]) -> dict[str, float]:
+    def recover(
+        self, student: nn.Module, dense: nn.Module, case: dict[str, Any], scratch: Path | None
+    ) -> dict[str, float]:
         """Fine-tune the student as its case says; gives the mean loss of the first and the last tenth of the steps."""
         distil = case["finetuned"] == "distilled"
-        teacher = self.teacher(dense) if distil else None
+        teacher = self.teacher(dense, scratch) if distil else None
         torch.manual_seed(0)
         report = lro.finetune_(
             student,
@@ -204,6 +212,8 @@ class Training:
             forward=lambda model, batch: model(batch[2] if model is teacher else batch[0]),
             lr=case["lr"],
             steps=case["steps"],
+            checkpoint=None if scratch is None else scratch / f"{'-'.join(map(str, case.values()))}.pt",
+            checkpoint_every=50,
             progress=True,
         )
         tenth = max(1, report.steps // 10)
@@ -236,7 +246,21 @@ def table(results: Results, cases: Sequence[dict[str, Any]], options: argparse.N
             same = [case for case in cases if (case["budget"], case["projection"]) == (budget, projection)]
             cells = " | ".join(shown(results.find(case)) for case in same)
             lines.append(f"| {budget:g}% | {projection} | {cells} |")
+    rows = [row for case in cases if (row := results.find(case)) is not None and row["predicted_loss"] is not None]
+    if len(rows) > 2:
+        order = rank_correlation([row["predicted_loss"] for row in rows], [100 - row["agreement"] for row in rows])
+        lines.append(f"\nPredicted loss and disagreement: rank correlation {order:.3f} over {len(rows)} rows.")
     return "\n".join(lines)
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
+    """Spearman's: the correlation of the places in the order of size; equal values share the mean of theirs."""
+
+    def places(values: Sequence[float]) -> Tensor:
+        x = torch.tensor(values, dtype=torch.float64)
+        return (x[:, None] > x).sum(1).double() + 0.5 * (x[:, None] == x).sum(1)
+
+    return float(torch.corrcoef(torch.stack([places(first), places(second)]))[0, 1])
 
 
 def recovered(results: Results, cases: Sequence[dict[str, Any]], options: argparse.Namespace) -> str:

@@ -33,6 +33,7 @@ def add(commands: Any) -> None:
         help="share of the variance, in (0, 1], that the counted directions hold (default: %(default)s)",
     )  # fmt: skip
     analyze.add_argument("--plot", type=Path, metavar="FILE", help="also draw the table, as .png, .svg or .pdf")
+    analyze.add_argument("--html", type=Path, metavar="FILE", help="also write one page with pictures and tables")
     add_output(analyze)
 
 
@@ -41,8 +42,12 @@ def run(options: argparse.Namespace) -> Result:
         check_folder(options.plot, "--plot")
         if importlib.util.find_spec("matplotlib") is None:
             raise Failure(2, "--plot needs matplotlib: pip install 'lowrank_ops[plots]'")
+    if options.html is not None:
+        check_folder(options.html, "--html")
     model, covariances = calibrated(options)
     report = utilization(model, covariances, options.explained_variance)
     if options.plot is not None:
         report.plot(options.plot)
+    if options.html is not None:
+        report.to_html(options.html)
     return Result(document(options, utilization=report.to_dict()), report.table())

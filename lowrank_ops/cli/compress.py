@@ -10,8 +10,8 @@ from typing import Any
 from ..checkpoint import save_pretrained
 from ..compress import compress_
 from ..config import ALLOCATIONS, PROJECTIONS, CompressionConfig, ExplainedVariance, ParameterBudget, RankPolicy, Ranks
-from .command import Failure, Result, add_command, add_output, document, share
-from .inputs import add_calibration, calibrated
+from .command import Failure, Result, add_command, add_output, check_folder, document, share
+from .inputs import add_calibration, calibrated, load_batches
 
 _COMPRESS = """\
 Replace layers of the model by low-rank ones and write the result to a folder: model.safetensors and
@@ -33,6 +33,7 @@ def add(commands: Any) -> None:
     compress = add_command(commands, "compress", "write a smaller model", _COMPRESS, _COMPRESS_EXAMPLE, run)
     add_calibration(compress)
     _add_compression(compress)
+    compress.add_argument("--html", type=Path, metavar="FILE", help="also write one page with pictures and tables")
     add_output(compress)
 
 
@@ -57,6 +58,10 @@ def _add_compression(parser: argparse.ArgumentParser) -> None:
         "or the SVD of the weight alone (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
+        "--refit", choices=["sequential"],
+        help="fit the factors anew, layer by layer, to the dense model's outputs from the compressed model's inputs",
+    )  # fmt: skip
+    parser.add_argument(
         "--keep-dense", action="append", default=[], metavar="LAYER",
         help="layer name or re:pattern that stays as it is; may be given several times",
     )  # fmt: skip
@@ -66,14 +71,24 @@ def _add_compression(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> Result:
     if options.out.exists() and not options.out.is_dir():
         raise Failure(2, f"--out must be a folder; {str(options.out)!r} is a file")
+    if options.html is not None:
+        check_folder(options.html, "--html")
+    if options.refit is not None and options.batches is None:
+        raise Failure(2, "--refit runs the model on --batches; it cannot go with --covariances")
     config = CompressionConfig(
-        rank=_policy(options), projection=options.projection, overrides=dict.fromkeys(options.keep_dense)
+        rank=_policy(options),
+        projection=options.projection,
+        overrides=dict.fromkeys(options.keep_dense),
+        refit=options.refit,
     )
     model, covariances = calibrated(options)
-    report = compress_(model, covariances, config, progress=True)
+    batches = None if options.refit is None else load_batches(options.batches)
+    report = compress_(model, covariances, config, batches=batches, mask=options.mask, progress=True)
     if all(layer.rank is None for layer in report.layers):
         raise Failure(1, "every layer stays dense at these ranks, so nothing was written; allow smaller ranks")
     save_pretrained(model, options.out, report)
+    if options.html is not None:
+        report.to_html(options.html)
     return Result(
         document(options, out=str(options.out), compression=report.to_dict()),
         f"{report.table()}\nwritten to {options.out}; lowrank_ops.load_pretrained(dense_model, {str(options.out)!r}) "

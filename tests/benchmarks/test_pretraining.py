@@ -110,7 +110,7 @@ def test_rows_and_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     assert rows[0]["mlu_0.99_about_zero"] != rows[0]["mlu_0.99_about_mean"]
     text = capsys.readouterr().out
     assert (
-        f"| masked, 1 epochs | {rows[2]['probe_accuracy']:.2f}% | zero | {rows[2]['mlu_0.9_about_zero']:.3f} |" in text
+        f"| masked, epochs: 1 | {rows[2]['probe_accuracy']:.2f}% | zero | {rows[2]['mlu_0.9_about_zero']:.3f} |" in text
     )
     pretraining.main([*arguments[:2], "--epochs", "5", "--tables"])
-    assert "| masked, 5 epochs | not measured |" in capsys.readouterr().out
+    assert "| masked, epochs: 5 | not measured |" in capsys.readouterr().out

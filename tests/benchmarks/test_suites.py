@@ -174,6 +174,21 @@ def test_command_lines_dry_run(module, monkeypatch, capsys):
     assert "floors from stated ceilings" in capsys.readouterr().out
 
 
+def test_the_quick_cpu_suite_takes_the_smaller_cases_and_tells_its_time(tmp_path, quick, monkeypatch, capsys):
+    bench_cpu = importlib.import_module("benchmarks.bench_cpu")
+    for name, value in (("CPU_COVARIANCE_FEATURES", (8, 16, 24)), ("CPU_COVARIANCE_TOKENS", 32), ("CPU_TOKENS", (1,))):
+        monkeypatch.setattr(shapes, name, value)
+    monkeypatch.setattr(shapes, "CPU_LAYERS", tuple(shapes.Layer(width, 40, 8) for width in (16, 24, 32)))
+    monkeypatch.setattr(bench_cpu, "CALLS", 2)
+    path = tmp_path / "cpu.json"
+    monkeypatch.setattr(sys, "argv", ["bench_cpu", "--quick", "--seconds", "0.01", "--out", str(path)])
+    assert bench_cpu.main() == 0
+    made = json.loads(path.read_text())["suites"]["cpu"]
+    sizes = {row["shape"].get("features", row["shape"].get("in_features")) for row in made["rows"]}
+    assert sizes == {8, 16, 24, None} and not made["complete"] and made["seconds"] > 0
+    assert "s of them on the processor" in capsys.readouterr().out
+
+
 def test_opponents_of_the_gpu_can_be_imported():
     pytest.importorskip("triton")
     assert callable(importlib.import_module("benchmarks.symmetric_kernel").symmetric_product)

@@ -75,16 +75,40 @@ def test_finetuning_trains_both_ways(
     assert line == f"| 60% | loss | loss | 0.0001 | {vision.shown(rows[0])} | {vision.shown(rows[1])} |"
 
 
-def test_the_remembered_teacher_answers_as_the_dense_model() -> None:
+def test_the_remembered_teacher_answers_as_the_dense_model(tmp_path: Path) -> None:
     images, labels = vision.training_images(vision.ORIGINAL)
     train, dense = vision.Training(images, labels, count=40, held_out=16), small_vit()
     assert len(train) == 2 and len(train.held_out_images[0]) == 16
-    teacher = train.teacher(dense)
-    assert train.teacher(dense) is teacher and teacher.logits.shape == (40, 10)
+    teacher = train.teacher(dense, tmp_path)
+    assert train.teacher(dense, tmp_path) is teacher and teacher.logits.shape == (40, 10)
     for batch, of_batch, index in train:
         assert torch.equal(batch, images[index]) and torch.equal(of_batch, labels[index]) and index.max() < 40
         with torch.no_grad():
             torch.testing.assert_close(teacher(index), dense(batch), rtol=1e-4, atol=1e-4)
+
+    later = vision.Training(images, labels, count=40, held_out=16).teacher(None, tmp_path)  # reads what was written
+    assert torch.equal(later.logits, teacher.logits)
+
+
+def test_a_broken_finetuning_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["--finetune", "distilled", "--budgets", "60", "--projections", "loss", "--allocations", "loss"]
+    vision.main([*arguments, "--out", str(tmp_path / "whole.json"), "--scratch", str(tmp_path)])
+    (whole,) = Results(tmp_path / "whole.json").rows
+    (checkpoint,) = tmp_path.glob("60*.pt")
+    assert "distilled" in checkpoint.name
+
+    def no_step(self: torch.optim.AdamW) -> None:
+        raise AssertionError("a training that was over was repeated")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", no_step)
+    vision.main([*arguments, "--out", str(tmp_path / "again.json"), "--scratch", str(tmp_path)])
+    assert Results(tmp_path / "again.json").rows == [whole]
+
+
+def test_rank_correlation() -> None:
+    assert vision.rank_correlation([1, 2, 3, 9], [10, 20, 30, 31]) == pytest.approx(1)
+    assert vision.rank_correlation([1, 2, 3], [5, 4, -1]) == pytest.approx(-1)
+    assert vision.rank_correlation([1, 1, 2, 3], [1, 2, 3, 4]) == pytest.approx(0.9486833)  # as scipy's spearmanr
 
 
 def test_cases_name_all_that_changes_a_row() -> None:
