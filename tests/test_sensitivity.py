@@ -277,6 +277,67 @@ def test_sensitivity_works_inside_no_grad_and_inference_mode() -> None:
         assert all(torch.equal(found[fqn].second_moment, expected[fqn].second_moment) for fqn in expected)
 
 
+# --- losses of one's own, inside calibration() ------------------------------------------------------------------
+
+
+def own_losses(model, batches, observe=True):
+    with lro.calibration(model, sensitivity=True) as covariances:
+        for images, labels in batches:
+            loss = F.cross_entropy(model(images), labels, reduction="sum")
+            if observe:
+                covariances.observe(loss, samples=len(labels))
+    return covariances
+
+
+def test_calibration_takes_losses_as_calibrate_does():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    batches = [(torch.randn(16, 6), torch.randint(4, (16,))) for _ in range(3)]
+    found = own_losses(model, batches)
+    expected = lro.calibrate(
+        model,
+        batches,
+        forward=lambda model, batch: model(batch[0]),
+        sensitivity=lambda output, batch: F.cross_entropy(output, batch[1], reduction="none"),
+    )
+    assert set(found.sensitivities) == {"0", "2"} and all(p.grad is None for p in model.parameters())
+    for fqn, covariance in expected.sensitivities.items():
+        assert found.sensitivities[fqn].count == covariance.count == 48
+        torch.testing.assert_close(found.sensitivities[fqn].second_moment, covariance.second_moment)
+    config = lro.CompressionConfig(lro.Ranks({"0": 3}), projection="loss")
+    assert lro.compress_(model, found, config).layers[0].projection == "loss"
+
+
+def test_several_losses_of_one_forward():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4))
+    with lro.calibration(model, sensitivity=True) as covariances:
+        y = model(torch.randn(5, 6))
+        covariances.observe(y[:, 0].sum(), 5, keep=True)
+        covariances.observe(3 * y[:, 1].sum(), 5)
+    moment = covariances.sensitivities["0"].second_moment
+    assert moment.diagonal().tolist() == [5, 45, 0, 0] and covariances.sensitivities["0"].count == 10
+
+
+def test_losses_out_of_place():
+    model = nn.Sequential(nn.Linear(6, 4))
+    batches = [(torch.randn(5, 6), torch.randint(4, (5,)))]
+    covariances = own_losses(model, batches, observe=False)
+    assert not covariances.sensitivities and covariances["0"].count == 5
+    with pytest.raises(RuntimeError, match="inside a with block"):
+        covariances.observe(torch.zeros(()), 1)
+    with lro.calibration(model) as plain, pytest.raises(RuntimeError, match="sensitivity=True"):
+        plain.observe(model(batches[0][0]).sum(), 5)
+    with lro.calibration(model, sensitivity=True) as live:
+        y = model(batches[0][0])
+        with pytest.raises(ValueError, match=r"loss must be a scalar tensor, summed over samples; got \(5, 4\)"):
+            live.observe(y, 5)
+        with pytest.raises(ValueError, match="samples must be a positive integer; got 0"):
+            live.observe(y.sum(), 0)
+        with pytest.raises(ValueError, match="depends on no layer"):
+            live.observe(torch.zeros(()), 5)
+
+
 def of_pooled(values: Tensor, mask: Tensor | None, seed: int = 0) -> Tensor:
     values = values.detach().requires_grad_()
     torch.manual_seed(seed)
