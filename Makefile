@@ -4,6 +4,7 @@
 #   make test      lint, type check, all tests that this machine can run, coverage
 #   make wheel     a wheel with the CUDA kernels, for any torch since 2.10, and its tests; needs nvcc
 #   make bench     measure: the CPU in a few minutes, where there is a GPU that as well
+#   make sdist     the source distribution, and a wheel from it; needs nvcc
 #   make test-gpu  the tests that need a CUDA device, with the torch and Triton that are installed
 #
 # On a machine whose package index serves a CUDA build of torch, a CPU build comes with
@@ -20,12 +21,16 @@ PYTEST := $(BIN)/python -m pytest
 # The environments here hold a CPU build of torch, for which compiling CUDA kernels would be minutes in vain.
 WITHOUT_CUDA := LOWRANK_OPS_CUDA=OFF
 
-.PHONY: demo test lint test-unit test-interpreter test-compile coverage test-triton36 test-gpu wheel bench clean
+WITH_CUDA := LOWRANK_OPS_CUDA=ON LOWRANK_OPS_WERROR=ON
+HAS_NVCC := { command -v nvcc || test -x "$${CUDA_HOME:-/usr/local/cuda}/bin/nvcc"; } > /dev/null
+
+.PHONY: demo test lint test-unit test-interpreter test-compile test-native coverage test-triton36 test-gpu wheel sdist \
+  bench clean
 
 demo: $(VENV)/ready
 	$(BIN)/lowrank-ops demo
 
-test: lint test-unit test-interpreter test-compile coverage
+test: lint test-unit test-interpreter test-compile coverage test-native
 
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff check .
@@ -43,6 +48,14 @@ test-interpreter: $(VENV)/ready-dev
 test-compile: $(VENV)/ready-dev
 	$(PYTEST) tests/compile_gate -n 2
 
+# The CUDA library, built with every warning an error, and all that can be checked of it without a GPU.
+test-native: $(VENV)/ready-dev
+	if $(HAS_NVCC); then \
+	  $(WITH_CUDA) $(PIP) --no-deps --editable . && $(PYTEST) tests/native; \
+	else \
+	  echo "no nvcc: the CUDA library was not built and its tests were not run"; \
+	fi
+
 # Of all the tests that ran before it.
 coverage: $(VENV)/ready-dev
 	$(BIN)/coverage report --fail-under=90
@@ -56,12 +69,20 @@ test-triton36: .venv-triton36/ready
 # Tested from a folder without the sources, so that what is tested is what was installed.
 wheel: $(VENV)/ready-dev
 	rm -rf dist .venv-wheel
-	LOWRANK_OPS_CUDA=ON $(BIN)/python -m pip wheel --quiet . --no-deps --wheel-dir dist
+	$(WITH_CUDA) $(BIN)/python -m pip wheel --quiet . --no-deps --wheel-dir dist
 	ls -l dist
 	$(PYTHON) -m venv .venv-wheel
 	.venv-wheel/bin/python -m pip install --quiet $(PIP_TORCH) "$(TORCH)" pytest "triton>=3.6" dist/*.whl
 	mkdir .venv-wheel/src && cp -r tests csrc CMakeLists.txt pyproject.toml .venv-wheel/src
 	cd .venv-wheel/src && ../bin/python -m pytest tests/native tests/ops
+
+# The source distribution, and that it builds the same wheel: no file may be missing from it.
+sdist: $(VENV)/ready-dev
+	rm -rf dist/sdist
+	$(PIP) build
+	$(BIN)/python -m build --sdist --outdir dist/sdist .
+	$(WITH_CUDA) $(BIN)/python -m pip wheel --quiet dist/sdist/*.tar.gz --no-deps --wheel-dir dist/sdist
+	ls -l dist/sdist
 
 # Uses the environment at hand, which has to have a CUDA build of torch.
 test-gpu:

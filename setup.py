@@ -58,6 +58,7 @@ class CMakeBuild(build_ext):
         options = {
             "LOWRANK_OPS_CUDA": "ON",
             "LOWRANK_OPS_CUDA_ARCHS": os.environ.get("LOWRANK_OPS_CUDA_ARCHS"),
+            "LOWRANK_OPS_WERROR": os.environ.get("LOWRANK_OPS_WERROR"),
             "LOWRANK_OPS_TESTS": "OFF",
             "CMAKE_INSTALL_PREFIX": package.parent,
             "CMAKE_CUDA_COMPILER": find_nvcc(),

@@ -18,7 +18,8 @@ from tqdm import tqdm
 from .batches import call_model, device_of, move
 from .covariances import Covariances
 from .dense_layers import FilterFn, dimensions, find_layers
-from .recording import Mask, Recorder
+from .masks import Mask
+from .recording import Recorder
 from .sensitivity import Sensitivity, check_sensitivity
 
 # Past this ratio of input to output features, ``side="auto"`` streams the output, whose moment is (ratio)^2 smaller,
@@ -61,9 +62,11 @@ def calibrate(
         sensitivity: also stream the gradients at the layers' outputs, which ``projection="loss"`` and
             ``allocation="loss"`` need, by one backward pass per batch. ``"fisher"``: of the log-likelihood of labels
             drawn from the model's own output distribution (logits); ``"output"``: of random signs times the model's
-            output, for models without one; or ``loss(output, batch)``, a scalar summed (not averaged) over
-            samples or a tensor of losses by sample. Gradients of parameters are left as they are.
-        probes: draws, and backward passes, per batch for ``"fisher"`` and ``"output"``.
+            output, for models without one; ``"pooled"``: the same for outputs (batch, positions, features) that are
+            averaged over the positions afterwards, such as sentence embeddings; or ``loss(output, batch)``, a scalar
+            summed (not averaged) over samples or a tensor of losses by sample. Gradients of parameters are left as
+            they are.
+        probes: draws, and backward passes, per batch for the named ones.
         max_state_bytes: bound on one layer's input moment under ``side="auto"``.
         share_inputs: keep one covariance for layers that receive the same tensor (q, k, v; gate, up). Tensors made
             under ``torch.inference_mode`` are not shared: nothing tells whether they were changed in between.
@@ -108,6 +111,33 @@ def calibrate(
     return covariances
 
 
+class Calibration(Covariances):
+    """The covariances that :func:`calibration` fills when its block ends."""
+
+    _recorder: Recorder | None = None  # while the block runs and gradients are wanted
+
+    def observe(self, loss: Tensor, samples: int, *, keep: bool = False) -> None:
+        """Add the gradients of a loss at the layers' outputs, by one backward pass that leaves ``.grad`` alone.
+
+        Args:
+            loss: scalar, summed (not averaged) over the samples of the forwards since the last call.
+            samples: how many samples that are.
+            keep: another loss of the same forwards follows.
+
+        Raises:
+            RuntimeError: outside the block, or without ``sensitivity=True``.
+            ValueError: the loss is no scalar, or depends on no layer.
+        """
+        if self._recorder is None:
+            raise RuntimeError("observe works inside a with block of calibration(model, sensitivity=True).")
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
+            given = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"loss must be a scalar tensor, summed over samples; got {given}.")
+        if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+            raise ValueError(f"samples must be a positive integer; got {samples!r}.")
+        self._recorder.see_gradients(loss.sum(), samples, keep)
+
+
 @contextmanager
 def calibration(
     model: nn.Module,
@@ -116,16 +146,30 @@ def calibration(
     mask: Mask | None = None,
     side: str = "auto",
     dtype: torch.dtype = torch.float64,
+    sensitivity: bool = False,
     max_state_bytes: int = 2 << 30,
     share_inputs: bool = True,
-) -> Iterator[Covariances]:
+) -> Iterator[Calibration]:
     """Collect covariances from whatever runs inside the ``with`` block; arguments as for :func:`calibrate`.
 
     The object that it gives is filled when the block ends. If the block raises, the model is restored all the same.
+    With ``sensitivity=True`` it also takes losses of your own, where the forwards run with gradients::
+
+        with lro.calibration(model, sensitivity=True) as covariances:
+            for images, labels in batches:
+                loss = cross_entropy(model(images), labels, reduction="sum")
+                covariances.observe(loss, samples=len(labels))
     """
-    with _recording(model, filter_fn, mask, side, dtype, max_state_bytes, share_inputs) as (_, covariances):
-        _warn_of_skipped(covariances, filter_fn, stacklevel=4)
-        yield covariances
+    found = Calibration()
+    with _recording(model, filter_fn, mask, side, dtype, max_state_bytes, share_inputs, found) as (recorder, _):
+        _warn_of_skipped(found, filter_fn, stacklevel=4)
+        if sensitivity:
+            recorder.attach_taps(dtype)
+            found._recorder = recorder
+        try:
+            yield found
+        finally:
+            found._recorder = None
 
 
 @contextmanager
@@ -137,6 +181,7 @@ def _recording(
     dtype: torch.dtype,
     max_state_bytes: int,
     share_inputs: bool,
+    into: Covariances | None = None,
 ) -> Iterator[tuple[Recorder, Covariances]]:
     if side not in ("auto", "input", "output"):
         raise ValueError(f"side must be 'auto', 'input' or 'output'; got {side!r}.")
@@ -149,7 +194,7 @@ def _recording(
         reasons = "".join(f"\n  {fqn or '(the model)'}: {reason}" for fqn, reason in skipped.items())
         raise ValueError(f"model has no Linear, Conv2d or Conv1D that filter_fn keeps and that can be seen.{reasons}")
 
-    covariances = Covariances()
+    covariances = Covariances() if into is None else into
     covariances.skipped = skipped
     recorder = Recorder(layers, mask, share_inputs)
     training = {module: module.training for module in model.modules()}

@@ -112,10 +112,13 @@ def _(policy: AccuracyGuided, spaces: Spaces, fixed: ChosenRanks, trials: _Trial
         else 1 + sum(len(options).bit_length() for options in free.values())
     )
     with tqdm(total=most, desc="searching ranks", unit="trial", disable=not trials.progress) as bar:
+        known: dict[tuple[int | None, ...], float] = {}  # two budgets may come to the same ranks
 
         def measure(ranks: ChosenRanks) -> float:
             assert trials.measure is not None
-            accuracy = trials.measure({fqn: {**ranks, **fixed}[fqn] for fqn in spaces})
+            whole = {fqn: {**ranks, **fixed}[fqn] for fqn in spaces}
+            key = tuple(whole.values())
+            accuracy = known[key] = known[key] if key in known else trials.measure(whole)
             bar.set_postfix(accuracy=f"{accuracy:.4g}")
             bar.update()
             return accuracy

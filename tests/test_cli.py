@@ -144,6 +144,10 @@ class TestAnalyze:
         assert cli.main([*ANALYZE, "--plot", "picture.png"]) == 0
         assert (project / "picture.png").read_bytes().startswith(b"\x89PNG")
 
+    def test_html(self, project: Path) -> None:
+        assert cli.main([*ANALYZE, "--html", "page.html"]) == 0
+        assert "<title>Layer utilization</title>" in (project / "page.html").read_text()
+
     def test_plot_without_matplotlib(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
         assert "pip install 'lowrank_ops[plots]'" in refused(capsys, 2, *ANALYZE, "--plot", "picture.png")
@@ -167,6 +171,10 @@ class TestCompress:
         assert cli.main([*COMPRESS, "--projection", "utilized"]) == 0
         out = capsys.readouterr().out
         assert "layer parameters" in out and "load_pretrained(dense_model, 'out')" in out
+
+    def test_html(self, project: Path) -> None:
+        assert cli.main([*COMPRESS, "--html", "page.html"]) == 0
+        assert "<title>Compression report</title>" in (project / "page.html").read_text()
 
     def test_explained_variance_is_the_default_policy(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main([*COMPRESS, "--json"]) == 0
@@ -196,6 +204,16 @@ class TestCompress:
         assert cli.main([*COMPRESS, *by_loss, "--sensitivity", "fisher"]) == 0
         layers = json.loads(capsys.readouterr().out)["compression"]["layers"]
         assert all(layer["projection"] in ("loss", None) and layer["predicted_loss"] is not None for layer in layers)
+
+    def test_refit(self, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main([*COMPRESS, "--budget", "0.8", "--refit", "sequential", "--json"]) == 0
+        compression = json.loads(capsys.readouterr().out)["compression"]
+        assert compression["config"]["refit"] == "sequential"
+        assert all(layer["refitted"] for layer in compression["layers"] if layer["rank"] is not None)
+        (project / "c.safetensors").touch()
+        argv = ("compress", "cli_project:build", "--covariances", "c.safetensors", "--out", "out")
+        line = refused(capsys, 2, *argv, "--refit", "sequential")
+        assert "--refit runs the model on --batches; it cannot go with --covariances" in line
 
     def test_nothing_to_gain_is_said_and_nothing_written(
         self, project: Path, capsys: pytest.CaptureFixture[str]
@@ -299,6 +317,8 @@ class TestRefusals:
             ([*COMPRESS[:-1], "cli_project.py"], "--out must be a folder; 'cli_project.py' is a file"),
             ([*ANALYZE, "--save-covariances", "none/c"], "--save-covariances: there is no folder"),
             ([*ANALYZE, "--plot", "none/p.png"], "--plot: there is no folder"),
+            ([*ANALYZE, "--html", "none/p.html"], "--html: there is no folder"),
+            ([*COMPRESS, "--html", "none/p.html"], "--html: there is no folder"),
             (["analyze", "m:b", "--covariances", "c", "--mask", "x"], "cannot go with --covariances"),
             (["analyze", "m:b", "--covariances", "c", "--sensitivity", "fisher"], "cannot go with --covariances"),
             ([*COMPRESS, "--budget", "0.001"], "cannot be met"),

@@ -174,6 +174,18 @@ def test_no_tolerance_means_no_loss(calibrated, search: str) -> None:  # type: i
     assert not any(isinstance(module, lro.LowRankLinear) for module in model.modules())
 
 
+def test_no_ranks_are_tried_twice(calibrated) -> None:  # type: ignore[no-untyped-def]
+    _, _, spaces = calibrated
+    tried = []
+
+    def measure(ranks: dict[str, int | None]) -> float:
+        tried.append(tuple(ranks.values()))
+        return float(all(rank is None for rank in ranks.values()))
+
+    lro.choose_ranks(lro.AccuracyGuided(len, 0, evaluations=30), spaces, measure=measure)
+    assert len(set(tried)) == len(tried) > 3
+
+
 def test_found_ranks_are_in_the_report_and_make_the_same_model(calibrated) -> None:  # type: ignore[no-untyped-def]
     model, covariances, _ = calibrated
     first, second = copy_of(model), copy_of(model)

@@ -72,7 +72,8 @@ def test_the_table_names_everything():
     assert lines[0].split() == ["layer", "in", "out", "k_S", "k_T", "rank", "utilization"]
     assert lines[3].split() == ["fc", "128", "32", "3", "3", "3", "9.4%"]
     assert lines[4].startswith("Mean Layer Utilization ") and lines[4].endswith("at explained variance 0.999")
-    assert lines[5] == "not reached by any batch: idle"
+    assert lines[5] == "by kind: mlp 9.4%, conv 100.0%"
+    assert lines[6] == "not reached by any batch: idle"
 
 
 def test_a_streamed_output_has_no_input_rank():

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lowrank_ops as lro
+from lowrank_ops.sensitivity import MEAN_SCALE, objective
 
 
 @pytest.fixture(autouse=True)
@@ -247,7 +248,7 @@ def test_merge_names_a_missing_sensitivity() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"sensitivity": "hessian"}, "'fisher' or 'output'"),
+        ({"sensitivity": "hessian"}, "'fisher', 'output', 'pooled'"),
         ({"sensitivity": "fisher", "probes": 0}, "probes must be a positive integer"),
         ({"sensitivity": lambda output, batch: 1.0}, "returned float"),
         ({"sensitivity": lambda output, batch: output.detach().sum()}, "depends on no layer"),
@@ -274,3 +275,116 @@ def test_sensitivity_works_inside_no_grad_and_inference_mode() -> None:
         with mode():
             found = lro.calibrate(model, batches, forward=first, sensitivity=summed_loss).sensitivities
         assert all(torch.equal(found[fqn].second_moment, expected[fqn].second_moment) for fqn in expected)
+
+
+# --- losses of one's own, inside calibration() ------------------------------------------------------------------
+
+
+def own_losses(model, batches, observe=True):
+    with lro.calibration(model, sensitivity=True) as covariances:
+        for images, labels in batches:
+            loss = F.cross_entropy(model(images), labels, reduction="sum")
+            if observe:
+                covariances.observe(loss, samples=len(labels))
+    return covariances
+
+
+def test_calibration_takes_losses_as_calibrate_does():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    batches = [(torch.randn(16, 6), torch.randint(4, (16,))) for _ in range(3)]
+    found = own_losses(model, batches)
+    expected = lro.calibrate(
+        model,
+        batches,
+        forward=lambda model, batch: model(batch[0]),
+        sensitivity=lambda output, batch: F.cross_entropy(output, batch[1], reduction="none"),
+    )
+    assert set(found.sensitivities) == {"0", "2"} and all(p.grad is None for p in model.parameters())
+    for fqn, covariance in expected.sensitivities.items():
+        assert found.sensitivities[fqn].count == covariance.count == 48
+        torch.testing.assert_close(found.sensitivities[fqn].second_moment, covariance.second_moment)
+    config = lro.CompressionConfig(lro.Ranks({"0": 3}), projection="loss")
+    assert lro.compress_(model, found, config).layers[0].projection == "loss"
+
+
+def test_several_losses_of_one_forward():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4))
+    with lro.calibration(model, sensitivity=True) as covariances:
+        y = model(torch.randn(5, 6))
+        covariances.observe(y[:, 0].sum(), 5, keep=True)
+        covariances.observe(3 * y[:, 1].sum(), 5)
+    moment = covariances.sensitivities["0"].second_moment
+    assert moment.diagonal().tolist() == [5, 45, 0, 0] and covariances.sensitivities["0"].count == 10
+
+
+def test_losses_out_of_place():
+    model = nn.Sequential(nn.Linear(6, 4))
+    batches = [(torch.randn(5, 6), torch.randint(4, (5,)))]
+    covariances = own_losses(model, batches, observe=False)
+    assert not covariances.sensitivities and covariances["0"].count == 5
+    with pytest.raises(RuntimeError, match="inside a with block"):
+        covariances.observe(torch.zeros(()), 1)
+    with lro.calibration(model) as plain, pytest.raises(RuntimeError, match="sensitivity=True"):
+        plain.observe(model(batches[0][0]).sum(), 5)
+    with lro.calibration(model, sensitivity=True) as live:
+        y = model(batches[0][0])
+        with pytest.raises(ValueError, match=r"loss must be a scalar tensor, summed over samples; got \(5, 4\)"):
+            live.observe(y, 5)
+        with pytest.raises(ValueError, match="samples must be a positive integer; got 0"):
+            live.observe(y.sum(), 0)
+        with pytest.raises(ValueError, match="depends on no layer"):
+            live.observe(torch.zeros(()), 5)
+
+
+def of_pooled(values: Tensor, mask: Tensor | None, seed: int = 0) -> Tensor:
+    values = values.detach().requires_grad_()
+    torch.manual_seed(seed)
+    found = objective("pooled", SimpleNamespace(last_hidden_state=values), None, mask)
+    assert found.samples == len(values)
+    return torch.autograd.grad(found.loss, values)[0]
+
+
+def test_pooled_signs_meet_every_row_and_the_direction_of_the_mean() -> None:
+    values = torch.randn(3, 5, 16)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]]).bool()
+    gradient = of_pooled(values, mask)
+    assert not gradient[~mask].any()
+
+    torch.manual_seed(0)
+    of_rows = torch.randint_like(values, 2) * 2 - 1
+    of_mean = gradient - of_rows * mask.unsqueeze(-1)  # the same at all rows of a sample
+    for sample, real in enumerate(mask):
+        shared = of_mean[sample][real]
+        torch.testing.assert_close(shared, shared[:1].expand_as(shared))
+        mean = values[sample][real].mean(0)
+        assert abs(float(shared[0] @ mean)) < 1e-5  # the length of the mean does not matter
+    signs = torch.stack([of_pooled(values, mask, seed)[0] for seed in range(300)])
+    torch.testing.assert_close(signs.square().mean(), torch.tensor(1 + MEAN_SCALE**2 * (1 - 1 / 16)), atol=0.02, rtol=0)
+
+
+def test_pooled_without_a_mask_takes_all_rows() -> None:
+    values = torch.randn(2, 4, 6)
+    assert torch.equal(of_pooled(values, None), of_pooled(values, torch.ones(2, 4).bool()))
+
+
+@pytest.mark.parametrize(
+    ("shape", "mask"), [((2, 6), None), ((2, 4, 6), (2, 3)), ((2, 3, 4, 6), None)], ids=["pooled", "mask", "four"]
+)
+def test_pooled_refuses_what_has_no_positions(shape: tuple[int, ...], mask: tuple[int, ...] | None) -> None:
+    with pytest.raises(ValueError, match=r"needs an output \(batch, positions, features\)"):
+        objective("pooled", torch.randn(shape), None, None if mask is None else torch.ones(mask).bool())
+
+
+def test_pooled_gradients_leave_out_padding() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5))
+    rows, mask = torch.randn(3, 4, 6), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]])
+    other = torch.where(mask.bool().unsqueeze(-1), rows, torch.randn(3, 4, 6))
+    found = []
+    for x in (rows, other):
+        torch.manual_seed(0)
+        found.append(lro.calibrate(model, [x], sensitivity="pooled", mask=lambda args, kwargs: mask))
+    for fqn, expected in found[0].sensitivities.items():
+        assert expected.count == 3
+        torch.testing.assert_close(found[1].sensitivities[fqn].second_moment, expected.second_moment)

@@ -63,25 +63,6 @@ def embed(model: nn.Module, batch: Batch) -> Tensor:
     return nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
 
 
-def signs_on_tokens_and_text(output: Any, batch: Batch) -> Tensor:
-    """Random signs times every token's features, plus random signs times the embedding; (texts,), to differentiate.
-
-    Errors of a layer's rows that are alike throughout a text add up in its embedding, and calibration, which takes rows
-    one by one, does not see it; errors of single tokens it sees, and the embedding alone would not weigh them. The
-    embedding is scaled to the sum over tokens, which makes both parts equally large.
-    """
-    hidden = output.last_hidden_state  # (texts, positions, features)
-    mask = batch["attention_mask"].unsqueeze(-1).to(hidden)
-    total = (hidden * mask).sum(1)
-    embedding = nn.functional.normalize(total, dim=-1) * total.detach().norm(dim=-1, keepdim=True)
-    return (hidden * random_signs(hidden) * mask).sum((1, 2)) + (embedding * random_signs(embedding)).sum(-1)
-
-
-def random_signs(like: Tensor) -> Tensor:
-    """+1 or -1, each with probability 1/2, in the shape of ``like``."""
-    return torch.randint_like(like, 2) * 2 - 1
-
-
 @torch.inference_mode()
 def embed_all(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
     """The embeddings of all batches, (texts, features)."""

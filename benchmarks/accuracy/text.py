@@ -23,7 +23,7 @@ from tqdm import tqdm
 import lowrank_ops as lro
 
 from .corpora import SOURCES, corpus
-from .encoder import Batch, cosines, embed, embed_all, load_encoder, model_folder, signs_on_tokens_and_text, tokenize
+from .encoder import Batch, cosines, embed, embed_all, load_encoder, model_folder, tokenize
 
 
 class Arm(NamedTuple):
@@ -31,6 +31,7 @@ class Arm(NamedTuple):
 
     projection: str
     allocation: str
+    refit: str | None = None
 
 
 ARMS = {
@@ -39,12 +40,14 @@ ARMS = {
     "loss-uniform": Arm("loss", "uniform"),
     "output-loss": Arm("output", "loss"),
     "loss": Arm("loss", "loss"),
+    "output-refit": Arm("output", "uniform", "sequential"),
+    "loss-refit": Arm("loss", "loss", "sequential"),
 }
-# What the sensitivity is the sensitivity of: the forward to calibrate with, and the loss.
-PROBED: dict[str, tuple[Callable[[nn.Module, Any], Any] | None, Any]] = {
+# What is probed with random signs: the forward to calibrate with, and the sensitivity.
+PROBED: dict[str, tuple[Callable[[nn.Module, Any], Any] | None, str]] = {
     "tokens": (None, "output"),
     "embedding": (embed, "output"),
-    "both": (None, signs_on_tokens_and_text),
+    "pooled": (None, "pooled"),
 }
 SUMS = torch.float32  # twice as fast as float64 on a CPU
 SIZES = (100, 200, 400, 800, 1600)  # calibration runs in steps from one to the next, so that a curve costs one run
@@ -80,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             covariances = bench.calibrate(texts)
             subspaces = lro.layer_subspaces(bench.layers(), covariances)
             for case in tqdm(missing, desc=f"{kind}, {texts} texts", unit="model"):
-                student, report = bench.compress(ARMS[case["arm"]], case["budget"], covariances, subspaces)
+                student, report = bench.compress(ARMS[case["arm"]], case["budget"], texts, covariances, subspaces)
                 rows.append({**case, **bench.judge(student), "layer_share": share(report), **bench.describe(texts)})
                 options.out.write_text(json.dumps(rows, indent=1) + "\n")
     print(table([row for case in asked if (row := find(rows, case)) is not None]))
@@ -98,7 +101,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--budgets", type=float, nargs="+", default=[75, 50, 35, 25], help="%% of layer parameters")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument(
-        "--probed", choices=list(PROBED), default="both", help="what the sensitivity is the sensitivity of"
+        "--probed", choices=list(PROBED), default="pooled", help="what the sensitivity is the sensitivity of"
     )
     parser.add_argument("--probes", type=int, default=1, help="random projections per batch for the sensitivity")
     parser.add_argument("--held-out", type=int, default=400, help="texts to judge on, and as many for choices")
@@ -161,12 +164,23 @@ class Bench:
         return part
 
     def compress(
-        self, arm: Arm, budget: float, covariances: lro.Covariances, subspaces: Mapping[str, lro.LayerSubspaces]
+        self,
+        arm: Arm,
+        budget: float,
+        texts: int,
+        covariances: lro.Covariances,
+        subspaces: Mapping[str, lro.LayerSubspaces],
     ) -> tuple[nn.Module, lro.CompressionReport]:
         """A compressed copy, and what was done to it; ``budget`` in % of the parameters of all layers."""
-        config = lro.CompressionConfig(lro.ParameterBudget(budget / 100, arm.allocation), projection=arm.projection)
+        rank = lro.ParameterBudget(budget / 100, arm.allocation)
+        config = lro.CompressionConfig(rank, projection=arm.projection, refit=arm.refit)
         student = copy.deepcopy(self.dense)
-        return student, lro.compress_(student, covariances, config, subspaces=subspaces)
+        if arm.refit is None:
+            return student, lro.compress_(student, covariances, config, subspaces=subspaces)
+        batches = tokenize(self._folder, self._corpus.calibration[:texts])
+        return student, lro.compress_(
+            student, covariances, config, subspaces=subspaces, batches=batches, mask="attention_mask", progress=True
+        )
 
     def judge(self, model: nn.Module) -> dict[str, float]:
         """Cosines to the dense embeddings on the held-out texts."""

@@ -270,31 +270,40 @@ void run(const Matrix& x, const CovariancePlan& plan, bool patches, std::vector<
   }
 }
 
-void expect_equals_plain_sums(int64_t tokens, int64_t features, bool patches) {
+bool equals_plain_sums(int64_t tokens, int64_t features, bool patches, int fewer_splits = 0, int fewer_tiles = 0) {
   const Matrix x = random_matrix(tokens, features, static_cast<unsigned>(tokens * 31 + features));
-  const CovariancePlan plan = plan_covariance(
+  CovariancePlan plan = plan_covariance(
       {tokens, features, 1, Dtype::bfloat16, patches ? Source::patches : Source::matrix, {80, 6, 166912}});
   EXPECT(plan.reason.empty());
+  plan.splits -= fewer_splits;
+  plan.tiles -= fewer_tiles;
+  bool equal = true;
   std::vector<double> second_moment(features * features, 1.0), total(features, 1.0);  // added to, not overwritten
   run(x, plan, patches, second_moment, total);
   for (int64_t row = 0; row < features; ++row) {
     double sum = 1.0;
     for (int64_t token = 0; token < tokens; ++token) sum += x.at(token, row);
-    EXPECT(total[row] == sum);
+    equal &= total[row] == sum;
     for (int64_t col = 0; col < features; ++col) {
       double expected = 1.0;
       for (int64_t token = 0; col <= row && token < tokens; ++token)
         expected += static_cast<double>(x.at(token, row)) * x.at(token, col);
-      EXPECT(second_moment[row * features + col] == expected);  // above the diagonal: untouched
+      equal &= second_moment[row * features + col] == expected;  // above the diagonal: untouched
     }
   }
+  return equal;
 }
 
 void the_algorithm_gives_plain_sums() {
   for (int64_t tokens : {1, 31, 32, 33, 100, 257})
-    for (int64_t features : {1, 7, 8, 127, 128, 129, 200, 300}) expect_equals_plain_sums(tokens, features, false);
-  expect_equals_plain_sums(700, 130, true);
-  expect_equals_plain_sums(1000, 64, false);
+    for (int64_t features : {1, 7, 8, 127, 128, 129, 200, 300}) EXPECT(equals_plain_sums(tokens, features, false));
+  EXPECT(equals_plain_sums(700, 130, true));
+  EXPECT(equals_plain_sums(1000, 64, false));
+}
+
+void planted_faults_are_found() {
+  EXPECT(!equals_plain_sums(1000, 130, false, 1, 0));
+  EXPECT(!equals_plain_sums(1000, 130, false, 0, 1));
 }
 
 // ---- patches ----
@@ -354,6 +363,7 @@ int main() {
   shared_memory_is_touched_without_bank_conflicts();
   the_tile_and_its_scratch_are_covered_once();
   the_algorithm_gives_plain_sums();
+  planted_faults_are_found();
   patches_are_those_of_a_convolution();
   return tests::result();
 }

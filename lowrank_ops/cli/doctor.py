@@ -90,9 +90,9 @@ def _plans(arch: str) -> Result:
     plans: list[dict[str, Any]] = []
     lines = [f"bfloat16 on {arch}"]
     for op, call in calls:
-        tokens, shape = call["tokens"], {name: size for name, size in call.items() if name != "tokens"}
+        shape: dict[str, Any] = {**call}
         try:
-            plan = ops.plan(op, arch, torch.bfloat16, tokens=tokens, **shape)
+            plan = ops.plan(op, arch, torch.bfloat16, **shape)
         except RuntimeError as error:
             raise Failure(1, one_line(error)) from error
         plans.append({"op": op, "call": call, "plan": plan})

@@ -43,8 +43,9 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
         help="stream the inputs of layers, their outputs, or the inputs unless too wide (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--sensitivity", choices=["fisher", "output"],
-        help="gradients to stream for --projection and --allocation loss: of labels by the logits, or of the output",
+        "--sensitivity", choices=["fisher", "output", "pooled"],
+        help="gradients to stream for --projection and --allocation loss: of labels by the logits, of the output, or "
+        "of an output whose mean over the positions is used",
     )  # fmt: skip
 
 

@@ -220,15 +220,16 @@ def _all_layers(report: CompressionReport) -> str:
     header = ["layer", "kind", "weight", "rank", "stored", "parameters", "multiplications", "predicted error"]
     columns: list[tuple[str, Callable[[LayerCompression], str]]] = []
     if any(layer.measured_error is not None for layer in report.layers):
-        columns.append(("measured error", lambda layer: percent(layer.measured_error)))
+        columns.append(
+            ("measured error", lambda layer: "-" if layer.measured_error is None else percent(layer.measured_error))
+        )
     if any(layer.predicted_loss for layer in report.layers):
         columns.append(
             ("loss", lambda layer: "not known" if layer.predicted_loss is None else f"{layer.predicted_loss:.3g}")
         )
     if all(layer.seconds is not None for layer in report.layers):
-        columns.append(
-            ("ms", lambda layer: f"{1e3 * (layer.dense_seconds or 0):.3f} → {1e3 * (layer.seconds or 0):.3f}")
-        )
+        columns.append(("dense ms", lambda layer: f"{1e3 * (layer.dense_seconds or 0):.3f}"))
+        columns.append(("ms", lambda layer: f"{1e3 * (layer.seconds or 0):.3f}"))
     rows = [
         [
             layer.fqn,
@@ -251,4 +252,4 @@ def _all_layers(report: CompressionReport) -> str:
 
 def _notes(lines: Sequence[str]) -> list[str]:
     rows = [[line] for line in lines]
-    return [section("Left out", "What was not done, and why.", table("", ["note"], rows))] if lines else []
+    return [section("Left out", "", table("What was not done, and why", ["note"], rows))] if lines else []

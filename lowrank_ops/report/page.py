@@ -30,7 +30,7 @@ p { margin: .25rem 0 .75rem; color: var(--soft); max-width: 46rem; }
 svg { display: block; max-width: 100%; height: auto; overflow: visible; }
 svg text { fill: var(--ink); font-size: 12px; } svg .soft { fill: var(--soft); }
 svg .grid { stroke: var(--line); stroke-width: 1; } svg .track { fill: var(--card); }
-.wide { overflow-x: auto; }
+.wide { overflow: auto hidden; } .wide svg { min-width: 38rem; }
 table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--soft); padding-bottom: .4rem; }
 th, td { padding: .28rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
@@ -83,7 +83,8 @@ def page(title: str, subtitle: str, cards: Sequence[tuple[str, str, str]], secti
 
 def section(title: str, remark: str, *content: str) -> str:
     """A heading, what to see in it, and pictures or tables."""
-    return f"<section><h2>{escape(title)}</h2><p>{escape(remark)}</p>{''.join(content)}</section>"
+    shown = f"<p>{escape(remark)}</p>" if remark else ""
+    return f"<section><h2>{escape(title)}</h2>{shown}{''.join(content)}</section>"
 
 
 def key(kinds: Sequence[str]) -> str:
@@ -194,8 +195,9 @@ def scatter(description: str, points: Sequence[tuple[str, str, float, float]], x
 
 def _svg(width: int, height: int, description: str, content: str) -> str:
     return (
-        f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img" aria-label="{escape(description)}">'
-        f"{content}</svg>"
+        f'<div class="wide"><svg viewBox="0 0 {width} {height}" width="{width}" role="img" '
+        f'aria-label="{escape(description)}">'
+        f"{content}</svg></div>"
     )
 
 

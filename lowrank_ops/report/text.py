@@ -7,8 +7,9 @@ from typing import Any
 
 
 def notes(unreached: Sequence[str], skipped: Mapping[str, str]) -> list[str]:
-    notes = [f"not reached by any batch: {fqn}" for fqn in unreached]
-    return notes + [f"left as it is: {fqn or '(the model)'}: {reason}" for fqn, reason in skipped.items()]
+    """What was passed over and why, a line each."""
+    found = [f"not reached by any batch: {fqn}" for fqn in unreached]
+    return found + [f"left as it is: {fqn or '(the model)'}: {reason}" for fqn, reason in skipped.items()]
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -333,8 +333,12 @@ def test_decode_on_two_streams():
         assert all(torch.equal(y, right) for y in result)
 
 
-def test_gradients():
-    args = [tensor.requires_grad_() for tensor in arguments(16, 256, 64, 128)]
+@pytest.mark.parametrize("tokens", [16, 200])
+def test_gradients(tokens):
+    """The backward hands over factors that are not row-major."""
+    args = [tensor.requires_grad_() for tensor in arguments(tokens, 256, 64, 128)]
+    if reason := linear_cuda.supports_prefill(describe_linear(*args, "silu")) if tokens > 64 else None:
+        pytest.skip(reason)
     lowrank_linear(*args, activation="silu", backend="cuda").sum().backward()
     mine = [tensor.grad for tensor in args]
     for tensor in args:

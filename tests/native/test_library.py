@@ -135,6 +135,10 @@ def test_supports_is_the_planner(library: Path) -> None:
     many = linear._replace(tokens=65)
     assert lowrank_cuda.supports_prefill(many) is None
     assert lowrank_cuda.supports_decode(many) == "65 tokens are for prefill_sm90"
+    # What is not row-major is copied, and the copy's rows may start elsewhere than on 16 bytes.
+    assert lowrank_cuda.supports_prefill(many._replace(down_strides=(1, 8))) is None
+    transposed = many._replace(in_features=66, down_strides=(1, 8))
+    assert "must start on 16 bytes" in lowrank_cuda.supports_prefill(transposed)
     assert "at most 256, got 264" in lowrank_cuda.supports_prefill(many._replace(rank=264))
     assert "x.contiguous()" in lowrank_cuda.supports_decode(linear._replace(x_stride=0))
     assert lowrank_cuda.supports_decode(linear._replace(tokens=0)) is None

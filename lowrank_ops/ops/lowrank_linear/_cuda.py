@@ -46,11 +46,19 @@ def _refusal(problem: Problem, kind: str) -> str | None:
         problem.rank,
         problem.out_features,
         _native.dtype_name(problem.dtype),
-        problem.aligned,
+        _aligned(problem),
         *_native.machine(problem.device),
     )
     kernel = plan.partition(":")[0]
     return reason or (None if kernel.startswith(kind) else f"{problem.tokens} tokens are for {kernel}")
+
+
+def _aligned(problem: Problem) -> bool:
+    """Whether all rows will start on 16 bytes, after ``run`` has copied what is not row-major."""
+    values = 16 // problem.dtype.itemsize
+    down_fits = problem.down_strides[1] == 1 or problem.in_features % values == 0
+    up_fits = problem.up_strides[1] == 1 or problem.rank % values == 0
+    return problem.aligned and down_fits and up_fits
 
 
 def run(

@@ -1,0 +1,65 @@
+"""Budgets come within one percent below what was asked, on real models, however they are shared out."""
+
+import pytest
+
+pytest.importorskip("transformers")
+
+import lowrank_ops as lro
+from benchmarks.accuracy import budgets
+from lowrank_ops.costs import MULTIPLICATIONS, PARAMETERS, nanoseconds
+from lowrank_ops.dense_layers import dimensions
+from lowrank_ops.latencies import LatencyCurve
+from lowrank_ops.timing import ranks_to_time
+
+MODELS = {"demo ViT": lambda: budgets.vit(200), "small BERT": budgets.bert}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def subject(request: pytest.FixtureRequest) -> budgets.Subject:
+    return MODELS[request.param]()
+
+
+def by_size(subject: budgets.Subject) -> lro.LayerLatencies:
+    """Times by multiplications and launches instead of a clock: the same at every run."""
+    curves, layers = {}, {}
+    for fqn, space in subject.spaces.items():
+        layer = subject.model.get_submodule(fqn)
+        _, fan_in, fan_out = dimensions(layer)
+        ranks, rows = tuple(ranks_to_time(layer, 12)), space.covariance.count / 100
+        seconds = tuple(4e-6 + rows * rank * (fan_in + fan_out) * 1e-10 for rank in ranks)
+        curves[fqn] = LatencyCurve(2e-6 + rows * fan_in * fan_out * 1e-10, ranks, seconds)
+        layers[fqn] = {fqn: 1}
+    return lro.LayerLatencies("by size", 1, curves, layers)
+
+
+@pytest.mark.parametrize("allocation", budgets.ALLOCATIONS)
+@pytest.mark.parametrize("fraction", budgets.FRACTIONS)
+def test_parameters_and_multiplications(subject: budgets.Subject, fraction: float, allocation: str) -> None:
+    for policy, price in ((lro.ParameterBudget, PARAMETERS), (lro.FlopBudget, MULTIPLICATIONS)):
+        ranks = lro.choose_ranks(policy(fraction, allocation), subject.spaces)
+        assert fraction - 0.01 <= budgets.share(subject, ranks, price) <= fraction
+
+
+@pytest.mark.parametrize("allocation", budgets.ALLOCATIONS)
+@pytest.mark.parametrize("fraction", [0.35, 0.5, 0.75])
+def test_predicted_latency(subject: budgets.Subject, fraction: float, allocation: str) -> None:
+    latencies = by_size(subject)
+    ranks = lro.choose_ranks(lro.LatencyBudget(fraction, latencies, allocation), subject.spaces)
+    assert fraction - 0.01 <= budgets.share(subject, ranks, nanoseconds(latencies)) <= fraction
+
+
+def test_the_table_tells_what_was_not_met() -> None:
+    case = {"model": "m", "budget": "latency", "allocation": "loss"}
+    rows = [
+        {**case, "fraction": 0.15, "refused": "no"},
+        {**case, "fraction": 0.25, "share": 0.2468, "ms": 1.0, "dense_ms": 2.0},
+    ]
+    line = budgets.table(rows).splitlines()[-1]
+    assert line == "| m | latency | loss | cannot be met | 24.68% (50%) | not measured | not measured | not measured |"
+    assert all(map(budgets._met, rows)) and not budgets._met({"fraction": 0.5, "share": 0.48})
+    assert not budgets._met({"fraction": 0.5, "share": 0.501})
+
+
+def test_whole_models_are_timed(subject: budgets.Subject) -> None:
+    dense, small = budgets.whole_latency(subject, dict.fromkeys(subject.spaces, 8), rounds=1)
+    assert dense > 0 and small > 0

@@ -1,0 +1,122 @@
+"""Measured output errors: what they are, what they leave alone, and that predictions hold."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lowrank_ops as lro
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 16, 3, padding=1, groups=2)
+        self.wide = nn.Linear(256, 48)
+        self.head = nn.Linear(48, 24)
+        self.drop = nn.Dropout()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.drop(self.wide(self.conv(x).relu().flatten(1)).tanh()))
+
+
+def images(count: int) -> Tensor:
+    return torch.randn(count, 4, 4, 4, dtype=torch.float64) * torch.logspace(0, -1, 4).view(4, 1, 1) + 0.5
+
+
+def compressed(centered: bool = True) -> tuple[nn.Module, nn.Module, lro.CompressionReport]:
+    torch.manual_seed(0)
+    dense = Net().double()
+    covariances = lro.calibrate(dense, images(4000).split(500))
+    small = copy.deepcopy(dense)
+    config = lro.CompressionConfig(lro.Ranks({"conv": 4, "wide": 12, "head": 8}), centered=centered)
+    return dense, small, lro.compress_(small, covariances, config)
+
+
+@pytest.mark.parametrize("centered", [True, False])
+@torch.no_grad()
+def test_errors_are_those_of_the_definition(centered: bool) -> None:
+    dense, small, _ = compressed(centered)
+    x = images(64)
+    errors = lro.measure_errors(dense.eval(), small, x.split(16), centered=centered)
+    hidden = dense.conv(x).relu().flatten(1)
+    y = dense.wide(hidden)
+    compared = y - y.mean(0) if centered else y - dense.wide.bias
+    expected = (y - small.wide(hidden)).square().sum() / compared.square().sum()
+    assert errors["wide"] == pytest.approx(float(expected))
+    y = dense.conv(x)
+    compared = y - y.mean((0, 2, 3), keepdim=True) if centered else y - dense.conv.bias.view(-1, 1, 1)
+    expected = (y - small.conv(x)).square().sum() / compared.square().sum()
+    assert errors["conv"] == pytest.approx(float(expected))
+
+
+@pytest.mark.parametrize("centered", [True, False])
+def test_on_the_calibration_rows_the_prediction_is_exact(centered: bool) -> None:
+    torch.manual_seed(0)
+    dense, small, report = compressed(centered)
+    torch.manual_seed(0)
+    Net().double()
+    errors = lro.measure_errors(dense, small, images(4000).split(500), centered=centered)
+    for layer in report.layers:
+        assert errors[layer.fqn] == pytest.approx(layer.relative_error, rel=1e-6)
+
+
+def test_predictions_hold_on_other_data() -> None:
+    dense, small, report = compressed()
+    report = report.with_measured(lro.measure_errors(dense, small, images(2000).split(500)))
+    prediction = report.prediction()
+    assert prediction.layers == 3 and prediction.correlation > 0.9
+    assert 0.8 < prediction.worst_ratio < 1.25 and 0.8 < prediction.median_ratio < 1.25
+    assert prediction.worst_layer in {"conv", "wide", "head"}
+    assert "measured error" in report.table() and report.to_dict()["prediction"]["layers"] == 3
+
+
+def test_models_are_handed_back_as_they_were() -> None:
+    dense, small, _ = compressed()
+    dense.train()
+    dense.conv.eval()
+    small.eval()
+    lro.measure_errors(dense, small, [images(8)])
+    assert dense.training and dense.drop.training and not dense.conv.training and not small.training
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in dense.modules())
+    with pytest.raises(RuntimeError):
+        lro.measure_errors(dense, small, [torch.zeros(2, 3)])
+    assert dense.training and not any(module._forward_hooks for module in dense.modules())
+
+
+def test_masked_rows_do_not_count() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, keep: Tensor) -> Tensor:
+            return self.fc(x)
+
+    torch.manual_seed(0)
+    dense, x = Masked(), torch.randn(4, 5, 8)
+    keep = torch.ones(4, 5, dtype=torch.int64)
+    keep[:, 3:] = 0
+    small = copy.deepcopy(dense)
+    lro.compress_(
+        small, lro.calibrate(dense, [{"x": x, "keep": keep}], mask="keep"), lro.CompressionConfig(lro.Ranks({"fc": 4}))
+    )
+    spoiled = x.clone()
+    spoiled[:, 3:] = 1e4
+    plain = lro.measure_errors(dense, small, [{"x": x, "keep": keep}], mask="keep")
+    assert lro.measure_errors(dense, small, [{"x": spoiled, "keep": keep}], mask="keep") == plain
+    assert lro.measure_errors(dense, small, [{"x": x, "keep": keep}]) != plain
+
+
+def test_what_cannot_be_compared_is_refused() -> None:
+    dense, small, report = compressed()
+    with pytest.raises(ValueError, match="compressed has no replaced layer"):
+        lro.measure_errors(small, dense, [images(2)])
+    with pytest.raises(ValueError, match="dense has no dense layer 'conv'; pass a copy of the model made before"):
+        lro.measure_errors(small, small, [images(2)])
+    with pytest.raises(ValueError, match="batches was empty"):
+        lro.measure_errors(dense, small, [])
+    with pytest.raises(ValueError, match="errors name layers that the report does not have: nowhere"):
+        report.with_measured({"nowhere": 1.0})
+    assert report.prediction() is None
