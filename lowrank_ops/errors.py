@@ -12,7 +12,7 @@ from tqdm import tqdm
 from .batches import call_model, device_of, move
 from .dense_layers import bias_vector
 from .layers import LowRankConv2d, LowRankLinear
-from .recording import Mask, mask_of, masked_rows
+from .masks import Mask, read_mask, real_rows
 
 
 class _Sums:
@@ -85,17 +85,15 @@ def measure_errors(
         bias = None if centered else bias_vector(layer)
         if isinstance(layer, nn.Conv2d):
             y, error = (part.movedim(-3, -1).flatten(0, -2) for part in (y, error))
-        elif not x.is_nested:
-            y, error = (masked_rows(fqn, part, current[0]) for part in (y, error))
         else:
-            y, error = (torch.cat(part.unbind()) for part in (y, error))
+            y, error = (real_rows(fqn, part, current[0]) for part in (y, error))
         y, error = (part.reshape(-1, part.shape[-1]) for part in (y, error))
         if fqn not in sums:
             sums[fqn] = _Sums(y.shape[-1], y.device)
         sums[fqn].add(y if bias is None else y - bias, error)
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        current[0] = mask_of(mask, args, kwargs)
+        current[0] = read_mask(mask, args, kwargs)
 
     handles = [dense.register_forward_pre_hook(before, with_kwargs=True)]
     handles += [

@@ -45,6 +45,7 @@ class LayerCompression:
     dense_seconds: float | None = None  # of all calls in one forward, as a LatencyBudget had them measured
     seconds: float | None = None
     measured_error: float | None = None  # as relative_error, on other data; see with_measured
+    refitted: bool = False  # predicted_error is then against the dense model's output, from the compressed input
 
     @property
     def relative_error(self) -> float | None:
@@ -117,11 +118,14 @@ class CompressionReport:
         return replace(self, layers=tuple(layers))
 
     def prediction(self) -> Prediction | None:
-        """How predicted output errors compare with measured ones; None with less than two layers to compare."""
+        """How predicted output errors compare with measured ones; None with less than two layers to compare.
+
+        Refitted layers are left out: their predicted error is from other inputs than the measured one.
+        """
         pairs = [
             (layer.fqn, layer.relative_error, layer.measured_error)
             for layer in self.layers
-            if layer.rank is not None and layer.relative_error and layer.measured_error
+            if layer.rank is not None and not layer.refitted and layer.relative_error and layer.measured_error
         ]
         if len(pairs) < 2:
             return None
@@ -197,6 +201,10 @@ class CompressionReport:
             f"{layer.fqn}: factors by projection={layer.projection!r}, as no sensitivity was streamed for it"
             for layer in self.layers
             if layer.projection not in (None, self.config.projection)
+        ] + [
+            f"{layer.fqn}: not refitted"
+            for layer in self.layers
+            if self.config.refit is not None and layer.rank is not None and not layer.refitted
         ]
 
     def to_dict(self) -> dict[str, Any]:
@@ -251,6 +259,7 @@ def _layer_compression(
         multiplications if factors is None else lowrank_multiplications(space, factors.rank),
         None if latencies is None else latencies.seconds(fqn, None),
         None if latencies is None else latencies.seconds(fqn, stored),
+        refitted=factors is not None and factors.refitted,
     )
 
 
