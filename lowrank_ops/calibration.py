@@ -18,7 +18,8 @@ from tqdm import tqdm
 from .batches import call_model, device_of, move
 from .covariances import Covariances
 from .dense_layers import FilterFn, dimensions, find_layers
-from .recording import Mask, Recorder
+from .masks import Mask
+from .recording import Recorder
 from .sensitivity import Sensitivity, check_sensitivity
 
 # Past this ratio of input to output features, ``side="auto"`` streams the output, whose moment is (ratio)^2 smaller,

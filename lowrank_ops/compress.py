@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +17,9 @@ from .covariances import Covariances
 from .dense_layers import FilterFn, find_layers
 from .factors import Factors, factorize
 from .journal import Journal, digest
+from .masks import Mask
 from .ranks import ChosenRanks, Measure, choose_ranks
+from .refit import refit_factors
 from .replacement import replace_, replaced, tied_layers
 from .report import CompressionReport
 from .subspaces import LayerSubspaces, layer_subspaces
@@ -28,6 +32,11 @@ def compress_(
     filter_fn: FilterFn | None = None,
     *,
     subspaces: Mapping[str, LayerSubspaces] | None = None,
+    batches: Iterable[Any] | None = None,
+    mask: Mask | None = None,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    blocks: str | Sequence[str] | None = None,
+    checkpoint: str | Path | None = None,
     progress: bool = False,
 ) -> CompressionReport:
     """Replace layers of ``model`` by factorised ones, in place; on an error the model is untouched.
@@ -42,6 +51,8 @@ def compress_(
             those is an error.
         subspaces: from :func:`lowrank_ops.layer_subspaces`, to try several configurations without decomposing
             again; by default they are made here.
+        batches: for ``refit="sequential"``, at best those of the calibration; ``AccuracyGuided`` tries without refit.
+        mask, forward, blocks, checkpoint: of the refit, as for :func:`lowrank_ops.refit_factors`.
         progress: show a progress bar.
 
     Returns:
@@ -59,6 +70,12 @@ def compress_(
         )
     if not isinstance(covariances, Covariances):
         raise TypeError(f"covariances must come from calibrate(model, batches); got {type(covariances).__name__}.")
+    if (config.refit is None) != (batches is None):
+        raise ValueError(
+            "batches are for config.refit='sequential', which is None; leave them out or set it."
+            if config.refit is None
+            else "config.refit='sequential' runs the model: pass compress_(..., batches=...)."
+        )
     layers, skipped = find_layers(model, filter_fn)
     if filter_fn is None:
         tied = {fqn: f"its weight is tied to {other!r}" for fqn, other in tied_layers(model).items() if fqn in layers}
@@ -113,6 +130,19 @@ def compress_(
         config = replace(config, rank=Ranks({fqn: rank for fqn, rank in ranks.items() if rank is not None}))
     with torch.inference_mode(False):  # parameters made in inference mode could not be trained
         factors = _factorize(ranks, subspaces, config.projection, progress)
+        if batches is not None:
+            factors = refit_factors(
+                model,
+                factors,
+                batches,
+                sensitivities=covariances.sensitivities,
+                centered=config.centered,
+                mask=mask,
+                forward=forward,
+                blocks=blocks,
+                checkpoint=checkpoint,
+                progress=progress,
+            )
     report = CompressionReport.build(model, config, subspaces, factors, skipped)
     with torch.inference_mode(False):
         replace_(model, factors)

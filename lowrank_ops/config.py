@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ FORMAT_VERSION = 1
 PROJECTIONS = ("output", "loss", "utilized", "input", "weight")
 ALLOCATIONS = ("uniform", "energy", "loss")
 SEARCHES = ("budget", "layers")
+REFITS = (None, "sequential")
 
 
 @dataclass(frozen=True)
@@ -175,12 +176,15 @@ class CompressionConfig:
         centered: use the covariance about the mean and fold the mean into the bias (never a larger output
             error); False uses the second moment and leaves the bias as it is.
         overrides: ``{fqn or "re:pattern": rank}``, which wins over the policy; a rank of None keeps a layer dense.
+        refit: ``"sequential"`` fits the factors anew, layer by layer, to the dense model's outputs from the
+            compressed model's inputs, which needs batches (:func:`lowrank_ops.refit_factors`); None does not.
     """
 
     rank: RankPolicy = field(default_factory=ExplainedVariance)
     projection: str = "output"
     centered: bool = True
     overrides: Mapping[str, int | None] = field(default_factory=dict)
+    refit: str | None = None
 
     def __post_init__(self) -> None:
         _check_names("overrides", self.overrides)
@@ -191,6 +195,9 @@ class CompressionConfig:
         check_choice("projection", self.projection, PROJECTIONS)
         if not isinstance(self.centered, bool):
             raise TypeError(f"centered must be a bool; got {self.centered!r}.")
+        check_choice("refit", self.refit, REFITS)
+        if self.refit is not None and self.projection == "weight":
+            raise ValueError("refit fits to the data and projection='weight' ignores it; choose one of the two.")
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain JSON types.
@@ -201,13 +208,14 @@ class CompressionConfig:
         if isinstance(self.rank, AccuracyGuided):
             raise ValueError("rank=AccuracyGuided holds a function; the report's config holds the ranks that it found.")
         name = next(name for name, policy in _POLICIES.items() if type(self.rank) is policy)
-        return {
+        values = {
             "version": FORMAT_VERSION,
             "rank": {"policy": name, **asdict(self.rank)},
             "projection": self.projection,
             "centered": self.centered,
             "overrides": dict(self.overrides),
         }
+        return values if self.refit is None else {**values, "refit": self.refit}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CompressionConfig:
@@ -253,7 +261,7 @@ def check_share(name: str, value: float) -> None:
         raise ValueError(f"{name} must be a number in (0, 1]; got {value!r}.")
 
 
-def check_choice(name: str, value: str, accepted: tuple[str, ...]) -> None:
+def check_choice(name: str, value: object, accepted: Sequence[object]) -> None:
     """Raise ValueError where ``value`` is none of the names accepted."""
     if value not in accepted:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}; got {value!r}.")

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from .batches import call_model, device_of, move
 from .dense_layers import bias_vector
 from .layers import LowRankConv2d, LowRankLinear
-from .recording import Mask, mask_of, real_rows
+from .masks import Mask, read_mask, real_rows
 
 
 class _Sums:
@@ -96,7 +96,7 @@ def measure_errors(
         sums[fqn].add(y if bias is None else y - bias, error)
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        masks.append(mask_of(mask, args, kwargs))
+        masks.append(read_mask(mask, args, kwargs))
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
         masks.clear()

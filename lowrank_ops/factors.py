@@ -28,9 +28,12 @@ class Factors:
             be known (only the output was streamed, and the projection is ``"weight"``).
         output_variance: the variance of y about its mean (or about zero where not centred), to compare with.
         predicted_loss: the increase of the loss of one sample, to second order, that the error brings; None where no
-            sensitivity was streamed or the error cannot be known.
+            sensitivity was streamed or the error cannot be known, and after a refit.
         excess_error: a bound on how much of ``predicted_error`` the best factors of that rank would avoid, for
-            ``"output"``: 0 but for wide layers, whose directions are found by iteration; None for other projections.
+            ``"output"``: 0 but for wide layers, whose directions are found by iteration; None for other projections
+            and after a refit.
+        refitted: made by :func:`lowrank_ops.refit_factors`; ``predicted_error`` is then that of the compressed model's
+            output against the dense model's, with what the layers before it contribute.
     """
 
     down: Tensor
@@ -42,6 +45,7 @@ class Factors:
     output_variance: float
     predicted_loss: float | None = None
     excess_error: float | None = None
+    refitted: bool = False
 
     def to(self, dtype: torch.dtype) -> Factors:
         """The same factors in another dtype, as the layer will hold them."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,11 +13,10 @@ from torch.utils.hooks import RemovableHandle
 
 from .covariances import GRADIENT, Covariance, Covariances, NonFiniteActivationError
 from .dense_layers import bias_vector, dimensions, pad_input
+from .masks import Mask, read_mask, real_rows
 from .ops import conv_covariance_update_, covariance_finalize_, covariance_update_
 from .ops.covariance import output_size
 from .sensitivity import GradientTaps, Sensitivity, gradient_rows, objective
-
-Mask = str | Callable[[tuple[Any, ...], dict[str, Any]], Tensor | None]
 
 
 class Recorder:
@@ -87,7 +86,7 @@ class Recorder:
             state = self._touched[f"gradient of {fqn}"] = self._gradients[fqn]
             rows = gradient_rows(layer, values)
             with torch.no_grad():
-                state.update(rows if isinstance(layer, nn.Conv2d) else masked_rows(fqn, rows, mask))
+                state.update(rows if isinstance(layer, nn.Conv2d) else real_rows(fqn, rows, mask))
         self._samples += samples
         self.check_finite()
 
@@ -132,7 +131,7 @@ class Recorder:
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._in_forward = True
-        self._mask = mask_of(self._mask_source, args, kwargs)
+        self._mask = read_mask(self._mask_source, args, kwargs)
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         self.check_finite()
@@ -279,61 +278,6 @@ class _State:
             f"layer {fqn!r} received the tensor of {self.leader!r} at first and another one later, so the two cannot "
             "share a covariance. Calibrate again with share_inputs=False."
         )
-
-
-def mask_of(source: Mask | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The mask (batch, positions) of a call of the model, true where a token is real, or None.
-
-    Raises:
-        ValueError: the call has no such argument, or it is no matrix.
-    """
-    if source is None:
-        return None
-    if callable(source):
-        mask = source(args, kwargs)
-    elif source in kwargs:
-        mask = kwargs[source]
-    else:
-        given = ", ".join(kwargs) or "none"
-        raise ValueError(
-            f"mask={source!r} is not among the keyword arguments of the model's forward ({given}); pass batches as "
-            "mappings, or a callable mask(args, kwargs)."
-        )
-    if mask is not None and mask.dim() != 2:
-        raise ValueError(f"mask must have shape (batch, positions); got {tuple(mask.shape)}.")
-    return None if mask is None else mask.bool()
-
-
-def real_rows(fqn: str, x: Tensor, mask: Tensor | None, known: bool) -> Tensor:
-    """The rows of ``x`` (..., features) that are no padding; ``known``: the mask is that of this forward.
-
-    Raises:
-        ValueError: the mask is not known, or does not fit.
-    """
-    if not known:
-        raise ValueError(
-            f"layer {fqn!r} was called beside the model's own forward, where mask is not known. "
-            "Pass the module whose forward is called, or do without mask."
-        )
-    if x.is_nested:
-        return torch.cat(x.unbind())  # nn.TransformerEncoder has taken the padding out
-    return masked_rows(fqn, x, mask)
-
-
-def masked_rows(fqn: str, x: Tensor, mask: Tensor | None) -> Tensor:
-    """The rows of ``x`` (..., features) at which ``mask`` (batch, positions) is true."""
-    if mask is None:
-        return x
-    leading = x.shape[:-1]
-    if leading == mask.shape or leading == (mask.numel(),):
-        return x[mask.reshape(leading).to(x.device)]
-    if leading == mask.shape[:1]:
-        return x  # pooled: one row for each sequence
-    raise ValueError(
-        f"mask of shape {tuple(mask.shape)} does not fit the activation {tuple(x.shape)} of layer {fqn!r}, whose "
-        "leading shape must be (batch, positions), (batch * positions,) or (batch,). "
-        "Leave the layer out with filter_fn."
-    )
 
 
 def _remove_bias(covariance: Covariance, layer: nn.Module) -> None:

@@ -16,9 +16,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from .batches import output_tensor
 
 Sensitivity = str | Callable[[Any, Any], Tensor]
-# Of the mean's part of "pooled", beside the rows'. Deep in a model its gradients, which are alike at all rows, are
-# larger than the rows'. On a sentence encoder at 25% of the parameters 1/4 keeps more than 0, 0.4 and 1; at 50% about
-# as much.
+# Of the mean's part of "pooled", beside the rows'. Deep in a model its gradients, alike at all rows, are larger than
+# theirs. On a sentence encoder at 25% of the parameters 1/4 keeps more than 0, 0.4 and 1; at 50% about as much as 0.4.
 MEAN_SCALE = 0.25
 KINDS = ("fisher", "output", "pooled")
 

@@ -205,6 +205,16 @@ class TestCompress:
         layers = json.loads(capsys.readouterr().out)["compression"]["layers"]
         assert all(layer["projection"] in ("loss", None) and layer["predicted_loss"] is not None for layer in layers)
 
+    def test_refit(self, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main([*COMPRESS, "--budget", "0.8", "--refit", "sequential", "--json"]) == 0
+        compression = json.loads(capsys.readouterr().out)["compression"]
+        assert compression["config"]["refit"] == "sequential"
+        assert all(layer["refitted"] for layer in compression["layers"] if layer["rank"] is not None)
+        (project / "c.safetensors").touch()
+        argv = ("compress", "cli_project:build", "--covariances", "c.safetensors", "--out", "out")
+        line = refused(capsys, 2, *argv, "--refit", "sequential")
+        assert "--refit runs the model on --batches; it cannot go with --covariances" in line
+
     def test_nothing_to_gain_is_said_and_nothing_written(
         self, project: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -31,6 +31,7 @@ class Arm(NamedTuple):
 
     projection: str
     allocation: str
+    refit: str | None = None
 
 
 ARMS = {
@@ -39,6 +40,8 @@ ARMS = {
     "loss-uniform": Arm("loss", "uniform"),
     "output-loss": Arm("output", "loss"),
     "loss": Arm("loss", "loss"),
+    "output-refit": Arm("output", "uniform", "sequential"),
+    "loss-refit": Arm("loss", "loss", "sequential"),
 }
 # What is probed with random signs: the forward to calibrate with, and the sensitivity.
 PROBED: dict[str, tuple[Callable[[nn.Module, Any], Any] | None, str]] = {
@@ -80,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             covariances = bench.calibrate(texts)
             subspaces = lro.layer_subspaces(bench.layers(), covariances)
             for case in tqdm(missing, desc=f"{kind}, {texts} texts", unit="model"):
-                student, report = bench.compress(ARMS[case["arm"]], case["budget"], covariances, subspaces)
+                student, report = bench.compress(ARMS[case["arm"]], case["budget"], texts, covariances, subspaces)
                 rows.append({**case, **bench.judge(student), "layer_share": share(report), **bench.describe(texts)})
                 options.out.write_text(json.dumps(rows, indent=1) + "\n")
     print(table([row for case in asked if (row := find(rows, case)) is not None]))
@@ -161,12 +164,23 @@ class Bench:
         return part
 
     def compress(
-        self, arm: Arm, budget: float, covariances: lro.Covariances, subspaces: Mapping[str, lro.LayerSubspaces]
+        self,
+        arm: Arm,
+        budget: float,
+        texts: int,
+        covariances: lro.Covariances,
+        subspaces: Mapping[str, lro.LayerSubspaces],
     ) -> tuple[nn.Module, lro.CompressionReport]:
         """A compressed copy, and what was done to it; ``budget`` in % of the parameters of all layers."""
-        config = lro.CompressionConfig(lro.ParameterBudget(budget / 100, arm.allocation), projection=arm.projection)
+        rank = lro.ParameterBudget(budget / 100, arm.allocation)
+        config = lro.CompressionConfig(rank, projection=arm.projection, refit=arm.refit)
         student = copy.deepcopy(self.dense)
-        return student, lro.compress_(student, covariances, config, subspaces=subspaces)
+        if arm.refit is None:
+            return student, lro.compress_(student, covariances, config, subspaces=subspaces)
+        batches = tokenize(self._folder, self._corpus.calibration[:texts])
+        return student, lro.compress_(
+            student, covariances, config, subspaces=subspaces, batches=batches, mask="attention_mask", progress=True
+        )
 
     def judge(self, model: nn.Module) -> dict[str, float]:
         """Cosines to the dense embeddings on the held-out texts."""

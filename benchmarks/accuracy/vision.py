@@ -3,8 +3,8 @@
 Compresses the demo's Vision Transformer by every projection and allocation at several parameter budgets, without
 fine-tuning; ``--finetune plain distilled`` goes on to fine-tune each of them, on labels or by distillation from the
 dense model, for one pass through the original training images (on Debian: ``apt install dataset-fashion-mnist``), as
-they are, which is how the model was trained. Rows go to a JSON file as they are done; run again, it computes those that
-are missing, and with ``--tables`` none.
+they are, which is how the model was trained. ``--refit`` refits each sequentially instead, by the calibration images.
+Rows go to a JSON file as they are done; run again, it computes those that are missing, and with ``--tables`` none.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         bench = Bench(*(train.held_out_images if train is not None and options.held_out else load_images("test")))
         bench.use(bench.calibrate(load_images("calibration")[0], options.probes))  # the 2,000 images that ship
         for case in tqdm(missing, desc="compressing and evaluating", unit="model"):
-            student, report = bench.compress(case["budget"], case["projection"], case["allocation"], options.keep_dense)
+            student, report = bench.compress(
+                case["budget"], case["projection"], case["allocation"], options.keep_dense, options.refit
+            )
             losses = {} if train is None else train.recover(student, bench.dense, case, options.scratch)
             results.add(
                 case, {**bench.judge(student), "layer_share": share(report), "predicted_loss": lost(report), **losses}
@@ -69,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--allocations", nargs="+", choices=ALLOCATIONS, default=list(ALLOCATIONS))
     parser.add_argument("--keep-dense", nargs="*", default=[], metavar="LAYER", help="such as head, the classifier")
     parser.add_argument("--probes", type=int, default=1, help="labels drawn per image for the sensitivity")
+    parser.add_argument("--refit", action="store_true", help="refit sequentially, by the calibration images")
     parser.add_argument("--tables", action="store_true", help="show what there is, compute nothing")
     training = parser.add_argument_group("fine-tuning")
     training.add_argument("--finetune", nargs="+", choices=WAYS, default=[], help="fine-tune, in these ways")
@@ -93,7 +96,7 @@ def asked(options: argparse.Namespace) -> list[dict[str, Any]]:
         for projection in options.projections
     ]
     if not options.finetune:
-        return [{**case, "finetuned": "none"} for case in cases]
+        return [{**case, "finetuned": "refit" if options.refit else "none"} for case in cases]
     length = {"steps": options.steps, "train_images": options.train_images, "held_out": options.held_out}
     return [
         {**case, "finetuned": way, "lr": lr, **length}
@@ -120,8 +123,8 @@ class Bench:
 
     def calibrate(self, images: Tensor, probes: int = 1) -> lro.Covariances:
         """Covariances and sensitivities of images (n, 1, 28, 28)."""
-        batches = images.split(CALIBRATION_BATCH)
-        return lro.calibrate(self.dense, batches, sensitivity="fisher", probes=probes, progress=True)
+        self._batches = images.split(CALIBRATION_BATCH)
+        return lro.calibrate(self.dense, self._batches, sensitivity="fisher", probes=probes, progress=True)
 
     def use(self, covariances: lro.Covariances) -> None:
         """Compress by these covariances from now on."""
@@ -130,16 +133,21 @@ class Bench:
         self.subspaces = lro.layer_subspaces(layers, covariances)
 
     def compress(
-        self, budget: float, projection: str, allocation: str, kept_dense: Sequence[str] = ()
+        self, budget: float, projection: str, allocation: str, kept_dense: Sequence[str] = (), refit: bool = False
     ) -> tuple[nn.Module, lro.CompressionReport]:
         """A compressed copy, and what was done to it; ``budget`` in % of the parameters of all layers."""
         config = lro.CompressionConfig(
             lro.ParameterBudget(budget / 100, allocation),
             projection=projection,
             overrides=dict.fromkeys(kept_dense),
+            refit="sequential" if refit else None,
         )
         student = copy.deepcopy(self.dense)
-        return student, lro.compress_(student, self.covariances, config, subspaces=self.subspaces)
+        batches = self._batches if refit else None
+        report = lro.compress_(
+            student, self.covariances, config, subspaces=self.subspaces, batches=batches, progress=refit
+        )
+        return student, report
 
     def judge(self, model: nn.Module) -> dict[str, float]:
         """Accuracy and agreement with the dense model, in percent."""

@@ -12,20 +12,23 @@ struct Vector {
   uint32_t words[4];  // 8 features
 };
 
-// 8 features of a row, zeros past its end. kAligned: the row starts on 16 bytes, as `feature` does.
+// 8 features of a row, zeros past its end. kAligned: the row starts and ends on 16 bytes, and `feature` is on 16 bytes, so
+// that there are 8 or none: one predicated load. A branch for a part of them would keep the loads of tokens from being
+// issued together, and each would wait for the product of the one before.
 template <class Element, bool kAligned>
 __device__ __forceinline__ Vector load_features(const Element* row, int64_t feature, int64_t features, bool exists) {
   Vector v{{0, 0, 0, 0}};
   if (!exists || feature >= features) return v;
-  if (kAligned && feature + kVector <= features) {
+  if constexpr (kAligned) {
     const uint4 bits = __ldg(reinterpret_cast<const uint4*>(row + feature));
     return {{bits.x, bits.y, bits.z, bits.w}};
-  }
-  const unsigned short* bits = reinterpret_cast<const unsigned short*>(row + feature);
+  } else {
+    const unsigned short* bits = reinterpret_cast<const unsigned short*>(row + feature);
 #pragma unroll
-  for (int e = 0; e < kVector; ++e)
-    if (feature + e < features) v.words[e / 2] |= static_cast<uint32_t>(__ldg(bits + e)) << (e % 2 * 16);
-  return v;
+    for (int e = 0; e < kVector; ++e)
+      if (feature + e < features) v.words[e / 2] |= static_cast<uint32_t>(__ldg(bits + e)) << (e % 2 * 16);
+    return v;
+  }
 }
 
 // A warp's weights of one step: rows r and r + 8 of each 16-row product.

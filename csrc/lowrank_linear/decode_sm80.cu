@@ -120,11 +120,8 @@ void launch_pair(const LowRankPlan& plan, Arguments args, const Launch& launch) 
   const auto down = decode_down_sm80<Element, kGroups, kAligned>;
   const auto up = decode_up_sm80<Element, kGroups, kAligned>;
   const unsigned token_tiles = static_cast<unsigned>(ceil_div(args.tokens, plan.token_tile));
-  const auto allow = [&](const void* kernel, int64_t bytes) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)), launch);
-  };
-  allow(reinterpret_cast<const void*>(down), plan.shared_bytes_down);
-  allow(reinterpret_cast<const void*>(up), plan.shared_bytes_up);
+  allow_all_shared_memory(reinterpret_cast<const void*>(down), launch);
+  allow_all_shared_memory(reinterpret_cast<const void*>(up), launch);
 
   down<<<dim3(static_cast<unsigned>(ceil_div(args.rank, plan.rows_down)), plan.splits, token_tiles), kThreads,
          plan.shared_bytes_down, launch.stream>>>(args);
@@ -157,6 +154,7 @@ void launch_groups(const LowRankPlan& plan, const Arguments& args, const Launch&
 
 void launch_decode_sm80(const LowRankPlan& plan, const Arguments& args, Dtype dtype, bool aligned,
                         const Launch& launch) {
+  aligned = aligned && args.in_features % kVector == 0 && args.rank % kVector == 0;  // rows end on 16 bytes, too
   if (dtype == Dtype::bfloat16)
     return aligned ? launch_groups<__nv_bfloat16, true>(plan, args, launch)
                    : launch_groups<__nv_bfloat16, false>(plan, args, launch);

@@ -218,9 +218,7 @@ int clusters_at_once(const void* kernel, const cudaLaunchConfig_t& config, int c
 template <class Element, int kGroups>
 void launch_groups(const LowRankPlan& plan, const Arguments& args, const Launch& launch) {
   const auto kernel = decode_sm90<Element, kGroups>;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(plan.shared_bytes)),
-        launch);
+  allow_all_shared_memory(reinterpret_cast<const void*>(kernel), launch);
   cudaLaunchAttribute attributes[2]{};
   attributes[0].id = cudaLaunchAttributeClusterDimension;
   attributes[0].val.clusterDim.x = plan.cluster;

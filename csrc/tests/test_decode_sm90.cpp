@@ -155,21 +155,21 @@ const Machine kNarrow{90, 12, 40000};  // several rounds, part of the slab strea
 void the_algorithm_gives_plain_sums() {
   for (int64_t tokens : {1, 9, 33, 64})
     for (int64_t rank : {8, 40, 136}) {
-      const Case wide = random_case(tokens, 300, rank, 50, kH200);
+      const Case wide = random_case(tokens, 304, rank, 50, kH200);
       EXPECT(same(emulate(wide, Fault::none), exact(wide.x, wide.down, wide.up)));
     }
   const Case cases[] = {
-      random_case(3, 1100, 72, 777, kNarrow),        // clusters in several rounds, a streamed tail
-      random_case(3, 1100, 72, 777, kNarrow, 1),     // fewer clusters than planned
-      random_case(40, 70, 264, 333, kNarrow),        // tokens in several tiles
-      random_case(1, 33, 8, 3, kH200),               // more blocks than tiles
+      random_case(3, 1104, 72, 777, kNarrow),        // clusters in several rounds, a streamed tail
+      random_case(3, 1104, 72, 777, kNarrow, 1),     // fewer clusters than planned
+      random_case(40, 72, 264, 333, kNarrow),        // tokens in several tiles
+      random_case(1, 40, 8, 3, kH200),               // more blocks than tiles
       random_case(2, 2048, 24, 40, {90, 1, 232448}),  // one block
   };
   for (const Case& c : cases) EXPECT(same(emulate(c, Fault::none), exact(c.x, c.down, c.up)));
 }
 
 void planted_faults_are_found() {
-  const Case c = random_case(9, 1100, 72, 777, kNarrow, 4);  // clusters of 2, each in rounds
+  const Case c = random_case(9, 1104, 72, 777, kNarrow, 4);  // clusters of 2, each in rounds
   EXPECT(same(emulate(c, Fault::none), exact(c.x, c.down, c.up)));
   for (Fault fault : {Fault::one_buffer_of_sums, Fault::no_streamed_rows, Fault::narrow_rows,
                       Fault::last_features_left_out, Fault::t_not_rounded})

@@ -45,7 +45,8 @@ void expect_legal(const LowRankProblem& problem) {
   EXPECT(plan.splits * plan.split_features >= problem.in_features);
   EXPECT(padded_rank(problem.rank) * 2 <= rank_pitch(problem.rank));
   if (plan.kernel == "decode_sm90") {
-    EXPECT(problem.machine.capability == 90 && problem.aligned && problem.rank % 8 == 0);
+    EXPECT(problem.machine.capability == 90 && problem.aligned && problem.in_features % 8 == 0 &&
+           problem.rank % 8 == 0);
     EXPECT(plan.shared_bytes == layout(plan.token_tile, problem.rank, plan.resident_tiles).bytes);
     EXPECT(plan.shared_bytes <= problem.machine.shared_memory && plan.shared_bytes < (1 << 20));  // a barrier's count
     EXPECT(plan.splits == 1 || plan.splits == 2 || plan.splits == 4 || plan.splits == 8);
@@ -117,6 +118,8 @@ void hopper_decodes_in_one_launch_where_it_can() {
     for (int64_t rank : {8, 136, 512, 1024}) EXPECT(plan(tokens, rank, true, h200).kernel == "decode_sm90");
   EXPECT(plan(1, 134, true, h200).kernel == "decode_sm80");
   EXPECT(plan(1, 136, false, h200).kernel == "decode_sm80");
+  // Rows on 16 bytes that do not end there: a view of a wider matrix.
+  EXPECT(plan_lowrank_linear({1, 4095, 136, 4096, Dtype::bfloat16, true, h200}).kernel == "decode_sm80");
   EXPECT(plan(1, 136, true, {100, 148, 232448}).kernel == "decode_sm80");
   EXPECT(plan(1, 8192, true, h200).kernel == "decode_sm80");  // no room for a tile of up
   EXPECT(plan(1, 512, true, h200).splits > 1);
@@ -181,6 +184,8 @@ void names_are_parsed() {
   EXPECT(arch_refusal("80,100f", 103).empty());
   EXPECT(arch_refusal("80,90a,100f", 120).find("no code for sm_120") != std::string::npos);
   EXPECT(!arch_refusal("86", 80).empty());
+  EXPECT(!arch_refusal("80,86,100f", 87).empty() && arch_refusal("80,87", 87).empty());
+  EXPECT(!arch_refusal("80,100f", 101).empty());
   bool refused = false;
   try {
     parse_dtype("int8");

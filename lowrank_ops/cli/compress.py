@@ -11,7 +11,7 @@ from ..checkpoint import save_pretrained
 from ..compress import compress_
 from ..config import ALLOCATIONS, PROJECTIONS, CompressionConfig, ExplainedVariance, ParameterBudget, RankPolicy, Ranks
 from .command import Failure, Result, add_command, add_output, check_folder, document, share
-from .inputs import add_calibration, calibrated
+from .inputs import add_calibration, calibrated, load_batches
 
 _COMPRESS = """\
 Replace layers of the model by low-rank ones and write the result to a folder: model.safetensors and
@@ -58,6 +58,10 @@ def _add_compression(parser: argparse.ArgumentParser) -> None:
         "onto input principal components, or the SVD of the weight alone (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
+        "--refit", choices=["sequential"],
+        help="fit the factors anew, layer by layer, to the dense model's outputs from the compressed model's inputs",
+    )  # fmt: skip
+    parser.add_argument(
         "--keep-dense", action="append", default=[], metavar="LAYER",
         help="layer name or re:pattern that stays as it is; may be given several times",
     )  # fmt: skip
@@ -69,11 +73,17 @@ def run(options: argparse.Namespace) -> Result:
         raise Failure(2, f"--out must be a folder; {str(options.out)!r} is a file")
     if options.html is not None:
         check_folder(options.html, "--html")
+    if options.refit is not None and options.batches is None:
+        raise Failure(2, "--refit runs the model on --batches; it cannot go with --covariances")
     config = CompressionConfig(
-        rank=_policy(options), projection=options.projection, overrides=dict.fromkeys(options.keep_dense)
+        rank=_policy(options),
+        projection=options.projection,
+        overrides=dict.fromkeys(options.keep_dense),
+        refit=options.refit,
     )
     model, covariances = calibrated(options)
-    report = compress_(model, covariances, config, progress=True)
+    batches = None if options.refit is None else load_batches(options.batches)
+    report = compress_(model, covariances, config, batches=batches, mask=options.mask, progress=True)
     if all(layer.rank is None for layer in report.layers):
         raise Failure(1, "every layer stays dense at these ranks, so nothing was written; allow smaller ranks")
     save_pretrained(model, options.out, report)

@@ -9,10 +9,16 @@ def row_stride(x: Tensor) -> int:
         return x.shape[-1]
     if x.dim() < 2 or x.stride(-1) != 1:
         return 0
-    for outer in range(x.dim() - 2):
-        if x.shape[outer] != 1 and x.stride(outer) != x.stride(outer + 1) * x.shape[outer + 1]:
+    step, rows = 0, 1  # between rows, and how many the dimensions so far make; one of size 1 has any stride
+    for size, stride in zip(x.shape[-2::-1], x.stride()[-2::-1], strict=True):
+        if size == 1:
+            continue
+        if rows == 1:
+            step = stride
+        elif stride != step * rows:
             return 0
-    return x.stride(-2)
+        rows *= size
+    return step
 
 
 def starts_on_16_bytes(x: Tensor, stride: int) -> bool:

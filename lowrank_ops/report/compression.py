@@ -45,7 +45,9 @@ class LayerCompression:
     multiplications: int = 0
     dense_seconds: float | None = None  # of all calls in one forward, as a LatencyBudget had them measured
     seconds: float | None = None
-    measured_error: float | None = None  # as relative_error, on other data; see with_measured. Infinite is null in JSON
+    # as relative_error, on other data; see with_measured. What is infinite is null in JSON.
+    measured_error: float | None = None
+    refitted: bool = False  # predicted_error is then against the dense model's output, from the compressed input
 
     @property
     def relative_error(self) -> float | None:
@@ -118,11 +120,15 @@ class CompressionReport:
         return replace(self, layers=tuple(layers))
 
     def compared(self) -> list[tuple[LayerCompression, float, float]]:
-        """Replaced layers with their predicted and measured relative errors, where both are positive and finite."""
+        """Replaced layers with their predicted and measured relative errors, where both are positive and finite.
+
+        Refitted layers are left out: their predicted error is from other inputs than the measured one.
+        """
         return [
             (layer, layer.relative_error, layer.measured_error)
             for layer in self.layers
             if layer.rank is not None
+            and not layer.refitted
             and layer.relative_error
             and layer.measured_error
             and math.isfinite(layer.measured_error)
@@ -205,6 +211,10 @@ class CompressionReport:
             f"{layer.fqn}: factors by projection={layer.projection!r}, as no sensitivity was streamed for it"
             for layer in self.layers
             if layer.projection not in (None, self.config.projection)
+        ] + [
+            f"{layer.fqn}: not refitted"
+            for layer in self.layers
+            if self.config.refit is not None and layer.rank is not None and not layer.refitted
         ]
 
     def to_dict(self) -> dict[str, Any]:
@@ -259,6 +269,7 @@ def _layer_compression(
         multiplications if factors is None else lowrank_multiplications(space, factors.rank),
         None if latencies is None else latencies.seconds(fqn, None),
         None if latencies is None else latencies.seconds(fqn, stored),
+        refitted=factors is not None and factors.refitted,
     )
 
 

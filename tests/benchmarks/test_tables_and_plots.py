@@ -17,8 +17,8 @@ def test_readme_agrees_with_the_results():
 
 
 def test_readme_says_what_is_not_measured():
-    files = [path.stem for path in RESULTS.glob("*.json")]
-    assert files == ["cpu"], "with results of a GPU, README needs their tables"
+    timed = [path.stem for path in RESULTS.glob("*.json") if "suites" in json.loads(path.read_text())]
+    assert timed == ["cpu"], "with results of a GPU, README needs their tables"
     section = tables.README.read_text().partition("## Benchmarks")[2].partition("\n## ")[0]
     assert "not measured" in section and "GPU" in section
 

@@ -52,6 +52,16 @@ def test_rows_are_computed_once(
     assert compressed == ["input"] and "| 60% | weight | not measured |" in capsys.readouterr().out
 
 
+def test_refit_rows_are_rows_of_their_own(tmp_path: Path) -> None:
+    out = tmp_path / "rows.json"
+    arguments = ["--out", str(out), "--budgets", "60", "--projections", "output", "--allocations", "uniform"]
+    vision.main([*arguments, "--refit"])
+    vision.main(arguments)
+    rows = Results(out).rows
+    assert [row["finetuned"] for row in rows] == ["refit", "none"]
+    assert rows[0]["predicted_loss"] is None and rows[1]["predicted_loss"] is not None
+
+
 def test_finetuning_trains_both_ways(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

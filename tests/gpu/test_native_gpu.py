@@ -296,6 +296,15 @@ def test_nothing_outside_the_operands_is_read(tokens):
         assert_right(y, x, down, up, bias, "none")
 
 
+@pytest.mark.parametrize("tokens", [5, 70])
+def test_rows_that_start_on_16_bytes_and_end_off_them(tokens):
+    x, down, up, bias = arguments(tokens, 1008, 136, 256)
+    args = (x[:, :1001], down[:, :1001], up, bias)
+    if reason := linear_cuda.supports_prefill(describe_linear(*args, "none")) if tokens > 64 else None:
+        pytest.skip(reason)
+    assert_right(lowrank_linear(*args, backend="cuda"), *args, "none")
+
+
 @pytest.mark.parametrize("shape", [(1, 768, 136, 768), (16, 4096, 512, 4096), (2048, 4096, 216, 4096)], ids=str)
 def test_same_bits_on_every_run_and_in_a_graph(shape):
     tokens, width, rank, _ = shape

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,11 @@ def test_depends_on_nothing_else(library: Path) -> None:
     assert {"libtorch.so", "libtorch_cpu.so"} <= needed
     assert needed <= system | {"libtorch.so", "libtorch_cpu.so"}
     assert "RUNPATH" not in dynamic and "RPATH" not in dynamic
+
+
+def test_is_small(library: Path) -> None:
+    """A wheel without the demo's data stays below 8 MB."""
+    assert len(zlib.compress(library.read_bytes())) < 7 << 20
 
 
 def test_shapes_that_do_not_fit_are_refused_before_a_launch(library: Path) -> None:

@@ -1,0 +1,275 @@
+"""Sequential refit: each layer's factors fitted to the dense model's output from the compressed model's input.
+
+Factors made from the dense model's activations know nothing of the errors that the layers before them make. Taken in
+the order of their calls, each layer can make up for what has gone wrong so far, as far as its input tells.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .batches import call_model
+from .covariances import Covariance, NonFiniteActivationError
+from .dense_layers import find_layers, weight_matrix
+from .factors import Factors
+from .layers import LowRankConv2d, LowRankLinear
+from .masks import Mask, real_rows
+from .regression import PairedSums, paired_rows, refit_layers
+from .replacement import replaced
+from .streams import Group, Streams, find_chains
+
+_FORMAT = "lowrank_ops.refit/1"
+
+
+def refit_factors(
+    model: nn.Module,
+    factors: Mapping[str, Factors],
+    batches: Iterable[Any],
+    *,
+    sensitivities: Mapping[str, Covariance] | None = None,
+    centered: bool = True,
+    ridge: float | None = None,
+    mask: Mask | None = None,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    blocks: str | Sequence[str] | None = None,
+    checkpoint: str | Path | None = None,
+    max_state_bytes: int = 4 << 30,
+    progress: bool = False,
+) -> dict[str, Factors]:
+    """Fit factors anew, layer by layer in the order of the calls, to what the dense model computes.
+
+    The dense model and the one with the factors refitted so far run side by side. Layers that receive the same tensor
+    (q, k, v) are fitted together, from one pass of each model through one block; the outputs of the blocks before it
+    are kept in main memory, those of one block for each model. Layers outside of blocks, and models without any, are
+    run from the start up to the layer in question, which gives the same and takes longer. The model is not changed.
+
+    Layers keep the factors they have, and a warning says so, where they are convolutions with groups, are not reached
+    by the first batch, receive in the two models rows that do not correspond (as experts do that a router
+    chooses), or would need more than ``max_state_bytes``. Layers without factors stay dense.
+
+    Args:
+        model: the dense model; evaluated in eval mode and handed back as it was.
+        factors: ``{fqn: Factors}`` as from :func:`lowrank_ops.factorize`; they say rank and projection of each layer.
+        batches: as for :func:`lowrank_ops.calibrate`, at best the same; held in memory, as each is run many times.
+        sensitivities: of a calibration, for factors with ``projection="loss"``.
+        centered: fit about the means and fold them into the biases, as the factors were made.
+        ridge: what is added to the variance of every direction of the input, relative to the mean one, in the
+            regression: 0 fits the rows as they are, infinity keeps the dense weight and takes only the new input's
+            subspace. None chooses it for each layer by cross-validation between the even and the odd batches
+            (or between two halves of a single batch), in the layer's own metric.
+        mask: as for :func:`lowrank_ops.calibrate`.
+        forward: ``forward(model, batch)`` replaces the call of the model.
+        blocks: names of the containers whose children are the blocks, such as ``"encoder.layer"``; None finds them.
+        checkpoint: file that is written after every block. If it exists, the run goes on from it: what it holds is
+            not fitted again, and the factors come out as from an unbroken run.
+        max_state_bytes: bound on the sums of one group of layers, (2 in_features)^2 float64 numbers twice, or less
+            where the outputs are narrower.
+        progress: show a progress bar.
+
+    Returns:
+        ``{fqn: Factors}`` in the order of ``factors``; new ones are in the layer's dtype and have ``refitted`` true.
+
+    Raises:
+        NonFiniteActivationError: NaN or inf in the input of a layer.
+        ValueError: a bad argument, layers that cannot be replaced, a checkpoint of another run.
+    """
+    sensitivities = sensitivities or {}
+    batches = _checked(model, factors, batches, sensitivities, ridge)
+    with replaced(model, factors):  # raises now for what could not be put into the model in the end
+        pass
+    found, _ = find_layers(model)
+    layers = {fqn: found[fqn] for fqn in factors}
+    chains = find_chains(model, layers) if blocks is None else _containers(model, blocks)
+    settings = _settings(layers, factors, len(batches), centered, ridge)
+    done = {} if checkpoint is None else _resume(Path(checkpoint), settings)
+    new, kept = dict(factors), dict.fromkeys(layers, "the first batch did not reach it")
+
+    def refitted(streams: Streams, group: Group) -> dict[str, Factors] | str:
+        """New factors of a group, or why it keeps those that it has."""
+        if all(fqn in done for fqn in group.layers):
+            return {fqn: done[fqn] for fqn in group.layers}
+        members = {fqn: layers[fqn] for fqn in group.layers}
+        folds = 2 if ridge is None else 1
+        if any(getattr(layer, "groups", 1) > 1 for layer in members.values()):
+            return "it is a convolution with groups"
+        if (needed := PairedSums.state_bytes(members, folds)) > max_state_bytes:
+            return f"its sums would take {needed / 2**30:.2g} GiB, more than max_state_bytes"
+        pairs = PairedSums(members, folds)
+        old = {fqn: factors[fqn] for fqn in members}
+        reason = _stream(streams, group, pairs)
+        return reason or refit_layers(pairs, old, sensitivities, centered=centered, ridge=ridge)
+
+    with (
+        Streams(model, layers, batches, forward or call_model, mask, chains, strict=blocks is not None) as streams,
+        tqdm(total=len(layers), desc="refitting", unit="layer", disable=not progress) as bar,
+    ):
+        called_once = {fqn for group in streams.groups if group.calls == 1 for fqn in group.layers}
+        for fqn in layers.keys() - called_once:  # later calls depend on what the layer makes of earlier ones
+            streams.replace(fqn, _layer(layers[fqn], new[fqn]))
+        ready: dict[str, Factors] = {}
+        for group, following in zip(streams.groups, [*streams.groups[1:], None], strict=False):
+            streams.advance(group.position)
+            result = refitted(streams, group)
+            for fqn in group.layers:
+                if isinstance(result, str):
+                    kept[fqn] = result
+                else:
+                    new[fqn] = result[fqn]
+                    del kept[fqn]
+                ready[fqn] = new[fqn]
+                streams.replace(fqn, _layer(layers[fqn], new[fqn]))
+            bar.update(len(group.layers))
+            if checkpoint is not None and (following is None or following.position != group.position):
+                _save(Path(checkpoint), settings, ready)
+    if kept:
+        reasons = "".join(f"\n  {fqn}: {reason}" for fqn, reason in kept.items())
+        warnings.warn(f"these layers are not refitted:{reasons}", stacklevel=2)
+    return new
+
+
+def _stream(streams: Streams, group: Group, pairs: PairedSums) -> str | None:
+    """Fill the sums with all batches; a reason where the rows of the two models do not correspond."""
+    leader = group.layers[0]
+    layer = streams.layers[leader]
+    last = len(pairs.folds) - 1
+    for batch, dense, compressed, mask in streams.pairs(group):
+        if [x.shape for x in dense] != [z.shape for z in compressed]:
+            return "its inputs in the dense and in the compressed model do not correspond row by row"
+        rows = None if isinstance(layer, nn.Conv2d) else mask
+        for x, z in zip(dense, compressed, strict=True):
+            x, z = (paired_rows(layer, real_rows(leader, part, rows)) for part in (x, z))
+            if last and len(streams.batches) == 1:  # two halves of the rows
+                half = len(x) // 2
+                pairs.update(0, x[:half], z[:half])
+                pairs.update(1, x[half:], z[half:])
+            else:
+                pairs.update(batch % 2 if last else 0, x, z)
+    if not all(sums.count for sums in pairs.folds):
+        return "too few rows reached it"
+    pairs.finish()
+    if not pairs.is_finite():
+        raise NonFiniteActivationError(
+            f"layer {leader!r}: its input holds NaN or inf, in the dense or in the compressed model. Check the "
+            "batches, or run the model in a wider dtype."
+        )
+    return None
+
+
+def _layer(dense: nn.Module, factors: Factors) -> nn.Module:
+    make = LowRankConv2d.from_factors if isinstance(dense, nn.Conv2d) else LowRankLinear.from_factors
+    return make(dense, factors)  # type: ignore[arg-type]
+
+
+def _checked(
+    model: nn.Module,
+    factors: Mapping[str, Factors],
+    batches: Iterable[Any],
+    sensitivities: Mapping[str, Covariance],
+    ridge: float | None,
+) -> list[Any]:
+    if hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:
+        raise ValueError("model is compiled, which hides its layers; refit and compress it before torch.compile.")
+    if "" in factors:
+        raise ValueError("model is itself the layer to refit, and has no layer before it; refit_factors does nothing.")
+    unweighed = [fqn for fqn, part in factors.items() if part.projection == "loss" and fqn not in sensitivities]
+    if unweighed:
+        raise ValueError(
+            f"factors of projection='loss' need their sensitivities, which lack {', '.join(unweighed)}; pass "
+            "sensitivities=covariances.sensitivities."
+        )
+    if isinstance(batches, (Tensor, Mapping, str)):
+        raise TypeError(
+            f"batches must be a collection of batches; got one {type(batches).__name__}. Pass [batch] for a single one."
+        )
+    if ridge is not None and (isinstance(ridge, bool) or not isinstance(ridge, (int, float)) or not ridge >= 0):
+        raise ValueError(f"ridge must be None or a number that is not negative; got {ridge!r}.")
+    held = list(batches)
+    if not held:
+        raise ValueError("batches was empty; pass at least one batch.")
+    return held
+
+
+def _containers(model: nn.Module, blocks: str | Sequence[str]) -> list[str]:
+    names = [blocks] if isinstance(blocks, str) else list(blocks)
+    modules = dict(model.named_modules())
+    for name in names:
+        if not isinstance(modules.get(name), (nn.ModuleList, nn.Sequential)):
+            what = f"is a {type(modules[name]).__name__}" if name in modules else "is not there"
+            known = [name for name, module in modules.items() if isinstance(module, (nn.ModuleList, nn.Sequential))]
+            raise ValueError(
+                f"blocks must name ModuleLists or Sequentials of the model; {name!r} {what}. "
+                f"There are: {', '.join(map(repr, known)) or 'none'}."
+            )
+    return names
+
+
+def _settings(
+    layers: Mapping[str, nn.Module], factors: Mapping[str, Factors], batches: int, centered: bool, ridge: float | None
+) -> dict[str, Any]:
+    """What must be the same for a checkpoint to go on."""
+    digest = hashlib.sha256()
+    for layer in layers.values():  # enough of every weight to know the model by
+        digest.update(weight_matrix(layer).reshape(-1)[:256].double().cpu().numpy().tobytes())
+    return {
+        "ranks": {fqn: part.rank for fqn, part in factors.items()},
+        "projections": {fqn: part.projection for fqn, part in factors.items()},
+        "batches": batches,
+        "centered": centered,
+        "ridge": ridge,
+        "weights": digest.hexdigest(),
+    }
+
+
+def _save(path: Path, settings: dict[str, Any], done: Mapping[str, Factors]) -> None:
+    """Write what has been fitted; a crash leaves the old file or the new one."""
+    tensors, entries = {}, {}
+    for fqn, part in done.items():
+        for name in ("down", "up", "bias"):
+            tensor = getattr(part, name)
+            if tensor is not None:
+                tensors[f"{fqn}.{name}"] = tensor.contiguous().cpu()
+        names = (
+            "rank", "projection", "predicted_error", "output_variance", "predicted_loss", "excess_error", "refitted",
+        )  # fmt: skip
+        entries[fqn] = {name: getattr(part, name) for name in names}
+    header = {"format": _FORMAT, "settings": settings, "layers": entries}
+    partial = path.with_name(path.name + ".part")
+    save_file(tensors, partial, metadata={"lowrank_ops": json.dumps(header)})
+    os.replace(partial, path)
+
+
+def _resume(path: Path, settings: dict[str, Any]) -> dict[str, Factors]:
+    if not path.parent.is_dir():
+        raise ValueError(f"checkpoint {str(path)!r} is in a folder that does not exist; make it first.")
+    if not path.exists():
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {})["lowrank_ops"])
+            known = header["format"] == _FORMAT
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+        raise ValueError(f"checkpoint {str(path)!r} cannot be read: {error}. Delete it to start anew.") from None
+    if not known:
+        raise ValueError(f"checkpoint {str(path)!r} was not written by a refit. Name another file.")
+    differ = [name for name, value in settings.items() if header["settings"].get(name) != value]
+    if differ:
+        raise ValueError(
+            f"checkpoint {str(path)!r} is of another run: its {', '.join(differ)} differ. Use the same arguments to go "
+            "on with it, or delete it to start anew."
+        )
+    return {
+        fqn: Factors(tensors[f"{fqn}.down"], tensors[f"{fqn}.up"], tensors.get(f"{fqn}.bias"), **entry)
+        for fqn, entry in header["layers"].items()
+    }
