@@ -88,6 +88,12 @@ def compress_(
         raise ValueError(f"covariances name layers that model does not have: {', '.join(missing)}.")
     skipped |= {fqn: "no calibration batch reached it" for fqn in layers if fqn not in covariances}
 
+    for fqn, space in (subspaces or {}).items():
+        if fqn in covariances and space.covariance is not covariances[fqn]:
+            raise ValueError(
+                f"subspaces[{fqn!r}] was made from other covariances than those given; pass "
+                "subspaces=layer_subspaces(layers, covariances) of the same calibration."
+            )
     if subspaces is None or any(space.centered != config.centered for space in subspaces.values()):
         subspaces = layer_subspaces(layers, covariances, centered=config.centered)
     subspaces = {fqn: subspaces[fqn] for fqn in layers if fqn in subspaces}

@@ -301,3 +301,13 @@ def test_a_model_that_is_the_layer_is_refused():
     covariances = lro.calibrate(model, [torch.randn(40, 32)])
     with pytest.raises(ValueError, match=r"model is itself the layer to replace; use LowRankLinear\.from_linear"):
         lro.compress_(model, covariances)
+
+
+def test_subspaces_of_another_calibration_are_refused():
+    model, batches = Model(), [low_rank_images()]
+    covariances, others = (lro.calibrate(model, batches) for _ in range(2))
+    spaces = lro.layer_subspaces({fqn: model.get_submodule(fqn) for fqn in others}, others)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"subspaces\['conv'\] was made from other covariances"):
+        lro.compress_(model, covariances, subspaces=spaces)
+    assert snapshot(model)[0] == before[0]

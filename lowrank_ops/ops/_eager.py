@@ -13,8 +13,9 @@ _PLAIN = (Tensor, Parameter)
 def undisturbed(x: Tensor, *others: Tensor | None) -> bool:
     """Whether the dispatcher would do nothing with this call but hand it to the op's kernel.
 
-    False under ``torch.compile``, tracing, autocast, any dispatch or function mode, transform or forward-mode
-    differentiation, wherever a gradient is wanted, and for all but plain dense tensors on a CPU or CUDA device.
+    False under ``torch.compile``, tracing, profiling, autocast, any dispatch or function mode, transform or
+    forward-mode differentiation, wherever a gradient is wanted, and for all but plain dense tensors on a CPU or CUDA
+    device.
 
     Args:
         x: the op's input, which names the device; the others share it.
@@ -37,5 +38,6 @@ def undisturbed(x: Tensor, *others: Tensor | None) -> bool:
         or torch._C._get_tracing_state() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
+        or torch.autograd._profiler_enabled()
         or torch.is_autocast_enabled("cuda" if x.is_cuda else "cpu")
     )

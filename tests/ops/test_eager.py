@@ -74,6 +74,12 @@ def test_function_modes_autocast_transforms_and_traces_go_through(tensors):
     assert undisturbed(*tensors)
 
 
+def test_profiles_name_the_op(tensors):
+    with torch.profiler.profile() as profile:
+        lowrank_linear(*tensors)
+    assert "lowrank_ops::lowrank_linear" in {event.key for event in profile.key_averages()}
+
+
 def test_unusual_tensors_go_through(tensors):
     class Own(torch.Tensor):
         pass
