@@ -5,7 +5,6 @@ import torch
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank_ops.ops import lowrank_linear
 from lowrank_ops.ops._eager import undisturbed
@@ -113,11 +112,3 @@ def test_export_and_compile_see_the_op(tensors):
     with torch.inference_mode():
         torch.compile(Layer(), backend=record, fullgraph=True)(tensors[0])
     assert len(graphs) == 1 and "lowrank_ops.lowrank_linear" in graphs[0]
-
-
-def test_flops_are_counted(tensors):
-    x, down, up, bias = tensors
-    with FlopCounterMode(display=False) as counter:
-        lowrank_linear(x, down, up, bias)
-    rows, (rank, in_features), out_features = x[..., 0].numel(), down.shape, up.shape[0]
-    assert counter.get_total_flops() == 2 * rows * rank * (in_features + out_features)

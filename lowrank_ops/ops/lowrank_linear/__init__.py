@@ -5,12 +5,10 @@ Schema, validation, fake, autograd, autocast and the table of implementations.
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from .._autocast import register_autocast
 from .._backend import Backend, Device, Impl, choose, device_facts
@@ -223,11 +221,6 @@ def _fake(
     return x.new_empty((*x.shape[:-1], up.shape[0]))
 
 
-def _flops(x: Any, down: Any, up: Any, bias: Any = None, *, out_shape: Any = None, **options: Any) -> int:
-    """For torch's FlopCounterMode, which hands over shapes: two products, a multiplication and an addition each."""
-    return 2 * math.prod(x[:-1]) * down[0] * (down[1] + up[0])
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
     x, down, up, bias = inputs
     ctx.save_for_backward(x, down, up, bias)
@@ -256,4 +249,3 @@ _lib.impl("lowrank_linear", _run, "CompositeExplicitAutograd")
 torch.library.register_fake("lowrank_ops::lowrank_linear", _fake, lib=_lib)
 torch.library.register_autograd("lowrank_ops::lowrank_linear", _backward, setup_context=_setup_context, lib=_lib)
 register_autocast(_lib, "lowrank_linear", cast=True)
-register_flop_formula(torch.ops.lowrank_ops.lowrank_linear)(_flops)
