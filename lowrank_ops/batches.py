@@ -1,12 +1,26 @@
-"""Batches and outputs as models have them: tensors, tuples, lists, mappings and objects."""
+"""Running a model: batches and outputs as models have them, and its modules' training flags."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block; every module gets its own training flag back."""
+    training = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, flag in training:
+            module.training = flag
 
 
 def call_model(model: nn.Module, batch: Any) -> Any:

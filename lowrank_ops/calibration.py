@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .batches import call_model, device_of, move
+from .batches import call_model, device_of, evaluating, move
 from .covariances import Covariances
 from .dense_layers import FilterFn, dimensions, find_layers
 from .masks import Mask
@@ -209,19 +209,15 @@ def _recording(
     covariances = Covariances() if into is None else into
     covariances.skipped = skipped
     recorder = Recorder(layers, mask, share_inputs)
-    training = {module: module.training for module in model.modules()}
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
-    with torch.random.fork_rng(devices=[device.index for device in devices]):
+    with evaluating(model), torch.random.fork_rng(devices=[device.index for device in devices]):
         try:
-            model.eval()
             sides = {fqn: _side(layer, side, dtype, max_state_bytes) for fqn, layer in layers.items()}
             recorder.attach(model, sides, dtype)
             yield recorder, covariances
             recorder.check_finite()
         finally:
             recorder.detach()
-            for module, flag in training.items():
-                module.training = flag
     recorder.finish(covariances)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .batches import call_model, device_of, move
+from .batches import call_model, device_of, evaluating, move
 from .dense_layers import bias_vector
 from .layers import LowRankConv2d, LowRankLinear
 from .masks import Mask, read_mask, real_rows
@@ -115,20 +115,15 @@ def measure_errors(
         )
         for fqn in replaced
     ]
-    training = [(module, module.training) for model in (dense, compressed) for module in model.modules()]
     seen = 0
     try:
-        dense.eval()
-        compressed.eval()
-        with torch.no_grad():
+        with evaluating(dense, compressed), torch.no_grad():
             for batch in tqdm(batches, desc="measuring errors", unit="batch", disable=not progress):
                 (forward or call_model)(dense, move(batch, device_of(dense)))
                 seen += 1
     finally:
         for handle in handles:
             handle.remove()
-        for module, flag in training:
-            module.training = flag
     if not seen:
         raise ValueError("batches was empty; pass at least one batch.")
     return {fqn: sums[fqn].relative(centered) for fqn in replaced if fqn in sums}

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batches import device_of, move
+from .batches import device_of, evaluating, move
 from .masks import Mask, read_mask
 
 Position = dict[str, int]  # by chain: how many of its children have been passed
@@ -104,15 +104,12 @@ class Streams:
         self.groups: list[Group] = []
 
     def __enter__(self) -> Streams:
-        training = [(module, module.training) for module in self.model.modules()]
         devices = {parameter.device.index for parameter in self.model.parameters() if parameter.is_cuda}
         with ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng(devices=list(devices)))
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
-            for module, flag in training:
-                stack.callback(setattr, module, "training", flag)
-            self.model.eval()
+            stack.enter_context(evaluating(self.model))
             hook = self.model.register_forward_pre_hook(self._begin, with_kwargs=True)
             stack.callback(hook.remove)
             for fqn, layer in self.layers.items():

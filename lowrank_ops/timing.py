@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .batches import call_model, device_of, move
+from .batches import call_model, device_of, evaluating, move
 from .costs import RANK_ALIGNMENT
 from .dense_layers import FilterFn, dimensions, find_layers
 from .latencies import LatencyCurve, LayerLatencies
@@ -95,16 +95,12 @@ def measure_latency(
         )
         for fqn, layer in layers.items()
     ]
-    training = [(module, module.training) for module in model.modules()]
     try:
-        model.eval()
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             (forward or call_model)(model, move(batch, device))
     finally:
         for handle in handles:
             handle.remove()
-        for module, flag in training:
-            module.training = flag
     if not calls:
         raise ValueError("the forward of model called no layer that can be compressed and that filter_fn keeps.")
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # inputs and factors are random

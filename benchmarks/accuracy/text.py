@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ import lowrank_ops as lro
 
 from .corpora import SOURCES, corpus
 from .encoder import Batch, cosines, embed, embed_all, load_encoder, model_folder, tokenize
+from .results import Results
 
 
 class Arm(NamedTuple):
@@ -55,7 +55,7 @@ SIZES = (100, 200, 400, 800, 1600)  # calibration runs in steps from one to the 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parser().parse_args(arguments)
-    rows = json.loads(options.out.read_text()) if options.out.exists() else []
+    results = Results(options.out)
     folder = options.model or model_folder()
     asked: list[dict[str, Any]] = []
     for kind in options.kinds:
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                         }
                     )
             missing = [case for case in asked if case["kind"] == kind and case["texts"] == texts]
-            missing = [case for case in missing if find(rows, case) is None]
+            missing = [case for case in missing if results.find(case) is None]
             if not missing:
                 continue
             bench = bench or Bench(folder, kind, options)
@@ -84,9 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             subspaces = lro.layer_subspaces(bench.layers(), covariances)
             for case in tqdm(missing, desc=f"{kind}, {texts} texts", unit="model"):
                 student, report = bench.compress(ARMS[case["arm"]], case["budget"], texts, covariances, subspaces)
-                rows.append({**case, **bench.judge(student), "layer_share": share(report), **bench.describe(texts)})
-                options.out.write_text(json.dumps(rows, indent=1) + "\n")
-    print(table([row for case in asked if (row := find(rows, case)) is not None]))
+                results.add(case, {**bench.judge(student), "layer_share": share(report), **bench.describe(texts)})
+    print(table([row for case in asked if (row := results.find(case)) is not None]))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -191,11 +190,6 @@ class Bench:
         return self._corpus.describe(texts)
 
 
-def find(rows: Sequence[Mapping[str, Any]], case: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The row of a case, if it was computed."""
-    return next((row for row in rows if case.items() <= row.items()), None)
-
-
 def share(report: lro.CompressionReport) -> float:
     """Layer parameters kept, in percent."""
     return 100 * report.layer_parameters / report.layer_parameters_before
@@ -208,7 +202,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     for kind, texts, budget in dict.fromkeys((row["kind"], row["texts"], row["budget"]) for row in rows):
         cells = []
         for arm in arms:
-            row = find(rows, {"kind": kind, "texts": texts, "budget": budget, "arm": arm})
+            key = {"kind": kind, "texts": texts, "budget": budget, "arm": arm}
+            row = next((row for row in rows if key.items() <= row.items()), None)
             cells.append("" if row is None else f"{row['cosine']:.3f}")
         lines.append(f"| {texts} {kind} | {budget:g}% | {' | '.join(cells)} |")
     return "\n".join(lines)
