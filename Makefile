@@ -51,7 +51,7 @@ test-compile: $(VENV)/ready-dev
 # The CUDA library, built with every warning an error, and all that can be checked of it without a GPU.
 test-native: $(VENV)/ready-dev
 	if $(HAS_NVCC); then \
-	  $(WITH_CUDA) $(PIP) --no-deps --editable . && $(PYTEST) tests/native tests/simulator; \
+	  $(WITH_CUDA) $(PIP) --no-deps --editable . && $(PYTEST) tests/native && OMP_NUM_THREADS=1 $(PYTEST) tests/simulator -n 2; \
 	else \
 	  echo "no nvcc: the CUDA library was not built and its tests were not run"; \
 	fi

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -29,9 +30,12 @@ def build(folder: Path, *options: str) -> Path:
         ["cmake", "-S", ROOT, "-B", folder, f"-DPython_EXECUTABLE={sys.executable}", *fixed, *options],
         ["cmake", "--build", folder, "--target", "lowrank_ops_simulated", "--parallel", "2"],
     ]
-    for command in commands:
-        result = subprocess.run(command, capture_output=True, text=True)
-        assert result.returncode == 0, result.stdout + result.stderr
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # pytest -n: one worker builds, the others find it built
+        for command in commands:
+            result = subprocess.run(command, capture_output=True, text=True)
+            assert result.returncode == 0, result.stdout + result.stderr
     return next(folder.rglob(LIBRARY_NAME))
 
 
