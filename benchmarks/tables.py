@@ -14,6 +14,18 @@ README = Path(__file__).parent.parent / "README.md"
 START = "<!-- cpu table: python -m benchmarks.tables --write -->"
 END = "<!-- end of cpu table -->"
 OURS = "lowrank_ops auto"
+MODES = {
+    "inference_mode": "Python and dispatch of one call under `inference_mode`",
+    "no_grad": "Python and dispatch of one call under `no_grad`",
+    "backward": "The same of one call and its backward",
+}
+CALLS = {
+    OURS: "`lowrank_linear`",
+    "two F.linear": "two `F.linear`",
+    "F.linear": "one",
+    "lowrank_ops LowRankLinear": "`LowRankLinear`",
+    "two nn.Linear": "two `nn.Linear`",
+}
 
 
 def cpu_section(document: Mapping[str, Any]) -> str:
@@ -47,15 +59,17 @@ def cpu_section(document: Mapping[str, Any]) -> str:
             ],
         ),
     ]
-    for mode in ("inference_mode", "no_grad"):
+    for mode, what in MODES.items():
         group = {
             row["arm"]: row["median_us"] for row in rows if row["op"] == "overhead" and row["shape"]["mode"] == mode
         }
-        lines += [
-            "",
-            f"Python and dispatch of one call under `{mode}`, by a layer of 8 features: `lowrank_linear` "
-            f"{group[OURS]:.1f} µs, two `F.linear` {group['two F.linear']:.1f} µs, one {group['F.linear']:.1f} µs.",
-        ]
+        if group:
+            lines += [
+                "",
+                f"{what}, by a layer of 8 features: "
+                + ", ".join(f"{name} {group[arm]:.1f} µs" for arm, name in CALLS.items() if arm in group)
+                + ".",
+            ]
     return "\n".join(lines)
 
 
