@@ -17,7 +17,7 @@ import json
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -34,6 +34,7 @@ from .suite import H200, META
 _covariance = importlib.import_module("lowrank_ops.ops.covariance")
 _linear = importlib.import_module("lowrank_ops.ops.lowrank_linear")
 _covariance_triton = importlib.import_module("lowrank_ops.ops.covariance._triton")
+_conv_triton = importlib.import_module("lowrank_ops.ops.covariance._triton_conv")
 _linear_triton = importlib.import_module("lowrank_ops.ops.lowrank_linear._triton")
 _linear_config = importlib.import_module("lowrank_ops.ops.lowrank_linear._triton_config")
 
@@ -138,6 +139,54 @@ class CovarianceTuner(Tuner):
         return lambda state, total, x: _covariance_triton.launch(plan, state, total, x, problem)
 
 
+class ConvCovarianceTuner(Tuner):
+    """``conv_covariance_update_``."""
+
+    op = "conv_covariance_update"
+    options: ClassVar[Options] = {
+        "triton": {
+            "block_d": (32, 64, 128),
+            "block_t": (16, 32, 64, 128),
+            "num_warps": (4, 8),
+            "num_stages": (2, 3, 4, 5),
+            "group": (4, 8, 16),
+            "split": (0, 1, 2, 3, 4, 6, 8, 12, 16, 32),
+        }
+    }
+    convs: ClassVar[Sequence[shapes.Conv]] = shapes.CONVS
+
+    def shapes(self) -> list[Shape]:
+        return [shape for shape, _ in self._listed()]
+
+    def case(self, shape: Shape) -> Case:
+        return next(case for listed, case in self._listed() if listed == shape)
+
+    def _listed(self) -> Iterator[tuple[Shape, Case]]:
+        """Every case, under what the table calls it."""
+        for dtype in ("bf16", "fp16", "fp32"):
+            for case in bench_covariance.conv_cases(dtype, self.convs):
+                assert case.pose is not None
+                _, problem = case.pose(case.make(META, 0))
+                yield _conv_triton.table_shape(problem), case
+
+    def arch(self, device: Device) -> str:
+        return f"sm{_covariance_triton.arch_of(device)}"
+
+    def starts(self, problem: Any) -> list[Candidate]:
+        arch = _covariance_triton.arch_of(problem.device)
+        shipped = [config for (of, _), config in _conv_triton.HEURISTIC.items() if of == arch]
+        configs = dict.fromkeys([_conv_triton.config_for(problem), *shipped])
+        return [Candidate("triton", config) for config in configs]
+
+    def refuse(self, candidate: Candidate, problem: Any) -> str | None:
+        reason: str | None = _covariance_triton.unsupported_config(candidate.config, problem.dtype, problem.device)
+        return reason
+
+    def arm(self, candidate: Candidate, problem: Any) -> Callable[..., Any]:
+        plan = _conv_triton.plan_with(problem, candidate.config)
+        return lambda state, total, x: _conv_triton.launch(plan, state, total, x)
+
+
 class LowRankLinearTuner(Tuner):
     """``lowrank_linear``."""
 
@@ -214,7 +263,9 @@ class LowRankLinearTuner(Tuner):
         return lambda x, down, up, bias, weight: run(problem, x, down, up, bias, "none", candidate.config)
 
 
-TUNERS: dict[str, Tuner] = {tuner.op: tuner for tuner in (CovarianceTuner(), LowRankLinearTuner())}
+TUNERS: dict[str, Tuner] = {
+    tuner.op: tuner for tuner in (CovarianceTuner(), ConvCovarianceTuner(), LowRankLinearTuner())
+}
 
 
 class Tuned(NamedTuple):
