@@ -152,7 +152,7 @@ def searched(monkeypatch):
     """Shapes in the order in which they were searched, at no cost."""
     seen = []
 
-    def search(tuner, shape, device, seconds):
+    def search(tuner, shape, device, seconds, steps):
         seen.append(shape["tokens"])
         entry = {"shape": shape, "impl": "triton", "config": {}, "us": 1.0}
         return tune.Tuned(entry, f"changed {shape['tokens']}", {"a candidate": "wrong: error 1"})
@@ -182,6 +182,13 @@ def test_progress_of_other_conditions_is_not_mixed_in(tmp_path, searched):
     document = json.loads(kept.read_text())
     document["conditions"]["triton"] = "another"
     kept.write_text(json.dumps(document))
+    assert tune.tune(Fake(), CPU, 50, 0.1, progress, folder) and searched == [1, 2, 3, 1, 2, 3]
+
+
+def test_progress_of_a_shorter_search_is_not_taken_for_a_longer_one(tmp_path, searched):
+    progress, folder = tmp_path / "progress", tmp_path / "tables"
+    assert tune.tune(Fake(), CPU, 50, 0.1, progress, folder, steps=0)
+    assert tune.tune(Fake(), CPU, 50, 0.1, progress, folder, steps=0) and searched == [1, 2, 3]
     assert tune.tune(Fake(), CPU, 50, 0.1, progress, folder) and searched == [1, 2, 3, 1, 2, 3]
 
 

@@ -95,6 +95,9 @@ def test_the_search_goes_downhill_over_several_fields():
     tuned = tune.tune_shape(Start(), COVARIANCE_SHAPE, CPU, 0.01)
     assert (tuned.entry["config"]["block_t"], tuned.entry["config"]["split"]) == (16, 1)
     assert "->" in tuned.change
+    for steps, found in ((0, (32, 2)), (1, (16, 2))):
+        config = tune.tune_shape(Start(), COVARIANCE_SHAPE, CPU, 0.01, steps).entry["config"]
+        assert (config["block_t"], config["split"]) == found
 
 
 def test_a_wrong_candidate_is_never_timed_and_never_wins(monkeypatch):
