@@ -16,7 +16,7 @@ from torch._C import (
     _len_torch_dispatch_stack,
     _len_torch_function_stack,
 )
-from torch._C._functorch import peek_interpreter_stack
+from torch._C._functorch import is_functorch_wrapped_tensor, peek_interpreter_stack
 from torch.autograd import _profiler_enabled, forward_ad
 from torch.compiler import is_compiling
 from torch.nn import Parameter
@@ -56,6 +56,16 @@ def wants_gradient(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> 
     """Whether autograd is to record this call."""
     return torch.is_grad_enabled() and (
         x.requires_grad or down.requires_grad or up.requires_grad or (bias is not None and bias.requires_grad)
+    )
+
+
+def outlived(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> bool:
+    """Whether one of them was made by a transform that is over; ``torch.autograd.Function.apply`` would unwrap it."""
+    return (
+        is_functorch_wrapped_tensor(x)
+        or is_functorch_wrapped_tensor(down)
+        or is_functorch_wrapped_tensor(up)
+        or (bias is not None and is_functorch_wrapped_tensor(bias))
     )
 
 

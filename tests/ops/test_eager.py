@@ -138,6 +138,21 @@ def test_export_and_compile_see_the_op(tensors):
     assert len(graphs) == 1 and "lowrank_ops.lowrank_linear" in graphs[0]
 
 
+@pytest.mark.parametrize("which", range(4), ids=["x", "down", "up", "bias"])
+def test_a_tensor_that_outlived_its_transform(tensors, which):
+    kept = []
+    torch.func.grad(lambda tensor: (kept.append(tensor), tensor.sum())[1])(tensors[which])
+    given = [tensor.requires_grad_() for tensor in tensors]
+    expected = lowrank_linear(*given)
+    given[which] = kept[0]
+    assert torch._C._functorch.is_functorch_wrapped_tensor(kept[0])
+    y = lowrank_linear(*given)
+    assert torch.equal(y, expected) and not torch._C._functorch.is_functorch_wrapped_tensor(y)
+    others = [tensor for at, tensor in enumerate(given) if at != which]
+    ours, theirs = (torch.autograd.grad(result.sum(), others) for result in (y, expected))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
 # --- what is remembered -----------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from .._autocast import register_autocast
 from .._backend import Backend, Device, Impl, choose, device_facts
 from .._backend import explain as _explain
-from .._eager import Decisions, undisturbed, wants_gradient
+from .._eager import Decisions, outlived, undisturbed, wants_gradient
 from .._layout import row_stride
 from . import _cuda, _triton, reference
 
@@ -110,9 +110,10 @@ def lowrank_linear(
     """
     if undisturbed(x, down, up, bias):
         run = _decision(x, down, up, bias, activation, backend)
-        if wants_gradient(x, down, up, bias):
-            return _Recorded.apply(run, activation, backend, x, down, up, bias)  # type: ignore[no-any-return]
-        return run(x, down, up, bias)  # type: ignore[no-any-return]
+        if not wants_gradient(x, down, up, bias):
+            return run(x, down, up, bias)
+        if not outlived(x, down, up, bias):
+            return _record(run, activation, backend, x, down, up, bias)
     if x.is_nested:  # as nn.TransformerEncoder hands over sequences without their padding
         return reference.two_products(x, down, up, bias, activation)
     return torch.ops.lowrank_ops.lowrank_linear(x, down, up, bias, activation=activation, backend=backend)
@@ -311,6 +312,10 @@ class _Recorded(torch.autograd.Function):
         activation, backend = ctx.options
         gradients = _gradients(grad, x, down, up, bias, ctx.needs_input_grad[3:], activation, backend)
         return (None, None, None, *gradients)
+
+
+# Without what Function.apply does in Python for transforms, which are ruled out here: half of the time of a small call.
+_record: Callable[..., Tensor] = super(torch.autograd.Function, _Recorded).apply
 
 
 def _gradients(
