@@ -50,7 +50,7 @@ TABLE: tuple[Impl, ...] = (
         lambda problem: None,
         lambda problem, *args: reference.dense(*args),
         _dense_costs_less,
-        lambda problem: reference.bind(reference.dense, problem.activation),
+        bind=lambda problem: reference.bind(reference.dense, problem.activation),
     ),
     Impl(
         "triton.decode",
@@ -58,7 +58,7 @@ TABLE: tuple[Impl, ...] = (
         _triton.supports_decode,
         _triton.run_decode,
         _triton.prefers_decode,
-        _triton.bind_decode,
+        bind=_triton.bind_decode,
     ),
     Impl(
         "triton.prefill",
@@ -66,7 +66,7 @@ TABLE: tuple[Impl, ...] = (
         _triton.supports_prefill,
         _triton.run_prefill,
         _triton.prefers_prefill,
-        _triton.bind_prefill,
+        bind=_triton.bind_prefill,
     ),
     Impl(
         "two_products",
