@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 import lowrank_ops as lro
-from lowrank_ops.ops._backend import choose
+from lowrank_ops.ops._eager import undisturbed
 
 from . import bench_covariance, bench_lowrank_linear, shapes
 from .measure import Probe, sample, summarize
@@ -25,9 +26,9 @@ from .rows import Case, Row, compare
 from .suite import finish, line, parser, record, run
 
 _op = importlib.import_module("lowrank_ops.ops.lowrank_linear")
-CALLS = 500  # per sample of an overhead
+CALLS = 200  # per sample of an overhead
 QUICK_SECONDS = 0.5  # of timing per case
-MODES = {"inference_mode": torch.inference_mode, "no_grad": torch.no_grad}
+MODES = {"inference_mode": torch.inference_mode, "no_grad": torch.no_grad, "backward": torch.enable_grad}
 
 
 def cases(
@@ -39,6 +40,7 @@ def cases(
     yield from bench_lowrank_linear.cases("fp32", layers, shapes.CPU_TOKENS)
 
 
+@torch.inference_mode(False)  # in which the rest is measured, and whose tensors have no gradients
 def overheads(seconds: float) -> tuple[list[Row], dict[str, float]]:
     """Calls so small that nearly all of their time is Python and dispatch.
 
@@ -46,30 +48,44 @@ def overheads(seconds: float) -> tuple[list[Row], dict[str, float]]:
         Rows for each mode of grad, and the microseconds of the parts of a call of ours.
     """
     x, down, up, bias = (torch.randn(size) for size in ((1, 8), (8, 8), (8, 8), (8,)))
-    calls: dict[str, Callable[[], Any]] = {
-        "F.linear": lambda: F.linear(x, up, bias),
-        "two F.linear": lambda: F.linear(F.linear(x, down), up, bias),
-        "lowrank_ops auto": lambda: lro.ops.lowrank_linear(x, down, up, bias),
+    thin = lro.LowRankLinear(8, 8, 8)
+    linears = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8))
+    for target, value in ((thin.down, down), (thin.up, up), (linears[0].weight, down), (linears[1].weight, up)):
+        target.data.copy_(value)
+    for layer in (thin, linears[1]):
+        layer.bias.data.copy_(bias)
+    factors = thin.down, thin.up, thin.bias
+    calls: dict[str, Callable[[], Tensor]] = {
+        "F.linear": lambda: F.linear(x, factors[1], factors[2]),
+        "two F.linear": lambda: F.linear(F.linear(x, factors[0]), factors[1], factors[2]),
+        "lowrank_ops auto": lambda: lro.ops.lowrank_linear(x, *factors),
+        "two nn.Linear": lambda: linears(x),
+        "lowrank_ops LowRankLinear": lambda: thin(x),
     }
     exact = F.linear(F.linear(x.double(), down.double()), up.double(), bias.double())
     rows = []
     for mode, scope in MODES.items():
         with scope():
-            right = bool(torch.allclose(calls["lowrank_ops auto"]().double(), exact, atol=1e-5))
-            times = sample({name: _repeated(call) for name, call in calls.items()}, seconds)
+            right = {name: bool(torch.allclose(call().double(), exact, atol=1e-5)) for name, call in calls.items()}
+            timed = {name: _with_backward(call) for name, call in calls.items()} if mode == "backward" else calls
+            times = sample({name: _repeated(call) for name, call in timed.items()}, seconds)
         group = []
         for name, samples in times.items():
-            row = Row("overhead", {"mode": mode}, name, correct=right or not name.startswith("lowrank_ops"))
+            row = Row("overhead", {"mode": mode}, name, correct=right[name] or name == "F.linear")
             row.median_us, row.p90_us, row.eager_us, row.samples = summarize(samples)
             group.append(row)
-        rows += compare(group, ["F.linear", "two F.linear"])
-    problem = _op.describe(x, down, up, bias, "none")
-    parts = {
-        "describe": lambda: _op.describe(x, down, up, bias, "none"),
-        "choose": lambda: choose(_op.TABLE, problem, "auto"),
-    }
-    times = sample({name: _repeated(call) for name, call in parts.items()}, seconds)
+        rows += compare(group, ["F.linear", "two F.linear", "two nn.Linear"])
+    with torch.no_grad():
+        parts = {
+            "modes": lambda: undisturbed(x, down, up, bias),
+            "decision": lambda: _op._decision(x, down, up, bias, "none", "auto"),
+        }
+        times = sample({name: _repeated(call) for name, call in parts.items()}, seconds)
     return rows, {name: round(summarize(samples).median, 2) for name, samples in times.items()}
+
+
+def _with_backward(call: Callable[[], Tensor]) -> Callable[[], None]:
+    return lambda: call().sum().backward()
 
 
 def _repeated(call: Callable[[], Any]) -> Probe:
@@ -100,6 +116,7 @@ def main() -> int:
         return 0
     suite["complete"] &= not parsed.quick
     rows, suite["overhead_parts_us"] = overheads(parsed.seconds)
+    suite["rows"] = [row for row in suite["rows"] if row["op"] != "overhead"]  # of a run that this one resumes
     record(suite, rows, {})
     print("\n".join(["", "overhead", *(f"  {row.shape['mode']:16}{line(row)}" for row in rows)]))
     print("  parts of a call:", ", ".join(f"{name} {value} us" for name, value in suite["overhead_parts_us"].items()))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -20,14 +21,15 @@ from . import models
 from .measure import Tensors, time_arms
 from .rows import Arm, Case, Row, compare, distance, on_cuda
 from .shapes import DTYPES
-from .suite import finish, line, parser, record, run
+from .suite import finish, line, measured, parser, record, run, save
 
 VARIANTS = ("dense", "two_linears", "lowrank_ops")
 BATCHES = (1, 8, 64, 256)
 FRACTIONS = (0.5, 0.25)
 COMPARED = 4  # samples of a batch
 CALIBRATION_BATCHES = 4
-CALIBRATED = "blocks.0.fc1"
+CALIBRATED = {"vit": "blocks.0.fc1", "llama": "blocks.0.gate"}  # the layer whose second moment is compared
+CALIBRATIONS = ("forward", "hooks_float32", "lowrank_ops")
 
 
 def cases(
@@ -96,7 +98,7 @@ def calibration_rows(
     name: str, size: models.Size, batch: int, device: torch.device, dtype: str, seconds: float
 ) -> list[Row]:
     """Calibration of a dense model by this package and by float32 hooks, against forward passes alone."""
-    kind = DTYPES[dtype]
+    kind, compared = DTYPES[dtype], CALIBRATED[size.kind]
     model = models.variant(models.lowrank_model(size, 0.5, device, kind), "dense")
     batches = [models.sample(size, batch, device, kind, seed) for seed in range(CALIBRATION_BATCHES)]
     moments: dict[str, Tensor] = {}
@@ -106,16 +108,16 @@ def calibration_rows(
             model(x)
 
     def hooks(first: Tensor) -> None:
-        moments["hooks_float32"] = _hooked(model, batches, torch.float32)
+        moments["hooks_float32"] = _hooked(model, batches, torch.float32, compared)
 
     def ours(first: Tensor) -> None:
         covariances = lro.calibrate(model, batches, filter_fn=lambda module, fqn: fqn.startswith("blocks."))
-        moments["lowrank_ops"] = covariances[CALIBRATED].second_moment
+        moments["lowrank_ops"] = covariances[compared].second_moment
 
-    arms = {"forward": forward, "hooks_float32": hooks, "lowrank_ops": ours}
-    shape: dict[str, int | str] = {"model": name, "batch": batch, "batches": CALIBRATION_BATCHES, "dtype": dtype}
+    arms = dict(zip(CALIBRATIONS, (forward, hooks, ours), strict=True))
+    shape = calibration_shape(name, batch, dtype)
     rows = {arm: Row("calibration", dict(shape), arm) for arm in arms}
-    exact = _hooked(model, batches, torch.float64)
+    exact = _hooked(model, batches, torch.float64, compared)
     hooks(batches[0])
     ours(batches[0])
     allowed = 2 * distance(moments["hooks_float32"], exact) + 1e-6
@@ -131,8 +133,13 @@ def calibration_rows(
     return compare(list(rows.values()), ["forward", "hooks_float32"])
 
 
-def _hooked(model: nn.Module, batches: Iterable[Tensor], dtype: torch.dtype) -> Tensor:
-    """The second moment of ``CALIBRATED``'s input, by hooks on every layer as one would write them."""
+def calibration_shape(name: str, batch: int, dtype: str) -> dict[str, int | str]:
+    """What the rows of a calibration say of it."""
+    return {"model": name, "batch": batch, "batches": CALIBRATION_BATCHES, "dtype": dtype}
+
+
+def _hooked(model: nn.Module, batches: Iterable[Tensor], dtype: torch.dtype, compared: str) -> Tensor:
+    """The second moment of one layer's input, by hooks on every layer as one would write them."""
     states: dict[nn.Module, Tensor] = {}
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -148,7 +155,7 @@ def _hooked(model: nn.Module, batches: Iterable[Tensor], dtype: torch.dtype) -> 
     finally:
         for handle in handles:
             handle.remove()
-    return states[model.get_submodule(CALIBRATED)]
+    return states[model.get_submodule(compared)]
 
 
 def main() -> int:
@@ -159,16 +166,27 @@ def main() -> int:
     parsed = arguments.parse_args()
     sizes = models.SMOKE_SIZES if parsed.smoke else models.SIZES
     batches = (1, 2) if parsed.smoke else BATCHES
+    end = time.perf_counter() + parsed.budget
     suite = run("model", cases(sizes, batches, parsed.dtype), parsed)
-    if suite is None:
-        return 0
-    device = torch.device(parsed.device)
-    for name, size in sizes.items():
-        if size.kind == "vit" and parsed.only in f"calibration model={name}":
-            rows = calibration_rows(name, size, batches[-2], device, parsed.dtype, parsed.seconds)
+    calibrations = {name: calibration_shape(name, batches[-2], parsed.dtype) for name in sizes}
+    for name, shape in calibrations.items():
+        title = "calibration " + " ".join(f"{key}={value}" for key, value in shape.items())
+        if parsed.only not in title or (suite and measured(suite, "calibration", shape)):
+            continue
+        if suite is None:  # a dry run
+            print("\n".join(["", title, *(f"  {arm}: would run" for arm in CALIBRATIONS)]))
+        elif time.perf_counter() > end:
+            suite["left"].append(title)
+            suite["complete"] = False
+        else:
+            rows = calibration_rows(
+                name, sizes[name], batches[-2], torch.device(parsed.device), parsed.dtype, parsed.seconds
+            )
             record(suite, rows, {})
-            print("\n".join(["", f"calibration {name}", *(f"  {line(row)}" for row in rows)]))
-    return finish(suite, "model", parsed.out)
+            print("\n".join(["", title, *(f"  {line(row)}" for row in rows)]), flush=True)
+            if parsed.out:
+                save(parsed.out, "model", suite)
+    return 0 if suite is None else finish(suite, "model", parsed.out)
 
 
 if __name__ == "__main__":

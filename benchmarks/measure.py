@@ -207,12 +207,17 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """What a figure depends on besides the code: machine, versions, commit, date and the load at the start."""
+def environment(device: torch.device, commit: str | None = None) -> dict[str, Any]:
+    """What a figure depends on besides the code: machine, versions, commit, date and the load at the start.
+
+    Args:
+        device: what is measured.
+        commit: of the sources; None asks git.
+    """
     load = os.getloadavg()[0]
     facts: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "commit": _commit(),
+        "commit": commit or _commit(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "python": platform.python_version(),
         "torch": torch.__version__,

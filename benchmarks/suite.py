@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from .rows import Case, Row, floor_us, measure_case
 
 RESULTS = Path(__file__).parent / "results"
 META = torch.device("meta")
+CONDITIONS = ("device", "commit", "torch", "triton", "threads", "clock")  # under which rows may stand side by side
+UNFINISHED = 3  # exit code
 # The dry run plans for one H200 unless told otherwise; what is stated there has to be measured in every real run.
 H200 = Device("cuda", 0, (9, 0), 132, 232448)
 STATED = Ceilings(4.3e12, {"bfloat16": 790e12, "float16": 790e12})
@@ -33,6 +35,11 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     arguments.add_argument("--seconds", type=float, default=1.0, help="of timing per case (default 1)")
     arguments.add_argument("--only", default="", help="run the cases whose label contains this text")
     arguments.add_argument("--out", type=Path, help="JSON file that gets the suite's rows; others' rows in it stay")
+    arguments.add_argument("--resume", action="store_true", help="go on from the rows of this suite in --out")
+    arguments.add_argument(
+        "--budget", type=float, default=float("inf"), help="seconds after which no case is begun; exit code 3 then"
+    )
+    arguments.add_argument("--commit", help="what is measured, where there is no git to ask")
     return arguments
 
 
@@ -48,11 +55,14 @@ def run(
     if arguments.dry_run:
         print("\n".join(dry_run(chosen)))
         return None
+    end = time.perf_counter() + arguments.budget
     device = torch.device(arguments.device)
-    suite = start(device, clock)
+    suite = begin(name, arguments, clock)
     print(ceilings_line(suite["ceilings"]))
     limits = Ceilings(suite["ceilings"]["copy_gb_per_s"] * 1e9, _rates(suite["ceilings"]))
-    for case in chosen:
+    left = [case for case in chosen if not measured(suite, case.op, case.shape)]
+    while left and time.perf_counter() < end:
+        case = left.pop(0)
         rows, not_run = measure_case(case, device, limits, arguments.seconds, clock)
         record(suite, rows, not_run)
         if rows:
@@ -61,13 +71,36 @@ def run(
             save(arguments.out, name, suite)
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    suite["complete"] = not arguments.only
+    suite["left"] = [label(case) for case in left]
+    suite["complete"] = not arguments.only and not left
     return suite
 
 
-def start(device: torch.device, clock: Clock = time.perf_counter) -> dict[str, Any]:
+def begin(name: str, arguments: argparse.Namespace, clock: Clock = time.perf_counter) -> dict[str, Any]:
+    """The suite to add rows to: with ``--resume`` the file's, where it was measured under like conditions."""
+    device = torch.device(arguments.device)
+    if not (arguments.resume and arguments.out and arguments.out.exists()):
+        return start(device, clock, arguments.commit)
+    kept = load(arguments.out)["suites"].get(name)
+    if kept is None:
+        return start(device, clock, arguments.commit)
+    facts = environment(device, arguments.commit) | {"clock": clock.__name__}
+    changed = [key for key in CONDITIONS if facts.get(key) != kept["environment"].get(key)]
+    if changed:
+        print(f"{arguments.out}: {', '.join(changed)} changed since its rows of {name} were measured: starting anew")
+        return start(device, clock, arguments.commit)
+    kept["environment"].setdefault("resumed", []).append(facts["date"])
+    return kept  # type: ignore[no-any-return]
+
+
+def measured(suite: dict[str, Any], op: str, shape: Mapping[str, int | str]) -> bool:
+    """Whether a suite has the rows of a shape."""
+    return any(row["op"] == op and row["shape"] == dict(shape) for row in suite["rows"])
+
+
+def start(device: torch.device, clock: Clock = time.perf_counter, commit: str | None = None) -> dict[str, Any]:
     """An empty suite with the machine's facts and ceilings, measured now."""
-    facts = environment(device)
+    facts = environment(device, commit)
     limits = ceilings(device, clock=clock)
     return {
         "environment": facts | {"clock": clock.__name__},
@@ -92,7 +125,7 @@ def finish(suite: dict[str, Any], name: str, out: Path | None) -> int:
     """Say what was not run and what is wrong, and write the suite.
 
     Returns:
-        The exit code: 1 where a result of lowrank_ops is wrong or failed.
+        The exit code: 1 where a result of lowrank_ops is wrong or failed, else 3 where the budget left cases over.
     """
     suite["environment"]["load_at_end"] = round(os.getloadavg()[0], 2)
     for arm, reason in suite["not_run"].items():
@@ -102,7 +135,12 @@ def finish(suite: dict[str, Any], name: str, out: Path | None) -> int:
         print(f"WRONG: {row['op']} {row['shape']} {row['arm']}: {row['failure'] or row['error']}", file=sys.stderr)
     if out:
         save(out, name, suite)
-    return int(any(row["arm"].startswith("lowrank_ops") for row in wrong))
+    if any(row["arm"].startswith("lowrank_ops") for row in wrong):
+        return 1
+    if suite.get("left"):
+        print(f"{len(suite['left'])} cases are left, first {suite['left'][0]}; --resume goes on with them")
+        return UNFINISHED
+    return 0
 
 
 def save(path: Path, name: str, suite: dict[str, Any]) -> None:

@@ -14,10 +14,11 @@ import dataclasses
 import functools
 import importlib
 import json
+import math
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -29,11 +30,12 @@ from lowrank_ops.ops._backend import Device, choose, device_facts
 from . import bench_covariance, bench_lowrank_linear, shapes
 from .measure import Timing, copies_to_rotate, environment, time_arms
 from .rows import Case, distance, truth
-from .suite import H200, META
+from .suite import H200, META, UNFINISHED
 
 _covariance = importlib.import_module("lowrank_ops.ops.covariance")
 _linear = importlib.import_module("lowrank_ops.ops.lowrank_linear")
 _covariance_triton = importlib.import_module("lowrank_ops.ops.covariance._triton")
+_conv_triton = importlib.import_module("lowrank_ops.ops.covariance._triton_conv")
 _linear_triton = importlib.import_module("lowrank_ops.ops.lowrank_linear._triton")
 _linear_config = importlib.import_module("lowrank_ops.ops.lowrank_linear._triton_config")
 
@@ -138,6 +140,54 @@ class CovarianceTuner(Tuner):
         return lambda state, total, x: _covariance_triton.launch(plan, state, total, x, problem)
 
 
+class ConvCovarianceTuner(Tuner):
+    """``conv_covariance_update_``."""
+
+    op = "conv_covariance_update"
+    options: ClassVar[Options] = {
+        "triton": {
+            "block_d": (32, 64, 128),
+            "block_t": (16, 32, 64, 128),
+            "num_warps": (4, 8),
+            "num_stages": (2, 3, 4, 5),
+            "group": (4, 8, 16),
+            "split": (0, 1, 2, 3, 4, 6, 8, 12, 16, 32),
+        }
+    }
+    convs: ClassVar[Sequence[shapes.Conv]] = shapes.CONVS
+
+    def shapes(self) -> list[Shape]:
+        return [shape for shape, _ in self._listed()]
+
+    def case(self, shape: Shape) -> Case:
+        return next(case for listed, case in self._listed() if listed == shape)
+
+    def _listed(self) -> Iterator[tuple[Shape, Case]]:
+        """Every case, under what the table calls it."""
+        for dtype in ("bf16", "fp16", "fp32"):
+            for case in bench_covariance.conv_cases(dtype, self.convs):
+                assert case.pose is not None
+                _, problem = case.pose(case.make(META, 0))
+                yield _conv_triton.table_shape(problem), case
+
+    def arch(self, device: Device) -> str:
+        return f"sm{_covariance_triton.arch_of(device)}"
+
+    def starts(self, problem: Any) -> list[Candidate]:
+        arch = _covariance_triton.arch_of(problem.device)
+        shipped = [config for (of, _), config in _conv_triton.HEURISTIC.items() if of == arch]
+        configs = dict.fromkeys([_conv_triton.config_for(problem), *shipped])
+        return [Candidate("triton", config) for config in configs]
+
+    def refuse(self, candidate: Candidate, problem: Any) -> str | None:
+        reason: str | None = _covariance_triton.unsupported_config(candidate.config, problem.dtype, problem.device)
+        return reason
+
+    def arm(self, candidate: Candidate, problem: Any) -> Callable[..., Any]:
+        plan = _conv_triton.plan_with(problem, candidate.config)
+        return lambda state, total, x: _conv_triton.launch(plan, state, total, x)
+
+
 class LowRankLinearTuner(Tuner):
     """``lowrank_linear``."""
 
@@ -214,7 +264,9 @@ class LowRankLinearTuner(Tuner):
         return lambda x, down, up, bias, weight: run(problem, x, down, up, bias, "none", candidate.config)
 
 
-TUNERS: dict[str, Tuner] = {tuner.op: tuner for tuner in (CovarianceTuner(), LowRankLinearTuner())}
+TUNERS: dict[str, Tuner] = {
+    tuner.op: tuner for tuner in (CovarianceTuner(), ConvCovarianceTuner(), LowRankLinearTuner())
+}
 
 
 class Tuned(NamedTuple):
@@ -225,8 +277,10 @@ class Tuned(NamedTuple):
     tried: dict[str, str]  # candidates that did not get timed, and why
 
 
-def tune_shape(tuner: Tuner, shape: Shape, device: torch.device, seconds: float) -> Tuned | None:
-    """Search the configurations of one shape.
+def tune_shape(
+    tuner: Tuner, shape: Shape, device: torch.device, seconds: float, steps: float = math.inf
+) -> Tuned | None:
+    """Search the configurations of one shape, at most ``steps`` away from the best to begin from.
 
     Returns:
         None where no candidate runs and is right.
@@ -269,7 +323,7 @@ def tune_shape(tuner: Tuner, shape: Shape, device: torch.device, seconds: float)
     finalists = {min(times, key=times.__getitem__)}
     for impl in {candidate.impl for candidate in times if candidate.config is not None}:
         best = min((candidate for candidate in times if candidate.impl == impl), key=times.__getitem__)
-        finalists.add(_descend(tuner, best, timed, seconds))
+        finalists.add(_descend(tuner, best, timed, seconds, steps))
     current = next((candidate for candidate in starts if usable(candidate)), None)
     final = timed(dict.fromkeys([*([current] if current else []), *finalists]), 2 * seconds)
     best = min(final, key=final.__getitem__)
@@ -280,10 +334,12 @@ def tune_shape(tuner: Tuner, shape: Shape, device: torch.device, seconds: float)
     )
 
 
-def _descend(tuner: Tuner, best: Candidate, timed: Callable[..., dict[Candidate, float]], seconds: float) -> Candidate:
+def _descend(
+    tuner: Tuner, best: Candidate, timed: Callable[..., dict[Candidate, float]], seconds: float, steps: float
+) -> Candidate:
     """Go to the best neighbour while that gains, never back: where noise leads in circles, there is nothing to gain."""
     visited: set[Candidate] = set()
-    while best not in visited:
+    while best not in visited and len(visited) < steps:
         visited.add(best)
         times = timed([best, *tuner.neighbours(best)], seconds)
         fastest = min(times, key=times.__getitem__, default=best)
@@ -311,15 +367,24 @@ def _change(shape: Shape, current: Candidate | None, best: Candidate, times: Map
     return f"{name}: {current} -> {best}, {times[current]:.2f} -> {times[best]:.2f} us"
 
 
-def tune(tuner: Tuner, device: torch.device, budget: float, seconds: float, progress: Path, tables: Path) -> bool:
+def tune(
+    tuner: Tuner,
+    device: torch.device,
+    budget: float,
+    seconds: float,
+    progress: Path,
+    tables: Path,
+    commit: str | None = None,
+    steps: float = math.inf,
+) -> bool:
     """Tune every shape that ``progress`` does not have yet; write the table when none is left.
 
     Returns:
         Whether the table is complete.
     """
-    facts = environment(device)
+    facts = environment(device, commit)
     arch = tuner.arch(device_facts(device))
-    conditions = {"device": facts["device"], "triton": facts["triton"], "package": lro.__version__}
+    conditions = {"device": facts["device"], "triton": facts["triton"], "package": lro.__version__, "steps": str(steps)}
     kept = progress / f"{tuner.op}.{arch}.json"
     done = _load_progress(kept, conditions)
     end = time.perf_counter() + budget
@@ -329,7 +394,7 @@ def tune(tuner: Tuner, device: torch.device, budget: float, seconds: float, prog
             continue
         if time.perf_counter() > end:
             break
-        tuned = tune_shape(tuner, shape, device, seconds)
+        tuned = tune_shape(tuner, shape, device, seconds, steps)
         if tuned is None:
             print(f"{shape}: no candidate runs and is right", file=sys.stderr)
             continue
@@ -389,12 +454,17 @@ def write_table(op: str, arch: str, facts: Mapping[str, Any], entries: Sequence[
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; 2 where there is no GPU, 1 where the budget ran out before the tables were complete."""
+    """The command line; 2 where there is no GPU, 3 where the budget ran out before the tables were complete."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", choices=tuple(TUNERS), help="by default all")
     parser.add_argument("--dry-run", action="store_true", help="print what would be searched; needs no GPU")
     parser.add_argument("--budget", type=float, default=3600.0, help="seconds in all (default 3600)")
     parser.add_argument("--seconds", type=float, default=0.5, help="of timing per step of the search (default 0.5)")
+    parser.add_argument(
+        "--progress", type=Path, default=PROGRESS, help="folder in which the search keeps what it found"
+    )
+    parser.add_argument("--tables", type=Path, default=TABLES, help="folder of the tables; by default the package's")
+    parser.add_argument("--commit", help="what is tuned, where there is no git to ask")
     arguments = parser.parse_args(argv)
     chosen = [arguments.op] if arguments.op else list(TUNERS)
     if arguments.dry_run:
@@ -405,9 +475,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     end = time.perf_counter() + arguments.budget
     device = torch.device("cuda")
-    step = functools.partial(tune, device=device, seconds=arguments.seconds, progress=PROGRESS, tables=TABLES)
+    step = functools.partial(
+        tune,
+        device=device,
+        seconds=arguments.seconds,
+        progress=arguments.progress,
+        tables=arguments.tables,
+        commit=arguments.commit,
+        steps=arguments.steps,
+    )
     complete = [step(TUNERS[op], budget=end - time.perf_counter()) for op in chosen]
-    return 0 if all(complete) else 1
+    return 0 if all(complete) else UNFINISHED
 
 
 if __name__ == "__main__":

@@ -66,7 +66,8 @@ class LowRankLinear(_LowRank):
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
         self.down = nn.Parameter(torch.empty(self.stored_rank, in_features, device=device, dtype=dtype))
         self.up = nn.Parameter(torch.empty(out_features, self.stored_rank, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        values = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self.register_parameter("bias", values)  # among the parameters also where it is None
         self.reset_parameters()
 
     @torch.no_grad()
@@ -120,9 +121,11 @@ class LowRankLinear(_LowRank):
         return _like(layer, linear)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
-        if x.is_nested:  # as nn.TransformerEncoder hands over sequences without their padding
-            return F.linear(F.linear(x, self.down), self.up, self.bias)
-        return lowrank_linear(x, self.down, self.up, self.bias)
+        # A module finds its parameters last of all, which takes as long as what the op does before its products.
+        own = self._parameters
+        if "down" in own and "up" in own and "bias" in own:
+            return lowrank_linear(x, own["down"], own["up"], own["bias"])  # type: ignore[arg-type]
+        return lowrank_linear(x, self.down, self.up, self.bias)  # parametrized, pruned or sharded
 
     @property
     def weight(self) -> Tensor:

@@ -24,7 +24,8 @@ class Impl(NamedTuple):
 
     ``supports`` is the single statement of what the implementation can run: it takes the op's problem (a
     hashable description of shapes, dtypes, layout and device) and returns None, or the reason why it cannot.
-    ``prefers`` tells whether ``auto`` should pick it for a problem that it supports.
+    ``prefers`` tells whether ``auto`` should pick it for a problem that it supports. ``bind``, where there is one, does
+    once for a problem what ``run`` would do in each call, and returns a function of the tensors alone.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Impl(NamedTuple):
     supports: Callable[[Any], str | None]
     run: Callable[..., Any]
     prefers: Callable[[Any], bool] = lambda problem: True
+    bind: Callable[[Any], Callable[..., Any]] | None = None
 
 
 class Device(NamedTuple):

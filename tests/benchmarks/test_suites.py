@@ -108,20 +108,23 @@ def test_models_on_a_cpu_and_their_calibration():
             [],
             dict.fromkeys(bench_model.VARIANTS, "needs a CUDA device"),
         )
-        rows = bench_model.calibration_rows("tiny ViT", models.SMOKE_SIZES["tiny ViT"], 2, CPU, "fp32", 0.02)
-    assert [row.arm for row in rows] == ["forward", "hooks_float32", "lowrank_ops"]
-    assert all(row.correct for row in rows) and set(rows[2].speedup) == {"forward", "hooks_float32"}
+    for name, size in models.SMOKE_SIZES.items():
+        with torch.no_grad():
+            rows = bench_model.calibration_rows(name, size, 2, CPU, "fp32", 0.02)
+        assert [row.arm for row in rows] == list(bench_model.CALIBRATIONS)
+        assert all(row.correct for row in rows) and set(rows[2].speedup) == {"forward", "hooks_float32"}
 
 
 def test_overheads_of_an_op():
     measured, parts = bench_cpu.overheads(0.01)
-    assert {row.shape["mode"] for row in measured} == {"inference_mode", "no_grad"} and len(measured) == 6
+    assert {row.shape["mode"] for row in measured} == set(bench_cpu.MODES) and len(measured) == 5 * len(bench_cpu.MODES)
     assert all(row.correct and row.median_us > 0 for row in measured)
-    assert set(parts) == {"describe", "choose"} and min(parts.values()) > 0
+    assert set(parts) == {"modes", "decision"} and min(parts.values()) > 0
 
 
 def arguments(**changes):
     options = {"dry_run": False, "device": "cpu", "seconds": 0.02, "only": "", "out": None}
+    options |= {"resume": False, "budget": float("inf"), "commit": None}
     return argparse.Namespace(**options | changes)
 
 
@@ -152,6 +155,36 @@ def test_a_choice_of_cases_is_no_complete_suite(quick, capsys):
     assert not made["complete"] and {row["shape"]["tokens"] for row in made["rows"]} == {6}
 
 
+def test_a_suite_goes_on_where_its_budget_ended(tmp_path, quick, monkeypatch, capsys):
+    path = tmp_path / "results.json"
+    layers = [bench_lowrank_linear.case(shapes.Layer(24, 40, 8), rows, "fp32") for rows in (1, 2, 3)]
+    seen = []
+    measure = suite.measure_case
+    monkeypatch.setattr(
+        suite, "measure_case", lambda case, *rest: seen.append(case.shape["tokens"]) or measure(case, *rest)
+    )
+
+    def go(budget=float("inf"), **changes):
+        made = suite.run("some", layers, arguments(out=path, resume=True, budget=budget, **changes))
+        return made, suite.finish(made, "some", path)
+
+    made, code = go(budget=0)
+    assert seen == [] and code == suite.UNFINISHED and len(made["left"]) == 3 and not made["complete"]
+    assert suite.run("some", layers, arguments(out=path, only="tokens=2"))["rows"]  # as if killed in the middle
+    assert seen == [2]
+    made, code = go()
+    assert seen == [2, 1, 3] and code == 0 and made["complete"] and made["left"] == []
+    assert {row["shape"]["tokens"] for row in made["rows"]} == {1, 2, 3} and len(made["environment"]["resumed"]) == 1
+    assert json.loads(path.read_text())["suites"]["some"] == made
+    go()
+    assert seen == [2, 1, 3]
+    capsys.readouterr()
+    go(commit="another")
+    assert seen == [2, 1, 3, 1, 2, 3] and "commit changed" in capsys.readouterr().out
+    suite.run("some", layers, arguments(out=path))
+    assert len(seen) == 9  # without --resume from the beginning
+
+
 def test_a_wrong_result_of_ours_is_an_exit_code(quick, monkeypatch, capsys):
     case = bench_lowrank_linear.case(shapes.Layer(24, 40, 8), 6, "fp32")
     honest = case.arms[3].run
@@ -172,6 +205,30 @@ def test_command_lines_dry_run(module, monkeypatch, capsys):
     else:
         assert entry.main() == 0
     assert "floors from stated ceilings" in capsys.readouterr().out
+
+
+def test_a_dry_run_of_the_models_shows_calibrations(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench_model", "--smoke", "--dry-run", "--only", "calibration"])
+    assert bench_model.main() == 0
+    shown = capsys.readouterr().out
+    for name in models.SMOKE_SIZES:
+        assert f"calibration model={name} batch=1" in shown
+    assert shown.count("would run") == len(models.SMOKE_SIZES) * len(bench_model.CALIBRATIONS)
+
+
+def test_the_smoke_models_resume(tmp_path, quick, monkeypatch, capsys):
+    path = tmp_path / "model.json"
+    command = ["bench_model", "--smoke", "--device", "cpu", "--dtype", "fp32", "--seconds", "0.01", "--out", str(path)]
+    monkeypatch.setattr(sys, "argv", [*command, "--budget", "0"])
+    with torch.no_grad():
+        assert bench_model.main() == suite.UNFINISHED
+        monkeypatch.setattr(sys, "argv", [*command, "--resume"])
+        assert bench_model.main() == 0
+        monkeypatch.setattr(bench_model, "calibration_rows", None)  # would raise
+        monkeypatch.setattr(sys, "argv", [*command, "--resume"])
+        assert bench_model.main() == 0
+    made = json.loads(path.read_text())["suites"]["model"]
+    assert made["complete"] and {row["op"] for row in made["rows"]} == {"model", "calibration"}
 
 
 def test_the_quick_cpu_suite_takes_the_smaller_cases_and_tells_its_time(tmp_path, quick, monkeypatch, capsys):

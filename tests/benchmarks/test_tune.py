@@ -13,6 +13,7 @@ from lowrank_ops.ops import _tuning
 
 covariance = importlib.import_module("lowrank_ops.ops.covariance")
 covariance_triton = importlib.import_module("lowrank_ops.ops.covariance._triton")
+conv_triton = importlib.import_module("lowrank_ops.ops.covariance._triton_conv")
 linear = importlib.import_module("lowrank_ops.ops.lowrank_linear")
 linear_config = importlib.import_module("lowrank_ops.ops.lowrank_linear._triton_config")
 CPU = torch.device("cpu")
@@ -27,7 +28,13 @@ def problem_of(tuner, shape):
 @pytest.fixture
 def tables(tmp_path, monkeypatch):
     """A folder in which ``_tuning`` looks for tables instead of its own."""
-    cached = (_tuning.load, covariance_triton.config_for, linear_config.decode_config, linear_config.prefill_config)
+    cached = (
+        _tuning.load,
+        covariance_triton.config_for,
+        conv_triton.config_for,
+        linear_config.decode_config,
+        linear_config.prefill_config,
+    )
     monkeypatch.setattr(_tuning, "files", lambda package: tmp_path)
     for function in cached:
         function.cache_clear()
@@ -85,6 +92,27 @@ def test_a_table_goes_the_way_back(tables):
     assert covariance_triton.config_for(problem._replace(dtype=torch.float16)) != config
 
 
+def test_a_table_of_convolutions_goes_the_way_back(tables):
+    tuner = tune.TUNERS["conv_covariance_update"]
+    shape = tuner.shapes()[0]
+    assert shape == {"tokens": 64 * 56 * 56, "features": 64 * 9, "groups": 1, "loads": "vector", "dtype": "bf16"}
+    problem = problem_of(tuner, shape)
+    own = conv_triton.config_for(problem)
+    config = dataclasses.replace(own, num_stages=4, split=6)
+    shipped = len(conv_triton.shipped(90))
+    entry = {"shape": shape, **tune.Candidate("triton", config).to_dict(), "us": 1.5}
+    assert tune.write_table(tuner.op, "sm90", FACTS, [entry], tables).name == "conv_covariance_update.sm90.json"
+    conv_triton.config_for.cache_clear()
+    _tuning.load.cache_clear()
+    assert conv_triton.config_for(problem) == config and conv_triton.supports(problem) is None
+    assert conv_triton.config_for(problem._replace(shape=(32, 64, 56, 56))) == config
+    _, channels, height, width = problem.shape
+    first = problem._replace(strides=(channels * height * width, height * width, width, 1))
+    for other in (first, problem._replace(dtype=torch.float16)):  # loaded one by one, or of another dtype
+        assert conv_triton.config_for(other).split == 0
+    assert len(conv_triton.shipped(90)) == shipped + 3  # for the compile gate
+
+
 @pytest.mark.parametrize("impl", ["triton.decode", "triton.prefill", "two_products"])
 def test_a_linear_table_chooses_the_implementation(tables, impl):
     tuner = tune.TUNERS["lowrank_linear"]
@@ -124,7 +152,7 @@ def searched(monkeypatch):
     """Shapes in the order in which they were searched, at no cost."""
     seen = []
 
-    def search(tuner, shape, device, seconds):
+    def search(tuner, shape, device, seconds, steps):
         seen.append(shape["tokens"])
         entry = {"shape": shape, "impl": "triton", "config": {}, "us": 1.0}
         return tune.Tuned(entry, f"changed {shape['tokens']}", {"a candidate": "wrong: error 1"})
@@ -154,6 +182,13 @@ def test_progress_of_other_conditions_is_not_mixed_in(tmp_path, searched):
     document = json.loads(kept.read_text())
     document["conditions"]["triton"] = "another"
     kept.write_text(json.dumps(document))
+    assert tune.tune(Fake(), CPU, 50, 0.1, progress, folder) and searched == [1, 2, 3, 1, 2, 3]
+
+
+def test_progress_of_a_shorter_search_is_not_taken_for_a_longer_one(tmp_path, searched):
+    progress, folder = tmp_path / "progress", tmp_path / "tables"
+    assert tune.tune(Fake(), CPU, 50, 0.1, progress, folder, steps=0)
+    assert tune.tune(Fake(), CPU, 50, 0.1, progress, folder, steps=0) and searched == [1, 2, 3]
     assert tune.tune(Fake(), CPU, 50, 0.1, progress, folder) and searched == [1, 2, 3, 1, 2, 3]
 
 

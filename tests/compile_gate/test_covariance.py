@@ -19,7 +19,8 @@ def test_predicate_knows_the_shared_memory(arch):
         specialization = _triton._specialization(arch, config, dtype, product, "even", "state", "fp64")
         assert compile_specialization(specialization, arch).shared <= config.shared_bytes(ITEMSIZE[dtype])
     for specialization in _triton_conv.shipped(arch):
-        config = _triton_conv.HEURISTIC[arch, "vector" if specialization.constexprs["VECTOR"] > 1 else "scalar"]
+        blocks = specialization.constexprs["BLOCK_D"], specialization.constexprs["BLOCK_T"]
+        config = _triton.Config(*blocks, specialization.num_warps, specialization.num_stages)
         itemsize = ITEMSIZE[specialization.signature["x"].lstrip("*")]
         assert compile_specialization(specialization, arch).shared <= config.shared_bytes(itemsize)
 

@@ -11,7 +11,7 @@ import torch
 if not os.environ.get("TRITON_INTERPRET"):
     pytest.skip("needs TRITON_INTERPRET=1 in a process of its own", allow_module_level=True)
 
-from benchmarks import measure, tune
+from benchmarks import measure, shapes, tune
 from benchmarks.measure import Timing
 from benchmarks.symmetric_kernel import symmetric_product
 from lowrank_ops.ops.covariance._triton import Config
@@ -25,6 +25,14 @@ class SmallCovariance(tune.CovarianceTuner):
     """Tiles as small as the interpreter is slow."""
 
     options = {"triton": {"block_t": (16, 32), "split": (1, 2)}}  # noqa: RUF012
+
+    def starts(self, problem):
+        return [tune.Candidate("triton", Config(16, 16, 4, 2, split=1))]
+
+
+class SmallConvolution(tune.ConvCovarianceTuner):
+    options = {"triton": {"block_t": (16, 32), "split": (1, 2)}}  # noqa: RUF012
+    convs = (shapes.Conv(1, 8, 5, 2, 1, 0), shapes.Conv(1, 3, 5, 2, 2, 1))
 
     def starts(self, problem):
         return [tune.Candidate("triton", Config(16, 16, 4, 2, split=1))]
@@ -58,7 +66,15 @@ def few_copies(monkeypatch):
     monkeypatch.setattr(tune, "time_arms", once)
 
 
-@pytest.mark.parametrize("tuner, shape", [(SmallCovariance(), COVARIANCE_SHAPE), (SmallLinear(), LINEAR_SHAPE)])
+@pytest.mark.parametrize(
+    "tuner, shape",
+    [
+        (SmallCovariance(), COVARIANCE_SHAPE),
+        *((SmallConvolution(), shape) for shape in SmallConvolution().shapes() if shape["dtype"] == "bf16"),
+        (SmallLinear(), LINEAR_SHAPE),
+    ],
+    ids=lambda value: " ".join(map(str, value.values())) if isinstance(value, dict) else value.op,
+)
 def test_tuning_a_toy_shape(tuner, shape, monkeypatch):
     """With the clock of the host; what wins in the interpreter means nothing."""
     monkeypatch.setattr(tune, "time_arms", functools.partial(measure.time_arms, clock=time.thread_time))
@@ -79,6 +95,9 @@ def test_the_search_goes_downhill_over_several_fields():
     tuned = tune.tune_shape(Start(), COVARIANCE_SHAPE, CPU, 0.01)
     assert (tuned.entry["config"]["block_t"], tuned.entry["config"]["split"]) == (16, 1)
     assert "->" in tuned.change
+    for steps, found in ((0, (32, 2)), (1, (16, 2))):
+        config = tune.tune_shape(Start(), COVARIANCE_SHAPE, CPU, 0.01, steps).entry["config"]
+        assert (config["block_t"], config["split"]) == found
 
 
 def test_a_wrong_candidate_is_never_timed_and_never_wins(monkeypatch):

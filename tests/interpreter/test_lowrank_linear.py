@@ -85,6 +85,26 @@ def test_strides(config):
             assert_right(run(config, x, *factors, bias), x, *factors, bias, "none")
 
 
+@pytest.mark.parametrize("config", [FOLDED, SUMMED, PREFILL], ids=["folded", "summed", "prefill"])
+def test_a_bias_with_gaps(config):
+    x, down, up, wide = arguments(7, 40, 16, 48, torch.bfloat16)
+    bias = wide[::2]
+    assert_right(run(config, x, down, up[:24], bias), x, down, up[:24], bias, "none")
+
+
+def test_calls_reach_the_kernels_and_go_on_reaching_the_right_one():
+    """Through the op and what it remembers: rows, then the same shapes with other strides and off 16 bytes."""
+    x, down, up, bias = arguments(5, 40, 16, 24, torch.bfloat16)
+    padded = torch.cat([x, x], 1)[:, :40]
+    shifted = torch.cat([x.new_zeros(1), x.flatten()])[1:].view(5, 40)
+    transposed = down.T.contiguous().T
+    for case in ((x, down), (padded, down), (shifted, down), (x, transposed), (x, down)):
+        assert_right(lowrank_linear(*case, up, bias, backend="triton"), *case, up, bias, "none")
+    recorded = [tensor.clone().requires_grad_() for tensor in (x, down, up, bias)]
+    lowrank_linear(*recorded, backend="triton").float().sum().backward()
+    assert all(tensor.grad is not None for tensor in recorded)
+
+
 def test_a_pointer_off_16_bytes_is_read_right():
     x, down, up, bias = arguments(3, 41, 8, 24, torch.bfloat16)
     x = x.flatten()[1 : 1 + 2 * 40].view(2, 40)

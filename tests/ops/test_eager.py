@@ -1,4 +1,9 @@
-"""When a call may pass the dispatcher by: never where PyTorch would have done something with it."""
+"""When a call may pass the dispatcher by: never where PyTorch would have done something with it. And what is remembered
+of calls: never more than holds for the next."""
+
+import copy
+import importlib
+import pickle
 
 import pytest
 import torch
@@ -6,8 +11,12 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowrank_ops.ops import lowrank_linear
-from lowrank_ops.ops._eager import undisturbed
+import lowrank_ops as lro
+from lowrank_ops.ops import Backend, lowrank_linear
+from lowrank_ops.ops._backend import Impl
+from lowrank_ops.ops._eager import Decisions, undisturbed, wants_gradient
+
+op = importlib.import_module("lowrank_ops.ops.lowrank_linear")
 
 
 class Seen(TorchDispatchMode):
@@ -31,10 +40,10 @@ def test_plain_tensors_pass_by(tensors):
     assert undisturbed(*tensors)
     assert undisturbed(*tensors[:3], None)
     parameters = [Parameter(tensor) for tensor in tensors[1:]]
-    assert not undisturbed(tensors[0], *parameters)
+    assert wants_gradient(tensors[0], *parameters)
     for context in (torch.no_grad, torch.inference_mode):
         with context():
-            assert undisturbed(tensors[0], *parameters)
+            assert undisturbed(tensors[0], *parameters) and not wants_gradient(tensors[0], *parameters)
 
 
 def test_both_ways_agree_to_the_bit(tensors):
@@ -45,11 +54,26 @@ def test_both_ways_agree_to_the_bit(tensors):
 
 
 @pytest.mark.parametrize("which", range(4), ids=["x", "down", "up", "bias"])
-def test_a_wanted_gradient_goes_through(tensors, which):
+def test_a_wanted_gradient_is_recorded(tensors, which):
+    assert not wants_gradient(*tensors)
     tensors[which].requires_grad_()
-    assert not undisturbed(*tensors)
+    assert wants_gradient(*tensors)
     lowrank_linear(*tensors).sum().backward()
     assert tensors[which].grad is not None
+
+
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+@pytest.mark.parametrize("leading", [(3,), (2, 3)], ids=str)
+def test_both_ways_record_the_same(activation, leading):
+    """To the bit, and with the same tensors saved: what checkpointing counts when one of two passes is profiled."""
+    tensors = [torch.randn(size, requires_grad=True) for size in ((*leading, 16), (8, 16), (12, 8), (12,))]
+    saved, gradients = [], []
+    for function in (lowrank_linear, torch.ops.lowrank_ops.lowrank_linear):
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: (saved.append(x.shape), x)[1], lambda x: x):
+            y = function(*tensors, activation=activation)
+        gradients.append(torch.autograd.grad(y.square().sum(), tensors))
+    assert saved == 2 * [tensor.shape for tensor in tensors]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*gradients, strict=True))
 
 
 def test_modes_see_the_op(tensors):
@@ -112,3 +136,236 @@ def test_export_and_compile_see_the_op(tensors):
     with torch.inference_mode():
         torch.compile(Layer(), backend=record, fullgraph=True)(tensors[0])
     assert len(graphs) == 1 and "lowrank_ops.lowrank_linear" in graphs[0]
+
+
+@pytest.mark.parametrize("which", range(4), ids=["x", "down", "up", "bias"])
+def test_a_tensor_that_outlived_its_transform(tensors, which):
+    kept = []
+    torch.func.grad(lambda tensor: (kept.append(tensor), tensor.sum())[1])(tensors[which])
+    given = [tensor.requires_grad_() for tensor in tensors]
+    expected = lowrank_linear(*given)
+    given[which] = kept[0]
+    assert torch._C._functorch.is_functorch_wrapped_tensor(kept[0])
+    y = lowrank_linear(*given)
+    assert torch.equal(y, expected) and not torch._C._functorch.is_functorch_wrapped_tensor(y)
+    others = [tensor for at, tensor in enumerate(given) if at != which]
+    ours, theirs = (torch.autograd.grad(result.sum(), others) for result in (y, expected))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+# --- what is remembered -----------------------------------------------------------------------------------------
+
+
+def plain(x, down, up, bias=None):
+    y = x @ down.T @ up.T
+    return y if bias is None else y + bias
+
+
+def test_a_call_unlike_the_last_in_one_thing_is_decided_anew(tensors):
+    """In shape, strides, dtype, bias, activation or a wanted gradient, one after the other and back again."""
+    x, down, up, bias = tensors
+    calls = {
+        "as it was": (x, down, up, bias),
+        "fewer rows": (x[:2], down, up, bias),
+        "more dimensions": (x[None], down, up, bias),
+        "one vector": (x[0], down, up, bias),
+        "other strides of x": (x.T.contiguous().T, down, up, bias),
+        "other strides of factors": (x, down.T.contiguous().T, up.T.contiguous().T, bias),
+        "float64": tuple(tensor.double() for tensor in tensors),
+        "no bias": (x, down, up, None),
+        "lower rank": (x, down[:4], up[:, :4], bias),
+        "fewer outputs": (x, down, up[:5], bias[:5]),
+        "a parameter": (x, Parameter(down), up, bias),
+    }
+    for name in [*calls, *reversed(calls)]:
+        y = lowrank_linear(*calls[name])
+        assert torch.allclose(y, plain(*calls[name]), atol=1e-5) and y.dtype is calls[name][0].dtype, name
+        assert y.requires_grad == (name == "a parameter"), name
+        activated = lowrank_linear(*calls[name], activation="relu")
+        assert torch.allclose(activated, plain(*calls[name]).relu(), atol=1e-5), name
+
+
+def test_a_bad_call_after_a_good_one_of_the_same_shapes_is_refused(tensors):
+    x, down, up, bias = tensors
+    lowrank_linear(*tensors)
+    lowrank_linear(*(tensor.double() for tensor in tensors))
+    for name, bad in {
+        "down": (x, down.double(), up, bias),
+        "up": (x, down, up.to("meta"), bias),
+        "bias": (x, down, up, bias.half()),
+    }.items():
+        with pytest.raises(ValueError, match=f"^{name} must have the dtype and device of x"):
+            lowrank_linear(*bad)
+    for bad in ((x, down.to("meta"), up.to("meta"), bias.to("meta")), (x, down, up, bias.to("meta"))):
+        with pytest.raises(ValueError, match="must have the dtype and device of x"):
+            lowrank_linear(*bad)
+    for _ in range(2):  # a refusal is not remembered as anything else
+        with pytest.raises(ValueError, match="activation must be one of"):
+            lowrank_linear(*tensors, activation="tanh")
+        with pytest.raises(ValueError, match="backend must be one of"):
+            lowrank_linear(*tensors, backend="cudnn")
+        with pytest.raises(ValueError, match="x must be a floating-point tensor"):
+            lowrank_linear(*(tensor.long() for tensor in tensors))
+
+
+def test_gradients_switched_on_and_off_afterwards(tensors):
+    x, down, *_ = tensors
+    assert not lowrank_linear(*tensors).requires_grad
+    down.requires_grad_()
+    assert lowrank_linear(*tensors).requires_grad
+    with torch.no_grad():
+        assert not lowrank_linear(*tensors).requires_grad
+    x.requires_grad_()
+    lowrank_linear(*tensors).sum().backward()
+    assert x.grad is not None and down.grad is not None
+    down.requires_grad_(False), x.requires_grad_(False)
+    assert not lowrank_linear(*tensors).requires_grad
+
+
+def test_what_is_remembered_is_bounded(tensors, monkeypatch):
+    decisions = Decisions(3)
+    for kind in range(10):
+        decisions[kind] = str
+    assert list(decisions) == [7, 8, 9]
+    monkeypatch.setattr(op, "_decisions", Decisions(5))
+    for rows in range(1, 20):
+        lowrank_linear(torch.randn(rows, 16), *tensors[1:])
+        assert len(op._decisions) == min(rows, 5)
+
+
+class Recorder:
+    """An implementation on the CPU that takes what kernels take, and tells what it was bound to and called with."""
+
+    def __init__(self) -> None:
+        self.bound, self.calls = [], 0
+
+    def supports(self, problem):
+        if problem.device.type != "cpu" or not problem.aligned or problem.x_stride != problem.in_features:
+            return "takes aligned rows without gaps"
+        return None
+
+    def bind(self, problem):
+        self.bound.append(problem)
+
+        def run(x, down, up, bias):
+            assert not any(tensor.is_neg() for tensor in (x, down, up, bias) if tensor is not None)
+            self.calls += 1
+            return plain(x, down, up, bias)
+
+        return run
+
+    def run(self, problem, x, down, up, bias, activation):
+        return self.bind(problem)(x, down, up, bias)
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    recorder = Recorder()
+    table = (
+        Impl("kernel", Backend.TRITON, recorder.supports, recorder.run, bind=recorder.bind),
+        Impl("unbound kernel", Backend.CUDA, recorder.supports, recorder.run),
+        *(impl for impl in op.TABLE if impl.backend is Backend.REFERENCE),
+    )
+    monkeypatch.setattr(op, "TABLE", table)
+    monkeypatch.setattr(op, "_decisions", Decisions(64))
+    return recorder
+
+
+def test_kernels_are_bound_once_for_each_layout(tensors, kernel):
+    x, down, up, bias = tensors
+    for _ in range(3):
+        assert torch.allclose(lowrank_linear(*tensors), plain(*tensors), atol=1e-5)
+    assert len(kernel.bound) == 1 and kernel.calls == 3
+    # The same shapes elsewhere in memory, off 16 bytes, then with gaps, then as before.
+    shifted = torch.cat([torch.zeros(1), x.flatten()])[1:].view(3, 16)
+    gaps = torch.cat([x, x], 1)[:, :16]
+    for other in (shifted, gaps, shifted):
+        assert torch.allclose(lowrank_linear(other, down, up, bias), plain(*tensors), atol=1e-5)
+    assert len(kernel.bound) == 1 and kernel.calls == 3  # it would have taken neither
+    assert torch.allclose(lowrank_linear(*tensors), plain(*tensors), atol=1e-5) and kernel.calls == 4
+    transposed = down.T.contiguous().T
+    assert torch.allclose(lowrank_linear(x, transposed, up, bias), plain(*tensors), atol=1e-5)
+    assert [problem.down_strides for problem in kernel.bound] == [(16, 1), (1, 8)]
+    lowrank_linear(*tensors, backend="reference")
+    assert kernel.calls == 5
+
+
+def test_a_kernel_that_binds_nothing_runs_as_it_is(tensors, kernel):
+    for _ in range(2):
+        assert torch.allclose(lowrank_linear(*tensors, backend="cuda"), plain(*tensors), atol=1e-5)
+    assert kernel.calls == 2
+    gaps = torch.cat([tensors[0]] * 2, 1)[:, :16]
+    for _ in range(2):
+        with pytest.raises(lro.ops.BackendUnavailableError, match="takes aligned rows without gaps"):
+            lowrank_linear(gaps, *tensors[1:], backend="cuda")
+
+
+def test_kernels_are_recorded_and_serve_the_dispatcher(tensors, kernel):
+    leaves = [tensor.requires_grad_() for tensor in tensors]
+    gradients = torch.autograd.grad(lowrank_linear(*leaves).square().sum(), leaves)
+    expected = torch.autograd.grad(plain(*leaves).square().sum(), leaves)
+    assert kernel.calls == 2  # forward, and the gradient of x, whose factors are other matrices
+    assert all(torch.allclose(ours, theirs, atol=1e-3) for ours, theirs in zip(gradients, expected, strict=True))
+    with torch.no_grad():
+        torch.ops.lowrank_ops.lowrank_linear(*tensors)
+    assert kernel.calls == 3 and len(kernel.bound) == 2
+
+
+@pytest.mark.parametrize("which", range(4), ids=["x", "down", "up", "bias"])
+def test_kernels_get_tensors_whose_sign_is_flipped(tensors, kernel, which):
+    lowrank_linear(*tensors)
+    signed = list(tensors)
+    signed[which] = torch._neg_view(tensors[which])
+    assert signed[which].is_neg()
+    expected = plain(*(tensor.clone() for tensor in signed))
+    assert torch.allclose(lowrank_linear(*signed), expected, atol=1e-5)
+    assert kernel.calls == 2
+
+
+# --- layers -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_a_layer_runs_the_parameters_it_has(bias):
+    layer = lro.LowRankLinear(16, 12, 8, bias=bias)
+    x = torch.randn(3, 16)
+
+    def check(x=x):
+        y = layer(x)
+        assert torch.allclose(y, plain(x, layer.down, layer.up, layer.bias), atol=1e-5) and y.dtype is x.dtype
+
+    check()
+    layer.down = Parameter(torch.randn(8, 16))
+    check()
+    layer.up.data = torch.randn(8, 12).T
+    check()
+    with torch.no_grad():
+        layer.down.mul_(2)
+    check()
+    layer.load_state_dict({name: torch.randn_like(value) for name, value in layer.state_dict().items()})
+    check()
+    layer.double()
+    check(x.double())
+    with pytest.raises(ValueError, match="down must have the dtype and device of x"):
+        layer(x)
+    layer.float()
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(other(x), layer(x))
+    swapped = {name: torch.randn_like(value) for name, value in layer.named_parameters()}
+    y = torch.func.functional_call(layer, swapped, (x,))
+    assert torch.allclose(y, plain(x, swapped["down"], swapped["up"], swapped.get("bias")), atol=1e-5)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), layer(x))
+    torch.nn.utils.parametrize.register_parametrization(layer, "down", torch.nn.Tanh())
+    check()
+    assert torch.allclose(layer.down, layer.parametrizations.down.original.tanh())
+
+
+def test_a_layer_without_a_bias_is_like_a_linear_without():
+    layer, linear = lro.LowRankLinear(16, 12, 8, bias=False), torch.nn.Linear(16, 12, bias=False)
+    assert layer.bias is None and set(layer.state_dict()) == {"down", "up"}
+    assert ("bias" in layer._parameters) == ("bias" in linear._parameters)
+    del layer._parameters["bias"]  # as layers were pickled before
+    layer.__dict__["bias"] = None
+    x = torch.randn(3, 16)
+    assert torch.allclose(layer(x), plain(x, layer.down, layer.up), atol=1e-5)

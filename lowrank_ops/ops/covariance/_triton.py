@@ -30,7 +30,7 @@ CHUNK = 2048  # tokens summed in float32: longer chains lose bits of a large mea
 REDUCE_ROWS = 16  # rows of a tile per program of the reduction
 MOST_SPLITS = 64
 
-_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 TOKEN_LIMIT = 2**31 - 2**20  # token indices are 32-bit, and the last chunk may run past the end
 _STRIDE_LIMIT = 2**23  # offsets inside a tile of the state are 32-bit
 
@@ -193,7 +193,7 @@ def plan(problem: Problem) -> Plan:
 def config_for(problem: Problem) -> Config:
     """The tuned configuration of the nearest shape, or the heuristic one."""
     arch = arch_of(problem.device)
-    shape = {"tokens": problem.tokens, "features": problem.features, "dtype": _DTYPES[problem.dtype]}
+    shape = {"tokens": problem.tokens, "features": problem.features, "dtype": DTYPES[problem.dtype]}
     entry = _tuning.nearest("covariance_update", f"sm{arch}", shape)
     if entry is not None and entry["impl"] == "triton":
         return Config(**entry["config"])
@@ -282,7 +282,7 @@ def unsupported_device(device: Device) -> str | None:
 
 
 def unsupported_dtype(dtype: torch.dtype) -> str | None:
-    if dtype not in _DTYPES:
+    if dtype not in DTYPES:
         return f"x is {dtype}; the Triton kernels take bfloat16, float16 and float32"
     return None
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
+from .. import _tuning
 from .._specialization import Specialization
 from . import _triton
 from ._triton import Config, Plan
@@ -80,9 +81,30 @@ def launch(conv: ConvPlan, second_moment: Tensor, total: Tensor, x: Tensor) -> N
             _triton.reduce(plan, target, target_total, second_moment, total, conv.features, patch, conv.channels_last)
 
 
+@functools.lru_cache(maxsize=8192)
 def config_for(problem: ConvProblem) -> Config:
-    """The configuration that runs ``problem``."""
-    return HEURISTIC[_triton.arch_of(problem.device), "scalar" if _vector(problem) == 1 else "vector"]
+    """The tuned configuration of the nearest shape, or the heuristic one."""
+    arch, shape = _triton.arch_of(problem.device), table_shape(problem)
+    entry = _tuning.nearest("conv_covariance_update", f"sm{arch}", shape)
+    if entry is not None and entry["impl"] == "triton":
+        return Config(**entry["config"])
+    return HEURISTIC[arch, _kind(shape)]
+
+
+def table_shape(problem: ConvProblem) -> dict[str, Any]:
+    """The keys under which a tuned table lists ``problem``; what was tuned for a way to load speaks for no other."""
+    one_by_one = "channels last" if _channels_last(problem) else "channels first"
+    return {
+        "tokens": _tokens(problem),
+        "features": problem.shape[1] // problem.groups * math.prod(problem.kernel_size),
+        "groups": problem.groups,
+        "loads": one_by_one if _vector(problem) == 1 else "vector",
+        "dtype": _triton.DTYPES[problem.dtype],
+    }
+
+
+def _kind(shape: Mapping[str, Any]) -> str:
+    return "vector" if shape["loads"] == "vector" else "scalar"
 
 
 def plan(problem: ConvProblem) -> ConvPlan:
@@ -167,9 +189,7 @@ def _device_code() -> ModuleType:
 def shipped(arch: int) -> list[Specialization]:
     """Every configuration that ships for ``arch`` (80, 90 or 100), each in its heaviest forms."""
     listed = []
-    for (of, kind), config in HEURISTIC.items():
-        if of != arch:
-            continue
+    for kind, config in _shipped_configs(arch):
         if kind == "vector":
             forms = [
                 ("bf16", "exact", True, "state", "fp64"),
@@ -185,6 +205,14 @@ def shipped(arch: int) -> list[Specialization]:
             ]
         listed += [_specialization(config, kind, *form) for form in forms]
     return listed
+
+
+def _shipped_configs(arch: int) -> list[tuple[str, Config]]:
+    configs = [(kind, config) for (of, kind), config in HEURISTIC.items() if of == arch]
+    for entry in _tuning.load("conv_covariance_update", f"sm{arch}"):
+        if entry["impl"] == "triton":
+            configs.append((_kind(entry["shape"]), Config(**entry["config"])))
+    return list(dict.fromkeys(configs))
 
 
 def _specialization(

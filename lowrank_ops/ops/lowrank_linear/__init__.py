@@ -5,6 +5,7 @@ Schema, validation, fake, autograd, autocast and the table of implementations.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from .._autocast import register_autocast
 from .._backend import Backend, Device, Impl, choose, device_facts
 from .._backend import explain as _explain
-from .._eager import undisturbed
+from .._eager import Decisions, outlived, undisturbed, wants_gradient
 from .._layout import row_stride
 from . import _cuda, _triton, reference
 
@@ -49,6 +50,7 @@ TABLE: tuple[Impl, ...] = (
         lambda problem: None,
         lambda problem, *args: reference.dense(*args),
         _dense_costs_less,
+        bind=lambda problem: reference.bind(reference.dense, problem.activation),
     ),
     Impl(
         "triton.decode",
@@ -56,6 +58,7 @@ TABLE: tuple[Impl, ...] = (
         _triton.supports_decode,
         _triton.run_decode,
         _triton.prefers_decode,
+        bind=_triton.bind_decode,
     ),
     Impl(
         "triton.prefill",
@@ -63,12 +66,14 @@ TABLE: tuple[Impl, ...] = (
         _triton.supports_prefill,
         _triton.run_prefill,
         _triton.prefers_prefill,
+        bind=_triton.bind_prefill,
     ),
     Impl(
         "two_products",
         Backend.REFERENCE,
         lambda problem: None,
         lambda problem, *args: reference.two_products(*args),
+        bind=lambda problem: reference.bind(reference.two_products, problem.activation),
     ),
     Impl("cuda.decode", Backend.CUDA, _cuda.supports_decode, _cuda.run, _cuda.prefers),
     Impl("cuda.prefill", Backend.CUDA, _cuda.supports_prefill, _cuda.run, _cuda.prefers),
@@ -87,7 +92,8 @@ def lowrank_linear(
     """``activation((x down^T) up^T + bias)``.
 
     Args:
-        x: (..., in_features), float64, float32, bfloat16 or float16; any leading shape, also empty.
+        x: (..., in_features), float64, float32, bfloat16 or float16; any leading shape, also empty. A nested tensor
+            goes through two products, by every backend.
         down: (rank, in_features), the dtype of ``x``.
         up: (out_features, rank), the dtype of ``x``.
         bias: (out_features,), the dtype of ``x``, or None.
@@ -103,7 +109,13 @@ def lowrank_linear(
         BackendUnavailableError: the requested backend cannot run this call.
     """
     if undisturbed(x, down, up, bias):
-        return _run(x, down, up, bias, activation=activation, backend=backend)
+        run = _decision(x, down, up, bias, activation, backend)
+        if not wants_gradient(x, down, up, bias):
+            return run(x, down, up, bias)
+        if not outlived(x, down, up, bias):
+            return _record(run, activation, backend, x, down, up, bias)
+    if x.is_nested:  # as nn.TransformerEncoder hands over sequences without their padding
+        return reference.two_products(x, down, up, bias, activation)
     return torch.ops.lowrank_ops.lowrank_linear(x, down, up, bias, activation=activation, backend=backend)
 
 
@@ -140,26 +152,6 @@ def describe(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activatio
     )
 
 
-def _fits(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: str) -> bool:
-    """Whether the arguments are plainly right: a quick look before ``_check``, which finds out what is wrong."""
-    dtype, device = x.dtype, x.device
-    if x.dim() == 0 or down.dim() != 2 or up.dim() != 2:
-        return False
-    rank, in_features = down.shape
-    out_features, up_rank = up.shape
-    return (
-        x.shape[-1] == in_features
-        and rank == up_rank
-        and down.dtype is dtype
-        and up.dtype is dtype
-        and down.device == device
-        and up.device == device
-        and dtype.is_floating_point
-        and activation in reference.ACTIVATIONS
-        and (bias is None or (bias.shape == (out_features,) and bias.dtype is dtype and bias.device == device))
-    )
-
-
 def _check(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: str) -> None:
     if x.dim() == 0:
         raise ValueError("x must have shape (..., in_features); got a scalar.")
@@ -186,6 +178,71 @@ def _check(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation:
         raise ValueError(f"x must be a floating-point tensor; got {x.dtype}.")
 
 
+_Bound = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
+_decisions = Decisions(4096)
+
+
+def _decision(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: str, backend: str) -> _Bound:
+    """What runs a call like this, found out once: arguments are checked and an implementation is chosen and bound."""
+    dtype, device = x.dtype, x.device
+    alike = (
+        down.dtype is dtype
+        and up.dtype is dtype
+        and down.device == device
+        and up.device == device
+        and (bias is None or (bias.dtype is dtype and bias.device == device))
+    )
+    # Nothing that makes a difference may be missing here: what has been decided is not looked at again.
+    kind = x.shape, dtype, device, down.shape, up.shape, None if bias is None else bias.shape, activation, backend
+    bound = _decisions.get(kind) if alike else None
+    if bound is None:
+        _check(x, down, up, bias, activation)
+        problem = describe(x, down, up, bias, activation)
+        bound = _ByLayout(activation, backend) if _layout_matters(problem, backend) else _bind(problem, backend)
+        _decisions[kind] = bound
+    return bound
+
+
+def _layout_matters(problem: Problem, backend: str) -> bool:
+    """Whether a kernel could run the problem, if only it lay in memory as kernels like it."""
+    ideal = problem._replace(
+        x_stride=problem.in_features, down_strides=(problem.in_features, 1), up_strides=(problem.rank, 1), aligned=True
+    )
+    return any(
+        impl.backend is not Backend.REFERENCE and backend in ("auto", impl.backend) and impl.supports(ideal) is None
+        for impl in TABLE
+    )
+
+
+def _bind(problem: Problem, backend: str) -> _Bound:
+    """The chosen implementation with the problem filled in."""
+    impl = choose(TABLE, problem, backend)
+    if impl.bind is not None:
+        return impl.bind(problem)
+    return lambda x, down, up, bias: impl.run(problem, x, down, up, bias, problem.activation)
+
+
+class _ByLayout:
+    """The decision on a call that kernels may run, for which strides and addresses count as well."""
+
+    def __init__(self, activation: str, backend: str) -> None:
+        self.activation, self.backend = activation, backend
+        self.decisions = Decisions(64)
+
+    def __call__(self, x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
+        if down.is_neg() or up.is_neg() or (bias is not None and bias.is_neg()):
+            # Views whose sign is still to be flipped, as torch's own products do and a kernel would not.
+            down, up = down.resolve_neg(), up.resolve_neg()
+            bias = None if bias is None else bias.resolve_neg()
+        aligned = (x.data_ptr() | down.data_ptr() | up.data_ptr()) & 15 == 0
+        layout = (x.stride(), down.stride(), up.stride(), aligned)
+        bound = self.decisions.get(layout)
+        if bound is None:
+            bound = _bind(describe(x, down, up, bias, self.activation), self.backend)
+            self.decisions[layout] = bound
+        return bound(x, down, up, bias)  # type: ignore[no-any-return]
+
+
 _lib = torch.library.Library("lowrank_ops", "FRAGMENT")
 _lib.define(
     "lowrank_linear(Tensor x, Tensor down, Tensor up, Tensor? bias=None, *, "
@@ -202,10 +259,7 @@ def _run(
     activation: str = "none",
     backend: str = "auto",
 ) -> Tensor:
-    if not _fits(x, down, up, bias, activation):
-        _check(x, down, up, bias, activation)
-    problem = describe(x, down, up, bias, activation)
-    return choose(TABLE, problem, backend).run(problem, x, down, up, bias, activation)
+    return _decision(x, down, up, bias, activation, backend)(x, down, up, bias)  # type: ignore[no-any-return]
 
 
 def _fake(
@@ -228,19 +282,66 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """t = x down^T is recomputed rather than saved: it costs 1/3 of the backward's products and no memory."""
     x, down, up, bias = ctx.saved_tensors
-    activation, backend = ctx.options["activation"], ctx.options["backend"]
+    # torch leaves out trailing arguments that have their default: without a bias there are three.
+    needed = (*ctx.needs_input_grad[:4], False)[:4]
+    return _gradients(grad, x, down, up, bias, needed, **ctx.options)
+
+
+class _Recorded(torch.autograd.Function):
+    """The op's autograd without the dispatcher: the same tensors saved, the same backward, in a third of the time."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        run: _Bound,
+        activation: str,
+        backend: str,
+        x: Tensor,
+        down: Tensor,
+        up: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(x, down, up, bias)
+        ctx.options = activation, backend
+        return run(x, down, up, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, down, up, bias = ctx.saved_tensors
+        activation, backend = ctx.options
+        gradients = _gradients(grad, x, down, up, bias, ctx.needs_input_grad[3:], activation, backend)
+        return (None, None, None, *gradients)
+
+
+# Without what Function.apply does in Python for transforms, which are ruled out here: half of the time of a small call.
+_record: Callable[..., Tensor] = super(torch.autograd.Function, _Recorded).apply
+
+
+def _gradients(
+    grad: Tensor,
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    needed: tuple[bool, ...],
+    activation: str,
+    backend: str,
+) -> tuple[Tensor | None, ...]:
+    """Those of x, down, up and bias.
+
+    t = x down^T is recomputed rather than saved: it costs 1/3 of the backward's products and no memory.
+    """
     if activation != "none":
         preactivation = lowrank_linear(x, down, up, bias, backend=backend)
         grad = reference.activation_backward(grad, preactivation, activation)
-    # torch leaves out trailing arguments that have their default: without a bias there are three.
-    needs_x, needs_down, needs_up, needs_bias = (*ctx.needs_input_grad[:4], False)[:4]
-    rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+    needs_x, needs_down, needs_up, needs_bias = needed
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    grads = grad if grad.dim() == 2 else grad.reshape(-1, grad.shape[-1])
     # A gradient may be a broadcast scalar, which a backend named by the user need not take.
     grad_x = lowrank_linear(grad.contiguous(), up.T, down.T, backend=backend) if needs_x else None
     grad_down = (grads @ up).T @ rows if needs_down else None
-    grad_up = grads.T @ (rows @ down.T) if needs_up else None
+    grad_up = grads.T @ torch.nn.functional.linear(rows, down) if needs_up else None
     grad_bias = grads.sum(0) if needs_bias and bias is not None else None
     return grad_x, grad_down, grad_up, grad_bias
 

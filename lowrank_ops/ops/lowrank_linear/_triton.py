@@ -95,6 +95,30 @@ def run_prefill(
     return y
 
 
+def bind_decode(problem: Problem) -> Callable[..., Tensor]:
+    """``run_decode`` with all that ``problem`` decides done, a function of (x, down, up, bias)."""
+    return _bound(problem, _decode_plan)
+
+
+def bind_prefill(problem: Problem) -> Callable[..., Tensor]:
+    """``run_prefill`` likewise."""
+    return _bound(problem, _prefill_plan)
+
+
+def _bound(problem: Problem, make_plan: Callable[[Problem], Callable[..., None]]) -> Callable[..., Tensor]:
+    out_features, device = problem.out_features, problem.device
+    if not problem.tokens:
+        return lambda x, down, up, bias: x.new_empty((*x.shape[:-1], out_features))
+    plan = make_plan(problem)
+
+    def run(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
+        y = x.new_empty((*x.shape[:-1], out_features))
+        _on_device(device, plan, x, down, up, bias, y)
+        return y
+
+    return run
+
+
 class _Launch:
     """A kernel with its grid and everything but the pointers bound.
 
@@ -167,7 +191,7 @@ def _decode_plan(problem: Problem, config: DecodeConfig | None = None) -> Callab
         def run_pair(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, y: Tensor) -> None:
             partial = torch.empty((slices, tokens, rank), dtype=partial_dtype, device=x.device)
             launch_down(x, down, partial)
-            launch_up(partial, up, x if bias is None else bias, y)
+            launch_up(partial, up, _or_else(bias, x), y)
 
         return run_pair
 
@@ -186,7 +210,7 @@ def _decode_plan(problem: Problem, config: DecodeConfig | None = None) -> Callab
         t = torch.empty((tokens, rank), dtype=x.dtype, device=x.device)
         launch_down(x, down, partial)
         launch_sum(partial, t)
-        launch_up(t, up, x if bias is None else bias, y)
+        launch_up(t, up, _or_else(bias, x), y)
 
     return run_triple
 
@@ -216,9 +240,14 @@ def _prefill_plan(problem: Problem, config: PrefillConfig | None = None) -> Call
     )
 
     def run(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, y: Tensor) -> None:
-        launch(x, down, up, x if bias is None else bias, y)
+        launch(x, down, up, _or_else(bias, x), y)
 
     return run
+
+
+def _or_else(bias: Tensor | None, x: Tensor) -> Tensor:
+    """The bias as the kernels read it, or a pointer that they will not."""
+    return x if bias is None else bias.contiguous()
 
 
 def _on_device(device: Device, plan: Callable[..., None], *tensors: Tensor | None) -> None:

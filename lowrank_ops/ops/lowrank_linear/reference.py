@@ -34,6 +34,17 @@ def dense(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: 
     return ACTIVATIONS[activation](F.linear(x, up @ down, bias))
 
 
+def bind(product: Callable[..., Tensor], activation: str) -> Callable[..., Tensor]:
+    """``product``, one of the two above, as a function of the tensors alone."""
+    if activation != "none":
+        return lambda x, down, up, bias: product(x, down, up, bias, activation)
+    # The most frequent call: nothing but the products.
+    linear = F.linear
+    if product is two_products:
+        return lambda x, down, up, bias: linear(linear(x, down), up, bias)
+    return lambda x, down, up, bias: linear(x, up @ down, bias)
+
+
 def activation_backward(grad: Tensor, preactivation: Tensor, activation: str) -> Tensor:
     """The gradient at the input of ``activation``."""
     return _DERIVATIVES[activation](grad, preactivation)

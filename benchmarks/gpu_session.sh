@@ -1,0 +1,126 @@
+#!/usr/bin/env bash
+# All that a GPU is asked, in parts that can be taken up again, less than ten minutes at a time:
+#
+#   benchmarks/gpu_session.sh FOLDER [--wheel FILE] [--commit HASH] [--seconds 570] [--steps 0] [--dry-run] [PART ...]
+#
+#   1 tests            native and Triton kernels, by tests/gpu/from_wheel.sh
+#   2 covariance       covariance updates and their convolution form beside the alternatives
+#   3 lowrank_linear   layers beside the alternatives
+#   4 model            whole models and their calibration
+#   5 tune             tables of configurations, in FOLDER/tuned, for lowrank_ops/ops/tuned; with --steps 0 chosen from
+#                      what ships, which takes minutes, with more by a search, which takes minutes for every shape
+#   6 grade            the results against the targets
+#
+# Everything is written to FOLDER as it is measured: a kill loses one case. Call it again with the same FOLDER until it
+# says that all parts are done (exit code 0; 3: there is more to do). Where the machine is a bare one in each call, copy
+# what came back into its FOLDER first. A PART that is named runs though it was done; FOLDER/N-PART.code keeps how a part
+# ended. --dry-run shows what each part would do and needs no GPU. Run it in a checkout with the python3 whose torch sees
+# the GPU.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+usage() { sed -n '2,/^set/p' "$0" | sed '$d; s/^# \{0,1\}//' >&2; exit 2; }
+
+parts=(tests covariance lowrank_linear model tune grade)
+folder='' wheel='' commit='' total=570 steps=0 dry=false named=()
+while [ $# -gt 0 ]; do
+  case $1 in
+    --wheel) wheel=$2; shift ;;
+    --commit) commit=$2; shift ;;
+    --seconds) total=$2; shift ;;
+    --steps) steps=$2; shift ;;
+    --dry-run) dry=true ;;
+    -*) usage ;;
+    *) if [ -z "$folder" ]; then folder=$1; else named+=("$1"); fi ;;
+  esac
+  shift
+done
+[ -n "$folder" ] || usage
+for part in ${named[@]+"${named[@]}"}; do
+  [[ " ${parts[*]} " == *" $part "* ]] || usage
+done
+
+python=${PYTHON:-python3}
+mkdir -p "$folder"
+folder=$(realpath "$folder")
+results=$folder/results.json
+[ -n "$commit" ] || commit=$(git rev-parse --short=12 HEAD 2>/dev/null) || commit=
+as=(); [ -z "$commit" ] || as=(--commit "$commit")
+if [ -z "$wheel" ]; then
+  wheels=(dist/lowrank_ops-*.whl)
+  [ -e "${wheels[0]}" ] && wheel=${wheels[0]}
+fi
+if ! $dry && ! "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())'; then
+  echo "$python sees no CUDA device; --dry-run shows what would be done" >&2
+  exit 2
+fi
+
+left() { echo $((total - SECONDS)); }
+
+# The native library of the wheel, where this checkout has none: what is measured are the checkout's own sources.
+take_library() {
+  [ -n "$wheel" ] && [ ! -e lowrank_ops/liblowrank_ops.so ] || return 0
+  "$python" - "$wheel" <<'EOF'
+import sys, zipfile
+wheel = zipfile.ZipFile(sys.argv[1])
+for name in wheel.namelist():
+    if name == "lowrank_ops/liblowrank_ops.so":
+        wheel.extract(name)
+EOF
+}
+
+# Sets ``command`` and the seconds that it may take; the last case that a suite begins may take a minute, with compiling.
+prepare() {
+  limit=$(left)
+  local budget=$((limit - 60))
+  case $1 in
+    tests)
+      if [ -z "$wheel" ]; then command=(echo "no wheel: make wheel builds one, where nvcc is");
+      else command=(tests/gpu/from_wheel.sh "$wheel"); fi
+      if $dry; then command=(echo "would run ${command[*]}"); fi ;;
+    covariance | lowrank_linear | model)
+      command=("$python" -m "benchmarks.bench_$1" --out "$results" --resume --budget "$budget" "${as[@]}")
+      if $dry; then command=("$python" -m "benchmarks.bench_$1" --dry-run); else take_library; fi ;;
+    tune)
+      command=("$python" -m benchmarks.tune --budget "$budget" --steps "$steps" "${as[@]}")
+      command+=(--progress "$folder/tuning" --tables "$folder/tuned")
+      if $dry; then command=("$python" -m benchmarks.tune --dry-run); fi ;;
+    grade)
+      limit=60
+      [ -e "$results" ] || echo '{"suites": {}}' > "$results"
+      command=("$python" -m benchmarks.grade "$results") ;;
+  esac
+}
+
+unfinished=false
+for number in "${!parts[@]}"; do
+  part=${parts[$number]}
+  code=$folder/$((number + 1))-$part.code
+  if [ ${#named[@]} -gt 0 ]; then
+    [[ " ${named[*]} " == *" $part "* ]] || continue
+  elif ! $dry && [ "$part" != grade ] && [ -e "$code" ]; then
+    echo "== $part: done before, with exit code $(cat "$code")"
+    continue
+  fi
+  if ! $dry && [ "$part" != grade ] && [ "$(left)" -lt 120 ]; then
+    echo "== $part: $(left) s are left, too few to begin"
+    unfinished=true
+    continue
+  fi
+  prepare "$part"
+  echo "== $part, at most $limit s"
+  began=$SECONDS
+  timeout --kill-after=10 "$limit" "${command[@]}" 2>&1 | tee -a "$folder/$part.log"
+  ended=${PIPESTATUS[0]}
+  echo "== $part ended with exit code $ended after $((SECONDS - began)) s"
+  if $dry; then continue; fi
+  case $ended in
+    3 | 124 | 137) unfinished=true ;;  # the budget or the time ran out
+    *) echo "$ended" > "$code" ;;
+  esac
+done
+if $unfinished; then
+  echo "== there is more to do: call again with the same folder"
+  exit 3
+fi
+echo "== all parts that were asked for are done; how each ended: $folder/*.code"
