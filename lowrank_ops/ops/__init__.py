@@ -45,7 +45,8 @@ def plan(op: str, arch: str, dtype: torch.dtype, *, tokens: int, aligned: bool =
         dtype: of the inputs.
         tokens: rows of ``x``, for convolutions patches.
         aligned: the matrices and their rows start on 16 bytes.
-        shape: ``features`` and, for convolutions, ``groups``; or ``in_features``, ``rank`` and ``out_features``.
+        shape: ``features``, ``allow_tf32`` and, for convolutions, ``groups``; or ``in_features``, ``rank`` and
+            ``out_features``.
 
     Returns:
         One line: the kernel with its tiles, clusters, stages and memory, or ``"cannot run: "`` and the reason.

@@ -15,11 +15,11 @@ pytestmark = [
     pytest.mark.skipif(not _native.LIBRARY.is_file(), reason="the native library was not built"),
 ]
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-# Relative to the sum of |x_i x_j|: products are exact or, for float32, three of bfloat16; 2048 of them are summed in
-# the tensor cores' float32, which may truncate.
-BOUNDS = {torch.bfloat16: 2.0**-16, torch.float16: 2.0**-16, torch.float32: 2.0**-14}
+# Relative to the sum of |x_i x_j|: products are exact or, for float32, three of bfloat16 or one of TensorFloat-32; 2048
+# of them are summed in the tensor cores' float32, which may truncate.
+BOUNDS = {"bf16": 2.0**-16, "fp16": 2.0**-16, "fp32": 2.0**-14, "tf32": 2.0**-9}
 
 
 def random(*shape, dtype=torch.float32, mean=0.5):
@@ -35,20 +35,19 @@ def zeros(features, dtype=torch.float32, groups=None):
     )
 
 
-def assert_updated(second_moment, total, x, bound=None):
+def assert_updated(second_moment, total, x, dtype="bf16"):
     """From zeros: the lower triangle and the sums, against float64."""
-    bound = bound or BOUNDS[x.dtype]
     rows = x.reshape(-1, x.shape[-1]).double()
     error = (second_moment.double() - rows.T @ rows).abs().tril()
-    allowed = (bound + 4 * torch.finfo(second_moment.dtype).eps) * (rows.abs().T @ rows.abs())
+    allowed = (BOUNDS[dtype] + 4 * torch.finfo(second_moment.dtype).eps) * (rows.abs().T @ rows.abs())
     assert error.isfinite().all()
     assert (error <= allowed.tril() + 1e-30).all(), (error / allowed).max()
     assert ((total.double() - rows.sum(0)).abs() <= 2.0**-17 * rows.abs().sum(0)).all()
     assert not second_moment.triu(1).any()
 
 
-def update(second_moment, total, x):
-    covariance_update_(second_moment, total, x, backend="cuda")
+def update(second_moment, total, x, dtype="bf16"):
+    covariance_update_(second_moment, total, x, allow_tf32=dtype == "tf32", backend="cuda")
 
 
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.float64], ids=["state32", "state64"])
@@ -62,10 +61,10 @@ def update(second_moment, total, x):
 def test_covariance_shapes(tokens, features, dtype, state_dtype):
     x = random(tokens, features, dtype=DTYPES[dtype])
     second_moment, total = zeros(features, state_dtype)
-    update(second_moment, total, x)
-    assert_updated(second_moment, total, x)
-    update(second_moment, total, x)  # added to what is there
-    assert_updated(second_moment / 2, total / 2, x)
+    update(second_moment, total, x, dtype)
+    assert_updated(second_moment, total, x, dtype)
+    update(second_moment, total, x, dtype)  # added to what is there
+    assert_updated(second_moment / 2, total / 2, x, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -77,8 +76,8 @@ def test_covariance_alignments_in_poisoned_memory(dtype, offset, padding):
     memory = torch.full((offset + tokens * stride + 4096,), float("nan"), dtype=DTYPES[dtype], device="cuda")
     x = memory[offset:].as_strided((tokens, features), (stride, 1)).copy_(random(tokens, features))
     second_moment, total = zeros(features)
-    update(second_moment, total, x)
-    assert_updated(second_moment, total, x)
+    update(second_moment, total, x, dtype)
+    assert_updated(second_moment, total, x, dtype)
 
 
 def test_covariance_into_a_strided_state_in_poisoned_memory():
@@ -104,7 +103,7 @@ def test_scratch_may_hold_anything():
     second_moment, total = zeros(192)
     device = describe(second_moment, x).device
     _, plan = torch.ops.lowrank_ops._plan_covariance(
-        12608, 192, 1, "bfloat16", "aligned_matrix", *_native.machine(device)
+        12608, 192, 1, "bfloat16", "aligned_matrix", False, *_native.machine(device)
     )
     assert " 0 floats of scratch" not in plan
     torch.full((64 << 20,), float("nan"), device="cuda")  # left to the caching allocator
@@ -119,7 +118,7 @@ def test_covariance_same_bits_on_every_run(dtype, features):
     first = None
     for _ in range(10):
         state = zeros(features)
-        update(*state, x)
+        update(*state, x, dtype)
         first = first or state
         assert torch.equal(state[0], first[0]) and torch.equal(state[1], first[1])
 
@@ -194,9 +193,9 @@ def test_convolution(geometry, groups, dtype, layout):
     full = {"stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], **geometry}
     patches = torch.nn.functional.unfold(x.double(), **full).mT.reshape(-1, groups, features)
     second_moment, total = zeros(features, torch.float64, groups)
-    conv_covariance_update_(second_moment, total, x, backend="cuda", **geometry)
+    conv_covariance_update_(second_moment, total, x, allow_tf32=dtype == "tf32", backend="cuda", **geometry)
     for group in range(groups):
-        assert_updated(second_moment[group], total[group], patches[:, group], BOUNDS[DTYPES[dtype]])
+        assert_updated(second_moment[group], total[group], patches[:, group], dtype)
 
 
 # ---- lowrank_linear ----
@@ -359,16 +358,33 @@ def test_gradients(tokens):
         assert_close_to_float64(grad, same_dtype.grad, truth.grad)
 
 
+# A small set of everything, for compute-sanitizer: see from_wheel.sh.
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens, features", [(130, 72), (130, 71), (4096, 72)], ids=["aligned", "odd", "split"])
+def test_sanitized_covariance(tokens, features, dtype):
+    x = random(tokens, features, dtype=DTYPES[dtype])
+    state = zeros(features)
+    update(*state, x, dtype)
+    assert_updated(*state, x, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sanitized_convolution(dtype):
+    image = random(2, 8, 9, 10, dtype=DTYPES[dtype])
+    second_moment, total = zeros(72, groups=1)
+    conv_covariance_update_(second_moment, total, image, kernel_size=(3, 3), allow_tf32=dtype == "tf32", backend="cuda")
+    patches = torch.nn.functional.unfold(image.double(), 3).mT.reshape(-1, 72)
+    assert_updated(second_moment[0], total[0], patches, dtype)
+
+
 @pytest.mark.parametrize("tokens", [1, 9, 64, 200])
-def test_sanitized(tokens):
-    """A small set of everything, for compute-sanitizer: see from_wheel.sh."""
-    x = random(max(tokens, 130), 72, dtype=torch.bfloat16)
-    state = zeros(72)
-    update(*state, x)
-    assert_updated(*state, x)
+def test_sanitized_linear(tokens):
     args = arguments(tokens, 200, 136, 328)
-    if tokens <= 64 or linear_cuda.supports_prefill(describe_linear(*args, "relu")) is None:
-        assert_right(lowrank_linear(*args, activation="relu", backend="cuda"), *args, "relu")
+    if reason := linear_cuda.supports_prefill(describe_linear(*args, "relu")) if tokens > 64 else None:
+        pytest.skip(reason)
+    assert_right(lowrank_linear(*args, activation="relu", backend="cuda"), *args, "relu")
 
 
 def test_opcheck():
@@ -383,5 +399,5 @@ def test_refusals_name_the_shape_and_leave_the_state_alone():
     assert _cuda.supports(describe(zeros(64)[0], random(5, 64).T.contiguous().T)) is not None
     second_moment, total = zeros(64)
     with pytest.raises(RuntimeError, match="does not fit"):
-        torch.ops.lowrank_ops._cuda_covariance_update_(second_moment, total, random(5, 65))
+        torch.ops.lowrank_ops._cuda_covariance_update_(second_moment, total, random(5, 65), False)
     assert not second_moment.any()

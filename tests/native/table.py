@@ -16,14 +16,14 @@ MARK = "<!-- native table -->"
 HEADER = (
     "| kernel | template arguments | arch | registers | static shared memory, B | stack, B | products | copies | run |"
 )
-TYPES = {"f": "fp32", "6__half": "fp16", "13__nv_bfloat16": "bf16"}
+TYPES = {"f": "fp32", "NS_4Tf32E": "fp32 as tf32", "6__half": "fp16", "13__nv_bfloat16": "bf16"}
 COPIES = ("LDGSTS", "UTMALDG", "UBLKCP")
 SOURCES = ("rows", "aligned rows", "patches")  # the enumerators of Source
 
 
 def arguments(kernel: machine_code.Kernel) -> str:
     """``"bf16, aligned rows, 4 stages"`` from the mangled template arguments."""
-    match = re.search(rf"{kernel.name}I(f|6__half|13__nv_bfloat16)(\S*?)Evv?", kernel.symbol + "v")
+    match = re.search(rf"{kernel.name}I({'|'.join(TYPES)})(\S*?)Evv?", kernel.symbol + "v")
     if match is None:
         return "-"
     parts = [TYPES[match[1]]]

@@ -91,7 +91,7 @@ def test_shapes_that_do_not_fit_are_refused_before_a_launch(library: Path) -> No
     """The meta device reaches no kernel; a CPU tensor has none."""
     _native.unavailable()
     with pytest.raises(NotImplementedError, match="_cuda_covariance_update_"):
-        torch.ops.lowrank_ops._cuda_covariance_update_(torch.zeros(8, 8), torch.zeros(8), torch.zeros(4, 8))
+        torch.ops.lowrank_ops._cuda_covariance_update_(torch.zeros(8, 8), torch.zeros(8), torch.zeros(4, 8), False)
 
 
 def test_explicit_backend_on_a_cpu_tensor_says_why() -> None:
@@ -158,17 +158,18 @@ def test_the_module_and_the_library_plan_alike(library: Path) -> None:
     assert _native.unavailable() is None
     machines = [(80, 108, 166912), (86, 84, 101376), (90, 132, 232448), (100, 148, 232448), (70, 80, 98304), (0, 0, 0)]
     dtypes = ["bfloat16", "float16", "float32", "float64"]
-    for machine, dtype, source, tokens, features in itertools.product(
-        machines, dtypes, ["matrix", "aligned_matrix", "patches"], [1, 12608, 1 << 33], [1, 768, 11008]
+    for machine, dtype, source, tf32, tokens, features in itertools.product(
+        machines, dtypes, ["matrix", "aligned_matrix", "patches"], [False, True], [1, 12608, 1 << 33], [1, 768, 11008]
     ):
-        mine = torch.ops.lowrank_ops._plan_covariance(tokens, features, 2, dtype, source, *machine)
+        arguments = (tokens, features, 2, dtype, source, tf32, *machine)
+        mine = torch.ops.lowrank_ops._plan_covariance(*arguments)
         if "no code for" not in mine[0]:
-            assert mine == _planner.plan_covariance(tokens, features, 2, dtype, source, *machine)
+            assert mine == _planner.plan_covariance(*arguments)
     for machine, dtype, tokens, rank in itertools.product(machines, dtypes, [1, 64, 65, 12608], [1, 136, 1492, 30000]):
-        arguments = (tokens, 4096, rank, 11008, dtype, True, *machine)
-        mine = torch.ops.lowrank_ops._plan_lowrank_linear(*arguments)
+        linear = (tokens, 4096, rank, 11008, dtype, True, *machine)
+        mine = torch.ops.lowrank_ops._plan_lowrank_linear(*linear)
         if "no code for" not in mine[0]:
-            assert mine == _planner.plan_lowrank_linear(*arguments)
+            assert mine == _planner.plan_lowrank_linear(*linear)
 
 
 def test_plans_of_devices_that_are_not_here(library: Path) -> None:
@@ -184,6 +185,10 @@ def test_plans_of_devices_that_are_not_here(library: Path) -> None:
     for op, kernel in (("covariance_update_", "covariance_sm90"), ("conv_covariance_update_", "covariance_sm80")):
         assert plan(op, "sm_90", torch.bfloat16, tokens=4096, features=72).startswith(f"{kernel}: ")
     assert "not float64" in plan("covariance_update_", "sm_90", torch.float64, tokens=8, features=8)
+    for op in ("covariance_update_", "conv_covariance_update_"):
+        assert "TensorFloat-32" in plan(op, "sm_90", torch.float32, tokens=8, features=8, allow_tf32=True)
+        for dtype, allowed in ((torch.float32, False), (torch.bfloat16, True)):
+            assert "TensorFloat-32" not in plan(op, "sm_90", dtype, tokens=8, features=8, allow_tf32=allowed)
 
 
 def test_plans_need_a_planner(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -30,8 +30,9 @@ def test_the_kernels_are_there(kernels: list[machine_code.Kernel]) -> None:
         names = {kernel.name for kernel in kernels if kernel.arch == arch}
         expected = {name for name in machine_code.LAUNCH_BOUNDS if arch == "sm_90a" or not name.endswith("_sm90")}
         assert names == expected, arch
-        # bfloat16 and float16 x (two depths of copies, rows, patches), float32 x (rows, patches)
-        assert sum(kernel.name == "covariance_sm80" for kernel in kernels if kernel.arch == arch) == 10
+        # bfloat16 and float16 x (two depths of copies, rows, patches), float32 x (rows, patches), the same as
+        # TensorFloat-32 x (copies, rows, patches)
+        assert sum(kernel.name == "covariance_sm80" for kernel in kernels if kernel.arch == arch) == 13
         # two types x four token tiles x aligned or not
         assert sum(kernel.name == "decode_up_sm80" for kernel in kernels if kernel.arch == arch) == 16
         # two types x four token tiles
@@ -79,3 +80,6 @@ def test_the_gate_counts() -> None:
     assert "static shared" in machine_code.faults(good._replace(shared=50000))[0]
     copies = machine_code.Kernel("covariance_sm80", "SourceE1E", "sm_80", 128, 0, 0, {}, {"HMMA.16816.F32.BF16": 1})
     assert "no LDGSTS" in machine_code.faults(copies)[0]
+    tf32 = copies._replace(symbol="4Tf32ELNS_6SourceE0E")
+    assert "no HMMA.1688.F32.TF32" in machine_code.faults(tf32)[0]
+    assert not machine_code.faults(tf32._replace(products={"HMMA.1688.F32.TF32": 1}))

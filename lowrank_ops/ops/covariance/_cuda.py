@@ -1,8 +1,9 @@
 """CUDA C++ covariance updates: ``csrc/covariance``. What they can run, the planner says.
 
 Sums are taken in float32 over at most 2048 tokens, then in the state's dtype, in an order that does not change between
-runs. float32 inputs are multiplied as three bfloat16 products, with or without ``allow_tf32``: relative error about
-2^-17 of ``|x_i x_j|``. bfloat16 and float16 products are exact.
+runs. float32 inputs are multiplied as three bfloat16 products: relative error about 2^-17 of ``|x_i x_j|``; with
+``allow_tf32`` as one product of factors that are rounded to the nearest TensorFloat-32: within 2^-10, and leaning to
+neither side. bfloat16 and float16 products are exact. Sums of rows are of what was given, never of TensorFloat-32.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ def supports(problem: Problem) -> str | None:
         1,
         _native.dtype_name(problem.dtype),
         source,
+        problem.allow_tf32,
         *_native.machine(problem.device),
     )
     return reason or None
@@ -58,6 +60,7 @@ def supports_conv(problem: ConvProblem) -> str | None:
         problem.groups,
         _native.dtype_name(problem.dtype),
         "patches",
+        problem.allow_tf32,
         *_native.machine(problem.device),
     )
     return reason or None
@@ -70,7 +73,8 @@ def prefers(problem: Any) -> bool:
 
 def run(problem: Problem, second_moment: Tensor, total: Tensor, x: Tensor) -> None:
     """One launch, or two where the tokens are split."""
-    torch.ops.lowrank_ops._cuda_covariance_update_(second_moment, total, x.reshape(-1, problem.features))
+    rows = x.reshape(-1, problem.features)
+    torch.ops.lowrank_ops._cuda_covariance_update_(second_moment, total, rows, problem.allow_tf32)
 
 
 def run_conv(
@@ -84,4 +88,6 @@ def run_conv(
     dilation: list[int],
 ) -> None:
     """The same over patches, which are gathered while they are multiplied."""
-    torch.ops.lowrank_ops._cuda_conv_covariance_update_(second_moment, total, x, kernel_size, stride, padding, dilation)
+    torch.ops.lowrank_ops._cuda_conv_covariance_update_(
+        second_moment, total, x, kernel_size, stride, padding, dilation, problem.allow_tf32
+    )
