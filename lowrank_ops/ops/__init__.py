@@ -24,6 +24,8 @@ _EXPLAIN: dict[str, Callable[..., str]] = {
 def explain(op: str, *args: Any, **options: Any) -> str:
     """Which implementation would run a call and why the others would not, one line each.
 
+    A CUDA kernel that can run it is named with its tiles, as by :func:`plan` for the device of the call's tensors.
+
     Args:
         op: ``"covariance_update_"``, ``"conv_covariance_update_"`` or ``"lowrank_linear"``.
         args, options: those of the call.

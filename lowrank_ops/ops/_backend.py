@@ -24,7 +24,8 @@ class Impl(NamedTuple):
 
     ``supports`` is the single statement of what the implementation can run: it takes the op's problem (a
     hashable description of shapes, dtypes, layout and device) and returns None, or the reason why it cannot.
-    ``prefers`` tells whether ``auto`` should pick it for a problem that it supports.
+    ``prefers`` tells whether ``auto`` should pick it for a problem that it supports. ``plan`` tells in one line how it
+    would run a problem that it supports, or nothing.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Impl(NamedTuple):
     supports: Callable[[Any], str | None]
     run: Callable[..., Any]
     prefers: Callable[[Any], bool] = lambda problem: True
+    plan: Callable[[Any], str] = lambda problem: ""
 
 
 class Device(NamedTuple):
@@ -90,7 +92,7 @@ def choose(table: Sequence[Impl], problem: Hashable, backend: str) -> Impl:
 
 
 def explain(table: Sequence[Impl], problem: Hashable, backend: str = "auto") -> str:
-    """What ``choose`` would do and why, one line per implementation."""
+    """What ``choose`` would do and why, one line per implementation: ``"cuda: can run, by <kernel>: <tiles>"``."""
     try:
         chosen = choose(table, problem, backend)
     except BackendUnavailableError:
@@ -99,7 +101,8 @@ def explain(table: Sequence[Impl], problem: Hashable, backend: str = "auto") -> 
     for impl in table:
         reason = impl.supports(problem)
         state = "runs" if impl is chosen else "can run" if reason is None else f"cannot run: {reason}"
-        lines.append(f"{impl.name}: {state}")
+        plan = impl.plan(problem) if reason is None else ""
+        lines.append(f"{impl.name}: {state}" + (f", by {plan}" if plan else ""))
     return "\n".join(lines)
 
 

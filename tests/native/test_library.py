@@ -14,15 +14,19 @@ import torch
 
 from lowrank_ops.ops import (
     BackendUnavailableError,
+    _backend,
     _native,
     conv_covariance_update_,
+    covariance,
     covariance_update_,
+    explain,
     lowrank_linear,
     plan,
 )
 from lowrank_ops.ops._backend import Device
 from lowrank_ops.ops.covariance import _cuda as covariance_cuda
 from lowrank_ops.ops.covariance import describe as describe_covariance
+from lowrank_ops.ops.lowrank_linear import TABLE as LOWRANK_TABLE
 from lowrank_ops.ops.lowrank_linear import _cuda as lowrank_cuda
 from lowrank_ops.ops.lowrank_linear import describe as describe_lowrank
 
@@ -189,6 +193,29 @@ def test_plans_of_devices_that_are_not_here(library: Path) -> None:
         assert "TensorFloat-32" in plan(op, "sm_90", torch.float32, tokens=8, features=8, allow_tf32=True)
         for dtype, allowed in ((torch.float32, False), (torch.bfloat16, True)):
             assert "TensorFloat-32" not in plan(op, "sm_90", dtype, tokens=8, features=8, allow_tf32=allowed)
+
+
+def test_explain_names_the_kernel_and_its_tiles(library: Path) -> None:
+    """For tensors of a device that is not here; on the CPU there is only the reason."""
+    assert _native.unavailable() is None
+    state, x = torch.zeros(64, 64), torch.zeros(100, 64)
+    problem = describe_covariance(state, x, allow_tf32=True)._replace(device=H200)
+    lines = dict(line.split(": ", 1) for line in _backend.explain(covariance.TABLE, problem).splitlines())
+    expected = plan("covariance_update_", "sm_90", torch.float32, tokens=100, features=64, allow_tf32=True)
+    if "no code for" in expected:
+        pytest.skip("the library was built without code for sm_90a")
+    assert lines["cuda"] == f"can run, by {expected}"
+
+    image = torch.zeros(2, 8, 9, 10)
+    conv = covariance.describe_conv(state[None], state[:1], image, [3, 3], [1, 1], [0, 0], [1, 1])._replace(device=H200)
+    assert "cuda: runs, by covariance_sm80: tile 128x128" in _backend.explain(covariance.CONV_TABLE, conv, "cuda")
+
+    tensors = [torch.zeros(*shape, dtype=torch.bfloat16) for shape in ((16, 64), (8, 64), (40, 8))]
+    linear = describe_lowrank(*tensors, None, "gelu")._replace(device=H200)
+    text = _backend.explain(LOWRANK_TABLE, linear, "cuda")
+    assert "cuda.decode: runs, by decode_sm90: 16 tokens" in text
+    assert "cuda.prefill: cannot run: 16 tokens are for decode_sm90\n" in f"{text}\n"
+    assert "cuda: cannot run: it needs a CUDA device" in explain("covariance_update_", state, state[0], x).splitlines()
 
 
 def test_plans_need_a_planner(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

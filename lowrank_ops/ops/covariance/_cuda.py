@@ -23,16 +23,36 @@ if TYPE_CHECKING:
 
 def supports(problem: Problem) -> str | None:
     """Why ``run`` cannot take the problem, or None."""
+    return _planned(problem)[0] or None
+
+
+def plan(problem: Problem) -> str:
+    """How ``run`` would, in one line."""
+    return _planned(problem)[1]
+
+
+def supports_conv(problem: ConvProblem) -> str | None:
+    """Why ``run_conv`` cannot take the problem, or None."""
+    return _planned_conv(problem)[0] or None
+
+
+def plan_conv(problem: ConvProblem) -> str:
+    """How ``run_conv`` would, in one line."""
+    return _planned_conv(problem)[1]
+
+
+def _planned(problem: Problem) -> tuple[str, str]:
+    """Why not, or how; neither where nothing will be launched."""
     if problem.device.type != "cuda":
-        return "it needs a CUDA device"
+        return "it needs a CUDA device", ""
     if (reason := _native.unavailable()) is not None:
-        return reason
+        return reason, ""
     if problem.row_stride == 0:
-        return "x is not a matrix with unit column stride; pass x.contiguous()"
+        return "x is not a matrix with unit column stride; pass x.contiguous()", ""
     if not problem.tokens or not problem.features:
-        return None  # nothing will be launched
+        return "", ""
     source = "aligned_matrix" if problem.aligned else "matrix"
-    reason, _ = torch.ops.lowrank_ops._plan_covariance(
+    return torch.ops.lowrank_ops._plan_covariance(  # type: ignore[no-any-return]
         problem.tokens,
         problem.features,
         1,
@@ -41,20 +61,18 @@ def supports(problem: Problem) -> str | None:
         problem.allow_tf32,
         *_native.machine(problem.device),
     )
-    return reason or None
 
 
-def supports_conv(problem: ConvProblem) -> str | None:
-    """Why ``run_conv`` cannot take the problem, or None."""
+def _planned_conv(problem: ConvProblem) -> tuple[str, str]:
     if problem.device.type != "cuda":
-        return "it needs a CUDA device"
+        return "it needs a CUDA device", ""
     if (reason := _native.unavailable()) is not None:
-        return reason
+        return reason, ""
     batch, channels, *size = problem.shape
     if not batch or not channels:
-        return None
+        return "", ""
     positions = math.prod(output_size(size, problem.kernel_size, problem.stride, problem.padding, problem.dilation))
-    reason, _ = torch.ops.lowrank_ops._plan_covariance(
+    return torch.ops.lowrank_ops._plan_covariance(  # type: ignore[no-any-return]
         batch * positions,
         channels // problem.groups * math.prod(problem.kernel_size),
         problem.groups,
@@ -63,7 +81,6 @@ def supports_conv(problem: ConvProblem) -> str | None:
         problem.allow_tf32,
         *_native.machine(problem.device),
     )
-    return reason or None
 
 
 def prefers(problem: Any) -> bool:
