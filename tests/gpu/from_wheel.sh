@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The GPU tests of a wheel that was built elsewhere, with the torch, Triton and pytest at hand and without a network:
 #   tests/gpu/from_wheel.sh dist/lowrank_ops-*.whl [SECONDS]
-# The native kernels come first, then memcheck and racecheck of a small set of them where the toolkit's
-# compute-sanitizer is there, then as much of the Triton kernels, which have to be compiled, as time is left for.
+# The CUDA kernels come first, then memcheck and racecheck of a small set of them where the toolkit's compute-sanitizer
+# is there, then as much of the Triton kernels, which have to be compiled, as time is left for.
 #
 # SECONDS, 470 unless given, is what all of it may take. A step that would reach into the time kept for those after it
 # is cut; the last lines say of each step how it ended. The exit code is 0 if all were run to their end and passed.
@@ -55,19 +55,19 @@ set +e
 pytest=(venv/bin/python -m pytest -vv -o faulthandler_timeout=60 -m gpu)
 sanitizer=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
 
-step $((budget * 60 / 100)) "native kernels" "${pytest[@]}" tests/gpu/test_native_gpu.py
+step $((budget * 60 / 100)) "CUDA kernels" "${pytest[@]}" tests/gpu -k "cuda and not sanitized"
 by=75
 for check in memcheck racecheck; do
   if [ -x "$sanitizer" ]; then
     step $((budget * by / 100)) "$check" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-      "$sanitizer" --tool "$check" --error-exitcode 1 "${pytest[@]}" tests/gpu/test_native_gpu.py -k test_sanitized
+      "$sanitizer" --tool "$check" --error-exitcode 1 "${pytest[@]}" tests/gpu -k sanitized
   else
     summary+=("$(printf '%-17s    -    not run: no compute-sanitizer here' "$check")")
   fi
   by=90
 done
-step $(((SECONDS + budget) / 2)) "Triton covariance" "${pytest[@]}" tests/gpu/test_covariance_gpu.py
-step "$budget" "Triton linear" "${pytest[@]}" tests/gpu/test_lowrank_linear_gpu.py
+step $(((SECONDS + budget) / 2)) "Triton covariance" "${pytest[@]}" tests/gpu/test_covariance_gpu.py -k "not cuda"
+step "$budget" "Triton linear" "${pytest[@]}" tests/gpu/test_lowrank_linear_gpu.py -k "not cuda"
 
 echo "=== in $SECONDS s of $budget:"
 printf '%s\n' "${summary[@]}"

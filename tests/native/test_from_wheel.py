@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "gpu" / "from_wheel.sh"
-STEPS = ("native kernels", "memcheck", "racecheck", "Triton covariance", "Triton linear")
+STEPS = ("CUDA kernels", "memcheck", "racecheck", "Triton covariance", "Triton linear")
 
 # Makes itself the Python of the environment that it is asked for; as pytest it is one test, which may hang or fail.
 PYTHON = """#!/bin/bash
@@ -17,7 +17,7 @@ case "$*" in
   "-m venv"*) mkdir -p "$4/bin" && cp "$0" "$4/bin/python" ;;
   "-m pytest"*)
     echo "collected 3 items"
-    echo "${!#}::first PASSED [ 33%]"
+    echo "a_test.py::first PASSED [ 33%]"
     if [[ "$*" =~ ${HANGS:-nothing} ]]; then trap "" INT; sleep 60; fi
     if [[ "$*" =~ ${FAILS:-nothing} ]]; then echo "== 1 failed, 2 passed in 0.1s =="; exit 1; fi
     if [[ "$*" =~ ${SKIPS:-nothing} ]]; then echo "== 3 skipped in 0.1s =="; exit 0; fi
@@ -61,9 +61,9 @@ def test_all_is_well(tmp_path: Path) -> None:
 
 
 def test_what_fails_or_is_skipped_is_not_passed(tmp_path: Path) -> None:
-    code, said, _ = run(tmp_path, 60, FAILS="test_sanitized", SKIPS="test_covariance_gpu")
+    code, said, _ = run(tmp_path, 60, FAILS="k sanitized", SKIPS="test_covariance_gpu")
     assert code == 1
-    assert "3 passed" in said["native kernels"] and "3 passed" in said["Triton linear"]
+    assert "3 passed" in said["CUDA kernels"] and "3 passed" in said["Triton linear"]
     assert all("FAILED with exit code 1:  1 failed" in said[check] for check in ("memcheck", "racecheck"))
     assert "NOTHING PASSED:  3 skipped" in said["Triton covariance"]
 
@@ -75,12 +75,12 @@ def test_no_sanitizer_is_told(tmp_path: Path) -> None:
     assert "not run" in said["memcheck"] and "not run" in said["racecheck"]
 
 
-@pytest.mark.parametrize("hangs", ["test_native_gpu", "pytest"], ids=["one step", "every step"])
+@pytest.mark.parametrize("hangs", ["cuda and", "pytest"], ids=["one step", "every step"])
 def test_a_hang_costs_its_own_step_only(tmp_path: Path, hangs: str) -> None:
     budget = 15
-    code, said, seconds = run(tmp_path, budget, HANGS=f"{hangs}.py$" if hangs != "pytest" else hangs)
+    code, said, seconds = run(tmp_path, budget, HANGS=hangs)
     assert code == 1 and set(said) == set(STEPS)
     assert seconds < budget + 1
-    assert "CUT: of 3 tests 1 ended" in said["native kernels"]
+    assert "CUT: of 3 tests 1 ended" in said["CUDA kernels"]
     for step in STEPS[1:]:
         assert ("CUT" if hangs == "pytest" else "3 passed") in said[step]
