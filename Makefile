@@ -39,7 +39,7 @@ lint: $(VENV)/ready-dev
 
 # Interpreted and compiled kernels get processes of their own: Triton decides which it does when it is imported.
 test-unit: $(VENV)/ready-dev
-	$(PYTEST) tests --ignore tests/interpreter --ignore tests/compile_gate \
+	$(PYTEST) tests --ignore tests/interpreter --ignore tests/compile_gate --ignore tests/simulator \
 	  --cov --cov-report=
 
 test-interpreter: $(VENV)/ready-dev
@@ -51,7 +51,7 @@ test-compile: $(VENV)/ready-dev
 # The CUDA library, built with every warning an error, and all that can be checked of it without a GPU.
 test-native: $(VENV)/ready-dev
 	if $(HAS_NVCC); then \
-	  $(WITH_CUDA) $(PIP) --no-deps --editable . && $(PYTEST) tests/native; \
+	  $(WITH_CUDA) $(PIP) --no-deps --editable . && $(PYTEST) tests/native tests/simulator; \
 	else \
 	  echo "no nvcc: the CUDA library was not built and its tests were not run"; \
 	fi

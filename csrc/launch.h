@@ -1,8 +1,9 @@
-// Errors of CUDA calls, told with the kernel, its shapes and the arch.
+// Launching kernels, and errors of CUDA calls, told with the kernel, its shapes and the arch.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
+#include <cstdint>
 #include <functional>
 #include <stdexcept>
 #include <string>
@@ -28,6 +29,61 @@ inline void allow_all_shared_memory(const void* kernel, const Launch& launch) {
   check(cudaGetDevice(&device), launch);
   check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), launch);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), launch);
+}
+
+// How a kernel is spread over a device.
+struct Grid {
+  dim3 blocks;
+  int threads;                // per block
+  int64_t shared_bytes;       // of dynamic shared memory, per block
+  int cluster = 1;            // blocks that share their shared memory
+  bool all_at_once = false;   // starts when all blocks can, or fails: the kernel has a barrier for all
+  bool may_overlap = false;   // may start before the kernel before it has ended, for which it waits itself
+};
+
+// The form that the runtime takes; lasts as long as what it is made from.
+class LaunchConfig {
+ public:
+  LaunchConfig(const Grid& grid, const Launch& launch) {
+    config_.gridDim = grid.blocks;
+    config_.blockDim = dim3(static_cast<unsigned>(grid.threads));
+    config_.dynamicSmemBytes = static_cast<size_t>(grid.shared_bytes);
+    config_.stream = launch.stream;
+    config_.attrs = attributes_;
+    if (grid.cluster > 1) {
+      cudaLaunchAttribute& attribute = add(cudaLaunchAttributeClusterDimension);
+      attribute.val.clusterDim.x = static_cast<unsigned>(grid.cluster);
+      attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    }
+    if (grid.all_at_once) add(cudaLaunchAttributeCooperative).val.cooperative = 1;
+    if (grid.may_overlap)
+      add(cudaLaunchAttributeProgrammaticStreamSerialization).val.programmaticStreamSerializationAllowed = 1;
+  }
+  LaunchConfig(const LaunchConfig&) = delete;
+  const cudaLaunchConfig_t* get() const { return &config_; }
+
+ private:
+  cudaLaunchAttribute& add(cudaLaunchAttributeID id) {
+    cudaLaunchAttribute& attribute = attributes_[config_.numAttrs++];
+    attribute.id = id;
+    return attribute;
+  }
+  cudaLaunchAttribute attributes_[3]{};
+  cudaLaunchConfig_t config_{};
+};
+
+template <class T>
+struct Exactly {
+  using type = T;
+};
+
+// The arguments have to be of the kernel's own types: they are handed over by address.
+template <class... Parameters>
+void launch_kernel(void (*kernel)(Parameters...), const Grid& grid, const Launch& launch,
+                   const typename Exactly<Parameters>::type&... arguments) {
+  void* addresses[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
+  check(cudaLaunchKernelExC(LaunchConfig(grid, launch).get(), reinterpret_cast<const void*>(kernel), addresses),
+        launch);
 }
 
 }  // namespace lowrank_ops

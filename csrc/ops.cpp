@@ -12,13 +12,13 @@
 
 #include "covariance/covariance.h"
 #include "lowrank_linear/lowrank_linear.h"
+#include "tensors.h"
 #include "torch_cuda.h"
 
 namespace lowrank_ops {
 namespace {
 
 using torch::stable::Tensor;
-using torch::stable::accelerator::DeviceGuard;
 
 std::string on_arch(const Machine& machine) { return " on sm_" + std::to_string(machine.capability); }
 

@@ -32,8 +32,7 @@ __global__ void __launch_bounds__(kThreads, 1) covariance_add_partials(const __g
 
 void launch_add_partials(const Arguments& args, const Launch& launch) {
   const dim3 grid(static_cast<unsigned>(args.tiles), kAddBlocks, static_cast<unsigned>(args.groups));
-  covariance_add_partials<<<grid, kThreads, 0, launch.stream>>>(args);
-  check(cudaGetLastError(), launch);
+  launch_kernel(covariance_add_partials, {grid, kThreads, 0}, launch, args);
 }
 
 }  // namespace lowrank_ops::covariance

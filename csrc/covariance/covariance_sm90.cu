@@ -165,8 +165,7 @@ void launch_element(const CovariancePlan& plan, const Arguments& args, CUtensorM
         launch);
   const dim3 grid(static_cast<unsigned>(args.tiles), static_cast<unsigned>(args.splits),
                   static_cast<unsigned>(args.groups));
-  kernel<<<grid, w::kThreads, plan.shared_bytes, launch.stream>>>(tensor_map(args, type, launch), args);
-  check(cudaGetLastError(), launch);
+  launch_kernel(kernel, {grid, w::kThreads, plan.shared_bytes}, launch, tensor_map(args, type, launch), args);
   if (args.splits > 1) launch_add_partials(args, launch);
 }
 

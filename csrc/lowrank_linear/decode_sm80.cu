@@ -2,23 +2,13 @@
 // t = x down^T over ranges of in_features, then t rounded, times up. The second brings its first weights before it
 // waits for the first, which on compute capability 9.0 and newer is still running then.
 
+#include "../dependent_launch.cuh"
 #include "decode.cuh"
 #include "epilogue.cuh"
 #include "lowrank_linear.h"
 
 namespace lowrank_ops::lowrank_linear {
 namespace {
-
-__device__ __forceinline__ void let_dependents_start() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void wait_for_predecessor() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
 
 // ---- t = x down^T: 16 rows of down, a range of in_features, a tile of tokens per block ----
 
@@ -116,28 +106,17 @@ __global__ void __launch_bounds__(kThreads, 1) decode_up_sm80(const __grid_const
 }
 
 template <class Element, int kGroups, bool kAligned>
-void launch_pair(const LowRankPlan& plan, Arguments args, const Launch& launch) {
+void launch_pair(const LowRankPlan& plan, const Arguments& args, const Launch& launch) {
   const auto down = decode_down_sm80<Element, kGroups, kAligned>;
   const auto up = decode_up_sm80<Element, kGroups, kAligned>;
   const unsigned token_tiles = static_cast<unsigned>(ceil_div(args.tokens, plan.token_tile));
   allow_all_shared_memory(reinterpret_cast<const void*>(down), launch);
   allow_all_shared_memory(reinterpret_cast<const void*>(up), launch);
 
-  down<<<dim3(static_cast<unsigned>(ceil_div(args.rank, plan.rows_down)), plan.splits, token_tiles), kThreads,
-         plan.shared_bytes_down, launch.stream>>>(args);
-  check(cudaGetLastError(), launch);
-
-  cudaLaunchAttribute dependent{};
-  dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  dependent.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(ceil_div(args.out_features, plan.rows_up)), 1, token_tiles);
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = plan.shared_bytes_up;
-  config.stream = launch.stream;
-  config.attrs = &dependent;
-  config.numAttrs = plan.dependent_launch ? 1 : 0;
-  check(cudaLaunchKernelEx(&config, up, args), launch);
+  const dim3 down_blocks(static_cast<unsigned>(ceil_div(args.rank, plan.rows_down)), plan.splits, token_tiles);
+  launch_kernel(down, {down_blocks, kThreads, plan.shared_bytes_down}, launch, args);
+  const dim3 up_blocks(static_cast<unsigned>(ceil_div(args.out_features, plan.rows_up)), 1, token_tiles);
+  launch_kernel(up, {up_blocks, kThreads, plan.shared_bytes_up, 1, false, plan.dependent_launch}, launch, args);
 }
 
 template <class Element, bool kAligned>

@@ -200,15 +200,15 @@ __global__ void __launch_bounds__(kThreads, 1) decode_sm90(const __grid_constant
 }
 
 // How many clusters of a kernel the device runs at once: asked once, it does not change.
-int clusters_at_once(const void* kernel, const cudaLaunchConfig_t& config, int cluster, const Launch& launch) {
+int clusters_at_once(const void* kernel, const Grid& grid, const Launch& launch) {
   static std::mutex mutex;
-  static std::map<std::tuple<int, const void*, int, size_t>, int> known;
+  static std::map<std::tuple<int, const void*, int, int64_t>, int> known;
   int device = 0;
   check(cudaGetDevice(&device), launch);
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto [entry, is_new] = known.try_emplace({device, kernel, cluster, config.dynamicSmemBytes}, 0);
+  const auto [entry, is_new] = known.try_emplace({device, kernel, grid.cluster, grid.shared_bytes}, 0);
   if (is_new) {
-    const cudaError_t error = cudaOccupancyMaxActiveClusters(&entry->second, kernel, &config);
+    const cudaError_t error = cudaOccupancyMaxActiveClusters(&entry->second, kernel, LaunchConfig(grid, launch).get());
     if (error != cudaSuccess) known.erase(entry);
     check(error, launch);
   }
@@ -219,26 +219,14 @@ template <class Element, int kGroups>
 void launch_groups(const LowRankPlan& plan, const Arguments& args, const Launch& launch) {
   const auto kernel = decode_sm90<Element, kGroups>;
   allow_all_shared_memory(reinterpret_cast<const void*>(kernel), launch);
-  cudaLaunchAttribute attributes[2]{};
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim.x = plan.cluster;
-  attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
-  attributes[1].id = cudaLaunchAttributeCooperative;  // starts when all blocks can, or fails
-  attributes[1].val.cooperative = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(plan.blocks));
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = plan.shared_bytes;
-  config.stream = launch.stream;
-  config.attrs = attributes;
-  config.numAttrs = 1;
+  Grid grid{dim3(static_cast<unsigned>(plan.blocks)), kThreads, plan.shared_bytes, plan.cluster};
   // Any number of clusters does the work. A device may hold fewer than the planner counted, where its processors
   // come in groups that a cluster does not fill.
-  const int64_t at_once = clusters_at_once(reinterpret_cast<const void*>(kernel), config, plan.cluster, launch);
+  const int64_t at_once = clusters_at_once(reinterpret_cast<const void*>(kernel), grid, launch);
   check(at_once > 0 ? cudaSuccess : cudaErrorCooperativeLaunchTooLarge, launch);
-  config.gridDim = dim3(static_cast<unsigned>(least(plan.blocks, at_once * plan.cluster)));
-  config.numAttrs = 2;
-  check(cudaLaunchKernelEx(&config, kernel, args), launch);
+  grid.blocks = dim3(static_cast<unsigned>(least(plan.blocks, at_once * plan.cluster)));
+  grid.all_at_once = true;
+  launch_kernel(kernel, grid, launch, args);
 }
 
 template <class Element>

@@ -248,18 +248,8 @@ void launch_one(const LowRankPlan& plan, const Arguments& args, CUtensorMapDataT
       sm90::matrix_map(type, args.down, args.rank, args.in_features, args.down_stride, kRanks / kCluster, p::kBox,
                        launch),
       sm90::matrix_map(type, args.up, args.out_features, args.rank, args.up_stride, p::kOutputs, p::kBox, launch)};
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = kCluster;
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(plan.blocks));
-  config.blockDim = dim3(p::kThreads);
-  config.dynamicSmemBytes = plan.shared_bytes;
-  config.stream = launch.stream;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
-  check(cudaLaunchKernelEx(&config, kernel, maps, args), launch);
+  launch_kernel(kernel, {dim3(static_cast<unsigned>(plan.blocks)), p::kThreads, plan.shared_bytes, kCluster}, launch,
+                maps, args);
 }
 
 template <class Element>

@@ -1,0 +1,30 @@
+// 16-bit values as the tensor cores take them: two in a register, the lower one first.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace lowrank_ops::simulator {
+
+template <class Element>
+float value_of(uint16_t bits) {
+  Element element;
+  std::memcpy(static_cast<void*>(&element), &bits, 2);
+  return static_cast<float>(element);
+}
+
+template <class Element>
+float half_of(uint32_t word, int half) {
+  return value_of<Element>(static_cast<uint16_t>(word >> (16 * half)));
+}
+
+// The cores add the products of one instruction more exactly than float32, and round once.
+struct Sum {
+  double value;
+  void add(float a, float b) { value += static_cast<double>(a) * b; }
+};
+
+}  // namespace lowrank_ops::simulator

@@ -1,0 +1,108 @@
+#include "fiber.h"
+
+#include <cstdint>
+#include <new>
+#include <utility>
+#include <vector>
+
+#include <sys/mman.h>
+
+#ifdef __SANITIZE_THREAD__
+#include <sanitizer/tsan_interface.h>
+#endif
+
+namespace lowrank_ops::simulator {
+namespace {
+
+constexpr size_t kStackBytes = 128 << 10;
+
+// Stacks are kept for the next fiber: a block comes and goes with hundreds of them.
+std::vector<void*>& idle_stacks() {
+  static std::vector<void*> stacks;
+  return stacks;
+}
+
+void* take_stack() {
+  auto& idle = idle_stacks();
+  if (!idle.empty()) {
+    void* stack = idle.back();
+    idle.pop_back();
+    return stack;
+  }
+  void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (stack == MAP_FAILED) throw std::bad_alloc();
+  return stack;
+}
+
+}  // namespace
+
+Fiber::Fiber(std::function<void()> body) : body_(std::move(body)), stack_(take_stack()) {
+#ifdef __SANITIZE_THREAD__
+  sanitizer_ = __tsan_create_fiber(0);
+#endif
+}
+
+Fiber::~Fiber() {
+  idle_stacks().push_back(stack_);
+#ifdef __SANITIZE_THREAD__
+  __tsan_destroy_fiber(sanitizer_);
+#endif
+}
+
+void Fiber::enter(unsigned low, unsigned high) {
+  Fiber* fiber = reinterpret_cast<Fiber*>(uintptr_t{high} << 32 | low);
+  fiber->body_();
+  fiber->ended_ = true;
+  fiber->leave();
+}
+
+#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
+
+void Fiber::resume() {
+  if (!started_) {
+    started_ = true;
+    getcontext(&here_);
+    here_.uc_stack.ss_sp = stack_;
+    here_.uc_stack.ss_size = kStackBytes;
+    here_.uc_link = nullptr;
+    const uintptr_t self = reinterpret_cast<uintptr_t>(this);
+    makecontext(&here_, reinterpret_cast<void (*)()>(&Fiber::enter), 2, static_cast<unsigned>(self),
+                static_cast<unsigned>(self >> 32));
+  }
+#ifdef __SANITIZE_THREAD__
+  sanitizer_of_scheduler_ = __tsan_get_current_fiber();
+  __tsan_switch_to_fiber(sanitizer_, __tsan_switch_to_fiber_no_sync);
+#endif
+  swapcontext(&scheduler_, &here_);
+}
+
+void Fiber::leave() {
+#ifdef __SANITIZE_THREAD__
+  __tsan_switch_to_fiber(sanitizer_of_scheduler_, __tsan_switch_to_fiber_no_sync);
+#endif
+  swapcontext(&here_, &scheduler_);
+}
+
+#else
+
+void Fiber::resume() {
+  if (_setjmp(scheduler_) != 0) return;
+  if (started_) _longjmp(here_, 1);
+  started_ = true;
+  getcontext(&first_);
+  first_.uc_stack.ss_sp = stack_;
+  first_.uc_stack.ss_size = kStackBytes;
+  first_.uc_link = nullptr;
+  const uintptr_t self = reinterpret_cast<uintptr_t>(this);
+  makecontext(&first_, reinterpret_cast<void (*)()>(&Fiber::enter), 2, static_cast<unsigned>(self),
+              static_cast<unsigned>(self >> 32));
+  setcontext(&first_);
+}
+
+void Fiber::leave() {
+  if (_setjmp(here_) == 0) _longjmp(scheduler_, 1);
+}
+
+#endif
+
+}  // namespace lowrank_ops::simulator

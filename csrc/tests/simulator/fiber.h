@@ -1,0 +1,36 @@
+// A thread of a simulated device: a stack of its own, resumed and left at will on one thread of the host.
+#pragma once
+
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <functional>
+
+namespace lowrank_ops::simulator {
+
+class Fiber {
+ public:
+  explicit Fiber(std::function<void()> body);
+  ~Fiber();
+  Fiber(const Fiber&) = delete;
+
+  void resume();  // from the scheduler: runs the fiber until it leaves or ends
+  void leave();   // from the fiber: back to the scheduler
+  bool ended() const { return ended_; }
+
+ private:
+  static void enter(unsigned low, unsigned high);
+
+  std::function<void()> body_;
+  void* stack_;
+  bool started_ = false, ended_ = false;
+#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
+  ucontext_t here_, scheduler_;
+  void *sanitizer_ = nullptr, *sanitizer_of_scheduler_ = nullptr;
+#else
+  ucontext_t first_;
+  jmp_buf here_, scheduler_;  // once started: unlike ucontext, these switch without asking the kernel
+#endif
+};
+
+}  // namespace lowrank_ops::simulator

@@ -1,0 +1,81 @@
+// csrc/mma_sm80.cuh on the simulated device: each instruction as the PTX manual describes it.
+#pragma once
+
+#include "device.h"
+#include "elements.h"
+
+namespace lowrank_ops {
+
+inline uint32_t shared_address(const void* pointer) { return simulator::shared_address(pointer); }
+
+inline void copy_async_16(uint32_t to, const void* from, int bytes) {
+  simulator::expect(bytes >= 0 && bytes <= 16, "cp.async of at most 16 bytes");
+  simulator::expect(reinterpret_cast<uintptr_t>(from) % 16 == 0, "cp.async from an address on 16 bytes");
+  unsigned char* there = simulator::shared_bytes(to, 16, 16);
+  simulator::add_copy([there, from, bytes] {
+    std::memset(there, 0, 16);
+    std::memcpy(there, from, static_cast<size_t>(bytes));
+  });
+}
+inline void commit_copies() { simulator::commit_copies(); }
+template <int kPending>
+void wait_copies() {
+  simulator::wait_copies(kPending);
+}
+
+inline void load_matrices_transposed(uint32_t (&to)[4], uint32_t row) {
+  struct Lane {
+    uint16_t row[8];
+    uint32_t* to;
+  } mine;
+  std::memcpy(mine.row, simulator::shared_bytes(row, 16, 16), 16);
+  mine.to = to;
+  simulator::meet_warp("ldmatrix", &mine, [](void* const* lanes) {
+    const auto element = [&](int matrix, int r, int c) {
+      return uint32_t{static_cast<const Lane*>(lanes[matrix * 8 + r])->row[c]};
+    };
+    for (int lane = 0; lane < 32; ++lane)
+      for (int matrix = 0; matrix < 4; ++matrix)
+        static_cast<Lane*>(lanes[lane])->to[matrix] = element(matrix, lane % 4 * 2, lane / 4) |
+                                                      element(matrix, lane % 4 * 2 + 1, lane / 4) << 16;
+  });
+}
+
+template <class Element>
+void multiply_add(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  struct Lane {
+    float* acc;
+    const uint32_t* a;
+    uint32_t b[2];
+  } mine{acc, a, {b0, b1}};
+  simulator::meet_warp("mma.m16n8k16", &mine, [](void* const* lanes) {
+    float left[16][16], right[8][16];
+    for (int lane = 0; lane < 32; ++lane) {
+      const Lane& from = *static_cast<const Lane*>(lanes[lane]);
+      for (int half = 0; half < 2; ++half) {
+        const int group = lane / 4, k = lane % 4 * 2 + half;
+        for (int word = 0; word < 4; ++word)
+          left[group + word % 2 * 8][k + word / 2 * 8] = simulator::half_of<Element>(from.a[word], half);
+        for (int word = 0; word < 2; ++word)
+          right[group][k + word * 8] = simulator::half_of<Element>(from.b[word], half);
+      }
+    }
+    for (int lane = 0; lane < 32; ++lane)
+      for (int e = 0; e < 4; ++e) {
+        float& sum = static_cast<Lane*>(lanes[lane])->acc[e];
+        simulator::Sum exact{sum};
+        for (int k = 0; k < 16; ++k) exact.add(left[lane / 4 + e / 2 * 8][k], right[lane % 4 * 2 + e % 2][k]);
+        sum = static_cast<float>(exact.value);
+      }
+  });
+}
+
+inline float2 to_floats(__nv_bfloat162 pair) { return __bfloat1622float2(pair); }
+inline float2 to_floats(__half2 pair) { return __half22float2(pair); }
+
+template <class Element>
+float2 unpack(uint32_t bits) {
+  return {simulator::half_of<Element>(bits, 0), simulator::half_of<Element>(bits, 1)};
+}
+
+}  // namespace lowrank_ops

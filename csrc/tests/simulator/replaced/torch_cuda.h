@@ -1,0 +1,23 @@
+// csrc/torch_cuda.h for tensors in the host's memory and a device that is simulated.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "device.h"
+#include "planner.h"
+
+namespace lowrank_ops {
+
+struct DeviceGuard {
+  explicit DeviceGuard(int32_t) {}
+  ~DeviceGuard() {}
+};
+
+inline cudaStream_t current_stream(int32_t) { return nullptr; }
+
+inline Machine machine_of(int32_t) {
+  const simulator::Config& config = simulator::config();
+  return {config.capability, config.multiprocessors, config.shared_memory};
+}
+
+}  // namespace lowrank_ops

@@ -1,0 +1,68 @@
+// The functions of the CUDA runtime and driver that the launchers call, for the simulated device.
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+
+#include "device.h"
+#include "matrices.h"
+
+namespace sim = lowrank_ops::simulator;
+
+namespace {
+
+// What the driver refuses, this does: a kernel would not be launched.
+CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address,
+                      const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
+                      const cuuint32_t* steps, CUtensorMapInterleave, CUtensorMapSwizzle swizzle,
+                      CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
+  const bool supported = (type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 || type == CU_TENSOR_MAP_DATA_TYPE_FLOAT16) &&
+                         rank == 2 && swizzle == CU_TENSOR_MAP_SWIZZLE_128B && steps[0] == 1 && steps[1] == 1;
+  const bool legal = reinterpret_cast<uintptr_t>(address) % 16 == 0 && strides[0] % 16 == 0 &&
+                     strides[0] >= sizes[0] * 2 && strides[0] < (cuuint64_t{1} << 40) && sizes[0] > 0 && sizes[1] > 0 &&
+                     sizes[0] <= (cuuint64_t{1} << 32) && sizes[1] <= (cuuint64_t{1} << 32) && box[0] > 0 &&
+                     box[0] * 2 <= 128 && box[0] * 2 % 16 == 0 && box[1] > 0 && box[1] <= 256;
+  if (!supported || !legal) return CUDA_ERROR_INVALID_VALUE;
+  const sim::MatrixMap matrix{static_cast<const unsigned char*>(address), static_cast<int64_t>(sizes[1]),
+                              static_cast<int64_t>(sizes[0]), static_cast<int64_t>(strides[0]),
+                              static_cast<int>(box[1]), static_cast<int>(box[0])};
+  std::memcpy(map, &matrix, sizeof(matrix));
+  return CUDA_SUCCESS;
+}
+
+}  // namespace
+
+extern "C" {
+
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : "an error"; }
+cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  if (attribute != cudaDevAttrMaxSharedMemoryPerBlockOptin) return cudaErrorInvalidValue;
+  *value = static_cast<int>(sim::config().shared_memory);
+  return cudaSuccess;
+}
+
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaErrorInvalidValue;
+  if (value > sim::config().shared_memory) return cudaErrorInvalidValue;
+  sim::allow_shared_bytes(kernel, value);
+  return cudaSuccess;
+}
+
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void*, const cudaLaunchConfig_t* config) {
+  int blocks = 1;
+  for (unsigned i = 0; i < config->numAttrs; ++i)
+    if (config->attrs[i].id == cudaLaunchAttributeClusterDimension)
+      blocks = static_cast<int>(config->attrs[i].val.clusterDim.x);
+  *clusters = sim::config().multiprocessors / blocks;
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, unsigned, unsigned long long,
+                                             cudaDriverEntryPointQueryResult* found) {
+  *function = reinterpret_cast<void*>(&encode_tiled);
+  *found = cudaDriverEntryPointSuccess;
+  return cudaSuccess;
+}
+
+}  // extern "C"

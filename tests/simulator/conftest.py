@@ -1,0 +1,47 @@
+"""The op library for a simulated device, built once from the sources of this checkout."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from simulated import LIBRARY_NAME, Simulated
+
+ROOT = Path(__file__).parents[2]
+
+
+BUILD = ROOT / "build" / "simulator"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--simulated-library", type=Path, help="instead of one that is built from the sources")
+
+
+@pytest.fixture(scope="session")
+def library(request: pytest.FixtureRequest) -> Path:
+    """Built in ``build/simulator``, where the next run finds what has not changed."""
+    given = request.config.getoption("--simulated-library", default=None)
+    if given is not None:
+        return given
+    missing = [tool for tool in ("cmake", "c++") if shutil.which(tool) is None]
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin")
+    if missing or nvcc is None:
+        pytest.skip(f"the simulator needs {', '.join([*missing, *([] if nvcc else ['the CUDA toolkit'])])}")
+    options = ["-DLOWRANK_OPS_CUDA=OFF", "-DLOWRANK_OPS_TESTS=OFF", "-DLOWRANK_OPS_SIMULATOR=ON"]
+    commands = [
+        ["cmake", "-S", ROOT, "-B", BUILD, f"-DPython_EXECUTABLE={sys.executable}", *options],
+        ["cmake", "--build", BUILD, "--target", "lowrank_ops_simulated", "--parallel", "2"],
+    ]
+    for command in commands:
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
+    return next(BUILD.rglob(LIBRARY_NAME))
+
+
+@pytest.fixture(scope="session")
+def simulated(library: Path) -> Simulated:
+    return Simulated(library)

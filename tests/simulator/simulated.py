@@ -1,0 +1,64 @@
+"""The CUDA ops on a simulated device: CPU tensors, the kernels' own sources (``csrc/tests/simulator``)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+LIBRARY_NAME = "liblowrank_ops_simulated.so"
+
+
+class Machine(NamedTuple):
+    """A device of few multiprocessors, on which splits and clusters come about with small problems."""
+
+    capability: int
+    multiprocessors: int
+    shared_memory: int  # bytes that a block may have
+
+
+SM80 = Machine(80, 4, 166912)
+SM86 = Machine(86, 4, 101376)
+SM90 = Machine(90, 8, 232448)
+
+
+class Simulated:
+    """The ops, and what plan they would take."""
+
+    def __init__(self, library: Path) -> None:
+        torch.ops.load_library(library)
+        self.ops = torch.ops.lowrank_ops_simulated
+        self.configure(SM90)
+
+    def configure(self, machine: Machine, timing: str = "random", seed: int = 0) -> None:
+        """When asynchronous work happens, and by the seed which thread is next.
+
+        Timing: ``"early"``, ``"late"``, ``"copies_first"`` (and products late) or ``"random"``.
+        """
+        self.machine = machine
+        self.ops.configure(*machine, seed, timing)
+
+    def covariance_update_(self, second_moment: Tensor, total: Tensor, x: Tensor) -> str:
+        """Returns the plan, such as ``"covariance_sm90: tile 128x128, ..."``."""
+        rows = x.stride(0) * x.element_size() % 16 if len(x) > 1 else 0
+        source = "matrix" if rows or x.data_ptr() % 16 else "aligned_matrix"
+        reason, plan = self.ops._plan_covariance(*x.shape, 1, str(x.dtype)[6:], source, *self.machine)
+        assert not reason, reason
+        self.ops._cuda_covariance_update_(second_moment, total, x)
+        return str(plan)
+
+    def conv_covariance_update_(self, second_moment: Tensor, total: Tensor, x: Tensor, *geometry: Any) -> None:
+        self.ops._cuda_conv_covariance_update_(second_moment, total, x, *geometry)
+
+    def lowrank_linear(
+        self, x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None, activation: str = "none"
+    ) -> tuple[Tensor, str]:
+        """Returns y and the plan."""
+        on_16_bytes = all(m.data_ptr() % 16 == 0 and m.stride(0) * 2 % 16 == 0 for m in (x, down, up))
+        reason, plan = self.ops._plan_lowrank_linear(
+            *x.shape, *up.T.shape, str(x.dtype)[6:], on_16_bytes, *self.machine
+        )
+        assert not reason, reason
+        return self.ops._cuda_lowrank_linear(x, down, up, bias, activation), str(plan)

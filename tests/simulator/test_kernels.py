@@ -1,0 +1,206 @@
+"""Every CUDA kernel, from its own source, on a simulated device against float64.
+
+What a GPU decides by chance, who goes on first and when an asynchronous copy arrives, is decided here by a seed. A
+thread that reads what it did not wait for, finds NaN or old values in one of the orders; one that waits for what never
+comes, is an error.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from simulated import SM80, SM86, SM90, Machine, Simulated
+from torch import Tensor
+
+from tests.tolerance import assert_close_to_float64
+
+ORDERS = [("early", 1), ("late", 2), ("copies_first", 3), ("random", 4), ("random", 5)]
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+# Relative to the sum of |x_i x_j|: products are exact or, for float32, three of bfloat16.
+BOUNDS = {BF16: 2.0**-17, FP16: 2.0**-17, FP32: 2.0**-15}
+
+
+@pytest.fixture(params=ORDERS, ids=lambda order: f"{order[0]}{order[1]}")
+def order(request: pytest.FixtureRequest) -> tuple[str, int]:
+    timing, seed = request.param
+    return timing, seed
+
+
+@pytest.fixture(autouse=True)
+def fresh_memory_is_nan():
+    """What an op allocates and does not write is NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def normal(*shape: int, dtype: torch.dtype, mean: float = 0.0, seed: int = 0) -> Tensor:
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) + mean).to(dtype)
+
+
+def among_nan(x: Tensor, offset: int, padding: int) -> Tensor:
+    """The same matrix, with NaN before, between and behind its rows."""
+    rows, cols = x.shape
+    memory = torch.full((offset + rows * (cols + padding) + 64,), torch.nan, dtype=x.dtype)
+    return memory[offset:].as_strided((rows, cols), (cols + padding, 1)).copy_(x)
+
+
+def assert_updated(second_moment: Tensor, total: Tensor, x: Tensor, before: float = 0.0) -> None:
+    rows = x.double()
+    scale = rows.abs().T @ rows.abs()
+    error = (second_moment.double() - before - rows.T @ rows).abs().tril()
+    assert (error <= (BOUNDS[x.dtype] + 2.0**-23) * scale + 2.0**-22 * abs(before)).all()  # False for NaN
+    assert (
+        (total.double() - before - rows.sum(0)).abs() <= 2.0**-18 * rows.abs().sum(0) + 2.0**-22 * abs(before)
+    ).all()
+    assert (second_moment.triu(1) == before * torch.ones_like(second_moment).triu(1)).all()
+
+
+COVARIANCES = [  # machine, dtype, tokens, features, offset, padding, kernel and what it is about
+    (SM90, BF16, 300, 200, 0, 0, "covariance_sm90"),
+    (SM90, FP16, 150, 136, 0, 24, "covariance_sm90"),
+    (SM90._replace(multiprocessors=2), BF16, 2200, 130, 0, 6, "covariance_sm90: .* 1 splits"),  # more than one chunk
+    (SM90, BF16, 1500, 72, 0, 0, "covariance_sm90: .* [2-9] splits"),
+    (SM90, BF16, 1, 128, 0, 0, "covariance_sm90"),
+    (SM80, BF16, 300, 200, 0, 0, "covariance_sm80: .* 4 stages"),
+    (SM86, FP16, 300, 136, 0, 0, "covariance_sm80: .* 5 stages"),
+    (SM80._replace(multiprocessors=2), BF16, 2200, 130, 0, 6, "covariance_sm80: .* 4 stages, .* 1 splits"),
+    (SM80, BF16, 1500, 72, 0, 0, "covariance_sm80: .* [2-9] splits"),
+    (SM90, BF16, 100, 131, 1, 2, "covariance_sm80: .* 2 stages"),  # any alignment
+    (SM90, FP32, 100, 70, 0, 0, "covariance_sm80: .* 2 stages"),
+    (SM80, FP32, 200, 131, 3, 1, "covariance_sm80: .* 2 stages"),
+    (SM86, FP16, 1, 1, 1, 0, "covariance_sm80"),
+    (SM90, BF16, 513, 1, 0, 0, "covariance_sm80"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("machine, dtype, tokens, features, offset, padding, kernel", COVARIANCES)
+def test_covariance(simulated: Simulated, order, machine: Machine, dtype, tokens, features, offset, padding, kernel):
+    x = among_nan(normal(tokens, features, dtype=dtype, mean=0.5), offset, padding)
+    simulated.configure(machine, *order)
+    second_moment, total = torch.full((features, features), 3.0), torch.full((features,), 3.0)
+    plan = simulated.covariance_update_(second_moment, total, x)
+    assert re.match(kernel, plan), plan
+    assert_updated(second_moment, total, x, before=3.0)
+
+
+def test_covariance_into_a_strided_float64_state(simulated: Simulated, order):
+    memory = torch.full((300, 700), torch.nan, dtype=torch.float64)
+    second_moment = memory[20:220, 7:407:2].zero_()
+    total = torch.full((400,), torch.nan, dtype=torch.float64)[::2].zero_()
+    x = normal(260, 200, dtype=BF16)
+    simulated.configure(SM90, *order)
+    simulated.covariance_update_(second_moment, total, x)
+    assert_updated(second_moment, total, x)
+    memory[20:220, 7:407:2] = torch.nan
+    assert memory.isnan().all()
+
+
+CONVOLUTIONS = [  # shape, kernel, stride, padding, dilation, groups, dtype, channels last
+    ((2, 4, 9, 8), (3, 3), (1, 1), (1, 1), (1, 1), 1, BF16, False),
+    ((2, 4, 9, 8), (3, 2), (2, 1), (0, 2), (2, 1), 2, FP16, True),
+    ((1, 16, 7, 7), (3, 3), (1, 1), (1, 1), (1, 1), 1, FP32, False),
+    ((3, 3, 5, 20), (1, 9), (1, 4), (0, 4), (1, 1), 1, BF16, True),
+]
+
+
+@pytest.mark.parametrize("machine", [SM80, SM90], ids=["sm_80", "sm_90"])
+@pytest.mark.parametrize("shape, kernel, stride, padding, dilation, groups, dtype, last", CONVOLUTIONS)
+def test_conv_covariance(
+    simulated: Simulated, order, machine, shape, kernel, stride, padding, dilation, groups, dtype, last
+):
+    x = normal(*shape, dtype=dtype, mean=0.5)
+    if last:
+        x = x.to(memory_format=torch.channels_last)
+    features = shape[1] // groups * kernel[0] * kernel[1]
+    second_moment, total = torch.zeros(groups, features, features), torch.zeros(groups, features)
+    simulated.configure(machine, *order)
+    simulated.conv_covariance_update_(second_moment, total, x, kernel, stride, padding, dilation)
+    columns = F.unfold(x.double(), kernel, dilation, padding, stride)
+    patches = columns.view(len(x), groups, features, -1).permute(1, 0, 3, 2).reshape(groups, -1, features)
+    for group in range(groups):
+        assert_updated(second_moment[group], total[group], patches[group].to(dtype))
+
+
+ACTIVATIONS = {
+    "none": lambda y: y,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
+    "silu": F.silu,
+}
+LINEARS = [  # machine, dtype, (tokens, in_features, rank, out_features), offset, kernel and what it is about
+    (SM80, BF16, (1, 256, 64, 128), 0, "decode_sm80: 8 tokens"),
+    (SM80, FP16, (13, 200, 40, 100), 0, "decode_sm80: 16 tokens"),
+    (SM80, BF16, (64, 320, 24, 72), 0, "decode_sm80: 64 tokens"),
+    (SM80._replace(multiprocessors=64), BF16, (9, 2048, 16, 40), 0, r"decode_sm80: .* x [2-8] splits"),
+    (SM80, FP16, (33, 100, 17, 33), 1, "decode_sm80"),  # nothing on 16 bytes
+    (SM90, BF16, (5, 97, 3, 5), 3, "decode_sm80"),  # and one kernel that may overlap the other
+    (SM80, BF16, (3, 1, 1, 1), 0, "decode_sm80"),
+    (SM90, BF16, (1, 256, 64, 128), 0, "decode_sm90: 8 tokens"),
+    (SM90, FP16, (64, 264, 24, 136), 0, "decode_sm90: 64 tokens"),
+    (SM90._replace(multiprocessors=16), BF16, (4, 4096, 24, 200), 0, "decode_sm90: .* clusters of [248]"),
+    (SM90._replace(multiprocessors=3), BF16, (20, 512, 72, 300), 0, "decode_sm90: 32 tokens"),
+    (SM90._replace(multiprocessors=2, shared_memory=40000), BF16, (30, 64, 104, 330), 0, "decode_sm90: 32 tokens"),
+    (SM90, BF16, (65, 8, 8, 3), 0, "prefill_sm90"),
+    (SM90, BF16, (130, 200, 64, 136), 0, "prefill_sm90"),
+    (SM90._replace(multiprocessors=1), FP16, (200, 136, 56, 200), 0, "prefill_sm90"),
+    (SM90._replace(multiprocessors=1), BF16, (130, 64, 192, 100), 0, "prefill_sm90"),
+    (SM90, BF16, (100, 512, 128, 392), 0, "prefill_sm90"),
+    (SM90, FP16, (70, 328, 248, 520), 0, "prefill_sm90"),
+    (SM90._replace(multiprocessors=4), BF16, (300, 64, 256, 64), 0, "prefill_sm90"),
+    (SM90._replace(multiprocessors=1), BF16, (70, 1032, 64, 1100), 0, "prefill_sm90"),  # stages are used many times
+    (SM90._replace(multiprocessors=2), FP16, (70, 712, 256, 1304), 0, "prefill_sm90"),
+]
+
+
+@pytest.mark.parametrize("machine, dtype, shape, offset, kernel", LINEARS)
+def test_lowrank_linear(simulated: Simulated, order, machine: Machine, dtype, shape, offset, kernel):
+    tokens, in_features, rank, out_features = shape
+    x = among_nan(normal(tokens, in_features, dtype=dtype), offset, 0)
+    down = among_nan(normal(rank, in_features, dtype=dtype, seed=1) / in_features**0.5, offset, 0)
+    up = among_nan(normal(out_features, rank, dtype=dtype, seed=2) / rank**0.5, offset, 0)
+    bias = normal(out_features, dtype=dtype, seed=3) if tokens % 2 else None
+    activation = list(ACTIVATIONS)[tokens % 5]
+    simulated.configure(machine, *order)
+    y, plan = simulated.lowrank_linear(x, down, up, bias, activation)
+    assert re.match(kernel, plan), plan
+    act = ACTIVATIONS[activation]
+    exact = act(F.linear(F.linear(x.double(), down.double()), up.double(), None if bias is None else bias.double()))
+    assert_close_to_float64(y, act(F.linear(F.linear(x, down), up, bias)), exact)
+
+
+def test_same_bits_in_every_order(simulated: Simulated):
+    """A sum that depended on who comes first would differ."""
+    x, down, up = (normal(*shape, dtype=BF16) for shape in ((70, 512), (136, 512), (200, 136)))
+    results = []
+    for timing, seed in [*ORDERS, ("random", 6)]:
+        second_moment, total = torch.zeros(512, 512), torch.zeros(512)
+        simulated.configure(SM90, timing, seed)
+        assert "decode_sm90" in simulated.lowrank_linear(x[:60], down, up)[1]
+        simulated.covariance_update_(second_moment, total, x)
+        decoded, prefilled = (simulated.lowrank_linear(rows, down, up)[0] for rows in (x[:60], x))
+        results.append((decoded, prefilled, second_moment, total))
+    for result in results[1:]:
+        assert all(torch.equal(mine, first) for mine, first in zip(result, results[0], strict=True))
+
+
+def test_every_shipped_prefill_kernel_gives_the_same(simulated: Simulated):
+    """The planner's choices for one problem on devices of all sizes: every kernel there is."""
+    kernels = {}
+    for rank in (64, 128, 192, 256):
+        for tokens in (65, 300):
+            x = normal(tokens, 72, dtype=BF16)
+            down, up = normal(rank, 72, dtype=BF16) / 8, normal(520, rank, dtype=BF16) / 8
+            expected = None
+            for multiprocessors in (1, 2, 4, 8, 32) if rank < 256 else (2, 4, 8, 32):
+                simulated.configure(SM90._replace(multiprocessors=multiprocessors))
+                y, plan = simulated.lowrank_linear(x, down, up)
+                key = tuple(int(re.search(text, plan)[1]) for text in (r"ranks up to (\d+)", r"clusters of (\d+)"))
+                kernels[key] = plan
+                expected = y if expected is None else expected
+                assert torch.equal(y, expected), plan  # zeros that are multiplied change no bit
+    assert set(kernels) == {(64, 1), (64, 2), (128, 1), (128, 2), (128, 4), (192, 1), (256, 2), (256, 4), (256, 8)}
