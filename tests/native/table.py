@@ -14,10 +14,12 @@ from tests.native import machine_code
 
 MARK = "<!-- native table -->"
 HEADER = (
-    "| kernel | template arguments | arch | registers | static shared memory, B | stack, B | products | copies | run |"
+    "| kernel | template arguments | arch | registers | static shared memory, B | stack, B | spills | instructions | products "
+    "| copies | run |"
 )
 TYPES = {"f": "fp32", "NS_4Tf32E": "fp32 as tf32", "6__half": "fp16", "13__nv_bfloat16": "bf16"}
 COPIES = ("LDGSTS", "UTMALDG", "UBLKCP")
+SPILLS = ("LDL", "STL")  # to and from local memory
 SOURCES = ("rows", "aligned rows", "patches")  # the enumerators of Source
 
 
@@ -52,6 +54,8 @@ def row(kernel: machine_code.Kernel) -> str:
         kernel.registers,
         kernel.shared,
         kernel.stack,
+        sum(kernel.opcodes.get(name, 0) for name in SPILLS),
+        sum(kernel.opcodes.values()),
         products,
         copies,
         "compiled, not run",
