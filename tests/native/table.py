@@ -14,8 +14,8 @@ from tests.native import machine_code
 
 MARK = "<!-- native table -->"
 HEADER = (
-    "| kernel | template arguments | arch | registers | static shared memory, B | stack, B | spills | instructions | products "
-    "| copies | run |"
+    "| kernel | template arguments | arch | registers | static shared memory, B | stack, B | spills | instructions "
+    "| products | copies | run |"
 )
 TYPES = {"f": "fp32", "NS_4Tf32E": "fp32 as tf32", "6__half": "fp16", "13__nv_bfloat16": "bf16"}
 COPIES = ("LDGSTS", "UTMALDG", "UBLKCP")

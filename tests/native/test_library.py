@@ -29,18 +29,10 @@ from lowrank_ops.ops.covariance import describe as describe_covariance
 from lowrank_ops.ops.lowrank_linear import TABLE as LOWRANK_TABLE
 from lowrank_ops.ops.lowrank_linear import _cuda as lowrank_cuda
 from lowrank_ops.ops.lowrank_linear import describe as describe_lowrank
+from tests.native import symbols
 
 ROOT = Path(__file__).parents[2]
 H200 = Device("cuda", 0, (9, 0), 132, 232448)
-
-# What the library takes from torch: C functions, all of torch 2.10. One that is new to this list has to be looked up.
-TORCH_FUNCTIONS = re.compile(r"aoti_torch_\w+|torch_(call_dispatcher|library_impl)|torch_(new|delete)_(list|string)\w*|"
-                             r"torch_(list|string)_\w+|torch_get_(const|mutable)_data_ptr")  # fmt: skip
-
-
-def symbols(library: Path, *options: str) -> list[str]:
-    result = subprocess.run(["nm", "-D", *options, library], check=True, capture_output=True, text=True)
-    return result.stdout.splitlines()
 
 
 def test_loads(library: Path) -> None:
@@ -51,28 +43,20 @@ def test_loads(library: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
 def test_asks_torch_for_its_stable_interface_only(library: Path) -> None:
-    foreign = []
-    for line in symbols(library, "--undefined-only"):
-        kind, name = line.split()[-2:]
-        if "@" in name or kind == "w":  # versioned: libc, libstdc++, libgcc
-            assert kind != "w" or name.split("@")[0] in {
-                "aoti_torch_get_current_cuda_stream", "__gmon_start__", "_ITM_deregisterTMCloneTable",
-                "_ITM_registerTMCloneTable", "__cxa_finalize",
-            }, name  # fmt: skip
-        elif not TORCH_FUNCTIONS.fullmatch(name):
-            foreign.append(name)
-    assert not foreign
+    needed, weak = symbols.undefined(library)
+    assert weak <= symbols.WEAK
+    assert symbols.minimum(needed) == ((2, 10), set())
 
 
-@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
-def test_the_symbol_check_sees_other_interfaces() -> None:
-    for name in (
-        "_ZN3c106detail14torchCheckFailEPKcS2_jS2_",
-        "torch_c10_cuda_check_msg",
-        "PyList_New",
-        "cuLaunchKernel",
-    ):
-        assert not TORCH_FUNCTIONS.fullmatch(name)
+def test_the_symbol_check_sees_other_interfaces_and_newer_functions() -> None:
+    assert symbols.minimum({"aoti_torch_get_dim"}) == (symbols.BEFORE, set())
+    assert symbols.minimum({"aoti_torch_get_dim", "torch_call_dispatcher"}) == ((2, 10), set())
+    for name in ("_ZN3c106detail14torchCheckFailEPKcS2_jS2_", "PyList_New", "cuLaunchKernel"):
+        assert symbols.minimum({"aoti_torch_get_dim", name})[1] == {name}
+    newer = {name for name, version in symbols.since().items() if version > (2, 10)}
+    if torch.__version__ >= "2.11":
+        assert "torch_from_blob" in newer
+    assert all(symbols.minimum({name})[0] > (2, 10) for name in newer)
 
 
 @pytest.mark.skipif(shutil.which("readelf") is None, reason="no readelf")
