@@ -190,12 +190,45 @@ void patches_are_those_of_a_convolution() {
               }
         }
   }
-  Patches huge{};  // offsets beyond 2^31 elements
-  huge.channels = 64, huge.height = huge.width = huge.out_height = huge.out_width = 1024;
-  huge.kernel_height = huge.kernel_width = huge.stride_y = huge.stride_x = huge.dilation_y = huge.dilation_x = 1;
-  huge.col_stride = 1, huge.row_stride = 1024, huge.channel_stride = 1 << 20, huge.image_stride = int64_t{64} << 20;
-  const PatchToken token = patch_token(huge, 100u * (1u << 20) + 5);
-  EXPECT(token.offset == 100 * (int64_t{64} << 20) + 5);
+}
+
+// Of images of up to 2^22 pixels and batches of up to 2^31 - 1 patches.
+void patches_beyond_2_to_the_31_elements_lie_where_they_should() {
+  std::mt19937 random(6);
+  int64_t largest = 0;
+  for (int i = 0; i < 100000; ++i) {
+    const auto from = [&](int low, int high) { return low + static_cast<int>(random() % (high - low + 1)); };
+    Patches p{};
+    p.channels = from(1, 2048);
+    p.height = from(1, 2048), p.width = from(1, 2048);
+    p.kernel_height = from(1, 7), p.kernel_width = from(1, 7);
+    p.stride_y = from(1, 3), p.stride_x = from(1, 3);
+    p.padding_y = from(0, 3), p.padding_x = from(0, 3);
+    p.dilation_y = from(1, 2), p.dilation_x = from(1, 2);
+    p.out_height = output_length(p.height, p.kernel_height, p.stride_y, p.padding_y, p.dilation_y);
+    p.out_width = output_length(p.width, p.kernel_width, p.stride_x, p.padding_x, p.dilation_x);
+    if (p.out_height < 1 || p.out_width < 1) continue;
+    const bool last = random() % 2;
+    p.channel_stride = last ? 1 : int64_t{p.height} * p.width;
+    p.col_stride = last ? p.channels : 1;
+    p.row_stride = p.col_stride * p.width;
+    p.image_stride = int64_t{p.channels} * p.height * p.width;
+    const int64_t positions = int64_t{p.out_height} * p.out_width;
+    const int64_t image = random() % (2147483647 / positions);
+    const int oy = from(0, p.out_height - 1), ox = from(0, p.out_width - 1);
+    const int c = from(0, p.channels - 1), ky = from(0, p.kernel_height - 1), kx = from(0, p.kernel_width - 1);
+    const PatchToken token = patch_token(p, static_cast<uint32_t>(image * positions + oy * int64_t{p.out_width} + ox));
+    const PatchFeature feature = patch_feature(p, (c * p.kernel_height + ky) * p.kernel_width + kx);
+    const int y = oy * p.stride_y - p.padding_y + ky * p.dilation_y;
+    const int x = ox * p.stride_x - p.padding_x + kx * p.dilation_x;
+    const bool real = y >= 0 && y < p.height && x >= 0 && x < p.width;
+    EXPECT(inside(p, token, feature) == real);
+    if (!real) continue;
+    const int64_t offset = image * p.image_stride + c * p.channel_stride + y * p.row_stride + x * p.col_stride;
+    EXPECT(token.offset + feature.offset == offset);
+    largest = greatest(largest, offset);
+  }
+  EXPECT(largest > int64_t{1} << 33);
 }
 
 }  // namespace
@@ -210,5 +243,6 @@ int main() {
   operands_have_no_bank_conflicts();
   the_tile_and_its_scratch_are_covered_once();
   patches_are_those_of_a_convolution();
+  patches_beyond_2_to_the_31_elements_lie_where_they_should();
   return tests::result();
 }

@@ -217,3 +217,14 @@ def test_every_shipped_prefill_kernel_gives_the_same(simulated: Simulated):
                 expected = y if expected is None else expected
                 assert torch.equal(y, expected), plan  # zeros that are multiplied change no bit
     assert set(kernels) == {(64, 1), (64, 2), (128, 1), (128, 2), (128, 4), (192, 1), (256, 2), (256, 4), (256, 8)}
+
+
+def test_a_launch_that_fails_names_op_shapes_and_arch(simulated: Simulated):
+    """Rows that all lie in one place, which the ops refuse, the tensor copy engine refuses as well."""
+    simulated.configure(SM90)
+    x = normal(1, 64, dtype=BF16).expand(100, 64)
+    with pytest.raises(RuntimeError, match=r"covariance_update_ of x \[100, 64\] on sm_90"):
+        simulated.covariance_update_(torch.zeros(64, 64), torch.zeros(64), x)
+    down, up = normal(8, 64, dtype=BF16), normal(40, 8, dtype=BF16)
+    with pytest.raises(RuntimeError, match=r"lowrank_linear of x \[100, 64\], down \[8, 64\], up \[40, 8\] on sm_90"):
+        simulated.lowrank_linear(x, down, up)
