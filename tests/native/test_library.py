@@ -217,6 +217,23 @@ def test_plans_need_a_planner(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         _native.unavailable.cache_clear()
 
 
+@pytest.mark.skipif(
+    not (ROOT / "setup.py").is_file() or importlib.util.find_spec("setuptools") is None, reason="an installed package"
+)
+def test_an_install_without_nvcc_says_so_in_one_line() -> None:
+    def install(choice: str) -> subprocess.CompletedProcess[str]:
+        environment = {"PATH": "/nowhere", "CUDA_HOME": "/nowhere", "LOWRANK_OPS_CUDA": choice}
+        command = [sys.executable, "setup.py", "--quiet", "--version"]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+    missing = install("AUTO")
+    assert missing.returncode == 0 and len(missing.stderr.splitlines()) == 1
+    assert missing.stderr.startswith("lowrank_ops: no nvcc, cmake, so without the CUDA library")
+    assert install("OFF").returncode == 0 and not install("OFF").stderr
+    demanded = install("ON")
+    assert demanded.returncode != 0 and "this machine has no nvcc, cmake" in demanded.stderr
+
+
 @pytest.mark.skipif(shutil.which("cmake") is None or shutil.which("c++") is None, reason="no CMake or compiler")
 def test_the_cpp_tests_pass(tmp_path: Path) -> None:
     """Index arithmetic and algorithms of the kernels, run on the host."""
