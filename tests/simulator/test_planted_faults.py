@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from simulated import LIBRARY_NAME
+from planting import plant, run_tests
 
 
 class Fault(NamedTuple):
@@ -147,42 +143,9 @@ FAULTS = {
 }
 
 
-def run(*command: str | Path, cwd: Path) -> None:
-    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-
-
-def plant(fault: Fault, library: Path, folder: Path) -> Path:
-    """The library with one source compiled anew."""
-    build = next(parent for parent in library.parents if (parent / "compile_commands.json").is_file())
-    commands = json.loads((build / "compile_commands.json").read_text())
-    entry = next(c for c in commands if c["file"].endswith(f"{fault.file}.cpp"))
-    source = Path(entry["file"])
-    text = source.read_text()
-    assert text.count(fault.right) == 1, f"{source} has {fault.right!r} {text.count(fault.right)} times"
-    planted = folder / source.name
-    planted.write_text(f'#line 1 "{source}"\n' + text.replace(fault.right, fault.wrong))
-    arguments = shlex.split(entry["command"])
-    output = arguments.index("-o") + 1
-    objects = [shlex.split(c["command"])[output] for c in commands if "lowrank_ops_simulated" in c["command"]]
-    objects.remove(arguments[output])
-    arguments[output] = str(folder / "planted.o")
-    arguments[arguments.index(str(source))] = str(planted)
-    run(*arguments, "-O0", "-g0", "-iquote", source.parent, cwd=build)
-    torch = next(a for a in arguments if a.endswith("torch/include")).removesuffix("include") + "lib"
-    out = folder / LIBRARY_NAME
-    link = ["-L" + torch, "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
-    run("c++", "-shared", "-o", out, folder / "planted.o", *objects, *link, cwd=build)
-    return out
-
-
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 def test_found(fault: Fault, library: Path, tmp_path: Path) -> None:
-    planted = plant(fault, library, tmp_path)
-    tests = Path(__file__).with_name("test_kernels.py")
-    options = ["-x", "-q", "-p", "no:cacheprovider", "-k", fault.kernel, "--simulated-library", planted]
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", tests, *options], capture_output=True, text=True, timeout=300
-    )
+    planted = plant(fault.file, fault.right, fault.wrong, library, tmp_path)
+    result = run_tests(planted, fault.kernel)
     assert result.returncode == 1, result.stdout
     assert re.search(rf"^E .*({fault.says})", result.stdout, re.MULTILINE), result.stdout

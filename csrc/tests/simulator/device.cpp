@@ -2,9 +2,11 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <stdexcept>
 #include <utility>
 
+#include "order.h"
 #include "scheduler.h"
 
 namespace lowrank_ops::simulator {
@@ -23,12 +25,16 @@ void run_groups(std::deque<std::vector<Work>>& groups) {
 void commit(std::deque<std::vector<Work>>& groups, bool at_once) {
   if (at_once || config().timing == Timing::early || (config().timing == Timing::random && device().coin()))
     run_groups(groups);
+  const Unwatched unwatched;
   groups.emplace_back();
 }
 
 void wait_for(std::deque<std::vector<Work>>& groups, int pending) {
-  for (; static_cast<int>(groups.size()) - 1 > pending; groups.pop_front())
+  while (static_cast<int>(groups.size()) - 1 > pending) {
     for (const Work& work : groups.front()) work();
+    const Unwatched unwatched;
+    groups.pop_front();
+  }
 }
 
 MemoryBarrier& barrier_at(Block& block, uint32_t address) {
@@ -101,6 +107,7 @@ void expect(bool condition, const char* what) {
 void* dynamic_shared() { return self().block->base + kDynamicStart; }
 
 void* static_shared(int place, int64_t bytes) {
+  const Unwatched unwatched;
   Block& block = *self().block;
   void*& memory = block.statics[place];
   if (memory == nullptr) {
@@ -148,9 +155,15 @@ void meet_warp(const char* name, void* mine, const std::function<void(void* cons
     fail(std::string("lanes of a warp meet at ") + warp.meeting + " and at " + name);
   warp.meeting = name;
   warp.brought[static_cast<size_t>(position().lane)] = mine;
-  if (++warp.arrived < kLanes) return device().block_until_woken(warp.waiting, name);
+  happened(&warp);
+  if (++warp.arrived < kLanes) {
+    device().block_until_woken(warp.waiting, name);
+    return after(&warp);
+  }
+  after(&warp);
   warp.arrived = 0;
   body(warp.brought.data());
+  happened(&warp);
   device().wake(warp.waiting);
 }
 
@@ -160,9 +173,16 @@ void sync_warp() {
 
 void sync_block() {
   Block& block = *self().block;
-  if (++block.in_barrier < block.live) return device().block_until_woken(block.waiting, "__syncthreads");
-  block.in_barrier = 0;
-  device().wake(block.waiting);
+  const char* event = &block.events[block.phase % 2];
+  happened(event);
+  if (++block.in_barrier < block.live) {
+    device().block_until_woken(block.waiting, "__syncthreads");
+  } else {
+    block.in_barrier = 0;
+    ++block.phase;
+    device().wake(block.waiting);
+  }
+  after(event);
 }
 
 void arrive_cluster() {
@@ -171,6 +191,7 @@ void arrive_cluster() {
   expect(!thread.in_cluster_barrier, "a wait between two arrivals at the cluster's barrier");
   thread.in_cluster_barrier = true;
   thread.cluster_phase = cluster.phase;
+  happened(&cluster.events[cluster.phase % 2]);
   if (++cluster.in_barrier < cluster.live) return;
   cluster.in_barrier = 0;
   ++cluster.phase;
@@ -182,32 +203,43 @@ void wait_cluster() {
   Cluster& cluster = *thread.block->cluster;
   expect(thread.in_cluster_barrier, "an arrival before a wait at the cluster's barrier");
   while (cluster.phase == thread.cluster_phase) device().block_until_woken(cluster.waiting, "the cluster's barrier");
+  after(&cluster.events[thread.cluster_phase % 2]);
   thread.in_cluster_barrier = false;
 }
 
 void sync_grid() {
   Kernel& kernel = *self().block->kernel;
   expect(kernel.shape.all_at_once, "a cooperative launch, where the grid has a barrier");
-  if (++kernel.in_barrier < kernel.live) return device().block_until_woken(kernel.grid_waiting, "the grid's barrier");
-  kernel.in_barrier = 0;
-  device().wake(kernel.grid_waiting);
+  const char* event = &kernel.events[kernel.phase % 2];
+  happened(event);
+  if (++kernel.in_barrier < kernel.live) {
+    device().block_until_woken(kernel.grid_waiting, "the grid's barrier");
+  } else {
+    kernel.in_barrier = 0;
+    ++kernel.phase;
+    device().wake(kernel.grid_waiting);
+  }
+  after(event);
 }
 
 void wait_for_kernel_before() {
   Kernel* before = self().block->kernel->before;
   while (before != nullptr && !before->ended()) device().block_until_woken(before->after, "the kernel before");
+  if (before != nullptr) after(&before->a_thread_ended);
 }
 
 // ---- barriers in shared memory ----
 
 void init_barrier(uint32_t address, int arrivals) {
   shared_bytes(address, 8, 8);
+  const Unwatched unwatched;
   self().block->barriers[address] = MemoryBarrier{arrivals, arrivals, 0, 0, {}};
 }
 
 void arrive(uint32_t address, int64_t expected_bytes) {
   MemoryBarrier& barrier = barrier_at(*self().block, address);
   barrier.bytes += expected_bytes;
+  happened(&barrier);
   if (--barrier.pending < 0) fail("more threads arrive at a barrier than it counts");
   settle(barrier);
 }
@@ -215,6 +247,7 @@ void arrive(uint32_t address, int64_t expected_bytes) {
 void wait(uint32_t address, int parity) {
   MemoryBarrier& barrier = barrier_at(*self().block, address);
   while (barrier.parity == parity) device().block_until_woken(barrier.waiting, "a barrier in shared memory");
+  after(&barrier);
 }
 
 // ---- asynchronous work ----
@@ -223,17 +256,25 @@ void copy_later(uint32_t address, int64_t bytes, Work copy) {
   Block* block = self().block;
   MemoryBarrier* barrier = &barrier_at(*block, address);
   ++block->copies_under_way;
-  Work work = [block, barrier, bytes, copy = std::move(copy)] {
+  const auto asked = std::make_shared<char>();
+  Work work = [block, barrier, bytes, asked, copy = std::move(copy)] {
+    after(asked.get());
     copy();
+    happened(barrier);
     --block->copies_under_way;
     barrier->bytes -= bytes;
     settle(*barrier);
   };
   if (config().timing == Timing::early || config().timing == Timing::copies_first) return work();
+  happened(asked.get());
+  const Unwatched unwatched;
   device().engine.push_back(std::move(work));
 }
 
-void add_copy(Work copy) { self().copies.back().push_back(std::move(copy)); }
+void add_copy(Work copy) {
+  const Unwatched unwatched;
+  self().copies.back().push_back(std::move(copy));
+}
 void commit_copies() { commit(self().copies, config().timing == Timing::copies_first); }
 void wait_copies(int pending) { wait_for(self().copies, pending); }
 
@@ -242,6 +283,7 @@ void fence_products() {
 }
 void add_product(Work product) {
   expect(self().warp->fenced, "wgmma.fence between what touched the accumulators and the next product");
+  const Unwatched unwatched;
   self().warp->products.back().push_back(std::move(product));
 }
 void commit_products() {

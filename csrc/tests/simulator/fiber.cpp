@@ -1,15 +1,13 @@
 #include "fiber.h"
 
+#include <sys/mman.h>
+
 #include <cstdint>
 #include <new>
 #include <utility>
 #include <vector>
 
-#include <sys/mman.h>
-
-#ifdef __SANITIZE_THREAD__
-#include <sanitizer/tsan_interface.h>
-#endif
+#include "order.h"
 
 namespace lowrank_ops::simulator {
 namespace {
@@ -37,26 +35,28 @@ void* take_stack() {
 }  // namespace
 
 Fiber::Fiber(std::function<void()> body) : body_(std::move(body)), stack_(take_stack()) {
-#ifdef __SANITIZE_THREAD__
-  sanitizer_ = __tsan_create_fiber(0);
+#ifdef LOWRANK_OPS_RACES
+  known_as_ = __tsan_create_fiber(0);
 #endif
 }
 
 Fiber::~Fiber() {
   idle_stacks().push_back(stack_);
-#ifdef __SANITIZE_THREAD__
-  __tsan_destroy_fiber(sanitizer_);
+#ifdef LOWRANK_OPS_RACES
+  __tsan_destroy_fiber(known_as_);
 #endif
 }
 
 void Fiber::enter(unsigned low, unsigned high) {
   Fiber* fiber = reinterpret_cast<Fiber*>(uintptr_t{high} << 32 | low);
+  after(fiber->stack_);  // what another fiber did with it
   fiber->body_();
+  happened(fiber->stack_);
   fiber->ended_ = true;
   fiber->leave();
 }
 
-#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
+#ifdef LOWRANK_OPS_RACES
 
 void Fiber::resume() {
   if (!started_) {
@@ -69,17 +69,13 @@ void Fiber::resume() {
     makecontext(&here_, reinterpret_cast<void (*)()>(&Fiber::enter), 2, static_cast<unsigned>(self),
                 static_cast<unsigned>(self >> 32));
   }
-#ifdef __SANITIZE_THREAD__
-  sanitizer_of_scheduler_ = __tsan_get_current_fiber();
-  __tsan_switch_to_fiber(sanitizer_, __tsan_switch_to_fiber_no_sync);
-#endif
+  scheduler_known_as_ = __tsan_get_current_fiber();
+  __tsan_switch_to_fiber(known_as_, __tsan_switch_to_fiber_no_sync);
   swapcontext(&scheduler_, &here_);
 }
 
 void Fiber::leave() {
-#ifdef __SANITIZE_THREAD__
-  __tsan_switch_to_fiber(sanitizer_of_scheduler_, __tsan_switch_to_fiber_no_sync);
-#endif
+  __tsan_switch_to_fiber(scheduler_known_as_, __tsan_switch_to_fiber_no_sync);
   swapcontext(&here_, &scheduler_);
 }
 

@@ -24,9 +24,9 @@ class Fiber {
   std::function<void()> body_;
   void* stack_;
   bool started_ = false, ended_ = false;
-#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
+#ifdef LOWRANK_OPS_RACES
   ucontext_t here_, scheduler_;
-  void *sanitizer_ = nullptr, *sanitizer_of_scheduler_ = nullptr;
+  void *known_as_, *scheduler_known_as_;  // to ThreadSanitizer
 #else
   ucontext_t first_;
   jmp_buf here_, scheduler_;  // once started: unlike ucontext, these switch without asking the kernel

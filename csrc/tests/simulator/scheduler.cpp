@@ -5,6 +5,8 @@
 #include <stdexcept>
 #include <utility>
 
+#include "order.h"
+
 namespace lowrank_ops::simulator {
 namespace {
 
@@ -43,13 +45,18 @@ void Device::start_cluster(Kernel& kernel, int64_t first_block) {
                           i % kLanes, i / kLanes, rank, shape.cluster};
       thread->warp = block->warps.back().get();
       thread->block = block.get();
-      thread->fiber = std::make_unique<Fiber>([&kernel] { kernel.body(); });
+      thread->fiber = std::make_unique<Fiber>([&kernel] {
+        after(&kernel.launched);
+        kernel.body();
+        happened(&kernel.a_thread_ended);
+      });
       make_runnable(thread.get());
       block->threads.push_back(std::move(thread));
     }
     block->live = threads;
     cluster->blocks.push_back(std::move(block));
   }
+  happened(&kernel.launched);
   cluster->live = threads * shape.cluster;
   kernel.live += cluster->live;
   kernel.clusters.push_back(std::move(cluster));
@@ -83,12 +90,14 @@ void Device::make_runnable(Thread* thread) {
 }
 
 void Device::wake(Queue& queue) {
+  const Unwatched unwatched;
   Queue threads;
   threads.swap(queue);
   for (Thread* thread : threads) make_runnable(thread);
 }
 
 void Device::block_until_woken(Queue& queue, const char* what) {
+  const Unwatched unwatched;
   Thread* thread = self;
   thread->waits_for = what;
   queue.push_back(thread);
@@ -107,15 +116,16 @@ void Device::thread_ended(Thread* thread) {
   Block& block = *thread->block;
   Cluster& cluster = *block.cluster;
   Kernel& kernel = *block.kernel;
+  after(&kernel.a_thread_ended);
   const char* name = "a thread ended";
   if (thread->in_cluster_barrier) give_up(std::string(name) + " between arriving at the cluster's barrier and waiting");
   for (const auto& group : thread->copies)
     if (!group.empty()) give_up(std::string(name) + " with copies it had not waited for");
   --block.live, --cluster.live, --kernel.live;
   // Barriers count the threads that are left.
-  if (block.live > 0 && block.in_barrier == block.live) block.in_barrier = 0, wake(block.waiting);
+  if (block.live > 0 && block.in_barrier == block.live) block.in_barrier = 0, ++block.phase, wake(block.waiting);
   if (cluster.live > 0 && cluster.in_barrier == cluster.live) cluster.in_barrier = 0, ++cluster.phase, wake(cluster.waiting);
-  if (kernel.live > 0 && kernel.in_barrier == kernel.live) kernel.in_barrier = 0, wake(kernel.grid_waiting);
+  if (kernel.live > 0 && kernel.in_barrier == kernel.live) kernel.in_barrier = 0, ++kernel.phase, wake(kernel.grid_waiting);
   if (block.live == 0) check_ended(block);
   if (cluster.live == 0)  // freed when nobody is in the midst of it
     ended.splice(ended.end(), kernel.clusters,
@@ -168,6 +178,7 @@ void Device::give_up(std::string what) {
 }
 
 void Device::run() {
+  const Unwatched unwatched;
   const Timing timing = config().timing;
   while (true) {
     ended.clear();
@@ -180,6 +191,7 @@ void Device::run() {
       const size_t i = random() % engine.size();
       const Work copy = std::move(engine[i]);
       engine.erase(engine.begin() + static_cast<long>(i));
+      const Watched watched;
       copy();
     } else if (!warps.empty()) {
       run_warp();

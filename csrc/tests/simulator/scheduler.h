@@ -76,6 +76,8 @@ struct Block {
   std::vector<std::unique_ptr<Thread>> threads;
   std::vector<std::unique_ptr<Warp>> warps;
   int live = 0, in_barrier = 0, copies_under_way = 0;
+  int64_t phase = 0;  // of the barrier
+  char events[2];     // its last two phases
   Queue waiting;
 };
 
@@ -83,6 +85,7 @@ struct Cluster {
   std::vector<std::unique_ptr<Block>> blocks;
   int live = 0, in_barrier = 0;
   int64_t phase = 0;
+  char events[2];
   Queue waiting;
 };
 
@@ -93,6 +96,8 @@ struct Kernel {
   std::vector<int64_t> to_start;  // first blocks of clusters that have not started, the next one last
   std::list<std::unique_ptr<Cluster>> clusters;
   int live = 0, in_barrier = 0;
+  int64_t phase = 0;
+  char events[2], launched, a_thread_ended;
   Kernel* before = nullptr;
   Queue grid_waiting, after;
   bool ended() const { return to_start.empty() && live == 0; }
