@@ -79,7 +79,7 @@ wheel: $(VENV)/ready-dev
 	$(PYTHON) -m venv .venv-wheel
 	.venv-wheel/bin/python -m pip install --quiet $(PIP_TORCH) "$(TORCH)" pytest "triton>=3.6" dist/*.whl
 	mkdir .venv-wheel/src && cp -r tests csrc CMakeLists.txt pyproject.toml .venv-wheel/src
-	cd .venv-wheel/src && ../bin/python -m pytest tests/native tests/ops
+	cd .venv-wheel/src && ../bin/python -m tests.native.symbols && ../bin/python -m pytest tests/native tests/ops
 
 # The source distribution, and that it builds the same wheel: no file may be missing from it.
 sdist: $(VENV)/ready-dev

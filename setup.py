@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import warnings
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -43,7 +42,7 @@ def native():
     missing = ", ".join(name for name, found in needs.items() if not found)
     if choice == "OFF" or (missing and choice == "AUTO"):
         if choice == "AUTO":
-            warnings.warn(f"lowrank_ops: no {missing}, so without the CUDA library (Triton works)", stacklevel=2)
+            print(f"lowrank_ops: no {missing}, so without the CUDA library (Triton works)", file=sys.stderr)
         return []
     if missing:
         raise SystemExit(f"LOWRANK_OPS_CUDA=ON, but this machine has no {missing}.")

@@ -28,12 +28,13 @@ Tensor scratch_like(const Tensor& tensor, int64_t floats) {
 
 // ---- covariance_update_ ----
 
-void add_covariance(const char* op, covariance::Arguments args, Source source, const Tensor& second_moment,
-                    const Tensor& total, const Tensor& x) {
+void add_covariance(const char* op, covariance::Arguments args, Source source, bool allow_tf32,
+                    const Tensor& second_moment, const Tensor& total, const Tensor& x) {
   const DeviceGuard guard(x.get_device_index());
   const Machine machine = machine_of(x.get_device_index());
   const Dtype dtype = dtype_of(x);
-  const CovariancePlan plan = plan_covariance({args.tokens, args.features, args.groups, dtype, source, machine});
+  const CovariancePlan plan =
+      plan_covariance({args.tokens, args.features, args.groups, dtype, source, machine, allow_tf32});
   const auto what = [&] { return std::string(op) + " of x " + shape_of(x) + on_arch(machine); };
   STD_TORCH_CHECK(plan.reason.empty(), what(), " cannot run: ", plan.reason);
   STD_TORCH_CHECK(second_moment.scalar_type() == total.scalar_type(), what(), ": the state has two dtypes");
@@ -57,7 +58,7 @@ void add_covariance(const char* op, covariance::Arguments args, Source source, c
   covariance::launch_sm80(plan, args, dtype, source, launch);
 }
 
-void covariance_update(Tensor second_moment, Tensor total, Tensor x) {
+void covariance_update(Tensor second_moment, Tensor total, Tensor x, bool allow_tf32) {
   STD_TORCH_CHECK(x.dim() == 2 && second_moment.dim() == 2 && total.dim() == 1, "x and the state must be matrices");
   const int64_t features = x.size(1);
   STD_TORCH_CHECK(second_moment.size(0) == features && second_moment.size(1) == features &&
@@ -71,13 +72,13 @@ void covariance_update(Tensor second_moment, Tensor total, Tensor x) {
   args.state_row_stride = second_moment.stride(0);
   args.state_col_stride = second_moment.stride(1);
   args.total_stride = total.stride(0);
-  add_covariance("covariance_update_", args, aligned(x) ? Source::aligned_matrix : Source::matrix, second_moment,
-                 total, x);
+  add_covariance("covariance_update_", args, aligned(x) ? Source::aligned_matrix : Source::matrix, allow_tf32,
+                 second_moment, total, x);
 }
 
 void conv_covariance_update(Tensor second_moment, Tensor total, Tensor x, std::vector<int64_t> kernel_size,
                             std::vector<int64_t> stride, std::vector<int64_t> padding,
-                            std::vector<int64_t> dilation) {
+                            std::vector<int64_t> dilation, bool allow_tf32) {
   STD_TORCH_CHECK(x.dim() == 4 && second_moment.dim() == 3 && total.dim() == 2, "x must be an image batch");
   for (const std::vector<int64_t>* geometry : {&kernel_size, &stride, &padding, &dilation})
     STD_TORCH_CHECK(geometry->size() == 2, "kernel_size, stride, padding and dilation are (height, width)");
@@ -119,7 +120,7 @@ void conv_covariance_update(Tensor second_moment, Tensor total, Tensor x, std::v
   args.state_col_stride = second_moment.stride(2);
   args.total_group_stride = total.stride(0);
   args.total_stride = total.stride(1);
-  add_covariance("conv_covariance_update_", args, Source::patches, second_moment, total, x);
+  add_covariance("conv_covariance_update_", args, Source::patches, allow_tf32, second_moment, total, x);
 }
 
 // (why not, plan): one of the two is empty. The archs are the library's own business, not the planner's.
@@ -131,11 +132,13 @@ std::tuple<std::string, std::string> explain(const Plan& plan, int64_t capabilit
 }
 
 std::tuple<std::string, std::string> explain_covariance(int64_t tokens, int64_t features, int64_t groups,
-                                                        std::string dtype, std::string source, int64_t capability,
-                                                        int64_t multiprocessors, int64_t shared_memory) {
+                                                        std::string dtype, std::string source, bool allow_tf32,
+                                                        int64_t capability, int64_t multiprocessors,
+                                                        int64_t shared_memory) {
   const Machine machine{static_cast<int>(capability), static_cast<int>(multiprocessors), shared_memory};
   return explain(
-      plan_covariance({tokens, features, groups, parse_dtype(dtype), parse_source(source), machine}), capability);
+      plan_covariance({tokens, features, groups, parse_dtype(dtype), parse_source(source), machine, allow_tf32}),
+      capability);
 }
 
 // ---- lowrank_linear ----
@@ -222,14 +225,14 @@ std::tuple<std::string, std::string> explain_lowrank_linear(int64_t tokens, int6
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lowrank_ops, m) {
-  m.def("_cuda_covariance_update_(Tensor(a!) second_moment, Tensor(b!) total, Tensor x) -> ()");
+  m.def("_cuda_covariance_update_(Tensor(a!) second_moment, Tensor(b!) total, Tensor x, bool allow_tf32) -> ()");
   m.def(
       "_cuda_conv_covariance_update_(Tensor(a!) second_moment, Tensor(b!) total, Tensor x, int[] kernel_size, "
-      "int[] stride, int[] padding, int[] dilation) -> ()");
+      "int[] stride, int[] padding, int[] dilation, bool allow_tf32) -> ()");
   m.def("_cuda_lowrank_linear(Tensor x, Tensor down, Tensor up, Tensor? bias, str activation) -> Tensor");
   m.def(
-      "_plan_covariance(int tokens, int features, int groups, str dtype, str source, int capability, "
-      "int multiprocessors, int shared_memory) -> (str, str)");
+      "_plan_covariance(int tokens, int features, int groups, str dtype, str source, bool allow_tf32, "
+      "int capability, int multiprocessors, int shared_memory) -> (str, str)");
   m.def(
       "_plan_lowrank_linear(int tokens, int in_features, int rank, int out_features, str dtype, bool aligned, "
       "int capability, int multiprocessors, int shared_memory) -> (str, str)");

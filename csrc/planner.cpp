@@ -114,10 +114,11 @@ CovariancePlan plan_covariance(const CovarianceProblem& problem) {
   if (problem.tokens > int64_t{1} << 35)
     return refuse("it takes at most 2^35 tokens, got " + std::to_string(problem.tokens));
 
-  const bool split_in_parts = problem.dtype == Dtype::float32;
+  plan.tf32 = problem.allow_tf32 && problem.dtype == Dtype::float32;
+  const bool split_in_parts = problem.dtype == Dtype::float32 && !plan.tf32;
   const bool async = problem.source == Source::aligned_matrix && !split_in_parts;
   int64_t static_bytes = kStaticSharedBytes;
-  if (async && problem.machine.capability == 90 && problem.groups == 1 &&
+  if (async && !plan.tf32 && problem.machine.capability == 90 && problem.groups == 1 &&
       problem.tokens <= std::numeric_limits<int32_t>::max() - wgmma::kTokens) {
     plan.kernel = "covariance_sm90";
     plan.block_tokens = wgmma::kTokens;
@@ -129,10 +130,11 @@ CovariancePlan plan_covariance(const CovarianceProblem& problem) {
     plan.kernel = "covariance_sm80";
     plan.block_tokens = kTokens;
     // Two blocks of four stages need 139 KB per multiprocessor, which 8.0, 9.0 and 10.0 have; 8.6, 8.9 and 12.0 have
-    // 100 KB, enough for one block of five.
-    plan.stages = !async ? 2 : problem.machine.shared_memory >= (int64_t{139} << 10) ? 4 : 5;
+    // 100 KB, enough for one block of five. Stages of float32 are twice as large.
+    plan.stages = !async || plan.tf32 ? 2 : problem.machine.shared_memory >= (int64_t{139} << 10) ? 4 : 5;
     plan.threads = kThreads;
-    plan.shared_bytes = plan.stages * 2 * kPartBytes * (split_in_parts ? 2 : 1);
+    plan.shared_bytes =
+        plan.stages * 2 * (plan.tf32 ? Layout<4>::kBytes : Layout<2>::kBytes * (split_in_parts ? 2 : 1));
   }
   if (plan.shared_bytes + static_bytes > problem.machine.shared_memory)
     return refuse("it needs " + std::to_string(plan.shared_bytes + static_bytes) +
@@ -154,7 +156,8 @@ CovariancePlan plan_covariance(const CovarianceProblem& problem) {
 std::string describe(const CovariancePlan& plan) {
   if (!plan.reason.empty()) return "cannot run: " + plan.reason;
   std::ostringstream out;
-  out << plan.kernel << ": tile " << plan.tile << "x" << plan.tile << ", " << plan.block_tokens << " tokens x "
+  out << plan.kernel << ": " << (plan.tf32 ? "TensorFloat-32, " : "") << "tile " << plan.tile << "x" << plan.tile
+      << ", " << plan.block_tokens << " tokens x "
       << plan.stages << " stages, " << plan.tiles << " tiles x " << plan.splits << " splits of "
       << plan.tokens_per_split << " tokens, " << plan.threads << " threads, " << plan.shared_bytes
       << " bytes of shared memory, " << plan.scratch_floats << " floats of scratch";

@@ -24,7 +24,7 @@ std::string arch_refusal(const std::string& archs, int capability);
 
 enum class Source {
   matrix,            // rows of any alignment, staged through registers
-  aligned_matrix,    // 16-bit rows on 16 bytes: asynchronous copies
+  aligned_matrix,    // rows on 16 bytes: asynchronous copies, unless float32 has to be split in parts
   patches,           // implicit im2col
 };
 
@@ -38,11 +38,13 @@ struct CovarianceProblem {
   Dtype dtype;
   Source source;
   Machine machine;
+  bool allow_tf32 = false;  // products of float32 in TensorFloat-32
 };
 
 struct CovariancePlan {
   std::string reason;  // why no kernel can run this; empty where one can
   std::string kernel;
+  bool tf32 = false;
   int tile = 0;             // rows and columns of the second moment per block
   int block_tokens = 0;     // tokens per pipeline stage
   int stages = 0;

@@ -23,12 +23,12 @@ PYBIND11_MODULE(_planner, m) {
   m.def(
       "plan_covariance",
       [](int64_t tokens, int64_t features, int64_t groups, const std::string& dtype, const std::string& source,
-         int capability, int multiprocessors, int64_t shared_memory) {
+         bool allow_tf32, int capability, int multiprocessors, int64_t shared_memory) {
         return explain(plan_covariance({tokens, features, groups, parse_dtype(dtype), parse_source(source),
-                                        {capability, multiprocessors, shared_memory}}));
+                                        {capability, multiprocessors, shared_memory}, allow_tf32}));
       },
-      arg("tokens"), arg("features"), arg("groups"), arg("dtype"), arg("source"), arg("capability"),
-      arg("multiprocessors"), arg("shared_memory"));
+      arg("tokens"), arg("features"), arg("groups"), arg("dtype"), arg("source"), arg("allow_tf32"),
+      arg("capability"), arg("multiprocessors"), arg("shared_memory"));
   m.def(
       "plan_lowrank_linear",
       [](int64_t tokens, int64_t in_features, int64_t rank, int64_t out_features, const std::string& dtype,

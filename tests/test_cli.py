@@ -244,6 +244,18 @@ class TestDoctor:
         assert len(blocks) == 4 and all("runs" in block for block in blocks)
         assert "triton" in out and "cannot run: " in out
 
+    def test_a_kernel_is_told_with_its_tiles(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        lines = "reference: runs\ncuda: can run, by covariance_sm90: tile 128x128, 3 stages\ntriton: cannot run: no"
+        monkeypatch.setattr(ops, "explain", lambda op, *tensors, **options: lines)
+        assert cli.main(["doctor"]) == 0
+        assert "  cuda       can run, by covariance_sm90: tile 128x128, 3 stages\n" in capsys.readouterr().out
+        assert cli.main(["doctor", "--json"]) == 0
+        rows = json.loads(capsys.readouterr().out)["calls"][0]["implementations"]
+        assert [row["plan"] for row in rows] == [None, "covariance_sm90: tile 128x128, 3 stages", None]
+        assert rows[1]["can_run"] and not rows[1]["chosen"]
+
     @pytest.mark.parametrize("json_flag", [[], ["--json"]], ids=["text", "json"])
     def test_an_op_without_implementation_is_exit_code_1(
         self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, json_flag: list[str]

@@ -1,9 +1,12 @@
 // x^T x by mma.sync: one 128 x 128 tile of the lower triangle per block, tokens in steps of 32.
 //
 // Both operands are x itself, so a tile on the diagonal brings its features once. float32 is split in two bfloat16
-// parts, high and low, and three of their four products are taken: what is left out is below 2^-17 of a product.
-// Accumulators are added to the state every 2048 tokens. Blocks that share a tile write partial tiles instead, which
-// add_partials.cu adds in the order of the splits: the same bits every time.
+// parts, high and low, and three of their four products are taken: what is left out is below 2^-17 of a product. Where
+// TensorFloat-32 is allowed, float32 is rounded to it on the way from shared memory to the products instead, each
+// factor within 2^-11. Accumulators are added to the state every 2048 tokens. Blocks that share a tile write partial
+// tiles instead, which add_partials.cu adds in the order of the splits: the same bits every time.
+
+#include <type_traits>
 
 #include "../mma_sm80.cuh"
 #include "covariance.h"
@@ -15,17 +18,32 @@ namespace {
 
 template <class Element>
 struct Math {  // how an element is fed to the tensor cores
-  using type = Element;
+  using Input = Element;
+  using Operand = Element;
+  using Layout = covariance::Layout<2>;
   static constexpr int kParts = 1;
+  static constexpr int kStep = 16;  // tokens of one product
 };
 template <>
-struct Math<float> {
-  using type = __nv_bfloat16;
+struct Math<float> : Math<__nv_bfloat16> {
+  using Input = float;
   static constexpr int kParts = 2;
+};
+template <>
+struct Math<Tf32> {
+  using Input = float;
+  using Operand = Tf32;
+  using Layout = covariance::Layout<4>;
+  static constexpr int kParts = 1;
+  static constexpr int kStep = 8;
 };
 
 template <class Element>
-constexpr int kOperandBytes = Math<Element>::kParts * kPartBytes;
+using Input = typename Math<Element>::Input;
+template <class Element>
+using LayoutOf = typename Math<Element>::Layout;
+template <class Element>
+constexpr int kOperandBytes = Math<Element>::kParts * LayoutOf<Element>::kBytes;
 template <class Element>
 constexpr int kStageBytes = 2 * kOperandBytes<Element>;
 
@@ -41,41 +59,45 @@ struct Block {
 
 template <class Element>
 __device__ void copy_stage(const Arguments& args, const Block& block, int64_t first_token, uint32_t stage) {
-  const Element* x = static_cast<const Element*>(args.x) + block.group * args.x_group_stride;
+  using Layout = LayoutOf<Element>;
+  const auto* x = static_cast<const Input<Element>*>(args.x) + block.group * args.x_group_stride;
   const int operands = block.diagonal() ? 1 : 2;
   for (int operand = 0; operand < operands; ++operand) {
 #pragma unroll
-    for (int i = 0; i < kCopies; ++i) {
-      const Copy copy = copy_along_features(threadIdx.x, i);
+    for (int i = 0; i < Layout::kCopies; ++i) {
+      const Copy copy = Layout::copy_along_features(threadIdx.x, i);
       const int64_t token = first_token + copy.token;
-      const int64_t feature = block.features_from(operand) + copy.chunk * kChunk;
-      const int valid = token < block.tokens.end ? valid_features(feature, args.features) : 0;
-      const Element* from = valid ? x + token * args.x_row_stride + feature : x;
-      copy_async_16(stage + operand * kOperandBytes<Element> + chunk_offset(copy.token, copy.chunk), from, valid * 2);
+      const int64_t feature = block.features_from(operand) + copy.chunk * Layout::kChunk;
+      const int valid = token < block.tokens.end ? Layout::valid_features(feature, args.features) : 0;
+      const auto* from = valid ? x + token * args.x_row_stride + feature : x;
+      copy_async_16(stage + operand * kOperandBytes<Element> + Layout::offset(copy.token, copy.chunk), from,
+                    valid * static_cast<int>(sizeof(*from)));
     }
   }
 }
 
 template <class Element>
 struct Staged {
-  Element values[2][kCopies][kChunk];
+  Input<Element> values[2][LayoutOf<Element>::kCopies][LayoutOf<Element>::kChunk];
 };
 
 template <class Element>
 __device__ void fetch_rows(Staged<Element>& staged, const Arguments& args, const Block& block, int64_t first_token) {
-  const Element* x = static_cast<const Element*>(args.x) + block.group * args.x_group_stride;
+  using Layout = LayoutOf<Element>;
+  const auto* x = static_cast<const Input<Element>*>(args.x) + block.group * args.x_group_stride;
 #pragma unroll
   for (int operand = 0; operand < 2; ++operand) {
     if (operand == 1 && block.diagonal()) break;
 #pragma unroll
-    for (int i = 0; i < kCopies; ++i) {
-      const Copy copy = copy_along_features(threadIdx.x, i);
+    for (int i = 0; i < Layout::kCopies; ++i) {
+      const Copy copy = Layout::copy_along_features(threadIdx.x, i);
       const int64_t token = first_token + copy.token;
-      const int64_t feature = block.features_from(operand) + copy.chunk * kChunk;
-      const int valid = token < block.tokens.end ? valid_features(feature, args.features) : 0;
-      const Element* from = x + token * args.x_row_stride + feature;
+      const int64_t feature = block.features_from(operand) + copy.chunk * Layout::kChunk;
+      const int valid = token < block.tokens.end ? Layout::valid_features(feature, args.features) : 0;
+      const auto* from = x + token * args.x_row_stride + feature;
 #pragma unroll
-      for (int e = 0; e < kChunk; ++e) staged.values[operand][i][e] = e < valid ? from[e] : Element(0.0f);
+      for (int e = 0; e < Layout::kChunk; ++e)
+        staged.values[operand][i][e] = e < valid ? from[e] : Input<Element>(0.0f);
     }
   }
 }
@@ -83,22 +105,23 @@ __device__ void fetch_rows(Staged<Element>& staged, const Arguments& args, const
 template <class Element>
 __device__ void fetch_patches(Staged<Element>& staged, const Arguments& args, const Block& block,
                               int64_t first_token, const PatchFeature* features) {
-  const Element* x = static_cast<const Element*>(args.x) + block.group * args.x_group_stride;
+  using Layout = LayoutOf<Element>;
+  const auto* x = static_cast<const Input<Element>*>(args.x) + block.group * args.x_group_stride;
 #pragma unroll
-  for (int i = 0; i < kCopies; ++i) {
-    const int64_t token = first_token + copy_along_tokens(threadIdx.x, i).token;
+  for (int i = 0; i < Layout::kCopies; ++i) {
+    const int64_t token = first_token + Layout::copy_along_tokens(threadIdx.x, i).token;
     const bool exists = token < block.tokens.end;
     const PatchToken corner = patch_token(args.patches, exists ? static_cast<uint32_t>(token) : 0);
 #pragma unroll
     for (int operand = 0; operand < 2; ++operand) {
       if (operand == 1 && block.diagonal()) break;
-      const int chunk = copy_along_tokens(threadIdx.x, i).chunk;
-      const int valid = valid_features(block.features_from(operand) + chunk * kChunk, args.features);
+      const int first = Layout::copy_along_tokens(threadIdx.x, i).chunk * Layout::kChunk;
+      const int valid = Layout::valid_features(block.features_from(operand) + first, args.features);
 #pragma unroll
-      for (int e = 0; e < kChunk; ++e) {
-        const PatchFeature feature = features[operand * kTile + chunk * kChunk + e];
+      for (int e = 0; e < Layout::kChunk; ++e) {
+        const PatchFeature feature = features[operand * kTile + first + e];
         const bool real = exists && e < valid && inside(args.patches, corner, feature);
-        staged.values[operand][i][e] = real ? x[corner.offset + feature.offset] : Element(0.0f);
+        staged.values[operand][i][e] = real ? x[corner.offset + feature.offset] : Input<Element>(0.0f);
       }
     }
   }
@@ -110,31 +133,44 @@ __device__ __forceinline__ uint32_t pack(Element low, Element high) {
          static_cast<uint32_t>(reinterpret_cast<const uint16_t&>(high)) << 16;
 }
 
+// The 16 bytes of a chunk; of float32 that is split, both parts of it.
+template <class Element>
+__device__ void store_chunk(const Input<Element> (&values)[LayoutOf<Element>::kChunk], unsigned char* to) {
+  if constexpr (std::is_same_v<Element, Tf32>) {
+    *reinterpret_cast<float4*>(to) = make_float4(values[0], values[1], values[2], values[3]);
+  } else {
+    uint32_t part[Math<Element>::kParts][4];
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair) {
+      const Element a = values[2 * pair], b = values[2 * pair + 1];
+      if constexpr (Math<Element>::kParts == 1) {
+        part[0][pair] = pack(a, b);
+      } else {
+        const __nv_bfloat16 high_a = __float2bfloat16_rn(a), high_b = __float2bfloat16_rn(b);
+        part[0][pair] = pack(high_a, high_b);
+        part[1][pair] = pack(__float2bfloat16_rn(a - __bfloat162float(high_a)),
+                             __float2bfloat16_rn(b - __bfloat162float(high_b)));
+      }
+    }
+#pragma unroll
+    for (int p = 0; p < Math<Element>::kParts; ++p)
+      *reinterpret_cast<uint4*>(to + p * LayoutOf<Element>::kBytes) =
+          make_uint4(part[p][0], part[p][1], part[p][2], part[p][3]);
+  }
+}
+
 template <class Element, bool kPatches>
 __device__ void store_stage(const Staged<Element>& staged, bool diagonal, unsigned char* stage) {
+  using Layout = LayoutOf<Element>;
 #pragma unroll
   for (int operand = 0; operand < 2; ++operand) {
     if (operand == 1 && diagonal) break;
 #pragma unroll
-    for (int i = 0; i < kCopies; ++i) {
-      const Copy copy = kPatches ? copy_along_tokens(threadIdx.x, i) : copy_along_features(threadIdx.x, i);
-      unsigned char* to = stage + operand * kOperandBytes<Element> + chunk_offset(copy.token, copy.chunk);
-      uint32_t part[Math<Element>::kParts][kChunk / 2];
-#pragma unroll
-      for (int pair = 0; pair < kChunk / 2; ++pair) {
-        const Element a = staged.values[operand][i][2 * pair], b = staged.values[operand][i][2 * pair + 1];
-        if constexpr (Math<Element>::kParts == 1) {
-          part[0][pair] = pack(a, b);
-        } else {
-          const __nv_bfloat16 high_a = __float2bfloat16_rn(a), high_b = __float2bfloat16_rn(b);
-          part[0][pair] = pack(high_a, high_b);
-          part[1][pair] = pack(__float2bfloat16_rn(a - __bfloat162float(high_a)),
-                               __float2bfloat16_rn(b - __bfloat162float(high_b)));
-        }
-      }
-#pragma unroll
-      for (int p = 0; p < Math<Element>::kParts; ++p)
-        *reinterpret_cast<uint4*>(to + p * kPartBytes) = make_uint4(part[p][0], part[p][1], part[p][2], part[p][3]);
+    for (int i = 0; i < Layout::kCopies; ++i) {
+      const Copy copy =
+          kPatches ? Layout::copy_along_tokens(threadIdx.x, i) : Layout::copy_along_features(threadIdx.x, i);
+      store_chunk<Element>(staged.values[operand][i],
+                           stage + operand * kOperandBytes<Element> + Layout::offset(copy.token, copy.chunk));
     }
   }
 }
@@ -162,27 +198,63 @@ __device__ void clear(Accumulators& acc) {
   acc.sum[0] = acc.sum[1] = 0.0f;
 }
 
+__device__ __forceinline__ uint32_t tf32_at(const unsigned char* operand, int offset) {
+  return round_to_tf32(*reinterpret_cast<const float*>(operand + offset));
+}
+
+// A part of the A operand of one product.
+template <class Element>
+__device__ __forceinline__ void load_a(uint32_t (&a)[4], const unsigned char* part, int row, int step) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  if constexpr (std::is_same_v<Element, Tf32>) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[i] = tf32_at(part, tf32_a_offset(lane, warp, row, step, i));
+  } else {
+    load_matrices_transposed(a, shared_address(part) + a_offset(lane, warp, row, step));
+  }
+}
+
+// A part of the B operands of two products side by side.
+template <class Element>
+__device__ __forceinline__ void load_b(uint32_t (&b)[4], const unsigned char* part, int pair, int step) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  if constexpr (std::is_same_v<Element, Tf32>) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) b[i] = tf32_at(part, tf32_b_offset(lane, warp, pair * 2 + i / 2, step, i % 2));
+  } else {
+    load_matrices_transposed(b, shared_address(part) + b_offset(lane, warp, pair, step));
+  }
+}
+
+// Two neighbouring features of a token, as they were before they were rounded to TensorFloat-32.
+template <class Element>
+__device__ __forceinline__ float2 pair_at(const unsigned char* part, int offset) {
+  if constexpr (std::is_same_v<Element, Tf32>)
+    return *reinterpret_cast<const float2*>(part + offset);
+  else
+    return unpack<typename Math<Element>::Operand>(*reinterpret_cast<const uint32_t*>(part + offset));
+}
+
 template <class Element>
 __device__ void multiply_stage(Accumulators& acc, const unsigned char* stage, bool diagonal) {
-  using Operand = typename Math<Element>::type;
+  using Operand = typename Math<Element>::Operand;
+  using Layout = LayoutOf<Element>;
   constexpr int kParts = Math<Element>::kParts;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const uint32_t a_base = shared_address(stage);
-  const uint32_t b_base = diagonal ? a_base : a_base + kOperandBytes<Element>;
-#pragma unroll
-  for (int step = 0; step < kTokens / 16; ++step) {
+  const unsigned char* columns = diagonal ? stage : stage + kOperandBytes<Element>;
+#pragma unroll(Math<Element>::kStep / 8)  // TensorFloat-32 unrolled further wants more registers than there are
+  for (int step = 0; step < kTokens / Math<Element>::kStep; ++step) {
     uint32_t b[kParts][kMmaCols / 2][4];
 #pragma unroll
     for (int p = 0; p < kParts; ++p)
 #pragma unroll
       for (int pair = 0; pair < kMmaCols / 2; ++pair)
-        load_matrices_transposed(b[p][pair], b_base + p * kPartBytes + b_offset(lane, warp, pair, step));
+        load_b<Element>(b[p][pair], columns + p * Layout::kBytes, pair, step);
 #pragma unroll
     for (int p = 0; p < kParts; ++p) {
 #pragma unroll
       for (int row = 0; row < kMmaRows; ++row) {
         uint32_t a[4];
-        load_matrices_transposed(a, a_base + p * kPartBytes + a_offset(lane, warp, row, step));
+        load_a<Element>(a, stage + p * Layout::kBytes, row, step);
 #pragma unroll
         for (int q = 0; q + p < kParts; ++q)  // low times low is left out
 #pragma unroll
@@ -192,12 +264,13 @@ __device__ void multiply_stage(Accumulators& acc, const unsigned char* stage, bo
     }
   }
   if (!diagonal) return;
+  const int feature = sum_feature(threadIdx.x);
 #pragma unroll
   for (int i = 0; i < kSumTokens; ++i)
 #pragma unroll
     for (int p = 0; p < kParts; ++p) {
-      const float2 pair =
-          unpack<Operand>(*reinterpret_cast<const uint32_t*>(stage + p * kPartBytes + sum_offset(threadIdx.x, i)));
+      const float2 pair = pair_at<Element>(stage + p * Layout::kBytes,
+                                           Layout::feature_offset(sum_token(threadIdx.x, i), feature));
       acc.sum[0] += pair.x;
       acc.sum[1] += pair.y;
     }
@@ -300,7 +373,7 @@ __device__ void run_staged(Accumulators& acc, Sums& sums, const Arguments& args,
 }
 
 template <class Element, Source kSource, int kStages>
-__global__ void __launch_bounds__(kThreads, kStages == 4 ? 2 : 1)
+__global__ void __launch_bounds__(kThreads, kSource == Source::aligned_matrix && kStages != 5 ? 2 : 1)
     covariance_sm80(const __grid_constant__ Arguments args) {
   extern __shared__ __align__(128) unsigned char shared[];
   const Block block{tile_at(blockIdx.x), tokens_of_split(blockIdx.y, args.tokens_per_split, args.tokens), blockIdx.z};
@@ -330,8 +403,10 @@ void launch_kernel(const CovariancePlan& plan, const Arguments& args, const Laun
 template <class Element>
 void launch_element(const CovariancePlan& plan, const Arguments& args, Source source, const Launch& launch) {
   if (source == Source::patches) return launch_kernel<Element, Source::patches, 2>(plan, args, launch);
-  if constexpr (Math<Element>::kParts == 1) {
-    if (source == Source::aligned_matrix) {
+  if (source == Source::aligned_matrix) {
+    if constexpr (std::is_same_v<Element, Tf32>) {
+      return launch_kernel<Element, Source::aligned_matrix, 2>(plan, args, launch);
+    } else if constexpr (Math<Element>::kParts == 1) {
       if (plan.stages == 4) return launch_kernel<Element, Source::aligned_matrix, 4>(plan, args, launch);
       return launch_kernel<Element, Source::aligned_matrix, 5>(plan, args, launch);
     }
@@ -345,6 +420,7 @@ void launch_sm80(const CovariancePlan& plan, const Arguments& arguments, Dtype d
                  const Launch& launch) {
   if (dtype == Dtype::bfloat16) return launch_element<__nv_bfloat16>(plan, arguments, source, launch);
   if (dtype == Dtype::float16) return launch_element<__half>(plan, arguments, source, launch);
+  if (plan.tf32) return launch_element<Tf32>(plan, arguments, source, launch);
   launch_element<float>(plan, arguments, source, launch);
 }
 

@@ -1,7 +1,7 @@
 // Index arithmetic of the covariance kernels: which tile, which tokens, which bytes, which element.
 //
 // A block owns one 128 x 128 tile of the lower triangle and one range of tokens. In the sm_80 kernels a stage holds 32
-// tokens of the tile's 128 row features and of its 128 column features, token-major, as 16-byte chunks of 8 features.
+// tokens of the tile's 128 row features and of its 128 column features, token-major, in chunks of 16 bytes.
 // wgmma_tiles.h has what differs on sm_90.
 #pragma once
 
@@ -14,10 +14,6 @@ namespace lowrank_ops::covariance {
 constexpr int kTile = 128;
 constexpr int kTokens = 32;          // per stage
 constexpr int kThreads = 256;
-constexpr int kChunk = 8;            // features of 2 bytes in 16 bytes
-constexpr int kChunksPerRow = kTile / kChunk;
-constexpr int kPartBytes = kTokens * kTile * 2;  // one operand of one stage in a 16-bit type
-constexpr int kCopies = kTokens * kChunksPerRow / kThreads;  // chunks per thread, operand and stage
 constexpr int kChunkSteps = 64;  // 2048 tokens: the longest chain of additions in the tensor cores' fp32
 
 // Warps lie 2 x 4 over the tile; each owns 64 x 32 as 4 x 4 products of 16 x 8.
@@ -52,31 +48,44 @@ LRO_HD Range tokens_of_split(int64_t split, int64_t tokens_per_split, int64_t to
   return {least(split * tokens_per_split, tokens), least((split + 1) * tokens_per_split, tokens)};
 }
 
-// Byte offset of a chunk in one operand of a stage. Rows are 256 bytes apart, so the eight rows that ldmatrix
-// reads at once would share their banks; the exclusive or spreads them over all 32.
-LRO_HD constexpr int chunk_offset(int token, int chunk) {
-  return (token * kChunksPerRow + (chunk ^ (token & 7))) * 16;
-}
-
 struct Copy {
   int token;  // in the stage
   int chunk;  // in the row
 };
 
-// The copy-th chunk a thread brings: half-warps read 256 contiguous bytes of a row.
-LRO_HD constexpr Copy copy_along_features(int thread, int copy) {
-  return {thread / kChunksPerRow + copy * (kThreads / kChunksPerRow), thread % kChunksPerRow};
-}
+// One operand of one stage, in elements of 2 or 4 bytes.
+template <int kElementBytes>
+struct Layout {
+  static constexpr int kChunk = 16 / kElementBytes;  // features
+  static constexpr int kChunksPerRow = kTile / kChunk;
+  static constexpr int kRowBytes = kTile * kElementBytes + (kElementBytes == 4 ? 16 : 0);
+  static constexpr int kBytes = kTokens * kRowBytes;
+  static constexpr int kCopies = kTokens * kChunksPerRow / kThreads;  // chunks per thread
 
-// The same for patches: neighbouring lanes take neighbouring tokens, which lie side by side in an image.
-LRO_HD constexpr Copy copy_along_tokens(int thread, int copy) {
-  return {thread % kTokens, thread / kTokens + copy * (kThreads / kTokens)};
-}
+  // Byte offset of a chunk. Without more, the same chunk of eight rows would share its banks. In rows of 256 bytes an
+  // exclusive or spreads the chunks over all 32; longer rows are 16 bytes longer than they need be.
+  LRO_HD static constexpr int offset(int token, int chunk) {
+    return token * kRowBytes + (kElementBytes == 2 ? chunk ^ (token & 7) : chunk) * 16;
+  }
+  LRO_HD static constexpr int feature_offset(int token, int feature) {
+    return offset(token, feature / kChunk) + feature % kChunk * kElementBytes;
+  }
 
-// How many of the 8 features from `feature` on exist.
-LRO_HD constexpr int valid_features(int64_t feature, int64_t features) {
-  return static_cast<int>(greatest(0, least(kChunk, features - feature)));
-}
+  // The copy-th chunk a thread brings: its neighbours bring the rest of the row.
+  LRO_HD static constexpr Copy copy_along_features(int thread, int copy) {
+    return {thread / kChunksPerRow + copy * (kThreads / kChunksPerRow), thread % kChunksPerRow};
+  }
+
+  // The same for patches: neighbouring lanes take neighbouring tokens, which lie side by side in an image.
+  LRO_HD static constexpr Copy copy_along_tokens(int thread, int copy) {
+    return {thread % kTokens, thread / kTokens + copy * (kThreads / kTokens)};
+  }
+
+  // How many of a chunk's features from `feature` on exist.
+  LRO_HD static constexpr int valid_features(int64_t feature, int64_t features) {
+    return static_cast<int>(greatest(0, least(kChunk, features - feature)));
+  }
+};
 
 // The row that `lane` names to ldmatrix.x4.trans for the A operand (rows of the tile) of a 16 x 16 step: matrices
 // 0..3 are (rows 0-7, tokens 0-7), (rows 8-15, tokens 0-7), (rows 0-7, tokens 8-15), (rows 8-15, tokens 8-15).
@@ -84,7 +93,7 @@ LRO_HD constexpr int a_offset(int lane, int warp, int mma_row, int step) {
   int matrix = lane / 8;
   int token = step * 16 + (matrix / 2) * 8 + lane % 8;
   int feature = (warp / 4) * kWarpRows + mma_row * 16 + (matrix % 2) * 8;
-  return chunk_offset(token, feature / kChunk);
+  return Layout<2>::feature_offset(token, feature);
 }
 
 // The same for the B operand (columns of the tile), two 8-column products at once: matrices 0..3 are
@@ -93,7 +102,21 @@ LRO_HD constexpr int b_offset(int lane, int warp, int pair, int step) {
   int matrix = lane / 8;
   int token = step * 16 + (matrix % 2) * 8 + lane % 8;
   int feature = (warp % 4) * kWarpCols + pair * 16 + (matrix / 2) * 8;
-  return chunk_offset(token, feature / kChunk);
+  return Layout<2>::feature_offset(token, feature);
+}
+
+// TensorFloat-32 has 4-byte elements, which ldmatrix cannot transpose: a lane loads its elements `i` of the operands of
+// an 8-token step one by one, 0..3 of A and 0..1 of B. mma.m16n8k8 has a lane hold k = lane % 4 and the k four further.
+// Which token is which k is free: a lane takes two neighbours, so that the tokens of four lanes lie 32 bytes of banks
+// apart, and eight features of each fill what is between.
+LRO_HD constexpr int tf32_token(int lane, int step, int further) { return step * 8 + lane % 4 * 2 + further; }
+LRO_HD constexpr int tf32_a_offset(int lane, int warp, int mma_row, int step, int i) {
+  int feature = (warp / 4) * kWarpRows + mma_row * 16 + lane / 4 + (i % 2) * 8;
+  return Layout<4>::feature_offset(tf32_token(lane, step, i / 2), feature);
+}
+LRO_HD constexpr int tf32_b_offset(int lane, int warp, int mma_col, int step, int i) {
+  int feature = (warp % 4) * kWarpCols + mma_col * 8 + lane / 4;
+  return Layout<4>::feature_offset(tf32_token(lane, step, i), feature);
 }
 
 // Where element `e` (0..3) of a thread's accumulator of product (mma_row, mma_col) lies in the tile.
@@ -110,10 +133,7 @@ constexpr int kSumTokens = kTokens / kSumGroups;
 LRO_HD constexpr int sum_feature(int thread) { return thread % (kTile / 2) * 2; }
 LRO_HD constexpr int sum_group(int thread) { return thread / (kTile / 2); }
 LRO_HD constexpr int sum_thread(int group, int feature) { return group * (kTile / 2) + feature / 2; }
-LRO_HD constexpr int sum_offset(int thread, int i) {
-  int feature = sum_feature(thread);
-  return chunk_offset(sum_group(thread) * kSumTokens + i, feature / kChunk) + feature % kChunk * 2;
-}
+LRO_HD constexpr int sum_token(int thread, int i) { return sum_group(thread) * kSumTokens + i; }
 
 // Scratch of a call with splits: all partial tiles, row by row, then all partial sums.
 LRO_HD constexpr int64_t partial_offset(int64_t group, int64_t split, int64_t tile, int64_t splits, int64_t tiles) {

@@ -1,14 +1,15 @@
-// The covariance kernels' index arithmetic, and their algorithm lane by lane, against plain sums.
+// The sm_80 covariance kernels' algorithm, lane by lane and with their own index functions, against plain sums.
+#include <algorithm>
+#include <array>
 #include <cmath>
-#include <cstring>
-#include <map>
+#include <functional>
 #include <random>
 #include <vector>
 
-#include "../covariance/patches.h"
 #include "../covariance/tiles.h"
 #include "../planner.h"
 #include "check.h"
+#include "half.h"
 #include "warp.h"
 
 using namespace lowrank_ops;
@@ -16,127 +17,17 @@ using namespace lowrank_ops::covariance;
 
 namespace {
 
-void every_lower_tile_is_visited_once() {
-  int64_t index = 0;
-  for (int row = 0; row < 2000; ++row)
-    for (int col = 0; col <= row; ++col, ++index) {
-      const Tile tile = tile_at(index);
-      EXPECT(tile.row == row && tile.col == col);
-    }
-  std::mt19937_64 random(1);
-  for (int i = 0; i < 100000; ++i) {  // up to the largest grid
-    int64_t at = static_cast<int64_t>(random() % 2147483647u);
-    const Tile tile = tile_at(at);
-    EXPECT(triangle(tile.row) + tile.col == at && tile.col >= 0 && tile.col <= tile.row);
-  }
-}
-
-void every_token_is_counted_once() {
-  std::mt19937_64 random(2);
-  for (int i = 0; i < 20000; ++i) {
-    int64_t tokens = 1 + static_cast<int64_t>(random() >> (29 + random() % 34));
-    const CovariancePlan plan = plan_covariance({tokens, 1 + static_cast<int64_t>(random() % 8192), 1,
-                                                 Dtype::bfloat16, Source::matrix, {90, 132, 232448}});
-    int64_t expected = 0;
-    for (int64_t split = 0; split < plan.splits; ++split) {
-      const Range range = tokens_of_split(split, plan.tokens_per_split, tokens);
-      EXPECT(range.begin == expected && range.end > range.begin);
-      expected = range.end;
-    }
-    EXPECT(expected == tokens);
-  }
-}
-
-void every_chunk_is_copied_once_and_lies_alone() {
-  for (bool along_tokens : {false, true}) {
-    std::vector<int> hits(kTokens * kChunksPerRow, 0);
-    std::vector<int> places(kPartBytes / 16, 0);
-    for (int thread = 0; thread < kThreads; ++thread)
-      for (int i = 0; i < kCopies; ++i) {
-        const Copy copy = along_tokens ? copy_along_tokens(thread, i) : copy_along_features(thread, i);
-        EXPECT(copy.token >= 0 && copy.token < kTokens && copy.chunk >= 0 && copy.chunk < kChunksPerRow);
-        ++hits[copy.token * kChunksPerRow + copy.chunk];
-        const int offset = chunk_offset(copy.token, copy.chunk);
-        EXPECT(offset % 16 == 0 && offset >= 0 && offset + 16 <= kPartBytes);
-        ++places[offset / 16];
-      }
-    for (int count : hits) EXPECT(count == 1);
-    for (int count : places) EXPECT(count == 1);
-  }
-}
-
-int bank_conflicts(const std::vector<int>& offsets) {  // of eight lanes that touch 16 bytes each
-  std::vector<int> banks(32, 0);
-  for (int offset : offsets)
-    for (int word = 0; word < 4; ++word) ++banks[(offset / 4 + word) % 32];
-  int most = 0;
-  for (int count : banks) most = std::max(most, count);
-  return most - 1;
-}
-
-void shared_memory_is_touched_without_bank_conflicts() {
-  for (int warp = 0; warp < kThreads / 32; ++warp)
-    for (int phase = 0; phase < 4; ++phase) {
-      for (int step = 0; step < kTokens / 16; ++step) {
-        for (int row = 0; row < kMmaRows; ++row) {
-          std::vector<int> offsets;
-          for (int lane = phase * 8; lane < phase * 8 + 8; ++lane) offsets.push_back(a_offset(lane, warp, row, step));
-          EXPECT(bank_conflicts(offsets) == 0);
-        }
-        for (int pair = 0; pair < kMmaCols / 2; ++pair) {
-          std::vector<int> offsets;
-          for (int lane = phase * 8; lane < phase * 8 + 8; ++lane) offsets.push_back(b_offset(lane, warp, pair, step));
-          EXPECT(bank_conflicts(offsets) == 0);
-        }
-      }
-      for (int i = 0; i < kCopies; ++i) {
-        std::vector<int> rows, columns;
-        for (int lane = phase * 8; lane < phase * 8 + 8; ++lane) {
-          const Copy row = copy_along_features(warp * 32 + lane, i), column = copy_along_tokens(warp * 32 + lane, i);
-          rows.push_back(chunk_offset(row.token, row.chunk));
-          columns.push_back(chunk_offset(column.token, column.chunk));
-        }
-        EXPECT(bank_conflicts(rows) == 0);
-        EXPECT(bank_conflicts(columns) == 0);
-      }
-    }
-}
-
-void the_tile_and_its_scratch_are_covered_once() {
-  std::vector<int> elements(kTile * kTile, 0), scratch(kPartial, 0), sums(kTile, 0);
-  for (int thread = 0; thread < kThreads; ++thread) {
-    for (int row = 0; row < kMmaRows; ++row)
-      for (int col = 0; col < kMmaCols; ++col)
-        for (int e = 0; e < 4; ++e) {
-          ++elements[accumulator_row(thread % 32, thread / 32, row, e) * kTile +
-                     accumulator_col(thread % 32, thread / 32, col, e)];
-        }
-    for (int slice = 0; slice < kAddBlocks; ++slice)
-      for (int e = 0; e < kAddElements; ++e) ++scratch[added_element(slice, thread, e)];
-    for (int half = 0; half < 2; ++half) {
-      ++sums[sum_feature(thread) + half];
-      EXPECT(sum_thread(sum_group(thread), sum_feature(thread) + half) == thread);
-    }
-  }
-  for (int count : elements) EXPECT(count == 1);
-  for (int count : scratch) EXPECT(count == 1);
-  for (int count : sums) EXPECT(count == kSumGroups);
-  // Partial tiles and sums of different blocks do not overlap, also beyond 2^31 floats.
-  const int64_t groups = 3, splits = 64, tiles = 5050, features = 12800;
-  int64_t end = 0;
-  for (int64_t group = 0; group < groups; ++group)
-    for (int64_t split = 0; split < splits; ++split)
-      for (int64_t tile = 0; tile < tiles; tile += tiles - 1) {
-        const int64_t at = partial_offset(group, split, tile, splits, tiles);
-        EXPECT(tile == 0 ? at == end : at == end + (tiles - 1) * kPartial);
-        if (tile) end = at + kPartial;
-      }
-  EXPECT(end > (int64_t{1} << 31));
-  EXPECT(partial_sum_offset(0, 0, 0, groups, splits, tiles, features) == end);
-  EXPECT(partial_sum_offset(groups, 0, 0, groups, splits, tiles, features) == end + groups * splits * features);
-}
-
-// ---- the algorithm ----
+enum class Products { of_16_bits, bfloat16_parts, tf32 };
+enum class Fault {
+  none,
+  last_split_left_out,
+  last_tile_left_out,
+  one_chain,          // accumulators leave for the state only at the end
+  no_low_part,
+  cut,                // to TensorFloat-32
+  rounded_sums,
+  tokens_of_columns,  // B numbers its tokens as the instruction does, A does not
+};
 
 struct Matrix {
   int64_t tokens, features;
@@ -147,223 +38,301 @@ struct Matrix {
   }
 };
 
-Matrix random_matrix(int64_t tokens, int64_t features, unsigned seed) {
-  std::mt19937 random(seed);
+template <class Next>
+Matrix matrix(int64_t tokens, int64_t features, Next next) {
+  std::mt19937 random(static_cast<unsigned>(tokens * 31 + features));
   Matrix x{tokens, features, std::vector<float>(tokens * features)};
-  for (float& value : x.values) value = static_cast<float>(static_cast<int>(random() % 33) - 16) / 8;  // exact sums
+  for (float& value : x.values) value = next(random);
   return x;
 }
-
-using Operand = std::vector<float>;  // one operand of a stage: kPartBytes / 2 elements
-
-void bring(Operand& operand, const Matrix& x, int64_t first_feature, int64_t first_token, int64_t end, bool patches) {
-  std::fill(operand.begin(), operand.end(), NAN);  // whatever is not written must not be read
-  for (int thread = 0; thread < kThreads; ++thread)
-    for (int i = 0; i < kCopies; ++i) {
-      const Copy copy = patches ? copy_along_tokens(thread, i) : copy_along_features(thread, i);
-      const int64_t token = first_token + copy.token, feature = first_feature + copy.chunk * kChunk;
-      const int valid = token < end ? valid_features(feature, x.features) : 0;
-      for (int e = 0; e < kChunk; ++e)
-        operand[chunk_offset(copy.token, copy.chunk) / 2 + e] = e < valid ? x.at(token, feature + e) : 0.0f;
-    }
-}
-
-std::array<float, 8> row_of(const Operand& operand, int offset) {
-  std::array<float, 8> row;
-  std::copy_n(operand.begin() + offset / 2, 8, row.begin());
-  return row;
+Matrix eighths(int64_t tokens, int64_t features) {  // whose sums are exact
+  return matrix(tokens, features,
+                [](auto& random) { return static_cast<float>(static_cast<int>(random() % 33) - 16) / 8; });
 }
 
 struct Block {  // accumulators of all threads
   std::vector<std::array<float, 4>> tile = std::vector<std::array<float, 4>>(kThreads * kMmaRows * kMmaCols);
+  std::vector<std::array<float, 2>> sum = std::vector<std::array<float, 2>>(kThreads);
   std::vector<std::array<double, 2>> sums = std::vector<std::array<double, 2>>(kThreads);
   std::array<float, 4>& at(int thread, int row, int col) { return tile[(thread * kMmaRows + row) * kMmaCols + col]; }
+  std::array<std::array<float, 4>, 32> of_warp(int warp, int row, int col) {
+    std::array<std::array<float, 4>, 32> d;
+    for (int lane = 0; lane < 32; ++lane) d[lane] = at(warp * 32 + lane, row, col);
+    return d;
+  }
+  void keep(int warp, int row, int col, const std::array<std::array<float, 4>, 32>& d) {
+    for (int lane = 0; lane < 32; ++lane) at(warp * 32 + lane, row, col) = d[lane];
+  }
 };
 
-void multiply_stage(Block& block, const Operand& rows, const Operand& cols, bool diagonal) {
-  for (int warp = 0; warp < kThreads / 32; ++warp)
-    for (int step = 0; step < kTokens / 16; ++step)
-      for (int row = 0; row < kMmaRows; ++row) {
-        const auto a = tests::load_matrices_transposed<float>(
-            [&](int offset) { return row_of(rows, offset); },
-            [&](int lane) { return a_offset(lane, warp, row, step); });
+template <class Layout>
+struct Operand {  // of a stage: its high and its low part
+  static constexpr int kElementBytes = 16 / Layout::kChunk;
+  std::vector<float> part[2] = {std::vector<float>(Layout::kBytes / kElementBytes),
+                                std::vector<float>(Layout::kBytes / kElementBytes)};
+  float at(int p, int offset) const { return part[p].at(offset / kElementBytes); }
+};
+
+template <Products kProducts>
+struct Emulation {
+  using Layout = covariance::Layout<kProducts == Products::tf32 ? 4 : 2>;
+  static constexpr int kParts = kProducts == Products::bfloat16_parts ? 2 : 1;
+  const Matrix& x;
+  const CovariancePlan& plan;
+  bool patches;
+  Fault fault;
+
+  void bring(Operand<Layout>& operand, int64_t first_feature, int64_t first_token, int64_t end) const {
+    for (auto& part : operand.part) std::fill(part.begin(), part.end(), NAN);  // what is not written must not be read
+    for (int thread = 0; thread < kThreads; ++thread)
+      for (int i = 0; i < Layout::kCopies; ++i) {
+        const Copy copy = patches ? Layout::copy_along_tokens(thread, i) : Layout::copy_along_features(thread, i);
+        const int64_t token = first_token + copy.token, feature = first_feature + copy.chunk * Layout::kChunk;
+        const int valid = token < end ? Layout::valid_features(feature, x.features) : 0;
+        for (int e = 0; e < Layout::kChunk; ++e) {
+          const float value = e < valid ? x.at(token, feature + e) : 0.0f;
+          const float high = kParts == 1 ? value : tests::to_bfloat16(value);
+          const int to = Layout::offset(copy.token, copy.chunk) / Operand<Layout>::kElementBytes + e;
+          operand.part[0].at(to) = high;
+          if (kParts == 2)
+            operand.part[1].at(to) = fault == Fault::no_low_part ? 0.0f : tests::to_bfloat16(value - high);
+        }
+      }
+  }
+
+  // By ldmatrix and products of 16 tokens.
+  void multiply(Block& block, int warp, int step, int row, const Operand<Layout>& rows,
+                const Operand<Layout>& cols) const {
+    const auto load = [&](const Operand<Layout>& operand, int p, const std::function<int(int)>& address) {
+      const auto eight = [&](int offset) {
+        std::array<float, 8> at;
+        for (int e = 0; e < 8; ++e) at[e] = operand.at(p, offset + 2 * e);
+        return at;
+      };
+      return tests::load_matrices_transposed<float>(eight, address);
+    };
+    for (int p = 0; p < kParts; ++p) {
+      const auto a = load(rows, p, [&](int lane) { return a_offset(lane, warp, row, step); });
+      for (int q = 0; q + p < kParts; ++q)
         for (int pair = 0; pair < kMmaCols / 2; ++pair) {
-          const auto b = tests::load_matrices_transposed<float>(
-              [&](int offset) { return row_of(cols, offset); },
-              [&](int lane) { return b_offset(lane, warp, pair, step); });
+          const auto b = load(cols, q, [&](int lane) { return b_offset(lane, warp, pair, step); });
           for (int half = 0; half < 2; ++half) {
-            std::array<std::array<float, 4>, 32> d;
+            auto d = block.of_warp(warp, row, pair * 2 + half);
             std::array<std::array<tests::Pair<float>, 2>, 32> operand;
-            for (int lane = 0; lane < 32; ++lane) {
-              d[lane] = block.at(warp * 32 + lane, row, pair * 2 + half);
-              operand[lane] = {b[lane][half * 2], b[lane][half * 2 + 1]};
-            }
+            for (int lane = 0; lane < 32; ++lane) operand[lane] = {b[lane][half * 2], b[lane][half * 2 + 1]};
             tests::multiply_add(d, a, operand);
-            for (int lane = 0; lane < 32; ++lane) block.at(warp * 32 + lane, row, pair * 2 + half) = d[lane];
+            block.keep(warp, row, pair * 2 + half, d);
           }
         }
-      }
-  if (!diagonal) return;
-  for (int thread = 0; thread < kThreads; ++thread)
-    for (int i = 0; i < kSumTokens; ++i)
-      for (int half = 0; half < 2; ++half) block.sums[thread][half] += rows[sum_offset(thread, i) / 2 + half];
-}
+    }
+  }
 
-// As the two kernels do it, tile by tile and split by split, from the plan to the state.
-void run(const Matrix& x, const CovariancePlan& plan, bool patches, std::vector<double>& second_moment,
-         std::vector<double>& total) {
-  std::vector<float> scratch(plan.scratch_floats, NAN);
-  Operand rows(kPartBytes / 2), cols(kPartBytes / 2);
-  for (int64_t index = 0; index < plan.tiles; ++index) {
-    const Tile tile = tile_at(index);
-    const bool diagonal = tile.row == tile.col;
-    const auto add = [&](int64_t row, int64_t col, double value) {
-      if (row < x.features && col <= row) second_moment[row * x.features + col] += value;
+  // By loads of single elements and products of 8 tokens.
+  void multiply_tf32(Block& block, int warp, int step, int row, const Operand<Layout>& rows,
+                     const Operand<Layout>& cols) const {
+    const auto load = [&](const Operand<Layout>& operand, int offset) {
+      return tests::to_tf32(operand.at(0, offset), fault == Fault::cut);
     };
-    for (int64_t split = 0; split < plan.splits; ++split) {
-      const Range range = tokens_of_split(split, plan.tokens_per_split, x.tokens);
-      Block block;
-      for (int64_t token = range.begin; token < range.end; token += kTokens) {
-        bring(rows, x, int64_t{tile.row} * kTile, token, range.end, patches);
-        if (!diagonal) bring(cols, x, int64_t{tile.col} * kTile, token, range.end, patches);
-        multiply_stage(block, rows, diagonal ? rows : cols, diagonal);
-      }
-      for (int thread = 0; thread < kThreads; ++thread)
-        for (int row = 0; row < kMmaRows; ++row)
-          for (int col = 0; col < kMmaCols; ++col)
-            for (int e = 0; e < 4; ++e) {
-              const float value = block.at(thread, row, col)[e];
-              if (plan.splits == 1)
-                add(int64_t{tile.row} * kTile + accumulator_row(thread % 32, thread / 32, row, e),
-                    int64_t{tile.col} * kTile + accumulator_col(thread % 32, thread / 32, col, e), value);
-              else
-                scratch[partial_offset(0, split, index, plan.splits, plan.tiles) +
-                        accumulator_row(thread % 32, thread / 32, row, e) * kTile +
-                        accumulator_col(thread % 32, thread / 32, col, e)] = value;
-            }
-      for (int i = 0; diagonal && i < kTile; ++i) {
-        const int64_t feature = int64_t{tile.row} * kTile + i;
-        if (feature >= x.features) continue;
-        double sum = 0;
-        for (int group = 0; group < kSumGroups; ++group) sum += block.sums[sum_thread(group, i)][i % 2];
-        if (plan.splits == 1)
-          total[feature] += sum;
-        else
-          scratch[partial_sum_offset(0, split, feature, 1, plan.splits, plan.tiles, x.features)] =
-              static_cast<float>(sum);
-      }
-    }
-    if (plan.splits == 1) continue;
-    for (int slice = 0; slice < kAddBlocks; ++slice)
-      for (int thread = 0; thread < kThreads; ++thread)
-        for (int e = 0; e < kAddElements; ++e) {
-          const int element = added_element(slice, thread, e);
-          double sum = 0;
-          for (int64_t split = 0; split < plan.splits; ++split)
-            sum += scratch[partial_offset(0, split, index, plan.splits, plan.tiles) + element];
-          add(int64_t{tile.row} * kTile + element / kTile, int64_t{tile.col} * kTile + element % kTile, sum);
+    std::array<std::array<float, 4>, 32> a;
+    for (int lane = 0; lane < 32; ++lane)
+      for (int i = 0; i < 4; ++i) a[lane][i] = load(rows, tf32_a_offset(lane, warp, row, step, i));
+    for (int col = 0; col < kMmaCols; ++col) {
+      auto d = block.of_warp(warp, row, col);
+      std::array<std::array<float, 2>, 32> b;
+      for (int lane = 0; lane < 32; ++lane)
+        for (int i = 0; i < 2; ++i) {
+          const int numbered = covariance::Layout<4>::feature_offset(
+              step * 8 + lane % 4 + i * 4, warp % 4 * kWarpCols + col * 8 + lane / 4);
+          b[lane][i] = load(cols, fault == Fault::tokens_of_columns ? numbered
+                                                                    : tf32_b_offset(lane, warp, col, step, i));
         }
-    for (int i = 0; diagonal && i < kTile && int64_t{tile.row} * kTile + i < x.features; ++i)
-      for (int64_t split = 0; split < plan.splits; ++split)
-        total[tile.row * kTile + i] += scratch[partial_sum_offset(0, split, tile.row * kTile + i, 1, plan.splits,
-                                                                  plan.tiles, x.features)];
-  }
-}
-
-bool equals_plain_sums(int64_t tokens, int64_t features, bool patches, int fewer_splits = 0, int fewer_tiles = 0) {
-  const Matrix x = random_matrix(tokens, features, static_cast<unsigned>(tokens * 31 + features));
-  CovariancePlan plan = plan_covariance(
-      {tokens, features, 1, Dtype::bfloat16, patches ? Source::patches : Source::matrix, {80, 6, 166912}});
-  EXPECT(plan.reason.empty());
-  plan.splits -= fewer_splits;
-  plan.tiles -= fewer_tiles;
-  bool equal = true;
-  std::vector<double> second_moment(features * features, 1.0), total(features, 1.0);  // added to, not overwritten
-  run(x, plan, patches, second_moment, total);
-  for (int64_t row = 0; row < features; ++row) {
-    double sum = 1.0;
-    for (int64_t token = 0; token < tokens; ++token) sum += x.at(token, row);
-    equal &= total[row] == sum;
-    for (int64_t col = 0; col < features; ++col) {
-      double expected = 1.0;
-      for (int64_t token = 0; col <= row && token < tokens; ++token)
-        expected += static_cast<double>(x.at(token, row)) * x.at(token, col);
-      equal &= second_moment[row * features + col] == expected;  // above the diagonal: untouched
+      tests::multiply_add(d, a, b);
+      block.keep(warp, row, col, d);
     }
   }
-  return equal;
+
+  void multiply_stage(Block& block, const Operand<Layout>& rows, const Operand<Layout>& cols, bool diagonal) const {
+    constexpr bool kTf32 = kProducts == Products::tf32;
+    for (int warp = 0; warp < kThreads / 32; ++warp)
+      for (int step = 0; step < kTokens / (kTf32 ? 8 : 16); ++step)
+        for (int row = 0; row < kMmaRows; ++row)
+          kTf32 ? multiply_tf32(block, warp, step, row, rows, cols) : multiply(block, warp, step, row, rows, cols);
+    if (!diagonal) return;
+    for (int thread = 0; thread < kThreads; ++thread)
+      for (int i = 0; i < kSumTokens; ++i)
+        for (int half = 0; half < 2; ++half)
+          for (int p = 0; p < kParts; ++p) {
+            const int offset = Layout::feature_offset(sum_token(thread, i), sum_feature(thread) + half);
+            const float value = rows.at(p, offset);
+            block.sum[thread][half] += fault == Fault::rounded_sums ? tests::to_tf32(value) : value;
+          }
+  }
+
+  // As the two kernels do it, tile by tile and split by split, from the plan to the state.
+  void run(std::vector<double>& second_moment, std::vector<double>& total) const {
+    std::vector<float> scratch(plan.scratch_floats, NAN);
+    Operand<Layout> rows, cols;
+    for (int64_t index = 0; index < plan.tiles - (fault == Fault::last_tile_left_out); ++index) {
+      const Tile tile = tile_at(index);
+      const bool diagonal = tile.row == tile.col;
+      const int splits = plan.splits - (fault == Fault::last_split_left_out);
+      const auto add = [&](int64_t row, int64_t col, double value) {
+        if (row < x.features && col <= row) second_moment[row * x.features + col] += value;
+      };
+      const auto flush = [&](Block& block, int64_t split, bool first) {
+        for (int thread = 0; thread < kThreads; ++thread) {
+          for (int row = 0; row < kMmaRows; ++row)
+            for (int col = 0; col < kMmaCols; ++col)
+              for (int e = 0; e < 4; ++e) {
+                const float value = block.at(thread, row, col)[e];
+                const int r = accumulator_row(thread % 32, thread / 32, row, e);
+                const int c = accumulator_col(thread % 32, thread / 32, col, e);
+                float* to = plan.splits == 1 ? nullptr
+                                             : &scratch[partial_offset(0, split, index, plan.splits, plan.tiles) +
+                                                        r * kTile + c];
+                if (to)
+                  *to = first ? value : *to + value;
+                else
+                  add(int64_t{tile.row} * kTile + r, int64_t{tile.col} * kTile + c, value);
+              }
+          for (int half = 0; half < 2; ++half) block.sums[thread][half] += block.sum[thread][half];
+        }
+        std::fill(block.tile.begin(), block.tile.end(), std::array<float, 4>{});
+        std::fill(block.sum.begin(), block.sum.end(), std::array<float, 2>{});
+      };
+      for (int64_t split = 0; split < splits; ++split) {
+        const Range range = tokens_of_split(split, plan.tokens_per_split, x.tokens);
+        Block block;
+        const int64_t steps = ceil_div(range.end - range.begin, kTokens);
+        for (int64_t step = 0; step < steps; ++step) {
+          const int64_t token = range.begin + step * kTokens;
+          bring(rows, int64_t{tile.row} * kTile, token, range.end);
+          if (!diagonal) bring(cols, int64_t{tile.col} * kTile, token, range.end);
+          multiply_stage(block, rows, diagonal ? rows : cols, diagonal);
+          if (((step + 1) % kChunkSteps == 0 && fault != Fault::one_chain) || step + 1 == steps)
+            flush(block, split, step < kChunkSteps);
+        }
+        for (int i = 0; diagonal && i < kTile; ++i) {
+          const int64_t feature = int64_t{tile.row} * kTile + i;
+          if (feature >= x.features) continue;
+          double sum = 0;
+          for (int group = 0; group < kSumGroups; ++group) sum += block.sums[sum_thread(group, i)][i % 2];
+          if (plan.splits == 1)
+            total[feature] += sum;
+          else
+            scratch[partial_sum_offset(0, split, feature, 1, plan.splits, plan.tiles, x.features)] =
+                static_cast<float>(sum);
+        }
+      }
+      if (plan.splits == 1) continue;
+      for (int slice = 0; slice < kAddBlocks; ++slice)
+        for (int thread = 0; thread < kThreads; ++thread)
+          for (int e = 0; e < kAddElements; ++e) {
+            const int element = added_element(slice, thread, e);
+            double sum = 0;
+            for (int64_t split = 0; split < splits; ++split)
+              sum += scratch[partial_offset(0, split, index, plan.splits, plan.tiles) + element];
+            add(int64_t{tile.row} * kTile + element / kTile, int64_t{tile.col} * kTile + element % kTile, sum);
+          }
+      for (int i = 0; diagonal && i < kTile && int64_t{tile.row} * kTile + i < x.features; ++i)
+        for (int64_t split = 0; split < splits; ++split)
+          total[tile.row * kTile + i] += scratch[partial_sum_offset(0, split, tile.row * kTile + i, 1, plan.splits,
+                                                                    plan.tiles, x.features)];
+    }
+  }
+};
+
+// The largest error of the second moment relative to the sum of |x_i x_j|, of its diagonal, and of the total relative
+// to the sum of |x_i|; NaN or infinite where anything above the diagonal was touched.
+struct Errors {
+  double products = 0, diagonal = 0, total = 0;
+  bool none() const { return products == 0 && total == 0; }
+};
+
+template <Products kProducts>
+Errors errors(const Matrix& x, bool patches = false, Fault fault = Fault::none, int multiprocessors = 6) {
+  const bool tf32 = kProducts == Products::tf32;
+  const CovariancePlan plan = plan_covariance(
+      {x.tokens, x.features, 1, kProducts == Products::of_16_bits ? Dtype::bfloat16 : Dtype::float32,
+       patches ? Source::patches : Source::matrix, {80, multiprocessors, 166912}, tf32});
+  EXPECT(plan.reason.empty() && plan.tf32 == tf32);
+  std::vector<double> second_moment(x.features * x.features, 1.0), total(x.features, 1.0);  // added to
+  Emulation<kProducts>{x, plan, patches, fault}.run(second_moment, total);
+  Errors most;
+  for (int64_t row = 0; row < x.features; ++row) {
+    double sum = 1.0, size = 1.0;
+    for (int64_t token = 0; token < x.tokens; ++token) sum += x.at(token, row), size += std::fabs(x.at(token, row));
+    most.total = std::fmax(most.total, std::fabs(total[row] - sum) / size);
+    for (int64_t col = 0; col < x.features; ++col) {
+      double expected = 1.0, magnitude = 1.0;
+      for (int64_t token = 0; col <= row && token < x.tokens; ++token) {
+        const double product = static_cast<double>(x.at(token, row)) * x.at(token, col);
+        expected += product, magnitude += std::fabs(product);
+      }
+      const double error = std::fabs(second_moment[row * x.features + col] - expected) / magnitude;
+      most.products = error <= most.products ? most.products : error;  // a NaN stays
+      if (row == col) most.diagonal = std::fmax(most.diagonal, error);
+      if (col > row && error != 0) most.products = INFINITY;
+    }
+  }
+  return most;
 }
 
 void the_algorithm_gives_plain_sums() {
   for (int64_t tokens : {1, 31, 32, 33, 100, 257})
-    for (int64_t features : {1, 7, 8, 127, 128, 129, 200, 300}) EXPECT(equals_plain_sums(tokens, features, false));
-  EXPECT(equals_plain_sums(700, 130, true));
-  EXPECT(equals_plain_sums(1000, 64, false));
+    for (int64_t features : {1, 7, 8, 127, 128, 129, 200, 300}) {
+      EXPECT(errors<Products::of_16_bits>(eighths(tokens, features)).none());
+      EXPECT(errors<Products::tf32>(eighths(tokens, features)).none());
+    }
+  for (bool patches : {false, true}) {
+    EXPECT(errors<Products::of_16_bits>(eighths(700, 130), patches).none());
+    EXPECT(errors<Products::bfloat16_parts>(eighths(700, 130), patches).none());
+    EXPECT(errors<Products::tf32>(eighths(700, 130), patches).none());
+  }
+  EXPECT(errors<Products::of_16_bits>(eighths(1000, 64)).none());
+}
+
+// float32 that neither format holds, far from zero.
+Matrix shifted(int64_t tokens, int64_t features) {
+  return matrix(tokens, features, [](auto& random) {
+    return 1.0f + static_cast<float>(std::uniform_real_distribution<>(-0.5, 2.0)(random));
+  });
+}
+
+void float32_is_as_exact_as_it_is_said_to_be() {
+  const Matrix x = shifted(600, 140);
+  const Errors parts = errors<Products::bfloat16_parts>(x), tf32 = errors<Products::tf32>(x);
+  EXPECT(parts.products <= std::ldexp(1.0, -15) && parts.total <= std::ldexp(1.0, -17));
+  EXPECT(tf32.products <= std::ldexp(1.0, -10) && tf32.total <= 1e-6);
+  EXPECT(tf32.diagonal <= std::ldexp(1.0, -13));  // rounding to the nearest leans to neither side
+}
+
+// Odd squares: 2048 of them are exact in float32, what comes after is not.
+Matrix odd(int64_t tokens, int64_t features) {
+  return matrix(tokens, features, [](auto& random) { return static_cast<float>(51 + 2 * (random() % 20)); });
 }
 
 void planted_faults_are_found() {
-  EXPECT(!equals_plain_sums(1000, 130, false, 1, 0));
-  EXPECT(!equals_plain_sums(1000, 130, false, 0, 1));
-}
-
-// ---- patches ----
-
-void patches_are_those_of_a_convolution() {
-  std::mt19937 random(5);
-  for (int i = 0; i < 300; ++i) {
-    const auto from = [&](int low, int high) { return low + static_cast<int>(random() % (high - low + 1)); };
-    Patches p{};
-    p.channels = from(1, 3);
-    p.kernel_height = from(1, 3), p.kernel_width = from(1, 3);
-    p.dilation_y = from(1, 2), p.dilation_x = from(1, 2);
-    p.stride_y = from(1, 3), p.stride_x = from(1, 3);
-    p.padding_y = from(0, 2), p.padding_x = from(0, 2);
-    p.height = from(5, 9), p.width = from(5, 9);
-    p.out_height = output_length(p.height, p.kernel_height, p.stride_y, p.padding_y, p.dilation_y);
-    p.out_width = output_length(p.width, p.kernel_width, p.stride_x, p.padding_x, p.dilation_x);
-    const bool last = random() % 2;  // channels last
-    p.channel_stride = last ? 1 : p.height * p.width;
-    p.col_stride = last ? p.channels : 1;
-    p.row_stride = p.col_stride * p.width;
-    p.image_stride = int64_t{p.channels} * p.height * p.width;
-    uint32_t token = 0;
-    for (int image = 0; image < 2; ++image)
-      for (int oy = 0; oy < p.out_height; ++oy)
-        for (int ox = 0; ox < p.out_width; ++ox, ++token) {
-          const PatchToken corner = patch_token(p, token);
-          int feature = 0;
-          for (int c = 0; c < p.channels; ++c)
-            for (int ky = 0; ky < p.kernel_height; ++ky)
-              for (int kx = 0; kx < p.kernel_width; ++kx, ++feature) {
-                const PatchFeature f = patch_feature(p, feature);
-                const int y = oy * p.stride_y - p.padding_y + ky * p.dilation_y;
-                const int x = ox * p.stride_x - p.padding_x + kx * p.dilation_x;
-                const bool real = y >= 0 && y < p.height && x >= 0 && x < p.width;
-                EXPECT(inside(p, corner, f) == real);
-                if (real)
-                  EXPECT(corner.offset + f.offset == image * p.image_stride + c * p.channel_stride +
-                                                         y * p.row_stride + x * p.col_stride);
-              }
-        }
+  for (Fault fault : {Fault::last_split_left_out, Fault::last_tile_left_out}) {
+    EXPECT(!errors<Products::of_16_bits>(eighths(1000, 130), false, fault).none());
+    EXPECT(!errors<Products::tf32>(eighths(1000, 130), false, fault).none());
   }
-  Patches huge{};  // offsets beyond 2^31 elements
-  huge.channels = 64, huge.height = huge.width = huge.out_height = huge.out_width = 1024;
-  huge.kernel_height = huge.kernel_width = huge.stride_y = huge.stride_x = huge.dilation_y = huge.dilation_x = 1;
-  huge.col_stride = 1, huge.row_stride = 1024, huge.channel_stride = 1 << 20, huge.image_stride = int64_t{64} << 20;
-  const PatchToken token = patch_token(huge, 100u * (1u << 20) + 5);
-  EXPECT(token.offset == 100 * (int64_t{64} << 20) + 5);
+  EXPECT(!errors<Products::tf32>(eighths(100, 130), false, Fault::tokens_of_columns).none());
+  const Matrix x = shifted(600, 140);
+  EXPECT(errors<Products::bfloat16_parts>(x, false, Fault::no_low_part).products > std::ldexp(1.0, -13));
+  EXPECT(errors<Products::tf32>(x, false, Fault::cut).diagonal > std::ldexp(1.0, -12));
+  EXPECT(errors<Products::tf32>(x, false, Fault::rounded_sums).total > 1e-6);
+  for (Fault fault : {Fault::none, Fault::one_chain}) {  // one multiprocessor: no split, straight into the state
+    EXPECT(errors<Products::of_16_bits>(odd(5000, 20), false, fault, 1).none() == (fault == Fault::none));
+    EXPECT(errors<Products::tf32>(odd(5000, 20), false, fault, 1).none() == (fault == Fault::none));
+  }
 }
 
 }  // namespace
 
 int main() {
-  every_lower_tile_is_visited_once();
-  every_token_is_counted_once();
-  every_chunk_is_copied_once_and_lies_alone();
-  shared_memory_is_touched_without_bank_conflicts();
-  the_tile_and_its_scratch_are_covered_once();
   the_algorithm_gives_plain_sums();
+  float32_is_as_exact_as_it_is_said_to_be();
   planted_faults_are_found();
-  patches_are_those_of_a_convolution();
   return tests::result();
 }

@@ -34,6 +34,8 @@ void expect_legal(const CovarianceProblem& problem) {
   EXPECT(plan.scratch_floats * 4 <= (int64_t{300} << 20));
   EXPECT(problem.source == Source::aligned_matrix && problem.dtype != Dtype::float32 ? plan.stages >= 3
                                                                                       : plan.stages == 2);
+  EXPECT(plan.tf32 == (problem.allow_tf32 && problem.dtype == Dtype::float32));
+  EXPECT((describe(plan).find("TensorFloat-32") != std::string::npos) == plan.tf32);
 }
 
 void expect_legal(const LowRankProblem& problem) {
@@ -84,7 +86,7 @@ void every_plan_is_legal() {
       Dtype dtype = std::array{Dtype::bfloat16, Dtype::float16, Dtype::float32}[random() % 3];
       Source source = std::array{Source::matrix, Source::aligned_matrix, Source::patches}[random() % 3];
       expect_legal(CovarianceProblem{up_to(source == Source::patches ? 30.9 : 35), up_to(16), 1 + up_to(6), dtype,
-                                     source, machine});
+                                     source, machine, random() % 2 == 0});
       Dtype half = random() % 2 ? Dtype::bfloat16 : Dtype::float16;
       expect_legal(LowRankProblem{1 + static_cast<int64_t>(random() % 64), up_to(20), up_to(12), up_to(20), half,
                                   random() % 2 == 0, machine});

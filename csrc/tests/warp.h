@@ -1,4 +1,5 @@
-// What ldmatrix and mma.m16n8k16 do, lane by lane, on the host. Elements are floats or indices of the test's choice.
+// What ldmatrix, mma.m16n8k16 and mma.m16n8k8 do, lane by lane, on the host. Elements are floats or indices of the
+// test's choice.
 #pragma once
 
 #include <array>
@@ -46,6 +47,22 @@ inline void multiply_add(std::array<std::array<float, 4>, kLanes>& d,
     for (int e = 0; e < 4; ++e) {
       int row = lane / 4 + e / 2 * 8, col = lane % 4 * 2 + e % 2;
       for (int k = 0; k < 16; ++k) d[lane][e] += full_a[row][k] * full_b[k][col];
+    }
+}
+
+// mma.sync.aligned.m16n8k8.row.col with 32-bit elements.
+inline void multiply_add(std::array<std::array<float, 4>, kLanes>& d, const std::array<std::array<float, 4>, kLanes>& a,
+                         const std::array<std::array<float, 2>, kLanes>& b) {
+  float full_a[16][8], full_b[8][8];
+  for (int lane = 0; lane < kLanes; ++lane) {
+    int group = lane / 4, k = lane % 4;
+    for (int i = 0; i < 4; ++i) full_a[group + i % 2 * 8][k + i / 2 * 4] = a[lane][i];
+    for (int i = 0; i < 2; ++i) full_b[k + i * 4][group] = b[lane][i];
+  }
+  for (int lane = 0; lane < kLanes; ++lane)
+    for (int e = 0; e < 4; ++e) {
+      int row = lane / 4 + e / 2 * 8, col = lane % 4 * 2 + e % 2;
+      for (int k = 0; k < 8; ++k) d[lane][e] += full_a[row][k] * full_b[k][col];
     }
 }
 

@@ -69,6 +69,7 @@ def run(options: argparse.Namespace) -> Result:
         names = max(len(row["implementation"]) for row in call["implementations"])
         for row in call["implementations"]:
             state = "runs" if row["chosen"] else "can run" if row["can_run"] else f"cannot run: {row['reason']}"
+            state += f", by {row['plan']}" if row["plan"] else ""
             lines.append(f"  {row['implementation'].ljust(names)}  {state}")
     lines += ["", "Every operation can run on every device." if held else "An operation has nothing that can run it."]
     document = {"command": "doctor", "environment": environment, "devices": devices, "calls": calls, "held": held}
@@ -152,18 +153,23 @@ def _calls(device: str) -> Iterator[dict[str, Any]]:
         for tokens in (1, 4096)
     ]
     for op, shape, tensors, keywords in typical:
-        answers = [line.partition(": ") for line in ops.explain(op, *tensors, **keywords).splitlines()]
         yield {
             "op": op,
             "call": f"{shape}, {str(dtype).removeprefix('torch.')}",
             "device": device,
-            "implementations": [
-                {
-                    "implementation": name,
-                    "can_run": not state.startswith("cannot run"),
-                    "chosen": state == "runs",
-                    "reason": state.removeprefix("cannot run: ") if state.startswith("cannot run") else None,
-                }
-                for name, _, state in answers
-            ],
+            "implementations": [_row(line) for line in ops.explain(op, *tensors, **keywords).splitlines()],
         }
+
+
+def _row(line: str) -> dict[str, Any]:
+    """A line of ``ops.explain`` in its parts."""
+    name, _, answer = line.partition(": ")
+    refused = answer.startswith("cannot run: ")
+    state, _, plan = ("", "", "") if refused else answer.partition(", by ")
+    return {
+        "implementation": name,
+        "can_run": not refused,
+        "chosen": state == "runs",
+        "reason": answer.removeprefix("cannot run: ") if refused else None,
+        "plan": plan or None,
+    }

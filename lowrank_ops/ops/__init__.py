@@ -24,6 +24,8 @@ _EXPLAIN: dict[str, Callable[..., str]] = {
 def explain(op: str, *args: Any, **options: Any) -> str:
     """Which implementation would run a call and why the others would not, one line each.
 
+    A CUDA kernel that can run it is named with its tiles, as by :func:`plan` for the device of the call's tensors.
+
     Args:
         op: ``"covariance_update_"``, ``"conv_covariance_update_"`` or ``"lowrank_linear"``.
         args, options: those of the call.
@@ -45,7 +47,8 @@ def plan(op: str, arch: str, dtype: torch.dtype, *, tokens: int, aligned: bool =
         dtype: of the inputs.
         tokens: rows of ``x``, for convolutions patches.
         aligned: the matrices and their rows start on 16 bytes.
-        shape: ``features`` and, for convolutions, ``groups``; or ``in_features``, ``rank`` and ``out_features``.
+        shape: ``features``, ``allow_tf32`` and, for convolutions, ``groups``; or ``in_features``, ``rank`` and
+            ``out_features``.
 
     Returns:
         One line: the kernel with its tiles, clusters, stages and memory, or ``"cannot run: "`` and the reason.

@@ -24,8 +24,9 @@ class Impl(NamedTuple):
 
     ``supports`` is the single statement of what the implementation can run: it takes the op's problem (a
     hashable description of shapes, dtypes, layout and device) and returns None, or the reason why it cannot.
-    ``prefers`` tells whether ``auto`` should pick it for a problem that it supports. ``bind``, where there is one, does
-    once for a problem what ``run`` would do in each call, and returns a function of the tensors alone.
+    ``prefers`` tells whether ``auto`` should pick it for a problem that it supports. ``plan`` tells in one line how it
+    would run such a problem, or nothing. ``bind``, where there is one, does once for a problem what ``run`` would do in
+    each call, and returns a function of the tensors alone.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Impl(NamedTuple):
     supports: Callable[[Any], str | None]
     run: Callable[..., Any]
     prefers: Callable[[Any], bool] = lambda problem: True
+    plan: Callable[[Any], str] = lambda problem: ""
     bind: Callable[[Any], Callable[..., Any]] | None = None
 
 
@@ -92,7 +94,7 @@ def choose(table: Sequence[Impl], problem: Hashable, backend: str) -> Impl:
 
 
 def explain(table: Sequence[Impl], problem: Hashable, backend: str = "auto") -> str:
-    """What ``choose`` would do and why, one line per implementation."""
+    """What ``choose`` would do and why, one line per implementation: ``"cuda: can run, by <kernel>: <tiles>"``."""
     try:
         chosen = choose(table, problem, backend)
     except BackendUnavailableError:
@@ -101,7 +103,8 @@ def explain(table: Sequence[Impl], problem: Hashable, backend: str = "auto") -> 
     for impl in table:
         reason = impl.supports(problem)
         state = "runs" if impl is chosen else "can run" if reason is None else f"cannot run: {reason}"
-        lines.append(f"{impl.name}: {state}")
+        plan = impl.plan(problem) if reason is None else ""
+        lines.append(f"{impl.name}: {state}" + (f", by {plan}" if plan else ""))
     return "\n".join(lines)
 
 

@@ -4,7 +4,10 @@ from torch import Tensor
 
 
 def row_stride(x: Tensor) -> int:
-    """Elements between the rows of ``x`` (..., features) as a matrix; 0 where it is none with unit column stride."""
+    """Elements between the rows of ``x`` (..., features) as a matrix; 0 where it is none with unit column stride.
+
+    Rows that overlap make none either: the tensor copy engine refuses them.
+    """
     if x.is_contiguous():
         return x.shape[-1]
     if x.dim() < 2 or x.stride(-1) != 1:
@@ -18,7 +21,7 @@ def row_stride(x: Tensor) -> int:
         elif stride != step * rows:
             return 0
         rows *= size
-    return step
+    return step if step >= x.shape[-1] else 0
 
 
 def starts_on_16_bytes(x: Tensor, stride: int) -> bool:

@@ -64,6 +64,7 @@ def plan(
     aligned: bool = True,
     features: int = 0,
     groups: int = 1,
+    allow_tf32: bool = False,
     in_features: int = 0,
     rank: int = 0,
     out_features: int = 0,
@@ -71,9 +72,9 @@ def plan(
     """Which CUDA kernel would run a problem on a machine that need not be here, and how; or ``"cannot run: ..."``.
 
     Args:
-        op: ``"covariance_update_"`` or ``"conv_covariance_update_"``, which take ``features`` and ``groups`` (for
-            convolutions of patches: channels of a group x kernel height x width, and ``tokens`` counts patches), or
-            ``"lowrank_linear"``, which takes ``in_features``, ``rank`` and ``out_features``.
+        op: ``"covariance_update_"`` or ``"conv_covariance_update_"``, which take ``features``, ``groups`` (for
+            convolutions of patches: channels of a group x kernel height x width, and ``tokens`` counts patches) and
+            ``allow_tf32``, or ``"lowrank_linear"``, which takes ``in_features``, ``rank`` and ``out_features``.
         aligned: the matrices and their rows start on 16 bytes.
 
     Raises:
@@ -84,7 +85,7 @@ def plan(
         shape: tuple[Any, ...] = (tokens, in_features, rank, out_features, dtype_name(dtype), aligned)
     elif op in ("covariance_update_", "conv_covariance_update_"):
         source = "patches" if op.startswith("conv") else "aligned_matrix" if aligned else "matrix"
-        shape = (tokens, features, groups, dtype_name(dtype), source)
+        shape = (tokens, features, groups, dtype_name(dtype), source, allow_tf32)
     else:
         raise ValueError(f"op must be covariance_update_, conv_covariance_update_ or lowrank_linear; got {op!r}.")
     reason, text = _planner("plan_lowrank_linear" if op == "lowrank_linear" else "plan_covariance")(*shape, *machine)

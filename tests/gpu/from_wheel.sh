@@ -1,38 +1,74 @@
 #!/usr/bin/env bash
 # The GPU tests of a wheel that was built elsewhere, with the torch, Triton and pytest at hand and without a network:
-#   tests/gpu/from_wheel.sh dist/lowrank_ops-*.whl
-# The native kernels come first, then memcheck and racecheck of a small set of them where the toolkit's
-# compute-sanitizer is there, then the Triton kernels, which have to be compiled.
-set -euo pipefail
+#   tests/gpu/from_wheel.sh dist/lowrank_ops-*.whl [SECONDS]
+# The CUDA kernels come first, then memcheck and racecheck of a small set of them where the toolkit's compute-sanitizer
+# is there, then as much of the Triton kernels, which have to be compiled, as time is left for.
+#
+# SECONDS, 470 unless given, is what all of it may take. A step that would reach into the time kept for those after it
+# is cut; the last lines say of each step how it ended. The exit code is 0 if all were run to their end and passed.
+set -uo pipefail
 tests=$(cd "$(dirname "$0")/.." && pwd)
 wheel=$(realpath "$1")
+budget=${2:-470}
+SECONDS=0
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
+status=0
+summary=()
+# By which second it has to have ended, name, command: what fails or hangs does not keep the rest from being run.
+step() {
+  local until=$1 name=$2 begin=$SECONDS code=124 outcome
+  shift 2
+  local grace=$((1 + budget / 100))  # pytest, interrupted, tells what it has; then it is killed
+  local left=$((until - begin - grace))
+  : > "$work/log"
+  if ((left > 0)); then
+    echo "=== $name, for at most $left s"
+    timeout --signal=INT --kill-after="$grace" "$left" "$@" 2>&1 | tee "$work/log"
+    code=${PIPESTATUS[0]}
+  fi
+  outcome=$(grep -aE '[0-9]+ (passed|failed|error|skipped|deselected)' "$work/log" | tail -1 | tr -d '=')
+  case $code in
+    0) [[ $outcome == *" passed"* ]] || { code=5 outcome="NOTHING PASSED: $outcome"; } ;;
+    5) outcome="NOTHING RAN: $outcome" ;;
+    124 | 137)
+      # Of each test that ended -vv wrote a line.
+      outcome="CUT: of $(grep -aoE 'collected [0-9]+' "$work/log" | tail -1 | grep -oE '[0-9]+' || echo "the") tests $(
+        grep -acE '::.* (PASSED|FAILED|ERROR|SKIPPED)' "$work/log") ended, the rest did not run"
+      ;;
+    *) outcome="FAILED with exit code $code: $outcome" ;;
+  esac
+  ((code == 0)) || status=1
+  summary+=("$(printf '%-17s %4d s  %s' "$name" $((SECONDS - begin)) "$outcome")")
+}
+
+set -e
 python3 -m venv --system-site-packages "$work/venv"
 "$work/venv/bin/python" -m pip install --quiet --no-index --no-deps --force-reinstall "$wheel"
 cp -r "$tests" "$work/tests"  # away from the sources, so that what is tested is what was installed
 cp "$tests/../pyproject.toml" "$work"
 cd "$work"
+set +e
 
-status=0
-step() {  # seconds, command: what fails or hangs does not keep the rest from being run
-  timeout --kill-after=10 "$@" || { status=$?; echo "ended with $status (124: out of time): ${*:2}"; }
-}
 # A test that hangs says where; -vv, over the -q of pyproject.toml, says which one, should the process be killed.
-pytest=(venv/bin/python -m pytest -vv -o faulthandler_timeout=100 -m gpu)
-
-step 300 "${pytest[@]}" tests/gpu/test_native_gpu.py
+pytest=(venv/bin/python -m pytest -vv -o faulthandler_timeout=60 -m gpu)
 sanitizer=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
-if [ -x "$sanitizer" ]; then
-  export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-  for check in memcheck racecheck; do
-    step 240 "$sanitizer" --tool "$check" --error-exitcode 1 \
-      "${pytest[@]}" tests/gpu/test_native_gpu.py -k test_sanitized
-  done
-  unset PYTORCH_NO_CUDA_MEMORY_CACHING
-else
-  echo "compute-sanitizer is not here: memcheck and racecheck were not run"
-fi
-step 420 "${pytest[@]}" tests/gpu --ignore=tests/gpu/test_native_gpu.py
+
+step $((budget * 60 / 100)) "CUDA kernels" "${pytest[@]}" tests/gpu -k "cuda and not sanitized"
+by=75
+for check in memcheck racecheck; do
+  if [ -x "$sanitizer" ]; then
+    step $((budget * by / 100)) "$check" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+      "$sanitizer" --tool "$check" --error-exitcode 1 "${pytest[@]}" tests/gpu -k sanitized
+  else
+    summary+=("$(printf '%-17s    -    not run: no compute-sanitizer here' "$check")")
+  fi
+  by=90
+done
+step $(((SECONDS + budget) / 2)) "Triton covariance" "${pytest[@]}" tests/gpu/test_covariance_gpu.py -k "not cuda"
+step "$budget" "Triton linear" "${pytest[@]}" tests/gpu/test_lowrank_linear_gpu.py -k "not cuda"
+
+echo "=== in $SECONDS s of $budget:"
+printf '%s\n' "${summary[@]}"
 exit "$status"

@@ -1,171 +1,189 @@
-"""The covariance ops on a CUDA device, as every backend that can run there runs them."""
+"""The covariance ops on a CUDA device, by the CUDA and by the Triton kernels."""
 
 import pytest
 import torch
 
 from lowrank_ops.ops import conv_covariance_update_, covariance_update_
-from lowrank_ops.ops.covariance import _triton, describe, reference
+from lowrank_ops.ops.covariance import _cuda, _triton, describe, reference
+
+from .device import captured, needs_library, on_streams_at_once, random, zeros
 
 pytestmark = pytest.mark.gpu
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# Relative to the sum of |x_i x_j|. Exact products still pass through the tensor core's accumulation, which may
-# truncate: 2048 tokens of it are allowed 2^-16.
-BOUNDS = {"bf16": 2.0**-16, "fp16": 2.0**-16, "fp32": 2.0**-14}
-TF32_BOUND = 2.0**-9
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
+# Relative to the sum of |x_i x_j|: products are exact or, for float32, three of bfloat16 or one of TensorFloat-32; 2048
+# of them are summed in the tensor cores' float32, which may truncate.
+BOUNDS = {"bf16": 2.0**-16, "fp16": 2.0**-16, "fp32": 2.0**-14, "tf32": 2.0**-9}
+TOTAL_BOUNDS = {"cuda": 2.0**-17, "triton": 2.0**-18}
+
+CUDA = pytest.param("cuda", marks=needs_library)
+BACKENDS = pytest.mark.parametrize("backend", [CUDA, "triton"])
+# Triton compiles each anew, so that TensorFloat-32 has one test alone.
+KINDS = pytest.mark.parametrize(
+    "backend, dtype",
+    [pytest.param("cuda", dtype, marks=needs_library) for dtype in DTYPES]
+    + [("triton", dtype) for dtype in ("bf16", "fp16", "fp32")],
+)
 
 
-def random(*shape, dtype=torch.float32, mean=0.5):
-    generator = torch.Generator("cuda").manual_seed(0)
-    return (torch.randn(*shape, generator=generator, device="cuda") + mean).to(dtype)
+def update(state, x, backend, dtype="bf16", **options):
+    covariance_update_(*state, x, allow_tf32=dtype == "tf32", backend=backend, **options)
 
 
-def zeros(features, dtype=torch.float32, groups=None):
-    lead = () if groups is None else (groups,)
-    second_moment = torch.zeros(*lead, features, features, dtype=dtype, device="cuda")
-    return second_moment, torch.zeros(*lead, features, dtype=dtype, device="cuda")
-
-
-def assert_updated(second_moment, total, x, bound):
+def assert_updated(state, x, backend, dtype="bf16", times=1):
     """From zeros: the lower triangle and the sums, against float64."""
+    second_moment, total = (tensor / times for tensor in state)
     rows = x.reshape(-1, x.shape[-1]).double()
     error = (second_moment.double() - rows.T @ rows).abs().tril()
-    allowed = (bound + 4 * torch.finfo(second_moment.dtype).eps) * (rows.abs().T @ rows.abs())
+    allowed = (BOUNDS[dtype] + 4 * torch.finfo(second_moment.dtype).eps) * (rows.abs().T @ rows.abs())
     assert error.isfinite().all()
     assert (error <= allowed.tril() + 1e-30).all(), (error / allowed).max()
-    assert ((total.double() - rows.sum(0)).abs() <= 2.0**-18 * rows.abs().sum(0)).all()
+    assert ((total.double() - rows.sum(0)).abs() <= TOTAL_BOUNDS[backend] * rows.abs().sum(0)).all()
     assert not second_moment.triu(1).any()
 
 
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.float64], ids=["state32", "state64"])
-@pytest.mark.parametrize("dtype", DTYPES)
+@KINDS
 @pytest.mark.parametrize(
     "tokens, features",
-    [(4096, 256), (12608, 768), (5000, 1024), (777, 333), (1, 512), (513, 1), (1, 1), (3000, 72), (40, 3072)],
+    [(4096, 256), (12608, 768), (5000, 1024), (777, 333), (1, 512), (513, 1), (1, 1), (3000, 72), (40, 3072),
+     (63, 128), (64, 129), (65, 130)],
     ids=str,
-)
-def test_shapes(tokens, features, dtype, state_dtype):
+)  # fmt: skip
+def test_shapes(tokens, features, backend, dtype, state_dtype):
     x = random(tokens, features, dtype=DTYPES[dtype])
     for deterministic in (True, False):
-        second_moment, total = zeros(features, state_dtype)
-        covariance_update_(second_moment, total, x, deterministic=deterministic, backend="triton")
-        assert_updated(second_moment, total, x, BOUNDS[dtype])
+        state = zeros(features, state_dtype)
+        update(state, x, backend, dtype, deterministic=deterministic)
+        assert_updated(state, x, backend, dtype)
+        update(state, x, backend, dtype, deterministic=deterministic)  # added to what is there
+        assert_updated(state, x, backend, dtype, times=2)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@KINDS
 @pytest.mark.parametrize("offset", [0, 1, 2, 4, 8])
-@pytest.mark.parametrize("padding", [0, 1, 8, 24])
-def test_alignments_in_poisoned_memory(dtype, offset, padding):
-    tokens, features = 300, 200
+@pytest.mark.parametrize("padding", [0, 1, 4, 8, 24])
+def test_alignments_in_poisoned_memory(backend, dtype, offset, padding):
+    tokens, features = 300, 196 if backend == "cuda" else 200
     stride = features + padding
     memory = torch.full((offset + tokens * stride + 4096,), float("nan"), dtype=DTYPES[dtype], device="cuda")
     x = memory[offset:].as_strided((tokens, features), (stride, 1)).copy_(random(tokens, features))
-    second_moment, total = zeros(features)
-    covariance_update_(second_moment, total, x, backend="triton")
-    assert_updated(second_moment, total, x, BOUNDS[dtype])
+    state = zeros(features)
+    update(state, x, backend, dtype)
+    assert_updated(state, x, backend, dtype)
 
 
-def test_strided_state_in_poisoned_memory():
+@BACKENDS
+def test_strided_state_in_poisoned_memory(backend):
     memory = torch.full((300, 700), float("nan"), device="cuda")
-    second_moment = memory[20:220, 7:407:2].zero_()
-    total = torch.full((400,), float("nan"), device="cuda")[::2].zero_()
+    state = memory[20:220, 7:407:2].zero_(), torch.full((400,), float("nan"), device="cuda")[::2].zero_()
     x = random(900, 200, dtype=torch.bfloat16)
-    covariance_update_(second_moment, total, x, backend="triton")
-    assert_updated(second_moment, total, x, BOUNDS["bf16"])
+    update(state, x, backend)
+    assert_updated(state, x, backend)
     memory[20:220, 7:407:2] = float("nan")
     assert memory.isnan().all()
 
 
-def test_nothing_to_do():
-    second_moment, total = zeros(64)
-    covariance_update_(second_moment, total, random(0, 64), backend="triton")
-    covariance_update_(*zeros(0), random(7, 0), backend="triton")
-    assert not second_moment.any() and not total.any()
+@BACKENDS
+def test_nothing_to_do(backend):
+    state = zeros(64)
+    update(state, random(0, 64), backend)
+    update(zeros(0), random(7, 0), backend)
+    assert not state[0].any() and not state[1].any()
 
 
-def test_tf32():
+@BACKENDS
+def test_tf32(backend):
     x = random(5000, 320)
-    second_moment, total = zeros(320, torch.float64)
-    covariance_update_(second_moment, total, x, allow_tf32=True, backend="triton")
-    assert_updated(second_moment, total, x, TF32_BOUND)
+    state = zeros(320, torch.float64)
+    update(state, x, backend, "tf32")
+    assert_updated(state, x, backend, "tf32")
 
 
-def test_scratch_may_hold_anything():
+@BACKENDS
+def test_scratch_may_hold_anything(backend):
     """NaN left by the caching allocator in what becomes scratch must not reach the state."""
     x = random(12608, 192, dtype=torch.bfloat16)
-    second_moment, total = zeros(192)
-    assert _triton.plan(describe(second_moment, x)).split > 1
+    state = zeros(192)
+    problem = describe(state[0], x)
+    if backend == "triton":
+        assert _triton.plan(problem).split > 1
+    else:
+        assert " 0 floats of scratch" not in _cuda.plan(problem)
     torch.full((64 << 20,), float("nan"), device="cuda")
-    covariance_update_(second_moment, total, x, backend="triton")
-    assert_updated(second_moment, total, x, BOUNDS["bf16"])
+    update(state, x, backend)
+    assert_updated(state, x, backend)
 
 
-def test_same_bits_on_every_run():
-    x = random(12608, 768, dtype=torch.bfloat16)
+@pytest.mark.parametrize(
+    "backend, dtype, features",
+    [pytest.param("cuda", dtype, wide, marks=needs_library) for dtype in DTYPES for wide in (768, 4096)]
+    + [("triton", "bf16", 768)],
+)
+def test_same_bits_on_every_run(backend, dtype, features):
+    x = random(8192 if features > 768 else 12608, features, dtype=DTYPES[dtype])
     first = None
     for _ in range(20):
-        second_moment, total = zeros(768)
-        covariance_update_(second_moment, total, x, backend="triton")
-        first = first or (second_moment, total)
-        assert torch.equal(second_moment, first[0]) and torch.equal(total, first[1])
+        state = zeros(features)
+        update(state, x, backend, dtype)
+        first = first or state
+        assert torch.equal(state[0], first[0]) and torch.equal(state[1], first[1])
 
 
+@BACKENDS
 @pytest.mark.parametrize("deterministic", [True, False])
-def test_cuda_graph_replays(deterministic):
+def test_graph_replays(backend, deterministic):
     replays = 1000
     x = random(2048, 256, dtype=torch.bfloat16)
-    second_moment, total = zeros(256, torch.float64)
-    covariance_update_(*zeros(256, torch.float64), x, deterministic=deterministic, backend="triton")  # compiles
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        covariance_update_(second_moment, total, x, deterministic=deterministic, backend="triton")
+    state = zeros(256, torch.float64)
+    update(zeros(256, torch.float64), x, backend, deterministic=deterministic)  # compiles
+    graph, _ = captured(lambda: update(state, x, backend, deterministic=deterministic))
     for _ in range(replays):
         graph.replay()
     torch.cuda.synchronize()
-    assert_updated(second_moment / replays, total / replays, x, BOUNDS["bf16"])
+    assert_updated(state, x, backend, times=replays)
 
 
-def test_two_streams():
-    x = [random(8192, 384, dtype=torch.bfloat16, mean=mean) for mean in (0.0, 2.0)]
-    states = [zeros(384) for _ in x]
-    torch.cuda.synchronize()
-    streams = [torch.cuda.Stream() for _ in x]
-    for _ in range(50):
-        for stream, (second_moment, total), part in zip(streams, states, x, strict=True):
-            with torch.cuda.stream(stream):
-                covariance_update_(second_moment, total, part, backend="triton")
-    torch.cuda.synchronize()
-    for (second_moment, total), part in zip(states, x, strict=True):
-        assert_updated(second_moment / 50, total / 50, part, BOUNDS["bf16"])
+@BACKENDS
+def test_two_streams(backend):
+    parts = [random(8192, 384, dtype=torch.bfloat16, mean=mean) for mean in (0.0, 2.0)]
+    states = [zeros(384) for _ in parts]
+    on_streams_at_once(
+        [lambda state=state, x=x: update(state, x, backend) for state, x in zip(states, parts, strict=True)], 50
+    )
+    for state, x in zip(states, parts, strict=True):
+        assert_updated(state, x, backend, times=50)
 
 
+@BACKENDS
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.float64], ids=["state32", "state64"])
-def test_a_million_tokens_far_from_zero(state_dtype):
+def test_a_million_tokens_far_from_zero(backend, state_dtype):
     """One float32 chain of so many would lose the digits that the mean does not use; chunks keep them."""
-    second_moment, total = zeros(128, state_dtype)
+    state = zeros(128, state_dtype)
     truth = torch.zeros(128, 128, dtype=torch.float64, device="cuda")
     for part in range(8):
         x = random(1 << 17, 128, dtype=torch.bfloat16, mean=8.0 + part)
-        covariance_update_(second_moment, total, x, backend="triton")
+        update(state, x, backend)
         truth += x.double().T @ x.double()
-    error = (second_moment.double() - truth).tril().abs() / truth
+    error = (state[0].double() - truth).tril().abs() / truth
     assert error.max() <= 1e-5
 
 
-def test_more_than_two_to_the_31_elements():
+@BACKENDS
+def test_more_than_two_to_the_31_elements(backend):
     features, tokens = 4096, (1 << 19) + 4096
     if torch.cuda.mem_get_info()[0] < 3 * features * tokens:
         pytest.skip("needs 6.5 GB of free GPU memory for the input alone")
     x = torch.zeros(tokens, features, dtype=torch.bfloat16, device="cuda")
     x[-300:] = random(300, features)
-    for view in (x, x[:, 1:]):  # through TMA where there is one, and through pointers
-        second_moment, total = zeros(view.shape[1])
-        covariance_update_(second_moment, total, view, backend="triton")
-        assert_updated(second_moment, total, view[-300:], BOUNDS["bf16"])
+    for view in (x, x[:, 1:]):  # by TMA or asynchronous copies where there are, and through pointers
+        state = zeros(view.shape[1])
+        update(state, view, backend)
+        assert_updated(state, view[-300:], backend)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels-last"])
-@pytest.mark.parametrize("dtype", DTYPES)
+@KINDS
 @pytest.mark.parametrize("groups", [1, 4, 64])
 @pytest.mark.parametrize(
     "geometry",
@@ -176,19 +194,20 @@ def test_more_than_two_to_the_31_elements():
     ],
     ids=["padded", "rectangular", "patchify"],
 )
-def test_convolution(geometry, groups, dtype, layout):
+def test_convolution(geometry, groups, backend, dtype, layout):
     x = random(6, 64, 20, 24, dtype=DTYPES[dtype]).contiguous(memory_format=layout)
     features = 64 // groups * geometry["kernel_size"][0] * geometry["kernel_size"][1]
     full = {"stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], **geometry}
     patches = torch.nn.functional.unfold(x.double(), **full).mT.reshape(-1, groups, features)
     for deterministic in (True, False):
         second_moment, total = zeros(features, torch.float64, groups)
-        conv_covariance_update_(second_moment, total, x, deterministic=deterministic, backend="triton", **geometry)
+        options = {"deterministic": deterministic, "allow_tf32": dtype == "tf32", "backend": backend}
+        conv_covariance_update_(second_moment, total, x, **options, **geometry)
         for group in range(groups):
-            assert_updated(second_moment[group], total[group], patches[:, group], BOUNDS[dtype])
+            assert_updated((second_moment[group], total[group]), patches[:, group], backend, dtype)
 
 
-@pytest.mark.parametrize("backend", ["auto", "triton", "reference"])
+@pytest.mark.parametrize("backend", ["auto", CUDA, "triton", "reference"])
 def test_opcheck(backend):
     x = random(300, 72, dtype=torch.bfloat16)
     torch.library.opcheck(torch.ops.lowrank_ops.covariance_update_.default, (*zeros(72), x), {"backend": backend})
@@ -197,17 +216,52 @@ def test_opcheck(backend):
     torch.library.opcheck(torch.ops.lowrank_ops.conv_covariance_update_.default, arguments, {"backend": backend})
 
 
-def test_compiled_as_one_node():
+@BACKENDS
+def test_compiled_as_one_node(backend):
     x = random(1000, 128, dtype=torch.bfloat16)
-    second_moment, total = zeros(128)
-    torch.compile(covariance_update_, fullgraph=True)(second_moment, total, x, backend="triton")
-    assert_updated(second_moment, total, x, BOUNDS["bf16"])
+    state = zeros(128)
+    torch.compile(covariance_update_, fullgraph=True)(*state, x, backend=backend)
+    assert_updated(state, x, backend)
 
 
-def test_agrees_with_the_reference():
+@BACKENDS
+def test_agrees_with_the_reference(backend):
     x = random(4000, 200, dtype=torch.bfloat16)
     (mine, my_total), (theirs, their_total) = zeros(200), zeros(200)
-    covariance_update_(mine, my_total, x, backend="triton")
+    update((mine, my_total), x, backend)
     reference.update(theirs, their_total, x)
     torch.testing.assert_close(mine.tril(), theirs.tril(), rtol=1e-4, atol=1e-2)
     torch.testing.assert_close(my_total, their_total, rtol=1e-4, atol=1e-2)
+
+
+@needs_library
+def test_cuda_refusals_name_the_shape_and_leave_the_state_alone():
+    assert _cuda.supports(describe(zeros(64)[0], random(5, 64).T.contiguous().T)) is not None
+    second_moment, total = zeros(64)
+    with pytest.raises(RuntimeError, match="does not fit"):
+        torch.ops.lowrank_ops._cuda_covariance_update_(second_moment, total, random(5, 65), False)
+    assert not second_moment.any()
+
+
+# A small set for compute-sanitizer: see from_wheel.sh.
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens, features", [(130, 72), (130, 71), (4096, 72)], ids=["aligned", "odd", "split"])
+def test_cuda_sanitized(tokens, features, dtype):
+    x = random(tokens, features, dtype=DTYPES[dtype])
+    state = zeros(features)
+    update(state, x, "cuda", dtype)
+    assert_updated(state, x, "cuda", dtype)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cuda_sanitized_convolution(dtype):
+    image = random(2, 8, 9, 10, dtype=DTYPES[dtype])
+    second_moment, total = zeros(72, groups=1)
+    options = {"allow_tf32": dtype == "tf32", "backend": "cuda"}
+    conv_covariance_update_(second_moment, total, image, kernel_size=(3, 3), **options)
+    patches = torch.nn.functional.unfold(image.double(), 3).mT.reshape(-1, 72)
+    assert_updated((second_moment[0], total[0]), patches, "cuda", dtype)

@@ -1,81 +1,93 @@
-"""The low-rank product on a CUDA device, by every Triton kernel that the device can run."""
+"""The low-rank product on a CUDA device, by every CUDA and Triton kernel that the device can run."""
 
 import dataclasses
 
 import pytest
 import torch
 
-from lowrank_ops.ops import lowrank_linear
-from lowrank_ops.ops.lowrank_linear import _triton, _triton_config, describe, explain, reference
+from lowrank_ops.ops import _native, lowrank_linear
+from lowrank_ops.ops.lowrank_linear import _cuda, _triton, _triton_config, describe, explain, reference
 from tests.tolerance import assert_close_to_float64
+
+from .device import arguments, assert_right, captured, framed, needs_library, on_streams_at_once
 
 pytestmark = pytest.mark.gpu
 
-ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+BACKENDS = pytest.mark.parametrize("backend", [pytest.param("cuda", marks=needs_library), "triton"])
 
 
-def arguments(tokens, in_features, rank, out_features, dtype=torch.bfloat16, bias=True, seed=0):
-    generator = torch.Generator("cuda").manual_seed(seed)
-
-    def normal(*shape, scale=1.0):
-        return (torch.randn(*shape, generator=generator, device="cuda") * scale).to(dtype)
-
-    return (
-        normal(tokens, in_features),
-        normal(rank, in_features, scale=in_features**-0.5),
-        normal(out_features, rank, scale=rank**-0.5),
-        normal(out_features) if bias else None,
-    )
+def linear(args, backend, activation="none"):
+    """Skips what the CUDA kernels refuse on this device: prefill on other archs than sm_90a and for larger ranks."""
+    if backend == "cuda":
+        problem = describe(*args, activation)
+        if _cuda.supports_decode(problem) and (reason := _cuda.supports_prefill(problem)):
+            assert problem.tokens > 64, reason
+            pytest.skip(reason)
+    return lowrank_linear(*args, activation=activation, backend=backend)
 
 
-def assert_right(y, x, down, up, bias, activation):
-    wide = [None if tensor is None else tensor.double() for tensor in (x, down, up, bias)]
-    assert_close_to_float64(
-        y, reference.two_products(x, down, up, bias, activation), reference.two_products(*wide, activation)
-    )
-
-
+@BACKENDS
 @DTYPES
 @pytest.mark.parametrize(
     "shape",
-    [
-        (1, 768, 136, 768),
-        (1, 4096, 512, 4096),
-        (3, 1024, 168, 4096),
-        (16, 768, 216, 3072),
-        (17, 4096, 512, 11008),
-        (64, 1000, 8, 1000),
-        (65, 4096, 1024, 4096),
-        (200, 4096, 744, 11008),
-        (256, 768, 136, 768),
-        (257, 768, 136, 768),
-        (2048, 1024, 168, 4096),
-        (12608, 768, 216, 3072),
-        (4097, 1000, 256, 1000),
-        (1000, 96, 8, 40),
-        (5, 33, 7, 11),
-        (300, 33, 7, 11),
-        (1, 1, 1, 1),
-        (0, 64, 8, 64),
-    ],
+    [(1, 768, 136, 768), (1, 4096, 512, 4096), (3, 1024, 168, 4096), (8, 4096, 744, 11008), (9, 768, 216, 3072),
+     (16, 768, 216, 3072), (17, 4096, 512, 11008), (33, 4096, 1024, 4096), (64, 4096, 1496, 11008),
+     (64, 1000, 8, 1000), (5, 33, 7, 11), (64, 33, 7, 11), (1, 1, 1, 1), (2, 65, 1, 3), (0, 64, 8, 64)],
     ids=str,
-)
-def test_shapes(dtype, shape):
+)  # fmt: skip
+def test_decode_shapes(backend, dtype, shape):
     args = arguments(*shape, dtype)
-    assert_right(lowrank_linear(*args, activation="gelu", backend="triton"), *args, "gelu")
+    assert_right(linear(args, backend, "gelu"), *args, "gelu")
 
 
+@BACKENDS
 @DTYPES
-@pytest.mark.parametrize("tokens", [4, 40, 130, 600])
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+@pytest.mark.parametrize(
+    "shape",
+    [(65, 64, 8, 64), (65, 4096, 1024, 4096), (100, 40, 8, 8), (100, 72, 16, 139), (129, 768, 216, 3072),
+     (200, 4096, 744, 11008), (256, 768, 136, 768), (257, 768, 136, 768), (300, 33, 7, 11), (300, 1000, 104, 1000),
+     (777, 1032, 248, 200), (1000, 96, 8, 40), (2048, 1024, 168, 4096), (2048, 4096, 256, 4096),
+     (4097, 1000, 256, 1000), (12608, 768, 64, 768), (12608, 768, 128, 3072), (12608, 768, 216, 3072),
+     (20000, 1024, 192, 1024)],
+    ids=str,
+)  # fmt: skip
+def test_prefill_shapes(backend, dtype, activation, shape):
+    args = arguments(*shape, dtype)
+    assert_right(linear(args, backend, activation), *args, activation)
+
+
+@BACKENDS
+@DTYPES
+@pytest.mark.parametrize("tokens", [1, 4, 16, 40, 64, 130, 600])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_epilogues(dtype, tokens, bias, activation):
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+def test_epilogues(backend, dtype, tokens, bias, activation):
     args = arguments(tokens, 512, 136, 768, dtype, bias)
-    assert_right(lowrank_linear(*args, activation=activation, backend="triton"), *args, activation)
+    assert_right(linear(args, backend, activation), *args, activation)
 
 
-def test_every_configuration_that_ships():
+@needs_library
+@pytest.mark.parametrize("tokens", [65, 1000, 4000, 16000, 33000])
+@pytest.mark.parametrize("rank", [64, 128, 192, 256])
+def test_cuda_prefill_by_few_and_by_many_tiles(rank, tokens):
+    """From one tile, which the largest cluster shares, to many, which it does not."""
+    args = arguments(tokens, 512, rank, 640)
+    assert_right(linear(args, "cuda", "silu"), *args, "silu")
+
+
+@needs_library
+def test_cuda_hopper_runs_its_own_kernels():
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("not compute capability 9.0")
+    for tokens, kernel in ((16, "decode_sm90"), (2048, "prefill_sm90")):
+        problem = describe(*arguments(tokens, 4096, 136, 4096), "none")
+        assert _native.machine(problem.device).capability == 90
+        assert _cuda.plan(problem).startswith(kernel)
+
+
+def test_every_triton_configuration_that_ships():
     name = _triton_config.arch(torch.cuda.get_device_capability())
     for config in _triton_config.shipped_decode(name):
         args = arguments(config.block_m - 1, 2 * config.block_k + 8, config.slab + 72, 200)
@@ -91,97 +103,112 @@ def test_every_configuration_that_ships():
                 assert_right(_triton.run_prefill(problem, *args, "silu", cut), *args, "silu")
 
 
+@BACKENDS
 @pytest.mark.parametrize("tokens", [3, 300])
-def test_strides_and_alignment(tokens):
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("first", [8, 3], ids=["aligned", "odd"])
+def test_strides_and_alignment(backend, tokens, transposed, first):
     wide, down, up, bias = arguments(tokens, 264, 136, 200)
-    for x in (wide[:, 8:136], wide[:, 3:131]):
-        first = down[:, :128]
-        for factors in ((first, up), (first.T.contiguous().T, up.T.contiguous().T), (first, up[:, :].clone())):
-            args = (x, *factors, bias)
-            assert_right(lowrank_linear(*args, backend="triton"), *args, "none")
+    down = down[:, :128]
+    if transposed:
+        down, up = (factor.T.contiguous().T for factor in (down, up))
+    args = (wide[:, first : first + 128], down, up, bias)
+    assert_right(linear(args, backend), *args, "none")
 
 
-@pytest.mark.parametrize("tokens", [1, 16, 64, 256, 1000])
-def test_no_byte_outside_is_read_and_every_byte_inside_is_written(tokens, monkeypatch):
+@BACKENDS
+@pytest.mark.parametrize("tokens", [5, 70])
+def test_rows_that_start_on_16_bytes_and_end_off_them(backend, tokens):
+    x, down, up, bias = arguments(tokens, 1008, 136, 256)
+    args = (x[:, :1001], down[:, :1001], up, bias)
+    assert_right(linear(args, backend), *args, "none")
+
+
+@BACKENDS
+@pytest.mark.parametrize("pad", [8, 3])
+@pytest.mark.parametrize("tokens", [1, 13, 64, 65, 256, 1000])
+def test_no_byte_outside_is_read_and_every_byte_inside_is_written(backend, tokens, pad, monkeypatch):
     """NaN around the operands, in scratch and in the output."""
-
-    def framed(matrix):
-        frame = torch.full((matrix.shape[0] + 2, matrix.shape[1] + 16), float("nan")).to(matrix)
-        frame[1:-1, 8:-8].copy_(matrix)
-        return frame[1:-1, 8:-8]
-
     x, down, up, bias = arguments(tokens, 1032, 136, 776)
-    args = (framed(x), framed(down), framed(up), bias)
+    args = (framed(x, pad), framed(down, pad), framed(up, pad), bias)
     honest, honest_new = torch.empty, torch.Tensor.new_empty
     monkeypatch.setattr(torch, "empty", lambda *a, **o: honest(*a, **o).fill_(float("nan")))
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **o: honest_new(*a, **o).fill_(float("nan")))
-    y = lowrank_linear(*args, backend="triton")
+    torch.full((16 << 20,), float("nan"), device="cuda")  # for what the library takes of the caching allocator
+    y = linear(args, backend)
     monkeypatch.undo()
     assert_right(y, x, down, up, bias, "none")
 
 
+@BACKENDS
 @pytest.mark.parametrize("tokens", [1, 16, 64, 256, 2048])
-def test_bitwise_repeatable(tokens):
+def test_same_bits_on_every_run(backend, tokens):
     args = arguments(tokens, 4096, 216, 4096)
-    first = lowrank_linear(*args, backend="triton")
-    for _ in range(50):
-        assert torch.equal(lowrank_linear(*args, backend="triton"), first)
+    first = linear(args, backend)
+    for _ in range(100):
+        assert torch.equal(linear(args, backend), first)
 
 
-@pytest.mark.parametrize("tokens", [1, 64, 2048])
-def test_graph_capture_and_replay(tokens):
-    """1000 replays, each with a new x: nothing is left over from one replay to the next."""
-    x, down, up, bias = arguments(tokens, 1024, 168, 1024)
-    lowrank_linear(x, down, up, bias, backend="triton")
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = lowrank_linear(x, down, up, bias, backend="triton")
-    fresh = [torch.randn_like(x) for _ in range(10)]
-    eager = [lowrank_linear(value, down, up, bias, backend="triton") for value in fresh]
+@BACKENDS
+@pytest.mark.parametrize("tokens, width, rank", [(1, 1024, 168), (16, 4096, 512), (64, 1024, 168), (2048, 4096, 216)])
+def test_graph_capture_and_replay(backend, tokens, width, rank):
+    """1000 replays, each with a new x and two calls: nothing is left over from one to the next."""
+    x, down, up, bias = arguments(tokens, width, rank, width)
+
+    def twice():
+        y = linear((x, down, up, bias), backend)
+        return y, linear((y, down, up, bias), backend)
+
+    twice()
+    graph, results = captured(twice)
+    fresh, eager = [torch.randn_like(x) for _ in range(10)], []
+    for value in fresh:
+        x.copy_(value)
+        eager.append(twice())
     for turn in range(1000):
         x.copy_(fresh[turn % 10])
-        y.fill_(float("nan"))
+        for y in results:
+            y.fill_(float("nan"))
         graph.replay()
         if turn % 100 < 10 or turn >= 990:
-            assert torch.equal(y, eager[turn % 10]), f"replay {turn}"
+            for y, right in zip(results, eager[turn % 10], strict=True):
+                assert torch.equal(y, right), f"replay {turn}"
 
 
-@pytest.mark.parametrize("tokens", [1, 64, 256, 2048])
-def test_two_streams_at_once(tokens):
-    calls = [arguments(tokens, 4096, 216, 4096, seed=seed) for seed in (1, 2)]
-    expected = [lowrank_linear(*args, backend="triton") for args in calls]
-    streams = [torch.cuda.Stream() for _ in calls]
-    torch.cuda.synchronize()
-    results = [[], []]
-    for _ in range(100):
-        for stream, args, into in zip(streams, calls, results, strict=True):
-            with torch.cuda.stream(stream):
-                into.append(lowrank_linear(*args, backend="triton"))
-    torch.cuda.synchronize()
+@BACKENDS
+@pytest.mark.parametrize("tokens", [(1, 1), (1, 40), (64, 64), (256, 256), (2048, 2048)], ids=str)
+def test_two_streams_at_once(backend, tokens):
+    """Among them kernels whose blocks wait for each other."""
+    calls = [arguments(count, 4096, 216, 4096, seed=seed) for seed, count in enumerate(tokens)]
+    expected = [linear(args, backend) for args in calls]
+    results = on_streams_at_once([lambda args=args: linear(args, backend) for args in calls], 100)
     for outcomes, right in zip(results, expected, strict=True):
         assert all(torch.equal(outcome, right) for outcome in outcomes)
 
 
-def test_weights_written_just_before_are_seen():
+@BACKENDS
+def test_weights_written_just_before_are_seen(backend):
     """up is fetched before t is there, but not before the work in front of the call is done."""
     x, down, up, bias = arguments(1, 4096, 512, 4096)
     others = [torch.randn_like(up) for _ in range(20)]
-    expected = [lowrank_linear(x, down, other, bias, backend="triton") for other in others]
+    expected = [linear((x, down, other, bias), backend) for other in others]
     heat = torch.randn(4096, 4096, device="cuda")
     for other, right in zip(others, expected, strict=True):
         heat @ heat
         up.copy_(other)
-        assert torch.equal(lowrank_linear(x, down, up, bias, backend="triton"), right)
+        assert torch.equal(linear((x, down, up, bias), backend), right)
 
 
-@pytest.mark.parametrize("tokens", [5, 300])
-@pytest.mark.parametrize("activation", ["none", "gelu"])
+@BACKENDS
+@pytest.mark.parametrize("tokens", [5, 16, 300])
+@pytest.mark.parametrize("activation", ["none", "gelu", "silu"])
 @pytest.mark.parametrize("upstream", ["dense", "broadcast"])
-def test_backward_against_the_reference(tokens, activation, upstream):
+def test_backward_against_the_reference(backend, tokens, activation, upstream):
+    """It hands over factors that are not row-major."""
+
     def gradients(dtype, backend):
         leaves = [tensor.to(dtype).requires_grad_() for tensor in arguments(tokens, 264, 136, 200)]
-        y = lowrank_linear(*leaves, activation=activation, backend=backend)
+        y = linear(leaves, backend, activation)
         grad = torch.linspace(-1, 1, y.numel(), device="cuda").view_as(y)
         if upstream == "broadcast":
             grad = grad[:1, :1].expand_as(y)
@@ -189,33 +216,36 @@ def test_backward_against_the_reference(tokens, activation, upstream):
 
     truth = gradients(torch.float64, "reference")
     for ours, theirs, exact in zip(
-        gradients(torch.bfloat16, "triton"), gradients(torch.bfloat16, "reference"), truth, strict=True
+        gradients(torch.bfloat16, backend), gradients(torch.bfloat16, "reference"), truth, strict=True
     ):
         assert_close_to_float64(ours, theirs, exact)
 
 
+@BACKENDS
 @pytest.mark.parametrize("tokens", [3, 300])
-def test_opcheck(tokens):
+def test_opcheck(backend, tokens):
     args = [tensor.requires_grad_() for tensor in arguments(tokens, 64, 16, 48)]
+    linear(args, backend, "silu")
     torch.library.opcheck(
-        torch.ops.lowrank_ops.lowrank_linear.default, args, {"activation": "silu", "backend": "triton"}
+        torch.ops.lowrank_ops.lowrank_linear.default, args, {"activation": "silu", "backend": backend}
     )
 
 
-@pytest.mark.parametrize("backend", ["auto", "triton", "reference"])
+@pytest.mark.parametrize("backend", ["auto", pytest.param("cuda", marks=needs_library), "triton", "reference"])
 def test_compiled(backend):
     args = arguments(5, 768, 136, 768)
     compiled = torch.compile(lambda *tensors: lowrank_linear(*tensors, backend=backend), fullgraph=True)
     assert torch.equal(compiled(*args), lowrank_linear(*args, backend=backend))
 
 
-def test_auto_takes_the_kernels():
+def test_auto_takes_the_triton_kernels():
     assert "triton.decode: runs" in explain(*arguments(1, 4096, 512, 4096))
     assert "triton.prefill: runs" in explain(*arguments(4096, 768, 136, 768))
     assert "two_products: runs" in explain(*arguments(4096, 4096, 512, 4096))
 
 
-def test_offsets_past_32_bits():
+@BACKENDS
+def test_offsets_past_32_bits(backend):
     """x and y of more than 2^31 elements; only the last rows are compared."""
     tokens, features = 2**31 // 4096 + 300, 4096
     if torch.cuda.mem_get_info()[0] < 5 * tokens * features:
@@ -223,5 +253,15 @@ def test_offsets_past_32_bits():
     _, down, up, bias = arguments(1, features, 64, features)
     x = torch.zeros(tokens, features, dtype=torch.bfloat16, device="cuda")
     x[-300:] = torch.randn(300, features, device="cuda")
-    y = lowrank_linear(x, down, up, bias, backend="triton")
+    y = linear((x, down, up, bias), backend)
     assert_right(y[-300:], x[-300:], down, up, bias, "none")
+
+
+# A small set for compute-sanitizer: see from_wheel.sh.
+
+
+@needs_library
+@pytest.mark.parametrize("tokens", [1, 9, 64, 200])
+def test_cuda_sanitized(tokens):
+    args = arguments(tokens, 200, 136, 328)
+    assert_right(linear(args, "cuda", "relu"), *args, "relu")

@@ -117,9 +117,10 @@ def faults(kernel: Kernel) -> list[str]:
         kernel.name in LAUNCH_BOUNDS
         and "HGMMA" not in NEEDS.get(kernel.name, ())
         and kernel.name != "covariance_add_partials"
-        and not any(opcode.startswith("HMMA.16816.F32") for opcode in kernel.products)
     ):
-        found.append(f"no HMMA.16816.F32: {kernel.products or 'no products'}")
+        product = "HMMA.1688.F32.TF32" if "Tf32" in kernel.symbol else "HMMA.16816.F32"
+        if not any(opcode.startswith(product) for opcode in kernel.products):
+            found.append(f"no {product}: {kernel.products or 'no products'}")
     # Source::aligned_matrix is the enumerator 1.
     if kernel.name == "covariance_sm80" and "SourceE1E" in kernel.symbol and not kernel.has("LDGSTS"):
         found.append("no LDGSTS: the copies are not asynchronous")

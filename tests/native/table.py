@@ -14,16 +14,18 @@ from tests.native import machine_code
 
 MARK = "<!-- native table -->"
 HEADER = (
-    "| kernel | template arguments | arch | registers | static shared memory, B | stack, B | products | copies | run |"
+    "| kernel | template arguments | arch | registers | static shared memory, B | stack, B | spills | instructions "
+    "| products | copies | run |"
 )
-TYPES = {"f": "fp32", "6__half": "fp16", "13__nv_bfloat16": "bf16"}
+TYPES = {"f": "fp32", "NS_4Tf32E": "fp32 as tf32", "6__half": "fp16", "13__nv_bfloat16": "bf16"}
 COPIES = ("LDGSTS", "UTMALDG", "UBLKCP")
+SPILLS = ("LDL", "STL")  # to and from local memory
 SOURCES = ("rows", "aligned rows", "patches")  # the enumerators of Source
 
 
 def arguments(kernel: machine_code.Kernel) -> str:
     """``"bf16, aligned rows, 4 stages"`` from the mangled template arguments."""
-    match = re.search(rf"{kernel.name}I(f|6__half|13__nv_bfloat16)(\S*?)Evv?", kernel.symbol + "v")
+    match = re.search(rf"{kernel.name}I({'|'.join(TYPES)})(\S*?)Evv?", kernel.symbol + "v")
     if match is None:
         return "-"
     parts = [TYPES[match[1]]]
@@ -52,6 +54,8 @@ def row(kernel: machine_code.Kernel) -> str:
         kernel.registers,
         kernel.shared,
         kernel.stack,
+        sum(kernel.opcodes.get(name, 0) for name in SPILLS),
+        sum(kernel.opcodes.values()),
         products,
         copies,
         "compiled, not run",

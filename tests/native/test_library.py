@@ -14,29 +14,25 @@ import torch
 
 from lowrank_ops.ops import (
     BackendUnavailableError,
+    _backend,
     _native,
     conv_covariance_update_,
+    covariance,
     covariance_update_,
+    explain,
     lowrank_linear,
     plan,
 )
 from lowrank_ops.ops._backend import Device
 from lowrank_ops.ops.covariance import _cuda as covariance_cuda
 from lowrank_ops.ops.covariance import describe as describe_covariance
+from lowrank_ops.ops.lowrank_linear import TABLE as LOWRANK_TABLE
 from lowrank_ops.ops.lowrank_linear import _cuda as lowrank_cuda
 from lowrank_ops.ops.lowrank_linear import describe as describe_lowrank
+from tests.native import symbols
 
 ROOT = Path(__file__).parents[2]
 H200 = Device("cuda", 0, (9, 0), 132, 232448)
-
-# What the library takes from torch: C functions, all of torch 2.10. One that is new to this list has to be looked up.
-TORCH_FUNCTIONS = re.compile(r"aoti_torch_\w+|torch_(call_dispatcher|library_impl)|torch_(new|delete)_(list|string)\w*|"
-                             r"torch_(list|string)_\w+|torch_get_(const|mutable)_data_ptr")  # fmt: skip
-
-
-def symbols(library: Path, *options: str) -> list[str]:
-    result = subprocess.run(["nm", "-D", *options, library], check=True, capture_output=True, text=True)
-    return result.stdout.splitlines()
 
 
 def test_loads(library: Path) -> None:
@@ -47,28 +43,20 @@ def test_loads(library: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
 def test_asks_torch_for_its_stable_interface_only(library: Path) -> None:
-    foreign = []
-    for line in symbols(library, "--undefined-only"):
-        kind, name = line.split()[-2:]
-        if "@" in name or kind == "w":  # versioned: libc, libstdc++, libgcc
-            assert kind != "w" or name.split("@")[0] in {
-                "aoti_torch_get_current_cuda_stream", "__gmon_start__", "_ITM_deregisterTMCloneTable",
-                "_ITM_registerTMCloneTable", "__cxa_finalize",
-            }, name  # fmt: skip
-        elif not TORCH_FUNCTIONS.fullmatch(name):
-            foreign.append(name)
-    assert not foreign
+    needed, weak = symbols.undefined(library)
+    assert weak <= symbols.WEAK
+    assert symbols.minimum(needed) == ((2, 10), set())
 
 
-@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
-def test_the_symbol_check_sees_other_interfaces() -> None:
-    for name in (
-        "_ZN3c106detail14torchCheckFailEPKcS2_jS2_",
-        "torch_c10_cuda_check_msg",
-        "PyList_New",
-        "cuLaunchKernel",
-    ):
-        assert not TORCH_FUNCTIONS.fullmatch(name)
+def test_the_symbol_check_sees_other_interfaces_and_newer_functions() -> None:
+    assert symbols.minimum({"aoti_torch_get_dim"}) == (symbols.BEFORE, set())
+    assert symbols.minimum({"aoti_torch_get_dim", "torch_call_dispatcher"}) == ((2, 10), set())
+    for name in ("_ZN3c106detail14torchCheckFailEPKcS2_jS2_", "PyList_New", "cuLaunchKernel"):
+        assert symbols.minimum({"aoti_torch_get_dim", name})[1] == {name}
+    newer = {name for name, version in symbols.since().items() if version > (2, 10)}
+    if torch.__version__ >= "2.11":
+        assert "torch_from_blob" in newer
+    assert all(symbols.minimum({name})[0] > (2, 10) for name in newer)
 
 
 @pytest.mark.skipif(shutil.which("readelf") is None, reason="no readelf")
@@ -91,7 +79,7 @@ def test_shapes_that_do_not_fit_are_refused_before_a_launch(library: Path) -> No
     """The meta device reaches no kernel; a CPU tensor has none."""
     _native.unavailable()
     with pytest.raises(NotImplementedError, match="_cuda_covariance_update_"):
-        torch.ops.lowrank_ops._cuda_covariance_update_(torch.zeros(8, 8), torch.zeros(8), torch.zeros(4, 8))
+        torch.ops.lowrank_ops._cuda_covariance_update_(torch.zeros(8, 8), torch.zeros(8), torch.zeros(4, 8), False)
 
 
 def test_explicit_backend_on_a_cpu_tensor_says_why() -> None:
@@ -158,17 +146,18 @@ def test_the_module_and_the_library_plan_alike(library: Path) -> None:
     assert _native.unavailable() is None
     machines = [(80, 108, 166912), (86, 84, 101376), (90, 132, 232448), (100, 148, 232448), (70, 80, 98304), (0, 0, 0)]
     dtypes = ["bfloat16", "float16", "float32", "float64"]
-    for machine, dtype, source, tokens, features in itertools.product(
-        machines, dtypes, ["matrix", "aligned_matrix", "patches"], [1, 12608, 1 << 33], [1, 768, 11008]
+    for machine, dtype, source, tf32, tokens, features in itertools.product(
+        machines, dtypes, ["matrix", "aligned_matrix", "patches"], [False, True], [1, 12608, 1 << 33], [1, 768, 11008]
     ):
-        mine = torch.ops.lowrank_ops._plan_covariance(tokens, features, 2, dtype, source, *machine)
+        arguments = (tokens, features, 2, dtype, source, tf32, *machine)
+        mine = torch.ops.lowrank_ops._plan_covariance(*arguments)
         if "no code for" not in mine[0]:
-            assert mine == _planner.plan_covariance(tokens, features, 2, dtype, source, *machine)
+            assert mine == _planner.plan_covariance(*arguments)
     for machine, dtype, tokens, rank in itertools.product(machines, dtypes, [1, 64, 65, 12608], [1, 136, 1492, 30000]):
-        arguments = (tokens, 4096, rank, 11008, dtype, True, *machine)
-        mine = torch.ops.lowrank_ops._plan_lowrank_linear(*arguments)
+        linear = (tokens, 4096, rank, 11008, dtype, True, *machine)
+        mine = torch.ops.lowrank_ops._plan_lowrank_linear(*linear)
         if "no code for" not in mine[0]:
-            assert mine == _planner.plan_lowrank_linear(*arguments)
+            assert mine == _planner.plan_lowrank_linear(*linear)
 
 
 def test_plans_of_devices_that_are_not_here(library: Path) -> None:
@@ -184,6 +173,33 @@ def test_plans_of_devices_that_are_not_here(library: Path) -> None:
     for op, kernel in (("covariance_update_", "covariance_sm90"), ("conv_covariance_update_", "covariance_sm80")):
         assert plan(op, "sm_90", torch.bfloat16, tokens=4096, features=72).startswith(f"{kernel}: ")
     assert "not float64" in plan("covariance_update_", "sm_90", torch.float64, tokens=8, features=8)
+    for op in ("covariance_update_", "conv_covariance_update_"):
+        assert "TensorFloat-32" in plan(op, "sm_90", torch.float32, tokens=8, features=8, allow_tf32=True)
+        for dtype, allowed in ((torch.float32, False), (torch.bfloat16, True)):
+            assert "TensorFloat-32" not in plan(op, "sm_90", dtype, tokens=8, features=8, allow_tf32=allowed)
+
+
+def test_explain_names_the_kernel_and_its_tiles(library: Path) -> None:
+    """For tensors of a device that is not here; on the CPU there is only the reason."""
+    assert _native.unavailable() is None
+    state, x = torch.zeros(64, 64), torch.zeros(100, 64)
+    problem = describe_covariance(state, x, allow_tf32=True)._replace(device=H200)
+    lines = dict(line.split(": ", 1) for line in _backend.explain(covariance.TABLE, problem).splitlines())
+    expected = plan("covariance_update_", "sm_90", torch.float32, tokens=100, features=64, allow_tf32=True)
+    if "no code for" in expected:
+        pytest.skip("the library was built without code for sm_90a")
+    assert lines["cuda"] == f"can run, by {expected}"
+
+    image = torch.zeros(2, 8, 9, 10)
+    conv = covariance.describe_conv(state[None], state[:1], image, [3, 3], [1, 1], [0, 0], [1, 1])._replace(device=H200)
+    assert "cuda: runs, by covariance_sm80: tile 128x128" in _backend.explain(covariance.CONV_TABLE, conv, "cuda")
+
+    tensors = [torch.zeros(*shape, dtype=torch.bfloat16) for shape in ((16, 64), (8, 64), (40, 8))]
+    linear = describe_lowrank(*tensors, None, "gelu")._replace(device=H200)
+    text = _backend.explain(LOWRANK_TABLE, linear, "cuda")
+    assert "cuda.decode: runs, by decode_sm90: 16 tokens" in text
+    assert "cuda.prefill: cannot run: 16 tokens are for decode_sm90\n" in f"{text}\n"
+    assert "cuda: cannot run: it needs a CUDA device" in explain("covariance_update_", state, state[0], x).splitlines()
 
 
 def test_plans_need_a_planner(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -199,6 +215,23 @@ def test_plans_need_a_planner(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
             plan("covariance_update_", "sm_90", torch.bfloat16, tokens=1, features=8)
     finally:
         _native.unavailable.cache_clear()
+
+
+@pytest.mark.skipif(
+    not (ROOT / "setup.py").is_file() or importlib.util.find_spec("setuptools") is None, reason="an installed package"
+)
+def test_an_install_without_nvcc_says_so_in_one_line() -> None:
+    def install(choice: str) -> subprocess.CompletedProcess[str]:
+        environment = {"PATH": "/nowhere", "CUDA_HOME": "/nowhere", "LOWRANK_OPS_CUDA": choice}
+        command = [sys.executable, "setup.py", "--quiet", "--version"]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+    missing = install("AUTO")
+    assert missing.returncode == 0 and len(missing.stderr.splitlines()) == 1
+    assert missing.stderr.startswith("lowrank_ops: no nvcc, cmake, so without the CUDA library")
+    assert install("OFF").returncode == 0 and not install("OFF").stderr
+    demanded = install("ON")
+    assert demanded.returncode != 0 and "this machine has no nvcc, cmake" in demanded.stderr
 
 
 @pytest.mark.skipif(shutil.which("cmake") is None or shutil.which("c++") is None, reason="no CMake or compiler")

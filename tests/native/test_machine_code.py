@@ -30,8 +30,9 @@ def test_the_kernels_are_there(kernels: list[machine_code.Kernel]) -> None:
         names = {kernel.name for kernel in kernels if kernel.arch == arch}
         expected = {name for name in machine_code.LAUNCH_BOUNDS if arch == "sm_90a" or not name.endswith("_sm90")}
         assert names == expected, arch
-        # bfloat16 and float16 x (two depths of copies, rows, patches), float32 x (rows, patches)
-        assert sum(kernel.name == "covariance_sm80" for kernel in kernels if kernel.arch == arch) == 10
+        # bfloat16 and float16 x (two depths of copies, rows, patches), float32 x (rows, patches), the same as
+        # TensorFloat-32 x (copies, rows, patches)
+        assert sum(kernel.name == "covariance_sm80" for kernel in kernels if kernel.arch == arch) == 13
         # two types x four token tiles x aligned or not
         assert sum(kernel.name == "decode_up_sm80" for kernel in kernels if kernel.arch == arch) == 16
         # two types x four token tiles
@@ -48,25 +49,77 @@ namespace { __global__ void decode_up_sm80(float* y, int i) {  // a stack, and n
   for (int k = 0; k < 64; ++k) local[(k * i) & 63] = y[k];
   y[0] = local[i & 63];
 } }
+namespace { __global__ void __launch_bounds__(1024, 2) decode_down_sm80(float* y) {  // 64 values, 32 registers: spills
+  float local[64];
+#pragma unroll
+  for (int k = 0; k < 64; ++k) local[k] = y[k * 1024 + threadIdx.x];
+  for (int i = 0; i < 9; ++i)
+#pragma unroll
+    for (int k = 0; k < 64; ++k) local[k] = local[k] * local[(k + 1) % 64] + y[i];
+#pragma unroll
+  for (int k = 0; k < 64; ++k) y[k * 1024 + threadIdx.x] = local[k];
+} }
+namespace {
+enum class Source { matrix, aligned_matrix };
+template <Source kSource> __global__ void covariance_sm80(float* y) { y[threadIdx.x] += 1; }  // no copies, no products
+}
 namespace { __global__ void covariance_sm90(float* y) { y[threadIdx.x] += 1; } }
 namespace { __global__ void decode_sm90(float* y) { y[threadIdx.x] += 1; } }
-void launch(float* y) { decode_sm90<<<1, 1>>>(y); decode_up_sm80<<<1, 1>>>(y, 3); covariance_sm90<<<1, 1>>>(y); }
+void launch(float* y) {
+  decode_sm90<<<1, 1>>>(y);
+  decode_up_sm80<<<1, 1>>>(y, 3);
+  decode_down_sm80<<<1, 1>>>(y);
+  covariance_sm80<Source::aligned_matrix><<<1, 1>>>(y);
+  covariance_sm90<<<1, 1>>>(y);
+}
 """
+
+# Accumulators that are touched between products: the assembler has each product waited for.
+SERIALISED = """
+namespace { __global__ void covariance_sm90(float* y, unsigned long long a) {
+  float d[4] = {};
+  asm volatile("wgmma.fence.sync.aligned;");
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0, %1, %2, %3}, %4, %4, 1, 1, 1, 0, 0;"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "l"(a + k));
+    d[0] += y[k];
+  }
+  asm volatile("wgmma.commit_group.sync.aligned;");
+  asm volatile("wgmma.wait_group.sync.aligned 0;");
+  for (int i = 0; i < 4; ++i) y[i * 128 + threadIdx.x] = d[i];
+} }
+void launch(float* y) { covariance_sm90<<<1, 128>>>(y, 0); }
+"""
+
+
+def faults_of(text: str, arch: str, folder: Path) -> dict[str, str]:
+    source, binary = folder / "bad.cu", folder / "bad.o"
+    source.write_text(text)
+    nvcc = ["nvcc", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-c", source, "-o", binary]
+    subprocess.run(nvcc, check=True, capture_output=True)
+    return {kernel.name: " ".join(machine_code.faults(kernel)) for kernel in machine_code.kernels(binary)}
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 def test_the_gate_sees_bad_kernels(tmp_path: Path) -> None:
-    source, binary = tmp_path / "bad.cu", tmp_path / "bad.o"
-    source.write_text(BAD_KERNELS)
-    subprocess.run(["nvcc", "-gencode=arch=compute_80,code=sm_80", "-c", source, "-o", binary], check=True)
-    found = {kernel.name: " ".join(machine_code.faults(kernel)) for kernel in machine_code.kernels(binary)}
-    assert set(found) == {"decode_up_sm80", "covariance_sm90", "decode_sm90"}
-    for fault in ("a stack of", "LDL", "STL", "no HMMA.16816.F32"):
-        assert fault in found["decode_up_sm80"]
-    for fault in ("no HGMMA", "no UTMALDG"):
-        assert fault in found["covariance_sm90"]
-    for fault in ("no HMMA", "no UBLKCP", "no SYNCS", "no UCGABAR_ARV", "no ATOM"):
-        assert fault in found["decode_sm90"]
+    expected = {
+        "decode_up_sm80": ("a stack of", "LDL", "STL", "no HMMA.16816.F32"),
+        "decode_down_sm80": ("a stack of", "LDL", "STL"),
+        "covariance_sm80": ("no HMMA.16816.F32", "no LDGSTS"),
+        "covariance_sm90": ("no HGMMA", "no UTMALDG"),
+        "decode_sm90": ("no HMMA", "no UBLKCP", "no SYNCS", "no UCGABAR_ARV", "no ATOM"),
+    }
+    found = faults_of(BAD_KERNELS, "80", tmp_path)
+    assert set(found) == set(expected)
+    for kernel, faults in expected.items():
+        for fault in faults:
+            assert fault in found[kernel]
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_the_gate_sees_serialised_products(tmp_path: Path) -> None:
+    assert "HGMMA: serialised" in faults_of(SERIALISED, "90a", tmp_path)["covariance_sm90"]
 
 
 def test_the_gate_counts() -> None:
@@ -79,3 +132,6 @@ def test_the_gate_counts() -> None:
     assert "static shared" in machine_code.faults(good._replace(shared=50000))[0]
     copies = machine_code.Kernel("covariance_sm80", "SourceE1E", "sm_80", 128, 0, 0, {}, {"HMMA.16816.F32.BF16": 1})
     assert "no LDGSTS" in machine_code.faults(copies)[0]
+    tf32 = copies._replace(symbol="4Tf32ELNS_6SourceE0E")
+    assert "no HMMA.1688.F32.TF32" in machine_code.faults(tf32)[0]
+    assert not machine_code.faults(tf32._replace(products={"HMMA.1688.F32.TF32": 1}))

@@ -24,6 +24,8 @@ X = torch.zeros(4, 9, 64)
         (X[:, 0].expand(4, 64).T, 0),
         (X[:1, :1].expand(4, 9, 64), 0),  # one row again and again
         (X[0, 0, ::2], 0),
+        (X.view(-1).unfold(0, 64, 8), 0),  # a sliding window: rows overlap
+        (X.view(-1).unfold(0, 64, 64), 64),
     ],
     ids=lambda value: f"{tuple(value.shape)} {value.stride()}" if isinstance(value, torch.Tensor) else str(value),
 )

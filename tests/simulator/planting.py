@@ -22,7 +22,7 @@ def plant(file: str, right: str, wrong: str, library: Path, folder: Path) -> Pat
     build = next(parent for parent in library.parents if (parent / "compile_commands.json").is_file())
     commands = json.loads((build / "compile_commands.json").read_text())
     entry = next(c for c in commands if c["file"].endswith(f"{file}.cpp"))
-    source = Path(entry["file"])
+    source, build = Path(entry["file"]), Path(entry["directory"])  # what the commands' paths start from
     text = source.read_text()
     assert text.count(right) == 1, f"{source} has {right!r} {text.count(right)} times"
     planted = folder / source.name

@@ -40,17 +40,19 @@ class Simulated:
         self.machine = machine
         self.ops.configure(*machine, seed, timing)
 
-    def covariance_update_(self, second_moment: Tensor, total: Tensor, x: Tensor) -> str:
+    def covariance_update_(self, second_moment: Tensor, total: Tensor, x: Tensor, allow_tf32: bool = False) -> str:
         """Returns the plan, such as ``"covariance_sm90: tile 128x128, ..."``."""
         rows = x.stride(0) * x.element_size() % 16 if len(x) > 1 else 0
         source = "matrix" if rows or x.data_ptr() % 16 else "aligned_matrix"
-        reason, plan = self.ops._plan_covariance(*x.shape, 1, str(x.dtype)[6:], source, *self.machine)
+        reason, plan = self.ops._plan_covariance(*x.shape, 1, str(x.dtype)[6:], source, allow_tf32, *self.machine)
         assert not reason, reason
-        self.ops._cuda_covariance_update_(second_moment, total, x)
+        self.ops._cuda_covariance_update_(second_moment, total, x, allow_tf32)
         return str(plan)
 
-    def conv_covariance_update_(self, second_moment: Tensor, total: Tensor, x: Tensor, *geometry: Any) -> None:
-        self.ops._cuda_conv_covariance_update_(second_moment, total, x, *geometry)
+    def conv_covariance_update_(
+        self, second_moment: Tensor, total: Tensor, x: Tensor, *geometry: Any, allow_tf32: bool = False
+    ) -> None:
+        self.ops._cuda_conv_covariance_update_(second_moment, total, x, *geometry, allow_tf32)
 
     def lowrank_linear(
         self, x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None, activation: str = "none"

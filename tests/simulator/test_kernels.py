@@ -19,8 +19,9 @@ from tests.tolerance import assert_close_to_float64
 
 ORDERS = [("early", 1), ("late", 2), ("copies_first", 3), ("random", 4), ("random", 5)]
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-# Relative to the sum of |x_i x_j|: products are exact or, for float32, three of bfloat16.
-BOUNDS = {BF16: 2.0**-17, FP16: 2.0**-17, FP32: 2.0**-15}
+TF32 = "float32 in TensorFloat-32"
+# Relative to the sum of |x_i x_j|: products are exact or, for float32, three of bfloat16 or one of TensorFloat-32.
+BOUNDS = {BF16: 2.0**-17, FP16: 2.0**-17, FP32: 2.0**-15, TF32: 2.0**-10}
 
 
 @pytest.fixture(params=ORDERS, ids=lambda order: f"{order[0]}{order[1]}")
@@ -37,8 +38,9 @@ def fresh_memory_is_nan():
     torch.use_deterministic_algorithms(False)
 
 
-def normal(*shape: int, dtype: torch.dtype, mean: float = 0.0, seed: int = 0) -> Tensor:
-    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) + mean).to(dtype)
+def normal(*shape: int, dtype: torch.dtype | str, mean: float = 0.0, seed: int = 0) -> Tensor:
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) + mean
+    return x if isinstance(dtype, str) else x.to(dtype)
 
 
 def among_nan(x: Tensor, offset: int, padding: int) -> Tensor:
@@ -48,11 +50,13 @@ def among_nan(x: Tensor, offset: int, padding: int) -> Tensor:
     return memory[offset:].as_strided((rows, cols), (cols + padding, 1)).copy_(x)
 
 
-def assert_updated(second_moment: Tensor, total: Tensor, x: Tensor, before: float = 0.0) -> None:
+def assert_updated(
+    second_moment: Tensor, total: Tensor, x: Tensor, before: float = 0.0, dtype: torch.dtype | str = BF16
+) -> None:
     rows = x.double()
     scale = rows.abs().T @ rows.abs()
     error = (second_moment.double() - before - rows.T @ rows).abs().tril()
-    assert (error <= (BOUNDS[x.dtype] + 2.0**-23) * scale + 2.0**-22 * abs(before)).all()  # False for NaN
+    assert (error <= (BOUNDS[dtype] + 2.0**-23) * scale + 2.0**-22 * abs(before)).all()  # False for NaN
     assert (
         (total.double() - before - rows.sum(0)).abs() <= 2.0**-18 * rows.abs().sum(0) + 2.0**-22 * abs(before)
     ).all()
@@ -72,6 +76,11 @@ COVARIANCES = [  # machine, dtype, tokens, features, offset, padding, kernel and
     (SM90, BF16, 100, 131, 1, 2, "covariance_sm80: .* 2 stages"),  # any alignment
     (SM90, FP32, 100, 70, 0, 0, "covariance_sm80: .* 2 stages"),
     (SM80, FP32, 200, 131, 3, 1, "covariance_sm80: .* 2 stages"),
+    (SM90, TF32, 300, 200, 0, 0, "covariance_sm80: TensorFloat-32, .* 2 stages"),
+    (SM80._replace(multiprocessors=2), TF32, 2200, 130, 0, 2, "covariance_sm80: TensorFloat-32, .* 1 splits"),
+    (SM86, TF32, 1500, 72, 0, 0, "covariance_sm80: TensorFloat-32, .* [2-9] splits"),
+    (SM80, TF32, 200, 131, 3, 1, "covariance_sm80: TensorFloat-32, .* 2 stages"),  # any alignment
+    (SM80, TF32, 1, 129, 0, 3, "covariance_sm80: TensorFloat-32"),
     (SM86, FP16, 1, 1, 1, 0, "covariance_sm80"),
     (SM90, BF16, 513, 1, 0, 0, "covariance_sm80"),
 ]  # fmt: skip
@@ -82,9 +91,9 @@ def test_covariance(simulated: Simulated, order, machine: Machine, dtype, tokens
     x = among_nan(normal(tokens, features, dtype=dtype, mean=0.5), offset, padding)
     simulated.configure(machine, *order)
     second_moment, total = torch.full((features, features), 3.0), torch.full((features,), 3.0)
-    plan = simulated.covariance_update_(second_moment, total, x)
+    plan = simulated.covariance_update_(second_moment, total, x, dtype == TF32)
     assert re.match(kernel, plan), plan
-    assert_updated(second_moment, total, x, before=3.0)
+    assert_updated(second_moment, total, x, before=3.0, dtype=dtype)
 
 
 def test_covariance_into_a_strided_float64_state(simulated: Simulated, order):
@@ -104,6 +113,8 @@ CONVOLUTIONS = [  # shape, kernel, stride, padding, dilation, groups, dtype, cha
     ((2, 4, 9, 8), (3, 2), (2, 1), (0, 2), (2, 1), 2, FP16, True),
     ((1, 16, 7, 7), (3, 3), (1, 1), (1, 1), (1, 1), 1, FP32, False),
     ((3, 3, 5, 20), (1, 9), (1, 4), (0, 4), (1, 1), 1, BF16, True),
+    ((2, 4, 9, 8), (3, 2), (2, 1), (0, 2), (2, 1), 2, TF32, True),
+    ((1, 16, 7, 7), (3, 3), (1, 1), (1, 1), (1, 1), 1, TF32, False),
 ]
 
 
@@ -118,11 +129,13 @@ def test_conv_covariance(
     features = shape[1] // groups * kernel[0] * kernel[1]
     second_moment, total = torch.zeros(groups, features, features), torch.zeros(groups, features)
     simulated.configure(machine, *order)
-    simulated.conv_covariance_update_(second_moment, total, x, kernel, stride, padding, dilation)
+    simulated.conv_covariance_update_(
+        second_moment, total, x, kernel, stride, padding, dilation, allow_tf32=dtype == TF32
+    )
     columns = F.unfold(x.double(), kernel, dilation, padding, stride)
     patches = columns.view(len(x), groups, features, -1).permute(1, 0, 3, 2).reshape(groups, -1, features)
     for group in range(groups):
-        assert_updated(second_moment[group], total[group], patches[group].to(dtype))
+        assert_updated(second_moment[group], total[group], patches[group], dtype=dtype)
 
 
 ACTIVATIONS = {
@@ -204,3 +217,14 @@ def test_every_shipped_prefill_kernel_gives_the_same(simulated: Simulated):
                 expected = y if expected is None else expected
                 assert torch.equal(y, expected), plan  # zeros that are multiplied change no bit
     assert set(kernels) == {(64, 1), (64, 2), (128, 1), (128, 2), (128, 4), (192, 1), (256, 2), (256, 4), (256, 8)}
+
+
+def test_a_launch_that_fails_names_op_shapes_and_arch(simulated: Simulated):
+    """Rows that all lie in one place, which the ops refuse, the tensor copy engine refuses as well."""
+    simulated.configure(SM90)
+    x = normal(1, 64, dtype=BF16).expand(100, 64)
+    with pytest.raises(RuntimeError, match=r"covariance_update_ of x \[100, 64\] on sm_90"):
+        simulated.covariance_update_(torch.zeros(64, 64), torch.zeros(64), x)
+    down, up = normal(8, 64, dtype=BF16), normal(40, 8, dtype=BF16)
+    with pytest.raises(RuntimeError, match=r"lowrank_linear of x \[100, 64\], down \[8, 64\], up \[40, 8\] on sm_90"):
+        simulated.lowrank_linear(x, down, up)

@@ -36,10 +36,17 @@ FAULTS = {
     ),
     "covariance_sm80: no zeros past the last token": Fault(
         "covariance/covariance_sm80",
-        "valid_features(feature, args.features) : 0;\n      const Element* from = valid ?",
-        "valid_features(feature, args.features) : 8;\n      const Element* from = valid ?",
+        "valid_features(feature, args.features) : 0;\n      const auto* from = valid ?",
+        "valid_features(feature, args.features) : Layout::kChunk;\n      const auto* from = valid ?",
         "covariance_sm80",
         VALUES,
+    ),
+    "covariance_sm80: factors are not rounded to TensorFloat-32": Fault(
+        "covariance/covariance_sm80",
+        "return round_to_tf32(*reinterpret_cast<const float*>(operand + offset));",
+        "return *reinterpret_cast<const uint32_t*>(operand + offset);",
+        "TensorFloat",
+        "operands that are rounded",
     ),
     "covariance_sm90: a stage is given back while it is multiplied": Fault(
         "covariance/covariance_sm90",

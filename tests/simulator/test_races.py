@@ -17,6 +17,7 @@ from planting import plant, run_tests
 # A case for each way in which a kernel synchronizes: one run of each, as fibers are dear under the sanitizer.
 CASES = {
     "covariance_sm80": "test_covariance and random4 and (100-131 or 100-70 or 300-136 or 1-1-1)",
+    "covariance_sm80 in TensorFloat-32": "test_covariance and TensorFloat and random4 and (200-131 or 300-200)",
     "covariance_sm90": "test_covariance and random4 and (150-136 or machine3)",
     "convolution": "test_conv and random4 and sm_90 and (shape0 or shape1)",
     "decode_sm80": "test_lowrank and random4 and (shape0- or shape4- or shape5-)",

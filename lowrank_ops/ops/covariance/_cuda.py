@@ -1,8 +1,9 @@
 """CUDA C++ covariance updates: ``csrc/covariance``. What they can run, the planner says.
 
 Sums are taken in float32 over at most 2048 tokens, then in the state's dtype, in an order that does not change between
-runs. float32 inputs are multiplied as three bfloat16 products, with or without ``allow_tf32``: relative error about
-2^-17 of ``|x_i x_j|``. bfloat16 and float16 products are exact.
+runs. float32 inputs are multiplied as three bfloat16 products: relative error about 2^-17 of ``|x_i x_j|``; with
+``allow_tf32`` as one product of factors that are rounded to the nearest TensorFloat-32: within 2^-10, and leaning to
+neither side. bfloat16 and float16 products are exact. Sums of rows are of what was given, never of TensorFloat-32.
 """
 
 from __future__ import annotations
@@ -22,45 +23,64 @@ if TYPE_CHECKING:
 
 def supports(problem: Problem) -> str | None:
     """Why ``run`` cannot take the problem, or None."""
+    return _planned(problem)[0] or None
+
+
+def plan(problem: Problem) -> str:
+    """How ``run`` would, in one line."""
+    return _planned(problem)[1]
+
+
+def supports_conv(problem: ConvProblem) -> str | None:
+    """Why ``run_conv`` cannot take the problem, or None."""
+    return _planned_conv(problem)[0] or None
+
+
+def plan_conv(problem: ConvProblem) -> str:
+    """How ``run_conv`` would, in one line."""
+    return _planned_conv(problem)[1]
+
+
+def _planned(problem: Problem) -> tuple[str, str]:
+    """Why not, or how; neither where nothing will be launched."""
     if problem.device.type != "cuda":
-        return "it needs a CUDA device"
+        return "it needs a CUDA device", ""
     if (reason := _native.unavailable()) is not None:
-        return reason
+        return reason, ""
     if problem.row_stride == 0:
-        return "x is not a matrix with unit column stride; pass x.contiguous()"
+        return "x is not a matrix with unit column stride; pass x.contiguous()", ""
     if not problem.tokens or not problem.features:
-        return None  # nothing will be launched
+        return "", ""
     source = "aligned_matrix" if problem.aligned else "matrix"
-    reason, _ = torch.ops.lowrank_ops._plan_covariance(
+    return torch.ops.lowrank_ops._plan_covariance(  # type: ignore[no-any-return]
         problem.tokens,
         problem.features,
         1,
         _native.dtype_name(problem.dtype),
         source,
+        problem.allow_tf32,
         *_native.machine(problem.device),
     )
-    return reason or None
 
 
-def supports_conv(problem: ConvProblem) -> str | None:
-    """Why ``run_conv`` cannot take the problem, or None."""
+def _planned_conv(problem: ConvProblem) -> tuple[str, str]:
     if problem.device.type != "cuda":
-        return "it needs a CUDA device"
+        return "it needs a CUDA device", ""
     if (reason := _native.unavailable()) is not None:
-        return reason
+        return reason, ""
     batch, channels, *size = problem.shape
     if not batch or not channels:
-        return None
+        return "", ""
     positions = math.prod(output_size(size, problem.kernel_size, problem.stride, problem.padding, problem.dilation))
-    reason, _ = torch.ops.lowrank_ops._plan_covariance(
+    return torch.ops.lowrank_ops._plan_covariance(  # type: ignore[no-any-return]
         batch * positions,
         channels // problem.groups * math.prod(problem.kernel_size),
         problem.groups,
         _native.dtype_name(problem.dtype),
         "patches",
+        problem.allow_tf32,
         *_native.machine(problem.device),
     )
-    return reason or None
 
 
 def prefers(problem: Any) -> bool:
@@ -70,7 +90,8 @@ def prefers(problem: Any) -> bool:
 
 def run(problem: Problem, second_moment: Tensor, total: Tensor, x: Tensor) -> None:
     """One launch, or two where the tokens are split."""
-    torch.ops.lowrank_ops._cuda_covariance_update_(second_moment, total, x.reshape(-1, problem.features))
+    rows = x.reshape(-1, problem.features)
+    torch.ops.lowrank_ops._cuda_covariance_update_(second_moment, total, rows, problem.allow_tf32)
 
 
 def run_conv(
@@ -84,4 +105,6 @@ def run_conv(
     dilation: list[int],
 ) -> None:
     """The same over patches, which are gathered while they are multiplied."""
-    torch.ops.lowrank_ops._cuda_conv_covariance_update_(second_moment, total, x, kernel_size, stride, padding, dilation)
+    torch.ops.lowrank_ops._cuda_conv_covariance_update_(
+        second_moment, total, x, kernel_size, stride, padding, dilation, problem.allow_tf32
+    )

@@ -75,8 +75,8 @@ TABLE: tuple[Impl, ...] = (
         lambda problem, *args: reference.two_products(*args),
         bind=lambda problem: reference.bind(reference.two_products, problem.activation),
     ),
-    Impl("cuda.decode", Backend.CUDA, _cuda.supports_decode, _cuda.run, _cuda.prefers),
-    Impl("cuda.prefill", Backend.CUDA, _cuda.supports_prefill, _cuda.run, _cuda.prefers),
+    Impl("cuda.decode", Backend.CUDA, _cuda.supports_decode, _cuda.run, _cuda.prefers, _cuda.plan),
+    Impl("cuda.prefill", Backend.CUDA, _cuda.supports_prefill, _cuda.run, _cuda.prefers, _cuda.plan),
 )
 
 

@@ -18,12 +18,17 @@ if TYPE_CHECKING:
 
 def supports_decode(problem: Problem) -> str | None:
     """Why ``run`` cannot take the problem with a kernel for few tokens, or None."""
-    return _refusal(problem, "decode")
+    return _planned(problem, "decode")[0] or None
 
 
 def supports_prefill(problem: Problem) -> str | None:
     """Why ``run`` cannot take the problem with the kernel for many tokens, or None."""
-    return _refusal(problem, "prefill")
+    return _planned(problem, "prefill")[0] or None
+
+
+def plan(problem: Problem) -> str:
+    """How ``run`` would take a problem that one of the two supports, in one line."""
+    return _planned(problem, "")[1]
 
 
 def prefers(problem: Problem) -> bool:
@@ -31,15 +36,16 @@ def prefers(problem: Problem) -> bool:
     return False
 
 
-def _refusal(problem: Problem, kind: str) -> str | None:
+def _planned(problem: Problem, kind: str) -> tuple[str, str]:
+    """Why not by a kernel whose name starts with ``kind``, or how; neither where nothing will be launched."""
     if problem.device.type != "cuda":
-        return "it needs a CUDA device"
+        return "it needs a CUDA device", ""
     if (reason := _native.unavailable()) is not None:
-        return reason
+        return reason, ""
     if problem.x_stride == 0:
-        return "x is not a matrix with unit column stride; pass x.contiguous()"
+        return "x is not a matrix with unit column stride; pass x.contiguous()", ""
     if problem.tokens == 0:
-        return None
+        return "", ""
     reason, plan = torch.ops.lowrank_ops._plan_lowrank_linear(
         problem.tokens,
         problem.in_features,
@@ -50,7 +56,9 @@ def _refusal(problem: Problem, kind: str) -> str | None:
         *_native.machine(problem.device),
     )
     kernel = plan.partition(":")[0]
-    return reason or (None if kernel.startswith(kind) else f"{problem.tokens} tokens are for {kernel}")
+    if not reason and not kernel.startswith(kind):
+        return f"{problem.tokens} tokens are for {kernel}", ""
+    return reason, plan
 
 
 def _aligned(problem: Problem) -> bool:

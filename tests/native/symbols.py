@@ -1,0 +1,68 @@
+"""Which torch a library needs, by the symbols that it takes from it: ``python -m tests.native.symbols [LIBRARY]``.
+
+torch's C headers say since when each function of the stable interface is there; what they do not name is foreign to it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+#: A torch without CUDA lacks the first, which is asked for only where there is a CUDA tensor.
+WEAK = {
+    "aoti_torch_get_current_cuda_stream", "__gmon_start__", "_ITM_deregisterTMCloneTable",
+    "_ITM_registerTMCloneTable", "__cxa_finalize",
+}  # fmt: skip
+HEADERS = ("stable/c/shim.h", "inductor/aoti_torch/c/shim.h")
+BEFORE = (2, 9)  # of functions that are older than what the headers tell apart
+
+
+def undefined(library: Path) -> tuple[set[str], set[str]]:
+    """What the library takes from torch, and what it can do without; glibc and libstdc++ have versioned symbols."""
+    result = subprocess.run(["nm", "-D", "--undefined-only", library], check=True, capture_output=True, text=True)
+    symbols = [line.split()[-2:] for line in result.stdout.splitlines()]
+    needed = {name for kind, name in symbols if kind != "w" and "@" not in name}
+    return needed, {name.split("@")[0] for kind, name in symbols if kind == "w"}
+
+
+def since() -> dict[str, tuple[int, int]]:
+    """The version of torch that brought each function of the stable interface, from the headers of the torch here."""
+    spec = importlib.util.find_spec("torch")
+    assert spec is not None and spec.submodule_search_locations
+    found: dict[str, tuple[int, int]] = {}
+    for header in HEADERS:
+        text = (Path(spec.submodule_search_locations[0]) / "include" / "torch" / "csrc" / header).read_text()
+        guards: list[tuple[int, int] | None] = []
+        for line in text.splitlines():
+            if line.startswith("#if"):
+                version = re.search(r"TORCH_FEATURE_VERSION >= TORCH_VERSION_(\d+)_(\d+)_", line)
+                guards.append((int(version[1]), int(version[2])) if version else None)
+            elif line.startswith("#endif"):
+                guards.pop()
+            for name in re.findall(r"\b((?:aoti_)?torch_\w+)\(", line):
+                found.setdefault(name, max([BEFORE, *filter(None, guards)]))
+    return found
+
+
+def minimum(symbols: set[str]) -> tuple[tuple[int, int], set[str]]:
+    """The torch that has all of ``symbols``, and those that are not in its stable interface."""
+    known = since()
+    return max((known[name] for name in symbols if name in known), default=BEFORE), symbols - known.keys()
+
+
+def main() -> None:
+    from lowrank_ops.ops import _native
+
+    library = Path(sys.argv[1]) if len(sys.argv) > 1 else _native.LIBRARY
+    needed, weak = undefined(library)
+    version, foreign = minimum(needed)
+    if foreign or weak - WEAK:
+        raise SystemExit(f"not stable: {', '.join(sorted(foreign | weak - WEAK))}")
+    print(f"stable, minimum torch {version[0]}.{version[1]}: {len(needed)} functions")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""The script of the GPU tests keeps to its time and says what did not run: here with stand-ins for what it starts."""
+
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "gpu" / "from_wheel.sh"
+STEPS = ("CUDA kernels", "memcheck", "racecheck", "Triton covariance", "Triton linear")
+
+# Makes itself the Python of the environment that it is asked for; as pytest it is one test, which may hang or fail.
+PYTHON = """#!/bin/bash
+case "$*" in
+  "-m venv"*) mkdir -p "$4/bin" && cp "$0" "$4/bin/python" ;;
+  "-m pytest"*)
+    echo "collected 3 items"
+    echo "a_test.py::first PASSED [ 33%]"
+    if [[ "$*" =~ ${HANGS:-nothing} ]]; then trap "" INT; sleep 60; fi
+    if [[ "$*" =~ ${FAILS:-nothing} ]]; then echo "== 1 failed, 2 passed in 0.1s =="; exit 1; fi
+    if [[ "$*" =~ ${SKIPS:-nothing} ]]; then echo "== 3 skipped in 0.1s =="; exit 0; fi
+    echo "== 3 passed in 0.1s ==" ;;
+esac
+"""
+SANITIZER = """#!/bin/bash
+[[ "$1 $3" == "--tool --error-exitcode" ]] && shift 4 && exec "$@"
+"""
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("timeout") is None or shutil.which("bash") is None, reason="no bash or no timeout"
+)
+
+
+def run(folder: Path, budget: int, sanitizer: bool = True, **behaviour: str) -> tuple[int, dict[str, str], float]:
+    """The exit code, what is said of each step, and the seconds that it took."""
+    programs = {"python3": PYTHON, **({"compute-sanitizer": SANITIZER} if sanitizer else {})}
+    for name, text in programs.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    (folder / "a.whl").touch()
+    path = f"{folder}{os.pathsep}{os.environ['PATH']}"
+    begin = time.monotonic()
+    result = subprocess.run(
+        ["bash", SCRIPT, folder / "a.whl", str(budget)],
+        env={**os.environ, "PATH": path, "CUDA_HOME": str(folder), **behaviour},
+        capture_output=True,
+        text=True,
+        timeout=4 * budget,
+    )
+    seconds = time.monotonic() - begin
+    lines = result.stdout.split(f" s of {budget}:\n")[1].splitlines()
+    return result.returncode, {step: line for step in STEPS for line in lines if line.startswith(step)}, seconds
+
+
+def test_all_is_well(tmp_path: Path) -> None:
+    code, said, _ = run(tmp_path, 60)
+    assert code == 0 and set(said) == set(STEPS)
+    assert all("3 passed" in line for line in said.values())
+
+
+def test_what_fails_or_is_skipped_is_not_passed(tmp_path: Path) -> None:
+    code, said, _ = run(tmp_path, 60, FAILS="k sanitized", SKIPS="test_covariance_gpu")
+    assert code == 1
+    assert "3 passed" in said["CUDA kernels"] and "3 passed" in said["Triton linear"]
+    assert all("FAILED with exit code 1:  1 failed" in said[check] for check in ("memcheck", "racecheck"))
+    assert "NOTHING PASSED:  3 skipped" in said["Triton covariance"]
+
+
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is not None, reason="compute-sanitizer is here")
+def test_no_sanitizer_is_told(tmp_path: Path) -> None:
+    code, said, _ = run(tmp_path, 60, sanitizer=False)
+    assert code == 0
+    assert "not run" in said["memcheck"] and "not run" in said["racecheck"]
+
+
+@pytest.mark.parametrize("hangs", ["cuda and", "pytest"], ids=["one step", "every step"])
+def test_a_hang_costs_its_own_step_only(tmp_path: Path, hangs: str) -> None:
+    budget = 15
+    code, said, seconds = run(tmp_path, budget, HANGS=hangs)
+    assert code == 1 and set(said) == set(STEPS)
+    assert seconds < budget + 1
+    assert "CUT: of 3 tests 1 ended" in said["CUDA kernels"]
+    for step in STEPS[1:]:
+        assert ("CUT" if hangs == "pytest" else "3 passed") in said[step]
