@@ -1,7 +1,8 @@
 """Find the fastest configurations on this GPU: ``python -m benchmarks.tune [--op OP] [--budget SECONDS]``.
 
-Writes ``lowrank_ops/ops/tuned/<op>.<arch>.json``. From every implementation's own choice and all that ship, the
-search goes to the best neighbour, one field at a time, while that gains. A candidate that the kernels' own predicates
+Writes ``lowrank_ops/ops/tuned/<op>.<arch>.json``, by which ``auto`` also chooses between backends. From every
+implementation's own choice and all that ship, the search goes to the best neighbour, one field at a time, while that
+gains; the CUDA kernels, whose planner decides, compete as they are. A candidate that the kernels' own predicates
 refuse is not launched, and one whose result is wrong is not timed. Progress is kept in ``results/tuning`` after every
 shape; the same command goes on from there, and the table is written once every shape is done: an incomplete one would
 speak for shapes it never saw. The compile gate (``make test-compile``) then holds the new configurations to its rules.
@@ -34,6 +35,8 @@ from .suite import H200, META, UNFINISHED
 
 _covariance = importlib.import_module("lowrank_ops.ops.covariance")
 _linear = importlib.import_module("lowrank_ops.ops.lowrank_linear")
+_covariance_cuda = importlib.import_module("lowrank_ops.ops.covariance._cuda")
+_linear_cuda = importlib.import_module("lowrank_ops.ops.lowrank_linear._cuda")
 _covariance_triton = importlib.import_module("lowrank_ops.ops.covariance._triton")
 _conv_triton = importlib.import_module("lowrank_ops.ops.covariance._triton_conv")
 _linear_triton = importlib.import_module("lowrank_ops.ops.lowrank_linear._triton")
@@ -129,13 +132,19 @@ class CovarianceTuner(Tuner):
         arch = _covariance_triton.arch_of(problem.device)
         shipped = [config for (of, _), config in _covariance_triton.HEURISTIC.items() if of == arch]
         configs = dict.fromkeys([_covariance_triton.config_for(problem), *shipped])
-        return [Candidate("triton", config) for config in configs]
+        return _current_first(
+            [*(Candidate("triton", config) for config in configs), Candidate("cuda", None)], _covariance.TABLE, problem
+        )
 
     def refuse(self, candidate: Candidate, problem: Any) -> str | None:
+        if candidate.impl == "cuda":
+            return _refused(_covariance.TABLE, candidate, problem)
         reason: str | None = _covariance_triton.unsupported_config(candidate.config, problem.dtype, problem.device)
         return reason
 
     def arm(self, candidate: Candidate, problem: Any) -> Callable[..., Any]:
+        if candidate.impl == "cuda":
+            return lambda state, total, x: _covariance_cuda.run(problem, state, total, x)
         plan = _covariance_triton.plan_with(problem, candidate.config)
         return lambda state, total, x: _covariance_triton.launch(plan, state, total, x, problem)
 
@@ -177,13 +186,22 @@ class ConvCovarianceTuner(Tuner):
         arch = _covariance_triton.arch_of(problem.device)
         shipped = [config for (of, _), config in _conv_triton.HEURISTIC.items() if of == arch]
         configs = dict.fromkeys([_conv_triton.config_for(problem), *shipped])
-        return [Candidate("triton", config) for config in configs]
+        return _current_first(
+            [*(Candidate("triton", config) for config in configs), Candidate("cuda", None)],
+            _covariance.CONV_TABLE,
+            problem,
+        )
 
     def refuse(self, candidate: Candidate, problem: Any) -> str | None:
+        if candidate.impl == "cuda":
+            return _refused(_covariance.CONV_TABLE, candidate, problem)
         reason: str | None = _covariance_triton.unsupported_config(candidate.config, problem.dtype, problem.device)
         return reason
 
     def arm(self, candidate: Candidate, problem: Any) -> Callable[..., Any]:
+        if candidate.impl == "cuda":
+            geometry = (problem.kernel_size, problem.stride, problem.padding, problem.dilation)
+            return lambda state, total, x: _covariance_cuda.run_conv(problem, state, total, x, *map(list, geometry))
         plan = _conv_triton.plan_with(problem, candidate.config)
         return lambda state, total, x: _conv_triton.launch(plan, state, total, x)
 
@@ -237,16 +255,13 @@ class LowRankLinearTuner(Tuner):
 
     def starts(self, problem: Any) -> list[Candidate]:
         name = self.arch(problem.device)
-        current = choose(_linear.TABLE, problem, "auto").name
         own = {"triton.decode": _linear_config.decode_config, "triton.prefill": _linear_config.prefill_config}
         listed = [Candidate(impl, config_of(problem)) for impl, config_of in own.items()]
         listed += [Candidate("triton.decode", config) for config in _linear_config.shipped_decode(name)]
         listed += [Candidate("triton.prefill", config) for config in _linear_config.shipped_prefill(name)]
-        listed.append(Candidate("two_products", None))
-        listed = list(
-            dict.fromkeys(candidate for candidate in listed if candidate.config or candidate.impl == "two_products")
-        )
-        return sorted(listed, key=lambda candidate: candidate.impl != current)
+        listed = [candidate for candidate in listed if candidate.config]
+        listed += [Candidate(impl, None) for impl in ("two_products", "cuda.decode", "cuda.prefill")]
+        return _current_first(dict.fromkeys(listed), _linear.TABLE, problem)
 
     def refuse(self, candidate: Candidate, problem: Any) -> str | None:
         config = candidate.config
@@ -255,13 +270,29 @@ class LowRankLinearTuner(Tuner):
                 return "one slice leaves nothing to add"
             reason: str | None = _linear_triton.supports_decode(problem, config)
             return reason
-        return _linear_triton.supports_prefill(problem, config) if candidate.impl == "triton.prefill" else None
+        if candidate.impl == "triton.prefill":
+            return _linear_triton.supports_prefill(problem, config)
+        return _refused(_linear.TABLE, candidate, problem)
 
     def arm(self, candidate: Candidate, problem: Any) -> Callable[..., Any]:
         if candidate.impl == "two_products":
             return bench_lowrank_linear.two_linears
+        if candidate.config is None:
+            return lambda x, down, up, bias, weight: _linear_cuda.run(problem, x, down, up, bias, "none")
         run = _linear_triton.run_decode if candidate.impl == "triton.decode" else _linear_triton.run_prefill
         return lambda x, down, up, bias, weight: run(problem, x, down, up, bias, "none", candidate.config)
+
+
+def _current_first(candidates: Iterable[Candidate], table: Sequence[Any], problem: Any) -> list[Candidate]:
+    """What would run now in front."""
+    current = choose(table, problem, "auto").name
+    return sorted(candidates, key=lambda candidate: candidate.impl != current)
+
+
+def _refused(table: Sequence[Any], candidate: Candidate, problem: Any) -> str | None:
+    """What the implementation itself says of the problem, for those that have no configuration to ask about."""
+    reason: str | None = next(impl for impl in table if impl.name == candidate.impl).supports(problem)
+    return reason
 
 
 TUNERS: dict[str, Tuner] = {

@@ -140,6 +140,36 @@ def test_a_linear_table_chooses_the_implementation(tables, impl):
         tune.choose.cache_clear()
 
 
+@pytest.mark.parametrize(
+    "op, table, impl",
+    [
+        ("covariance_update", covariance.TABLE, "cuda"),
+        ("conv_covariance_update", covariance.CONV_TABLE, "cuda"),
+        ("lowrank_linear", linear.TABLE, "cuda.decode"),
+        ("lowrank_linear", linear.TABLE, "cuda.prefill"),
+    ],
+)
+def test_cuda_kernels_run_where_a_table_found_them_fastest(tables, op, table, impl):
+    tuner = tune.TUNERS[op]
+    shape = tuner.shapes()[0]
+    problem = problem_of(tuner, shape)
+    assert impl in [candidate.impl for candidate in tuner.starts(problem)]
+    table = tuple(row._replace(supports=lambda problem: None) for row in table)  # as if the library were there
+    assert tune.choose(table, problem, "auto").name != impl
+    entry = {"shape": shape, **tune.Candidate(impl, None).to_dict(), "us": 1.0}
+    tune.write_table(op, tuner.arch(H200), FACTS, [entry], tables)
+    for function in (_tuning.load, tune.choose):
+        function.cache_clear()
+    try:
+        assert tune.choose(table, problem, "auto").name == impl
+        covariance_triton.config_for.cache_clear()
+        conv_triton.config_for.cache_clear()
+        if impl == "cuda":  # what is not tuned keeps its own choice
+            (conv_triton if op.startswith("conv") else covariance_triton).config_for(problem)
+    finally:
+        tune.choose.cache_clear()
+
+
 class Fake(tune.CovarianceTuner):
     """Three shapes, told apart by their tokens."""
 

@@ -124,7 +124,7 @@ def test_supports_is_the_planner(library: Path) -> None:
     tensors = [torch.zeros(*shape, dtype=torch.bfloat16) for shape in ((16, 64), (8, 64), (40, 8))]
     linear = describe_lowrank(*tensors, None, "gelu")._replace(device=H200)
     assert lowrank_cuda.supports_decode(linear) is None
-    assert not lowrank_cuda.prefers(linear)
+    assert not lowrank_cuda.prefers_decode(linear)
     assert lowrank_cuda.supports_prefill(linear) == "16 tokens are for decode_sm90"
     many = linear._replace(tokens=65)
     assert lowrank_cuda.supports_prefill(many) is None

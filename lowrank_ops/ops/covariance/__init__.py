@@ -56,15 +56,15 @@ class ConvProblem(NamedTuple):
 
 
 TABLE: tuple[Impl, ...] = (
+    Impl("cuda", Backend.CUDA, _cuda.supports, _cuda.run, _cuda.prefers, _cuda.plan),
     Impl("triton", Backend.TRITON, _triton.supports, _triton.run, _triton.prefers),
     Impl("reference", Backend.REFERENCE, lambda problem: None, lambda problem, *tensors: reference.update(*tensors)),
-    Impl("cuda", Backend.CUDA, _cuda.supports, _cuda.run, _cuda.prefers, _cuda.plan),
 )
 
 CONV_TABLE: tuple[Impl, ...] = (
+    Impl("cuda", Backend.CUDA, _cuda.supports_conv, _cuda.run_conv, _cuda.prefers_conv, _cuda.plan_conv),
     Impl("triton", Backend.TRITON, _triton_conv.supports, _triton_conv.run, _triton.prefers),
     Impl("reference", Backend.REFERENCE, lambda problem: None, lambda problem, *args: reference.update_conv(*args)),
-    Impl("cuda", Backend.CUDA, _cuda.supports_conv, _cuda.run_conv, _cuda.prefers, _cuda.plan_conv),
 )
 
 

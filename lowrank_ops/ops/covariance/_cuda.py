@@ -9,12 +9,13 @@ neither side. bfloat16 and float16 products are exact. Sums of rows are of what 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .. import _native
+from . import _triton, _triton_conv
 from .reference import output_size
 
 if TYPE_CHECKING:
@@ -83,9 +84,16 @@ def _planned_conv(problem: ConvProblem) -> tuple[str, str]:
     )
 
 
-def prefers(problem: Any) -> bool:
-    """Not preferred until measured: the kernels run only where they are asked for."""
-    return False
+def prefers(problem: Problem) -> bool:
+    """Where the tuned table says that it was fastest; so not before it has been measured."""
+    entry = _triton.tuned_entry(problem)
+    return entry is not None and entry["impl"] == "cuda"
+
+
+def prefers_conv(problem: ConvProblem) -> bool:
+    """The same."""
+    entry = _triton_conv.tuned_entry(problem)
+    return entry is not None and entry["impl"] == "cuda"
 
 
 def run(problem: Problem, second_moment: Tensor, total: Tensor, x: Tensor) -> None:

@@ -192,12 +192,16 @@ def plan(problem: Problem) -> Plan:
 @functools.lru_cache(maxsize=8192)
 def config_for(problem: Problem) -> Config:
     """The tuned configuration of the nearest shape, or the heuristic one."""
-    arch = arch_of(problem.device)
-    shape = {"tokens": problem.tokens, "features": problem.features, "dtype": DTYPES[problem.dtype]}
-    entry = _tuning.nearest("covariance_update", f"sm{arch}", shape)
+    entry = tuned_entry(problem)
     if entry is not None and entry["impl"] == "triton":
         return Config(**entry["config"])
-    return HEURISTIC[arch, _kind(problem.dtype, problem.features)]
+    return HEURISTIC[arch_of(problem.device), _kind(problem.dtype, problem.features)]
+
+
+def tuned_entry(problem: Problem) -> dict[str, Any] | None:
+    """What was fastest for the nearest problem in the tuned table, by any backend, if one ships."""
+    shape = {"tokens": problem.tokens, "features": problem.features, "dtype": DTYPES[problem.dtype]}
+    return _tuning.nearest("covariance_update", f"sm{arch_of(problem.device)}", shape)
 
 
 @functools.lru_cache(maxsize=8192)

@@ -84,11 +84,15 @@ def launch(conv: ConvPlan, second_moment: Tensor, total: Tensor, x: Tensor) -> N
 @functools.lru_cache(maxsize=8192)
 def config_for(problem: ConvProblem) -> Config:
     """The tuned configuration of the nearest shape, or the heuristic one."""
-    arch, shape = _triton.arch_of(problem.device), table_shape(problem)
-    entry = _tuning.nearest("conv_covariance_update", f"sm{arch}", shape)
+    entry = tuned_entry(problem)
     if entry is not None and entry["impl"] == "triton":
         return Config(**entry["config"])
-    return HEURISTIC[arch, _kind(shape)]
+    return HEURISTIC[_triton.arch_of(problem.device), _kind(table_shape(problem))]
+
+
+def tuned_entry(problem: ConvProblem) -> dict[str, Any] | None:
+    """What was fastest for the nearest problem in the tuned table, by any backend, if one ships."""
+    return _tuning.nearest("conv_covariance_update", f"sm{_triton.arch_of(problem.device)}", table_shape(problem))
 
 
 def table_shape(problem: ConvProblem) -> dict[str, Any]:

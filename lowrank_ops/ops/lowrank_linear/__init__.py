@@ -52,6 +52,8 @@ TABLE: tuple[Impl, ...] = (
         _dense_costs_less,
         bind=lambda problem: reference.bind(reference.dense, problem.activation),
     ),
+    Impl("cuda.decode", Backend.CUDA, _cuda.supports_decode, _cuda.run, _cuda.prefers_decode, _cuda.plan),
+    Impl("cuda.prefill", Backend.CUDA, _cuda.supports_prefill, _cuda.run, _cuda.prefers_prefill, _cuda.plan),
     Impl(
         "triton.decode",
         Backend.TRITON,
@@ -75,8 +77,6 @@ TABLE: tuple[Impl, ...] = (
         lambda problem, *args: reference.two_products(*args),
         bind=lambda problem: reference.bind(reference.two_products, problem.activation),
     ),
-    Impl("cuda.decode", Backend.CUDA, _cuda.supports_decode, _cuda.run, _cuda.prefers, _cuda.plan),
-    Impl("cuda.prefill", Backend.CUDA, _cuda.supports_prefill, _cuda.run, _cuda.prefers, _cuda.plan),
 )
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
+from ._triton_config import tuned_implementation
 
 if TYPE_CHECKING:
     from . import Problem
@@ -31,9 +32,14 @@ def plan(problem: Problem) -> str:
     return _planned(problem, "")[1]
 
 
-def prefers(problem: Problem) -> bool:
-    """Not preferred until measured: the kernels run only where they are asked for."""
-    return False
+def prefers_decode(problem: Problem) -> bool:
+    """Where the tuned table says that it was fastest; so not before it has been measured."""
+    return tuned_implementation(problem) == "cuda.decode"
+
+
+def prefers_prefill(problem: Problem) -> bool:
+    """The same."""
+    return tuned_implementation(problem) == "cuda.prefill"
 
 
 def _planned(problem: Problem, kind: str) -> tuple[str, str]:
