@@ -7,9 +7,10 @@ import json
 import pytest
 import torch
 
-from benchmarks import tune
+from benchmarks import tune, tuners
 from benchmarks.suite import H200, META
 from lowrank_ops.ops import _tuning
+from lowrank_ops.ops._backend import choose
 
 covariance = importlib.import_module("lowrank_ops.ops.covariance")
 covariance_triton = importlib.import_module("lowrank_ops.ops.covariance._triton")
@@ -59,7 +60,7 @@ def test_what_would_run_now_comes_first_and_is_legal(op):
         starts = tuner.starts(problem)
         assert len(starts) == len(set(starts)) and tuner.refuse(starts[0], problem) is None, shape
         table, _ = tuner.case(shape).pose(tuner.case(shape).make(META, 0))
-        assert starts[0].impl == tune.choose(table, problem, "auto").name
+        assert starts[0].impl == choose(table, problem, "auto").name
 
 
 @pytest.mark.parametrize("op", tune.TUNERS)
@@ -128,16 +129,16 @@ def test_a_linear_table_chooses_the_implementation(tables, impl):
         [{"shape": shape, **tune.Candidate(impl, config).to_dict(), "us": 1.0}],
         tables,
     )
-    for function in (_tuning.load, linear_config.decode_config, linear_config.prefill_config, tune.choose):
+    for function in (_tuning.load, linear_config.decode_config, linear_config.prefill_config, choose):
         function.cache_clear()
     try:
-        assert tune.choose(linear.TABLE, problem, "auto").name == impl
+        assert choose(linear.TABLE, problem, "auto").name == impl
         if impl == "triton.decode":
             assert linear_config.decode_config(problem) == config
         if impl == "triton.prefill":
             assert linear_config.prefill_config(problem) == config
     finally:
-        tune.choose.cache_clear()
+        choose.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -155,22 +156,22 @@ def test_cuda_kernels_run_where_a_table_found_them_fastest(tables, op, table, im
     problem = problem_of(tuner, shape)
     assert impl in [candidate.impl for candidate in tuner.starts(problem)]
     table = tuple(row._replace(supports=lambda problem: None) for row in table)  # as if the library were there
-    assert tune.choose(table, problem, "auto").name != impl
+    assert choose(table, problem, "auto").name != impl
     entry = {"shape": shape, **tune.Candidate(impl, None).to_dict(), "us": 1.0}
     tune.write_table(op, tuner.arch(H200), FACTS, [entry], tables)
-    for function in (_tuning.load, tune.choose):
+    for function in (_tuning.load, choose):
         function.cache_clear()
     try:
-        assert tune.choose(table, problem, "auto").name == impl
+        assert choose(table, problem, "auto").name == impl
         covariance_triton.config_for.cache_clear()
         conv_triton.config_for.cache_clear()
         if impl == "cuda":  # what is not tuned keeps its own choice
             (conv_triton if op.startswith("conv") else covariance_triton).config_for(problem)
     finally:
-        tune.choose.cache_clear()
+        choose.cache_clear()
 
 
-class Fake(tune.CovarianceTuner):
+class Fake(tuners.CovarianceTuner):
     """Three shapes, told apart by their tokens."""
 
     def shapes(self):

@@ -11,7 +11,7 @@ import torch
 if not os.environ.get("TRITON_INTERPRET"):
     pytest.skip("needs TRITON_INTERPRET=1 in a process of its own", allow_module_level=True)
 
-from benchmarks import measure, shapes, tune
+from benchmarks import measure, shapes, tune, tuners
 from benchmarks.measure import Timing
 from benchmarks.symmetric_kernel import symmetric_product
 from lowrank_ops.ops.covariance._triton import Config
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.interpreter
 CPU = torch.device("cpu")
 
 
-class SmallCovariance(tune.CovarianceTuner):
+class SmallCovariance(tuners.CovarianceTuner):
     """Tiles as small as the interpreter is slow."""
 
     options = {"triton": {"block_t": (16, 32), "split": (1, 2)}}  # noqa: RUF012
@@ -30,7 +30,7 @@ class SmallCovariance(tune.CovarianceTuner):
         return [tune.Candidate("triton", Config(16, 16, 4, 2, split=1))]
 
 
-class SmallConvolution(tune.ConvCovarianceTuner):
+class SmallConvolution(tuners.ConvCovarianceTuner):
     options = {"triton": {"block_t": (16, 32), "split": (1, 2)}}  # noqa: RUF012
     convs = (shapes.Conv(1, 8, 5, 2, 1, 0), shapes.Conv(1, 3, 5, 2, 2, 1))
 
@@ -38,7 +38,7 @@ class SmallConvolution(tune.ConvCovarianceTuner):
         return [tune.Candidate("triton", Config(16, 16, 4, 2, split=1))]
 
 
-class SmallLinear(tune.LowRankLinearTuner):
+class SmallLinear(tuners.LowRankLinearTuner):
     options = {"triton.decode": {"block_n": (16, 32), "slices": (1, 2), "fold": (False, True)}}  # noqa: RUF012
 
     def starts(self, problem):

@@ -1,0 +1,278 @@
+"""What the tuner knows of each op: shapes, candidates, which of them are legal, and how each is run."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+from lowrank_ops.ops._backend import Device, choose
+
+from . import bench_covariance, bench_lowrank_linear, shapes
+from .rows import Case
+from .suite import META
+
+_covariance = importlib.import_module("lowrank_ops.ops.covariance")
+_linear = importlib.import_module("lowrank_ops.ops.lowrank_linear")
+_covariance_cuda = importlib.import_module("lowrank_ops.ops.covariance._cuda")
+_linear_cuda = importlib.import_module("lowrank_ops.ops.lowrank_linear._cuda")
+_covariance_triton = importlib.import_module("lowrank_ops.ops.covariance._triton")
+_conv_triton = importlib.import_module("lowrank_ops.ops.covariance._triton_conv")
+_linear_triton = importlib.import_module("lowrank_ops.ops.lowrank_linear._triton")
+_linear_config = importlib.import_module("lowrank_ops.ops.lowrank_linear._triton_config")
+
+Shape = dict[str, Any]
+Options = Mapping[str, Mapping[str, Sequence[Any]]]
+
+
+class Candidate(NamedTuple):
+    """An implementation with a configuration; None for one that has none."""
+
+    impl: str
+    config: Any
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"impl": self.impl, "config": {} if self.config is None else dataclasses.asdict(self.config)}
+
+
+class Tuner(ABC):
+    """What the search has to know of an op. ``options`` are the values that a configuration's fields may take."""
+
+    op: str  # as in the table's name
+    options: ClassVar[Options]  # implementation -> field -> values
+
+    @abstractmethod
+    def shapes(self) -> list[Shape]:
+        """The table's rows."""
+
+    @abstractmethod
+    def case(self, shape: Shape) -> Case:
+        """The benchmark's case of a shape."""
+
+    @abstractmethod
+    def arch(self, device: Device) -> str:
+        """The arch in the table's name."""
+
+    @abstractmethod
+    def starts(self, problem: Any) -> list[Candidate]:
+        """What would run now, first, and what else is worth beginning from."""
+
+    @abstractmethod
+    def refuse(self, candidate: Candidate, problem: Any) -> str | None:
+        """None, or why the kernels would not run ``problem`` so."""
+
+    @abstractmethod
+    def arm(self, candidate: Candidate, problem: Any) -> Callable[..., Any]:
+        """A function of a case's tensors."""
+
+    def neighbours(self, candidate: Candidate) -> list[Candidate]:
+        """All candidates that differ in one field."""
+        return [
+            Candidate(candidate.impl, dataclasses.replace(candidate.config, **{field: value}))
+            for field, values in self.options.get(candidate.impl, {}).items()
+            for value in values
+            if value != getattr(candidate.config, field)
+        ]
+
+
+class CovarianceTuner(Tuner):
+    """``covariance_update_``."""
+
+    op = "covariance_update"
+    options: ClassVar[Options] = {
+        "triton": {
+            "block_d": (64, 128),
+            "block_t": (32, 64, 128),
+            "num_warps": (4, 8),
+            "num_stages": (2, 3, 4, 5),
+            "group": (4, 8, 16),
+            "split": (0, 1, 2, 3, 4, 6, 8, 12, 16, 32),
+        }
+    }
+
+    def shapes(self) -> list[Shape]:
+        return [
+            {"tokens": tokens, "features": features, "dtype": dtype}
+            for dtype in ("bf16", "fp16", "fp32")
+            for features in shapes.COVARIANCE_FEATURES
+            for tokens in shapes.COVARIANCE_TOKENS
+        ]
+
+    def case(self, shape: Shape) -> Case:
+        return bench_covariance.case(shape["tokens"], shape["features"], shape["dtype"])
+
+    def arch(self, device: Device) -> str:
+        return f"sm{_covariance_triton.arch_of(device)}"
+
+    def starts(self, problem: Any) -> list[Candidate]:
+        arch = _covariance_triton.arch_of(problem.device)
+        shipped = [config for (of, _), config in _covariance_triton.HEURISTIC.items() if of == arch]
+        configs = dict.fromkeys([_covariance_triton.config_for(problem), *shipped])
+        return _current_first(
+            [*(Candidate("triton", config) for config in configs), Candidate("cuda", None)], _covariance.TABLE, problem
+        )
+
+    def refuse(self, candidate: Candidate, problem: Any) -> str | None:
+        if candidate.impl == "cuda":
+            return _refused(_covariance.TABLE, candidate, problem)
+        reason: str | None = _covariance_triton.unsupported_config(candidate.config, problem.dtype, problem.device)
+        return reason
+
+    def arm(self, candidate: Candidate, problem: Any) -> Callable[..., Any]:
+        if candidate.impl == "cuda":
+            return lambda state, total, x: _covariance_cuda.run(problem, state, total, x)
+        plan = _covariance_triton.plan_with(problem, candidate.config)
+        return lambda state, total, x: _covariance_triton.launch(plan, state, total, x, problem)
+
+
+class ConvCovarianceTuner(Tuner):
+    """``conv_covariance_update_``."""
+
+    op = "conv_covariance_update"
+    options: ClassVar[Options] = {
+        "triton": {
+            "block_d": (32, 64, 128),
+            "block_t": (16, 32, 64, 128),
+            "num_warps": (4, 8),
+            "num_stages": (2, 3, 4, 5),
+            "group": (4, 8, 16),
+            "split": (0, 1, 2, 3, 4, 6, 8, 12, 16, 32),
+        }
+    }
+    convs: ClassVar[Sequence[shapes.Conv]] = shapes.CONVS
+
+    def shapes(self) -> list[Shape]:
+        return [shape for shape, _ in self._listed()]
+
+    def case(self, shape: Shape) -> Case:
+        return next(case for listed, case in self._listed() if listed == shape)
+
+    def _listed(self) -> Iterator[tuple[Shape, Case]]:
+        """Every case, under what the table calls it."""
+        for dtype in ("bf16", "fp16", "fp32"):
+            for case in bench_covariance.conv_cases(dtype, self.convs):
+                assert case.pose is not None
+                _, problem = case.pose(case.make(META, 0))
+                yield _conv_triton.table_shape(problem), case
+
+    def arch(self, device: Device) -> str:
+        return f"sm{_covariance_triton.arch_of(device)}"
+
+    def starts(self, problem: Any) -> list[Candidate]:
+        arch = _covariance_triton.arch_of(problem.device)
+        shipped = [config for (of, _), config in _conv_triton.HEURISTIC.items() if of == arch]
+        configs = dict.fromkeys([_conv_triton.config_for(problem), *shipped])
+        return _current_first(
+            [*(Candidate("triton", config) for config in configs), Candidate("cuda", None)],
+            _covariance.CONV_TABLE,
+            problem,
+        )
+
+    def refuse(self, candidate: Candidate, problem: Any) -> str | None:
+        if candidate.impl == "cuda":
+            return _refused(_covariance.CONV_TABLE, candidate, problem)
+        reason: str | None = _covariance_triton.unsupported_config(candidate.config, problem.dtype, problem.device)
+        return reason
+
+    def arm(self, candidate: Candidate, problem: Any) -> Callable[..., Any]:
+        if candidate.impl == "cuda":
+            geometry = (problem.kernel_size, problem.stride, problem.padding, problem.dilation)
+            return lambda state, total, x: _covariance_cuda.run_conv(problem, state, total, x, *map(list, geometry))
+        plan = _conv_triton.plan_with(problem, candidate.config)
+        return lambda state, total, x: _conv_triton.launch(plan, state, total, x)
+
+
+class LowRankLinearTuner(Tuner):
+    """``lowrank_linear``."""
+
+    op = "lowrank_linear"
+    options: ClassVar[Options] = {
+        "triton.decode": {
+            "block_m": (16, 32, 64, 128),
+            "block_r": (16, 32, 64),
+            "block_k": (64, 128, 256),
+            "down_warps": (4, 8),
+            "down_stages": (2, 3, 4, 5),
+            "block_n": (16, 32, 64, 128),
+            "slab": (64, 128, 256, 512),
+            "rest": (32, 64, 128),
+            "up_warps": (4, 8),
+            "up_stages": (2, 3, 4),
+            "slices": (1, 2, 4, 8),
+            "fold": (False, True),
+        },
+        "triton.prefill": {
+            "block_m": (64, 128),
+            "block_n": (64, 128),
+            "block_k": (32, 64, 128),
+            "warps": (4, 8),
+            "stages_k": (2, 3, 4),
+            "stages_n": (2, 3),
+            "parts": (1, 2, 4, 8),
+        },
+    }
+
+    def shapes(self) -> list[Shape]:
+        return [
+            {**layer._asdict(), "tokens": tokens, "dtype": dtype}
+            for dtype in ("bfloat16", "float16")
+            for layer in shapes.STORED_LAYERS
+            for tokens in shapes.TOKENS
+        ]
+
+    def case(self, shape: Shape) -> Case:
+        layer = shapes.Layer(shape["in_features"], shape["out_features"], shape["rank"])
+        dtype = {"bfloat16": "bf16", "float16": "fp16"}[shape["dtype"]]
+        return bench_lowrank_linear.case(layer, shape["tokens"], dtype)
+
+    def arch(self, device: Device) -> str:
+        name: str = _linear_config.arch(device.capability)
+        return name
+
+    def starts(self, problem: Any) -> list[Candidate]:
+        name = self.arch(problem.device)
+        own = {"triton.decode": _linear_config.decode_config, "triton.prefill": _linear_config.prefill_config}
+        listed = [Candidate(impl, config_of(problem)) for impl, config_of in own.items()]
+        listed += [Candidate("triton.decode", config) for config in _linear_config.shipped_decode(name)]
+        listed += [Candidate("triton.prefill", config) for config in _linear_config.shipped_prefill(name)]
+        listed = [candidate for candidate in listed if candidate.config]
+        listed += [Candidate(impl, None) for impl in ("two_products", "cuda.decode", "cuda.prefill")]
+        return _current_first(dict.fromkeys(listed), _linear.TABLE, problem)
+
+    def refuse(self, candidate: Candidate, problem: Any) -> str | None:
+        config = candidate.config
+        if candidate.impl == "triton.decode":
+            if config.fold and config.slices == 1:
+                return "one slice leaves nothing to add"
+            reason: str | None = _linear_triton.supports_decode(problem, config)
+            return reason
+        if candidate.impl == "triton.prefill":
+            return _linear_triton.supports_prefill(problem, config)
+        return _refused(_linear.TABLE, candidate, problem)
+
+    def arm(self, candidate: Candidate, problem: Any) -> Callable[..., Any]:
+        if candidate.impl == "two_products":
+            return bench_lowrank_linear.two_linears
+        if candidate.config is None:
+            return lambda x, down, up, bias, weight: _linear_cuda.run(problem, x, down, up, bias, "none")
+        run = _linear_triton.run_decode if candidate.impl == "triton.decode" else _linear_triton.run_prefill
+        return lambda x, down, up, bias, weight: run(problem, x, down, up, bias, "none", candidate.config)
+
+
+def _current_first(candidates: Iterable[Candidate], table: Sequence[Any], problem: Any) -> list[Candidate]:
+    """What would run now in front."""
+    current = choose(table, problem, "auto").name
+    return sorted(candidates, key=lambda candidate: candidate.impl != current)
+
+
+def _refused(table: Sequence[Any], candidate: Candidate, problem: Any) -> str | None:
+    """What the implementation itself says of the problem, for those that have no configuration to ask about."""
+    reason: str | None = next(impl for impl in table if impl.name == candidate.impl).supports(problem)
+    return reason
+
+
+TUNERS: dict[str, Tuner] = {
+    tuner.op: tuner for tuner in (CovarianceTuner(), ConvCovarianceTuner(), LowRankLinearTuner())
+}
