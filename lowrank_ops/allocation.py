@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from .costs import Option, Price, options_of
+from .costs import UNBOUNDED, Bounds, Option, Price, options_of
 from .subspaces import LayerSubspaces
 
 LEAST_STEPS = 2000  # of the knapsack's budget
@@ -21,6 +21,7 @@ def within(
     price: Price,
     spaces: Mapping[str, LayerSubspaces],
     fixed: Mapping[str, int | None],
+    bounds: Mapping[str, Bounds],
     *,
     exactly: bool = False,
 ) -> dict[str, int | None]:
@@ -32,6 +33,7 @@ def within(
         price: what is counted.
         spaces: the layers considered.
         fixed: ranks of layers that have no choice; they count in the budget.
+        bounds: of the ranks of single layers.
         exactly: solve the choice as a knapsack instead of taking the largest gains first.
 
     Raises:
@@ -39,12 +41,16 @@ def within(
     """
     budget = math.floor(fraction * sum(price.dense(fqn, space) for fqn, space in spaces.items()))
     budget -= sum(price.of(fqn, spaces[fqn], rank) for fqn, rank in fixed.items())
-    options = {fqn: options_of(fqn, space, price) for fqn, space in spaces.items() if fqn not in fixed}
+    options = {
+        fqn: options_of(fqn, space, price, bounds.get(fqn, UNBOUNDED))
+        for fqn, space in spaces.items()
+        if fqn not in fixed
+    }
     least = sum(choices[0].cost for choices in options.values())
     if least > budget:
         raise ValueError(
             f"fraction={fraction} cannot be met: the smallest ranks take {least} {price.unit}, {budget} are left. "
-            "Use a larger fraction, or leave layers out with filter_fn."
+            "Use a larger fraction, lower the bounds if there are any, or leave layers out with filter_fn."
         )
     every = {fqn: list(range(len(choices))) for fqn, choices in options.items()}
     if allocation == "uniform":

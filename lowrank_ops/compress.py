@@ -131,7 +131,7 @@ def compress_(
             measure = Journal(policy.journal, _what_trials_depend_on(model, subspaces, config)).remembering(measure)
 
     _decompose(policy, subspaces, progress)
-    ranks = choose_ranks(policy, subspaces, config.overrides, measure=measure, progress=progress)
+    ranks = choose_ranks(policy, subspaces, config.overrides, bounds=config.bounds, measure=measure, progress=progress)
     if isinstance(policy, AccuracyGuided):  # what was found can be written to a file and used again
         config = replace(config, rank=Ranks({fqn: rank for fqn, rank in ranks.items() if rank is not None}))
     with torch.inference_mode(False):  # parameters made in inference mode could not be trained

@@ -176,6 +176,9 @@ class CompressionConfig:
         centered: use the covariance about the mean and fold the mean into the bias (never a larger output
             error); False uses the second moment and leaves the bias as it is.
         overrides: ``{fqn or "re:pattern": rank}``, which wins over the policy; a rank of None keeps a layer dense.
+        bounds: ``{fqn or "re:pattern": (least, most)}``, ranks that the policy stays within; ``most`` of None is no
+            bound, and the layer may stay dense. What is said by hand, in ``overrides`` or ``Ranks``, is not bounded.
+            Bounds win over the tolerance of ``AccuracyGuided``.
         refit: ``"sequential"`` fits the factors anew, layer by layer, to the dense model's outputs from the
             compressed model's inputs, which needs batches (:func:`lowrank_ops.refit_factors`); None does not.
     """
@@ -185,9 +188,12 @@ class CompressionConfig:
     centered: bool = True
     overrides: Mapping[str, int | None] = field(default_factory=dict)
     refit: str | None = None
+    bounds: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_names("overrides", self.overrides)
+        _check_names("bounds", self.bounds)
+        object.__setattr__(self, "bounds", {name: check_bound(name, pair) for name, pair in self.bounds.items()})
         policies = (*_POLICIES.values(), AccuracyGuided)
         if not isinstance(self.rank, policies):
             accepted = ", ".join(policy.__name__ for policy in policies)
@@ -215,7 +221,11 @@ class CompressionConfig:
             "centered": self.centered,
             "overrides": dict(self.overrides),
         }
-        return values if self.refit is None else {**values, "refit": self.refit}
+        if self.refit is not None:
+            values["refit"] = self.refit
+        if self.bounds:
+            values["bounds"] = {name: list(pair) for name, pair in self.bounds.items()}
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CompressionConfig:
@@ -253,6 +263,20 @@ class CompressionConfig:
 def _check_names(name: str, value: object) -> None:
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise TypeError(f'{name} must be a mapping {{fqn or "re:pattern": rank}} with strings for keys; got {value!r}.')
+
+
+def check_bound(name: str, pair: Any) -> tuple[int, int | None]:
+    """The pair, or ValueError where it is not ``(least, most)``."""
+    if isinstance(pair, (tuple, list)) and len(pair) == 2:
+        least, most = pair
+        ranks = [least] if most is None else [least, most]
+        whole = all(isinstance(rank, int) and not isinstance(rank, bool) for rank in ranks)
+        if whole and least >= 0 and (most is None or most >= max(1, least)):
+            return least, most
+    raise ValueError(
+        f"bounds[{name!r}] must be (least, most), ranks with 0 <= least <= most and most > 0, or None for no largest; "
+        f"got {pair!r}."
+    )
 
 
 def check_share(name: str, value: float) -> None:

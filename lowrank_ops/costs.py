@@ -79,6 +79,16 @@ def nanoseconds(latencies: LayerLatencies) -> Price:
     return Price("nanoseconds", lambda fqn, space: at(fqn, None), lambda fqn, space, rank: at(fqn, stored_rank(rank)))
 
 
+class Bounds(NamedTuple):
+    """The ranks that a layer may have."""
+
+    least: int = 0
+    most: int | None = None  # None: no bound, and the layer may stay dense
+
+
+UNBOUNDED = Bounds()
+
+
 class Option(NamedTuple):
     """A layer at one size."""
 
@@ -86,12 +96,22 @@ class Option(NamedTuple):
     cost: int
 
 
-def options_of(fqn: str, space: LayerSubspaces, price: Price) -> list[Option]:
-    """Aligned ranks that save parameters, and dense, by rising cost: a rank no cheaper than a larger one is out."""
-    kept = [Option(None, price.dense(fqn, space))]
-    for rank in range(min(space.dimensions[1:]) // RANK_ALIGNMENT * RANK_ALIGNMENT, 0, -RANK_ALIGNMENT):
+def options_of(fqn: str, space: LayerSubspaces, price: Price, bounds: Bounds = UNBOUNDED) -> list[Option]:
+    """Aligned ranks that save parameters, and dense, by rising cost: a rank no cheaper than a larger one is out.
+
+    Raises:
+        ValueError: the bounds leave nothing.
+    """
+    kept = [Option(None, price.dense(fqn, space))] if bounds.most is None else []
+    largest = min(space.dimensions[1:] if bounds.most is None else (*space.dimensions[1:], bounds.most))
+    for rank in range(largest // RANK_ALIGNMENT * RANK_ALIGNMENT, max(bounds.least - 1, 0), -RANK_ALIGNMENT):
         if lowrank_parameters(space, rank) < dense_parameters(space):
             option = Option(rank, price.lowrank(fqn, space, rank))
-            if option.cost < kept[-1].cost:
+            if not kept or option.cost < kept[-1].cost:
                 kept.append(option)
+    if not kept:
+        raise ValueError(
+            f"bounds leave {fqn!r} no choice: no multiple of {RANK_ALIGNMENT} in [{bounds.least}, {bounds.most}] saves "
+            "parameters. Widen them; None for the largest rank lets the layer stay dense."
+        )
     return kept[::-1]

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 import lowrank_ops as lro
 from lowrank_ops import cli, ops
 from lowrank_ops.checkpoint import load_pretrained
-from lowrank_ops.cli import doctor, inputs
+from lowrank_ops.cli import compress, doctor, inputs
+from lowrank_ops.latencies import LatencyCurve
 
 PROJECT = """
 import torch
@@ -166,6 +167,78 @@ class TestCompress:
         assert ranks and {fqn: loaded.get_submodule(fqn).rank for fqn in ranks} == ranks
         config = json.loads((project / "out" / "lowrank_config.json").read_text())
         assert all(entry["calibration_rows"] == 96 for entry in config["layers"].values())
+
+    def test_a_budget_in_multiplications(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main([*COMPRESS, "--flops", "0.8", "--allocation", "energy", "--json"]) == 0
+        compression = json.loads(capsys.readouterr().out)["compression"]
+        assert compression["config"]["rank"] == {"policy": "flop_budget", "fraction": 0.8, "allocation": "energy"}
+        products = [
+            row["in_features"] * row["out_features"]
+            if row["rank"] is None
+            else -(-row["rank"] // 8) * 8 * (row["in_features"] + row["out_features"])
+            for row in compression["layers"]
+        ]
+        assert 0 < sum(products) <= 0.8 * 2 * 16 * 32
+
+    def test_a_budget_in_time_is_timed_once(self, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        curve = LatencyCurve(dense=1e-3, ranks=(8,), seconds=(4e-4,))
+        layers = {"0": {"a layer": 1}, "2": {"a layer": 1}}
+        lro.LayerLatencies("cpu", 1, {"a layer": curve}, layers).save(project / "times.json")
+        assert cli.main([*COMPRESS, "--latency", "0.75", "--latencies", "times.json", "--json"]) == 0
+        compression = json.loads(capsys.readouterr().out)["compression"]
+        policy = compression["config"]["rank"]
+        assert (policy["policy"], policy["fraction"], policy["allocation"]) == ("latency_budget", 0.75, "uniform")
+        assert sorted(str(row["rank"]) for row in compression["layers"]) == ["8", "None"]  # 1.4 of 2 ms
+        assert sum(row["seconds"] for row in compression["layers"]) == pytest.approx(1.4e-3)
+
+    def test_a_budget_in_time_times_the_first_batch(
+        self, project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen: list[torch.Size] = []
+
+        def measure(model: torch.nn.Module, batch: torch.Tensor, progress: bool) -> lro.LayerLatencies:
+            assert progress and len(model) == 3
+            seen.append(batch.shape)
+            curve = LatencyCurve(dense=1e-3, ranks=(8,), seconds=(4e-4,))
+            return lro.LayerLatencies("cpu", 1, {"a layer": curve}, {"0": {"a layer": 1}, "2": {"a layer": 1}})
+
+        monkeypatch.setattr(compress, "measure_latency", measure)
+        timed = ["--latency", "0.4", "--allocation", "energy", "--json"]
+        assert cli.main([*COMPRESS, *timed, "--save-latencies", "times.json"]) == 0
+        first = json.loads(capsys.readouterr().out)
+        assert seen == [(32, 16)] and [row["rank"] for row in first["compression"]["layers"]] == [8, 8]
+        assert cli.main([*COMPRESS, *timed, "--latencies", "times.json"]) == 0
+        assert json.loads(capsys.readouterr().out) == first and len(seen) == 1
+
+    def test_a_budget_in_time_really_timed(self, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main([*COMPRESS, "--latency", "1", "--save-latencies", "times.json"]) in (0, 1)  # 1: all stay dense
+        assert "timing layers" in capsys.readouterr().err
+        assert set(lro.LayerLatencies.load(project / "times.json").layers) == {"0", "2"}
+
+    @pytest.mark.parametrize(
+        ("arguments", "reason"),
+        [
+            (["--budget", "0.5", "--flops", "0.5"], "not allowed with argument"),
+            (["--latency", "0.5", "--ranks", "ranks.json"], "not allowed with argument"),
+            (["--latency", "0"], "must be a number in (0, 1]"),
+            (["--flops", "0.5", "--latencies", "times.json"], "--latencies is for a budget in time; give --latency"),
+            (["--save-latencies", "times.json"], "--save-latencies is for a budget in time; give --latency"),
+            (["--latency", "0.5", "--latencies", "none.json"], "none.json"),
+            (["--latency", "0.5", "--latencies", "ranks.json"], "--latencies: not the latencies of layers"),
+            (["--latency", "0.5", "--save-latencies", "no/times.json"], "--save-latencies: there is no folder"),
+        ],
+    )
+    def test_budgets_that_make_no_sense_are_refused(
+        self, project: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], reason: str
+    ) -> None:
+        (project / "ranks.json").write_text('{"0": 4}')
+        line = refused(capsys, 2, *COMPRESS, *arguments)
+        assert reason in line and not (project / "out").exists()
+
+    def test_layers_are_not_timed_without_batches(self, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (project / "c.safetensors").touch()
+        argv = ("compress", "cli_project:build", "--covariances", "c.safetensors", "--out", "out", "--latency", "0.5")
+        assert "with --covariances it needs --latencies as well" in refused(capsys, 2, *argv)
 
     def test_the_table_says_how_to_read_it(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main([*COMPRESS, "--projection", "utilized"]) == 0
@@ -323,7 +396,7 @@ class TestRefusals:
             ([*ANALYZE, "--explained-variance", "99"], "must be a number in (0, 1]; got '99'"),
             ([*COMPRESS, "--budget", "half"], "must be a number in (0, 1]; got 'half'"),
             ([*COMPRESS, "--budget", "0.5", "--ranks", "r"], "not allowed with argument"),
-            ([*COMPRESS, "--allocation", "energy"], "--allocation shares out a budget; give --budget"),
+            ([*COMPRESS, "--allocation", "energy"], "give --budget, --flops or --latency with it"),
             ([*COMPRESS, "--projection", "svd"], "invalid choice: 'svd'"),
             ([*COMPRESS[:-2]], "required: --out"),
             ([*COMPRESS[:-1], "cli_project.py"], "--out must be a folder; 'cli_project.py' is a file"),

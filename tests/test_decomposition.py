@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lowrank_ops as lro
-from benchmarks.accuracy.decomposition import falling, main, moment_of
+from benchmarks.accuracy.decomposition import falling, main, moment_of, refined
 from lowrank_ops.decomposition import WideSubspace, principal_subspace, subspace_iteration
 
 
@@ -298,4 +298,20 @@ def test_progress_shows_the_decomposition(capsys: pytest.CaptureFixture[str]) ->
 def test_the_benchmark_prints_its_table(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--features", "96", "--decays", "1.5"])
     table = capsys.readouterr().out.split("threads:")[1].splitlines()
-    assert [line.split()[1] for line in table[3:]] == ["eigh", "eigenvalues", *["iteration"] * 3]
+    names = [line.split()[1] for line in table[3:]]
+    assert names == ["eigh", "eigenvalues", *["iteration"] * 3, *["float32,"] * 6]
+    main(["--features", "96", "--decays", "1.5", "--methods", "eigenvalues"])
+    assert capsys.readouterr().out.count("eigenvalues") == 2
+
+
+@pytest.mark.parametrize(("product", "most"), [(False, 2e-3), (True, 2e-5)])
+def test_directions_of_float32_are_refined_in_float64(product: bool, most: float) -> None:
+    spectrum = falling(96, 1.5)
+    moment, basis = moment_of(spectrum)
+    vectors = torch.linalg.eigh(moment.float()).eigenvectors
+    found = refined(moment, vectors, 24, product)
+    assert found.basis.dtype == torch.float64
+    torch.testing.assert_close(found.basis.T @ found.basis, torch.eye(24, dtype=torch.float64), rtol=0, atol=1e-13)
+    least = spectrum[24:].sum()
+    assert -1e-12 < found.dropped / least - 1 < most
+    assert (1 - (found.basis.T @ basis[:, :12]).square().sum() / 12).abs() < 1e-7

@@ -1,5 +1,6 @@
 """Policies that spend by loss, count multiplications, or try: budgets met, optima found, evaluations bounded."""
 
+import copy
 import itertools
 import math
 
@@ -212,9 +213,72 @@ def test_a_failing_trial_leaves_the_model_dense(calibrated) -> None:  # type: ig
     assert list(model.modules()) == modules
 
 
+BOUNDS = {"re:.*": (9, 24), "wide": (32, None), "again": (0, 16)}
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        lro.ExplainedVariance(0.999),
+        lro.ExplainedVariance(0.01),
+        *(lro.ParameterBudget(0.65, allocation) for allocation in ("uniform", "energy", "loss")),
+        lro.FlopBudget(0.7, "loss"),
+        lro.AccuracyGuided(len, 0.0),
+        lro.AccuracyGuided(len, 0.0, search="layers"),
+        lro.AccuracyGuided(len, 9.0),
+    ],
+    ids=lambda policy: type(policy).__name__,
+)
+def test_every_policy_stays_within_bounds(calibrated, policy: lro.config.RankPolicy) -> None:  # type: ignore[no-untyped-def]
+    _, _, spaces = calibrated
+
+    def measure(ranks: dict[str, int | None]) -> float:  # the dense model, and nothing else, is accurate
+        return float(all(rank is None for rank in ranks.values()))
+
+    ranks = lro.choose_ranks(policy, spaces, bounds=BOUNDS, measure=measure)
+    for fqn in ("conv", "head"):
+        assert ranks[fqn] is not None and 9 <= ranks[fqn] <= 24
+    assert ranks["again"] is not None and ranks["again"] <= 16
+    assert ranks["wide"] is None or ranks["wide"] >= 32
+    if isinstance(policy, lro.AccuracyGuided) and not policy.max_drop:
+        assert ranks["wide"] is None and ranks["again"] == 16, "the largest that bounds allow"
+
+
+def test_bounds_of_patterns_names_and_overrides(calibrated) -> None:  # type: ignore[no-untyped-def]
+    model, covariances, spaces = calibrated
+    low = lro.ExplainedVariance(0.01)
+    ranks = lro.choose_ranks(low, spaces, {"head": 3}, bounds={"re:.*": (10, None), "conv": (16, None)})
+    assert ranks == {"conv": 16, "wide": 10, "again": 10, "head": 3}
+    free = lro.choose_ranks(lro.ParameterBudget(0.5, "loss"), spaces)
+    assert lro.choose_ranks(lro.ParameterBudget(0.5, "loss"), spaces, bounds={"re:.*": (0, None)}) == free
+    config = lro.CompressionConfig(low, bounds={"re:.*": [10, None]})
+    report = lro.compress_(copy.deepcopy(model), covariances, config, subspaces=spaces)
+    assert {layer.rank for layer in report.layers} == {10}
+
+
+@pytest.mark.parametrize("pair", [7, (1,), (-1, 4), (5, 4), (0, 0), (1.0, 2), (True, 2), (None, 3)])
+def test_bad_bounds_are_explained(calibrated, pair: object) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError, match=r"bounds\['a'\] must be \(least, most\)"):
+        lro.CompressionConfig(bounds={"a": pair})
+    with pytest.raises(ValueError, match=r"bounds\['wide'\] must be"):
+        lro.choose_ranks(lro.ExplainedVariance(), calibrated[2], bounds={"wide": pair})
+
+
+def test_bounds_that_leave_nothing_are_explained(calibrated) -> None:  # type: ignore[no-untyped-def]
+    _, _, spaces = calibrated
+    with pytest.raises(ValueError, match=r"bounds leave 'again' no choice: no multiple of 8 in \[33, 39\]"):
+        lro.choose_ranks(lro.ParameterBudget(0.5), spaces, bounds={"again": (33, 39)})
+    with pytest.raises(ValueError, match="bounds: 'nothing' matches none"):
+        lro.choose_ranks(lro.ParameterBudget(0.5), spaces, bounds={"nothing": (0, 8)})
+    with pytest.raises(ValueError, match="cannot be met"):
+        lro.choose_ranks(lro.ParameterBudget(0.2), spaces, bounds={"wide": (40, None)})
+
+
 def test_policies_go_to_json_and_back() -> None:
     config = lro.CompressionConfig(lro.FlopBudget(0.4, "loss"), projection="loss")
     assert lro.CompressionConfig.from_json(config.to_json()) == config
+    bounded = lro.CompressionConfig(bounds={"re:.*": (8, None), "head": (0, 16)})
+    assert lro.CompressionConfig.from_json(bounded.to_json()) == bounded
     with pytest.raises(ValueError, match="holds a function"):
         lro.CompressionConfig(lro.AccuracyGuided(len, 0.1)).to_json()
 

@@ -4,6 +4,7 @@ Trains the demo's Vision Transformer as a masked autoencoder (He et al. 2022, ar
 supervised twin was trained on: the encoder sees a quarter of the patches, a small decoder tells the normalised pixels
 of the others. Then Mean Layer Utilization of both and of an untrained one, by the same images, with the accuracy of a
 linear probe to show what each has learned. Training goes on where it was broken off; rows go to a JSON file.
+``--device cuda`` does all of it on a GPU; a row tells its device.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class MaskedAutoencoder(nn.Module):
         targets = F.unfold(images, PATCH, stride=PATCH).transpose(1, 2)  # (batch, 16, 49)
         targets = (targets - targets.mean(-1, keepdim=True)) / (targets.var(-1, keepdim=True) + 1e-6).sqrt()
         batch, patches, _ = targets.shape
-        order = torch.rand(batch, patches).argsort(1)  # the first are seen
+        order = torch.rand(batch, patches).argsort(1).to(images.device)  # the first are seen
         predicted = self.decode(self.encode(images, order[:, :VISIBLE]), order)
         hidden = order[:, VISIBLE:, None].expand(-1, -1, PATCH**2)
         return F.mse_loss(predicted.gather(1, hidden), targets.gather(1, hidden))
@@ -91,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     models = {name: {"model": name, "epochs": options.epochs if name == "masked" else None} for name in MODELS}
     missing = [] if options.tables else [name for name, case in models.items() if results.find(case) is None]
     if missing:
-        images, labels = vision.training_images(options.data)
+        images, labels = (part.to(options.device) for part in vision.training_images(options.data))
         make: dict[str, Callable[[], tuple[ViT, dict[str, Any]]]] = {
             "untrained": lambda: (seeded(ViT), {}),
             "supervised": lambda: (load_vit(), {}),
@@ -99,11 +100,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         }
         for name in missing:
             encoder, training = make[name]()
-            encoder.eval()
-            results.add(
-                models[name],
-                {**training, "probe_accuracy": linear_probe(encoder, images, labels), **utilizations(encoder)},
-            )
+            encoder.eval().to(options.device)
+            found = {"probe_accuracy": linear_probe(encoder, images, labels), **utilizations(encoder)}
+            results.add(models[name], {**training, **found, "device": vision.name_of(options.device)})
     print(table(results, list(models.values())))
 
 
@@ -118,6 +117,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--epochs", type=int, default=6, help="of the masked autoencoder; its twin had 6")
     parser.add_argument("--checkpoint", type=Path, default=Path("masked.pt"), help="of its training, to go on from")
     parser.add_argument("--data", type=Path, default=vision.ORIGINAL, help="folder of the original files")
+    parser.add_argument("--device", default="cpu", help="that models and images are on (default: %(default)s)")
     parser.add_argument("--tables", action="store_true", help="show what there is, compute nothing")
     return parser
 
@@ -130,7 +130,7 @@ def seeded(make: Callable[[], nn.Module]) -> Any:
 
 def pretrained(images: Tensor, epochs: int, checkpoint: Path) -> tuple[ViT, dict[str, Any]]:
     """Train a masked autoencoder, or go on with it; gives its encoder and the loss of the last tenth of the steps."""
-    model: MaskedAutoencoder = seeded(lambda: MaskedAutoencoder(ViT()))
+    model: MaskedAutoencoder = seeded(lambda: MaskedAutoencoder(ViT())).to(images.device)
     per_epoch = len(images) // BATCH
     total = epochs * per_epoch
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY)
@@ -138,7 +138,7 @@ def pretrained(images: Tensor, epochs: int, checkpoint: Path) -> tuple[ViT, dict
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
     losses: list[float] = []
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
+        state = torch.load(checkpoint, map_location=images.device, weights_only=True)
         if state["total"] != total:
             raise ValueError(
                 f"--checkpoint {checkpoint} is of {state['total']} steps, this run of {total}; name another."
@@ -151,7 +151,7 @@ def pretrained(images: Tensor, epochs: int, checkpoint: Path) -> tuple[ViT, dict
         while len(losses) < total:
             epoch, place = divmod(len(losses), per_epoch)
             torch.manual_seed(epoch)
-            rows = torch.randperm(len(images))[place * BATCH : (place + 1) * BATCH]
+            rows = torch.randperm(len(images))[place * BATCH : (place + 1) * BATCH].to(images.device)
             torch.manual_seed(len(losses))  # of the masks: a resumed run draws what an unbroken one does
             loss = model(images[rows])
             optimizer.zero_grad(set_to_none=True)
@@ -186,11 +186,11 @@ def features(encoder: ViT, images: Tensor) -> Tensor:
 
 def linear_probe(encoder: ViT, images: Tensor, labels: Tensor) -> float:
     """Accuracy in percent on the test images of a linear classifier of frozen features, fitted to 10,000 others."""
-    test_images, test_labels = vision.load_images("test")
+    test_images, test_labels = (part.to(images.device) for part in vision.load_images("test"))
     train, test = (features(encoder, part) for part in (images[:PROBE_IMAGES], test_images))
     mean, deviation = train.mean(0), train.std(0).clamp_min(1e-6)
     train, test = (train - mean) / deviation, (test - mean) / deviation
-    classifier = nn.Linear(train.shape[1], 10)
+    classifier = nn.Linear(train.shape[1], 10, device=images.device)
     nn.init.zeros_(classifier.weight)
     nn.init.zeros_(classifier.bias)
     optimizer = torch.optim.LBFGS(classifier.parameters(), max_iter=200, line_search_fn="strong_wolfe")

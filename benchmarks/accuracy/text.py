@@ -95,7 +95,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, default=Path("text.json"), help="file of rows, read and added to")
-    parser.add_argument("--kinds", nargs="+", choices=list(SOURCES), default=list(SOURCES))
+    parser.add_argument("--kinds", nargs="+", choices=list(SOURCES), default=["debian", "docstrings"])
     parser.add_argument("--texts", type=int, nargs="+", default=[SIZES[-1]], help="for calibration")
     parser.add_argument("--budgets", type=float, nargs="+", default=[75, 50, 35, 25], help="%% of layer parameters")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))

@@ -5,6 +5,7 @@ fine-tuning; ``--finetune plain distilled`` goes on to fine-tune each of them, o
 dense model, for one pass through the original training images (on Debian: ``apt install dataset-fashion-mnist``), as
 they are, which is how the model was trained. ``--refit`` refits each sequentially instead, by the calibration images.
 Rows go to a JSON file as they are done; run again, it computes those that are missing, and with ``--tables`` none.
+``--device cuda`` does all of it on a GPU, where it draws other labels for the sensitivity; a row tells its device.
 """
 
 from __future__ import annotations
@@ -43,9 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if missing:
         train = None
         if options.finetune:
-            train = Training(*training_images(options.data), options.train_images, options.held_out)
+            train = Training(*training_images(options.data), options.train_images, options.held_out, options.device)
         torch.manual_seed(0)
-        bench = Bench(*(train.held_out_images if train is not None and options.held_out else load_images("test")))
+        held_out = train.held_out_images if train is not None and options.held_out else load_images("test")
+        bench = Bench(*held_out, options.device)
         bench.use(bench.calibrate(load_images("calibration")[0], options.probes))  # the 2,000 images that ship
         for case in tqdm(missing, desc="compressing and evaluating", unit="model"):
             student, report = bench.compress(
@@ -53,7 +55,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
             losses = {} if train is None else train.recover(student, bench.dense, case, options.scratch)
             results.add(
-                case, {**bench.judge(student), "layer_share": share(report), "predicted_loss": lost(report), **losses}
+                case,
+                {
+                    **bench.judge(student),
+                    "layer_share": share(report),
+                    "predicted_loss": lost(report),
+                    **losses,
+                    "device": name_of(options.device),
+                },
             )
     print((recovered if options.finetune else table)(results, cases, options))
 
@@ -66,12 +75,16 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="file of rows, read and added to")
-    parser.add_argument("--budgets", type=float, nargs="+", default=[75, 50, 35, 25, 15], help="%% of layer parameters")
+    parser.add_argument(
+        "--budgets", type=float, nargs="+", default=[75, 50, 35, 25, 15],
+        help="%% of layer parameters; 100 leaves every layer dense",
+    )  # fmt: skip
     parser.add_argument("--projections", nargs="+", choices=PROJECTIONS, default=list(PROJECTIONS))
     parser.add_argument("--allocations", nargs="+", choices=ALLOCATIONS, default=list(ALLOCATIONS))
     parser.add_argument("--keep-dense", nargs="*", default=[], metavar="LAYER", help="such as head, the classifier")
     parser.add_argument("--probes", type=int, default=1, help="labels drawn per image for the sensitivity")
     parser.add_argument("--refit", action="store_true", help="refit sequentially, by the calibration images")
+    parser.add_argument("--device", default="cpu", help="that models and images are on (default: %(default)s)")
     parser.add_argument("--tables", action="store_true", help="show what there is, compute nothing")
     training = parser.add_argument_group("fine-tuning")
     training.add_argument("--finetune", nargs="+", choices=WAYS, default=[], help="fine-tune, in these ways")
@@ -116,10 +129,12 @@ class Bench:
         self,
         images: Tensor,  # (n, 1, 28, 28)
         labels: Tensor,  # (n,)
+        device: str = "cpu",
     ) -> None:
-        self.dense = load_vit()
-        self.images, self.labels, self.predictions = images, labels, predict(self.dense, images)
-        print(f"dense: {percent_equal(self.predictions, labels):.2f}% of {len(images)} images")
+        self.dense = load_vit().to(device)
+        self.images, self.labels = images.to(device), labels.to(device)
+        self.predictions = predict(self.dense, self.images)
+        print(f"dense: {percent_equal(self.predictions, self.labels):.2f}% of {len(images)} images")
 
     def calibrate(self, images: Tensor, probes: int = 1) -> lro.Covariances:
         """Covariances and sensitivities of images (n, 1, 28, 28)."""
@@ -178,9 +193,9 @@ class Remembered(nn.Module):
 class Training:
     """Shuffled batches of (images, labels, index), the last incomplete one dropped, and what is held out of them."""
 
-    def __init__(self, images: Tensor, labels: Tensor, count: int, held_out: int) -> None:
+    def __init__(self, images: Tensor, labels: Tensor, count: int, held_out: int, device: str = "cpu") -> None:
         kept = len(images) - held_out
-        self.images, self.labels = images[: min(count, kept)], labels[: min(count, kept)]
+        self.images, self.labels = (part[: min(count, kept)].to(device) for part in (images, labels))
         self.held_out_images = images[kept:], labels[kept:]
         self._teacher: Remembered | None = None
 
@@ -188,14 +203,15 @@ class Training:
         return len(self.images) // TRAIN_BATCH
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for index in torch.randperm(len(self.images))[: len(self) * TRAIN_BATCH].split(TRAIN_BATCH):
+        order = torch.randperm(len(self.images))  # drawn on the CPU: the same order for every device
+        for index in order[: len(self) * TRAIN_BATCH].to(self.images.device).split(TRAIN_BATCH):
             yield self.images[index], self.labels[index], index
 
     def teacher(self, dense: nn.Module, scratch: Path | None) -> Remembered:
         """The dense model's logits of the training images."""
         file = None if scratch is None else scratch / f"logits-{len(self.images)}.pt"
         if self._teacher is None and file is not None and file.exists():
-            self._teacher = Remembered(torch.load(file, weights_only=True))
+            self._teacher = Remembered(torch.load(file, map_location=self.images.device, weights_only=True))
         if self._teacher is None:
             dense.eval()
             with torch.no_grad():
@@ -227,6 +243,11 @@ class Training:
         tenth = max(1, report.steps // 10)
         first, last = (sum(part) / tenth for part in (report.losses[:tenth], report.losses[-tenth:]))
         return {"first_loss": first, "last_loss": last}
+
+
+def name_of(device: str) -> str:
+    """The GPU's name, or the device as it was called."""
+    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device
 
 
 def share(report: lro.CompressionReport) -> float:

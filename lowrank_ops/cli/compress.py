@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from ..checkpoint import save_pretrained
 from ..compress import compress_
-from ..config import ALLOCATIONS, PROJECTIONS, CompressionConfig, ExplainedVariance, ParameterBudget, RankPolicy, Ranks
-from .command import Failure, Result, add_command, add_output, check_folder, document, share
+from ..config import (
+    ALLOCATIONS,
+    PROJECTIONS,
+    CompressionConfig,
+    ExplainedVariance,
+    FlopBudget,
+    LatencyBudget,
+    ParameterBudget,
+    RankPolicy,
+    Ranks,
+)
+from ..latencies import LayerLatencies
+from ..timing import measure_latency
+from .command import Failure, Result, add_command, add_output, check_folder, document, failing_as, share
 from .inputs import add_calibration, calibrated, load_batches
 
 _COMPRESS = """\
@@ -24,6 +39,8 @@ examples:
   what a former analysis measured, 99% of each layer's variance, the classifier left dense
     lowrank-ops compress my_project:build_model --covariances covariances.safetensors \\
         --explained-variance 0.99 --keep-dense head --out smaller
+  half of the layers' time on this machine, as timed now with the first batch
+    lowrank-ops compress my_project:build_model --batches my_project:batches --latency 0.5 --out faster
   ranks by hand, {"layer name or re:pattern": rank, ...}; layers that are not named stay dense
     lowrank-ops compress my_project:build_model --batches my_project:batches --ranks ranks.json --out smaller"""
 
@@ -46,12 +63,20 @@ def _add_compression(parser: argparse.ArgumentParser) -> None:
     policy.add_argument(
         "--budget", type=share, metavar="SHARE", help="all layers together keep at most this share of their parameters"
     )
+    policy.add_argument("--flops", type=share, metavar="SHARE", help="the same of their multiplications")
+    policy.add_argument(
+        "--latency", type=share, metavar="SHARE",
+        help="the same of their time: as --latencies has it, or as timed now with the first of --batches",
+    )  # fmt: skip
     policy.add_argument("--ranks", type=Path, metavar="FILE", help='JSON file: {"layer name or re:pattern": rank, ...}')
     parser.add_argument(
         "--allocation", choices=ALLOCATIONS,
         help="how a budget is shared out: the same share to each layer, or where it saves the most variance or loss "
         "(default: uniform)",
     )  # fmt: skip
+    times = parser.add_mutually_exclusive_group()
+    times.add_argument("--latencies", type=Path, metavar="FILE", help="times for --latency, from --save-latencies")
+    times.add_argument("--save-latencies", type=Path, metavar="FILE", help="keep what was timed for later runs")
     parser.add_argument(
         "--projection", choices=PROJECTIONS, default="output",
         help="onto output principal components, the same weighed by the loss, onto utilized input and output spaces, "
@@ -75,13 +100,16 @@ def run(options: argparse.Namespace) -> Result:
         check_folder(options.html, "--html")
     if options.refit is not None and options.batches is None:
         raise Failure(2, "--refit runs the model on --batches; it cannot go with --covariances")
+    policy = _policy(options)
     config = CompressionConfig(
-        rank=_policy(options),
+        rank=policy or ExplainedVariance(),
         projection=options.projection,
         overrides=dict.fromkeys(options.keep_dense),
         refit=options.refit,
     )
     model, covariances = calibrated(options)
+    if policy is None:
+        config = replace(config, rank=_timed(options, model))
     batches = None if options.refit is None else load_batches(options.batches)
     report = compress_(model, covariances, config, batches=batches, mask=options.mask, progress=True)
     if all(layer.rank is None for layer in report.layers):
@@ -96,11 +124,29 @@ def run(options: argparse.Namespace) -> Result:
     )
 
 
-def _policy(options: argparse.Namespace) -> RankPolicy:
-    if options.allocation is not None and options.budget is None:
-        raise Failure(2, "--allocation shares out a budget; give --budget with it")
+def _policy(options: argparse.Namespace) -> RankPolicy | None:
+    """The policy asked for; None where it is a share of times that are still to be taken."""
+    allocation = options.allocation or "uniform"
+    if options.allocation is not None and not (options.budget or options.flops or options.latency):
+        raise Failure(2, "--allocation shares out a budget; give --budget, --flops or --latency with it")
+    for name, file in (("--latencies", options.latencies), ("--save-latencies", options.save_latencies)):
+        if file is not None and options.latency is None:
+            raise Failure(2, f"{name} is for a budget in time; give --latency with it")
+    if options.latency is not None and options.latencies is None:
+        if options.batches is None:
+            raise Failure(2, "--latency times layers with --batches; with --covariances it needs --latencies as well")
+        if options.save_latencies is not None:
+            check_folder(options.save_latencies, "--save-latencies")
+        return None
+    if options.latency is not None:
+        try:
+            return LatencyBudget(options.latency, LayerLatencies.load(options.latencies), allocation)
+        except ValueError as error:
+            raise Failure(2, f"--latencies: {error}") from None
+    if options.flops is not None:
+        return FlopBudget(options.flops, allocation)
     if options.budget is not None:
-        return ParameterBudget(options.budget, options.allocation or "uniform")
+        return ParameterBudget(options.budget, allocation)
     if options.ranks is None:
         return ExplainedVariance(0.99 if options.explained_variance is None else options.explained_variance)
     try:
@@ -110,3 +156,13 @@ def _policy(options: argparse.Namespace) -> RankPolicy:
     if not isinstance(ranks, dict):
         raise Failure(2, f"--ranks: {str(options.ranks)!r} must hold a JSON object of ranks by layer name")
     return Ranks(ranks)
+
+
+def _timed(options: argparse.Namespace, model: nn.Module) -> LatencyBudget:
+    """The budget in time, by the first batch; ``calibrated`` has seen that there is one."""
+    batch = next(iter(load_batches(options.batches)))
+    with failing_as("timing"):
+        latencies = measure_latency(model, batch, progress=True)
+    if options.save_latencies is not None:
+        latencies.save(options.save_latencies)
+    return LatencyBudget(options.latency, latencies, options.allocation or "uniform")

@@ -1,6 +1,8 @@
 """The accuracy benchmark of a sentence encoder, on a tiny random one: texts, embeddings, rows and resumption."""
 
 import json
+import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,6 +31,16 @@ def test_descriptions_are_paragraphs_and_short_ones_are_left_out() -> None:
     assert summary == "A game of war"
     assert first.startswith("First line") and first.endswith("hundred characters.")
     assert second == "Second paragraph."
+
+
+def test_near_copies_are_left_out_unless_they_are_asked_for(monkeypatch, tmp_path) -> None:
+    (tmp_path / "a_i18n_Translation-en").touch()
+    copy = LISTING.replace("A game of war", "A game of war, in Welsh")
+    monkeypatch.setattr(corpora, "APT_LISTS", tmp_path)
+    monkeypatch.setattr(subprocess, "run", lambda *command, **options: SimpleNamespace(stdout=f"{LISTING}\n{copy}"))
+    assert [text.split("\n")[0] for text in corpora.debian()] == ["A game of war"]
+    everything = ["A game of war", "A game of war, in Welsh"]
+    assert [text.split("\n")[0] for text in corpora.debian_with_near_copies()] == everything
 
 
 def test_docstrings_of_modules_classes_and_functions() -> None:

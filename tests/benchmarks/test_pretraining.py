@@ -106,6 +106,7 @@ def test_rows_and_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     rows = Results(out).rows
     assert [row["model"] for row in rows] == ["untrained", "supervised", "masked"] and rows[2]["loss"] > 0
     assert all(row["probe_accuracy"] > 80 for row in rows), "judged by images that the probe was fitted to"
+    assert {row["device"] for row in rows} == {"cpu"}
     assert 0 < rows[0]["mlu_0.9_about_mean"] < rows[0]["mlu_0.999_about_mean"] <= 1
     assert rows[0]["mlu_0.99_about_zero"] != rows[0]["mlu_0.99_about_mean"]
     text = capsys.readouterr().out
@@ -114,3 +115,12 @@ def test_rows_and_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     )
     pretraining.main([*arguments[:2], "--epochs", "5", "--tables"])
     assert "| masked, epochs: 5 | not measured |" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vision, "training_images", lambda folder: few(512))
+    arguments = ["--out", str(tmp_path / "rows.json"), "--epochs", "1", "--checkpoint", str(tmp_path / "masked.pt")]
+    pretraining.main([*arguments, "--device", "cuda"])
+    rows = Results(tmp_path / "rows.json").rows
+    assert {row["device"] for row in rows} == {torch.cuda.get_device_name()} and rows[2]["loss"] > 0

@@ -100,6 +100,52 @@ def test_the_remembered_teacher_answers_as_the_dense_model(tmp_path: Path) -> No
     assert torch.equal(later.logits, teacher.logits)
 
 
+def test_at_the_whole_budget_the_dense_model_itself_is_trained(tmp_path: Path) -> None:
+    arguments = ["--out", str(tmp_path / "rows.json"), "--budgets", "100"]
+    arguments += ["--projections", "loss", "--allocations", "loss"]
+    vision.main(arguments)
+    vision.main([*arguments, "--finetune", "plain"])
+    dense, trained = Results(tmp_path / "rows.json").rows
+    assert (dense["agreement"], dense["layer_share"], dense["predicted_loss"]) == (100, 100, 0)
+    assert trained["layer_share"] == 100 and trained["first_loss"] > 0
+
+
+def test_rows_tell_their_device_and_all_tensors_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[tuple[str, object]] = []  # a machine without a GPU can only tell what was asked to be where
+    of_module, of_tensor = torch.nn.Module.to, torch.Tensor.to
+
+    def module_to(self, device):  # type: ignore[no-untyped-def]
+        moved.append((type(self).__name__, device))
+        return of_module(self, "cpu")
+
+    def tensor_to(self, *arguments, **keywords):  # type: ignore[no-untyped-def]
+        if arguments == ("elsewhere",):
+            moved.append((str(tuple(self.shape)), arguments[0]))
+            return self
+        return of_tensor(self, *arguments, **keywords)
+
+    monkeypatch.setattr(torch.nn.Module, "to", module_to)
+    monkeypatch.setattr(torch.Tensor, "to", tensor_to)
+    monkeypatch.setattr(vision, "name_of", lambda device: f"the {device}")
+    arguments = ["--budgets", "60", "--projections", "loss", "--allocations", "loss", "--finetune", "distilled"]
+    vision.main([*arguments, "--out", str(tmp_path / "rows.json"), "--device", "elsewhere"])
+    assert [row["device"] for row in Results(tmp_path / "rows.json").rows] == ["the elsewhere"]
+    asked = ["(64, 1, 28, 28)", "(64,)", "ViT", "(50, 1, 28, 28)", "(50,)"]  # training, model, test
+    assert moved == [(name, "elsewhere") for name in asked]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(tmp_path: Path) -> None:
+    out = tmp_path / "rows.json"
+    arguments = ["--budgets", "60", "--projections", "loss", "--allocations", "loss", "--scratch", str(tmp_path)]
+    vision.main([*arguments, "--finetune", "plain", "distilled", "--out", str(out), "--device", "cuda"])
+    rows = Results(out).rows
+    assert [row["device"] for row in rows] == [torch.cuda.get_device_name()] * 2
+    assert all(row["agreement"] > 80 for row in rows)
+    vision.main([*arguments, "--refit", "--out", str(out), "--device", "cuda"])
+    assert len(Results(out).rows) == 3
+
+
 def test_a_broken_finetuning_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["--finetune", "distilled", "--budgets", "60", "--projections", "loss", "--allocations", "loss"]
     vision.main([*arguments, "--out", str(tmp_path / "whole.json"), "--scratch", str(tmp_path)])
