@@ -14,7 +14,7 @@ from torch import Tensor
 
 RATE = 16_000  # Hz
 FRAME = 1024  # samples
-KINDS = ("tones", "speech")
+KINDS = ("tones", "short-tones", "speech")
 
 # Voices and sentences of calibration and of the test have nothing in common.
 _VOICES = {
@@ -45,7 +45,7 @@ def frames(kind: str, part: str, count: int, seed: int = 0) -> Tensor:
     """Frames of zero mean and unit variance in random order, (count, 1024), float32.
 
     Args:
-        kind: ``"tones"`` or ``"speech"``.
+        kind: ``"tones"``, ``"short-tones"`` (ten times as many notes in as many frames) or ``"speech"``.
         part: ``"calibration"`` or ``"test"``: other sounds of the same kind.
         count: number of frames.
         seed: of the choice of frames.
@@ -54,7 +54,8 @@ def frames(kind: str, part: str, count: int, seed: int = 0) -> Tensor:
         RuntimeError: speech without espeak-ng.
         ValueError: fewer frames than asked for.
     """
-    audio = _tones(part, seconds=count / 50) if kind == "tones" else _speech(part)
+    note = {"tones": 1.0, "short-tones": 0.1}.get(kind)
+    audio = _speech(part) if note is None else _tones(part, count / 50, note)
     found = audio.unfold(0, FRAME, RATE // 100)  # one every 10 ms
     found = found[found.square().mean(1) > 1e-3 * audio.square().mean()]  # no silence
     if len(found) < count:
@@ -64,12 +65,12 @@ def frames(kind: str, part: str, count: int, seed: int = 0) -> Tensor:
     return chosen / chosen.std(1, keepdim=True)
 
 
-def _tones(part: str, seconds: float) -> Tensor:
-    """Notes of a second: harmonics that fall at a rate of their own, vibrato, and some breath."""
+def _tones(part: str, seconds: float, note: float) -> Tensor:
+    """Notes of ``note`` seconds: harmonics that fall at a rate of their own, vibrato, and some breath."""
     generator = torch.Generator().manual_seed(1 if part == "calibration" else 2)
-    time = torch.arange(RATE) / RATE
+    time = torch.arange(round(note * RATE)) / RATE
     notes = []
-    for _ in range(math.ceil(seconds)):
+    for _ in range(math.ceil(seconds / note)):
         pitch, slope, depth, speed, breath = torch.rand(5, generator=generator).tolist()
         lowest = 70 * 2 ** (3.3 * pitch)  # 70 to 690 Hz
         bend = 0.3 * depth * torch.sin(2 * math.pi * (4 + 3 * speed) * time) / 12  # octaves: up to 0.3 semitones
@@ -77,9 +78,9 @@ def _tones(part: str, seconds: float) -> Tensor:
         order = torch.arange(1, int(RATE / 2 / (1.1 * lowest)) + 1)
         strength = order ** -(0.5 + 1.5 * slope) * torch.rand(len(order), generator=generator)
         shift = 2 * math.pi * torch.rand(len(order), 1, generator=generator)
-        note = (strength[:, None] * torch.sin(order[:, None] * phase + shift)).sum(0)
-        note /= note.std()
-        notes.append(note + 0.1 * breath * torch.randn(RATE, generator=generator))
+        tone = (strength[:, None] * torch.sin(order[:, None] * phase + shift)).sum(0)
+        tone /= tone.std()
+        notes.append(tone + 0.1 * breath * torch.randn(len(time), generator=generator))
     return torch.cat(notes)
 
 

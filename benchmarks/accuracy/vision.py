@@ -43,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     missing = [] if options.tables else [case for case in cases if results.find(case) is None]
     if missing:
         train = None
+        if options.scratch is not None:
+            options.scratch.mkdir(parents=True, exist_ok=True)  # now, not after minutes of work
         if options.finetune:
             train = Training(*training_images(options.data), options.train_images, options.held_out, options.device)
         torch.manual_seed(0)

@@ -27,14 +27,15 @@ def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_frames_are_standardised_and_those_of_the_test_are_others() -> None:
-    seen, unseen = audio.frames("tones", "calibration", 40), audio.frames("tones", "test", 40)
+@pytest.mark.parametrize("kind", ["tones", "short-tones"])
+def test_frames_are_standardised_and_those_of_the_test_are_others(kind: str) -> None:
+    seen, unseen = audio.frames(kind, "calibration", 40), audio.frames(kind, "test", 40)
     for part in (seen, unseen):
         assert part.shape == (40, audio.FRAME)
         torch.testing.assert_close(part.mean(1), torch.zeros(40), atol=1e-5, rtol=0)
         torch.testing.assert_close(part.std(1), torch.ones(40))
     assert (seen @ unseen.T).max() < 0.99 * audio.FRAME  # no frame is in both
-    assert torch.equal(seen, audio.frames("tones", "calibration", 40))
+    assert torch.equal(seen, audio.frames(kind, "calibration", 40))
 
 
 def test_tones_are_resampled_without_change_of_pitch() -> None:
