@@ -95,6 +95,7 @@ __device__ void consume(const Arguments& args, const Block& block, const Pipelin
           sum[0] += static_cast<float>(pair[0]);
           sum[1] += static_cast<float>(pair[1]);
         }
+        sm90::fence_before_copies();
         __syncwarp();
       }
       sm90::wait_products<1>();  // this step's may run on, the one before has been read

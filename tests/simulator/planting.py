@@ -32,10 +32,11 @@ def plant(file: str, right: str, wrong: str, library: Path, folder: Path) -> Pat
     objects = [other[other.index("-o") + 1] for other in others]
     arguments[arguments.index("-o") + 1] = str(folder / "planted.o")
     arguments[arguments.index(str(source))] = str(planted)
-    run(*arguments, "-O0", "-g0", "-iquote", source.parent, cwd=build)
+    sanitizer = [a for a in arguments if a.startswith("-fsanitize")]
+    level = "-O1" if sanitizer else "-O0"  # at -O0 it does not see structures that are copied, such as bfloat16
+    run(*arguments, level, "-g0", "-iquote", source.parent, cwd=build)
     torch = next(a for a in arguments if a.endswith("torch/include")).removesuffix("include") + "lib"
     out = folder / LIBRARY_NAME
-    sanitizer = [a for a in arguments if a.startswith("-fsanitize")]
     link = [*sanitizer, "-L" + torch, "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
     run("c++", "-shared", "-o", out, folder / "planted.o", *objects, *link, cwd=build)
     return out

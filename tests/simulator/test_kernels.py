@@ -83,6 +83,7 @@ COVARIANCES = [  # machine, dtype, tokens, features, offset, padding, kernel and
     (SM80, TF32, 1, 129, 0, 3, "covariance_sm80: TensorFloat-32"),
     (SM86, FP16, 1, 1, 1, 0, "covariance_sm80"),
     (SM90, BF16, 513, 1, 0, 0, "covariance_sm80"),
+    (SM90._replace(multiprocessors=1), BF16, 330, 64, 0, 0, "covariance_sm90: .* 1 splits"),  # stages are used twice
 ]  # fmt: skip
 
 

@@ -253,6 +253,7 @@ void init_barrier(uint32_t address, int arrivals) {
 void fence_barrier_init() {
   for (auto& [address, barrier] : self().block->barriers)
     if (barrier.unfenced == &self()) barrier.unfenced = nullptr;
+  fence_before_copies();
 }
 
 void arrive(uint32_t address, int64_t expected_bytes) {
@@ -272,23 +273,27 @@ void wait(uint32_t address, int parity) {
 
 // ---- asynchronous work ----
 
+void fence_before_copies() { happened(&self().block->fenced); }
+
 void copy_later(uint32_t address, int64_t bytes, Work copy) {
   Block* block = self().block;
   MemoryBarrier* barrier = &barrier_at(*block, address);
   expect(barrier->unfenced == nullptr, "fence.mbarrier_init and fence.proxy.async before the copy engine uses a barrier");
   ++block->copies_under_way;
-  const auto asked = std::make_shared<char>();
-  Work work = [block, barrier, address, bytes, asked, copy = std::move(copy)] {
-    after(asked.get());
-    copy();
-    happened(barrier);
+  Work work = [block, barrier, address, bytes, copy = std::move(copy)] {
+    {
+      const ByCopyEngine engine;
+      after(&block->kernel->launched);
+      after(&block->fenced);
+      copy();
+      happened(barrier);
+    }
     --block->copies_under_way;
     expect_intact(*block, address);
     barrier->bytes -= bytes;
     settle(*barrier);
   };
   if (config().timing == Timing::early || config().timing == Timing::copies_first) return work();
-  happened(asked.get());
   const Unwatched unwatched;
   device().engine.push_back(std::move(work));
 }

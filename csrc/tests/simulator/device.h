@@ -92,7 +92,9 @@ void wait(uint32_t barrier, int parity);
 
 // ---- asynchronous work ----
 
-// By the copy engine: `copy` runs some time later and then tells the barrier of this block.
+// By the copy engine: `copy` runs some time later and then tells the barrier of this block. It is ordered after what
+// threads did to memory only by the fence between the two.
+void fence_before_copies();
 void copy_later(uint32_t barrier, int64_t bytes, std::function<void()> copy);
 
 // By a thread (cp.async) or a warp (wgmma): work in groups; `wait_groups` returns when at most `pending` are left.

@@ -7,6 +7,7 @@
 
 #include "device.h"
 #include "elements.h"
+#include "order.h"
 
 namespace lowrank_ops::simulator {
 
@@ -39,6 +40,7 @@ float operand(uint64_t descriptor, int row, int k, bool rows_contiguous) {
   const uint32_t r = static_cast<uint32_t>(row), c = static_cast<uint32_t>(k);
   const uint32_t address = rows_contiguous ? start + r / 64 * leading + c / 8 * stride + c % 8 * 128 + r % 64 * 2
                                            : start + r / 8 * stride + r % 8 * 128 + c * 2;
+  const Unwatched unwatched;  // wgmma is the copy engine's kin: no fence is between them, and the values show their order
   uint16_t bits;
   std::memcpy(&bits, shared_bytes(swizzled(address), 2, 2), 2);
   return value_of<Element>(bits);

@@ -25,6 +25,18 @@ struct Watched {
   Watched() { __tsan_ignore_thread_end(); }
   ~Watched() { __tsan_ignore_thread_begin(); }
 };
+// The copy engine, which knows only of what it is told.
+class ByCopyEngine {
+ public:
+  ByCopyEngine() : before_(__tsan_get_current_fiber()) {
+    static void* const engine = __tsan_create_fiber(0);
+    __tsan_switch_to_fiber(engine, __tsan_switch_to_fiber_no_sync);
+  }
+  ~ByCopyEngine() { __tsan_switch_to_fiber(before_, __tsan_switch_to_fiber_no_sync); }
+
+ private:
+  void* before_;
+};
 #else
 inline void happened(const void*) {}
 inline void after(const void*) {}
@@ -33,6 +45,9 @@ struct Unwatched {
 };
 struct Watched {
   ~Watched() {}
+};
+struct ByCopyEngine {
+  ~ByCopyEngine() {}
 };
 #endif
 

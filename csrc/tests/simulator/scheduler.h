@@ -82,6 +82,7 @@ struct Block {
   int live = 0, in_barrier = 0, copies_under_way = 0;
   int64_t phase = 0;  // of the barrier
   char events[2];     // its last two phases
+  char fenced;        // what threads did before fences for the copy engine
   Queue waiting;
 };
 

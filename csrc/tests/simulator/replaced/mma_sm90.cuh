@@ -13,6 +13,7 @@ inline uint32_t shared_address(const void* pointer) { return simulator::shared_a
 
 inline void init_barrier(uint32_t barrier, int arrivals) { simulator::init_barrier(barrier, arrivals); }
 inline void fence_barrier_init() { simulator::fence_barrier_init(); }
+inline void fence_before_copies() { simulator::fence_before_copies(); }
 inline void arrive(uint32_t barrier) { simulator::arrive(barrier, 0); }
 inline void arrive_expecting(uint32_t barrier, int bytes) { simulator::arrive(barrier, bytes); }
 inline void wait(uint32_t barrier, int parity) { simulator::wait(barrier, parity); }
@@ -22,6 +23,7 @@ inline void wait(uint32_t barrier, int parity) { simulator::wait(barrier, parity
 inline void prefetch(const CUtensorMap*) {}
 
 inline void copy_box(uint32_t to, const CUtensorMap* map, int x, int y, uint32_t barrier) {
+  const simulator::Unwatched unwatched;
   const simulator::MatrixMap matrix = simulator::matrix_map(*map);
   unsigned char* start = simulator::shared_bytes(to, matrix.box_bytes(), 128);
   simulator::copy_later(barrier, matrix.box_bytes(), [matrix, to, start, x, y] {
@@ -30,7 +32,7 @@ inline void copy_box(uint32_t to, const CUtensorMap* map, int x, int y, uint32_t
         const int64_t r = int64_t{y} + row, c = int64_t{x} + byte / 2;
         const uint32_t address = to + static_cast<uint32_t>(row * matrix.box_cols * 2 + byte);
         const bool inside = r >= 0 && r < matrix.rows && c >= 0 && c < matrix.cols;
-        const uint16_t zero = 0;
+        static constexpr uint16_t zero = 0;
         std::memcpy(start + (simulator::swizzled(address) - to),
                     inside ? static_cast<const void*>(matrix.base + r * matrix.stride_bytes + c * 2) : &zero, 2);
       }
@@ -38,6 +40,7 @@ inline void copy_box(uint32_t to, const CUtensorMap* map, int x, int y, uint32_t
 }
 
 inline void copy_bytes(uint32_t to, const void* from, int bytes, uint32_t barrier) {
+  const simulator::Unwatched unwatched;
   simulator::expect(bytes > 0 && bytes % 16 == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0,
                     "a bulk copy of 16-byte pieces");
   unsigned char* there = simulator::shared_bytes(to, bytes, 16);
