@@ -36,7 +36,7 @@ struct Grid {
   dim3 blocks;
   int threads;                // per block
   int64_t shared_bytes;       // of dynamic shared memory, per block
-  int cluster = 1;            // blocks that share their shared memory
+  int cluster = 0;            // blocks that share their shared memory, one as well; 0: not told, for kernels without
   bool all_at_once = false;   // starts when all blocks can, or fails: the kernel has a barrier for all
   bool may_overlap = false;   // may start before the kernel before it has ended, for which it waits itself
 };
@@ -50,7 +50,7 @@ class LaunchConfig {
     config_.dynamicSmemBytes = static_cast<size_t>(grid.shared_bytes);
     config_.stream = launch.stream;
     config_.attrs = attributes_;
-    if (grid.cluster > 1) {
+    if (grid.cluster > 0) {
       cudaLaunchAttribute& attribute = add(cudaLaunchAttributeClusterDimension);
       attribute.val.clusterDim.x = static_cast<unsigned>(grid.cluster);
       attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;

@@ -116,7 +116,7 @@ void launch_pair(const LowRankPlan& plan, const Arguments& args, const Launch& l
   const dim3 down_blocks(static_cast<unsigned>(ceil_div(args.rank, plan.rows_down)), plan.splits, token_tiles);
   launch_kernel(down, {down_blocks, kThreads, plan.shared_bytes_down}, launch, args);
   const dim3 up_blocks(static_cast<unsigned>(ceil_div(args.out_features, plan.rows_up)), 1, token_tiles);
-  launch_kernel(up, {up_blocks, kThreads, plan.shared_bytes_up, 1, false, plan.dependent_launch}, launch, args);
+  launch_kernel(up, {up_blocks, kThreads, plan.shared_bytes_up, 0, false, plan.dependent_launch}, launch, args);
 }
 
 template <class Element, bool kAligned>

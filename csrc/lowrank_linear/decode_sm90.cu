@@ -199,7 +199,8 @@ __global__ void __launch_bounds__(kThreads, 1) decode_sm90(const __grid_constant
   multiply_up<Element, kGroups>(slab, args, shared, at);
 }
 
-// How many clusters of a kernel the device runs at once: asked once, it does not change.
+// How many clusters of a kernel the device runs at once: asked once, it does not change. The runtime wants to be told
+// the cluster's size even where it is 1.
 int clusters_at_once(const void* kernel, const Grid& grid, const Launch& launch) {
   static std::mutex mutex;
   static std::map<std::tuple<int, const void*, int, int64_t>, int> known;

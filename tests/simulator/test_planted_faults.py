@@ -96,6 +96,27 @@ FAULTS = {
         "decode_sm80",
         VALUES,
     ),
+    "covariance_sm90: the copy engine may not know of the barriers": Fault(
+        "covariance/covariance_sm90",
+        "sm90::fence_barrier_init();",
+        "",
+        "covariance_sm90",
+        "fence.mbarrier_init",
+    ),
+    "covariance_sm90: one warp of a warpgroup waits differently": Fault(
+        "covariance/covariance_sm90",
+        "sm90::wait_products<1>();",
+        "if (consumer / 32 == 5) sm90::wait_products<0>();\n      sm90::wait_products<1>();",
+        "covariance_sm90",
+        "four warps of a warpgroup",
+    ),
+    "decode_sm90: the runtime is not told of clusters of one": Fault(
+        "lowrank_linear/decode_sm90",
+        "plan.shared_bytes, plan.cluster};",
+        "plan.shared_bytes, plan.cluster == 1 ? 0 : plan.cluster};",
+        "decode_sm90",
+        "launching lowrank_linear of .* failed",
+    ),
     "decode_sm90: t is read before all blocks have written it": Fault(
         "lowrank_linear/decode_sm90", "cg::this_grid().sync();", "", "decode_sm90", VALUES
     ),
@@ -107,7 +128,11 @@ FAULTS = {
         f"{VALUES}|still to write to it",
     ),
     "decode_sm90: sums are read before the cluster has left them": Fault(
-        "lowrank_linear/decode_sm90", "cluster.sync();", "__syncthreads();", "decode_sm90", VALUES
+        "lowrank_linear/decode_sm90",
+        "cluster.sync();",
+        "__syncthreads();",
+        "decode_sm90",
+        f"{VALUES}|it may not have started",
     ),
     "decode_sm90: sums are overwritten while they are read": Fault(
         "lowrank_linear/decode_sm90",
@@ -143,6 +168,20 @@ FAULTS = {
         "sm90::wait(empty(step), parity(step));  // the first",
         "prefill_sm90",
         "no thread can go on; .* wait for a barrier in shared memory",
+    ),
+    "prefill_sm90: a block is written to that may not have started": Fault(
+        "lowrank_linear/prefill_sm90",
+        "    sm90::arrive_cluster();\n    sm90::wait_cluster();\n  }\n  if",
+        "  }\n  if",
+        "prefill_sm90",
+        "it may not have started",
+    ),
+    "prefill_sm90: barriers lie where something else is written": Fault(
+        "lowrank_linear/prefill_sm90",
+        "p::barrier_offset(kRanks, kCluster) + step",
+        "p::barrier_offset(kRanks, kCluster) - 16 + step",
+        "prefill_sm90",
+        "a barrier has been overwritten",
     ),
     "prefill_sm90: a block ends while others write to it": Fault(
         "lowrank_linear/prefill_sm90",

@@ -63,11 +63,11 @@ namespace lowrank_ops::simulator {
 template <class... Parameters, class... Arguments>
 cudaError_t launch_kernel(const cudaLaunchConfig_t& config, void (*kernel)(Parameters...),
                           const Arguments&... arguments) {
-  GridShape shape{config.gridDim, config.blockDim, static_cast<int64_t>(config.dynamicSmemBytes), 1, false, false};
+  GridShape shape{config.gridDim, config.blockDim, static_cast<int64_t>(config.dynamicSmemBytes), 1, false, false, false};
   for (unsigned i = 0; i < config.numAttrs; ++i) {
     const cudaLaunchAttribute& attribute = config.attrs[i];
     if (attribute.id == cudaLaunchAttributeClusterDimension)
-      shape.cluster = static_cast<int>(attribute.val.clusterDim.x);
+      shape.in_clusters = true, shape.cluster = static_cast<int>(attribute.val.clusterDim.x);
     if (attribute.id == cudaLaunchAttributeCooperative) shape.all_at_once = true;
     if (attribute.id == cudaLaunchAttributeProgrammaticStreamSerialization) shape.may_overlap = true;
   }

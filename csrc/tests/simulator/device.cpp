@@ -40,10 +40,13 @@ void wait_for(std::deque<std::vector<Work>>& groups, int pending) {
 MemoryBarrier& barrier_at(Block& block, uint32_t address) {
   const auto found = block.barriers.find(address);
   if (found == block.barriers.end()) fail("a barrier is used that was not initialised");
+  expect_intact(block, address);
   return found->second;
 }
 
 void settle(MemoryBarrier& barrier) {
+  constexpr int64_t kMostBytes = (1 << 20) - 1;
+  if (barrier.bytes > kMostBytes || barrier.bytes < -kMostBytes) fail("a barrier counts more bytes than it can");
   if (barrier.pending != 0 || barrier.bytes != 0) return;
   barrier.parity ^= 1;
   barrier.pending = barrier.count;
@@ -69,8 +72,13 @@ void launch(const GridShape& shape, const void* function, Work body) {
   if (shape.shared_bytes > config().shared_memory)
     throw std::runtime_error("simulated device: a kernel asks for more shared memory than the device has");
   const int64_t blocks = int64_t{shape.blocks.x} * shape.blocks.y * shape.blocks.z;
-  if (blocks < 1 || shape.blocks.y > 65535 || shape.blocks.z > 65535 || shape.blocks.x % shape.cluster != 0)
+  const int64_t threads = int64_t{shape.threads.x} * shape.threads.y * shape.threads.z;
+  if (blocks < 1 || shape.blocks.y > 65535 || shape.blocks.z > 65535 || threads < 1 || threads > 1024)
     throw std::runtime_error("simulated device: a grid that no device takes");
+  if (shape.cluster < 1 || shape.cluster > 8 || shape.blocks.x % static_cast<unsigned>(shape.cluster) != 0)
+    throw std::runtime_error("simulated device: clusters that no device takes");
+  if ((shape.in_clusters || shape.may_overlap) && config().capability < 90)
+    throw std::runtime_error("simulated device: a launch that needs compute capability 9.0");
   if (shape.all_at_once && blocks > config().multiprocessors)  // one a multiprocessor, as its kernels are planned
     throw std::runtime_error("simulated device: a cooperative grid that does not fit the device");
   auto kernel = std::make_unique<Kernel>();
@@ -134,6 +142,8 @@ unsigned char* shared_bytes(uint32_t address, int64_t bytes, int64_t alignment) 
     const uint32_t rank = address / kBlockAddress - 1;
     expect(rank < block->cluster->blocks.size(), "an address of a block of the cluster");
     block = block->cluster->blocks[rank].get();
+    expect(block == self().block || block->cluster->phase > 0,
+           "a barrier of the cluster before another block's memory is used: it may not have started");
     expect(block->live > 0, "an address of a block that has not ended");
     address %= kBlockAddress;
   }
@@ -231,9 +241,18 @@ void wait_for_kernel_before() {
 // ---- barriers in shared memory ----
 
 void init_barrier(uint32_t address, int arrivals) {
-  shared_bytes(address, 8, 8);
+  unsigned char* there = shared_bytes(address, 8, 8);
+  expect(arrivals > 0 && arrivals < 1 << 20, "a barrier for 1 to 2^20 - 1 arrivals");
   const Unwatched unwatched;
-  self().block->barriers[address] = MemoryBarrier{arrivals, arrivals, 0, 0, {}};
+  Block& block = *self().block;
+  expect(block.barriers.count(address) == 0, "a barrier that is initialised once");
+  std::memcpy(there, &kBarrierBits, 8);
+  block.barriers[address] = MemoryBarrier{arrivals, arrivals, 0, 0, &self(), {}};
+}
+
+void fence_barrier_init() {
+  for (auto& [address, barrier] : self().block->barriers)
+    if (barrier.unfenced == &self()) barrier.unfenced = nullptr;
 }
 
 void arrive(uint32_t address, int64_t expected_bytes) {
@@ -245,6 +264,7 @@ void arrive(uint32_t address, int64_t expected_bytes) {
 }
 
 void wait(uint32_t address, int parity) {
+  expect(parity == 0 || parity == 1, "a parity of 0 or 1");
   MemoryBarrier& barrier = barrier_at(*self().block, address);
   while (barrier.parity == parity) device().block_until_woken(barrier.waiting, "a barrier in shared memory");
   after(&barrier);
@@ -255,13 +275,15 @@ void wait(uint32_t address, int parity) {
 void copy_later(uint32_t address, int64_t bytes, Work copy) {
   Block* block = self().block;
   MemoryBarrier* barrier = &barrier_at(*block, address);
+  expect(barrier->unfenced == nullptr, "fence.mbarrier_init and fence.proxy.async before the copy engine uses a barrier");
   ++block->copies_under_way;
   const auto asked = std::make_shared<char>();
-  Work work = [block, barrier, bytes, asked, copy = std::move(copy)] {
+  Work work = [block, barrier, address, bytes, asked, copy = std::move(copy)] {
     after(asked.get());
     copy();
     happened(barrier);
     --block->copies_under_way;
+    expect_intact(*block, address);
     barrier->bytes -= bytes;
     settle(*barrier);
   };
@@ -278,8 +300,16 @@ void add_copy(Work copy) {
 void commit_copies() { commit(self().copies, config().timing == Timing::copies_first); }
 void wait_copies(int pending) { wait_for(self().copies, pending); }
 
+void note_instruction(uint64_t what) {
+  uint64_t& all = self().warp->instructions;
+  all = (all ^ what) * 0x9E3779B97F4A7C15u + 1;
+  all ^= all >> 29;
+}
 void fence_products() {
-  meet_warp("wgmma.fence", nullptr, [](void* const*) { self().warp->fenced = true; });
+  meet_warp("wgmma.fence", nullptr, [](void* const*) {
+    self().warp->fenced = true;
+    note_instruction(1);
+  });
 }
 void add_product(Work product) {
   expect(self().warp->fenced, "wgmma.fence between what touched the accumulators and the next product");
@@ -287,12 +317,16 @@ void add_product(Work product) {
   self().warp->products.back().push_back(std::move(product));
 }
 void commit_products() {
-  meet_warp("wgmma.commit_group", nullptr, [](void* const*) { commit(self().warp->products, false); });
+  meet_warp("wgmma.commit_group", nullptr, [](void* const*) {
+    commit(self().warp->products, false);
+    note_instruction(2);
+  });
 }
 void wait_products(int pending) {
   meet_warp("wgmma.wait_group", nullptr, [pending](void* const*) {
     wait_for(self().warp->products, pending);
     self().warp->fenced = false;
+    note_instruction(3 + static_cast<uint64_t>(pending));
   });
 }
 

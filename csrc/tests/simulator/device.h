@@ -33,7 +33,7 @@ struct GridShape {
   dim3 blocks, threads;
   int64_t shared_bytes;
   int cluster;
-  bool all_at_once, may_overlap;
+  bool in_clusters, all_at_once, may_overlap;
 };
 
 // Runs what was launched before, unless the new kernel may overlap it, and keeps the new one for later.
@@ -86,6 +86,7 @@ void wait_for_kernel_before();
 // ---- barriers in shared memory ----
 
 void init_barrier(uint32_t barrier, int arrivals);
+void fence_barrier_init();
 void arrive(uint32_t barrier, int64_t expected_bytes);
 void wait(uint32_t barrier, int parity);
 
@@ -98,6 +99,8 @@ void copy_later(uint32_t barrier, int64_t bytes, std::function<void()> copy);
 void add_copy(std::function<void()> copy);
 void commit_copies();
 void wait_copies(int pending);
+// All warps of a warpgroup execute the same instructions of wgmma: what this one was is noted, and compared at the end.
+void note_instruction(uint64_t what);
 void fence_products();
 void add_product(std::function<void()> product);  // from the body of meet_warp
 void commit_products();

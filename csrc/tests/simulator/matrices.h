@@ -45,9 +45,13 @@ float operand(uint64_t descriptor, int row, int k, bool rows_contiguous) {
 }
 
 inline void expect_descriptor(uint64_t descriptor, bool rows_contiguous) {
-  expect(descriptor >> 62 == 1, "a descriptor with the 128-byte swizzle");
-  expect((descriptor >> 49 & 7) == 0 && (descriptor & 0x3FFF) * 16 % 1024 < (rows_contiguous ? 1 : 128),
-         "a descriptor that starts in the first row of the swizzle's pattern");
+  constexpr uint64_t kFields = 0xC00E'3FFF'3FFF'3FFFu;  // start, leading and stride offset, base offset, swizzle
+  expect(descriptor >> 62 == 1 && (descriptor & ~kFields) == 0, "a descriptor with the 128-byte swizzle");
+  const uint64_t start = (descriptor & 0x3FFF) * 16 % 1024;
+  expect((descriptor >> 49 & 7) == 0 && (rows_contiguous ? start == 0 : start < 128 && start % 32 == 0),
+         "a descriptor that starts in the first row of the swizzle's pattern, and stays in its rows");
+  expect((descriptor >> 32 & 0x3FFF) * 16 % 1024 == 0 && (!rows_contiguous || (descriptor >> 16 & 0x3FFF) * 16 % 1024 == 0),
+         "offsets of whole patterns of the swizzle");
 }
 
 struct Left {
@@ -76,6 +80,8 @@ void multiply(const char* name, float* d, Left left, uint64_t right, bool right_
              "the same operands for all lanes of a product");
     expect_descriptor(lanes[0].right, right_contiguous);
     if (lanes[0].left.registers == nullptr) expect_descriptor(lanes[0].left.descriptor, lanes[0].left.rows_contiguous);
+    note_instruction(lanes[0].left.descriptor);
+    note_instruction(lanes[0].right ^ static_cast<uint64_t>(lanes[0].accumulate != 0) << 61 ^ kColumns);
     add_product([lanes, first_row, right_contiguous] {
       float a[16][16], b[kColumns][16];
       for (int k = 0; k < 16; ++k) {

@@ -50,10 +50,11 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
 }
 
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void*, const cudaLaunchConfig_t* config) {
-  int blocks = 1;
+  int blocks = 0;
   for (unsigned i = 0; i < config->numAttrs; ++i)
     if (config->attrs[i].id == cudaLaunchAttributeClusterDimension)
       blocks = static_cast<int>(config->attrs[i].val.clusterDim.x);
+  if (blocks == 0) return cudaErrorInvalidClusterSize;  // it has to be told, one as well
   *clusters = sim::config().multiprocessors / blocks;
   return cudaSuccess;
 }

@@ -1,6 +1,7 @@
 #include "scheduler.h"
 
 #include <algorithm>
+#include <cstring>
 #include <sstream>
 #include <stdexcept>
 #include <utility>
@@ -22,6 +23,11 @@ uint3 position_of(int64_t index, const dim3& size) {
 Device& device() {
   static Device device;
   return device;
+}
+
+void expect_intact(const Block& block, uint32_t barrier) {
+  const Unwatched unwatched;
+  if (std::memcmp(block.base + barrier, &kBarrierBits, 8) != 0) fail("a barrier has been overwritten");
 }
 
 // ---- starting ----
@@ -141,6 +147,13 @@ void Device::check_ended(Block& block) {
     for (const auto& group : warp->products)
       if (!group.empty()) give_up("a warp ended with products it had not waited for");
   }
+  for (size_t i = 0; i < block.warps.size(); ++i) {
+    const size_t first = i / 4 * 4, last = std::min(first + 4, block.warps.size());
+    if (block.warps[i]->instructions != block.warps[first]->instructions ||
+        (block.warps[i]->instructions != 0 && last - first != 4))
+      give_up("the four warps of a warpgroup have not executed the same wgmma instructions");
+  }
+  for (const auto& [address, barrier] : block.barriers) expect_intact(block, address);
   const unsigned char* end = block.base + kDynamicStart + block.kernel->shape.shared_bytes;
   for (int64_t i = 0; i < kCanaryBytes; ++i)
     if (end[i] != kPoison) give_up("a block wrote past the end of its shared memory");

@@ -22,6 +22,8 @@ constexpr int kLanes = 32;
 constexpr int64_t kSystemBytes = 1024, kStaticBytes = 12 << 10, kDynamicStart = kSystemBytes + kStaticBytes + 128;
 constexpr int64_t kCanaryBytes = 256;
 constexpr unsigned char kPoison = 0xFF;  // NaN in every dtype
+// In place of a barrier's own bits, which the simulator keeps elsewhere: what overwrites a barrier shows.
+constexpr uint64_t kBarrierBits = 0x5AFEBA221E25C0DEu;
 
 struct Thread;
 struct Warp;
@@ -55,12 +57,14 @@ struct Warp {
   // wgmma
   std::deque<std::vector<Work>> products{1};
   bool fenced = false;
+  uint64_t instructions = 0;  // a hash of them, in their order
 };
 
 struct MemoryBarrier {
   int count, pending;
   int64_t bytes = 0;  // still expected
   int parity = 0;
+  const Thread* unfenced = nullptr;  // who has initialised it, until that is fenced
   Queue waiting;
 };
 
@@ -132,5 +136,6 @@ class Device {
 };
 
 Device& device();
+void expect_intact(const Block& block, uint32_t barrier);
 
 }  // namespace lowrank_ops::simulator

@@ -12,7 +12,7 @@ inline uint32_t shared_address(const void* pointer) { return simulator::shared_a
 // ---- barriers in shared memory ----
 
 inline void init_barrier(uint32_t barrier, int arrivals) { simulator::init_barrier(barrier, arrivals); }
-inline void fence_barrier_init() {}
+inline void fence_barrier_init() { simulator::fence_barrier_init(); }
 inline void arrive(uint32_t barrier) { simulator::arrive(barrier, 0); }
 inline void arrive_expecting(uint32_t barrier, int bytes) { simulator::arrive(barrier, bytes); }
 inline void wait(uint32_t barrier, int parity) { simulator::wait(barrier, parity); }
