@@ -69,7 +69,7 @@ def test_epilogues(backend, dtype, tokens, bias, activation):
 
 
 @needs_library
-@pytest.mark.parametrize("tokens", [65, 1000, 4000, 16000, 33000])
+@pytest.mark.parametrize("tokens", [65, 128, 1000, 4000, 16000, 33000])
 @pytest.mark.parametrize("rank", [64, 128, 192, 256])
 def test_cuda_prefill_by_few_and_by_many_tiles(rank, tokens):
     """From one tile, which the largest cluster shares, to many, which it does not."""

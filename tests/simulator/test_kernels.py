@@ -168,6 +168,7 @@ LINEARS = [  # machine, dtype, (tokens, in_features, rank, out_features), offset
     (SM90._replace(multiprocessors=4), BF16, (300, 64, 256, 64), 0, "prefill_sm90"),
     (SM90._replace(multiprocessors=1), BF16, (70, 1032, 64, 1100), 0, "prefill_sm90"),  # stages are used many times
     (SM90._replace(multiprocessors=2), FP16, (70, 712, 256, 1304), 0, "prefill_sm90"),
+    (SM90, BF16, (128, 64, 64, 72), 0, "prefill_sm90"),  # a whole tile
 ]
 
 
