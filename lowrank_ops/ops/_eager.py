@@ -69,6 +69,20 @@ def outlived(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> bool:
     )
 
 
+def transformed() -> bool:
+    """Whether a ``torch.func`` transform or forward-mode differentiation is on, for which custom ops have no rules.
+
+    The op would refuse the former with words about its inside, and would silently drop the latter's tangents.
+    """
+    return not is_compiling() and (peek_interpreter_stack() is not None or forward_ad._current_level >= 0)
+
+
+def in_memory(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> bool:
+    """Whether all have strides and an address: sparse and MKL-DNN tensors have not, nor what outlived its transform."""
+    given = (x, down, up) if bias is None else (x, down, up, bias)
+    return all(tensor.layout is _STRIDED for tensor in given) and not outlived(x, down, up, bias)
+
+
 class Decisions(dict[Hashable, Callable[..., Any]]):
     """What to call for calls of a kind; past ``most`` kinds the oldest is forgotten."""
 

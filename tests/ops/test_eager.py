@@ -97,6 +97,61 @@ def test_function_modes_autocast_transforms_and_traces_go_through(tensors):
     assert undisturbed(*tensors)
 
 
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+def test_transforms_and_forward_mode_give_what_two_products_give(tensors, activation):
+    x, down, up, bias = tensors
+    tangent = torch.randn_like(x)
+
+    def ours(x):
+        return lowrank_linear(x, down, up, bias, activation=activation)
+
+    def by_hand(x):
+        y = torch.nn.functional.linear(torch.nn.functional.linear(x, down), up, bias)
+        return torch.nn.functional.gelu(y) if activation == "gelu" else y
+
+    torch.testing.assert_close(torch.vmap(ours)(x[None]), torch.vmap(by_hand)(x[None]))
+    for mine, theirs in zip(
+        torch.func.jvp(ours, (x,), (tangent,)), torch.func.jvp(by_hand, (x,), (tangent,)), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs)
+    torch.testing.assert_close(
+        torch.func.grad(lambda x: ours(x).sum())(x), torch.func.grad(lambda x: by_hand(x).sum())(x)
+    )
+    with forward_ad.dual_level():  # a tangent that is dropped would be a wrong derivative, silently
+        mine, theirs = (forward_ad.unpack_dual(f(forward_ad.make_dual(x, tangent))) for f in (ours, by_hand))
+        torch.testing.assert_close(mine.tangent, theirs.tangent)
+
+
+@pytest.mark.parametrize("leading", [(3,), (2, 3)], ids=str)
+@pytest.mark.parametrize("through", [False, True], ids=["eager", "dispatcher"])
+def test_the_output_may_be_changed_in_place(leading, through):
+    """As an in-place ReLU behind the layer does; autograd forbids it of a view that a Function returns."""
+    function = torch.ops.lowrank_ops.lowrank_linear if through else lowrank_linear
+    x, down, up = (torch.randn(size, requires_grad=True) for size in ((*leading, 16), (8, 16), (12, 8)))
+    torch.relu_(function(x, down, up)).sum().backward()
+    expected = torch.autograd.grad(torch.relu(function(x, down, up)).sum(), (x, down, up))
+    assert all(torch.equal(tensor.grad, other) for tensor, other in zip((x, down, up), expected, strict=True))
+
+
+def test_torch_fx_can_trace_a_layer(tensors):
+    layer = lro.LowRankLinear(16, 12, 8)
+    traced = torch.fx.symbolic_trace(layer)
+    assert torch.equal(traced(tensors[0]), layer(tensors[0]))
+
+
+def test_tensors_without_strides_go_through_two_products(tensors):
+    x = torch.zeros(3, 16).index_fill_(1, torch.tensor([2, 5]), 1.0)
+    torch.testing.assert_close(lowrank_linear(x.to_sparse(), *tensors[1:]), lowrank_linear(x, *tensors[1:]))
+
+
+def test_gradients_without_features_or_rows():
+    for rows, features in ((2, 0), (0, 16)):
+        x, down = torch.randn(3, rows, features, requires_grad=True), torch.randn(8, features, requires_grad=True)
+        up = torch.randn(12, 8, requires_grad=True)
+        lowrank_linear(x, down, up).sum().backward()
+        assert x.grad.shape == x.shape and down.grad.shape == down.shape and not up.grad.any()
+
+
 def test_profiles_name_the_op(tensors):
     with torch.profiler.profile() as profile:
         lowrank_linear(*tensors)

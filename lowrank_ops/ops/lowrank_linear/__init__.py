@@ -5,6 +5,7 @@ Schema, validation, fake, autograd, autocast and the table of implementations.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from .._autocast import register_autocast
 from .._backend import Backend, Device, Impl, choose, device_facts
 from .._backend import explain as _explain
-from .._eager import Decisions, outlived, undisturbed, wants_gradient
+from .._eager import Decisions, in_memory, outlived, transformed, undisturbed, wants_gradient
 from .._layout import row_stride
 from . import _cuda, _triton, reference
 
@@ -93,7 +94,8 @@ def lowrank_linear(
 
     Args:
         x: (..., in_features), float64, float32, bfloat16 or float16; any leading shape, also empty. A nested tensor
-            goes through two products, by every backend.
+            goes through two products, by every backend, and so does any call inside a ``torch.func`` transform or
+            forward-mode differentiation.
         down: (rank, in_features), the dtype of ``x``.
         up: (out_features, rank), the dtype of ``x``.
         bias: (out_features,), the dtype of ``x``, or None.
@@ -114,7 +116,9 @@ def lowrank_linear(
             return run(x, down, up, bias)
         if not outlived(x, down, up, bias):
             return _record(run, activation, backend, x, down, up, bias)
-    if x.is_nested:  # as nn.TransformerEncoder hands over sequences without their padding
+    # Nested as nn.TransformerEncoder hands over sequences without their padding; of a proxy of torch.fx it is no bool.
+    if x.is_nested is True or transformed():
+        _check_activation(activation)
         return reference.two_products(x, down, up, bias, activation)
     return torch.ops.lowrank_ops.lowrank_linear(x, down, up, bias, activation=activation, backend=backend)
 
@@ -166,8 +170,7 @@ def _check(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation:
         )
     if bias is not None and bias.shape != up.shape[:1]:
         raise ValueError(f"bias must have shape ({up.shape[0]},), the rows of up; got {tuple(bias.shape)}.")
-    if activation not in reference.ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(reference.ACTIVATIONS)}; got {activation!r}.")
+    _check_activation(activation)
     for name, tensor in (("down", down), ("up", up), ("bias", bias)):
         if tensor is not None and (tensor.dtype != x.dtype or tensor.device != x.device):
             raise ValueError(
@@ -176,6 +179,11 @@ def _check(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation:
             )
     if not x.is_floating_point():
         raise ValueError(f"x must be a floating-point tensor; got {x.dtype}.")
+
+
+def _check_activation(activation: str) -> None:
+    if activation not in reference.ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(reference.ACTIVATIONS)}; got {activation!r}.")
 
 
 _Bound = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
@@ -197,6 +205,8 @@ def _decision(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activati
     bound = _decisions.get(kind) if alike else None
     if bound is None:
         _check(x, down, up, bias, activation)
+        if not in_memory(x, down, up, bias):  # nothing to describe, and nothing to remember for tensors that are
+            return reference.bind(reference.two_products, activation)
         problem = describe(x, down, up, bias, activation)
         bound = _ByLayout(activation, backend) if _layout_matters(problem, backend) else _bind(problem, backend)
         _decisions[kind] = bound
@@ -259,7 +269,12 @@ def _run(
     activation: str = "none",
     backend: str = "auto",
 ) -> Tensor:
-    return _decision(x, down, up, bias, activation, backend)(x, down, up, bias)  # type: ignore[no-any-return]
+    return _no_view(_decision(x, down, up, bias, activation, backend)(x, down, up, bias))
+
+
+def _no_view(y: Tensor) -> Tensor:
+    """``y`` for autograd to record: of a view, as linear makes of a batch of sequences, it forbids changes in place."""
+    return y.data if y._is_view() else y
 
 
 def _fake(
@@ -304,7 +319,7 @@ class _Recorded(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, down, up, bias)
         ctx.options = activation, backend
-        return run(x, down, up, bias)
+        return _no_view(run(x, down, up, bias))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -336,14 +351,18 @@ def _gradients(
         preactivation = lowrank_linear(x, down, up, bias, backend=backend)
         grad = reference.activation_backward(grad, preactivation, activation)
     needs_x, needs_down, needs_up, needs_bias = needed
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    grads = grad if grad.dim() == 2 else grad.reshape(-1, grad.shape[-1])
+    rows, grads = _matrix(x), _matrix(grad)
     # A gradient may be a broadcast scalar, which a backend named by the user need not take.
     grad_x = lowrank_linear(grad.contiguous(), up.T, down.T, backend=backend) if needs_x else None
     grad_down = (grads @ up).T @ rows if needs_down else None
     grad_up = grads.T @ torch.nn.functional.linear(rows, down) if needs_up else None
     grad_bias = grads.sum(0) if needs_bias and bias is not None else None
     return grad_x, grad_down, grad_up, grad_bias
+
+
+def _matrix(x: Tensor) -> Tensor:
+    """Leading dimensions made one; their product is given because without features -1 could be anything."""
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 _lib.impl("lowrank_linear", _run, "CompositeExplicitAutograd")
