@@ -507,3 +507,11 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["--version"])
     assert capsys.readouterr().out == f"lowrank_ops {lro.__version__}\n"
+
+
+def test_a_reader_that_stops_early_is_no_error() -> None:
+    code = "from lowrank_ops.cli import main; raise SystemExit(main(['doctor']))"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()  # as `| true` does
+    assert process.stderr.read() == b"" and process.wait() == 0

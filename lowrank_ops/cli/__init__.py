@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 
@@ -60,7 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("lowrank-ops: interrupted", file=sys.stderr)
         return 130
-    print(json.dumps(result.document, indent=2) if options.json else result.text)
+    try:
+        print(json.dumps(result.document, indent=2) if options.json else result.text, flush=True)
+    except BrokenPipeError:  # as of `| head`; what is left must not be tried again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return result.code
 
 

@@ -142,7 +142,7 @@ unsigned char* shared_bytes(uint32_t address, int64_t bytes, int64_t alignment) 
     const uint32_t rank = address / kBlockAddress - 1;
     expect(rank < block->cluster->blocks.size(), "an address of a block of the cluster");
     block = block->cluster->blocks[rank].get();
-    expect(block == self().block || block->cluster->phase > 0,
+    expect(block == self().block || block->cluster->barrier.was_passed(),
            "a barrier of the cluster before another block's memory is used: it may not have started");
     expect(block->live > 0, "an address of a block that has not ended");
     address %= kBlockAddress;
@@ -183,16 +183,7 @@ void sync_warp() {
 
 void sync_block() {
   Block& block = *self().block;
-  const char* event = &block.events[block.phase % 2];
-  happened(event);
-  if (++block.in_barrier < block.live) {
-    device().block_until_woken(block.waiting, "__syncthreads");
-  } else {
-    block.in_barrier = 0;
-    ++block.phase;
-    device().wake(block.waiting);
-  }
-  after(event);
+  block.barrier.wait(block.barrier.arrive(block.live), "__syncthreads");
 }
 
 void arrive_cluster() {
@@ -200,36 +191,20 @@ void arrive_cluster() {
   Cluster& cluster = *thread.block->cluster;
   expect(!thread.in_cluster_barrier, "a wait between two arrivals at the cluster's barrier");
   thread.in_cluster_barrier = true;
-  thread.cluster_phase = cluster.phase;
-  happened(&cluster.events[cluster.phase % 2]);
-  if (++cluster.in_barrier < cluster.live) return;
-  cluster.in_barrier = 0;
-  ++cluster.phase;
-  device().wake(cluster.waiting);
+  thread.cluster_phase = cluster.barrier.arrive(cluster.live);
 }
 
 void wait_cluster() {
   Thread& thread = self();
-  Cluster& cluster = *thread.block->cluster;
   expect(thread.in_cluster_barrier, "an arrival before a wait at the cluster's barrier");
-  while (cluster.phase == thread.cluster_phase) device().block_until_woken(cluster.waiting, "the cluster's barrier");
-  after(&cluster.events[thread.cluster_phase % 2]);
+  thread.block->cluster->barrier.wait(thread.cluster_phase, "the cluster's barrier");
   thread.in_cluster_barrier = false;
 }
 
 void sync_grid() {
   Kernel& kernel = *self().block->kernel;
   expect(kernel.shape.all_at_once, "a cooperative launch, where the grid has a barrier");
-  const char* event = &kernel.events[kernel.phase % 2];
-  happened(event);
-  if (++kernel.in_barrier < kernel.live) {
-    device().block_until_woken(kernel.grid_waiting, "the grid's barrier");
-  } else {
-    kernel.in_barrier = 0;
-    ++kernel.phase;
-    device().wake(kernel.grid_waiting);
-  }
-  after(event);
+  kernel.barrier.wait(kernel.barrier.arrive(kernel.live), "the grid's barrier");
 }
 
 void wait_for_kernel_before() {

@@ -30,6 +30,26 @@ void expect_intact(const Block& block, uint32_t barrier) {
   if (std::memcmp(block.base + barrier, &kBarrierBits, 8) != 0) fail("a barrier has been overwritten");
 }
 
+int64_t Rendezvous::arrive(int live) {
+  const int64_t phase = phase_;
+  happened(&events_[phase % 2]);
+  ++arrived_;
+  settle(live);
+  return phase;
+}
+
+void Rendezvous::settle(int live) {
+  if (arrived_ == 0 || arrived_ < live) return;
+  arrived_ = 0;
+  ++phase_;
+  device().wake(waiting_);
+}
+
+void Rendezvous::wait(int64_t phase, const char* name) {
+  while (phase_ == phase) device().block_until_woken(waiting_, name);
+  after(&events_[phase % 2]);
+}
+
 // ---- starting ----
 
 void Device::start_cluster(Kernel& kernel, int64_t first_block) {
@@ -128,10 +148,9 @@ void Device::thread_ended(Thread* thread) {
   for (const auto& group : thread->copies)
     if (!group.empty()) give_up(std::string(name) + " with copies it had not waited for");
   --block.live, --cluster.live, --kernel.live;
-  // Barriers count the threads that are left.
-  if (block.live > 0 && block.in_barrier == block.live) block.in_barrier = 0, ++block.phase, wake(block.waiting);
-  if (cluster.live > 0 && cluster.in_barrier == cluster.live) cluster.in_barrier = 0, ++cluster.phase, wake(cluster.waiting);
-  if (kernel.live > 0 && kernel.in_barrier == kernel.live) kernel.in_barrier = 0, ++kernel.phase, wake(kernel.grid_waiting);
+  block.barrier.settle(block.live);
+  cluster.barrier.settle(cluster.live);
+  kernel.barrier.settle(kernel.live);
   if (block.live == 0) check_ended(block);
   if (cluster.live == 0)  // freed when nobody is in the midst of it
     ended.splice(ended.end(), kernel.clusters,

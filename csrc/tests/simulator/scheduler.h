@@ -68,6 +68,21 @@ struct MemoryBarrier {
   Queue waiting;
 };
 
+// Where all threads of a block, a cluster or a grid meet that have not ended.
+class Rendezvous {
+ public:
+  int64_t arrive(int live);  // the phase to wait for
+  void wait(int64_t phase, const char* name);
+  void settle(int live);  // also when a thread has ended
+  bool was_passed() const { return phase_ > 0; }
+
+ private:
+  int arrived_ = 0;
+  int64_t phase_ = 0;
+  char events_[2];  // the last two phases
+  Queue waiting_;
+};
+
 struct Block {
   Kernel* kernel;
   Cluster* cluster;
@@ -79,19 +94,15 @@ struct Block {
   std::map<uint32_t, MemoryBarrier> barriers;
   std::vector<std::unique_ptr<Thread>> threads;
   std::vector<std::unique_ptr<Warp>> warps;
-  int live = 0, in_barrier = 0, copies_under_way = 0;
-  int64_t phase = 0;  // of the barrier
-  char events[2];     // its last two phases
-  char fenced;        // what threads did before fences for the copy engine
-  Queue waiting;
+  int live = 0, copies_under_way = 0;
+  char fenced;  // what threads did before fences for the copy engine
+  Rendezvous barrier;
 };
 
 struct Cluster {
   std::vector<std::unique_ptr<Block>> blocks;
-  int live = 0, in_barrier = 0;
-  int64_t phase = 0;
-  char events[2];
-  Queue waiting;
+  int live = 0;
+  Rendezvous barrier;
 };
 
 struct Kernel {
@@ -100,11 +111,11 @@ struct Kernel {
   Work body;
   std::vector<int64_t> to_start;  // first blocks of clusters that have not started, the next one last
   std::list<std::unique_ptr<Cluster>> clusters;
-  int live = 0, in_barrier = 0;
-  int64_t phase = 0;
-  char events[2], launched, a_thread_ended;
+  int live = 0;
+  char launched, a_thread_ended;  // events
+  Rendezvous barrier;
   Kernel* before = nullptr;
-  Queue grid_waiting, after;
+  Queue after;
   bool ended() const { return to_start.empty() && live == 0; }
 };
 
