@@ -17,9 +17,9 @@
 # ended. --dry-run shows what each part would do and needs no GPU. Run it in a checkout with the python3 whose torch sees
 # the GPU.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+self=$(realpath "$0")
 
-usage() { sed -n '2,/^set/p' "$0" | sed '$d; s/^# \{0,1\}//' >&2; exit 2; }
+usage() { sed -n '2,/^set/p' "$self" | sed '$d; s/^# \{0,1\}//' >&2; exit 2; }
 
 parts=(tests covariance lowrank_linear model tune grade)
 folder='' wheel='' commit='' total=570 steps=0 dry=false named=()
@@ -43,6 +43,8 @@ done
 python=${PYTHON:-python3}
 mkdir -p "$folder"
 folder=$(realpath "$folder")
+[ -z "$wheel" ] || wheel=$(realpath "$wheel")  # as the caller names it, from where the caller is
+cd "$(dirname "$self")/.."
 results=$folder/results.json
 [ -n "$commit" ] || commit=$(git rev-parse --short=12 HEAD 2>/dev/null) || commit=
 as=(); [ -z "$commit" ] || as=(--commit "$commit")
@@ -76,7 +78,7 @@ prepare() {
   case $1 in
     tests)
       if [ -z "$wheel" ]; then command=(echo "no wheel: make wheel builds one, where nvcc is");
-      else command=(tests/gpu/from_wheel.sh "$wheel"); fi
+      else command=(tests/gpu/from_wheel.sh "$wheel" "$budget"); fi
       if $dry; then command=(echo "would run ${command[*]}"); fi ;;
     covariance | lowrank_linear | model)
       command=("$python" -m "benchmarks.bench_$1" --out "$results" --resume --budget "$budget" "${as[@]}")

@@ -170,7 +170,9 @@ def tune(
                 print(f"  {candidate}: {reason}", file=sys.stderr)
         done.append(tuned.entry)
         kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps({"conditions": conditions, "entries": done}, indent=1) + "\n")
+        partial = kept.with_suffix(".partial")  # a kill in the middle of writing must not cost what is there
+        partial.write_text(json.dumps({"conditions": conditions, "entries": done}, indent=1) + "\n")
+        partial.replace(kept)
     missing = [shape for shape in wanted if not any(entry["shape"] == shape for entry in done)]
     if missing:
         print(f"{tuner.op}: {len(wanted) - len(missing)} of {len(wanted)} shapes are done; run again to go on")
@@ -231,6 +233,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--tables", type=Path, default=TABLES, help="folder of the tables; by default the package's")
     parser.add_argument("--commit", help="what is tuned, where there is no git to ask")
+    parser.add_argument(
+        "--steps", type=float, default=math.inf, help="of a search; 0 chooses from what ships (default: while it gains)"
+    )
     arguments = parser.parse_args(argv)
     chosen = [arguments.op] if arguments.op else list(TUNERS)
     if arguments.dry_run:

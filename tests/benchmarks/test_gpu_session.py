@@ -94,6 +94,28 @@ def test_a_dry_run_needs_no_gpu(tmp_path):
     assert not list((tmp_path / "session").glob("*.code"))
 
 
+def test_paths_are_the_callers_and_the_gpu_tests_get_the_time_that_is_left(tmp_path):
+    script = Path(os.path.relpath(SCRIPT, tmp_path))
+    arguments = ["here", "--wheel", "a.whl", "--seconds", "300", "--dry-run", "tests"]
+    environment = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
+    shown = subprocess.run([script, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert shown.returncode == 0 and (tmp_path / "here").is_dir()
+    command, seconds = shown.stdout.partition("would run ")[2].splitlines()[0].rsplit(" ", 1)
+    assert command == f"tests/gpu/from_wheel.sh {tmp_path / 'a.whl'}" and 200 < int(seconds) <= 240
+    refused = subprocess.run([script, "--what"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert refused.returncode == 2 and "gpu_session.sh FOLDER" in refused.stderr
+
+
+def test_what_the_script_asks_for_is_understood(tmp_path, python):
+    """The stand-in takes any arguments; the programs themselves refuse those that they do not know."""
+    session(tmp_path / "session", *PARTS[1:5], python=python)
+    for line in (tmp_path / "asked").read_text().splitlines():
+        understood = subprocess.run([sys.executable, *line.split(), "--help"], cwd=ROOT, capture_output=True, text=True)
+        _, module, *given = line.split()
+        missing = [name for name in given if name.startswith("--") and f"{name} " not in f"{understood.stdout} "]
+        assert understood.returncode == 0 and not missing, (module, missing)
+
+
 def test_what_is_not_understood_is_refused(tmp_path):
     for arguments in (["--what"], ["nonsense"]):
         refused = session(tmp_path, *arguments)

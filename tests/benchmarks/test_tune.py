@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import math
 
 import pytest
 import torch
@@ -221,6 +222,37 @@ def test_progress_of_a_shorter_search_is_not_taken_for_a_longer_one(tmp_path, se
     assert tune.tune(Fake(), CPU, 50, 0.1, progress, folder, steps=0)
     assert tune.tune(Fake(), CPU, 50, 0.1, progress, folder, steps=0) and searched == [1, 2, 3]
     assert tune.tune(Fake(), CPU, 50, 0.1, progress, folder) and searched == [1, 2, 3, 1, 2, 3]
+
+
+def test_the_command_hands_everything_on(tmp_path, monkeypatch):
+    """As on a GPU, up to the search itself: a search of which nothing is wanted but what ships, and one without end."""
+    given = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tune, "tune", lambda tuner, **options: given.append((tuner.op, options)) or True)
+    folders = ["--progress", str(tmp_path / "tuning"), "--tables", str(tmp_path / "tuned")]
+    assert tune.main(["--budget", "9", "--steps", "0", "--commit", "abc", *folders]) == 0
+    assert [op for op, _ in given] == list(tune.TUNERS)
+    assert all(options["steps"] == 0 and options["commit"] == "abc" and options["budget"] <= 9 for _, options in given)
+    monkeypatch.setattr(tune, "tune", lambda tuner, **options: options["steps"] != math.inf)
+    assert tune.main([]) == tune.UNFINISHED
+
+
+def test_a_kill_while_progress_is_written_costs_one_shape(tmp_path, searched, monkeypatch):
+    progress, folder = tmp_path / "progress", tmp_path / "tables"
+    write = type(progress).write_text
+    written = []
+
+    def torn(path, text):
+        written.append(path)
+        if len(written) == 2:
+            write(path, text[: len(text) // 2])
+            raise KeyboardInterrupt
+        return write(path, text)
+
+    monkeypatch.setattr(type(progress), "write_text", torn)
+    with pytest.raises(KeyboardInterrupt):
+        tune.tune(Fake(), CPU, 50, 0.1, progress, folder)
+    assert tune.tune(Fake(), CPU, 50, 0.1, progress, folder) and searched == [1, 2, 2, 3]
 
 
 def test_a_shape_without_a_candidate_keeps_the_table_from_being_written(tmp_path, monkeypatch, capsys):
