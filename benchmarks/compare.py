@@ -2,7 +2,7 @@
 
 Compared are speed-ups over opponents, which were timed in turn with ours, and not times: those change with the machine
 and with who else uses it. The exit code is 1 where a speed-up fell by more than the tolerance, or where a result of
-ours that was right is wrong.
+ours that was right is wrong, and 2 where the files have no speed-up in common.
 """
 
 from __future__ import annotations
@@ -66,6 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parsed = parser.parse_args(arguments)
     found = changes(load(parsed.old), load(parsed.new))
+    if not found:
+        print(f"{parsed.old} and {parsed.new} have no speed-up in common: nothing was compared", file=sys.stderr)
+        return 2
     fallen = [change for change in found if change.ratio < 1 - parsed.tolerance]
     risen = [change for change in reversed(found) if change.ratio > 1 + parsed.tolerance]
     for title, listed in (("slower", fallen), ("faster", risen)):

@@ -11,11 +11,11 @@
 #                      what ships, which takes minutes, with more by a search, which takes minutes for every shape
 #   6 grade            the results against the targets
 #
-# Everything is written to FOLDER as it is measured: a kill loses one case. Call it again with the same FOLDER until it
-# says that all parts are done (exit code 0; 3: there is more to do). Where the machine is a bare one in each call, copy
-# what came back into its FOLDER first. A PART that is named runs though it was done; FOLDER/N-PART.code keeps how a part
-# ended. --dry-run shows what each part would do and needs no GPU. Run it in a checkout with the python3 whose torch sees
-# the GPU.
+# Everything is written to FOLDER as it is measured: a kill loses one case. Call it again with the same FOLDER as long as
+# its exit code is 3: there is more to do. 0: all parts are done; 1: they are, and some of them failed, each tried twice.
+# Where the machine is a bare one in each call, copy what came back into its FOLDER first. A PART that is named runs
+# though it was done; FOLDER/N-PART.code keeps how a part ended, one line per try. --dry-run shows what each part would
+# do and needs no GPU. Run it in a checkout with the python3 whose torch sees the GPU.
 set -uo pipefail
 self=$(realpath "$0")
 
@@ -57,6 +57,9 @@ if ! $dry && ! "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_av
   exit 2
 fi
 
+# A part that failed is tried once more: the next call has another process, often another machine.
+done_before() { [ -e "$1" ] && { [ "$(tail -n 1 "$1")" = 0 ] || [ "$(wc -l < "$1")" -ge 2 ]; }; }
+
 left() { echo $((total - SECONDS)); }
 
 # The native library of the wheel, where this checkout has none: what is measured are the checkout's own sources.
@@ -94,14 +97,16 @@ prepare() {
   esac
 }
 
-unfinished=false
+unfinished=false failed=()
 for number in "${!parts[@]}"; do
   part=${parts[$number]}
   code=$folder/$((number + 1))-$part.code
   if [ ${#named[@]} -gt 0 ]; then
     [[ " ${named[*]} " == *" $part "* ]] || continue
-  elif ! $dry && [ "$part" != grade ] && [ -e "$code" ]; then
-    echo "== $part: done before, with exit code $(cat "$code")"
+  elif ! $dry && [ "$part" != grade ] && done_before "$code"; then
+    ended=$(tail -n 1 "$code")
+    echo "== $part: done before, with exit code $ended"
+    [ "$ended" = 0 ] || failed+=("$part")
     continue
   fi
   if ! $dry && [ "$part" != grade ] && [ "$(left)" -lt 120 ]; then
@@ -118,7 +123,11 @@ for number in "${!parts[@]}"; do
   if $dry; then continue; fi
   case $ended in
     3 | 124 | 137) unfinished=true ;;  # the budget or the time ran out
-    *) echo "$ended" > "$code" ;;
+    0) echo 0 > "$code" ;;
+    *)
+      echo "$ended" >> "$code"
+      if [ "$part" = grade ]; then continue; fi  # what targets were missed is a result, and grading costs nothing
+      if done_before "$code"; then failed+=("$part"); else unfinished=true; fi ;;
   esac
 done
 if $unfinished; then
@@ -126,3 +135,7 @@ if $unfinished; then
   exit 3
 fi
 echo "== all parts that were asked for are done; how each ended: $folder/*.code"
+if [ ${#failed[@]} -gt 0 ]; then
+  echo "== failed: ${failed[*]}; see $folder/*.log"
+  exit 1
+fi

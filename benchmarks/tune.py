@@ -142,43 +142,57 @@ def tune(
     tables: Path,
     commit: str | None = None,
     steps: float = math.inf,
-) -> bool:
+) -> int:
     """Tune every shape that ``progress`` does not have yet; write the table when none is left.
 
+    A shape for which no candidate runs and is right is not searched again, and leaves the table unwritten: it would
+    speak for that shape by the nearest that it has.
+
     Returns:
-        Whether the table is complete.
+        The exit code: 0 where the table is written, 3 where shapes are left to search, 1 where some cannot be served.
     """
     facts = environment(device, commit)
     arch = tuner.arch(device_facts(device))
     conditions = {"device": facts["device"], "triton": facts["triton"], "package": lro.__version__, "steps": str(steps)}
     kept = progress / f"{tuner.op}.{arch}.json"
-    done = _load_progress(kept, conditions)
+    done, hopeless = _load_progress(kept, conditions)
+
+    def left() -> list[Shape]:
+        tried = [*(entry["shape"] for entry in done), *hopeless]
+        return [shape for shape in tuner.shapes() if shape not in tried]
+
     end = time.perf_counter() + budget
-    wanted = tuner.shapes()
-    for shape in wanted:
-        if any(entry["shape"] == shape for entry in done):
-            continue
+    for shape in left():
         if time.perf_counter() > end:
             break
         tuned = tune_shape(tuner, shape, device, seconds, steps)
         if tuned is None:
             print(f"{shape}: no candidate runs and is right", file=sys.stderr)
-            continue
-        print(tuned.change, flush=True)
-        for candidate, reason in tuned.tried.items():
-            if reason.startswith("wrong"):
-                print(f"  {candidate}: {reason}", file=sys.stderr)
-        done.append(tuned.entry)
+            hopeless.append(shape)
+        else:
+            print(tuned.change, flush=True)
+            for candidate, reason in tuned.tried.items():
+                if reason.startswith("wrong"):
+                    print(f"  {candidate}: {reason}", file=sys.stderr)
+            done.append(tuned.entry)
         kept.parent.mkdir(parents=True, exist_ok=True)
         partial = kept.with_suffix(".partial")  # a kill in the middle of writing must not cost what is there
-        partial.write_text(json.dumps({"conditions": conditions, "entries": done}, indent=1) + "\n")
+        state = {"conditions": conditions, "entries": done, "hopeless": hopeless}
+        partial.write_text(json.dumps(state, indent=1) + "\n")
         partial.replace(kept)
-    missing = [shape for shape in wanted if not any(entry["shape"] == shape for entry in done)]
-    if missing:
-        print(f"{tuner.op}: {len(wanted) - len(missing)} of {len(wanted)} shapes are done; run again to go on")
-        return False
+    if missing := left():
+        total = len(tuner.shapes())
+        print(f"{tuner.op}: {total - len(missing)} of {total} shapes are done; run again to go on")
+        return UNFINISHED
+    if hopeless:
+        print(
+            f"{tuner.op}: no table is written, as no candidate runs and is right for {len(hopeless)} shapes, first "
+            f"{hopeless[0]}; mend the kernels and delete {kept} to search anew",
+            file=sys.stderr,
+        )
+        return 1
     print(f"wrote {write_table(tuner.op, arch, facts, done, tables)}; now run make test-compile")
-    return True
+    return 0
 
 
 def dry_run(tuner: Tuner, device: Device = H200) -> list[str]:
@@ -200,15 +214,15 @@ def dry_run(tuner: Tuner, device: Device = H200) -> list[str]:
     return lines
 
 
-def _load_progress(path: Path, conditions: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _load_progress(path: Path, conditions: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[Shape]]:
+    """The table's entries so far, and the shapes that no candidate serves."""
     if not path.exists():
-        return []
+        return [], []
     kept = json.loads(path.read_text())
     if kept["conditions"] != conditions:
         print(f"{path} was made under {kept['conditions']}, now {dict(conditions)}: starting anew")
-        return []
-    entries: list[dict[str, Any]] = kept["entries"]
-    return entries
+        return [], []
+    return kept["entries"], kept["hopeless"]
 
 
 def write_table(op: str, arch: str, facts: Mapping[str, Any], entries: Sequence[dict[str, Any]], folder: Path) -> Path:
@@ -222,7 +236,7 @@ def write_table(op: str, arch: str, facts: Mapping[str, Any], entries: Sequence[
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; 2 where there is no GPU, 3 where the budget ran out before the tables were complete."""
+    """The command line: 2 where there is no GPU, else the largest exit code of :func:`tune`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", choices=tuple(TUNERS), help="by default all")
     parser.add_argument("--dry-run", action="store_true", help="print what would be searched; needs no GPU")
@@ -255,8 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         commit=arguments.commit,
         steps=arguments.steps,
     )
-    complete = [step(TUNERS[op], budget=end - time.perf_counter()) for op in chosen]
-    return 0 if all(complete) else UNFINISHED
+    return max(step(TUNERS[op], budget=end - time.perf_counter()) for op in chosen)
 
 
 if __name__ == "__main__":

@@ -45,3 +45,11 @@ def test_exit_code(tmp_path, capsys, factor, code):
     shown = capsys.readouterr().out
     assert ("slower: " in shown) == (factor < 0.9) and ("faster: " in shown) == (factor > 1.1)
     assert "speed-ups compared" in shown
+
+
+def test_nothing_in_common_is_no_success(tmp_path, capsys):
+    paths = [tmp_path / "old.json", tmp_path / "new.json"]
+    for path, other in zip(paths, ("dense", "two"), strict=True):
+        path.write_text(json.dumps(document(**{other: 2.0})))
+    assert compare.main(list(map(str, paths))) == 2
+    assert "nothing was compared" in capsys.readouterr().err

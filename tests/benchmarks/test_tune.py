@@ -197,10 +197,10 @@ def test_progress_is_kept_and_the_table_waits_for_all(tmp_path, searched, monkey
     progress, folder = tmp_path / "progress", tmp_path / "tables"
     clock = iter(range(100))
     monkeypatch.setattr(tune.time, "perf_counter", lambda: next(clock))
-    assert not tune.tune(Fake(), CPU, 2, 0.1, progress, folder)
+    assert tune.tune(Fake(), CPU, 2, 0.1, progress, folder) == tune.UNFINISHED
     assert searched == [1, 2] and not folder.exists()
     assert "2 of 3 shapes are done" in (captured := capsys.readouterr()).out and "wrong: error 1" in captured.err
-    assert tune.tune(Fake(), CPU, 50, 0.1, progress, folder)
+    assert tune.tune(Fake(), CPU, 50, 0.1, progress, folder) == 0
     assert searched == [1, 2, 3]
     (written,) = folder.iterdir()
     assert [entry["shape"]["tokens"] for entry in json.loads(written.read_text())["entries"]] == [1, 2, 3]
@@ -209,31 +209,31 @@ def test_progress_is_kept_and_the_table_waits_for_all(tmp_path, searched, monkey
 
 def test_progress_of_other_conditions_is_not_mixed_in(tmp_path, searched):
     progress, folder = tmp_path / "progress", tmp_path / "tables"
-    assert tune.tune(Fake(), CPU, 50, 0.1, progress, folder)
+    assert tune.tune(Fake(), CPU, 50, 0.1, progress, folder) == 0
     (kept,) = progress.iterdir()
     document = json.loads(kept.read_text())
     document["conditions"]["triton"] = "another"
     kept.write_text(json.dumps(document))
-    assert tune.tune(Fake(), CPU, 50, 0.1, progress, folder) and searched == [1, 2, 3, 1, 2, 3]
+    assert tune.tune(Fake(), CPU, 50, 0.1, progress, folder) == 0 and searched == [1, 2, 3, 1, 2, 3]
 
 
 def test_progress_of_a_shorter_search_is_not_taken_for_a_longer_one(tmp_path, searched):
     progress, folder = tmp_path / "progress", tmp_path / "tables"
-    assert tune.tune(Fake(), CPU, 50, 0.1, progress, folder, steps=0)
-    assert tune.tune(Fake(), CPU, 50, 0.1, progress, folder, steps=0) and searched == [1, 2, 3]
-    assert tune.tune(Fake(), CPU, 50, 0.1, progress, folder) and searched == [1, 2, 3, 1, 2, 3]
+    assert tune.tune(Fake(), CPU, 50, 0.1, progress, folder, steps=0) == 0
+    assert tune.tune(Fake(), CPU, 50, 0.1, progress, folder, steps=0) == 0 and searched == [1, 2, 3]
+    assert tune.tune(Fake(), CPU, 50, 0.1, progress, folder) == 0 and searched == [1, 2, 3, 1, 2, 3]
 
 
 def test_the_command_hands_everything_on(tmp_path, monkeypatch):
     """As on a GPU, up to the search itself: a search of which nothing is wanted but what ships, and one without end."""
     given = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(tune, "tune", lambda tuner, **options: given.append((tuner.op, options)) or True)
+    monkeypatch.setattr(tune, "tune", lambda tuner, **options: given.append((tuner.op, options)) or 0)
     folders = ["--progress", str(tmp_path / "tuning"), "--tables", str(tmp_path / "tuned")]
     assert tune.main(["--budget", "9", "--steps", "0", "--commit", "abc", *folders]) == 0
     assert [op for op, _ in given] == list(tune.TUNERS)
     assert all(options["steps"] == 0 and options["commit"] == "abc" and options["budget"] <= 9 for _, options in given)
-    monkeypatch.setattr(tune, "tune", lambda tuner, **options: options["steps"] != math.inf)
+    monkeypatch.setattr(tune, "tune", lambda tuner, **options: tune.UNFINISHED * (options["steps"] == math.inf))
     assert tune.main([]) == tune.UNFINISHED
 
 
@@ -252,10 +252,17 @@ def test_a_kill_while_progress_is_written_costs_one_shape(tmp_path, searched, mo
     monkeypatch.setattr(type(progress), "write_text", torn)
     with pytest.raises(KeyboardInterrupt):
         tune.tune(Fake(), CPU, 50, 0.1, progress, folder)
-    assert tune.tune(Fake(), CPU, 50, 0.1, progress, folder) and searched == [1, 2, 2, 3]
+    assert tune.tune(Fake(), CPU, 50, 0.1, progress, folder) == 0 and searched == [1, 2, 2, 3]
 
 
-def test_a_shape_without_a_candidate_keeps_the_table_from_being_written(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tune, "tune_shape", lambda *arguments: None)
-    assert not tune.tune(Fake(), CPU, 50, 0.1, tmp_path / "progress", tmp_path / "tables")
-    assert not (tmp_path / "tables").exists() and "no candidate" in capsys.readouterr().err
+def test_a_shape_without_a_candidate_keeps_the_table_from_being_written(tmp_path, monkeypatch, capsys, searched):
+    """It is searched once, the others are searched too, and the end is told from there being more to do."""
+    search = tune.tune_shape
+    monkeypatch.setattr(
+        tune, "tune_shape", lambda tuner, shape, *rest: search(tuner, shape, *rest) if shape["tokens"] != 2 else None
+    )
+    progress, folder = tmp_path / "progress", tmp_path / "tables"
+    for _ in range(2):
+        assert tune.tune(Fake(), CPU, 50, 0.1, progress, folder) == 1
+        assert searched == [1, 3] and not folder.exists()
+        assert "no candidate runs and is right for 1 shapes, first {'tokens': 2" in capsys.readouterr().err

@@ -359,11 +359,15 @@ def test_kernels_are_recorded_and_serve_the_dispatcher(tensors, kernel):
     leaves = [tensor.requires_grad_() for tensor in tensors]
     gradients = torch.autograd.grad(lowrank_linear(*leaves).square().sum(), leaves)
     expected = torch.autograd.grad(plain(*leaves).square().sum(), leaves)
-    assert kernel.calls == 2  # forward, and the gradient of x, whose factors are other matrices
+    assert kernel.calls == 1  # forward; backward's products share the gradient between the factors
     assert all(torch.allclose(ours, theirs, atol=1e-3) for ours, theirs in zip(gradients, expected, strict=True))
+    x, *factors = leaves
+    (alone,) = torch.autograd.grad(lowrank_linear(x, *(part.detach() for part in factors)).square().sum(), x)
+    assert kernel.calls == 3  # forward, and the gradient of x, whose factors are other matrices
+    assert torch.allclose(alone, expected[0], atol=1e-3)
     with torch.no_grad():
         torch.ops.lowrank_ops.lowrank_linear(*tensors)
-    assert kernel.calls == 3 and len(kernel.bound) == 2
+    assert kernel.calls == 4 and len(kernel.bound) == 2
 
 
 @pytest.mark.parametrize("which", range(4), ids=["x", "down", "up", "bias"])
