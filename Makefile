@@ -41,6 +41,7 @@ lint: $(VENV)/ready-dev
 test-unit: $(VENV)/ready-dev
 	$(PYTEST) tests --ignore tests/interpreter --ignore tests/compile_gate --ignore tests/simulator \
 	  --cov --cov-report=
+	OMP_NUM_THREADS=1 $(PYTEST) benchmarks --benchmark-disable
 
 test-interpreter: $(VENV)/ready-dev
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) tests/interpreter -n 2 --cov --cov-append --cov-report=
@@ -78,7 +79,7 @@ wheel: $(VENV)/ready-dev
 	ls -l dist
 	$(PYTHON) -m venv .venv-wheel
 	.venv-wheel/bin/python -m pip install --quiet $(PIP_TORCH) "$(TORCH)" pytest "triton>=3.6" dist/*.whl
-	mkdir .venv-wheel/src && cp -r tests csrc CMakeLists.txt pyproject.toml .venv-wheel/src
+	mkdir .venv-wheel/src && cp -r tests csrc benchmarks CMakeLists.txt pyproject.toml .venv-wheel/src
 	cd .venv-wheel/src && ../bin/python -m tests.native.symbols && ../bin/python -m pytest tests/native tests/ops
 
 # The source distribution, and that it builds the same wheel: no file may be missing from it.

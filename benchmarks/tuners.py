@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from lowrank_ops.ops._backend import Device, choose
+from lowrank_ops.ops._native import Choice
 
 from . import bench_covariance, bench_lowrank_linear, shapes
 from .rows import Case
@@ -89,7 +90,8 @@ class CovarianceTuner(Tuner):
             "num_stages": (2, 3, 4, 5),
             "group": (4, 8, 16),
             "split": (0, 1, 2, 3, 4, 6, 8, 12, 16, 32),
-        }
+        },
+        "cuda": {"kernel": ("covariance_sm80", "covariance_sm90"), "splits": (0, 1, 2, 3, 4, 6, 8, 12, 16, 32)},
     }
 
     def shapes(self) -> list[Shape]:
@@ -111,18 +113,20 @@ class CovarianceTuner(Tuner):
         shipped = [config for (of, _), config in _covariance_triton.HEURISTIC.items() if of == arch]
         configs = dict.fromkeys([_covariance_triton.config_for(problem), *shipped])
         return _current_first(
-            [*(Candidate("triton", config) for config in configs), Candidate("cuda", None)], _covariance.TABLE, problem
+            [*(Candidate("triton", config) for config in configs), Candidate("cuda", Choice())],
+            _covariance.TABLE,
+            problem,
         )
 
     def refuse(self, candidate: Candidate, problem: Any) -> str | None:
         if candidate.impl == "cuda":
-            return _refused(_covariance.TABLE, candidate, problem)
+            return _covariance_cuda.refuse(problem, candidate.config) or None
         reason: str | None = _covariance_triton.unsupported_config(candidate.config, problem.dtype, problem.device)
         return reason
 
     def arm(self, candidate: Candidate, problem: Any) -> Callable[..., Any]:
         if candidate.impl == "cuda":
-            return lambda state, total, x: _covariance_cuda.run(problem, state, total, x)
+            return lambda state, total, x: _covariance_cuda.run(problem, state, total, x, candidate.config)
         plan = _covariance_triton.plan_with(problem, candidate.config)
         return lambda state, total, x: _covariance_triton.launch(plan, state, total, x, problem)
 
@@ -139,7 +143,8 @@ class ConvCovarianceTuner(Tuner):
             "num_stages": (2, 3, 4, 5),
             "group": (4, 8, 16),
             "split": (0, 1, 2, 3, 4, 6, 8, 12, 16, 32),
-        }
+        },
+        "cuda": {"splits": (0, 1, 2, 3, 4, 6, 8, 12, 16, 32)},
     }
     convs: ClassVar[Sequence[shapes.Conv]] = shapes.CONVS
 
@@ -165,21 +170,23 @@ class ConvCovarianceTuner(Tuner):
         shipped = [config for (of, _), config in _conv_triton.HEURISTIC.items() if of == arch]
         configs = dict.fromkeys([_conv_triton.config_for(problem), *shipped])
         return _current_first(
-            [*(Candidate("triton", config) for config in configs), Candidate("cuda", None)],
+            [*(Candidate("triton", config) for config in configs), Candidate("cuda", Choice())],
             _covariance.CONV_TABLE,
             problem,
         )
 
     def refuse(self, candidate: Candidate, problem: Any) -> str | None:
         if candidate.impl == "cuda":
-            return _refused(_covariance.CONV_TABLE, candidate, problem)
+            return _covariance_cuda.refuse_conv(problem, candidate.config) or None
         reason: str | None = _covariance_triton.unsupported_config(candidate.config, problem.dtype, problem.device)
         return reason
 
     def arm(self, candidate: Candidate, problem: Any) -> Callable[..., Any]:
         if candidate.impl == "cuda":
             geometry = (problem.kernel_size, problem.stride, problem.padding, problem.dilation)
-            return lambda state, total, x: _covariance_cuda.run_conv(problem, state, total, x, *map(list, geometry))
+            return lambda state, total, x: _covariance_cuda.run_conv(
+                problem, state, total, x, *map(list, geometry), choice=candidate.config
+            )
         plan = _conv_triton.plan_with(problem, candidate.config)
         return lambda state, total, x: _conv_triton.launch(plan, state, total, x)
 
@@ -212,6 +219,8 @@ class LowRankLinearTuner(Tuner):
             "stages_n": (2, 3),
             "parts": (1, 2, 4, 8),
         },
+        "cuda.decode": {"kernel": ("decode_sm80", "decode_sm90"), "splits": (0, 1, 2, 4, 8, 16)},
+        "cuda.prefill": {"splits": (0, 1, 2, 4, 8)},
     }
 
     def shapes(self) -> list[Shape]:
@@ -238,7 +247,8 @@ class LowRankLinearTuner(Tuner):
         listed += [Candidate("triton.decode", config) for config in _linear_config.shipped_decode(name)]
         listed += [Candidate("triton.prefill", config) for config in _linear_config.shipped_prefill(name)]
         listed = [candidate for candidate in listed if candidate.config]
-        listed += [Candidate(impl, None) for impl in ("two_products", "cuda.decode", "cuda.prefill")]
+        listed += [Candidate(impl, Choice()) for impl in ("cuda.decode", "cuda.prefill")]
+        listed.append(Candidate("two_products", None))
         return _current_first(dict.fromkeys(listed), _linear.TABLE, problem)
 
     def refuse(self, candidate: Candidate, problem: Any) -> str | None:
@@ -250,13 +260,18 @@ class LowRankLinearTuner(Tuner):
             return reason
         if candidate.impl == "triton.prefill":
             return _linear_triton.supports_prefill(problem, config)
-        return _refused(_linear.TABLE, candidate, problem)
+        if config is None:
+            return None
+        kind = _linear_cuda.supports_decode if candidate.impl == "cuda.decode" else _linear_cuda.supports_prefill
+        return kind(problem) or _linear_cuda.refuse(problem, config) or None
 
     def arm(self, candidate: Candidate, problem: Any) -> Callable[..., Any]:
         if candidate.impl == "two_products":
             return bench_lowrank_linear.two_linears
-        if candidate.config is None:
-            return lambda x, down, up, bias, weight: _linear_cuda.run(problem, x, down, up, bias, "none")
+        if candidate.impl.startswith("cuda"):
+            return lambda x, down, up, bias, weight: _linear_cuda.run(
+                problem, x, down, up, bias, "none", candidate.config
+            )
         run = _linear_triton.run_decode if candidate.impl == "triton.decode" else _linear_triton.run_prefill
         return lambda x, down, up, bias, weight: run(problem, x, down, up, bias, "none", candidate.config)
 
@@ -265,12 +280,6 @@ def _current_first(candidates: Iterable[Candidate], table: Sequence[Any], proble
     """What would run now in front."""
     current = choose(table, problem, "auto").name
     return sorted(candidates, key=lambda candidate: candidate.impl != current)
-
-
-def _refused(table: Sequence[Any], candidate: Candidate, problem: Any) -> str | None:
-    """What the implementation itself says of the problem, for those that have no configuration to ask about."""
-    reason: str | None = next(impl for impl in table if impl.name == candidate.impl).supports(problem)
-    return reason
 
 
 TUNERS: dict[str, Tuner] = {

@@ -16,6 +16,7 @@ constexpr int64_t kMostGrid = 2147483647;  // blocks along x
 constexpr int64_t kMostGridYZ = 65535;
 constexpr int64_t kSharedPerMultiprocessor = 1024;  // what the system keeps of each block's shared memory
 constexpr int64_t kScratchBytes = int64_t{256} << 20;
+constexpr int kMostSplits = 64;  // of a tile's tokens
 
 // Whether code for `arch` ("80", "90a", "100f", ...) runs on a device: its own minor version and later ones of the same
 // major, an arch-specific one on its own device only. The Tegra devices (8.7, 10.1) run no code but their own.
@@ -43,6 +44,12 @@ const char* name(Dtype dtype) {
   return "";
 }
 
+// Why the splits asked for cannot be had, where `splits` are what comes of them; empty where they can.
+std::string splits_refusal(const Choice& choice, int64_t splits, int64_t most) {
+  if (choice.splits == 0 || (choice.splits == splits && splits <= most)) return "";
+  return "it cannot share its work among " + std::to_string(choice.splits) + " blocks";
+}
+
 // Blocks in flight on the whole machine.
 int64_t slots(const Machine& machine, int64_t shared_bytes, int blocks_by_registers) {
   int64_t by_shared = (machine.shared_memory + kSharedPerMultiprocessor) / (shared_bytes + kSharedPerMultiprocessor);
@@ -52,7 +59,6 @@ int64_t slots(const Machine& machine, int64_t shared_bytes, int blocks_by_regist
 // The number of blocks per tile that finishes first: whole waves of blocks, each of its steps and a fixed part for
 // filling the pipeline and leaving the tile, and the second kernel where there is more than one.
 int best_splits(int64_t tiles, int64_t tokens, int block_tokens, int64_t at_once) {
-  constexpr int kMostSplits = 64;
   const int64_t fixed_steps = 512 / block_tokens;
   const int64_t second_kernel_steps = 768 / block_tokens;
   int64_t steps = ceil_div(tokens, block_tokens);
@@ -117,9 +123,13 @@ CovariancePlan plan_covariance(const CovarianceProblem& problem) {
   plan.tf32 = problem.allow_tf32 && problem.dtype == Dtype::float32;
   const bool split_in_parts = problem.dtype == Dtype::float32 && !plan.tf32;
   const bool async = problem.source == Source::aligned_matrix && !split_in_parts;
+  const bool fits_sm90 = async && !plan.tf32 && problem.machine.capability == 90 && problem.groups == 1 &&
+                         problem.tokens <= std::numeric_limits<int32_t>::max() - wgmma::kTokens;
+  const std::string& wanted = problem.choice.kernel;
+  if (!wanted.empty() && wanted != "covariance_sm80" && !(wanted == "covariance_sm90" && fits_sm90))
+    return refuse(wanted + " does not run this problem");
   int64_t static_bytes = kStaticSharedBytes;
-  if (async && !plan.tf32 && problem.machine.capability == 90 && problem.groups == 1 &&
-      problem.tokens <= std::numeric_limits<int32_t>::max() - wgmma::kTokens) {
+  if (fits_sm90 && wanted != "covariance_sm80") {
     plan.kernel = "covariance_sm90";
     plan.block_tokens = wgmma::kTokens;
     plan.stages = wgmma::kStages;
@@ -144,12 +154,16 @@ CovariancePlan plan_covariance(const CovarianceProblem& problem) {
   plan.tiles = triangle(blocks);
   int64_t at_once = slots(problem.machine, plan.shared_bytes + static_bytes,
                           async && plan.stages != 5 ? 2 : 1);
-  int splits = best_splits(plan.tiles * problem.groups, problem.tokens, plan.block_tokens, at_once);
+  int64_t splits = problem.choice.splits;
+  if (splits == 0) splits = best_splits(plan.tiles * problem.groups, problem.tokens, plan.block_tokens, at_once);
+  if (splits < 0) return refuse(splits_refusal(problem.choice, 0, 0));
   plan.tokens_per_split = round_up(ceil_div(problem.tokens, splits), plan.block_tokens);
   plan.splits = static_cast<int>(ceil_div(problem.tokens, plan.tokens_per_split));
   if (plan.splits > 1)
     plan.scratch_floats =
         partial_sum_offset(problem.groups, 0, 0, problem.groups, plan.splits, plan.tiles, problem.features);
+  const int64_t partials = plan.tiles * problem.groups * kPartial * 4;
+  plan.reason = splits_refusal(problem.choice, plan.splits, greatest(1, least(kMostSplits, kScratchBytes / partials)));
   return plan;
 }
 
@@ -194,8 +208,10 @@ LowRankPlan plan_decode_pair(const LowRankProblem& problem) {
   int64_t steps = ceil_div(problem.in_features, kFeatures);
   int64_t wanted = problem.machine.multiprocessors / ceil_div(problem.rank, kRows);
   int64_t splits = greatest(1, least(least(wanted, kMostSplits), steps / kLeastSteps));
+  if (problem.choice.splits > 0) splits = problem.choice.splits;
   plan.split_features = ceil_div(steps, splits) * kFeatures;
   plan.splits = static_cast<int>(ceil_div(problem.in_features, plan.split_features));
+  plan.reason = splits_refusal(problem.choice, plan.splits, 4 * kMostSplits);
   plan.scratch_floats = plan.splits * problem.tokens * problem.rank;
   plan.dependent_launch = problem.machine.capability >= 90;
   return plan;
@@ -234,6 +250,7 @@ LowRankPlan plan_decode_persistent(const LowRankProblem& problem) {
   const int64_t steps = ceil_div(problem.in_features, kFeatures);
   int64_t least_cost = std::numeric_limits<int64_t>::max();
   for (int cluster = 1; cluster <= least(kMostCluster, machine.multiprocessors); cluster *= 2) {
+    if (problem.choice.splits != 0 && problem.choice.splits != cluster) continue;
     int64_t rounds = ceil_div(work, machine.multiprocessors / cluster);
     int64_t cost = rounds * (ceil_div(ceil_div(steps, cluster), kWarps) + kFixedSteps);
     if (cost < least_cost) {
@@ -241,7 +258,13 @@ LowRankPlan plan_decode_persistent(const LowRankProblem& problem) {
       plan.splits = plan.cluster = cluster;
     }
   }
+  if (plan.splits == 0) {
+    plan.reason = splits_refusal(problem.choice, 0, 0);
+    return plan;
+  }
   plan.split_features = ceil_div(steps, plan.splits) * kFeatures;
+  // Only what was asked for can leave a block without features.
+  plan.reason = splits_refusal(problem.choice, ceil_div(problem.in_features, plan.split_features), kMostCluster);
   const int64_t tiles_up = ceil_div(problem.out_features, kRows);
   const int64_t clusters =
       least(machine.multiprocessors / plan.splits, greatest(work, ceil_div(tiles_up, plan.splits)));
@@ -283,7 +306,7 @@ LowRankPlan plan_prefill(const LowRankProblem& problem) {
   for (int ranks = rank_tile(problem.rank); ranks <= kMostRank; ranks += 64)
     for (int cluster = 1; cluster <= least(8, machine.multiprocessors); cluster *= 2) {
       if (!exists(ranks, cluster) || shared_bytes(ranks, cluster) > machine.shared_memory ||
-          row_tiles * cluster > kMostGrid)
+          row_tiles * cluster > kMostGrid || (problem.choice.splits != 0 && problem.choice.splits != cluster))
         continue;
       const int columns = ranks / cluster;
       const int64_t waves = ceil_div(row_tiles, machine.multiprocessors / cluster);
@@ -299,6 +322,7 @@ LowRankPlan plan_prefill(const LowRankProblem& problem) {
       plan.shared_bytes = shared_bytes(ranks, cluster);
       plan.blocks = row_tiles * cluster;
     }
+  if (plan.rank_tile == 0 && problem.choice.splits != 0) return refuse(splits_refusal(problem.choice, 0, 0));
   if (plan.rank_tile == 0) return refuse("there is too little shared memory: " + std::to_string(machine.shared_memory));
   return plan;
 }
@@ -319,9 +343,16 @@ LowRankPlan plan_lowrank_linear(const LowRankProblem& problem) {
   constexpr int64_t kMostFeatures = int64_t{1} << 30;
   if (problem.in_features > kMostFeatures || problem.out_features > kMostFeatures)
     return refuse("it takes at most 2^30 features");
-  if (problem.tokens > lowrank_linear::kMostTokens) return plan_prefill(problem);
-  const LowRankPlan persistent = plan_decode_persistent(problem);
-  return persistent.reason.empty() ? persistent : plan_decode_pair(problem);
+  const bool many = problem.tokens > lowrank_linear::kMostTokens;
+  const std::string& wanted = problem.choice.kernel;
+  if (!wanted.empty() && (many ? wanted != "prefill_sm90" : wanted != "decode_sm80" && wanted != "decode_sm90"))
+    return refuse(wanted + " does not run this problem");
+  if (many) return plan_prefill(problem);
+  if (wanted != "decode_sm80") {
+    const LowRankPlan persistent = plan_decode_persistent(problem);
+    if (persistent.reason.empty() || !wanted.empty()) return persistent;
+  }
+  return plan_decode_pair(problem);
 }
 
 std::string describe(const LowRankPlan& plan) {

@@ -20,6 +20,12 @@ struct Machine {
 // Why a library built for `archs`, such as "80,90a,100f", has no code for a device; empty where it has.
 std::string arch_refusal(const std::string& archs, int capability);
 
+// What was found faster than the planner's own choice, as a tuned table has it. Refused where it cannot be had.
+struct Choice {
+  std::string kernel;  // empty: the first that can run the problem
+  int64_t splits = 0;  // of a plan's `splits`, or of prefill_sm90's `cluster`; 0: the planner's
+};
+
 // ---- covariance_update_ ----
 
 enum class Source {
@@ -39,6 +45,7 @@ struct CovarianceProblem {
   Source source;
   Machine machine;
   bool allow_tf32 = false;  // products of float32 in TensorFloat-32
+  Choice choice = {};
 };
 
 struct CovariancePlan {
@@ -69,6 +76,7 @@ struct LowRankProblem {
   Dtype dtype;
   bool aligned;  // x, down, up and all their rows start on 16 bytes
   Machine machine;
+  Choice choice = {};
 };
 
 struct LowRankPlan {

@@ -153,6 +153,74 @@ void few_tiles_are_split_to_fill_the_machine() {
   EXPECT(plan_covariance(wide).scratch_floats == 0);
 }
 
+// What was asked for is what is planned, and legal, or refused.
+void choices_are_kept_or_refused() {
+  const Machine h200{90, 132, 232448}, a100 = kMachines[0];
+  const CovarianceProblem wide{8192, 768, 1, Dtype::bfloat16, Source::aligned_matrix, h200};
+  const auto covariance = [](CovarianceProblem problem, const char* kernel, int64_t splits) {
+    problem.choice = {kernel, splits};
+    return plan_covariance(problem);
+  };
+  const auto linear = [](LowRankProblem problem, const char* kernel, int64_t splits) {
+    problem.choice = {kernel, splits};
+    return plan_lowrank_linear(problem);
+  };
+  int kept = 0;
+  for (const char* kernel : {"", "covariance_sm80", "covariance_sm90"})
+    for (int64_t splits = -1; splits <= 66; ++splits) {
+      CovarianceProblem problem = wide;
+      problem.choice = {kernel, splits};
+      const CovariancePlan plan = plan_covariance(problem);
+      if (!plan.reason.empty()) continue;
+      ++kept;
+      EXPECT(splits >= 0 && splits <= 64 && (splits == 0 || plan.splits == splits));
+      EXPECT(*kernel == 0 || plan.kernel == kernel);
+      expect_legal(problem);
+    }
+  EXPECT(kept >= 3 * 20);
+  EXPECT(covariance(wide, "covariance_sm80", 7).splits == 7);
+  EXPECT(covariance(wide, "covariance_sm80", 0).kernel == "covariance_sm80");
+  CovarianceProblem elsewhere = wide;
+  elsewhere.machine = a100;
+  EXPECT(covariance(elsewhere, "covariance_sm90", 0).reason == "covariance_sm90 does not run this problem");
+  EXPECT(covariance(wide, "decode_sm80", 0).reason == "decode_sm80 does not run this problem");
+  EXPECT(covariance(wide, "", 65).reason == "it cannot share its work among 65 blocks");
+  CovarianceProblem one_step = wide;
+  one_step.tokens = 8;
+  EXPECT(covariance(one_step, "", 2).reason == "it cannot share its work among 2 blocks");
+  CovarianceProblem widest = wide;
+  widest.features = 65536;  // the partial sums of two splits alone would take 17 GB
+  EXPECT(covariance(widest, "", 1).reason.empty());
+  EXPECT(covariance(widest, "", 2).reason == "it cannot share its work among 2 blocks");
+
+  const LowRankProblem decode{4, 4096, 512, 4096, Dtype::bfloat16, true, h200};
+  kept = 0;
+  for (const char* kernel : {"", "decode_sm80", "decode_sm90"})
+    for (int64_t splits = -1; splits <= 300; ++splits) {
+      LowRankProblem problem = decode;
+      problem.choice = {kernel, splits};
+      const LowRankPlan plan = plan_lowrank_linear(problem);
+      if (!plan.reason.empty()) continue;
+      ++kept;
+      EXPECT(splits >= 0 && (splits == 0 || plan.splits == splits) && (*kernel == 0 || plan.kernel == kernel));
+      expect_legal(problem);
+    }
+  EXPECT(kept >= 3 * 5);
+  EXPECT(linear(decode, "decode_sm90", 3).reason == "it cannot share its work among 3 blocks");
+  EXPECT(linear(decode, "decode_sm90", 8).cluster == 8);
+  EXPECT(linear(decode, "", 3).kernel == "decode_sm80");  // the first that can
+  EXPECT(linear(decode, "prefill_sm90", 0).reason == "prefill_sm90 does not run this problem");
+  LowRankProblem narrow = decode;
+  narrow.in_features = 32;
+  EXPECT(linear(narrow, "decode_sm90", 8).reason == "it cannot share its work among 8 blocks");  // no features for some
+  LowRankProblem prefill = decode;
+  prefill.tokens = 2048;
+  prefill.rank = 128;
+  for (int cluster : {1, 2, 4}) EXPECT(linear(prefill, "prefill_sm90", cluster).cluster == cluster);
+  EXPECT(linear(prefill, "", 3).reason.find("among 3 blocks") != std::string::npos);
+  EXPECT(linear(prefill, "decode_sm90", 0).reason == "decode_sm90 does not run this problem");
+}
+
 void refusals_say_why() {
   const Machine a100 = kMachines[0], none{0, 0, 0}, v100{70, 80, 98304};
   const auto covariance = [](int64_t tokens, int64_t features, Dtype dtype, const Machine& machine) {
@@ -205,6 +273,7 @@ int main() {
   hopper_decodes_in_one_launch_where_it_can();
   many_tokens_are_shared_by_clusters_where_tiles_are_few();
   few_tiles_are_split_to_fill_the_machine();
+  choices_are_kept_or_refused();
   refusals_say_why();
   names_are_parsed();
   return tests::result();

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,26 @@ class Machine(NamedTuple):
     capability: int  # 10 * major + minor
     multiprocessors: int
     shared_memory: int  # bytes that a block may ask for
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a tuned table has found faster than the planner's own choice."""
+
+    kernel: str = ""  # empty: the first that can run the problem
+    splits: int = 0  # blocks that share a tile's tokens, or a row tile's features and outputs; 0: the planner's
+
+
+PLANNERS = Choice()
+
+
+def choice(entry: Mapping[str, Any] | None, refused: Callable[[Choice], str]) -> Choice:
+    """That of a table's entry, which speaks for the nearest shape, where this problem can have it."""
+    if entry is not None and entry["impl"].startswith("cuda") and entry["config"]:
+        tuned = Choice(**entry["config"])
+        if not refused(tuned):
+            return tuned
+    return PLANNERS
 
 
 #: A typical device of each arch, for plans where there is none.
@@ -68,6 +89,8 @@ def plan(
     in_features: int = 0,
     rank: int = 0,
     out_features: int = 0,
+    kernel: str = "",
+    splits: int = 0,
 ) -> str:
     """Which CUDA kernel would run a problem on a machine that need not be here, and how; or ``"cannot run: ..."``.
 
@@ -76,6 +99,9 @@ def plan(
             convolutions of patches: channels of a group x kernel height x width, and ``tokens`` counts patches) and
             ``allow_tf32``, or ``"lowrank_linear"``, which takes ``in_features``, ``rank`` and ``out_features``.
         aligned: the matrices and their rows start on 16 bytes.
+        kernel: such as ``"decode_sm80"`` instead of the first that can.
+        splits: blocks that share a tile's tokens (covariances), the features of ``down`` (decode) or also the rows of
+            ``up`` (prefill), instead of the planner's number.
 
     Raises:
         ValueError: an unknown op.
@@ -88,7 +114,8 @@ def plan(
         shape = (tokens, features, groups, dtype_name(dtype), source, allow_tf32)
     else:
         raise ValueError(f"op must be covariance_update_, conv_covariance_update_ or lowrank_linear; got {op!r}.")
-    reason, text = _planner("plan_lowrank_linear" if op == "lowrank_linear" else "plan_covariance")(*shape, *machine)
+    planner = _planner("plan_lowrank_linear" if op == "lowrank_linear" else "plan_covariance")
+    reason, text = planner(*shape, *machine, kernel, splits)
     return f"cannot run: {reason}" if reason else text
 
 

@@ -87,6 +87,25 @@ def test_cuda_hopper_runs_its_own_kernels():
         assert _cuda.plan(problem).startswith(kernel)
 
 
+@needs_library
+@pytest.mark.parametrize(
+    "tokens, kernel, splits",
+    [
+        *((16, "decode_sm80", splits) for splits in (1, 2, 4, 8, 16)),
+        *((16, "decode_sm90", cluster) for cluster in (1, 2, 4, 8)),
+        *((1000, "prefill_sm90", cluster) for cluster in (1, 2, 4)),
+    ],
+)
+def test_cuda_by_choice(tokens, kernel, splits):
+    """What a tuned table may ask for instead of the planner's own choice."""
+    args = arguments(tokens, 1024, 128, 768)
+    problem, choice = describe(*args, "silu"), _native.Choice(kernel, splits)
+    if reason := _cuda.refuse(problem, choice):
+        assert kernel.endswith("sm90") and problem.device.capability != (9, 0), reason
+        pytest.skip(reason)
+    assert_right(_cuda.run(problem, *args, "silu", choice), *args, "silu")
+
+
 def test_every_triton_configuration_that_ships():
     name = _triton_config.arch(torch.cuda.get_device_capability())
     for config in _triton_config.shipped_decode(name):

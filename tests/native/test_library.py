@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.tuners import TUNERS
 from lowrank_ops.ops import (
     BackendUnavailableError,
     _backend,
@@ -138,6 +139,55 @@ def test_supports_is_the_planner(library: Path) -> None:
     assert lowrank_cuda.supports_decode(linear._replace(tokens=0)) is None
 
 
+def test_a_tuned_choice_is_followed_where_it_can_be(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table's entry is of the nearest shape: what that could have, this problem may not."""
+    tensors = [torch.zeros(*shape, dtype=torch.bfloat16) for shape in ((16, 1024), (8, 1024), (40, 8))]
+    linear = describe_lowrank(*tensors, None, "none")._replace(device=H200)
+    if "no code for" in lowrank_cuda.refuse(linear, _native.Choice()):
+        pytest.skip("the library was built without code for sm_90a")
+    entry = {"impl": "cuda.decode", "config": {"kernel": "decode_sm80", "splits": 8}}
+    monkeypatch.setattr(lowrank_cuda, "tuned_entry", lambda problem: entry)
+    lowrank_cuda.choice_for.cache_clear()
+    try:
+        assert lowrank_cuda.plan(linear).startswith("decode_sm80: 16 tokens, 16 rows of down x 8 splits")
+        assert lowrank_cuda.choice_for(linear) == _native.Choice("decode_sm80", 8)
+        for other in (linear._replace(in_features=64), linear._replace(tokens=100)):
+            assert lowrank_cuda.choice_for(other) == _native.Choice()
+            assert "_sm90: " in lowrank_cuda.plan(other)
+        for elsewhere in (None, {"impl": "triton.decode", "config": {"block_m": 16}}, {"impl": "cuda", "config": {}}):
+            assert _native.choice(elsewhere, lambda choice: "") == _native.Choice()
+    finally:
+        lowrank_cuda.choice_for.cache_clear()
+
+    state, x = torch.zeros(64, 64), torch.zeros(1000, 64, dtype=torch.bfloat16)
+    problem = describe_covariance(state, x)._replace(device=H200)
+    tuned = {"impl": "cuda", "config": {"kernel": "covariance_sm80", "splits": 5}}
+    monkeypatch.setattr(covariance_cuda._triton, "tuned_entry", lambda problem: tuned)
+    covariance_cuda.choice_for.cache_clear()
+    try:
+        assert re.match("covariance_sm80: .* 1 tiles x 5 splits", covariance_cuda.plan(problem))
+        assert covariance_cuda.choice_for(problem._replace(tokens=8)) == _native.Choice()
+    finally:
+        covariance_cuda.choice_for.cache_clear()
+
+
+def test_what_the_tuner_searches_of_the_cuda_kernels_is_legal(library: Path) -> None:
+    """Around every start there is more than one plan to try, and the planner knows which."""
+    for op, impls in (("covariance_update", ["cuda"]), ("lowrank_linear", ["cuda.decode", "cuda.prefill"])):
+        tuner = TUNERS[op]
+        for impl in impls:
+            legal = set()
+            for shape in tuner.shapes()[::7]:
+                case = tuner.case(shape)
+                problem = case.pose(case.make(torch.device("meta"), 0))[1]._replace(device=H200)
+                start = next(start for start in tuner.starts(problem) if start.impl == impl)
+                if tuner.refuse(start, problem) is None:
+                    legal |= {near for near in tuner.neighbours(start) if tuner.refuse(near, problem) is None}
+                elif "no code for" in tuner.refuse(start, problem):
+                    pytest.skip("the library was built without code for sm_90a")
+            assert len(legal) >= 3, (impl, legal)
+
+
 def test_the_module_and_the_library_plan_alike(library: Path) -> None:
     if importlib.util.find_spec("lowrank_ops._planner") is None:
         pytest.skip("_planner was not built for this Python")
@@ -149,7 +199,7 @@ def test_the_module_and_the_library_plan_alike(library: Path) -> None:
     for machine, dtype, source, tf32, tokens, features in itertools.product(
         machines, dtypes, ["matrix", "aligned_matrix", "patches"], [False, True], [1, 12608, 1 << 33], [1, 768, 11008]
     ):
-        arguments = (tokens, features, 2, dtype, source, tf32, *machine)
+        arguments = (tokens, features, 2, dtype, source, tf32, *machine, "", tokens % 5)
         mine = torch.ops.lowrank_ops._plan_covariance(*arguments)
         if "no code for" not in mine[0]:
             assert mine == _planner.plan_covariance(*arguments)

@@ -40,27 +40,48 @@ class Simulated:
         self.machine = machine
         self.ops.configure(*machine, seed, timing)
 
-    def covariance_update_(self, second_moment: Tensor, total: Tensor, x: Tensor, allow_tf32: bool = False) -> str:
+    def covariance_update_(
+        self,
+        second_moment: Tensor,
+        total: Tensor,
+        x: Tensor,
+        allow_tf32: bool = False,
+        choice: tuple[str, int] = ("", 0),
+    ) -> str:
         """Returns the plan, such as ``"covariance_sm90: tile 128x128, ..."``."""
         rows = x.stride(0) * x.element_size() % 16 if len(x) > 1 else 0
         source = "matrix" if rows or x.data_ptr() % 16 else "aligned_matrix"
-        reason, plan = self.ops._plan_covariance(*x.shape, 1, str(x.dtype)[6:], source, allow_tf32, *self.machine)
+        reason, plan = self.ops._plan_covariance(
+            *x.shape, 1, str(x.dtype)[6:], source, allow_tf32, *self.machine, *choice
+        )
         assert not reason, reason
-        self.ops._cuda_covariance_update_(second_moment, total, x, allow_tf32)
+        self.ops._cuda_covariance_update_(second_moment, total, x, allow_tf32, *choice)
         return str(plan)
 
     def conv_covariance_update_(
-        self, second_moment: Tensor, total: Tensor, x: Tensor, *geometry: Any, allow_tf32: bool = False
+        self,
+        second_moment: Tensor,
+        total: Tensor,
+        x: Tensor,
+        *geometry: Any,
+        allow_tf32: bool = False,
+        choice: tuple[str, int] = ("", 0),
     ) -> None:
-        self.ops._cuda_conv_covariance_update_(second_moment, total, x, *geometry, allow_tf32)
+        self.ops._cuda_conv_covariance_update_(second_moment, total, x, *geometry, allow_tf32, *choice)
 
     def lowrank_linear(
-        self, x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None, activation: str = "none"
+        self,
+        x: Tensor,
+        down: Tensor,
+        up: Tensor,
+        bias: Tensor | None = None,
+        activation: str = "none",
+        choice: tuple[str, int] = ("", 0),
     ) -> tuple[Tensor, str]:
         """Returns y and the plan."""
         on_16_bytes = all(m.data_ptr() % 16 == 0 and m.stride(0) * 2 % 16 == 0 for m in (x, down, up))
         reason, plan = self.ops._plan_lowrank_linear(
-            *x.shape, *up.T.shape, str(x.dtype)[6:], on_16_bytes, *self.machine
+            *x.shape, *up.T.shape, str(x.dtype)[6:], on_16_bytes, *self.machine, *choice
         )
         assert not reason, reason
-        return self.ops._cuda_lowrank_linear(x, down, up, bias, activation), str(plan)
+        return self.ops._cuda_lowrank_linear(x, down, up, bias, activation, *choice), str(plan)

@@ -221,6 +221,59 @@ def test_every_shipped_prefill_kernel_gives_the_same(simulated: Simulated):
     assert set(kernels) == {(64, 1), (64, 2), (128, 1), (128, 2), (128, 4), (192, 1), (256, 2), (256, 4), (256, 8)}
 
 
+LINEAR_CHOICES = [
+    *((4, "decode_sm80", splits) for splits in (1, 2, 3, 8, 16)),
+    *((4, "decode_sm90", cluster) for cluster in (1, 2, 4, 8)),
+    *((70, "prefill_sm90", cluster) for cluster in (1, 2, 4)),
+]
+
+
+@pytest.mark.parametrize("tokens, kernel, splits", LINEAR_CHOICES)
+def test_lowrank_linear_by_choice(simulated: Simulated, order, tokens, kernel, splits):
+    """What a tuned table may ask for instead of the planner's own choice."""
+    x, down, up = normal(tokens, 512, dtype=BF16), normal(128, 512, dtype=BF16) / 16, normal(72, 128, dtype=BF16) / 8
+    simulated.configure(SM90, *order)
+    y, plan = simulated.lowrank_linear(x, down, up, choice=(kernel, splits))
+    assert plan.startswith(f"{kernel}: "), plan
+    assert f"clusters of {splits}," in plan if kernel == "prefill_sm90" else f"{splits} splits" in plan
+    assert_close_to_float64(y, F.linear(F.linear(x, down), up), (x.double() @ down.double().T) @ up.double().T)
+
+
+@pytest.mark.parametrize("kernel", ["covariance_sm80", "covariance_sm90"])
+@pytest.mark.parametrize("splits", [1, 2, 5, 10])
+def test_covariance_by_choice(simulated: Simulated, order, kernel, splits):
+    x = normal(640, 136, dtype=BF16, mean=0.5)
+    simulated.configure(SM90, *order)
+    second_moment, total = torch.zeros(136, 136), torch.zeros(136)
+    plan = simulated.covariance_update_(second_moment, total, x, choice=(kernel, splits))
+    assert re.match(f"{kernel}: .* {splits} splits", plan), plan
+    assert_updated(second_moment, total, x)
+
+
+def test_conv_covariance_by_choice(simulated: Simulated, order):
+    x = normal(4, 4, 9, 8, dtype=FP16)
+    simulated.configure(SM90, *order)
+    geometry = (3, 3), (1, 1), (1, 1), (1, 1)
+    second_moment, total = torch.zeros(1, 36, 36), torch.zeros(1, 36)
+    simulated.conv_covariance_update_(second_moment, total, x, *geometry, choice=("covariance_sm80", 3))
+    patches = F.unfold(x.double(), 3, padding=1).transpose(1, 2).flatten(0, 1)
+    assert_updated(second_moment[0], total[0], patches, dtype=FP16)
+
+
+def test_a_choice_that_cannot_be_had_is_refused(simulated: Simulated):
+    """By the op as well: a table is of another device, or of the nearest shape."""
+    simulated.configure(SM90)
+    x, down, up = normal(4, 64, dtype=BF16), normal(8, 64, dtype=BF16), normal(40, 8, dtype=BF16)
+    for kernel, splits, reason in (
+        ("decode_sm90", 3, "cannot share its work among 3 blocks"),
+        ("prefill_sm90", 0, "prefill_sm90 does not run this problem"),
+    ):
+        with pytest.raises(RuntimeError, match=reason):
+            simulated.ops._cuda_lowrank_linear(x, down, up, None, "none", kernel, splits)
+    with pytest.raises(RuntimeError, match="cannot share its work among 2 blocks"):
+        simulated.ops._cuda_covariance_update_(torch.zeros(64, 64), torch.zeros(64), x, False, "", 2)
+
+
 def test_a_launch_that_fails_names_op_shapes_and_arch(simulated: Simulated):
     """Rows that all lie in one place, which the ops refuse, the tensor copy engine refuses as well."""
     simulated.configure(SM90)

@@ -8,7 +8,9 @@ neither side. bfloat16 and float16 products are exact. Sums of rows are of what 
 
 from __future__ import annotations
 
+import functools
 import math
+from dataclasses import astuple
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,7 +31,18 @@ def supports(problem: Problem) -> str | None:
 
 def plan(problem: Problem) -> str:
     """How ``run`` would, in one line."""
-    return _planned(problem)[1]
+    return _planned(problem, choice_for(problem))[1]
+
+
+def refuse(problem: Problem, choice: _native.Choice) -> str:
+    """Why ``run`` cannot take the problem by a choice of the caller's; empty where it can."""
+    return _planned(problem, choice)[0]
+
+
+@functools.lru_cache(maxsize=8192)
+def choice_for(problem: Problem) -> _native.Choice:
+    """The tuned one of the nearest shape, or the planner's own."""
+    return _native.choice(_triton.tuned_entry(problem), functools.partial(refuse, problem))
 
 
 def supports_conv(problem: ConvProblem) -> str | None:
@@ -39,10 +52,21 @@ def supports_conv(problem: ConvProblem) -> str | None:
 
 def plan_conv(problem: ConvProblem) -> str:
     """How ``run_conv`` would, in one line."""
-    return _planned_conv(problem)[1]
+    return _planned_conv(problem, conv_choice_for(problem))[1]
 
 
-def _planned(problem: Problem) -> tuple[str, str]:
+def refuse_conv(problem: ConvProblem, choice: _native.Choice) -> str:
+    """The same of ``run_conv``."""
+    return _planned_conv(problem, choice)[0]
+
+
+@functools.lru_cache(maxsize=8192)
+def conv_choice_for(problem: ConvProblem) -> _native.Choice:
+    """The same."""
+    return _native.choice(_triton_conv.tuned_entry(problem), functools.partial(refuse_conv, problem))
+
+
+def _planned(problem: Problem, choice: _native.Choice = _native.PLANNERS) -> tuple[str, str]:
     """Why not, or how; neither where nothing will be launched."""
     if problem.device.type != "cuda":
         return "it needs a CUDA device", ""
@@ -61,10 +85,11 @@ def _planned(problem: Problem) -> tuple[str, str]:
         source,
         problem.allow_tf32,
         *_native.machine(problem.device),
+        *astuple(choice),
     )
 
 
-def _planned_conv(problem: ConvProblem) -> tuple[str, str]:
+def _planned_conv(problem: ConvProblem, choice: _native.Choice = _native.PLANNERS) -> tuple[str, str]:
     if problem.device.type != "cuda":
         return "it needs a CUDA device", ""
     if (reason := _native.unavailable()) is not None:
@@ -81,6 +106,7 @@ def _planned_conv(problem: ConvProblem) -> tuple[str, str]:
         "patches",
         problem.allow_tf32,
         *_native.machine(problem.device),
+        *astuple(choice),
     )
 
 
@@ -96,10 +122,15 @@ def prefers_conv(problem: ConvProblem) -> bool:
     return entry is not None and entry["impl"] == "cuda"
 
 
-def run(problem: Problem, second_moment: Tensor, total: Tensor, x: Tensor) -> None:
-    """One launch, or two where the tokens are split."""
+def run(
+    problem: Problem, second_moment: Tensor, total: Tensor, x: Tensor, choice: _native.Choice | None = None
+) -> None:
+    """One launch, or two where the tokens are split; by default as the tuned table has it."""
+    chosen = choice_for(problem) if choice is None else choice
     rows = x.reshape(-1, problem.features)
-    torch.ops.lowrank_ops._cuda_covariance_update_(second_moment, total, rows, problem.allow_tf32)
+    torch.ops.lowrank_ops._cuda_covariance_update_(
+        second_moment, total, rows, problem.allow_tf32, chosen.kernel, chosen.splits
+    )
 
 
 def run_conv(
@@ -111,8 +142,19 @@ def run_conv(
     stride: list[int],
     padding: list[int],
     dilation: list[int],
+    choice: _native.Choice | None = None,
 ) -> None:
     """The same over patches, which are gathered while they are multiplied."""
+    chosen = conv_choice_for(problem) if choice is None else choice
     torch.ops.lowrank_ops._cuda_conv_covariance_update_(
-        second_moment, total, x, kernel_size, stride, padding, dilation, problem.allow_tf32
+        second_moment,
+        total,
+        x,
+        kernel_size,
+        stride,
+        padding,
+        dilation,
+        problem.allow_tf32,
+        chosen.kernel,
+        chosen.splits,
     )

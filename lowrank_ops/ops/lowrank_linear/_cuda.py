@@ -5,13 +5,15 @@ Products are summed in float32; ``x down^T`` is rounded to the dtype of ``x`` in
 
 from __future__ import annotations
 
+import functools
+from dataclasses import astuple
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .. import _native
-from ._triton_config import tuned_implementation
+from ._triton_config import tuned_entry, tuned_implementation
 
 if TYPE_CHECKING:
     from . import Problem
@@ -29,7 +31,18 @@ def supports_prefill(problem: Problem) -> str | None:
 
 def plan(problem: Problem) -> str:
     """How ``run`` would take a problem that one of the two supports, in one line."""
-    return _planned(problem, "")[1]
+    return _planned(problem, "", choice_for(problem))[1]
+
+
+def refuse(problem: Problem, choice: _native.Choice) -> str:
+    """Why ``run`` cannot take the problem by a choice of the caller's; empty where it can."""
+    return _planned(problem, "", choice)[0]
+
+
+@functools.lru_cache(maxsize=8192)
+def choice_for(problem: Problem) -> _native.Choice:
+    """The tuned one of the nearest shape, or the planner's own."""
+    return _native.choice(tuned_entry(problem), functools.partial(refuse, problem))
 
 
 def prefers_decode(problem: Problem) -> bool:
@@ -42,7 +55,7 @@ def prefers_prefill(problem: Problem) -> bool:
     return tuned_implementation(problem) == "cuda.prefill"
 
 
-def _planned(problem: Problem, kind: str) -> tuple[str, str]:
+def _planned(problem: Problem, kind: str, choice: _native.Choice = _native.PLANNERS) -> tuple[str, str]:
     """Why not by a kernel whose name starts with ``kind``, or how; neither where nothing will be launched."""
     if problem.device.type != "cuda":
         return "it needs a CUDA device", ""
@@ -60,6 +73,7 @@ def _planned(problem: Problem, kind: str) -> tuple[str, str]:
         _native.dtype_name(problem.dtype),
         _aligned(problem),
         *_native.machine(problem.device),
+        *astuple(choice),
     )
     kernel = plan.partition(":")[0]
     if not reason and not kernel.startswith(kind):
@@ -76,7 +90,13 @@ def _aligned(problem: Problem) -> bool:
 
 
 def run(
-    problem: Problem, x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: str
+    problem: Problem,
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    choice: _native.Choice | None = None,  # by default that of the tuned table
 ) -> Tensor:  # (..., out_features)
     """One launch on compute capability 9.0 with rows on 16 bytes, else two.
 
@@ -88,4 +108,6 @@ def run(
     down, up = (factor if factor.stride(1) == 1 else factor.contiguous() for factor in (down, up))
     bias = None if bias is None else bias.contiguous()
     rows = x.reshape(problem.tokens, problem.in_features)
-    return torch.ops.lowrank_ops._cuda_lowrank_linear(rows, down, up, bias, activation).view(shape)
+    chosen = choice_for(problem) if choice is None else choice
+    y = torch.ops.lowrank_ops._cuda_lowrank_linear(rows, down, up, bias, activation, chosen.kernel, chosen.splits)
+    return y.view(shape)

@@ -166,7 +166,7 @@ def shipped_prefill(name: str) -> list[PrefillConfig]:
 
 def tuned_implementation(problem: Problem) -> str | None:
     """The name of the implementation that was fastest for the nearest problem in the tuned table, if one ships."""
-    entry = _tuned_entry(problem)
+    entry = tuned_entry(problem)
     return None if entry is None else entry["impl"]
 
 
@@ -217,11 +217,12 @@ def refusal(config: DecodeConfig | PrefillConfig | None, problem: Problem) -> st
 
 
 def _tuned(impl: str, problem: Problem) -> dict[str, Any] | None:
-    entry = _tuned_entry(problem)
+    entry = tuned_entry(problem)
     return entry["config"] if entry is not None and entry["impl"] == impl else None
 
 
-def _tuned_entry(problem: Problem) -> dict[str, Any] | None:
+def tuned_entry(problem: Problem) -> dict[str, Any] | None:
+    """What was fastest for the nearest problem in the tuned table, by any backend, if one ships."""
     shape = {
         "tokens": problem.tokens,
         "in_features": problem.in_features,
