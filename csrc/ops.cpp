@@ -59,7 +59,7 @@ void add_covariance(const char* op, covariance::Arguments args, Source source, b
 }
 
 void covariance_update(Tensor second_moment, Tensor total, Tensor x, bool allow_tf32, std::string kernel,
-                       int64_t splits) {
+                       int64_t splits, int64_t token_tile) {
   STD_TORCH_CHECK(x.dim() == 2 && second_moment.dim() == 2 && total.dim() == 1, "x and the state must be matrices");
   const int64_t features = x.size(1);
   STD_TORCH_CHECK(second_moment.size(0) == features && second_moment.size(1) == features &&
@@ -74,12 +74,13 @@ void covariance_update(Tensor second_moment, Tensor total, Tensor x, bool allow_
   args.state_col_stride = second_moment.stride(1);
   args.total_stride = total.stride(0);
   add_covariance("covariance_update_", args, aligned(x) ? Source::aligned_matrix : Source::matrix, allow_tf32,
-                 {kernel, splits}, second_moment, total, x);
+                 {kernel, splits, token_tile}, second_moment, total, x);
 }
 
 void conv_covariance_update(Tensor second_moment, Tensor total, Tensor x, std::vector<int64_t> kernel_size,
                             std::vector<int64_t> stride, std::vector<int64_t> padding,
-                            std::vector<int64_t> dilation, bool allow_tf32, std::string kernel, int64_t splits) {
+                            std::vector<int64_t> dilation, bool allow_tf32, std::string kernel, int64_t splits,
+                            int64_t token_tile) {
   STD_TORCH_CHECK(x.dim() == 4 && second_moment.dim() == 3 && total.dim() == 2, "x must be an image batch");
   for (const std::vector<int64_t>* geometry : {&kernel_size, &stride, &padding, &dilation})
     STD_TORCH_CHECK(geometry->size() == 2, "kernel_size, stride, padding and dilation are (height, width)");
@@ -121,7 +122,7 @@ void conv_covariance_update(Tensor second_moment, Tensor total, Tensor x, std::v
   args.state_col_stride = second_moment.stride(2);
   args.total_group_stride = total.stride(0);
   args.total_stride = total.stride(1);
-  add_covariance("conv_covariance_update_", args, Source::patches, allow_tf32, {kernel, splits}, second_moment, total, x);
+  add_covariance("conv_covariance_update_", args, Source::patches, allow_tf32, {kernel, splits, token_tile}, second_moment, total, x);
 }
 
 // (why not, plan): one of the two is empty. The archs are the library's own business, not the planner's.
@@ -135,10 +136,11 @@ std::tuple<std::string, std::string> explain(const Plan& plan, int64_t capabilit
 std::tuple<std::string, std::string> explain_covariance(int64_t tokens, int64_t features, int64_t groups,
                                                         std::string dtype, std::string source, bool allow_tf32,
                                                         int64_t capability, int64_t multiprocessors,
-                                                        int64_t shared_memory, std::string kernel, int64_t splits) {
+                                                        int64_t shared_memory, std::string kernel, int64_t splits,
+                                                        int64_t token_tile) {
   const Machine machine{static_cast<int>(capability), static_cast<int>(multiprocessors), shared_memory};
   return explain(plan_covariance({tokens, features, groups, parse_dtype(dtype), parse_source(source), machine,
-                                  allow_tf32, {kernel, splits}}),
+                                  allow_tf32, {kernel, splits, token_tile}}),
                  capability);
 }
 
@@ -164,7 +166,7 @@ void launch_lowrank_linear(const LowRankPlan& plan, const lowrank_linear::Argume
 }
 
 Tensor lowrank_linear_forward(Tensor x, Tensor down, Tensor up, std::optional<Tensor> bias, std::string activation,
-                              std::string kernel, int64_t splits) {
+                              std::string kernel, int64_t splits, int64_t token_tile) {
   STD_TORCH_CHECK(x.dim() == 2 && down.dim() == 2 && up.dim() == 2, "x, down and up must be matrices");
   const Machine machine = machine_of(x.get_device_index());
   const auto what = [&] {
@@ -191,7 +193,7 @@ Tensor lowrank_linear_forward(Tensor x, Tensor down, Tensor up, std::optional<Te
   const Dtype dtype = dtype_of(x);
   const LowRankPlan plan =
       plan_lowrank_linear({args.tokens, args.in_features, args.rank, args.out_features, dtype, on_16_bytes, machine,
-                           {kernel, splits}});
+                           {kernel, splits, token_tile}});
   STD_TORCH_CHECK(plan.reason.empty(), what(), " cannot run: ", plan.reason);
 
   Tensor y = torch::stable::new_empty(x, {args.tokens, args.out_features});
@@ -219,10 +221,10 @@ std::tuple<std::string, std::string> explain_lowrank_linear(int64_t tokens, int6
                                                             int64_t out_features, std::string dtype, bool aligned,
                                                             int64_t capability, int64_t multiprocessors,
                                                             int64_t shared_memory, std::string kernel,
-                                                            int64_t splits) {
+                                                            int64_t splits, int64_t token_tile) {
   const Machine machine{static_cast<int>(capability), static_cast<int>(multiprocessors), shared_memory};
   return explain(plan_lowrank_linear({tokens, in_features, rank, out_features, parse_dtype(dtype), aligned, machine,
-                                      {kernel, splits}}),
+                                      {kernel, splits, token_tile}}),
                  capability);
 }
 
@@ -231,19 +233,19 @@ std::tuple<std::string, std::string> explain_lowrank_linear(int64_t tokens, int6
 STABLE_TORCH_LIBRARY_FRAGMENT(lowrank_ops, m) {
   m.def(
       "_cuda_covariance_update_(Tensor(a!) second_moment, Tensor(b!) total, Tensor x, bool allow_tf32, "
-      "str kernel=\"\", int splits=0) -> ()");
+      "str kernel=\"\", int splits=0, int token_tile=0) -> ()");
   m.def(
       "_cuda_conv_covariance_update_(Tensor(a!) second_moment, Tensor(b!) total, Tensor x, int[] kernel_size, "
-      "int[] stride, int[] padding, int[] dilation, bool allow_tf32, str kernel=\"\", int splits=0) -> ()");
+      "int[] stride, int[] padding, int[] dilation, bool allow_tf32, str kernel=\"\", int splits=0, int token_tile=0) -> ()");
   m.def(
       "_cuda_lowrank_linear(Tensor x, Tensor down, Tensor up, Tensor? bias, str activation, str kernel=\"\", "
-      "int splits=0) -> Tensor");
+      "int splits=0, int token_tile=0) -> Tensor");
   m.def(
       "_plan_covariance(int tokens, int features, int groups, str dtype, str source, bool allow_tf32, "
-      "int capability, int multiprocessors, int shared_memory, str kernel=\"\", int splits=0) -> (str, str)");
+      "int capability, int multiprocessors, int shared_memory, str kernel=\"\", int splits=0, int token_tile=0) -> (str, str)");
   m.def(
       "_plan_lowrank_linear(int tokens, int in_features, int rank, int out_features, str dtype, bool aligned, "
-      "int capability, int multiprocessors, int shared_memory, str kernel=\"\", int splits=0) -> (str, str)");
+      "int capability, int multiprocessors, int shared_memory, str kernel=\"\", int splits=0, int token_tile=0) -> (str, str)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lowrank_ops, CUDA, m) {

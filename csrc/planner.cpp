@@ -126,6 +126,7 @@ CovariancePlan plan_covariance(const CovarianceProblem& problem) {
   const bool fits_sm90 = async && !plan.tf32 && problem.machine.capability == 90 && problem.groups == 1 &&
                          problem.tokens <= std::numeric_limits<int32_t>::max() - wgmma::kTokens;
   const std::string& wanted = problem.choice.kernel;
+  if (problem.choice.token_tile != 0) return refuse("only prefill_sm90 takes a number of tokens per block");
   if (!wanted.empty() && wanted != "covariance_sm80" && !(wanted == "covariance_sm90" && fits_sm90))
     return refuse(wanted + " does not run this problem");
   int64_t static_bytes = kStaticSharedBytes;
@@ -286,43 +287,51 @@ LowRankPlan plan_prefill(const LowRankProblem& problem) {
     return plan;
   };
   const Machine& machine = problem.machine;
+  const Choice& choice = problem.choice;
   if (machine.capability != 90) return refuse("it needs compute capability 9.0");
   if (!problem.aligned) return refuse("rows of x, down and up must start on 16 bytes");
   if (problem.rank > kMostRank) return refuse("the rank must be at most 256, got " + std::to_string(problem.rank));
-  if (problem.tokens > std::numeric_limits<int32_t>::max() - kTokens) return refuse("it takes at most 2^31 - 129");
-  plan.token_tile = kTokens;
-  plan.threads = kThreads;
+  constexpr int kMostTokensPerBlock = 192;
+  if (problem.tokens > std::numeric_limits<int32_t>::max() - kMostTokensPerBlock)
+    return refuse("it takes at most 2^31 - 193");
   plan.rows_up = kOutputs;
   plan.splits = 1;
   plan.split_features = problem.in_features;
 
   // The cluster that finishes first: waves of clusters; per block the steps over features, each bound by its products
-  // or by bringing its operands, and the rows of up. In cycles: a wgmma takes half of its columns, for each of two
-  // warpgroups; 40 bytes a cycle come to a block; a tile of up is left in 300, a block started in 2000. None of these
-  // is measured.
-  const auto cycles = [](int64_t products, int64_t bytes) { return greatest(products, bytes / 40); };
-  const int64_t row_tiles = ceil_div(problem.tokens, kTokens);
+  // or by bringing its operands, and the rows of up. In cycles: a wgmma takes half of its columns, for each warpgroup;
+  // 25 bytes a cycle come to a block while all of them read; a tile of up is left in 600, by one warpgroup while the
+  // others multiply, a block started in 2000. None of these is measured.
+  const auto cycles = [](int64_t products, int64_t bytes) { return greatest(products, bytes / 25); };
   int64_t least_cost = std::numeric_limits<int64_t>::max();
   for (int ranks = rank_tile(problem.rank); ranks <= kMostRank; ranks += 64)
-    for (int cluster = 1; cluster <= least(8, machine.multiprocessors); cluster *= 2) {
-      if (!exists(ranks, cluster) || shared_bytes(ranks, cluster) > machine.shared_memory ||
-          row_tiles * cluster > kMostGrid || (problem.choice.splits != 0 && problem.choice.splits != cluster))
-        continue;
-      const int columns = ranks / cluster;
-      const int64_t waves = ceil_div(row_tiles, machine.multiprocessors / cluster);
-      const int64_t down = ceil_div(problem.in_features, kBox) * cycles(4 * columns, down_step_bytes(columns));
-      const int64_t up = up_tiles(0, cluster, problem.out_features) * (cycles(4 * ranks, up_step_bytes(ranks)) + 300);
-      const int64_t cost = waves * (down + up + 2000);
-      if (cost >= least_cost) continue;
-      least_cost = cost;
-      plan.rank_tile = ranks;
-      plan.cluster = cluster;
-      plan.rows_down = columns;
-      plan.stages = stages(ranks, cluster);
-      plan.shared_bytes = shared_bytes(ranks, cluster);
-      plan.blocks = row_tiles * cluster;
-    }
-  if (plan.rank_tile == 0 && problem.choice.splits != 0) return refuse(splits_refusal(problem.choice, 0, 0));
+    for (int cluster = 1; cluster <= least(8, machine.multiprocessors); cluster *= 2)
+      for (int groups : kGroups) {
+        const Variant v{ranks, cluster, groups};
+        const int64_t row_tiles = ceil_div(problem.tokens, v.tokens());
+        if (!exists(v) || shared_bytes(v) > machine.shared_memory || row_tiles * cluster > kMostGrid) continue;
+        if (choice.splits != 0 && choice.splits != cluster) continue;
+        if (choice.token_tile != 0 && choice.token_tile != v.tokens()) continue;
+        const int64_t waves = ceil_div(row_tiles, machine.multiprocessors / cluster);
+        const int64_t down =
+            ceil_div(problem.in_features, kBox) * cycles(2 * groups * v.columns(), down_step_bytes(v));
+        const int64_t up = up_tiles(0, cluster, problem.out_features) *
+                           (cycles(2 * groups * ranks, up_step_bytes(ranks)) + 600 / groups);
+        const int64_t cost = waves * (down + up + 2000);
+        if (cost >= least_cost) continue;
+        least_cost = cost;
+        plan.token_tile = v.tokens();
+        plan.threads = v.threads();
+        plan.rank_tile = ranks;
+        plan.cluster = cluster;
+        plan.rows_down = v.columns();
+        plan.stages = stages(v);
+        plan.shared_bytes = shared_bytes(v);
+        plan.blocks = row_tiles * cluster;
+      }
+  if (plan.rank_tile == 0 && (choice.splits != 0 || choice.token_tile != 0))
+    return refuse("there is no kernel for " + std::to_string(choice.token_tile) + " tokens and clusters of " +
+                  std::to_string(choice.splits) + " (0: any)");
   if (plan.rank_tile == 0) return refuse("there is too little shared memory: " + std::to_string(machine.shared_memory));
   return plan;
 }
@@ -348,6 +357,7 @@ LowRankPlan plan_lowrank_linear(const LowRankProblem& problem) {
   if (!wanted.empty() && (many ? wanted != "prefill_sm90" : wanted != "decode_sm80" && wanted != "decode_sm90"))
     return refuse(wanted + " does not run this problem");
   if (many) return plan_prefill(problem);
+  if (problem.choice.token_tile != 0) return refuse("only prefill_sm90 takes a number of tokens per block");
   if (wanted != "decode_sm80") {
     const LowRankPlan persistent = plan_decode_persistent(problem);
     if (persistent.reason.empty() || !wanted.empty()) return persistent;

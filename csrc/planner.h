@@ -24,6 +24,7 @@ std::string arch_refusal(const std::string& archs, int capability);
 struct Choice {
   std::string kernel;  // empty: the first that can run the problem
   int64_t splits = 0;  // of a plan's `splits`, or of prefill_sm90's `cluster`; 0: the planner's
+  int64_t token_tile = 0;  // prefill_sm90
 };
 
 // ---- covariance_update_ ----

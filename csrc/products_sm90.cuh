@@ -21,6 +21,8 @@ namespace lowrank_ops::sm90 {
 #define LRO_SUMS_FOR_32(d) LRO_SUMS(d, 0)
 #define LRO_NAMES_FOR_64 LRO_NAMES_0 ", " LRO_NAMES_16
 #define LRO_SUMS_FOR_64(d) LRO_SUMS(d, 0), LRO_SUMS(d, 16)
+#define LRO_NAMES_FOR_96 LRO_NAMES_0 ", " LRO_NAMES_16 ", " LRO_NAMES_32
+#define LRO_SUMS_FOR_96(d) LRO_SUMS(d, 0), LRO_SUMS(d, 16), LRO_SUMS(d, 32)
 #define LRO_NAMES_FOR_128 LRO_NAMES_0 ", " LRO_NAMES_16 ", " LRO_NAMES_32 ", " LRO_NAMES_48
 #define LRO_SUMS_FOR_128(d) LRO_SUMS(d, 0), LRO_SUMS(d, 16), LRO_SUMS(d, 32), LRO_SUMS(d, 48)
 #define LRO_NAMES_FOR_192 LRO_NAMES_0 ", " LRO_NAMES_16 ", " LRO_NAMES_32 ", " LRO_NAMES_48 ", " LRO_NAMES_64 ", " LRO_NAMES_80
@@ -49,6 +51,8 @@ LRO_PRODUCT(__nv_bfloat16, "bf16", 32, "%16", "%17", "%18");
 LRO_PRODUCT(__half, "f16", 32, "%16", "%17", "%18");
 LRO_PRODUCT(__nv_bfloat16, "bf16", 64, "%32", "%33", "%34");
 LRO_PRODUCT(__half, "f16", 64, "%32", "%33", "%34");
+LRO_PRODUCT(__nv_bfloat16, "bf16", 96, "%48", "%49", "%50");
+LRO_PRODUCT(__half, "f16", 96, "%48", "%49", "%50");
 LRO_PRODUCT(__nv_bfloat16, "bf16", 128, "%64", "%65", "%66");
 LRO_PRODUCT(__half, "f16", 128, "%64", "%65", "%66");
 LRO_PRODUCT(__nv_bfloat16, "bf16", 192, "%96", "%97", "%98");

@@ -1,6 +1,6 @@
 // Index arithmetic of the sm_90 prefill kernel.
 //
-// A cluster takes 128 tokens. Its blocks share the columns of t = x down^T, exchange them, and share the rows of up.
+// A cluster takes 128 or 192 tokens. Its blocks share the columns of t = x down^T, exchange them, and share the rows of up.
 // Operands lie in shared memory as the tensor copy engine writes them with the 128-byte swizzle: a row's 64 values in
 // 128 bytes, whose 16-byte chunks are permuted by the row modulo 8. t never does: what a thread has summed is, rounded,
 // what it has to hold of the next product's left operand.
@@ -10,13 +10,11 @@
 
 namespace lowrank_ops::lowrank_linear::prefill {
 
-constexpr int kTokens = 128;     // two warpgroups of 64
+constexpr int kGroupTokens = 64;  // of a warpgroup
 constexpr int kBox = 64;         // values of a row per box
 constexpr int kRowBytes = kBox * 2;
 constexpr int kOutputs = 64;     // rows of up at a time
 constexpr int kStep = 16;        // values that one wgmma sums
-constexpr int kConsumers = 256;
-constexpr int kThreads = kConsumers + 32;
 constexpr int kMostRank = 256;
 constexpr int kMostStages = 6;
 constexpr int kAlignment = 1024;  // the swizzle repeats every 1024 bytes
@@ -24,41 +22,54 @@ constexpr int kSharedLimit = 232448;
 
 // Ranks are served by the next of these; past the rank, the copy engine brings zeros.
 LRO_HD constexpr int rank_tile(int64_t rank) { return static_cast<int>(round_up(rank, 64)); }
-// Whether there is a kernel for it: a thread has registers for the sums of 192 columns, and a block of a cluster sums a
-// power of two of them, 32 at least.
-LRO_HD constexpr bool exists(int ranks, int cluster) {
-  if (ranks < 64 || ranks > kMostRank || ranks % 64 != 0) return false;
-  if (cluster == 1) return ranks <= 192;
-  return (cluster == 2 || cluster == 4 || cluster == 8) && ranks != 192 && ranks / cluster >= 32;
+
+// One of the kernels there are.
+struct Variant {
+  int ranks;
+  int cluster;
+  int groups;  // warpgroups that multiply
+
+  LRO_HD constexpr int tokens() const { return groups * kGroupTokens; }
+  LRO_HD constexpr int consumers() const { return groups * 128; }
+  // Of the warp that brings the operands; where registers are to be handed over, of its whole warpgroup.
+  LRO_HD constexpr int threads() const { return consumers() + (groups == 3 ? 128 : 32); }
+  LRO_HD constexpr int columns() const { return ranks / cluster; }  // of t that a block sums
+};
+constexpr int kGroups[] = {2, 3};
+// A quarter of a multiprocessor has 16384 registers for one warp of each of four warpgroups: three that multiply, with
+// 160 for a thread, and one that does not.
+constexpr int kRegisters = 160, kProducerRegisters = 32;
+
+// Whether there is a kernel for it: a thread has registers for the sums of 192 columns, of 128 where three warpgroups
+// share them, and a block of a cluster sums 32, 64, 96 or 128 of them, 64 at least where three warpgroups do.
+LRO_HD constexpr bool exists(Variant v) {
+  if (v.ranks < 64 || v.ranks > kMostRank || v.ranks % 64 != 0 || v.groups < 2 || v.groups > 3) return false;
+  if (v.cluster == 1) return v.ranks <= (v.groups == 2 ? 192 : 128);
+  return (v.cluster == 2 || v.cluster == 4 || v.cluster == 8) && (v.ranks != 192 || v.cluster == 2) &&
+         v.columns() >= (v.groups == 2 ? 32 : 64);
 }
 
 // A stage holds 64 features of x and, behind them, of a block's rows of down; or 64 rows of up, all ranks.
-constexpr int kXBytes = kTokens * kRowBytes;
+LRO_HD constexpr int x_bytes(int groups) { return groups * kGroupTokens * kRowBytes; }
 constexpr int kUpBoxBytes = kOutputs * kRowBytes;
-LRO_HD constexpr int down_step_bytes(int columns) { return kXBytes + columns * kRowBytes; }
+LRO_HD constexpr int down_step_bytes(Variant v) { return x_bytes(v.groups) + v.columns() * kRowBytes; }
 LRO_HD constexpr int up_step_bytes(int ranks) { return ranks / kBox * kUpBoxBytes; }
-LRO_HD constexpr int stage_bytes(int ranks, int cluster) {
-  return static_cast<int>(greatest(down_step_bytes(ranks / cluster), up_step_bytes(ranks)));
+LRO_HD constexpr int stage_bytes(Variant v) {
+  return static_cast<int>(greatest(down_step_bytes(v), up_step_bytes(v.ranks)));
 }
 // What the blocks of a cluster send each other: t, rounded, 16 bytes per thread and step.
-LRO_HD constexpr int exchange_bytes(int ranks, int cluster) { return cluster == 1 ? 0 : kTokens * ranks * 2; }
-LRO_HD constexpr int stages(int ranks, int cluster) {
-  return static_cast<int>(least(kMostStages, (kSharedLimit - kAlignment - kMostStages * 16 -
-                                              exchange_bytes(ranks, cluster)) / stage_bytes(ranks, cluster)));
+LRO_HD constexpr int exchange_bytes(Variant v) { return v.cluster == 1 ? 0 : v.tokens() * v.ranks * 2; }
+LRO_HD constexpr int stages(Variant v) {
+  return static_cast<int>(
+      least(kMostStages, (kSharedLimit - kAlignment - kMostStages * 16 - exchange_bytes(v)) / stage_bytes(v)));
 }
-LRO_HD constexpr int exchange_offset(int ranks, int cluster) {
-  return stages(ranks, cluster) * stage_bytes(ranks, cluster);
-}
-LRO_HD constexpr int barrier_offset(int ranks, int cluster) {
-  return exchange_offset(ranks, cluster) + exchange_bytes(ranks, cluster);
-}
-LRO_HD constexpr int shared_bytes(int ranks, int cluster) {
-  return kAlignment + barrier_offset(ranks, cluster) + stages(ranks, cluster) * 16;
-}
+LRO_HD constexpr int exchange_offset(Variant v) { return stages(v) * stage_bytes(v); }
+LRO_HD constexpr int barrier_offset(Variant v) { return exchange_offset(v) + exchange_bytes(v); }
+LRO_HD constexpr int shared_bytes(Variant v) { return kAlignment + barrier_offset(v) + stages(v) * 16; }
 
 // Where a step of 16 summed values starts in an operand: rows of a warpgroup of x, all rows of down, of up.
 LRO_HD constexpr int x_start(int warpgroup, int step) { return warpgroup * 64 * kRowBytes + step * kStep * 2; }
-LRO_HD constexpr int down_start(int step) { return kXBytes + step * kStep * 2; }
+LRO_HD constexpr int down_start(int step, int groups) { return x_bytes(groups) + step * kStep * 2; }
 LRO_HD constexpr int up_start(int step) { return step / 4 * kUpBoxBytes + step % 4 * kStep * 2; }
 
 // A shared memory descriptor for operands whose summed values are contiguous, with the 128-byte swizzle. Offsets count

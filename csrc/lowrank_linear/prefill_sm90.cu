@@ -1,6 +1,7 @@
 // activation((x down^T) up^T + bias) for many tokens and ranks up to 256, back to back: t = x down^T never leaves the
 // chip. One warp has the tensor copy engine bring 64 features of x and down at a time, then 64 rows of up at a time;
-// two warpgroups multiply 64 tokens each. A thread's sums of t, rounded, are its part of the next product's left
+// two or three warpgroups multiply 64 tokens each: rows of up are read once for all of them, and where three fit the
+// tokens to the machine in fewer waves, that is the faster kernel. A thread's sums of t, rounded, are its part of the next product's left
 // operand, so t stays in registers. Where there are few tiles of tokens, a cluster shares one: each block sums some of
 // t's columns, hands them to the others through distributed shared memory, and multiplies some of the rows of up.
 
@@ -28,13 +29,14 @@ __device__ __forceinline__ uint32_t pack(float low, float high, __half) {
   return reinterpret_cast<const uint32_t&>(pair);
 }
 
-template <class Element, int kRanks, int kCluster>
+template <class Element, int kRanks, int kCluster, int kGroups>
 struct Block {
-  static constexpr int kColumns = kRanks / kCluster;  // of t that this block sums
+  static constexpr p::Variant kVariant{kRanks, kCluster, kGroups};
+  static constexpr int kColumns = kVariant.columns();
   static constexpr int kSteps = kRanks / p::kStep;
-  static constexpr int kStages = p::stages(kRanks, kCluster);
-  static constexpr int kStageBytes = p::stage_bytes(kRanks, kCluster);
-  static_assert(p::exists(kRanks, kCluster) && kStages >= 2);
+  static constexpr int kStages = p::stages(kVariant);
+  static constexpr int kStageBytes = p::stage_bytes(kVariant);
+  static_assert(p::exists(kVariant) && kStages >= 2);
 
   const Arguments& args;
   uint32_t shared;  // address of the first stage
@@ -44,7 +46,7 @@ struct Block {
   int tiles;        // of up
 
   // A stage's pair of barriers, by the number of the step that uses it.
-  __device__ uint32_t full(int step) const { return shared + p::barrier_offset(kRanks, kCluster) + step % kStages * 16; }
+  __device__ uint32_t full(int step) const { return shared + p::barrier_offset(kVariant) + step % kStages * 16; }
   __device__ uint32_t empty(int step) const { return full(step) + 8; }
   __device__ uint32_t stage(int step) const { return shared + step % kStages * kStageBytes; }
   __device__ static int parity(int step) { return step / kStages % 2; }
@@ -54,9 +56,9 @@ struct Block {
     int step = 0;
     for (; step < down_steps; ++step) {
       sm90::wait(empty(step), parity(step) ^ 1);  // the first round finds its stages empty
-      sm90::arrive_expecting(full(step), p::down_step_bytes(kColumns));
+      sm90::arrive_expecting(full(step), p::down_step_bytes(kVariant));
       sm90::copy_box(stage(step), &maps.x, step * p::kBox, static_cast<int>(first_token), full(step));
-      sm90::copy_box(stage(step) + p::kXBytes, &maps.down, step * p::kBox, rank * kColumns, full(step));
+      sm90::copy_box(stage(step) + p::x_bytes(kGroups), &maps.down, step * p::kBox, rank * kColumns, full(step));
     }
     for (int n = 0; n < tiles; ++n, ++step) {
       sm90::wait(empty(step), parity(step) ^ 1);
@@ -105,7 +107,7 @@ struct Block {
 #pragma unroll
       for (int k = 0; k < p::kBox / p::kStep; ++k)
         sm90::Product<Element, kColumns>::add(acc, p::descriptor(stage(step) + p::x_start(consumer / 128, k)),
-                                              p::descriptor(stage(step) + p::down_start(k)), step > 0 || k > 0);
+                                              p::descriptor(stage(step) + p::down_start(k, kGroups)), step > 0 || k > 0);
       sm90::commit_products();
       sm90::wait_products<1>();  // this step's may run on, the one before has been read
       if (step > 0 && consumer % 32 == 0) sm90::arrive(empty(step - 1));
@@ -123,7 +125,7 @@ struct Block {
 #pragma unroll
         for (int w = 0; w < 4; ++w) t[step][w] = mine[step][w];
     } else {
-      const uint32_t start = shared + p::exchange_offset(kRanks, kCluster);
+      const uint32_t start = shared + p::exchange_offset(kVariant);
       for (int block = 0; block < kCluster; ++block) {
         const uint32_t there = sm90::address_in_block(start, block);
 #pragma unroll
@@ -199,16 +201,17 @@ struct Block {
   }
 };
 
-template <class Element, int kRanks, int kCluster>
-__global__ void __launch_bounds__(p::kThreads, 1)
+template <class Element, int kRanks, int kCluster, int kGroups>
+__global__ void __launch_bounds__(p::Variant{kRanks, kCluster, kGroups}.threads(), 1)
     prefill_sm90(const __grid_constant__ Maps maps, const __grid_constant__ Arguments args) {
   extern __shared__ unsigned char unaligned[];
-  using ThisBlock = Block<Element, kRanks, kCluster>;
+  using ThisBlock = Block<Element, kRanks, kCluster, kGroups>;
+  constexpr int kConsumers = ThisBlock::kVariant.consumers();
   const int rank = kCluster == 1 ? 0 : sm90::rank_in_cluster();
   const ThisBlock block{args,
                         static_cast<uint32_t>(round_up(sm90::shared_address(unaligned), p::kAlignment)),
                         rank,
-                        static_cast<int64_t>(blockIdx.x / kCluster) * p::kTokens,
+                        static_cast<int64_t>(blockIdx.x / kCluster) * ThisBlock::kVariant.tokens(),
                         static_cast<int>(ceil_div(args.in_features, p::kBox)),
                         p::up_tiles(rank, kCluster, args.out_features)};
   if (threadIdx.x == 0) {
@@ -217,7 +220,7 @@ __global__ void __launch_bounds__(p::kThreads, 1)
     sm90::prefetch(&maps.up);
     for (int stage = 0; stage < ThisBlock::kStages; ++stage) {
       sm90::init_barrier(block.full(stage), 1);
-      sm90::init_barrier(block.empty(stage), p::kConsumers / 32);
+      sm90::init_barrier(block.empty(stage), kConsumers / 32);
     }
     sm90::fence_barrier_init();
   }
@@ -226,44 +229,54 @@ __global__ void __launch_bounds__(p::kThreads, 1)
     sm90::arrive_cluster();
     sm90::wait_cluster();
   }
-  if (threadIdx.x < p::kConsumers) {
+  if (threadIdx.x < kConsumers) {
+    if constexpr (kGroups == 3) sm90::take_registers<p::kRegisters>();
     block.consume(threadIdx.x);
   } else {
+    if constexpr (kGroups == 3) sm90::leave_registers<p::kProducerRegisters>();
     // The exchange's barrier counts all threads. It also keeps a block from ending while others write to it.
     if constexpr (kCluster > 1) sm90::arrive_cluster();
-    if (threadIdx.x == p::kConsumers) block.produce(maps);
+    if (threadIdx.x == kConsumers) block.produce(maps);
     __syncwarp();
     if constexpr (kCluster > 1) sm90::wait_cluster();
   }
 }
 
-template <class Element, int kRanks, int kCluster>
+template <class Element, int kRanks, int kCluster, int kGroups>
 void launch_one(const LowRankPlan& plan, const Arguments& args, CUtensorMapDataType type, const Launch& launch) {
-  const auto kernel = prefill_sm90<Element, kRanks, kCluster>;
+  constexpr p::Variant kVariant{kRanks, kCluster, kGroups};
+  const auto kernel = prefill_sm90<Element, kRanks, kCluster, kGroups>;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(plan.shared_bytes)),
         launch);
   const Maps maps{
-      sm90::matrix_map(type, args.x, args.tokens, args.in_features, args.x_stride, p::kTokens, p::kBox, launch),
-      sm90::matrix_map(type, args.down, args.rank, args.in_features, args.down_stride, kRanks / kCluster, p::kBox,
+      sm90::matrix_map(type, args.x, args.tokens, args.in_features, args.x_stride, kVariant.tokens(), p::kBox, launch),
+      sm90::matrix_map(type, args.down, args.rank, args.in_features, args.down_stride, kVariant.columns(), p::kBox,
                        launch),
       sm90::matrix_map(type, args.up, args.out_features, args.rank, args.up_stride, p::kOutputs, p::kBox, launch)};
-  launch_kernel(kernel, {dim3(static_cast<unsigned>(plan.blocks)), p::kThreads, plan.shared_bytes, kCluster}, launch,
+  launch_kernel(kernel, {dim3(static_cast<unsigned>(plan.blocks)), kVariant.threads(), plan.shared_bytes, kCluster}, launch,
                 maps, args);
 }
 
 template <class Element>
 void launch_element(const LowRankPlan& plan, const Arguments& args, CUtensorMapDataType type, const Launch& launch) {
-  switch (plan.rank_tile * 10 + plan.cluster) {
-    case 641: return launch_one<Element, 64, 1>(plan, args, type, launch);
-    case 642: return launch_one<Element, 64, 2>(plan, args, type, launch);
-    case 1281: return launch_one<Element, 128, 1>(plan, args, type, launch);
-    case 1282: return launch_one<Element, 128, 2>(plan, args, type, launch);
-    case 1284: return launch_one<Element, 128, 4>(plan, args, type, launch);
-    case 1921: return launch_one<Element, 192, 1>(plan, args, type, launch);
-    case 2562: return launch_one<Element, 256, 2>(plan, args, type, launch);
-    case 2564: return launch_one<Element, 256, 4>(plan, args, type, launch);
-    case 2568: return launch_one<Element, 256, 8>(plan, args, type, launch);
+  switch (plan.rank_tile * 100 + plan.cluster * 10 + plan.token_tile / p::kGroupTokens) {
+    case 6412: return launch_one<Element, 64, 1, 2>(plan, args, type, launch);
+    case 6413: return launch_one<Element, 64, 1, 3>(plan, args, type, launch);
+    case 6422: return launch_one<Element, 64, 2, 2>(plan, args, type, launch);
+    case 12812: return launch_one<Element, 128, 1, 2>(plan, args, type, launch);
+    case 12813: return launch_one<Element, 128, 1, 3>(plan, args, type, launch);
+    case 12822: return launch_one<Element, 128, 2, 2>(plan, args, type, launch);
+    case 12823: return launch_one<Element, 128, 2, 3>(plan, args, type, launch);
+    case 12842: return launch_one<Element, 128, 4, 2>(plan, args, type, launch);
+    case 19212: return launch_one<Element, 192, 1, 2>(plan, args, type, launch);
+    case 19222: return launch_one<Element, 192, 2, 2>(plan, args, type, launch);
+    case 19223: return launch_one<Element, 192, 2, 3>(plan, args, type, launch);
+    case 25622: return launch_one<Element, 256, 2, 2>(plan, args, type, launch);
+    case 25623: return launch_one<Element, 256, 2, 3>(plan, args, type, launch);
+    case 25642: return launch_one<Element, 256, 4, 2>(plan, args, type, launch);
+    case 25643: return launch_one<Element, 256, 4, 3>(plan, args, type, launch);
+    case 25682: return launch_one<Element, 256, 8, 2>(plan, args, type, launch);
     default: check(cudaErrorInvalidValue, launch);
   }
 }

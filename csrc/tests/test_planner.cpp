@@ -42,7 +42,7 @@ void expect_legal(const LowRankProblem& problem) {
   using namespace lowrank_linear;
   const LowRankPlan plan = plan_lowrank_linear(problem);
   EXPECT(plan.reason.empty());
-  EXPECT(plan.token_tile % 8 == 0 && (plan.token_tile <= 64 || plan.kernel == "prefill_sm90"));
+  EXPECT(plan.token_tile % 8 == 0 && plan.token_tile <= (plan.kernel == "prefill_sm90" ? 192 : 64));
   EXPECT(plan.split_features % kFeatures == 0 || plan.kernel == "prefill_sm90");
   EXPECT(plan.splits * plan.split_features >= problem.in_features);
   EXPECT(padded_rank(problem.rank) * 2 <= rank_pitch(problem.rank));
@@ -59,9 +59,10 @@ void expect_legal(const LowRankProblem& problem) {
     EXPECT(!plan.dependent_launch);
   } else if (plan.kernel == "prefill_sm90") {
     EXPECT(problem.machine.capability == 90 && problem.aligned && problem.tokens > 64);
-    EXPECT(prefill::exists(plan.rank_tile, plan.cluster) && plan.rank_tile >= problem.rank);
+    const prefill::Variant variant{plan.rank_tile, plan.cluster, plan.token_tile / 64};
+    EXPECT(prefill::exists(variant) && plan.rank_tile >= problem.rank && plan.threads == variant.threads());
     EXPECT(plan.rows_down * plan.cluster == plan.rank_tile && plan.stages >= 2 && plan.stages <= prefill::kMostStages);
-    EXPECT(plan.shared_bytes == prefill::shared_bytes(plan.rank_tile, plan.cluster));
+    EXPECT(plan.shared_bytes == prefill::shared_bytes(variant));
     EXPECT(plan.shared_bytes <= problem.machine.shared_memory);
     EXPECT(plan.blocks == ceil_div(problem.tokens, plan.token_tile) * plan.cluster && plan.blocks < (int64_t{1} << 31));
     EXPECT(plan.scratch_floats == 0 && !plan.dependent_launch);
@@ -139,6 +140,8 @@ void many_tokens_are_shared_by_clusters_where_tiles_are_few() {
   EXPECT(plan(1 << 20, 64).rank_tile == 64);
   EXPECT(plan(1 << 20, 136).rank_tile == 192);
   EXPECT(plan(1 << 20, 256).cluster == 2);  // a thread has no registers for 256 columns
+  // 12608 tokens by 192 are 66 tiles: with two blocks each, one wave where tiles of 128 would take two.
+  EXPECT(plan(12608, 256).token_tile == 192 && plan(12608, 256).blocks == 132);
 }
 
 void few_tiles_are_split_to_fill_the_machine() {
@@ -217,7 +220,18 @@ void choices_are_kept_or_refused() {
   prefill.tokens = 2048;
   prefill.rank = 128;
   for (int cluster : {1, 2, 4}) EXPECT(linear(prefill, "prefill_sm90", cluster).cluster == cluster);
-  EXPECT(linear(prefill, "", 3).reason.find("among 3 blocks") != std::string::npos);
+  EXPECT(linear(prefill, "", 3).reason.find("clusters of 3") != std::string::npos);
+  for (int tile : {128, 192}) {
+    LowRankProblem problem = prefill;
+    problem.choice.token_tile = tile;
+    EXPECT(plan_lowrank_linear(problem).token_tile == tile);
+    expect_legal(problem);
+  }
+  prefill.choice.token_tile = 64;
+  EXPECT(plan_lowrank_linear(prefill).reason.find("no kernel for 64 tokens") != std::string::npos);
+  LowRankProblem few = decode;
+  few.choice.token_tile = 128;
+  EXPECT(plan_lowrank_linear(few).reason == "only prefill_sm90 takes a number of tokens per block");
   EXPECT(linear(prefill, "decode_sm90", 0).reason == "decode_sm90 does not run this problem");
 }
 

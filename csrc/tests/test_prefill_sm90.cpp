@@ -47,7 +47,7 @@ float operand(const Shared& shared, uint64_t descriptor, int row, int k, Fault f
 
 struct Case {
   Matrix x, down, up;
-  int ranks, cluster;
+  p::Variant variant;
 };
 
 using Registers = std::array<std::array<float, 2>, 4>;  // a step's left operand: four words of two values
@@ -55,23 +55,24 @@ using Registers = std::array<std::array<float, 2>, 4>;  // a step's left operand
 // y before bias and activation.
 std::vector<float> emulate(const Case& c, Fault fault) {
   const int64_t tokens = c.x.rows, in = c.x.cols, out = c.up.rows;
-  const int columns = c.ranks / c.cluster, steps = c.ranks / p::kStep;
+  const p::Variant& v = c.variant;
+  const int columns = v.columns(), steps = v.ranks / p::kStep;
   std::vector<float> y(tokens * out, NAN);
   std::vector<int> written(tokens * out, 0);
-  for (int64_t first_token = 0; first_token < tokens; first_token += p::kTokens) {
+  for (int64_t first_token = 0; first_token < tokens; first_token += v.tokens()) {
     // What each block's consumers receive, by bytes of the exchange.
     std::vector<std::vector<Registers>> exchange(
-        c.cluster, std::vector<Registers>(greatest(p::kConsumers * steps, 1), Registers{{{NAN, NAN}, {NAN, NAN}, {NAN, NAN}, {NAN, NAN}}}));
-    for (int rank = 0; rank < c.cluster; ++rank) {
-      std::vector<std::vector<float>> acc(p::kConsumers, std::vector<float>(columns / 2, 0.0f));
+        v.cluster, std::vector<Registers>(greatest(v.consumers() * steps, 1), Registers{{{NAN, NAN}, {NAN, NAN}, {NAN, NAN}, {NAN, NAN}}}));
+    for (int rank = 0; rank < v.cluster; ++rank) {
+      std::vector<std::vector<float>> acc(v.consumers(), std::vector<float>(columns / 2, 0.0f));
       const int down_steps = static_cast<int>(ceil_div(in, p::kBox)) - (fault == Fault::last_box_left_out);
       for (int step = 0; step < down_steps; ++step) {
-        Shared stage(p::stage_bytes(c.ranks, c.cluster) / 2, NAN);
-        copy_box(stage, 0, c.x, int64_t{step} * p::kBox, first_token, p::kTokens, fault);
-        copy_box(stage, p::kXBytes, c.down, int64_t{step} * p::kBox, rank * columns, columns, fault);
-        for (int group = 0; group < 2; ++group)
+        Shared stage(p::stage_bytes(v) / 2, NAN);
+        copy_box(stage, 0, c.x, int64_t{step} * p::kBox, first_token, v.tokens(), fault);
+        copy_box(stage, p::x_bytes(v.groups), c.down, int64_t{step} * p::kBox, rank * columns, columns, fault);
+        for (int group = 0; group < v.groups; ++group)
           for (int k = 0; k < p::kBox / p::kStep; ++k) {
-            const uint64_t a = p::descriptor(p::x_start(group, k)), b = p::descriptor(p::down_start(k));
+            const uint64_t a = p::descriptor(p::x_start(group, k)), b = p::descriptor(p::down_start(k, v.groups));
             std::vector<float> left(64 * p::kStep), right(columns * p::kStep);
             for (int e = 0; e < p::kStep; ++e) {
               for (int m = 0; m < 64; ++m) left[m * p::kStep + e] = operand(stage, a, m, e, fault);
@@ -86,7 +87,7 @@ std::vector<float> emulate(const Case& c, Fault fault) {
               }
           }
       }
-      for (int consumer = 0; consumer < p::kConsumers; ++consumer)
+      for (int consumer = 0; consumer < v.consumers(); ++consumer)
         for (int step = 0; step < columns / p::kStep; ++step) {
           Registers words;
           for (int w = 0; w < 4; ++w)
@@ -94,24 +95,24 @@ std::vector<float> emulate(const Case& c, Fault fault) {
               const float sum = acc[consumer][p::accumulator_of_word(step, w) + half];
               words[w][half] = fault == Fault::t_not_rounded ? sum : to_bfloat16(sum);
             }
-          for (int block = 0; block < c.cluster; ++block)
+          for (int block = 0; block < v.cluster; ++block)
             if (fault != Fault::own_columns_only || block == rank)
-              exchange[block].at(p::exchange_index(consumer, p::first_step(rank, columns) + step, c.ranks) / 16) = words;
+              exchange[block].at(p::exchange_index(consumer, p::first_step(rank, columns) + step, v.ranks) / 16) = words;
         }
     }
-    for (int rank = 0; rank < c.cluster; ++rank)
-      for (int n = 0; n < p::up_tiles(rank, c.cluster, out); ++n) {
-        const int64_t first = p::up_tile(rank, n, c.cluster) * p::kOutputs;
-        Shared stage(p::stage_bytes(c.ranks, c.cluster) / 2, NAN);
-        for (int box = 0; box < c.ranks / p::kBox; ++box)
+    for (int rank = 0; rank < v.cluster; ++rank)
+      for (int n = 0; n < p::up_tiles(rank, v.cluster, out); ++n) {
+        const int64_t first = p::up_tile(rank, n, v.cluster) * p::kOutputs;
+        Shared stage(p::stage_bytes(v) / 2, NAN);
+        for (int box = 0; box < v.ranks / p::kBox; ++box)
           copy_box(stage, box * p::kUpBoxBytes, c.up, box * p::kBox, first, p::kOutputs, fault);
-        std::vector<std::array<float, 32>> acc(p::kConsumers, std::array<float, 32>{});
+        std::vector<std::array<float, 32>> acc(v.consumers(), std::array<float, 32>{});
         for (int k = 0; k < steps; ++k) {
           const uint64_t b = p::descriptor(p::up_start(k));
           std::vector<float> right(p::kOutputs * p::kStep);
           for (int e = 0; e < p::kStep; ++e)
             for (int col = 0; col < p::kOutputs; ++col) right[col * p::kStep + e] = operand(stage, b, col, e, fault);
-          for (int group = 0; group < 2; ++group) {
+          for (int group = 0; group < v.groups; ++group) {
             // The manual's layout of a left operand in registers: word w of a thread has, of row thread / 4 + 8 * (w % 2)
             // of its warp's 16, values 2 * (thread % 4) + 8 * (w / 2) and the next.
             float left[64][p::kStep];
@@ -119,7 +120,7 @@ std::vector<float> emulate(const Case& c, Fault fault) {
               for (int w = 0; w < 4; ++w)
                 for (int half = 0; half < 2; ++half)
                   left[thread / 32 * 16 + thread % 32 / 4 + w % 2 * 8][thread % 4 * 2 + w / 2 * 8 + half] =
-                      exchange[rank].at(p::exchange_index(group * 128 + thread, k, c.ranks) / 16)[w][half];
+                      exchange[rank].at(p::exchange_index(group * 128 + thread, k, v.ranks) / 16)[w][half];
             for (int thread = 0; thread < 128; ++thread)
               for (int i = 0; i < 32; ++i) {
                 const int m = thread / 32 * 16 + thread % 32 / 4 + i % 4 / 2 * 8, col = i / 4 * 8 + thread % 4 * 2 + i % 2;
@@ -134,13 +135,13 @@ std::vector<float> emulate(const Case& c, Fault fault) {
           y[token * out + col] = value;
         };
         if (out % 8 != 0) {
-          for (int consumer = 0; consumer < p::kConsumers; ++consumer)
+          for (int consumer = 0; consumer < v.consumers(); ++consumer)
             for (int i = 0; i < 32; ++i)
               put(first_token + p::accumulator_token(consumer, i), first + p::accumulator_column(consumer, i),
                   acc[consumer][i]);
           continue;
         }
-        for (int quad = 0; quad < p::kConsumers; quad += 4)
+        for (int quad = 0; quad < v.consumers(); quad += 4)
           for (int half = 0; half < 2; ++half)
             for (int block = 0; block < p::kOutputs; block += 32) {
               std::array<std::array<std::array<float, 2>, 4>, 4> words;  // by lane
@@ -171,59 +172,66 @@ std::vector<float> emulate(const Case& c, Fault fault) {
   return y;
 }
 
-Case random_case(int64_t tokens, int64_t in, int64_t rank, int64_t out, int ranks, int cluster) {
-  std::mt19937 random(static_cast<unsigned>(tokens + in * 3 + rank * 5 + out * 7 + cluster));
-  return {random_matrix(tokens, in, random), random_matrix(rank, in, random), random_matrix(out, rank, random), ranks,
-          cluster};
+Case random_case(int64_t tokens, int64_t in, int64_t rank, int64_t out, p::Variant variant) {
+  std::mt19937 random(static_cast<unsigned>(tokens + in * 3 + rank * 5 + out * 7 + variant.cluster));
+  return {random_matrix(tokens, in, random), random_matrix(rank, in, random), random_matrix(out, rank, random), variant};
+}
+
+template <class F>
+void for_every_kernel(F f) {
+  for (int ranks = 64; ranks <= p::kMostRank; ranks += 64)
+    for (int cluster = 1; cluster <= 8; ++cluster)
+      for (int groups : p::kGroups)
+        if (p::exists({ranks, cluster, groups})) f(p::Variant{ranks, cluster, groups});
 }
 
 void every_kernel_gives_plain_sums() {
   int kernels = 0;
-  for (int ranks = 64; ranks <= p::kMostRank; ranks += 64)
-    for (int cluster = 1; cluster <= 8; ++cluster) {
-      if (!p::exists(ranks, cluster)) continue;
-      ++kernels;
-      const Case c = random_case(70 + 20 * cluster, 200, ranks - 3 * cluster, cluster % 2 ? 139 : 200, ranks, cluster);
-      EXPECT(same(emulate(c, Fault::none), exact(c.x, c.down, c.up)));
-    }
-  EXPECT(kernels == 9);
-  const Case narrow = random_case(130, 8, 1, 3, 64, 2);  // one block has no rows of up
+  for_every_kernel([&](p::Variant v) {
+    ++kernels;
+    const Case c = random_case(v.tokens() - 60 + 20 * v.cluster, 200, v.ranks - 3 * v.cluster,
+                               v.cluster % 2 ? 139 : 200, v);
+    EXPECT(same(emulate(c, Fault::none), exact(c.x, c.down, c.up)));
+  });
+  EXPECT(kernels == 16);
+  const Case narrow = random_case(130, 8, 1, 3, {64, 2, 2});  // one block has no rows of up
   EXPECT(same(emulate(narrow, Fault::none), exact(narrow.x, narrow.down, narrow.up)));
 }
 
 void planted_faults_are_found() {
-  const Case c = random_case(100, 200, 120, 200, 128, 2);
-  EXPECT(same(emulate(c, Fault::none), exact(c.x, c.down, c.up)));
-  for (Fault fault : {Fault::no_swizzle, Fault::wrong_stride, Fault::t_not_rounded, Fault::own_columns_only,
-                      Fault::words_not_transposed, Fault::last_box_left_out})
-    EXPECT(!same(emulate(c, fault), exact(c.x, c.down, c.up)));
+  for (int groups : p::kGroups) {
+    const Case c = random_case(100, 200, 120, 200, {128, 2, groups});
+    EXPECT(same(emulate(c, Fault::none), exact(c.x, c.down, c.up)));
+    for (Fault fault : {Fault::no_swizzle, Fault::wrong_stride, Fault::t_not_rounded, Fault::own_columns_only,
+                        Fault::words_not_transposed, Fault::last_box_left_out})
+      EXPECT(!same(emulate(c, fault), exact(c.x, c.down, c.up)));
+  }
 }
 
 void normal_data_is_as_near_to_float64_as_two_products() {
   std::mt19937 random(3);
   const Case c{normal_matrix(66, 768, 1.0f, random), normal_matrix(136, 768, 1 / 27.7f, random),
-               normal_matrix(96, 136, 1 / 11.7f, random), 192, 1};
+               normal_matrix(96, 136, 1 / 11.7f, random), {192, 1, 2}};
   expect_as_near_as_two_products(emulate(c, Fault::none), c.x, c.down, c.up);
 }
 
 void shared_memory_is_laid_out_for_the_copy_engine() {
-  for (int ranks = 64; ranks <= p::kMostRank; ranks += 64)
-    for (int cluster = 1; cluster <= 8; ++cluster) {
-      if (!p::exists(ranks, cluster)) continue;
-      EXPECT(p::stages(ranks, cluster) >= 2);
-      EXPECT(p::shared_bytes(ranks, cluster) <= p::kSharedLimit);
-      EXPECT(p::stage_bytes(ranks, cluster) % p::kAlignment == 0 && p::kXBytes % p::kAlignment == 0);
-      EXPECT(p::kUpBoxBytes % p::kAlignment == 0);
-      EXPECT(p::down_step_bytes(ranks / cluster) <= p::stage_bytes(ranks, cluster));
-      EXPECT(p::up_step_bytes(ranks) <= p::stage_bytes(ranks, cluster));
-      EXPECT(p::barrier_offset(ranks, cluster) % 8 == 0);
-      // The exchange: every consumer's every step has its 16 bytes.
-      std::vector<int> seen(p::kConsumers * ranks / p::kStep, 0);
-      for (int consumer = 0; consumer < p::kConsumers; ++consumer)
-        for (int step = 0; step < ranks / p::kStep; ++step) ++seen.at(p::exchange_index(consumer, step, ranks) / 16);
-      for (int count : seen) EXPECT(count == 1);
-      EXPECT(cluster == 1 || p::exchange_bytes(ranks, cluster) == static_cast<int>(seen.size()) * 16);
-    }
+  for_every_kernel([&](p::Variant v) {
+    EXPECT(p::stages(v) >= 2);
+    EXPECT(p::shared_bytes(v) <= p::kSharedLimit);
+    EXPECT(p::stage_bytes(v) % p::kAlignment == 0 && p::x_bytes(v.groups) % p::kAlignment == 0);
+    EXPECT(p::kUpBoxBytes % p::kAlignment == 0);
+    EXPECT(p::down_step_bytes(v) <= p::stage_bytes(v));
+    EXPECT(p::up_step_bytes(v.ranks) <= p::stage_bytes(v));
+    EXPECT(p::barrier_offset(v) % 8 == 0);
+    EXPECT(v.tokens() <= 256 && v.columns() <= 256);  // rows of a box
+    // The exchange: every consumer's every step has its 16 bytes.
+    std::vector<int> seen(v.consumers() * v.ranks / p::kStep, 0);
+    for (int consumer = 0; consumer < v.consumers(); ++consumer)
+      for (int step = 0; step < v.ranks / p::kStep; ++step) ++seen.at(p::exchange_index(consumer, step, v.ranks) / 16);
+    for (int count : seen) EXPECT(count == 1);
+    EXPECT(v.cluster == 1 || p::exchange_bytes(v) == static_cast<int>(seen.size()) * 16);
+  });
 }
 
 void every_row_of_up_is_multiplied_once() {

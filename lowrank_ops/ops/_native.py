@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +28,11 @@ class Choice:
 
     kernel: str = ""  # empty: the first that can run the problem
     splits: int = 0  # blocks that share a tile's tokens, or a row tile's features and outputs; 0: the planner's
+    token_tile: int = 0  # tokens of a block of prefill_sm90
+
+    def __iter__(self) -> Iterator[Any]:
+        """In the order of the ops' arguments."""
+        return iter((self.kernel, self.splits, self.token_tile))
 
 
 PLANNERS = Choice()
@@ -91,6 +96,7 @@ def plan(
     out_features: int = 0,
     kernel: str = "",
     splits: int = 0,
+    token_tile: int = 0,
 ) -> str:
     """Which CUDA kernel would run a problem on a machine that need not be here, and how; or ``"cannot run: ..."``.
 
@@ -102,6 +108,7 @@ def plan(
         kernel: such as ``"decode_sm80"`` instead of the first that can.
         splits: blocks that share a tile's tokens (covariances), the features of ``down`` (decode) or also the rows of
             ``up`` (prefill), instead of the planner's number.
+        token_tile: 128 or 192 tokens per block of prefill.
 
     Raises:
         ValueError: an unknown op.
@@ -115,7 +122,7 @@ def plan(
     else:
         raise ValueError(f"op must be covariance_update_, conv_covariance_update_ or lowrank_linear; got {op!r}.")
     planner = _planner("plan_lowrank_linear" if op == "lowrank_linear" else "plan_covariance")
-    reason, text = planner(*shape, *machine, kernel, splits)
+    reason, text = planner(*shape, *machine, kernel, splits, token_tile)
     return f"cannot run: {reason}" if reason else text
 
 

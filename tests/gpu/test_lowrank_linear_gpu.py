@@ -89,19 +89,23 @@ def test_cuda_hopper_runs_its_own_kernels():
 
 @needs_library
 @pytest.mark.parametrize(
-    "tokens, kernel, splits",
+    "tokens, rank, choice",
     [
-        *((16, "decode_sm80", splits) for splits in (1, 2, 4, 8, 16)),
-        *((16, "decode_sm90", cluster) for cluster in (1, 2, 4, 8)),
-        *((1000, "prefill_sm90", cluster) for cluster in (1, 2, 4)),
+        *((16, 128, ("decode_sm80", splits)) for splits in (1, 2, 4, 8, 16)),
+        *((16, 128, ("decode_sm90", cluster)) for cluster in (1, 2, 4, 8)),
+        *((1000, rank, ("prefill_sm90", cluster, 128)) for rank in (64, 128) for cluster in (1, 2)),
+        *((1000, rank, ("prefill_sm90", 1, 192)) for rank in (64, 128)),
+        *((1000, 256, ("prefill_sm90", cluster, 128)) for cluster in (2, 4, 8)),
+        *((1000, 256, ("prefill_sm90", cluster, 192)) for cluster in (2, 4)),
     ],
+    ids=str,
 )
-def test_cuda_by_choice(tokens, kernel, splits):
+def test_cuda_by_choice(tokens, rank, choice):
     """What a tuned table may ask for instead of the planner's own choice."""
-    args = arguments(tokens, 1024, 128, 768)
-    problem, choice = describe(*args, "silu"), _native.Choice(kernel, splits)
+    args = arguments(tokens, 1024, rank, 768)
+    problem, choice = describe(*args, "silu"), _native.Choice(*choice)
     if reason := _cuda.refuse(problem, choice):
-        assert kernel.endswith("sm90") and problem.device.capability != (9, 0), reason
+        assert choice.kernel.endswith("sm90") and problem.device.capability != (9, 0), reason
         pytest.skip(reason)
     assert_right(_cuda.run(problem, *args, "silu", choice), *args, "silu")
 

@@ -24,6 +24,7 @@ LAUNCH_BOUNDS = {
     "decode_sm90": (256, 1),
     "prefill_sm90": (288, 1),
 }
+THREE_GROUPS = (512, 1)  # prefill_sm90 with three warpgroups that multiply
 
 # What a kernel is written for and has to show: tensor cores, the copy engine, barriers of a block, a cluster, the grid.
 NEEDS = {
@@ -47,6 +48,11 @@ class Kernel(NamedTuple):
 
     def has(self, opcode: str) -> bool:
         return self.opcodes.get(opcode, 0) > 0
+
+
+def three_groups(kernel: Kernel) -> bool:
+    """Whether three warpgroups of a block multiply: the last template argument of prefill_sm90."""
+    return kernel.name == "prefill_sm90" and re.search(r"Li3EE", kernel.symbol) is not None
 
 
 def tool(name: str) -> str | None:
@@ -98,6 +104,8 @@ def faults(kernel: Kernel) -> list[str]:
     """Every way in which ``kernel`` is not what it should be."""
     found = []
     threads, blocks = LAUNCH_BOUNDS.get(kernel.name, (1024, 1))
+    if three_groups(kernel):
+        threads, blocks = THREE_GROUPS
     if kernel.registers * threads * blocks > REGISTERS_PER_MULTIPROCESSOR:
         found.append(f"{kernel.registers} registers x {threads} threads x {blocks} blocks are too many")
     if kernel.stack:

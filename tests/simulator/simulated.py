@@ -46,7 +46,7 @@ class Simulated:
         total: Tensor,
         x: Tensor,
         allow_tf32: bool = False,
-        choice: tuple[str, int] = ("", 0),
+        choice: tuple[str, int, int] = ("", 0, 0),
     ) -> str:
         """Returns the plan, such as ``"covariance_sm90: tile 128x128, ..."``."""
         rows = x.stride(0) * x.element_size() % 16 if len(x) > 1 else 0
@@ -65,7 +65,7 @@ class Simulated:
         x: Tensor,
         *geometry: Any,
         allow_tf32: bool = False,
-        choice: tuple[str, int] = ("", 0),
+        choice: tuple[str, int, int] = ("", 0, 0),
     ) -> None:
         self.ops._cuda_conv_covariance_update_(second_moment, total, x, *geometry, allow_tf32, *choice)
 
@@ -76,7 +76,7 @@ class Simulated:
         up: Tensor,
         bias: Tensor | None = None,
         activation: str = "none",
-        choice: tuple[str, int] = ("", 0),
+        choice: tuple[str, int, int] = ("", 0, 0),
     ) -> tuple[Tensor, str]:
         """Returns y and the plan."""
         on_16_bytes = all(m.data_ptr() % 16 == 0 and m.stride(0) * 2 % 16 == 0 for m in (x, down, up))

@@ -203,22 +203,34 @@ def test_same_bits_in_every_order(simulated: Simulated):
         assert all(torch.equal(mine, first) for mine, first in zip(result, results[0], strict=True))
 
 
-def test_every_shipped_prefill_kernel_gives_the_same(simulated: Simulated):
-    """The planner's choices for one problem on devices of all sizes: every kernel there is."""
-    kernels = {}
+PREFILL_CHOICES = [  # every kernel: rank, cluster, tokens per block
+    *((64, cluster, 128) for cluster in (1, 2)),
+    *((128, cluster, 128) for cluster in (1, 2, 4)),
+    *((192, cluster, 128) for cluster in (1, 2)),
+    *((256, cluster, 128) for cluster in (2, 4, 8)),
+    (64, 1, 192),
+    *((128, cluster, 192) for cluster in (1, 2)),
+    (192, 2, 192),
+    *((256, cluster, 192) for cluster in (2, 4)),
+]
+
+
+def test_every_prefill_kernel_gives_the_same(simulated: Simulated):
+    """Whatever the block and the cluster, a value of y is the same sums in the same order."""
+    seen = set()
+    simulated.configure(SM90)
     for rank in (64, 128, 192, 256):
-        for tokens in (65, 300):
-            x = normal(tokens, 72, dtype=BF16)
-            down, up = normal(rank, 72, dtype=BF16) / 8, normal(520, rank, dtype=BF16) / 8
-            expected = None
-            for multiprocessors in (1, 2, 4, 8, 32) if rank < 256 else (2, 4, 8, 32):
-                simulated.configure(SM90._replace(multiprocessors=multiprocessors))
-                y, plan = simulated.lowrank_linear(x, down, up)
-                key = tuple(int(re.search(text, plan)[1]) for text in (r"ranks up to (\d+)", r"clusters of (\d+)"))
-                kernels[key] = plan
-                expected = y if expected is None else expected
-                assert torch.equal(y, expected), plan  # zeros that are multiplied change no bit
-    assert set(kernels) == {(64, 1), (64, 2), (128, 1), (128, 2), (128, 4), (192, 1), (256, 2), (256, 4), (256, 8)}
+        x = normal(300, 72, dtype=BF16)
+        down, up = normal(rank, 72, dtype=BF16) / 8, normal(520, rank, dtype=BF16) / 8
+        expected = simulated.lowrank_linear(x, down, up)[0]
+        for cluster, token_tile in sorted({(cluster, token_tile) for _, cluster, token_tile in PREFILL_CHOICES}):
+            choice = ("prefill_sm90", cluster, token_tile)
+            if simulated.ops._plan_lowrank_linear(300, 72, rank, 520, "bfloat16", True, *SM90, *choice)[0]:
+                continue
+            y, plan = simulated.lowrank_linear(x, down, up, choice=choice)
+            assert torch.equal(y, expected), plan  # zeros that are multiplied change no bit
+            seen.add((int(re.search(r"ranks up to (\d+)", plan)[1]), cluster, token_tile))
+    assert seen == set(PREFILL_CHOICES)
 
 
 LINEAR_CHOICES = [
@@ -228,12 +240,26 @@ LINEAR_CHOICES = [
 ]
 
 
+@pytest.mark.parametrize("rank, cluster, token_tile", PREFILL_CHOICES)
+def test_every_prefill_kernel(simulated: Simulated, order, rank, cluster, token_tile):
+    """Tokens of one block and a little, a rank that is not whole, rows of up for some blocks only."""
+    x, down = normal(token_tile + 70, 200, dtype=BF16), normal(rank - 8, 200, dtype=BF16) / 14
+    up, bias = normal(136, rank - 8, dtype=BF16) / rank**0.5, normal(136, dtype=BF16)
+    simulated.configure(SM90, *order)
+    y, plan = simulated.lowrank_linear(x, down, up, bias, "silu", choice=("prefill_sm90", cluster, token_tile))
+    assert plan.startswith(f"prefill_sm90: {token_tile} tokens, "), plan
+    assert f"clusters of {cluster}," in plan and f"ranks up to {rank}," in plan, plan
+    plain = F.silu(F.linear(F.linear(x, down), up, bias))
+    exact = F.silu(F.linear(F.linear(x.double(), down.double()), up.double(), bias.double()))
+    assert_close_to_float64(y, plain, exact)
+
+
 @pytest.mark.parametrize("tokens, kernel, splits", LINEAR_CHOICES)
 def test_lowrank_linear_by_choice(simulated: Simulated, order, tokens, kernel, splits):
     """What a tuned table may ask for instead of the planner's own choice."""
     x, down, up = normal(tokens, 512, dtype=BF16), normal(128, 512, dtype=BF16) / 16, normal(72, 128, dtype=BF16) / 8
     simulated.configure(SM90, *order)
-    y, plan = simulated.lowrank_linear(x, down, up, choice=(kernel, splits))
+    y, plan = simulated.lowrank_linear(x, down, up, choice=(kernel, splits, 0))
     assert plan.startswith(f"{kernel}: "), plan
     assert f"clusters of {splits}," in plan if kernel == "prefill_sm90" else f"{splits} splits" in plan
     assert_close_to_float64(y, F.linear(F.linear(x, down), up), (x.double() @ down.double().T) @ up.double().T)
@@ -245,7 +271,7 @@ def test_covariance_by_choice(simulated: Simulated, order, kernel, splits):
     x = normal(640, 136, dtype=BF16, mean=0.5)
     simulated.configure(SM90, *order)
     second_moment, total = torch.zeros(136, 136), torch.zeros(136)
-    plan = simulated.covariance_update_(second_moment, total, x, choice=(kernel, splits))
+    plan = simulated.covariance_update_(second_moment, total, x, choice=(kernel, splits, 0))
     assert re.match(f"{kernel}: .* {splits} splits", plan), plan
     assert_updated(second_moment, total, x)
 
@@ -255,7 +281,7 @@ def test_conv_covariance_by_choice(simulated: Simulated, order):
     simulated.configure(SM90, *order)
     geometry = (3, 3), (1, 1), (1, 1), (1, 1)
     second_moment, total = torch.zeros(1, 36, 36), torch.zeros(1, 36)
-    simulated.conv_covariance_update_(second_moment, total, x, *geometry, choice=("covariance_sm80", 3))
+    simulated.conv_covariance_update_(second_moment, total, x, *geometry, choice=("covariance_sm80", 3, 0))
     patches = F.unfold(x.double(), 3, padding=1).transpose(1, 2).flatten(0, 1)
     assert_updated(second_moment[0], total[0], patches, dtype=FP16)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import astuple
 from typing import TYPE_CHECKING
 
 import torch
@@ -85,7 +84,7 @@ def _planned(problem: Problem, choice: _native.Choice = _native.PLANNERS) -> tup
         source,
         problem.allow_tf32,
         *_native.machine(problem.device),
-        *astuple(choice),
+        *choice,
     )
 
 
@@ -106,7 +105,7 @@ def _planned_conv(problem: ConvProblem, choice: _native.Choice = _native.PLANNER
         "patches",
         problem.allow_tf32,
         *_native.machine(problem.device),
-        *astuple(choice),
+        *choice,
     )
 
 
@@ -128,9 +127,7 @@ def run(
     """One launch, or two where the tokens are split; by default as the tuned table has it."""
     chosen = choice_for(problem) if choice is None else choice
     rows = x.reshape(-1, problem.features)
-    torch.ops.lowrank_ops._cuda_covariance_update_(
-        second_moment, total, rows, problem.allow_tf32, chosen.kernel, chosen.splits
-    )
+    torch.ops.lowrank_ops._cuda_covariance_update_(second_moment, total, rows, problem.allow_tf32, *chosen)
 
 
 def run_conv(
@@ -155,6 +152,5 @@ def run_conv(
         padding,
         dilation,
         problem.allow_tf32,
-        chosen.kernel,
-        chosen.splits,
+        *chosen,
     )

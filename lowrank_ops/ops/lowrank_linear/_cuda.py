@@ -6,7 +6,6 @@ Products are summed in float32; ``x down^T`` is rounded to the dtype of ``x`` in
 from __future__ import annotations
 
 import functools
-from dataclasses import astuple
 from typing import TYPE_CHECKING
 
 import torch
@@ -73,7 +72,7 @@ def _planned(problem: Problem, kind: str, choice: _native.Choice = _native.PLANN
         _native.dtype_name(problem.dtype),
         _aligned(problem),
         *_native.machine(problem.device),
-        *astuple(choice),
+        *choice,
     )
     kernel = plan.partition(":")[0]
     if not reason and not kernel.startswith(kind):
@@ -109,5 +108,5 @@ def run(
     bias = None if bias is None else bias.contiguous()
     rows = x.reshape(problem.tokens, problem.in_features)
     chosen = choice_for(problem) if choice is None else choice
-    y = torch.ops.lowrank_ops._cuda_lowrank_linear(rows, down, up, bias, activation, chosen.kernel, chosen.splits)
+    y = torch.ops.lowrank_ops._cuda_lowrank_linear(rows, down, up, bias, activation, *chosen)
     return y.view(shape)

@@ -49,6 +49,12 @@ inline void copy_bytes(uint32_t to, const void* from, int bytes, uint32_t barrie
 
 // ---- warpgroup products ----
 
+// Registers are not counted here.
+template <int kRegisters>
+void leave_registers() {}
+template <int kRegisters>
+void take_registers() {}
+
 inline void fence_products() { simulator::fence_products(); }
 inline void commit_products() { simulator::commit_products(); }
 template <int kPending>
