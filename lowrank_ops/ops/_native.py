@@ -30,7 +30,7 @@ class Choice:
     splits: int = 0  # blocks that share a tile's tokens, or a row tile's features and outputs; 0: the planner's
 
 
-PLANNERS = Choice()
+PLANNERS = Choice()  # the planner's own
 
 
 def choice(entry: Mapping[str, Any] | None, refused: Callable[[Choice], str]) -> Choice:

@@ -154,6 +154,12 @@ def test_a_tuned_choice_is_followed_where_it_can_be(library: Path, monkeypatch: 
         for other in (linear._replace(in_features=64), linear._replace(tokens=100)):
             assert lowrank_cuda.choice_for(other) == _native.Choice()
             assert "_sm90: " in lowrank_cuda.plan(other)
+        entry = {"impl": "cuda.decode", "config": {"kernel": "", "splits": 2}}
+        lowrank_cuda.choice_for.cache_clear()
+        assert lowrank_cuda.choice_for(linear) == _native.Choice("", 2)
+        many = linear._replace(tokens=100)  # whose cluster of 2 would be another kernel's
+        assert lowrank_cuda.refuse(many, _native.Choice("", 2)) == ""
+        assert lowrank_cuda.choice_for(many) == _native.Choice()
         for elsewhere in (None, {"impl": "triton.decode", "config": {"block_m": 16}}, {"impl": "cuda", "config": {}}):
             assert _native.choice(elsewhere, lambda choice: "") == _native.Choice()
     finally:
