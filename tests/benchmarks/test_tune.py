@@ -240,6 +240,16 @@ def test_progress_is_kept_and_the_table_waits_for_all(tmp_path, searched, monkey
     assert "changed 3" in capsys.readouterr().out
 
 
+def test_progress_from_before_hopeless_shapes_were_kept_goes_on(tmp_path, searched):
+    progress, folder = tmp_path / "progress", tmp_path / "tables"
+    tune.tune(Fake(), CPU, 50, 0.1, progress, folder)
+    (kept,) = progress.iterdir()
+    document = json.loads(kept.read_text())
+    del document["hopeless"], document["entries"][2]
+    kept.write_text(json.dumps(document))
+    assert tune.tune(Fake(), CPU, 50, 0.1, progress, folder) == 0 and searched == [1, 2, 3, 3]
+
+
 def test_progress_of_other_conditions_is_not_mixed_in(tmp_path, searched):
     progress, folder = tmp_path / "progress", tmp_path / "tables"
     assert tune.tune(Fake(), CPU, 50, 0.1, progress, folder) == 0
