@@ -14,8 +14,8 @@
 # Everything is written to FOLDER as it is measured: a kill loses one case. Call it again with the same FOLDER as long as
 # its exit code is 3: there is more to do. 0: all parts are done; 1: they are, and some of them failed, each tried twice.
 # Where the machine is a bare one in each call, copy what came back into its FOLDER first. A PART that is named runs
-# though it was done; FOLDER/N-PART.code keeps how a part ended, one line per try. --dry-run shows what each part would
-# do and needs no GPU. Run it in a checkout with the python3 whose torch sees the GPU.
+# though it was done; FOLDER/N-PART.code keeps how a part ended: 0, or one line per failure. --dry-run shows what each part
+# would do and needs no GPU. Run it in a checkout with the python3 whose torch sees the GPU.
 set -uo pipefail
 self=$(realpath "$0")
 
@@ -24,6 +24,7 @@ usage() { sed -n '2,/^set/p' "$self" | sed '$d; s/^# \{0,1\}//' >&2; exit 2; }
 parts=(tests covariance lowrank_linear model tune grade)
 folder='' wheel='' commit='' total=570 steps=0 dry=false named=()
 while [ $# -gt 0 ]; do
+  case $1 in --wheel | --commit | --seconds | --steps) [ $# -ge 2 ] || usage ;; esac
   case $1 in
     --wheel) wheel=$2; shift ;;
     --commit) commit=$2; shift ;;
@@ -125,6 +126,7 @@ for number in "${!parts[@]}"; do
     3 | 124 | 137) unfinished=true ;;  # the budget or the time ran out
     0) echo 0 > "$code" ;;
     *)
+      if [ -e "$code" ] && [ "$(tail -n 1 "$code")" = 0 ]; then rm "$code"; fi  # the first failure since it passed
       echo "$ended" >> "$code"
       if [ "$part" = grade ]; then continue; fi  # what targets were missed is a result, and grading costs nothing
       if done_before "$code"; then failed+=("$part"); else unfinished=true; fi ;;

@@ -223,7 +223,7 @@ def _load_progress(path: Path, conditions: Mapping[str, Any]) -> tuple[list[dict
     if kept["conditions"] != conditions:
         print(f"{path} was made under {kept['conditions']}, now {dict(conditions)}: starting anew")
         return [], []
-    return kept["entries"], kept["hopeless"]
+    return kept["entries"], kept.get("hopeless", [])
 
 
 def write_table(op: str, arch: str, facts: Mapping[str, Any], entries: Sequence[dict[str, Any]], folder: Path) -> Path:

@@ -111,12 +111,10 @@ class CovarianceTuner(Tuner):
     def starts(self, problem: Any) -> list[Candidate]:
         arch = _covariance_triton.arch_of(problem.device)
         shipped = [config for (of, _), config in _covariance_triton.HEURISTIC.items() if of == arch]
-        configs = dict.fromkeys([_covariance_triton.config_for(problem), *shipped])
-        return _current_first(
-            [*(Candidate("triton", config) for config in configs), Candidate("cuda", Choice())],
-            _covariance.TABLE,
-            problem,
-        )
+        configs = [_covariance_triton.config_for(problem), *shipped]
+        choices = [_covariance_cuda.choice_for(problem), Choice()]
+        listed = [Candidate("triton", config) for config in configs] + [Candidate("cuda", choice) for choice in choices]
+        return _current_first(listed, _covariance.TABLE, problem)
 
     def refuse(self, candidate: Candidate, problem: Any) -> str | None:
         if candidate.impl == "cuda":
@@ -168,12 +166,10 @@ class ConvCovarianceTuner(Tuner):
     def starts(self, problem: Any) -> list[Candidate]:
         arch = _covariance_triton.arch_of(problem.device)
         shipped = [config for (of, _), config in _conv_triton.HEURISTIC.items() if of == arch]
-        configs = dict.fromkeys([_conv_triton.config_for(problem), *shipped])
-        return _current_first(
-            [*(Candidate("triton", config) for config in configs), Candidate("cuda", Choice())],
-            _covariance.CONV_TABLE,
-            problem,
-        )
+        configs = [_conv_triton.config_for(problem), *shipped]
+        choices = [_covariance_cuda.conv_choice_for(problem), Choice()]
+        listed = [Candidate("triton", config) for config in configs] + [Candidate("cuda", choice) for choice in choices]
+        return _current_first(listed, _covariance.CONV_TABLE, problem)
 
     def refuse(self, candidate: Candidate, problem: Any) -> str | None:
         if candidate.impl == "cuda":
@@ -247,9 +243,10 @@ class LowRankLinearTuner(Tuner):
         listed += [Candidate("triton.decode", config) for config in _linear_config.shipped_decode(name)]
         listed += [Candidate("triton.prefill", config) for config in _linear_config.shipped_prefill(name)]
         listed = [candidate for candidate in listed if candidate.config]
-        listed += [Candidate(impl, Choice()) for impl in ("cuda.decode", "cuda.prefill")]
+        choices = [_linear_cuda.choice_for(problem), Choice()]
+        listed += [Candidate(impl, choice) for impl in ("cuda.decode", "cuda.prefill") for choice in choices]
         listed.append(Candidate("two_products", None))
-        return _current_first(dict.fromkeys(listed), _linear.TABLE, problem)
+        return _current_first(listed, _linear.TABLE, problem)
 
     def refuse(self, candidate: Candidate, problem: Any) -> str | None:
         config = candidate.config
@@ -277,9 +274,9 @@ class LowRankLinearTuner(Tuner):
 
 
 def _current_first(candidates: Iterable[Candidate], table: Sequence[Any], problem: Any) -> list[Candidate]:
-    """What would run now in front."""
+    """Each once, with what would run now in front."""
     current = choose(table, problem, "auto").name
-    return sorted(candidates, key=lambda candidate: candidate.impl != current)
+    return sorted(dict.fromkeys(candidates), key=lambda candidate: candidate.impl != current)
 
 
 TUNERS: dict[str, Tuner] = {

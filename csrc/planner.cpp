@@ -156,8 +156,8 @@ CovariancePlan plan_covariance(const CovarianceProblem& problem) {
   int64_t at_once = slots(problem.machine, plan.shared_bytes + static_bytes,
                           async && plan.stages != 5 ? 2 : 1);
   int64_t splits = problem.choice.splits;
+  if (splits < 0 || splits > kMostSplits) return refuse(splits_refusal(problem.choice, 0, 0));
   if (splits == 0) splits = best_splits(plan.tiles * problem.groups, problem.tokens, plan.block_tokens, at_once);
-  if (splits < 0) return refuse(splits_refusal(problem.choice, 0, 0));
   plan.tokens_per_split = round_up(ceil_div(problem.tokens, splits), plan.block_tokens);
   plan.splits = static_cast<int>(ceil_div(problem.tokens, plan.tokens_per_split));
   if (plan.splits > 1)
@@ -205,14 +205,15 @@ LowRankPlan plan_decode_pair(const LowRankProblem& problem) {
   }
   // Few rows of down: share its features, but keep a warp's share worth starting and the sums of t cheap to read.
   constexpr int64_t kLeastSteps = 2 * kWarps;
-  constexpr int64_t kMostSplits = 8;
+  constexpr int64_t kMostOwnSplits = 8;
+  constexpr int64_t kMostAskedSplits = 32;
   int64_t steps = ceil_div(problem.in_features, kFeatures);
   int64_t wanted = problem.machine.multiprocessors / ceil_div(problem.rank, kRows);
-  int64_t splits = greatest(1, least(least(wanted, kMostSplits), steps / kLeastSteps));
-  if (problem.choice.splits > 0) splits = problem.choice.splits;
+  int64_t splits = greatest(1, least(least(wanted, kMostOwnSplits), steps / kLeastSteps));
+  if (problem.choice.splits > 0) splits = least(problem.choice.splits, steps);
   plan.split_features = ceil_div(steps, splits) * kFeatures;
   plan.splits = static_cast<int>(ceil_div(problem.in_features, plan.split_features));
-  plan.reason = splits_refusal(problem.choice, plan.splits, 4 * kMostSplits);
+  plan.reason = splits_refusal(problem.choice, plan.splits, kMostAskedSplits);
   plan.scratch_floats = plan.splits * problem.tokens * problem.rank;
   plan.dependent_launch = problem.machine.capability >= 90;
   return plan;
@@ -263,9 +264,8 @@ LowRankPlan plan_decode_persistent(const LowRankProblem& problem) {
     plan.reason = splits_refusal(problem.choice, 0, 0);
     return plan;
   }
+  // The last blocks of a cluster may be left without features; they still add up their part of the sums.
   plan.split_features = ceil_div(steps, plan.splits) * kFeatures;
-  // Only what was asked for can leave a block without features.
-  plan.reason = splits_refusal(problem.choice, ceil_div(problem.in_features, plan.split_features), kMostCluster);
   const int64_t tiles_up = ceil_div(problem.out_features, kRows);
   const int64_t clusters =
       least(machine.multiprocessors / plan.splits, greatest(work, ceil_div(tiles_up, plan.splits)));

@@ -3,6 +3,7 @@
 
 #include <array>
 #include <cmath>
+#include <limits>
 #include <random>
 #include <stdexcept>
 
@@ -188,6 +189,9 @@ void choices_are_kept_or_refused() {
   EXPECT(covariance(elsewhere, "covariance_sm90", 0).reason == "covariance_sm90 does not run this problem");
   EXPECT(covariance(wide, "decode_sm80", 0).reason == "decode_sm80 does not run this problem");
   EXPECT(covariance(wide, "", 65).reason == "it cannot share its work among 65 blocks");
+  const int64_t beyond = std::numeric_limits<int64_t>::max();  // must not overflow on the way to being refused
+  EXPECT(covariance(wide, "", beyond).reason.find("it cannot share") == 0);
+  EXPECT(covariance(wide, "", -beyond).reason.find("it cannot share") == 0);
   CovarianceProblem one_step = wide;
   one_step.tokens = 8;
   EXPECT(covariance(one_step, "", 2).reason == "it cannot share its work among 2 blocks");
@@ -213,9 +217,18 @@ void choices_are_kept_or_refused() {
   EXPECT(linear(decode, "decode_sm90", 8).cluster == 8);
   EXPECT(linear(decode, "", 3).kernel == "decode_sm80");  // the first that can
   EXPECT(linear(decode, "prefill_sm90", 0).reason == "prefill_sm90 does not run this problem");
-  LowRankProblem narrow = decode;
-  narrow.in_features = 32;
-  EXPECT(linear(narrow, "decode_sm90", 8).reason == "it cannot share its work among 8 blocks");  // no features for some
+  EXPECT(linear(decode, "decode_sm80", beyond).reason.find("it cannot share") == 0);
+  EXPECT(linear(decode, "decode_sm80", -beyond).reason.find("it cannot share") == 0);
+  // What the planner would choose itself may be asked for, a block of a cluster without features included.
+  LowRankProblem narrow{1, 1032, 8, 4096, Dtype::bfloat16, true, h200};
+  const LowRankPlan own = plan_lowrank_linear(narrow);
+  EXPECT((own.splits - 1) * own.split_features >= narrow.in_features);
+  EXPECT(linear(narrow, own.kernel.c_str(), own.splits).reason.empty());
+  for (int64_t features = 8; features <= 4096; features += 8) {
+    narrow.in_features = features;
+    const LowRankPlan chosen = plan_lowrank_linear(narrow);
+    EXPECT(describe(linear(narrow, chosen.kernel.c_str(), chosen.splits)) == describe(chosen));
+  }
   LowRankProblem prefill = decode;
   prefill.tokens = 2048;
   prefill.rank = 128;

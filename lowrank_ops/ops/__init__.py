@@ -41,6 +41,8 @@ def explain(op: str, *args: Any, **options: Any) -> str:
 def plan(op: str, arch: str, dtype: torch.dtype, *, tokens: int, aligned: bool = True, **shape: Any) -> str:
     """Which CUDA kernel would run a problem on a typical device of an arch, and how; no device is needed.
 
+    This is the planner's own choice; where a tuned table makes another one for a call, :func:`explain` tells.
+
     Args:
         op: ``"covariance_update_"``, ``"conv_covariance_update_"`` or ``"lowrank_linear"``.
         arch: ``"sm_80"``, ``"sm_86"``, ``"sm_89"``, ``"sm_90"``, ``"sm_100"`` or ``"sm_120"``.

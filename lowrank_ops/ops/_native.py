@@ -35,7 +35,7 @@ class Choice:
         return iter((self.kernel, self.splits, self.token_tile))
 
 
-PLANNERS = Choice()
+PLANNERS = Choice()  # the planner's own
 
 
 def choice(entry: Mapping[str, Any] | None, refused: Callable[[Choice], str]) -> Choice:

@@ -77,6 +77,15 @@ def test_a_part_that_passes_at_the_second_try_has_passed(tmp_path, python):
     assert (folder / "4-model.code").read_text() == "0\n"
 
 
+def test_a_part_that_had_passed_gets_its_second_try_as_well(tmp_path, python):
+    folder = tmp_path / "session"
+    assert session(folder, "model", python=python).returncode == 0
+    (tmp_path / "code-benchmarks.bench_model").write_text("1")
+    assert session(folder, "model", python=python).returncode == 3
+    assert (folder / "4-model.code").read_text() == "1\n"
+    assert session(folder, "model", python=python).returncode == 1
+
+
 def test_missed_targets_are_no_failure_of_the_session(tmp_path, python):
     (tmp_path / "code-benchmarks.grade").write_text("1")
     assert session(tmp_path / "session", "grade", python=python).returncode == 0
@@ -134,6 +143,6 @@ def test_what_the_script_asks_for_is_understood(tmp_path, python):
 
 
 def test_what_is_not_understood_is_refused(tmp_path):
-    for arguments in (["--what"], ["nonsense"]):
+    for arguments in (["--what"], ["nonsense"], ["--wheel"], ["model", "--seconds"]):
         refused = session(tmp_path, *arguments)
         assert refused.returncode == 2 and "gpu_session.sh FOLDER" in refused.stderr

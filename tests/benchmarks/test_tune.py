@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import tune, tuners
 from benchmarks.suite import H200, META
-from lowrank_ops.ops import _tuning
+from lowrank_ops.ops import _native, _tuning
 from lowrank_ops.ops._backend import choose
 
 covariance = importlib.import_module("lowrank_ops.ops.covariance")
@@ -18,6 +18,8 @@ covariance_triton = importlib.import_module("lowrank_ops.ops.covariance._triton"
 conv_triton = importlib.import_module("lowrank_ops.ops.covariance._triton_conv")
 linear = importlib.import_module("lowrank_ops.ops.lowrank_linear")
 linear_config = importlib.import_module("lowrank_ops.ops.lowrank_linear._triton_config")
+covariance_cuda = importlib.import_module("lowrank_ops.ops.covariance._cuda")
+linear_cuda = importlib.import_module("lowrank_ops.ops.lowrank_linear._cuda")
 CPU = torch.device("cpu")
 FACTS = {"device": "a GPU", "triton": "3", "commit": "abc", "date": "today"}
 
@@ -36,6 +38,9 @@ def tables(tmp_path, monkeypatch):
         conv_triton.config_for,
         linear_config.decode_config,
         linear_config.prefill_config,
+        covariance_cuda.choice_for,
+        covariance_cuda.conv_choice_for,
+        linear_cuda.choice_for,
     )
     monkeypatch.setattr(_tuning, "files", lambda package: tmp_path)
     for function in cached:
@@ -172,6 +177,34 @@ def test_cuda_kernels_run_where_a_table_found_them_fastest(tables, op, table, im
         choose.cache_clear()
 
 
+@pytest.mark.parametrize(
+    "op, impl, config",
+    [
+        ("covariance_update", "cuda", {"kernel": "covariance_sm80", "splits": 2}),
+        ("conv_covariance_update", "cuda", {"kernel": "", "splits": 2}),
+        ("lowrank_linear", "cuda.decode", {"kernel": "decode_sm80", "splits": 4}),
+    ],
+)
+def test_the_cuda_plan_that_ships_is_what_a_search_starts_from(tables, monkeypatch, op, impl, config):
+    """As far as the planner takes it, which may not be here; or a new table would lose what the last one had found."""
+    monkeypatch.setattr(covariance_cuda, "_planned", lambda problem, choice=_native.PLANNERS: ("", "a plan"))
+    monkeypatch.setattr(covariance_cuda, "_planned_conv", lambda problem, choice=_native.PLANNERS: ("", "a plan"))
+    monkeypatch.setattr(linear_cuda, "_planned", lambda problem, kind, choice=_native.PLANNERS: ("", "a plan"))
+    tuner = tune.TUNERS[op]
+    shape = tuner.shapes()[0]
+    entry = {"shape": shape, "impl": impl, "config": config, "us": 1.0}
+    tune.write_table(op, tuner.arch(H200), FACTS, [entry], tables)
+    for function in (_tuning.load, choose):
+        function.cache_clear()
+    try:
+        starts = tuner.starts(problem_of(tuner, shape))
+    finally:
+        choose.cache_clear()
+    mine = [candidate.config for candidate in starts if candidate.impl == impl]
+    assert mine == [_native.Choice(**config), _native.Choice()]
+    assert starts[0] == tune.Candidate(impl, mine[0]) and len(starts) == len(set(starts))
+
+
 class Fake(tuners.CovarianceTuner):
     """Three shapes, told apart by their tokens."""
 
@@ -205,6 +238,16 @@ def test_progress_is_kept_and_the_table_waits_for_all(tmp_path, searched, monkey
     (written,) = folder.iterdir()
     assert [entry["shape"]["tokens"] for entry in json.loads(written.read_text())["entries"]] == [1, 2, 3]
     assert "changed 3" in capsys.readouterr().out
+
+
+def test_progress_from_before_hopeless_shapes_were_kept_goes_on(tmp_path, searched):
+    progress, folder = tmp_path / "progress", tmp_path / "tables"
+    tune.tune(Fake(), CPU, 50, 0.1, progress, folder)
+    (kept,) = progress.iterdir()
+    document = json.loads(kept.read_text())
+    del document["hopeless"], document["entries"][2]
+    kept.write_text(json.dumps(document))
+    assert tune.tune(Fake(), CPU, 50, 0.1, progress, folder) == 0 and searched == [1, 2, 3, 3]
 
 
 def test_progress_of_other_conditions_is_not_mixed_in(tmp_path, searched):

@@ -139,6 +139,16 @@ def test_supports_is_the_planner(library: Path) -> None:
     assert lowrank_cuda.supports_decode(linear._replace(tokens=0)) is None
 
 
+def test_float64_without_rows_is_explained(library: Path) -> None:
+    """With nothing to launch every dtype is supported, and no table speaks for this one."""
+    rows, image = torch.zeros(0, 64, dtype=torch.float64), torch.zeros(0, 4, 8, 8, dtype=torch.float64)
+    problem = describe_covariance(torch.zeros(64, 64).double(), rows)._replace(device=H200)
+    assert "cuda: can run\n" in _backend.explain(covariance.TABLE, problem)
+    state, total = torch.zeros(1, 36, 36).double(), torch.zeros(1, 36).double()
+    conv = covariance.describe_conv(state, total, image, (3, 3), (1, 1), (0, 0), (1, 1))._replace(device=H200)
+    assert "cuda: can run\n" in _backend.explain(covariance.CONV_TABLE, conv)
+
+
 def test_a_tuned_choice_is_followed_where_it_can_be(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A table's entry is of the nearest shape: what that could have, this problem may not."""
     tensors = [torch.zeros(*shape, dtype=torch.bfloat16) for shape in ((16, 1024), (8, 1024), (40, 8))]
@@ -154,6 +164,12 @@ def test_a_tuned_choice_is_followed_where_it_can_be(library: Path, monkeypatch: 
         for other in (linear._replace(in_features=64), linear._replace(tokens=100)):
             assert lowrank_cuda.choice_for(other) == _native.Choice()
             assert "_sm90: " in lowrank_cuda.plan(other)
+        entry = {"impl": "cuda.decode", "config": {"kernel": "", "splits": 2}}
+        lowrank_cuda.choice_for.cache_clear()
+        assert lowrank_cuda.choice_for(linear) == _native.Choice("", 2)
+        many = linear._replace(tokens=100)  # whose cluster of 2 would be another kernel's
+        assert lowrank_cuda.refuse(many, _native.Choice("", 2)) == ""
+        assert lowrank_cuda.choice_for(many) == _native.Choice()
         for elsewhere in (None, {"impl": "triton.decode", "config": {"block_m": 16}}, {"impl": "cuda", "config": {}}):
             assert _native.choice(elsewhere, lambda choice: "") == _native.Choice()
     finally:

@@ -4,10 +4,12 @@ import importlib
 import os
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowrank_ops.ops import Backend, BackendUnavailableError, lowrank_linear
 from lowrank_ops.ops._backend import Device, choose
@@ -108,6 +110,30 @@ def test_gradcheck_of_more_dimensions_and_of_some_arguments():
     lowrank_linear(x, down, up.detach(), bias).sum().backward()
     assert down.grad is None and bias.grad is None
     torch.testing.assert_close(x.grad, (up.detach().sum(0) @ down).expand_as(x))
+
+
+class MostAtOnce(TorchDispatchMode):
+    """How many tensors of a shape were alive together."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.made, self.count = shape, [], 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.shape == self.shape:
+            self.made.append(weakref.ref(result))
+        self.count = max(self.count, sum(reference() is not None for reference in self.made))
+        return result
+
+
+def test_backward_holds_one_matrix_between_the_factors_at_a_time():
+    """t, which is made again, and the gradient at it: what a rank near the widths would make large."""
+    args = [tensor.requires_grad_() for tensor in arguments(40, bias=False)[:3]]
+    y = lowrank_linear(*args)
+    with MostAtOnce((40, 8)) as between:
+        torch.autograd.grad(y.sum(), args)
+    assert between.count == 1
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

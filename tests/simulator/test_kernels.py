@@ -265,6 +265,14 @@ def test_lowrank_linear_by_choice(simulated: Simulated, order, tokens, kernel, s
     assert_close_to_float64(y, F.linear(F.linear(x, down), up), (x.double() @ down.double().T) @ up.double().T)
 
 
+def test_blocks_of_a_cluster_may_be_left_without_features(simulated: Simulated, order):
+    x, down, up = normal(4, 40, dtype=BF16), normal(16, 40, dtype=BF16) / 6, normal(72, 16, dtype=BF16) / 4
+    simulated.configure(SM90, *order)
+    y, plan = simulated.lowrank_linear(x, down, up, choice=("decode_sm90", 8))
+    assert "8 splits of 32 features" in plan
+    assert_close_to_float64(y, F.linear(F.linear(x, down), up), (x.double() @ down.double().T) @ up.double().T)
+
+
 @pytest.mark.parametrize("kernel", ["covariance_sm80", "covariance_sm90"])
 @pytest.mark.parametrize("splits", [1, 2, 5, 10])
 def test_covariance_by_choice(simulated: Simulated, order, kernel, splits):

@@ -200,7 +200,7 @@ def config_for(problem: Problem) -> Config:
 
 def tuned_entry(problem: Problem) -> dict[str, Any] | None:
     """What was fastest for the nearest problem in the tuned table, by any backend, if one ships."""
-    shape = {"tokens": problem.tokens, "features": problem.features, "dtype": DTYPES[problem.dtype]}
+    shape = {"tokens": problem.tokens, "features": problem.features, "dtype": DTYPES.get(problem.dtype)}
     return _tuning.nearest("covariance_update", f"sm{arch_of(problem.device)}", shape)
 
 

@@ -103,7 +103,7 @@ def table_shape(problem: ConvProblem) -> dict[str, Any]:
         "features": problem.shape[1] // problem.groups * math.prod(problem.kernel_size),
         "groups": problem.groups,
         "loads": one_by_one if _vector(problem) == 1 else "vector",
-        "dtype": _triton.DTYPES[problem.dtype],
+        "dtype": _triton.DTYPES.get(problem.dtype),
     }
 
 

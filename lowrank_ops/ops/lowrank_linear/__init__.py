@@ -353,6 +353,8 @@ def _gradients(
         grad = reference.activation_backward(grad, preactivation, activation)
     needs_x, needs_down, needs_up, needs_bias = needed
     rows, grads = _matrix(x), _matrix(grad)
+    # Before the gradient at t is there, which is as large as t.
+    grad_up = grads.T @ torch.nn.functional.linear(rows, down) if needs_up else None
     grad_x = grad_down = None
     if needs_down:
         grad_t = grads @ up
@@ -361,7 +363,6 @@ def _gradients(
     elif needs_x:
         # A gradient may be a broadcast scalar, which a backend named by the user need not take.
         grad_x = lowrank_linear(grad.contiguous(), up.T, down.T, backend=backend)
-    grad_up = grads.T @ torch.nn.functional.linear(rows, down) if needs_up else None
     grad_bias = grads.sum(0) if needs_bias and bias is not None else None
     return grad_x, grad_down, grad_up, grad_bias
 

@@ -40,8 +40,14 @@ def refuse(problem: Problem, choice: _native.Choice) -> str:
 
 @functools.lru_cache(maxsize=8192)
 def choice_for(problem: Problem) -> _native.Choice:
-    """The tuned one of the nearest shape, or the planner's own."""
-    return _native.choice(tuned_entry(problem), functools.partial(refuse, problem))
+    """The tuned one of the nearest shape, or the planner's own.
+
+    The nearest shape may have been on the other side of the most tokens that a decode kernel takes, and its splits mean
+    something else there.
+    """
+    entry = tuned_entry(problem)
+    kind = "" if entry is None else entry["impl"].removeprefix("cuda.")
+    return _native.choice(entry, lambda choice: _planned(problem, kind, choice)[0])
 
 
 def prefers_decode(problem: Problem) -> bool:
