@@ -81,7 +81,9 @@ prepare() {
   local budget=$((limit - 60))
   case $1 in
     tests)
-      if [ -z "$wheel" ]; then command=(echo "no wheel: make wheel builds one, where nvcc is");
+      if [ -z "$wheel" ]; then
+        echo "no wheel (make wheel builds one, where nvcc is): the tests of this checkout, its CUDA kernels if they are built"
+        command=("$python" -m pytest -m gpu tests/gpu)
       else command=(tests/gpu/from_wheel.sh "$wheel" "$budget"); fi
       if $dry; then command=(echo "would run ${command[*]}"); fi ;;
     covariance | lowrank_linear | model)
@@ -128,7 +130,7 @@ for number in "${!parts[@]}"; do
     *)
       if [ -e "$code" ] && [ "$(tail -n 1 "$code")" = 0 ]; then rm "$code"; fi  # the first failure since it passed
       echo "$ended" >> "$code"
-      if [ "$part" = grade ]; then continue; fi  # what targets were missed is a result, and grading costs nothing
+      if [ "$part" = grade ] && [ "$ended" = 4 ]; then continue; fi  # targets missed: a result like others
       if done_before "$code"; then failed+=("$part"); else unfinished=true; fi ;;
   esac
 done

@@ -39,19 +39,13 @@ GAIN = 0.01  # a neighbour that is not faster by this much is noise
 class Tuned(NamedTuple):
     """The outcome for one shape."""
 
-    entry: dict[str, Any]  # for the table
+    entry: dict[str, Any] | None  # for the table; None where no candidate runs and is right
     change: str  # for people
     tried: dict[str, str]  # candidates that did not get timed, and why
 
 
-def tune_shape(
-    tuner: Tuner, shape: Shape, device: torch.device, seconds: float, steps: float = math.inf
-) -> Tuned | None:
-    """Search the configurations of one shape, at most ``steps`` away from the best to begin from.
-
-    Returns:
-        None where no candidate runs and is right.
-    """
+def tune_shape(tuner: Tuner, shape: Shape, device: torch.device, seconds: float, steps: float = math.inf) -> Tuned:
+    """Search the configurations of one shape, at most ``steps`` away from the best to begin from."""
     case = tuner.case(shape)
     tensors = case.make(device, 0)
     assert case.pose is not None
@@ -86,7 +80,7 @@ def tune_shape(
     starts = tuner.starts(problem)
     times = timed(starts, seconds)
     if not times:
-        return None
+        return Tuned(None, "no candidate runs and is right", failed)
     finalists = {min(times, key=times.__getitem__)}
     for impl in {candidate.impl for candidate in times if candidate.config is not None}:
         best = min((candidate for candidate in times if candidate.impl == impl), key=times.__getitem__)
@@ -146,8 +140,8 @@ def tune(
 ) -> int:
     """Tune every shape that ``progress`` does not have yet; write the table when none is left.
 
-    A shape for which no candidate runs and is right is not searched again, and leaves the table unwritten: it would
-    speak for that shape by the nearest that it has.
+    A shape for which no candidate runs and is right leaves the table unwritten, which would speak for it by the nearest
+    that it has. It is not searched again where all were wrong.
 
     Returns:
         The exit code: 0 where the table is written, 3 where shapes are left to search, 1 where some cannot be served.
@@ -157,9 +151,10 @@ def tune(
     conditions = {"device": facts["device"], "triton": facts["triton"], "package": lro.__version__, "steps": str(steps)}
     kept = progress / f"{tuner.op}.{arch}.json"
     done, hopeless = _load_progress(kept, conditions)
+    failed = list(hopeless)
 
     def left() -> list[Shape]:
-        tried = [*(entry["shape"] for entry in done), *hopeless]
+        tried = [*(entry["shape"] for entry in done), *failed]
         return [shape for shape in tuner.shapes() if shape not in tried]
 
     end = time.perf_counter() + budget
@@ -167,14 +162,17 @@ def tune(
         if time.perf_counter() > end:
             break
         tuned = tune_shape(tuner, shape, device, seconds, steps)
-        if tuned is None:
-            print(f"{shape}: no candidate runs and is right", file=sys.stderr)
+        wrong = {candidate: reason for candidate, reason in tuned.tried.items() if reason.startswith("wrong")}
+        if tuned.entry is None:
+            print(f"{shape}: {tuned.change}: {tuned.tried}", file=sys.stderr)
+            failed.append(shape)
+            if wrong != tuned.tried:
+                continue  # an exception may pass, such as for want of memory: the next run asks again
             hopeless.append(shape)
         else:
             print(tuned.change, flush=True)
-            for candidate, reason in tuned.tried.items():
-                if reason.startswith("wrong"):
-                    print(f"  {candidate}: {reason}", file=sys.stderr)
+            for candidate, reason in wrong.items():
+                print(f"  {candidate}: {reason}", file=sys.stderr)
             done.append(tuned.entry)
         kept.parent.mkdir(parents=True, exist_ok=True)
         partial = kept.with_suffix(".partial")  # a kill in the middle of writing must not cost what is there
@@ -185,10 +183,10 @@ def tune(
         total = len(tuner.shapes())
         print(f"{tuner.op}: {total - len(missing)} of {total} shapes are done; run again to go on")
         return UNFINISHED
-    if hopeless:
+    if failed:
         print(
-            f"{tuner.op}: no table is written, as no candidate runs and is right for {len(hopeless)} shapes, first "
-            f"{hopeless[0]}; mend the kernels and delete {kept} to search anew",
+            f"{tuner.op}: no table is written, as no candidate runs and is right for {len(failed)} shapes, first "
+            f"{failed[0]}; mend the kernels and delete {kept} to search anew",
             file=sys.stderr,
         )
         return 1

@@ -87,8 +87,10 @@ def test_a_part_that_had_passed_gets_its_second_try_as_well(tmp_path, python):
 
 
 def test_missed_targets_are_no_failure_of_the_session(tmp_path, python):
-    (tmp_path / "code-benchmarks.grade").write_text("1")
+    (tmp_path / "code-benchmarks.grade").write_text("4")
     assert session(tmp_path / "session", "grade", python=python).returncode == 0
+    (tmp_path / "code-benchmarks.grade").write_text("1")
+    assert session(tmp_path / "session", "grade", python=python).returncode != 0
 
 
 def test_it_ends_in_time(tmp_path, python):

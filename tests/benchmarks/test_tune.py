@@ -298,14 +298,20 @@ def test_a_kill_while_progress_is_written_costs_one_shape(tmp_path, searched, mo
     assert tune.tune(Fake(), CPU, 50, 0.1, progress, folder) == 0 and searched == [1, 2, 2, 3]
 
 
-def test_a_shape_without_a_candidate_keeps_the_table_from_being_written(tmp_path, monkeypatch, capsys, searched):
-    """It is searched once, the others are searched too, and the end is told from there being more to do."""
+@pytest.mark.parametrize("reason, again", [("wrong: error 1", 0), ("OutOfMemoryError: too much", 1)])
+def test_a_shape_without_a_candidate_keeps_the_table_from_being_written(
+    tmp_path, monkeypatch, capsys, searched, reason, again
+):
+    """What is wrong is searched once, what failed in every run; the others are searched too, and the end is told."""
     search = tune.tune_shape
-    monkeypatch.setattr(
-        tune, "tune_shape", lambda tuner, shape, *rest: search(tuner, shape, *rest) if shape["tokens"] != 2 else None
-    )
+
+    def fail(tuner, shape, *rest):
+        found = search(tuner, shape, *rest)
+        return tune.Tuned(None, "no candidate", {"a candidate": reason}) if shape["tokens"] == 2 else found
+
+    monkeypatch.setattr(tune, "tune_shape", fail)
     progress, folder = tmp_path / "progress", tmp_path / "tables"
-    for _ in range(2):
+    for run in range(3):
         assert tune.tune(Fake(), CPU, 50, 0.1, progress, folder) == 1
-        assert searched == [1, 3] and not folder.exists()
+        assert searched == [1, 2, 3] + [2] * again * run and not folder.exists()
         assert "no candidate runs and is right for 1 shapes, first {'tokens': 2" in capsys.readouterr().err

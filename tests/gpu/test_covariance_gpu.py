@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lowrank_ops.ops import conv_covariance_update_, covariance_update_
+from lowrank_ops.ops import _native, conv_covariance_update_, covariance_update_
 from lowrank_ops.ops.covariance import _cuda, _triton, describe, reference
 
 from .device import captured, needs_library, on_streams_at_once, random, zeros
@@ -232,6 +232,20 @@ def test_agrees_with_the_reference(backend):
     reference.update(theirs, their_total, x)
     torch.testing.assert_close(mine.tril(), theirs.tril(), rtol=1e-4, atol=1e-2)
     torch.testing.assert_close(my_total, their_total, rtol=1e-4, atol=1e-2)
+
+
+@needs_library
+@pytest.mark.parametrize("kernel", ["covariance_sm80", "covariance_sm90"])
+@pytest.mark.parametrize("splits", [1, 3, 16])
+def test_cuda_by_choice(kernel, splits):
+    """What a tuned table may ask for instead of the planner's own choice."""
+    x, state = random(4096, 200, dtype=torch.bfloat16), zeros(200)
+    problem, choice = describe(state[0], x), _native.Choice(kernel, splits)
+    if reason := _cuda.refuse(problem, choice):
+        assert kernel.endswith("sm90") and problem.device.capability != (9, 0), reason
+        pytest.skip(reason)
+    _cuda.run(problem, *state, x, choice)
+    assert_updated(state, x, "cuda")
 
 
 @needs_library
