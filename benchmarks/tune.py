@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 import json
 import math
 import sys
@@ -148,7 +149,10 @@ def tune(
     """
     facts = environment(device, commit)
     arch = tuner.arch(device_facts(device))
-    conditions = {"device": facts["device"], "triton": facts["triton"], "package": lro.__version__, "steps": str(steps)}
+    conditions = {
+        **{"device": facts["device"], "triton": facts["triton"], "package": lro.__version__, "steps": str(steps)},
+        "options": hashlib.sha256(json.dumps(tuner.options).encode()).hexdigest()[:12],  # what a search may go through
+    }
     kept = progress / f"{tuner.op}.{arch}.json"
     done, hopeless = _load_progress(kept, conditions)
     failed = list(hopeless)

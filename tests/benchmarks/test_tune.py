@@ -260,6 +260,13 @@ def test_progress_of_other_conditions_is_not_mixed_in(tmp_path, searched):
     assert tune.tune(Fake(), CPU, 50, 0.1, progress, folder) == 0 and searched == [1, 2, 3, 1, 2, 3]
 
 
+def test_progress_of_a_smaller_search_space_is_not_mixed_in(tmp_path, searched, monkeypatch):
+    progress, folder = tmp_path / "progress", tmp_path / "tables"
+    assert tune.tune(Fake(), CPU, 50, 0.1, progress, folder) == 0
+    monkeypatch.setattr(Fake, "options", {**Fake.options, "another": {"field": (1, 2)}})
+    assert tune.tune(Fake(), CPU, 50, 0.1, progress, folder) == 0 and searched == [1, 2, 3, 1, 2, 3]
+
+
 def test_progress_of_a_shorter_search_is_not_taken_for_a_longer_one(tmp_path, searched):
     progress, folder = tmp_path / "progress", tmp_path / "tables"
     assert tune.tune(Fake(), CPU, 50, 0.1, progress, folder, steps=0) == 0

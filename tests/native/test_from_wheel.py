@@ -77,7 +77,7 @@ def test_no_sanitizer_is_told(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("hangs", ["cuda and", "pytest"], ids=["one step", "every step"])
 def test_a_hang_costs_its_own_step_only(tmp_path: Path, hangs: str) -> None:
-    budget = 15
+    budget = 30  # seconds: a machine that is busy with other things still has some for each step
     code, said, seconds = run(tmp_path, budget, HANGS=hangs)
     assert code == 1 and set(said) == set(STEPS)
     assert seconds < budget + 1
