@@ -150,7 +150,10 @@ def tune(
     facts = environment(device, commit)
     arch = tuner.arch(device_facts(device))
     conditions = {
-        **{"device": facts["device"], "triton": facts["triton"], "package": lro.__version__, "steps": str(steps)},
+        "device": facts["device"],
+        "triton": facts["triton"],
+        "package": lro.__version__,
+        "steps": str(steps),
         "options": hashlib.sha256(json.dumps(tuner.options).encode()).hexdigest()[:12],  # what a search may go through
     }
     kept = progress / f"{tuner.op}.{arch}.json"
