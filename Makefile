@@ -39,8 +39,8 @@ lint: $(VENV)/ready-dev
 
 # Interpreted and compiled kernels get processes of their own: Triton decides which it does when it is imported.
 test-unit: $(VENV)/ready-dev
-	$(PYTEST) tests --ignore tests/interpreter --ignore tests/compile_gate --ignore tests/simulator \
-	  --cov --cov-report=
+	OMP_NUM_THREADS=1 $(PYTEST) tests --ignore tests/interpreter --ignore tests/compile_gate --ignore tests/simulator \
+	  -n 2 --cov --cov-report=
 	OMP_NUM_THREADS=1 $(PYTEST) benchmarks --benchmark-disable
 
 test-interpreter: $(VENV)/ready-dev
