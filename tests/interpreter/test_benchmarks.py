@@ -152,7 +152,7 @@ def test_nothing_that_works():
         def refuse(self, candidate, problem):
             return "no"
 
-    assert tune.tune_shape(None_(), COVARIANCE_SHAPE, CPU, 0.01) is None
+    assert tune.tune_shape(None_(), COVARIANCE_SHAPE, CPU, 0.01).entry is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
