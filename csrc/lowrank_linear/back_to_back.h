@@ -1,7 +1,7 @@
 // Index arithmetic of the sm_90 prefill kernel.
 //
-// A cluster takes 128 or 192 tokens. Its blocks share the columns of t = x down^T, exchange them, and share the rows of up.
-// Operands lie in shared memory as the tensor copy engine writes them with the 128-byte swizzle: a row's 64 values in
+// A cluster takes 128 or 192 tokens. Its blocks share the columns of t = x down^T, exchange them, and share the rows of
+// up. Operands lie in shared memory as the tensor copy engine writes them with the 128-byte swizzle: a row's 64 values in
 // 128 bytes, whose 16-byte chunks are permuted by the row modulo 8. t never does: what a thread has summed is, rounded,
 // what it has to hold of the next product's left operand.
 #pragma once

@@ -1,9 +1,9 @@
 // activation((x down^T) up^T + bias) for many tokens and ranks up to 256, back to back: t = x down^T never leaves the
 // chip. One warp has the tensor copy engine bring 64 features of x and down at a time, then 64 rows of up at a time;
-// two or three warpgroups multiply 64 tokens each: rows of up are read once for all of them, and where three fit the
-// tokens to the machine in fewer waves, that is the faster kernel. A thread's sums of t, rounded, are its part of the next product's left
-// operand, so t stays in registers. Where there are few tiles of tokens, a cluster shares one: each block sums some of
-// t's columns, hands them to the others through distributed shared memory, and multiplies some of the rows of up.
+// two or three warpgroups multiply 64 tokens each: rows of up are read once for all of them, and three may fit the
+// tokens to the machine in fewer waves. A thread's sums of t, rounded, are its part of the next product's left operand,
+// so t stays in registers. Where there are few tiles of tokens, a cluster shares one: each block sums some of t's
+// columns, hands them to the others through distributed shared memory, and multiplies some of the rows of up.
 
 #include "../products_sm90.cuh"
 #include "../tensor_map.h"

@@ -51,7 +51,8 @@ def plan(op: str, arch: str, dtype: torch.dtype, *, tokens: int, aligned: bool =
         aligned: the matrices and their rows start on 16 bytes.
         shape: ``features``, ``allow_tf32`` and, for convolutions, ``groups``; or ``in_features``, ``rank`` and
             ``out_features``. Also ``kernel`` and ``splits``, to ask for such as ``"decode_sm80"`` instead of the first
-            that can, and for a number of blocks that share a tile's tokens or a row tile's features.
+            that can and for a number of blocks that share a tile's tokens or a row tile's features; and
+            ``token_tile``, 128 or 192 tokens per block of prefill.
 
     Returns:
         One line: the kernel with its tiles, clusters, stages and memory, or ``"cannot run: "`` and the reason.
