@@ -39,6 +39,7 @@ def calibrate(
     forward: Callable[[nn.Module, Any], Any] | None = None,
     sensitivity: Sensitivity | None = None,
     probes: int = 1,
+    weigh_rows: bool = True,
     max_state_bytes: int = 2 << 30,
     share_inputs: bool = True,
     progress: bool = False,
@@ -67,6 +68,10 @@ def calibrate(
             summed (not averaged) over samples or a tensor of losses by sample. Gradients of parameters are left as
             they are.
         probes: draws, and backward passes, per batch for the named ones.
+        weigh_rows: with a sensitivity, also stream every layer's rows (tokens, positions of an image) with weights
+            |g|^2, relative to their mean over the sample, by which ``projection="loss"`` and ``allocation="loss"``
+            know what the loss feels of a row. Takes one more moment for each layer, shared by none, one more update
+            per batch, and inputs kept until the backward pass. False: all rows alike.
         max_state_bytes: bound on one layer's input moment under ``side="auto"``.
         share_inputs: keep one covariance for layers that receive the same tensor (q, k, v; gate, up). Tensors made
             under ``torch.inference_mode`` are not shared: nothing tells whether they were changed in between.
@@ -98,7 +103,7 @@ def calibrate(
     ):
         _warn_of_skipped(covariances, filter_fn, stacklevel=3)
         if sensitivity is not None:
-            recorder.attach_taps(dtype)
+            recorder.attach_taps(dtype, weigh_rows)
         for batch in tqdm(batches, desc="calibrating", unit="batch", disable=not progress):
             moved = move(batch, device)
             output = run(model, moved)
@@ -147,6 +152,7 @@ def calibration(
     side: str = "auto",
     dtype: torch.dtype = torch.float64,
     sensitivity: bool = False,
+    weigh_rows: bool = True,
     max_state_bytes: int = 2 << 30,
     share_inputs: bool = True,
 ) -> Iterator[Calibration]:
@@ -174,7 +180,7 @@ def calibration(
     with _recording(model, filter_fn, mask, side, dtype, max_state_bytes, share_inputs, found) as (recorder, _):
         _warn_of_skipped(found, filter_fn, stacklevel=4)
         if sensitivity:
-            recorder.attach_taps(dtype)
+            recorder.attach_taps(dtype, weigh_rows)
             found._recorder = recorder
         try:
             yield found

@@ -163,6 +163,8 @@ def _what_trials_depend_on(
     if config.projection == "loss":
         sensitivities = {f"gradient of {fqn}": space.sensitivity for fqn, space in subspaces.items()}
         statistics |= {name: found for name, found in sensitivities.items() if found is not None}
+        weighted = {f"{name}, weighted": found.weighted for name, found in statistics.items()}
+        statistics |= {name: found for name, found in weighted.items() if found is not None}
     sums = {f"{name} total": found.total for name, found in statistics.items()}
     sums |= {f"{name} squares": found.second_moment.diagonal(dim1=-2, dim2=-1) for name, found in statistics.items()}
     return {

@@ -13,7 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 _FORMAT = "lowrank_ops.covariances/1"
+SIDES = ("input", "output")
 GRADIENT = "gradient"
+WEIGHTED = "weighted "  # before the side
 
 
 class NonFiniteActivationError(ValueError):
@@ -30,8 +32,10 @@ class Covariance:
         count: number of rows; for gradients the number of samples whose loss they belong to, so that the moments
             of layers that see few or many rows of a sample compare.
         side: ``"input"``, or ``"output"`` where the bias-free output was streamed instead; ``"gradient"`` for the
-            gradient of the loss at the layer's output.
+            gradient of the loss at the layer's output; ``"weighted input"`` or ``"weighted output"`` for rows that
+            are weighed with what the loss feels of them: sums of w x x^T and w x, the mean of w in a sample being 1.
         layers: names of the layers that received these very rows.
+        weighted: of a gradient, the weighted rows of its layer's streamed side, where they were asked for.
     """
 
     second_moment: Tensor
@@ -39,6 +43,7 @@ class Covariance:
     count: int = 0
     side: str = "input"
     layers: list[str] = field(default_factory=list)
+    weighted: Covariance | None = None
 
     @property
     def mean(self) -> Tensor:
@@ -70,7 +75,8 @@ class Covariances(Mapping[str, Covariance]):
     Attributes:
         unreached: layers that no batch went through.
         skipped: ``{fqn: reason}`` of modules that calibration cannot see into.
-        sensitivities: ``{fqn: Covariance}`` of the loss's gradient at the layers' outputs, where it was streamed.
+        sensitivities: ``{fqn: Covariance}`` of the loss's gradient at the layers' outputs, where it was streamed, each
+            with the layer's weighted rows.
     """
 
     def __init__(self) -> None:
@@ -119,7 +125,7 @@ class Covariances(Mapping[str, Covariance]):
             )
         merged = Covariances()
         for mine in self._everything():
-            theirs = (other.sensitivities if mine.side == GRADIENT else other)[mine.layers[0]]
+            theirs = other._find(mine.layers[0], mine.side)
             merged._add(
                 Covariance(
                     mine.second_moment + theirs.second_moment.to(mine.second_moment),
@@ -194,16 +200,34 @@ class Covariances(Mapping[str, Covariance]):
         return covariances
 
     def _everything(self) -> list[Covariance]:
-        return [*self.statistics(), *self.sensitivities.values()]
+        """All sums; weighted ones after all gradients, which they belong to."""
+        gradients = self.sensitivities.values()
+        weighted = [gradient.weighted for gradient in gradients if gradient.weighted is not None]
+        return [*self.statistics(), *gradients, *weighted]
 
     def _shapes(self) -> dict[str, object]:
         """What two objects must have in common to be added, by a name for the reader."""
-        gradients = {f"{GRADIENT} of {fqn}": _shape(covariance) for fqn, covariance in self.sensitivities.items()}
-        return {**{fqn: _shape(covariance) for fqn, covariance in self.items()}, **gradients}
+        own: dict[str, object] = {fqn: _shape(covariance) for fqn, covariance in self.items()}
+        of_loss = [covariance for covariance in self._everything() if covariance.side not in SIDES]
+        return own | {f"{covariance.side} of {covariance.layers[0]}": _shape(covariance) for covariance in of_loss}
+
+    def _find(self, fqn: str, side: str) -> Covariance:
+        if side in SIDES:
+            return self[fqn]
+        gradient = self.sensitivities[fqn]
+        if side == GRADIENT:
+            return gradient
+        assert gradient.weighted is not None
+        return gradient.weighted
 
     def _add(self, covariance: Covariance) -> None:
         for fqn in covariance.layers:
-            (self.sensitivities if covariance.side == GRADIENT else self._layers)[fqn] = covariance
+            if covariance.side in SIDES:
+                self._layers[fqn] = covariance
+            elif covariance.side == GRADIENT:
+                self.sensitivities[fqn] = covariance
+            else:
+                self.sensitivities[fqn].weighted = covariance
 
     def _sort(self, order: Mapping[str, object] | list[str]) -> None:
         self._layers = {fqn: self._layers[fqn] for fqn in order if fqn in self._layers}

@@ -113,6 +113,14 @@ def pad_input(module: nn.Conv2d, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
     return F.pad(x, (left, right, top, bottom), mode=mode), (0, 0)
 
 
+def input_rows(layer: nn.Module, x: Tensor) -> Tensor:
+    """The rows (rows, in_features) that a layer multiplies: for a convolution the patches of its input."""
+    if not isinstance(layer, nn.Conv2d):
+        return x.reshape(-1, x.shape[-1])
+    x, padding = pad_input(layer, x if x.dim() == 4 else x.unsqueeze(0))
+    return F.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride).mT.flatten(0, 1)
+
+
 def _sides(module: nn.Conv2d) -> tuple[int, int, int, int]:
     if module.padding == "valid":
         return 0, 0, 0, 0

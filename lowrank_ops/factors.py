@@ -83,9 +83,8 @@ def factorize(spaces: LayerSubspaces, rank: int, projection: str = "output") -> 
         left, up = _output_projection(spaces, rank, projection)
         down = left @ spaces.weight
     best = spaces.output.leading(rank) if projection == "output" else None
-    lost = None
-    if best is None or spaces.sensitivity is not None:  # else nobody asks for it
-        lost = _lost_moment(spaces, down, up, left, projection)
+    lost = _lost_moment(spaces, down, up, left, projection) if best is None else None
+    felt = None if spaces.sensitivity is None else _lost_moment(spaces, down, up, left, projection, felt=True)
     return Factors(
         down,
         up,
@@ -94,7 +93,7 @@ def factorize(spaces: LayerSubspaces, rank: int, projection: str = "output") -> 
         projection,
         _trace(lost) if best is None else float(best.dropped.sum()),
         float(spaces.output.total.sum()),
-        _predicted_loss(spaces, lost),
+        _predicted_loss(spaces, felt),
         None if best is None else float(best.excess.sum()),
     )
 
@@ -171,16 +170,24 @@ def _bias(spaces: LayerSubspaces, down: Tensor, up: Tensor, left: Tensor | None,
 
 
 def _lost_moment(
-    spaces: LayerSubspaces, down: Tensor, up: Tensor, left: Tensor | None, projection: str
+    spaces: LayerSubspaces, down: Tensor, up: Tensor, left: Tensor | None, projection: str, felt: bool = False
 ) -> Tensor | None:
-    """E[(y - y')(y - y')^T], (..., out_features, out_features); None where the streamed side does not tell it."""
+    """E[(y - y')(y - y')^T], (..., out_features, out_features); None where the streamed side does not tell it.
+
+    With ``felt`` over rows weighed with what the loss feels of them.
+    """
     if left is not None and projection != "weight":  # the error is a projection of the output itself
         lost = torch.eye(up.shape[-2], dtype=up.dtype, device=up.device) - up @ left
-        return lost @ spaces.output_moment @ lost.mT
+        return lost @ (spaces.felt_output_moment if felt else spaces.output_moment) @ lost.mT
     if spaces.covariance.side != "input":
         return None
     lost = spaces.weight - up @ down
-    moment = spaces.covariance.moment(centered=False).to(lost.device) if projection == "weight" else spaces.moment
+    centered = spaces.centered and projection != "weight"
+    if felt:
+        moment = spaces.felt_moment(centered=centered)
+    else:
+        moment = spaces.moment if centered == spaces.centered else spaces.covariance.moment(centered=centered)
+    moment = moment.to(lost.device)
     return lost @ moment @ lost.mT
 
 

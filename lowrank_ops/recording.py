@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .covariances import GRADIENT, Covariance, Covariances, NonFiniteActivationError
+from .covariances import GRADIENT, SIDES, WEIGHTED, Covariance, Covariances, NonFiniteActivationError
 from .dense_layers import bias_vector, dimensions, pad_input
 from .masks import Mask, read_mask, real_rows
 from .ops import conv_covariance_update_, covariance_finalize_, covariance_update_
 from .ops.covariance import output_size
+from .row_weights import KeptRows
 from .sensitivity import GradientTaps, Sensitivity, gradient_rows, objective
 
 
@@ -32,6 +33,7 @@ class Recorder:
         self._touched: dict[str, _State] = {}  # in this forward, in the order of the calls
         self._taps = GradientTaps()
         self._gradients: dict[str, _State] = {}
+        self._weighted: dict[str, _State] = {}
         self._samples = 0
         self._batch = 0
         self._in_forward = False
@@ -39,6 +41,7 @@ class Recorder:
 
     def attach(self, model: nn.Module, sides: Mapping[str, str], dtype: torch.dtype) -> None:
         """Hook the model around its layers; the model may itself be the layer, so the order matters."""
+        self._sides = sides
         self._handles.append(model.register_forward_pre_hook(self._before_forward, with_kwargs=True))
         for fqn, layer in self._layers.items():
             self._handles.append(self._hook(fqn, layer, sides[fqn], dtype))
@@ -51,21 +54,24 @@ class Recorder:
                 lambda module, args, y: self._see_output(fqn, module, y, dtype), prepend=True
             )
         return layer.register_forward_pre_hook(
-            lambda module, args, kwargs: self._see_input(
-                fqn, module, args[0] if args else next(iter(kwargs.values())), dtype
-            ),
+            lambda module, args, kwargs: self._see_input(fqn, module, _input(args, kwargs), dtype),
             with_kwargs=True,
         )
 
-    def attach_taps(self, dtype: torch.dtype) -> None:
-        """Hook the outputs of all layers, to differentiate by them."""
-        self._gradient_dtype = dtype
+    def attach_taps(self, dtype: torch.dtype, weigh_rows: bool) -> None:
+        """Hook the outputs of all layers, to differentiate by them; with ``weigh_rows`` keep the rows until then."""
+        self._gradient_dtype, self._weigh_rows = dtype, weigh_rows
         for fqn, layer in self._layers.items():
             self._handles.append(
                 layer.register_forward_hook(
-                    lambda module, args, y, fqn=fqn: self._taps.tap(fqn, y, self._mask), prepend=True
+                    lambda module, args, kwargs, y, fqn=fqn: self._tap(fqn, _input(args, kwargs), y),
+                    prepend=True,
+                    with_kwargs=True,
                 )
             )
+
+    def _tap(self, fqn: str, x: Tensor, y: Tensor) -> Tensor | None:
+        return self._taps.tap(fqn, y, self._mask, KeptRows(x, y, self._sides[fqn]) if self._weigh_rows else None)
 
     def see_loss(self, sensitivity: Sensitivity, output: Any, batch: Any, keep: bool) -> None:
         """Add the gradients of a batch's loss; ``keep`` where another loss of this batch follows."""
@@ -78,17 +84,24 @@ class Recorder:
         Inputs are shared by layers; outputs are not: every call of a layer makes a tensor of its own, with its own
         gradient, and a module that is called at several places is one layer. So there is nothing to find twice.
         """
-        for fqn, values, mask in self._taps.gradients(loss, keep):
+        for fqn, values, mask, kept in self._taps.gradients(loss, keep):
             layer = self._layers[fqn]
-            if fqn not in self._gradients:
-                self._gradients[fqn] = _new_state(fqn, layer, GRADIENT, self._gradient_dtype)
-                self._gradients[fqn].join(fqn)
-            state = self._touched[f"gradient of {fqn}"] = self._gradients[fqn]
+            state = self._state_of_loss(self._gradients, fqn, GRADIENT)
             rows = gradient_rows(layer, values)
             with torch.no_grad():
                 state.update(rows if isinstance(layer, nn.Conv2d) else real_rows(fqn, rows, mask))
+                if kept is not None:
+                    weighted = self._state_of_loss(self._weighted, fqn, WEIGHTED + self._sides[fqn])
+                    kept.add_to(weighted.covariance, fqn, layer, values, mask)
         self._samples += samples
         self.check_finite()
+
+    def _state_of_loss(self, states: dict[str, _State], fqn: str, side: str) -> _State:
+        if fqn not in states:
+            states[fqn] = _new_state(fqn, self._layers[fqn], side, self._gradient_dtype)
+            states[fqn].join(fqn)
+        self._touched[f"{side} of {fqn}"] = states[fqn]
+        return states[fqn]
 
     def detach(self) -> None:
         """Remove every hook."""
@@ -109,6 +122,9 @@ class Recorder:
             covariance_finalize_(state.covariance.second_moment)
             state.covariance.count = self._samples
             covariances._add(state.covariance)
+        for state in self._weighted.values():
+            covariance_finalize_(state.covariance.second_moment)
+            covariances._add(state.covariance)
         covariances._sort(list(self._layers))
         covariances.unreached = tuple(fqn for fqn in self._layers if fqn not in covariances)
 
@@ -119,7 +135,7 @@ class Recorder:
         finite = torch.stack([state.is_finite().cpu() for state in self._touched.values()])
         if not bool(finite.all()):
             state = list(self._touched.values())[int(finite.int().argmin())]
-            of_loss = state.covariance.side == GRADIENT  # the forward is over by then
+            of_loss = state.covariance.side not in SIDES  # the forward is over by then
             batch = f"batch {self._batch - of_loss} (counted from 0)"
             where = batch if self._in_forward or of_loss else "a call beside the model's forward"
             raise NonFiniteActivationError(
@@ -182,7 +198,7 @@ class Recorder:
 
 def _new_state(fqn: str, layer: nn.Module, side: str, dtype: torch.dtype) -> _State:
     groups, in_features, out_features = dimensions(layer)
-    features = in_features if side == "input" else out_features
+    features = in_features if side.endswith("input") else out_features
     shape = (features,) if groups == 1 else (groups, features)
     device = layer.weight.device
     assert isinstance(device, torch.device)
@@ -278,6 +294,10 @@ class _State:
             f"layer {fqn!r} received the tensor of {self.leader!r} at first and another one later, so the two cannot "
             "share a covariance. Calibrate again with share_inputs=False."
         )
+
+
+def _input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def _remove_bias(covariance: Covariance, layer: nn.Module) -> None:

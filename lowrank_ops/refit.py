@@ -21,11 +21,11 @@ from tqdm import tqdm
 
 from .batches import call_model
 from .covariances import Covariance, NonFiniteActivationError
-from .dense_layers import find_layers, weight_matrix
+from .dense_layers import find_layers, input_rows, weight_matrix
 from .factors import Factors
 from .layers import LowRankConv2d, LowRankLinear
 from .masks import Mask, real_rows
-from .regression import PairedSums, paired_rows, refit_layers
+from .regression import PairedSums, refit_layers
 from .replacement import replaced
 from .streams import Group, Streams, find_chains
 
@@ -148,7 +148,7 @@ def _stream(streams: Streams, group: Group, pairs: PairedSums) -> str | None:
             return "its inputs in the dense and in the compressed model do not correspond row by row"
         rows = None if isinstance(layer, nn.Conv2d) else mask
         for x, z in zip(dense, compressed, strict=True):
-            x, z = (paired_rows(layer, real_rows(leader, part, rows)) for part in (x, z))
+            x, z = (input_rows(layer, real_rows(leader, part, rows)) for part in (x, z))
             if last and len(streams.batches) == 1:  # two halves of the rows
                 half = len(x) // 2
                 pairs.update(0, x[:half], z[:half])

@@ -15,12 +15,11 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .covariances import Covariance
 from .decomposition import Subspace, principal_subspace
-from .dense_layers import pad_input, weight_matrix
+from .dense_layers import weight_matrix
 from .factors import Factors, factorize
 from .ops import covariance_finalize_, covariance_update_
 from .subspaces import DAMPING, LayerSubspaces
@@ -131,14 +130,6 @@ class _Sums(NamedTuple):
         )
 
 
-def paired_rows(layer: nn.Module, x: Tensor) -> Tensor:
-    """The rows (rows, in_features) that a layer multiplies: for a convolution the patches of its input."""
-    if not isinstance(layer, nn.Conv2d):
-        return x.reshape(-1, x.shape[-1])
-    x, padding = pad_input(layer, x if x.dim() == 4 else x.unsqueeze(0))
-    return F.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride).mT.flatten(0, 1)
-
-
 def refit_layers(
     pairs: PairedSums,
     factors: Mapping[str, Factors],
@@ -168,7 +159,9 @@ def refit_layers(
     leader: LayerSubspaces | None = None
     found = {}
     for fqn, layer in pairs.layers.items():
-        spaces = LayerSubspaces(layer, whole, centered=centered, shared=leader, sensitivity=sensitivities.get(fqn))
+        spaces = LayerSubspaces(
+            layer, whole, centered=centered, shared=leader, sensitivity=_unweighted(sensitivities.get(fqn))
+        )
         folds = pairs.of(fqn)
         total = _Sums(*(sum(parts) for parts in zip(*folds, strict=True)))  # type: ignore[arg-type]
         means = [part / total.rows if centered else torch.zeros_like(part) for part in (total.z, total.e)]
@@ -185,6 +178,11 @@ def refit_layers(
             chosen = _best_ridge(held, shares, bases, _metric(spaces, factors[fqn].projection))
         found[fqn] = _fit(spaces, total.moments(*means), means[1], factors[fqn], chosen)
     return found
+
+
+def _unweighted(sensitivity: Covariance | None) -> Covariance | None:
+    """Without the weighted rows, which are the dense model's: the rows fitted here are those of the compressed one."""
+    return None if sensitivity is None else replace(sensitivity, weighted=None)
 
 
 def _gains(spectrum: Tensor, ridge: Tensor | float) -> Tensor:

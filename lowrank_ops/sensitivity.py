@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .batches import output_tensor
+from .row_weights import KeptRows
 
 Sensitivity = str | Callable[[Any, Any], Tensor]
 # Of the mean's part of "pooled", beside the rows'. Deep in a model its gradients, alike at all rows, are larger than
@@ -122,6 +123,7 @@ class Gradient(NamedTuple):
     fqn: str
     values: Tensor  # the shape of the layer's output
     mask: Tensor | None  # the mask of that forward
+    rows: KeptRows | None  # what the layer was given in that call, where it is to be weighed
 
 
 class GradientTaps:
@@ -132,17 +134,17 @@ class GradientTaps:
     """
 
     def __init__(self) -> None:
-        self._edges: list[tuple[str, GradientEdge, Tensor | None]] = []
+        self._taps: list[tuple[GradientEdge, str, Tensor | None, KeptRows | None]] = []
 
-    def tap(self, fqn: str, y: Tensor, mask: Tensor | None) -> Tensor | None:
+    def tap(self, fqn: str, y: Tensor, mask: Tensor | None, rows: KeptRows | None) -> Tensor | None:
         """Remember a layer's output; gives the tensor that takes its place, or None to leave it."""
         if y.is_inference() or not torch.is_grad_enabled():
             return None
         if y.requires_grad:
-            self._edges.append((fqn, get_gradient_edge(y), mask))
+            self._taps.append((get_gradient_edge(y), fqn, mask, rows))
             return None
         anchor = y.detach().requires_grad_()  # nothing before this layer needs a gradient: the graph starts here
-        self._edges.append((fqn, get_gradient_edge(anchor), mask))
+        self._taps.append((get_gradient_edge(anchor), fqn, mask, rows))
         return anchor.clone()  # a leaf could not be changed in place by what follows
 
     def gradients(self, loss: Tensor, keep: bool = False) -> list[Gradient]:
@@ -151,13 +153,17 @@ class GradientTaps:
         Raises:
             ValueError: the loss depends on no layer.
         """
-        taps = self._edges
+        taps = self._taps
         found: Sequence[Tensor | None] = []
         if taps and loss.requires_grad:
-            found = torch.autograd.grad(loss, [edge for _, edge, _ in taps], retain_graph=keep, allow_unused=True)
+            found = torch.autograd.grad(loss, [edge for edge, *_ in taps], retain_graph=keep, allow_unused=True)
         if not keep:
-            self._edges = []
-        gradients = [Gradient(fqn, g, mask) for (fqn, _, mask), g in zip(taps, found, strict=False) if g is not None]
+            self._taps = []
+        gradients = [
+            Gradient(fqn, values, mask, rows)
+            for (_, fqn, mask, rows), values in zip(taps, found, strict=False)
+            if values is not None
+        ]
         if not gradients:
             raise ValueError(
                 "the loss of sensitivity depends on no layer: the model's forward runs without gradients "

@@ -21,6 +21,8 @@ DAMPING = 1e-3  # of the loss's metric, relative to its mean eigenvalue
 class LossSpace:
     """The output space as the loss feels it: the principal directions of M^1/2 y, M = G + 1e-3 tr(G) / out_features I.
 
+    y is taken over rows weighed with what the loss feels of them, where they were streamed.
+
     The damping keeps the metric M regular where few gradients were seen. Without any gradient it is the identity, and
     the spectrum, being in units of the loss, is zero.
 
@@ -148,7 +150,11 @@ class LayerSubspaces:
         return self._subspace(self._output_moment, self.output_mean, self.dimensions.out_features)
 
     def _output_moment(self) -> Tensor:
-        return self.moment if self.covariance.side == "output" else self.weight @ self.moment @ self.weight.mT
+        return self._of_output(self.moment)
+
+    def _of_output(self, moment: Tensor) -> Tensor:
+        """The output's second moment from that of the streamed side."""
+        return moment if self.covariance.side == "output" else self.weight @ moment @ self.weight.mT
 
     @property
     def output_moment(self) -> Tensor:
@@ -156,10 +162,30 @@ class LayerSubspaces:
 
         Without rounding noise, except where the output is so wide that its directions are not known.
         """
-        if isinstance(self.output, WideSubspace):
-            return self._output_moment()
-        basis, spectrum = self.output.basis, self.output.spectrum
-        return (basis * spectrum.unsqueeze(-2)) @ basis.mT
+        return self._output_moment() if isinstance(self.output, WideSubspace) else _assembled(self.output)
+
+    def felt_moment(self, *, centered: bool) -> Tensor:
+        """Second moment of the streamed side, rows weighed with what the loss feels of them; about the plain mean.
+
+        That of all rows alike where no weighted rows were streamed.
+        """
+        rows = None if self.sensitivity is None else self.sensitivity.weighted
+        if rows is None:
+            return self.moment if centered == self.centered else self.covariance.moment(centered=centered)
+        moment = rows.moment(centered=centered)
+        if centered:
+            shift = rows.mean - self.covariance.mean.to(rows.mean)
+            moment += shift.unsqueeze(-1) * shift.unsqueeze(-2)
+        return moment.to(self.weight.device)
+
+    @cached_property
+    def felt_output_moment(self) -> Tensor:
+        """:attr:`output_moment`, rows weighed with what the loss feels of them."""
+        if self.sensitivity is None or self.sensitivity.weighted is None:
+            return self.output_moment
+        moment = self._of_output(self.felt_moment(centered=self.centered))
+        space = self._subspace(lambda: moment, self.output_mean, self.dimensions.out_features)
+        return moment if isinstance(space, WideSubspace) else _assembled(space)
 
     @cached_property
     def gradient_moment(self) -> Tensor | None:
@@ -175,7 +201,9 @@ class LayerSubspaces:
         if sensitivity is None:
             return None
         # G sums over the rows of a sample, which makes the spectrum one of whole samples.
-        return LossSpace(lambda: self.output_moment, lambda: sensitivity.moment(centered=False).to(self._weight.device))
+        return LossSpace(
+            lambda: self.felt_output_moment, lambda: sensitivity.moment(centered=False).to(self._weight.device)
+        )
 
     @cached_property
     def weight_output(self) -> Subspace:
@@ -206,7 +234,7 @@ class LayerSubspaces:
         Args:
             directions: drop those of wide spaces as well; False keeps what took longest.
         """
-        for name in ("weight", "moment", "gradient_moment"):
+        for name in ("weight", "moment", "gradient_moment", "felt_output_moment"):
             self.__dict__.pop(name, None)
         if directions:
             for name in ("input", "output", "weight_output", "loss"):
@@ -220,6 +248,11 @@ class LayerSubspaces:
         """r = min(k_S, k_T); k_T alone where k_S is not measured."""
         k_t = self.output.rank_at(explained_variance)
         return k_t if self.input is None else min(self.input.rank_at(explained_variance), k_t)
+
+
+def _assembled(space: Subspace) -> Tensor:
+    """The moment that a space was found in, without rounding noise."""
+    return (space.basis * space.spectrum.unsqueeze(-2)) @ space.basis.mT
 
 
 def layer_subspaces(

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import lowrank_ops as lro
 from lowrank_ops import refit
 from lowrank_ops.demo.vit import ViT
-from lowrank_ops.dense_layers import find_layers
-from lowrank_ops.regression import PairedSums, paired_rows, refit_layers
+from lowrank_ops.dense_layers import find_layers, input_rows
+from lowrank_ops.regression import PairedSums, refit_layers
 from lowrank_ops.streams import Streams, find_chains
 
 
@@ -214,7 +214,7 @@ def by_whole_models(
                 handle.remove()
                 for x in rows:
                     real = mask is not None and x.dim() == 3 and x.shape[:2] == batch[mask].shape
-                    seen[kind].append(paired_rows(model.get_submodule(fqn), x[batch[mask].bool()] if real else x))
+                    seen[kind].append(input_rows(model.get_submodule(fqn), x[batch[mask].bool()] if real else x))
         pairs = PairedSums({fqn: model.get_submodule(fqn)}, 1)
         pairs.update(0, torch.cat(seen["dense"]), torch.cat(seen["compressed"]))
         pairs.finish()
@@ -322,7 +322,7 @@ def test_no_layer_errs_more_than_by_one_shot_on_its_input() -> None:
     """With zero ridge, on the calibration rows, in the metric of the loss."""
     model, draw = deep()
     batches = draw(5)
-    covariances = lro.calibrate(model, batches, sensitivity="output")
+    covariances = lro.calibrate(model, batches, sensitivity="output", weigh_rows=False)
     spaces = lro.layer_subspaces(find_layers(model)[0], covariances)
     factors = {fqn: lro.factorize(space, 12, "loss") for fqn, space in spaces.items()}
     found = lro.refit_factors(model, factors, batches, sensitivities=covariances.sensitivities, ridge=0)

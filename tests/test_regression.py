@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lowrank_ops as lro
-from lowrank_ops.regression import PairedSums, paired_rows, refit_layers
+from lowrank_ops.dense_layers import input_rows
+from lowrank_ops.regression import PairedSums, refit_layers
 from lowrank_ops.subspaces import DAMPING
 
 
@@ -189,7 +190,7 @@ def test_rows_of_a_convolution_are_what_it_multiplies() -> None:
     torch.manual_seed(0)
     conv = nn.Conv2d(3, 5, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2), padding_mode="circular").double()
     x = torch.randn(2, 3, 9, 8).double()
-    y = F.linear(paired_rows(conv, x), conv.weight.flatten(1), conv.bias)
+    y = F.linear(input_rows(conv, x), conv.weight.flatten(1), conv.bias)
     expected = conv(x).movedim(1, -1).flatten(0, -2)
     torch.testing.assert_close(y, expected)
 

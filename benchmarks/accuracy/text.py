@@ -43,6 +43,7 @@ ARMS = {
     "output-refit": Arm("output", "uniform", "sequential"),
     "loss-refit": Arm("loss", "loss", "sequential"),
 }
+ROWS = ("weighted", "alike")
 # What is probed with random signs: the forward to calibrate with, and the sensitivity.
 PROBED: dict[str, tuple[Callable[[nn.Module, Any], Any] | None, str]] = {
     "tokens": (None, "output"),
@@ -71,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                             "budget": budget,
                             "probed": options.probed,
                             "probes": options.probes,
+                            "rows": rows_of(ARMS[arm], options.rows),
                             "split": options.split,
                             "held_out": options.held_out,
                         }
@@ -103,6 +105,9 @@ def parser() -> argparse.ArgumentParser:
         "--probed", choices=list(PROBED), default="pooled", help="what the sensitivity is the sensitivity of"
     )
     parser.add_argument("--probes", type=int, default=1, help="random projections per batch for the sensitivity")
+    parser.add_argument(
+        "--rows", choices=ROWS, default="weighted", help="weigh them by their gradients, or take all alike"
+    )
     parser.add_argument("--held-out", type=int, default=400, help="texts to judge on, and as many for choices")
     parser.add_argument("--split", choices=["test", "validation"], default="test", help="to judge on")
     parser.add_argument("--cache", type=Path, help="keep covariances in this folder, about 0.4 GB per step and kind")
@@ -141,7 +146,8 @@ class Bench:
 
     def _part(self, start: int, stop: int) -> lro.Covariances:
         options = self._options
-        name = f"{self._kind}-{options.held_out}-{options.probed}-{options.probes}-{start}-{stop}.safetensors"
+        setup = f"{options.held_out}-{options.probed}-{options.probes}-{options.rows}"
+        name = f"{self._kind}-{setup}-{start}-{stop}.safetensors"
         path = None if options.cache is None else options.cache / name
         if path is not None and path.exists():
             return lro.Covariances.load(path)
@@ -154,6 +160,7 @@ class Bench:
             forward=forward,
             sensitivity=sensitivity,
             probes=options.probes,
+            weigh_rows=options.rows == "weighted",
             dtype=SUMS,
             progress=True,
         )
@@ -188,6 +195,11 @@ class Bench:
     def describe(self, texts: int) -> dict[str, object]:
         """What identifies the texts."""
         return self._corpus.describe(texts)
+
+
+def rows_of(arm: Arm, rows: str) -> str:
+    """How rows count in an arm: that is asked of the loss's factors and ranks only."""
+    return rows if "loss" in (arm.projection, arm.allocation) else "alike"
 
 
 def share(report: lro.CompressionReport) -> float:

@@ -1,0 +1,127 @@
+"""Rows weighed with what the loss feels of them: the moments that factors and ranks by loss are made of.
+
+To second order, an error e = (W - W') x of one row of a layer's output costs the loss (g^T e)^2 / 2, g being the
+gradient there. The mean over rows of g g^T times x x^T is not the product of the two means: rows that the loss hardly
+feels, such as those of tokens that nothing attends to, count in E[x x^T] as much as any other. Weights of |g|^2, one
+step of the iteration for the nearest product of two such matrices (Van Loan and Pitsianis 1993), mend that.
+
+They weigh the rows of one sample against each other, not samples: a classifier's gradients are large for the few
+samples that it is unsure of, and moments of those alone would fit the others badly.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .covariances import Covariance
+from .dense_layers import bias_vector, input_rows
+from .masks import real_rows
+from .ops import covariance_update_
+
+MOST_PATCHES = 1 << 24  # elements of a convolution's patches at a time
+
+
+class KeptRows:
+    """What a layer was given in one call, or has made of it, kept until the gradient is known."""
+
+    def __init__(self, x: Tensor, y: Tensor, side: str) -> None:
+        # What is done to an output in place afterwards is the model's business: a copy is kept. Inputs are kept by
+        # autograd as well, for the gradient of the weight.
+        self._side, self._values = side, x if side == "input" else y.detach().clone()
+        self._version = None if self._values.is_inference() else self._values._version
+
+    def add_to(self, covariance: Covariance, fqn: str, layer: nn.Module, gradient: Tensor, mask: Tensor | None) -> None:
+        """Add the rows, weighed with their gradients.
+
+        Args:
+            covariance: sums of w x x^T and w x.
+            fqn: the layer's name, for messages.
+            layer: that was called.
+            gradient: of its output, in the output's shape.
+            mask: of the forward.
+
+        Raises:
+            ValueError: the input was changed in place after the call.
+        """
+        if self._version is not None and self._values._version != self._version:
+            raise ValueError(
+                f"the input of layer {fqn!r} was changed in place after the layer had used it, so that its rows can no "
+                "longer be weighed with their gradients; pass weigh_rows=False."
+            )
+        values = self._values.detach()
+        if not isinstance(layer, nn.Conv2d):
+            weights = _weights_of_linear(gradient, mask)
+            _add(covariance, self._unbiased(real_rows(fqn, values, mask), layer), weights.unsqueeze(-1))
+            return
+        values, gradient = (part if part.dim() == 4 else part.unsqueeze(0) for part in (values, gradient))
+        weights = _weights_of_conv(gradient, layer.groups)
+        images = max(1, MOST_PATCHES * len(weights) // (weights[..., 0].numel() * covariance.total.numel()))
+        for part, part_weights in zip(values.split(images), weights.split(images), strict=True):
+            rows = input_rows(layer, part) if self._side == "input" else part.movedim(1, -1).flatten(0, -2)
+            _add(covariance, self._unbiased(rows, layer), part_weights.flatten(0, -2))
+
+    def _unbiased(self, rows: Tensor, layer: nn.Module) -> Tensor:
+        bias = bias_vector(layer) if self._side == "output" else None
+        return rows if bias is None else rows - bias
+
+
+def _weights_of_linear(gradient: Tensor, mask: Tensor | None) -> Tensor:
+    """Weights (rows,) of the real rows of a gradient (samples, ..., out_features), as ``real_rows`` orders them."""
+    if gradient.is_nested:
+        return torch.cat([balanced(part.unsqueeze(0)).flatten() for part in gradient.unbind()])
+    if mask is not None and gradient.shape[:-1] in (mask.shape, (mask.numel(),)):
+        mask = mask.to(gradient.device)
+        return balanced(gradient.reshape(*mask.shape, -1), mask)[mask]
+    return balanced(gradient if gradient.dim() > 1 else gradient.unsqueeze(0)).flatten()
+
+
+def _weights_of_conv(gradient: Tensor, groups: int) -> Tensor:
+    """Weights (samples, height, width, groups) of a gradient (samples, groups * channels, height, width)."""
+    by_group = gradient.unflatten(1, (groups, -1)).movedim(2, -1)  # (samples, groups, height, width, channels)
+    return balanced(by_group.flatten(0, 1)).unflatten(0, (-1, groups)).movedim(1, -1)
+
+
+def balanced(gradient: Tensor, mask: Tensor | None = None) -> Tensor:
+    """|g|^2 of every row over its mean in the sample; 1 in samples without a gradient.
+
+    Args:
+        gradient: (samples, ..., features).
+        mask: (samples, ...), the rows that there are; the weights of others say nothing.
+
+    Returns:
+        (samples, ...), float32 or float64; the mean over a sample's rows is 1.
+    """
+    if not gradient.numel():
+        return torch.ones(gradient.shape[:-1], device=gradient.device)
+    rows = gradient.to(torch.promote_types(gradient.dtype, torch.float32)).reshape(
+        len(gradient), -1, gradient.shape[-1]
+    )
+    count = torch.full_like(rows[:, 0, 0], rows.shape[1]) if mask is None else mask.flatten(1).sum(1).clamp_min(1)
+    if mask is not None:
+        rows = rows.masked_fill(~mask.view(*rows.shape[:2], 1), 0)
+    largest = rows.abs().amax((1, 2))
+    felt = largest > 0
+    rows = rows / torch.where(felt, largest, 1.0).view(-1, 1, 1)  # else squares of small gradients would vanish
+    squares = rows.square().sum(-1)
+    mean = squares.sum(1, keepdim=True) / count.unsqueeze(1)
+    return torch.where(felt.unsqueeze(1), squares / mean, 1.0).view(gradient.shape[:-1])
+
+
+def _add(covariance: Covariance, rows: Tensor, weights: Tensor) -> None:
+    """Rows (..., groups * features), each group with a weight of its own, (rows, groups)."""
+    moment, total = covariance.second_moment, covariance.total
+    features = total.shape[-1]
+    rows = rows.reshape(-1, rows.shape[-1])
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    unused = torch.zeros_like(total).view(-1, features)
+    groups = zip(
+        moment.view(-1, features, features), total.view(-1, features), unused, rows.split(features, -1), weights.T,
+        strict=True,
+    )  # fmt: skip
+    for group_moment, group_total, sink, part, weight in groups:
+        length = weight.to(wide).sqrt()
+        scaled = part.to(wide) * length.unsqueeze(-1)
+        group_total += length @ scaled
+        covariance_update_(group_moment, sink, scaled.to(rows.dtype))
+    covariance.count += len(rows)
