@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,6 +27,15 @@ H200 = Device("cuda", 0, (9, 0), 132, 232448)
 STATED = Ceilings(4.3e12, {"bfloat16": 790e12, "float16": 790e12})
 
 
+class Job(NamedTuple):
+    """Something to measure that is no :class:`Case`: it checks and times its arms itself."""
+
+    op: str
+    shape: Mapping[str, int | str]
+    arms: Sequence[str]
+    measure: Callable[[], list[Row]]
+
+
 def parser(description: str | None) -> argparse.ArgumentParser:
     """The arguments that every suite takes."""
     arguments = argparse.ArgumentParser(description=description)
@@ -35,7 +44,9 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     arguments.add_argument("--seconds", type=float, default=1.0, help="of timing per case (default 1)")
     arguments.add_argument("--only", default="", help="run the cases whose label contains this text")
     arguments.add_argument("--out", type=Path, help="JSON file that gets the suite's rows; others' rows in it stay")
-    arguments.add_argument("--resume", action="store_true", help="go on from the rows of this suite in --out")
+    arguments.add_argument(
+        "--resume", action="store_true", help="go on from this suite's rows in --out, then ask again, once, what failed"
+    )
     arguments.add_argument(
         "--budget", type=float, default=float("inf"), help="seconds after which no case is begun; exit code 3 then"
     )
@@ -44,36 +55,81 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def run(
-    name: str, cases: Iterable[Case], arguments: argparse.Namespace, clock: Clock = time.perf_counter
+    name: str,
+    cases: Iterable[Case],
+    arguments: argparse.Namespace,
+    clock: Clock = time.perf_counter,
+    jobs: Iterable[Job] = (),
 ) -> dict[str, Any] | None:
-    """Measure ``cases``, or print what would be measured.
+    """Measure ``cases`` and ``jobs``, or print what would be measured.
+
+    ``--resume`` keeps rows that are complete, wrong ones included, measures what has none, and then asks again, once,
+    every case in which an arm failed by an exception; all its arms, as speed-ups are of times that were taken in turn.
+    Where the budget ends before, the next call goes on behind the last that was asked, so that calls with a budget
+    come to an end however much fails each time.
 
     Returns:
         The suite, for :func:`finish`; None after a dry run.
     """
     chosen = [case for case in cases if arguments.only in label(case)]
+    others = [job for job in jobs if arguments.only in label(job)]
     if arguments.dry_run:
-        print("\n".join(dry_run(chosen)))
+        planned = [line for job in others for line in ("", label(job), *(f"  {arm}: would run" for arm in job.arms))]
+        print("\n".join([*dry_run(chosen), *planned]))
         return None
     end = time.perf_counter() + arguments.budget
     device = torch.device(arguments.device)
     suite = begin(name, arguments, clock)
     print(ceilings_line(suite["ceilings"]))
     limits = Ceilings(suite["ceilings"]["copy_gb_per_s"] * 1e9, _rates(suite["ceilings"]))
-    left = [case for case in chosen if not measured(suite, case.op, case.shape)]
+    left = _to_ask(suite, [*chosen, *others])
     while left and time.perf_counter() < end:
         case = left.pop(0)
-        rows, not_run = measure_case(case, device, limits, arguments.seconds, clock)
-        record(suite, rows, not_run)
+        suite["left"] = [label(one) for one in left]
+        before = rows_of(suite, case)
+        if before and arguments.out:
+            save(arguments.out, name, suite)  # it has been asked, also where it takes the process along
+        if isinstance(case, Job):
+            rows, not_run = case.measure(), {}
+        else:
+            rows, not_run = measure_case(case, device, limits, arguments.seconds, clock)
         if rows:
-            print("\n".join(["", label(case), *(f"  {line(row)}" for row in rows)]), flush=True)
+            title = label(case) + (", once more" if before else "")
+            print("\n".join(["", title, *(f"  {line(row)}" for row in rows)]), flush=True)
+        if _better(rows, before):
+            record(suite, rows, not_run)
         if arguments.out:
             save(arguments.out, name, suite)
         if device.type == "cuda":
             torch.cuda.empty_cache()
     suite["left"] = [label(case) for case in left]
-    suite["complete"] = not arguments.only and not left
+    suite["complete"] = not arguments.only and all(rows_of(suite, case) for case in left)
     return suite
+
+
+def _to_ask(suite: dict[str, Any], chosen: Sequence[Case | Job]) -> list[Case | Job]:
+    """What has no rows, then what failed; of that only what the call before left over, where it left some."""
+    missing = [case for case in chosen if not rows_of(suite, case)]
+    failed = [case for case in chosen if _failed(rows_of(suite, case))]
+    left_over = [case for case in failed if label(case) in suite.get("left", ())]
+    return [*missing, *(left_over or failed)]
+
+
+def _failed(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether an exception kept a case from being measured. A wrong result beside it stays what was found."""
+    return any(row["failure"] for row in rows) and not any(map(_wrong, rows))
+
+
+def _wrong(row: Mapping[str, Any]) -> bool:
+    """Whether a row's result was there, and was not right; it may have failed after that."""
+    return not row["correct"] and (not row["failure"] or (row["error"] is not None and row["error"] > row["allowed"]))
+
+
+def _better(rows: Sequence[Row], before: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether rows may take the place of those of the same case: they do not if more of them failed."""
+    new = [row.to_dict() for row in rows]
+    failures, earlier = (sum(bool(row["failure"]) for row in those) for those in (new, before))
+    return not before or failures <= earlier or any(map(_wrong, new))
 
 
 def begin(name: str, arguments: argparse.Namespace, clock: Clock = time.perf_counter) -> dict[str, Any]:
@@ -93,9 +149,9 @@ def begin(name: str, arguments: argparse.Namespace, clock: Clock = time.perf_cou
     return kept  # type: ignore[no-any-return]
 
 
-def measured(suite: dict[str, Any], op: str, shape: Mapping[str, int | str]) -> bool:
-    """Whether a suite has the rows of a shape."""
-    return any(row["op"] == op and row["shape"] == dict(shape) for row in suite["rows"])
+def rows_of(suite: dict[str, Any], case: Case | Job) -> list[dict[str, Any]]:
+    """The rows that a suite has of a case."""
+    return [row for row in suite["rows"] if row["op"] == case.op and row["shape"] == dict(case.shape)]
 
 
 def start(device: torch.device, clock: Clock = time.perf_counter, commit: str | None = None) -> dict[str, Any]:
@@ -115,9 +171,11 @@ def start(device: torch.device, clock: Clock = time.perf_counter, commit: str | 
 
 
 def record(suite: dict[str, Any], rows: Sequence[Row], not_run: dict[str, str]) -> None:
-    """Add rows, wrong ones before all others."""
-    merged = suite["rows"] + [row.to_dict() for row in rows]
-    suite["rows"] = sorted(merged, key=lambda row: row["correct"])
+    """Add rows, in place of those of the same cases, wrong ones before all others."""
+    new = [row.to_dict() for row in rows]
+    cases = [(row["op"], row["shape"]) for row in new]
+    kept = [row for row in suite["rows"] if (row["op"], row["shape"]) not in cases]
+    suite["rows"] = sorted(kept + new, key=lambda row: row["correct"])
     suite["not_run"].update(not_run)
 
 
@@ -165,7 +223,7 @@ def _rates(stated: dict[str, Any]) -> dict[str, float]:
     return {dtype: rate * 1e12 for dtype, rate in stated["matmul_tflop_per_s"].items()}
 
 
-def label(case: Case) -> str:
+def label(case: Case | Job) -> str:
     """One line that names a case."""
     return f"{case.op} " + " ".join(f"{key}={value}" for key, value in case.shape.items())
 

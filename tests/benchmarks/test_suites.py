@@ -5,12 +5,13 @@ import dataclasses
 import importlib
 import json
 import sys
+import types
 
 import pytest
 import torch
 
-from benchmarks import bench_covariance, bench_cpu, bench_lowrank_linear, bench_model, models, shapes, suite
-from benchmarks.measure import Ceilings
+from benchmarks import bench_covariance, bench_cpu, bench_lowrank_linear, bench_model, models, rows, shapes, suite
+from benchmarks.measure import Ceilings, Timing
 from benchmarks.rows import distance, measure_case, truth
 
 CPU = torch.device("cpu")
@@ -185,6 +186,130 @@ def test_a_suite_goes_on_where_its_budget_ended(tmp_path, quick, monkeypatch, ca
     assert len(seen) == 9  # without --resume from the beginning
 
 
+def rows_by_arm(made, tokens):
+    return {row["arm"]: row for row in made["rows"] if row["shape"]["tokens"] == tokens}
+
+
+def test_resuming_asks_again_what_failed_and_keeps_what_is_complete(tmp_path, quick, monkeypatch, capsys):
+    path, seen, memory = tmp_path / "results.json", [], []
+    whole, starved, wrong = (bench_lowrank_linear.case(shapes.Layer(24, 40, 8), tokens, "fp32") for tokens in (1, 2, 3))
+    opponent, honest = starved.arms[1].run, wrong.arms[3].run
+
+    def hungry(*tensors):
+        if not memory:
+            raise torch.OutOfMemoryError("too much")
+        return opponent(*tensors)
+
+    starved = dataclasses.replace(starved, arms=(starved.arms[1]._replace(run=hungry), *starved.arms[2:]))
+    lying = wrong.arms[3]._replace(run=lambda *tensors: honest(*tensors) + 1)
+    failing = wrong.arms[1]._replace(run=lambda *tensors: 1 / 0)
+    wrong = dataclasses.replace(wrong, arms=(failing, lying))
+    measure = suite.measure_case
+    monkeypatch.setattr(
+        suite, "measure_case", lambda case, *rest: seen.append(case.shape["tokens"]) or measure(case, *rest)
+    )
+
+    def go():
+        made = suite.run("some", [whole, starved, wrong], arguments(out=path, resume=True))
+        assert suite.finish(made, "some", path) == 1 and made["complete"]  # one result of ours is wrong
+        assert json.loads(path.read_text())["suites"]["some"]["rows"] == made["rows"]
+        return made
+
+    first = go()
+    assert rows_by_arm(first, 2)["two_linears"]["failure"] == "OutOfMemoryError: too much"
+    assert "two_linears" not in rows_by_arm(first, 2)["lowrank_ops auto"]["speedup"] and seen == [1, 2, 3]
+    capsys.readouterr()
+    for run in range(1, 4):
+        memory += [True] * (run == 2)
+        made = go()
+        shown = capsys.readouterr().out
+        assert seen == [1, 2, 3, 2, 2][: 3 + run] and ("tokens=2" in shown) == ("once more" in shown) == (run < 3)
+        assert len(made["rows"]) == len(first["rows"])
+        for tokens in (1, 3):  # a wrong result stays, whatever failed beside it
+            assert rows_by_arm(made, tokens) == rows_by_arm(first, tokens)
+        for row in rows_by_arm(made, 2).values():
+            assert row["correct"] == (run > 1 or row["arm"] != "two_linears")
+        assert ("two_linears" in rows_by_arm(made, 2)["lowrank_ops auto"]["speedup"]) == (run > 1)
+
+
+@pytest.fixture
+def layers(quick, monkeypatch):
+    """Three cases of one arm; each takes a minute of a clock of its own, and fails as ``ends`` says of its tokens."""
+    minutes, ends = [0], {}
+    monkeypatch.setattr(suite, "time", types.SimpleNamespace(perf_counter=lambda: 60 * minutes[0]))
+
+    def measure(case, *rest):
+        minutes[0] += 1
+        end = ends.get(case.shape["tokens"])
+        if isinstance(end, BaseException):
+            raise end
+        row = rows.Row(case.op, dict(case.shape), "lowrank_ops auto", failure=end, correct=end is None)
+        if end is None:
+            row.median_us, row.p90_us, row.eager_us, row.samples = Timing(1.0, 1.0, 1.0, 5)
+        return [row], {}
+
+    monkeypatch.setattr(suite, "measure_case", measure)
+    cases = [bench_lowrank_linear.case(shapes.Layer(24, 40, 8), tokens, "fp32") for tokens in (1, 2, 3)]
+    return cases, minutes, ends
+
+
+def test_what_always_fails_lets_calls_with_a_budget_end(tmp_path, layers, capsys):
+    cases, minutes, ends = layers
+    ends.update(dict.fromkeys((1, 2, 3), "OutOfMemoryError: too much"))
+    path = tmp_path / "results.json"
+    codes, asked = [], []
+    for _ in range(10):
+        made = suite.run("some", cases, arguments(out=path, resume=True, budget=50))  # of one case
+        codes.append(suite.finish(made, "some", path))
+        asked.append(capsys.readouterr().out.partition("tokens=")[2][0])
+        assert made["complete"] == (len(codes) > 2)
+    assert "".join(asked) == "123" + "1" + "123" + "123"
+    assert codes == [3, 3, 3, 1] + [3, 3, 1] * 2
+    made = suite.run("some", cases, arguments(out=path, resume=True))
+    assert suite.finish(made, "some", path) == 1 and minutes == [13]  # each once in a call without a budget
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt(), torch.OutOfMemoryError("for the inputs")])
+def test_what_ends_the_process_when_it_is_asked_again_does_not_stand_in_the_way(tmp_path, layers, end):
+    cases, _, ends = layers
+    ends.update({1: "too much", 2: "too much"})
+    path = tmp_path / "results.json"
+    command = arguments(out=path, resume=True)
+    suite.finish(suite.run("some", cases, command), "some", path)
+    ends[1] = end
+    with pytest.raises(type(end)):
+        suite.run("some", cases, command)
+    del ends[2]
+    made = suite.run("some", cases, command)
+    assert suite.finish(made, "some", path) == 1
+    found = {row["shape"]["tokens"]: row["failure"] for row in made["rows"]}
+    assert found == {1: "too much", 2: None, 3: None}
+
+
+def test_asking_again_does_not_cost_what_was_measured(tmp_path, quick, monkeypatch, capsys):
+    """Less than before is not taken, such as where memory became scarcer; a wrong result is."""
+    case = bench_lowrank_linear.case(shapes.Layer(24, 40, 8), 1, "fp32")
+    answers = iter([{"a": None, "b": "too much"}, {"a": "too much", "b": "too much"}, {"a": 9.0, "b": "too much"}])
+
+    def measure(case, *rest):
+        found = []
+        for arm, end in next(answers).items():
+            row = rows.Row(case.op, dict(case.shape), arm, allowed=1.0, correct=end is None)
+            row.error, row.failure = (end, None) if isinstance(end, float) else (None, end)
+            row.median_us = row.p90_us = row.eager_us = 1.0
+            found.append(row)
+        return found, {}
+
+    monkeypatch.setattr(suite, "measure_case", measure)
+    path = tmp_path / "results.json"
+    for a in (None, None, 9.0, 9.0):
+        made = suite.run("some", [case], arguments(out=path, resume=True))
+        suite.finish(made, "some", path)
+        assert {row["arm"]: row["failure"] for row in made["rows"]} == {"a": None, "b": "too much"}
+        assert next(row["error"] for row in made["rows"] if row["arm"] == "a") == a
+    assert next(answers, "asked no more") == "asked no more"
+
+
 def test_a_wrong_result_of_ours_is_an_exit_code(quick, monkeypatch, capsys):
     case = bench_lowrank_linear.case(shapes.Layer(24, 40, 8), 6, "fp32")
     honest = case.arms[3].run
@@ -224,11 +349,22 @@ def test_the_smoke_models_resume(tmp_path, quick, monkeypatch, capsys):
         assert bench_model.main() == suite.UNFINISHED
         monkeypatch.setattr(sys, "argv", [*command, "--resume"])
         assert bench_model.main() == 0
+        calibration_rows = bench_model.calibration_rows
         monkeypatch.setattr(bench_model, "calibration_rows", None)  # would raise
         monkeypatch.setattr(sys, "argv", [*command, "--resume"])
         assert bench_model.main() == 0
+        made = json.loads(path.read_text())["suites"]["model"]
+        assert made["complete"] and {row["op"] for row in made["rows"]} == {"model", "calibration"}
+        row = next(row for row in made["rows"] if row["op"] == "calibration")
+        row.update(failure="OutOfMemoryError: too much", correct=False, median_us=None, speedup={})
+        suite.save(path, "model", made)
+        seen = []
+        monkeypatch.setattr(
+            bench_model, "calibration_rows", lambda name, *rest: seen.append(name) or calibration_rows(name, *rest)
+        )
+        assert bench_model.main() == 0
     made = json.loads(path.read_text())["suites"]["model"]
-    assert made["complete"] and {row["op"] for row in made["rows"]} == {"model", "calibration"}
+    assert seen == [row["shape"]["model"]] and all(row["correct"] for row in made["rows"])
 
 
 def test_the_quick_cpu_suite_takes_the_smaller_cases_and_tells_its_time(tmp_path, quick, monkeypatch, capsys):
