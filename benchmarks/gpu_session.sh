@@ -12,10 +12,12 @@
 #   6 grade            the results against the targets
 #
 # Everything is written to FOLDER as it is measured: a kill loses one case. Call it again with the same FOLDER as long as
-# its exit code is 3: there is more to do. 0: all parts are done; 1: they are, and some of them failed, each tried twice.
+# its exit code is 3: there is more to do. 0: all parts are done; 1: they are, and some of them failed, each tried twice,
+# or were given up: killed by a signal or by the time, or left unfinished, three times in a row without one more result.
 # Where the machine is a bare one in each call, copy what came back into its FOLDER first. A PART that is named runs
-# though it was done; FOLDER/N-PART.code keeps how a part ended: 0, or one line per failure. --dry-run shows what each part
-# would do and needs no GPU. Run it in a checkout with the python3 whose torch sees the GPU.
+# though it was done or given up. FOLDER/N-PART.code keeps how a part ended: 0, or one line per failure; N-PART.cut the
+# ends without a result, a line each. --dry-run shows what each part would do and needs no GPU. Run it in a checkout
+# with the python3 whose torch sees the GPU.
 set -uo pipefail
 self=$(realpath "$0")
 
@@ -61,6 +63,16 @@ fi
 # A part that failed is tried once more: the next call has another process, often another machine.
 done_before() { [ -e "$1" ] && { [ "$(tail -n 1 "$1")" = 0 ] || [ "$(wc -l < "$1")" -ge 2 ]; }; }
 
+# A part that is cut short goes on in the next call, but not for ever where it never gets any further.
+most_cuts=3
+given_up() { [ -e "$1" ] && [ "$(wc -l < "$1")" -ge $most_cuts ]; }
+cuts() { paste -sd ' ' "$1"; }
+
+# Grows with every case and shape that is measured, and where one that had failed gets its time.
+results_so_far() {
+  cat "$results" "$folder"/tuning/*.json 2>/dev/null | grep -cE '"(arm|tokens)":|"median_us": [0-9]'
+}
+
 left() { echo $((total - SECONDS)); }
 
 # The native library of the wheel, where this checkout has none: what is measured are the checkout's own sources.
@@ -104,8 +116,14 @@ unfinished=false failed=()
 for number in "${!parts[@]}"; do
   part=${parts[$number]}
   code=$folder/$((number + 1))-$part.code
+  cut=${code%.code}.cut
   if [ ${#named[@]} -gt 0 ]; then
     [[ " ${named[*]} " == *" $part "* ]] || continue
+    if ! $dry && given_up "$cut"; then rm "$cut"; fi
+  elif ! $dry && [ "$part" != grade ] && given_up "$cut"; then
+    echo "== $part: given up before, after these ends without a result: $(cuts "$cut")"
+    failed+=("$part")
+    continue
   elif ! $dry && [ "$part" != grade ] && done_before "$code"; then
     ended=$(tail -n 1 "$code")
     echo "== $part: done before, with exit code $ended"
@@ -119,13 +137,21 @@ for number in "${!parts[@]}"; do
   fi
   prepare "$part"
   echo "== $part, at most $limit s"
-  began=$SECONDS
+  began=$SECONDS before=$(results_so_far)
   timeout --kill-after=10 "$limit" "${command[@]}" 2>&1 | tee -a "$folder/$part.log"
   ended=${PIPESTATUS[0]}
   echo "== $part ended with exit code $ended after $((SECONDS - began)) s"
   if $dry; then continue; fi
+  if [ "$ended" = 3 ] || [ "$ended" = 124 ] || [ "$ended" -gt 128 ]; then  # the budget, the time, or a signal
+    if [ "$(results_so_far)" -gt "$before" ]; then rm -f "$cut"; else echo "$ended" >> "$cut"; fi
+    if given_up "$cut"; then
+      echo "== $part: given up, after these ends without a result: $(cuts "$cut"); to try again, name it"
+      failed+=("$part")
+    else unfinished=true; fi
+    continue
+  fi
+  rm -f "$cut"
   case $ended in
-    3 | 124 | 137) unfinished=true ;;  # the budget or the time ran out
     0) echo 0 > "$code" ;;
     *)
       if [ -e "$code" ] && [ "$(tail -n 1 "$code")" = 0 ]; then rm "$code"; fi  # the first failure since it passed
@@ -138,7 +164,7 @@ if $unfinished; then
   echo "== there is more to do: call again with the same folder"
   exit 3
 fi
-echo "== all parts that were asked for are done; how each ended: $folder/*.code"
+echo "== all parts that were asked for are done; how each ended: $folder/*.code, *.cut"
 if [ ${#failed[@]} -gt 0 ]; then
   echo "== failed: ${failed[*]}; see $folder/*.log"
   exit 1

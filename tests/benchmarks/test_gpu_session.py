@@ -1,11 +1,14 @@
 """The script of a GPU session: its parts in order, what is done only once, and that it ends in time. No GPU is used."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from benchmarks import rows, suite, tuners
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu_session.sh"
@@ -20,12 +23,13 @@ def session(folder, *arguments, python=sys.executable):
 
 @pytest.fixture
 def python(tmp_path):
-    """Stands for a python3 with a GPU: it writes down what it is asked to run and ends as ``codes`` says."""
+    """Stands for a python3 with a GPU: it writes down what it is asked to run, and does and ends as files say."""
     fake = tmp_path / "python"
     fake.write_text(
         f"""#!/usr/bin/env bash
 [ "$1" = -c ] || [ "$1" = - ] && exit 0
 echo "$*" >> {tmp_path}/asked
+[ ! -e {tmp_path}/does-$2 ] || . {tmp_path}/does-$2
 cat {tmp_path}/seconds-$2 2>/dev/null | xargs -r sleep
 exit "$(cat {tmp_path}/code-$2 2>/dev/null || echo 0)"
 """
@@ -86,6 +90,67 @@ def test_a_part_that_had_passed_gets_its_second_try_as_well(tmp_path, python):
     assert session(folder, "model", python=python).returncode == 1
 
 
+@pytest.mark.parametrize(
+    "end, code",
+    [("kill -SEGV $$", 139), ("kill -KILL $$", 137), ("kill -ABRT $$", 134), ("exit 124", 124), ("exit 3", 3)],
+)
+def test_a_part_that_never_gets_further_is_given_up(tmp_path, python, end, code):
+    folder = tmp_path / "session"
+    does = tmp_path / "does-benchmarks.bench_lowrank_linear"
+    does.write_text(end)
+    for call in range(1, 4):
+        ended = session(folder, "lowrank_linear", "model", python=python)
+        assert ended.returncode == (3 if call < 3 else 1), ended.stdout
+        assert f"lowrank_linear ended with exit code {code}" in ended.stdout
+        assert asked(tmp_path) == ["bench_lowrank_linear", "bench_model"]  # the others go on
+    told = f"lowrank_linear: given up, after these ends without a result: {code} {code} {code};"
+    assert told in ended.stdout and "failed: lowrank_linear" in ended.stdout
+    (folder / "1-tests.code").write_text("0")  # so that no wheel is needed
+    again = session(folder, python=python)
+    assert again.returncode == 1 and "lowrank_linear: given up before" in again.stdout
+    assert asked(tmp_path) == ["bench_covariance", "tune", "grade"]
+    assert session(folder, "lowrank_linear", python=python).returncode == 3  # named, it has three more
+    does.unlink()
+    assert session(folder, python=python).returncode == 0
+    assert (folder / "3-lowrank_linear.code").read_text() == "0\n" and not list(folder.glob("*.cut"))
+
+
+def test_a_part_that_is_cut_but_gets_further_goes_on(tmp_path, python):
+    """As the files say that the suites and the tuner write: a row, a time, or a shape more is further, a try is not."""
+    folder = tmp_path / "session"
+    failed, timed, other = (rows.Row("op", {"tokens": 1}, arm) for arm in ("lowrank_ops auto", "lowrank_ops auto", "b"))
+    failed.failure, timed.median_us, other.failure = "OutOfMemoryError: 7 GiB are left", 8.0, "no"
+    tries = 0
+
+    def results(*measured):
+        nonlocal tries
+        tries += 1
+        found = {"environment": {"resumed": ["then"] * tries}, "left": ["a", "b", "c"][tries % 4 :]}
+        found["rows"] = [row.to_dict() for row in measured]
+        path = tmp_path / f"results{tries}.json"
+        suite.save(path, "covariance", found)
+        return f"cp {path} {folder}/results.json; kill -KILL $$"
+
+    def cuts(part, *does):
+        lengths = []
+        for text in does:
+            (tmp_path / f"does-benchmarks.{part}").write_text(text)
+            session(folder, part.removeprefix("bench_"), python=python)
+            lengths += [len(path.read_text().split()) for path in folder.glob("*.cut")] or [0]
+        return lengths
+
+    kill = "kill -KILL $$"
+    assert cuts("bench_covariance", kill, results(failed), kill, results(failed)) == [1, 0, 1, 2]
+    assert cuts("bench_covariance", results(timed), results(timed), results(timed, other), kill) == [0, 1, 0, 1]
+    for path in folder.glob("*.cut"):
+        path.unlink()
+    tuning = folder / "tuning"
+    state = {"conditions": {}, "entries": [{"shape": {"tokens": 1}, "impl": "triton", "config": {}}], "hopeless": []}
+    texts = [json.dumps(state, indent=1), json.dumps({**state, "hopeless": [{"tokens": 2}]}, indent=1)]
+    first, second = (f"mkdir -p {tuning}; echo '{text}' > {tuning}/op.sm90.json; {kill}" for text in texts)
+    assert cuts("tune", kill, first, first, second, kill) == [1, 0, 1, 0, 1]
+
+
 def test_missed_targets_are_no_failure_of_the_session(tmp_path, python):
     (tmp_path / "code-benchmarks.grade").write_text("4")
     assert session(tmp_path / "session", "grade", python=python).returncode == 0
@@ -142,6 +207,10 @@ def test_what_the_script_asks_for_is_understood(tmp_path, python):
         _, module, *given = line.split()
         missing = [name for name in given if name.startswith("--") and f"{name} " not in f"{understood.stdout} "]
         assert understood.returncode == 0 and not missing, (module, missing)
+
+
+def test_every_tuned_shape_is_counted_by_its_tokens():
+    assert all("tokens" in shape for tuner in tuners.TUNERS.values() for shape in tuner.shapes())
 
 
 def test_what_is_not_understood_is_refused(tmp_path):
