@@ -190,7 +190,7 @@ def finish(suite: dict[str, Any], name: str, out: Path | None) -> int:
         print(f"not run: {arm}: {reason}")
     wrong = [row for row in suite["rows"] if not row["correct"]]
     for row in wrong:
-        print(f"WRONG: {row['op']} {row['shape']} {row['arm']}: {row['failure'] or row['error']}", file=sys.stderr)
+        print(f"{row['op']} {row['shape']} {row['arm']}: {trouble(row)}", file=sys.stderr)
     if out:
         save(out, name, suite)
     if suite.get("left"):
@@ -236,14 +236,21 @@ def ceilings_line(limits: dict[str, Any]) -> str:
 def line(row: Row) -> str:
     """One row for people; a wrong one shows no speed-up."""
     name = row.arm + (f" ({row.implementation})" if row.implementation else "")
-    if row.failure:
-        return f"{name:44} FAILED: {row.failure}"
     if not row.correct:
-        return f"{name:44} WRONG: error {row.error:.3g}, allowed {row.allowed:.3g}"
+        return f"{name:44} {trouble(row.to_dict())}"
     ratios = "  ".join(f"{factor:.2f}x {other}" for other, factor in row.speedup.items())
     reached = f"{row.achieved:8.4g} {row.unit}  {row.fraction_of_floor:4.0%} of floor" if row.fraction_of_floor else ""
     times = f"{row.median_us:10.1f} us  p90 {row.p90_us:10.1f}  eager {row.eager_us:10.1f}"
     return f"{name:44} {times}  {reached}  {ratios}"
+
+
+def trouble(row: Mapping[str, Any]) -> str:
+    """What is the matter with a row that is not right."""
+    if row["failure"]:
+        return f"FAILED: {row['failure']}"
+    if row["error"] is None:  # found wrong without a distance, such as for not being finite
+        return "WRONG"
+    return f"WRONG: error {row['error']:.3g}, allowed {row['allowed']:.3g}"
 
 
 def dry_run(cases: Iterable[Case], device: Device = H200, limits: Ceilings = STATED) -> list[str]:

@@ -317,7 +317,21 @@ def test_a_wrong_result_of_ours_is_an_exit_code(quick, monkeypatch, capsys):
     made = suite.run("wrong", [dataclasses.replace(case, arms=(*case.arms[:3], lying))], arguments())
     assert made["rows"][0]["arm"] == "lowrank_ops auto" and made["rows"][0]["speedup"] == {}
     assert suite.finish(made, "wrong", None) == 1
-    assert "WRONG: lowrank_linear" in capsys.readouterr().err
+    assert "lowrank_ops auto: WRONG: error 1" in capsys.readouterr().err
+
+
+def test_every_kind_of_trouble_is_told(capsys):
+    """Also a result that is wrong by no distance, such as forward passes that are not finite."""
+    told = {
+        "FAILED: too much": rows.Row("op", {}, "lowrank_ops", failure="too much", error=2.0, allowed=1.0),
+        "WRONG: error 2, allowed 1": rows.Row("op", {}, "lowrank_ops", error=2.0, allowed=1.0),
+        "WRONG": rows.Row("op", {}, "lowrank_ops"),
+    }
+    for text, row in told.items():
+        assert suite.line(row).endswith(f" {text}")
+        made = {"environment": {}, "rows": [row.to_dict()], "not_run": {}}
+        assert suite.finish(made, "some", None) == 1
+        assert capsys.readouterr().err == f"op {{}} lowrank_ops: {text}\n"
 
 
 @pytest.mark.parametrize("module", ["bench_covariance", "bench_lowrank_linear", "bench_model", "bench_cpu"])
