@@ -16,12 +16,14 @@ import torch
 from lowrank_ops.ops._backend import Device, explain
 
 from .measure import Ceilings, Clock, ceilings, environment
-from .rows import Case, Row, floor_us, measure_case
+from .rows import Case, Row, floor_us, measure_case, told
 
 RESULTS = Path(__file__).parent / "results"
 META = torch.device("meta")
 CONDITIONS = ("device", "commit", "torch", "triton", "threads", "clock")  # under which rows may stand side by side
 UNFINISHED = 3  # exit code
+EVERY_ARM = "every arm"  # of a case that failed as a whole, such as for want of memory for its inputs
+LOST = "the process ended while it was measured"
 # The dry run plans for one H200 unless told otherwise; what is stated there has to be measured in every real run.
 H200 = Device("cuda", 0, (9, 0), 132, 232448)
 STATED = Ceilings(4.3e12, {"bfloat16": 790e12, "float16": 790e12})
@@ -66,7 +68,9 @@ def run(
     ``--resume`` keeps rows that are complete, wrong ones included, measures what has none, and then asks again, once,
     every case in which an arm failed by an exception; all its arms, as speed-ups are of times that were taken in turn.
     Where the budget ends before, the next call goes on behind the last that was asked, so that calls with a budget
-    come to an end however much fails each time.
+    come to an end however much fails each time. A case that fails as a whole, or takes the process along, has one row
+    that says so in place of its arms', and is asked again like the others. Where the device takes no more work, the
+    rest is left over as if the budget had ended.
 
     Returns:
         The suite, for :func:`finish`; None after a dry run.
@@ -87,12 +91,17 @@ def run(
         case = left.pop(0)
         suite["left"] = [label(one) for one in left]
         before = rows_of(suite, case)
-        if before and arguments.out:
-            save(arguments.out, name, suite)  # it has been asked, also where it takes the process along
-        if isinstance(case, Job):
-            rows, not_run = case.measure(), {}
-        else:
-            rows, not_run = measure_case(case, device, limits, arguments.seconds, clock)
+        if arguments.out:  # as it has to stand there if this case takes the process along
+            lost = [] if before else [_failed_as_a_whole(case, LOST).to_dict()]
+            save(arguments.out, name, {**suite, "rows": [*lost, *suite["rows"]]})
+        not_run: dict[str, str] = {}
+        try:
+            if isinstance(case, Job):
+                rows = case.measure()
+            else:
+                rows, not_run = measure_case(case, device, limits, arguments.seconds, clock)
+        except Exception as failure:
+            rows = [_failed_as_a_whole(case, told(failure))]
         if rows:
             title = label(case) + (", once more" if before else "")
             print("\n".join(["", title, *(f"  {line(row)}" for row in rows)]), flush=True)
@@ -100,8 +109,9 @@ def run(
             record(suite, rows, not_run)
         if arguments.out:
             save(arguments.out, name, suite)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        if not _usable(device):
+            print("the device takes no more work from this process, which ends here", file=sys.stderr)
+            break
     suite["left"] = [label(case) for case in left]
     suite["complete"] = not arguments.only and all(rows_of(suite, case) for case in left)
     return suite
@@ -126,10 +136,25 @@ def _wrong(row: Mapping[str, Any]) -> bool:
 
 
 def _better(rows: Sequence[Row], before: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether rows may take the place of those of the same case: they do not if more of them failed."""
+    """Whether rows may take the place of those of the same case: not with less that was measured, or told of."""
     new = [row.to_dict() for row in rows]
-    failures, earlier = (sum(bool(row["failure"]) for row in those) for those in (new, before))
-    return not before or failures <= earlier or any(map(_wrong, new))
+    worth, earlier = ([sum(not row["failure"] for row in those), len(those)] for those in (new, before))
+    return worth >= earlier or any(map(_wrong, new))
+
+
+def _failed_as_a_whole(case: Case | Job, failure: str) -> Row:
+    return Row(case.op, dict(case.shape), EVERY_ARM, failure=failure)
+
+
+def _usable(device: torch.device) -> bool:
+    """Whether the process can go on: after an access where there is nothing, a GPU refuses it all that follows."""
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize(device)
+            torch.cuda.empty_cache()
+        except RuntimeError:
+            return False
+    return True
 
 
 def begin(name: str, arguments: argparse.Namespace, clock: Clock = time.perf_counter) -> dict[str, Any]:
@@ -183,7 +208,8 @@ def finish(suite: dict[str, Any], name: str, out: Path | None) -> int:
     """Say what was not run and what is wrong, and write the suite.
 
     Returns:
-        The exit code: 3 where the budget left cases over, else 1 where a result of lowrank_ops is wrong or failed.
+        The exit code: 3 where cases are left over, else 1 where a result of lowrank_ops, or a whole case, is wrong or
+        failed.
     """
     suite["environment"]["load_at_end"] = round(os.getloadavg()[0], 2)
     for arm, reason in suite["not_run"].items():
@@ -196,7 +222,7 @@ def finish(suite: dict[str, Any], name: str, out: Path | None) -> int:
     if suite.get("left"):
         print(f"{len(suite['left'])} cases are left, first {suite['left'][0]}; --resume goes on with them")
         return UNFINISHED
-    return int(any(row["arm"].startswith("lowrank_ops") for row in wrong))
+    return int(any(row["arm"].startswith(("lowrank_ops", EVERY_ARM)) for row in wrong))
 
 
 def save(path: Path, name: str, suite: dict[str, Any]) -> None:

@@ -269,31 +269,143 @@ def test_what_always_fails_lets_calls_with_a_budget_end(tmp_path, layers, capsys
     assert suite.finish(made, "some", path) == 1 and minutes == [13]  # each once in a call without a budget
 
 
-@pytest.mark.parametrize("end", [KeyboardInterrupt(), torch.OutOfMemoryError("for the inputs")])
-def test_what_ends_the_process_when_it_is_asked_again_does_not_stand_in_the_way(tmp_path, layers, end):
+def test_what_ends_the_process_does_not_stand_in_the_way(tmp_path, layers, capsys):
+    """A kill, for which KeyboardInterrupt stands, leaves the case failed in the file: it comes last from then on."""
     cases, _, ends = layers
-    ends.update({1: "too much", 2: "too much"})
     path = tmp_path / "results.json"
     command = arguments(out=path, resume=True)
-    suite.finish(suite.run("some", cases, command), "some", path)
-    ends[1] = end
-    with pytest.raises(type(end)):
-        suite.run("some", cases, command)
-    del ends[2]
-    made = suite.run("some", cases, command)
-    assert suite.finish(made, "some", path) == 1
-    found = {row["shape"]["tokens"]: row["failure"] for row in made["rows"]}
-    assert found == {1: "too much", 2: None, 3: None}
+    ends.update({1: KeyboardInterrupt(), 2: "too much"})
+    all_asked = {1: suite.LOST, 2: "too much", 3: None}
+    for found, left in (({1: suite.LOST}, [2, 3]), (all_asked, []), (all_asked, [2])):
+        with pytest.raises(KeyboardInterrupt):
+            suite.run("some", cases, command)
+        made = json.loads(path.read_text())["suites"]["some"]
+        assert {row["shape"]["tokens"]: row["failure"] for row in made["rows"]} == found
+        assert made["left"] == [suite.label(cases[tokens - 1]) for tokens in left] and not made["complete"]
+    for failed in (1, 0):  # what was left over; all that failed
+        made = suite.run("some", cases, command)
+        assert suite.finish(made, "some", path) == failed and made["complete"] and len(made["rows"]) == 3
+        assert made["rows"][0]["failure"] == (suite.LOST if failed else None)
+        ends.clear()
+
+
+def test_a_case_that_fails_as_a_whole_is_told_of_and_the_others_go_on(tmp_path, quick, capsys):
+    path, memory, seen = tmp_path / "results.json", [], []
+
+    def starved(case, part):
+        whole = getattr(case, part)
+
+        def hungry(*tensors):
+            seen.append(case.shape["tokens"])
+            if not memory:
+                raise torch.OutOfMemoryError("too much")
+            return whole(*tensors)
+
+        return dataclasses.replace(case, **{part: hungry})
+
+    inputs, truth, whole = (bench_lowrank_linear.case(shapes.Layer(24, 40, 8), tokens, "fp32") for tokens in (1, 2, 3))
+    cases = [starved(inputs, "make"), starved(truth, "exact"), starved(whole, "solve")]
+
+    def work():
+        timed = [9.0] * (3 if memory else 3 / 0)
+        return [rows.Row("job", {"tokens": 4}, "lowrank_ops", None, *timed, correct=True)]
+
+    jobs = [suite.Job("job", {"tokens": 4}, ["lowrank_ops"], work)]
+
+    def go():
+        made = suite.run("some", cases, arguments(out=path, resume=True), jobs=jobs)
+        return made, suite.finish(made, "some", path)
+
+    for again in (False, True):
+        made, code = go()
+        assert code == 1 and made["complete"] and json.loads(path.read_text())["suites"]["some"] == made
+        for tokens in (1, 2, 3, 4):
+            (row,) = rows_by_arm(made, tokens).values()
+            failure = "OutOfMemoryError: too much" if tokens < 4 else "ZeroDivisionError: division by zero"
+            assert row["arm"] == suite.EVERY_ARM and row["failure"] == failure
+            assert not row["correct"] and row["speedup"] == {} and row["median_us"] is None
+        shown = capsys.readouterr()
+        assert shown.out.count(f"{suite.EVERY_ARM:44} FAILED: ") == 4 == shown.err.count(f"{suite.EVERY_ARM}: FAILED: ")
+        assert shown.out.count("once more") == 4 * again
+    memory.append(True)
+    made, code = go()
+    assert code == 0 and suite.EVERY_ARM not in {row["arm"] for row in made["rows"]} and set(seen) == {1, 2, 3}
+
+
+def test_what_breaks_the_device_ends_the_process_but_not_the_suite(tmp_path, layers, monkeypatch, capsys):
+    """Nothing that follows in the process can be measured: further calls go on behind the case, and come to an end."""
+    cases, minutes, ends = layers
+    ends.update({1: "CUDA error", 2: "CUDA error"})
+    broken = []
+    measure = suite.measure_case
+
+    def breaks(case, *rest):
+        assert not broken
+        if case.shape["tokens"] in ends:
+            broken.append(True)
+        return measure(case, *rest)
+
+    monkeypatch.setattr(suite, "measure_case", breaks)
+    monkeypatch.setattr(suite, "_usable", lambda device: not broken)
+    path = tmp_path / "results.json"
+    codes = []
+    while not codes or codes[-1] == suite.UNFINISHED:
+        broken.clear()
+        codes.append(suite.finish(suite.run("some", cases, arguments(out=path, resume=True)), "some", path))
+    # 1; 2; 3 and, once more, 1
+    assert codes == [3, 3, 1] and minutes == [4]
+    assert capsys.readouterr().err.count("takes no more work") == 3
+    made = json.loads(path.read_text())["suites"]["some"]
+    assert {row["shape"]["tokens"]: row["correct"] for row in made["rows"]} == {1: False, 2: False, 3: True}
+
+
+def test_a_device_that_refuses_all_work_is_seen(monkeypatch):
+    def refuses(*device):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda *device: None)
+    assert suite._usable(CPU) and suite._usable(torch.device("cuda"))
+    for name in ("synchronize", "empty_cache"):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, name, refuses)
+            assert suite._usable(CPU) and not suite._usable(torch.device("cuda"))
+
+
+def test_what_the_check_found_outlasts_a_failure_after_it():
+    """After an arm that breaks the device not even inputs can be made: that arm is told apart from the others."""
+    case = bench_lowrank_linear.case(shapes.Layer(24, 40, 8), 6, "fp32")
+
+    def make(device, seed):
+        if seed:
+            raise RuntimeError("refused")
+        return case.make(device, seed)
+
+    breaking = case.arms[1]._replace(run=lambda *tensors: 1 / 0)
+    lying = case.arms[3]._replace(run=lambda *tensors: case.arms[3].run(*tensors) + 1)
+    broken = dataclasses.replace(case, make=make, arms=(case.arms[0], breaking, lying))
+    measured, _ = measure_case(broken, CPU, LIMITS, 0.02)
+    failures = {row.arm: row.failure for row in measured}
+    refused = "RuntimeError: refused"
+    assert failures == {
+        "dense": refused, "two_linears": "ZeroDivisionError: division by zero", "lowrank_ops auto": refused
+    }  # fmt: skip
+    assert not any(row.correct or row.speedup for row in measured)
+    assert suite._wrong(next(row for row in measured if row.arm == "lowrank_ops auto").to_dict())
 
 
 def test_asking_again_does_not_cost_what_was_measured(tmp_path, quick, monkeypatch, capsys):
     """Less than before is not taken, such as where memory became scarcer; a wrong result is."""
     case = bench_lowrank_linear.case(shapes.Layer(24, 40, 8), 1, "fp32")
-    answers = iter([{"a": None, "b": "too much"}, {"a": "too much", "b": "too much"}, {"a": 9.0, "b": "too much"}])
+    answers = iter(
+        [{"a": None, "b": "too much"}, {"a": "too much", "b": "too much"}, "too much", {"a": 9.0, "b": "too much"}]
+    )
 
     def measure(case, *rest):
-        found = []
-        for arm, end in next(answers).items():
+        found, answer = [], next(answers)
+        if isinstance(answer, str):
+            raise RuntimeError(answer)
+        for arm, end in answer.items():
             row = rows.Row(case.op, dict(case.shape), arm, allowed=1.0, correct=end is None)
             row.error, row.failure = (end, None) if isinstance(end, float) else (None, end)
             row.median_us = row.p90_us = row.eager_us = 1.0
@@ -302,7 +414,7 @@ def test_asking_again_does_not_cost_what_was_measured(tmp_path, quick, monkeypat
 
     monkeypatch.setattr(suite, "measure_case", measure)
     path = tmp_path / "results.json"
-    for a in (None, None, 9.0, 9.0):
+    for a in (None, None, None, 9.0, 9.0):
         made = suite.run("some", [case], arguments(out=path, resume=True))
         suite.finish(made, "some", path)
         assert {row["arm"]: row["failure"] for row in made["rows"]} == {"a": None, "b": "too much"}
