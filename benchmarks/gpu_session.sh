@@ -14,10 +14,10 @@
 # Everything is written to FOLDER as it is measured: a kill loses one case. Call it again with the same FOLDER as long as
 # its exit code is 3: there is more to do. 0: all parts are done; 1: they are, and some of them failed, each tried twice,
 # or were given up: killed by a signal or by the time, or left unfinished, three times in a row without one more result.
-# Where the machine is a bare one in each call, copy what came back into its FOLDER first. A PART that is named runs
-# though it was done or given up. FOLDER/N-PART.code keeps how a part ended: 0, or one line per failure; N-PART.cut the
-# ends without a result, a line each. --dry-run shows what each part would do and needs no GPU. Run it in a checkout
-# with the python3 whose torch sees the GPU.
+# A FOLDER is for one kind of GPU, and a call for at least 180 seconds. Where the machine is a bare one in each call, copy
+# what came back into its FOLDER first. A PART that is named runs though it was done or given up. FOLDER/N-PART.code
+# keeps how a part ended: 0, or one line per failure; N-PART.cut the ends without a result, a line each. --dry-run shows
+# what each part would do and needs no GPU. Run it in a checkout with the python3 whose torch sees the GPU.
 set -uo pipefail
 self=$(realpath "$0")
 
@@ -38,7 +38,7 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
-[ -n "$folder" ] || usage
+[ -n "$folder" ] && [ "$total" -ge 180 ] || usage
 for part in ${named[@]+"${named[@]}"}; do
   [[ " ${parts[*]} " == *" $part "* ]] || usage
 done
@@ -55,9 +55,17 @@ if [ -z "$wheel" ]; then
   wheels=(dist/lowrank_ops-*.whl)
   [ -e "${wheels[0]}" ] && wheel=${wheels[0]}
 fi
-if ! $dry && ! "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())'; then
-  echo "$python sees no CUDA device; --dry-run shows what would be done" >&2
-  exit 2
+if ! $dry; then
+  if ! device=$("$python" -c 'import torch; torch.cuda.is_available() or exit(1); print(torch.cuda.get_device_name())')
+  then
+    echo "$python sees no CUDA device; --dry-run shows what would be done" >&2
+    exit 2
+  fi
+  [ -e "$folder/device" ] || echo "$device" > "$folder/device"
+  if [ "$(cat "$folder/device")" != "$device" ]; then  # where machines alternate, suites would start anew in every call
+    echo "$folder has results of $(cat "$folder/device"), which those of $device would replace: name another folder" >&2
+    exit 2
+  fi
 fi
 
 # A part that failed is tried once more: the next call has another process, often another machine.
@@ -142,6 +150,7 @@ for number in "${!parts[@]}"; do
   ended=${PIPESTATUS[0]}
   echo "== $part ended with exit code $ended after $((SECONDS - began)) s"
   if $dry; then continue; fi
+  if [ "$ended" != 0 ] && [ -e "$code" ] && [ "$(tail -n 1 "$code")" = 0 ]; then rm "$code"; fi  # it has passed before
   if [ "$ended" = 3 ] || [ "$ended" = 124 ] || [ "$ended" -gt 128 ]; then  # the budget, the time, or a signal
     if [ "$(results_so_far)" -gt "$before" ]; then rm -f "$cut"; else echo "$ended" >> "$cut"; fi
     if given_up "$cut"; then
@@ -154,7 +163,6 @@ for number in "${!parts[@]}"; do
   case $ended in
     0) echo 0 > "$code" ;;
     *)
-      if [ -e "$code" ] && [ "$(tail -n 1 "$code")" = 0 ]; then rm "$code"; fi  # the first failure since it passed
       echo "$ended" >> "$code"
       if [ "$part" = grade ] && [ "$ended" = 4 ]; then continue; fi  # targets missed: a result like others
       if done_before "$code"; then failed+=("$part"); else unfinished=true; fi ;;

@@ -27,7 +27,8 @@ def python(tmp_path):
     fake = tmp_path / "python"
     fake.write_text(
         f"""#!/usr/bin/env bash
-[ "$1" = -c ] || [ "$1" = - ] && exit 0
+[ "$1" = - ] && exit 0
+[ "$1" = -c ] && {{ cat {tmp_path}/gpu 2>/dev/null || echo a GPU; exit 0; }}
 echo "$*" >> {tmp_path}/asked
 [ ! -e {tmp_path}/does-$2 ] || . {tmp_path}/does-$2
 cat {tmp_path}/seconds-$2 2>/dev/null | xargs -r sleep
@@ -158,21 +159,61 @@ def test_missed_targets_are_no_failure_of_the_session(tmp_path, python):
     assert session(tmp_path / "session", "grade", python=python).returncode != 0
 
 
-def test_it_ends_in_time(tmp_path, python):
-    folder = tmp_path / "session"
-    (tmp_path / "seconds-benchmarks.bench_covariance").write_text("60")
-    ended = session(folder, "covariance", "model", "--seconds", "3", python=python)
+@pytest.fixture
+def changed(tmp_path, monkeypatch):
+    """Puts a script in which something is another in the place of the session's."""
+
+    def change(old, new):
+        text = SCRIPT.read_text()
+        assert old in text
+        other = tmp_path / "benchmarks" / "gpu_session.sh"
+        other.parent.mkdir()
+        other.write_text(text.replace(old, new))
+        other.chmod(0o755)
+        monkeypatch.setattr(sys.modules[__name__], "SCRIPT", other)
+
+    return change
+
+
+def test_it_ends_in_time(tmp_path, python, changed):
+    changed("$((total - SECONDS))", "$((3 - SECONDS))")
+    ended = session(tmp_path / "session", "covariance", "model", python=python)
     assert ended.returncode == 3 and ended.stdout.count("too few to begin") == 2 and asked(tmp_path) == []
 
 
-def test_a_part_that_hangs_is_stopped(tmp_path, python, monkeypatch):
-    text = SCRIPT.read_text()
-    impatient = tmp_path / "benchmarks" / "gpu_session.sh"
-    impatient.parent.mkdir()
-    impatient.write_text(text.replace("limit=$(left)", "limit=1"))
-    impatient.chmod(0o755)
-    assert impatient.read_text() != text
-    monkeypatch.setattr(sys.modules[__name__], "SCRIPT", impatient)
+def test_a_call_in_which_no_part_could_begin_is_refused(tmp_path, python):
+    """It would ask to be called again, and so would every one after it."""
+    for seconds in ("179", "soon"):
+        refused = session(tmp_path / "session", "--seconds", seconds, "model", python=python)
+        assert refused.returncode == 2 and "at least 180 seconds" in refused.stderr and asked(tmp_path) == []
+    assert session(tmp_path / "session", "--seconds", "180", "model", python=python).returncode == 0
+
+
+def test_a_folder_is_for_one_kind_of_gpu(tmp_path, python):
+    """On machines that alternate, suites that start anew in every call would come to no end, and lose what they had."""
+    folder = tmp_path / "session"
+    for gpu, code in (("one", 0), ("one", 0), ("another", 2), ("one", 0)):
+        (tmp_path / "gpu").write_text(gpu)
+        ended = session(folder, "model", python=python)
+        assert ended.returncode == code and asked(tmp_path) == ["bench_model"] * (code == 0)
+        assert ("has results of one, which those of another would replace" in ended.stderr) == (code == 2)
+
+
+def test_a_part_that_had_passed_and_is_cut_has_not_passed(tmp_path, python):
+    folder, does = tmp_path / "session", tmp_path / "does-benchmarks.bench_model"
+    (tmp_path / "session").mkdir()
+    for number, part in enumerate(PARTS, 1):
+        (folder / f"{number}-{part}.code").write_text("0\n")
+    does.write_text("exit 3")
+    assert session(folder, "model", python=python).returncode == 3
+    does.unlink()
+    asked(tmp_path)
+    assert session(folder, python=python).returncode == 0  # what the call before asked for
+    assert asked(tmp_path) == ["bench_model", "grade"]
+
+
+def test_a_part_that_hangs_is_stopped(tmp_path, python, changed):
+    changed("limit=$(left)", "limit=1")
     (tmp_path / "seconds-benchmarks.bench_covariance").write_text("60")
     ended = session(tmp_path / "session", "covariance", "model", python=python)
     assert ended.returncode == 3 and "covariance ended with exit code 124" in ended.stdout
