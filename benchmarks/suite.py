@@ -109,8 +109,7 @@ def run(
             record(suite, rows, not_run)
         if arguments.out:
             save(arguments.out, name, suite)
-        if not _usable(device):
-            print("the device takes no more work from this process, which ends here", file=sys.stderr)
+        if not usable(device):
             break
     suite["left"] = [label(case) for case in left]
     suite["complete"] = not arguments.only and all(rows_of(suite, case) for case in left)
@@ -144,17 +143,6 @@ def _better(rows: Sequence[Row], before: Sequence[Mapping[str, Any]]) -> bool:
 
 def _failed_as_a_whole(case: Case | Job, failure: str) -> Row:
     return Row(case.op, dict(case.shape), EVERY_ARM, failure=failure)
-
-
-def _usable(device: torch.device) -> bool:
-    """Whether the process can go on: after an access where there is nothing, a GPU refuses it all that follows."""
-    if device.type == "cuda":
-        try:
-            torch.cuda.synchronize(device)
-            torch.cuda.empty_cache()
-        except RuntimeError:
-            return False
-    return True
 
 
 def begin(name: str, arguments: argparse.Namespace, clock: Clock = time.perf_counter) -> dict[str, Any]:
@@ -223,6 +211,18 @@ def finish(suite: dict[str, Any], name: str, out: Path | None) -> int:
         print(f"{len(suite['left'])} cases are left, first {suite['left'][0]}; --resume goes on with them")
         return UNFINISHED
     return int(any(row["arm"].startswith(("lowrank_ops", EVERY_ARM)) for row in wrong))
+
+
+def usable(device: torch.device) -> bool:
+    """Whether the process can go on: after an access where there is nothing, a GPU refuses it all that follows."""
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize(device)
+            torch.cuda.empty_cache()
+        except RuntimeError as error:
+            print(f"the device takes no more work from this process, which ends here: {told(error)}", file=sys.stderr)
+            return False
+    return True
 
 
 def save(path: Path, name: str, suite: dict[str, Any]) -> None:
