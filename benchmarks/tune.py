@@ -28,7 +28,7 @@ import lowrank_ops as lro
 from lowrank_ops.ops._backend import Device, device_facts
 
 from .measure import Timing, copies_to_rotate, environment, time_arms
-from .rows import Case, distance, told, truth
+from .rows import Case, distance, told, truth, within
 from .suite import H200, META, UNFINISHED, usable
 from .tuners import TUNERS, Candidate, Shape, Tuner
 
@@ -117,7 +117,7 @@ def _wrong(case: Case, arm: Callable[..., Any], tensors: Any, exact: Any, allowe
         error = distance(case.solve(arm, tensors), exact)
     except Exception as failure:  # out of shared memory, or a tile that Triton cannot compile
         return f"{type(failure).__name__}: {failure}"
-    return None if error <= allowed else f"wrong: error {error:.3g}, allowed {allowed:.3g}"
+    return None if within(error, allowed) else f"wrong: error {error:.3g}, allowed {allowed:.3g}"
 
 
 def _change(shape: Shape, current: Candidate | None, best: Candidate, times: Mapping[Candidate, float]) -> str:

@@ -4,13 +4,14 @@ import argparse
 import dataclasses
 import importlib
 import json
+import math
 import sys
 import types
 
 import pytest
 import torch
 
-from benchmarks import bench_covariance, bench_cpu, bench_lowrank_linear, bench_model, models, rows, shapes, suite
+from benchmarks import bench_covariance, bench_cpu, bench_lowrank_linear, bench_model, models, rows, shapes, suite, tune
 from benchmarks.measure import Ceilings, Timing
 from benchmarks.rows import distance, measure_case, truth
 
@@ -370,6 +371,18 @@ def test_a_device_that_refuses_all_work_is_seen(monkeypatch, capsys):
             patch.setattr(torch.cuda, name, refuses)
             assert suite.usable(CPU) and not suite.usable(torch.device("cuda"))
         assert "ends here: RuntimeError: CUDA error" in capsys.readouterr().err
+
+
+def test_nothing_is_right_where_torch_itself_is_not_finite():
+    """Its error, by which others' is measured, is infinite then, and so would be what they are allowed."""
+    case = bench_lowrank_linear.case(shapes.Layer(24, 40, 8), 6, "fp32")
+    overflowing = dataclasses.replace(
+        case, make=lambda device, seed: tuple(tensor * 1e30 for tensor in case.make(device, seed))
+    )
+    measured, _ = measure_case(overflowing, CPU, LIMITS, 0.02)
+    assert len(measured) == 4 and not any(row.correct or row.speedup for row in measured)
+    assert "WRONG: error inf, allowed inf" in suite.line(measured[0])
+    assert tune._wrong(overflowing, bench_lowrank_linear.two_linears, case.make(CPU, 0), torch.zeros(6, 40), math.inf)
 
 
 def test_what_the_check_found_outlasts_a_failure_after_it():
