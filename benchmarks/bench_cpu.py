@@ -116,7 +116,6 @@ def main() -> int:
         return 0
     suite["complete"] &= not parsed.quick
     rows, suite["overhead_parts_us"] = overheads(parsed.seconds)
-    suite["rows"] = [row for row in suite["rows"] if row["op"] != "overhead"]  # of a run that this one resumes
     record(suite, rows, {})
     print("\n".join(["", "overhead", *(f"  {row.shape['mode']:16}{line(row)}" for row in rows)]))
     print("  parts of a call:", ", ".join(f"{name} {value} us" for name, value in suite["overhead_parts_us"].items()))

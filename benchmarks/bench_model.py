@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -21,7 +20,7 @@ from . import models
 from .measure import Tensors, time_arms
 from .rows import Arm, Case, Row, compare, distance, on_cuda
 from .shapes import DTYPES
-from .suite import finish, line, measured, parser, record, run, save
+from .suite import Job, finish, parser, run
 
 VARIANTS = ("dense", "two_linears", "lowrank_ops")
 BATCHES = (1, 8, 64, 256)
@@ -166,26 +165,16 @@ def main() -> int:
     parsed = arguments.parse_args()
     sizes = models.SMOKE_SIZES if parsed.smoke else models.SIZES
     batches = (1, 2) if parsed.smoke else BATCHES
-    end = time.perf_counter() + parsed.budget
-    suite = run("model", cases(sizes, batches, parsed.dtype), parsed)
-    calibrations = {name: calibration_shape(name, batches[-2], parsed.dtype) for name in sizes}
-    for name, shape in calibrations.items():
-        title = "calibration " + " ".join(f"{key}={value}" for key, value in shape.items())
-        if parsed.only not in title or (suite and measured(suite, "calibration", shape)):
-            continue
-        if suite is None:  # a dry run
-            print("\n".join(["", title, *(f"  {arm}: would run" for arm in CALIBRATIONS)]))
-        elif time.perf_counter() > end:
-            suite["left"].append(title)
-            suite["complete"] = False
-        else:
-            rows = calibration_rows(
-                name, sizes[name], batches[-2], torch.device(parsed.device), parsed.dtype, parsed.seconds
-            )
-            record(suite, rows, {})
-            print("\n".join(["", title, *(f"  {line(row)}" for row in rows)]), flush=True)
-            if parsed.out:
-                save(parsed.out, "model", suite)
+    device = torch.device(parsed.device)
+
+    def calibration(name: str, size: models.Size) -> Job:
+        shape = calibration_shape(name, batches[-2], parsed.dtype)
+        return Job("calibration", shape, CALIBRATIONS, lambda: calibration_rows(
+            name, size, batches[-2], device, parsed.dtype, parsed.seconds
+        ))  # fmt: skip
+
+    jobs = [calibration(name, size) for name, size in sizes.items()]
+    suite = run("model", cases(sizes, batches, parsed.dtype), parsed, jobs=jobs)
     return 0 if suite is None else finish(suite, "model", parsed.out)
 
 

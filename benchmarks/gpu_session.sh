@@ -12,10 +12,12 @@
 #   6 grade            the results against the targets
 #
 # Everything is written to FOLDER as it is measured: a kill loses one case. Call it again with the same FOLDER as long as
-# its exit code is 3: there is more to do. 0: all parts are done; 1: they are, and some of them failed, each tried twice.
-# Where the machine is a bare one in each call, copy what came back into its FOLDER first. A PART that is named runs
-# though it was done; FOLDER/N-PART.code keeps how a part ended: 0, or one line per failure. --dry-run shows what each part
-# would do and needs no GPU. Run it in a checkout with the python3 whose torch sees the GPU.
+# its exit code is 3: there is more to do. 0: all parts are done; 1: they are, and some of them failed, each tried twice,
+# or were given up: killed by a signal or by the time, or left unfinished, three times in a row without one more result.
+# A FOLDER is for one kind of GPU, and a call for at least 180 seconds. Where the machine is a bare one in each call, copy
+# what came back into its FOLDER first. A PART that is named runs though it was done or given up. FOLDER/N-PART.code
+# keeps how a part ended: 0, or one line per failure; N-PART.cut the ends without a result, a line each. --dry-run shows
+# what each part would do and needs no GPU. Run it in a checkout with the python3 whose torch sees the GPU.
 set -uo pipefail
 self=$(realpath "$0")
 
@@ -36,7 +38,7 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
-[ -n "$folder" ] || usage
+[ -n "$folder" ] && [ "$total" -ge 180 ] || usage
 for part in ${named[@]+"${named[@]}"}; do
   [[ " ${parts[*]} " == *" $part "* ]] || usage
 done
@@ -53,13 +55,31 @@ if [ -z "$wheel" ]; then
   wheels=(dist/lowrank_ops-*.whl)
   [ -e "${wheels[0]}" ] && wheel=${wheels[0]}
 fi
-if ! $dry && ! "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())'; then
-  echo "$python sees no CUDA device; --dry-run shows what would be done" >&2
-  exit 2
+if ! $dry; then
+  if ! device=$("$python" -c 'import torch; torch.cuda.is_available() or exit(1); print(torch.cuda.get_device_name())')
+  then
+    echo "$python sees no CUDA device; --dry-run shows what would be done" >&2
+    exit 2
+  fi
+  [ -e "$folder/device" ] || echo "$device" > "$folder/device"
+  if [ "$(cat "$folder/device")" != "$device" ]; then  # where machines alternate, suites would start anew in every call
+    echo "$folder has results of $(cat "$folder/device"), which those of $device would replace: name another folder" >&2
+    exit 2
+  fi
 fi
 
 # A part that failed is tried once more: the next call has another process, often another machine.
 done_before() { [ -e "$1" ] && { [ "$(tail -n 1 "$1")" = 0 ] || [ "$(wc -l < "$1")" -ge 2 ]; }; }
+
+# A part that is cut short goes on in the next call, but not for ever where it never gets any further.
+most_cuts=3
+given_up() { [ -e "$1" ] && [ "$(wc -l < "$1")" -ge $most_cuts ]; }
+cuts() { paste -sd ' ' "$1"; }
+
+# Grows with every case and shape that is measured, and where one that had failed gets its time.
+results_so_far() {
+  cat "$results" "$folder"/tuning/*.json 2>/dev/null | grep -cE '"(arm|tokens)":|"median_us": [0-9]'
+}
 
 left() { echo $((total - SECONDS)); }
 
@@ -104,8 +124,14 @@ unfinished=false failed=()
 for number in "${!parts[@]}"; do
   part=${parts[$number]}
   code=$folder/$((number + 1))-$part.code
+  cut=${code%.code}.cut
   if [ ${#named[@]} -gt 0 ]; then
     [[ " ${named[*]} " == *" $part "* ]] || continue
+    if ! $dry && given_up "$cut"; then rm "$cut"; fi
+  elif ! $dry && [ "$part" != grade ] && given_up "$cut"; then
+    echo "== $part: given up before, after these ends without a result: $(cuts "$cut")"
+    failed+=("$part")
+    continue
   elif ! $dry && [ "$part" != grade ] && done_before "$code"; then
     ended=$(tail -n 1 "$code")
     echo "== $part: done before, with exit code $ended"
@@ -119,16 +145,24 @@ for number in "${!parts[@]}"; do
   fi
   prepare "$part"
   echo "== $part, at most $limit s"
-  began=$SECONDS
+  began=$SECONDS before=$(results_so_far)
   timeout --kill-after=10 "$limit" "${command[@]}" 2>&1 | tee -a "$folder/$part.log"
   ended=${PIPESTATUS[0]}
   echo "== $part ended with exit code $ended after $((SECONDS - began)) s"
   if $dry; then continue; fi
+  if [ "$ended" != 0 ] && [ -e "$code" ] && [ "$(tail -n 1 "$code")" = 0 ]; then rm "$code"; fi  # it has passed before
+  if [ "$ended" = 3 ] || [ "$ended" = 124 ] || [ "$ended" -gt 128 ]; then  # the budget, the time, or a signal
+    if [ "$(results_so_far)" -gt "$before" ]; then rm -f "$cut"; else echo "$ended" >> "$cut"; fi
+    if given_up "$cut"; then
+      echo "== $part: given up, after these ends without a result: $(cuts "$cut"); to try again, name it"
+      failed+=("$part")
+    else unfinished=true; fi
+    continue
+  fi
+  rm -f "$cut"
   case $ended in
-    3 | 124 | 137) unfinished=true ;;  # the budget or the time ran out
     0) echo 0 > "$code" ;;
     *)
-      if [ -e "$code" ] && [ "$(tail -n 1 "$code")" = 0 ]; then rm "$code"; fi  # the first failure since it passed
       echo "$ended" >> "$code"
       if [ "$part" = grade ] && [ "$ended" = 4 ]; then continue; fi  # targets missed: a result like others
       if done_before "$code"; then failed+=("$part"); else unfinished=true; fi ;;
@@ -138,7 +172,7 @@ if $unfinished; then
   echo "== there is more to do: call again with the same folder"
   exit 3
 fi
-echo "== all parts that were asked for are done; how each ended: $folder/*.code"
+echo "== all parts that were asked for are done; how each ended: $folder/*.code, *.cut"
 if [ ${#failed[@]} -gt 0 ]; then
   echo "== failed: ${failed[*]}; see $folder/*.log"
   exit 1

@@ -111,6 +111,11 @@ def distance(result: Tensor, exact: Tensor) -> float:
     return worst if worst == worst else float("inf")
 
 
+def within(error: float, allowed: float) -> bool:
+    """Whether an error is allowed; none is where torch's own has no bound, as nothing could be told from it."""
+    return error <= allowed < float("inf")
+
+
 def measure_case(
     case: Case, device: torch.device, ceilings: Ceilings, seconds: float, clock: Clock = time.perf_counter
 ) -> tuple[list[Row], dict[str, str]]:
@@ -131,21 +136,31 @@ def measure_case(
         row.implementation = chosen(case, arm, tensors)
         try:
             row.error = distance(case.solve(arm.run, tensors), exact)
-            row.correct = row.error <= allowed
+            row.correct = within(row.error, allowed)
         except Exception as failure:
-            row.failure = f"{type(failure).__name__}: {failure}"
+            row.failure = told(failure)
     del exact
     runnable = {arm.name: arm.run for arm in arms if rows[arm.name].failure is None}
-    copies = copies_to_rotate(tensors[: case.read_by_all]) if case.graph or device.type == "cpu" else 1
-    rotation = [tensors, *(case.make(device, seed) for seed in range(1, copies))]
-    if device.type == "cuda":
-        for name, run in runnable.items():
-            rows[name].peak_mb = _peak_mb(run, tensors)
-    for name, timing in time_arms(runnable, rotation, seconds, case.graph, clock).items():
+    timings: Mapping[str, Timing | str]
+    try:
+        copies = copies_to_rotate(tensors[: case.read_by_all]) if case.graph or device.type == "cpu" else 1
+        rotation = [tensors, *(case.make(device, seed) for seed in range(1, copies))]
+        if device.type == "cuda":
+            for name, run in runnable.items():
+                rows[name].peak_mb = _peak_mb(run, tensors)
+        timings = time_arms(runnable, rotation, seconds, case.graph, clock)
+    except Exception as failure:  # what the check found stays, such as the arm that broke the device
+        timings = dict.fromkeys(runnable, told(failure))
+    for name, timing in timings.items():
         fill(rows[name], case, timing)
     return compare(list(rows.values()), opponents(case)), {
         name: reason for name, reason in reasons.items() if reason is not None
     }
+
+
+def told(failure: Exception) -> str:
+    """An exception as a row's failure."""
+    return f"{type(failure).__name__}: {failure}"
 
 
 def _peak_mb(run: Callable[..., Any], tensors: Tensors) -> float:

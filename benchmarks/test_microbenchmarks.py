@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks import bench_covariance, bench_cpu, bench_lowrank_linear, shapes
-from benchmarks.rows import Arm, Case, cannot_run, distance, truth
+from benchmarks.rows import Arm, Case, cannot_run, distance, truth, within
 
 CPU_BACKENDS = (None, "auto")  # an opponent, or ours by what runs there
 TINY = shapes.Layer(8, 8, 8)  # nearly all of its time is Python and dispatch
@@ -46,7 +46,7 @@ def test_call(benchmark: Any, device: str, name: str, case: Case, arm: Arm) -> N
     benchmark.group = name
     with torch.inference_mode():
         exact, allowed = truth(case, tensors)
-        assert distance(case.solve(arm.run, tensors), exact) <= allowed
+        assert within(distance(case.solve(arm.run, tensors), exact), allowed)
         del exact
         benchmark(finished(arm.run, device), *tensors)
 

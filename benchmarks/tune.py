@@ -28,8 +28,8 @@ import lowrank_ops as lro
 from lowrank_ops.ops._backend import Device, device_facts
 
 from .measure import Timing, copies_to_rotate, environment, time_arms
-from .rows import Case, distance, truth
-from .suite import H200, META, UNFINISHED
+from .rows import Case, distance, told, truth, within
+from .suite import H200, META, UNFINISHED, usable
 from .tuners import TUNERS, Candidate, Shape, Tuner
 
 TABLES = Path(lro.__file__).parent / "ops" / "tuned"
@@ -117,7 +117,7 @@ def _wrong(case: Case, arm: Callable[..., Any], tensors: Any, exact: Any, allowe
         error = distance(case.solve(arm, tensors), exact)
     except Exception as failure:  # out of shared memory, or a tile that Triton cannot compile
         return f"{type(failure).__name__}: {failure}"
-    return None if error <= allowed else f"wrong: error {error:.3g}, allowed {allowed:.3g}"
+    return None if within(error, allowed) else f"wrong: error {error:.3g}, allowed {allowed:.3g}"
 
 
 def _change(shape: Shape, current: Candidate | None, best: Candidate, times: Mapping[Candidate, float]) -> str:
@@ -142,7 +142,8 @@ def tune(
     """Tune every shape that ``progress`` does not have yet; write the table when none is left.
 
     A shape for which no candidate runs and is right leaves the table unwritten, which would speak for it by the nearest
-    that it has. It is not searched again where all were wrong.
+    that it has. It is not searched again where all were wrong. Shapes that were begun before, and took their process
+    along, or the device, come last.
 
     Returns:
         The exit code: 0 where the table is written, 3 where shapes are left to search, 1 where some cannot be served.
@@ -157,35 +158,45 @@ def tune(
         "options": hashlib.sha256(json.dumps(tuner.options).encode()).hexdigest()[:12],  # what a search may go through
     }
     kept = progress / f"{tuner.op}.{arch}.json"
-    done, hopeless = _load_progress(kept, conditions)
+    done, hopeless, asked = _load_progress(kept, conditions)
     failed = list(hopeless)
 
     def left() -> list[Shape]:
         tried = [*(entry["shape"] for entry in done), *failed]
         return [shape for shape in tuner.shapes() if shape not in tried]
 
+    def save() -> None:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        partial = kept.with_suffix(".partial")  # a kill in the middle of writing must not cost what is there
+        state = {"conditions": conditions, "entries": done, "hopeless": hopeless, "asked": asked}
+        partial.write_text(json.dumps(state, indent=1) + "\n")
+        partial.replace(kept)
+
     end = time.perf_counter() + budget
-    for shape in left():
+    for shape in sorted(left(), key=lambda shape: asked.index(shape) if shape in asked else -1):
         if time.perf_counter() > end:
             break
-        tuned = tune_shape(tuner, shape, device, seconds, steps)
+        asked = [*(other for other in asked if other != shape), shape]
+        save()  # should this shape take the process along, those behind it come first in the next
+        try:
+            tuned = tune_shape(tuner, shape, device, seconds, steps)
+        except Exception as failure:  # such as for want of memory for the inputs
+            tuned = Tuned(None, "no candidate was tried", {"all": told(failure)})
         wrong = {candidate: reason for candidate, reason in tuned.tried.items() if reason.startswith("wrong")}
         if tuned.entry is None:
             print(f"{shape}: {tuned.change}: {tuned.tried}", file=sys.stderr)
             failed.append(shape)
-            if wrong != tuned.tried:
-                continue  # an exception may pass, such as for want of memory: the next run asks again
-            hopeless.append(shape)
+            if wrong == tuned.tried:  # an exception may pass: the next run asks again
+                hopeless.append(shape)
         else:
             print(tuned.change, flush=True)
             for candidate, reason in wrong.items():
                 print(f"  {candidate}: {reason}", file=sys.stderr)
             done.append(tuned.entry)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        partial = kept.with_suffix(".partial")  # a kill in the middle of writing must not cost what is there
-        state = {"conditions": conditions, "entries": done, "hopeless": hopeless}
-        partial.write_text(json.dumps(state, indent=1) + "\n")
-        partial.replace(kept)
+        save()
+        if not usable(device):
+            failed += [other for other in left() if other in asked]  # or two such shapes would take turns for ever
+            break
     if missing := left():
         total = len(tuner.shapes())
         print(f"{tuner.op}: {total - len(missing)} of {total} shapes are done; run again to go on")
@@ -220,15 +231,15 @@ def dry_run(tuner: Tuner, device: Device = H200) -> list[str]:
     return lines
 
 
-def _load_progress(path: Path, conditions: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[Shape]]:
-    """The table's entries so far, and the shapes that no candidate serves."""
+def _load_progress(path: Path, conditions: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[Shape], list[Shape]]:
+    """The table's entries so far, the shapes that no candidate serves, and those that were begun, the last one last."""
     if not path.exists():
-        return [], []
+        return [], [], []
     kept = json.loads(path.read_text())
     if kept["conditions"] != conditions:
         print(f"{path} was made under {kept['conditions']}, now {dict(conditions)}: starting anew")
-        return [], []
-    return kept["entries"], kept.get("hopeless", [])
+        return [], [], []
+    return kept["entries"], kept.get("hopeless", []), kept.get("asked", [])
 
 
 def write_table(op: str, arch: str, facts: Mapping[str, Any], entries: Sequence[dict[str, Any]], folder: Path) -> Path:

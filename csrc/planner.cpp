@@ -291,9 +291,10 @@ LowRankPlan plan_prefill(const LowRankProblem& problem) {
   if (machine.capability != 90) return refuse("it needs compute capability 9.0");
   if (!problem.aligned) return refuse("rows of x, down and up must start on 16 bytes");
   if (problem.rank > kMostRank) return refuse("the rank must be at most 256, got " + std::to_string(problem.rank));
-  constexpr int kMostTokensPerBlock = 192;
-  if (problem.tokens > std::numeric_limits<int32_t>::max() - kMostTokensPerBlock)
-    return refuse("it takes at most 2^31 - 193");
+  // Rows are 32-bit to the copy engine, those past the last token included, up to the end of its tile.
+  constexpr int kMostTileTokens = most_tile_tokens();
+  if (problem.tokens > std::numeric_limits<int32_t>::max() - kMostTileTokens)
+    return refuse("it takes at most 2^31 - " + std::to_string(kMostTileTokens + 1));
   plan.rows_up = kOutputs;
   plan.splits = 1;
   plan.split_features = problem.in_features;

@@ -36,6 +36,12 @@ struct Variant {
   LRO_HD constexpr int columns() const { return ranks / cluster; }  // of t that a block sums
 };
 constexpr int kGroups[] = {2, 3};
+// Tokens of the largest tile; asked by the host only.
+constexpr int most_tile_tokens() {
+  int most = 0;
+  for (int groups : kGroups) most = groups > most ? groups : most;
+  return most * kGroupTokens;
+}
 // A quarter of a multiprocessor has 16384 registers for one warp of each of four warpgroups: three that multiply, with
 // 160 for a thread, and one that does not.
 constexpr int kRegisters = 160, kProducerRegisters = 32;

@@ -43,7 +43,8 @@ void expect_legal(const LowRankProblem& problem) {
   using namespace lowrank_linear;
   const LowRankPlan plan = plan_lowrank_linear(problem);
   EXPECT(plan.reason.empty());
-  EXPECT(plan.token_tile % 8 == 0 && plan.token_tile <= (plan.kernel == "prefill_sm90" ? 192 : 64));
+  EXPECT(plan.token_tile % 8 == 0);
+  EXPECT(plan.token_tile <= (plan.kernel == "prefill_sm90" ? prefill::most_tile_tokens() : 64));
   EXPECT(plan.split_features % kFeatures == 0 || plan.kernel == "prefill_sm90");
   EXPECT(plan.splits * plan.split_features >= problem.in_features);
   EXPECT(padded_rank(problem.rank) * 2 <= rank_pitch(problem.rank));
@@ -273,6 +274,21 @@ void refusals_say_why() {
   EXPECT(says(lowrank(1, 8, Dtype::float16, none), "needs a CUDA device"));
 }
 
+// Rows past the last token have 32-bit numbers too, up to the end of the largest tile that there is.
+void as_many_tokens_as_the_largest_tile_allows() {
+  using namespace lowrank_linear::prefill;
+  int64_t largest = 0;
+  for (int groups : kGroups) largest = greatest(largest, Variant{64, 1, groups}.tokens());
+  EXPECT(most_tile_tokens() == largest);
+  const auto reason = [](int64_t tokens) {
+    return plan_lowrank_linear({tokens, 768, 64, 768, Dtype::bfloat16, true, {90, 132, 232448}}).reason;
+  };
+  const int64_t most = std::numeric_limits<int32_t>::max() - largest;
+  EXPECT(reason(most).empty());
+  const std::string bound = "for more, it takes at most 2^31 - " + std::to_string((int64_t{1} << 31) - most);
+  EXPECT(reason(most + 1).find(bound) != std::string::npos);
+}
+
 void names_are_parsed() {
   EXPECT(parse_dtype("bfloat16") == Dtype::bfloat16);
   EXPECT(parse_source("patches") == Source::patches);
@@ -302,6 +318,7 @@ int main() {
   few_tiles_are_split_to_fill_the_machine();
   choices_are_kept_or_refused();
   refusals_say_why();
+  as_many_tokens_as_the_largest_tile_allows();
   names_are_parsed();
   return tests::result();
 }

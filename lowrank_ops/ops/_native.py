@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,13 +38,9 @@ class Choice:
 PLANNERS = Choice()  # the planner's own
 
 
-def choice(entry: Mapping[str, Any] | None, refused: Callable[[Choice], str]) -> Choice:
-    """That of a table's entry, which speaks for the nearest shape, where this problem can have it."""
-    if entry is not None and entry["impl"].startswith("cuda") and entry["config"]:
-        tuned = Choice(**entry["config"])
-        if not refused(tuned):
-            return tuned
-    return PLANNERS
+def choice(tuned: Choice | None, refused: Callable[[Choice], str]) -> Choice:
+    """A table's, which speaks for the nearest shape, where there is one and this problem can have it."""
+    return PLANNERS if tuned is None or refused(tuned) else tuned
 
 
 #: A typical device of each arch, for plans where there is none.

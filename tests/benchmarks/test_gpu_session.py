@@ -1,11 +1,14 @@
 """The script of a GPU session: its parts in order, what is done only once, and that it ends in time. No GPU is used."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from benchmarks import rows, suite, tuners
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu_session.sh"
@@ -20,12 +23,14 @@ def session(folder, *arguments, python=sys.executable):
 
 @pytest.fixture
 def python(tmp_path):
-    """Stands for a python3 with a GPU: it writes down what it is asked to run and ends as ``codes`` says."""
+    """Stands for a python3 with a GPU: it writes down what it is asked to run, and does and ends as files say."""
     fake = tmp_path / "python"
     fake.write_text(
         f"""#!/usr/bin/env bash
-[ "$1" = -c ] || [ "$1" = - ] && exit 0
+[ "$1" = - ] && exit 0
+[ "$1" = -c ] && {{ cat {tmp_path}/gpu 2>/dev/null || echo a GPU; exit 0; }}
 echo "$*" >> {tmp_path}/asked
+[ ! -e {tmp_path}/does-$2 ] || . {tmp_path}/does-$2
 cat {tmp_path}/seconds-$2 2>/dev/null | xargs -r sleep
 exit "$(cat {tmp_path}/code-$2 2>/dev/null || echo 0)"
 """
@@ -86,6 +91,67 @@ def test_a_part_that_had_passed_gets_its_second_try_as_well(tmp_path, python):
     assert session(folder, "model", python=python).returncode == 1
 
 
+@pytest.mark.parametrize(
+    "end, code",
+    [("kill -SEGV $$", 139), ("kill -KILL $$", 137), ("kill -ABRT $$", 134), ("exit 124", 124), ("exit 3", 3)],
+)
+def test_a_part_that_never_gets_further_is_given_up(tmp_path, python, end, code):
+    folder = tmp_path / "session"
+    does = tmp_path / "does-benchmarks.bench_lowrank_linear"
+    does.write_text(end)
+    for call in range(1, 4):
+        ended = session(folder, "lowrank_linear", "model", python=python)
+        assert ended.returncode == (3 if call < 3 else 1), ended.stdout
+        assert f"lowrank_linear ended with exit code {code}" in ended.stdout
+        assert asked(tmp_path) == ["bench_lowrank_linear", "bench_model"]  # the others go on
+    told = f"lowrank_linear: given up, after these ends without a result: {code} {code} {code};"
+    assert told in ended.stdout and "failed: lowrank_linear" in ended.stdout
+    (folder / "1-tests.code").write_text("0")  # so that no wheel is needed
+    again = session(folder, python=python)
+    assert again.returncode == 1 and "lowrank_linear: given up before" in again.stdout
+    assert asked(tmp_path) == ["bench_covariance", "tune", "grade"]
+    assert session(folder, "lowrank_linear", python=python).returncode == 3  # named, it has three more
+    does.unlink()
+    assert session(folder, python=python).returncode == 0
+    assert (folder / "3-lowrank_linear.code").read_text() == "0\n" and not list(folder.glob("*.cut"))
+
+
+def test_a_part_that_is_cut_but_gets_further_goes_on(tmp_path, python):
+    """As the files say that the suites and the tuner write: a row, a time, or a shape more is further, a try is not."""
+    folder = tmp_path / "session"
+    failed, timed, other = (rows.Row("op", {"tokens": 1}, arm) for arm in ("lowrank_ops auto", "lowrank_ops auto", "b"))
+    failed.failure, timed.median_us, other.failure = "OutOfMemoryError: 7 GiB are left", 8.0, "no"
+    tries = 0
+
+    def results(*measured):
+        nonlocal tries
+        tries += 1
+        found = {"environment": {"resumed": ["then"] * tries}, "left": ["a", "b", "c"][tries % 4 :]}
+        found["rows"] = [row.to_dict() for row in measured]
+        path = tmp_path / f"results{tries}.json"
+        suite.save(path, "covariance", found)
+        return f"cp {path} {folder}/results.json; kill -KILL $$"
+
+    def cuts(part, *does):
+        lengths = []
+        for text in does:
+            (tmp_path / f"does-benchmarks.{part}").write_text(text)
+            session(folder, part.removeprefix("bench_"), python=python)
+            lengths += [len(path.read_text().split()) for path in folder.glob("*.cut")] or [0]
+        return lengths
+
+    kill = "kill -KILL $$"
+    assert cuts("bench_covariance", kill, results(failed), kill, results(failed)) == [1, 0, 1, 2]
+    assert cuts("bench_covariance", results(timed), results(timed), results(timed, other), kill) == [0, 1, 0, 1]
+    for path in folder.glob("*.cut"):
+        path.unlink()
+    tuning = folder / "tuning"
+    state = {"conditions": {}, "entries": [{"shape": {"tokens": 1}, "impl": "triton", "config": {}}], "hopeless": []}
+    texts = [json.dumps(state, indent=1), json.dumps({**state, "hopeless": [{"tokens": 2}]}, indent=1)]
+    first, second = (f"mkdir -p {tuning}; echo '{text}' > {tuning}/op.sm90.json; {kill}" for text in texts)
+    assert cuts("tune", kill, first, first, second, kill) == [1, 0, 1, 0, 1]
+
+
 def test_missed_targets_are_no_failure_of_the_session(tmp_path, python):
     (tmp_path / "code-benchmarks.grade").write_text("4")
     assert session(tmp_path / "session", "grade", python=python).returncode == 0
@@ -93,21 +159,61 @@ def test_missed_targets_are_no_failure_of_the_session(tmp_path, python):
     assert session(tmp_path / "session", "grade", python=python).returncode != 0
 
 
-def test_it_ends_in_time(tmp_path, python):
-    folder = tmp_path / "session"
-    (tmp_path / "seconds-benchmarks.bench_covariance").write_text("60")
-    ended = session(folder, "covariance", "model", "--seconds", "3", python=python)
+@pytest.fixture
+def changed(tmp_path, monkeypatch):
+    """Puts a script in which something is another in the place of the session's."""
+
+    def change(old, new):
+        text = SCRIPT.read_text()
+        assert old in text
+        other = tmp_path / "benchmarks" / "gpu_session.sh"
+        other.parent.mkdir()
+        other.write_text(text.replace(old, new))
+        other.chmod(0o755)
+        monkeypatch.setattr(sys.modules[__name__], "SCRIPT", other)
+
+    return change
+
+
+def test_it_ends_in_time(tmp_path, python, changed):
+    changed("$((total - SECONDS))", "$((3 - SECONDS))")
+    ended = session(tmp_path / "session", "covariance", "model", python=python)
     assert ended.returncode == 3 and ended.stdout.count("too few to begin") == 2 and asked(tmp_path) == []
 
 
-def test_a_part_that_hangs_is_stopped(tmp_path, python, monkeypatch):
-    text = SCRIPT.read_text()
-    impatient = tmp_path / "benchmarks" / "gpu_session.sh"
-    impatient.parent.mkdir()
-    impatient.write_text(text.replace("limit=$(left)", "limit=1"))
-    impatient.chmod(0o755)
-    assert impatient.read_text() != text
-    monkeypatch.setattr(sys.modules[__name__], "SCRIPT", impatient)
+def test_a_call_in_which_no_part_could_begin_is_refused(tmp_path, python):
+    """It would ask to be called again, and so would every one after it."""
+    for seconds in ("179", "soon"):
+        refused = session(tmp_path / "session", "--seconds", seconds, "model", python=python)
+        assert refused.returncode == 2 and "at least 180 seconds" in refused.stderr and asked(tmp_path) == []
+    assert session(tmp_path / "session", "--seconds", "180", "model", python=python).returncode == 0
+
+
+def test_a_folder_is_for_one_kind_of_gpu(tmp_path, python):
+    """On machines that alternate, suites that start anew in every call would come to no end, and lose what they had."""
+    folder = tmp_path / "session"
+    for gpu, code in (("one", 0), ("one", 0), ("another", 2), ("one", 0)):
+        (tmp_path / "gpu").write_text(gpu)
+        ended = session(folder, "model", python=python)
+        assert ended.returncode == code and asked(tmp_path) == ["bench_model"] * (code == 0)
+        assert ("has results of one, which those of another would replace" in ended.stderr) == (code == 2)
+
+
+def test_a_part_that_had_passed_and_is_cut_has_not_passed(tmp_path, python):
+    folder, does = tmp_path / "session", tmp_path / "does-benchmarks.bench_model"
+    (tmp_path / "session").mkdir()
+    for number, part in enumerate(PARTS, 1):
+        (folder / f"{number}-{part}.code").write_text("0\n")
+    does.write_text("exit 3")
+    assert session(folder, "model", python=python).returncode == 3
+    does.unlink()
+    asked(tmp_path)
+    assert session(folder, python=python).returncode == 0  # what the call before asked for
+    assert asked(tmp_path) == ["bench_model", "grade"]
+
+
+def test_a_part_that_hangs_is_stopped(tmp_path, python, changed):
+    changed("limit=$(left)", "limit=1")
     (tmp_path / "seconds-benchmarks.bench_covariance").write_text("60")
     ended = session(tmp_path / "session", "covariance", "model", python=python)
     assert ended.returncode == 3 and "covariance ended with exit code 124" in ended.stdout
@@ -142,6 +248,10 @@ def test_what_the_script_asks_for_is_understood(tmp_path, python):
         _, module, *given = line.split()
         missing = [name for name in given if name.startswith("--") and f"{name} " not in f"{understood.stdout} "]
         assert understood.returncode == 0 and not missing, (module, missing)
+
+
+def test_every_tuned_shape_is_counted_by_its_tokens():
+    assert all("tokens" in shape for tuner in tuners.TUNERS.values() for shape in tuner.shapes())
 
 
 def test_what_is_not_understood_is_refused(tmp_path):

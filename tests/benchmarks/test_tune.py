@@ -302,7 +302,57 @@ def test_a_kill_while_progress_is_written_costs_one_shape(tmp_path, searched, mo
     monkeypatch.setattr(type(progress), "write_text", torn)
     with pytest.raises(KeyboardInterrupt):
         tune.tune(Fake(), CPU, 50, 0.1, progress, folder)
-    assert tune.tune(Fake(), CPU, 50, 0.1, progress, folder) == 0 and searched == [1, 2, 2, 3]
+    assert tune.tune(Fake(), CPU, 50, 0.1, progress, folder) == 0 and searched == [1, 2, 3, 1]
+
+
+@pytest.fixture
+def ends(monkeypatch, searched):
+    """What a search raises, by the tokens of its shape; a RuntimeError breaks the device of this process."""
+    search, ends, broken = tune.tune_shape, {}, []
+
+    def fail(tuner, shape, *rest):
+        found = search(tuner, shape, *rest)
+        end = ends.get(shape["tokens"])
+        if type(end) is RuntimeError:
+            broken.append(True)
+        if end:
+            raise end
+        return found
+
+    monkeypatch.setattr(tune, "tune_shape", fail)
+    monkeypatch.setattr(tune, "usable", lambda device: not broken or broken.clear())
+    return ends
+
+
+def test_a_shape_that_ends_the_process_does_not_stand_in_the_way(tmp_path, searched, ends):
+    """A kill, for which KeyboardInterrupt stands: the others come first from then on, and then the one killed first."""
+    command = Fake(), CPU, 50, 0.1, tmp_path / "progress", tmp_path / "tables"
+    ends.update({1: KeyboardInterrupt(), 2: KeyboardInterrupt()})
+    for seen in ([1], [1, 2], [1, 2, 3, 1], [1, 2, 3, 1, 2]):
+        with pytest.raises(KeyboardInterrupt):
+            tune.tune(*command)
+        assert searched == seen
+    ends.clear()
+    assert tune.tune(*command) == 0 and searched[5:] == [1, 2]
+
+
+def test_a_shape_whose_inputs_do_not_fit_lets_the_others_be_tuned(tmp_path, searched, ends, capsys):
+    command = Fake(), CPU, 50, 0.1, tmp_path / "progress", tmp_path / "tables"
+    ends[1] = torch.OutOfMemoryError("too much")
+    for seen in ([1, 2, 3], [1, 2, 3, 1]):
+        assert tune.tune(*command) == 1 and searched == seen
+        assert "'all': 'OutOfMemoryError: too much'" in capsys.readouterr().err
+    ends.clear()
+    assert tune.tune(*command) == 0 and searched[4:] == [1]
+
+
+def test_shapes_that_break_the_device_end_the_process_but_not_the_search(tmp_path, searched, ends):
+    command = Fake(), CPU, 50, 0.1, tmp_path / "progress", tmp_path / "tables"
+    ends.update({1: RuntimeError("an illegal memory access"), 2: RuntimeError("an illegal memory access")})
+    for code, seen in ((3, [1]), (3, [1, 2]), (1, [1, 2, 3, 1]), (1, [1, 2, 3, 1, 2])):
+        assert tune.tune(*command) == code and searched == seen
+    ends.clear()
+    assert tune.tune(*command) == 0 and searched[5:] == [1, 2]
 
 
 @pytest.mark.parametrize("reason, again", [("wrong: error 1", 0), ("OutOfMemoryError: too much", 1)])

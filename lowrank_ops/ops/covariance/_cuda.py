@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .. import _native
+from .. import _native, _tuning
 from . import _triton, _triton_conv
 from .reference import output_size
 
@@ -41,7 +41,8 @@ def refuse(problem: Problem, choice: _native.Choice) -> str:
 @functools.lru_cache(maxsize=8192)
 def choice_for(problem: Problem) -> _native.Choice:
     """The tuned one of the nearest shape, or the planner's own."""
-    return _native.choice(_triton.tuned_entry(problem), functools.partial(refuse, problem))
+    tuned = _tuning.configured(_triton.tuned_entry(problem), "cuda", _native.Choice)
+    return _native.choice(tuned, functools.partial(refuse, problem))
 
 
 def supports_conv(problem: ConvProblem) -> str | None:
@@ -62,7 +63,8 @@ def refuse_conv(problem: ConvProblem, choice: _native.Choice) -> str:
 @functools.lru_cache(maxsize=8192)
 def conv_choice_for(problem: ConvProblem) -> _native.Choice:
     """The same."""
-    return _native.choice(_triton_conv.tuned_entry(problem), functools.partial(refuse_conv, problem))
+    tuned = _tuning.configured(_triton_conv.tuned_entry(problem), "cuda", _native.Choice)
+    return _native.choice(tuned, functools.partial(refuse_conv, problem))
 
 
 def _planned(problem: Problem, choice: _native.Choice = _native.PLANNERS) -> tuple[str, str]:

@@ -192,10 +192,8 @@ def plan(problem: Problem) -> Plan:
 @functools.lru_cache(maxsize=8192)
 def config_for(problem: Problem) -> Config:
     """The tuned configuration of the nearest shape, or the heuristic one."""
-    entry = tuned_entry(problem)
-    if entry is not None and entry["impl"] == "triton":
-        return Config(**entry["config"])
-    return HEURISTIC[arch_of(problem.device), _kind(problem.dtype, problem.features)]
+    tuned = _tuning.configured(tuned_entry(problem), "triton", Config)
+    return tuned or HEURISTIC[arch_of(problem.device), _kind(problem.dtype, problem.features)]
 
 
 def tuned_entry(problem: Problem) -> dict[str, Any] | None:
@@ -382,8 +380,9 @@ def shipped(arch: int) -> list[Specialization]:
 def _shipped_configs(arch: int) -> list[tuple[str, Config]]:
     configs = [(kind, config) for (of, kind), config in HEURISTIC.items() if of == arch]
     for entry in _tuning.load("covariance_update", f"sm{arch}"):
-        if entry["impl"] == "triton":
-            configs.append(("float32" if entry["shape"]["dtype"] == "fp32" else "tuned", Config(**entry["config"])))
+        tuned = _tuning.configured(entry, "triton", Config)
+        if tuned is not None:
+            configs.append(("float32" if entry["shape"]["dtype"] == "fp32" else "tuned", tuned))
     return list(dict.fromkeys(configs))
 
 

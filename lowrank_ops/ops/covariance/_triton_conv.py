@@ -84,10 +84,8 @@ def launch(conv: ConvPlan, second_moment: Tensor, total: Tensor, x: Tensor) -> N
 @functools.lru_cache(maxsize=8192)
 def config_for(problem: ConvProblem) -> Config:
     """The tuned configuration of the nearest shape, or the heuristic one."""
-    entry = tuned_entry(problem)
-    if entry is not None and entry["impl"] == "triton":
-        return Config(**entry["config"])
-    return HEURISTIC[_triton.arch_of(problem.device), _kind(table_shape(problem))]
+    tuned = _tuning.configured(tuned_entry(problem), "triton", Config)
+    return tuned or HEURISTIC[_triton.arch_of(problem.device), _kind(table_shape(problem))]
 
 
 def tuned_entry(problem: ConvProblem) -> dict[str, Any] | None:
@@ -214,8 +212,9 @@ def shipped(arch: int) -> list[Specialization]:
 def _shipped_configs(arch: int) -> list[tuple[str, Config]]:
     configs = [(kind, config) for (of, kind), config in HEURISTIC.items() if of == arch]
     for entry in _tuning.load("conv_covariance_update", f"sm{arch}"):
-        if entry["impl"] == "triton":
-            configs.append((_kind(entry["shape"]), Config(**entry["config"])))
+        tuned = _tuning.configured(entry, "triton", Config)
+        if tuned is not None:
+            configs.append((_kind(entry["shape"]), tuned))
     return list(dict.fromkeys(configs))
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .. import _native
+from .. import _native, _tuning
 from ._triton_config import tuned_entry, tuned_implementation
 
 if TYPE_CHECKING:
@@ -47,7 +47,8 @@ def choice_for(problem: Problem) -> _native.Choice:
     """
     entry = tuned_entry(problem)
     kind = "" if entry is None else entry["impl"].removeprefix("cuda.")
-    return _native.choice(entry, lambda choice: _planned(problem, kind, choice)[0])
+    tuned = _tuning.configured(entry, "cuda", _native.Choice)
+    return _native.choice(tuned, lambda choice: _planned(problem, kind, choice)[0])
 
 
 def prefers_decode(problem: Problem) -> bool:

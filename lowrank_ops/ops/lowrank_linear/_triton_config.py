@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -76,6 +76,8 @@ class PrefillConfig:
         return 2 * (max(first, second) + self.block_m * max(self.rank, self.block_n))
 
 
+Config = TypeVar("Config", DecodeConfig, PrefillConfig)
+
 # Up to 16 tokens a tensor-core product of 16 rows wastes nothing; past that 64 rows of weights fill a warpgroup's.
 _FEW = DecodeConfig(16, 16, 256, 4, 4, 32, 256, 128, 8, 2)
 _FEW_WIDE = DecodeConfig(16, 16, 256, 4, 4, 32, 512, 128, 8, 2)
@@ -130,16 +132,15 @@ def vector(problem: Problem) -> int:
 @functools.lru_cache(maxsize=4096)
 def decode_config(problem: Problem) -> DecodeConfig:
     """The configuration that runs ``problem`` with few tokens."""
-    tuned = _tuned("triton.decode", problem)
-    return DecodeConfig(**tuned) if tuned else _heuristic_decode(problem)
+    return _tuning.configured(tuned_entry(problem), "triton.decode", DecodeConfig) or _heuristic_decode(problem)
 
 
 @functools.lru_cache(maxsize=4096)
 def prefill_config(problem: Problem) -> PrefillConfig | None:
     """The configuration that runs ``problem`` with many tokens; None where none covers its rank."""
-    tuned = _tuned("triton.prefill", problem)
-    if tuned and PrefillConfig(**tuned).rank >= problem.rank:
-        return PrefillConfig(**tuned)
+    tuned = _tuning.configured(tuned_entry(problem), "triton.prefill", PrefillConfig)
+    if tuned is not None and tuned.rank >= problem.rank:
+        return tuned
     candidates = [
         _cheapest_parts(config, problem)
         for config in _PREFILL[arch(problem.device.capability)]
@@ -156,12 +157,12 @@ def shipped_decode(name: str) -> list[DecodeConfig]:
         for slices, fold in ((_FOLDED_SLICES, True), *((slices, False) for slices in _SLICES))
         if base.block_m == _FEW.block_m or not fold
     ]
-    return heuristic + [DecodeConfig(**config) for config in _tuned_configs("triton.decode", name)]
+    return heuristic + _tuned_configs("triton.decode", DecodeConfig, name)
 
 
 def shipped_prefill(name: str) -> list[PrefillConfig]:
     """The prefill configurations that may run on the arch ``name``."""
-    return [*_PREFILL[name], *(PrefillConfig(**config) for config in _tuned_configs("triton.prefill", name))]
+    return [*_PREFILL[name], *_tuned_configs("triton.prefill", PrefillConfig, name)]
 
 
 def tuned_implementation(problem: Problem) -> str | None:
@@ -216,11 +217,6 @@ def refusal(config: DecodeConfig | PrefillConfig | None, problem: Problem) -> st
     return None
 
 
-def _tuned(impl: str, problem: Problem) -> dict[str, Any] | None:
-    entry = tuned_entry(problem)
-    return entry["config"] if entry is not None and entry["impl"] == impl else None
-
-
 def tuned_entry(problem: Problem) -> dict[str, Any] | None:
     """What was fastest for the nearest problem in the tuned table, by any backend, if one ships."""
     shape = {
@@ -233,5 +229,6 @@ def tuned_entry(problem: Problem) -> dict[str, Any] | None:
     return _tuning.nearest("lowrank_linear", arch(problem.device.capability), shape)
 
 
-def _tuned_configs(impl: str, name: str) -> list[dict[str, Any]]:
-    return [entry["config"] for entry in _tuning.load("lowrank_linear", name) if entry["impl"] == impl]
+def _tuned_configs(impl: str, kind: type[Config], name: str) -> list[Config]:
+    found = (_tuning.configured(entry, impl, kind) for entry in _tuning.load("lowrank_linear", name))
+    return [config for config in found if config is not None]
