@@ -30,6 +30,7 @@ from .results import Results
 PROJECTIONS = ("weight", "input", "utilized", "output", "loss")
 ALLOCATIONS = ("uniform", "energy", "loss")
 WAYS = ("plain", "distilled")
+ROWS = ("weighted", "alike")
 CALIBRATION_BATCH = 100
 TRAIN_BATCH = 128
 RESULTS = Path(__file__).parents[1] / "results" / "vision.json"
@@ -50,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.manual_seed(0)
         held_out = train.held_out_images if train is not None and options.held_out else load_images("test")
         bench = Bench(*held_out, options.device)
-        bench.use(bench.calibrate(load_images("calibration")[0], options.probes))  # the 2,000 images that ship
+        images = load_images("calibration")[0]  # the 2,000 that ship
+        bench.use(bench.calibrate(images, options.probes, options.rows == "weighted"))
         for case in tqdm(missing, desc="compressing and evaluating", unit="model"):
             student, report = bench.compress(
                 case["budget"], case["projection"], case["allocation"], options.keep_dense, options.refit
@@ -85,6 +87,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--allocations", nargs="+", choices=ALLOCATIONS, default=list(ALLOCATIONS))
     parser.add_argument("--keep-dense", nargs="*", default=[], metavar="LAYER", help="such as head, the classifier")
     parser.add_argument("--probes", type=int, default=1, help="labels drawn per image for the sensitivity")
+    parser.add_argument(
+        "--rows", choices=ROWS, default="weighted", help="weigh them by their gradients, or take all alike"
+    )
     parser.add_argument("--refit", action="store_true", help="refit sequentially, by the calibration images")
     parser.add_argument("--device", default="cpu", help="that models and images are on (default: %(default)s)")
     parser.add_argument("--tables", action="store_true", help="show what there is, compute nothing")
@@ -105,7 +110,13 @@ def asked(options: argparse.Namespace) -> list[dict[str, Any]]:
     """What every row of this command is called by."""
     setup: dict[str, Any] = {"kept_dense": " ".join(options.keep_dense), "probes": options.probes}
     cases: list[dict[str, Any]] = [
-        {"budget": budget, "projection": projection, "allocation": allocation, **setup}
+        {
+            "budget": budget,
+            "projection": projection,
+            "allocation": allocation,
+            **setup,
+            "rows": options.rows if "loss" in (projection, allocation) else "alike",  # nothing else asks for weights
+        }
         for budget in options.budgets
         for allocation in options.allocations
         for projection in options.projections
@@ -138,10 +149,12 @@ class Bench:
         self.predictions = predict(self.dense, self.images)
         print(f"dense: {percent_equal(self.predictions, self.labels):.2f}% of {len(images)} images")
 
-    def calibrate(self, images: Tensor, probes: int = 1) -> lro.Covariances:
+    def calibrate(self, images: Tensor, probes: int = 1, weigh_rows: bool = True) -> lro.Covariances:
         """Covariances and sensitivities of images (n, 1, 28, 28)."""
         self._batches = images.split(CALIBRATION_BATCH)
-        return lro.calibrate(self.dense, self._batches, sensitivity="fisher", probes=probes, progress=True)
+        return lro.calibrate(
+            self.dense, self._batches, sensitivity="fisher", probes=probes, weigh_rows=weigh_rows, progress=True
+        )
 
     def use(self, covariances: lro.Covariances) -> None:
         """Compress by these covariances from now on."""
@@ -296,7 +309,7 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
 
 def recovered(results: Results, cases: Sequence[dict[str, Any]], options: argparse.Namespace) -> str:
     """One line per compressed model and learning rate, one column per way of fine-tuning."""
-    compressed = ("budget", "allocation", "projection", "kept_dense", "probes")
+    compressed = ("budget", "allocation", "projection", "kept_dense", "probes", "rows")
     ways = [*([] if options.held_out else ["none"]), *options.finetune]  # without, they were judged by other images
     columns = ["budget", "allocation", "projection", "learning rate", *ways]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
