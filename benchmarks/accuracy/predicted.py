@@ -112,7 +112,12 @@ class Bench:
         self.name, self.study = name, study
         torch.manual_seed(0)
         self.covariances = lro.calibrate(
-            study.dense, study.calibration, sensitivity=study.sensitivity, mask=study.mask, progress=True
+            study.dense,
+            study.calibration,
+            sensitivity=study.sensitivity,
+            weigh_rows=False,
+            mask=study.mask,
+            progress=True,
         )
         layers = {fqn: module for fqn, module in study.dense.named_modules() if fqn in self.covariances}
         self.subspaces = lro.layer_subspaces(layers, self.covariances)

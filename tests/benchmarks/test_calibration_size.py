@@ -31,7 +31,9 @@ def test_rows_of_growing_sets(
     seen: list[int] = []
     calibrate = vision.Bench.calibrate
     monkeypatch.setattr(
-        vision.Bench, "calibrate", lambda self, images: seen.append(len(images)) or calibrate(self, images)
+        vision.Bench,
+        "calibrate",
+        lambda self, images, **how: seen.append(len(images)) or calibrate(self, images, **how),
     )
     out = tmp_path / "rows.json"
     calibration_size.main(["--out", str(out), "--sizes", "5", "40"])
