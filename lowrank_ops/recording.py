@@ -37,6 +37,7 @@ class Recorder:
         self._samples = 0
         self._batch = 0
         self._in_forward = False
+        self._in_backward = False  # where gradient checkpointing calls layers again, with rows that were seen already
         self._handles: list[RemovableHandle] = []
 
     def attach(self, model: nn.Module, sides: Mapping[str, str], dtype: torch.dtype) -> None:
@@ -71,7 +72,8 @@ class Recorder:
             )
 
     def _tap(self, fqn: str, x: Tensor, y: Tensor) -> Tensor | None:
-        return self._taps.tap(fqn, y, self._mask, KeptRows(x, y, self._sides[fqn]) if self._weigh_rows else None)
+        weigh = self._weigh_rows and not self._in_backward
+        return self._taps.tap(fqn, y, self._mask, (lambda: KeptRows(x, y, self._sides[fqn])) if weigh else None)
 
     def see_loss(self, sensitivity: Sensitivity, output: Any, batch: Any, keep: bool) -> None:
         """Add the gradients of a batch's loss; ``keep`` where another loss of this batch follows."""
@@ -84,7 +86,12 @@ class Recorder:
         Inputs are shared by layers; outputs are not: every call of a layer makes a tensor of its own, with its own
         gradient, and a module that is called at several places is one layer. So there is nothing to find twice.
         """
-        for fqn, values, mask, kept in self._taps.gradients(loss, keep):
+        self._in_backward = True
+        try:
+            gradients = self._taps.gradients(loss, keep)
+        finally:
+            self._in_backward = False
+        for fqn, values, mask, kept in gradients:
             layer = self._layers[fqn]
             state = self._state_of_loss(self._gradients, fqn, GRADIENT)
             rows = gradient_rows(layer, values)
@@ -156,6 +163,8 @@ class Recorder:
         self._batch += 1
 
     def _see_input(self, fqn: str, layer: nn.Module, x: Tensor, dtype: torch.dtype) -> None:
+        if self._in_backward:
+            return
         state = self._state(fqn, layer, x, "input", dtype)
         if not state.is_repeated(fqn, x):
             self._touched[state.leader] = state
@@ -166,6 +175,8 @@ class Recorder:
                     state.update(self._real_rows(fqn, x.detach()))
 
     def _see_output(self, fqn: str, layer: nn.Module, y: Tensor, dtype: torch.dtype) -> None:
+        if self._in_backward:
+            return
         state = self._state(fqn, layer, None, "output", dtype)
         self._touched[fqn] = state
         with torch.no_grad():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import lowrank_ops as lro
 
@@ -65,6 +68,54 @@ def test_sums_are_not_rounded_by_autocast_around_the_loss(dtype: torch.dtype) ->
     check_same(observed(True), observed(False))
 
 
+class Checkpointed(nn.Module):
+    def __init__(self, again: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.again = nn.Linear(4, 4), nn.Linear(4, 4), again
+
+    def _block(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.first(x)).exp()
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.second(checkpoint(self._block, x, use_reentrant=False) if self.again else self._block(x))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_rows_that_checkpointing_makes_again_count_once(side: str, frozen: bool) -> None:
+    model = Checkpointed(True).double().requires_grad_(not frozen)
+    plain = Checkpointed(False).double().requires_grad_(not frozen)
+    plain.load_state_dict(model.state_dict())
+    batches = [
+        {"x": torch.randn(3, 5, 4).double().requires_grad_(), "mask": torch.arange(5) < torch.tensor([[5], [2], [3]])}
+        for _ in range(2)
+    ]
+    found, expected = (lro.calibrate(m, batches, mask="mask", side=side, sensitivity=cubed) for m in (model, plain))
+    assert found["first"].count == 20
+    check_same(found, expected)
+
+
+class Nested(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = torch.nested.nested_tensor([x[0], x[1, :2]], layout=torch.strided)
+        return torch.nested.to_padded_tensor(self.layer(rows), 0.0)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_nested_tensors(frozen: bool) -> None:
+    model, x = Nested().double().requires_grad_(not frozen), torch.randn(2, 3, 4).double()
+    found = lro.calibrate(model, [x], sensitivity=cubed).sensitivities["layer"].weighted
+    singles = lro.calibrate(model.layer, [x[:1], x[1:, :2]], sensitivity=cubed)
+    expected = singles.sensitivities[""].weighted
+    assert found.count == expected.count == 5
+    torch.testing.assert_close(found.second_moment, expected.second_moment)
+    torch.testing.assert_close(found.total, expected.total)
+
+
 class Overwriting(nn.Module):
     def __init__(self, change: Callable[[Tensor], object]) -> None:
         super().__init__()
@@ -86,3 +137,33 @@ def test_inference_tensors_may_be_changed_afterwards() -> None:
     plain.load_state_dict(model.state_dict())
     expected = lro.calibrate(plain, [x], sensitivity=cubed)
     check_same(lro.calibrate(model, [x], sensitivity=cubed), expected)
+
+
+def test_nothing_is_kept_where_no_gradient_will_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[object] = []
+    monkeypatch.setattr("lowrank_ops.recording.KeptRows", lambda *given: kept.append(given))
+    model = nn.Sequential(nn.Linear(4, 4))
+    with (
+        pytest.warns(UserWarning, match="was given no loss"),
+        lro.calibration(model, side="output", sensitivity=True),
+        torch.no_grad(),
+    ):
+        model(torch.randn(3, 4))
+    assert not kept
+
+
+def test_rows_are_let_go() -> None:
+    """After the loss, and of forwards without one after the block."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    seen: list[weakref.ref[Tensor]] = []
+    model[2].register_forward_pre_hook(lambda layer, args: seen.append(weakref.ref(args[0])))
+    with lro.calibration(model, sensitivity=True) as covariances:
+        loss = model(torch.randn(3, 4)).square().sum()
+        covariances.observe(loss, samples=3, keep=True)
+        covariances.observe(loss, samples=3)
+        del loss
+        gc.collect()
+        assert seen[0]() is None
+        model(torch.randn(3, 4))
+    gc.collect()
+    assert seen[1]() is None
