@@ -167,3 +167,36 @@ def test_rows_are_let_go() -> None:
         model(torch.randn(3, 4))
     gc.collect()
     assert seen[1]() is None
+
+
+def test_rows_of_another_side_than_the_covariance_are_refused() -> None:
+    layer, x = nn.Linear(8, 8), torch.randn(3, 4, 8)
+    inputs = lro.calibrate(layer, [x])
+    outputs = lro.calibrate(layer, [x], side="output", sensitivity=cubed)
+    with pytest.raises(ValueError, match=r"holds the weighted output .* the input .* weigh_rows=False"):
+        lro.LowRankLinear.from_linear(
+            layer, rank=3, covariance=inputs[""], sensitivity=outputs.sensitivities[""], projection="loss"
+        )
+    alike = lro.calibrate(layer, [x], side="output", sensitivity=cubed, weigh_rows=False)
+    lro.LowRankLinear.from_linear(
+        layer, rank=3, covariance=inputs[""], sensitivity=alike.sensitivities[""], projection="loss"
+    )
+
+
+def test_a_layer_without_weighted_rows_takes_all_alike() -> None:
+    layer, x = nn.Linear(8, 6).double(), torch.randn(30, 8).double()
+    covariances = lro.calibrate(layer, [x], sensitivity=cubed)
+    of_none = lro.Covariance(torch.zeros(8, 8).double(), torch.zeros(8).double(), side="weighted input")
+    covariances.sensitivities[""].weighted = of_none
+    spaces = lro.layer_subspaces({"": layer}, covariances)[""]
+    torch.testing.assert_close(spaces.felt_moment(centered=True), spaces.moment)
+
+
+def test_trials_at_other_ranks_decompose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = nn.Linear(8, 6).double(), torch.randn(5, 6, 8).double()
+    spaces = lro.layer_subspaces({"": layer}, lro.calibrate(layer, [x], sensitivity=cubed))[""]
+    first = lro.factorize(spaces, 3, "loss")
+    spaces.release(directions=False)
+    monkeypatch.setattr(torch.linalg, "eigh", None)
+    again = lro.factorize(spaces, 3, "loss")
+    assert again.predicted_loss == pytest.approx(first.predicted_loss)
