@@ -12,14 +12,15 @@ samples that it is unsure of, and moments of those alone would fit the others ba
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .covariances import Covariance
-from .dense_layers import bias_vector, input_rows
+from .dense_layers import bias_vector, pad_input
 from .masks import real_rows
 from .ops import covariance_update_
 
-MOST_PATCHES = 1 << 24  # elements of a convolution's patches at a time
+MOST_PATCHES = 1 << 24  # elements of a convolution's patches at a time, in as many lines and images as that allows
 
 
 class KeptRows:
@@ -58,11 +59,30 @@ class KeptRows:
             _add(covariance, real_rows(fqn, values, mask), weights.unsqueeze(-1), bias)
             return
         values, gradient = (part if part.dim() == 4 else part.unsqueeze(0) for part in (values, gradient))
-        weights = _weights_of_conv(gradient, layer.groups)
-        images = max(1, MOST_PATCHES * len(weights) // (weights[..., 0].numel() * covariance.total.numel()))
+        weights = _weights_of_conv(gradient, layer.groups)  # (images, height, width, groups)
+        values = _padded(layer, values) if self._side == "input" else values
+        height, line = weights.shape[1], weights.shape[2] * covariance.total.numel()
+        lines = min(height, max(1, MOST_PATCHES // line))
+        images = max(1, MOST_PATCHES // (line * lines))
         for part, part_weights in zip(values.split(images), weights.split(images), strict=True):
-            rows = input_rows(layer, part) if self._side == "input" else part.movedim(1, -1)
-            _add(covariance, rows, part_weights.flatten(0, -2), bias)
+            for first, band in zip(range(0, height, lines), part_weights.split(lines, 1), strict=True):
+                if self._side == "input":
+                    rows = _patches(layer, part, first, band.shape[1])
+                else:
+                    rows = part[:, :, first : first + lines].movedim(1, -1)
+                _add(covariance, rows, band.flatten(0, -2), bias)
+
+
+def _padded(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    x, (vertical, horizontal) = pad_input(layer, x)
+    return F.pad(x, (horizontal, horizontal, vertical, vertical)) if vertical or horizontal else x
+
+
+def _patches(layer: nn.Conv2d, x: Tensor, first: int, lines: int) -> Tensor:
+    """The patches (rows, in_features) of some lines of a convolution's output, from its padded input."""
+    top, reach = first * layer.stride[0], layer.dilation[0] * (layer.kernel_size[0] - 1) + 1
+    x = x[:, :, top : top + (lines - 1) * layer.stride[0] + reach]
+    return F.unfold(x, layer.kernel_size, layer.dilation, 0, layer.stride).mT.flatten(0, 1)
 
 
 def _weights_of_linear(gradient: Tensor, mask: Tensor | None) -> Tensor:

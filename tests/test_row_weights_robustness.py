@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -39,6 +41,25 @@ def test_batches_without_an_image(groups: int, side: str) -> None:
     model, images = nn.Sequential(nn.Conv2d(4, 4, 3, groups=groups)).double(), torch.randn(2, 4, 6, 6).double()
     found = lro.calibrate(model, [images[:0], images], sensitivity=cubed, side=side)
     check_same(found, lro.calibrate(model, [images], sensitivity=cubed, side=side))
+
+
+def test_patches_of_a_large_image_are_made_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    unfold = F.unfold
+
+    def counted(*args: Any) -> Tensor:
+        patches = unfold(*args)
+        sizes.append(patches.numel())
+        return patches
+
+    monkeypatch.setattr("lowrank_ops.row_weights.MOST_PATCHES", 4000)
+    monkeypatch.setattr("lowrank_ops.row_weights.F.unfold", counted)
+    model = nn.Conv2d(4, 6, 3, padding=1)
+    with lro.calibration(model, sensitivity=True) as covariances:
+        loss = model(torch.randn(1, 4, 40, 30)).pow(3).sum()
+        sizes.clear()  # of the op for the plain rows
+        covariances.observe(loss, samples=1)
+    assert sum(sizes) == 40 * 30 * 36 and max(sizes) <= 4000
 
 
 def test_weights_do_not_overflow_float16() -> None:
