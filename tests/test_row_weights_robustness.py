@@ -137,6 +137,30 @@ def test_nested_tensors(frozen: bool) -> None:
     torch.testing.assert_close(found.total, expected.total)
 
 
+def test_a_frozen_encoder_is_seen_as_a_trainable_one_is() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).double()
+    batch = {
+        "src": torch.randn(3, 5, 8).double(),
+        "src_key_padding_mask": torch.arange(5) >= torch.tensor([[5], [2], [3]]),
+    }
+
+    def calibrated() -> lro.Covariances:
+        with pytest.warns(UserWarning, match="MultiheadAttention"):
+            return lro.calibrate(
+                model,
+                [batch],
+                mask=lambda args, kwargs: ~kwargs["src_key_padding_mask"],
+                sensitivity=lambda output, batch: output[~batch["src_key_padding_mask"]].pow(3).sum(),
+            )
+
+    trainable = calibrated()
+    assert trainable["layers.0.linear1"].count == 10
+    model.requires_grad_(False)
+    check_same(calibrated(), trainable)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 class Overwriting(nn.Module):
     def __init__(self, change: Callable[[Tensor], object]) -> None:
         super().__init__()
