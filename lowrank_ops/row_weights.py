@@ -141,7 +141,8 @@ def _add(covariance: Covariance, rows: Tensor, weights: Tensor, bias: Tensor | N
         if groups == 1:
             # Rounded as the rows are, which is fast; but float16 may not hold them.
             narrow = scaled if dtype == torch.float16 else scaled.to(dtype)
-            covariance_update_(moment, torch.zeros_like(total), narrow)
+            # Patches of one image lie column by column, which no kernel reads.
+            covariance_update_(moment, torch.zeros_like(total), narrow.contiguous())
         else:  # often hundreds of small ones
             by_group = by_group.to(moment.dtype)
             moment.baddbmm_(by_group.mT, by_group)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lowrank_ops as lro
+from lowrank_ops.ops._layout import row_stride
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +61,17 @@ def test_patches_of_a_large_image_are_made_in_parts(monkeypatch: pytest.MonkeyPa
         sizes.clear()  # of the op for the plain rows
         covariances.observe(loss, samples=1)
     assert sum(sizes) == 40 * 30 * 36 and max(sizes) <= 4000
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_rows_reach_the_op_row_by_row(side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they lie otherwise, as the patches of one image do, no kernel takes them."""
+    strides: list[int] = []
+    monkeypatch.setattr(
+        "lowrank_ops.row_weights.covariance_update_", lambda moment, total, rows: strides.append(row_stride(rows))
+    )
+    lro.calibrate(nn.Conv2d(4, 6, 3), [torch.randn(1, 4, 8, 7)], sensitivity=cubed, side=side)
+    assert strides == [36 if side == "input" else 6]
 
 
 def test_weights_do_not_overflow_float16() -> None:
