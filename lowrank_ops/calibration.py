@@ -69,9 +69,10 @@ def calibrate(
             they are.
         probes: draws, and backward passes, per batch for the named ones.
         weigh_rows: with a sensitivity, also stream every layer's rows (tokens, positions of an image) with weights
-            |g|^2, relative to their mean over the sample, by which ``projection="loss"`` and ``allocation="loss"``
-            know what the loss feels of a row. Takes one more moment for each layer, shared by none, one more update
-            per batch, and inputs kept until the backward pass. False: all rows alike.
+            |g|^2, g being the row's gradient, relative to their mean over the sample (an index of the first
+            dimension), by which ``projection="loss"`` and ``allocation="loss"`` know what the loss feels of a row.
+            Takes one more moment for each layer, shared by none, one more update per batch, and inputs kept until
+            the backward pass. False: all rows alike.
         max_state_bytes: bound on one layer's input moment under ``side="auto"``.
         share_inputs: keep one covariance for layers that receive the same tensor (q, k, v; gate, up). Tensors made
             under ``torch.inference_mode`` are not shared: nothing tells whether they were changed in between.
@@ -83,7 +84,8 @@ def calibrate(
 
     Raises:
         NonFiniteActivationError: NaN or inf in an activation or a gradient.
-        ValueError: a bad argument, no batch, or no layer to calibrate.
+        ValueError: a bad argument, no batch, no layer to calibrate, or with ``weigh_rows`` a layer's input that was
+            changed in place before the backward pass.
     """
     if isinstance(batches, (Tensor, Mapping, str)):
         raise TypeError(

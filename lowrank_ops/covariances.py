@@ -121,7 +121,7 @@ class Covariances(Mapping[str, Covariance]):
             differ = [key for key in {**shapes, **others} if shapes.get(key) != others.get(key)]
             raise ValueError(
                 f"other must hold the same layers, shapes, sides and sharing; it differs at {', '.join(differ)}. "
-                "Calibrate both with the same model, filter_fn, side and sensitivity."
+                "Calibrate both with the same model, filter_fn, side, sensitivity and weigh_rows."
             )
         merged = Covariances()
         for mine in self._everything():

@@ -84,7 +84,9 @@ def factorize(spaces: LayerSubspaces, rank: int, projection: str = "output") -> 
         down = left @ spaces.weight
     best = spaces.output.leading(rank) if projection == "output" else None
     lost = _lost_moment(spaces, down, up, left, projection) if best is None else None
-    felt = None if spaces.sensitivity is None else _lost_moment(spaces, down, up, left, projection, felt=True)
+    felt = lost
+    if spaces.weighs_rows or lost is None:
+        felt = None if spaces.sensitivity is None else _lost_moment(spaces, down, up, left, projection, felt=True)
     return Factors(
         down,
         up,

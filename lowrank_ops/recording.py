@@ -36,7 +36,9 @@ class Recorder:
         self._weighted: dict[str, _State] = {}
         self._samples = 0
         self._batch = 0
+        self._fast_path = False  # to be turned on again in the end
         self._in_forward = False
+        self._in_backward = False  # where gradient checkpointing calls layers again, with rows that were seen already
         self._handles: list[RemovableHandle] = []
 
     def attach(self, model: nn.Module, sides: Mapping[str, str], dtype: torch.dtype) -> None:
@@ -61,6 +63,10 @@ class Recorder:
     def attach_taps(self, dtype: torch.dtype, weigh_rows: bool) -> None:
         """Hook the outputs of all layers, to differentiate by them; with ``weigh_rows`` keep the rows until then."""
         self._gradient_dtype, self._weigh_rows = dtype, weigh_rows
+        # A frozen nn.TransformerEncoder would take the padding out of its input, into nested tensors, which its own
+        # layers refuse once they need gradients.
+        self._fast_path = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
         for fqn, layer in self._layers.items():
             self._handles.append(
                 layer.register_forward_hook(
@@ -71,7 +77,8 @@ class Recorder:
             )
 
     def _tap(self, fqn: str, x: Tensor, y: Tensor) -> Tensor | None:
-        return self._taps.tap(fqn, y, self._mask, KeptRows(x, y, self._sides[fqn]) if self._weigh_rows else None)
+        weigh = self._weigh_rows and not self._in_backward
+        return self._taps.tap(fqn, y, self._mask, (lambda: KeptRows(x, y, self._sides[fqn])) if weigh else None)
 
     def see_loss(self, sensitivity: Sensitivity, output: Any, batch: Any, keep: bool) -> None:
         """Add the gradients of a batch's loss; ``keep`` where another loss of this batch follows."""
@@ -84,7 +91,12 @@ class Recorder:
         Inputs are shared by layers; outputs are not: every call of a layer makes a tensor of its own, with its own
         gradient, and a module that is called at several places is one layer. So there is nothing to find twice.
         """
-        for fqn, values, mask, kept in self._taps.gradients(loss, keep):
+        self._in_backward = True
+        try:
+            gradients = self._taps.gradients(loss, keep)
+        finally:
+            self._in_backward = False
+        for fqn, values, mask, kept in gradients:
             layer = self._layers[fqn]
             state = self._state_of_loss(self._gradients, fqn, GRADIENT)
             rows = gradient_rows(layer, values)
@@ -107,6 +119,8 @@ class Recorder:
         """Remove every hook."""
         for handle in self._handles:
             handle.remove()
+        if self._fast_path:
+            torch.backends.mha.set_fastpath_enabled(True)
 
     def finish(self, covariances: Covariances) -> None:
         """Mirror the triangles, take biases out of streamed outputs, and hand the sums over."""
@@ -156,6 +170,8 @@ class Recorder:
         self._batch += 1
 
     def _see_input(self, fqn: str, layer: nn.Module, x: Tensor, dtype: torch.dtype) -> None:
+        if self._in_backward:
+            return
         state = self._state(fqn, layer, x, "input", dtype)
         if not state.is_repeated(fqn, x):
             self._touched[state.leader] = state
@@ -166,6 +182,8 @@ class Recorder:
                     state.update(self._real_rows(fqn, x.detach()))
 
     def _see_output(self, fqn: str, layer: nn.Module, y: Tensor, dtype: torch.dtype) -> None:
+        if self._in_backward:
+            return
         state = self._state(fqn, layer, None, "output", dtype)
         self._touched[fqn] = state
         with torch.no_grad():

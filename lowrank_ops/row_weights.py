@@ -12,23 +12,25 @@ samples that it is unsure of, and moments of those alone would fit the others ba
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .covariances import Covariance
-from .dense_layers import bias_vector, input_rows
+from .dense_layers import bias_vector, pad_input
 from .masks import real_rows
 from .ops import covariance_update_
 
-MOST_PATCHES = 1 << 24  # elements of a convolution's patches at a time
+MOST_PATCHES = 1 << 24  # elements of a convolution's patches at a time, in as many lines and images as that allows
 
 
 class KeptRows:
     """What a layer was given in one call, or has made of it, kept until the gradient is known."""
 
     def __init__(self, x: Tensor, y: Tensor, side: str) -> None:
-        # What is done to an output in place afterwards is the model's business: a copy is kept. Inputs are kept by
-        # autograd as well, for the gradient of the weight.
-        self._side, self._values = side, x if side == "input" else y.detach().clone()
+        # What is done to an output in place afterwards is the model's business: a copy is kept, and so it is of inputs
+        # that count no versions. Other inputs are kept by autograd as well, for the gradient of the weight.
+        self._side, kept = side, x if side == "input" else y.detach()
+        self._values = kept.clone() if side == "output" or kept.is_inference() else kept
         self._version = None if self._values.is_inference() else self._values._version
 
     def add_to(self, covariance: Covariance, fqn: str, layer: nn.Module, gradient: Tensor, mask: Tensor | None) -> None:
@@ -49,21 +51,38 @@ class KeptRows:
                 f"the input of layer {fqn!r} was changed in place after the layer had used it, so that its rows can no "
                 "longer be weighed with their gradients; pass weigh_rows=False."
             )
-        values = self._values.detach()
+        if not gradient.numel():
+            return
+        values, bias = self._values.detach(), bias_vector(layer) if self._side == "output" else None
         if not isinstance(layer, nn.Conv2d):
             weights = _weights_of_linear(gradient, mask)
-            _add(covariance, self._unbiased(real_rows(fqn, values, mask), layer), weights.unsqueeze(-1))
+            _add(covariance, real_rows(fqn, values, mask), weights.unsqueeze(-1), bias)
             return
         values, gradient = (part if part.dim() == 4 else part.unsqueeze(0) for part in (values, gradient))
-        weights = _weights_of_conv(gradient, layer.groups)
-        images = max(1, MOST_PATCHES * len(weights) // (weights[..., 0].numel() * covariance.total.numel()))
+        weights = _weights_of_conv(gradient, layer.groups)  # (images, height, width, groups)
+        values = _padded(layer, values) if self._side == "input" else values
+        height, line = weights.shape[1], weights.shape[2] * covariance.total.numel()
+        lines = min(height, max(1, MOST_PATCHES // line))
+        images = max(1, MOST_PATCHES // (line * lines))
         for part, part_weights in zip(values.split(images), weights.split(images), strict=True):
-            rows = input_rows(layer, part) if self._side == "input" else part.movedim(1, -1).flatten(0, -2)
-            _add(covariance, self._unbiased(rows, layer), part_weights.flatten(0, -2))
+            for first, band in zip(range(0, height, lines), part_weights.split(lines, 1), strict=True):
+                if self._side == "input":
+                    rows = _patches(layer, part, first, band.shape[1])
+                else:
+                    rows = part[:, :, first : first + lines].movedim(1, -1)
+                _add(covariance, rows, band.flatten(0, -2), bias)
 
-    def _unbiased(self, rows: Tensor, layer: nn.Module) -> Tensor:
-        bias = bias_vector(layer) if self._side == "output" else None
-        return rows if bias is None else rows - bias
+
+def _padded(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    x, (vertical, horizontal) = pad_input(layer, x)
+    return F.pad(x, (horizontal, horizontal, vertical, vertical)) if vertical or horizontal else x
+
+
+def _patches(layer: nn.Conv2d, x: Tensor, first: int, lines: int) -> Tensor:
+    """The patches (rows, in_features) of some lines of a convolution's output, from its padded input."""
+    top, reach = first * layer.stride[0], layer.dilation[0] * (layer.kernel_size[0] - 1) + 1
+    x = x[:, :, top : top + (lines - 1) * layer.stride[0] + reach]
+    return F.unfold(x, layer.kernel_size, layer.dilation, 0, layer.stride).mT.flatten(0, 1)
 
 
 def _weights_of_linear(gradient: Tensor, mask: Tensor | None) -> Tensor:
@@ -108,20 +127,23 @@ def balanced(gradient: Tensor, mask: Tensor | None = None) -> Tensor:
     return torch.where(felt.unsqueeze(1), squares / mean, 1.0).view(gradient.shape[:-1])
 
 
-def _add(covariance: Covariance, rows: Tensor, weights: Tensor) -> None:
-    """Rows (..., groups * features), each group with a weight of its own, (rows, groups)."""
+def _add(covariance: Covariance, rows: Tensor, weights: Tensor, bias: Tensor | None) -> None:
+    """Rows (..., groups * features), less a bias, each group with a weight of its own, (rows, groups)."""
     moment, total = covariance.second_moment, covariance.total
-    features = total.shape[-1]
-    rows = rows.reshape(-1, rows.shape[-1])
-    wide = torch.promote_types(rows.dtype, torch.float32)
-    unused = torch.zeros_like(total).view(-1, features)
-    groups = zip(
-        moment.view(-1, features, features), total.view(-1, features), unused, rows.split(features, -1), weights.T,
-        strict=True,
-    )  # fmt: skip
-    for group_moment, group_total, sink, part, weight in groups:
-        length = weight.to(wide).sqrt()
-        scaled = part.to(wide) * length.unsqueeze(-1)
-        group_total += length @ scaled
-        covariance_update_(group_moment, sink, scaled.to(rows.dtype))
-    covariance.count += len(rows)
+    groups, features = total.numel() // total.shape[-1], total.shape[-1]
+    dtype = rows.dtype
+    length = weights.to(torch.promote_types(dtype, torch.float32)).sqrt()
+    rows = rows if bias is None else rows - bias.to(length)
+    scaled = rows.reshape(-1, groups, features) * length.unsqueeze(-1)  # in the dtype of the lengths
+    by_group = scaled.movedim(1, 0)  # (groups, rows, features)
+    with torch.autocast(total.device.type, enabled=False):  # sums must not be rounded
+        total += (length.T.unsqueeze(1) @ by_group).view_as(total)
+        if groups == 1:
+            # Rounded as the rows are, which is fast; but float16 may not hold them.
+            narrow = scaled if dtype == torch.float16 else scaled.to(dtype)
+            # Patches of one image lie column by column, which no kernel reads.
+            covariance_update_(moment, torch.zeros_like(total), narrow.contiguous())
+        else:  # often hundreds of small ones
+            by_group = by_group.to(moment.dtype)
+            moment.baddbmm_(by_group.mT, by_group)
+    covariance.count += len(scaled)

@@ -136,16 +136,19 @@ class GradientTaps:
     def __init__(self) -> None:
         self._taps: list[tuple[GradientEdge, str, Tensor | None, KeptRows | None]] = []
 
-    def tap(self, fqn: str, y: Tensor, mask: Tensor | None, rows: KeptRows | None) -> Tensor | None:
-        """Remember a layer's output; gives the tensor that takes its place, or None to leave it."""
+    def tap(self, fqn: str, y: Tensor, mask: Tensor | None, keep: Callable[[], KeptRows] | None) -> Tensor | None:
+        """Remember a layer's output, with what ``keep`` gives; the tensor that takes its place, or None to leave it."""
         if y.is_inference() or not torch.is_grad_enabled():
             return None
+        rows = None if keep is None else keep()
         if y.requires_grad:
             self._taps.append((get_gradient_edge(y), fqn, mask, rows))
             return None
-        anchor = y.detach().requires_grad_()  # nothing before this layer needs a gradient: the graph starts here
-        self._taps.append((get_gradient_edge(anchor), fqn, mask, rows))
-        return anchor.clone()  # a leaf could not be changed in place by what follows
+        # Nothing before this layer needs a gradient: the graph starts here, at a copy, for a leaf could not be changed
+        # in place by what follows.
+        start = y.detach().requires_grad_().clone()
+        self._taps.append((get_gradient_edge(start), fqn, mask, rows))
+        return start
 
     def gradients(self, loss: Tensor, keep: bool = False) -> list[Gradient]:
         """The gradient of ``loss`` at every call that it depends on; forgets the calls unless ``keep``.
@@ -153,12 +156,11 @@ class GradientTaps:
         Raises:
             ValueError: the loss depends on no layer.
         """
-        taps = self._taps
+        taps, self._taps = self._taps, []
         found: Sequence[Tensor | None] = []
         if taps and loss.requires_grad:
             found = torch.autograd.grad(loss, [edge for edge, *_ in taps], retain_graph=keep, allow_unused=True)
-        if not keep:
-            self._taps = []
+        self._taps = taps if keep else []  # and not what gradient checkpointing has called again
         gradients = [
             Gradient(fqn, values, mask, rows)
             for (_, fqn, mask, rows), values in zip(taps, found, strict=False)

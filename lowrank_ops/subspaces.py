@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from .covariances import Covariance, Covariances
+from .covariances import WEIGHTED, Covariance, Covariances
 from .decomposition import WIDE, Subspace, WideSubspace, principal_subspace
 from .dense_layers import Dimensions, bias_vector, dimensions, weight_matrix
 
@@ -111,6 +111,14 @@ class LayerSubspaces:
                 f"the sensitivity has features {tuple(sensitivity.total.shape)}, the layer's output {expected}; it "
                 "belongs to another layer or model."
             )
+        weighted = None if sensitivity is None else sensitivity.weighted
+        streamed = (WEIGHTED + covariance.side, covariance.total.shape)
+        if weighted is not None and (weighted.side, weighted.total.shape) != streamed:
+            raise ValueError(
+                f"the sensitivity holds the {weighted.side} with features {tuple(weighted.total.shape)}, the "
+                f"covariance the {covariance.side} with {tuple(covariance.total.shape)}. Take both from one "
+                "calibration, or a sensitivity calibrated with weigh_rows=False."
+            )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -169,7 +177,7 @@ class LayerSubspaces:
 
         That of all rows alike where no weighted rows were streamed.
         """
-        rows = None if self.sensitivity is None else self.sensitivity.weighted
+        rows = self._weighted
         if rows is None:
             return self.moment if centered == self.centered else self.covariance.moment(centered=centered)
         moment = rows.moment(centered=centered)
@@ -178,14 +186,36 @@ class LayerSubspaces:
             moment += shift.unsqueeze(-1) * shift.unsqueeze(-2)
         return moment.to(self.weight.device)
 
-    @cached_property
+    @property
     def felt_output_moment(self) -> Tensor:
-        """:attr:`output_moment`, rows weighed with what the loss feels of them."""
-        if self.sensitivity is None or self.sensitivity.weighted is None:
-            return self.output_moment
-        moment = self._of_output(self.felt_moment(centered=self.centered))
-        space = self._subspace(lambda: moment, self.output_mean, self.dimensions.out_features)
-        return moment if isinstance(space, WideSubspace) else _assembled(space)
+        """Second moment of the bias-free output, rows weighed with what the loss feels of them.
+
+        Of the shape of :attr:`output_moment`, which it is where no weighted rows were streamed; else with the rounding
+        noise of their sums.
+        """
+        return self._felt_output_moment if self.weighs_rows else self.output_moment
+
+    @property
+    def weighs_rows(self) -> bool:
+        """Whether weighted rows were streamed, and there were any."""
+        return self._weighted is not None
+
+    @property
+    def _weighted(self) -> Covariance | None:
+        rows = None if self.sensitivity is None else self.sensitivity.weighted
+        return rows if rows is not None and rows.count else None
+
+    @cached_property
+    def _felt_output_moment(self) -> Tensor:
+        return self._of_output(self.felt_moment(centered=self.centered))
+
+    def _felt_without_rounding(self) -> Tensor:
+        """:attr:`felt_output_moment` without rounding noise, except where the output is wide."""
+        if not self.weighs_rows or self.dimensions.out_features >= WIDE:
+            return self.felt_output_moment
+        return _assembled(
+            self._subspace(lambda: self.felt_output_moment, self.output_mean, self.dimensions.out_features)
+        )
 
     @cached_property
     def gradient_moment(self) -> Tensor | None:
@@ -202,7 +232,7 @@ class LayerSubspaces:
             return None
         # G sums over the rows of a sample, which makes the spectrum one of whole samples.
         return LossSpace(
-            lambda: self.felt_output_moment, lambda: sensitivity.moment(centered=False).to(self._weight.device)
+            self._felt_without_rounding, lambda: sensitivity.moment(centered=False).to(self._weight.device)
         )
 
     @cached_property
@@ -234,7 +264,7 @@ class LayerSubspaces:
         Args:
             directions: drop those of wide spaces as well; False keeps what took longest.
         """
-        for name in ("weight", "moment", "gradient_moment", "felt_output_moment"):
+        for name in ("weight", "moment", "gradient_moment", "_felt_output_moment"):
             self.__dict__.pop(name, None)
         if directions:
             for name in ("input", "output", "weight_output", "loss"):

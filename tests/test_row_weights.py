@@ -73,11 +73,19 @@ def test_sums_are_those_of_a_loop(side: str) -> None:
 
 
 @pytest.mark.parametrize("side", ["input", "output"])
+@pytest.mark.parametrize("most", [1, 500, 3000])  # elements at a time: a line, a few lines, a few images
 @pytest.mark.parametrize(
-    "options", [{}, {"groups": 2}, {"padding": 1, "padding_mode": "reflect"}, {"padding": "same", "dilation": 2}]
+    "options",
+    [
+        {},
+        {"groups": 2, "padding": 1},
+        {"padding": (2, 1), "stride": (2, 1)},
+        {"padding": 1, "padding_mode": "reflect"},
+        {"padding": "same", "dilation": 2},
+    ],
 )
-def test_convolutions_too(options: dict[str, object], side: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lowrank_ops.row_weights.MOST_PATCHES", 1000)  # a few images at a time
+def test_convolutions_too(options: dict[str, object], side: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowrank_ops.row_weights.MOST_PATCHES", most)
     conv = nn.Conv2d(4, 6, 3, **options).double()
     model, images = nn.Sequential(conv, nn.Tanh()), torch.randn(5, 4, 7, 6).double()
     found = lro.calibrate(model, [images], sensitivity=cubed, side=side).sensitivities["0"].weighted
