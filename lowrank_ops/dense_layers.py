@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -111,6 +111,11 @@ def pad_input(module: nn.Conv2d, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         return x, (top, left)
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     return F.pad(x, (left, right, top, bottom), mode=mode), (0, 0)
+
+
+def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The input among the arguments of a call of a layer."""
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def input_rows(layer: nn.Module, x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .covariances import GRADIENT, SIDES, WEIGHTED, Covariance, Covariances, NonFiniteActivationError
-from .dense_layers import bias_vector, dimensions, pad_input
+from .dense_layers import bias_vector, dimensions, input_of, pad_input
 from .masks import Mask, read_mask, real_rows
 from .ops import conv_covariance_update_, covariance_finalize_, covariance_update_
 from .ops.covariance import output_size
@@ -56,7 +56,7 @@ class Recorder:
                 lambda module, args, y: self._see_output(fqn, module, y, dtype), prepend=True
             )
         return layer.register_forward_pre_hook(
-            lambda module, args, kwargs: self._see_input(fqn, module, _input(args, kwargs), dtype),
+            lambda module, args, kwargs: self._see_input(fqn, module, input_of(args, kwargs), dtype),
             with_kwargs=True,
         )
 
@@ -70,7 +70,7 @@ class Recorder:
         for fqn, layer in self._layers.items():
             self._handles.append(
                 layer.register_forward_hook(
-                    lambda module, args, kwargs, y, fqn=fqn: self._tap(fqn, _input(args, kwargs), y),
+                    lambda module, args, kwargs, y, fqn=fqn: self._tap(fqn, input_of(args, kwargs), y),
                     prepend=True,
                     with_kwargs=True,
                 )
@@ -312,10 +312,6 @@ class _State:
             f"layer {fqn!r} received the tensor of {self.leader!r} at first and another one later, so the two cannot "
             "share a covariance. Calibrate again with share_inputs=False."
         )
-
-
-def _input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    return args[0] if args else next(iter(kwargs.values()))
 
 
 def _remove_bias(covariance: Covariance, layer: nn.Module) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .batches import device_of, evaluating, move
+from .dense_layers import input_of
 from .masks import Mask, read_mask
 
 Position = dict[str, int]  # by chain: how many of its children have been passed
@@ -149,12 +150,12 @@ class Streams:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             replacement = self._replacements.get(fqn) if self._compressed else None
-            return dense(*args, **kwargs) if replacement is None else replacement(_input(args, kwargs))
+            return dense(*args, **kwargs) if replacement is None else replacement(input_of(args, kwargs))
 
         # A hook sees the input, after hooks that change it; having one also keeps nn.TransformerEncoderLayer from its
         # fast path, which would not call the layer.
         hook = layer.register_forward_pre_hook(
-            lambda module, args, kwargs: self._see(fqn, _input(args, kwargs)), with_kwargs=True
+            lambda module, args, kwargs: self._see(fqn, input_of(args, kwargs)), with_kwargs=True
         )
         stack.callback(hook.remove)
         _override(stack, layer, forward)
@@ -320,10 +321,6 @@ def _grouped(events: list[_Event], layers: Mapping[str, nn.Module]) -> list[Grou
     return [
         Group(tuple(event.fqn for event in group), calls[group[0].fqn], group[0].position) for group in groups.values()
     ]
-
-
-def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return args[0] if args else next(iter(kwargs.values()))
 
 
 def _override(stack: ExitStack, module: nn.Module, forward: Callable[..., Any]) -> None:

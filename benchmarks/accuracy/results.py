@@ -8,6 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+ROWS = ("weighted", "alike")  # how the rows of a sample count: by their gradients, or all alike
+
+
+def rows_of(projection: str, allocation: str, rows: str) -> str:
+    """How rows count in one row of a study: nothing but factors and ranks by loss asks for weights."""
+    return rows if "loss" in (projection, allocation) else "alike"
+
 
 class Results:
     """The rows of one file: what was asked (the case) and what came out, in one flat mapping each."""

@@ -23,7 +23,7 @@ import lowrank_ops as lro
 
 from .corpora import SOURCES, corpus
 from .encoder import Batch, cosines, embed, embed_all, load_encoder, model_folder, tokenize
-from .results import Results
+from .results import ROWS, Results, rows_of
 
 
 class Arm(NamedTuple):
@@ -43,7 +43,6 @@ ARMS = {
     "output-refit": Arm("output", "uniform", "sequential"),
     "loss-refit": Arm("loss", "loss", "sequential"),
 }
-ROWS = ("weighted", "alike")
 # What is probed with random signs: the forward to calibrate with, and the sensitivity.
 PROBED: dict[str, tuple[Callable[[nn.Module, Any], Any] | None, str]] = {
     "tokens": (None, "output"),
@@ -72,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                             "budget": budget,
                             "probed": options.probed,
                             "probes": options.probes,
-                            "rows": rows_of(ARMS[arm], options.rows),
+                            "rows": rows_of(ARMS[arm].projection, ARMS[arm].allocation, options.rows),
                             "split": options.split,
                             "held_out": options.held_out,
                         }
@@ -195,11 +194,6 @@ class Bench:
     def describe(self, texts: int) -> dict[str, object]:
         """What identifies the texts."""
         return self._corpus.describe(texts)
-
-
-def rows_of(arm: Arm, rows: str) -> str:
-    """How rows count in an arm: that is asked of the loss's factors and ranks only."""
-    return rows if "loss" in (arm.projection, arm.allocation) else "alike"
 
 
 def share(report: lro.CompressionReport) -> float:

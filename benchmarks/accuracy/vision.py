@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,11 @@ from lowrank_ops.demo.data import load_images, read_original, standardise
 from lowrank_ops.demo.evaluation import percent_equal, predict
 from lowrank_ops.demo.vit import load_vit
 
-from .results import Results
+from .results import ROWS, Results, rows_of
 
 PROJECTIONS = ("weight", "input", "utilized", "output", "loss")
 ALLOCATIONS = ("uniform", "energy", "loss")
 WAYS = ("plain", "distilled")
-ROWS = ("weighted", "alike")
 CALIBRATION_BATCH = 100
 TRAIN_BATCH = 128
 RESULTS = Path(__file__).parents[1] / "results" / "vision.json"
@@ -52,8 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         held_out = train.held_out_images if train is not None and options.held_out else load_images("test")
         bench = Bench(*held_out, options.device)
         images = load_images("calibration")[0]  # the 2,000 that ship
-        bench.use(bench.calibrate(images, options.probes, options.rows == "weighted"))
+        covariances = bench.calibrate(images, options.probes, options.rows == "weighted")
+        missing.sort(key=lambda case: case["rows"])
+        rows: str | None = None
         for case in tqdm(missing, desc="compressing and evaluating", unit="model"):
+            if case["rows"] != rows:  # what is predicted of a row goes by its own rows as well
+                rows = case["rows"]
+                bench.use(covariances if rows == "weighted" else taken_alike(covariances))
             student, report = bench.compress(
                 case["budget"], case["projection"], case["allocation"], options.keep_dense, options.refit
             )
@@ -115,7 +120,7 @@ def asked(options: argparse.Namespace) -> list[dict[str, Any]]:
             "projection": projection,
             "allocation": allocation,
             **setup,
-            "rows": options.rows if "loss" in (projection, allocation) else "alike",  # nothing else asks for weights
+            "rows": rows_of(projection, allocation, options.rows),
         }
         for budget in options.budgets
         for allocation in options.allocations
@@ -186,6 +191,13 @@ class Bench:
             "accuracy": percent_equal(predictions, self.labels),
             "agreement": percent_equal(predictions, self.predictions),
         }
+
+
+def taken_alike(covariances: lro.Covariances) -> lro.Covariances:
+    """The same without weighted rows."""
+    found = copy.copy(covariances)
+    found.sensitivities = {fqn: replace(felt, weighted=None) for fqn, felt in covariances.sensitivities.items()}
+    return found
 
 
 def training_images(folder: Path) -> tuple[Tensor, Tensor]:
@@ -290,7 +302,8 @@ def table(results: Results, cases: Sequence[dict[str, Any]], options: argparse.N
             same = [case for case in cases if (case["budget"], case["projection"]) == (budget, projection)]
             cells = " | ".join(shown(results.find(case)) for case in same)
             lines.append(f"| {budget:g}% | {projection} | {cells} |")
-    rows = [row for case in cases if (row := results.find(case)) is not None and row["predicted_loss"] is not None]
+    found = [row for case in cases if (row := results.find(case)) is not None and row["rows"] == options.rows]
+    rows = [row for row in found if row["predicted_loss"] is not None]
     if len(rows) > 2:
         order = rank_correlation([row["predicted_loss"] for row in rows], [100 - row["agreement"] for row in rows])
         lines.append(f"\nPredicted loss and disagreement: rank correlation {order:.3f} over {len(rows)} rows.")

@@ -52,6 +52,19 @@ def test_rows_are_computed_once(
     assert compressed == ["input"] and "| 60% | weight | not measured |" in capsys.readouterr().out
 
 
+def test_rows_that_ask_for_no_weights_are_predicted_without(tmp_path: Path) -> None:
+    found = []
+    for rows in ("weighted", "alike"):
+        out = tmp_path / f"{rows}.json"
+        arguments = ["--out", str(out), "--rows", rows, "--budgets", "60", "--allocations", "uniform"]
+        vision.main([*arguments, "--projections", "output", "loss"])
+        found.append({row["projection"]: row for row in Results(out).rows})
+    weighted, alike = found
+    assert weighted["output"]["predicted_loss"] == pytest.approx(alike["output"]["predicted_loss"])
+    assert weighted["loss"]["rows"] == "weighted" and weighted["output"] == alike["output"]
+    assert weighted["loss"]["predicted_loss"] != pytest.approx(alike["loss"]["predicted_loss"])
+
+
 def test_refit_rows_are_rows_of_their_own(tmp_path: Path) -> None:
     out = tmp_path / "rows.json"
     arguments = ["--out", str(out), "--budgets", "60", "--projections", "output", "--allocations", "uniform"]
