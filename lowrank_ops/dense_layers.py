@@ -122,8 +122,19 @@ def input_rows(layer: nn.Module, x: Tensor) -> Tensor:
     """The rows (rows, in_features) that a layer multiplies: for a convolution the patches of its input."""
     if not isinstance(layer, nn.Conv2d):
         return x.reshape(-1, x.shape[-1])
-    x, padding = pad_input(layer, x if x.dim() == 4 else x.unsqueeze(0))
+    return patches(layer, *pad_input(layer, x if x.dim() == 4 else x.unsqueeze(0)))
+
+
+def patches(layer: nn.Conv2d, x: Tensor, padding: tuple[int, int]) -> Tensor:
+    """The patches (positions, in_features) of images (batch, channels, height, width)."""
     return F.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride).mT.flatten(0, 1)
+
+
+def output_rows(layer: nn.Module, y: Tensor) -> Tensor:
+    """What a layer has made, or the gradient there, with the features last: of a convolution (positions, channels)."""
+    if not isinstance(layer, nn.Conv2d):
+        return y
+    return y.movedim(-3, -1).flatten(0, -2).contiguous()  # a single image lies column by column, which no kernel reads
 
 
 def _sides(module: nn.Conv2d) -> tuple[int, int, int, int]:

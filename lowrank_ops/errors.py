@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .batches import call_model, device_of, evaluating, move
-from .dense_layers import bias_vector
+from .dense_layers import bias_vector, output_rows
 from .layers import LowRankConv2d, LowRankLinear
 from .masks import Mask, read_mask, real_rows
 
@@ -86,7 +86,7 @@ def measure_errors(
         error = y - replaced[fqn](x)
         bias = None if centered else bias_vector(layer)
         if isinstance(layer, nn.Conv2d):
-            y, error = (part.movedim(-3, -1).flatten(0, -2) for part in (y, error))
+            y, error = (output_rows(layer, part) for part in (y, error))
         else:
             real = masks[-1] if masks else None
             y, error = (real_rows(fqn, part, real, known=mask is None or bool(masks)) for part in (y, error))

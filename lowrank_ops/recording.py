@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .covariances import GRADIENT, SIDES, WEIGHTED, Covariance, Covariances, NonFiniteActivationError
-from .dense_layers import bias_vector, dimensions, input_of, pad_input
+from .dense_layers import bias_vector, dimensions, input_of, output_rows, pad_input
 from .masks import Mask, read_mask, real_rows
 from .ops import conv_covariance_update_, covariance_finalize_, covariance_update_
 from .ops.covariance import output_size
 from .row_weights import KeptRows
-from .sensitivity import GradientTaps, Sensitivity, gradient_rows, objective
+from .sensitivity import GradientTaps, Sensitivity, objective
 
 
 class Recorder:
@@ -99,7 +99,7 @@ class Recorder:
         for fqn, values, mask, kept in gradients:
             layer = self._layers[fqn]
             state = self._state_of_loss(self._gradients, fqn, GRADIENT)
-            rows = gradient_rows(layer, values)
+            rows = output_rows(layer, values)
             with torch.no_grad():
                 state.update(rows if isinstance(layer, nn.Conv2d) else real_rows(fqn, rows, mask))
                 if kept is not None:
@@ -188,8 +188,7 @@ class Recorder:
         self._touched[fqn] = state
         with torch.no_grad():
             if isinstance(layer, nn.Conv2d):
-                channels = y.detach().movedim(-3, -1).flatten(0, -2)  # (positions, out_channels)
-                state.update(channels)
+                state.update(output_rows(layer, y.detach()))
             else:
                 state.update(self._real_rows(fqn, y.detach()))
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .covariances import Covariance
-from .dense_layers import bias_vector, pad_input
+from .dense_layers import bias_vector, pad_input, patches
 from .masks import real_rows
 from .ops import covariance_update_
 
@@ -82,7 +82,7 @@ def _patches(layer: nn.Conv2d, x: Tensor, first: int, lines: int) -> Tensor:
     """The patches (rows, in_features) of some lines of a convolution's output, from its padded input."""
     top, reach = first * layer.stride[0], layer.dilation[0] * (layer.kernel_size[0] - 1) + 1
     x = x[:, :, top : top + (lines - 1) * layer.stride[0] + reach]
-    return F.unfold(x, layer.kernel_size, layer.dilation, 0, layer.stride).mT.flatten(0, 1)
+    return patches(layer, x, (0, 0))
 
 
 def _weights_of_linear(gradient: Tensor, mask: Tensor | None) -> Tensor:

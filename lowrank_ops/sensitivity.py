@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .batches import output_tensor
@@ -101,7 +102,7 @@ def _pooled_signs(values: Tensor, mask: Tensor | None) -> Tensor:
     values = values.float()
     real = torch.ones_like(values[..., :1]) if mask is None else mask.to(values).unsqueeze(-1)
     total = (values * real).sum(1)  # (batch, features)
-    direction = torch.nn.functional.normalize(total, dim=-1) * (MEAN_SCALE * total.detach().norm(dim=-1, keepdim=True))
+    direction = F.normalize(total, dim=-1) * (MEAN_SCALE * total.detach().norm(dim=-1, keepdim=True))
     of_rows = torch.randint_like(values, 2) * 2 - 1
     of_mean = torch.randint_like(direction, 2) * 2 - 1
     return (values * of_rows * real).sum() + (direction * of_mean).sum()
@@ -173,8 +174,3 @@ class GradientTaps:
                 "Let it run with gradients, in calibrate by forward=, or do without sensitivity."
             )
         return gradients
-
-
-def gradient_rows(layer: nn.Module, gradient: Tensor) -> Tensor:
-    """The gradient as (..., out_features): channels last for a convolution."""
-    return gradient.movedim(-3, -1).flatten(0, -2) if isinstance(layer, nn.Conv2d) else gradient
