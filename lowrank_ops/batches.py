@@ -23,6 +23,21 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
+@contextmanager
+def without_fast_path(wanted: bool = True) -> Iterator[None]:
+    """nn.TransformerEncoder layer by layer, as with gradients, if ``wanted``.
+
+    A frozen one would take the padding out of its input, into nested tensors, which its own layers refuse once they
+    need gradients.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(before and not wanted)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
 def call_model(model: nn.Module, batch: Any) -> Any:
     """The model's output for a batch: mappings are keyword arguments, tuples and lists positional ones."""
     if isinstance(batch, Mapping):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .batches import call_model, device_of, evaluating, move
+from .batches import call_model, device_of, evaluating, move, without_fast_path
 from .covariances import Covariances
 from .dense_layers import FilterFn, dimensions, find_layers
 from .masks import Mask
@@ -101,6 +101,7 @@ def calibrate(
     with (
         torch.inference_mode(False) if sensitivity is not None else nullcontext(),
         torch.set_grad_enabled(sensitivity is not None),
+        without_fast_path(sensitivity is not None),
         _recording(model, filter_fn, mask, side, dtype, max_state_bytes, share_inputs) as (recorder, covariances),
     ):
         _warn_of_skipped(covariances, filter_fn, stacklevel=3)
@@ -179,7 +180,10 @@ def calibration(
             "calibrate(model, batches, sensitivity=...)."
         )
     found = Calibration()
-    with _recording(model, filter_fn, mask, side, dtype, max_state_bytes, share_inputs, found) as (recorder, _):
+    with (
+        without_fast_path(sensitivity),
+        _recording(model, filter_fn, mask, side, dtype, max_state_bytes, share_inputs, found) as (recorder, _),
+    ):
         _warn_of_skipped(found, filter_fn, stacklevel=4)
         if sensitivity:
             recorder.attach_taps(dtype, weigh_rows)

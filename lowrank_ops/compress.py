@@ -22,6 +22,7 @@ from .ranks import ChosenRanks, Measure, choose_ranks
 from .refit import refit_factors
 from .replacement import replace_, replaced, tied_layers
 from .report import CompressionReport
+from .sensitivity import Sensitivity
 from .subspaces import LayerSubspaces, layer_subspaces
 
 
@@ -35,6 +36,7 @@ def compress_(
     batches: Iterable[Any] | None = None,
     mask: Mask | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
+    sensitivity: Sensitivity | None = None,
     blocks: str | Sequence[str] | None = None,
     checkpoint: str | Path | None = None,
     progress: bool = False,
@@ -53,6 +55,7 @@ def compress_(
             again; by default they are made here.
         batches: for ``refit="sequential"``, at best those of the calibration; ``AccuracyGuided`` tries without refit.
         mask, forward, blocks, checkpoint: of the refit, as for :func:`lowrank_ops.refit_factors`.
+        sensitivity: of the refit as well: the calibration's, by which its rows then count with ``projection="loss"``.
         progress: show a progress bar.
 
     Returns:
@@ -142,6 +145,7 @@ def compress_(
                 factors,
                 batches,
                 sensitivities=covariances.sensitivities,
+                sensitivity=sensitivity,
                 centered=config.centered,
                 mask=mask,
                 forward=forward,

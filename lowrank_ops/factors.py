@@ -33,7 +33,8 @@ class Factors:
             ``"output"``: 0 but for wide layers, whose directions are found by iteration; None for other projections
             and after a refit.
         refitted: made by :func:`lowrank_ops.refit_factors`; ``predicted_error`` is then that of the compressed model's
-            output against the dense model's, with what the layers before it contribute.
+            output against the dense model's, with what the layers before it contribute, and over rows as the refit
+            weighed them, as is ``output_variance``.
     """
 
     down: Tensor

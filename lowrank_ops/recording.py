@@ -36,7 +36,6 @@ class Recorder:
         self._weighted: dict[str, _State] = {}
         self._samples = 0
         self._batch = 0
-        self._fast_path = False  # to be turned on again in the end
         self._in_forward = False
         self._in_backward = False  # where gradient checkpointing calls layers again, with rows that were seen already
         self._handles: list[RemovableHandle] = []
@@ -63,10 +62,6 @@ class Recorder:
     def attach_taps(self, dtype: torch.dtype, weigh_rows: bool) -> None:
         """Hook the outputs of all layers, to differentiate by them; with ``weigh_rows`` keep the rows until then."""
         self._gradient_dtype, self._weigh_rows = dtype, weigh_rows
-        # A frozen nn.TransformerEncoder would take the padding out of its input, into nested tensors, which its own
-        # layers refuse once they need gradients.
-        self._fast_path = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
         for fqn, layer in self._layers.items():
             self._handles.append(
                 layer.register_forward_hook(
@@ -119,8 +114,6 @@ class Recorder:
         """Remove every hook."""
         for handle in self._handles:
             handle.remove()
-        if self._fast_path:
-            torch.backends.mha.set_fastpath_enabled(True)
 
     def finish(self, covariances: Covariances) -> None:
         """Mirror the triangles, take biases out of streamed outputs, and hand the sums over."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -23,13 +24,16 @@ from .batches import call_model
 from .covariances import Covariance, NonFiniteActivationError
 from .dense_layers import find_layers, input_rows, weight_matrix
 from .factors import Factors
+from .felt_rows import felt_rows
 from .layers import LowRankConv2d, LowRankLinear
 from .masks import Mask, real_rows
 from .regression import PairedSums, refit_layers
 from .replacement import replaced
+from .sensitivity import Sensitivity, check_sensitivity
 from .streams import Group, Streams, find_chains
 
 _FORMAT = "lowrank_ops.refit/1"
+Weights = list[list[Tensor]]  # of one layer's rows, by batch and call
 
 
 def refit_factors(
@@ -38,6 +42,7 @@ def refit_factors(
     batches: Iterable[Any],
     *,
     sensitivities: Mapping[str, Covariance] | None = None,
+    sensitivity: Sensitivity | None = None,
     centered: bool = True,
     ridge: float | None = None,
     mask: Mask | None = None,
@@ -63,6 +68,10 @@ def refit_factors(
         factors: ``{fqn: Factors}`` as from :func:`lowrank_ops.factorize`; they say rank and projection of each layer.
         batches: as for :func:`lowrank_ops.calibrate`, at best the same; held in memory, as each is run many times.
         sensitivities: of a calibration, for factors with ``projection="loss"``.
+        sensitivity: as for :func:`lowrank_ops.calibrate`, at best the same: one more forward and backward pass of the
+            dense model then tells what the loss feels of each row, by which rows count for factors with
+            ``projection="loss"``; so do they in the means that biases make exact and in ``predicted_error``. Keeps
+            4 bytes per row and layer. None: all rows alike.
         centered: fit about the means and fold them into the biases, as the factors were made.
         ridge: what is added to the variance of every direction of the input, relative to the mean one, in the
             regression: 0 fits the rows as they are, infinity keeps the dense weight and takes only the new input's
@@ -74,26 +83,39 @@ def refit_factors(
         checkpoint: file that is written after every block. If it exists, the run goes on from it: what it holds is
             not fitted again, and the factors come out as from an unbroken run.
         max_state_bytes: bound on the sums of one group of layers, (2 in_features)^2 float64 numbers twice, or less
-            where the outputs are narrower.
+            where the outputs are narrower; for each of its layers where rows are weighed.
         progress: show a progress bar.
 
     Returns:
         ``{fqn: Factors}`` in the order of ``factors``; new ones are in the layer's dtype and have ``refitted`` true.
 
     Raises:
-        NonFiniteActivationError: NaN or inf in the input of a layer.
+        NonFiniteActivationError: NaN or inf in the input of a layer, or in a gradient.
         ValueError: a bad argument, layers that cannot be replaced, a checkpoint of another run.
     """
     sensitivities = sensitivities or {}
+    if sensitivity is not None:
+        check_sensitivity(sensitivity)
     batches = _checked(model, factors, batches, sensitivities, ridge)
     with replaced(model, factors):  # raises now for what could not be put into the model in the end
         pass
     found, _ = find_layers(model)
     layers = {fqn: found[fqn] for fqn in factors}
     chains = find_chains(model, layers) if blocks is None else _containers(model, blocks)
-    settings = _settings(layers, factors, len(batches), centered, ridge)
+    settings = _settings(layers, factors, len(batches), centered, ridge, sensitivity)
     done = {} if checkpoint is None else _resume(Path(checkpoint), settings)
     new, kept = dict(factors), dict.fromkeys(layers, "the first batch did not reach it")
+    by_loss = {
+        fqn: layer
+        for fqn, layer in layers.items()
+        if factors[fqn].projection == "loss" and fqn not in done and getattr(layer, "groups", 1) == 1
+    }
+    run = forward or call_model
+    weights: dict[str, Weights] = {}
+    if sensitivity is not None and by_loss:
+        weights = felt_rows(model, by_loss, batches, sensitivity, mask=mask, forward=run)
+
+    unfelt: dict[str, None] = {}  # layers some of whose rows have no weight
 
     def refitted(streams: Streams, group: Group) -> dict[str, Factors] | str:
         """New factors of a group, or why it keeps those that it has."""
@@ -103,15 +125,25 @@ def refit_factors(
         folds = 2 if ridge is None else 1
         if any(getattr(layer, "groups", 1) > 1 for layer in members.values()):
             return "it is a convolution with groups"
-        if (needed := PairedSums.state_bytes(members, folds)) > max_state_bytes:
+        # Rows alike have one sum for all layers, weights are each layer's own.
+        alike = {fqn: layer for fqn, layer in members.items() if fqn not in weights}
+        parts = [*([alike] if alike else []), *({fqn: members[fqn]} for fqn in members if fqn in weights)]
+        if (needed := sum(PairedSums.state_bytes(part, folds) for part in parts)) > max_state_bytes:
             return f"its sums would take {needed / 2**30:.2g} GiB, more than max_state_bytes"
-        pairs = PairedSums(members, folds)
-        old = {fqn: factors[fqn] for fqn in members}
-        reason = _stream(streams, group, pairs)
-        return reason or refit_layers(pairs, old, sensitivities, centered=centered, ridge=ridge)
+        sums = [PairedSums(part, folds) for part in parts]
+        reason = _stream(streams, group, sums, weights, unfelt)
+        if reason is not None:
+            return reason
+        return {
+            fqn: refitted
+            for pairs in sums
+            for fqn, refitted in refit_layers(
+                pairs, {fqn: factors[fqn] for fqn in pairs.layers}, sensitivities, centered=centered, ridge=ridge
+            ).items()
+        }
 
     with (
-        Streams(model, layers, batches, forward or call_model, mask, chains, strict=blocks is not None) as streams,
+        Streams(model, layers, batches, run, mask, chains, strict=blocks is not None) as streams,
         tqdm(total=len(layers), desc="refitting", unit="layer", disable=not progress) as bar,
     ):
         called_once = {fqn for group in streams.groups if group.calls == 1 for fqn in group.layers}
@@ -135,35 +167,73 @@ def refit_factors(
     if kept:
         reasons = "".join(f"\n  {fqn}: {reason}" for fqn, reason in kept.items())
         warnings.warn(f"these layers are not refitted:{reasons}", stacklevel=2)
+    if unfelt:
+        warnings.warn(
+            "gradients do not correspond to the rows of these layers row by row, so that some or all of their rows "
+            f"count alike: {', '.join(unfelt)}",
+            stacklevel=2,
+        )
     return new
 
 
-def _stream(streams: Streams, group: Group, pairs: PairedSums) -> str | None:
+def _stream(
+    streams: Streams, group: Group, sums: Sequence[PairedSums], weights: Mapping[str, Weights], unfelt: dict[str, None]
+) -> str | None:
     """Fill the sums with all batches; a reason where the rows of the two models do not correspond."""
     leader = group.layers[0]
     layer = streams.layers[leader]
-    last = len(pairs.folds) - 1
+    folds = sums[0].folds
+    last = len(folds) - 1
     for batch, dense, compressed, mask in streams.pairs(group):
         if [x.shape for x in dense] != [z.shape for z in compressed]:
             return "its inputs in the dense and in the compressed model do not correspond row by row"
         rows = None if isinstance(layer, nn.Conv2d) else mask
-        for x, z in zip(dense, compressed, strict=True):
+        for call, (x, z) in enumerate(zip(dense, compressed, strict=True)):
             x, z = (input_rows(layer, real_rows(leader, part, rows)) for part in (x, z))
-            if last and len(streams.batches) == 1:  # two halves of the rows
-                half = len(x) // 2
-                pairs.update(0, x[:half], z[:half])
-                pairs.update(1, x[half:], z[half:])
-            else:
-                pairs.update(batch % 2 if last else 0, x, z)
-    if not all(sums.count for sums in pairs.folds):
+            halves = last > 0 and len(streams.batches) == 1
+            for pairs in sums:
+                felt = _weights_of_call(pairs, weights, batch, call, len(dense), len(x), unfelt)
+                if halves:
+                    half = len(x) // 2
+                    for fold, part in enumerate((slice(half), slice(half, None))):
+                        pairs.update(fold, x[part], z[part], None if felt is None else _of_mean_one(felt[part]))
+                else:
+                    pairs.update(batch % 2 if last else 0, x, z, felt)
+    if not all(fold.count for fold in folds):
         return "too few rows reached it"
-    pairs.finish()
-    if not pairs.is_finite():
+    for pairs in sums:
+        pairs.finish()
+    if not all(pairs.is_finite() for pairs in sums):
         raise NonFiniteActivationError(
             f"layer {leader!r}: its input holds NaN or inf, in the dense or in the compressed model. Check the "
             "batches, or run the model in a wider dtype."
         )
     return None
+
+
+def _weights_of_call(
+    pairs: PairedSums,
+    weights: Mapping[str, Weights],
+    batch: int,
+    call: int,
+    calls: int,
+    rows: int,
+    unfelt: dict[str, None],
+) -> Tensor | None:
+    """The weights of some sums' rows, ones where none correspond to them; None where all rows are alike."""
+    fqn = next(iter(pairs.layers))
+    if fqn not in weights:
+        return None
+    of_batch = weights[fqn][batch]
+    if len(of_batch) == calls and len(of_batch[call]) == rows:
+        return of_batch[call]
+    unfelt[fqn] = None
+    return torch.ones(rows)
+
+
+def _of_mean_one(weights: Tensor) -> Tensor:
+    """The weights of some rows of a batch as if they were all: sums count rows."""
+    return weights / weights.mean() if bool(weights.any()) else torch.ones_like(weights)
 
 
 def _layer(dense: nn.Module, factors: Factors) -> nn.Module:
@@ -215,7 +285,12 @@ def _containers(model: nn.Module, blocks: str | Sequence[str]) -> list[str]:
 
 
 def _settings(
-    layers: Mapping[str, nn.Module], factors: Mapping[str, Factors], batches: int, centered: bool, ridge: float | None
+    layers: Mapping[str, nn.Module],
+    factors: Mapping[str, Factors],
+    batches: int,
+    centered: bool,
+    ridge: float | None,
+    sensitivity: Sensitivity | None,
 ) -> dict[str, Any]:
     """What must be the same for a checkpoint to go on."""
     digest = hashlib.sha256()
@@ -227,6 +302,7 @@ def _settings(
         "batches": batches,
         "centered": centered,
         "ridge": ridge,
+        "sensitivity": "a function" if callable(sensitivity) else sensitivity,
         "weights": digest.hexdigest(),
     }
 

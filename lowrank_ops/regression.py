@@ -22,6 +22,7 @@ from .decomposition import Subspace, principal_subspace
 from .dense_layers import weight_matrix
 from .factors import Factors, factorize
 from .ops import covariance_finalize_, covariance_update_
+from .row_weights import add_weighted
 from .subspaces import DAMPING, LayerSubspaces
 
 # What the ridge is chosen from, relative to the mean variance of the input's features; infinity leaves W as it is.
@@ -66,15 +67,19 @@ class PairedSums:
         fold: int,
         x: Tensor,  # (rows, in_features), in the dense model
         z: Tensor,  # (rows, in_features), in the compressed one
+        weights: Tensor | None = None,  # (rows,), of a mean of 1; None: all rows alike
     ) -> None:
         """Add paired rows to a fold."""
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         z, change = z.to(dtype), x.to(dtype) - z.to(dtype)
         if self._of_outputs:
             change = torch.cat([change @ weight.to(dtype).T for weight in self._weights.values()], dim=-1)
-        sums = self.folds[fold]
-        covariance_update_(sums.second_moment, sums.total, torch.cat([z, change], dim=-1))
-        sums.count += len(z)
+        sums, rows = self.folds[fold], torch.cat([z, change], dim=-1)
+        if weights is not None:
+            add_weighted(sums, rows, weights.to(rows).unsqueeze(-1))
+            return
+        covariance_update_(sums.second_moment, sums.total, rows)
+        sums.count += len(rows)
 
     def finish(self) -> None:
         """Mirror the triangles; no update may follow."""
@@ -181,7 +186,7 @@ def refit_layers(
 
 
 def _unweighted(sensitivity: Covariance | None) -> Covariance | None:
-    """Without the weighted rows, which are the dense model's: the rows fitted here are those of the compressed one."""
+    """Without its weighted rows, which are the dense model's: the rows of the sums are what is fitted here."""
     return None if sensitivity is None else replace(sensitivity, weighted=None)
 
 

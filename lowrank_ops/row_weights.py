@@ -55,8 +55,8 @@ class KeptRows:
             return
         values, bias = self._values.detach(), bias_vector(layer) if self._side == "output" else None
         if not isinstance(layer, nn.Conv2d):
-            weights = _weights_of_linear(gradient, mask)
-            _add(covariance, real_rows(fqn, values, mask), weights.unsqueeze(-1), bias)
+            weights = weights_of(layer, gradient, mask)
+            add_weighted(covariance, real_rows(fqn, values, mask), weights.unsqueeze(-1), bias)
             return
         values, gradient = (part if part.dim() == 4 else part.unsqueeze(0) for part in (values, gradient))
         weights = _weights_of_conv(gradient, layer.groups)  # (images, height, width, groups)
@@ -70,7 +70,7 @@ class KeptRows:
                     rows = _patches(layer, part, first, band.shape[1])
                 else:
                     rows = part[:, :, first : first + lines].movedim(1, -1)
-                _add(covariance, rows, band.flatten(0, -2), bias)
+                add_weighted(covariance, rows, band.flatten(0, -2), bias)
 
 
 def _padded(layer: nn.Conv2d, x: Tensor) -> Tensor:
@@ -85,8 +85,16 @@ def _patches(layer: nn.Conv2d, x: Tensor, first: int, lines: int) -> Tensor:
     return patches(layer, x, (0, 0))
 
 
-def _weights_of_linear(gradient: Tensor, mask: Tensor | None) -> Tensor:
-    """Weights (rows,) of the real rows of a gradient (samples, ..., out_features), as ``real_rows`` orders them."""
+def weights_of(layer: nn.Module, gradient: Tensor, mask: Tensor | None) -> Tensor:
+    """Weights (rows,) of the real rows that a layer was given in one call, in their order.
+
+    Args:
+        layer: Linear, Conv1D, or Conv2d without groups.
+        gradient: of its output, in the output's shape.
+        mask: of the forward.
+    """
+    if isinstance(layer, nn.Conv2d):
+        return _weights_of_conv(gradient if gradient.dim() == 4 else gradient.unsqueeze(0), 1).flatten()
     if gradient.is_nested:
         return torch.cat([balanced(part.unsqueeze(0)).flatten() for part in gradient.unbind()])
     if mask is not None and gradient.shape[:-1] in (mask.shape, (mask.numel(),)):
@@ -127,8 +135,8 @@ def balanced(gradient: Tensor, mask: Tensor | None = None) -> Tensor:
     return torch.where(felt.unsqueeze(1), squares / mean, 1.0).view(gradient.shape[:-1])
 
 
-def _add(covariance: Covariance, rows: Tensor, weights: Tensor, bias: Tensor | None) -> None:
-    """Rows (..., groups * features), less a bias, each group with a weight of its own, (rows, groups)."""
+def add_weighted(covariance: Covariance, rows: Tensor, weights: Tensor, bias: Tensor | None = None) -> None:
+    """Add rows (..., groups * features), less a bias, each group with a weight of its own, (rows, groups)."""
     moment, total = covariance.second_moment, covariance.total
     groups, features = total.numel() // total.shape[-1], total.shape[-1]
     dtype = rows.dtype

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batches import device_of, evaluating, move
+from .batches import device_of, evaluating, move, without_fast_path
 from .dense_layers import input_of
 from .masks import Mask, read_mask
 
@@ -111,6 +111,7 @@ class Streams:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
             stack.enter_context(evaluating(self.model))
+            stack.enter_context(without_fast_path())
             hook = self.model.register_forward_pre_hook(self._begin, with_kwargs=True)
             stack.callback(hook.remove)
             for fqn, layer in self.layers.items():
@@ -152,8 +153,7 @@ class Streams:
             replacement = self._replacements.get(fqn) if self._compressed else None
             return dense(*args, **kwargs) if replacement is None else replacement(input_of(args, kwargs))
 
-        # A hook sees the input, after hooks that change it; having one also keeps nn.TransformerEncoderLayer from its
-        # fast path, which would not call the layer.
+        # A hook sees the input, after hooks that change it.
         hook = layer.register_forward_pre_hook(
             lambda module, args, kwargs: self._see(fqn, input_of(args, kwargs)), with_kwargs=True
         )

@@ -37,15 +37,17 @@ ALLOWED = {
     "timing": {"batches", "costs", "dense_layers", "latencies", "layers"},
     "replacement": {"dense_layers", "factors", "layers"},
     "streams": {"batches", "dense_layers", "masks"},
-    "regression": {"covariances", "decomposition", "dense_layers", "factors", "ops", "subspaces"},
+    "regression": {"covariances", "decomposition", "dense_layers", "factors", "ops", "row_weights", "subspaces"},
+    "felt_rows": {"batches", "covariances", "masks", "row_weights", "sensitivity"},
     "refit": {
-        "batches", "covariances", "dense_layers", "factors", "layers", "masks", "regression", "replacement", "streams",
+        "batches", "covariances", "dense_layers", "factors", "felt_rows", "layers", "masks", "regression",
+        "replacement", "sensitivity", "streams",
     },
     "errors": {"batches", "dense_layers", "layers", "masks"},
     "report": {"config", "costs", "covariances", "dense_layers", "factors", "latencies", "subspaces"},
     "compress": {
         "config", "covariances", "dense_layers", "factors", "journal", "masks", "ranks", "refit", "replacement",
-        "report", "subspaces",
+        "report", "sensitivity", "subspaces",
     },
     "checkpoint": {"config", "dense_layers", "layers", "replacement", "report"},
 }  # fmt: skip

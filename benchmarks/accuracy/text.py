@@ -182,9 +182,17 @@ class Bench:
         student = copy.deepcopy(self.dense)
         if arm.refit is None:
             return student, lro.compress_(student, covariances, config, subspaces=subspaces)
-        batches = tokenize(self._folder, self._corpus.calibration[:texts])
+        forward, sensitivity = PROBED[self._options.probed]
         return student, lro.compress_(
-            student, covariances, config, subspaces=subspaces, batches=batches, mask="attention_mask", progress=True
+            student,
+            covariances,
+            config,
+            subspaces=subspaces,
+            batches=tokenize(self._folder, self._corpus.calibration[:texts]),
+            mask="attention_mask",
+            forward=forward,
+            sensitivity=sensitivity if self._options.rows == "weighted" else None,
+            progress=True,
         )
 
     def judge(self, model: nn.Module) -> dict[str, float]:

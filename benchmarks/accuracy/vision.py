@@ -164,6 +164,8 @@ class Bench:
     def use(self, covariances: lro.Covariances) -> None:
         """Compress by these covariances from now on."""
         self.covariances = covariances
+        weighted = any(felt.weighted is not None for felt in covariances.sensitivities.values())
+        self._sensitivity = "fisher" if weighted else None
         layers = {fqn: module for fqn, module in self.dense.named_modules() if fqn in covariances}
         self.subspaces = lro.layer_subspaces(layers, covariances)
 
@@ -180,7 +182,13 @@ class Bench:
         student = copy.deepcopy(self.dense)
         batches = self._batches if refit else None
         report = lro.compress_(
-            student, self.covariances, config, subspaces=self.subspaces, batches=batches, progress=refit
+            student,
+            self.covariances,
+            config,
+            subspaces=self.subspaces,
+            batches=batches,
+            sensitivity=self._sensitivity,
+            progress=refit,
         )
         return student, report
 

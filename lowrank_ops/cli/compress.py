@@ -111,7 +111,9 @@ def run(options: argparse.Namespace) -> Result:
     if policy is None:
         config = replace(config, rank=_timed(options, model))
     batches = None if options.refit is None else load_batches(options.batches)
-    report = compress_(model, covariances, config, batches=batches, mask=options.mask, progress=True)
+    report = compress_(
+        model, covariances, config, batches=batches, mask=options.mask, sensitivity=options.sensitivity, progress=True
+    )
     if all(layer.rank is None for layer in report.layers):
         raise Failure(1, "every layer stays dense at these ranks, so nothing was written; allow smaller ranks")
     save_pretrained(model, options.out, report)

@@ -1,0 +1,77 @@
+"""How much the loss feels of each row that a refit fits: one forward and backward pass of the dense model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .batches import device_of, evaluating, move, without_fast_path
+from .covariances import NonFiniteActivationError
+from .masks import Mask, read_mask
+from .row_weights import weights_of
+from .sensitivity import GradientTaps, Sensitivity, objective
+
+SEED = 0  # of random labels and signs: a refit that goes on from a checkpoint weighs rows as it did before
+
+
+def felt_rows(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: Sequence[Any],
+    sensitivity: Sensitivity,
+    *,
+    mask: Mask | None,
+    forward: Callable[[nn.Module, Any], Any],
+) -> dict[str, list[list[Tensor]]]:
+    """Weights of the rows that each layer is given, as :func:`lowrank_ops.calibrate` weighs them.
+
+    Args:
+        model: the dense model; evaluated in eval mode and handed back as it was.
+        layers: ``{fqn: layer}``, Linear, Conv1D, or Conv2d without groups.
+        batches, sensitivity, mask, forward: as for :func:`lowrank_ops.calibrate`.
+
+    Returns:
+        By layer, batch and call: weights (rows,) of the real rows, on the CPU. Calls that the loss does not depend on
+        are left out.
+
+    Raises:
+        NonFiniteActivationError: NaN or inf in a gradient.
+        ValueError: the loss of a batch depends on no layer.
+    """
+    device, taps = device_of(model), GradientTaps()
+    found: dict[str, list[list[Tensor]]] = {fqn: [[] for _ in batches] for fqn in layers}
+    masks: list[Tensor | None] = [None]  # of the last forward
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        masks[0] = read_mask(mask, args, kwargs)
+
+    devices = {parameter.device.index for parameter in model.parameters() if parameter.is_cuda}
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.random.fork_rng(devices=list(devices)))
+        stack.enter_context(evaluating(model))
+        stack.enter_context(without_fast_path())
+        torch.manual_seed(SEED)
+        stack.callback(model.register_forward_pre_hook(before, with_kwargs=True).remove)
+        for fqn, layer in layers.items():
+            hook = layer.register_forward_hook(
+                lambda module, args, y, fqn=fqn: taps.tap(fqn, y, masks[0], None), prepend=True
+            )
+            stack.callback(hook.remove)
+        for index, batch in enumerate(batches):
+            moved = move(batch, device)
+            loss, _ = objective(sensitivity, forward(model, moved), moved, masks[0])
+            for fqn, values, real, _ in taps.gradients(loss):
+                weights = weights_of(layers[fqn], values, real).cpu()
+                if not weights.isfinite().all():
+                    raise NonFiniteActivationError(
+                        f"layer {fqn!r}: its gradient holds NaN or inf in batch {index} (counted from 0). "
+                        "Check that batch, or run the model in a wider dtype."
+                    )
+                found[fqn][index].append(weights)
+    return found
