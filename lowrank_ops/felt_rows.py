@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .batches import device_of, evaluating, move, without_fast_path
 from .covariances import NonFiniteActivationError
+from .dense_layers import find_layers
 from .masks import Mask, read_mask
 from .row_weights import weights_of
 from .sensitivity import GradientTaps, Sensitivity, objective
@@ -40,7 +41,7 @@ def felt_rows(
 
     Raises:
         NonFiniteActivationError: NaN or inf in a gradient.
-        ValueError: the loss of a batch depends on no layer.
+        ValueError: the loss of a batch depends on no layer of the model.
     """
     device, taps = device_of(model), GradientTaps()
     found: dict[str, list[list[Tensor]]] = {fqn: [[] for _ in batches] for fqn in layers}
@@ -56,17 +57,24 @@ def felt_rows(
         stack.enter_context(torch.random.fork_rng(devices=list(devices)))
         stack.enter_context(evaluating(model))
         stack.enter_context(without_fast_path())
-        torch.manual_seed(SEED)
+        torch.default_generator.manual_seed(SEED)  # torch.manual_seed would seed GPUs that are not forked as well
+        for device_index in devices:
+            torch.cuda.default_generators[device_index].manual_seed(SEED)
         stack.callback(model.register_forward_pre_hook(before, with_kwargs=True).remove)
-        for fqn, layer in layers.items():
+        # All layers, as in a calibration: a batch may well reach others than those that are asked for.
+        for fqn, layer in find_layers(model)[0].items():
             hook = layer.register_forward_hook(
                 lambda module, args, y, fqn=fqn: taps.tap(fqn, y, masks[0], None), prepend=True
             )
             stack.callback(hook.remove)
         for index, batch in enumerate(batches):
             moved = move(batch, device)
-            loss, _ = objective(sensitivity, forward(model, moved), moved, masks[0])
-            for fqn, values, real, _ in taps.gradients(loss):
+            # No name for the loss, which would keep this batch's graph through the next one's forward.
+            for fqn, values, real, _ in taps.gradients(
+                objective(sensitivity, forward(model, moved), moved, masks[0]).loss
+            ):
+                if fqn not in layers:
+                    continue
                 weights = weights_of(layers[fqn], values, real).cpu()
                 if not weights.isfinite().all():
                     raise NonFiniteActivationError(

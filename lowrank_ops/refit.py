@@ -70,8 +70,9 @@ def refit_factors(
         sensitivities: of a calibration, for factors with ``projection="loss"``.
         sensitivity: as for :func:`lowrank_ops.calibrate`, at best the same: one more forward and backward pass of the
             dense model then tells what the loss feels of each row, by which rows count for factors with
-            ``projection="loss"``; so do they in the means that biases make exact and in ``predicted_error``. Keeps
-            4 bytes per row and layer. None: all rows alike.
+            ``projection="loss"``; so do they in the means that biases make exact and in ``predicted_error``. Rows of
+            calls that the loss does not depend on count alike, and a warning names their layers. Keeps 4 bytes per
+            row and layer, 8 in a float64 model. None: all rows alike.
         centered: fit about the means and fold them into the biases, as the factors were made.
         ridge: what is added to the variance of every direction of the input, relative to the mean one, in the
             regression: 0 fits the rows as they are, infinity keeps the dense weight and takes only the new input's
@@ -91,7 +92,8 @@ def refit_factors(
 
     Raises:
         NonFiniteActivationError: NaN or inf in the input of a layer, or in a gradient.
-        ValueError: a bad argument, layers that cannot be replaced, a checkpoint of another run.
+        ValueError: a bad argument, layers that cannot be replaced, a checkpoint of another run, a batch whose loss
+            depends on no layer.
     """
     sensitivities = sensitivities or {}
     if sensitivity is not None:
@@ -184,12 +186,12 @@ def _stream(
     layer = streams.layers[leader]
     folds = sums[0].folds
     last = len(folds) - 1
-    for batch, dense, compressed, mask in streams.pairs(group):
+    for batch, dense, compressed, masks in streams.pairs(group):
         if [x.shape for x in dense] != [z.shape for z in compressed]:
             return "its inputs in the dense and in the compressed model do not correspond row by row"
-        rows = None if isinstance(layer, nn.Conv2d) else mask
-        for call, (x, z) in enumerate(zip(dense, compressed, strict=True)):
-            x, z = (input_rows(layer, real_rows(leader, part, rows)) for part in (x, z))
+        for call, (x, z, mask) in enumerate(zip(dense, compressed, masks, strict=True)):
+            mask = None if isinstance(layer, nn.Conv2d) else mask
+            x, z = (input_rows(layer, real_rows(leader, part, mask)) for part in (x, z))
             halves = last > 0 and len(streams.batches) == 1
             for pairs in sums:
                 felt = _weights_of_call(pairs, weights, batch, call, len(dense), len(x), unfelt)

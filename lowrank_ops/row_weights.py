@@ -20,7 +20,7 @@ from .dense_layers import bias_vector, pad_input, patches
 from .masks import real_rows
 from .ops import covariance_update_
 
-MOST_PATCHES = 1 << 24  # elements of a convolution's patches at a time, in as many lines and images as that allows
+MOST_PATCHES = 1 << 24  # elements of a convolution's patches, or of rows in the sums' dtype, at a time
 
 
 class KeptRows:
@@ -128,7 +128,7 @@ def balanced(gradient: Tensor, mask: Tensor | None = None) -> Tensor:
     if mask is not None:
         rows = rows.masked_fill(~mask.view(*rows.shape[:2], 1), 0)
     largest = rows.abs().amax((1, 2))
-    felt = largest > 0
+    felt = largest != 0  # also where it is NaN, which then is a weight, for the caller to see
     rows = rows / torch.where(felt, largest, 1.0).view(-1, 1, 1)  # else squares of small gradients would vanish
     squares = rows.square().sum(-1)
     mean = squares.sum(1, keepdim=True) / count.unsqueeze(1)
@@ -145,7 +145,10 @@ def add_weighted(covariance: Covariance, rows: Tensor, weights: Tensor, bias: Te
     scaled = rows.reshape(-1, groups, features) * length.unsqueeze(-1)  # in the dtype of the lengths
     by_group = scaled.movedim(1, 0)  # (groups, rows, features)
     with torch.autocast(total.device.type, enabled=False):  # sums must not be rounded
-        total += (length.T.unsqueeze(1) @ by_group).view_as(total)
+        # In the sums' dtype: in single precision a mean that is large beside the variance would cost the latter digits.
+        wide, some = torch.promote_types(total.dtype, scaled.dtype), max(1, MOST_PATCHES // total.numel())
+        for part, lengths in zip(by_group.split(some, 1), length.split(some), strict=True):
+            total += (lengths.T.unsqueeze(1).to(wide) @ part.to(wide)).view_as(total)
         if groups == 1:
             # Rounded as the rows are, which is fast; but float16 may not hold them.
             narrow = scaled if dtype == torch.float16 else scaled.to(dtype)

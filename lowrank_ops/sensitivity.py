@@ -172,6 +172,6 @@ class GradientTaps:
             raise ValueError(
                 "the loss of sensitivity depends on no layer: the model's forward runs without gradients "
                 "(torch.no_grad, inference_mode, a detached output), or its loss was taken already. "
-                "Let it run with gradients, in calibrate by forward=, or do without sensitivity."
+                "Let it run with gradients, in calibrate and refits by forward=, or do without sensitivity."
             )
         return gradients

@@ -140,11 +140,12 @@ class Streams:
                         self._kept[chain, compressed, batch] = self._output_of(chain, count - 1, batch, compressed)
                 self._passed[chain] = count
 
-    def pairs(self, group: Group) -> Iterator[tuple[int, list[Tensor], list[Tensor], Tensor | None]]:
-        """By batch: its index, the inputs of the group in the dense and in the compressed run, and the mask."""
+    def pairs(self, group: Group) -> Iterator[tuple[int, list[Tensor], list[Tensor], list[Tensor | None]]]:
+        """By batch its index, and by call the inputs of the group in the dense and the compressed run, and the mask."""
         for batch in range(len(self.batches)):
-            x, z = (self._inputs_of(group, batch, compressed) for compressed in (False, True))
-            yield batch, x, z, self._mask
+            x, _ = self._inputs_of(group, batch, compressed=False)
+            z, masks = self._inputs_of(group, batch, compressed=True)
+            yield batch, x, z, masks
 
     def _attach(self, stack: ExitStack, fqn: str, layer: nn.Module) -> None:
         dense = layer.forward
@@ -193,17 +194,19 @@ class Streams:
             self._compressed = False
             self._see, self._leave = (lambda fqn, x: None), (lambda chain, index, output: None)
 
-    def _inputs_of(self, group: Group, batch: int, compressed: bool) -> list[Tensor]:
+    def _inputs_of(self, group: Group, batch: int, compressed: bool) -> tuple[list[Tensor], list[Tensor | None]]:
         found: list[Tensor] = []
+        masks: list[Tensor | None] = []  # forward= may call the model several times, each with a mask of its own
 
         def see(fqn: str, x: Tensor) -> None:
             if fqn == group.layers[0]:
+                masks.append(self._mask)
                 found.append(x if group.calls == 1 else x.clone())  # the run goes on and may change it in place
                 if group.calls == 1:
                     raise _Reached
 
         self._run(batch, compressed, see)
-        return found
+        return found, masks
 
     def _output_of(self, chain: str, index: int, batch: int, compressed: bool) -> Any:
         found: list[Any] = []

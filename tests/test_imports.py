@@ -38,7 +38,7 @@ ALLOWED = {
     "replacement": {"dense_layers", "factors", "layers"},
     "streams": {"batches", "dense_layers", "masks"},
     "regression": {"covariances", "decomposition", "dense_layers", "factors", "ops", "row_weights", "subspaces"},
-    "felt_rows": {"batches", "covariances", "masks", "row_weights", "sensitivity"},
+    "felt_rows": {"batches", "covariances", "dense_layers", "masks", "row_weights", "sensitivity"},
     "refit": {
         "batches", "covariances", "dense_layers", "factors", "felt_rows", "layers", "masks", "regression",
         "replacement", "sensitivity", "streams",
