@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from .batches import device_of, evaluating, move, without_fast_path
 from .covariances import NonFiniteActivationError
@@ -19,6 +20,35 @@ from .sensitivity import GradientTaps, Sensitivity, objective
 SEED = 0  # of random labels and signs: a refit that goes on from a checkpoint weighs rows as it did before
 
 
+class FeltRows:
+    """Weights of the rows that some layers are given, by batch and call.
+
+    Attributes:
+        missing: layers some of whose rows turned out to have none.
+    """
+
+    def __init__(self, layers: Iterable[str] = (), batches: int = 0) -> None:
+        self._weights: dict[str, list[list[Tensor]]] = {fqn: [[] for _ in range(batches)] for fqn in layers}
+        self.missing: dict[str, None] = {}
+
+    def __contains__(self, fqn: str) -> bool:
+        return fqn in self._weights
+
+    def add_call(self, fqn: str, batch: int, weights: Tensor) -> None:
+        """Keep the weights (rows,) of a layer's next call in a batch."""
+        self._weights[fqn][batch].append(weights)
+
+    def of_call(self, fqn: str, batch: int, call: int, calls: int, rows: int) -> Tensor | None:
+        """The weights of one of ``calls``, ones where none correspond to its rows; None for layers not asked for."""
+        if fqn not in self._weights:
+            return None
+        of_batch = self._weights[fqn][batch]
+        if len(of_batch) == calls and len(of_batch[call]) == rows:
+            return of_batch[call]
+        self.missing[fqn] = None
+        return torch.ones(rows)
+
+
 def felt_rows(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
@@ -27,24 +57,24 @@ def felt_rows(
     *,
     mask: Mask | None,
     forward: Callable[[nn.Module, Any], Any],
-) -> dict[str, list[list[Tensor]]]:
+    progress: bool,
+) -> FeltRows:
     """Weights of the rows that each layer is given, as :func:`lowrank_ops.calibrate` weighs them.
 
     Args:
         model: the dense model; evaluated in eval mode and handed back as it was.
         layers: ``{fqn: layer}``, Linear, Conv1D, or Conv2d without groups.
-        batches, sensitivity, mask, forward: as for :func:`lowrank_ops.calibrate`.
+        batches, sensitivity, mask, forward, progress: as for :func:`lowrank_ops.calibrate`.
 
     Returns:
-        By layer, batch and call: weights (rows,) of the real rows, on the CPU. Calls that the loss does not depend on
-        are left out.
+        The weights of the real rows, on the CPU, without those of calls that the loss does not depend on.
 
     Raises:
         NonFiniteActivationError: NaN or inf in a gradient.
         ValueError: the loss of a batch depends on no layer of the model.
     """
     device, taps = device_of(model), GradientTaps()
-    found: dict[str, list[list[Tensor]]] = {fqn: [[] for _ in batches] for fqn in layers}
+    found = FeltRows(layers, len(batches))
     masks: list[Tensor | None] = [None]  # of the last forward
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -67,7 +97,7 @@ def felt_rows(
                 lambda module, args, y, fqn=fqn: taps.tap(fqn, y, masks[0], None), prepend=True
             )
             stack.callback(hook.remove)
-        for index, batch in enumerate(batches):
+        for index, batch in enumerate(tqdm(batches, desc="weighing rows", unit="batch", disable=not progress)):
             moved = move(batch, device)
             # No name for the loss, which would keep this batch's graph through the next one's forward.
             for fqn, values, real, _ in taps.gradients(
@@ -81,5 +111,5 @@ def felt_rows(
                         f"layer {fqn!r}: its gradient holds NaN or inf in batch {index} (counted from 0). "
                         "Check that batch, or run the model in a wider dtype."
                     )
-                found[fqn][index].append(weights)
+                found.add_call(fqn, index, weights)
     return found

@@ -24,7 +24,7 @@ from .batches import call_model
 from .covariances import Covariance, NonFiniteActivationError
 from .dense_layers import find_layers, input_rows, weight_matrix
 from .factors import Factors
-from .felt_rows import felt_rows
+from .felt_rows import FeltRows, felt_rows
 from .layers import LowRankConv2d, LowRankLinear
 from .masks import Mask, real_rows
 from .regression import PairedSums, refit_layers
@@ -33,7 +33,6 @@ from .sensitivity import Sensitivity, check_sensitivity
 from .streams import Group, Streams, find_chains
 
 _FORMAT = "lowrank_ops.refit/1"
-Weights = list[list[Tensor]]  # of one layer's rows, by batch and call
 
 
 def refit_factors(
@@ -113,11 +112,9 @@ def refit_factors(
         if factors[fqn].projection == "loss" and fqn not in done and getattr(layer, "groups", 1) == 1
     }
     run = forward or call_model
-    weights: dict[str, Weights] = {}
+    felt = FeltRows()
     if sensitivity is not None and by_loss:
-        weights = felt_rows(model, by_loss, batches, sensitivity, mask=mask, forward=run)
-
-    unfelt: dict[str, None] = {}  # layers some of whose rows have no weight
+        felt = felt_rows(model, by_loss, batches, sensitivity, mask=mask, forward=run, progress=progress)
 
     def refitted(streams: Streams, group: Group) -> dict[str, Factors] | str:
         """New factors of a group, or why it keeps those that it has."""
@@ -128,21 +125,19 @@ def refit_factors(
         if any(getattr(layer, "groups", 1) > 1 for layer in members.values()):
             return "it is a convolution with groups"
         # Rows alike have one sum for all layers, weights are each layer's own.
-        alike = {fqn: layer for fqn, layer in members.items() if fqn not in weights}
-        parts = [*([alike] if alike else []), *({fqn: members[fqn]} for fqn in members if fqn in weights)]
+        alike = {fqn: layer for fqn, layer in members.items() if fqn not in felt}
+        parts = [*([alike] if alike else []), *({fqn: members[fqn]} for fqn in members if fqn in felt)]
         if (needed := sum(PairedSums.state_bytes(part, folds) for part in parts)) > max_state_bytes:
             return f"its sums would take {needed / 2**30:.2g} GiB, more than max_state_bytes"
         sums = [PairedSums(part, folds) for part in parts]
-        reason = _stream(streams, group, sums, weights, unfelt)
+        reason = _stream(streams, group, sums, felt)
         if reason is not None:
             return reason
-        return {
-            fqn: refitted
-            for pairs in sums
-            for fqn, refitted in refit_layers(
-                pairs, {fqn: factors[fqn] for fqn in pairs.layers}, sensitivities, centered=centered, ridge=ridge
-            ).items()
-        }
+        fitted: dict[str, Factors] = {}
+        for pairs in sums:
+            old = {fqn: factors[fqn] for fqn in pairs.layers}
+            fitted |= refit_layers(pairs, old, sensitivities, centered=centered, ridge=ridge)
+        return fitted
 
     with (
         Streams(model, layers, batches, run, mask, chains, strict=blocks is not None) as streams,
@@ -169,7 +164,7 @@ def refit_factors(
     if kept:
         reasons = "".join(f"\n  {fqn}: {reason}" for fqn, reason in kept.items())
         warnings.warn(f"these layers are not refitted:{reasons}", stacklevel=2)
-    if unfelt:
+    if unfelt := [fqn for fqn in felt.missing if fqn not in kept]:
         warnings.warn(
             "gradients do not correspond to the rows of these layers row by row, so that some or all of their rows "
             f"count alike: {', '.join(unfelt)}",
@@ -178,9 +173,7 @@ def refit_factors(
     return new
 
 
-def _stream(
-    streams: Streams, group: Group, sums: Sequence[PairedSums], weights: Mapping[str, Weights], unfelt: dict[str, None]
-) -> str | None:
+def _stream(streams: Streams, group: Group, sums: Sequence[PairedSums], felt: FeltRows) -> str | None:
     """Fill the sums with all batches; a reason where the rows of the two models do not correspond."""
     leader = group.layers[0]
     layer = streams.layers[leader]
@@ -194,13 +187,13 @@ def _stream(
             x, z = (input_rows(layer, real_rows(leader, part, mask)) for part in (x, z))
             halves = last > 0 and len(streams.batches) == 1
             for pairs in sums:
-                felt = _weights_of_call(pairs, weights, batch, call, len(dense), len(x), unfelt)
+                weights = felt.of_call(next(iter(pairs.layers)), batch, call, len(dense), len(x))
                 if halves:
                     half = len(x) // 2
                     for fold, part in enumerate((slice(half), slice(half, None))):
-                        pairs.update(fold, x[part], z[part], None if felt is None else _of_mean_one(felt[part]))
+                        pairs.update(fold, x[part], z[part], None if weights is None else _of_mean_one(weights[part]))
                 else:
-                    pairs.update(batch % 2 if last else 0, x, z, felt)
+                    pairs.update(batch % 2 if last else 0, x, z, weights)
     if not all(fold.count for fold in folds):
         return "too few rows reached it"
     for pairs in sums:
@@ -211,26 +204,6 @@ def _stream(
             "batches, or run the model in a wider dtype."
         )
     return None
-
-
-def _weights_of_call(
-    pairs: PairedSums,
-    weights: Mapping[str, Weights],
-    batch: int,
-    call: int,
-    calls: int,
-    rows: int,
-    unfelt: dict[str, None],
-) -> Tensor | None:
-    """The weights of some sums' rows, ones where none correspond to them; None where all rows are alike."""
-    fqn = next(iter(pairs.layers))
-    if fqn not in weights:
-        return None
-    of_batch = weights[fqn][batch]
-    if len(of_batch) == calls and len(of_batch[call]) == rows:
-        return of_batch[call]
-    unfelt[fqn] = None
-    return torch.ones(rows)
 
 
 def _of_mean_one(weights: Tensor) -> Tensor:

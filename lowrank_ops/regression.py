@@ -73,7 +73,8 @@ class PairedSums:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         z, change = z.to(dtype), x.to(dtype) - z.to(dtype)
         if self._of_outputs:
-            change = torch.cat([change @ weight.to(dtype).T for weight in self._weights.values()], dim=-1)
+            with torch.autocast(x.device.type, enabled=False):  # a small difference must not be rounded
+                change = torch.cat([change @ weight.to(dtype).T for weight in self._weights.values()], dim=-1)
         sums, rows = self.folds[fold], torch.cat([z, change], dim=-1)
         if weights is not None:
             add_weighted(sums, rows, weights.to(rows).unsqueeze(-1))

@@ -111,7 +111,9 @@ class Watched(nn.Module):
 def test_no_graph_is_kept_for_the_next_batch() -> None:
     model = Watched()
     layers: dict[str, nn.Module] = {"layers.1": model.layers[1]}
-    felt_rows(model, layers, [torch.randn(3, 4, 6) for _ in range(3)], cubed, mask=None, forward=call_model)
+    felt_rows(
+        model, layers, [torch.randn(3, 4, 6) for _ in range(3)], cubed, mask=None, forward=call_model, progress=False
+    )
     assert len(model.graphs) == 3 and model.alive == [0, 0, 0]
 
 
@@ -119,7 +121,7 @@ def test_random_states_of_gpus_without_the_model_are_left_alone(monkeypatch: pyt
     seeded: list[int] = []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
     model, batches = nn.Sequential(nn.Linear(6, 6)), [torch.randn(3, 4, 6)]
-    felt_rows(model, {"0": model[0]}, batches, "output", mask=None, forward=call_model)
+    felt_rows(model, {"0": model[0]}, batches, "output", mask=None, forward=call_model, progress=False)
     assert not seeded
 
 

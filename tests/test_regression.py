@@ -202,3 +202,12 @@ def test_low_precision_inputs_are_subtracted_before_they_are_rounded() -> None:
     pairs = sums_of({"layer": layer}, x, z)
     expected = (x.double() - z.double()).T @ z.double()
     torch.testing.assert_close(pairs.folds[0].second_moment[4:, :4], expected)
+
+
+def test_autocast_does_not_round_the_change_of_the_output() -> None:
+    layer = linear(12, 4).float()  # narrower out than in, so that outputs are summed
+    x = 100 + torch.randn(64, 12)
+    z = x + 0.01 * torch.randn(64, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        pairs = sums_of({"layer": layer}, x, z)
+    torch.testing.assert_close(pairs.folds[0].second_moment, sums_of({"layer": layer}, x, z).folds[0].second_moment)
