@@ -68,7 +68,7 @@ def measure(results: Results, options: argparse.Namespace) -> None:
         for size in tqdm(sizes, desc="sizes", unit="size"):
             bench = bench or vision.Bench(*vision.load_images("test"))
             torch.manual_seed(seed)
-            more = bench.calibrate(images[order[taken:size]], weigh_rows=False)
+            more = bench.calibrate(images[order[taken:size]])
             covariances, taken = more if covariances is None else covariances.merge(more), size
             bench.use(covariances)
             shares = utilizations(bench)

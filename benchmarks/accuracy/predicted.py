@@ -115,7 +115,6 @@ class Bench:
             study.dense,
             study.calibration,
             sensitivity=study.sensitivity,
-            weigh_rows=False,
             mask=study.mask,
             progress=True,
         )
