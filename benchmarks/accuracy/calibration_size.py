@@ -20,7 +20,7 @@ from tqdm import tqdm
 import lowrank_ops as lro
 
 from . import vision
-from .results import Results
+from .results import ROWS, Results, rows_of
 
 RESULTS = vision.RESULTS.with_name("calibration_size.json")
 SIZES = (6, 20, 60, 200, 600, 2000, 3000)  # images
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = Results(options.out)
     if not options.tables:
         measure(results, options)
-    print(table(results, options.sizes, options.seeds))
+    print(table(results, options.sizes, options.seeds, options.rows))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -51,6 +51,9 @@ def parser() -> argparse.ArgumentParser:
         "--seeds", type=int, nargs="+", default=[0], help="of the draws of images; the table's are means"
     )
     parser.add_argument("--data", type=Path, default=vision.ORIGINAL, help="folder of the original files")
+    parser.add_argument(
+        "--rows", choices=ROWS, default="weighted", help="weigh them by their gradients, or take all alike"
+    )
     parser.add_argument("--tables", action="store_true", help="show what there is, compute nothing")
     return parser
 
@@ -61,25 +64,30 @@ def measure(results: Results, options: argparse.Namespace) -> None:
     images, _ = vision.training_images(options.data)
     for seed in options.seeds:
         sizes = [
-            size for size in sorted(options.sizes) if any(results.find(case) is None for case in cases(size, seed))
+            size
+            for size in sorted(options.sizes)
+            if any(results.find(case) is None for case in cases(size, seed, options.rows))
         ]
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
         covariances, taken = None, 0
         for size in tqdm(sizes, desc="sizes", unit="size"):
             bench = bench or vision.Bench(*vision.load_images("test"))
             torch.manual_seed(seed)
-            more = bench.calibrate(images[order[taken:size]])
+            more = bench.calibrate(images[order[taken:size]], weigh_rows=options.rows == "weighted")
             covariances, taken = more if covariances is None else covariances.merge(more), size
             bench.use(covariances)
             shares = utilizations(bench)
-            for case in cases(size, seed):
+            for case in cases(size, seed, options.rows):
+                if results.find(case) is not None:
+                    continue
                 student, _ = bench.compress(BUDGET, case["projection"], case["allocation"])
                 results.add(case, {**bench.judge(student), **shares})
 
 
-def cases(size: int, seed: int) -> list[dict[str, Any]]:
+def cases(size: int, seed: int, rows: str) -> list[dict[str, Any]]:
     """What the rows of one calibration are called by."""
-    return [{"images": size, "seed": seed, "projection": p, "allocation": a, "budget": BUDGET} for p, a in ARMS]
+    setup = {"images": size, "seed": seed, "budget": BUDGET}
+    return [{**setup, "projection": p, "allocation": a, "rows": rows_of(p, a, rows)} for p, a in ARMS]
 
 
 def utilizations(bench: vision.Bench) -> dict[str, float]:
@@ -92,18 +100,18 @@ def utilizations(bench: vision.Bench) -> dict[str, float]:
     }
 
 
-def table(results: Results, sizes: Sequence[int], seeds: Sequence[int]) -> str:
+def table(results: Results, sizes: Sequence[int], seeds: Sequence[int], rows: str) -> str:
     """One line per size, means over the seeds that were measured."""
     arms = [f"{projection}, {allocation}" for projection, allocation in ARMS]
     columns = ["images", "tokens", "draws", *(f"MLU at {threshold:g}" for threshold in THRESHOLDS), *arms]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for size in sizes:
-        found = [[results.find(case) for case in cases(size, seed)] for seed in seeds]
-        draws = [[row for row in rows if row is not None] for rows in found if None not in rows]
+        found = [[results.find(case) for case in cases(size, seed, rows)] for seed in seeds]
+        draws = [[row for row in draw if row is not None] for draw in found if None not in draw]
         if draws:
-            shares = [fmean(rows[0][f"mlu_{threshold:g}"] for rows in draws) for threshold in THRESHOLDS]
+            shares = [fmean(draw[0][f"mlu_{threshold:g}"] for draw in draws) for threshold in THRESHOLDS]
             accuracies = [
-                [fmean(rows[arm][name] for rows in draws) for name in ("accuracy", "agreement")]
+                [fmean(draw[arm][name] for draw in draws) for name in ("accuracy", "agreement")]
                 for arm in range(len(ARMS))
             ]
             cells = [*(f"{share:.3f}" for share in shares), *(f"{a:.2f} ({b:.2f})" for a, b in accuracies)]

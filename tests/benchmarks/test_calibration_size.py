@@ -49,6 +49,10 @@ def test_rows_of_growing_sets(
     table = capsys.readouterr().out
     assert shown in table and "| 60 | 1,020 | 0 | not measured |" in table
 
+    calibration_size.main(["--out", str(out), "--sizes", "5", "40", "--rows", "alike"])
+    assert Results(out).rows[:4] == rows and [row["rows"] for row in Results(out).rows[4:]] == ["alike", "alike"]
+    assert [row["projection"] for row in Results(out).rows[4:]] == ["loss", "loss"]
+
 
 def test_a_later_run_sees_the_same_images(tmp_path: Path) -> None:
     whole, in_parts = tmp_path / "whole.json", tmp_path / "parts.json"
@@ -62,8 +66,8 @@ def test_a_later_run_sees_the_same_images(tmp_path: Path) -> None:
 def test_means_are_over_the_draws(tmp_path: Path) -> None:
     results = Results(tmp_path / "rows.json")
     for seed, accuracy in ((0, 80.0), (1, 84.0)):
-        for case in calibration_size.cases(9, seed):
+        for case in calibration_size.cases(9, seed, "weighted"):
             shares = {f"mlu_{threshold:g}": 0.5 for threshold in calibration_size.THRESHOLDS}
             results.add(case, {"accuracy": accuracy, "agreement": 90.0, **shares})
-    line = calibration_size.table(results, [9], [0, 1, 2]).splitlines()[-1]
+    line = calibration_size.table(results, [9], [0, 1, 2], "weighted").splitlines()[-1]
     assert line == "| 9 | 153 | 2 | 0.500 | 0.500 | 0.500 | 82.00 (90.00) | 82.00 (90.00) |"
