@@ -126,9 +126,7 @@ class Bench:
         heard, self.test = frames(kind, "calibration", calibration), frames(kind, "test", test)
         begin = time.perf_counter()
         torch.manual_seed(0)
-        self.covariances = lro.calibrate(
-            model, heard.split(_BATCH), sensitivity=drawn_loss, weigh_rows=False, progress=True
-        )
+        self.covariances = lro.calibrate(model, heard.split(_BATCH), sensitivity=drawn_loss, progress=True)
         self.seconds = time.perf_counter() - begin
         self.dense = logits(model, self.test)
 
