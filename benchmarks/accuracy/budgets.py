@@ -64,7 +64,7 @@ def bert(layers: int = 3, width: int = 128, texts: int = 48) -> Subject:
 
 def _subject(model: nn.Module, batches: list[Any]) -> Subject:
     torch.manual_seed(0)
-    covariances = lro.calibrate(model, batches, sensitivity="output", weigh_rows=False)
+    covariances = lro.calibrate(model, batches, sensitivity="output")
     layers = {fqn: module for fqn, module in model.named_modules() if fqn in covariances}
     return Subject(model, covariances, lro.layer_subspaces(layers, covariances), batches[0])
 
