@@ -24,6 +24,14 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def random_state_kept(model: nn.Module) -> Iterator[list[torch.Generator]]:
+    """Random numbers drawn inside leave no trace; gives the generators of the CPU and of the model's own GPUs."""
+    devices = sorted({parameter.device.index for parameter in model.parameters() if parameter.is_cuda})
+    with torch.random.fork_rng(devices=devices):
+        yield [torch.default_generator, *(torch.cuda.default_generators[device] for device in devices)]
+
+
+@contextmanager
 def without_fast_path(wanted: bool = True) -> Iterator[None]:
     """nn.TransformerEncoder layer by layer, as with gradients, if ``wanted``.
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .batches import call_model, device_of, evaluating, move, without_fast_path
+from .batches import call_model, device_of, evaluating, move, random_state_kept, without_fast_path
 from .covariances import Covariances
 from .dense_layers import FilterFn, dimensions, find_layers
 from .masks import Mask
@@ -221,8 +221,7 @@ def _recording(
     covariances = Covariances() if into is None else into
     covariances.skipped = skipped
     recorder = Recorder(layers, mask, share_inputs)
-    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
-    with evaluating(model), torch.random.fork_rng(devices=[device.index for device in devices]):
+    with evaluating(model), random_state_kept(model):
         try:
             sides = {fqn: _side(layer, side, dtype, max_state_bytes) for fqn, layer in layers.items()}
             recorder.attach(model, sides, dtype)

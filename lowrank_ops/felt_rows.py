@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .batches import device_of, evaluating, move, without_fast_path
+from .batches import device_of, evaluating, move, random_state_kept, without_fast_path
 from .covariances import NonFiniteActivationError
 from .dense_layers import find_layers
 from .masks import Mask, read_mask
@@ -80,16 +80,13 @@ def felt_rows(
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         masks[0] = read_mask(mask, args, kwargs)
 
-    devices = {parameter.device.index for parameter in model.parameters() if parameter.is_cuda}
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(torch.random.fork_rng(devices=list(devices)))
+        for generator in stack.enter_context(random_state_kept(model)):
+            generator.manual_seed(SEED)  # torch.manual_seed would seed the other GPUs as well
         stack.enter_context(evaluating(model))
         stack.enter_context(without_fast_path())
-        torch.default_generator.manual_seed(SEED)  # torch.manual_seed would seed GPUs that are not forked as well
-        for device_index in devices:
-            torch.cuda.default_generators[device_index].manual_seed(SEED)
         stack.callback(model.register_forward_pre_hook(before, with_kwargs=True).remove)
         # All layers, as in a calibration: a batch may well reach others than those that are asked for.
         for fqn, layer in find_layers(model)[0].items():

@@ -20,7 +20,7 @@ from .dense_layers import bias_vector, pad_input, patches
 from .masks import real_rows
 from .ops import covariance_update_
 
-MOST_PATCHES = 1 << 24  # elements of a convolution's patches, or of rows in the sums' dtype, at a time
+MOST_ELEMENTS = 1 << 24  # elements of a convolution's patches, or of rows in the sums' dtype, at a time
 
 
 class KeptRows:
@@ -62,8 +62,8 @@ class KeptRows:
         weights = _weights_of_conv(gradient, layer.groups)  # (images, height, width, groups)
         values = _padded(layer, values) if self._side == "input" else values
         height, line = weights.shape[1], weights.shape[2] * covariance.total.numel()
-        lines = min(height, max(1, MOST_PATCHES // line))
-        images = max(1, MOST_PATCHES // (line * lines))
+        lines = min(height, max(1, MOST_ELEMENTS // line))
+        images = max(1, MOST_ELEMENTS // (line * lines))
         for part, part_weights in zip(values.split(images), weights.split(images), strict=True):
             for first, band in zip(range(0, height, lines), part_weights.split(lines, 1), strict=True):
                 if self._side == "input":
@@ -146,7 +146,7 @@ def add_weighted(covariance: Covariance, rows: Tensor, weights: Tensor, bias: Te
     by_group = scaled.movedim(1, 0)  # (groups, rows, features)
     with torch.autocast(total.device.type, enabled=False):  # sums must not be rounded
         # In the sums' dtype: in single precision a mean that is large beside the variance would cost the latter digits.
-        wide, some = torch.promote_types(total.dtype, scaled.dtype), max(1, MOST_PATCHES // total.numel())
+        wide, some = torch.promote_types(total.dtype, scaled.dtype), max(1, MOST_ELEMENTS // total.numel())
         for part, lengths in zip(by_group.split(some, 1), length.split(some), strict=True):
             total += (lengths.T.unsqueeze(1).to(wide) @ part.to(wide)).view_as(total)
         if groups == 1:

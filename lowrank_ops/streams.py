@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batches import device_of, evaluating, move, without_fast_path
+from .batches import device_of, evaluating, move, random_state_kept, without_fast_path
 from .dense_layers import input_of
 from .masks import Mask, read_mask
 
@@ -105,9 +105,8 @@ class Streams:
         self.groups: list[Group] = []
 
     def __enter__(self) -> Streams:
-        devices = {parameter.device.index for parameter in self.model.parameters() if parameter.is_cuda}
         with ExitStack() as stack:
-            stack.enter_context(torch.random.fork_rng(devices=list(devices)))
+            stack.enter_context(random_state_kept(self.model))
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
             stack.enter_context(evaluating(self.model))

@@ -131,7 +131,7 @@ def test_means_are_summed_in_the_dtype_of_the_sums(
     at_a_time: int, groups: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A mean a hundred times the deviation: its square, off by 1e-5, would be a tenth of the variance."""
-    monkeypatch.setattr("lowrank_ops.row_weights.MOST_PATCHES", at_a_time)
+    monkeypatch.setattr("lowrank_ops.row_weights.MOST_ELEMENTS", at_a_time)
     rows, weights = 100 + torch.randn(50_000, 6), 2 * torch.rand(50_000, groups)
     shape = (6,) if groups == 1 else (groups, 6 // groups)
     sums = lro.Covariance(torch.zeros(*shape, shape[-1]).double(), torch.zeros(shape).double())

@@ -85,7 +85,7 @@ def test_sums_are_those_of_a_loop(side: str) -> None:
     ],
 )
 def test_convolutions_too(options: dict[str, object], side: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lowrank_ops.row_weights.MOST_PATCHES", most)
+    monkeypatch.setattr("lowrank_ops.row_weights.MOST_ELEMENTS", most)
     conv = nn.Conv2d(4, 6, 3, **options).double()
     model, images = nn.Sequential(conv, nn.Tanh()), torch.randn(5, 4, 7, 6).double()
     found = lro.calibrate(model, [images], sensitivity=cubed, side=side).sensitivities["0"].weighted

@@ -164,8 +164,6 @@ class Bench:
     def use(self, covariances: lro.Covariances) -> None:
         """Compress by these covariances from now on."""
         self.covariances = covariances
-        weighted = any(felt.weighted is not None for felt in covariances.sensitivities.values())
-        self._sensitivity = "fisher" if weighted else None
         layers = {fqn: module for fqn, module in self.dense.named_modules() if fqn in covariances}
         self.subspaces = lro.layer_subspaces(layers, covariances)
 
@@ -181,13 +179,14 @@ class Bench:
         )
         student = copy.deepcopy(self.dense)
         batches = self._batches if refit else None
+        weighted = any(felt.weighted is not None for felt in self.covariances.sensitivities.values())
         report = lro.compress_(
             student,
             self.covariances,
             config,
             subspaces=self.subspaces,
             batches=batches,
-            sensitivity=self._sensitivity,
+            sensitivity="fisher" if weighted else None,
             progress=refit,
         )
         return student, report
