@@ -134,7 +134,7 @@ def output_rows(layer: nn.Module, y: Tensor) -> Tensor:
     """What a layer has made, or the gradient there, with the features last: of a convolution (positions, channels)."""
     if not isinstance(layer, nn.Conv2d):
         return y
-    return y.movedim(-3, -1).flatten(0, -2).contiguous()  # a single image lies column by column, which no kernel reads
+    return y.movedim(-3, -1).flatten(0, -2)
 
 
 def _sides(module: nn.Conv2d) -> tuple[int, int, int, int]:

@@ -152,8 +152,7 @@ def add_weighted(covariance: Covariance, rows: Tensor, weights: Tensor, bias: Te
         if groups == 1:
             # Rounded as the rows are, which is fast; but float16 may not hold them.
             narrow = scaled if dtype == torch.float16 else scaled.to(dtype)
-            # Patches of one image lie column by column, which no kernel reads.
-            covariance_update_(moment, torch.zeros_like(total), narrow.contiguous())
+            covariance_update_(moment, torch.zeros_like(total), narrow)
         else:  # often hundreds of small ones
             by_group = by_group.to(moment.dtype)
             moment.baddbmm_(by_group.mT, by_group)

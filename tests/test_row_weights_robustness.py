@@ -14,9 +14,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lowrank_ops as lro
-from lowrank_ops import recording, row_weights
-from lowrank_ops.ops import covariance_update_
-from lowrank_ops.ops._layout import row_stride
 
 
 @pytest.fixture(autouse=True)
@@ -63,33 +60,6 @@ def test_patches_of_a_large_image_are_made_in_parts(monkeypatch: pytest.MonkeyPa
         sizes.clear()  # of the op for the plain rows
         covariances.observe(loss, samples=1)
     assert sum(sizes) == 40 * 30 * 36 and max(sizes) <= 4000
-
-
-@pytest.mark.parametrize("side", ["input", "output"])
-def test_rows_reach_the_op_row_by_row(side: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where they lie otherwise, as the patches of one image do, no kernel takes them."""
-    strides: list[int] = []
-    monkeypatch.setattr(
-        "lowrank_ops.row_weights.covariance_update_", lambda moment, total, rows: strides.append(row_stride(rows))
-    )
-    lro.calibrate(nn.Conv2d(4, 6, 3), [torch.randn(1, 4, 8, 7)], sensitivity=cubed, side=side)
-    assert strides == [36 if side == "input" else 6]
-
-
-@pytest.mark.parametrize("images", [1, 2])
-def test_every_matrix_of_rows_is_one_that_kernels_read(images: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    strides: list[int] = []
-
-    def seen(second_moment: Tensor, total: Tensor, x: Tensor) -> None:
-        strides.append(row_stride(x))
-        covariance_update_(second_moment, total, x)
-
-    for module in (recording, row_weights):
-        monkeypatch.setattr(module, "covariance_update_", seen)
-    for side in ("input", "output"):
-        conv = nn.Sequential(nn.Conv2d(3, 5, 3))
-        lro.calibrate(conv, [torch.randn(images, 3, 8, 8)], side=side, sensitivity="output")
-    assert len(strides) >= 5 and all(strides)  # gradients and weighted rows of both, and outputs
 
 
 def test_weights_do_not_overflow_float16() -> None:

@@ -73,6 +73,16 @@ def test_alignments_in_poisoned_memory(backend, dtype, offset, padding):
     assert_updated(state, x, backend, dtype)
 
 
+@KINDS
+def test_rows_that_are_no_matrix_are_copied(backend, dtype):
+    kind = DTYPES[dtype]
+    transposed = random(3, 200, 300, dtype=kind).transpose(1, 2)
+    for x in (random(200, 900, dtype=kind).T, transposed, random(900, 400, dtype=kind)[:, ::2]):
+        state = zeros(200)
+        update(state, x, backend, dtype)
+        assert_updated(state, x, backend, dtype)
+
+
 @BACKENDS
 def test_strided_state_in_poisoned_memory(backend):
     memory = torch.full((300, 700), float("nan"), device="cuda")

@@ -117,7 +117,7 @@ def test_supports_is_the_planner(library: Path) -> None:
     assert covariance_cuda.supports(problem) is None
     assert not covariance_cuda.prefers(problem)
     assert "not float64" in covariance_cuda.supports(problem._replace(dtype=torch.float64))
-    assert "contiguous" in covariance_cuda.supports(problem._replace(row_stride=0))
+    assert describe_covariance(state, x.T.contiguous().T)._replace(device=H200) == problem  # which gets a copy
     assert covariance_cuda.supports(problem._replace(tokens=0)) is None
     old = H200._replace(capability=(7, 5))
     assert "8.0 or newer" in covariance_cuda.supports(problem._replace(device=old))

@@ -30,8 +30,8 @@ class Problem(NamedTuple):
     features: int
     dtype: torch.dtype
     state_dtype: torch.dtype
-    row_stride: int  # elements between rows of x, 0 where x is not a matrix with unit column stride
-    aligned: bool  # x starts on 16 bytes and so does each of its rows
+    row_stride: int  # elements between rows of x, or of its copy where x is no matrix with unit column stride
+    aligned: bool  # that matrix starts on 16 bytes and so does each of its rows
     state_stride: int
     deterministic: bool
     allow_tf32: bool
@@ -84,10 +84,11 @@ def covariance_update_(
     Args:
         second_moment: (features, features), float32 or float64.
         total: (features,), the dtype of ``second_moment``.
-        x: (..., features), float64, float32, bfloat16 or float16, at most as precise as the state. Nothing is
-            rounded to the dtype of ``x`` before it is summed: the reference multiplies and adds in the state's
-            dtype; GPU kernels take exact products of bfloat16 and float16, and of float32 to 2^-15 of the sum of
-            ``|x_i x_j|`` (three bfloat16 products), summed in float32 over at most 2,048 rows at a time.
+        x: (..., features), float64, float32, bfloat16 or float16, at most as precise as the state. Kernels are given
+            a contiguous copy where the features are not next to one another in memory. Nothing is rounded to the dtype
+            of ``x`` before it is summed: the reference multiplies and adds in the state's dtype; GPU kernels take exact
+            products of bfloat16 and float16, and of float32 to 2^-15 of the sum of ``|x_i x_j|`` (three bfloat16
+            products), summed in float32 over at most 2,048 rows at a time.
         deterministic: False allows a kernel to add with atomics, in an order that may change between runs.
         allow_tf32: lets a GPU kernel take float32 products in TensorFloat-32 (relative error about 5e-4).
         backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"cuda"``.
@@ -186,13 +187,14 @@ def describe(second_moment: Tensor, x: Tensor, deterministic: bool = True, allow
     """The problem that a call poses."""
     features = x.shape[-1]
     stride = row_stride(x)
+    aligned = starts_on_16_bytes(x, stride) if stride else features * x.element_size() % 16 == 0
     return Problem(
         tokens=x.numel() // features if features else 0,
         features=features,
         dtype=x.dtype,
         state_dtype=second_moment.dtype,
-        row_stride=stride,
-        aligned=starts_on_16_bytes(x, stride),
+        row_stride=stride or features,
+        aligned=aligned,
         state_stride=second_moment.stride(0),
         deterministic=deterministic,
         allow_tf32=allow_tf32,
@@ -311,8 +313,11 @@ def _run(
     _check(second_moment, total, x)
     problem = describe(second_moment, x, deterministic, allow_tf32)
     impl = choose(TABLE, problem, backend)
-    if x.numel():
-        impl.run(problem, second_moment, total, x)
+    if not x.numel():
+        return
+    if impl.backend is not Backend.REFERENCE and not row_stride(x):
+        x = x.contiguous()  # costs one reading and writing; the reference would cost several times the kernel
+    impl.run(problem, second_moment, total, x)
 
 
 def _run_conv(

@@ -73,8 +73,6 @@ def _planned(problem: Problem, choice: _native.Choice = _native.PLANNERS) -> tup
         return "it needs a CUDA device", ""
     if (reason := _native.unavailable()) is not None:
         return reason, ""
-    if problem.row_stride == 0:
-        return "x is not a matrix with unit column stride; pass x.contiguous()", ""
     if not problem.tokens or not problem.features:
         return "", ""
     source = "aligned_matrix" if problem.aligned else "matrix"

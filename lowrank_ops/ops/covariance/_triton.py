@@ -94,8 +94,6 @@ def supports(problem: Problem) -> str | None:
         return reason
     if problem.tokens == 0 or problem.features == 0:
         return None
-    if problem.row_stride == 0:
-        return "x is no matrix with unit column stride; call x.contiguous() first"
     if problem.tokens > TOKEN_LIMIT:
         return f"x has {problem.tokens} tokens, more than {TOKEN_LIMIT}; split it"
     if problem.state_stride >= _STRIDE_LIMIT:
