@@ -21,6 +21,7 @@ from .finetune import FinetuneReport, finetune_
 from .latencies import LayerLatencies
 from .layers import LowRankConv2d, LowRankLinear
 from .ranks import choose_ranks
+from .recalibration import recalibrate
 from .refit import refit_factors
 from .replacement import replace_
 from .report import CompressionReport, UtilizationReport, utilization
@@ -32,6 +33,7 @@ __all__ = [
     # calibration
     "calibrate",
     "calibration",
+    "recalibrate",
     "Covariance",
     "Covariances",
     "NonFiniteActivationError",

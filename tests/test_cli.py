@@ -288,6 +288,27 @@ class TestCompress:
         line = refused(capsys, 2, *argv, "--refit", "sequential")
         assert "--refit runs the model on --batches; it cannot go with --covariances" in line
 
+    def test_recalibrate(self, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        by_loss = [
+            "--budget",
+            "0.8",
+            "--allocation",
+            "loss",
+            "--projection",
+            "loss",
+            "--sensitivity",
+            "fisher",
+            "--json",
+        ]
+        predicted = []
+        for more in ([], ["--recalibrate"]):
+            assert cli.main([*COMPRESS, *by_loss, *more]) == 0
+            layers = json.loads(capsys.readouterr().out)["compression"]["layers"]
+            predicted.append([layer["predicted_loss"] for layer in layers])
+        assert predicted[0] != predicted[1]
+        assert "give --sensitivity with it" in refused(capsys, 2, *COMPRESS, "--recalibrate")
+        assert "cannot be met" in refused(capsys, 2, *COMPRESS, *by_loss[2:], "--budget", "0.01", "--recalibrate")
+
     def test_nothing_to_gain_is_said_and_nothing_written(
         self, project: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

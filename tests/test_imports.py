@@ -49,6 +49,9 @@ ALLOWED = {
         "config", "covariances", "dense_layers", "factors", "journal", "masks", "ranks", "refit", "replacement",
         "report", "sensitivity", "subspaces",
     },
+    "recalibration": {
+        "calibration", "compress", "config", "covariances", "dense_layers", "layers", "replacement",
+    },
     "checkpoint": {"config", "dense_layers", "layers", "replacement", "report"},
 }  # fmt: skip
 IMPORTED_BY_NOBODY = {"cli", "demo", "hf"}

@@ -11,8 +11,8 @@ NAMES = {
     "CompressionReport", "Covariance", "Covariances", "ExplainedVariance", "factorize", "Factors", "finetune_",
     "FinetuneReport", "FlopBudget", "LatencyBudget", "LayerLatencies", "measure_errors", "measure_latency",
     "layer_subspaces", "LayerSubspaces", "load_pretrained", "LowRankConv2d",
-    "LowRankLinear", "NonFiniteActivationError", "ops", "ParameterBudget", "Ranks", "refit_factors", "replace_",
-    "save_pretrained", "Subspace", "utilization", "UtilizationReport",
+    "LowRankLinear", "NonFiniteActivationError", "ops", "ParameterBudget", "Ranks", "recalibrate", "refit_factors",
+    "replace_", "save_pretrained", "Subspace", "utilization", "UtilizationReport",
 }  # fmt: skip
 OPS = {
     "Backend", "BackendUnavailableError", "conv_covariance_update_", "covariance_finalize_", "covariance_update_",

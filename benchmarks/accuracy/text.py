@@ -72,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                             "probed": options.probed,
                             "probes": options.probes,
                             "rows": rows_of(ARMS[arm].projection, ARMS[arm].allocation, options.rows),
+                            "recalibrated": options.recalibrate and "loss" in ARMS[arm],
                             "split": options.split,
                             "held_out": options.held_out,
                         }
@@ -106,6 +107,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--probes", type=int, default=1, help="random projections per batch for the sensitivity")
     parser.add_argument(
         "--rows", choices=ROWS, default="weighted", help="weigh them by their gradients, or take all alike"
+    )
+    parser.add_argument(
+        "--recalibrate", action="store_true", help="gradients for ranks and factors by loss also halfway to each model"
     )
     parser.add_argument("--held-out", type=int, default=400, help="texts to judge on, and as many for choices")
     parser.add_argument("--split", choices=["test", "validation"], default="test", help="to judge on")
@@ -180,15 +184,31 @@ class Bench:
         rank = lro.ParameterBudget(budget / 100, arm.allocation)
         config = lro.CompressionConfig(rank, projection=arm.projection, refit=arm.refit)
         student = copy.deepcopy(self.dense)
+        forward, sensitivity = PROBED[self._options.probed]
+        batches = tokenize(self._folder, self._corpus.calibration[:texts])
+        if self._options.recalibrate and "loss" in arm:
+            torch.manual_seed(0)
+            covariances = lro.recalibrate(
+                student,
+                covariances,
+                batches,
+                config,
+                mask="attention_mask",
+                forward=forward,
+                sensitivity=sensitivity,
+                probes=self._options.probes,
+                dtype=SUMS,
+                progress=True,
+            )
+            subspaces = lro.layer_subspaces(self.layers(), covariances)
         if arm.refit is None:
             return student, lro.compress_(student, covariances, config, subspaces=subspaces)
-        forward, sensitivity = PROBED[self._options.probed]
         return student, lro.compress_(
             student,
             covariances,
             config,
             subspaces=subspaces,
-            batches=tokenize(self._folder, self._corpus.calibration[:texts]),
+            batches=batches,
             mask="attention_mask",
             forward=forward,
             sensitivity=sensitivity if self._options.rows == "weighted" else None,

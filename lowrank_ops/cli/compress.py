@@ -24,6 +24,7 @@ from ..config import (
     Ranks,
 )
 from ..latencies import LayerLatencies
+from ..recalibration import recalibrate
 from ..timing import measure_latency
 from .command import Failure, Result, add_command, add_output, check_folder, document, failing_as, share
 from .inputs import add_calibration, calibrated, load_batches
@@ -87,6 +88,10 @@ def _add_compression(parser: argparse.ArgumentParser) -> None:
         help="fit the factors anew, layer by layer, to the dense model's outputs from the compressed model's inputs",
     )  # fmt: skip
     parser.add_argument(
+        "--recalibrate", action="store_true",
+        help="run --batches once more, halfway to the compressed model, and use the gradients of both",
+    )  # fmt: skip
+    parser.add_argument(
         "--keep-dense", action="append", default=[], metavar="LAYER",
         help="layer name or re:pattern that stays as it is; may be given several times",
     )  # fmt: skip
@@ -100,6 +105,8 @@ def run(options: argparse.Namespace) -> Result:
         check_folder(options.html, "--html")
     if options.refit is not None and options.batches is None:
         raise Failure(2, "--refit runs the model on --batches; it cannot go with --covariances")
+    if options.recalibrate and options.sensitivity is None:
+        raise Failure(2, "--recalibrate takes gradients from --batches once more; give --sensitivity with it")
     policy = _policy(options)
     config = CompressionConfig(
         rank=policy or ExplainedVariance(),
@@ -110,6 +117,18 @@ def run(options: argparse.Namespace) -> Result:
     model, covariances = calibrated(options)
     if policy is None:
         config = replace(config, rank=_timed(options, model))
+    if options.recalibrate:
+        with failing_as("recalibration", but=ValueError):  # of a budget that cannot be met, as below
+            covariances = recalibrate(
+                model,
+                covariances,
+                load_batches(options.batches),
+                config,
+                mask=options.mask,
+                side=options.side,
+                sensitivity=options.sensitivity,
+                progress=True,
+            )
     batches = None if options.refit is None else load_batches(options.batches)
     report = compress_(
         model, covariances, config, batches=batches, mask=options.mask, sensitivity=options.sensitivity, progress=True

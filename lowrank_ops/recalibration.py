@@ -1,0 +1,115 @@
+"""What the loss feels halfway to a compressed model: gradients taken a second time, with the weights in between.
+
+Gradients of the dense model tell the harm of a first small change. Compression makes large ones, in all layers at once;
+what they meet on the way is told better by gradients from its middle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from .calibration import calibrate
+from .compress import compress_
+from .config import CompressionConfig, ParameterBudget
+from .covariances import Covariance, Covariances
+from .dense_layers import bias_vector, weight_matrix
+from .layers import LowRankConv2d, LowRankLinear
+from .replacement import swap_
+
+
+def recalibrate(
+    model: nn.Module,
+    covariances: Covariances,
+    batches: Iterable[Any],
+    config: CompressionConfig | None = None,
+    **options: Any,
+) -> Covariances:
+    """Add sensitivities of the model halfway between dense and compressed to those of the dense model.
+
+    Runs ``batches`` once more, forward and backward, with the mean of each layer's dense weight and of the weight that
+    ``config`` makes of it. Means and second moments stay those of the dense model; sensitivities, with their weighted
+    rows, become those over the samples of both. For ``allocation="loss"`` and ``projection="loss"``, one-shot or with a
+    refit. For the same batches it costs what the calibration did, and a decomposition of all layers::
+
+        covariances = lro.calibrate(model, batches, sensitivity="fisher")
+        covariances = lro.recalibrate(model, covariances, batches, config, sensitivity="fisher")
+        lro.compress_(model, covariances, config)
+
+    Args:
+        model: the model that was calibrated; handed back as it was.
+        covariances: from :func:`lowrank_ops.calibrate` with a sensitivity; not changed.
+        batches: as for :func:`lowrank_ops.calibrate`, at best the same.
+        config: how the model is to be compressed, a refit left out; by default to half of the layers' parameters with
+            ranks and factors by loss.
+        options: keyword arguments of :func:`lowrank_ops.calibrate` as they were given to it, the sensitivity above all.
+
+    Returns:
+        New covariances, which share the moments with ``covariances``. Weighted rows of layers that stream their output
+        are the dense model's alone: outputs of other weights are no outputs of that layer.
+
+    Raises:
+        ValueError: covariances without sensitivities, no ``sensitivity`` among the options, options other than those of
+            the first calibration, or what :func:`lowrank_ops.calibrate` and :func:`lowrank_ops.compress_` raise.
+    """
+    if not isinstance(covariances, Covariances):
+        raise TypeError(f"covariances must come from calibrate(model, batches); got {type(covariances).__name__}.")
+    if not covariances.sensitivities:
+        raise ValueError("covariances hold no sensitivities to add to; use calibrate(..., sensitivity=...) first.")
+    if options.get("sensitivity") is None:
+        raise ValueError(
+            "sensitivity must be given as to the first calibrate: 'fisher', 'output', 'pooled' or a loss; got None."
+        )
+    config = CompressionConfig(ParameterBudget(0.5, "loss"), projection="loss") if config is None else config
+    weighted = any(gradient.weighted is not None for gradient in covariances.sensitivities.values())
+    with _halfway(model, covariances, config, progress=options.get("progress", False)):
+        found = calibrate(model, batches, **{"weigh_rows": weighted, **options})
+    return _with_sensitivities_of(covariances, covariances.merge(found))
+
+
+@contextmanager
+def _halfway(model: nn.Module, covariances: Covariances, config: CompressionConfig, progress: bool) -> Iterator[None]:
+    """Dense layers with weights in the middle of the way, inside the ``with`` block only."""
+    if isinstance(config, CompressionConfig):
+        config = replace(config, refit=None)
+    dense = dict(model.named_modules())
+    compress_(model, covariances, config, progress=progress)
+    places = {module: dense[fqn] for fqn, module in model.named_modules() if module is not dense[fqn]}
+    try:
+        between = {module: _between(module, dense) for module, dense in places.items()}
+        swap_(model, between)
+        places |= {between[module]: dense for module, dense in places.items()}
+        yield
+    finally:
+        swap_(model, places)
+
+
+@torch.no_grad()
+def _between(module: nn.Module, dense: nn.Module) -> nn.Module:
+    assert isinstance(module, (LowRankLinear, LowRankConv2d))
+    middle = module.to_dense()
+    middle.weight.lerp_(weight_matrix(dense).reshape(middle.weight.shape), 0.5)
+    if middle.bias is not None:
+        bias = bias_vector(dense)
+        middle.bias.lerp_(torch.zeros_like(middle.bias) if bias is None else bias, 0.5)
+    return middle
+
+
+def _with_sensitivities_of(covariances: Covariances, merged: Covariances) -> Covariances:
+    """The moments of one, the sensitivities of the other."""
+    result = Covariances()
+    for covariance in covariances.statistics():
+        result._add(covariance)
+    for fqn, gradient in merged.sensitivities.items():
+        weighted = gradient.weighted if covariances[fqn].side == "input" else covariances.sensitivities[fqn].weighted
+        result._add(Covariance(gradient.second_moment, gradient.total, gradient.count, gradient.side, gradient.layers))
+        if weighted is not None:
+            result._add(weighted)
+    result._sort(covariances)
+    result.unreached, result.skipped = covariances.unreached, dict(covariances.skipped)
+    return result

@@ -1,0 +1,173 @@
+"""Sensitivities halfway to the compressed model: against a model of those very weights, and a model left as it was."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lowrank_ops as lro
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+class Mixed(nn.Module):
+    """A convolution, sequences, a layer that is called twice, and one without a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 48, 3, padding=1)
+        self.twice = nn.Linear(48, 48)
+        self.block = nn.TransformerEncoderLayer(48, 2, 96, batch_first=True)
+        self.head = nn.Linear(48, 10, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.conv(x).relu().flatten(2).mT
+        tokens = self.block(self.twice(self.twice(tokens).relu()))
+        return self.head(tokens.mean(1))
+
+
+def loss(output: Tensor, batch: Tensor) -> Tensor:
+    """Not at its minimum for any output, so that its gradients are none of chance."""
+    return F.cross_entropy(3 * output, torch.arange(len(output)) % 10, reduction="sum")
+
+
+HALF = lro.CompressionConfig(lro.ParameterBudget(0.55, "loss"), projection="loss")
+
+
+@pytest.fixture
+def mixed() -> tuple[nn.Module, list[Tensor], lro.Covariances]:
+    model = Mixed().double()
+    batches = [torch.randn(6, 3, 4, 4).double() for _ in range(3)]
+    with pytest.warns(UserWarning, match="MultiheadAttention"):
+        return model, batches, lro.calibrate(model, batches, sensitivity=loss)
+
+
+def halfway_to(model: nn.Module, covariances: lro.Covariances, config: lro.CompressionConfig) -> nn.Module:
+    """A dense model with the mean of the dense weights and of what the factors make."""
+    student, middle = copy.deepcopy(model), copy.deepcopy(model)
+    lro.compress_(student, covariances, config)
+    for fqn, module in student.named_modules():
+        if isinstance(module, (lro.LowRankLinear, lro.LowRankConv2d)):
+            layer = middle.get_submodule(fqn)
+            assert isinstance(layer, (nn.Linear, nn.Conv2d)) and module.bias is not None
+            layer.weight.data = (layer.weight.data + module.weight) / 2
+            layer.bias = nn.Parameter((0 if layer.bias is None else layer.bias.data) / 2 + module.bias / 2)
+    return middle
+
+
+@pytest.mark.filterwarnings("ignore:calibration leaves out")
+def test_adds_the_gradients_and_weighted_rows_of_the_model_halfway(mixed: Any) -> None:
+    model, batches, covariances = mixed
+    found = lro.recalibrate(model, covariances, batches, HALF, sensitivity=loss)
+    halfway = lro.calibrate(halfway_to(model, covariances, HALF), batches, sensitivity=loss)
+    assert list(found.sensitivities) == list(covariances.sensitivities) == list(found)
+    for fqn, dense in covariances.sensitivities.items():
+        ours, theirs = found.sensitivities[fqn], halfway.sensitivities[fqn]
+        assert (theirs.second_moment - dense.second_moment).norm() > 1e-3 * dense.second_moment.norm()
+        for mine, one, other in ((ours, dense, theirs), (ours.weighted, dense.weighted, theirs.weighted)):
+            torch.testing.assert_close(mine.second_moment, one.second_moment + other.second_moment)
+            torch.testing.assert_close(mine.total, one.total + other.total)
+            assert mine.count == one.count + other.count and mine.side == one.side
+
+
+@pytest.mark.filterwarnings("ignore:calibration leaves out")
+def test_moments_are_the_dense_model_s_and_what_was_given_does_not_change(mixed: Any) -> None:
+    model, batches, covariances = mixed
+    before = {fqn: gradient.second_moment.clone() for fqn, gradient in covariances.sensitivities.items()}
+    found = lro.recalibrate(model, covariances, batches, sensitivity=loss)
+    assert all(found[fqn] is covariances[fqn] for fqn in covariances)
+    assert found.skipped == covariances.skipped and found.unreached == covariances.unreached
+    for fqn, gradient in covariances.sensitivities.items():
+        assert torch.equal(gradient.second_moment, before[fqn])
+    lro.compress_(model, found, HALF)  # fits the model
+
+
+@pytest.mark.filterwarnings("ignore:calibration leaves out")
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_model_is_handed_back_as_it_was(mixed: Any, fails: bool) -> None:
+    model, batches, covariances = mixed
+    model.train()
+    modules, weights = dict(model.named_modules()), copy.deepcopy(model.state_dict())
+    flag, state = model.block.activation_relu_or_gelu, torch.get_rng_state()
+    during: list[type] = []
+
+    def watched() -> Iterator[Tensor]:
+        yield from batches[:2]
+        during.append(type(model.twice))
+        if fails:
+            raise OSError("the disk is gone")
+        yield batches[2]
+
+    if fails:
+        with pytest.raises(OSError, match="the disk is gone"):
+            lro.recalibrate(model, covariances, watched(), HALF, sensitivity=loss)
+    else:
+        lro.recalibrate(model, covariances, watched(), HALF, sensitivity=loss)
+    assert during == [nn.Linear]
+    assert dict(model.named_modules()) == modules and all(module.training for module in modules.values())
+    assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
+    assert model.block.activation_relu_or_gelu == flag
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.filterwarnings("ignore:calibration leaves out")
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_outputs_of_other_weights_are_no_rows_of_the_dense_model(side: str, mixed: Any) -> None:
+    model, batches, _ = mixed
+    covariances = lro.calibrate(model, batches, sensitivity=loss, side=side)
+    found = lro.recalibrate(model, covariances, batches, HALF, sensitivity=loss, side=side)
+    for fqn, gradient in found.sensitivities.items():
+        assert (gradient.weighted is covariances.sensitivities[fqn].weighted) == (side == "output")
+
+
+@pytest.mark.filterwarnings("ignore:calibration leaves out")
+def test_rows_alike_and_a_refit_s_config(mixed: Any) -> None:
+    model, batches, _ = mixed
+    covariances = lro.calibrate(model, batches, sensitivity=loss, weigh_rows=False)
+    config = lro.CompressionConfig(lro.ParameterBudget(0.55, "loss"), projection="loss", refit="sequential")
+    found = lro.recalibrate(model, covariances, batches, config, sensitivity=loss)
+    assert all(gradient.weighted is None for gradient in found.sensitivities.values())
+    same = lro.recalibrate(model, covariances, batches, HALF, sensitivity=loss)
+    for fqn, gradient in found.sensitivities.items():
+        assert torch.equal(gradient.second_moment, same.sensitivities[fqn].second_moment)
+
+
+def test_transformers_layers(tmp_path: Any) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50, n_positions=16)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    batches = [{"input_ids": torch.randint(50, (4, 12))} for _ in range(2)]
+    options: dict[str, Any] = {"sensitivity": "fisher", "filter_fn": lambda module, fqn: fqn != "lm_head"}
+    covariances = lro.calibrate(model, batches, **options)
+    before = model.transformer.h[0].mlp.c_fc
+    found = lro.recalibrate(model, covariances, batches, **options)
+    assert model.transformer.h[0].mlp.c_fc is before and "Conv1D" in type(before).__name__
+    lro.compress_(model, found, HALF)
+
+
+def test_bad_input_is_told_before_anything_happens(mixed: Any) -> None:
+    model, batches, covariances = mixed
+    modules = dict(model.named_modules())
+    unfelt = lro.calibrate(model, batches, filter_fn=lambda module, fqn: fqn == "head")
+    with pytest.raises(ValueError, match="hold no sensitivities"):
+        lro.recalibrate(model, unfelt, batches, sensitivity=loss)
+    with pytest.raises(ValueError, match="sensitivity must be given"):
+        lro.recalibrate(model, covariances, batches)
+    with pytest.raises(TypeError, match="covariances must come from calibrate"):
+        lro.recalibrate(model, {}, batches, sensitivity=loss)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="config must be a CompressionConfig"):
+        lro.recalibrate(model, covariances, batches, lro.ParameterBudget(0.5), sensitivity=loss)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="must hold the same layers"):
+        lro.recalibrate(model, covariances, batches, sensitivity=loss, filter_fn=lambda module, fqn: fqn != "head")
+    with pytest.raises(ValueError, match="batches was empty"), pytest.warns(UserWarning, match="leaves out"):
+        lro.recalibrate(model, covariances, iter(()), sensitivity=loss)
+    assert dict(model.named_modules()) == modules
