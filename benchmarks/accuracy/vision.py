@@ -60,7 +60,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 rows = case["rows"]
                 bench.use(covariances if rows == "weighted" else taken_alike(covariances))
             student, report = bench.compress(
-                case["budget"], case["projection"], case["allocation"], options.keep_dense, options.refit
+                case["budget"],
+                case["projection"],
+                case["allocation"],
+                options.keep_dense,
+                refit=options.refit,
+                recalibrate=case["recalibrated"],
             )
             losses = {} if train is None else train.recover(student, bench.dense, case, options.scratch)
             results.add(
@@ -96,6 +101,9 @@ def parser() -> argparse.ArgumentParser:
         "--rows", choices=ROWS, default="weighted", help="weigh them by their gradients, or take all alike"
     )
     parser.add_argument("--refit", action="store_true", help="refit sequentially, by the calibration images")
+    parser.add_argument(
+        "--recalibrate", action="store_true", help="gradients for ranks and factors by loss also halfway to each model"
+    )
     parser.add_argument("--device", default="cpu", help="that models and images are on (default: %(default)s)")
     parser.add_argument("--tables", action="store_true", help="show what there is, compute nothing")
     training = parser.add_argument_group("fine-tuning")
@@ -121,6 +129,7 @@ def asked(options: argparse.Namespace) -> list[dict[str, Any]]:
             "allocation": allocation,
             **setup,
             "rows": rows_of(projection, allocation, options.rows),
+            "recalibrated": options.recalibrate and "loss" in (projection, allocation),
         }
         for budget in options.budgets
         for allocation in options.allocations
@@ -168,7 +177,14 @@ class Bench:
         self.subspaces = lro.layer_subspaces(layers, covariances)
 
     def compress(
-        self, budget: float, projection: str, allocation: str, kept_dense: Sequence[str] = (), refit: bool = False
+        self,
+        budget: float,
+        projection: str,
+        allocation: str,
+        kept_dense: Sequence[str] = (),
+        *,
+        refit: bool = False,
+        recalibrate: bool = False,
     ) -> tuple[nn.Module, lro.CompressionReport]:
         """A compressed copy, and what was done to it; ``budget`` in % of the parameters of all layers."""
         config = lro.CompressionConfig(
@@ -178,14 +194,19 @@ class Bench:
             refit="sequential" if refit else None,
         )
         student = copy.deepcopy(self.dense)
-        batches = self._batches if refit else None
-        weighted = any(felt.weighted is not None for felt in self.covariances.sensitivities.values())
+        covariances, subspaces = self.covariances, self.subspaces
+        if recalibrate:
+            torch.manual_seed(0)
+            covariances = lro.recalibrate(student, covariances, self._batches, config, sensitivity="fisher")
+            layers = {fqn: module for fqn, module in self.dense.named_modules() if fqn in covariances}
+            subspaces = lro.layer_subspaces(layers, covariances)
+        weighted = any(felt.weighted is not None for felt in covariances.sensitivities.values())
         report = lro.compress_(
             student,
-            self.covariances,
+            covariances,
             config,
-            subspaces=self.subspaces,
-            batches=batches,
+            subspaces=subspaces,
+            batches=self._batches if refit else None,
             sensitivity="fisher" if weighted else None,
             progress=refit,
         )
@@ -329,7 +350,7 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
 
 def recovered(results: Results, cases: Sequence[dict[str, Any]], options: argparse.Namespace) -> str:
     """One line per compressed model and learning rate, one column per way of fine-tuning."""
-    compressed = ("budget", "allocation", "projection", "kept_dense", "probes", "rows")
+    compressed = ("budget", "allocation", "projection", "kept_dense", "probes", "rows", "recalibrated")
     ways = [*([] if options.held_out else ["none"]), *options.finetune]  # without, they were judged by other images
     columns = ["budget", "allocation", "projection", "learning rate", *ways]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]

@@ -42,7 +42,9 @@ def test_rows_are_computed_once(
 
     compressed: list[str] = []
     compress = vision.Bench.compress
-    monkeypatch.setattr(vision.Bench, "compress", lambda self, *key: compressed.append(key[1]) or compress(self, *key))
+    monkeypatch.setattr(
+        vision.Bench, "compress", lambda self, *key, **how: compressed.append(key[1]) or compress(self, *key, **how)
+    )
     vision.main([*arguments, "--projections", "loss", "input"])
     rows = Results(out).rows
     assert compressed == ["input"] and rows[0] == row and rows[1]["projection"] == "input"
@@ -73,6 +75,17 @@ def test_refit_rows_are_rows_of_their_own(tmp_path: Path) -> None:
     rows = Results(out).rows
     assert [row["finetuned"] for row in rows] == ["refit", "none"]
     assert rows[0]["predicted_loss"] is None and rows[1]["predicted_loss"] is not None
+
+
+def test_gradients_halfway_are_for_what_goes_by_loss(tmp_path: Path) -> None:
+    out = tmp_path / "rows.json"
+    arguments = ["--out", str(out), "--budgets", "60", "--allocations", "loss", "uniform", "--projections", "output"]
+    vision.main(arguments)
+    vision.main([*arguments, "--recalibrate"])
+    rows = Results(out).rows
+    found = [(row["allocation"], row["recalibrated"]) for row in rows]
+    assert found == [("uniform", False), ("loss", False), ("loss", True)]
+    assert rows[1]["predicted_loss"] != rows[2]["predicted_loss"]
 
 
 def test_finetuning_trains_both_ways(
