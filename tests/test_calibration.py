@@ -1,7 +1,6 @@
 """Calibration: what is summed, that the model comes back as it was, and what is refused by name."""
 
 import copy
-import sys
 import warnings
 
 import pytest
@@ -11,45 +10,12 @@ from torch import nn
 
 import lowrank_ops as lro
 from lowrank_ops.calibration import _side
+from tests.sums import assert_sums
 
 
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
-
-
-def assert_sums(covariance, rows, rtol=1e-12):
-    """``covariance`` holds the sums over ``rows`` (tokens, features)."""
-    rows = rows.double()
-    moment = rows.T @ rows
-    assert covariance.count == len(rows)
-    torch.testing.assert_close(
-        covariance.total.double(), rows.sum(0), rtol=rtol, atol=rtol * float(rows.abs().sum(0).max())
-    )
-    torch.testing.assert_close(covariance.second_moment.double(), moment, rtol=0, atol=rtol * float(moment.abs().max()))
-
-
-class Attention(nn.Module):
-    """Three layers with one input, one with another."""
-
-    def __init__(self, dim=8):
-        super().__init__()
-        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
-
-    def forward(self, x):
-        return self.o(self.q(x) + self.k(x) * self.v(x))
-
-
-class Padded(nn.Module):
-    """Layers that see (batch, positions, dim), (batch * positions, dim) and (batch, dim)."""
-
-    def __init__(self, dim=6):
-        super().__init__()
-        self.tokens, self.flat, self.pooled = (nn.Linear(dim, dim) for _ in range(3))
-
-    def forward(self, x, attention_mask=None):
-        tokens = self.tokens(x)
-        return self.flat(x.flatten(0, 1)).sum() + tokens.sum() + self.pooled(x[:, 0]).sum()
 
 
 # --- what is summed ---------------------------------------------------------------------------------------------
@@ -242,149 +208,6 @@ def test_the_output_is_seen_before_the_users_hooks_change_it():
     assert_sums(lro.calibrate(model, [x], side="output")["0"], x @ model[0].weight.detach().T)
 
 
-# --- shared inputs ----------------------------------------------------------------------------------------------
-
-
-def test_layers_with_one_input_share_one_covariance(monkeypatch):
-    calls = []
-    module = sys.modules["lowrank_ops.recording"]
-    update = module.covariance_update_
-    monkeypatch.setattr(module, "covariance_update_", lambda *args: (calls.append(args), update(*args)))
-    model = Attention()
-    batches = [torch.randn(3, 5, 8) for _ in range(4)]
-    covariances = lro.calibrate(model, batches)
-    assert covariances["q"] is covariances["k"] is covariances["v"] is not covariances["o"]
-    assert covariances["q"].layers == ["q", "k", "v"]
-    assert len(covariances.statistics()) == 2 and len(calls) == 2 * len(batches)
-    assert_sums(covariances["v"], torch.cat(batches).flatten(0, 1))
-
-
-def test_sharing_can_be_switched_off():
-    x = torch.randn(5, 8)
-    covariances = lro.calibrate(Attention(), [x], share_inputs=False)
-    assert covariances["q"] is not covariances["k"] and len(covariances.statistics()) == 4
-    assert torch.equal(covariances["q"].second_moment, covariances["k"].second_moment)
-
-
-class Diverging(nn.Module):
-    """a and b get one tensor in the first forward, and what ``later`` says afterwards."""
-
-    def __init__(self, later):
-        super().__init__()
-        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
-        self.later, self.first = later, True
-
-    def forward(self, x):
-        first, self.first = self.first, False
-        if first or self.later == "same":
-            return self.a(x) + self.b(x)
-        if self.later == "other":
-            return self.a(x) + self.b(x + 1)
-        if self.later == "missed":
-            return self.a(x)
-        if self.later == "changed in place":
-            y = self.a(x)
-            return y + self.b(x.add_(1))
-        return self.b(x) + self.a(x)
-
-
-@pytest.mark.parametrize("later", ["other", "missed", "changed in place", "order"])
-def test_sharing_that_diverges_is_an_error_by_name(later):
-    batches = [torch.randn(3, 4) for _ in range(2)]
-    with pytest.raises(ValueError, match=r"layer 'b' received the tensor of 'a' at first.*share_inputs=False"):
-        lro.calibrate(Diverging(later), batches)
-    covariances = lro.calibrate(Diverging(later), [batch.clone() for batch in batches], share_inputs=False)
-    assert covariances["a"].count == 6
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_a_tensor_changed_in_place_between_two_layers_is_not_shared(mode):
-    class InPlace(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
-
-        def forward(self, x):
-            x = x * 1
-            y = self.a(x)
-            return y + self.b(x.mul_(2))
-
-    x = torch.randn(5, 4)
-    with mode():
-        covariances = lro.calibrate(InPlace(), [x])
-    assert_sums(covariances["a"], x)
-    assert_sums(covariances["b"], 2 * x)
-
-
-def test_convolutions_share_only_with_equal_geometry():
-    class Branches(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b, self.c = nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(2, 5, 3, padding=1), nn.Conv2d(2, 3, 1)
-
-        def forward(self, x):
-            return self.a(x), self.b(x), self.c(x)
-
-    covariances = lro.calibrate(Branches(), [torch.randn(2, 2, 5, 5)])
-    assert covariances["a"] is covariances["b"] is not covariances["c"]
-
-
-# --- masks ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("how", ["name", "callable", "transposed"])
-def test_padding_is_masked_out(how):
-    model = Padded()
-    x = torch.randn(3, 4, 6)
-    mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]])
-    x[mask == 0] = float("nan")  # padding may hold anything
-    if how == "name":
-        covariances = lro.calibrate(model, [{"x": x, "attention_mask": mask}], mask="attention_mask")
-    else:
-        given = mask.T.contiguous().T if how == "transposed" else mask.bool()
-        covariances = lro.calibrate(model, [x], mask=lambda args, kwargs: given)
-    real = x[mask.bool()]
-    assert_sums(covariances["tokens"], real)
-    assert_sums(covariances["flat"], real)
-    assert_sums(covariances["pooled"], x[:, 0])
-
-
-def test_the_mask_holds_for_streamed_outputs_and_a_model_that_is_the_layer():
-    model = nn.Linear(6, 2, bias=False)
-    x = torch.randn(2, 3, 6)
-    mask = torch.tensor([[1, 1, 0], [1, 0, 0]]).bool()
-    covariance = lro.calibrate(model, [x], mask=lambda args, kwargs: mask, side="output")[""]
-    assert_sums(covariance, (x[mask] @ model.weight.T).detach(), rtol=1e-6)
-
-
-def test_a_mask_may_be_none_and_leaves_convolutions_alone():
-    model = nn.Sequential(nn.Conv2d(2, 3, 1))
-    x = torch.randn(2, 2, 3, 3)
-    assert lro.calibrate(model, [x], mask=lambda args, kwargs: torch.zeros(2, 5))["0"].count == 18
-    assert lro.calibrate(Padded(), [torch.randn(2, 3, 6)], mask=lambda args, kwargs: None)["tokens"].count == 6
-
-
-def test_masks_that_do_not_fit_are_errors():
-    x = torch.randn(2, 3, 6)
-    with pytest.raises(
-        ValueError, match=r"mask of shape \(2, 4\) does not fit the activation \(2, 3, 6\) of layer 'tokens'"
-    ):
-        lro.calibrate(Padded(), [x], mask=lambda args, kwargs: torch.ones(2, 4))
-    with pytest.raises(ValueError, match=r"mask must have shape \(batch, positions\); got \(2, 1, 1, 3\)"):
-        lro.calibrate(Padded(), [x], mask=lambda args, kwargs: torch.ones(2, 1, 1, 3))
-    with pytest.raises(
-        ValueError, match=r"mask='attention_mask' is not among the keyword arguments.*\(none\).*mappings"
-    ):
-        lro.calibrate(Padded(), [x], mask="attention_mask")
-
-
-def test_a_mask_needs_the_models_own_forward():
-    with pytest.raises(ValueError, match="layer 'tokens' was called beside the model's own forward"):
-        lro.calibrate(
-            Padded(), [torch.randn(2, 3, 6)], mask="attention_mask", forward=lambda model, batch: model.tokens(batch)
-        )
-
-
 # --- the model comes back as it was -----------------------------------------------------------------------------
 
 
@@ -460,17 +283,6 @@ def test_the_context_manager_sees_the_users_loop_and_keeps_its_gradients():
         assert len(covariances) == 0
     assert_sums(covariances["0"], x)
     assert model[0].weight.grad is not None and not covariances["0"].second_moment.requires_grad
-
-
-def test_inference_mode():
-    model = Attention()
-    x = torch.randn(3, 8)
-    with torch.inference_mode():
-        covariances = lro.calibrate(model, [x, x])
-    for fqn in ("q", "k", "v"):
-        assert_sums(covariances[fqn], torch.cat([x, x]))
-    assert not covariances["q"].second_moment.is_inference()
-    covariances["q"].second_moment.add_(1)
 
 
 def test_autocast_rounds_nothing_that_is_summed():

@@ -1,0 +1,78 @@
+"""Masks: which rows count, and which masks are refused."""
+
+import pytest
+import torch
+from torch import nn
+
+import lowrank_ops as lro
+from tests.sums import assert_sums
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+class Padded(nn.Module):
+    """Layers that see (batch, positions, dim), (batch * positions, dim) and (batch, dim)."""
+
+    def __init__(self, dim=6):
+        super().__init__()
+        self.tokens, self.flat, self.pooled = (nn.Linear(dim, dim) for _ in range(3))
+
+    def forward(self, x, attention_mask=None):
+        tokens = self.tokens(x)
+        return self.flat(x.flatten(0, 1)).sum() + tokens.sum() + self.pooled(x[:, 0]).sum()
+
+
+@pytest.mark.parametrize("how", ["name", "callable", "transposed"])
+def test_padding_is_masked_out(how):
+    model = Padded()
+    x = torch.randn(3, 4, 6)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]])
+    x[mask == 0] = float("nan")  # padding may hold anything
+    if how == "name":
+        covariances = lro.calibrate(model, [{"x": x, "attention_mask": mask}], mask="attention_mask")
+    else:
+        given = mask.T.contiguous().T if how == "transposed" else mask.bool()
+        covariances = lro.calibrate(model, [x], mask=lambda args, kwargs: given)
+    real = x[mask.bool()]
+    assert_sums(covariances["tokens"], real)
+    assert_sums(covariances["flat"], real)
+    assert_sums(covariances["pooled"], x[:, 0])
+
+
+def test_the_mask_holds_for_streamed_outputs_and_a_model_that_is_the_layer():
+    model = nn.Linear(6, 2, bias=False)
+    x = torch.randn(2, 3, 6)
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]]).bool()
+    covariance = lro.calibrate(model, [x], mask=lambda args, kwargs: mask, side="output")[""]
+    assert_sums(covariance, (x[mask] @ model.weight.T).detach(), rtol=1e-6)
+
+
+def test_a_mask_may_be_none_and_leaves_convolutions_alone():
+    model = nn.Sequential(nn.Conv2d(2, 3, 1))
+    x = torch.randn(2, 2, 3, 3)
+    assert lro.calibrate(model, [x], mask=lambda args, kwargs: torch.zeros(2, 5))["0"].count == 18
+    assert lro.calibrate(Padded(), [torch.randn(2, 3, 6)], mask=lambda args, kwargs: None)["tokens"].count == 6
+
+
+def test_masks_that_do_not_fit_are_errors():
+    x = torch.randn(2, 3, 6)
+    with pytest.raises(
+        ValueError, match=r"mask of shape \(2, 4\) does not fit the activation \(2, 3, 6\) of layer 'tokens'"
+    ):
+        lro.calibrate(Padded(), [x], mask=lambda args, kwargs: torch.ones(2, 4))
+    with pytest.raises(ValueError, match=r"mask must have shape \(batch, positions\); got \(2, 1, 1, 3\)"):
+        lro.calibrate(Padded(), [x], mask=lambda args, kwargs: torch.ones(2, 1, 1, 3))
+    with pytest.raises(
+        ValueError, match=r"mask='attention_mask' is not among the keyword arguments.*\(none\).*mappings"
+    ):
+        lro.calibrate(Padded(), [x], mask="attention_mask")
+
+
+def test_a_mask_needs_the_models_own_forward():
+    with pytest.raises(ValueError, match="layer 'tokens' was called beside the model's own forward"):
+        lro.calibrate(
+            Padded(), [torch.randn(2, 3, 6)], mask="attention_mask", forward=lambda model, batch: model.tokens(batch)
+        )
