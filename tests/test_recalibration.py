@@ -171,3 +171,20 @@ def test_bad_input_is_told_before_anything_happens(mixed: Any) -> None:
     with pytest.raises(ValueError, match="batches was empty"), pytest.warns(UserWarning, match="leaves out"):
         lro.recalibrate(model, covariances, iter(()), sensitivity=loss)
     assert dict(model.named_modules()) == modules
+
+
+TWO = lro.CompressionConfig(lro.Ranks({"0": 8, "2": 8}), projection="loss")
+
+
+def two_layers() -> tuple[nn.Sequential, list[Tensor], lro.Covariances]:
+    model, batches = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 16)), [torch.randn(20, 32)]
+    return model, batches, lro.calibrate(model, batches, sensitivity=loss)
+
+
+def test_subspaces_of_the_sensitivities_before_are_refused() -> None:
+    """The moments that they name are the same objects."""
+    model, batches, covariances = two_layers()
+    spaces = lro.layer_subspaces({"0": model[0], "2": model[2]}, covariances)
+    found = lro.recalibrate(model, covariances, batches, TWO, sensitivity=loss)
+    with pytest.raises(ValueError, match=r"subspaces\['0'\] was made from other covariances"):
+        lro.compress_(model, found, TWO, subspaces=spaces)
