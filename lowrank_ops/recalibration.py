@@ -77,16 +77,19 @@ def _halfway(model: nn.Module, covariances: Covariances, config: CompressionConf
     """Dense layers with weights in the middle of the way, inside the ``with`` block only."""
     if isinstance(config, CompressionConfig):
         config = replace(config, refit=None)
-    dense = dict(model.named_modules())
-    compress_(model, covariances, config, progress=progress)
-    places = {module: dense[fqn] for fqn, module in model.named_modules() if module is not dense[fqn]}
+    dense = dict(model.named_modules(remove_duplicate=False))
+
+    def changed() -> list[tuple[nn.Module, nn.Module]]:
+        """What stands in the model, with what stood there; also where an interrupt stopped a swap in its middle."""
+        now = model.named_modules(remove_duplicate=False)
+        return [(module, dense[fqn]) for fqn, module in now if module is not dense.get(fqn, module)]
+
     try:
-        between = {module: _between(module, dense) for module, dense in places.items()}
-        swap_(model, between)
-        places |= {between[module]: dense for module, dense in places.items()}
+        compress_(model, covariances, config, progress=progress)
+        swap_(model, {module: _between(module, original) for module, original in dict(changed()).items()})
         yield
     finally:
-        swap_(model, places)
+        swap_(model, dict(changed()))
 
 
 @torch.no_grad()

@@ -188,3 +188,18 @@ def test_subspaces_of_the_sensitivities_before_are_refused() -> None:
     found = lro.recalibrate(model, covariances, batches, TWO, sensitivity=loss)
     with pytest.raises(ValueError, match=r"subspaces\['0'\] was made from other covariances"):
         lro.compress_(model, found, TWO, subspaces=spaces)
+
+
+def test_a_swap_that_is_interrupted() -> None:
+    class Interrupted(nn.Sequential):
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name == "2" and isinstance(value, lro.LowRankLinear):
+                raise KeyboardInterrupt
+            super().__setattr__(name, value)
+
+    _, batches, covariances = two_layers()
+    model = Interrupted(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 16))
+    modules = dict(model.named_modules())
+    with pytest.raises(KeyboardInterrupt):
+        lro.recalibrate(model, covariances, batches, TWO, sensitivity=loss)
+    assert dict(model.named_modules()) == modules
