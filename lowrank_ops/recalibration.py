@@ -67,9 +67,10 @@ def recalibrate(
         )
     config = CompressionConfig(ParameterBudget(0.5, "loss"), projection="loss") if config is None else config
     weighted = any(gradient.weighted is not None for gradient in covariances.sensitivities.values())
-    with _halfway(model, covariances, config, progress=options.get("progress", False)):
-        found = calibrate(model, batches, **{"weigh_rows": weighted, **options})
-    return _with_sensitivities_of(covariances, covariances.merge(found))
+    with torch.inference_mode(False):  # weights made in inference mode would have no gradients
+        with _halfway(model, covariances, config, progress=options.get("progress", False)):
+            found = calibrate(model, batches, **{"weigh_rows": weighted, **options})
+        return _with_sensitivities_of(covariances, covariances.merge(found))
 
 
 @contextmanager

@@ -203,3 +203,10 @@ def test_a_swap_that_is_interrupted() -> None:
     with pytest.raises(KeyboardInterrupt):
         lro.recalibrate(model, covariances, batches, TWO, sensitivity=loss)
     assert dict(model.named_modules()) == modules
+
+
+def test_in_inference_mode() -> None:
+    model, batches, covariances = two_layers()
+    with torch.inference_mode():
+        found = lro.recalibrate(model, covariances, batches, TWO, sensitivity=loss)
+    assert not any(gradient.second_moment.is_inference() for gradient in found.sensitivities.values())
