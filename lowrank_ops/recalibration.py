@@ -16,7 +16,7 @@ from torch import nn
 
 from .calibration import calibrate
 from .compress import compress_
-from .config import CompressionConfig, ParameterBudget
+from .config import AccuracyGuided, CompressionConfig, ParameterBudget
 from .covariances import Covariance, Covariances
 from .dense_layers import bias_vector, weight_matrix
 from .layers import LowRankConv2d, LowRankLinear
@@ -46,7 +46,8 @@ def recalibrate(
         covariances: from :func:`lowrank_ops.calibrate` with a sensitivity; not changed.
         batches: as for :func:`lowrank_ops.calibrate`, at best the same.
         config: how the model is to be compressed, a refit left out; by default to half of the layers' parameters with
-            ranks and factors by loss.
+            ranks and factors by loss. ``AccuracyGuided`` searches here as well, without its journal: trials with these
+            covariances are none of those to come.
         options: keyword arguments of :func:`lowrank_ops.calibrate` as they were given to it, the sensitivity above all.
 
     Returns:
@@ -77,7 +78,8 @@ def recalibrate(
 def _halfway(model: nn.Module, covariances: Covariances, config: CompressionConfig, progress: bool) -> Iterator[None]:
     """Dense layers with weights in the middle of the way, inside the ``with`` block only."""
     if isinstance(config, CompressionConfig):
-        config = replace(config, refit=None)
+        policy = replace(config.rank, journal=None) if isinstance(config.rank, AccuracyGuided) else config.rank
+        config = replace(config, rank=policy, refit=None)
     dense = dict(model.named_modules(remove_duplicate=False))
 
     def changed() -> list[tuple[nn.Module, nn.Module]]:

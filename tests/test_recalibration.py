@@ -210,3 +210,18 @@ def test_in_inference_mode() -> None:
     with torch.inference_mode():
         found = lro.recalibrate(model, covariances, batches, TWO, sensitivity=loss)
     assert not any(gradient.second_moment.is_inference() for gradient in found.sensitivities.values())
+
+
+def test_a_search_s_journal_is_left_to_the_compression(tmp_path: Any) -> None:
+    """Its trials are of other covariances, which the journal would refuse afterwards."""
+    model, batches, covariances = two_layers()
+    target = model(batches[0]).detach()
+
+    def evaluate(student: nn.Module) -> float:
+        return -float((student(batches[0]) - target).square().mean())
+
+    policy = lro.AccuracyGuided(evaluate, max_drop=1.0, journal=tmp_path / "trials")
+    config = lro.CompressionConfig(policy, projection="loss")
+    found = lro.recalibrate(model, covariances, batches, config, sensitivity=loss)
+    assert not (tmp_path / "trials").exists()
+    lro.compress_(model, found, config)
