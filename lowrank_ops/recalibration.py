@@ -52,7 +52,8 @@ def recalibrate(
 
     Returns:
         New covariances, which share the moments with ``covariances``. Weighted rows of layers that stream their output
-        are the dense model's alone: outputs of other weights are no outputs of that layer.
+        are the dense model's alone: outputs of other weights are no outputs of that layer. So are all sums of a layer
+        that no batch reaches halfway, as an expert that is routed to by the inputs.
 
     Raises:
         ValueError: covariances without sensitivities, no ``sensitivity`` among the options, options other than those of
@@ -71,7 +72,7 @@ def recalibrate(
     with torch.inference_mode(False):  # weights made in inference mode would have no gradients
         with _halfway(model, covariances, config, progress=options.get("progress", False)):
             found = calibrate(model, batches, **{"weigh_rows": weighted, **options})
-        return _with_sensitivities_of(covariances, covariances.merge(found))
+        return _with_sensitivities_of(covariances, found)
 
 
 @contextmanager
@@ -106,16 +107,32 @@ def _between(module: nn.Module, dense: nn.Module) -> nn.Module:
     return middle
 
 
-def _with_sensitivities_of(covariances: Covariances, merged: Covariances) -> Covariances:
-    """The moments of one, the sensitivities of the other."""
+def _with_sensitivities_of(covariances: Covariances, found: Covariances) -> Covariances:
+    """The moments of one, the sensitivities of both."""
+    if differ := [fqn for fqn in covariances if fqn in found and found[fqn].side != covariances[fqn].side]:
+        raise ValueError(
+            f"side must stream what the first calibrate did; it differs at {', '.join(differ)}. Give side and "
+            "max_state_bytes as they were then."
+        )
     result = Covariances()
     for covariance in covariances.statistics():
         result._add(covariance)
-    for fqn, gradient in merged.sensitivities.items():
-        weighted = gradient.weighted if covariances[fqn].side == "input" else covariances.sensitivities[fqn].weighted
-        result._add(Covariance(gradient.second_moment, gradient.total, gradient.count, gradient.side, gradient.layers))
+    samples = next(gradient.count for gradient in found.sensitivities.values())
+    for fqn, gradient in covariances.sensitivities.items():
+        if fqn not in covariances:  # called with no rows
+            continue
+        more, weighted = found.sensitivities.get(fqn), gradient.weighted
+        result._add(_sum(gradient, more, gradient.count + samples))
         if weighted is not None:
-            result._add(weighted)
+            also = more.weighted if more is not None and covariances[fqn].side == "input" else None
+            result._add(weighted if also is None else _sum(weighted, also, weighted.count + also.count))
     result._sort(covariances)
     result.unreached, result.skipped = covariances.unreached, dict(covariances.skipped)
     return result
+
+
+def _sum(one: Covariance, other: Covariance | None, count: int) -> Covariance:
+    moment, total = one.second_moment, one.total
+    if other is not None:
+        moment, total = moment + other.second_moment.to(moment), total + other.total.to(total)
+    return Covariance(moment, total, count, one.side, list(one.layers))

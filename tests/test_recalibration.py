@@ -166,8 +166,8 @@ def test_bad_input_is_told_before_anything_happens(mixed: Any) -> None:
         lro.recalibrate(model, {}, batches, sensitivity=loss)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="config must be a CompressionConfig"):
         lro.recalibrate(model, covariances, batches, lro.ParameterBudget(0.5), sensitivity=loss)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="must hold the same layers"):
-        lro.recalibrate(model, covariances, batches, sensitivity=loss, filter_fn=lambda module, fqn: fqn != "head")
+    with pytest.raises(ValueError, match="side must stream what the first calibrate did; it differs at conv, twice"):
+        lro.recalibrate(model, covariances, batches, sensitivity=loss, side="output")
     with pytest.raises(ValueError, match="batches was empty"), pytest.warns(UserWarning, match="leaves out"):
         lro.recalibrate(model, covariances, iter(()), sensitivity=loss)
     assert dict(model.named_modules()) == modules
@@ -225,3 +225,44 @@ def test_a_search_s_journal_is_left_to_the_compression(tmp_path: Any) -> None:
     found = lro.recalibrate(model, covariances, batches, config, sensitivity=loss)
     assert not (tmp_path / "trials").exists()
     lro.compress_(model, found, config)
+
+
+def test_sums_of_inputs_need_not_be_shared_as_they_were() -> None:
+    """They are not added to."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(32, 16), nn.Linear(32, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x) + self.b(x).relu()
+
+    model, batches = Two(), [torch.randn(20, 32)]
+    covariances = lro.calibrate(model, batches, sensitivity=loss, share_inputs=False)
+    config = lro.CompressionConfig(lro.Ranks({"a": 8}))
+    found = lro.recalibrate(model, covariances, batches, config, sensitivity=loss)
+    assert found["a"] is covariances["a"] is not found["b"] and found.sensitivities["a"].count == 40
+
+
+@pytest.mark.parametrize("rows", ["none", "no call"])
+def test_an_expert_that_is_not_reached_halfway_keeps_its_sums(rows: str) -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router, self.rare, self.head = nn.Linear(32, 32, bias=False), nn.Linear(32, 32), nn.Linear(32, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.router(x)
+            routed = x[:, 0] > 0.1
+            if rows == "none" or routed.any():
+                x = x.index_put((routed,), self.rare(x[routed]))
+            return self.head(x)
+
+    model, batches = Experts(), [torch.randn(20, 32)]
+    covariances = lro.calibrate(model, batches, sensitivity=loss)
+    config = lro.CompressionConfig(lro.Ranks({"head": 8}))
+    found = lro.recalibrate(model, covariances, [torch.zeros(20, 32)], config, sensitivity=loss)  # routed nowhere
+    for fqn, gradient in found.sensitivities.items():
+        same = torch.equal(gradient.second_moment, covariances.sensitivities[fqn].second_moment)
+        assert same == (fqn == "rare") and gradient.count == 40, "all are over the samples of both"
