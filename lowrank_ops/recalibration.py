@@ -6,6 +6,7 @@ what they meet on the way is told better by gradients from its middle.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,7 +19,7 @@ from .calibration import calibrate
 from .compress import compress_
 from .config import AccuracyGuided, CompressionConfig, ParameterBudget
 from .covariances import Covariance, Covariances
-from .dense_layers import bias_vector, weight_matrix
+from .dense_layers import bias_vector, find_layers, weight_matrix
 from .layers import LowRankConv2d, LowRankLinear
 from .replacement import swap_
 
@@ -67,11 +68,23 @@ def recalibrate(
         raise ValueError(
             "sensitivity must be given as to the first calibrate: 'fisher', 'output', 'pooled' or a loss; got None."
         )
-    config = CompressionConfig(ParameterBudget(0.5, "loss"), projection="loss") if config is None else config
     weighted = any(gradient.weighted is not None for gradient in covariances.sensitivities.values())
+    if options.setdefault("weigh_rows", weighted) != weighted:
+        raise ValueError(f"weigh_rows must be {weighted}, as of the first calibrate; got {options['weigh_rows']!r}.")
+    accepted = inspect.signature(calibrate).parameters
+    if unknown := [name for name in options if name not in accepted]:  # before the long work
+        raise TypeError(f"options must be keyword arguments of calibrate; it has no {', '.join(unknown)}.")
+    # Asked of the dense layers: a filter may know them by their type, or be a set of them.
+    layers, _ = find_layers(model, options.pop("filter_fn", None))
+    if missing := [fqn for fqn in covariances if fqn not in layers]:
+        raise ValueError(
+            f"covariances hold layers that model does not have or filter_fn does not keep: {', '.join(missing)}. "
+            "Pass the model and the filter_fn of the first calibrate."
+        )
+    config = CompressionConfig(ParameterBudget(0.5, "loss"), projection="loss") if config is None else config
     with torch.inference_mode(False):  # weights made in inference mode would have no gradients
         with _halfway(model, covariances, config, progress=options.get("progress", False)):
-            found = calibrate(model, batches, **{"weigh_rows": weighted, **options})
+            found = calibrate(model, batches, filter_fn=lambda module, fqn: fqn in covariances, **options)
         return _with_sensitivities_of(covariances, found)
 
 
