@@ -92,7 +92,8 @@ def compress_(
     skipped |= {fqn: "no calibration batch reached it" for fqn in layers if fqn not in covariances}
 
     for fqn, space in (subspaces or {}).items():
-        if fqn in covariances and space.covariance is not covariances[fqn]:
+        own = (covariances.get(fqn), covariances.sensitivities.get(fqn))
+        if fqn in covariances and (space.covariance is not own[0] or space.sensitivity is not own[1]):
             raise ValueError(
                 f"subspaces[{fqn!r}] was made from other covariances than those given; pass "
                 "subspaces=layer_subspaces(layers, covariances) of the same calibration."

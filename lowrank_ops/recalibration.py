@@ -6,6 +6,7 @@ what they meet on the way is told better by gradients from its middle.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,9 +17,9 @@ from torch import nn
 
 from .calibration import calibrate
 from .compress import compress_
-from .config import CompressionConfig, ParameterBudget
+from .config import AccuracyGuided, CompressionConfig, ParameterBudget
 from .covariances import Covariance, Covariances
-from .dense_layers import bias_vector, weight_matrix
+from .dense_layers import bias_vector, find_layers, weight_matrix
 from .layers import LowRankConv2d, LowRankLinear
 from .replacement import swap_
 
@@ -46,12 +47,14 @@ def recalibrate(
         covariances: from :func:`lowrank_ops.calibrate` with a sensitivity; not changed.
         batches: as for :func:`lowrank_ops.calibrate`, at best the same.
         config: how the model is to be compressed, a refit left out; by default to half of the layers' parameters with
-            ranks and factors by loss.
+            ranks and factors by loss. ``AccuracyGuided`` searches here as well, without its journal: trials with these
+            covariances are none of those to come.
         options: keyword arguments of :func:`lowrank_ops.calibrate` as they were given to it, the sensitivity above all.
 
     Returns:
         New covariances, which share the moments with ``covariances``. Weighted rows of layers that stream their output
-        are the dense model's alone: outputs of other weights are no outputs of that layer.
+        are the dense model's alone: outputs of other weights are no outputs of that layer. So are all sums of a layer
+        that no batch reaches halfway, as an expert that is routed to by the inputs.
 
     Raises:
         ValueError: covariances without sensitivities, no ``sensitivity`` among the options, options other than those of
@@ -65,28 +68,45 @@ def recalibrate(
         raise ValueError(
             "sensitivity must be given as to the first calibrate: 'fisher', 'output', 'pooled' or a loss; got None."
         )
-    config = CompressionConfig(ParameterBudget(0.5, "loss"), projection="loss") if config is None else config
     weighted = any(gradient.weighted is not None for gradient in covariances.sensitivities.values())
-    with _halfway(model, covariances, config, progress=options.get("progress", False)):
-        found = calibrate(model, batches, **{"weigh_rows": weighted, **options})
-    return _with_sensitivities_of(covariances, covariances.merge(found))
+    if options.setdefault("weigh_rows", weighted) != weighted:
+        raise ValueError(f"weigh_rows must be {weighted}, as of the first calibrate; got {options['weigh_rows']!r}.")
+    accepted = inspect.signature(calibrate).parameters
+    if unknown := [name for name in options if name not in accepted]:  # before the long work
+        raise TypeError(f"options must be keyword arguments of calibrate; it has no {', '.join(unknown)}.")
+    # Asked of the dense layers: a filter may know them by their type, or be a set of them.
+    layers, _ = find_layers(model, options.pop("filter_fn", None))
+    if missing := [fqn for fqn in covariances if fqn not in layers]:
+        raise ValueError(
+            f"covariances hold layers that model does not have or filter_fn does not keep: {', '.join(missing)}. "
+            "Pass the model and the filter_fn of the first calibrate."
+        )
+    config = CompressionConfig(ParameterBudget(0.5, "loss"), projection="loss") if config is None else config
+    with torch.inference_mode(False):  # weights made in inference mode would have no gradients
+        with _halfway(model, covariances, config, progress=options.get("progress", False)):
+            found = calibrate(model, batches, filter_fn=lambda module, fqn: fqn in covariances, **options)
+        return _with_sensitivities_of(covariances, found)
 
 
 @contextmanager
 def _halfway(model: nn.Module, covariances: Covariances, config: CompressionConfig, progress: bool) -> Iterator[None]:
     """Dense layers with weights in the middle of the way, inside the ``with`` block only."""
     if isinstance(config, CompressionConfig):
-        config = replace(config, refit=None)
-    dense = dict(model.named_modules())
-    compress_(model, covariances, config, progress=progress)
-    places = {module: dense[fqn] for fqn, module in model.named_modules() if module is not dense[fqn]}
+        policy = replace(config.rank, journal=None) if isinstance(config.rank, AccuracyGuided) else config.rank
+        config = replace(config, rank=policy, refit=None)
+    dense = dict(model.named_modules(remove_duplicate=False))
+
+    def changed() -> list[tuple[nn.Module, nn.Module]]:
+        """What stands in the model, with what stood there; also where an interrupt stopped a swap in its middle."""
+        now = model.named_modules(remove_duplicate=False)
+        return [(module, dense[fqn]) for fqn, module in now if module is not dense.get(fqn, module)]
+
     try:
-        between = {module: _between(module, dense) for module, dense in places.items()}
-        swap_(model, between)
-        places |= {between[module]: dense for module, dense in places.items()}
+        compress_(model, covariances, config, progress=progress)
+        swap_(model, {module: _between(module, original) for module, original in dict(changed()).items()})
         yield
     finally:
-        swap_(model, places)
+        swap_(model, dict(changed()))
 
 
 @torch.no_grad()
@@ -100,16 +120,32 @@ def _between(module: nn.Module, dense: nn.Module) -> nn.Module:
     return middle
 
 
-def _with_sensitivities_of(covariances: Covariances, merged: Covariances) -> Covariances:
-    """The moments of one, the sensitivities of the other."""
+def _with_sensitivities_of(covariances: Covariances, found: Covariances) -> Covariances:
+    """The moments of one, the sensitivities of both."""
+    if differ := [fqn for fqn in covariances if fqn in found and found[fqn].side != covariances[fqn].side]:
+        raise ValueError(
+            f"side must stream what the first calibrate did; it differs at {', '.join(differ)}. Give side and "
+            "max_state_bytes as they were then."
+        )
     result = Covariances()
     for covariance in covariances.statistics():
         result._add(covariance)
-    for fqn, gradient in merged.sensitivities.items():
-        weighted = gradient.weighted if covariances[fqn].side == "input" else covariances.sensitivities[fqn].weighted
-        result._add(Covariance(gradient.second_moment, gradient.total, gradient.count, gradient.side, gradient.layers))
+    samples = next(gradient.count for gradient in found.sensitivities.values())
+    for fqn, gradient in covariances.sensitivities.items():
+        if fqn not in covariances:  # called with no rows
+            continue
+        more, weighted = found.sensitivities.get(fqn), gradient.weighted
+        result._add(_sum(gradient, more, gradient.count + samples))
         if weighted is not None:
-            result._add(weighted)
+            also = more.weighted if more is not None and covariances[fqn].side == "input" else None
+            result._add(weighted if also is None else _sum(weighted, also, weighted.count + also.count))
     result._sort(covariances)
     result.unreached, result.skipped = covariances.unreached, dict(covariances.skipped)
     return result
+
+
+def _sum(one: Covariance, other: Covariance | None, count: int) -> Covariance:
+    moment, total = one.second_moment, one.total
+    if other is not None:
+        moment, total = moment + other.second_moment.to(moment), total + other.total.to(total)
+    return Covariance(moment, total, count, one.side, list(one.layers))

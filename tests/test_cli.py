@@ -307,6 +307,8 @@ class TestCompress:
             predicted.append([layer["predicted_loss"] for layer in layers])
         assert predicted[0] != predicted[1]
         assert "give --sensitivity with it" in refused(capsys, 2, *COMPRESS, "--recalibrate")
+        stored = ["compress", "project:build", "--covariances", "x", "--out", "out", "--recalibrate"]
+        assert "--recalibrate runs the model on --batches; it cannot go" in refused(capsys, 2, *stored)
         assert "cannot be met" in refused(capsys, 2, *COMPRESS, *by_loss[2:], "--budget", "0.01", "--recalibrate")
 
     def test_nothing_to_gain_is_said_and_nothing_written(

@@ -166,8 +166,122 @@ def test_bad_input_is_told_before_anything_happens(mixed: Any) -> None:
         lro.recalibrate(model, {}, batches, sensitivity=loss)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="config must be a CompressionConfig"):
         lro.recalibrate(model, covariances, batches, lro.ParameterBudget(0.5), sensitivity=loss)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="must hold the same layers"):
-        lro.recalibrate(model, covariances, batches, sensitivity=loss, filter_fn=lambda module, fqn: fqn != "head")
-    with pytest.raises(ValueError, match="batches was empty"), pytest.warns(UserWarning, match="leaves out"):
+    never = iter([0])  # no batch
+    with pytest.raises(ValueError, match="filter_fn does not keep: head"):
+        lro.recalibrate(model, covariances, never, sensitivity=loss, filter_fn=lambda module, fqn: fqn != "head")
+    with pytest.raises(ValueError, match="weigh_rows must be True, as of the first calibrate; got False"):
+        lro.recalibrate(model, covariances, never, sensitivity=loss, weigh_rows=False)
+    with pytest.raises(TypeError, match="keyword arguments of calibrate; it has no masks"):
+        lro.recalibrate(model, covariances, never, sensitivity=loss, masks="mask")
+    assert next(never) == 0
+    with pytest.raises(ValueError, match="side must stream what the first calibrate did; it differs at conv, twice"):
+        lro.recalibrate(model, covariances, batches, sensitivity=loss, side="output")
+    with pytest.raises(ValueError, match="batches was empty"):
         lro.recalibrate(model, covariances, iter(()), sensitivity=loss)
     assert dict(model.named_modules()) == modules
+
+
+TWO = lro.CompressionConfig(lro.Ranks({"0": 8, "2": 8}), projection="loss")
+
+
+def two_layers() -> tuple[nn.Sequential, list[Tensor], lro.Covariances]:
+    model, batches = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 16)), [torch.randn(20, 32)]
+    return model, batches, lro.calibrate(model, batches, sensitivity=loss)
+
+
+def test_in_inference_mode() -> None:
+    model, batches, covariances = two_layers()
+    with torch.inference_mode():
+        found = lro.recalibrate(model, covariances, batches, TWO, sensitivity=loss)
+    assert not any(gradient.second_moment.is_inference() for gradient in found.sensitivities.values())
+
+
+def test_layers_are_chosen_among_the_dense_ones() -> None:
+    """A filter may be a set of modules."""
+    model, batches, _ = two_layers()
+    chosen = {model[2]}
+    options: dict[str, Any] = {"sensitivity": loss, "filter_fn": lambda module, fqn: module in chosen}
+    covariances = lro.calibrate(model, batches, **options)
+    config = lro.CompressionConfig(lro.Ranks({"2": 8}))
+    found = lro.recalibrate(model, covariances, batches, config, **options)
+    assert list(found.sensitivities) == ["2"] and found.sensitivities["2"].count == 40
+
+
+def test_sums_of_inputs_need_not_be_shared_as_they_were() -> None:
+    """They are not added to."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(32, 16), nn.Linear(32, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x) + self.b(x).relu()
+
+    model, batches = Two(), [torch.randn(20, 32)]
+    covariances = lro.calibrate(model, batches, sensitivity=loss, share_inputs=False)
+    config = lro.CompressionConfig(lro.Ranks({"a": 8}))
+    found = lro.recalibrate(model, covariances, batches, config, sensitivity=loss)
+    assert found["a"] is covariances["a"] is not found["b"] and found.sensitivities["a"].count == 40
+
+
+@pytest.mark.parametrize("rows", ["none", "no call"])
+def test_an_expert_that_is_not_reached_halfway_keeps_its_sums(rows: str) -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router, self.rare, self.head = nn.Linear(32, 32, bias=False), nn.Linear(32, 32), nn.Linear(32, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.router(x)
+            routed = x[:, 0] > 0.1
+            if rows == "none" or routed.any():
+                x = x.index_put((routed,), self.rare(x[routed]))
+            return self.head(x)
+
+    model, batches = Experts(), [torch.randn(20, 32)]
+    covariances = lro.calibrate(model, batches, sensitivity=loss)
+    config = lro.CompressionConfig(lro.Ranks({"head": 8}))
+    found = lro.recalibrate(model, covariances, [torch.zeros(20, 32)], config, sensitivity=loss)  # routed nowhere
+    for fqn, gradient in found.sensitivities.items():
+        same = torch.equal(gradient.second_moment, covariances.sensitivities[fqn].second_moment)
+        assert same == (fqn == "rare") and gradient.count == 40, "all are over the samples of both"
+
+
+def test_a_swap_that_is_interrupted() -> None:
+    class Interrupted(nn.Sequential):
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name == "2" and isinstance(value, lro.LowRankLinear):
+                raise KeyboardInterrupt
+            super().__setattr__(name, value)
+
+    _, batches, covariances = two_layers()
+    model = Interrupted(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 16))
+    modules = dict(model.named_modules())
+    with pytest.raises(KeyboardInterrupt):
+        lro.recalibrate(model, covariances, batches, TWO, sensitivity=loss)
+    assert dict(model.named_modules()) == modules
+
+
+def test_a_search_s_journal_is_left_to_the_compression(tmp_path: Any) -> None:
+    """Its trials are of other covariances, which the journal would refuse afterwards."""
+    model, batches, covariances = two_layers()
+    target = model(batches[0]).detach()
+
+    def evaluate(student: nn.Module) -> float:
+        return -float((student(batches[0]) - target).square().mean())
+
+    policy = lro.AccuracyGuided(evaluate, max_drop=1.0, journal=tmp_path / "trials")
+    config = lro.CompressionConfig(policy, projection="loss")
+    found = lro.recalibrate(model, covariances, batches, config, sensitivity=loss)
+    assert not (tmp_path / "trials").exists()
+    lro.compress_(model, found, config)
+
+
+def test_subspaces_of_the_sensitivities_before_are_refused() -> None:
+    """The moments that they name are the same objects."""
+    model, batches, covariances = two_layers()
+    spaces = lro.layer_subspaces({"0": model[0], "2": model[2]}, covariances)
+    found = lro.recalibrate(model, covariances, batches, TWO, sensitivity=loss)
+    with pytest.raises(ValueError, match=r"subspaces\['0'\] was made from other covariances"):
+        lro.compress_(model, found, TWO, subspaces=spaces)

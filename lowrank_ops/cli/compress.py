@@ -105,6 +105,8 @@ def run(options: argparse.Namespace) -> Result:
         check_folder(options.html, "--html")
     if options.refit is not None and options.batches is None:
         raise Failure(2, "--refit runs the model on --batches; it cannot go with --covariances")
+    if options.recalibrate and options.batches is None:
+        raise Failure(2, "--recalibrate runs the model on --batches; it cannot go with --covariances")
     if options.recalibrate and options.sensitivity is None:
         raise Failure(2, "--recalibrate takes gradients from --batches once more; give --sensitivity with it")
     policy = _policy(options)
