@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .batches import random_state_kept
 from .calibration import calibrate
 from .compress import compress_
 from .config import AccuracyGuided, CompressionConfig, ParameterBudget
@@ -82,8 +83,14 @@ def recalibrate(
             "Pass the model and the filter_fn of the first calibrate."
         )
     config = CompressionConfig(ParameterBudget(0.5, "loss"), projection="loss") if config is None else config
+    samples = next(iter(covariances.sensitivities.values())).count  # grows, so that a third run draws anew as well
     with torch.inference_mode(False):  # weights made in inference mode would have no gradients
-        with _halfway(model, covariances, config, progress=options.get("progress", False)):
+        with (
+            _halfway(model, covariances, config, options.get("progress", False)),
+            random_state_kept(model) as generators,
+        ):
+            for generator in generators:  # labels and signs drawn once more would double the noise of the first draw
+                generator.manual_seed((generator.initial_seed() + samples) % 2**63)
             found = calibrate(model, batches, filter_fn=lambda module, fqn: fqn in covariances, **options)
         return _with_sensitivities_of(covariances, found)
 

@@ -50,7 +50,7 @@ ALLOWED = {
         "report", "sensitivity", "subspaces",
     },
     "recalibration": {
-        "calibration", "compress", "config", "covariances", "dense_layers", "layers", "replacement",
+        "batches", "calibration", "compress", "config", "covariances", "dense_layers", "layers", "replacement",
     },
     "checkpoint": {"config", "dense_layers", "layers", "replacement", "report"},
 }  # fmt: skip

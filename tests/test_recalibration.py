@@ -285,3 +285,20 @@ def test_subspaces_of_the_sensitivities_before_are_refused() -> None:
     found = lro.recalibrate(model, covariances, batches, TWO, sensitivity=loss)
     with pytest.raises(ValueError, match=r"subspaces\['0'\] was made from other covariances"):
         lro.compress_(model, found, TWO, subspaces=spaces)
+
+
+@pytest.mark.filterwarnings("ignore:calibration leaves out")
+def test_every_run_draws_anew(mixed: Any) -> None:
+    """Also a third: the same labels again would add the same noise again."""
+    model, batches, _ = mixed
+    nothing = lro.CompressionConfig(lro.Ranks({"head": None}))
+    covariances = lro.calibrate(model, batches, sensitivity="output")
+    twice = lro.recalibrate(model, covariances, batches, nothing, sensitivity="output")
+    thrice = lro.recalibrate(model, twice, batches, nothing, sensitivity="output")
+    first = covariances.sensitivities["head"].second_moment
+    second = twice.sensitivities["head"].second_moment - first
+    third = thrice.sensitivities["head"].second_moment - first - second
+    for one, other in ((first, second), (second, third), (first, third)):
+        assert (one - other).norm() > 0.01 * one.norm()
+    again = lro.recalibrate(model, covariances, batches, nothing, sensitivity="output")
+    assert torch.equal(again.sensitivities["head"].second_moment, twice.sensitivities["head"].second_moment)
