@@ -47,9 +47,9 @@ def recalibrate(
         model: the model that was calibrated; handed back as it was.
         covariances: from :func:`lowrank_ops.calibrate` with a sensitivity; not changed.
         batches: as for :func:`lowrank_ops.calibrate`, at best the same.
-        config: how the model is to be compressed, a refit left out; by default to half of the layers' parameters with
-            ranks and factors by loss. ``AccuracyGuided`` searches here as well, without its journal: trials with these
-            covariances are none of those to come.
+        config: how the model is to be compressed, a refit left out; layers that will stay dense are named in its
+            overrides. By default half of the layers' parameters, ranks and factors by loss. ``AccuracyGuided`` searches
+            here as well, without its journal: trials with these covariances are none of those to come.
         options: keyword arguments of :func:`lowrank_ops.calibrate` as they were given to it, the sensitivity above all.
 
     Returns:

@@ -307,6 +307,8 @@ class TestCompress:
             predicted.append([layer["predicted_loss"] for layer in layers])
         assert predicted[0] != predicted[1]
         assert "give --sensitivity with it" in refused(capsys, 2, *COMPRESS, "--recalibrate")
+        energy = ("--budget", "0.8", "--sensitivity", "fisher")
+        assert "for ranks or factors by loss" in refused(capsys, 2, *COMPRESS, *energy, "--recalibrate")
         stored = ["compress", "project:build", "--covariances", "x", "--out", "out", "--recalibrate"]
         assert "--recalibrate runs the model on --batches; it cannot go" in refused(capsys, 2, *stored)
         assert "cannot be met" in refused(capsys, 2, *COMPRESS, *by_loss[2:], "--budget", "0.01", "--recalibrate")

@@ -109,6 +109,8 @@ def run(options: argparse.Namespace) -> Result:
         raise Failure(2, "--recalibrate runs the model on --batches; it cannot go with --covariances")
     if options.recalibrate and options.sensitivity is None:
         raise Failure(2, "--recalibrate takes gradients from --batches once more; give --sensitivity with it")
+    if options.recalibrate and "loss" not in (options.projection, options.allocation):
+        raise Failure(2, "--recalibrate is for ranks or factors by loss; give --allocation loss or --projection loss")
     policy = _policy(options)
     config = CompressionConfig(
         rank=policy or ExplainedVariance(),
