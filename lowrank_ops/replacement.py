@@ -65,11 +65,19 @@ def replaced(model: nn.Module, factors: Mapping[str, Factors]) -> Iterator[None]
 
 
 def swap_(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
-    """Put each new module in every place of the old one.
+    """Put each new module in every place of the old one, or, on an error or an interrupt, in none.
 
     ``nn.TransformerEncoderLayer`` has a fast path that reads its Linears' weights and calls none of them. It would
     multiply factors out in every call, so it is switched off while the layer holds one.
     """
+    try:
+        _put(model, replacements)
+    except BaseException:
+        _put(model, {new: old for old, new in replacements.items()})
+        raise
+
+
+def _put(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
     for parent in list(model.modules()):
         places = [name for name, child in parent._modules.items() if child is not None and child in replacements]
         for name in places:

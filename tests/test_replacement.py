@@ -112,3 +112,26 @@ def test_an_error_in_the_last_layer_leaves_the_first_alone():
         lro.replace_(model, {"0": factors_of(model[0], 2), "1": factors_of(nn.Linear(8, 8), 2)})
     assert all(type(layer) is nn.Linear for layer in model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("error", [TypeError("fixed"), KeyboardInterrupt()])
+def test_an_error_while_layers_are_put_in_puts_them_back(error):
+    class Fixed(nn.Module):
+        """Lets no other module take the place of ``second``."""
+
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.made = True
+
+        def __setattr__(self, name, value):
+            if name == "second" and hasattr(self, "made"):
+                raise error
+            super().__setattr__(name, value)
+
+    model = Fixed()
+    first, second = model.first, model.second
+    factors = {"first": factors_of(first, 4), "second": factors_of(second, 4)}
+    with pytest.raises(type(error)):
+        lro.replace_(model, factors)
+    assert model.first is first and model.second is second
