@@ -55,6 +55,16 @@ class Covariance:
         """Relative rounding error of the sums: up to n eps for n equal rows, less where products add in blocks."""
         return min(self.count * torch.finfo(self.second_moment.dtype).eps, 1e-5)
 
+    def plus(self, other: Covariance) -> Covariance:
+        """The sums over the rows of both, in the dtype of this one; ``weighted`` is left out."""
+        return Covariance(
+            self.second_moment + other.second_moment.to(self.second_moment),
+            self.total + other.total.to(self.total),
+            self.count + other.count,
+            self.side,
+            list(self.layers),
+        )
+
     def moment(self, *, centered: bool) -> Tensor:
         """E[x x^T], about the mean if ``centered``, float64.
 
@@ -125,16 +135,7 @@ class Covariances(Mapping[str, Covariance]):
             )
         merged = Covariances()
         for mine in self._everything():
-            theirs = other._find(mine.layers[0], mine.side)
-            merged._add(
-                Covariance(
-                    mine.second_moment + theirs.second_moment.to(mine.second_moment),
-                    mine.total + theirs.total.to(mine.total),
-                    mine.count + theirs.count,
-                    mine.side,
-                    list(mine.layers),
-                )
-            )
+            merged._add(mine.plus(other._find(mine.layers[0], mine.side)))
         merged._sort(self)
         merged.unreached, merged.skipped = self.unreached, dict(self.skipped)
         return merged

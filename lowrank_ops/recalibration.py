@@ -19,7 +19,7 @@ from .batches import random_state_kept
 from .calibration import calibrate
 from .compress import compress_
 from .config import AccuracyGuided, CompressionConfig, ParameterBudget
-from .covariances import Covariance, Covariances
+from .covariances import Covariances
 from .dense_layers import bias_vector, find_layers, weight_matrix
 from .layers import LowRankConv2d, LowRankLinear
 from .replacement import swap_
@@ -104,7 +104,7 @@ def _halfway(model: nn.Module, covariances: Covariances, config: CompressionConf
     dense = dict(model.named_modules(remove_duplicate=False))
 
     def changed() -> list[tuple[nn.Module, nn.Module]]:
-        """What stands in the model, with what stood there; also where an interrupt stopped a swap in its middle."""
+        """What stands in the model, with what stood there; asked anew, as an interrupt may come at any step."""
         now = model.named_modules(remove_duplicate=False)
         return [(module, dense[fqn]) for fqn, module in now if module is not dense.get(fqn, module)]
 
@@ -142,17 +142,11 @@ def _with_sensitivities_of(covariances: Covariances, found: Covariances) -> Cova
         if fqn not in covariances:  # called with no rows
             continue
         more, weighted = found.sensitivities.get(fqn), gradient.weighted
-        result._add(_sum(gradient, more, gradient.count + samples))
+        unfelt = replace(gradient, count=gradient.count + samples, weighted=None)  # by the samples of this run
+        result._add(unfelt if more is None else gradient.plus(more))
         if weighted is not None:
             also = more.weighted if more is not None and covariances[fqn].side == "input" else None
-            result._add(weighted if also is None else _sum(weighted, also, weighted.count + also.count))
+            result._add(weighted if also is None else weighted.plus(also))
     result._sort(covariances)
     result.unreached, result.skipped = covariances.unreached, dict(covariances.skipped)
     return result
-
-
-def _sum(one: Covariance, other: Covariance | None, count: int) -> Covariance:
-    moment, total = one.second_moment, one.total
-    if other is not None:
-        moment, total = moment + other.second_moment.to(moment), total + other.total.to(total)
-    return Covariance(moment, total, count, one.side, list(one.layers))

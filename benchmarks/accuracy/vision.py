@@ -173,8 +173,11 @@ class Bench:
     def use(self, covariances: lro.Covariances) -> None:
         """Compress by these covariances from now on."""
         self.covariances = covariances
+        self.subspaces = self._spaces(covariances)
+
+    def _spaces(self, covariances: lro.Covariances) -> dict[str, lro.LayerSubspaces]:
         layers = {fqn: module for fqn, module in self.dense.named_modules() if fqn in covariances}
-        self.subspaces = lro.layer_subspaces(layers, covariances)
+        return lro.layer_subspaces(layers, covariances)
 
     def compress(
         self,
@@ -198,8 +201,7 @@ class Bench:
         if recalibrate:
             torch.manual_seed(0)
             covariances = lro.recalibrate(student, covariances, self._batches, config, sensitivity="fisher")
-            layers = {fqn: module for fqn, module in self.dense.named_modules() if fqn in covariances}
-            subspaces = lro.layer_subspaces(layers, covariances)
+            subspaces = self._spaces(covariances)
         weighted = any(felt.weighted is not None for felt in covariances.sensitivities.values())
         report = lro.compress_(
             student,
