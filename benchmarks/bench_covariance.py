@@ -50,7 +50,7 @@ def case(tokens: int, features: int, dtype: str) -> Case:
     triangle = features * (features + 1) // 2
     return Case(
         op="covariance_update_",
-        shape={"tokens": tokens, "features": features, "dtype": dtype},
+        shape=shapes.covariance(tokens, features, dtype),
         flops=2.0 * tokens * triangle,
         bytes=tokens * features * kind.itemsize + 2 * 4 * triangle,
         dtype=kind,

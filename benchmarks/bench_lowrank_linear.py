@@ -59,9 +59,7 @@ def case(layer: shapes.Layer, tokens: int, dtype: str) -> Case:
     parameters = rank * (in_features + out_features)
     return Case(
         op="lowrank_linear",
-        shape={
-            "tokens": tokens, "in_features": in_features, "rank": rank, "out_features": out_features, "dtype": dtype
-        },
+        shape=shapes.linear(layer, tokens, dtype),
         flops=2.0 * tokens * parameters,
         bytes=(tokens * (in_features + out_features) + parameters + out_features) * kind.itemsize,
         dtype=kind,

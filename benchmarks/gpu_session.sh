@@ -1,15 +1,20 @@
 #!/usr/bin/env bash
 # All that a GPU is asked, in parts that can be taken up again, less than ten minutes at a time:
 #
-#   benchmarks/gpu_session.sh FOLDER [--wheel FILE] [--commit HASH] [--seconds 570] [--steps 0] [--dry-run] [PART ...]
+#   benchmarks/gpu_session.sh FOLDER [--graded] [--wheel FILE] [--commit HASH] [--seconds 570] [--steps 0] [--dry-run]
+#       [PART ...]
 #
 #   1 tests            native and Triton kernels, by tests/gpu/from_wheel.sh
-#   2 covariance       covariance updates and their convolution form beside the alternatives
-#   3 lowrank_linear   layers beside the alternatives
-#   4 model            whole models and their calibration
-#   5 tune             tables of configurations, in FOLDER/tuned, for lowrank_ops/ops/tuned; with --steps 0 chosen from
-#                      what ships, which takes minutes, with more by a search, which takes minutes for every shape
+#   2 tune             tables of configurations, in FOLDER/tuned and then in lowrank_ops/ops/tuned, so that what follows
+#                      measures what will ship; with --steps 0 chosen from what ships, which takes minutes, with more by
+#                      a search, which takes minutes for every shape
+#   3 covariance       covariance updates and their convolution form beside the alternatives
+#   4 lowrank_linear   layers beside the alternatives
+#   5 model            whole models and their calibration
 #   6 grade            the results against the targets
+#
+# --graded is for a GPU that is there for minutes: of 2 to 5 only what the targets speak of, with shorter timings; tests
+# and tuner leave time to the suites; and what has to be compiled is, on all cores, while the tests run.
 #
 # Everything is written to FOLDER as it is measured: a kill loses one case. Call it again with the same FOLDER as long as
 # its exit code is 3: there is more to do. 0: all parts are done; 1: they are, and some of them failed, each tried twice,
@@ -23,8 +28,8 @@ self=$(realpath "$0")
 
 usage() { sed -n '2,/^set/p' "$self" | sed '$d; s/^# \{0,1\}//' >&2; exit 2; }
 
-parts=(tests covariance lowrank_linear model tune grade)
-folder='' wheel='' commit='' total=570 steps=0 dry=false named=()
+parts=(tests tune covariance lowrank_linear model grade)
+folder='' wheel='' commit='' total=570 steps=0 dry=false graded=false named=()
 while [ $# -gt 0 ]; do
   case $1 in --wheel | --commit | --seconds | --steps) [ $# -ge 2 ] || usage ;; esac
   case $1 in
@@ -33,6 +38,7 @@ while [ $# -gt 0 ]; do
     --seconds) total=$2; shift ;;
     --steps) steps=$2; shift ;;
     --dry-run) dry=true ;;
+    --graded) graded=true ;;
     -*) usage ;;
     *) if [ -z "$folder" ]; then folder=$1; else named+=("$1"); fi ;;
   esac
@@ -83,6 +89,25 @@ results_so_far() {
 
 left() { echo $((total - SECONDS)); }
 
+# In the background; whoever measures waits for its end.
+warming=''
+warm() {
+  [ -z "$warming" ] || return 0
+  timeout $((total * 40 / 100)) "$python" -m benchmarks.warm > "$folder/warm.log" 2>&1 &
+  warming=$!
+}
+warmed() {
+  wait "$warming"
+  echo "== $(tail -n 1 "$folder/warm.log")"
+}
+
+# Chosen here or in an earlier call.
+take_tables() {
+  compgen -G "$folder/tuned/*.json" > /dev/null || return 0
+  mkdir -p lowrank_ops/ops/tuned
+  cp "$folder"/tuned/*.json lowrank_ops/ops/tuned
+}
+
 # The native library of the wheel, where this checkout has none: what is measured are the checkout's own sources.
 take_library() {
   [ -n "$wheel" ] && [ ! -e lowrank_ops/liblowrank_ops.so ] || return 0
@@ -98,21 +123,26 @@ EOF
 # Sets ``command`` and the seconds that it may take; the last case that a suite begins may take a minute, with compiling.
 prepare() {
   limit=$(left)
+  local measure=() search=() only=()
+  if $graded; then
+    only=(--graded) measure=(--graded --seconds 0.3) search=(--graded --seconds 0.15)
+    case $1 in tests) limit=$((limit * 40 / 100)) ;; tune) limit=$((limit * 50 / 100)) ;; esac
+  fi
   local budget=$((limit - 60))
   case $1 in
     tests)
       if [ -z "$wheel" ]; then
         echo "no wheel (make wheel builds one, where nvcc is): the tests of this checkout, its CUDA kernels if they are built"
         command=("$python" -m pytest -m gpu tests/gpu)
-      else command=(tests/gpu/from_wheel.sh "$wheel" "$budget"); fi
+      else command=(tests/gpu/from_wheel.sh "$wheel" $((limit - 15))); fi
       if $dry; then command=(echo "would run ${command[*]}"); fi ;;
-    covariance | lowrank_linear | model)
-      command=("$python" -m "benchmarks.bench_$1" --out "$results" --resume --budget "$budget" "${as[@]}")
-      if $dry; then command=("$python" -m "benchmarks.bench_$1" --dry-run); else take_library; fi ;;
     tune)
-      command=("$python" -m benchmarks.tune --budget "$budget" --steps "$steps" "${as[@]}")
+      command=("$python" -m benchmarks.tune --budget "$budget" --steps "$steps" "${as[@]}" "${search[@]}")
       command+=(--progress "$folder/tuning" --tables "$folder/tuned")
-      if $dry; then command=("$python" -m benchmarks.tune --dry-run); fi ;;
+      if $dry; then command=("$python" -m benchmarks.tune --dry-run "${only[@]}"); else take_library; fi ;;
+    covariance | lowrank_linear | model)
+      command=("$python" -m "benchmarks.bench_$1" --out "$results" --resume --budget "$budget" "${as[@]}" "${measure[@]}")
+      if $dry; then command=("$python" -m "benchmarks.bench_$1" --dry-run "${only[@]}"); else take_library; take_tables; fi ;;
     grade)
       limit=60
       [ -e "$results" ] || echo '{"suites": {}}' > "$results"
@@ -124,6 +154,8 @@ unfinished=false failed=()
 for number in "${!parts[@]}"; do
   part=${parts[$number]}
   code=$folder/$((number + 1))-$part.code
+  # What was asked of the graded shapes alone is still to be asked of all.
+  if $graded && [[ $part != tests && $part != grade ]]; then code=${code%.code}.graded.code; fi
   cut=${code%.code}.cut
   if [ ${#named[@]} -gt 0 ]; then
     [[ " ${named[*]} " == *" $part "* ]] || continue
@@ -142,6 +174,10 @@ for number in "${!parts[@]}"; do
     echo "== $part: $(left) s are left, too few to begin"
     unfinished=true
     continue
+  fi
+  if $graded && ! $dry && [ "$part" != grade ]; then
+    warm
+    if [ "$part" != tests ]; then warmed; fi
   fi
   prepare "$part"
   echo "== $part, at most $limit s"

@@ -56,3 +56,14 @@ CPU_COVARIANCE_FEATURES = (512, 1024, 2048, 3072)
 CPU_COVARIANCE_TOKENS = 1024
 CPU_LAYERS = (STORED_LAYERS[0], STORED_LAYERS[1], STORED_LAYERS[2], STORED_LAYERS[3])
 CPU_TOKENS = (1, 16, 256)
+
+
+def covariance(tokens: int, features: int, dtype: str) -> dict[str, int | str]:
+    """What the rows of a covariance update say of its shape."""
+    return {"tokens": tokens, "features": features, "dtype": dtype}
+
+
+def linear(layer: Layer, tokens: int, dtype: str) -> dict[str, int | str]:
+    """What the rows of a layer say of its shape."""
+    width, height, rank = layer
+    return {"tokens": tokens, "in_features": width, "rank": rank, "out_features": height, "dtype": dtype}

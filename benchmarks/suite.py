@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import sys
@@ -13,14 +14,18 @@ from typing import Any, NamedTuple
 
 import torch
 
+import lowrank_ops as lro
 from lowrank_ops.ops._backend import Device, explain
 
 from .measure import Ceilings, Clock, ceilings, environment
 from .rows import Case, Row, floor_us, measure_case, told
+from .targets import graded
 
 RESULTS = Path(__file__).parent / "results"
+TABLES = Path(lro.__file__).parent / "ops" / "tuned"  # of configurations, as shipped
 META = torch.device("meta")
-CONDITIONS = ("device", "commit", "torch", "triton", "threads", "clock")  # under which rows may stand side by side
+# Under which rows may stand side by side.
+CONDITIONS = ("device", "commit", "torch", "triton", "threads", "clock", "tables")
 UNFINISHED = 3  # exit code
 EVERY_ARM = "every arm"  # of a case that failed as a whole, such as for want of memory for its inputs
 LOST = "the process ended while it was measured"
@@ -45,6 +50,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     arguments.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments.add_argument("--seconds", type=float, default=1.0, help="of timing per case (default 1)")
     arguments.add_argument("--only", default="", help="run the cases whose label contains this text")
+    arguments.add_argument("--graded", action="store_true", help="run the cases that a target speaks of (see grade)")
     arguments.add_argument("--out", type=Path, help="JSON file that gets the suite's rows; others' rows in it stay")
     arguments.add_argument(
         "--resume", action="store_true", help="go on from this suite's rows in --out, then ask again, once, what failed"
@@ -75,8 +81,8 @@ def run(
     Returns:
         The suite, for :func:`finish`; None after a dry run.
     """
-    chosen = [case for case in cases if arguments.only in label(case)]
-    others = [job for job in jobs if arguments.only in label(job)]
+    chosen = [case for case in cases if _asked_for(case, arguments)]
+    others = [job for job in jobs if _asked_for(job, arguments)]
     if arguments.dry_run:
         planned = [line for job in others for line in ("", label(job), *(f"  {arm}: would run" for arm in job.arms))]
         print("\n".join([*dry_run(chosen), *planned]))
@@ -112,8 +118,13 @@ def run(
         if not usable(device):
             break
     suite["left"] = [label(case) for case in left]
-    suite["complete"] = not arguments.only and all(rows_of(suite, case) for case in left)
+    whole = not arguments.only and not arguments.graded
+    suite["complete"] = whole and all(rows_of(suite, case) for case in left)
     return suite
+
+
+def _asked_for(case: Case | Job, arguments: argparse.Namespace) -> bool:
+    return arguments.only in label(case) and (not arguments.graded or graded(case.op, case.shape))
 
 
 def _to_ask(suite: dict[str, Any], chosen: Sequence[Case | Job]) -> list[Case | Job]:
@@ -153,7 +164,7 @@ def begin(name: str, arguments: argparse.Namespace, clock: Clock = time.perf_cou
     kept = load(arguments.out)["suites"].get(name)
     if kept is None:
         return start(device, clock, arguments.commit)
-    facts = environment(device, arguments.commit) | {"clock": clock.__name__}
+    facts = _facts(device, clock, arguments.commit)
     changed = [key for key in CONDITIONS if facts.get(key) != kept["environment"].get(key)]
     if changed:
         print(f"{arguments.out}: {', '.join(changed)} changed since its rows of {name} were measured: starting anew")
@@ -169,10 +180,10 @@ def rows_of(suite: dict[str, Any], case: Case | Job) -> list[dict[str, Any]]:
 
 def start(device: torch.device, clock: Clock = time.perf_counter, commit: str | None = None) -> dict[str, Any]:
     """An empty suite with the machine's facts and ceilings, measured now."""
-    facts = environment(device, commit)
+    facts = _facts(device, clock, commit)
     limits = ceilings(device, clock=clock)
     return {
-        "environment": facts | {"clock": clock.__name__},
+        "environment": facts,
         "ceilings": {
             "copy_gb_per_s": round(limits.copy / 1e9, 1),
             "matmul_tflop_per_s": {dtype: round(rate / 1e12, 4) for dtype, rate in limits.matmul.items()},
@@ -181,6 +192,11 @@ def start(device: torch.device, clock: Clock = time.perf_counter, commit: str | 
         "rows": [],
         "not_run": {},
     }
+
+
+def _facts(device: torch.device, clock: Clock, commit: str | None) -> dict[str, Any]:
+    tables = {path.stem: hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in sorted(TABLES.glob("*.json"))}
+    return environment(device, commit) | {"clock": clock.__name__, "tables": tables or None}
 
 
 def record(suite: dict[str, Any], rows: Sequence[Row], not_run: dict[str, str]) -> None:

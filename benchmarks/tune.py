@@ -29,10 +29,10 @@ from lowrank_ops.ops._backend import Device, device_facts
 
 from .measure import Timing, copies_to_rotate, environment, time_arms
 from .rows import Case, distance, told, truth, within
-from .suite import H200, META, UNFINISHED, usable
+from .suite import H200, META, TABLES, UNFINISHED, usable
+from .targets import graded
 from .tuners import TUNERS, Candidate, Shape, Tuner
 
-TABLES = Path(lro.__file__).parent / "ops" / "tuned"
 PROGRESS = Path(__file__).parent / "results" / "tuning"
 GAIN = 0.01  # a neighbour that is not faster by this much is noise
 
@@ -138,8 +138,11 @@ def tune(
     tables: Path,
     commit: str | None = None,
     steps: float = math.inf,
+    shapes: Sequence[Shape] | None = None,
 ) -> int:
     """Tune every shape that ``progress`` does not have yet; write the table when none is left.
+
+    ``shapes``, where given, stand for all of the tuner's. A table without a dtype leaves it to the kernels' own choice.
 
     A shape for which no candidate runs and is right leaves the table unwritten, which would speak for it by the nearest
     that it has. It is not searched again where all were wrong. Shapes that were begun before, and took their process
@@ -159,11 +162,12 @@ def tune(
     }
     kept = progress / f"{tuner.op}.{arch}.json"
     done, hopeless, asked = _load_progress(kept, conditions)
-    failed = list(hopeless)
+    wanted = tuner.shapes() if shapes is None else shapes
+    failed = [shape for shape in hopeless if shape in wanted]
 
     def left() -> list[Shape]:
         tried = [*(entry["shape"] for entry in done), *failed]
-        return [shape for shape in tuner.shapes() if shape not in tried]
+        return [shape for shape in wanted if shape not in tried]
 
     def save() -> None:
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -198,8 +202,7 @@ def tune(
             failed += [other for other in left() if other in asked]  # or two such shapes would take turns for ever
             break
     if missing := left():
-        total = len(tuner.shapes())
-        print(f"{tuner.op}: {total - len(missing)} of {total} shapes are done; run again to go on")
+        print(f"{tuner.op}: {len(wanted) - len(missing)} of {len(wanted)} shapes are done; run again to go on")
         return UNFINISHED
     if failed:
         print(
@@ -212,13 +215,20 @@ def tune(
     return 0
 
 
-def dry_run(tuner: Tuner, device: Device = H200) -> list[str]:
+def shapes_of(tuner: Tuner, only_graded: bool) -> list[Shape]:
+    """A tuner's shapes, or those among them that a target speaks of."""
+    cases = ((shape, tuner.case(shape)) for shape in tuner.shapes())
+    return [shape for shape, case in cases if not only_graded or graded(case.op, case.shape)]
+
+
+def dry_run(tuner: Tuner, device: Device = H200, only_graded: bool = False) -> list[str]:
     """The shapes of a search on ``device``, where each would begin, and how many neighbours the kernels accept.
 
     Nothing is allocated, launched or timed.
     """
-    lines = [f"{tuner.op}, planned for {tuner.arch(device)}: {len(tuner.shapes())} shapes"]
-    for shape in tuner.shapes():
+    shapes = shapes_of(tuner, only_graded)
+    lines = [f"{tuner.op}, planned for {tuner.arch(device)}: {len(shapes)} shapes"]
+    for shape in shapes:
         case = tuner.case(shape)
         assert case.pose is not None
         _, problem = case.pose(case.make(META, 0))
@@ -257,6 +267,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", choices=tuple(TUNERS), help="by default all")
     parser.add_argument("--dry-run", action="store_true", help="print what would be searched; needs no GPU")
+    parser.add_argument("--graded", action="store_true", help="only shapes that a target speaks of (see grade)")
     parser.add_argument("--budget", type=float, default=3600.0, help="seconds in all (default 3600)")
     parser.add_argument("--seconds", type=float, default=0.5, help="of timing per step of the search (default 0.5)")
     parser.add_argument(
@@ -268,9 +279,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--steps", type=float, default=math.inf, help="of a search; 0 chooses from what ships (default: while it gains)"
     )
     arguments = parser.parse_args(argv)
-    chosen = [arguments.op] if arguments.op else list(TUNERS)
+    chosen = [TUNERS[op] for op in ([arguments.op] if arguments.op else TUNERS)]
     if arguments.dry_run:
-        print("\n".join(line for op in chosen for line in dry_run(TUNERS[op])))
+        print("\n".join(line for tuner in chosen for line in dry_run(tuner, only_graded=arguments.graded)))
         return 0
     if not torch.cuda.is_available():
         print("tune: needs a CUDA device; a table is not written from anything else.", file=sys.stderr)
@@ -286,7 +297,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         commit=arguments.commit,
         steps=arguments.steps,
     )
-    return max(step(TUNERS[op], budget=end - time.perf_counter()) for op in chosen)
+    wanted = [(tuner, shapes_of(tuner, arguments.graded)) for tuner in chosen]
+    return max(
+        (step(tuner, budget=end - time.perf_counter(), shapes=shapes) for tuner, shapes in wanted if shapes), default=0
+    )
 
 
 if __name__ == "__main__":

@@ -9,5 +9,5 @@ LIMITS = Ceilings(1e10, {"float32": 5e10})
 
 def arguments(**changes):
     options = {"dry_run": False, "device": "cpu", "seconds": 0.02, "only": "", "out": None}
-    options |= {"resume": False, "budget": float("inf"), "commit": None}
+    options |= {"resume": False, "budget": float("inf"), "commit": None, "graded": False}
     return argparse.Namespace(**options | changes)

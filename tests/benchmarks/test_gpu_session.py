@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from benchmarks import rows, suite, tuners
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu_session.sh"
-PARTS = ["tests", "covariance", "lowrank_linear", "model", "tune", "grade"]
+PARTS = ["tests", "tune", "covariance", "lowrank_linear", "model", "grade"]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="a bash script for GPU machines, which run Linux")
 
 
@@ -55,12 +56,12 @@ def test_parts_go_on_until_all_are_done(tmp_path, python):
     first = session(folder, *parts, "--commit", "abc", python=python)
     assert first.returncode == 3 and "there is more to do" in first.stdout
     lines = (tmp_path / "asked").read_text().splitlines()
-    assert f"--out {folder}/results.json --resume --budget" in lines[0] and "--commit abc" in lines[0]
-    assert f"--tables {folder}/tuned" in lines[3] and "--steps 0" in lines[3]
-    modules = ["bench_covariance", "bench_lowrank_linear", "bench_model", "tune", "grade"]
+    assert f"--tables {folder}/tuned" in lines[0] and "--steps 0" in lines[0]
+    assert f"--out {folder}/results.json --resume --budget" in lines[1] and "--commit abc" in lines[1]
+    modules = ["tune", "bench_covariance", "bench_lowrank_linear", "bench_model", "grade"]
     assert asked(tmp_path) == modules
     codes = {path.stem: path.read_text().split() for path in folder.glob("*.code")}
-    assert codes == {"2-covariance": ["0"], "4-model": ["1"], "5-tune": ["0"], "6-grade": ["0"]}
+    assert codes == {"2-tune": ["0"], "3-covariance": ["0"], "5-model": ["1"], "6-grade": ["0"]}
     (folder / "1-tests.code").write_text("0")  # so that no wheel is needed
     (tmp_path / "code-benchmarks.bench_lowrank_linear").write_text("0")
     again = session(folder, python=python)  # what failed gets a second chance, and no third
@@ -79,7 +80,7 @@ def test_a_part_that_passes_at_the_second_try_has_passed(tmp_path, python):
     assert session(folder, "model", python=python).returncode == 3
     (tmp_path / "code-benchmarks.bench_model").write_text("0")
     assert session(folder, "model", python=python).returncode == 0
-    assert (folder / "4-model.code").read_text() == "0\n"
+    assert (folder / "5-model.code").read_text() == "0\n"
 
 
 def test_a_part_that_had_passed_gets_its_second_try_as_well(tmp_path, python):
@@ -87,7 +88,7 @@ def test_a_part_that_had_passed_gets_its_second_try_as_well(tmp_path, python):
     assert session(folder, "model", python=python).returncode == 0
     (tmp_path / "code-benchmarks.bench_model").write_text("1")
     assert session(folder, "model", python=python).returncode == 3
-    assert (folder / "4-model.code").read_text() == "1\n"
+    assert (folder / "5-model.code").read_text() == "1\n"
     assert session(folder, "model", python=python).returncode == 1
 
 
@@ -109,11 +110,11 @@ def test_a_part_that_never_gets_further_is_given_up(tmp_path, python, end, code)
     (folder / "1-tests.code").write_text("0")  # so that no wheel is needed
     again = session(folder, python=python)
     assert again.returncode == 1 and "lowrank_linear: given up before" in again.stdout
-    assert asked(tmp_path) == ["bench_covariance", "tune", "grade"]
+    assert asked(tmp_path) == ["tune", "bench_covariance", "grade"]
     assert session(folder, "lowrank_linear", python=python).returncode == 3  # named, it has three more
     does.unlink()
     assert session(folder, python=python).returncode == 0
-    assert (folder / "3-lowrank_linear.code").read_text() == "0\n" and not list(folder.glob("*.cut"))
+    assert (folder / "4-lowrank_linear.code").read_text() == "0\n" and not list(folder.glob("*.cut"))
 
 
 def test_a_part_that_is_cut_but_gets_further_goes_on(tmp_path, python):
@@ -152,6 +153,39 @@ def test_a_part_that_is_cut_but_gets_further_goes_on(tmp_path, python):
     assert cuts("tune", kill, first, first, second, kill) == [1, 0, 1, 0, 1]
 
 
+def test_tables_that_were_chosen_are_what_the_suites_measure(tmp_path, python, changed):
+    """Also those that an earlier call chose, on a machine that has nothing of it but the folder."""
+    changed()
+    folder, shipped = tmp_path / "session", tmp_path / "lowrank_ops" / "ops" / "tuned"
+    (tmp_path / "does-benchmarks.tune").write_text(f"mkdir -p {folder}/tuned; echo 1 > {folder}/tuned/op.sm90.json")
+    (tmp_path / "does-benchmarks.bench_covariance").write_text(f"cat {shipped}/*.json > {tmp_path}/seen")
+    assert session(folder, "tune", python=python).returncode == 0
+    assert not shipped.exists()
+    assert session(folder, "covariance", python=python).returncode == 0
+    assert (tmp_path / "seen").read_text() == "1\n"
+
+
+def test_what_is_graded_is_asked_first_and_all_the_rest_later(tmp_path, python):
+    """In what was asked of the graded shapes nothing else is done; the tests are the same."""
+    folder = tmp_path / "session"
+    (tmp_path / "does-benchmarks.warm").write_text("sleep 1; echo compiled all; date +%s%N > $0.warmed")
+    (tmp_path / "does-benchmarks.tune").write_text("date +%s%N > $0.tuned")
+    first = session(folder, "--graded", *PARTS[1:], python=python)
+    assert first.returncode == 0 and "== compiled all" in first.stdout
+    assert int(Path(f"{python}.warmed").read_text()) < int(Path(f"{python}.tuned").read_text())
+    lines = {line.split()[1]: line for line in (tmp_path / "asked").read_text().splitlines()}
+    modules = ["warm", "tune", "bench_covariance", "bench_lowrank_linear", "bench_model", "grade"]
+    assert asked(tmp_path) == modules
+    for module in modules[1:5]:
+        assert "--graded --seconds 0." in lines[f"benchmarks.{module}"]
+    left = int(lines["benchmarks.tune"].split("--budget ")[1].split()[0])
+    assert 200 < left + 60 <= 285  # half of it is for the suites
+    (folder / "1-tests.code").write_text("0")  # so that no wheel is needed
+    assert session(folder, "--graded", python=python).returncode == 0 and asked(tmp_path) == ["grade"]
+    assert session(folder, python=python).returncode == 0
+    assert asked(tmp_path) == modules[1:]
+
+
 def test_missed_targets_are_no_failure_of_the_session(tmp_path, python):
     (tmp_path / "code-benchmarks.grade").write_text("4")
     assert session(tmp_path / "session", "grade", python=python).returncode == 0
@@ -163,7 +197,7 @@ def test_missed_targets_are_no_failure_of_the_session(tmp_path, python):
 def changed(tmp_path, monkeypatch):
     """Puts a script in which something is another in the place of the session's."""
 
-    def change(old, new):
+    def change(old="", new=""):
         text = SCRIPT.read_text()
         assert old in text
         other = tmp_path / "benchmarks" / "gpu_session.sh"
@@ -218,7 +252,7 @@ def test_a_part_that_hangs_is_stopped(tmp_path, python, changed):
     ended = session(tmp_path / "session", "covariance", "model", python=python)
     assert ended.returncode == 3 and "covariance ended with exit code 124" in ended.stdout
     assert asked(tmp_path) == ["bench_covariance", "bench_model"]
-    assert [path.stem for path in (tmp_path / "session").glob("*.code")] == ["4-model"]
+    assert [path.stem for path in (tmp_path / "session").glob("*.code")] == ["5-model"]
 
 
 def test_a_dry_run_needs_no_gpu(tmp_path):
@@ -235,18 +269,19 @@ def test_paths_are_the_callers_and_the_gpu_tests_get_the_time_that_is_left(tmp_p
     shown = subprocess.run([script, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert shown.returncode == 0 and (tmp_path / "here").is_dir()
     command, seconds = shown.stdout.partition("would run ")[2].splitlines()[0].rsplit(" ", 1)
-    assert command == f"tests/gpu/from_wheel.sh {tmp_path / 'a.whl'}" and 200 < int(seconds) <= 240
+    assert command == f"tests/gpu/from_wheel.sh {tmp_path / 'a.whl'}" and 200 < int(seconds) <= 285
     refused = subprocess.run([script, "--what"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert refused.returncode == 2 and "gpu_session.sh FOLDER" in refused.stderr
 
 
 def test_what_the_script_asks_for_is_understood(tmp_path, python):
     """The stand-in takes any arguments; the programs themselves refuse those that they do not know."""
-    session(tmp_path / "session", *PARTS[1:5], python=python)
+    session(tmp_path / "session", "--graded", *PARTS[1:5], python=python)
     for line in (tmp_path / "asked").read_text().splitlines():
         understood = subprocess.run([sys.executable, *line.split(), "--help"], cwd=ROOT, capture_output=True, text=True)
         _, module, *given = line.split()
-        missing = [name for name in given if name.startswith("--") and f"{name} " not in f"{understood.stdout} "]
+        known = set(re.findall(r"--[a-z-]+", understood.stdout))
+        missing = [name for name in given if name.startswith("--") and name not in known]
         assert understood.returncode == 0 and not missing, (module, missing)
 
 

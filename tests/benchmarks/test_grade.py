@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import bench_covariance, bench_lowrank_linear, bench_model, grade, models
+from benchmarks import bench_covariance, bench_lowrank_linear, bench_model, grade, models, targets
 
 
 def rows(op: str, shape: dict[str, Any], times: dict[str, float], floor: float = 1.0) -> list[dict[str, Any]]:
@@ -24,10 +24,10 @@ def good() -> dict[str, Any]:
     """Results that meet every target."""
     covariance, linear, model = [], [], []
     for case in bench_covariance.cases("bf16"):
-        times = {"float32_product": 110.0, "torch_mm": 17.0, "lowrank_ops triton": 10.1, grade.AUTO: 10.0}
+        times = {"float32_product": 110.0, "torch_mm": 17.0, "lowrank_ops triton": 10.1, targets.AUTO: 10.0}
         covariance += rows(case.op, dict(case.shape), times)
     for case in bench_lowrank_linear.cases("bf16"):
-        times = {"dense": 20.0, "two_linears": 16.0, "lowrank_ops cuda": 10.0, grade.AUTO: 10.0}
+        times = {"dense": 20.0, "two_linears": 16.0, "lowrank_ops cuda": 10.0, targets.AUTO: 10.0}
         linear += rows(case.op, dict(case.shape), times, floor=7.0)
     sizes = {name: models.SIZES[name] for name in ("ViT-B/16", "ViT-L/16")}
     for name in sizes:
@@ -53,7 +53,7 @@ def test_good_results_meet_every_target(good: dict[str, Any]) -> None:
 
 
 def test_the_shapes_are_those_that_the_suites_measure() -> None:
-    shape = {**grade._model("ViT-L/16", 0.25), "batch": 64}
+    shape = {**targets._model("ViT-L/16", 0.25), "batch": 64}
     size = models.SMOKE_SIZES["tiny ViT"]
     assert bench_model.case("ViT-L/16", size, 0.25, 64, "compiled", "bf16").shape == shape
     counts = {result.target.text: len(result.target.shapes) for result in grade.grades({"suites": {}})}
@@ -71,11 +71,11 @@ def test_nothing_measured_is_said() -> None:
 @pytest.mark.parametrize(
     ("op", "arm", "change", "texts"),
     [
-        ("covariance_update_", grade.AUTO, {"median_us": 17.5}, {"covariance: over the best other arm"}),
-        ("covariance_update_", grade.AUTO, {"correct": False}, {"covariance: over the best other arm"}),
-        ("covariance_update_", grade.AUTO, {"median_us": None}, {"covariance: over the best other arm"}),
-        ("lowrank_linear", grade.AUTO, {"median_us": 15.0}, {"M <= 256, ViT: over two linears"}),
-        ("lowrank_linear", grade.AUTO, {"correct": False}, {"M <= 256, ViT: over two linears"}),
+        ("covariance_update_", targets.AUTO, {"median_us": 17.5}, {"covariance: over the best other arm"}),
+        ("covariance_update_", targets.AUTO, {"correct": False}, {"covariance: over the best other arm"}),
+        ("covariance_update_", targets.AUTO, {"median_us": None}, {"covariance: over the best other arm"}),
+        ("lowrank_linear", targets.AUTO, {"median_us": 15.0}, {"M <= 256, ViT: over two linears"}),
+        ("lowrank_linear", targets.AUTO, {"correct": False}, {"M <= 256, ViT: over two linears"}),
         ("model", "lowrank_ops", {"correct": False}, {"both at batch 1"}),
         ("calibration", "lowrank_ops", {"median_us": 14.0}, {"ViT-L/16: calibration / forward"}),
         ("calibration", "lowrank_ops", {"correct": False}, {"ViT-L/16: calibration / forward"}),
@@ -133,7 +133,7 @@ def test_the_command_prints_the_table_and_fails_unless_all_is_met(
     path.write_text(json.dumps(good))
     assert grade.main([str(path)]) == 0
     table = capsys.readouterr().out
-    assert table.count("| met |") == len(grade.targets())
+    assert table.count("| met |") == len(targets.targets())
     path.write_text(json.dumps({"suites": {}}))
     assert grade.main([str(path)]) == grade.MISSED == 4
     assert "| - | not measured |" in capsys.readouterr().out

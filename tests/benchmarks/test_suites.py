@@ -143,6 +143,32 @@ def test_a_choice_of_cases_is_no_complete_suite(quick, capsys):
     assert not made["complete"] and {row["shape"]["tokens"] for row in made["rows"]} == {6}
 
 
+def test_of_all_cases_the_graded_ones_can_be_chosen(monkeypatch, quick):
+    layers = [bench_lowrank_linear.case(shapes.Layer(24, 40, 8), rows, "fp32") for rows in (1, 6)]
+    jobs = [suite.Job("calibration", {"model": name}, ["ours"], list) for name in ("one", "two")]
+    asked = []
+    monkeypatch.setattr(
+        suite, "graded", lambda op, shape: asked.append(op) or 6 in shape.values() or "two" in shape.values()
+    )
+    made = suite.run("some", layers, arguments(graded=True), jobs=jobs)
+    assert not made["complete"] and {row["shape"]["tokens"] for row in made["rows"]} == {6}
+    assert asked == ["lowrank_linear", "lowrank_linear", "calibration", "calibration"]
+
+
+def test_rows_of_other_tables_do_not_stand_beside_each_other(tmp_path, quick, monkeypatch, capsys):
+    """The tuner has been there in between."""
+    path, tables = tmp_path / "results.json", tmp_path / "tuned"
+    monkeypatch.setattr(suite, "TABLES", tables)
+    layer = [bench_lowrank_linear.case(shapes.Layer(24, 40, 8), 6, "fp32")]
+    for text, said in ((None, False), (None, False), ("1", True), ("1", False), ("2", True)):
+        if text:
+            tables.mkdir(exist_ok=True)
+            (tables / "op.sm90.json").write_text(text)
+        made = suite.run("some", layer, arguments(out=path, resume=True))
+        assert ("tables changed" in capsys.readouterr().out) == said
+        assert (made["environment"]["tables"] or {}).keys() == ({"op.sm90"} if text else set())
+
+
 def test_a_device_that_refuses_all_work_is_seen(monkeypatch, capsys):
     def refuses(*device):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")

@@ -240,6 +240,27 @@ def test_progress_is_kept_and_the_table_waits_for_all(tmp_path, searched, monkey
     assert "changed 3" in capsys.readouterr().out
 
 
+def test_some_shapes_make_a_table_and_the_others_are_added_to_it(tmp_path, searched):
+    progress, folder = tmp_path / "progress", tmp_path / "tables"
+    some = Fake().shapes()[1:]
+    for shapes, seen in ((some, [2, 3]), (some, [2, 3]), (None, [2, 3, 1])):
+        assert tune.tune(Fake(), CPU, 50, 0.1, progress, folder, shapes=shapes) == 0 and searched == seen
+        (written,) = folder.iterdir()
+        assert [entry["shape"]["tokens"] for entry in json.loads(written.read_text())["entries"]] == seen
+
+
+def test_a_hopeless_shape_that_is_not_asked_for_keeps_no_table_from_being_written(tmp_path, searched, monkeypatch):
+    progress, folder = tmp_path / "progress", tmp_path / "tables"
+    search = tune.tune_shape
+    wrong = tune.Tuned(None, "no candidate", {"a candidate": "wrong: error 1"})
+    monkeypatch.setattr(tune, "tune_shape", lambda tuner, shape, *rest: (
+        wrong if shape["tokens"] == 2 else search(tuner, shape, *rest)
+    ))  # fmt: skip
+    assert tune.tune(Fake(), CPU, 50, 0.1, progress, folder) == 1 and not folder.exists()
+    some = [shape for shape in Fake().shapes() if shape["tokens"] != 2]
+    assert tune.tune(Fake(), CPU, 50, 0.1, progress, folder, shapes=some) == 0 and folder.exists()
+
+
 def test_progress_from_before_hopeless_shapes_were_kept_goes_on(tmp_path, searched):
     progress, folder = tmp_path / "progress", tmp_path / "tables"
     tune.tune(Fake(), CPU, 50, 0.1, progress, folder)
@@ -283,6 +304,11 @@ def test_the_command_hands_everything_on(tmp_path, monkeypatch):
     assert tune.main(["--budget", "9", "--steps", "0", "--commit", "abc", *folders]) == 0
     assert [op for op, _ in given] == list(tune.TUNERS)
     assert all(options["steps"] == 0 and options["commit"] == "abc" and options["budget"] <= 9 for _, options in given)
+    assert all(options["shapes"] == tune.TUNERS[op].shapes() for op, options in given)
+    del given[:]
+    assert tune.main(["--graded", *folders]) == 0
+    assert {op: len(options["shapes"]) for op, options in given} == {"covariance_update": 15, "lowrank_linear": 56}
+    assert tune.main(["--graded", "--op", "conv_covariance_update", *folders]) == 0 and len(given) == 2
     monkeypatch.setattr(tune, "tune", lambda tuner, **options: tune.UNFINISHED * (options["steps"] == math.inf))
     assert tune.main([]) == tune.UNFINISHED
 

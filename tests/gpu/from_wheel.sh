@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # The GPU tests of a wheel that was built elsewhere, with the torch, Triton and pytest at hand and without a network:
 #   tests/gpu/from_wheel.sh dist/lowrank_ops-*.whl [SECONDS]
-# The CUDA kernels come first, then memcheck and racecheck of a small set of them where the toolkit's compute-sanitizer
-# is there, then as much of the Triton kernels, which have to be compiled, as time is left for.
+# The CUDA kernels come first, then the Triton kernels, which have to be compiled: where pytest-xdist is there, in
+# several processes. Memcheck and racecheck of a small set of the CUDA kernels come last, where the toolkit's
+# compute-sanitizer is there.
 #
 # SECONDS, 470 unless given, is what all of it may take. A step that would reach into the time kept for those after it
 # is cut; the last lines say of each step how it ended. The exit code is 0 if all were run to their end and passed.
@@ -18,7 +19,7 @@ status=0
 summary=()
 # By which second it has to have ended, name, command: what fails or hangs does not keep the rest from being run.
 step() {
-  local until=$1 name=$2 begin=$SECONDS code=124 outcome
+  local until=$1 name=$2 begin=$SECONDS code=124 outcome all
   shift 2
   local grace=$((1 + budget / 100))  # pytest, interrupted, tells what it has; then it is killed
   local left=$((until - begin - grace))
@@ -33,9 +34,10 @@ step() {
     0) [[ $outcome == *" passed"* ]] || { code=5 outcome="NOTHING PASSED: $outcome"; } ;;
     5) outcome="NOTHING RAN: $outcome" ;;
     124 | 137)
-      # Of each test that ended -vv wrote a line.
-      outcome="CUT: of $(grep -aoE 'collected [0-9]+' "$work/log" | tail -1 | grep -oE '[0-9]+' || echo "the") tests $(
-        grep -acE '::.* (PASSED|FAILED|ERROR|SKIPPED)' "$work/log") ended, the rest did not run"
+      # Of each test that ended -vv wrote a line, in one of two forms, for one process and for several.
+      all=$(grep -aoE 'collected [0-9]+|\[[0-9]+ items\]' "$work/log" | grep -oE '[0-9]+' | tail -1)
+      outcome="CUT: of ${all:-the} tests $(
+        grep -acE '::.* (PASSED|FAILED|ERROR|SKIPPED)|^\[gw[0-9]+\] \[' "$work/log") ended, the rest did not run"
       ;;
     *) outcome="FAILED with exit code $code: $outcome" ;;
   esac
@@ -55,19 +57,24 @@ set +e
 pytest=(venv/bin/python -m pytest -vv -o faulthandler_timeout=60 -m gpu)
 sanitizer=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
 
-step $((budget * 60 / 100)) "CUDA kernels" "${pytest[@]}" tests/gpu -k "cuda and not sanitized"
-by=75
+several=("${pytest[@]}")
+if venv/bin/python -c "import xdist" 2> /dev/null; then
+  several+=(-n $((($(nproc) + 1) / 2)) --maxprocesses 8)  # of which each has a CUDA context
+fi
+
+step $((budget * 40 / 100)) "CUDA kernels" "${several[@]}" tests/gpu -k "cuda and not sanitized"
+step $((budget * 60 / 100)) "Triton covariance" "${several[@]}" tests/gpu/test_covariance_gpu.py -k "not cuda"
+step $((budget * 80 / 100)) "Triton linear" "${several[@]}" tests/gpu/test_lowrank_linear_gpu.py -k "not cuda"
+until=$(((SECONDS + budget) / 2))
 for check in memcheck racecheck; do
   if [ -x "$sanitizer" ]; then
-    step $((budget * by / 100)) "$check" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+    step "$until" "$check" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
       "$sanitizer" --tool "$check" --error-exitcode 1 "${pytest[@]}" tests/gpu -k sanitized
   else
     summary+=("$(printf '%-17s    -    not run: no compute-sanitizer here' "$check")")
   fi
-  by=90
+  until=$budget
 done
-step $(((SECONDS + budget) / 2)) "Triton covariance" "${pytest[@]}" tests/gpu/test_covariance_gpu.py -k "not cuda"
-step "$budget" "Triton linear" "${pytest[@]}" tests/gpu/test_lowrank_linear_gpu.py -k "not cuda"
 
 echo "=== in $SECONDS s of $budget:"
 printf '%s\n' "${summary[@]}"
