@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -91,7 +92,10 @@ class CovarianceTuner(Tuner):
             "group": (4, 8, 16),
             "split": (0, 1, 2, 3, 4, 6, 8, 12, 16, 32),
         },
-        "cuda": {"kernel": ("covariance_sm80", "covariance_sm90"), "splits": (0, 1, 2, 3, 4, 6, 8, 12, 16, 32)},
+        "cuda": {
+            "kernel": ("covariance_sm80", "covariance_sm90", "covariance_sm90_wide"),
+            "splits": (0, 1, 2, 3, 4, 6, 8, 12, 16, 32),
+        },
     }
 
     def shapes(self) -> list[Shape]:
@@ -112,7 +116,8 @@ class CovarianceTuner(Tuner):
         arch = _covariance_triton.arch_of(problem.device)
         shipped = [config for (of, _), config in _covariance_triton.HEURISTIC.items() if of == arch]
         configs = [_covariance_triton.config_for(problem), *shipped]
-        choices = [_covariance_cuda.choice_for(problem), Choice()]
+        kernels = self.options["cuda"]["kernel"]
+        choices = [_covariance_cuda.choice_for(problem), Choice(), *(Choice(kernel) for kernel in kernels)]
         listed = [Candidate("triton", config) for config in configs] + [Candidate("cuda", choice) for choice in choices]
         return _current_first(listed, _covariance.TABLE, problem)
 
@@ -243,8 +248,10 @@ class LowRankLinearTuner(Tuner):
         listed += [Candidate("triton.decode", config) for config in _linear_config.shipped_decode(name)]
         listed += [Candidate("triton.prefill", config) for config in _linear_config.shipped_prefill(name)]
         listed = [candidate for candidate in listed if candidate.config]
-        choices = [_linear_cuda.choice_for(problem), Choice()]
-        listed += [Candidate(impl, choice) for impl in ("cuda.decode", "cuda.prefill") for choice in choices]
+        for impl in ("cuda.decode", "cuda.prefill"):  # all of them, as none is to be compiled
+            fields, values = zip(*self.options[impl].items(), strict=True)
+            choices = [Choice(**dict(zip(fields, chosen, strict=True))) for chosen in itertools.product(*values)]
+            listed += [Candidate(impl, choice) for choice in (_linear_cuda.choice_for(problem), Choice(), *choices)]
         listed.append(Candidate("two_products", None))
         return _current_first(listed, _linear.TABLE, problem)
 

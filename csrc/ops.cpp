@@ -46,6 +46,7 @@ void add_covariance(const char* op, covariance::Arguments args, Source source, b
   STD_TORCH_CHECK(args.state_is_double || dtype_of(second_moment) == Dtype::float32, what(),
                   ": the state must be float32 or float64");
   args.tiles = plan.tiles;
+  args.whole = plan.whole;
   args.splits = plan.splits;
   args.tokens_per_split = plan.tokens_per_split;
   std::optional<Tensor> scratch;  // back to the allocator when the launches are queued: the stream keeps the order
@@ -54,6 +55,7 @@ void add_covariance(const char* op, covariance::Arguments args, Source source, b
   const Launch launch{current_stream(x.get_device_index()), what};
 #ifdef LOWRANK_OPS_SM90
   if (plan.kernel == "covariance_sm90") return covariance::launch_sm90(plan, args, dtype, launch);
+  if (plan.kernel == "covariance_sm90_wide") return covariance::launch_sm90_wide(plan, args, dtype, launch);
 #endif
   covariance::launch_sm80(plan, args, dtype, source, launch);
 }

@@ -5,7 +5,7 @@
 #include <stdexcept>
 
 #include "covariance/tiles.h"
-#include "covariance/wgmma_tiles.h"
+#include "covariance/wide_tiles.h"
 #include "lowrank_linear/back_to_back.h"
 #include "lowrank_linear/slabs.h"
 
@@ -58,14 +58,14 @@ int64_t slots(const Machine& machine, int64_t shared_bytes, int blocks_by_regist
 
 // The number of blocks per tile that finishes first: whole waves of blocks, each of its steps and a fixed part for
 // filling the pipeline and leaving the tile, and the second kernel where there is more than one.
-int best_splits(int64_t tiles, int64_t tokens, int block_tokens, int64_t at_once) {
+int best_splits(int64_t tiles, int edge, int64_t tokens, int block_tokens, int64_t at_once) {
   const int64_t fixed_steps = 512 / block_tokens;
   const int64_t second_kernel_steps = 768 / block_tokens;
   int64_t steps = ceil_div(tokens, block_tokens);
   int best = 1;
   int64_t least_cost = std::numeric_limits<int64_t>::max();
   for (int splits = 1; splits <= least(kMostSplits, greatest(1, steps)); ++splits) {
-    if (splits > 1 && tiles * splits * covariance::kPartial * 4 > kScratchBytes) break;
+    if (splits > 1 && covariance::partial_offset(0, splits, 0, splits, tiles, edge) * 4 > kScratchBytes) break;
     int64_t waves = ceil_div(tiles * splits, at_once);
     int64_t cost = waves * (ceil_div(steps, splits) + fixed_steps) + (splits > 1 ? second_kernel_steps + splits : 0);
     if (cost < least_cost) {
@@ -125,12 +125,23 @@ CovariancePlan plan_covariance(const CovarianceProblem& problem) {
   const bool async = problem.source == Source::aligned_matrix && !split_in_parts;
   const bool fits_sm90 = async && !plan.tf32 && problem.machine.capability == 90 && problem.groups == 1 &&
                          problem.tokens <= std::numeric_limits<int32_t>::max() - wgmma::kTokens;
+  const bool fits_wide = fits_sm90 && problem.machine.multiprocessors >= wide::kBlocks;
   const std::string& wanted = problem.choice.kernel;
   if (problem.choice.token_tile != 0) return refuse("only prefill_sm90 takes a number of tokens per block");
-  if (!wanted.empty() && wanted != "covariance_sm80" && !(wanted == "covariance_sm90" && fits_sm90))
+  if (!wanted.empty() && wanted != "covariance_sm80" && !(wanted == "covariance_sm90" && fits_sm90) &&
+      !(wanted == "covariance_sm90_wide" && fits_wide))
     return refuse(wanted + " does not run this problem");
   int64_t static_bytes = kStaticSharedBytes;
-  if (fits_sm90 && wanted != "covariance_sm80") {
+  plan.tile = kTile;
+  if (wanted == "covariance_sm90_wide") {
+    plan.kernel = wanted;
+    plan.tile = wide::kSquare;
+    plan.block_tokens = wide::kTokens;
+    plan.stages = wide::kStages;
+    plan.threads = wide::kThreads;
+    plan.shared_bytes = wide::kSharedBytes;
+    static_bytes = wgmma::kStaticSharedBytes;
+  } else if (fits_sm90 && wanted != "covariance_sm80") {
     plan.kernel = "covariance_sm90";
     plan.block_tokens = wgmma::kTokens;
     plan.stages = wgmma::kStages;
@@ -151,20 +162,27 @@ CovariancePlan plan_covariance(const CovarianceProblem& problem) {
     return refuse("it needs " + std::to_string(plan.shared_bytes + static_bytes) +
                   " bytes of shared memory per block, the device has " +
                   std::to_string(problem.machine.shared_memory));
-  plan.tile = kTile;
-  plan.tiles = triangle(blocks);
-  int64_t at_once = slots(problem.machine, plan.shared_bytes + static_bytes,
-                          async && plan.stages != 5 ? 2 : 1);
+  const bool squares = plan.tile == wide::kSquare;
+  plan.tiles = triangle(ceil_div(problem.features, plan.tile));
+  const int64_t at_once = squares ? problem.machine.multiprocessors / wide::kBlocks
+                                  : slots(problem.machine, plan.shared_bytes + static_bytes,
+                                          async && plan.stages != 5 ? 2 : 1);
   int64_t splits = problem.choice.splits;
   if (splits < 0 || splits > kMostSplits) return refuse(splits_refusal(problem.choice, 0, 0));
-  if (splits == 0) splits = best_splits(plan.tiles * problem.groups, problem.tokens, plan.block_tokens, at_once);
+  // Squares in whole waves of clusters are not shared, only those that are left over.
+  int64_t shared = squares ? plan.tiles % at_once : plan.tiles;
+  if (splits == 0)
+    splits = shared ? best_splits(shared * problem.groups, plan.tile, problem.tokens, plan.block_tokens, at_once) : 1;
   plan.tokens_per_split = round_up(ceil_div(problem.tokens, splits), plan.block_tokens);
   plan.splits = static_cast<int>(ceil_div(problem.tokens, plan.tokens_per_split));
+  if (plan.splits == 1 && squares) shared = 0;
+  plan.whole = plan.tiles - shared;
   if (plan.splits > 1)
-    plan.scratch_floats =
-        partial_sum_offset(problem.groups, 0, 0, problem.groups, plan.splits, plan.tiles, problem.features);
-  const int64_t partials = plan.tiles * problem.groups * kPartial * 4;
-  plan.reason = splits_refusal(problem.choice, plan.splits, greatest(1, least(kMostSplits, kScratchBytes / partials)));
+    plan.scratch_floats = partial_sum_offset(problem.groups, 0, 0, problem.groups, plan.splits, shared,
+                                             problem.features, plan.tile);
+  const int64_t partials = partial_offset(problem.groups, 0, 0, 1, shared, plan.tile) * 4;
+  const int64_t most = partials ? greatest(1, least(kMostSplits, kScratchBytes / partials)) : 1;
+  plan.reason = splits_refusal(problem.choice, plan.splits, most);
   return plan;
 }
 
@@ -173,8 +191,11 @@ std::string describe(const CovariancePlan& plan) {
   std::ostringstream out;
   out << plan.kernel << ": " << (plan.tf32 ? "TensorFloat-32, " : "") << "tile " << plan.tile << "x" << plan.tile
       << ", " << plan.block_tokens << " tokens x "
-      << plan.stages << " stages, " << plan.tiles << " tiles x " << plan.splits << " splits of "
-      << plan.tokens_per_split << " tokens, " << plan.threads << " threads, " << plan.shared_bytes
+      << plan.stages << " stages, ";
+  if (plan.whole) out << plan.whole << " tiles whole, ";
+  if (plan.whole < plan.tiles)
+    out << plan.tiles - plan.whole << " tiles x " << plan.splits << " splits of " << plan.tokens_per_split << " tokens, ";
+  out << plan.threads << " threads, " << plan.shared_bytes
       << " bytes of shared memory, " << plan.scratch_floats << " floats of scratch";
   return out.str();
 }

@@ -58,7 +58,8 @@ struct CovariancePlan {
   int stages = 0;
   int threads = 0;
   int64_t tiles = 0;        // lower tiles per group
-  int splits = 0;           // blocks that share a tile's tokens
+  int64_t whole = 0;        // covariance_sm90_wide: the first tiles, which are not shared
+  int splits = 0;           // blocks, or clusters, that share a tile's tokens
   int64_t tokens_per_split = 0;
   int64_t shared_bytes = 0;
   int64_t scratch_floats = 0;  // 0 where a tile has one block

@@ -1,4 +1,4 @@
-// Warpgroup products (sm_90a) whose operands have the summed values contiguous.
+// Warpgroup products (sm_90a), and what the blocks of a cluster have in common.
 #pragma once
 
 #include "mma_sm90.cuh"
@@ -30,35 +30,42 @@ namespace lowrank_ops::sm90 {
 #define LRO_NAMES_FOR_256 LRO_NAMES_0 ", " LRO_NAMES_16 ", " LRO_NAMES_32 ", " LRO_NAMES_48 ", " LRO_NAMES_64 ", " LRO_NAMES_80 ", " LRO_NAMES_96 ", " LRO_NAMES_112
 #define LRO_SUMS_FOR_256(d) LRO_SUMS(d, 0), LRO_SUMS(d, 16), LRO_SUMS(d, 32), LRO_SUMS(d, 48), LRO_SUMS(d, 64), LRO_SUMS(d, 80), LRO_SUMS(d, 96), LRO_SUMS(d, 112)
 
-// (64 x 16) (16 x columns), both in shared memory, added to d, or replacing it where accumulate is 0.
+// (64 x 16) (16 x columns), both in shared memory, added to d, or replacing it where accumulate is 0. The summed values
+// are contiguous, or, transposed, the others.
 template <class Element, int kColumns>
 struct Product;
+template <class Element, int kColumns>
+struct TransposedProduct;
 
 // The numbers of the operands behind the sums: left, right, whether to accumulate.
-#define LRO_PRODUCT(Element, type, columns, left, right, flag)                                               \
+#define LRO_PRODUCT(Name, transposed, Element, type, columns, left, right, flag)                             \
   template <>                                                                                                \
-  struct Product<Element, columns> {                                                                         \
+  struct Name<Element, columns> {                                                                            \
     static __device__ __forceinline__ void add(float (&d)[columns / 2], uint64_t a, uint64_t b, int accumulate) { \
       asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, " flag ", 0;\n"                                        \
                    "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type                       \
-                   " {" LRO_NAMES_FOR_##columns "}, " left ", " right ", p, 1, 1, 0, 0;\n}\n"                  \
+                   " {" LRO_NAMES_FOR_##columns "}, " left ", " right ", p, 1, 1, " transposed ";\n}\n"         \
                    : LRO_SUMS_FOR_##columns(d)                                                               \
                    : "l"(a), "l"(b), "r"(accumulate));                                                       \
     }                                                                                                        \
   }
 
-LRO_PRODUCT(__nv_bfloat16, "bf16", 32, "%16", "%17", "%18");
-LRO_PRODUCT(__half, "f16", 32, "%16", "%17", "%18");
-LRO_PRODUCT(__nv_bfloat16, "bf16", 64, "%32", "%33", "%34");
-LRO_PRODUCT(__half, "f16", 64, "%32", "%33", "%34");
-LRO_PRODUCT(__nv_bfloat16, "bf16", 96, "%48", "%49", "%50");
-LRO_PRODUCT(__half, "f16", 96, "%48", "%49", "%50");
-LRO_PRODUCT(__nv_bfloat16, "bf16", 128, "%64", "%65", "%66");
-LRO_PRODUCT(__half, "f16", 128, "%64", "%65", "%66");
-LRO_PRODUCT(__nv_bfloat16, "bf16", 192, "%96", "%97", "%98");
-LRO_PRODUCT(__half, "f16", 192, "%96", "%97", "%98");
-LRO_PRODUCT(__nv_bfloat16, "bf16", 256, "%128", "%129", "%130");
-LRO_PRODUCT(__half, "f16", 256, "%128", "%129", "%130");
+LRO_PRODUCT(Product, "0, 0", __nv_bfloat16, "bf16", 32, "%16", "%17", "%18");
+LRO_PRODUCT(Product, "0, 0", __half, "f16", 32, "%16", "%17", "%18");
+LRO_PRODUCT(Product, "0, 0", __nv_bfloat16, "bf16", 64, "%32", "%33", "%34");
+LRO_PRODUCT(Product, "0, 0", __half, "f16", 64, "%32", "%33", "%34");
+LRO_PRODUCT(Product, "0, 0", __nv_bfloat16, "bf16", 96, "%48", "%49", "%50");
+LRO_PRODUCT(Product, "0, 0", __half, "f16", 96, "%48", "%49", "%50");
+LRO_PRODUCT(Product, "0, 0", __nv_bfloat16, "bf16", 128, "%64", "%65", "%66");
+LRO_PRODUCT(Product, "0, 0", __half, "f16", 128, "%64", "%65", "%66");
+LRO_PRODUCT(Product, "0, 0", __nv_bfloat16, "bf16", 192, "%96", "%97", "%98");
+LRO_PRODUCT(Product, "0, 0", __half, "f16", 192, "%96", "%97", "%98");
+LRO_PRODUCT(Product, "0, 0", __nv_bfloat16, "bf16", 256, "%128", "%129", "%130");
+LRO_PRODUCT(Product, "0, 0", __half, "f16", 256, "%128", "%129", "%130");
+LRO_PRODUCT(TransposedProduct, "1, 1", __nv_bfloat16, "bf16", 128, "%64", "%65", "%66");
+LRO_PRODUCT(TransposedProduct, "1, 1", __half, "f16", 128, "%64", "%65", "%66");
+LRO_PRODUCT(TransposedProduct, "1, 1", __nv_bfloat16, "bf16", 256, "%128", "%129", "%130");
+LRO_PRODUCT(TransposedProduct, "1, 1", __half, "f16", 256, "%128", "%129", "%130");
 
 // (64 x 16) (16 x 64), the left one in registers.
 template <class Element>
@@ -94,6 +101,20 @@ __device__ __forceinline__ uint32_t address_in_block(uint32_t address, int rank)
   uint32_t there;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
   return there;
+}
+// Arrives at a barrier of any block of the cluster.
+__device__ __forceinline__ void arrive_in_block(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+// Brings the box at (x, y) to all blocks of the cluster that have a bit in `blocks`, to the same place in each; each is
+// told by its own barrier in the place of `barrier`.
+__device__ __forceinline__ void copy_box_to_blocks(uint32_t to, const CUtensorMap* map, int x, int y, uint32_t barrier,
+                                                   uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+      "l"(map), "r"(x), "r"(y), "r"(barrier), "h"(blocks)
+      : "memory");
 }
 __device__ __forceinline__ void store_in_block(uint32_t address, const uint32_t (&words)[4]) {
   asm volatile("st.shared::cluster.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(words[0]), "r"(words[1]),

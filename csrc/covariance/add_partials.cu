@@ -3,36 +3,45 @@
 #include "covariance.h"
 #include "state.cuh"
 #include "tiles.h"
+#include "wide_tiles.h"
 
 namespace lowrank_ops::covariance {
 namespace {
 
+template <int kEdge>
 __global__ void __launch_bounds__(kThreads, 1) covariance_add_partials(const __grid_constant__ Arguments args) {
-  const Tile tile = tile_at(blockIdx.x);
-  const int64_t group = blockIdx.z;
+  const int64_t tiles = args.tiles - args.whole, group = blockIdx.z;
+  const Tile tile = tile_at(args.whole + blockIdx.x);
 #pragma unroll
   for (int e = 0; e < kAddElements; ++e) {
     const int element = added_element(blockIdx.y, threadIdx.x, e);
     double sum = 0.0;
     for (int64_t split = 0; split < args.splits; ++split)
-      sum += args.scratch[partial_offset(group, split, blockIdx.x, args.splits, args.tiles) + element];
-    add_to_state(args, group, int64_t{tile.row} * kTile + element / kTile,
-                 int64_t{tile.col} * kTile + element % kTile, sum);
+      sum += args.scratch[partial_offset(group, split, blockIdx.x, args.splits, tiles, kEdge) + element];
+    add_to_state(args, group, int64_t{tile.row} * kEdge + element / kEdge,
+                 int64_t{tile.col} * kEdge + element % kEdge, sum);
   }
-  const int64_t feature = int64_t{tile.row} * kTile + threadIdx.x;
-  if (blockIdx.y != 0 || tile.row != tile.col || threadIdx.x >= kTile || feature >= args.features) return;
+  const int64_t feature = int64_t{tile.row} * kEdge + threadIdx.x;
+  if (blockIdx.y != 0 || tile.row != tile.col || threadIdx.x >= kEdge || feature >= args.features) return;
   double sum = 0.0;
   for (int64_t split = 0; split < args.splits; ++split)
-    sum += args.scratch[partial_sum_offset(group, split, feature, args.groups, args.splits, args.tiles,
-                                           args.features)];
+    sum += args.scratch[partial_sum_offset(group, split, feature, args.groups, args.splits, tiles, args.features, kEdge)];
   add_to_total(args, group, feature, sum);
+}
+
+template <int kEdge>
+void launch_edge(const Arguments& args, const Launch& launch) {
+  const auto kernel = covariance_add_partials<kEdge>;
+  const dim3 grid(static_cast<unsigned>(args.tiles - args.whole), add_blocks(kEdge), static_cast<unsigned>(args.groups));
+  launch_kernel(kernel, {grid, kThreads, 0}, launch, args);
 }
 
 }  // namespace
 
-void launch_add_partials(const Arguments& args, const Launch& launch) {
-  const dim3 grid(static_cast<unsigned>(args.tiles), kAddBlocks, static_cast<unsigned>(args.groups));
-  launch_kernel(covariance_add_partials, {grid, kThreads, 0}, launch, args);
+void launch_add_partials(const Arguments& args, int edge, const Launch& launch) {
+  static_assert(wide::kSquare <= kThreads);
+  if (edge == kTile) return launch_edge<kTile>(args, launch);
+  launch_edge<wide::kSquare>(args, launch);
 }
 
 }  // namespace lowrank_ops::covariance

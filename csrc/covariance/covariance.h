@@ -24,6 +24,7 @@ struct Arguments {
 
   float* scratch;        // plan.scratch_floats
   int64_t tiles;
+  int64_t whole;         // the first tiles, whose tokens are not split
   int64_t splits;
   int64_t tokens_per_split;
 };
@@ -34,7 +35,10 @@ void launch_sm80(const CovariancePlan& plan, const Arguments& arguments, Dtype d
 // Needs code for sm_90a, Source::aligned_matrix and a 16-bit dtype.
 void launch_sm90(const CovariancePlan& plan, const Arguments& arguments, Dtype dtype, const Launch& launch);
 
-// The second launch of both, where blocks share a tile's tokens.
-void launch_add_partials(const Arguments& arguments, const Launch& launch);
+// The same, for plans that name it.
+void launch_sm90_wide(const CovariancePlan& plan, const Arguments& arguments, Dtype dtype, const Launch& launch);
+
+// The second launch of all, where blocks share a tile's tokens; of tiles that have so many rows and columns.
+void launch_add_partials(const Arguments& arguments, int edge, const Launch& launch);
 
 }  // namespace lowrank_ops::covariance

@@ -397,7 +397,7 @@ void launch_kernel(const CovariancePlan& plan, const Arguments& args, const Laun
   const dim3 grid(static_cast<unsigned>(args.tiles), static_cast<unsigned>(args.splits),
                   static_cast<unsigned>(args.groups));
   launch_kernel(kernel, {grid, kThreads, plan.shared_bytes}, launch, args);
-  if (args.splits > 1) launch_add_partials(args, launch);
+  if (args.splits > 1) launch_add_partials(args, kTile, launch);
 }
 
 template <class Element>

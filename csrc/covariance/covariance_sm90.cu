@@ -4,23 +4,19 @@
 // is taken as it lies: the instruction transposes both operands. As in covariance_sm80.cu the accumulators are added to
 // the state every 2048 tokens, and blocks that share a tile leave partial tiles for add_partials.cu.
 
-#include "../mma_sm90.cuh"
+#include "../products_sm90.cuh"
 #include "../tensor_map.h"
 #include "covariance.h"
+#include "pipeline.cuh"
 #include "state.cuh"
-#include "wgmma_tiles.h"
 
 namespace lowrank_ops::covariance {
 namespace {
 
 namespace w = wgmma;
-using w::a_start, w::b_start, w::descriptor, w::feature_offset, w::sum_consumer;
+using w::a_start, w::b_start, w::descriptor;
 using w::kAccumulators, w::kAlignment, w::kBoxBytes, w::kBoxes, w::kBoxFeatures, w::kConsumers, w::kOperandBytes;
 using w::kStageBytes, w::kStages, w::kStep;
-
-struct Sums {
-  double values[kConsumers][2];
-};
 
 struct Block {
   Tile tile;
@@ -29,20 +25,12 @@ struct Block {
   __device__ bool diagonal() const { return tile.row == tile.col; }
 };
 
-// A stage's pair of barriers, by the number of the step that uses it.
-struct Pipeline {
-  uint32_t barriers;
-  uint32_t stages;
-  __device__ uint32_t full(int step) const { return barriers + step % kStages * 16; }
-  __device__ uint32_t empty(int step) const { return full(step) + 8; }
-  __device__ uint32_t stage(int step) const { return stages + step % kStages * kStageBytes; }
-  __device__ static int parity(int step) { return step / kStages % 2; }
-};
+using Stages = Pipeline<kStages, kStageBytes>;
 
-__device__ void produce(const CUtensorMap* map, const Block& block, const Pipeline& pipeline) {
+__device__ void produce(const CUtensorMap* map, const Block& block, const Stages& pipeline) {
   const int operands = block.diagonal() ? 1 : 2;
   for (int step = 0; step < block.steps; ++step) {
-    sm90::wait(pipeline.empty(step), Pipeline::parity(step) ^ 1);  // the first round finds its stages empty
+    sm90::wait(pipeline.empty(step), Stages::parity(step) ^ 1);  // the first round finds its stages empty
     sm90::arrive_expecting(pipeline.full(step), operands * kOperandBytes);
     const int token = static_cast<int>(block.tokens.begin) + step * w::kTokens;
     for (int operand = 0; operand < operands; ++operand)
@@ -70,31 +58,24 @@ __device__ __forceinline__ void flush(const float (&acc)[kAccumulators], const A
 }
 
 template <class Element>
-__device__ void consume(const Arguments& args, const Block& block, const Pipeline& pipeline,
+__device__ void consume(const Arguments& args, const Block& block, const Stages& pipeline,
                         const unsigned char* stages, Sums& sums, int consumer) {
   float acc[kAccumulators];
   for (int chunk = 0; chunk < block.steps; chunk += w::kChunkSteps) {
     const int end = min(chunk + w::kChunkSteps, block.steps);
     float sum[2] = {0.0f, 0.0f};
     for (int step = chunk; step < end; ++step) {
-      sm90::wait(pipeline.full(step), Pipeline::parity(step));
+      sm90::wait(pipeline.full(step), Stages::parity(step));
       const uint32_t rows = pipeline.stage(step);
       const uint32_t cols = block.diagonal() ? rows : rows + kOperandBytes;
       sm90::fence_products();
 #pragma unroll
       for (int k = 0; k < w::kTokens / kStep; ++k)
-        sm90::multiply_add_64x128<Element>(acc, descriptor(rows + a_start(consumer / 128, k)),
-                                           descriptor(cols + b_start(k)), step > chunk || k > 0);
+        sm90::TransposedProduct<Element, kTile>::add(acc, descriptor(rows + a_start(consumer / 128, k)),
+                                                     descriptor(cols + b_start(k)), step > chunk || k > 0);
       sm90::commit_products();
       if (block.diagonal()) {
-        const unsigned char* stage = stages + step % kStages * kStageBytes;
-#pragma unroll
-        for (int i = 0; i < w::kSumTokens; ++i) {
-          const Element* pair = reinterpret_cast<const Element*>(
-              stage + feature_offset(w::sum_token(consumer, i), w::sum_feature(consumer)));
-          sum[0] += static_cast<float>(pair[0]);
-          sum[1] += static_cast<float>(pair[1]);
-        }
+        add_columns<Element>(sum, stages + step % kStages * kStageBytes, 0, consumer);
         sm90::fence_before_copies();
         __syncwarp();
       }
@@ -114,9 +95,7 @@ __device__ void flush_sums(const Sums& sums, const Arguments& args, const Block&
   __syncthreads();
   const int64_t feature = int64_t{block.tile.row} * kTile + threadIdx.x;
   if (threadIdx.x >= kTile || feature >= args.features) return;
-  double sum = 0.0;
-  for (int group = 0; group < w::kSumGroups; ++group)
-    sum += sums.values[sum_consumer(group, threadIdx.x)][threadIdx.x % 2];
+  const double sum = sums.of_column(threadIdx.x);
   if (args.splits == 1)
     add_to_total(args, blockIdx.z, feature, sum);
   else
@@ -131,16 +110,13 @@ __global__ void __launch_bounds__(w::kThreads, 2)
   __shared__ Sums sums;
   const uint32_t start = sm90::shared_address(unaligned);
   const uint32_t padding = static_cast<uint32_t>(round_up(start, kAlignment)) - start;
-  const Pipeline pipeline{start + padding + kStages * kStageBytes, start + padding};
+  const Stages pipeline{start + padding + kStages * kStageBytes, start + padding};
 
   Block block{tile_at(blockIdx.x), tokens_of_split(blockIdx.y, args.tokens_per_split, args.tokens), 0};
   block.steps = static_cast<int>(ceil_div(block.tokens.end - block.tokens.begin, w::kTokens));
   if (threadIdx.x == 0) {
     sm90::prefetch(&map);
-    for (int stage = 0; stage < kStages; ++stage) {
-      sm90::init_barrier(pipeline.full(stage), 1);
-      sm90::init_barrier(pipeline.empty(stage), kConsumers / 32);
-    }
+    pipeline.init(kConsumers / 32);
     sm90::fence_barrier_init();
   }
   __syncthreads();
@@ -167,7 +143,7 @@ void launch_element(const CovariancePlan& plan, const Arguments& args, CUtensorM
   const dim3 grid(static_cast<unsigned>(args.tiles), static_cast<unsigned>(args.splits),
                   static_cast<unsigned>(args.groups));
   launch_kernel(kernel, {grid, w::kThreads, plan.shared_bytes}, launch, tensor_map(args, type, launch), args);
-  if (args.splits > 1) launch_add_partials(args, launch);
+  if (args.splits > 1) launch_add_partials(args, kTile, launch);
 }
 
 }  // namespace

@@ -22,7 +22,6 @@ constexpr int kWarpCols = 32;
 constexpr int kMmaRows = kWarpRows / 16;
 constexpr int kMmaCols = kWarpCols / 8;
 constexpr int kStaticSharedBytes = 4096 + 4096 + 128;  // column sums of all threads; offsets of patches; the tile
-constexpr int kPartial = kTile * kTile;  // floats of a tile in scratch
 
 struct Tile {
   int row;
@@ -135,18 +134,19 @@ LRO_HD constexpr int sum_group(int thread) { return thread / (kTile / 2); }
 LRO_HD constexpr int sum_thread(int group, int feature) { return group * (kTile / 2) + feature / 2; }
 LRO_HD constexpr int sum_token(int thread, int i) { return sum_group(thread) * kSumTokens + i; }
 
-// Scratch of a call with splits: all partial tiles, row by row, then all partial sums.
-LRO_HD constexpr int64_t partial_offset(int64_t group, int64_t split, int64_t tile, int64_t splits, int64_t tiles) {
-  return ((group * splits + split) * tiles + tile) * kPartial;
+// Scratch of a call with splits: all partial tiles of `edge` rows and columns, row by row, then all partial sums.
+LRO_HD constexpr int64_t partial_offset(int64_t group, int64_t split, int64_t tile, int64_t splits, int64_t tiles,
+                                        int edge = kTile) {
+  return ((group * splits + split) * tiles + tile) * edge * edge;
 }
 LRO_HD constexpr int64_t partial_sum_offset(int64_t group, int64_t split, int64_t feature, int64_t groups,
-                                            int64_t splits, int64_t tiles, int64_t features) {
-  return groups * splits * tiles * kPartial + (group * splits + split) * features + feature;
+                                            int64_t splits, int64_t tiles, int64_t features, int edge = kTile) {
+  return groups * splits * tiles * edge * edge + (group * splits + split) * features + feature;
 }
 
-// The kernel that adds the partial tiles: 16 blocks a tile, element `e` (0..3) of a thread.
+// The kernel that adds the partial tiles: so many blocks a tile, element `e` (0..3) of a thread.
 constexpr int kAddElements = 4;
-constexpr int kAddBlocks = kPartial / (kThreads * kAddElements);
+LRO_HD constexpr int add_blocks(int edge) { return edge * edge / (kThreads * kAddElements); }
 LRO_HD constexpr int added_element(int slice, int thread, int e) {
   return (slice * kAddElements + e) * kThreads + thread;
 }

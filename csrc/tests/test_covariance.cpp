@@ -225,7 +225,7 @@ struct Emulation {
         }
       }
       if (plan.splits == 1) continue;
-      for (int slice = 0; slice < kAddBlocks; ++slice)
+      for (int slice = 0; slice < add_blocks(kTile); ++slice)
         for (int thread = 0; thread < kThreads; ++thread)
           for (int e = 0; e < kAddElements; ++e) {
             const int element = added_element(slice, thread, e);

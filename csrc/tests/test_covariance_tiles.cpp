@@ -117,7 +117,7 @@ void operands_have_no_bank_conflicts() {
 }
 
 void the_tile_and_its_scratch_are_covered_once() {
-  std::vector<int> elements(kTile * kTile, 0), scratch(kPartial, 0), sums(kTile, 0);
+  std::vector<int> elements(kTile * kTile, 0), scratch(kTile * kTile, 0), sums(kTile, 0);
   for (int thread = 0; thread < kThreads; ++thread) {
     for (int row = 0; row < kMmaRows; ++row)
       for (int col = 0; col < kMmaCols; ++col)
@@ -125,7 +125,7 @@ void the_tile_and_its_scratch_are_covered_once() {
           ++elements[accumulator_row(thread % 32, thread / 32, row, e) * kTile +
                      accumulator_col(thread % 32, thread / 32, col, e)];
         }
-    for (int slice = 0; slice < kAddBlocks; ++slice)
+    for (int slice = 0; slice < add_blocks(kTile); ++slice)
       for (int e = 0; e < kAddElements; ++e) ++scratch[added_element(slice, thread, e)];
     for (int half = 0; half < 2; ++half) {
       ++sums[sum_feature(thread) + half];
@@ -142,8 +142,8 @@ void the_tile_and_its_scratch_are_covered_once() {
     for (int64_t split = 0; split < splits; ++split)
       for (int64_t tile = 0; tile < tiles; tile += tiles - 1) {
         const int64_t at = partial_offset(group, split, tile, splits, tiles);
-        EXPECT(tile == 0 ? at == end : at == end + (tiles - 1) * kPartial);
-        if (tile) end = at + kPartial;
+        EXPECT(tile == 0 ? at == end : at == end + (tiles - 1) * kTile * kTile);
+        if (tile) end = at + kTile * kTile;
       }
   EXPECT(end > (int64_t{1} << 31));
   EXPECT(partial_sum_offset(0, 0, 0, groups, splits, tiles, features) == end);

@@ -6,8 +6,9 @@
 #include <limits>
 #include <random>
 #include <stdexcept>
+#include <vector>
 
-#include "../covariance/tiles.h"
+#include "../covariance/wide_tiles.h"
 #include "../lowrank_linear/back_to_back.h"
 #include "../lowrank_linear/slabs.h"
 #include "check.h"
@@ -24,8 +25,11 @@ void expect_legal(const CovarianceProblem& problem) {
   const CovariancePlan plan = plan_covariance(problem);
   EXPECT(plan.reason.empty());
   EXPECT(plan.shared_bytes + covariance::kStaticSharedBytes <= problem.machine.shared_memory);
-  int64_t blocks = ceil_div(problem.features, covariance::kTile);
+  const bool wide = plan.kernel == "covariance_sm90_wide";
+  EXPECT(plan.tile == (wide ? covariance::wide::kSquare : covariance::kTile));
+  int64_t blocks = ceil_div(problem.features, plan.tile);
   EXPECT(plan.tiles == blocks * (blocks + 1) / 2);
+  EXPECT(plan.whole >= 0 && (wide ? (plan.whole == plan.tiles) == (plan.splits == 1) : plan.whole == 0));
   EXPECT(plan.splits >= 1 && plan.splits <= 65535);
   EXPECT(plan.tokens_per_split % plan.block_tokens == 0);
   EXPECT((plan.splits - 1) * plan.tokens_per_split < problem.tokens);
@@ -158,6 +162,39 @@ void few_tiles_are_split_to_fill_the_machine() {
   EXPECT(plan_covariance(wide).scratch_floats == 0);
 }
 
+void squares_beyond_whole_waves_are_shared() {
+  const Machine h200{90, 132, 232448};
+  const auto plan = [&](int64_t tokens, int64_t features, int64_t splits = 0, int multiprocessors = 132) {
+    return plan_covariance({tokens, features, 1, Dtype::bfloat16, Source::aligned_matrix,
+                            {90, multiprocessors, 232448}, false, {"covariance_sm90_wide", splits}});
+  };
+  EXPECT(plan(8192, 4096).tiles == 136 && plan(8192, 4096).whole == 132 && plan(8192, 4096).splits > 8);
+  EXPECT(plan(8192, 768).tiles == 6 && plan(8192, 768).whole == 0 && plan(8192, 768).splits > 4);
+  EXPECT(plan(64, 4096).whole == 136 && plan(64, 4096).scratch_floats == 0);  // one step cannot be shared
+  EXPECT(plan(8192, 4096, 1).whole == 136 && plan(8192, 4096, 5).splits == 5);
+  EXPECT(plan(8192, 2560, 2, 110).reason == "it cannot share its work among 2 blocks");  // 55 squares: one wave
+  EXPECT(plan(8192, 2560, 0, 110).whole == 55 && plan(8192, 2560, 1, 110).reason.empty());
+  EXPECT(plan(8192, 512, 0, 1).reason == "covariance_sm90_wide does not run this problem");
+  for (int64_t features : {8, 256, 264, 1024, 4096, 11008})
+    for (int64_t tokens : {1, 64, 4097, 65536}) {
+      const CovariancePlan found = plan(tokens, features);
+      expect_legal({tokens, features, 1, Dtype::bfloat16, Source::aligned_matrix, h200, false, {found.kernel, 0}});
+      // Every cluster has tokens of a square, and every square all of its tokens, once.
+      std::vector<int64_t> taken(static_cast<size_t>(found.tiles), 0);
+      for (int64_t c = 0; c < covariance::wide::clusters(found.tiles, found.whole, found.splits); ++c) {
+        const auto share = covariance::wide::share_of_cluster(c, found.whole, found.splits);
+        const auto range = share.shared < 0
+                               ? covariance::Range{0, tokens}
+                               : covariance::tokens_of_split(share.split, found.tokens_per_split, tokens);
+        EXPECT(range.begin < range.end && share.square < found.tiles);
+        EXPECT(share.shared < 0 ? share.square < found.whole : share.square == found.whole + share.shared);
+        EXPECT(share.shared < 0 || range.begin == taken[static_cast<size_t>(share.square)]);
+        taken[static_cast<size_t>(share.square)] += range.end - range.begin;
+      }
+      for (int64_t count : taken) EXPECT(count == tokens);
+    }
+}
+
 // What was asked for is what is planned, and legal, or refused.
 void choices_are_kept_or_refused() {
   const Machine h200{90, 132, 232448}, a100 = kMachines[0];
@@ -171,7 +208,7 @@ void choices_are_kept_or_refused() {
     return plan_lowrank_linear(problem);
   };
   int kept = 0;
-  for (const char* kernel : {"", "covariance_sm80", "covariance_sm90"})
+  for (const char* kernel : {"", "covariance_sm80", "covariance_sm90", "covariance_sm90_wide"})
     for (int64_t splits = -1; splits <= 66; ++splits) {
       CovarianceProblem problem = wide;
       problem.choice = {kernel, splits};
@@ -182,7 +219,7 @@ void choices_are_kept_or_refused() {
       EXPECT(*kernel == 0 || plan.kernel == kernel);
       expect_legal(problem);
     }
-  EXPECT(kept >= 3 * 20);
+  EXPECT(kept >= 4 * 20);
   EXPECT(covariance(wide, "covariance_sm80", 7).splits == 7);
   EXPECT(covariance(wide, "covariance_sm80", 0).kernel == "covariance_sm80");
   CovarianceProblem elsewhere = wide;
@@ -316,6 +353,7 @@ int main() {
   hopper_decodes_in_one_launch_where_it_can();
   many_tokens_are_shared_by_clusters_where_tiles_are_few();
   few_tiles_are_split_to_fill_the_machine();
+  squares_beyond_whole_waves_are_shared();
   choices_are_kept_or_refused();
   refusals_say_why();
   as_many_tokens_as_the_largest_tile_allows();

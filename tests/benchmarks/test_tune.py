@@ -201,8 +201,23 @@ def test_the_cuda_plan_that_ships_is_what_a_search_starts_from(tables, monkeypat
     finally:
         choose.cache_clear()
     mine = [candidate.config for candidate in starts if candidate.impl == impl]
-    assert mine == [_native.Choice(**config), _native.Choice()]
+    assert mine[:2] == [_native.Choice(**config), _native.Choice()]
     assert starts[0] == tune.Candidate(impl, mine[0]) and len(starts) == len(set(starts))
+
+
+def test_every_cuda_kernel_is_asked_without_a_search(tables):
+    """Nothing of it has to be compiled, and the planner's own choice is one that nobody has measured."""
+    covariances, linears = tune.TUNERS["covariance_update"], tune.TUNERS["lowrank_linear"]
+    starts = covariances.starts(problem_of(covariances, covariances.shapes()[0]))
+    kernels = {start.config.kernel for start in starts if start.impl == "cuda"}
+    assert kernels == {"", *covariances.options["cuda"]["kernel"]} and "covariance_sm90_wide" in kernels
+    starts = linears.starts(problem_of(linears, linears.shapes()[0]))
+    assert {("decode_sm90", 8), ("decode_sm80", 16)} <= {
+        (start.config.kernel, start.config.splits) for start in starts if start.impl == "cuda.decode"
+    }
+    assert {(2, 192), (8, 128)} <= {
+        (start.config.splits, start.config.token_tile) for start in starts if start.impl == "cuda.prefill"
+    }
 
 
 class Fake(tuners.CovarianceTuner):

@@ -245,17 +245,41 @@ def test_agrees_with_the_reference(backend):
 
 
 @needs_library
-@pytest.mark.parametrize("kernel", ["covariance_sm80", "covariance_sm90"])
-@pytest.mark.parametrize("splits", [1, 3, 16])
-def test_cuda_by_choice(kernel, splits):
+@pytest.mark.parametrize("kernel", ["covariance_sm80", "covariance_sm90", "covariance_sm90_wide"])
+@pytest.mark.parametrize("splits", [1, 3, 8])
+@pytest.mark.parametrize(
+    "features", [200, 3120]
+)  # of squares: one alone, and some that are shared beside some that are not
+@pytest.mark.parametrize("dtype, state_dtype", [("bf16", torch.float32), ("fp16", torch.float64)], ids=str)
+def test_cuda_by_choice(kernel, splits, features, dtype, state_dtype):
     """What a tuned table may ask for instead of the planner's own choice."""
-    x, state = random(4096, 200, dtype=torch.bfloat16), zeros(200)
+    x, state = random(8192, features, dtype=DTYPES[dtype]), zeros(features, state_dtype)
     problem, choice = describe(state[0], x), _native.Choice(kernel, splits)
     if reason := _cuda.refuse(problem, choice):
-        assert kernel.endswith("sm90") and problem.device.capability != (9, 0), reason
+        assert "_sm90" in kernel and problem.device.capability != (9, 0), reason
         pytest.skip(reason)
     _cuda.run(problem, *state, x, choice)
-    assert_updated(state, x, "cuda")
+    assert_updated(state, x, "cuda", dtype)
+    first = [tensor.clone() for tensor in state]
+    for _ in range(5):  # the same bits on every run
+        for tensor in state:
+            tensor.zero_()
+        _cuda.run(problem, *state, x, choice)
+        assert all(map(torch.equal, state, first))
+
+
+@needs_library
+def test_cuda_wide_squares_far_from_zero_in_a_strided_state():
+    """The longest chains of sums, and rows of the state that start between pairs."""
+    x = random(1 << 17, 512, dtype=torch.bfloat16, mean=8.0)
+    state = torch.zeros(600, 1100, device="cuda")[5:517, 3:515], torch.zeros(1024, device="cuda")[::2]
+    problem, choice = describe(state[0], x), _native.Choice("covariance_sm90_wide", 1)
+    if reason := _cuda.refuse(problem, choice):
+        pytest.skip(reason)
+    _cuda.run(problem, *state, x, choice)
+    exact = x.double().T @ x.double()
+    assert ((state[0].double() - exact).tril().abs() / exact).max() <= 1e-5
+    assert not state[0].triu(1).any()
 
 
 @needs_library

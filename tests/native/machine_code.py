@@ -18,6 +18,7 @@ STATIC_SHARED = 48 << 10  # bytes that need no permission at launch
 LAUNCH_BOUNDS = {
     "covariance_sm80": (256, 1),
     "covariance_sm90": (288, 2),
+    "covariance_sm90_wide": (384, 1),
     "covariance_add_partials": (256, 1),
     "decode_down_sm80": (256, 1),
     "decode_up_sm80": (256, 1),
@@ -29,6 +30,7 @@ THREE_GROUPS = (512, 1)  # prefill_sm90 with three warpgroups that multiply
 # What a kernel is written for and has to show: tensor cores, the copy engine, barriers of a block, a cluster, the grid.
 NEEDS = {
     "covariance_sm90": ("HGMMA", "UTMALDG", "SYNCS"),
+    "covariance_sm90_wide": ("HGMMA", "UTMALDG", "SYNCS", "UCGABAR_ARV", "UCGABAR_WAIT", "USETMAXREG", "REDG"),
     "decode_sm90": ("HMMA", "UBLKCP", "SYNCS", "UCGABAR_ARV", "UCGABAR_WAIT", "ATOM"),
     "prefill_sm90": ("HGMMA", "UTMALDG", "SYNCS"),
 }

@@ -25,6 +25,8 @@ SOURCES = ("rows", "aligned rows", "patches")  # the enumerators of Source
 
 def arguments(kernel: machine_code.Kernel) -> str:
     """``"bf16, aligned rows, 4 stages"`` from the mangled template arguments."""
+    if edge := re.search(r"covariance_add_partialsILi(\d+)E", kernel.symbol):
+        return f"tiles of {edge[1]}"
     match = re.search(rf"{kernel.name}I({'|'.join(TYPES)})(\S*?)Evv?", kernel.symbol + "v")
     if match is None:
         return "-"

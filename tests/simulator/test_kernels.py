@@ -97,6 +97,43 @@ def test_covariance(simulated: Simulated, order, machine: Machine, dtype, tokens
     assert_updated(second_moment, total, x, before=3.0, dtype=dtype)
 
 
+WIDE = [  # machine, dtype, tokens, features, padding, splits asked for, and what it is about
+    (SM90, BF16, 300, 256, 0, 0, "1 tiles whole"),
+    (SM90, FP16, 150, 392, 24, 0, "3 tiles whole"),
+    (SM90, BF16, 700, 264, 0, 3, "3 tiles x 3 splits of 256 tokens"),
+    (SM90, BF16, 330, 520, 8, 2, "4 tiles whole, 2 tiles x 2 splits of 192 tokens"),
+    (SM90, BF16, 1, 8, 0, 0, "1 tiles whole"),
+    (SM90._replace(multiprocessors=2), BF16, 4200, 72, 0, 0, "1 tiles whole"),  # more than one chunk
+    (SM90, BF16, 8400, 136, 0, 2, "1 tiles x 2 splits of 4224 tokens"),  # of which a partial tile is added up as well
+]
+
+
+@pytest.mark.parametrize("machine, dtype, tokens, features, padding, splits, about", WIDE)
+def test_wide_covariance(simulated: Simulated, order, machine, dtype, tokens, features, padding, splits, about):
+    x = among_nan(normal(tokens, features, dtype=dtype, mean=0.5), 0, padding)
+    simulated.configure(machine, *order)
+    second_moment, total = torch.full((features, features), 3.0), torch.full((features,), 3.0)
+    plan = simulated.covariance_update_(second_moment, total, x, choice=("covariance_sm90_wide", splits, 0))
+    assert f" {about}, " in plan, plan
+    assert_updated(second_moment, total, x, before=3.0)
+
+
+@pytest.mark.parametrize("dtype", [FP32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_wide_covariance_into_a_strided_state(simulated: Simulated, order, stride, dtype):
+    """Pairs that lie together, neighbours apart, rows that start between pairs."""
+    for first in (20, 21):
+        memory = torch.full((300, 1100), torch.nan, dtype=dtype)
+        second_moment = memory[5:297, first : first + 292 * stride : stride].zero_()
+        total = torch.full((600,), torch.nan, dtype=dtype)[::2][:292].zero_()
+        x = among_nan(normal(130, 292, dtype=BF16), 0, 4)
+        simulated.configure(SM90, *order)
+        simulated.covariance_update_(second_moment, total, x, choice=("covariance_sm90_wide", 0, 0))
+        assert_updated(second_moment, total, x)
+        memory[5:297, first : first + 292 * stride : stride] = torch.nan
+        assert memory.isnan().all()
+
+
 def test_covariance_into_a_strided_float64_state(simulated: Simulated, order):
     memory = torch.full((300, 700), torch.nan, dtype=torch.float64)
     second_moment = memory[20:220, 7:407:2].zero_()

@@ -19,6 +19,7 @@ CASES = {
     "covariance_sm80": "test_covariance and random4 and (100-131 or 100-70 or 300-136 or 1-1-1)",
     "covariance_sm80 in TensorFloat-32": "test_covariance and TensorFloat and random4 and (200-131 or 300-200)",
     "covariance_sm90": "test_covariance and random4 and (150-136 or machine3 or 330-64)",
+    "covariance_sm90_wide": "test_wide_covariance and random4 and (300-256 or 330-520-8 or float641 or 1-float64)",
     "convolution": "test_conv and random4 and sm_90 and (shape0 or shape1)",
     "decode_sm80": "test_lowrank and random4 and (shape0- or shape4- or shape5-)",
     "decode_sm90": "test_lowrank and random4 and (shape7- or shape9- or shape11-)",
@@ -32,6 +33,12 @@ FAULTS = {
         "const int64_t feature",
     ),
     "covariance_sm90: no fence": ("covariance/covariance_sm90", "sm90::fence_before_copies();", ""),
+    "covariance_sm90_wide": (
+        "covariance/covariance_sm90_wide",
+        "    __syncwarp();\n  }\n  sm90::arrive_cluster();\n  sm90::wait_cluster();",
+        "    __syncwarp();\n  }",
+    ),
+    "covariance_sm90_wide: no fence": ("covariance/covariance_sm90_wide", "sm90::fence_before_copies();", ""),
     "decode_sm80": ("lowrank_linear/decode_sm80", "wait_for_predecessor();", ""),
     "decode_sm90": ("lowrank_linear/decode_sm90", "__syncthreads();  // the sums have been read", "//"),
 }

@@ -37,6 +37,20 @@ void wait_for(std::deque<std::vector<Work>>& groups, int pending) {
   }
 }
 
+// The block of an address: this one, or another one of its cluster, which must have started and not ended.
+Block& block_of(uint32_t address) {
+  Block* block = self().block;
+  if (address >= kBlockAddress) {
+    const uint32_t rank = address / kBlockAddress - 1;
+    expect(rank < block->cluster->blocks.size(), "an address of a block of the cluster");
+    block = block->cluster->blocks[rank].get();
+    expect(block == self().block || block->cluster->barrier.was_passed(),
+           "a barrier of the cluster before another block's memory is used: it may not have started");
+    expect(block->live > 0, "an address of a block that has not ended");
+  }
+  return *block;
+}
+
 MemoryBarrier& barrier_at(Block& block, uint32_t address) {
   const auto found = block.barriers.find(address);
   if (found == block.barriers.end()) fail("a barrier is used that was not initialised");
@@ -137,20 +151,12 @@ uint32_t shared_address(const void* pointer) {
 }
 
 unsigned char* shared_bytes(uint32_t address, int64_t bytes, int64_t alignment) {
-  Block* block = self().block;
-  if (address >= kBlockAddress) {
-    const uint32_t rank = address / kBlockAddress - 1;
-    expect(rank < block->cluster->blocks.size(), "an address of a block of the cluster");
-    block = block->cluster->blocks[rank].get();
-    expect(block == self().block || block->cluster->barrier.was_passed(),
-           "a barrier of the cluster before another block's memory is used: it may not have started");
-    expect(block->live > 0, "an address of a block that has not ended");
-    address %= kBlockAddress;
-  }
+  const Block& block = block_of(address);
+  address %= kBlockAddress;
   expect(address % alignment == 0, "an aligned address");
-  expect(address >= kSystemBytes && address + bytes <= kDynamicStart + block->kernel->shape.shared_bytes,
+  expect(address >= kSystemBytes && address + bytes <= kDynamicStart + block.kernel->shape.shared_bytes,
          "an address within the block's shared memory");
-  return block->base + address;
+  return block.base + address;
 }
 
 void* in_block(const void* pointer, int rank) {
@@ -232,7 +238,7 @@ void fence_barrier_init() {
 }
 
 void arrive(uint32_t address, int64_t expected_bytes) {
-  MemoryBarrier& barrier = barrier_at(*self().block, address);
+  MemoryBarrier& barrier = barrier_at(block_of(address), address % kBlockAddress);
   barrier.bytes += expected_bytes;
   happened(&barrier);
   if (--barrier.pending < 0) fail("more threads arrive at a barrier than it counts");
@@ -251,20 +257,22 @@ void wait(uint32_t address, int parity) {
 void fence_before_copies() { happened(&self().block->fenced); }
 
 void copy_later(uint32_t address, int64_t bytes, Work copy) {
-  Block* block = self().block;
-  MemoryBarrier* barrier = &barrier_at(*block, address);
+  Block* block = &block_of(address);
+  const Block* fences = self().block;  // of whoever asks for the copy
+  MemoryBarrier* barrier = &barrier_at(*block, address % kBlockAddress);
   expect(barrier->unfenced == nullptr, "fence.mbarrier_init and fence.proxy.async before the copy engine uses a barrier");
   ++block->copies_under_way;
-  Work work = [block, barrier, address, bytes, copy = std::move(copy)] {
+  Work work = [block, fences, barrier, address, bytes, copy = std::move(copy)] {
     {
       const ByCopyEngine engine;
       after(&block->kernel->launched);
       after(&block->fenced);
+      after(&fences->fenced);
       copy();
       happened(barrier);
     }
     --block->copies_under_way;
-    expect_intact(*block, address);
+    expect_intact(*block, address % kBlockAddress);
     barrier->bytes -= bytes;
     settle(*barrier);
   };

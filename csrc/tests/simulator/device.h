@@ -92,8 +92,8 @@ void wait(uint32_t barrier, int parity);
 
 // ---- asynchronous work ----
 
-// By the copy engine: `copy` runs some time later and then tells the barrier of this block. It is ordered after what
-// threads did to memory only by the fence between the two.
+// By the copy engine: `copy` runs some time later and then tells the barrier, of this block or of another one of its
+// cluster. It is ordered after what threads did to memory only by the fence between the two.
 void fence_before_copies();
 void copy_later(uint32_t barrier, int64_t bytes, std::function<void()> copy);
 

@@ -22,21 +22,26 @@ inline void wait(uint32_t barrier, int parity) { simulator::wait(barrier, parity
 
 inline void prefetch(const CUtensorMap*) {}
 
-inline void copy_box(uint32_t to, const CUtensorMap* map, int x, int y, uint32_t barrier) {
-  const simulator::Unwatched unwatched;
+// A box to one place in shared memory.
+inline std::function<void()> box_copy(uint32_t to, const CUtensorMap* map, int x, int y) {
   const simulator::MatrixMap matrix = simulator::matrix_map(*map);
   unsigned char* start = simulator::shared_bytes(to, matrix.box_bytes(), 128);
-  simulator::copy_later(barrier, matrix.box_bytes(), [matrix, to, start, x, y] {
+  const uint32_t offset = to % simulator::kBlockAddress;
+  return [matrix, offset, start, x, y] {
     for (int row = 0; row < matrix.box_rows; ++row)
       for (int byte = 0; byte < matrix.box_cols * 2; byte += 2) {
         const int64_t r = int64_t{y} + row, c = int64_t{x} + byte / 2;
-        const uint32_t address = to + static_cast<uint32_t>(row * matrix.box_cols * 2 + byte);
+        const uint32_t address = offset + static_cast<uint32_t>(row * matrix.box_cols * 2 + byte);
         const bool inside = r >= 0 && r < matrix.rows && c >= 0 && c < matrix.cols;
         static constexpr uint16_t zero = 0;
-        std::memcpy(start + (simulator::swizzled(address) - to),
+        std::memcpy(start + (simulator::swizzled(address) - offset),
                     inside ? static_cast<const void*>(matrix.base + r * matrix.stride_bytes + c * 2) : &zero, 2);
       }
-  });
+  };
+}
+inline void copy_box(uint32_t to, const CUtensorMap* map, int x, int y, uint32_t barrier) {
+  const simulator::Unwatched unwatched;
+  simulator::copy_later(barrier, simulator::matrix_map(*map).box_bytes(), box_copy(to, map, x, y));
 }
 
 inline void copy_bytes(uint32_t to, const void* from, int bytes, uint32_t barrier) {
@@ -62,11 +67,14 @@ void wait_products() {
   simulator::wait_products(kPending);
 }
 
-// Both operands with what is not summed contiguous.
-template <class Element>
-void multiply_add_64x128(float (&d)[64], uint64_t a, uint64_t b, int accumulate) {
-  simulator::multiply<Element, 128>("wgmma.m64n128k16 transposed", d, simulator::Left{a, nullptr, true}, b, true,
-                                    accumulate);
+// ---- memory ----
+
+inline void add_in_memory(float* to, float value) { *to += value; }
+inline void add_in_memory(double* to, double value) { *to += value; }
+inline void add_pair_in_memory(float* to, float first, float second) {
+  simulator::expect(reinterpret_cast<uintptr_t>(to) % 8 == 0, "a pair on 8 bytes");
+  to[0] += first;
+  to[1] += second;
 }
 
 }  // namespace lowrank_ops::sm90
