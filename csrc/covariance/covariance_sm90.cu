@@ -4,6 +4,7 @@
 // is taken as it lies: the instruction transposes both operands. As in covariance_sm80.cu the accumulators are added to
 // the state every 2048 tokens, and blocks that share a tile leave partial tiles for add_partials.cu.
 
+#include "../mma_sm80.cuh"
 #include "../mma_sm90.cuh"
 #include "../tensor_map.h"
 #include "covariance.h"
@@ -55,18 +56,14 @@ __device__ void produce(const CUtensorMap* map, const Block& block, const Pipeli
 
 __device__ __forceinline__ void flush(const float (&acc)[kAccumulators], const Arguments& args, const Block& block,
                                       int consumer, bool first) {
-  float* partial = args.scratch + partial_offset(blockIdx.z, blockIdx.y, blockIdx.x, args.splits, args.tiles);
-#pragma unroll
-  for (int i = 0; i < kAccumulators; ++i) {
-    const int row = w::accumulator_row(consumer, i), col = w::accumulator_col(consumer, i);
-    if (args.splits == 1) {
-      add_to_state(args, blockIdx.z, int64_t{block.tile.row} * kTile + row, int64_t{block.tile.col} * kTile + col,
-                   acc[i]);
-    } else {
-      float* to = partial + row * kTile + col;
-      *to = first ? acc[i] : *to + acc[i];
-    }
-  }
+  asm volatile("" : "+r"(consumer));  // or else the compiler keeps addresses in registers from one flush to the next
+  const int row = w::accumulator_row(consumer, 0), col = w::accumulator_col(consumer, 0);
+  if (args.splits == 1)
+    add_strip_to_state(args, blockIdx.z, int64_t{block.tile.row} * kTile + row, int64_t{block.tile.col} * kTile + col,
+                       acc);
+  else
+    add_strip_to_partial(
+        args.scratch + partial_offset(blockIdx.z, blockIdx.y, blockIdx.x, args.splits, args.tiles), row, col, acc, first);
 }
 
 template <class Element>
@@ -90,10 +87,10 @@ __device__ void consume(const Arguments& args, const Block& block, const Pipelin
         const unsigned char* stage = stages + step % kStages * kStageBytes;
 #pragma unroll
         for (int i = 0; i < w::kSumTokens; ++i) {
-          const Element* pair = reinterpret_cast<const Element*>(
-              stage + feature_offset(w::sum_token(consumer, i), w::sum_feature(consumer)));
-          sum[0] += static_cast<float>(pair[0]);
-          sum[1] += static_cast<float>(pair[1]);
+          const float2 pair = unpack<Element>(*reinterpret_cast<const uint32_t*>(
+              stage + feature_offset(w::sum_token(consumer, i), w::sum_feature(consumer))));
+          sum[0] += pair.x;
+          sum[1] += pair.y;
         }
         sm90::fence_before_copies();
         __syncwarp();
