@@ -58,12 +58,12 @@ __device__ __forceinline__ void flush(const float (&acc)[kAccumulators], const A
                                       int consumer, bool first) {
   asm volatile("" : "+r"(consumer));  // or else the compiler keeps addresses in registers from one flush to the next
   const int row = w::accumulator_row(consumer, 0), col = w::accumulator_col(consumer, 0);
+  const int64_t tile_row = int64_t{block.tile.row} * kTile, tile_col = int64_t{block.tile.col} * kTile;
+  float* partial = args.scratch + partial_offset(blockIdx.z, blockIdx.y, blockIdx.x, args.splits, args.tiles);
   if (args.splits == 1)
-    add_strip_to_state(args, blockIdx.z, int64_t{block.tile.row} * kTile + row, int64_t{block.tile.col} * kTile + col,
-                       acc);
+    add_strip_to_state(args, blockIdx.z, tile_row + row, tile_col + col, acc);
   else
-    add_strip_to_partial(
-        args.scratch + partial_offset(blockIdx.z, blockIdx.y, blockIdx.x, args.splits, args.tiles), row, col, acc, first);
+    add_strip_to_partial(partial, row, col, acc, first);
 }
 
 template <class Element>
