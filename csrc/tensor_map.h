@@ -10,12 +10,15 @@ namespace lowrank_ops::sm90 {
 
 // The driver's function, without linking the driver: the library has to load where there is none.
 inline decltype(&cuTensorMapEncodeTiled) encoder(const Launch& launch) {
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult found;
-  check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found),
-        launch);
-  check(found == cudaDriverEntryPointSuccess ? cudaSuccess : cudaErrorNotSupported, launch);
-  return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+  static const auto encode = [&] {  // asked for by name once, and again only where that failed
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found),
+          launch);
+    check(found == cudaDriverEntryPointSuccess ? cudaSuccess : cudaErrorNotSupported, launch);
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+  }();
+  return encode;
 }
 
 // A matrix of 16-bit values, row-major with rows on 16 bytes, brought in boxes with the 128-byte swizzle; what a box

@@ -285,20 +285,16 @@ __device__ void flush(Accumulators& acc, Sums& sums, const Arguments& args, cons
   const int64_t first_col = static_cast<volatile int&>(sums.origin[1]);
   float* partial = args.scratch + partial_offset(block.group, blockIdx.y, blockIdx.x, args.splits, args.tiles);
 #pragma unroll
-  for (int row = 0; row < kMmaRows; ++row)
+  for (int row = 0; row < kMmaRows; ++row) {
+    float values[kMmaCols * 4];
 #pragma unroll
-    for (int col = 0; col < kMmaCols; ++col)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const float value = acc.tile[row][col][e];
-        const int r = accumulator_row(lane, warp, row, e), c = accumulator_col(lane, warp, col, e);
-        if (args.splits == 1) {
-          add_to_state(args, block.group, first_row + r, first_col + c, value);
-        } else {
-          float* to = partial + r * kTile + c;
-          *to = first ? value : *to + value;
-        }
-      }
+    for (int i = 0; i < kMmaCols * 4; ++i) values[i] = acc.tile[row][i / 4][i % 4];
+    const int r = accumulator_row(lane, warp, row, 0), c = accumulator_col(lane, warp, 0, 0);
+    if (args.splits == 1)
+      add_strip_to_state(args, block.group, first_row + r, first_col + c, values);
+    else
+      add_strip_to_partial(partial, r, c, values, first);
+  }
 #pragma unroll
   for (int i = 0; i < 2; ++i)
     sums.values[threadIdx.x][i] = first ? acc.sum[i] : sums.values[threadIdx.x][i] + acc.sum[i];

@@ -43,18 +43,14 @@ __device__ void produce(const CUtensorMap* map, const Block& block, const Stages
 
 __device__ __forceinline__ void flush(const float (&acc)[kAccumulators], const Arguments& args, const Block& block,
                                       int consumer, bool first) {
+  asm volatile("" : "+r"(consumer));  // or else the compiler keeps addresses in registers from one flush to the next
+  const int row = w::accumulator_row(consumer, 0), col = w::accumulator_col(consumer, 0);
+  const int64_t tile_row = int64_t{block.tile.row} * kTile, tile_col = int64_t{block.tile.col} * kTile;
   float* partial = args.scratch + partial_offset(blockIdx.z, blockIdx.y, blockIdx.x, args.splits, args.tiles);
-#pragma unroll
-  for (int i = 0; i < kAccumulators; ++i) {
-    const int row = w::accumulator_row(consumer, i), col = w::accumulator_col(consumer, i);
-    if (args.splits == 1) {
-      add_to_state(args, blockIdx.z, int64_t{block.tile.row} * kTile + row, int64_t{block.tile.col} * kTile + col,
-                   acc[i]);
-    } else {
-      float* to = partial + row * kTile + col;
-      *to = first ? acc[i] : *to + acc[i];
-    }
-  }
+  if (args.splits == 1)
+    add_strip_to_state(args, blockIdx.z, tile_row + row, tile_col + col, acc);
+  else
+    add_strip_to_partial(partial, row, col, acc, first);
 }
 
 template <class Element>

@@ -2,6 +2,7 @@
 // them, and the sums of columns.
 #pragma once
 
+#include "../mma_sm80.cuh"
 #include "../mma_sm90.cuh"
 #include "wgmma_tiles.h"
 
@@ -44,10 +45,10 @@ template <class Element>
 __device__ __forceinline__ void add_columns(float (&sum)[2], const unsigned char* stage, int columns, int consumer) {
 #pragma unroll
   for (int i = 0; i < wgmma::kSumTokens; ++i) {
-    const Element* pair = reinterpret_cast<const Element*>(
-        stage + columns + wgmma::feature_offset(wgmma::sum_token(consumer, i), wgmma::sum_feature(consumer)));
-    sum[0] += static_cast<float>(pair[0]);
-    sum[1] += static_cast<float>(pair[1]);
+    const float2 pair = unpack<Element>(*reinterpret_cast<const uint32_t*>(
+        stage + columns + wgmma::feature_offset(wgmma::sum_token(consumer, i), wgmma::sum_feature(consumer))));
+    sum[0] += pair.x;
+    sum[1] += pair.y;
   }
 }
 

@@ -91,6 +91,8 @@ LRO_HD constexpr int accumulator_token(int consumer, int i) {
   return consumer / 32 * 16 + consumer % 32 / 4 + i / 2 % 2 * 8;
 }
 LRO_HD constexpr int accumulator_column(int consumer, int i) { return i / 4 * 8 + consumer % 4 * 2 + i % 2; }
+// Which of a consumer's columns, counted from 0, that is.
+LRO_HD constexpr int bias_of_accumulator(int i) { return i / 4 * 2 + i % 2; }
 
 // Word w (0..3) of a step's left operand holds two neighbouring columns of t: these accumulators, the lower one first.
 LRO_HD constexpr int accumulator_of_word(int step, int w) { return step * 8 + w * 2; }

@@ -87,7 +87,11 @@ struct Block {
     }
     for (int n = 0; n < tiles; ++n) {
       const int step = down_steps + n;
+      const int64_t first = p::up_tile(rank, n, kCluster) * p::kOutputs;
       float acc[p::kOutputs / 2];
+      // On the way while the products are made. Three warpgroups lack the registers, and hide each other's waiting.
+      Element bias[p::kOutputs / 4];
+      if constexpr (kGroups == 2) fetch_bias(bias, consumer, first);
       sm90::wait(full(step), parity(step));
       sm90::fence_products();
 #pragma unroll
@@ -96,7 +100,13 @@ struct Block {
       sm90::commit_products();
       sm90::wait_products<0>();
       if (consumer % 32 == 0) sm90::arrive(empty(step));
-      store(acc, consumer, p::up_tile(rank, n, kCluster) * p::kOutputs);
+      if (args.bias) {
+#pragma unroll
+        for (int i = 0; i < p::kOutputs / 2; ++i)
+          acc[i] += kGroups == 2 ? static_cast<float>(bias[p::bias_of_accumulator(i)])
+                                 : static_cast<float>(bias_at(consumer, i, first));
+      }
+      store(acc, consumer, first);
     }
   }
 
@@ -140,15 +150,23 @@ struct Block {
     }
   }
 
+  // What is added to an accumulator of the 64 columns from `first` on.
+  __device__ __forceinline__ Element bias_at(int consumer, int i, int64_t first) const {
+    const int lane_first = p::accumulator_column(consumer, 0), column = p::accumulator_column(0, i);
+    const int left = static_cast<int>(args.out_features - first) - lane_first;  // at most 2^30 features
+    return column < left ? static_cast<const Element*>(args.bias)[first + lane_first + column] : Element(0.0f);
+  }
+
+  // The same of all: the accumulators of a thread's two tokens share it.
+  __device__ __forceinline__ void fetch_bias(Element (&bias)[p::kOutputs / 4], int consumer, int64_t first) const {
+    if (!args.bias) return;
+#pragma unroll
+    for (int i = 0; i < p::kOutputs / 2; ++i)
+      if (i / 2 % 2 == 0) bias[p::bias_of_accumulator(i)] = bias_at(consumer, i, first);
+  }
+
   // 64 columns of y from `first` on.
   __device__ __forceinline__ void store(float (&acc)[p::kOutputs / 2], int consumer, int64_t first) const {
-    if (args.bias) {
-#pragma unroll
-      for (int i = 0; i < p::kOutputs / 2; ++i) {
-        const int64_t n = first + p::accumulator_column(consumer, i);
-        if (n < args.out_features) acc[i] += static_cast<float>(static_cast<const Element*>(args.bias)[n]);
-      }
-    }
     activate_all(acc, args.activation);
     if (args.out_features % 8 == 0)
       store_vectors(acc, consumer, first);

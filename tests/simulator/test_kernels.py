@@ -134,16 +134,29 @@ def test_wide_covariance_into_a_strided_state(simulated: Simulated, order, strid
         assert memory.isnan().all()
 
 
-def test_covariance_into_a_strided_float64_state(simulated: Simulated, order):
+@pytest.mark.parametrize("splits", [0, 1])
+@pytest.mark.parametrize("columns", [slice(7, 207), slice(7, 407, 2)], ids=["rows", "strided"])
+@pytest.mark.parametrize("machine", [SM80, SM90], ids=["sm_80", "sm_90"])
+def test_covariance_into_a_float64_state_among_others(simulated: Simulated, order, machine, columns, splits):
     memory = torch.full((300, 700), torch.nan, dtype=torch.float64)
-    second_moment = memory[20:220, 7:407:2].zero_()
-    total = torch.full((400,), torch.nan, dtype=torch.float64)[::2].zero_()
+    second_moment = memory[20:220, columns].fill_(3.0)
+    total = torch.full((400,), torch.nan, dtype=torch.float64)[::2].fill_(3.0)
     x = normal(260, 200, dtype=BF16)
-    simulated.configure(SM90, *order)
-    simulated.covariance_update_(second_moment, total, x)
-    assert_updated(second_moment, total, x)
-    memory[20:220, 7:407:2] = torch.nan
+    simulated.configure(machine, *order)
+    plan = simulated.covariance_update_(second_moment, total, x, choice=("", splits, 0))
+    assert splits == 0 or f" {splits} splits" in plan
+    assert_updated(second_moment, total, x, before=3.0)
+    memory[20:220, columns] = torch.nan
     assert memory.isnan().all()
+
+
+@pytest.mark.parametrize("machine", [SM80, SM90], ids=["sm_80", "sm_90"])
+def test_covariance_of_more_than_one_chunk_per_split(simulated: Simulated, order, machine):
+    x = normal(4300, 72, dtype=BF16)
+    second_moment, total = torch.zeros(72, 72), torch.zeros(72)
+    simulated.configure(machine, *order)
+    simulated.covariance_update_(second_moment, total, x, choice=("", 2, 0))
+    assert_updated(second_moment, total, x)
 
 
 CONVOLUTIONS = [  # shape, kernel, stride, padding, dilation, groups, dtype, channels last
