@@ -124,8 +124,9 @@ def quack_gemm_symmetric(state: Tensor, total: Tensor, x: Tensor) -> None:
 def plain(state: Tensor, total: Tensor, x: Tensor) -> None:
     """torch's own in the dtype of ``x``, whose error is the measure.
 
-    For float32 on a GPU that is a product in torch's precision "high", in which a float32 is taken apart as our kernel
-    takes it apart; the arm ``torch_mm`` computes it in "highest".
+    For float32 on a GPU that is a product in torch's precision "high", there TensorFloat-32: what our kernel makes of
+    three bfloat16 products is far within it, and must not be held to the error of "highest", in which the arm
+    ``torch_mm`` computes.
     """
     if not x.is_cuda:
         float32_product(state, total, x)
