@@ -21,7 +21,7 @@ import lowrank_ops as lro
 
 from . import shapes
 from .measure import Tensors
-from .rows import Arm, Case, on_cuda
+from .rows import Arm, Case, on_cuda, told
 from .suite import main
 
 _op = importlib.import_module("lowrank_ops.ops.covariance")
@@ -58,6 +58,7 @@ def case(tokens: int, features: int, dtype: str) -> Case:
         arms=(
             *((Arm(float32_product.__name__, float32_product),) if kind != torch.float32 else ()),
             Arm("torch_mm", torch_mm, functools.partial(_has_mm, kind)),
+            *((Arm("torch_addmm", torch_addmm, _has_addmm),) if kind != torch.float32 else ()),
             Arm("symmetric_triton", symmetric_triton, _has_triton),
             Arm("quack_gemm_symmetric", quack_gemm_symmetric, functools.partial(_has_quack, kind)),
             *ours(lro.ops.covariance_update_),
@@ -98,11 +99,16 @@ def float32_product(state: Tensor, total: Tensor, x: Tensor) -> None:
 
 
 def torch_mm(state: Tensor, total: Tensor, x: Tensor) -> None:
-    """The best that the library offers: products in the inputs' dtype, sums in float32."""
+    """The best that the library offers in all versions: products in the inputs' dtype, sums in float32."""
     if x.dtype == torch.float32:
         state.addmm_(x.T, x)
     else:
         state += torch.mm(x.T, x, out_dtype=torch.float32)
+
+
+def torch_addmm(state: Tensor, total: Tensor, x: Tensor) -> None:
+    """The same of 16-bit inputs without an addition of its own, where torch takes a float32 state beside them."""
+    torch.addmm(state, x.T, x, out_dtype=torch.float32, out=state)
 
 
 def symmetric_triton(state: Tensor, total: Tensor, x: Tensor) -> None:
@@ -124,8 +130,9 @@ def quack_gemm_symmetric(state: Tensor, total: Tensor, x: Tensor) -> None:
 def plain(state: Tensor, total: Tensor, x: Tensor) -> None:
     """torch's own in the dtype of ``x``, whose error is the measure.
 
-    For float32 on a GPU that is a product in torch's precision "high", in which a float32 is taken apart as our kernel
-    takes it apart; the arm ``torch_mm`` computes it in "highest".
+    For float32 on a GPU that is a product in torch's precision "high", there TensorFloat-32: what our kernel makes of
+    three bfloat16 products is far within it, and must not be held to the error of "highest", in which the arm
+    ``torch_mm`` computes.
     """
     if not x.is_cuda:
         float32_product(state, total, x)
@@ -155,6 +162,19 @@ def _random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, se
 def _has_mm(dtype: torch.dtype, device: torch.device) -> str | None:
     if device.type == "cpu" and dtype != torch.float32:
         return "torch.mm(..., out_dtype=torch.float32) has no CPU implementation"
+    return None
+
+
+@functools.cache
+def _has_addmm(device: torch.device) -> str | None:
+    """By a try: older versions refuse a state of another dtype than the inputs'."""
+    if (reason := on_cuda(device)) is not None:
+        return reason
+    try:
+        x, state = (torch.ones(16, 16, dtype=dtype, device=device) for dtype in (torch.bfloat16, torch.float32))
+        torch_addmm(state, state[0], x)
+    except Exception as failure:
+        return f"torch.addmm(..., out_dtype=torch.float32) was refused: {told(failure).splitlines()[0]}"
     return None
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 import lowrank_ops as lro
 
 from . import shapes
-from .measure import Tensors
+from .measure import Tensors, compile_every_shape
 from .rows import Arm, Case, on_cuda
 from .suite import main
 
@@ -99,7 +99,7 @@ def two_linears_compiled(*tensors: Tensor) -> Tensor:
 
 @functools.cache
 def _compiled() -> Callable[..., Any]:
-    torch._dynamo.config.cache_size_limit = 256  # one compilation per shape; past the limit it would run eagerly
+    compile_every_shape()
     return torch.compile(two_linears, dynamic=False)
 
 

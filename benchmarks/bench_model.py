@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import lowrank_ops as lro
 
 from . import models
-from .measure import Tensors, time_arms
+from .measure import Tensors, compile_every_shape, time_arms
 from .rows import Arm, Case, Row, compare, distance, on_cuda
 from .shapes import DTYPES
 from .suite import Job, finish, parser, run
@@ -81,6 +81,8 @@ def case(name: str, size: models.Size, fraction: float, batch: int, mode: str, d
 
 @functools.lru_cache(maxsize=1)
 def _model(size: models.Size, fraction: float, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    _ready.cache_clear()
+    torch.compiler.reset()  # compiled code and CUDA graphs of the model before, and the memory that they hold
     return models.lowrank_model(size, fraction, device, dtype)
 
 
@@ -90,7 +92,17 @@ def _ready(
 ) -> Callable[[Tensor], Any]:
     """A variant to call; the last few are kept, as cases that follow one another use the same ones."""
     model = models.variant(_model(size, fraction, device, dtype), which)
-    return torch.compile(model, mode="reduce-overhead", dynamic=False) if mode == "compiled" else model
+    if mode != "compiled":
+        return model
+    compile_every_shape()
+    return torch.compile(model, options=_cuda_graphs(), dynamic=False)
+
+
+def _cuda_graphs() -> dict[str, Any]:
+    """The options of "reduce-overhead", with an error where it would do without CUDA graphs."""
+    required = "triton.cudagraph_or_error"
+    options: dict[str, Any] = torch._inductor.list_mode_options("reduce-overhead")
+    return options | ({required: True} if required in torch._inductor.list_options() else {})
 
 
 def calibration_rows(

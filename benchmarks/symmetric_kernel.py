@@ -14,6 +14,11 @@ from torch import Tensor
 BLOCK_D, BLOCK_T, WARPS, STAGES = 128, 64, 8, 4
 
 
+def tokens_per_step(itemsize: int) -> int:
+    """``BLOCK_T`` for 16-bit inputs; half of it for float32, of which no GPU's shared memory holds as many."""
+    return BLOCK_T * 2 // itemsize
+
+
 @triton.jit
 def symmetric_kernel(
     x_ptr,  # (tokens, features)
@@ -55,7 +60,7 @@ def symmetric_kernel(
         tl.store(out_ptr + rows[:, None] + columns[None, :] * out_stride, acc, mask=inside)
 
 
-def symmetric_product(x: Tensor, block_d: int = BLOCK_D, block_t: int = BLOCK_T) -> Tensor:
+def symmetric_product(x: Tensor, block_d: int = BLOCK_D, block_t: int | None = None) -> Tensor:
     """``x^T x`` (features, features) in float32 for ``x`` (tokens, features)."""
     tokens, features = x.shape
     out = torch.empty(features, features, device=x.device)
@@ -68,7 +73,7 @@ def symmetric_product(x: Tensor, block_d: int = BLOCK_D, block_t: int = BLOCK_T)
         x.stride(0),
         out.stride(0),
         BLOCK_D=block_d,
-        BLOCK_T=block_t,
+        BLOCK_T=block_t or tokens_per_step(x.element_size()),
         UPCAST=not x.is_cuda,
         num_warps=WARPS,
         num_stages=STAGES,

@@ -139,7 +139,8 @@ class Recorder:
         """Raise for the first layer of this forward whose sums are not finite: one synchronisation for all."""
         if not self._touched:
             return
-        finite = torch.stack([state.is_finite().cpu() for state in self._touched.values()])
+        each = [state.is_finite() for state in self._touched.values()]
+        finite = torch.stack([one.to(each[0].device) for one in each])
         if not bool(finite.all()):
             state = list(self._touched.values())[int(finite.int().argmin())]
             of_loss = state.covariance.side not in SIDES  # the forward is over by then

@@ -307,3 +307,28 @@ def test_opponents_of_the_gpu_can_be_imported():
     pytest.importorskip("triton")
     assert callable(importlib.import_module("benchmarks.symmetric_kernel").symmetric_product)
     assert callable(bench_lowrank_linear._compiled())
+
+
+def test_addmm_is_an_arm_where_torch_takes_it(monkeypatch):
+    """Tried on the device: versions differ in whether a float32 state goes with 16-bit inputs."""
+    arms = {arm.name: arm for arm in bench_covariance.case(96, 40, "bf16").arms}
+    assert "torch_addmm" not in {arm.name for arm in bench_covariance.case(96, 40, "fp32").arms}
+    assert "CUDA" in arms["torch_addmm"].unavailable(CPU)
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda *size, device=None, **options: ones(*size, **options))
+    answers = {"refused: RuntimeError: self and mat2 must have the same dtype": RuntimeError, "": None}
+    for words, error in answers.items():
+
+        def addmm(state, left, right, *, out_dtype, out, error=error):
+            if error:
+                raise error("self and mat2 must have the same dtype\nand more")
+            return out.add_(left.to(out_dtype) @ right.to(out_dtype))
+
+        monkeypatch.setattr(torch, "addmm", addmm)
+        bench_covariance._has_addmm.cache_clear()
+        reason = arms["torch_addmm"].unavailable(torch.device("cuda"))
+        assert reason is None if error is None else reason.endswith(words)
+    bench_covariance._has_addmm.cache_clear()
+    state, x = torch.ones(40, 40), bench_covariance._random((96, 40), torch.bfloat16, CPU, 0)
+    arms["torch_addmm"].run(state, None, x)
+    torch.testing.assert_close(state, 1 + x.float().T @ x.float())

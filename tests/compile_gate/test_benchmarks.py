@@ -2,18 +2,18 @@
 
 import pytest
 
-from benchmarks.symmetric_kernel import BLOCK_D, BLOCK_T, STAGES, WARPS, symmetric_kernel
+from benchmarks.symmetric_kernel import BLOCK_D, STAGES, WARPS, symmetric_kernel, tokens_per_step
 from tests.compile_gate.gate import ARCHS, assert_clean, compile_kernel
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_symmetric_kernel_is_clean(arch, dtype):
+@pytest.mark.parametrize(("dtype", "itemsize"), [("bf16", 2), ("fp16", 2), ("fp32", 4)])
+def test_symmetric_kernel_is_clean(arch, dtype, itemsize):
     names = symmetric_kernel.arg_names
     report = compile_kernel(
         symmetric_kernel,
         {"x_ptr": f"*{dtype}", "out_ptr": "*fp32", **dict.fromkeys(names[2:6], "i32")},
-        {"BLOCK_D": BLOCK_D, "BLOCK_T": BLOCK_T, "UPCAST": False},
+        {"BLOCK_D": BLOCK_D, "BLOCK_T": tokens_per_step(itemsize), "UPCAST": False},
         arch,
         WARPS,
         STAGES,
