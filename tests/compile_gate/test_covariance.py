@@ -19,10 +19,23 @@ def test_predicate_knows_the_shared_memory(arch):
         specialization = _triton._specialization(arch, config, dtype, product, "even", "state", "fp64")
         assert compile_specialization(specialization, arch).shared <= config.shared_bytes(ITEMSIZE[dtype])
     for specialization in _triton_conv.shipped(arch):
+        if "BLOCK_T" not in specialization.constexprs:  # a reduction, which takes no shared memory to speak of
+            continue
         blocks = specialization.constexprs["BLOCK_D"], specialization.constexprs["BLOCK_T"]
         config = _triton.Config(*blocks, specialization.num_warps, specialization.num_stages)
         itemsize = ITEMSIZE[specialization.signature["x"].lstrip("*")]
         assert compile_specialization(specialization, arch).shared <= config.shared_bytes(itemsize)
+
+
+@pytest.mark.parametrize("op", [_triton, _triton_conv], ids=["rows", "patches"])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_reduction_of_every_configuration_is_listed(arch, op):
+    listed = [entry for entry in op.shipped(arch) if entry.kernel is _triton.device_code().reduce_kernel]
+    for _, config in op._shipped_configs(arch):
+        for state in ("*fp32", "*fp64"):
+            assert any(
+                entry.constexprs["BLOCK_D"] == config.block_d and entry.signature["state"] == state for entry in listed
+            )
 
 
 def test_gate_catches_spills():

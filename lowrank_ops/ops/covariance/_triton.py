@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from . import Problem
 
 CHUNK = 2048  # tokens summed in float32: longer chains lose bits of a large mean
-REDUCE_ROWS = 16  # rows of a tile per program of the reduction
+REDUCE_ROWS, REDUCE_WARPS = 16, 8  # rows of a tile per program of the reduction, and its warps: with 4 some forms spill
 MOST_SPLITS = 64
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -178,7 +178,7 @@ def reduce(
         ROWS=REDUCE_ROWS,
         GROUP=config.group,
         CHANNELS_LAST=channels_last,
-        num_warps=4,
+        num_warps=REDUCE_WARPS,
     )
 
 
@@ -372,7 +372,7 @@ def shipped(arch: int) -> list[Specialization]:
         if kind == "wide":
             forms += [("bf16", "exact", "even", "atomic", "fp32"), ("fp16", "exact", "even", "state", "fp32")]
         listed += [_specialization(arch, config, *form) for form in forms]
-    return listed + [_reduction(dtype) for dtype in ("fp32", "fp64")]
+    return listed + reductions(_shipped_configs(arch))
 
 
 def _shipped_configs(arch: int) -> list[tuple[str, Config]]:
@@ -382,6 +382,12 @@ def _shipped_configs(arch: int) -> list[tuple[str, Config]]:
         if tuned is not None:
             configs.append(("float32" if entry["shape"]["dtype"] == "fp32" else "tuned", tuned))
     return list(dict.fromkeys(configs))
+
+
+def reductions(configs: Iterable[tuple[str, Config]], channels_last: bool = False) -> list[Specialization]:
+    """The reductions that follow kernels of ``configs``."""
+    widths = sorted({config.block_d for _, config in configs})
+    return [_reduction(state, block_d, channels_last) for block_d in widths for state in ("fp32", "fp64")]
 
 
 def _specialization(
@@ -418,19 +424,15 @@ def _specialization(
     )
 
 
-def _reduction(state: str, block_d: int = 128, channels_last: bool = False) -> Specialization:
-    integers = (
-        "features",
-        "splits",
-        "state_group_stride",
-        "state_stride",
-        "total_group_stride",
-        "kernel_area",
-        "group_channels",
-    )
+def _reduction(state: str, block_d: int, channels_last: bool = False) -> Specialization:
+    kernel = device_code().reduce_kernel
+    integers = ["features", "splits", "state_group_stride", "state_stride", "total_group_stride"]
+    patch = ("kernel_area", "group_channels")
+    if channels_last:
+        integers += patch
     return Specialization(
         name=f"covariance reduce {block_d} {state}" + " channels last" * channels_last,
-        kernel=device_code().reduce_kernel,
+        kernel=kernel,
         signature={
             **dict.fromkeys(("partial", "partial_total", "state", "total"), f"*{state}"),
             **dict.fromkeys(integers, "i32"),
@@ -438,12 +440,14 @@ def _reduction(state: str, block_d: int = 128, channels_last: bool = False) -> S
         constexprs={
             "state_column_stride": 1,
             "total_stride": 1,
+            **({} if channels_last else dict.fromkeys(patch, 1)),
             "BLOCK_D": block_d,
             "ROWS": REDUCE_ROWS,
             "GROUP": 8,
             "CHANNELS_LAST": channels_last,
         },
-        num_warps=4,
+        num_warps=REDUCE_WARPS,
         num_stages=3,
         mma=False,
+        attrs={(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in ("partial", "partial_total")},
     )

@@ -206,7 +206,7 @@ def shipped(arch: int) -> list[Specialization]:
                 ("bf16", "exact", True, "state", "fp32"),
             ]
         listed += [_specialization(config, kind, *form) for form in forms]
-    return listed
+    return listed + _triton.reductions(_shipped_configs(arch), channels_last=True)
 
 
 def _shipped_configs(arch: int) -> list[tuple[str, Config]]:
