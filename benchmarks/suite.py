@@ -92,7 +92,7 @@ def run(
     suite = begin(name, arguments, clock)
     print(ceilings_line(suite["ceilings"]))
     limits = Ceilings(suite["ceilings"]["copy_gb_per_s"] * 1e9, _rates(suite["ceilings"]))
-    left = _to_ask(suite, [*chosen, *others])
+    left = _to_ask(suite, [*others, *chosen])  # jobs are few, and would be what a budget never comes to
     while left and time.perf_counter() < end:
         case = left.pop(0)
         suite["left"] = [label(one) for one in left]

@@ -1,12 +1,12 @@
 """Find the fastest configurations on this GPU: ``python -m benchmarks.tune [--op OP] [--budget SECONDS]``.
 
 Writes ``lowrank_ops/ops/tuned/<op>.<arch>.json``, by which ``auto`` also chooses between backends. From every
-implementation's own choice and all that ship, CUDA kernels included, the search goes to the best neighbour, one field at
-a time, while that gains; of the CUDA planner's plans it varies kernel, splits and the prefill's tile of tokens. A candidate that the
-kernels' own predicates refuse is not launched, and one whose result is wrong is not timed. Progress is kept in
-``results/tuning`` after every shape; the same command goes on from there, and the table is written once every shape is
-done: an incomplete one would speak for shapes it never saw. The compile gate (``make test-compile``) then holds the new
-configurations to its rules.
+implementation's own choice and all that ship, CUDA kernels included, the search goes to the best neighbour, one field
+at a time, while that gains; of the CUDA planner's plans it varies kernel, splits and the prefill's tile of tokens. A
+candidate that the kernels' own predicates refuse is not launched, and one whose result is wrong is not timed. Progress
+is kept in ``results/tuning`` after every shape; the same command goes on from there, and the table is written once
+every shape is done: an incomplete one would speak for shapes it never saw. The compile gate (``make test-compile``)
+then holds the new configurations to its rules.
 """
 
 from __future__ import annotations

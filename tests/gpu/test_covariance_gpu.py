@@ -271,7 +271,7 @@ def test_cuda_by_choice(kernel, splits, features, dtype, state_dtype):
 
 @needs_library
 def test_cuda_wide_squares_far_from_zero_in_a_strided_state():
-    """The longest chains of sums, and rows of the state that start between pairs."""
+    """Chains of sums twice as long as elsewhere, and rows of the state that start between pairs."""
     x = random(1 << 17, 512, dtype=torch.bfloat16, mean=8.0)
     state = torch.zeros(600, 1100, device="cuda")[5:517, 3:515], torch.zeros(1024, device="cuda")[::2]
     problem, choice = describe(state[0], x), _native.Choice("covariance_sm90_wide", 1)
@@ -279,7 +279,7 @@ def test_cuda_wide_squares_far_from_zero_in_a_strided_state():
         pytest.skip(reason)
     _cuda.run(problem, *state, x, choice)
     exact = x.double().T @ x.double()
-    assert ((state[0].double() - exact).tril().abs() / exact).max() <= 1e-5
+    assert ((state[0].double() - exact).tril().abs() / exact).max() <= 2e-5
     assert not state[0].triu(1).any()
 
 
