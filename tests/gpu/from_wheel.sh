@@ -2,8 +2,8 @@
 # The GPU tests of a wheel that was built elsewhere, with the torch, Triton and pytest at hand and without a network:
 #   tests/gpu/from_wheel.sh dist/lowrank_ops-*.whl [SECONDS]
 # The CUDA kernels come first, then the Triton kernels, which have to be compiled: where pytest-xdist is there, in
-# several processes. Memcheck and racecheck of a small set of the CUDA kernels come last, where the toolkit's
-# compute-sanitizer is there.
+# several processes, and where pytest-timeout is there, for 90 seconds a test at most. Memcheck and racecheck of a small
+# set of the CUDA kernels come last, where the toolkit's compute-sanitizer is there.
 #
 # SECONDS, 470 unless given, is what all of it may take. A step that would reach into the time kept for those after it
 # is cut; the last lines say of each step how it ended. The exit code is 0 if all were run to their end and passed.
@@ -57,6 +57,9 @@ set +e
 pytest=(venv/bin/python -m pytest -vv -o faulthandler_timeout=60 -m gpu)
 sanitizer=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
 
+if venv/bin/python -c "import pytest_timeout" 2> /dev/null; then
+  pytest+=(--timeout 90 --timeout-method thread)  # kernels that hang cannot be interrupted, but their process can end
+fi
 several=("${pytest[@]}")
 if venv/bin/python -c "import xdist" 2> /dev/null; then
   several+=(-n $((($(nproc) + 1) / 2)) --maxprocesses 8)  # of which each has a CUDA context

@@ -35,8 +35,8 @@ FAULTS = {
     "covariance_sm90: no fence": ("covariance/covariance_sm90", "sm90::fence_before_copies();", ""),
     "covariance_sm90_wide": (
         "covariance/covariance_sm90_wide",
-        "    __syncwarp();\n  }\n  sm90::arrive_cluster();\n  sm90::wait_cluster();",
-        "    __syncwarp();\n  }",
+        "  sm90::arrive_cluster();\n  sm90::wait_cluster();\n  if (block.diagonal()) flush_sums(sums, args, block);",
+        "  if (block.diagonal()) flush_sums(sums, args, block);\n  sm90::arrive_cluster();\n  sm90::wait_cluster();",
     ),
     "covariance_sm90_wide: no fence": ("covariance/covariance_sm90_wide", "sm90::fence_before_copies();", ""),
     "decode_sm80": ("lowrank_linear/decode_sm80", "wait_for_predecessor();", ""),

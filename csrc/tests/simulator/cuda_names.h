@@ -32,6 +32,9 @@ cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, in
   return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), attribute, value);
 }
 
+inline float __expf(float x) { return std::exp(x); }
+inline float __fdividef(float x, float y) { return std::fabs(y) > 0x1p126f && std::fabs(y) < INFINITY ? 0.0f : x / y; }
+
 inline void __syncthreads() { lowrank_ops::simulator::sync_block(); }
 inline void __syncwarp() { lowrank_ops::simulator::sync_warp(); }
 
