@@ -266,8 +266,7 @@ class LowRankLinearTuner(Tuner):
             return _linear_triton.supports_prefill(problem, config)
         if config is None:
             return None
-        kind = _linear_cuda.supports_decode if candidate.impl == "cuda.decode" else _linear_cuda.supports_prefill
-        return kind(problem) or _linear_cuda.refuse(problem, config) or None
+        return _linear_cuda.refuse(problem, config, candidate.impl.removeprefix("cuda.")) or None
 
     def arm(self, candidate: Candidate, problem: Any) -> Callable[..., Any]:
         if candidate.impl == "two_products":

@@ -374,10 +374,11 @@ LowRankPlan plan_lowrank_linear(const LowRankProblem& problem) {
   constexpr int64_t kMostFeatures = int64_t{1} << 30;
   if (problem.in_features > kMostFeatures || problem.out_features > kMostFeatures)
     return refuse("it takes at most 2^30 features");
-  const bool many = problem.tokens > lowrank_linear::kMostTokens;
   const std::string& wanted = problem.choice.kernel;
-  if (!wanted.empty() && (many ? wanted != "prefill_sm90" : wanted != "decode_sm80" && wanted != "decode_sm90"))
-    return refuse(wanted + " does not run this problem");
+  const bool decode = wanted == "decode_sm80" || wanted == "decode_sm90";
+  const int64_t most = decode ? lowrank_linear::kMostAskedTokens : lowrank_linear::kMostTokens;
+  const bool many = problem.tokens > most;
+  if (!wanted.empty() && (many ? wanted != "prefill_sm90" : !decode)) return refuse(wanted + " does not run this problem");
   if (many) return plan_prefill(problem);
   if (problem.choice.token_tile != 0) return refuse("only prefill_sm90 takes a number of tokens per block");
   if (wanted != "decode_sm80") {

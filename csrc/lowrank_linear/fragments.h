@@ -15,7 +15,8 @@ constexpr int kThreads = 32 * kWarps;
 constexpr int kRows = 16;           // rows of a weight per product
 constexpr int kFeatures = 32;       // features per step: two products of 16
 constexpr int kVector = 8;          // features in 16 bytes
-constexpr int kMostTokens = 64;
+constexpr int kMostTokens = 64;       // that the decode kernels get
+constexpr int kMostAskedTokens = 256;  // and where they are asked for by name: no more than a few tiles of 64
 
 // The features that a lane holds of a step, for weights and tokens alike.
 LRO_HD constexpr int lane_feature(int lane) { return lane % 4 * kVector; }

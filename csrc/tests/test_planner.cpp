@@ -284,6 +284,20 @@ void choices_are_kept_or_refused() {
   few.choice.token_tile = 128;
   EXPECT(plan_lowrank_linear(few).reason == "only prefill_sm90 takes a number of tokens per block");
   EXPECT(linear(prefill, "decode_sm90", 0).reason == "decode_sm90 does not run this problem");
+  // A few tiles of tokens: by the decode kernels where they are asked for.
+  LowRankProblem some = decode;
+  for (int64_t tokens : {65, 200, 256})
+    for (const char* kernel : {"decode_sm80", "decode_sm90"})
+      for (int64_t splits : {0, 2, 8}) {
+        some.tokens = tokens;
+        some.choice = {kernel, splits};
+        EXPECT(plan_lowrank_linear(some).kernel == kernel && plan_lowrank_linear(some).token_tile == 64);
+        expect_legal(some);
+      }
+  some.choice = {};
+  EXPECT(plan_lowrank_linear(some).reason.find("the rank must be at most 256") != std::string::npos);
+  some.tokens = 257;
+  EXPECT(linear(some, "decode_sm80", 0).reason == "decode_sm80 does not run this problem");
 }
 
 void refusals_say_why() {

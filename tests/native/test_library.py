@@ -161,9 +161,17 @@ def test_a_tuned_choice_is_followed_where_it_can_be(library: Path, monkeypatch: 
     try:
         assert lowrank_cuda.plan(linear).startswith("decode_sm80: 16 tokens, 16 rows of down x 8 splits")
         assert lowrank_cuda.choice_for(linear) == _native.Choice("decode_sm80", 8)
-        for other in (linear._replace(in_features=64), linear._replace(tokens=100)):
+        for other in (linear._replace(in_features=64), linear._replace(tokens=300)):
             assert lowrank_cuda.choice_for(other) == _native.Choice()
             assert "_sm90: " in lowrank_cuda.plan(other)
+        some = linear._replace(tokens=200)  # more than it gets where nobody asks
+        assert lowrank_cuda.plan(some).startswith("decode_sm80: 64 tokens, 16 rows of down x 8 splits")
+        assert lowrank_cuda.supports_decode(some) is None
+        assert lowrank_cuda.supports_prefill(some) == "200 tokens are for decode_sm80"
+        entry = None
+        lowrank_cuda.choice_for.cache_clear()
+        assert lowrank_cuda.supports_decode(some) == "200 tokens are for prefill_sm90"
+        assert lowrank_cuda.supports_prefill(some) is None
         entry = {"impl": "cuda.decode", "config": {"kernel": "", "splits": 2}}
         lowrank_cuda.choice_for.cache_clear()
         assert lowrank_cuda.choice_for(linear) == _native.Choice("", 2)

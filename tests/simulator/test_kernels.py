@@ -287,6 +287,7 @@ LINEAR_CHOICES = [
     *((4, "decode_sm80", splits) for splits in (1, 2, 3, 8, 16)),
     *((4, "decode_sm90", cluster) for cluster in (1, 2, 4, 8)),
     *((70, "prefill_sm90", cluster) for cluster in (1, 2, 4)),
+    *((tokens, kernel, 2) for tokens in (65, 140) for kernel in ("decode_sm80", "decode_sm90")),
 ]
 
 

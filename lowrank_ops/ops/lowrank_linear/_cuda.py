@@ -19,13 +19,18 @@ if TYPE_CHECKING:
 
 
 def supports_decode(problem: Problem) -> str | None:
-    """Why ``run`` cannot take the problem with a kernel for few tokens, or None."""
-    return _planned(problem, "decode")[0] or None
+    """Why ``run`` cannot take the problem with a kernel for few tokens, or None; more of them where a table says so."""
+    return _unsupported(problem, "decode")
 
 
 def supports_prefill(problem: Problem) -> str | None:
     """Why ``run`` cannot take the problem with the kernel for many tokens, or None."""
-    return _planned(problem, "prefill")[0] or None
+    return _unsupported(problem, "prefill")
+
+
+def _unsupported(problem: Problem, kind: str) -> str | None:
+    choice = choice_for(problem) if problem.device.type == "cuda" else _native.PLANNERS
+    return _planned(problem, kind, choice)[0] or None
 
 
 def plan(problem: Problem) -> str:
@@ -33,9 +38,9 @@ def plan(problem: Problem) -> str:
     return _planned(problem, "", choice_for(problem))[1]
 
 
-def refuse(problem: Problem, choice: _native.Choice) -> str:
-    """Why ``run`` cannot take the problem by a choice of the caller's; empty where it can."""
-    return _planned(problem, "", choice)[0]
+def refuse(problem: Problem, choice: _native.Choice, kind: str = "") -> str:
+    """Why ``run`` cannot take the problem by a choice of the caller's; empty where it can, by a kernel of the kind."""
+    return _planned(problem, kind, choice)[0]
 
 
 @functools.lru_cache(maxsize=8192)
