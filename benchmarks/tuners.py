@@ -221,7 +221,7 @@ class LowRankLinearTuner(Tuner):
             "parts": (1, 2, 4, 8),
         },
         "cuda.decode": {"kernel": ("decode_sm80", "decode_sm90"), "splits": (0, 1, 2, 4, 8, 16)},
-        "cuda.prefill": {"splits": (0, 1, 2, 4, 8), "token_tile": (0, 128, 192)},
+        "cuda.prefill": {"splits": (0, 1, 2, 4, 8), "token_tile": (0, 128, 192, 256)},
     }
 
     def shapes(self) -> list[Shape]:

@@ -313,7 +313,6 @@ LowRankPlan plan_prefill(const LowRankProblem& problem) {
   if (!problem.aligned) return refuse("rows of x, down and up must start on 16 bytes");
   if (problem.rank > kMostRank) return refuse("the rank must be at most 256, got " + std::to_string(problem.rank));
   // Rows are 32-bit to the copy engine, those past the last token included, up to the end of its tile.
-  constexpr int kMostTileTokens = most_tile_tokens();
   if (problem.tokens > std::numeric_limits<int32_t>::max() - kMostTileTokens)
     return refuse("it takes at most 2^31 - " + std::to_string(kMostTileTokens + 1));
   plan.rows_up = kOutputs;
@@ -328,28 +327,30 @@ LowRankPlan plan_prefill(const LowRankProblem& problem) {
   int64_t least_cost = std::numeric_limits<int64_t>::max();
   for (int ranks = rank_tile(problem.rank); ranks <= kMostRank; ranks += 64)
     for (int cluster = 1; cluster <= least(8, machine.multiprocessors); cluster *= 2)
-      for (int groups : kGroups) {
-        const Variant v{ranks, cluster, groups};
-        const int64_t row_tiles = ceil_div(problem.tokens, v.tokens());
-        if (!exists(v) || shared_bytes(v) > machine.shared_memory || row_tiles * cluster > kMostGrid) continue;
+      for (int kind : {2, 3, 4}) {  // the last: two warpgroups, and a peer
+        const int groups = kind == 4 ? 2 : kind, peers = kind == 4 ? kMostPeers : 1, blocks = cluster * peers;
+        const Variant v{ranks, cluster, groups, peers};
+        const int64_t tiles = ceil_div(problem.tokens, v.tokens() * peers);
+        if (!exists(v) || shared_bytes(v) > machine.shared_memory || tiles * blocks > kMostGrid) continue;
         if (choice.splits != 0 && choice.splits != cluster) continue;
-        if (choice.token_tile != 0 && choice.token_tile != v.tokens()) continue;
-        const int64_t waves = ceil_div(row_tiles, machine.multiprocessors / cluster);
-        const int64_t down =
-            ceil_div(problem.in_features, kBox) * cycles(2 * groups * v.columns(), down_step_bytes(v));
+        if (choice.token_tile != 0 && choice.token_tile != v.tokens() * peers) continue;
+        if (blocks > machine.multiprocessors) continue;
+        const int64_t waves = ceil_div(tiles, machine.multiprocessors / blocks);
+        const int64_t down = ceil_div(problem.in_features, kBox) *
+                             cycles(2 * groups * v.columns(), x_bytes(groups) + v.columns() * kRowBytes / peers);
         const int64_t up = up_tiles(0, cluster, problem.out_features) *
-                           (cycles(2 * groups * ranks, up_step_bytes(ranks)) + 600 / groups);
+                           (cycles(2 * groups * ranks, up_step_bytes(ranks) / peers) + 600 / groups);
         const int64_t cost = waves * (down + up + 2000);
         if (cost >= least_cost) continue;
         least_cost = cost;
-        plan.token_tile = v.tokens();
+        plan.token_tile = v.tokens() * peers;
         plan.threads = v.threads();
         plan.rank_tile = ranks;
         plan.cluster = cluster;
         plan.rows_down = v.columns();
         plan.stages = stages(v);
         plan.shared_bytes = shared_bytes(v);
-        plan.blocks = row_tiles * cluster;
+        plan.blocks = tiles * blocks;
       }
   if (plan.rank_tile == 0 && (choice.splits != 0 || choice.token_tile != 0))
     return refuse("there is no kernel for " + std::to_string(choice.token_tile) + " tokens and clusters of " +
@@ -400,7 +401,9 @@ std::string describe(const LowRankPlan& plan) {
     out << plan.blocks << " blocks in clusters of " << plan.cluster << ", " << plan.shared_bytes
         << " bytes of shared memory, ";
   if (plan.kernel == "decode_sm90") out << plan.resident_tiles * plan.rows_up << " rows of up in it, ";
-  if (plan.kernel == "prefill_sm90") out << "ranks up to " << plan.rank_tile << ", " << plan.stages << " stages, ";
+  if (plan.kernel == "prefill_sm90")
+    out << "ranks up to " << plan.rank_tile << ", " << plan.stages << " stages, "
+        << (plan.token_tile == lowrank_linear::prefill::kMostTileTokens ? "pairs of blocks share weights, " : "");
   out << plan.scratch_floats << " floats of scratch" << (plan.dependent_launch ? ", dependent launch" : "");
   return out.str();
 }

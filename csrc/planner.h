@@ -84,7 +84,7 @@ struct LowRankProblem {
 struct LowRankPlan {
   std::string reason;
   std::string kernel;
-  int token_tile = 0;     // tokens per block, or at a time
+  int token_tile = 0;     // tokens per block, or at a time; 256 for two blocks of prefill_sm90 that share weights
   int threads = 0;
   int rows_down = 0;      // rows of down per block, or at a time
   int rows_up = 0;        // rows of up, likewise

@@ -1,7 +1,8 @@
 // Index arithmetic of the sm_90 prefill kernel.
 //
 // A cluster takes 128 or 192 tokens. Its blocks share the columns of t = x down^T, exchange them, and share the rows of
-// up. Operands lie in shared memory as the tensor copy engine writes them with the 128-byte swizzle: a row's 64 values in
+// up. Or its blocks are peers, which take 128 tokens each and bring each other the weights: many tokens read them from L2
+// once for two tiles. Operands lie in shared memory as the tensor copy engine writes them with the 128-byte swizzle: a row's 64 values in
 // 128 bytes, whose 16-byte chunks are permuted by the row modulo 8. t never does: what a thread has summed is, rounded,
 // what it has to hold of the next product's left operand.
 #pragma once
@@ -28,6 +29,7 @@ struct Variant {
   int ranks;
   int cluster;
   int groups;  // warpgroups that multiply
+  int peers = 1;  // blocks of a cluster with tokens of their own
 
   LRO_HD constexpr int tokens() const { return groups * kGroupTokens; }
   LRO_HD constexpr int consumers() const { return groups * 128; }
@@ -36,20 +38,18 @@ struct Variant {
   LRO_HD constexpr int columns() const { return ranks / cluster; }  // of t that a block sums
 };
 constexpr int kGroups[] = {2, 3};
-// Tokens of the largest tile; asked by the host only.
-constexpr int most_tile_tokens() {
-  int most = 0;
-  for (int groups : kGroups) most = groups > most ? groups : most;
-  return most * kGroupTokens;
-}
+constexpr int kMostPeers = 2;
+constexpr int kMostTileTokens = 2 * kMostPeers * kGroupTokens;  // of a cluster
 // A quarter of a multiprocessor has 16384 registers for one warp of each of four warpgroups: three that multiply, with
 // 160 for a thread, and one that does not.
 constexpr int kRegisters = 160, kProducerRegisters = 32;
 
 // Whether there is a kernel for it: a thread has registers for the sums of 192 columns, of 128 where three warpgroups
-// share them, and a block of a cluster sums 32, 64, 96 or 128 of them, 64 at least where three warpgroups do.
+// share them, and a block of a cluster sums 32, 64, 96 or 128 of them, 64 at least where three warpgroups do. Peers have
+// all columns each.
 LRO_HD constexpr bool exists(Variant v) {
   if (v.ranks < 64 || v.ranks > kMostRank || v.ranks % 64 != 0 || v.groups < 2 || v.groups > 3) return false;
+  if (v.peers != 1 && (v.peers != kMostPeers || v.cluster != 1 || v.groups != 2)) return false;
   if (v.cluster == 1) return v.ranks <= (v.groups == 2 ? 192 : 128);
   return (v.cluster == 2 || v.cluster == 4 || v.cluster == 8) && (v.ranks != 192 || v.cluster == 2) &&
          v.columns() >= (v.groups == 2 ? 32 : 64);
@@ -58,6 +58,9 @@ LRO_HD constexpr bool exists(Variant v) {
 // A stage holds 64 features of x and, behind them, of a block's rows of down; or 64 rows of up, all ranks.
 LRO_HD constexpr int x_bytes(int groups) { return groups * kGroupTokens * kRowBytes; }
 constexpr int kUpBoxBytes = kOutputs * kRowBytes;
+// Peers bring so many rows each, whole patterns of the swizzle.
+LRO_HD constexpr int down_box_rows(Variant v) { return v.columns() / v.peers; }
+LRO_HD constexpr int up_box_rows(Variant v) { return kOutputs / v.peers; }
 LRO_HD constexpr int down_step_bytes(Variant v) { return x_bytes(v.groups) + v.columns() * kRowBytes; }
 LRO_HD constexpr int up_step_bytes(int ranks) { return ranks / kBox * kUpBoxBytes; }
 LRO_HD constexpr int stage_bytes(Variant v) {

@@ -1,7 +1,7 @@
 // activation((x down^T) up^T + bias) for many tokens and ranks up to 256, back to back: t = x down^T never leaves the
 // chip. One warp has the tensor copy engine bring 64 features of x and down at a time, then 64 rows of up at a time;
 // two or three warpgroups multiply 64 tokens each: rows of up are read once for all of them, and three may fit the
-// tokens to the machine in fewer waves. A thread's sums of t, rounded, are its part of the next product's left operand,
+// tokens to the machine in fewer waves. Where there are many tiles, two blocks bring each other the weights. A thread's sums of t, rounded, are its part of the next product's left operand,
 // so t stays in registers. Where there are few tiles of tokens, a cluster shares one: each block sums some of t's
 // columns, hands them to the others through distributed shared memory, and multiplies some of the rows of up.
 
@@ -29,9 +29,9 @@ __device__ __forceinline__ uint32_t pack(float low, float high, __half) {
   return reinterpret_cast<const uint32_t&>(pair);
 }
 
-template <class Element, int kRanks, int kCluster, int kGroups>
+template <class Element, int kRanks, int kCluster, int kPeers, int kGroups>
 struct Block {
-  static constexpr p::Variant kVariant{kRanks, kCluster, kGroups};
+  static constexpr p::Variant kVariant{kRanks, kCluster, kGroups, kPeers};
   static constexpr int kColumns = kVariant.columns();
   static constexpr int kSteps = kRanks / p::kStep;
   static constexpr int kStages = p::stages(kVariant);
@@ -40,7 +40,8 @@ struct Block {
 
   const Arguments& args;
   uint32_t shared;  // address of the first stage
-  int rank;         // in the cluster
+  int rank;         // among the blocks that share tokens
+  int peer;         // among those that have their own
   int64_t first_token;
   int down_steps;
   int tiles;        // of up
@@ -58,14 +59,33 @@ struct Block {
       sm90::wait(empty(step), parity(step) ^ 1);  // the first round finds its stages empty
       sm90::arrive_expecting(full(step), p::down_step_bytes(kVariant));
       sm90::copy_box(stage(step), &maps.x, step * p::kBox, static_cast<int>(first_token), full(step));
-      sm90::copy_box(stage(step) + p::x_bytes(kGroups), &maps.down, step * p::kBox, rank * kColumns, full(step));
+      bring(stage(step) + p::x_bytes(kGroups), &maps.down, step * p::kBox, rank * kColumns, p::down_box_rows(kVariant),
+            full(step));
     }
     for (int n = 0; n < tiles; ++n, ++step) {
       sm90::wait(empty(step), parity(step) ^ 1);
       sm90::arrive_expecting(full(step), p::up_step_bytes(kRanks));
       const int row = static_cast<int>(p::up_tile(rank, n, kCluster)) * p::kOutputs;
       for (int box = 0; box < kRanks / p::kBox; ++box)
-        sm90::copy_box(stage(step) + box * p::kUpBoxBytes, &maps.up, box * p::kBox, row, full(step));
+        bring(stage(step) + box * p::kUpBoxBytes, &maps.up, box * p::kBox, row, p::up_box_rows(kVariant), full(step));
+    }
+  }
+
+  // A box of weights; where there are peers, this block's rows of it, to all of them.
+  __device__ __forceinline__ void bring(uint32_t to, const CUtensorMap* map, int x, int y, int rows,
+                                        uint32_t barrier) const {
+    if constexpr (kPeers == 1)
+      sm90::copy_box(to, map, x, y, barrier);
+    else
+      sm90::copy_box_to_blocks(to + peer * rows * p::kRowBytes, map, x, y + peer * rows, barrier, (1 << kPeers) - 1);
+  }
+
+  // A warp has read a stage: one lane tells each block that writes to it.
+  __device__ __forceinline__ void give_back(int step, int consumer) const {
+    if constexpr (kPeers == 1) {
+      if (consumer % 32 == 0) sm90::arrive(empty(step));
+    } else {
+      if (consumer % 32 < kPeers) sm90::arrive_in_block(sm90::address_in_block(empty(step), consumer % 32));
     }
   }
 
@@ -99,7 +119,7 @@ struct Block {
         sm90::RegisterProduct<Element>::add(acc, t[k], p::descriptor(stage(step) + p::up_start(k)), k > 0);
       sm90::commit_products();
       sm90::wait_products<0>();
-      if (consumer % 32 == 0) sm90::arrive(empty(step));
+      give_back(step, consumer);
       if (args.bias) {
 #pragma unroll
         for (int i = 0; i < p::kOutputs / 2; ++i)
@@ -120,10 +140,10 @@ struct Block {
                                               p::descriptor(stage(step) + p::down_start(k, kGroups)), step > 0 || k > 0);
       sm90::commit_products();
       sm90::wait_products<1>();  // this step's may run on, the one before has been read
-      if (step > 0 && consumer % 32 == 0) sm90::arrive(empty(step - 1));
+      if (step > 0) give_back(step - 1, consumer);
     }
     sm90::wait_products<0>();
-    if (consumer % 32 == 0) sm90::arrive(empty(down_steps - 1));
+    give_back(down_steps - 1, consumer);
   }
 
   // All of t from what each block of the cluster has of it.
@@ -219,16 +239,17 @@ struct Block {
   }
 };
 
-template <class Element, int kRanks, int kCluster, int kGroups>
-__global__ void __launch_bounds__(p::Variant{kRanks, kCluster, kGroups}.threads(), 1)
+template <class Element, int kRanks, int kCluster, int kPeers, int kGroups>
+__global__ void __launch_bounds__(p::Variant{kRanks, kCluster, kGroups, kPeers}.threads(), 1)
     prefill_sm90(const __grid_constant__ Maps maps, const __grid_constant__ Arguments args) {
   extern __shared__ unsigned char unaligned[];
-  using ThisBlock = Block<Element, kRanks, kCluster, kGroups>;
+  using ThisBlock = Block<Element, kRanks, kCluster, kPeers, kGroups>;
   constexpr int kConsumers = ThisBlock::kVariant.consumers();
-  const int rank = kCluster == 1 ? 0 : sm90::rank_in_cluster();
+  const int rank = kCluster == 1 ? 0 : sm90::rank_in_cluster(), peer = kPeers == 1 ? 0 : sm90::rank_in_cluster();
   const ThisBlock block{args,
                         static_cast<uint32_t>(round_up(sm90::shared_address(unaligned), p::kAlignment)),
                         rank,
+                        peer,
                         static_cast<int64_t>(blockIdx.x / kCluster) * ThisBlock::kVariant.tokens(),
                         static_cast<int>(ceil_div(args.in_features, p::kBox)),
                         p::up_tiles(rank, kCluster, args.out_features)};
@@ -238,12 +259,12 @@ __global__ void __launch_bounds__(p::Variant{kRanks, kCluster, kGroups}.threads(
     sm90::prefetch(&maps.up);
     for (int stage = 0; stage < ThisBlock::kStages; ++stage) {
       sm90::init_barrier(block.full(stage), 1);
-      sm90::init_barrier(block.empty(stage), kConsumers / 32);
+      sm90::init_barrier(block.empty(stage), kPeers * kConsumers / 32);
     }
     sm90::fence_barrier_init();
   }
   __syncthreads();
-  if constexpr (kCluster > 1) {  // nobody may write to a block that has not started
+  if constexpr (kCluster * kPeers > 1) {  // nobody may write to a block that has not started
     sm90::arrive_cluster();
     sm90::wait_cluster();
   }
@@ -258,43 +279,52 @@ __global__ void __launch_bounds__(p::Variant{kRanks, kCluster, kGroups}.threads(
     __syncwarp();
     if constexpr (kCluster > 1) sm90::wait_cluster();
   }
+  if constexpr (kPeers > 1) {  // nor to one that has ended
+    sm90::arrive_cluster();
+    sm90::wait_cluster();
+  }
 }
 
-template <class Element, int kRanks, int kCluster, int kGroups>
+template <class Element, int kRanks, int kCluster, int kPeers, int kGroups>
 void launch_one(const LowRankPlan& plan, const Arguments& args, CUtensorMapDataType type, const Launch& launch) {
-  constexpr p::Variant kVariant{kRanks, kCluster, kGroups};
-  const auto kernel = prefill_sm90<Element, kRanks, kCluster, kGroups>;
+  constexpr p::Variant kVariant{kRanks, kCluster, kGroups, kPeers};
+  const auto kernel = prefill_sm90<Element, kRanks, kCluster, kPeers, kGroups>;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(plan.shared_bytes)),
         launch);
   const Maps maps{
       sm90::matrix_map(type, args.x, args.tokens, args.in_features, args.x_stride, kVariant.tokens(), p::kBox, launch),
-      sm90::matrix_map(type, args.down, args.rank, args.in_features, args.down_stride, kVariant.columns(), p::kBox,
-                       launch),
-      sm90::matrix_map(type, args.up, args.out_features, args.rank, args.up_stride, p::kOutputs, p::kBox, launch)};
-  launch_kernel(kernel, {dim3(static_cast<unsigned>(plan.blocks)), kVariant.threads(), plan.shared_bytes, kCluster}, launch,
-                maps, args);
+      sm90::matrix_map(type, args.down, args.rank, args.in_features, args.down_stride, p::down_box_rows(kVariant),
+                       p::kBox, launch),
+      sm90::matrix_map(type, args.up, args.out_features, args.rank, args.up_stride, p::up_box_rows(kVariant), p::kBox,
+                       launch)};
+  launch_kernel(kernel,
+                {dim3(static_cast<unsigned>(plan.blocks)), kVariant.threads(), plan.shared_bytes, kCluster * kPeers},
+                launch, maps, args);
 }
 
 template <class Element>
 void launch_element(const LowRankPlan& plan, const Arguments& args, CUtensorMapDataType type, const Launch& launch) {
   switch (plan.rank_tile * 100 + plan.cluster * 10 + plan.token_tile / p::kGroupTokens) {
-    case 6412: return launch_one<Element, 64, 1, 2>(plan, args, type, launch);
-    case 6413: return launch_one<Element, 64, 1, 3>(plan, args, type, launch);
-    case 6422: return launch_one<Element, 64, 2, 2>(plan, args, type, launch);
-    case 12812: return launch_one<Element, 128, 1, 2>(plan, args, type, launch);
-    case 12813: return launch_one<Element, 128, 1, 3>(plan, args, type, launch);
-    case 12822: return launch_one<Element, 128, 2, 2>(plan, args, type, launch);
-    case 12823: return launch_one<Element, 128, 2, 3>(plan, args, type, launch);
-    case 12842: return launch_one<Element, 128, 4, 2>(plan, args, type, launch);
-    case 19212: return launch_one<Element, 192, 1, 2>(plan, args, type, launch);
-    case 19222: return launch_one<Element, 192, 2, 2>(plan, args, type, launch);
-    case 19223: return launch_one<Element, 192, 2, 3>(plan, args, type, launch);
-    case 25622: return launch_one<Element, 256, 2, 2>(plan, args, type, launch);
-    case 25623: return launch_one<Element, 256, 2, 3>(plan, args, type, launch);
-    case 25642: return launch_one<Element, 256, 4, 2>(plan, args, type, launch);
-    case 25643: return launch_one<Element, 256, 4, 3>(plan, args, type, launch);
-    case 25682: return launch_one<Element, 256, 8, 2>(plan, args, type, launch);
+    case 6412: return launch_one<Element, 64, 1, 1, 2>(plan, args, type, launch);
+    case 6414: return launch_one<Element, 64, 1, 2, 2>(plan, args, type, launch);
+    case 6413: return launch_one<Element, 64, 1, 1, 3>(plan, args, type, launch);
+    case 6422: return launch_one<Element, 64, 2, 1, 2>(plan, args, type, launch);
+    case 12812: return launch_one<Element, 128, 1, 1, 2>(plan, args, type, launch);
+    case 12814: return launch_one<Element, 128, 1, 2, 2>(plan, args, type, launch);
+    case 12813: return launch_one<Element, 128, 1, 1, 3>(plan, args, type, launch);
+    case 12822: return launch_one<Element, 128, 2, 1, 2>(plan, args, type, launch);
+    case 12823: return launch_one<Element, 128, 2, 1, 3>(plan, args, type, launch);
+    case 12842: return launch_one<Element, 128, 4, 1, 2>(plan, args, type, launch);
+    case 19212: return launch_one<Element, 192, 1, 1, 2>(plan, args, type, launch);
+    case 19214: return launch_one<Element, 192, 1, 2, 2>(plan, args, type, launch);
+    case 19222: return launch_one<Element, 192, 2, 1, 2>(plan, args, type, launch);
+    case 19223: return launch_one<Element, 192, 2, 1, 3>(plan, args, type, launch);
+    case 25622: return launch_one<Element, 256, 2, 1, 2>(plan, args, type, launch);
+    case 25623: return launch_one<Element, 256, 2, 1, 3>(plan, args, type, launch);
+    case 25642: return launch_one<Element, 256, 4, 1, 2>(plan, args, type, launch);
+    case 25643: return launch_one<Element, 256, 4, 1, 3>(plan, args, type, launch);
+    case 25682: return launch_one<Element, 256, 8, 1, 2>(plan, args, type, launch);
     default: check(cudaErrorInvalidValue, launch);
   }
 }

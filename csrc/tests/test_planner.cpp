@@ -48,7 +48,7 @@ void expect_legal(const LowRankProblem& problem) {
   const LowRankPlan plan = plan_lowrank_linear(problem);
   EXPECT(plan.reason.empty());
   EXPECT(plan.token_tile % 8 == 0);
-  EXPECT(plan.token_tile <= (plan.kernel == "prefill_sm90" ? prefill::most_tile_tokens() : 64));
+  EXPECT(plan.token_tile <= (plan.kernel == "prefill_sm90" ? prefill::kMostTileTokens : 64));
   EXPECT(plan.split_features % kFeatures == 0 || plan.kernel == "prefill_sm90");
   EXPECT(plan.splits * plan.split_features >= problem.in_features);
   EXPECT(padded_rank(problem.rank) * 2 <= rank_pitch(problem.rank));
@@ -65,12 +65,14 @@ void expect_legal(const LowRankProblem& problem) {
     EXPECT(!plan.dependent_launch);
   } else if (plan.kernel == "prefill_sm90") {
     EXPECT(problem.machine.capability == 90 && problem.aligned && problem.tokens > 64);
-    const prefill::Variant variant{plan.rank_tile, plan.cluster, plan.token_tile / 64};
+    const int peers = plan.token_tile == prefill::kMostTileTokens ? prefill::kMostPeers : 1;
+    const prefill::Variant variant{plan.rank_tile, plan.cluster, plan.token_tile / 64 / peers, peers};
     EXPECT(prefill::exists(variant) && plan.rank_tile >= problem.rank && plan.threads == variant.threads());
     EXPECT(plan.rows_down * plan.cluster == plan.rank_tile && plan.stages >= 2 && plan.stages <= prefill::kMostStages);
     EXPECT(plan.shared_bytes == prefill::shared_bytes(variant));
     EXPECT(plan.shared_bytes <= problem.machine.shared_memory);
-    EXPECT(plan.blocks == ceil_div(problem.tokens, plan.token_tile) * plan.cluster && plan.blocks < (int64_t{1} << 31));
+    EXPECT(plan.blocks == ceil_div(problem.tokens, plan.token_tile) * plan.cluster * peers);
+    EXPECT(plan.blocks < (int64_t{1} << 31));
     EXPECT(plan.scratch_floats == 0 && !plan.dependent_launch);
   } else {
     EXPECT(plan.kernel == "decode_sm80");
@@ -146,6 +148,8 @@ void many_tokens_are_shared_by_clusters_where_tiles_are_few() {
   EXPECT(plan(1 << 20, 64).rank_tile == 64);
   EXPECT(plan(1 << 20, 136).rank_tile == 192);
   EXPECT(plan(1 << 20, 256).cluster == 2);  // a thread has no registers for 256 columns
+  // Without a peer the weights of each tile of 128 tokens would come from L2, more than it gives while all read.
+  EXPECT(plan(1 << 20, 136).token_tile == 256);
   // 12608 tokens by 192 are 66 tiles: with two blocks each, one wave where tiles of 128 would take two.
   EXPECT(plan(12608, 256).token_tile == 192 && plan(12608, 256).blocks == 132);
 }
@@ -272,7 +276,7 @@ void choices_are_kept_or_refused() {
   prefill.rank = 128;
   for (int cluster : {1, 2, 4}) EXPECT(linear(prefill, "prefill_sm90", cluster).cluster == cluster);
   EXPECT(linear(prefill, "", 3).reason.find("clusters of 3") != std::string::npos);
-  for (int tile : {128, 192}) {
+  for (int tile : {128, 192, 256}) {
     LowRankProblem problem = prefill;
     problem.choice.token_tile = tile;
     EXPECT(plan_lowrank_linear(problem).token_tile == tile);
@@ -328,9 +332,9 @@ void refusals_say_why() {
 // Rows past the last token have 32-bit numbers too, up to the end of the largest tile that there is.
 void as_many_tokens_as_the_largest_tile_allows() {
   using namespace lowrank_linear::prefill;
-  int64_t largest = 0;
-  for (int groups : kGroups) largest = greatest(largest, Variant{64, 1, groups}.tokens());
-  EXPECT(most_tile_tokens() == largest);
+  const int64_t largest = kMostTileTokens;
+  for (int groups : kGroups) EXPECT(exists({64, 1, groups}) && Variant({64, 1, groups}).tokens() <= largest);
+  EXPECT(exists({64, 1, 2, kMostPeers}) && Variant({64, 1, 2, kMostPeers}).tokens() * kMostPeers == largest);
   const auto reason = [](int64_t tokens) {
     return plan_lowrank_linear({tokens, 768, 64, 768, Dtype::bfloat16, true, {90, 132, 232448}}).reason;
   };

@@ -185,6 +185,21 @@ void for_every_kernel(F f) {
         if (p::exists({ranks, cluster, groups})) f(p::Variant{ranks, cluster, groups});
 }
 
+void peers_bring_whole_patterns_of_all_weights() {
+  int kernels = 0;
+  for (int ranks = 64; ranks <= p::kMostRank; ranks += 64)
+    for (int cluster = 1; cluster <= 8; ++cluster)
+      for (int groups : p::kGroups) {
+        const p::Variant v{ranks, cluster, groups, p::kMostPeers}, alone{ranks, cluster, groups};
+        if (!p::exists(v)) continue;
+        ++kernels;
+        EXPECT(p::exists(alone) && p::shared_bytes(v) == p::shared_bytes(alone));
+        EXPECT(p::down_box_rows(v) * v.peers == v.columns() && p::down_box_rows(v) % 8 == 0);
+        EXPECT(p::up_box_rows(v) * v.peers == p::kOutputs && p::up_box_rows(v) % 8 == 0);
+      }
+  EXPECT(kernels == 3);
+}
+
 void every_kernel_gives_plain_sums() {
   int kernels = 0;
   for_every_kernel([&](p::Variant v) {
@@ -253,5 +268,6 @@ int main() {
   normal_data_is_as_near_to_float64_as_two_products();
   shared_memory_is_laid_out_for_the_copy_engine();
   every_row_of_up_is_multiplied_once();
+  peers_bring_whole_patterns_of_all_weights();
   return tests::result();
 }

@@ -104,7 +104,7 @@ def plan(
         kernel: such as ``"decode_sm80"`` instead of the first that can.
         splits: blocks that share a tile's tokens (covariances), the features of ``down`` (decode) or also the rows of
             ``up`` (prefill), instead of the planner's number.
-        token_tile: 128 or 192 tokens per block of prefill.
+        token_tile: 128 or 192 tokens per block of prefill; 256: two blocks of 128, which bring each other the weights.
 
     Raises:
         ValueError: an unknown op.

@@ -38,8 +38,9 @@ def arguments(kernel: machine_code.Kernel) -> str:
     elif kernel.name == "decode_sm90":
         parts.append(f"{8 * int(re.findall(r'Li(.+?)E', rest)[0])} tokens")
     elif kernel.name == "prefill_sm90":
-        ranks, cluster, groups = re.findall(r"Li(\d+)E", rest)
+        ranks, cluster, peers, groups = re.findall(r"Li(\d+)E", rest)
         parts += [f"{64 * int(groups)} tokens", f"ranks up to {ranks}", f"clusters of {cluster}"]
+        parts += ["a peer"] if peers == "2" else []
     elif kernel.name.startswith("decode"):
         groups, aligned = re.findall(r"L[ib](\d+)E", rest)
         parts += [f"{8 * int(groups)} tokens", "aligned" if aligned == "1" else "any alignment"]

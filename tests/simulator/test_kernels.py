@@ -262,6 +262,7 @@ PREFILL_CHOICES = [  # every kernel: rank, cluster, tokens per block
     *((128, cluster, 192) for cluster in (1, 2)),
     (192, 2, 192),
     *((256, cluster, 192) for cluster in (2, 4)),
+    *((rank, 1, 256) for rank in (64, 128, 192)),  # two blocks of 128 tokens
 ]
 
 
@@ -293,12 +294,13 @@ LINEAR_CHOICES = [
 
 @pytest.mark.parametrize("rank, cluster, token_tile", PREFILL_CHOICES)
 def test_every_prefill_kernel(simulated: Simulated, order, rank, cluster, token_tile):
-    """Tokens of one block and a little, a rank that is not whole, rows of up for some blocks only."""
+    """Tokens of one block, or two, and a little, a rank that is not whole, rows of up for some blocks only."""
     x, down = normal(token_tile + 70, 200, dtype=BF16), normal(rank - 8, 200, dtype=BF16) / 14
     up, bias = normal(136, rank - 8, dtype=BF16) / rank**0.5, normal(136, dtype=BF16)
     simulated.configure(SM90, *order)
     y, plan = simulated.lowrank_linear(x, down, up, bias, "silu", choice=("prefill_sm90", cluster, token_tile))
     assert plan.startswith(f"prefill_sm90: {token_tile} tokens, "), plan
+    assert ("pairs of blocks" in plan) == (token_tile == 256)
     assert f"clusters of {cluster}," in plan and f"ranks up to {rank}," in plan, plan
     plain = F.silu(F.linear(F.linear(x, down), up, bias))
     exact = F.silu(F.linear(F.linear(x.double(), down.double()), up.double(), bias.double()))

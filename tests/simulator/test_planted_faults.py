@@ -160,6 +160,27 @@ FAULTS = {
         "decode_sm90",
         "launching lowrank_linear of .* failed",
     ),
+    "prefill_sm90: a peer does not say that it has read a stage": Fault(
+        "lowrank_linear/prefill_sm90",
+        "if (consumer % 32 < kPeers) sm90::arrive_in_block(sm90::address_in_block(empty(step), consumer % 32));",
+        "if (consumer % 32 < kPeers) sm90::arrive(empty(step));",
+        "test_every_prefill_kernel and 1-256",
+        VALUES,
+    ),
+    "prefill_sm90: a peer brings the other's weights": Fault(
+        "lowrank_linear/prefill_sm90",
+        "sm90::copy_box_to_blocks(to + peer * rows * p::kRowBytes, map, x, y + peer * rows,",
+        "sm90::copy_box_to_blocks(to + peer * rows * p::kRowBytes, map, x, y + (kPeers - 1 - peer) * rows,",
+        "test_every_prefill_kernel and 1-256",
+        VALUES,
+    ),
+    "prefill_sm90: nobody waits for a peer to end": Fault(
+        "lowrank_linear/prefill_sm90",
+        "if constexpr (kPeers > 1) {  // nor to one that has ended",
+        "if constexpr (kPeers > 2) {",
+        "test_every_prefill_kernel and 1-256",
+        "that has not ended",
+    ),
     "decode_sm90: t is read before all blocks have written it": Fault(
         "lowrank_linear/decode_sm90", "cg::this_grid().sync();", "", "decode_sm90", VALUES
     ),
