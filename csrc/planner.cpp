@@ -337,7 +337,7 @@ LowRankPlan plan_prefill(const LowRankProblem& problem) {
         if (blocks > machine.multiprocessors) continue;
         const int64_t waves = ceil_div(tiles, machine.multiprocessors / blocks);
         const int64_t down = ceil_div(problem.in_features, kBox) *
-                             cycles(2 * groups * v.columns(), x_bytes(groups) + v.columns() * kRowBytes / peers);
+                             cycles(2 * groups * v.columns(), x_bytes(groups) / cluster + v.columns() * kRowBytes / peers);
         const int64_t up = up_tiles(0, cluster, problem.out_features) *
                            (cycles(2 * groups * ranks, up_step_bytes(ranks) / peers) + 600 / groups);
         const int64_t cost = waves * (down + up + 2000);

@@ -1,7 +1,7 @@
 // Index arithmetic of the sm_90 prefill kernel.
 //
-// A cluster takes 128 or 192 tokens. Its blocks share the columns of t = x down^T, exchange them, and share the rows of
-// up. Or its blocks are peers, which take 128 tokens each and bring each other the weights: many tokens read them from L2
+// A cluster takes 128 or 192 tokens. Its blocks bring x to each other, share the columns of t = x down^T, exchange them,
+// and share the rows of up. Or its blocks are peers, which take 128 tokens each and bring each other the weights: many tokens read them from L2
 // once for two tiles. Operands lie in shared memory as the tensor copy engine writes them with the 128-byte swizzle: a row's 64 values in
 // 128 bytes, whose 16-byte chunks are permuted by the row modulo 8. t never does: what a thread has summed is, rounded,
 // what it has to hold of the next product's left operand.
@@ -58,7 +58,8 @@ LRO_HD constexpr bool exists(Variant v) {
 // A stage holds 64 features of x and, behind them, of a block's rows of down; or 64 rows of up, all ranks.
 LRO_HD constexpr int x_bytes(int groups) { return groups * kGroupTokens * kRowBytes; }
 constexpr int kUpBoxBytes = kOutputs * kRowBytes;
-// Peers bring so many rows each, whole patterns of the swizzle.
+// What blocks have in common, each brings so many rows of, whole patterns of the swizzle.
+LRO_HD constexpr int x_box_rows(Variant v) { return v.tokens() / v.cluster; }
 LRO_HD constexpr int down_box_rows(Variant v) { return v.columns() / v.peers; }
 LRO_HD constexpr int up_box_rows(Variant v) { return kOutputs / v.peers; }
 LRO_HD constexpr int down_step_bytes(Variant v) { return x_bytes(v.groups) + v.columns() * kRowBytes; }

@@ -1,9 +1,10 @@
 // activation((x down^T) up^T + bias) for many tokens and ranks up to 256, back to back: t = x down^T never leaves the
 // chip. One warp has the tensor copy engine bring 64 features of x and down at a time, then 64 rows of up at a time;
 // two or three warpgroups multiply 64 tokens each: rows of up are read once for all of them, and three may fit the
-// tokens to the machine in fewer waves. Where there are many tiles, two blocks bring each other the weights. A thread's sums of t, rounded, are its part of the next product's left operand,
-// so t stays in registers. Where there are few tiles of tokens, a cluster shares one: each block sums some of t's
-// columns, hands them to the others through distributed shared memory, and multiplies some of the rows of up.
+// tokens to the machine in fewer waves. A thread's sums of t, rounded, are its part of the next product's left operand,
+// so t stays in registers. Where there are few tiles of tokens, a cluster shares one: each block brings some of x to all,
+// sums some of t's columns, hands them to the others through distributed shared memory, and multiplies some of the rows
+// of up. Where there are many, two blocks with a tile each bring each other the weights.
 
 #include "../products_sm90.cuh"
 #include "../tensor_map.h"
@@ -32,6 +33,7 @@ __device__ __forceinline__ uint32_t pack(float low, float high, __half) {
 template <class Element, int kRanks, int kCluster, int kPeers, int kGroups>
 struct Block {
   static constexpr p::Variant kVariant{kRanks, kCluster, kGroups, kPeers};
+  static constexpr int kBlocks = kCluster * kPeers;
   static constexpr int kColumns = kVariant.columns();
   static constexpr int kSteps = kRanks / p::kStep;
   static constexpr int kStages = p::stages(kVariant);
@@ -40,8 +42,8 @@ struct Block {
 
   const Arguments& args;
   uint32_t shared;  // address of the first stage
+  int place;        // in the cluster
   int rank;         // among the blocks that share tokens
-  int peer;         // among those that have their own
   int64_t first_token;
   int down_steps;
   int tiles;        // of up
@@ -58,35 +60,39 @@ struct Block {
     for (; step < down_steps; ++step) {
       sm90::wait(empty(step), parity(step) ^ 1);  // the first round finds its stages empty
       sm90::arrive_expecting(full(step), p::down_step_bytes(kVariant));
-      sm90::copy_box(stage(step), &maps.x, step * p::kBox, static_cast<int>(first_token), full(step));
-      bring(stage(step) + p::x_bytes(kGroups), &maps.down, step * p::kBox, rank * kColumns, p::down_box_rows(kVariant),
-            full(step));
+      bring<kCluster>(stage(step), &maps.x, step * p::kBox, static_cast<int>(first_token), p::x_box_rows(kVariant),
+                      full(step));
+      bring<kPeers>(stage(step) + p::x_bytes(kGroups), &maps.down, step * p::kBox, rank * kColumns,
+                    p::down_box_rows(kVariant), full(step));
     }
     for (int n = 0; n < tiles; ++n, ++step) {
       sm90::wait(empty(step), parity(step) ^ 1);
       sm90::arrive_expecting(full(step), p::up_step_bytes(kRanks));
       const int row = static_cast<int>(p::up_tile(rank, n, kCluster)) * p::kOutputs;
       for (int box = 0; box < kRanks / p::kBox; ++box)
-        bring(stage(step) + box * p::kUpBoxBytes, &maps.up, box * p::kBox, row, p::up_box_rows(kVariant), full(step));
+        bring<kPeers>(stage(step) + box * p::kUpBoxBytes, &maps.up, box * p::kBox, row, p::up_box_rows(kVariant),
+                      full(step));
     }
   }
 
-  // A box of weights; where there are peers, this block's rows of it, to all of them.
+  // A box; where blocks of the cluster have it in common, this block's rows of it, to all of them.
+  template <int kSharers>
   __device__ __forceinline__ void bring(uint32_t to, const CUtensorMap* map, int x, int y, int rows,
                                         uint32_t barrier) const {
-    if constexpr (kPeers == 1)
+    if constexpr (kSharers == 1)
       sm90::copy_box(to, map, x, y, barrier);
     else
-      sm90::copy_box_to_blocks(to + peer * rows * p::kRowBytes, map, x, y + peer * rows, barrier, (1 << kPeers) - 1);
+      sm90::copy_box_to_blocks(to + place * rows * p::kRowBytes, map, x, y + place * rows, barrier, (1 << kSharers) - 1);
   }
 
-  // A warp has read a stage: one lane tells each block that writes to it.
-  __device__ __forceinline__ void give_back(int step, int consumer) const {
-    if constexpr (kPeers == 1) {
-      if (consumer % 32 == 0) sm90::arrive(empty(step));
-    } else {
-      if (consumer % 32 < kPeers) sm90::arrive_in_block(sm90::address_in_block(empty(step), consumer % 32));
-    }
+  // A warp has read a stage. Its lanes tell each block that may write to it: all of them, until only weights are left,
+  // which blocks that share tokens do not have in common.
+  __device__ __forceinline__ void give_back(int step, int consumer, bool x_is_left) const {
+    if (consumer % 32 >= kBlocks) return;
+    if (kBlocks > 1 && (x_is_left || kPeers > 1))
+      sm90::arrive_in_block(sm90::address_in_block(empty(step), consumer % 32));
+    else
+      sm90::arrive(empty(step));
   }
 
   // The consumers' part.
@@ -119,7 +125,7 @@ struct Block {
         sm90::RegisterProduct<Element>::add(acc, t[k], p::descriptor(stage(step) + p::up_start(k)), k > 0);
       sm90::commit_products();
       sm90::wait_products<0>();
-      give_back(step, consumer);
+      give_back(step, consumer, false);
       if (args.bias) {
 #pragma unroll
         for (int i = 0; i < p::kOutputs / 2; ++i)
@@ -140,10 +146,10 @@ struct Block {
                                               p::descriptor(stage(step) + p::down_start(k, kGroups)), step > 0 || k > 0);
       sm90::commit_products();
       sm90::wait_products<1>();  // this step's may run on, the one before has been read
-      if (step > 0) give_back(step - 1, consumer);
+      if (step > 0) give_back(step - 1, consumer, true);
     }
     sm90::wait_products<0>();
-    give_back(down_steps - 1, consumer);
+    give_back(down_steps - 1, consumer, true);
   }
 
   // All of t from what each block of the cluster has of it.
@@ -245,11 +251,12 @@ __global__ void __launch_bounds__(p::Variant{kRanks, kCluster, kGroups, kPeers}.
   extern __shared__ unsigned char unaligned[];
   using ThisBlock = Block<Element, kRanks, kCluster, kPeers, kGroups>;
   constexpr int kConsumers = ThisBlock::kVariant.consumers();
-  const int rank = kCluster == 1 ? 0 : sm90::rank_in_cluster(), peer = kPeers == 1 ? 0 : sm90::rank_in_cluster();
+  constexpr int kBlocks = ThisBlock::kBlocks;
+  const int place = kBlocks == 1 ? 0 : sm90::rank_in_cluster(), rank = kCluster == 1 ? 0 : place;
   const ThisBlock block{args,
                         static_cast<uint32_t>(round_up(sm90::shared_address(unaligned), p::kAlignment)),
+                        place,
                         rank,
-                        peer,
                         static_cast<int64_t>(blockIdx.x / kCluster) * ThisBlock::kVariant.tokens(),
                         static_cast<int>(ceil_div(args.in_features, p::kBox)),
                         p::up_tiles(rank, kCluster, args.out_features)};
@@ -259,12 +266,12 @@ __global__ void __launch_bounds__(p::Variant{kRanks, kCluster, kGroups, kPeers}.
     sm90::prefetch(&maps.up);
     for (int stage = 0; stage < ThisBlock::kStages; ++stage) {
       sm90::init_barrier(block.full(stage), 1);
-      sm90::init_barrier(block.empty(stage), kPeers * kConsumers / 32);
+      sm90::init_barrier(block.empty(stage), kBlocks * kConsumers / 32);
     }
     sm90::fence_barrier_init();
   }
   __syncthreads();
-  if constexpr (kCluster * kPeers > 1) {  // nobody may write to a block that has not started
+  if constexpr (kBlocks > 1) {  // nobody may write to a block that has not started
     sm90::arrive_cluster();
     sm90::wait_cluster();
   }
@@ -293,7 +300,8 @@ void launch_one(const LowRankPlan& plan, const Arguments& args, CUtensorMapDataT
                              static_cast<int>(plan.shared_bytes)),
         launch);
   const Maps maps{
-      sm90::matrix_map(type, args.x, args.tokens, args.in_features, args.x_stride, kVariant.tokens(), p::kBox, launch),
+      sm90::matrix_map(type, args.x, args.tokens, args.in_features, args.x_stride, p::x_box_rows(kVariant), p::kBox,
+                       launch),
       sm90::matrix_map(type, args.down, args.rank, args.in_features, args.down_stride, p::down_box_rows(kVariant),
                        p::kBox, launch),
       sm90::matrix_map(type, args.up, args.out_features, args.rank, args.up_stride, p::up_box_rows(kVariant), p::kBox,

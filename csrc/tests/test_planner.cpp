@@ -149,7 +149,7 @@ void many_tokens_are_shared_by_clusters_where_tiles_are_few() {
   EXPECT(plan(1 << 20, 136).rank_tile == 192);
   EXPECT(plan(1 << 20, 256).cluster == 2);  // a thread has no registers for 256 columns
   // Without a peer the weights of each tile of 128 tokens would come from L2, more than it gives while all read.
-  EXPECT(plan(1 << 20, 136).token_tile == 256);
+  EXPECT(plan_lowrank_linear({65536, 768, 136, 768, Dtype::bfloat16, true, h200}).token_tile == 256);
   // 12608 tokens by 192 are 66 tiles: with two blocks each, one wave where tiles of 128 would take two.
   EXPECT(plan(12608, 256).token_tile == 192 && plan(12608, 256).blocks == 132);
 }

@@ -240,6 +240,7 @@ void shared_memory_is_laid_out_for_the_copy_engine() {
     EXPECT(p::up_step_bytes(v.ranks) <= p::stage_bytes(v));
     EXPECT(p::barrier_offset(v) % 8 == 0);
     EXPECT(v.tokens() <= 256 && v.columns() <= 256);  // rows of a box
+    EXPECT(p::x_box_rows(v) * v.cluster == v.tokens() && p::x_box_rows(v) % 8 == 0);
     // The exchange: every consumer's every step has its 16 bytes.
     std::vector<int> seen(v.consumers() * v.ranks / p::kStep, 0);
     for (int consumer = 0; consumer < v.consumers(); ++consumer)

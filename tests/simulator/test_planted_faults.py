@@ -160,17 +160,24 @@ FAULTS = {
         "decode_sm90",
         "launching lowrank_linear of .* failed",
     ),
-    "prefill_sm90: a peer does not say that it has read a stage": Fault(
+    "prefill_sm90: a block does not tell the others that it has read a stage": Fault(
         "lowrank_linear/prefill_sm90",
-        "if (consumer % 32 < kPeers) sm90::arrive_in_block(sm90::address_in_block(empty(step), consumer % 32));",
-        "if (consumer % 32 < kPeers) sm90::arrive(empty(step));",
-        "test_every_prefill_kernel and 1-256",
+        "if (kBlocks > 1 && (x_is_left || kPeers > 1))",
+        "if (false)",
+        "test_every_prefill_kernel and (1-256 or 2-128)",
         VALUES,
     ),
-    "prefill_sm90: a peer brings the other's weights": Fault(
+    "prefill_sm90: a block tells the others of weights that are not theirs": Fault(
         "lowrank_linear/prefill_sm90",
-        "sm90::copy_box_to_blocks(to + peer * rows * p::kRowBytes, map, x, y + peer * rows,",
-        "sm90::copy_box_to_blocks(to + peer * rows * p::kRowBytes, map, x, y + (kPeers - 1 - peer) * rows,",
+        "if (kBlocks > 1 && (x_is_left || kPeers > 1))",
+        "if (kBlocks > 1)",
+        "test_every_prefill_kernel and 8-128",
+        f"{VALUES}|no thread can go on|more threads arrive|not ended",
+    ),
+    "prefill_sm90: a block brings another's rows": Fault(
+        "lowrank_linear/prefill_sm90",
+        "sm90::copy_box_to_blocks(to + place * rows * p::kRowBytes, map, x, y + place * rows,",
+        "sm90::copy_box_to_blocks(to + place * rows * p::kRowBytes, map, x, y + (kSharers - 1 - place) * rows,",
         "test_every_prefill_kernel and 1-256",
         VALUES,
     ),
