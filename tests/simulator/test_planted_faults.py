@@ -228,8 +228,8 @@ FAULTS = {
     ),
     "prefill_sm90: a stage is given back while it is multiplied": Fault(
         "lowrank_linear/prefill_sm90",
-        "sm90::wait_products<0>();\n      if (consumer % 32 == 0) sm90::arrive(empty(step));",
-        "if (consumer % 32 == 0) sm90::arrive(empty(step));\n      sm90::wait_products<0>();",
+        "sm90::wait_products<0>();\n      give_back(step, consumer, false);",
+        "give_back(step, consumer, false);\n      sm90::wait_products<0>();",
         "prefill_sm90",
         VALUES,
     ),
@@ -256,8 +256,8 @@ FAULTS = {
     ),
     "prefill_sm90: stages of three warpgroups are given back by two": Fault(
         "lowrank_linear/prefill_sm90",
-        "sm90::init_barrier(block.empty(stage), kConsumers / 32);",
-        "sm90::init_barrier(block.empty(stage), 8);",
+        "sm90::init_barrier(block.empty(stage), kBlocks * kConsumers / 32);",
+        "sm90::init_barrier(block.empty(stage), kBlocks * 8);",
         "prefill",
         f"{VALUES}|more threads arrive|no thread can go on",
     ),
