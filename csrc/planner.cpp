@@ -325,7 +325,7 @@ LowRankPlan plan_prefill(const LowRankProblem& problem) {
   // others multiply, a block started in 2000. None of these is measured.
   const auto cycles = [](int64_t products, int64_t bytes) { return greatest(products, bytes / 25); };
   int64_t least_cost = std::numeric_limits<int64_t>::max();
-  for (int ranks = rank_tile(problem.rank); ranks <= kMostRank; ranks += 64)
+  for (int ranks = rank_tile(problem.rank); ranks <= kMostRank; ranks += kStep)
     for (int cluster = 1; cluster <= least(8, machine.multiprocessors); cluster *= 2)
       for (int kind : {2, 3, 4}) {  // the last: two warpgroups, and a peer
         const int groups = kind == 4 ? 2 : kind, peers = kind == 4 ? kMostPeers : 1, blocks = cluster * peers;

@@ -13,6 +13,13 @@ namespace lowrank_ops::sm90 {
 #define LRO_NAMES_80 "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 #define LRO_NAMES_96 "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111"
 #define LRO_NAMES_112 "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define LRO_HALF_32 "%32, %33, %34, %35, %36, %37, %38, %39"
+#define LRO_HALF_48 "%48, %49, %50, %51, %52, %53, %54, %55"
+#define LRO_HALF_64 "%64, %65, %66, %67, %68, %69, %70, %71"
+#define LRO_HALF_80 "%80, %81, %82, %83, %84, %85, %86, %87"
+#define LRO_HALF_OF_SUMS(d, i)                                                                               \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
+      "+f"(d[i + 7])
 #define LRO_SUMS(d, i)                                                                                       \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
       "+f"(d[i + 7]), "+f"(d[i + 8]), "+f"(d[i + 9]), "+f"(d[i + 10]), "+f"(d[i + 11]), "+f"(d[i + 12]),      \
@@ -25,6 +32,16 @@ namespace lowrank_ops::sm90 {
 #define LRO_SUMS_FOR_96(d) LRO_SUMS(d, 0), LRO_SUMS(d, 16), LRO_SUMS(d, 32)
 #define LRO_NAMES_FOR_128 LRO_NAMES_0 ", " LRO_NAMES_16 ", " LRO_NAMES_32 ", " LRO_NAMES_48
 #define LRO_SUMS_FOR_128(d) LRO_SUMS(d, 0), LRO_SUMS(d, 16), LRO_SUMS(d, 32), LRO_SUMS(d, 48)
+#define LRO_NAMES_FOR_80 LRO_NAMES_0 ", " LRO_NAMES_16 ", " LRO_HALF_32
+#define LRO_SUMS_FOR_80(d) LRO_SUMS(d, 0), LRO_SUMS(d, 16), LRO_HALF_OF_SUMS(d, 32)
+#define LRO_NAMES_FOR_112 LRO_NAMES_0 ", " LRO_NAMES_16 ", " LRO_NAMES_32 ", " LRO_HALF_48
+#define LRO_SUMS_FOR_112(d) LRO_SUMS(d, 0), LRO_SUMS(d, 16), LRO_SUMS(d, 32), LRO_HALF_OF_SUMS(d, 48)
+#define LRO_NAMES_FOR_144 LRO_NAMES_0 ", " LRO_NAMES_16 ", " LRO_NAMES_32 ", " LRO_NAMES_48 ", " LRO_HALF_64
+#define LRO_SUMS_FOR_144(d) LRO_SUMS(d, 0), LRO_SUMS(d, 16), LRO_SUMS(d, 32), LRO_SUMS(d, 48), LRO_HALF_OF_SUMS(d, 64)
+#define LRO_NAMES_FOR_160 LRO_NAMES_0 ", " LRO_NAMES_16 ", " LRO_NAMES_32 ", " LRO_NAMES_48 ", " LRO_NAMES_64
+#define LRO_SUMS_FOR_160(d) LRO_SUMS(d, 0), LRO_SUMS(d, 16), LRO_SUMS(d, 32), LRO_SUMS(d, 48), LRO_SUMS(d, 64)
+#define LRO_NAMES_FOR_176 LRO_NAMES_0 ", " LRO_NAMES_16 ", " LRO_NAMES_32 ", " LRO_NAMES_48 ", " LRO_NAMES_64 ", " LRO_HALF_80
+#define LRO_SUMS_FOR_176(d) LRO_SUMS(d, 0), LRO_SUMS(d, 16), LRO_SUMS(d, 32), LRO_SUMS(d, 48), LRO_SUMS(d, 64), LRO_HALF_OF_SUMS(d, 80)
 #define LRO_NAMES_FOR_192 LRO_NAMES_0 ", " LRO_NAMES_16 ", " LRO_NAMES_32 ", " LRO_NAMES_48 ", " LRO_NAMES_64 ", " LRO_NAMES_80
 #define LRO_SUMS_FOR_192(d) LRO_SUMS(d, 0), LRO_SUMS(d, 16), LRO_SUMS(d, 32), LRO_SUMS(d, 48), LRO_SUMS(d, 64), LRO_SUMS(d, 80)
 #define LRO_NAMES_FOR_256 LRO_NAMES_0 ", " LRO_NAMES_16 ", " LRO_NAMES_32 ", " LRO_NAMES_48 ", " LRO_NAMES_64 ", " LRO_NAMES_80 ", " LRO_NAMES_96 ", " LRO_NAMES_112
@@ -58,6 +75,16 @@ LRO_PRODUCT(Product, "0, 0", __nv_bfloat16, "bf16", 96, "%48", "%49", "%50");
 LRO_PRODUCT(Product, "0, 0", __half, "f16", 96, "%48", "%49", "%50");
 LRO_PRODUCT(Product, "0, 0", __nv_bfloat16, "bf16", 128, "%64", "%65", "%66");
 LRO_PRODUCT(Product, "0, 0", __half, "f16", 128, "%64", "%65", "%66");
+LRO_PRODUCT(Product, "0, 0", __nv_bfloat16, "bf16", 80, "%40", "%41", "%42");
+LRO_PRODUCT(Product, "0, 0", __half, "f16", 80, "%40", "%41", "%42");
+LRO_PRODUCT(Product, "0, 0", __nv_bfloat16, "bf16", 112, "%56", "%57", "%58");
+LRO_PRODUCT(Product, "0, 0", __half, "f16", 112, "%56", "%57", "%58");
+LRO_PRODUCT(Product, "0, 0", __nv_bfloat16, "bf16", 144, "%72", "%73", "%74");
+LRO_PRODUCT(Product, "0, 0", __half, "f16", 144, "%72", "%73", "%74");
+LRO_PRODUCT(Product, "0, 0", __nv_bfloat16, "bf16", 160, "%80", "%81", "%82");
+LRO_PRODUCT(Product, "0, 0", __half, "f16", 160, "%80", "%81", "%82");
+LRO_PRODUCT(Product, "0, 0", __nv_bfloat16, "bf16", 176, "%88", "%89", "%90");
+LRO_PRODUCT(Product, "0, 0", __half, "f16", 176, "%88", "%89", "%90");
 LRO_PRODUCT(Product, "0, 0", __nv_bfloat16, "bf16", 192, "%96", "%97", "%98");
 LRO_PRODUCT(Product, "0, 0", __half, "f16", 192, "%96", "%97", "%98");
 LRO_PRODUCT(Product, "0, 0", __nv_bfloat16, "bf16", 256, "%128", "%129", "%130");

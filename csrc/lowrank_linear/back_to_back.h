@@ -21,8 +21,12 @@ constexpr int kMostStages = 6;
 constexpr int kAlignment = 1024;  // the swizzle repeats every 1024 bytes
 constexpr int kSharedLimit = 232448;
 
-// Ranks are served by the next of these; past the rank, the copy engine brings zeros.
-LRO_HD constexpr int rank_tile(int64_t rank) { return static_cast<int>(round_up(rank, 64)); }
+// Ranks are served by the next of these, and the fastest kernel of it or of a larger one; past the rank, the copy engine
+// brings zeros.
+constexpr int kLeastRanks = 64;
+LRO_HD constexpr int rank_tile(int64_t rank) {
+  return static_cast<int>(greatest(kLeastRanks, round_up(rank, kStep)));
+}
 
 // One of the kernels there are.
 struct Variant {
@@ -35,7 +39,9 @@ struct Variant {
   LRO_HD constexpr int consumers() const { return groups * 128; }
   // Of the warp that brings the operands; where registers are to be handed over, of its whole warpgroup.
   LRO_HD constexpr int threads() const { return consumers() + (groups == 3 ? 128 : 32); }
-  LRO_HD constexpr int columns() const { return ranks / cluster; }  // of t that a block sums
+  // Of t that a block sums; past the last the copy engine brings zeros here, too.
+  LRO_HD constexpr int columns() const { return static_cast<int>(round_up(ceil_div(ranks, cluster), kStep)); }
+  LRO_HD constexpr int steps() const { return ranks / kStep; }  // of the product with up
 };
 constexpr int kGroups[] = {2, 3};
 constexpr int kMostPeers = 2;
@@ -45,10 +51,11 @@ constexpr int kMostTileTokens = 2 * kMostPeers * kGroupTokens;  // of a cluster
 constexpr int kRegisters = 160, kProducerRegisters = 32;
 
 // Whether there is a kernel for it: a thread has registers for the sums of 192 columns, of 128 where three warpgroups
-// share them, and a block of a cluster sums 32, 64, 96 or 128 of them, 64 at least where three warpgroups do. Peers have
-// all columns each.
+// share them, and a block of a cluster sums 32 to 128 of them, 64 at least where three warpgroups do. Peers have all
+// columns each. Between multiples of 64 there are ranks from 144 on, for clusters of up to two.
 LRO_HD constexpr bool exists(Variant v) {
-  if (v.ranks < 64 || v.ranks > kMostRank || v.ranks % 64 != 0 || v.groups < 2 || v.groups > 3) return false;
+  if (v.ranks < kLeastRanks || v.ranks > kMostRank || v.ranks % kStep != 0 || v.groups < 2 || v.groups > 3) return false;
+  if (v.ranks % 64 != 0 && (v.ranks < 128 || v.cluster > 2)) return false;
   if (v.peers != 1 && (v.peers != kMostPeers || v.cluster != 1 || v.groups != 2)) return false;
   if (v.cluster == 1) return v.ranks <= (v.groups == 2 ? 192 : 128);
   return (v.cluster == 2 || v.cluster == 4 || v.cluster == 8) && (v.ranks != 192 || v.cluster == 2) &&
@@ -63,7 +70,8 @@ LRO_HD constexpr int x_box_rows(Variant v) { return v.tokens() / v.cluster; }
 LRO_HD constexpr int down_box_rows(Variant v) { return v.columns() / v.peers; }
 LRO_HD constexpr int up_box_rows(Variant v) { return kOutputs / v.peers; }
 LRO_HD constexpr int down_step_bytes(Variant v) { return x_bytes(v.groups) + v.columns() * kRowBytes; }
-LRO_HD constexpr int up_step_bytes(int ranks) { return ranks / kBox * kUpBoxBytes; }
+LRO_HD constexpr int up_boxes(int ranks) { return static_cast<int>(ceil_div(ranks, kBox)); }
+LRO_HD constexpr int up_step_bytes(int ranks) { return up_boxes(ranks) * kUpBoxBytes; }
 LRO_HD constexpr int stage_bytes(Variant v) {
   return static_cast<int>(greatest(down_step_bytes(v), up_step_bytes(v.ranks)));
 }

@@ -6,6 +6,8 @@
 // sums some of t's columns, hands them to the others through distributed shared memory, and multiplies some of the rows
 // of up. Where there are many, two blocks with a tile each bring each other the weights.
 
+#include <utility>
+
 #include "../products_sm90.cuh"
 #include "../tensor_map.h"
 #include "back_to_back.h"
@@ -35,7 +37,7 @@ struct Block {
   static constexpr p::Variant kVariant{kRanks, kCluster, kGroups, kPeers};
   static constexpr int kBlocks = kCluster * kPeers;
   static constexpr int kColumns = kVariant.columns();
-  static constexpr int kSteps = kRanks / p::kStep;
+  static constexpr int kSteps = kVariant.steps();
   static constexpr int kStages = p::stages(kVariant);
   static constexpr int kStageBytes = p::stage_bytes(kVariant);
   static_assert(p::exists(kVariant) && kStages >= 2);
@@ -69,7 +71,7 @@ struct Block {
       sm90::wait(empty(step), parity(step) ^ 1);
       sm90::arrive_expecting(full(step), p::up_step_bytes(kRanks));
       const int row = static_cast<int>(p::up_tile(rank, n, kCluster)) * p::kOutputs;
-      for (int box = 0; box < kRanks / p::kBox; ++box)
+      for (int box = 0; box < p::up_boxes(kRanks); ++box)
         bring<kPeers>(stage(step) + box * p::kUpBoxBytes, &maps.up, box * p::kBox, row, p::up_box_rows(kVariant),
                       full(step));
     }
@@ -166,8 +168,8 @@ struct Block {
         const uint32_t there = sm90::address_in_block(start, block);
 #pragma unroll
         for (int step = 0; step < kColumns / p::kStep; ++step)
-          sm90::store_in_block(there + p::exchange_index(consumer, p::first_step(rank, kColumns) + step, kRanks),
-                               mine[step]);
+          if (const int at = p::first_step(rank, kColumns) + step; at < kSteps)
+            sm90::store_in_block(there + p::exchange_index(consumer, at, kRanks), mine[step]);
       }
       sm90::arrive_cluster();
       sm90::wait_cluster();
@@ -311,38 +313,36 @@ void launch_one(const LowRankPlan& plan, const Arguments& args, CUtensorMapDataT
                 launch, maps, args);
 }
 
-template <class Element>
-void launch_element(const LowRankPlan& plan, const Arguments& args, CUtensorMapDataType type, const Launch& launch) {
-  switch (plan.rank_tile * 100 + plan.cluster * 10 + plan.token_tile / p::kGroupTokens) {
-    case 6412: return launch_one<Element, 64, 1, 1, 2>(plan, args, type, launch);
-    case 6414: return launch_one<Element, 64, 1, 2, 2>(plan, args, type, launch);
-    case 6413: return launch_one<Element, 64, 1, 1, 3>(plan, args, type, launch);
-    case 6422: return launch_one<Element, 64, 2, 1, 2>(plan, args, type, launch);
-    case 12812: return launch_one<Element, 128, 1, 1, 2>(plan, args, type, launch);
-    case 12814: return launch_one<Element, 128, 1, 2, 2>(plan, args, type, launch);
-    case 12813: return launch_one<Element, 128, 1, 1, 3>(plan, args, type, launch);
-    case 12822: return launch_one<Element, 128, 2, 1, 2>(plan, args, type, launch);
-    case 12823: return launch_one<Element, 128, 2, 1, 3>(plan, args, type, launch);
-    case 12842: return launch_one<Element, 128, 4, 1, 2>(plan, args, type, launch);
-    case 19212: return launch_one<Element, 192, 1, 1, 2>(plan, args, type, launch);
-    case 19214: return launch_one<Element, 192, 1, 2, 2>(plan, args, type, launch);
-    case 19222: return launch_one<Element, 192, 2, 1, 2>(plan, args, type, launch);
-    case 19223: return launch_one<Element, 192, 2, 1, 3>(plan, args, type, launch);
-    case 25622: return launch_one<Element, 256, 2, 1, 2>(plan, args, type, launch);
-    case 25623: return launch_one<Element, 256, 2, 1, 3>(plan, args, type, launch);
-    case 25642: return launch_one<Element, 256, 4, 1, 2>(plan, args, type, launch);
-    case 25643: return launch_one<Element, 256, 4, 1, 3>(plan, args, type, launch);
-    case 25682: return launch_one<Element, 256, 8, 1, 2>(plan, args, type, launch);
-    default: check(cudaErrorInvalidValue, launch);
+// False where there is no such kernel, or the plan is for another one.
+template <class Element, int kRanks, int kCluster, int kPeers, int kGroups>
+bool launch_if_planned(const LowRankPlan& plan, const Arguments& args, CUtensorMapDataType type, const Launch& launch) {
+  constexpr p::Variant kVariant{kRanks, kCluster, kGroups, kPeers};
+  if constexpr (p::exists(kVariant)) {
+    if (plan.rank_tile != kRanks || plan.cluster != kCluster || plan.token_tile != kVariant.tokens() * kPeers) return false;
+    launch_one<Element, kRanks, kCluster, kPeers, kGroups>(plan, args, type, launch);
+    return true;
   }
+  return false;
+}
+
+// Every number is a rank, a cluster, and two warpgroups, three, or two with a peer.
+template <class Element, int... kNumbers>
+void launch_element(const LowRankPlan& plan, const Arguments& args, CUtensorMapDataType type, const Launch& launch,
+                    std::integer_sequence<int, kNumbers...>) {
+  const bool launched =
+      (launch_if_planned<Element, p::kLeastRanks + kNumbers / 12 * p::kStep, 1 << kNumbers / 3 % 4,
+                         kNumbers % 3 == 2 ? p::kMostPeers : 1, kNumbers % 3 == 1 ? 3 : 2>(plan, args, type, launch) ||
+       ...);
+  check(launched ? cudaSuccess : cudaErrorInvalidValue, launch);
 }
 
 }  // namespace
 
 void launch_prefill_sm90(const LowRankPlan& plan, const Arguments& args, Dtype dtype, const Launch& launch) {
+  constexpr auto kAll = std::make_integer_sequence<int, 12 * ((p::kMostRank - p::kLeastRanks) / p::kStep + 1)>{};
   if (dtype == Dtype::bfloat16)
-    return launch_element<__nv_bfloat16>(plan, args, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, launch);
-  launch_element<__half>(plan, args, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, launch);
+    return launch_element<__nv_bfloat16>(plan, args, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, launch, kAll);
+  launch_element<__half>(plan, args, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, launch, kAll);
 }
 
 }  // namespace lowrank_ops::lowrank_linear

@@ -68,7 +68,7 @@ void expect_legal(const LowRankProblem& problem) {
     const int peers = plan.token_tile == prefill::kMostTileTokens ? prefill::kMostPeers : 1;
     const prefill::Variant variant{plan.rank_tile, plan.cluster, plan.token_tile / 64 / peers, peers};
     EXPECT(prefill::exists(variant) && plan.rank_tile >= problem.rank && plan.threads == variant.threads());
-    EXPECT(plan.rows_down * plan.cluster == plan.rank_tile && plan.stages >= 2 && plan.stages <= prefill::kMostStages);
+    EXPECT(plan.rows_down == variant.columns() && plan.rows_down * plan.cluster >= plan.rank_tile && plan.stages >= 2 && plan.stages <= prefill::kMostStages);
     EXPECT(plan.shared_bytes == prefill::shared_bytes(variant));
     EXPECT(plan.shared_bytes <= problem.machine.shared_memory);
     EXPECT(plan.blocks == ceil_div(problem.tokens, plan.token_tile) * plan.cluster * peers);
@@ -146,7 +146,8 @@ void many_tokens_are_shared_by_clusters_where_tiles_are_few() {
   EXPECT(plan(2048, 216).cluster > 2);
   EXPECT(plan(1 << 20, 64).cluster == 1);
   EXPECT(plan(1 << 20, 64).rank_tile == 64);
-  EXPECT(plan(1 << 20, 136).rank_tile == 192);
+  EXPECT(plan(1 << 20, 136).rank_tile == 144);
+  EXPECT(plan(1 << 20, 65).rank_tile == 128);
   EXPECT(plan(1 << 20, 256).cluster == 2);  // a thread has no registers for 256 columns
   // Without a peer the weights of each tile of 128 tokens would come from L2, more than it gives while all read.
   EXPECT(plan_lowrank_linear({65536, 768, 136, 768, Dtype::bfloat16, true, h200}).token_tile == 256);

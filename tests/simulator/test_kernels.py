@@ -263,6 +263,8 @@ PREFILL_CHOICES = [  # every kernel: rank, cluster, tokens per block
     (192, 2, 192),
     *((256, cluster, 192) for cluster in (2, 4)),
     *((rank, 1, 256) for rank in (64, 128, 192)),  # two blocks of 128 tokens
+    *((rank, 1, token_tile) for rank in (144, 160, 176) for token_tile in (128, 256)),
+    *((rank, 2, token_tile) for rank in (144, 160, 176, 208, 224, 240) for token_tile in (128, 192)),
 ]
 
 
@@ -270,7 +272,7 @@ def test_every_prefill_kernel_gives_the_same(simulated: Simulated):
     """Whatever the block and the cluster, a value of y is the same sums in the same order."""
     seen = set()
     simulated.configure(SM90)
-    for rank in (64, 128, 192, 256):
+    for rank in sorted({rank for rank, _, _ in PREFILL_CHOICES}):
         x = normal(300, 72, dtype=BF16)
         down, up = normal(rank, 72, dtype=BF16) / 8, normal(520, rank, dtype=BF16) / 8
         expected = simulated.lowrank_linear(x, down, up)[0]
