@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import time
 import venv
 import zipfile
@@ -122,3 +123,29 @@ def test_packages_of_the_environment_that_python_is_in_are_seen(tmp_path: Path) 
     assert "1 passed" in result.stdout, result.stderr
     tested = re.search(r"=== testing (.*)", result.stdout)
     assert tested and tested[1].endswith("/site/lowrank_ops/__init__.py")
+
+
+REFUSED = """
+import pytest, torch
+torch.cuda.synchronize = lambda: None
+def refuse():
+    raise RuntimeError("refused")
+def test_first():
+    torch.cuda.synchronize = refuse
+    raise ValueError("illegal access")
+def test_second():
+    torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_a_device_that_refuses_a_process_is_not_told_of_the_tests_behind(tmp_path: Path, several: bool) -> None:
+    shutil.copy(SCRIPT.parent / "conftest.py", tmp_path)
+    (tmp_path / "test_it.py").write_text(REFUSED)
+    (tmp_path / "pytest.ini").write_text("[pytest]")
+    command = [sys.executable, "-m", "pytest", "-v", *(["-n", "1"] if several else [])]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 1 and "ValueError: illegal access" in result.stdout, result.stdout + result.stderr
+    assert "FAILED test_it.py::test_second" not in result.stdout
+    told = "PASSED test_it.py::test_second" if several else "the device takes no more work from this process: refused"
+    assert told in result.stdout
