@@ -125,15 +125,16 @@ EOF
 }
 
 # Sets ``command`` and the seconds that it may take; the last case that a suite begins may take a minute, with compiling,
-# half of that where it was compiled before.
+# half of that where it was compiled before. The seconds are the part's share of what is left, unless given.
 prepare() {
-  limit=$(left)
   local last=60
+  limit=$(left)
   local measure=() search=() only=()
   if $graded; then
     last=30 only=(--graded) measure=(--graded --seconds 0.3) search=(--graded --seconds 0.15)
     case $1 in tests) limit=$((limit * 40 / 100)) ;; tune) limit=$((limit * 60 / 100)) ;; esac
   fi
+  limit=${2:-$limit}
   local budget=$((limit - last))
   case $1 in
     tests)
@@ -191,11 +192,23 @@ for number in "${order[@]}"; do
     if [ "$part" != tests ]; then warmed; fi
   fi
   prepare "$part"
-  echo "== $part, at most $limit s"
-  began=$SECONDS before=$(results_so_far)
-  timeout --kill-after=10 "$limit" "${command[@]}" 2>&1 | tee -a "$folder/$part.log"
-  ended=${PIPESTATUS[0]}
-  echo "== $part ended with exit code $ended after $((SECONDS - began)) s"
+  before=$(results_so_far) end=$((SECONDS + limit)) again=true first=true
+  while $again; do
+    echo "== $part, at most $limit s"
+    began=$SECONDS found=$(results_so_far)
+    timeout --kill-after=10 "$limit" "${command[@]}" 2>&1 | tee -a "$folder/$part.log"
+    ended=${PIPESTATUS[0]}
+    echo "== $part ended with exit code $ended after $((SECONDS - began)) s"
+    # Before its time a process ends where the device gives it nothing more; another one goes on, and where it broke at
+    # the first shape of one op, with the next op.
+    again=false
+    if [ "$ended" = 3 ] && [ $((end - SECONDS)) -ge $least ]; then
+      if [ "$(results_so_far)" -gt "$found" ] || { [ "$part" = tune ] && $first; }; then
+        again=true first=false
+        prepare "$part" $((end - SECONDS))
+      fi
+    fi
+  done
   if $dry; then continue; fi
   if [ "$ended" != 0 ] && [ -e "$code" ] && [ "$(tail -n 1 "$code")" = 0 ]; then rm "$code"; fi  # it has passed before
   if [ "$ended" = 3 ] || [ "$ended" = 124 ] || [ "$ended" -gt 128 ]; then  # the budget, the time, or a signal

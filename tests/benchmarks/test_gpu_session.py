@@ -187,6 +187,21 @@ def test_what_is_graded_is_asked_first_and_all_the_rest_later(tmp_path, python):
     assert asked(tmp_path) == modules[1:]
 
 
+def test_where_a_process_ends_before_its_time_another_goes_on(tmp_path, python):
+    """As one does to which the device gives nothing more: while something comes of it, and the tuner once more."""
+    tuning = tmp_path / "session" / "tuning"
+    does = tmp_path / "does-benchmarks.tune"
+    does.write_text("exit 3")
+    session(tmp_path / "session", "--graded", "tune", python=python)
+    assert asked(tmp_path) == ["warm", "tune", "tune"]
+    further = f'[ "$(wc -l < {tuning}/op.json)" -lt 3 ] || exit 0; echo \'"tokens":\' >> {tuning}/op.json; exit 3'
+    does.write_text(f"mkdir -p {tuning}; touch {tuning}/op.json; {further}")
+    ended = session(tmp_path / "session", "tune", python=python)
+    assert ended.returncode == 0 and asked(tmp_path) == ["tune"] * 4
+    limits = [int(found) for found in re.findall("tune, at most ([0-9]+) s", ended.stdout)]
+    assert len(limits) == 4 and limits == sorted(limits, reverse=True)
+
+
 def test_warming_does_not_outlive_the_session(tmp_path, python):
     (tmp_path / "does-benchmarks.warm").write_text("echo $$ > $0.warming; exec sleep 60")
     (tmp_path / "does-pytest").write_text("sleep 1")
