@@ -89,16 +89,20 @@ results_so_far() {
 
 left() { echo $((total - SECONDS)); }
 
-# In the background; whoever measures waits for its end.
+# In the background, once; whoever measures waits for its end, and it does not outlive this script.
 warming=''
+trap '[ -z "$warming" ] || kill "$warming" 2>/dev/null' EXIT
 warm() {
-  [ -z "$warming" ] || return 0
-  timeout $((total * 40 / 100)) "$python" -m benchmarks.warm > "$folder/warm.log" 2>&1 &
+  local limit=$((total * 40 / 100))
+  take_library
+  timeout --kill-after=10 "$limit" "$python" -m benchmarks.warm --seconds $((limit - 15)) > "$folder/warm.log" 2>&1 &
   warming=$!
 }
 warmed() {
+  [ -n "$warming" ] || return 0
   wait "$warming"
-  echo "== $(tail -n 1 "$folder/warm.log")"
+  echo "== warming ended with exit code $?: $(tail -n 1 "$folder/warm.log")"
+  warming=''
 }
 
 # Chosen here or in an earlier call.
@@ -120,15 +124,18 @@ for name in wheel.namelist():
 EOF
 }
 
-# Sets ``command`` and the seconds that it may take; the last case that a suite begins may take a minute, with compiling.
+# Sets ``command`` and the seconds that it may take; the last case that a suite begins may take a minute, with compiling,
+# half of that where it was compiled before. The seconds are the part's share of what is left, unless given.
 prepare() {
+  local last=60
   limit=$(left)
   local measure=() search=() only=()
   if $graded; then
-    only=(--graded) measure=(--graded --seconds 0.3) search=(--graded --seconds 0.15)
-    case $1 in tests) limit=$((limit * 40 / 100)) ;; tune) limit=$((limit * 50 / 100)) ;; esac
+    last=30 only=(--graded) measure=(--graded --seconds 0.3) search=(--graded --seconds 0.15)
+    case $1 in tests) limit=$((limit * 40 / 100)) ;; tune) limit=$((limit * 60 / 100)) ;; esac
   fi
-  local budget=$((limit - 60))
+  limit=${2:-$limit}
+  local budget=$((limit - last))
   case $1 in
     tests)
       if [ -z "$wheel" ]; then
@@ -150,8 +157,10 @@ prepare() {
   esac
 }
 
-unfinished=false failed=()
-for number in "${!parts[@]}"; do
+unfinished=false failed=() begun=false
+order=("${!parts[@]}")
+if [ -e "$folder/1-tests.code" ]; then order=(1 2 3 4 0 5); fi  # a second try waits for what has had none
+for number in "${order[@]}"; do
   part=${parts[$number]}
   code=$folder/$((number + 1))-$part.code
   # What was asked of the graded shapes alone is still to be asked of all.
@@ -170,21 +179,36 @@ for number in "${!parts[@]}"; do
     [ "$ended" = 0 ] || failed+=("$part")
     continue
   fi
-  if ! $dry && [ "$part" != grade ] && [ "$(left)" -lt 120 ]; then
+  least=120
+  if $graded && [[ $part != tests && $part != tune ]]; then least=60; fi
+  if ! $dry && [ "$part" != grade ] && [ "$(left)" -lt $least ]; then
     echo "== $part: $(left) s are left, too few to begin"
     unfinished=true
     continue
   fi
   if $graded && ! $dry && [ "$part" != grade ]; then
-    warm
+    $begun || warm
+    begun=true
     if [ "$part" != tests ]; then warmed; fi
   fi
   prepare "$part"
-  echo "== $part, at most $limit s"
-  began=$SECONDS before=$(results_so_far)
-  timeout --kill-after=10 "$limit" "${command[@]}" 2>&1 | tee -a "$folder/$part.log"
-  ended=${PIPESTATUS[0]}
-  echo "== $part ended with exit code $ended after $((SECONDS - began)) s"
+  before=$(results_so_far) end=$((SECONDS + limit)) again=true first=true
+  while $again; do
+    echo "== $part, at most $limit s"
+    began=$SECONDS found=$(results_so_far)
+    timeout --kill-after=10 "$limit" "${command[@]}" 2>&1 | tee -a "$folder/$part.log"
+    ended=${PIPESTATUS[0]}
+    echo "== $part ended with exit code $ended after $((SECONDS - began)) s"
+    # Before its time a process ends where the device gives it nothing more; another one goes on, and where it broke at
+    # the first shape of one op, with the next op.
+    again=false
+    if [ "$ended" = 3 ] && [ $((end - SECONDS)) -ge $least ]; then
+      if [ "$(results_so_far)" -gt "$found" ] || { [ "$part" = tune ] && $first; }; then
+        again=true first=false
+        prepare "$part" $((end - SECONDS))
+      fi
+    fi
+  done
   if $dry; then continue; fi
   if [ "$ended" != 0 ] && [ -e "$code" ] && [ "$(tail -n 1 "$code")" = 0 ]; then rm "$code"; fi  # it has passed before
   if [ "$ended" = 3 ] || [ "$ended" = 124 ] || [ "$ended" -gt 128 ]; then  # the budget, the time, or a signal

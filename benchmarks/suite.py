@@ -26,6 +26,8 @@ TABLES = Path(lro.__file__).parent / "ops" / "tuned"  # of configurations, as sh
 META = torch.device("meta")
 # Under which rows may stand side by side.
 CONDITIONS = ("device", "commit", "torch", "triton", "threads", "clock", "tables")
+# Of the tables by which a suite's arms may go, where those are not all; their names begin so.
+TABLES_OF = {"covariance": ("covariance_update.", "conv_covariance_update."), "lowrank_linear": ("lowrank_linear.",)}
 UNFINISHED = 3  # exit code
 EVERY_ARM = "every arm"  # of a case that failed as a whole, such as for want of memory for its inputs
 LOST = "the process ended while it was measured"
@@ -160,15 +162,15 @@ def begin(name: str, arguments: argparse.Namespace, clock: Clock = time.perf_cou
     """The suite to add rows to: with ``--resume`` the file's, where it was measured under like conditions."""
     device = torch.device(arguments.device)
     if not (arguments.resume and arguments.out and arguments.out.exists()):
-        return start(device, clock, arguments.commit)
+        return start(device, clock, arguments.commit, name)
     kept = load(arguments.out)["suites"].get(name)
     if kept is None:
-        return start(device, clock, arguments.commit)
-    facts = _facts(device, clock, arguments.commit)
+        return start(device, clock, arguments.commit, name)
+    facts = _facts(device, clock, arguments.commit, name)
     changed = [key for key in CONDITIONS if facts.get(key) != kept["environment"].get(key)]
     if changed:
         print(f"{arguments.out}: {', '.join(changed)} changed since its rows of {name} were measured: starting anew")
-        return start(device, clock, arguments.commit)
+        return start(device, clock, arguments.commit, name)
     kept["environment"].setdefault("resumed", []).append(facts["date"])
     return kept  # type: ignore[no-any-return]
 
@@ -178,9 +180,11 @@ def rows_of(suite: dict[str, Any], case: Case | Job) -> list[dict[str, Any]]:
     return [row for row in suite["rows"] if row["op"] == case.op and row["shape"] == dict(case.shape)]
 
 
-def start(device: torch.device, clock: Clock = time.perf_counter, commit: str | None = None) -> dict[str, Any]:
+def start(
+    device: torch.device, clock: Clock = time.perf_counter, commit: str | None = None, name: str = ""
+) -> dict[str, Any]:
     """An empty suite with the machine's facts and ceilings, measured now."""
-    facts = _facts(device, clock, commit)
+    facts = _facts(device, clock, commit, name)
     limits = ceilings(device, clock=clock)
     return {
         "environment": facts,
@@ -194,9 +198,18 @@ def start(device: torch.device, clock: Clock = time.perf_counter, commit: str | 
     }
 
 
-def _facts(device: torch.device, clock: Clock, commit: str | None) -> dict[str, Any]:
-    tables = {path.stem: hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in sorted(TABLES.glob("*.json"))}
+def _facts(device: torch.device, clock: Clock, commit: str | None, name: str) -> dict[str, Any]:
+    tables = {
+        path.stem: hashlib.sha256(json.dumps(_choices(path)).encode()).hexdigest()[:12]
+        for path in sorted(TABLES.glob("*.json"))
+        if path.name.startswith(TABLES_OF.get(name, ""))
+    }
     return environment(device, commit) | {"clock": clock.__name__, "tables": tables or None}
+
+
+def _choices(table: Path) -> list[Any]:
+    """What a table says, without when it was written: the tuner writes it anew whenever it is asked."""
+    return [[entry.get(key) for key in ("shape", "impl", "config")] for entry in load(table)["entries"]]
 
 
 def record(suite: dict[str, Any], rows: Sequence[Row], not_run: dict[str, str]) -> None:

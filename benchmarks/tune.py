@@ -297,10 +297,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         commit=arguments.commit,
         steps=arguments.steps,
     )
-    wanted = [(tuner, shapes_of(tuner, arguments.graded)) for tuner in chosen]
-    return max(
-        (step(tuner, budget=end - time.perf_counter(), shapes=shapes) for tuner, shapes in wanted if shapes), default=0
-    )
+    wanted = [(tuner, shapes) for tuner in chosen if (shapes := shapes_of(tuner, arguments.graded))]
+    wanted.sort(key=lambda pair: _lost(arguments.progress / f"{pair[0].op}.{pair[0].arch(device_facts(device))}.json"))
+    code = 0
+    for tuner, shapes in wanted:
+        code = max(code, step(tuner, budget=end - time.perf_counter(), shapes=shapes))
+        if tuner is not wanted[-1][0] and not usable(device):
+            return UNFINISHED  # another process begins with the other ops
+    return code
+
+
+def _lost(progress: Path) -> int:
+    """How many shapes were begun and have no outcome: some of them took the process along, or the device."""
+    if not progress.exists():
+        return 0
+    kept = json.loads(progress.read_text())
+    ended = [*(entry["shape"] for entry in kept["entries"]), *kept.get("hopeless", [])]
+    return sum(shape not in ended for shape in kept.get("asked", []))
 
 
 if __name__ == "__main__":

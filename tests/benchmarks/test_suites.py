@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import itertools
 import json
 import math
 import sys
@@ -9,7 +10,18 @@ import sys
 import pytest
 import torch
 
-from benchmarks import bench_covariance, bench_cpu, bench_lowrank_linear, bench_model, models, rows, shapes, suite, tune
+from benchmarks import (
+    bench_covariance,
+    bench_cpu,
+    bench_lowrank_linear,
+    bench_model,
+    models,
+    rows,
+    shapes,
+    suite,
+    tune,
+    tuners,
+)
 from benchmarks.rows import distance, measure_case, truth
 from tests.benchmarks.running import LIMITS, arguments
 
@@ -160,13 +172,41 @@ def test_rows_of_other_tables_do_not_stand_beside_each_other(tmp_path, quick, mo
     path, tables = tmp_path / "results.json", tmp_path / "tuned"
     monkeypatch.setattr(suite, "TABLES", tables)
     layer = [bench_lowrank_linear.case(shapes.Layer(24, 40, 8), 6, "fp32")]
-    for text, said in ((None, False), (None, False), ("1", True), ("1", False), ("2", True)):
-        if text:
-            tables.mkdir(exist_ok=True)
-            (tables / "op.sm90.json").write_text(text)
+    for choice, said in ((None, False), (None, False), ("a", True), ("a", False), ("b", True)):
+        if choice:
+            write_choice(tables, "op", choice)
         made = suite.run("some", layer, arguments(out=path, resume=True))
         assert ("tables changed" in capsys.readouterr().out) == said
-        assert (made["environment"]["tables"] or {}).keys() == ({"op.sm90"} if text else set())
+        assert (made["environment"]["tables"] or {}).keys() == ({"op.sm90"} if choice else set())
+
+
+@pytest.mark.parametrize(
+    "name, own",
+    [
+        ("covariance", ["covariance_update", "conv_covariance_update"]),
+        ("lowrank_linear", ["lowrank_linear"]),
+        ("model", list(tuners.TUNERS)),
+    ],
+)
+def test_tables_of_ops_that_a_suite_does_not_run_change_nothing_for_it(tmp_path, quick, monkeypatch, capsys, name, own):
+    path, tables = tmp_path / "results.json", tmp_path / "tuned"
+    monkeypatch.setattr(suite, "TABLES", tables)
+    layer = [bench_lowrank_linear.case(shapes.Layer(24, 40, 8), 6, "fp32")]
+    suite.run(name, layer, arguments(out=path, resume=True))
+    for op in tuners.TUNERS:
+        write_choice(tables, op, "a")
+        suite.run(name, layer, arguments(out=path, resume=True))
+        assert ("tables changed" in capsys.readouterr().out) == (op in own)
+
+
+writings = itertools.count()
+
+
+def write_choice(tables, op, choice):
+    """As the tuner does, which says when; the time is another at every writing."""
+    facts = {"device": "a GPU", "triton": "3", "commit": "abc", "date": f"day {next(writings)}"}
+    entries = [{"shape": {"tokens": 1}, "impl": "cuda", "config": {"kernel": choice}, "us": 1.0}]
+    tune.write_table(op, "sm90", facts, entries, tables)
 
 
 def test_a_device_that_refuses_all_work_is_seen(monkeypatch, capsys):

@@ -310,10 +310,17 @@ def test_progress_of_a_shorter_search_is_not_taken_for_a_longer_one(tmp_path, se
     assert tune.tune(Fake(), CPU, 50, 0.1, progress, folder) == 0 and searched == [1, 2, 3, 1, 2, 3]
 
 
-def test_the_command_hands_everything_on(tmp_path, monkeypatch):
-    """As on a GPU, up to the search itself: a search of which nothing is wanted but what ships, and one without end."""
-    given = []
+@pytest.fixture
+def gpu(monkeypatch):
+    """Stands for one, up to the search itself."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tune, "device_facts", lambda device: H200)
+    monkeypatch.setattr(tune, "usable", lambda device: True)
+
+
+def test_the_command_hands_everything_on(tmp_path, monkeypatch, gpu):
+    """A search of which nothing is wanted but what ships, and one without end."""
+    given = []
     monkeypatch.setattr(tune, "tune", lambda tuner, **options: given.append((tuner.op, options)) or 0)
     folders = ["--progress", str(tmp_path / "tuning"), "--tables", str(tmp_path / "tuned")]
     assert tune.main(["--budget", "9", "--steps", "0", "--commit", "abc", *folders]) == 0
@@ -326,6 +333,26 @@ def test_the_command_hands_everything_on(tmp_path, monkeypatch):
     assert tune.main(["--graded", "--op", "conv_covariance_update", *folders]) == 0 and len(given) == 2
     monkeypatch.setattr(tune, "tune", lambda tuner, **options: tune.UNFINISHED * (options["steps"] == math.inf))
     assert tune.main([]) == tune.UNFINISHED
+
+
+def test_an_op_that_broke_the_device_is_left_and_comes_last_in_the_next_process(tmp_path, monkeypatch, gpu):
+    first, *others = tune.TUNERS
+    asked = []
+
+    def breaks(tuner, progress, **options):
+        asked.append(tuner.op)
+        if tuner.op == first:
+            progress.mkdir(exist_ok=True)
+            state = {"entries": [{"shape": {"tokens": 1}}], "asked": [{"tokens": 1}, {"tokens": 2}]}
+            (progress / f"{tuner.op}.{tuner.arch(H200)}.json").write_text(json.dumps(state))
+        return tune.UNFINISHED * (tuner.op == first)
+
+    monkeypatch.setattr(tune, "tune", breaks)
+    monkeypatch.setattr(tune, "usable", lambda device: asked[-1] != first)
+    folders = ["--progress", str(tmp_path / "tuning"), "--tables", str(tmp_path / "tuned")]
+    assert tune.main(folders) == tune.UNFINISHED and asked == [first]
+    del asked[:]
+    assert tune.main(folders) == tune.UNFINISHED and asked == [*others, first]
 
 
 def test_a_kill_while_progress_is_written_costs_one_shape(tmp_path, searched, monkeypatch):

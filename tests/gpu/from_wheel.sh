@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The GPU tests of a wheel that was built elsewhere, with the torch, Triton and pytest at hand and without a network:
+# The GPU tests of a wheel that was built elsewhere, with the torch, Triton and pytest of python3 (or of $PYTHON) and
+# without a network:
 #   tests/gpu/from_wheel.sh dist/lowrank_ops-*.whl [SECONDS]
 # The CUDA kernels come first, then the Triton kernels, which have to be compiled: where pytest-xdist is there, in
 # several processes, and where pytest-timeout is there, for 90 seconds a test at most. Memcheck and racecheck of a small
@@ -10,6 +11,8 @@
 set -uo pipefail
 tests=$(cd "$(dirname "$0")/.." && pwd)
 wheel=$(realpath "$1")
+python=$(command -v "${PYTHON:-python3}")
+[[ $python == /* ]] || python=$PWD/$python  # without following links, which lead out of a virtual environment
 budget=${2:-470}
 SECONDS=0
 work=$(mktemp -d)
@@ -46,22 +49,24 @@ step() {
 }
 
 set -e
-python3 -m venv --system-site-packages "$work/venv"
-"$work/venv/bin/python" -m pip install --quiet --no-index --no-deps --force-reinstall "$wheel"
+# Into a folder rather than a virtual environment, which would not see the packages of the one that python may lie in.
+"$python" -m pip install --quiet --no-index --no-deps --target "$work/site" "$wheel"
 cp -r "$tests" "$work/tests"  # away from the sources, so that what is tested is what was installed
 cp "$tests/../pyproject.toml" "$work"
 cd "$work"
+export PYTHONPATH=$work/site${PYTHONPATH:+:$PYTHONPATH}
+"$python" -c "import pytest, lowrank_ops; print('=== testing', lowrank_ops.__file__)"
 set +e
 
 # A test that hangs says where; -vv, over the -q of pyproject.toml, says which one, should the process be killed.
-pytest=(venv/bin/python -m pytest -vv -o faulthandler_timeout=60 -m gpu)
+pytest=("$python" -m pytest -vv -o faulthandler_timeout=60 -m gpu)
 sanitizer=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
 
-if venv/bin/python -c "import pytest_timeout" 2> /dev/null; then
+if "$python" -c "import pytest_timeout" 2> /dev/null; then
   pytest+=(--timeout 90 --timeout-method thread)  # kernels that hang cannot be interrupted, but their process can end
 fi
 several=("${pytest[@]}")
-if venv/bin/python -c "import xdist" 2> /dev/null; then
+if "$python" -c "import xdist" 2> /dev/null; then
   several+=(-n $((($(nproc) + 1) / 2)) --maxprocesses 8)  # of which each has a CUDA context
 fi
 

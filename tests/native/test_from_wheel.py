@@ -1,9 +1,14 @@
 """The script of the GPU tests keeps to its time and says what did not run: here with stand-ins for what it starts."""
 
+import importlib.util
 import os
+import re
 import shutil
 import subprocess
+import sys
 import time
+import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -11,10 +16,9 @@ import pytest
 SCRIPT = Path(__file__).parents[1] / "gpu" / "from_wheel.sh"
 STEPS = ("CUDA kernels", "memcheck", "racecheck", "Triton covariance", "Triton linear")
 
-# Makes itself the Python of the environment that it is asked for; as pytest it is one test, which may hang or fail.
+# As pytest it is one test, which may hang or fail.
 PYTHON = """#!/bin/bash
 case "$*" in
-  "-m venv"*) mkdir -p "$4/bin" && cp "$0" "$4/bin/python" ;;
   "-m pytest"*)
     echo "collected 3 items"
     echo "a_test.py::first PASSED [ 33%]"
@@ -84,3 +88,64 @@ def test_a_hang_costs_its_own_step_only(tmp_path: Path, hangs: str) -> None:
     assert "CUT: of 3 tests 1 ended" in said["CUDA kernels"]
     for step in STEPS[1:]:
         assert ("CUT" if hangs == "pytest" else "3 passed") in said[step]
+
+
+def test_packages_of_the_environment_that_python_is_in_are_seen(tmp_path: Path) -> None:
+    """Where python3 lies in a virtual environment, torch and pytest are that one's; the wheel comes before all."""
+    environment, folder = tmp_path / "environment", tmp_path / "path"
+    venv.create(environment, symlinks=True)
+    inner = environment / "bin" / "python"
+    site = subprocess.check_output([inner, "-c", "import site; print(site.getsitepackages()[0])"], text=True).strip()
+    for package in ("pytest", "lowrank_ops"):
+        (Path(site) / f"{package}.py").touch()
+    modules = Path(importlib.util.find_spec("pip").submodule_search_locations[0]).parent
+    (Path(site) / "pip.pth").write_text(str(modules))
+    folder.mkdir()
+    python = folder / "python3"
+    python.write_text(f'#!/bin/bash\n[[ "$2" == pytest ]] && echo "1 passed" && exit 0\nexec {inner} "$@"\n')
+    python.chmod(0o755)
+    wheel = tmp_path / "lowrank_ops-0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("lowrank_ops/__init__.py", "")
+        archive.writestr("lowrank_ops-0.dist-info/METADATA", "Metadata-Version: 2.1\nName: lowrank_ops\nVersion: 0\n")
+        archive.writestr(
+            "lowrank_ops-0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        archive.writestr("lowrank_ops-0.dist-info/RECORD", "")
+    path = f"{folder}{os.pathsep}{os.environ['PATH']}"
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    result = subprocess.run(
+        ["bash", SCRIPT, wheel, "60"],
+        env={**environ, "PATH": path, "CUDA_HOME": str(folder)},
+        capture_output=True,
+        text=True,
+    )
+    assert "1 passed" in result.stdout, result.stderr
+    tested = re.search(r"=== testing (.*)", result.stdout)
+    assert tested and tested[1].endswith("/site/lowrank_ops/__init__.py")
+
+
+REFUSED = """
+import pytest, torch
+torch.cuda.synchronize = lambda: None
+def refuse():
+    raise RuntimeError("refused")
+def test_first():
+    torch.cuda.synchronize = refuse
+    raise ValueError("illegal access")
+def test_second():
+    torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_a_device_that_refuses_a_process_is_not_told_of_the_tests_behind(tmp_path: Path, several: bool) -> None:
+    shutil.copy(SCRIPT.parent / "conftest.py", tmp_path)
+    (tmp_path / "test_it.py").write_text(REFUSED)
+    (tmp_path / "pytest.ini").write_text("[pytest]")
+    command = [sys.executable, "-m", "pytest", "-v", *(["-n", "1"] if several else [])]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 1 and "ValueError: illegal access" in result.stdout, result.stdout + result.stderr
+    assert "FAILED test_it.py::test_second" not in result.stdout
+    told = "PASSED test_it.py::test_second" if several else "the device takes no more work from this process: refused"
+    assert told in result.stdout
