@@ -129,9 +129,11 @@ __device__ __forceinline__ uint32_t address_in_block(uint32_t address, int rank)
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
   return there;
 }
-// Arrives at a barrier of any block of the cluster.
+// Arrives at a barrier of any block of the cluster: what this thread had to read has been read. Nothing written goes with
+// it: to the cluster's scope it would be published by a fence for the whole device, which waits for all that the thread
+// has stored or added in memory.
 __device__ __forceinline__ void arrive_in_block(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 // Brings the box at (x, y) to all blocks of the cluster that have a bit in `blocks`, to the same place in each; each is
 // told by its own barrier in the place of `barrier`.

@@ -28,7 +28,8 @@ struct Block {
 
 __device__ void produce(const CUtensorMap* map, const Block& block, const Stages& pipeline) {
   constexpr uint16_t kBoth = (1 << kBlocks) - 1;
-  for (int step = 0; step < block.steps; ++step) {
+  int step = 0;
+  for (; step < block.steps; ++step) {
     sm90::wait(pipeline.empty(step), Stages::parity(step) ^ 1);  // the first round finds its stages empty
     sm90::arrive_expecting(pipeline.full(step), block.diagonal() ? wide::kColumnBytes : wide::kStageBytes);
     const int token = static_cast<int>(block.tokens.begin) + step * wide::kTokens;
@@ -41,6 +42,9 @@ __device__ void produce(const CUtensorMap* map, const Block& block, const Stages
       sm90::copy_box(pipeline.stage(step) + wide::kColumnBytes + box * wide::kBoxBytes, map,
                      static_cast<int>(block.first_row()) + box * wide::kBoxFeatures, token, pipeline.full(step));
   }
+  // A block that has ended must not be told anything: it waits until the other one, too, has read all that it brought.
+  for (const int end = step + kStages; step < end; ++step)
+    sm90::wait(pipeline.empty(step), Stages::parity(step) ^ 1);
 }
 
 // A warp has read a stage: one lane tells each block, which writes to it.
@@ -137,7 +141,9 @@ __device__ __forceinline__ void consume(const Arguments& args, const Block& bloc
   }
 }
 
+// All threads of the block.
 __device__ void flush_sums(const Sums& sums, const Arguments& args, const Block& block) {
+  __syncthreads();
   const int64_t feature = block.first_row() + threadIdx.x;
   if (threadIdx.x >= wide::kRows || feature >= args.features) return;
   const double sum = sums.of_column(threadIdx.x);
@@ -170,7 +176,7 @@ __global__ void __launch_bounds__(wide::kThreads, 1)
     sm90::fence_barrier_init();
   }
   __syncthreads();
-  // Nobody may write to a block that has not started, nor to one that has ended.
+  // Nobody may write to a block that has not started.
   sm90::arrive_cluster();
   sm90::wait_cluster();
   if (threadIdx.x < kConsumers) {
@@ -181,8 +187,6 @@ __global__ void __launch_bounds__(wide::kThreads, 1)
     if (threadIdx.x == kConsumers) produce(&map, block, pipeline);
     __syncwarp();
   }
-  sm90::arrive_cluster();
-  sm90::wait_cluster();
   if (block.diagonal()) flush_sums(sums, args, block);
 }
 

@@ -75,6 +75,8 @@ struct Block {
         bring<kPeers>(stage(step) + box * p::kUpBoxBytes, &maps.up, box * p::kBox, row, p::up_box_rows(kVariant),
                       full(step));
     }
+    // A block that has ended must not be told anything: it waits until its peer, too, has read all that it brought.
+    for (const int end = step + kStages; kPeers > 1 && step < end; ++step) sm90::wait(empty(step), parity(step) ^ 1);
   }
 
   // A box; where blocks of the cluster have it in common, this block's rows of it, to all of them.
@@ -287,10 +289,6 @@ __global__ void __launch_bounds__(p::Variant{kRanks, kCluster, kGroups, kPeers}.
     if (threadIdx.x == kConsumers) block.produce(maps);
     __syncwarp();
     if constexpr (kCluster > 1) sm90::wait_cluster();
-  }
-  if constexpr (kPeers > 1) {  // nor to one that has ended
-    sm90::arrive_cluster();
-    sm90::wait_cluster();
   }
 }
 

@@ -47,6 +47,7 @@ class Kernel(NamedTuple):
     shared: int  # static bytes per block
     opcodes: dict[str, int]  # first word of the opcode -> count
     products: dict[str, int]  # tensor-core opcodes in full -> count
+    device_fences: int = 0  # that wait for all that a thread has written to be seen by the whole device
 
     def has(self, opcode: str) -> bool:
         return self.opcodes.get(opcode, 0) > 0
@@ -90,6 +91,7 @@ def kernels(binary: Path) -> list[Kernel]:
                     *usage[arch, symbol],
                     Counter(opcode.split(".")[0] for opcode in opcodes),
                     Counter(opcode for opcode in opcodes if "MMA" in opcode.split(".")[0]),
+                    sum(opcode.startswith("MEMBAR") and opcode.endswith(".GPU") for opcode in opcodes),
                 )
             )
     assert len(found) == len(usage), "the two reports tell of different kernels"
@@ -131,6 +133,10 @@ def faults(kernel: Kernel) -> list[str]:
         product = "HMMA.1688.F32.TF32" if "Tf32" in kernel.symbol else "HMMA.16816.F32"
         if not any(opcode.startswith(product) for opcode in kernel.products):
             found.append(f"no {product}: {kernel.products or 'no products'}")
+    # The barrier of a cluster publishes what was written; giving a stage back to other blocks, in the loop, must not.
+    barriers = kernel.opcodes.get("UCGABAR_ARV", 0)
+    if "UTMALDG" in NEEDS.get(kernel.name, ()) and kernel.device_fences > barriers:
+        found.append(f"{kernel.device_fences} fences for the device, {barriers} barriers of the cluster")
     # Source::aligned_matrix is the enumerator 1.
     if kernel.name == "covariance_sm80" and "SourceE1E" in kernel.symbol and not kernel.has("LDGSTS"):
         found.append("no LDGSTS: the copies are not asynchronous")

@@ -123,6 +123,25 @@ def test_the_gate_sees_bad_kernels(tmp_path: Path) -> None:
             assert fault in found[kernel]
 
 
+# A barrier of another block, told at the cluster's scope: the thread first waits for its store.
+PUBLISHING = """
+namespace { __global__ void prefill_sm90(float* y, unsigned barrier) {
+  for (int i = 0; i < 9; ++i) {
+    y[i] = 1;
+    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+  }
+} }
+void launch(float* y) { prefill_sm90<<<1, 32>>>(y, 0); }
+"""
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_the_gate_sees_fences_for_the_device(tmp_path: Path) -> None:
+    assert "fences for the device, 0 barriers" in faults_of(PUBLISHING, "90a", tmp_path)["prefill_sm90"]
+    relaxed = PUBLISHING.replace(".release.cluster", "")
+    assert "fences for the device" not in faults_of(relaxed, "90a", tmp_path)["prefill_sm90"]
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 def test_the_gate_sees_serialised_products(tmp_path: Path) -> None:
     assert "HGMMA: serialised" in faults_of(SERIALISED, "90a", tmp_path)["covariance_sm90"]
@@ -136,6 +155,8 @@ def test_the_gate_counts() -> None:
     assert "too many" in machine_code.faults(good._replace(registers=128))[0]
     assert "serialised" in machine_code.faults(good._replace(opcodes={**good.opcodes, "WARPGROUP": 5}))[0]
     assert "static shared" in machine_code.faults(good._replace(shared=50000))[0]
+    assert "1 fences for the device" in machine_code.faults(good._replace(device_fences=1))[0]
+    assert not machine_code.faults(good._replace(device_fences=1, opcodes={**good.opcodes, "UCGABAR_ARV": 1}))
     copies = machine_code.Kernel("covariance_sm80", "SourceE1E", "sm_80", 128, 0, 0, {}, {"HMMA.16816.F32.BF16": 1})
     assert "no LDGSTS" in machine_code.faults(copies)[0]
     tf32 = copies._replace(symbol="4Tf32ELNS_6SourceE0E")

@@ -119,8 +119,8 @@ FAULTS = {
     ),
     "covariance_sm90_wide: a stage is overwritten before it is given back": Fault(
         "covariance/covariance_sm90_wide",
-        "sm90::wait(pipeline.empty(step), Stages::parity(step) ^ 1);",
-        "",
+        "sm90::wait(pipeline.empty(step), Stages::parity(step) ^ 1);  // the first",
+        "// the first",
         "wide",
         f"{VALUES}|no thread can go on|more threads arrive",
     ),
@@ -133,16 +133,15 @@ FAULTS = {
     ),
     "covariance_sm90_wide: nobody waits for the other block to start": Fault(
         "covariance/covariance_sm90_wide",
-        "// Nobody may write to a block that has not started, nor to one that has ended.\n"
-        "  sm90::arrive_cluster();\n  sm90::wait_cluster();",
+        "// Nobody may write to a block that has not started.\n  sm90::arrive_cluster();\n  sm90::wait_cluster();",
         "",
         "wide",
         "it may not have started",
     ),
     "covariance_sm90_wide: nobody waits for the other block to end": Fault(
         "covariance/covariance_sm90_wide",
-        "    __syncwarp();\n  }\n  sm90::arrive_cluster();\n  sm90::wait_cluster();",
-        "    __syncwarp();\n  }\n  __syncthreads();",
+        "for (const int end = step + kStages; step < end; ++step)",
+        "while (false)",
         "wide",
         "that has not ended",
     ),
@@ -165,7 +164,7 @@ FAULTS = {
         "if (kBlocks > 1 && (x_is_left || kPeers > 1))",
         "if (false)",
         "test_every_prefill_kernel and (1-256 or 2-128)",
-        VALUES,
+        f"{VALUES}|no thread can go on|not ended",
     ),
     "prefill_sm90: a block tells the others of weights that are not theirs": Fault(
         "lowrank_linear/prefill_sm90",
@@ -183,8 +182,8 @@ FAULTS = {
     ),
     "prefill_sm90: nobody waits for a peer to end": Fault(
         "lowrank_linear/prefill_sm90",
-        "if constexpr (kPeers > 1) {  // nor to one that has ended",
-        "if constexpr (kPeers > 2) {",
+        "kPeers > 1 && step < end; ++step",
+        "kPeers > 2 && step < end; ++step",
         "test_every_prefill_kernel and 1-256",
         "that has not ended",
     ),

@@ -24,6 +24,7 @@ CASES = {
     "decode_sm80": "test_lowrank and random4 and (shape0- or shape4- or shape5-)",
     "decode_sm90": "test_lowrank and random4 and (shape7- or shape9- or shape11-)",
     "prefill_sm90": "test_lowrank and random4 and (shape12- or shape13- or shape15- or shape16-)",
+    "prefill_sm90 with a peer": "test_every_prefill_kernel and random4 and 1-256",
 }
 FAULTS = {
     "covariance_sm80": ("covariance/covariance_sm80", "__syncthreads();  // this step has been stored", "//"),
@@ -35,8 +36,8 @@ FAULTS = {
     "covariance_sm90: no fence": ("covariance/covariance_sm90", "sm90::fence_before_copies();", ""),
     "covariance_sm90_wide": (
         "covariance/covariance_sm90_wide",
-        "  sm90::arrive_cluster();\n  sm90::wait_cluster();\n  if (block.diagonal()) flush_sums(sums, args, block);",
-        "  if (block.diagonal()) flush_sums(sums, args, block);\n  sm90::arrive_cluster();\n  sm90::wait_cluster();",
+        "__syncthreads();\n  const int64_t feature",
+        "const int64_t feature",
     ),
     "covariance_sm90_wide: no fence": ("covariance/covariance_sm90_wide", "sm90::fence_before_copies();", ""),
     "decode_sm80": ("lowrank_linear/decode_sm80", "wait_for_predecessor();", ""),
