@@ -8,7 +8,7 @@
 
 namespace lowrank_ops::lowrank_linear {
 
-// y sigmoid(x), to a few units in float32's last place: y is rounded to 16 bits. Far below zero it is zero.
+// y sigmoid(x), to some units in float32's last place, more with |x|: it is rounded to 16 bits. Far below zero it is zero.
 __device__ __forceinline__ float times_sigmoid(float y, float x) { return __fdividef(y, 1.0f + __expf(-x)); }
 
 __device__ __forceinline__ float activate(float y, Activation activation) {
