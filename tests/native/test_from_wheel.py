@@ -144,7 +144,8 @@ def test_a_device_that_refuses_a_process_is_not_told_of_the_tests_behind(tmp_pat
     (tmp_path / "test_it.py").write_text(REFUSED)
     (tmp_path / "pytest.ini").write_text("[pytest]")
     command = [sys.executable, "-m", "pytest", "-v", *(["-n", "1"] if several else [])]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    result = subprocess.run(command, cwd=tmp_path, env=alone, capture_output=True, text=True)
     assert result.returncode == 1 and "ValueError: illegal access" in result.stdout, result.stdout + result.stderr
     assert "FAILED test_it.py::test_second" not in result.stdout
     told = "PASSED test_it.py::test_second" if several else "the device takes no more work from this process: refused"
