@@ -1,9 +1,10 @@
 """CUDA C++ covariance updates: ``csrc/covariance``. What they can run, the planner says.
 
-Sums are taken in float32 over at most 2048 tokens, then in the state's dtype, in an order that does not change between
-runs. float32 inputs are multiplied as three bfloat16 products: relative error about 2^-17 of ``|x_i x_j|``; with
-``allow_tf32`` as one product of factors that are rounded to the nearest TensorFloat-32: within 2^-10, and leaning to
-neither side. bfloat16 and float16 products are exact. Sums of rows are of what was given, never of TensorFloat-32.
+Sums are taken in float32 over at most 2048 tokens (4096 by ``covariance_sm90_wide``), then in the state's dtype, in an
+order that does not change between runs. float32 inputs are multiplied as three bfloat16 products: relative error about
+2^-17 of ``|x_i x_j|``; with ``allow_tf32`` as one product of factors that are rounded to the nearest TensorFloat-32:
+within 2^-10, and leaning to neither side. bfloat16 and float16 products are exact. Sums of rows are of what was given,
+never of TensorFloat-32.
 """
 
 from __future__ import annotations
