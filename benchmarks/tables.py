@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .suite import RESULTS, load
+from .targets import AUTO as OURS
 
 README = Path(__file__).parent.parent / "README.md"
 MARKS = {
@@ -16,7 +17,6 @@ MARKS = {
     "gpu": ("<!-- gpu tables: python -m benchmarks.tables --write -->", "<!-- end of gpu tables -->"),
 }
 NOT_MEASURED = "not measured"
-OURS = "lowrank_ops auto"
 MODES = {
     "inference_mode": "Python and dispatch of one call under `inference_mode`",
     "no_grad": "Python and dispatch of one call under `no_grad`",

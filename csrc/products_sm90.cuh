@@ -28,14 +28,14 @@ namespace lowrank_ops::sm90 {
 #define LRO_SUMS_FOR_32(d) LRO_SUMS(d, 0)
 #define LRO_NAMES_FOR_64 LRO_NAMES_0 ", " LRO_NAMES_16
 #define LRO_SUMS_FOR_64(d) LRO_SUMS(d, 0), LRO_SUMS(d, 16)
-#define LRO_NAMES_FOR_96 LRO_NAMES_0 ", " LRO_NAMES_16 ", " LRO_NAMES_32
-#define LRO_SUMS_FOR_96(d) LRO_SUMS(d, 0), LRO_SUMS(d, 16), LRO_SUMS(d, 32)
-#define LRO_NAMES_FOR_128 LRO_NAMES_0 ", " LRO_NAMES_16 ", " LRO_NAMES_32 ", " LRO_NAMES_48
-#define LRO_SUMS_FOR_128(d) LRO_SUMS(d, 0), LRO_SUMS(d, 16), LRO_SUMS(d, 32), LRO_SUMS(d, 48)
 #define LRO_NAMES_FOR_80 LRO_NAMES_0 ", " LRO_NAMES_16 ", " LRO_HALF_32
 #define LRO_SUMS_FOR_80(d) LRO_SUMS(d, 0), LRO_SUMS(d, 16), LRO_HALF_OF_SUMS(d, 32)
+#define LRO_NAMES_FOR_96 LRO_NAMES_0 ", " LRO_NAMES_16 ", " LRO_NAMES_32
+#define LRO_SUMS_FOR_96(d) LRO_SUMS(d, 0), LRO_SUMS(d, 16), LRO_SUMS(d, 32)
 #define LRO_NAMES_FOR_112 LRO_NAMES_0 ", " LRO_NAMES_16 ", " LRO_NAMES_32 ", " LRO_HALF_48
 #define LRO_SUMS_FOR_112(d) LRO_SUMS(d, 0), LRO_SUMS(d, 16), LRO_SUMS(d, 32), LRO_HALF_OF_SUMS(d, 48)
+#define LRO_NAMES_FOR_128 LRO_NAMES_0 ", " LRO_NAMES_16 ", " LRO_NAMES_32 ", " LRO_NAMES_48
+#define LRO_SUMS_FOR_128(d) LRO_SUMS(d, 0), LRO_SUMS(d, 16), LRO_SUMS(d, 32), LRO_SUMS(d, 48)
 #define LRO_NAMES_FOR_144 LRO_NAMES_0 ", " LRO_NAMES_16 ", " LRO_NAMES_32 ", " LRO_NAMES_48 ", " LRO_HALF_64
 #define LRO_SUMS_FOR_144(d) LRO_SUMS(d, 0), LRO_SUMS(d, 16), LRO_SUMS(d, 32), LRO_SUMS(d, 48), LRO_HALF_OF_SUMS(d, 64)
 #define LRO_NAMES_FOR_160 LRO_NAMES_0 ", " LRO_NAMES_16 ", " LRO_NAMES_32 ", " LRO_NAMES_48 ", " LRO_NAMES_64
@@ -67,32 +67,23 @@ struct TransposedProduct;
     }                                                                                                        \
   }
 
-LRO_PRODUCT(Product, "0, 0", __nv_bfloat16, "bf16", 32, "%16", "%17", "%18");
-LRO_PRODUCT(Product, "0, 0", __half, "f16", 32, "%16", "%17", "%18");
-LRO_PRODUCT(Product, "0, 0", __nv_bfloat16, "bf16", 64, "%32", "%33", "%34");
-LRO_PRODUCT(Product, "0, 0", __half, "f16", 64, "%32", "%33", "%34");
-LRO_PRODUCT(Product, "0, 0", __nv_bfloat16, "bf16", 96, "%48", "%49", "%50");
-LRO_PRODUCT(Product, "0, 0", __half, "f16", 96, "%48", "%49", "%50");
-LRO_PRODUCT(Product, "0, 0", __nv_bfloat16, "bf16", 128, "%64", "%65", "%66");
-LRO_PRODUCT(Product, "0, 0", __half, "f16", 128, "%64", "%65", "%66");
-LRO_PRODUCT(Product, "0, 0", __nv_bfloat16, "bf16", 80, "%40", "%41", "%42");
-LRO_PRODUCT(Product, "0, 0", __half, "f16", 80, "%40", "%41", "%42");
-LRO_PRODUCT(Product, "0, 0", __nv_bfloat16, "bf16", 112, "%56", "%57", "%58");
-LRO_PRODUCT(Product, "0, 0", __half, "f16", 112, "%56", "%57", "%58");
-LRO_PRODUCT(Product, "0, 0", __nv_bfloat16, "bf16", 144, "%72", "%73", "%74");
-LRO_PRODUCT(Product, "0, 0", __half, "f16", 144, "%72", "%73", "%74");
-LRO_PRODUCT(Product, "0, 0", __nv_bfloat16, "bf16", 160, "%80", "%81", "%82");
-LRO_PRODUCT(Product, "0, 0", __half, "f16", 160, "%80", "%81", "%82");
-LRO_PRODUCT(Product, "0, 0", __nv_bfloat16, "bf16", 176, "%88", "%89", "%90");
-LRO_PRODUCT(Product, "0, 0", __half, "f16", 176, "%88", "%89", "%90");
-LRO_PRODUCT(Product, "0, 0", __nv_bfloat16, "bf16", 192, "%96", "%97", "%98");
-LRO_PRODUCT(Product, "0, 0", __half, "f16", 192, "%96", "%97", "%98");
-LRO_PRODUCT(Product, "0, 0", __nv_bfloat16, "bf16", 256, "%128", "%129", "%130");
-LRO_PRODUCT(Product, "0, 0", __half, "f16", 256, "%128", "%129", "%130");
-LRO_PRODUCT(TransposedProduct, "1, 1", __nv_bfloat16, "bf16", 128, "%64", "%65", "%66");
-LRO_PRODUCT(TransposedProduct, "1, 1", __half, "f16", 128, "%64", "%65", "%66");
-LRO_PRODUCT(TransposedProduct, "1, 1", __nv_bfloat16, "bf16", 256, "%128", "%129", "%130");
-LRO_PRODUCT(TransposedProduct, "1, 1", __half, "f16", 256, "%128", "%129", "%130");
+#define LRO_PRODUCTS(Name, transposed, columns, left, right, flag)                        \
+  LRO_PRODUCT(Name, transposed, __nv_bfloat16, "bf16", columns, left, right, flag);         \
+  LRO_PRODUCT(Name, transposed, __half, "f16", columns, left, right, flag)
+
+LRO_PRODUCTS(Product, "0, 0", 32, "%16", "%17", "%18");
+LRO_PRODUCTS(Product, "0, 0", 64, "%32", "%33", "%34");
+LRO_PRODUCTS(Product, "0, 0", 80, "%40", "%41", "%42");
+LRO_PRODUCTS(Product, "0, 0", 96, "%48", "%49", "%50");
+LRO_PRODUCTS(Product, "0, 0", 112, "%56", "%57", "%58");
+LRO_PRODUCTS(Product, "0, 0", 128, "%64", "%65", "%66");
+LRO_PRODUCTS(Product, "0, 0", 144, "%72", "%73", "%74");
+LRO_PRODUCTS(Product, "0, 0", 160, "%80", "%81", "%82");
+LRO_PRODUCTS(Product, "0, 0", 176, "%88", "%89", "%90");
+LRO_PRODUCTS(Product, "0, 0", 192, "%96", "%97", "%98");
+LRO_PRODUCTS(Product, "0, 0", 256, "%128", "%129", "%130");
+LRO_PRODUCTS(TransposedProduct, "1, 1", 128, "%64", "%65", "%66");
+LRO_PRODUCTS(TransposedProduct, "1, 1", 256, "%128", "%129", "%130");
 
 // (64 x 16) (16 x 64), the left one in registers.
 template <class Element>
@@ -160,6 +151,7 @@ __device__ __forceinline__ void load_shared(uint32_t (&words)[4], uint32_t addre
 }
 
 #undef LRO_REGISTER_PRODUCT
+#undef LRO_PRODUCTS
 #undef LRO_PRODUCT
 
 }  // namespace lowrank_ops::sm90

@@ -4,10 +4,11 @@
 // is taken as it lies: the instruction transposes both operands. As in covariance_sm80.cu the accumulators are added to
 // the state every 2048 tokens, and blocks that share a tile leave partial tiles for add_partials.cu.
 
+#include "../pipeline_sm90.cuh"
 #include "../products_sm90.cuh"
 #include "../tensor_map.h"
+#include "column_sums.cuh"
 #include "covariance.h"
-#include "pipeline.cuh"
 #include "state.cuh"
 
 namespace lowrank_ops::covariance {
@@ -25,7 +26,7 @@ struct Block {
   __device__ bool diagonal() const { return tile.row == tile.col; }
 };
 
-using Stages = Pipeline<kStages, kStageBytes>;
+using Stages = sm90::Pipeline<kStages, kStageBytes>;
 
 __device__ void produce(const CUtensorMap* map, const Block& block, const Stages& pipeline) {
   const int operands = block.diagonal() ? 1 : 2;

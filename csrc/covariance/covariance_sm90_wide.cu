@@ -3,10 +3,11 @@
 // Two blocks on two multiprocessors bring the columns of their square to each other, so that a stage is given back when
 // both have multiplied it. The accumulators are added to the state where it lies, in memory, and nobody waits for it.
 
+#include "../pipeline_sm90.cuh"
 #include "../products_sm90.cuh"
 #include "../tensor_map.h"
+#include "column_sums.cuh"
 #include "covariance.h"
-#include "pipeline.cuh"
 #include "state.cuh"
 #include "wide_tiles.h"
 
@@ -14,7 +15,7 @@ namespace lowrank_ops::covariance {
 namespace {
 
 using wide::kAccumulators, wide::kBlocks, wide::kConsumers, wide::kSquare, wide::kStages;
-using Stages = Pipeline<kStages, wide::kStageBytes>;
+using Stages = sm90::Pipeline<kStages, wide::kStageBytes>;
 
 struct Block {
   Tile square;

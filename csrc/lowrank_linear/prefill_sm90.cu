@@ -8,6 +8,7 @@
 
 #include <utility>
 
+#include "../pipeline_sm90.cuh"
 #include "../products_sm90.cuh"
 #include "../tensor_map.h"
 #include "back_to_back.h"
@@ -39,44 +40,38 @@ struct Block {
   static constexpr int kColumns = kVariant.columns();
   static constexpr int kSteps = kVariant.steps();
   static constexpr int kStages = p::stages(kVariant);
-  static constexpr int kStageBytes = p::stage_bytes(kVariant);
   static_assert(p::exists(kVariant) && kStages >= 2);
+  using Stages = sm90::Pipeline<kStages, p::stage_bytes(kVariant)>;
 
   const Arguments& args;
-  uint32_t shared;  // address of the first stage
+  Stages pipeline;
   int place;        // in the cluster
   int rank;         // among the blocks that share tokens
   int64_t first_token;
   int down_steps;
   int tiles;        // of up
 
-  // A stage's pair of barriers, by the number of the step that uses it.
-  __device__ uint32_t full(int step) const { return shared + p::barrier_offset(kVariant) + step % kStages * 16; }
-  __device__ uint32_t empty(int step) const { return full(step) + 8; }
-  __device__ uint32_t stage(int step) const { return shared + step % kStages * kStageBytes; }
-  __device__ static int parity(int step) { return step / kStages % 2; }
-
   // One thread.
   __device__ void produce(const Maps& maps) const {
     int step = 0;
     for (; step < down_steps; ++step) {
-      sm90::wait(empty(step), parity(step) ^ 1);  // the first round finds its stages empty
-      sm90::arrive_expecting(full(step), p::down_step_bytes(kVariant));
-      bring<kCluster>(stage(step), &maps.x, step * p::kBox, static_cast<int>(first_token), p::x_box_rows(kVariant),
-                      full(step));
-      bring<kPeers>(stage(step) + p::x_bytes(kGroups), &maps.down, step * p::kBox, rank * kColumns,
-                    p::down_box_rows(kVariant), full(step));
+      sm90::wait(pipeline.empty(step), Stages::parity(step) ^ 1);  // the first round finds its stages empty
+      sm90::arrive_expecting(pipeline.full(step), p::down_step_bytes(kVariant));
+      bring<kCluster>(pipeline.stage(step), &maps.x, step * p::kBox, static_cast<int>(first_token), p::x_box_rows(kVariant),
+                      pipeline.full(step));
+      bring<kPeers>(pipeline.stage(step) + p::x_bytes(kGroups), &maps.down, step * p::kBox, rank * kColumns,
+                    p::down_box_rows(kVariant), pipeline.full(step));
     }
     for (int n = 0; n < tiles; ++n, ++step) {
-      sm90::wait(empty(step), parity(step) ^ 1);
-      sm90::arrive_expecting(full(step), p::up_step_bytes(kRanks));
+      sm90::wait(pipeline.empty(step), Stages::parity(step) ^ 1);
+      sm90::arrive_expecting(pipeline.full(step), p::up_step_bytes(kRanks));
       const int row = static_cast<int>(p::up_tile(rank, n, kCluster)) * p::kOutputs;
       for (int box = 0; box < p::up_boxes(kRanks); ++box)
-        bring<kPeers>(stage(step) + box * p::kUpBoxBytes, &maps.up, box * p::kBox, row, p::up_box_rows(kVariant),
-                      full(step));
+        bring<kPeers>(pipeline.stage(step) + box * p::kUpBoxBytes, &maps.up, box * p::kBox, row, p::up_box_rows(kVariant),
+                      pipeline.full(step));
     }
     // A block that has ended must not be told anything: it waits until its peer, too, has read all that it brought.
-    for (const int end = step + kStages; kPeers > 1 && step < end; ++step) sm90::wait(empty(step), parity(step) ^ 1);
+    for (const int end = step + kStages; kPeers > 1 && step < end; ++step) sm90::wait(pipeline.empty(step), Stages::parity(step) ^ 1);
   }
 
   // A box; where blocks of the cluster have it in common, this block's rows of it, to all of them.
@@ -94,9 +89,9 @@ struct Block {
   __device__ __forceinline__ void give_back(int step, int consumer, bool x_is_left) const {
     if (consumer % 32 >= kBlocks) return;
     if (kBlocks > 1 && (x_is_left || kPeers > 1))
-      sm90::arrive_in_block(sm90::address_in_block(empty(step), consumer % 32));
+      sm90::arrive_in_block(sm90::address_in_block(pipeline.empty(step), consumer % 32));
     else
-      sm90::arrive(empty(step));
+      sm90::arrive(pipeline.empty(step));
   }
 
   // The consumers' part.
@@ -122,11 +117,11 @@ struct Block {
       // On the way while the products are made. Three warpgroups lack the registers, and hide each other's waiting.
       Element bias[p::kOutputs / 4];
       if constexpr (kGroups == 2) fetch_bias(bias, consumer, first);
-      sm90::wait(full(step), parity(step));
+      sm90::wait(pipeline.full(step), Stages::parity(step));
       sm90::fence_products();
 #pragma unroll
       for (int k = 0; k < kSteps; ++k)
-        sm90::RegisterProduct<Element>::add(acc, t[k], p::descriptor(stage(step) + p::up_start(k)), k > 0);
+        sm90::RegisterProduct<Element>::add(acc, t[k], p::descriptor(pipeline.stage(step) + p::up_start(k)), k > 0);
       sm90::commit_products();
       sm90::wait_products<0>();
       give_back(step, consumer, false);
@@ -142,12 +137,12 @@ struct Block {
 
   __device__ __forceinline__ void multiply_down(float (&acc)[kColumns / 2], int consumer) const {
     for (int step = 0; step < down_steps; ++step) {
-      sm90::wait(full(step), parity(step));
+      sm90::wait(pipeline.full(step), Stages::parity(step));
       sm90::fence_products();
 #pragma unroll
       for (int k = 0; k < p::kBox / p::kStep; ++k)
-        sm90::Product<Element, kColumns>::add(acc, p::descriptor(stage(step) + p::x_start(consumer / 128, k)),
-                                              p::descriptor(stage(step) + p::down_start(k, kGroups)), step > 0 || k > 0);
+        sm90::Product<Element, kColumns>::add(acc, p::descriptor(pipeline.stage(step) + p::x_start(consumer / 128, k)),
+                                              p::descriptor(pipeline.stage(step) + p::down_start(k, kGroups)), step > 0 || k > 0);
       sm90::commit_products();
       sm90::wait_products<1>();  // this step's may run on, the one before has been read
       if (step > 0) give_back(step - 1, consumer, true);
@@ -165,7 +160,7 @@ struct Block {
 #pragma unroll
         for (int w = 0; w < 4; ++w) t[step][w] = mine[step][w];
     } else {
-      const uint32_t start = shared + p::exchange_offset(kVariant);
+      const uint32_t start = pipeline.stages + p::exchange_offset(kVariant);
       for (int block = 0; block < kCluster; ++block) {
         const uint32_t there = sm90::address_in_block(start, block);
 #pragma unroll
@@ -257,8 +252,9 @@ __global__ void __launch_bounds__(p::Variant{kRanks, kCluster, kGroups, kPeers}.
   constexpr int kConsumers = ThisBlock::kVariant.consumers();
   constexpr int kBlocks = ThisBlock::kBlocks;
   const int place = kBlocks == 1 ? 0 : sm90::rank_in_cluster(), rank = kCluster == 1 ? 0 : place;
+  const uint32_t first_stage = static_cast<uint32_t>(round_up(sm90::shared_address(unaligned), p::kAlignment));
   const ThisBlock block{args,
-                        static_cast<uint32_t>(round_up(sm90::shared_address(unaligned), p::kAlignment)),
+                        {first_stage + p::barrier_offset(ThisBlock::kVariant), first_stage},
                         place,
                         rank,
                         static_cast<int64_t>(blockIdx.x / kCluster) * ThisBlock::kVariant.tokens(),
@@ -268,10 +264,7 @@ __global__ void __launch_bounds__(p::Variant{kRanks, kCluster, kGroups, kPeers}.
     sm90::prefetch(&maps.x);
     sm90::prefetch(&maps.down);
     sm90::prefetch(&maps.up);
-    for (int stage = 0; stage < ThisBlock::kStages; ++stage) {
-      sm90::init_barrier(block.full(stage), 1);
-      sm90::init_barrier(block.empty(stage), kBlocks * kConsumers / 32);
-    }
+    block.pipeline.init(kBlocks * kConsumers / 32);
     sm90::fence_barrier_init();
   }
   __syncthreads();
