@@ -18,13 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import lowrank_ops as lro
+from lowrank_ops.ops import covariance as _op
 
 from . import shapes
 from .measure import Tensors
 from .rows import Arm, Case, on_cuda, told
 from .suite import main
-
-_op = importlib.import_module("lowrank_ops.ops.covariance")
 
 
 def cases(

@@ -7,7 +7,6 @@ core; what they do to its caches stays in, and so results are read as ratios of 
 
 from __future__ import annotations
 
-import importlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lowrank_ops as lro
+from lowrank_ops.ops import linear as _op
 from lowrank_ops.ops._eager import undisturbed
 
 from . import bench_covariance, bench_lowrank_linear, shapes
@@ -25,7 +25,6 @@ from .measure import Probe, sample, summarize
 from .rows import Case, Row, compare
 from .suite import finish, line, parser, record, run
 
-_op = importlib.import_module("lowrank_ops.ops.lowrank_linear")
 CALLS = 200  # per sample of an overhead
 QUICK_SECONDS = 0.5  # of timing per case
 MODES = {"inference_mode": torch.inference_mode, "no_grad": torch.no_grad, "backward": torch.enable_grad}

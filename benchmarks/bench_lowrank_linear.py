@@ -6,7 +6,6 @@ All arms compute one function: the dense weight is the product of the factors.
 from __future__ import annotations
 
 import functools
-import importlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -16,13 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import lowrank_ops as lro
+from lowrank_ops.ops import linear as _op
 
 from . import shapes
 from .measure import Tensors, compile_every_shape
 from .rows import Arm, Case, on_cuda
 from .suite import main
-
-_op = importlib.import_module("lowrank_ops.ops.lowrank_linear")
 
 
 def cases(

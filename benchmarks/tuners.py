@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
+from lowrank_ops.ops import covariance as _covariance
+from lowrank_ops.ops import linear as _linear
 from lowrank_ops.ops._backend import Device, choose
 from lowrank_ops.ops._native import Choice
+from lowrank_ops.ops.covariance import _cuda as _covariance_cuda
+from lowrank_ops.ops.covariance import _triton as _covariance_triton
+from lowrank_ops.ops.covariance import _triton_conv as _conv_triton
+from lowrank_ops.ops.linear import _cuda as _linear_cuda
+from lowrank_ops.ops.linear import _triton as _linear_triton
+from lowrank_ops.ops.linear import _triton_config as _linear_config
 
 from . import bench_covariance, bench_lowrank_linear, shapes
 from .rows import Case
 from .suite import META
-
-_covariance = importlib.import_module("lowrank_ops.ops.covariance")
-_linear = importlib.import_module("lowrank_ops.ops.lowrank_linear")
-_covariance_cuda = importlib.import_module("lowrank_ops.ops.covariance._cuda")
-_linear_cuda = importlib.import_module("lowrank_ops.ops.lowrank_linear._cuda")
-_covariance_triton = importlib.import_module("lowrank_ops.ops.covariance._triton")
-_conv_triton = importlib.import_module("lowrank_ops.ops.covariance._triton_conv")
-_linear_triton = importlib.import_module("lowrank_ops.ops.lowrank_linear._triton")
-_linear_config = importlib.import_module("lowrank_ops.ops.lowrank_linear._triton_config")
 
 Shape = dict[str, Any]
 Options = Mapping[str, Mapping[str, Sequence[Any]]]

@@ -9,15 +9,15 @@ import torch
 
 from . import _native
 from . import covariance as _covariance
-from . import lowrank_linear as _lowrank_linear
+from . import linear as _linear
 from ._backend import Backend, BackendUnavailableError
 from .covariance import conv_covariance_update_, covariance_finalize_, covariance_update_
-from .lowrank_linear import lowrank_linear
+from .linear import lowrank_linear
 
 _EXPLAIN: dict[str, Callable[..., str]] = {
     "covariance_update_": _covariance.explain,
     "conv_covariance_update_": _covariance.explain_conv,
-    "lowrank_linear": _lowrank_linear.explain,
+    "lowrank_linear": _linear.explain,
 }
 
 

@@ -1,7 +1,6 @@
 """The tuner without a GPU: what it would search, how it keeps its progress, and that its tables are read as written."""
 
 import dataclasses
-import importlib
 import json
 import math
 
@@ -10,16 +9,14 @@ import torch
 
 from benchmarks import tune, tuners
 from benchmarks.suite import H200, META
-from lowrank_ops.ops import _native, _tuning
+from lowrank_ops.ops import _native, _tuning, covariance, linear
 from lowrank_ops.ops._backend import choose
+from lowrank_ops.ops.covariance import _cuda as covariance_cuda
+from lowrank_ops.ops.covariance import _triton as covariance_triton
+from lowrank_ops.ops.covariance import _triton_conv as conv_triton
+from lowrank_ops.ops.linear import _cuda as linear_cuda
+from lowrank_ops.ops.linear import _triton_config as linear_config
 
-covariance = importlib.import_module("lowrank_ops.ops.covariance")
-covariance_triton = importlib.import_module("lowrank_ops.ops.covariance._triton")
-conv_triton = importlib.import_module("lowrank_ops.ops.covariance._triton_conv")
-linear = importlib.import_module("lowrank_ops.ops.lowrank_linear")
-linear_config = importlib.import_module("lowrank_ops.ops.lowrank_linear._triton_config")
-covariance_cuda = importlib.import_module("lowrank_ops.ops.covariance._cuda")
-linear_cuda = importlib.import_module("lowrank_ops.ops.lowrank_linear._cuda")
 CPU = torch.device("cpu")
 FACTS = {"device": "a GPU", "triton": "3", "commit": "abc", "date": "today"}
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from lowrank_ops.ops._specialization import Specialization
 from lowrank_ops.ops.covariance import _triton as covariance
 from lowrank_ops.ops.covariance import _triton_conv as convolution
-from lowrank_ops.ops.lowrank_linear import _triton as lowrank_linear
+from lowrank_ops.ops.linear import _triton as lowrank_linear
 
 OPS: dict[str, Callable[[int], list[Specialization]]] = {
     "covariance_update_": covariance.shipped,

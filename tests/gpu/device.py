@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lowrank_ops.ops import _native
-from lowrank_ops.ops.lowrank_linear import reference
+from lowrank_ops.ops.linear import reference
 from tests.tolerance import assert_close_to_float64
 
 needs_library = pytest.mark.skipif(not _native.LIBRARY.is_file(), reason="the native library was not built")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lowrank_ops.ops import _native, lowrank_linear
-from lowrank_ops.ops.lowrank_linear import _cuda, _triton, _triton_config, describe, explain, reference
+from lowrank_ops.ops.linear import _cuda, _triton, _triton_config, describe, explain, reference
 from tests.tolerance import assert_close_to_float64
 
 from .device import arguments, assert_right, captured, framed, needs_library, on_streams_at_once

@@ -15,7 +15,7 @@ from benchmarks import measure, shapes, tune, tuners
 from benchmarks.measure import Timing
 from benchmarks.symmetric_kernel import symmetric_product
 from lowrank_ops.ops.covariance._triton import Config
-from lowrank_ops.ops.lowrank_linear._triton_config import DecodeConfig, PrefillConfig
+from lowrank_ops.ops.linear._triton_config import DecodeConfig, PrefillConfig
 
 pytestmark = pytest.mark.interpreter
 CPU = torch.device("cpu")

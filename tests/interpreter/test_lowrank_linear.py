@@ -1,7 +1,6 @@
 """The Triton kernels of the low-rank product in Triton's CPU interpreter, against float64."""
 
 import dataclasses
-import importlib
 import os
 
 import pytest
@@ -12,8 +11,8 @@ from tests.tolerance import assert_close_to_float64
 if not os.environ.get("TRITON_INTERPRET"):
     pytest.skip("needs TRITON_INTERPRET=1 in a process of its own", allow_module_level=True)
 
-from lowrank_ops.ops import lowrank_linear
-from lowrank_ops.ops.lowrank_linear import _triton, _triton_config, _triton_decode, _triton_tile, describe, reference
+from lowrank_ops.ops import linear, lowrank_linear
+from lowrank_ops.ops.linear import _triton, _triton_config, _triton_decode, _triton_tile, describe, reference
 
 pytestmark = pytest.mark.interpreter
 
@@ -187,10 +186,9 @@ def test_scratch_needs_no_zeroing(monkeypatch):
 def test_the_op_runs_both_kernels_by_name():
     for tokens, name in ((3, "triton.decode"), (260, "triton.prefill")):
         x, down, up, bias = arguments(tokens, 24, 8, 16, torch.bfloat16)
-        module = importlib.import_module("lowrank_ops.ops.lowrank_linear")
-        assert f"{name}: runs" in module.explain(x, down, up, bias, backend="triton")
+        assert f"{name}: runs" in linear.explain(x, down, up, bias, backend="triton")
         assert_right(lowrank_linear(x, down, up, bias, activation="gelu", backend="triton"), x, down, up, bias, "gelu")
-        assert f"{name}: can run" in module.explain(x, down, up, bias)  # auto leaves the interpreter alone
+        assert f"{name}: can run" in linear.explain(x, down, up, bias)  # auto leaves the interpreter alone
 
 
 def test_leading_dimensions():

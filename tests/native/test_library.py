@@ -27,9 +27,9 @@ from lowrank_ops.ops import (
 from lowrank_ops.ops._backend import Device
 from lowrank_ops.ops.covariance import _cuda as covariance_cuda
 from lowrank_ops.ops.covariance import describe as describe_covariance
-from lowrank_ops.ops.lowrank_linear import TABLE as LOWRANK_TABLE
-from lowrank_ops.ops.lowrank_linear import _cuda as lowrank_cuda
-from lowrank_ops.ops.lowrank_linear import describe as describe_lowrank
+from lowrank_ops.ops.linear import TABLE as LOWRANK_TABLE
+from lowrank_ops.ops.linear import _cuda as lowrank_cuda
+from lowrank_ops.ops.linear import describe as describe_lowrank
 from tests.native import symbols
 
 ROOT = Path(__file__).parents[2]

@@ -2,7 +2,6 @@
 of calls: never more than holds for the next."""
 
 import copy
-import importlib
 import pickle
 
 import pytest
@@ -13,10 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lowrank_ops as lro
 from lowrank_ops.ops import Backend, lowrank_linear
+from lowrank_ops.ops import linear as op
 from lowrank_ops.ops._backend import Impl
 from lowrank_ops.ops._eager import Decisions, undisturbed, wants_gradient
-
-op = importlib.import_module("lowrank_ops.ops.lowrank_linear")
 
 
 class Seen(TorchDispatchMode):

@@ -1,6 +1,5 @@
 """The low-rank product as an op: reference, autograd, tracing, autocast, messages, and the choice of implementation."""
 
-import importlib
 import os
 import subprocess
 import sys
@@ -12,10 +11,9 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowrank_ops.ops import Backend, BackendUnavailableError, lowrank_linear
+from lowrank_ops.ops import linear as op
 from lowrank_ops.ops._backend import Device, choose
 from tests.tolerance import assert_close_to_float64
-
-op = importlib.import_module("lowrank_ops.ops.lowrank_linear")
 
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 HOPPER = Device("cuda", 0, (9, 0), 132, 232448)

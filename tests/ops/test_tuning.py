@@ -1,21 +1,17 @@
 """Tuned tables that were edited, or come from another version: what does not fit is named, and so is what would."""
 
-import importlib
 import json
 
 import pytest
 import torch
 
-from lowrank_ops.ops import _tuning
+from lowrank_ops.ops import _tuning, covariance, linear
 from lowrank_ops.ops._backend import Device, choose
-
-covariance, linear = (importlib.import_module(f"lowrank_ops.ops.{op}") for op in ("covariance", "lowrank_linear"))
-covariance_triton, conv_triton, covariance_cuda = (
-    importlib.import_module(f"lowrank_ops.ops.covariance.{name}") for name in ("_triton", "_triton_conv", "_cuda")
-)
-linear_config, linear_cuda = (
-    importlib.import_module(f"lowrank_ops.ops.lowrank_linear.{name}") for name in ("_triton_config", "_cuda")
-)
+from lowrank_ops.ops.covariance import _cuda as covariance_cuda
+from lowrank_ops.ops.covariance import _triton as covariance_triton
+from lowrank_ops.ops.covariance import _triton_conv as conv_triton
+from lowrank_ops.ops.linear import _cuda as linear_cuda
+from lowrank_ops.ops.linear import _triton_config as linear_config
 
 H100 = Device("cuda", 0, (9, 0), 132, 232448)
 TILES = {"block_d": 64, "block_t": 32, "num_warps": 4, "num_stages": 2}
