@@ -1,7 +1,8 @@
 """Low-rank layers from the subspaces that a model really uses: calibrate, measure, compress, run fast."""
 
 from . import ops
-from .calibration import calibrate, calibration
+from .calibration.calibrate import Calibrator, calibrate
+from .calibration.statistics import Covariance, Covariances, NonFiniteActivationError
 from .checkpoint import CheckpointError, load_pretrained, save_pretrained
 from .compress import compress_
 from .config import (
@@ -10,29 +11,28 @@ from .config import (
     ExplainedVariance,
     FlopBudget,
     LatencyBudget,
+    LayerLatencies,
     ParameterBudget,
     Ranks,
 )
-from .covariances import Covariance, Covariances, NonFiniteActivationError
-from .decomposition import Subspace
-from .errors import measure_errors
-from .factors import Factors, factorize
-from .finetune import FinetuneReport, finetune_
-from .latencies import LayerLatencies
-from .layers import LowRankConv2d, LowRankLinear
-from .ranks import choose_ranks
-from .recalibration import recalibrate
-from .refit import refit_factors
-from .replacement import replace_
+from .factors.factorize import Factors, factorize
+from .layers.latency import measure_latency
+from .layers.lowrank import LowRankConv2d, LowRankLinear
+from .layers.replace import replace_
+from .midpoint import recalibrate
+from .ranks.choose import choose_ranks
+from .reconstruction.sequential import refit_factors
 from .report import CompressionReport, UtilizationReport, utilization
-from .subspaces import LayerSubspaces, layer_subspaces
-from .timing import measure_latency
+from .report.measured_errors import measure_errors
+from .subspaces.layer import LayerSubspaces, layer_subspaces
+from .subspaces.principal import Subspace
+from .training import FinetuneReport, finetune_
 
 __all__ = [
     "ops",
     # calibration
     "calibrate",
-    "calibration",
+    "Calibrator",
     "recalibrate",
     "Covariance",
     "Covariances",

@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .dense_layers import dimensions, find_layers
-from .layers import LowRankConv2d, LowRankLinear
-from .replacement import swap_, tied_layers
+from .layers.lowrank import LowRankConv2d, LowRankLinear
+from .layers.replace import swap_, tied_layers
+from .models.layers import dimensions, find_layers
 from .report import CompressionReport
 
 WEIGHTS_FILE = "model.safetensors"

@@ -12,18 +12,18 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from .calibration.objectives import Sensitivity
+from .calibration.statistics import Covariances
 from .config import AccuracyGuided, CompressionConfig, ExplainedVariance, RankPolicy, Ranks
-from .covariances import Covariances
-from .dense_layers import FilterFn, find_layers
-from .factors import Factors, factorize
-from .journal import Journal, digest
-from .masks import Mask
-from .ranks import ChosenRanks, Measure, choose_ranks
-from .refit import refit_factors
-from .replacement import replace_, replaced, tied_layers
+from .factors.factorize import Factors, factorize
+from .layers.replace import replace_, replaced, tied_layers
+from .models.layers import FilterFn, find_layers
+from .models.masks import Mask
+from .ranks.choose import ChosenRanks, Measure, choose_ranks
+from .reconstruction.sequential import refit_factors
 from .report import CompressionReport
-from .sensitivity import Sensitivity
-from .subspaces import LayerSubspaces, layer_subspaces
+from .search.trial_cache import Journal, digest
+from .subspaces.layer import LayerSubspaces, layer_subspaces
 
 
 def compress_(

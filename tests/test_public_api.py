@@ -7,7 +7,7 @@ import pytest
 import lowrank_ops as lro
 
 NAMES = {
-    "AccuracyGuided", "calibrate", "calibration", "CheckpointError", "choose_ranks", "compress_", "CompressionConfig",
+    "AccuracyGuided", "calibrate", "Calibrator", "CheckpointError", "choose_ranks", "compress_", "CompressionConfig",
     "CompressionReport", "Covariance", "Covariances", "ExplainedVariance", "factorize", "Factors", "finetune_",
     "FinetuneReport", "FlopBudget", "LatencyBudget", "LayerLatencies", "measure_errors", "measure_latency",
     "layer_subspaces", "LayerSubspaces", "load_pretrained", "LowRankConv2d",

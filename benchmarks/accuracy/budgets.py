@@ -19,11 +19,11 @@ import torch
 from torch import nn
 
 import lowrank_ops as lro
-from lowrank_ops.batches import call_model
-from lowrank_ops.costs import MULTIPLICATIONS, PARAMETERS, Price, nanoseconds
 from lowrank_ops.demo.data import load_images
 from lowrank_ops.demo.vit import load_vit
-from lowrank_ops.timing import time_in_turn
+from lowrank_ops.layers.latency import time_in_turn
+from lowrank_ops.models.running import call_model
+from lowrank_ops.ranks.costs import MULTIPLICATIONS, PARAMETERS, Price, nanoseconds
 
 from .results import Results
 

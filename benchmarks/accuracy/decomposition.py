@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lowrank_ops.decomposition import Leading, subspace_iteration
 from lowrank_ops.report import format_table
+from lowrank_ops.subspaces.principal import Leading, subspace_iteration
 
 HEADER = ("features", "method", "rank", "spectrum", "seconds", "of eigh", "excess", "bound", "lost of top half")
 METHODS = ("eigh", "eigenvalues", "iteration", "float32")

@@ -19,13 +19,13 @@ from ..config import (
     ExplainedVariance,
     FlopBudget,
     LatencyBudget,
+    LayerLatencies,
     ParameterBudget,
     RankPolicy,
     Ranks,
 )
-from ..latencies import LayerLatencies
-from ..recalibration import recalibrate
-from ..timing import measure_latency
+from ..layers.latency import measure_latency
+from ..midpoint import recalibrate
 from .command import Failure, Result, add_command, add_output, check_folder, document, failing_as, share
 from .inputs import add_calibration, calibrated, load_batches
 

@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..config import CompressionConfig, LatencyBudget
-from ..costs import dense_multiplications, dense_parameters, lowrank_multiplications, stored_rank
-from ..factors import Factors
-from ..latencies import LayerLatencies
-from ..subspaces import LayerSubspaces
+from ..config import CompressionConfig, LatencyBudget, LayerLatencies
+from ..factors.factorize import Factors
+from ..ranks.costs import dense_multiplications, dense_parameters, lowrank_multiplications, stored_rank
+from ..subspaces.layer import LayerSubspaces
 from .kinds import kind_of
 from .spectra import spectrum_of
 from .text import format_table, new_figure, notes

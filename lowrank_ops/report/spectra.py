@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..subspaces import LayerSubspaces
+from ..subspaces.layer import LayerSubspaces
 
 POINTS = 33
 

@@ -11,10 +11,10 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
+from ..calibration.statistics import Covariances
 from ..config import check_share
-from ..covariances import Covariances
-from ..dense_layers import FilterFn, find_layers
-from ..subspaces import LayerSubspaces, layer_subspaces
+from ..models.layers import FilterFn, find_layers
+from ..subspaces.layer import LayerSubspaces, layer_subspaces
 from .kinds import KINDS, kind_of
 from .spectra import spectrum_of
 from .text import format_table, new_figure, notes

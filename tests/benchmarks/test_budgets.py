@@ -6,10 +6,10 @@ pytest.importorskip("transformers")
 
 import lowrank_ops as lro
 from benchmarks.accuracy import budgets
-from lowrank_ops.costs import MULTIPLICATIONS, PARAMETERS, nanoseconds
-from lowrank_ops.dense_layers import dimensions
-from lowrank_ops.latencies import LatencyCurve
-from lowrank_ops.timing import ranks_to_time
+from lowrank_ops.config import LatencyCurve
+from lowrank_ops.layers.latency import ranks_to_time
+from lowrank_ops.models.layers import dimensions
+from lowrank_ops.ranks.costs import MULTIPLICATIONS, PARAMETERS, nanoseconds
 
 MODELS = {"demo ViT": lambda: budgets.vit(200), "small BERT": budgets.bert}
 

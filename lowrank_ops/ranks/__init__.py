@@ -1,0 +1,4 @@
+"""Rank policies: how many directions each layer keeps.
+
+In: LayerSubspaces and a policy. Out: {fqn: rank}, None for a layer that stays dense.
+"""

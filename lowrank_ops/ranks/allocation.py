@@ -1,0 +1,196 @@
+"""Spend a budget on layers: by a common share, by the largest gain per unit, or by a knapsack."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from ..subspaces.layer import LayerSubspaces
+from .costs import UNBOUNDED, Bounds, Option, Price, options_of
+
+LEAST_STEPS = 2000  # of the knapsack's budget
+STEPS_PER_LAYER = 50
+
+
+def within(
+    fraction: float,
+    allocation: str,
+    price: Price,
+    spaces: Mapping[str, LayerSubspaces],
+    fixed: Mapping[str, int | None],
+    bounds: Mapping[str, Bounds],
+    *,
+    exactly: bool = False,
+) -> dict[str, int | None]:
+    """Ranks that cost at most ``fraction`` of the dense layers.
+
+    Args:
+        fraction: of the price of all ``spaces`` left dense.
+        allocation: ``"uniform"``, ``"energy"`` or ``"loss"``, as in :class:`lowrank_ops.ParameterBudget`.
+        price: what is counted.
+        spaces: the layers considered.
+        fixed: ranks of layers that have no choice; they count in the budget.
+        bounds: of the ranks of single layers.
+        exactly: solve the choice as a knapsack instead of taking the largest gains first.
+
+    Raises:
+        ValueError: the cheapest choice is beyond the budget, or an allocation by loss without sensitivities.
+    """
+    budget = math.floor(fraction * sum(price.dense(fqn, space) for fqn, space in spaces.items()))
+    budget -= sum(price.of(fqn, spaces[fqn], rank) for fqn, rank in fixed.items())
+    options = {
+        fqn: options_of(fqn, space, price, bounds.get(fqn, UNBOUNDED))
+        for fqn, space in spaces.items()
+        if fqn not in fixed
+    }
+    least = sum(choices[0].cost for choices in options.values())
+    if least > budget:
+        raise ValueError(
+            f"fraction={fraction} cannot be met: the smallest ranks take {least} {price.unit}, {budget} are left. "
+            "Use a larger fraction, lower the bounds if there are any, or leave layers out with filter_fn."
+        )
+    every = {fqn: list(range(len(choices))) for fqn, choices in options.items()}
+    if allocation == "uniform":
+        taken = _by_share(options, budget)
+        # prefer the layer that keeps the least share of itself
+        _spend(taken, every, options, budget, lambda fqn, now, then: -options[fqn][now].cost / options[fqn][-1].cost)
+    else:
+        worth = {fqn: _worth(fqn, spaces[fqn], choices, allocation) for fqn, choices in options.items()}
+
+        def gain(fqn: str, now: int, then: int) -> float:
+            return (worth[fqn][then] - worth[fqn][now]) / (options[fqn][then].cost - options[fqn][now].cost)
+
+        taken = dict.fromkeys(options, 0)
+        if exactly:
+            costs = [[option.cost for option in choices] for choices in options.values()]
+            taken = dict(zip(options, knapsack(costs, list(worth.values()), budget), strict=True))
+        elif allocation == "loss":
+            _spend(
+                taken,
+                {fqn: _efficient(fqn, len(choices), gain) for fqn, choices in options.items()},
+                options,
+                budget,
+                gain,
+            )
+        _spend(taken, every, options, budget, gain)
+    return {fqn: options[fqn][index].rank for fqn, index in taken.items()}
+
+
+def _worth(fqn: str, space: LayerSubspaces, options: list[Option], allocation: str) -> list[float]:
+    """What each option keeps: a share of the layer's output variance, or loss of one sample."""
+    if allocation == "energy":
+        return [1.0 if option.rank is None else float(space.output.explained(option.rank).mean()) for option in options]
+    if space.loss is None:
+        raise ValueError(
+            f"allocation='loss' needs a sensitivity for every layer, and {fqn!r} has none; calibrate with "
+            "sensitivity='fisher', 'output' or a loss, leave the layer out with filter_fn, or fix it in overrides."
+        )
+    spectrum = space.loss.subspace.spectrum
+    kept = spectrum.reshape(-1, spectrum.shape[-1]).sum(0).cumsum(0).tolist()
+    return [kept[-1] if option.rank is None else kept[option.rank - 1] for option in options]
+
+
+def _efficient(fqn: str, options: int, gain: Callable[[str, int, int], float]) -> list[int]:
+    """The options that no mixture of two others beats: from each, the next is the one with the largest gain.
+
+    The step to dense is a large gain at a small price once the rank is near break-even; single steps would miss it.
+    """
+    path = [0]
+    while path[-1] < options - 1:
+        path.append(max(range(path[-1] + 1, options), key=lambda then: (gain(fqn, path[-1], then), then)))
+    return path
+
+
+def _total(taken: Mapping[str, int], options: Mapping[str, list[Option]]) -> int:
+    return sum(options[fqn][index].cost for fqn, index in taken.items())
+
+
+def _by_share(options: Mapping[str, list[Option]], budget: int) -> dict[str, int]:
+    """The largest common share of its own cost for every layer that fits the budget, by bisection."""
+
+    def at(share: float) -> dict[str, int]:
+        return {
+            fqn: max(0, sum(option.cost <= share * choices[-1].cost for option in choices) - 1)
+            for fqn, choices in options.items()
+        }
+
+    low, high = 0.0, 1.0
+    if _total(at(high), options) <= budget:
+        return at(high)
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _total(at(middle), options) <= budget else (low, middle)
+    return at(low)
+
+
+def _spend(
+    taken: dict[str, int],
+    stops: Mapping[str, list[int]],
+    options: Mapping[str, list[Option]],
+    budget: int,
+    gain: Callable[[str, int, int], float],
+) -> None:
+    """Raise layers from one of their stops to the next, the largest gain first, as long as it fits the budget."""
+
+    def push(fqn: str) -> None:
+        now = taken[fqn]
+        then = next((stop for stop in stops[fqn] if stop > now), None)
+        if then is not None:
+            heapq.heappush(heap, (-gain(fqn, now, then), order[fqn], fqn, then))
+
+    left = budget - _total(taken, options)
+    heap: list[tuple[float, int, str, int]] = []
+    order = {fqn: position for position, fqn in enumerate(options)}
+    for fqn in options:
+        push(fqn)
+    while heap:
+        _, _, fqn, then = heapq.heappop(heap)
+        price = options[fqn][then].cost - options[fqn][taken[fqn]].cost
+        if price <= left:
+            left -= price
+            taken[fqn] = then
+            push(fqn)
+
+
+def knapsack(costs: Sequence[Sequence[int]], worths: Sequence[Sequence[float]], budget: int) -> list[int]:
+    """One option of every layer, with the largest sum of worths whose costs are within ``budget``.
+
+    Dynamic programming over the budget in n equal steps, each layer's cost above its least rounded up to whole
+    steps: the budget is never exceeded, and no choice that costs n_layers steps less is worth more. n is at least
+    2,000 and 50 per layer, a step thus at most 1/50 of what a layer may spend on average.
+
+    Args:
+        costs: of each layer's options, the first being its least.
+        worths: of the same options.
+        budget: at least the sum of the least costs.
+
+    Returns:
+        The index of the option taken for each layer.
+    """
+    slack = budget - sum(options[0] for options in costs)
+    steps = max(LEAST_STEPS, STEPS_PER_LAYER * len(costs))
+    step = max(1, -(-slack // steps))
+    capacity = slack // step
+    best = np.zeros(capacity + 1)  # of the layers so far, by the steps that they may spend
+    taken = np.zeros((len(costs), capacity + 1), dtype=np.int32)
+    for layer, (options, values) in enumerate(zip(costs, worths, strict=True)):
+        found = np.full(capacity + 1, -np.inf)
+        for index, (cost, value) in enumerate(zip(options, values, strict=True)):
+            start = -(-(cost - options[0]) // step)
+            if start > capacity:
+                continue
+            candidate = best[: capacity + 1 - start] + value
+            better = candidate > found[start:]
+            found[start:][better] = candidate[better]
+            taken[layer, start:][better] = index
+        best = found
+    chosen = [0] * len(costs)
+    left = capacity
+    for layer in reversed(range(len(costs))):
+        index = int(taken[layer, left])
+        chosen[layer] = index
+        left -= -(-(costs[layer][index] - costs[layer][0]) // step)
+    return chosen

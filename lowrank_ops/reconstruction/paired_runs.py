@@ -1,0 +1,355 @@
+"""One model run as two, dense and with the factorised layers made so far, up to one layer at a time.
+
+A run stops where it has what it was made for, and starts, so to say, where the last one was: chains of blocks (the
+children of a ModuleList or Sequential) that every run has passed are not run again, but return the outputs that were
+kept of the last of them. Whatever lies between blocks (embeddings, masks, positions) is the model's own code and runs
+each time, so nothing is assumed about the blocks' arguments.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models.layers import input_of
+from ..models.masks import Mask, read_mask
+from ..models.running import device_of, evaluating, move, random_state_kept, without_fast_path
+
+Position = dict[str, int]  # by chain: how many of its children have been passed
+
+
+class _Reached(BaseException):
+    """Ends a run of the model; no ``except Exception`` of the model's holds it up."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers that receive one and the same tensor.
+
+    Attributes:
+        layers: their names, the one that is called first in front.
+        calls: how often the first one is called in a forward.
+        position: what had been passed at its first call.
+    """
+
+    layers: tuple[str, ...]
+    calls: int
+    position: Position
+
+
+def find_chains(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]:
+    """Names of the ModuleLists and Sequentials whose children hold the layers, none inside another.
+
+    Every layer takes a run through the child that it is in, so what a container saves is the square of the number of
+    its layers less the squares of those of its children. Of nested ones the one that saves most is taken.
+    """
+    saved = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.ModuleList, nn.Sequential)):
+            prefix = f"{name}." if name else ""
+            children = Counter(fqn[len(prefix) :].split(".")[0] for fqn in layers if fqn.startswith(prefix))
+            if len(children) > 1:
+                saved[name] = children.total() ** 2 - sum(count**2 for count in children.values())
+    chosen: list[str] = []
+    for name in sorted(saved, key=lambda name: -saved[name]):
+        if not any(_inside(name, other) or _inside(other, name) for other in chosen):
+            chosen.append(name)
+    return chosen
+
+
+def _inside(name: str, other: str) -> bool:
+    return not other or name == other or name.startswith(f"{other}.")
+
+
+class Streams:
+    """The two runs of a model, as a context that hands the model back as it was.
+
+    Args:
+        model: the dense model.
+        layers: ``{fqn: layer}``, those that factorised layers may take the place of.
+        batches: each is run many times.
+        forward: ``forward(model, batch)``.
+        mask: as for :func:`lowrank_ops.calibrate`.
+        chains: names of containers of blocks, for instance from :func:`find_chains`.
+        strict: raise ValueError where a chain cannot be taken apart, instead of doing without it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, nn.Module],
+        batches: Sequence[Any],
+        forward: Callable[[nn.Module, Any], Any],
+        mask: Mask | None,
+        chains: Sequence[str],
+        strict: bool = False,
+    ) -> None:
+        self.model, self.layers, self.batches = model, layers, batches
+        self._forward, self._mask_source, self._strict = forward, mask, strict
+        self._device = device_of(model)
+        self._chains = list(chains)
+        self._replacements: dict[str, nn.Module] = {}
+        self._kept: dict[tuple[str, bool, int], Any] = {}  # by chain, stream and batch: the last passed child's output
+        self._passed: Position = {}
+        self._compressed, self._batch = False, 0  # of this run
+        self._mask: Tensor | None = None  # of this run
+        self._see: Callable[[str, Tensor], None] = lambda fqn, x: None  # a layer's input
+        self._leave: Callable[[str, int, Any], None] = lambda chain, index, output: None  # a child's output
+        self._stack = ExitStack()
+        self.groups: list[Group] = []
+
+    def __enter__(self) -> Streams:
+        with ExitStack() as stack:
+            stack.enter_context(random_state_kept(self.model))
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(evaluating(self.model))
+            stack.enter_context(without_fast_path())
+            hook = self.model.register_forward_pre_hook(self._begin, with_kwargs=True)
+            stack.callback(hook.remove)
+            for fqn, layer in self.layers.items():
+                self._attach(stack, fqn, layer)
+            for chain in self._chains:
+                for index, child in enumerate(self.model.get_submodule(chain).children()):
+                    self._route_child(stack, chain, index, child)
+            self._trace()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._kept.clear()
+        self._stack.close()
+
+    def replace(self, fqn: str, replacement: nn.Module) -> None:
+        """From now on the compressed run has ``replacement`` for a layer."""
+        self._replacements[fqn] = replacement.eval()
+
+    def advance(self, position: Position) -> None:
+        """Keep what both runs need to start from ``position``; nothing before it may change afterwards."""
+        for chain, count in position.items():
+            if count > self._passed.get(chain, 0):
+                for batch in range(len(self.batches)):
+                    for compressed in (False, True):
+                        self._kept[chain, compressed, batch] = self._output_of(chain, count - 1, batch, compressed)
+                self._passed[chain] = count
+
+    def pairs(self, group: Group) -> Iterator[tuple[int, list[Tensor], list[Tensor], list[Tensor | None]]]:
+        """By batch its index, and by call the inputs of the group in the dense and the compressed run, and the mask."""
+        for batch in range(len(self.batches)):
+            x, _ = self._inputs_of(group, batch, compressed=False)
+            z, masks = self._inputs_of(group, batch, compressed=True)
+            yield batch, x, z, masks
+
+    def _attach(self, stack: ExitStack, fqn: str, layer: nn.Module) -> None:
+        dense = layer.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            replacement = self._replacements.get(fqn) if self._compressed else None
+            return dense(*args, **kwargs) if replacement is None else replacement(input_of(args, kwargs))
+
+        # A hook sees the input, after hooks that change it.
+        hook = layer.register_forward_pre_hook(
+            lambda module, args, kwargs: self._see(fqn, input_of(args, kwargs)), with_kwargs=True
+        )
+        stack.callback(hook.remove)
+        _override(stack, layer, forward)
+
+    def _route_child(self, stack: ExitStack, chain: str, index: int, child: nn.Module) -> None:
+        run = child.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if index < self._passed.get(chain, 0):
+                return _copied(self._kept[chain, self._compressed, self._batch], self._device)
+            output = run(*args, **kwargs)
+            self._leave(chain, index, output)
+            return output
+
+        _override(stack, child, forward)
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._mask = read_mask(self._mask_source, args, kwargs)
+
+    def _run(
+        self,
+        batch: int,
+        compressed: bool,
+        see: Callable[[str, Tensor], None] | None = None,
+        leave: Callable[[str, int, Any], None] | None = None,
+    ) -> None:
+        self._batch, self._compressed, self._mask = batch, compressed, None
+        self._see = see or (lambda fqn, x: None)
+        self._leave = leave or (lambda chain, index, output: None)
+        try:
+            self._forward(self.model, move(self.batches[batch], self._device))
+        except _Reached:
+            pass
+        finally:
+            self._compressed = False
+            self._see, self._leave = (lambda fqn, x: None), (lambda chain, index, output: None)
+
+    def _inputs_of(self, group: Group, batch: int, compressed: bool) -> tuple[list[Tensor], list[Tensor | None]]:
+        found: list[Tensor] = []
+        masks: list[Tensor | None] = []  # forward= may call the model several times, each with a mask of its own
+
+        def see(fqn: str, x: Tensor) -> None:
+            if fqn == group.layers[0]:
+                masks.append(self._mask)
+                found.append(x if group.calls == 1 else x.clone())  # the run goes on and may change it in place
+                if group.calls == 1:
+                    raise _Reached
+
+        self._run(batch, compressed, see)
+        return found, masks
+
+    def _output_of(self, chain: str, index: int, batch: int, compressed: bool) -> Any:
+        found: list[Any] = []
+
+        def leave(name: str, child: int, output: Any) -> None:
+            if (name, child) == (chain, index):
+                found.append(_copied(output, torch.device("cpu")))
+                raise _Reached
+
+        self._run(batch, compressed, leave=leave)
+        if not found:
+            raise ValueError(
+                f"block {index} of {chain!r} was called for the first batch but not for batch {batch} (counted from "
+                "0); batches must run through the same blocks."
+            )
+        return found[0]
+
+    def _trace(self) -> None:
+        """Find the groups in the order of their calls, on the first batch, and drop chains that are none."""
+        while True:
+            events, outputs, broken = self._observe()
+            broken = broken or self._first_broken(events, outputs)
+            if not broken:
+                break
+            if self._strict:
+                raise ValueError(
+                    f"blocks={broken!r} cannot be run block by block: its children are not called once each, in order, "
+                    "each from the last one's output alone. Name another container, or leave blocks out."
+                )
+            self._chains.remove(broken)
+        self.groups = _grouped(events, self.layers)
+
+    def _observe(self) -> tuple[list[_Event], dict[tuple[str, int], Any], str | None]:
+        """All calls of layers, the outputs of all children, and a chain that is not called in order."""
+        events: list[_Event] = []
+        outputs: dict[tuple[str, int], Any] = {}
+        passed: Position = {}
+        broken: list[str] = []
+
+        def see(fqn: str, x: Tensor) -> None:
+            version = 0 if x.is_inference() else x._version
+            events.append(_Event(fqn, x, x if x.is_nested else x.clone(), version, dict(passed)))
+
+        def leave(chain: str, index: int, output: Any) -> None:
+            if chain in self._chains:
+                if index < passed.get(chain, 0):
+                    broken.append(chain)
+                passed[chain] = index + 1
+                outputs[chain, index] = _copied(output, torch.device("cpu"))
+
+        self._run(0, False, see, leave)
+        return events, outputs, broken[0] if broken else None
+
+    def _first_broken(self, events: list[_Event], outputs: dict[tuple[str, int], Any]) -> str | None:
+        """The first chain whose kept outputs do not bring a run to where the run from the start came."""
+        before: Position = {}
+        try:
+            for event in events:
+                new = [chain for chain, count in event.position.items() if count != before.get(chain, 0)]
+                before = event.position
+                if not new:
+                    continue
+                self._passed = event.position
+                for chain, count in event.position.items():
+                    self._kept[chain, False, 0] = outputs[chain, count - 1]
+                expected = [other for other in events if other.position == event.position]
+                try:
+                    found = self._first_inputs({other.fqn for other in expected}, len(expected))
+                except Exception:  # the model's code between blocks refuses outputs of later ones in earlier places
+                    return new[-1]
+                if len(found) != len(expected) or not all(
+                    fqn == other.fqn and _close(x, other.kept) for (fqn, x), other in zip(found, expected, strict=True)
+                ):
+                    return new[-1]
+        finally:
+            self._passed = {}
+            self._kept.clear()
+        return None
+
+    def _first_inputs(self, wanted: set[str], count: int) -> list[tuple[str, Tensor]]:
+        """The first calls of some layers in a dense run of the first batch."""
+        found: list[tuple[str, Tensor]] = []
+
+        def see(fqn: str, x: Tensor) -> None:
+            if fqn in wanted:
+                found.append((fqn, x if x.is_nested else x.clone()))
+                if len(found) == count:
+                    raise _Reached
+
+        self._run(0, False, see)
+        return found
+
+
+@dataclass(frozen=True)
+class _Event:
+    """One call of a layer."""
+
+    fqn: str
+    x: Tensor  # what it was called with, for its identity
+    kept: Tensor  # the values at that time
+    version: int
+    position: Position
+
+
+def _first_calls(events: list[_Event]) -> list[_Event]:
+    return list({event.fqn: event for event in reversed(events)}.values())[::-1]
+
+
+def _grouped(events: list[_Event], layers: Mapping[str, nn.Module]) -> list[Group]:
+    calls = Counter(event.fqn for event in events)
+    groups: dict[object, list[_Event]] = {}
+    for event in _first_calls(events):
+        shares = calls[event.fqn] == 1 and not isinstance(layers[event.fqn], nn.Conv2d)
+        groups.setdefault((id(event.x), event.version) if shares else event.fqn, []).append(event)
+    return [
+        Group(tuple(event.fqn for event in group), calls[group[0].fqn], group[0].position) for group in groups.values()
+    ]
+
+
+def _override(stack: ExitStack, module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Give one module a forward of its own for as long as ``stack`` lasts."""
+    own = module.__dict__.get("forward")
+    module.forward = forward  # type: ignore[method-assign]
+    if own is None:
+        stack.callback(delattr, module, "forward")
+    else:
+        stack.callback(setattr, module, "forward", own)
+
+
+def _copied(value: Any, device: torch.device) -> Any:
+    """Copies of the tensors in a block's output, which the model may change in place; other things as they are."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device, copy=True)
+    if isinstance(value, (tuple, list)):
+        copies = [_copied(part, device) for part in value]
+        return type(value)(*copies) if hasattr(value, "_fields") else type(value)(copies)
+    if type(value) is dict:
+        return {key: _copied(part, device) for key, part in value.items()}
+    return value
+
+
+def _close(x: Tensor, expected: Tensor) -> bool:
+    if x.is_nested or expected.is_nested:
+        return x.is_nested and expected.is_nested and _close(torch.cat(x.unbind()), torch.cat(expected.unbind()))
+    if x.shape != expected.shape:
+        return False
+    return not x.numel() or bool((x - expected).abs().max() <= 1e-3 * expected.abs().max())

@@ -1,0 +1,257 @@
+"""Affine maps fitted to paired inputs: what a layer should compute now that its input has changed.
+
+A dense layer y = W x is to be reproduced from z, the input that the layer sees in the compressed model. The best map
+is W + D C^+, where C is the second moment of z and D the cross moment of e = W (x - z) with z, both about the mean:
+the change of input, predicted from the input. Thin factors of that map on the spaces of z are then a reduced-rank
+regression (Izenman 1975), in the metric of the loss if asked for.
+
+The correction is ridged, so that it fades, and the map goes back to W, where rows are too few to tell it from noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration.statistics import Covariance
+from ..calibration.token_weights import add_weighted
+from ..factors.factorize import Factors, factorize
+from ..models.layers import weight_matrix
+from ..ops import covariance_finalize_, covariance_update_
+from ..subspaces.layer import DAMPING, LayerSubspaces
+from ..subspaces.principal import Subspace, principal_subspace
+
+# What the ridge is chosen from, relative to the mean variance of the input's features; infinity leaves W as it is.
+RIDGES = (*(10 ** (exponent / 2) for exponent in range(-14, 7)), float("inf"))
+
+
+class PairedSums:
+    """Sums over rows [z, e] of layers that share their input, in two folds that can be held against each other.
+
+    e = W (x - z), of all the layers side by side; x - z itself where that is narrower.
+
+    Args:
+        layers: ``{fqn: layer}``, Linear, Conv1D or Conv2d without groups.
+        folds: 1 or 2.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module], folds: int) -> None:
+        self.layers = dict(layers)
+        self._weights = {fqn: weight_matrix(layer) for fqn, layer in layers.items()}
+        first = next(iter(self._weights.values()))
+        self.in_features = first.shape[1]
+        outputs = sum(len(weight) for weight in self._weights.values())
+        self._of_outputs = outputs < self.in_features
+        features = self.in_features + (outputs if self._of_outputs else self.in_features)
+        self.folds = [
+            Covariance(
+                torch.zeros(features, features, dtype=torch.float64, device=first.device),
+                torch.zeros(features, dtype=torch.float64, device=first.device),
+            )
+            for _ in range(folds)
+        ]
+
+    @staticmethod
+    def state_bytes(layers: Mapping[str, nn.Module], folds: int) -> int:
+        """What the sums of such layers take."""
+        shapes = [weight_matrix(layer).shape for layer in layers.values()]
+        features = shapes[0][1] + min(shapes[0][1], sum(shape[0] for shape in shapes))
+        return 8 * folds * features**2
+
+    def update(
+        self,
+        fold: int,
+        x: Tensor,  # (rows, in_features), in the dense model
+        z: Tensor,  # (rows, in_features), in the compressed one
+        weights: Tensor | None = None,  # (rows,), of a mean of 1; None: all rows alike
+    ) -> None:
+        """Add paired rows to a fold."""
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        z, change = z.to(dtype), x.to(dtype) - z.to(dtype)
+        if self._of_outputs:
+            with torch.autocast(x.device.type, enabled=False):  # a small difference must not be rounded
+                change = torch.cat([change @ weight.to(dtype).T for weight in self._weights.values()], dim=-1)
+        sums, rows = self.folds[fold], torch.cat([z, change], dim=-1)
+        if weights is not None:
+            add_weighted(sums, rows, weights.to(rows).unsqueeze(-1))
+            return
+        covariance_update_(sums.second_moment, sums.total, rows)
+        sums.count += len(rows)
+
+    def finish(self) -> None:
+        """Mirror the triangles; no update may follow."""
+        for sums in self.folds:
+            covariance_finalize_(sums.second_moment)
+
+    def is_finite(self) -> bool:
+        """Whether neither model brought NaN or inf."""
+        return all(bool(sums.second_moment.diagonal().sum().isfinite()) for sums in self.folds)
+
+    def of(self, fqn: str) -> list[_Sums]:
+        """The folds as one layer sees them."""
+        weight, d = self._weights[fqn].double(), self.in_features
+        start = d
+        for other, other_weight in self._weights.items():
+            if other == fqn:
+                break
+            start += len(other_weight)
+        found = []
+        for sums in self.folds:
+            moment, total = sums.second_moment, sums.total
+            if self._of_outputs:
+                own = slice(start, start + len(weight))
+                zz, ez, ee, e = moment[:d, :d], moment[own, :d], moment[own, own], total[own]
+            else:
+                ez, ee = weight @ moment[d:, :d], weight @ moment[d:, d:] @ weight.T
+                zz, e = moment[:d, :d], weight @ total[d:]
+            found.append(_Sums(zz, ez, ee, total[:d], e, sums.count))
+        return found
+
+
+class _Sums(NamedTuple):
+    """Sums over the rows of one layer, float64."""
+
+    zz: Tensor  # (in_features, in_features)
+    ez: Tensor  # (out_features, in_features)
+    ee: Tensor  # (out_features, out_features)
+    z: Tensor  # (in_features,)
+    e: Tensor  # (out_features,)
+    rows: int
+
+    def moments(self, z_mean: Tensor, e_mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """E[z z^T], E[e z^T] and E[e e^T] about given means."""
+
+        def about(products: Tensor, left: Tensor, right: Tensor, left_mean: Tensor, right_mean: Tensor) -> Tensor:
+            crossed = torch.outer(left, right_mean) + torch.outer(left_mean, right)
+            return products / self.rows - crossed / self.rows + torch.outer(left_mean, right_mean)
+
+        return (
+            about(self.zz, self.z, self.z, z_mean, z_mean),
+            about(self.ez, self.e, self.z, e_mean, z_mean),
+            about(self.ee, self.e, self.e, e_mean, e_mean),
+        )
+
+
+def refit_layers(
+    pairs: PairedSums,
+    factors: Mapping[str, Factors],
+    sensitivities: Mapping[str, Covariance],
+    *,
+    centered: bool,
+    ridge: float | None,
+) -> dict[str, Factors]:
+    """New factors of the same ranks and projections for layers that share their input.
+
+    Args:
+        pairs: finished sums.
+        factors: of the layers, which give rank and projection.
+        sensitivities: of the loss's gradient, for ``projection="loss"``.
+        centered: fold the means into the bias.
+        ridge: relative to the mean variance of the input's features; None chooses it for each layer by the error, in
+            the layer's own metric, of maps fitted to one fold on the other one.
+    """
+    d = pairs.in_features
+    whole = Covariance(
+        sum(fold.second_moment[:d, :d] for fold in pairs.folds),  # type: ignore[arg-type]
+        sum(fold.total[:d] for fold in pairs.folds),  # type: ignore[arg-type]
+        sum(fold.count for fold in pairs.folds),
+        "input",
+        list(pairs.layers),
+    )
+    leader: LayerSubspaces | None = None
+    found = {}
+    for fqn, layer in pairs.layers.items():
+        spaces = LayerSubspaces(
+            layer, whole, centered=centered, shared=leader, sensitivity=_unweighted(sensitivities.get(fqn))
+        )
+        folds = pairs.of(fqn)
+        total = _Sums(*(sum(parts) for parts in zip(*folds, strict=True)))  # type: ignore[arg-type]
+        means = [part / total.rows if centered else torch.zeros_like(part) for part in (total.z, total.e)]
+        held = [fold.moments(*means) for fold in folds]
+        if leader is None:
+            leader = spaces
+            mean = means[0] if centered else None
+            leader.input = principal_subspace(leader.moment, mean, whole.rounding)  # all of it, however wide
+            # what a fold's rows weigh among all, and the space that they span
+            shares = [fold.rows / total.rows for fold in folds]
+            bases = [principal_subspace(part[0], mean, whole.rounding) for part in held] if ridge is None else []
+        chosen = ridge
+        if chosen is None:
+            chosen = _best_ridge(held, shares, bases, _metric(spaces, factors[fqn].projection))
+        found[fqn] = _fit(spaces, total.moments(*means), means[1], factors[fqn], chosen)
+    return found
+
+
+def _unweighted(sensitivity: Covariance | None) -> Covariance | None:
+    """Without its weighted rows, which are the dense model's: the rows of the sums are what is fitted here."""
+    return None if sensitivity is None else replace(sensitivity, weighted=None)
+
+
+def _gains(spectrum: Tensor, ridge: Tensor | float) -> Tensor:
+    """The ridged inverse on the space that the rows span, and zero beyond it."""
+    return torch.where(spectrum > 0, 1 / (spectrum + ridge), 0.0)
+
+
+def _best_ridge(
+    held: list[tuple[Tensor, Tensor, Tensor]], shares: list[float], bases: list[Subspace], metric: Tensor | None
+) -> float:
+    """The ridge whose maps, each fitted to one fold, err least on the other fold.
+
+    In the basis of a fold's inputs each ridge is a diagonal, so that trying many costs nothing. A ridge counts beside
+    sums over rows, not their means: a fold takes it in proportion to what it lacks of the whole.
+    """
+    scale = sum(share * float(basis.spectrum.mean()) for share, basis in zip(shares, bases, strict=True))
+    errors = torch.zeros(len(RIDGES), dtype=torch.float64)
+    for fitted, judged in ((0, 1), (1, 0)):
+        basis, spectrum = bases[fitted].basis, bases[fitted].spectrum
+        correction = held[fitted][1] @ basis  # (out_features, in_features)
+        weighed = correction if metric is None else metric @ correction
+        zz, ez, _ = held[judged]
+        quadratic = (basis.mT @ zz @ basis) * (weighed.mT @ correction)
+        linear = ((ez @ basis) * weighed).sum(0)
+        for index, ridge in enumerate(RIDGES):
+            gains = _gains(spectrum, ridge * scale / shares[fitted])
+            errors[index] += shares[judged] * float(gains @ quadratic @ gains - 2 * gains @ linear)
+    return RIDGES[int(errors.argmin())]
+
+
+def _metric(spaces: LayerSubspaces, projection: str) -> Tensor | None:
+    """The damped metric of the loss up to its scale, or None for the identity."""
+    moment = spaces.gradient_moment if projection == "loss" else None
+    if moment is None or not moment.diagonal().sum() > 0:
+        return None
+    eye = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    return moment / moment.diagonal().mean() + DAMPING * eye
+
+
+def _fit(
+    spaces: LayerSubspaces, moments: tuple[Tensor, Tensor, Tensor], e_mean: Tensor, old: Factors, ridge: float
+) -> Factors:
+    """Factors of the ridged map, with their error against the dense model's output."""
+    weight = spaces.weight
+    assert spaces.input is not None
+    basis, spectrum = spaces.input.basis, spaces.input.spectrum
+    zz, ez, ee = moments
+    gains = _gains(spectrum, ridge * float(spectrum.mean()))
+    spaces.weight = weight + (ez @ basis * gains) @ basis.mT
+    if spaces.centered:  # the mean of y, from that of z
+        shift = e_mean + (weight - spaces.weight) @ spaces.mean
+        spaces.bias = shift if spaces.bias is None else spaces.bias.double() + shift
+    factors = factorize(spaces, old.rank, old.projection)
+    lost = weight - factors.up @ factors.down  # y - y' = lost z + e
+    crossed = lost @ ez.mT
+    error = float((lost @ zz @ lost.mT + crossed + crossed.mT + ee).trace())
+    crossed = weight @ ez.mT
+    variance = float((weight @ zz @ weight.mT + crossed + crossed.mT + ee).trace())
+    return replace(
+        factors.to(spaces.dtype),
+        predicted_error=max(0.0, error),
+        output_variance=variance,
+        predicted_loss=None,
+        excess_error=None,
+        refitted=True,
+    )

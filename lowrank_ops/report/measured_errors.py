@@ -1,0 +1,129 @@
+"""Measure what replaced layers do: each one's output error on data, beside the dense layer, at the dense input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..layers.lowrank import LowRankConv2d, LowRankLinear
+from ..models.layers import bias_vector, output_rows
+from ..models.masks import Mask, read_mask, real_rows
+from ..models.running import call_model, device_of, evaluating, move
+
+
+class _Sums:
+    """Of one layer's outputs (rows, features) and errors, in float64."""
+
+    def __init__(self, features: int, device: torch.device) -> None:
+        self.rows = 0
+        self.error = torch.zeros((), dtype=torch.float64, device=device)
+        self.squares = torch.zeros((), dtype=torch.float64, device=device)
+        self.total = torch.zeros(features, dtype=torch.float64, device=device)
+
+    def add(self, y: Tensor, error: Tensor) -> None:
+        y = y.double()
+        self.rows += len(y)
+        self.error += error.double().square().sum()
+        self.squares += y.square().sum()
+        self.total += y.sum(0)
+
+    def relative(self, centered: bool) -> float:
+        variance = self.squares - (self.total.square().sum() / self.rows if centered else 0.0)
+        return float(self.error / variance) if bool(variance > 0) else (0.0 if bool(self.error == 0) else float("inf"))
+
+
+def measure_errors(
+    dense: nn.Module,
+    compressed: nn.Module,
+    batches: Iterable[Any],
+    *,
+    mask: Mask | None = None,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    centered: bool = True,
+    progress: bool = False,
+) -> dict[str, float]:
+    """The relative output error of every replaced layer, given the inputs that the dense layer receives.
+
+    That is E|y - y'|^2 / E|y - E y|^2 over the rows of ``batches``, what ``LayerCompression.relative_error`` predicts
+    from the calibration rows; take batches that calibration has not seen, and put the result beside the prediction by
+    ``report.with_measured(errors)``. Only ``dense`` is run; the errors of layers do not add up in it.
+
+    Args:
+        dense: the model before compression (a copy made then); evaluated in eval mode and handed back as it was.
+        compressed: the same model after :func:`lowrank_ops.compress_`, on the same device and in the same dtype.
+        batches, mask, forward: as for :func:`lowrank_ops.calibrate`.
+        centered: measure the outputs' variance about their mean; False about zero, without the bias, as for
+            ``CompressionConfig(centered=False)``.
+        progress: show a progress bar.
+
+    Returns:
+        ``{fqn: relative error}`` of the replaced layers that were called; inf where the dense output
+        does not vary and the other does.
+
+    Raises:
+        ValueError: ``compressed`` has no replaced layer, or one that ``dense`` does not have; no batch; a mask that
+            does not fit, or a layer called beside the forward of ``dense``, where it is not known.
+    """
+    replaced = {
+        fqn: layer for fqn, layer in compressed.named_modules() if isinstance(layer, (LowRankLinear, LowRankConv2d))
+    }
+    if not replaced:
+        raise ValueError("compressed has no replaced layer; pass the model that compress_ has changed.")
+    originals = dict(dense.named_modules())
+    for fqn in replaced:
+        if fqn not in originals or isinstance(originals[fqn], (LowRankLinear, LowRankConv2d)):
+            raise ValueError(
+                f"dense has no dense layer {fqn!r}; pass a copy of the model made before compress_, by copy.deepcopy."
+            )
+    sums: dict[str, _Sums] = {}
+    masks: list[Tensor | None] = []  # of this forward; empty beside it
+
+    def see(fqn: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
+        error = y - replaced[fqn](x)
+        bias = None if centered else bias_vector(layer)
+        if isinstance(layer, nn.Conv2d):
+            y, error = (output_rows(layer, part) for part in (y, error))
+        else:
+            real = masks[-1] if masks else None
+            y, error = (real_rows(fqn, part, real, known=mask is None or bool(masks)) for part in (y, error))
+        y, error = (part.reshape(-1, part.shape[-1]) for part in (y, error))
+        if fqn not in sums:
+            sums[fqn] = _Sums(y.shape[-1], y.device)
+        sums[fqn].add(y if bias is None else y - bias, error)
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        masks.append(read_mask(mask, args, kwargs))
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        masks.clear()
+
+    handles = [
+        dense.register_forward_pre_hook(before, with_kwargs=True),
+        dense.register_forward_hook(after),
+    ]
+    handles += [
+        originals[fqn].register_forward_hook(
+            lambda module, args, kwargs, y, fqn=fqn: see(
+                fqn, module, args[0] if args else next(iter(kwargs.values())), y
+            ),
+            with_kwargs=True,
+            prepend=True,
+        )
+        for fqn in replaced
+    ]
+    seen = 0
+    try:
+        with evaluating(dense, compressed), torch.no_grad():
+            for batch in tqdm(batches, desc="measuring errors", unit="batch", disable=not progress):
+                (forward or call_model)(dense, move(batch, device_of(dense)))
+                seen += 1
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not seen:
+        raise ValueError("batches was empty; pass at least one batch.")
+    return {fqn: sums[fqn].relative(centered) for fqn in replaced if fqn in sums}

@@ -1,0 +1,4 @@
+"""Rank search by trial compressions.
+
+In: a model, Covariances and a function that evaluates a model. Out: Ranks.
+"""

@@ -1,0 +1,137 @@
+"""Replacement: every layer or none, and what is refused by name."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import lowrank_ops as lro
+from lowrank_ops.layers.replace import tied_layers
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def factors_of(layer, rank):
+    x = torch.randn(3, 4, 5, 5) if isinstance(layer, nn.Conv2d) else torch.randn(50, layer.in_features)
+    space = lro.layer_subspaces({"": layer}, lro.calibrate(layer, [x]))[""]
+    return lro.factorize(space, rank)
+
+
+def test_layers_are_put_in_place():
+    model = nn.Sequential(nn.Conv2d(4, 4, 2, groups=2), nn.Flatten(), nn.ModuleDict({"fc": nn.Linear(64, 8)})).eval()
+    conv, linear = model[0], model[2]["fc"]
+    assert lro.replace_(model, {"0": factors_of(conv, 2), "2.fc": factors_of(linear, 8)}) is model
+    assert isinstance(model[0], lro.LowRankConv2d) and isinstance(model[2]["fc"], lro.LowRankLinear)
+    assert not model[0].training
+    x = torch.randn(2, 4, 5, 5)
+    torch.testing.assert_close(model[0](x), conv(x))
+    torch.testing.assert_close(model[2]["fc"].to_dense().weight, linear.weight, rtol=1e-4, atol=1e-5)
+
+
+def test_no_factors_change_nothing():
+    model = nn.Sequential(nn.Linear(4, 4))
+    layer = model[0]
+    assert lro.replace_(model, {}) is model and model[0] is layer
+
+
+def test_a_model_that_is_the_layer_gives_its_replacement():
+    linear = nn.Linear(16, 16)
+    new = lro.replace_(linear, {"": factors_of(linear, 16)})
+    assert isinstance(new, lro.LowRankLinear)
+
+
+def test_a_module_used_at_two_places_is_replaced_at_both():
+    shared = nn.Linear(16, 16)
+    model = nn.Sequential(shared, nn.ReLU(), nn.Sequential(shared), shared)
+    lro.replace_(model, {"0": factors_of(shared, 4)})
+    assert isinstance(model[0], lro.LowRankLinear) and model[0] is model[2][0] is model[3]
+
+
+def tied_embedding():
+    model = nn.ModuleDict({"embedding": nn.Embedding(20, 16), "head": nn.Linear(16, 20, bias=False)})
+    model["head"].weight = model["embedding"].weight
+    return model, "head", "'embedding'"
+
+
+def tied_linears():
+    model = nn.ModuleDict({"a": nn.Linear(16, 16), "b": nn.Linear(16, 16)})
+    model["b"].weight = model["a"].weight
+    return model, "b", "'a'"
+
+
+def hooked(register):
+    def make():
+        model = nn.ModuleDict({"a": nn.Linear(16, 16)})
+        getattr(model["a"], register)(lambda *args: None)
+        return model, "a", "has hooks"
+
+    return make
+
+
+HOOKS = (
+    "register_forward_pre_hook",
+    "register_forward_hook",
+    "register_full_backward_pre_hook",
+    "register_full_backward_hook",
+)
+
+
+@pytest.mark.parametrize("make", [tied_embedding, tied_linears, *map(hooked, HOOKS)])
+def test_tied_weights_and_hooks_are_refused_by_name(make):
+    model, fqn, reason = make()
+    layers = dict(model)
+    with pytest.raises(ValueError, match=f"layer '{fqn}' .*{reason}"):
+        lro.replace_(model, {fqn: factors_of(nn.Linear(16, 20), 2)})
+    assert all(model[name] is layer for name, layer in layers.items())
+
+
+def test_tied_layers_name_each_other():
+    assert tied_layers(tied_embedding()[0]) == {"embedding": "head", "head": "embedding"}
+    assert not tied_layers(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+
+
+@pytest.mark.parametrize(
+    ("fqn", "reason"), [("c", "no such layer"), ("", "no such layer"), ("attention", "nn.MultiheadAttention applies")]
+)
+def test_names_that_are_no_layers_are_errors(fqn, reason):
+    model = nn.ModuleDict({"a": nn.Linear(16, 16), "attention": nn.MultiheadAttention(16, 2)})
+    factors = factors_of(model["a"], 2)
+    with pytest.raises(ValueError, match=f"factors names layers that cannot be replaced: '{fqn}': {reason}"):
+        lro.replace_(model, {"a": factors, fqn: factors})
+    assert type(model["a"]) is nn.Linear
+
+
+def test_an_error_in_the_last_layer_leaves_the_first_alone():
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError):  # factors of another shape
+        lro.replace_(model, {"0": factors_of(model[0], 2), "1": factors_of(nn.Linear(8, 8), 2)})
+    assert all(type(layer) is nn.Linear for layer in model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("error", [TypeError("fixed"), KeyboardInterrupt()])
+def test_an_error_while_layers_are_put_in_puts_them_back(error):
+    class Fixed(nn.Module):
+        """Lets no other module take the place of ``second``."""
+
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.made = True
+
+        def __setattr__(self, name, value):
+            if name == "second" and hasattr(self, "made"):
+                raise error
+            super().__setattr__(name, value)
+
+    model = Fixed()
+    first, second = model.first, model.second
+    factors = {"first": factors_of(first, 4), "second": factors_of(second, 4)}
+    with pytest.raises(type(error)):
+        lro.replace_(model, factors)
+    assert model.first is first and model.second is second
