@@ -1,75 +1,47 @@
-"""Low-rank layers from the subspaces that a model really uses: calibrate, measure, compress, run fast."""
+"""Compress PyTorch models to the subspaces they use: calibrate, measure, compress, run on fused low-rank layers."""
 
 from . import ops
-from .calibration.calibrate import Calibrator, calibrate
-from .calibration.statistics import Covariance, Covariances, NonFiniteActivationError
+from .calibration import Calibrator, Covariances, NonFiniteActivationError, calibrate
 from .checkpoint import CheckpointError, load_pretrained, save_pretrained
 from .compress import compress_
-from .config import (
-    AccuracyGuided,
-    CompressionConfig,
-    ExplainedVariance,
-    FlopBudget,
-    LatencyBudget,
-    LayerLatencies,
-    ParameterBudget,
-    Ranks,
-)
-from .factors.factorize import Factors, factorize
+from .config import CompressionConfig, ExplainedVariance, FlopBudget, LatencyBudget, ParameterBudget, Ranks
 from .layers.latency import measure_latency
 from .layers.lowrank import LowRankConv2d, LowRankLinear
-from .layers.replace import replace_
 from .midpoint import recalibrate
-from .ranks.choose import choose_ranks
-from .reconstruction.sequential import refit_factors
-from .report import CompressionReport, UtilizationReport, utilization
+from .reconstruction import SequentialReconstruction
+from .report import utilization
 from .report.measured_errors import measure_errors
-from .subspaces.layer import LayerSubspaces, layer_subspaces
-from .subspaces.principal import Subspace
-from .training import FinetuneReport, finetune_
+from .search import search_ranks
+from .training import finetune_
 
 __all__ = [
     "ops",
-    # calibration
+    # statistics
     "calibrate",
     "Calibrator",
     "recalibrate",
-    "Covariance",
     "Covariances",
     "NonFiniteActivationError",
-    # subspaces and utilization
-    "layer_subspaces",
-    "LayerSubspaces",
-    "Subspace",
     "utilization",
-    "UtilizationReport",
     # ranks
-    "choose_ranks",
     "ExplainedVariance",
     "ParameterBudget",
     "FlopBudget",
     "LatencyBudget",
-    "LayerLatencies",
     "measure_latency",
-    "AccuracyGuided",
     "Ranks",
-    # factors and replacement
+    "search_ranks",
+    # compression
     "CompressionConfig",
-    "CompressionReport",
     "compress_",
+    "SequentialReconstruction",
     "measure_errors",
-    "Factors",
-    "factorize",
-    "refit_factors",
-    "LowRankConv2d",
     "LowRankLinear",
-    "replace_",
-    # recovering accuracy
+    "LowRankConv2d",
     "finetune_",
-    "FinetuneReport",
     # checkpoints
-    "CheckpointError",
-    "load_pretrained",
     "save_pretrained",
+    "load_pretrained",
+    "CheckpointError",
 ]
 from .version import __version__ as __version__

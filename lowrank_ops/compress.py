@@ -1,84 +1,122 @@
-"""The whole way from covariances to a smaller model: subspaces, ranks, factors, replacement."""
+"""compress_: from covariances to a smaller model, the steps in order."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from .calibration.objectives import Sensitivity
 from .calibration.statistics import Covariances
-from .config import AccuracyGuided, CompressionConfig, ExplainedVariance, RankPolicy, Ranks
+from .config import CompressionConfig, ExplainedVariance, RankPolicy
 from .factors.factorize import Factors, factorize
-from .layers.replace import replace_, replaced, tied_layers
+from .layers.replace import replace_, tied_layers
 from .models.layers import FilterFn, find_layers
-from .models.masks import Mask
-from .ranks.choose import ChosenRanks, Measure, choose_ranks
-from .reconstruction.sequential import refit_factors
+from .ranks.choose import ChosenRanks, choose_ranks
+from .reconstruction.sequential import SequentialReconstruction, reconstruct_factors
 from .report import CompressionReport
-from .search.trial_cache import Journal, digest
 from .subspaces.layer import LayerSubspaces, layer_subspaces
+
+# Decompositions held between choosing ranks and factorizing; beyond this they are computed twice.
+MAX_HELD_BYTES = 2 << 30
 
 
 def compress_(
     model: nn.Module,
     covariances: Covariances,
-    config: CompressionConfig | None = None,
+    config: CompressionConfig | RankPolicy | int | None = None,
     filter_fn: FilterFn | None = None,
     *,
     subspaces: Mapping[str, LayerSubspaces] | None = None,
-    batches: Iterable[Any] | None = None,
-    mask: Mask | None = None,
-    forward: Callable[[nn.Module, Any], Any] | None = None,
-    sensitivity: Sensitivity | None = None,
-    blocks: str | Sequence[str] | None = None,
-    checkpoint: str | Path | None = None,
+    reconstruction: SequentialReconstruction | None = None,
     progress: bool = False,
 ) -> CompressionReport:
-    """Replace layers of ``model`` by factorised ones, in place; on an error the model is untouched.
+    """Replace layers of ``model`` by low-rank ones, in place; on an error the model is unchanged.
 
     Args:
         model: the model that was calibrated.
         covariances: from :func:`lowrank_ops.calibrate`.
-        config: ranks, projection and overrides; by default the utilized rank at 99% explained variance. After
-            ``AccuracyGuided`` the report's config holds the ranks that it found.
-        filter_fn: ``filter_fn(module, fqn) -> bool`` keeps a layer among those considered. None keeps all but
-            layers whose weight is tied to another module, which the report lists; a filter that keeps one of
-            those is an error.
-        subspaces: from :func:`lowrank_ops.layer_subspaces`, to try several configurations without decomposing
-            again; by default they are made here.
-        batches: for ``refit="sequential"``, at best those of the calibration; ``AccuracyGuided`` tries without refit.
-        mask, forward, blocks, checkpoint: of the refit, as for :func:`lowrank_ops.refit_factors`.
-        sensitivity: of the refit as well: the calibration's, by which its rows then count with ``projection="loss"``.
+        config: a configuration, a rank policy, or an int, one rank for all layers where it saves parameters. By default
+            ``ParameterBudget(0.5)``. What it leaves open is chosen by what ``covariances`` hold: with output
+            gradients, ranks and factors by loss; without, uniform ranks and output PCA. The report says which.
+        filter_fn: ``filter_fn(module, fqn) -> bool`` selects among the calibrated layers. None selects all but layers
+            whose weight is tied to another module, which the report lists; selecting one of those is an error.
+        subspaces: from :func:`lowrank_ops.subspaces.layer_subspaces`, to try several configurations without
+            decomposing again; by default computed here.
+        reconstruction: refit the factors to data, layer by layer.
         progress: show a progress bar.
 
     Returns:
         What was chosen per layer, with the predicted output error.
 
     Raises:
-        ValueError: covariances of another model, a budget or override that cannot be met, a layer that cannot
-            be replaced; the message names it.
+        TypeError: ``config`` or ``covariances`` of another type.
+        ValueError: covariances of another model, a budget or override that cannot be met, a layer that cannot be
+            replaced; the message names it.
+
+    Example:
+        >>> import torch, lowrank_ops as lro
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 64))
+        >>> covariances = lro.calibrate(model, [torch.randn(256, 64)])
+        >>> report = lro.compress_(model, covariances, lro.ParameterBudget(0.5))
+        >>> report.layer_parameters / report.layer_parameters_before <= 0.5
+        True
     """
-    config = config or CompressionConfig()
-    if not isinstance(config, CompressionConfig):
-        raise TypeError(
-            f"config must be a CompressionConfig; got {type(config).__name__}. "
-            "Wrap a policy: CompressionConfig(rank=ParameterBudget(0.5))."
+    config = CompressionConfig.of(config)
+    config = _with_reconstruction(config, reconstruction)
+    subspaces, skipped = considered_layers(model, covariances, filter_fn, subspaces, centered=config.centered)
+    config = resolved(config, subspaces)
+    decompose(config.rank, subspaces, progress)
+    ranks = choose_ranks(config.rank, subspaces, config.overrides, bounds=config.bounds)
+    with torch.inference_mode(False):  # parameters created in inference mode could not be trained
+        factors = factorize_layers(subspaces, ranks, str(config.projection), progress=progress)
+        if reconstruction is not None:
+            factors = reconstruct_factors(
+                model,
+                factors,
+                reconstruction,
+                statistics=covariances,
+                centered=config.centered,
+                progress=progress,
+            )
+        report = CompressionReport.build(model, config, subspaces, factors, skipped)
+        replace_(model, factors)
+    return report
+
+
+def _with_reconstruction(
+    config: CompressionConfig, reconstruction: SequentialReconstruction | None
+) -> CompressionConfig:
+    if reconstruction is None and config.reconstruction is not None:
+        raise ValueError(
+            "config.reconstruction='sequential' runs the model: pass "
+            "compress_(..., reconstruction=SequentialReconstruction(batches))."
         )
+    if reconstruction is None:
+        return config
+    if not isinstance(reconstruction, SequentialReconstruction):
+        raise TypeError(
+            f"reconstruction must be a SequentialReconstruction(batches); got {type(reconstruction).__name__}."
+        )
+    return config.with_reconstruction("sequential")
+
+
+def considered_layers(
+    model: nn.Module,
+    covariances: Covariances,
+    filter_fn: FilterFn | None,
+    subspaces: Mapping[str, LayerSubspaces] | None,
+    *,
+    centered: bool,
+) -> tuple[dict[str, LayerSubspaces], dict[str, str]]:
+    """The subspaces of the layers that may be replaced, and ``{fqn: reason}`` of those that may not.
+
+    Raises:
+        TypeError, ValueError: as for :func:`compress_`.
+    """
     if not isinstance(covariances, Covariances):
         raise TypeError(f"covariances must come from calibrate(model, batches); got {type(covariances).__name__}.")
-    if (config.refit is None) != (batches is None):
-        raise ValueError(
-            "batches are for config.refit='sequential', which is None; leave them out or set it."
-            if config.refit is None
-            else "config.refit='sequential' runs the model: pass compress_(..., batches=...)."
-        )
     layers, skipped = find_layers(model, filter_fn)
     if filter_fn is None:
         tied = {fqn: f"its weight is tied to {other!r}" for fqn, other in tied_layers(model).items() if fqn in layers}
@@ -90,16 +128,14 @@ def compress_(
     if missing:
         raise ValueError(f"covariances name layers that model does not have: {', '.join(missing)}.")
     skipped |= {fqn: "no calibration batch reached it" for fqn in layers if fqn not in covariances}
-
     for fqn, space in (subspaces or {}).items():
-        own = (covariances.get(fqn), covariances.sensitivities.get(fqn))
-        if fqn in covariances and (space.covariance is not own[0] or space.sensitivity is not own[1]):
+        if fqn in covariances and space.statistics is not covariances[fqn]:
             raise ValueError(
-                f"subspaces[{fqn!r}] was made from other covariances than those given; pass "
+                f"subspaces[{fqn!r}] was computed from other covariances than those given; pass "
                 "subspaces=layer_subspaces(layers, covariances) of the same calibration."
             )
-    if subspaces is None or any(space.centered != config.centered for space in subspaces.values()):
-        subspaces = layer_subspaces(layers, covariances, centered=config.centered)
+    if subspaces is None or any(space.centered != centered for space in subspaces.values()):
+        subspaces = layer_subspaces(layers, covariances, centered=centered)
     subspaces = {fqn: subspaces[fqn] for fqn in layers if fqn in subspaces}
     if not subspaces:
         reasons = "".join(f"\n  {fqn or '(the model)'}: {reason}" for fqn, reason in skipped.items())
@@ -107,102 +143,49 @@ def compress_(
             "covariances hold none of the layers that can be replaced and that filter_fn keeps; calibrate those layers "
             f"first.{reasons}"
         )
-
-    policy = config.rank
-    measure: Measure | None = None
-    if isinstance(policy, AccuracyGuided):
-        evaluate, projection = policy.evaluate, config.projection
-
-        def accuracy_at(ranks: ChosenRanks) -> float:
-            training = [(module, module.training) for module in model.modules()]
-            factors = _factorize(ranks, subspaces, projection, progress=False, keep_directions=True)
-            with replaced(model, factors), torch.no_grad():
-                try:
-                    accuracy = evaluate(model)
-                finally:
-                    for module, flag in training:
-                        module.training = flag
-            try:
-                accuracy = float(accuracy)
-            except (TypeError, ValueError):
-                accuracy = math.nan
-            if not math.isfinite(accuracy):
-                raise ValueError("evaluate must return the model's accuracy as a finite number, the larger the better.")
-            return accuracy
-
-        measure = accuracy_at
-        if policy.journal is not None:
-            measure = Journal(policy.journal, _what_trials_depend_on(model, subspaces, config)).remembering(measure)
-
-    _decompose(policy, subspaces, progress)
-    ranks = choose_ranks(policy, subspaces, config.overrides, bounds=config.bounds, measure=measure, progress=progress)
-    if isinstance(policy, AccuracyGuided):  # what was found can be written to a file and used again
-        config = replace(config, rank=Ranks({fqn: rank for fqn, rank in ranks.items() if rank is not None}))
-    with torch.inference_mode(False):  # parameters made in inference mode could not be trained
-        factors = _factorize(ranks, subspaces, config.projection, progress)
-        if batches is not None:
-            factors = refit_factors(
-                model,
-                factors,
-                batches,
-                sensitivities=covariances.sensitivities,
-                sensitivity=sensitivity,
-                centered=config.centered,
-                mask=mask,
-                forward=forward,
-                blocks=blocks,
-                checkpoint=checkpoint,
-                progress=progress,
-            )
-    report = CompressionReport.build(model, config, subspaces, factors, skipped)
-    with torch.inference_mode(False):
-        replace_(model, factors)
-    return report
+    return subspaces, skipped
 
 
-def _what_trials_depend_on(
-    model: nn.Module, subspaces: Mapping[str, LayerSubspaces], config: CompressionConfig
-) -> dict[str, str]:
-    """Digests of what decides the accuracy at given ranks; the user's evaluate cannot be among it."""
-    statistics = {fqn: space.covariance for fqn, space in subspaces.items()}
-    if config.projection == "loss":
-        sensitivities = {f"gradient of {fqn}": space.sensitivity for fqn, space in subspaces.items()}
-        statistics |= {name: found for name, found in sensitivities.items() if found is not None}
-        weighted = {f"{name}, weighted": found.weighted for name, found in statistics.items()}
-        statistics |= {name: found for name, found in weighted.items() if found is not None}
-    sums = {f"{name} total": found.total for name, found in statistics.items()}
-    sums |= {f"{name} squares": found.second_moment.diagonal(dim1=-2, dim2=-1) for name, found in statistics.items()}
-    return {
-        "model": digest({**dict(model.named_parameters()), **dict(model.named_buffers())}),
-        "covariances": digest(sums),
-        "projection": config.projection,
-        "centered": str(config.centered),
-    }
+def resolved(config: CompressionConfig, subspaces: Mapping[str, LayerSubspaces]) -> CompressionConfig:
+    """``config`` with its open choices made by what the statistics of these layers hold."""
+    gradients = [space.statistics.output_gradients is not None for space in subspaces.values()]
+    return config.resolved(some_gradients=any(gradients), all_gradients=all(gradients))
 
 
-def _decompose(policy: RankPolicy, subspaces: Mapping[str, LayerSubspaces], progress: bool) -> None:
-    """Find the spectra that the policy will ask for, one layer in memory at a time."""
-    by_layer = isinstance(policy, AccuracyGuided) and policy.search == "layers"  # which tries ranks, without spectra
-    allocation = None if by_layer else getattr(policy, "allocation", None)
+def decompose(policy: RankPolicy, subspaces: Mapping[str, LayerSubspaces], progress: bool) -> None:
+    """Compute the spectra that ``policy`` will use, with a progress bar and in bounded memory."""
+    allocation = getattr(policy, "allocation", None)
+    held = 0
     for space in tqdm(subspaces.values(), desc="decomposing", unit="layer", disable=not progress):
         if isinstance(policy, ExplainedVariance):
             space.utilized_rank(policy.threshold)
-        elif allocation == "energy":
+        elif allocation == "variance":
             _ = space.output.spectrum
         elif allocation == "loss" and space.loss is not None:
             _ = space.loss.subspace.spectrum
-        space.release()
+        held += space.held_bytes()
+        space.release(directions=held > MAX_HELD_BYTES)
 
 
-def _factorize(
-    ranks: ChosenRanks,
+def factorize_layers(
     subspaces: Mapping[str, LayerSubspaces],
+    ranks: ChosenRanks,
     projection: str,
-    progress: bool,
+    *,
     keep_directions: bool = False,
+    progress: bool = False,
 ) -> dict[str, Factors]:
+    """Factors of the layers that have a rank, in the dtype of their weights.
+
+    Args:
+        subspaces: of the layers.
+        ranks: ``{fqn: rank or None}``.
+        projection: as for :func:`lowrank_ops.factors.factorize`.
+        keep_directions: keep the decompositions, for other ranks of the same layers.
+        progress: show a progress bar.
+    """
     factors = {}
-    for fqn, rank in tqdm(ranks.items(), desc="factorising", unit="layer", disable=not progress):
+    for fqn, rank in tqdm(ranks.items(), desc="factorizing", unit="layer", disable=not progress):
         if rank is not None:
             space = subspaces[fqn]
             try:

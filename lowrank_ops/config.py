@@ -1,20 +1,19 @@
-"""What to compress and how far: frozen dataclasses that go to and from versioned JSON."""
+"""How far to compress and how: rank policies and the configuration, frozen dataclasses with versioned JSON."""
 
 from __future__ import annotations
 
 import json
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 LATENCIES_VERSION = 1
 PROJECTIONS = ("output", "loss", "utilized", "input", "weight")
-ALLOCATIONS = ("uniform", "energy", "loss")
-SEARCHES = ("budget", "layers")
-REFITS = (None, "sequential")
+ALLOCATIONS = ("uniform", "variance", "loss")
+RECONSTRUCTIONS = (None, "sequential")
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class ExplainedVariance:
     """Each layer keeps its utilized rank: the directions that hold ``threshold`` of the variance.
 
     Args:
-        threshold: share of the variance in (0, 1]; 1 keeps every direction that is numerically not zero.
+        threshold: share of the variance in (0, 1]; 1 keeps every direction that is numerically nonzero.
     """
 
     threshold: float = 0.99
@@ -37,37 +36,43 @@ class ParameterBudget:
 
     Args:
         fraction: share of the parameters of the considered layers in (0, 1]; met exactly or from below.
-        allocation: ``"uniform"`` gives every layer the same share; ``"energy"`` gives parameters where they
-            save the largest share of a layer's output variance; ``"loss"`` where they save most of the loss, which
-            needs covariances with a sensitivity.
+        allocation: how layers share the budget. ``"uniform"``: every layer keeps the same share. ``"variance"``:
+            where parameters save the largest share of a layer's output variance. ``"loss"``: where they save most of
+            the loss; needs covariances with a sensitivity. None: ``"loss"`` if all layers have output gradients, else
+            ``"uniform"``.
+
+    Example:
+        >>> import lowrank_ops as lro
+        >>> lro.ParameterBudget(0.5)
+        ParameterBudget(fraction=0.5, allocation=None)
     """
 
     fraction: float
-    allocation: str = "uniform"
+    allocation: str | None = None
 
     def __post_init__(self) -> None:
         check_share("fraction", self.fraction)
-        check_choice("allocation", self.allocation, ALLOCATIONS)
+        check_allocation(self.allocation)
 
 
 @dataclass(frozen=True)
 class FlopBudget:
-    """All considered layers together keep at most ``fraction`` of their multiplications.
+    """All considered layers together keep at most ``fraction`` of their multiply-accumulates (MACs).
 
-    A layer's multiplications are those of its weight times the rows that calibration saw, so that layers which run at
-    many positions, or several times per forward, count accordingly.
+    A layer's MACs are the elements of its weight times the rows that calibration saw, so layers that run at many
+    positions, or several times per forward, count accordingly.
 
     Args:
-        fraction: share of the multiplications in (0, 1]; met exactly or from below.
-        allocation: as in :class:`ParameterBudget`, per multiplication.
+        fraction: share of the MACs in (0, 1]; met exactly or from below.
+        allocation: as in :class:`ParameterBudget`, per MAC.
     """
 
     fraction: float
-    allocation: str = "uniform"
+    allocation: str | None = None
 
     def __post_init__(self) -> None:
         check_share("fraction", self.fraction)
-        check_choice("allocation", self.allocation, ALLOCATIONS)
+        check_allocation(self.allocation)
 
 
 @dataclass(frozen=True)
@@ -173,21 +178,19 @@ class LayerLatencies:
 class LatencyBudget:
     """All considered layers together take at most ``fraction`` of the time that they take dense, as predicted.
 
-    The sum of the measured times of the layers is what is kept within the budget, not the time of a whole model,
-    which does other things as well. The ranks are the solution of a multiple-choice knapsack over aligned ranks and
-    dense layers (to within its steps, each at most 1/2000 of what the layers may spend above the least).
+    The budget holds for the sum of the layers' measured times, not for the whole model, which does other work as well.
+    Ranks solve a multiple-choice knapsack over aligned ranks and dense layers, to within its steps: at most 1/2000 of
+    the budget beyond the smallest ranks.
 
     Args:
         fraction: share of the dense layers' time in (0, 1]; met exactly or from below.
-        latencies: from :func:`lowrank_ops.measure_latency`, on the device and with the batch size that count.
-        allocation: ``"loss"`` keeps as much of the loss as the time allows, which needs covariances with a
-            sensitivity; ``"energy"`` the most of the layers' shares of output variance; ``"uniform"`` gives every
-            layer the same share of its time.
+        latencies: from :func:`lowrank_ops.measure_latency`, on the device and with the batch size that matter.
+        allocation: as in :class:`ParameterBudget`, per second.
     """
 
     fraction: float
     latencies: LayerLatencies
-    allocation: str = "loss"
+    allocation: str | None = None
 
     def __post_init__(self) -> None:
         check_share("fraction", self.fraction)
@@ -198,46 +201,18 @@ class LatencyBudget:
                 f"latencies must come from measure_latency(model, batch) or LayerLatencies.load; got "
                 f"{type(self.latencies).__name__}."
             )
-        check_choice("allocation", self.allocation, ALLOCATIONS)
+        check_allocation(self.allocation)
 
 
 @dataclass(frozen=True)
-class AccuracyGuided:
-    """The smallest model, by a search with trial compressions, whose accuracy stays within a tolerance.
+class UniformRank:
+    """One rank for every layer where it saves parameters; the others stay dense."""
 
-    Args:
-        evaluate: ``evaluate(model) -> float``, higher is better; is called with the compressed model many times.
-        max_drop: how much less than the dense model's value is accepted, in the units of ``evaluate``.
-        search: ``"budget"`` bisects one parameter budget for all layers. With ``allocation="loss"`` that is a
-            bisection of one threshold for all layers, on the loss that a parameter saves: the ranks within a
-            budget are those of a threshold, filled up with what still fits. ``"layers"`` bisects the rank of one
-            layer after another, the largest first, each with a part of the tolerance and those before it
-            compressed: up to log2(ranks) evaluations per layer (Garg et al. 2024 choose a threshold per layer).
-        allocation: how ``"budget"`` spends, as in :class:`ParameterBudget`.
-        evaluations: at most this many for ``"budget"``, the dense model's included.
-        journal: file that keeps the accuracy of every trial; a search that finds its trials there does not repeat
-            them, be it the same one interrupted or another over the same model. Trials of other weights,
-            covariances or projections are refused; that ``evaluate`` is the same is up to you.
-    """
-
-    evaluate: Callable[[Any], float]
-    max_drop: float
-    search: str = "budget"
-    allocation: str = "loss"
-    evaluations: int = 10
-    journal: str | Path | None = None
+    rank: int
 
     def __post_init__(self) -> None:
-        if not callable(self.evaluate):
-            raise TypeError(f"evaluate must be a function of the model that returns a number; got {self.evaluate!r}.")
-        if isinstance(self.max_drop, bool) or not isinstance(self.max_drop, (int, float)) or not self.max_drop >= 0:
-            raise ValueError(f"max_drop must be a number that is not negative; got {self.max_drop!r}.")
-        check_choice("search", self.search, SEARCHES)
-        check_choice("allocation", self.allocation, ALLOCATIONS)
-        if isinstance(self.evaluations, bool) or not isinstance(self.evaluations, int) or self.evaluations < 2:
-            raise ValueError(f"evaluations must be an integer of at least 2; got {self.evaluations!r}.")
-        if self.journal is not None and not isinstance(self.journal, (str, Path)):
-            raise TypeError(f"journal must be the path of a file, or None; got {self.journal!r}.")
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+            raise ValueError(f"rank must be a positive integer; got {self.rank!r}.")
 
 
 @dataclass(frozen=True)
@@ -250,13 +225,13 @@ class Ranks:
         _check_names("ranks", self.ranks)
 
 
-_Storable = ExplainedVariance | ParameterBudget | FlopBudget | LatencyBudget | Ranks
-RankPolicy = _Storable | AccuracyGuided
-_POLICIES: dict[str, type[_Storable]] = {
+RankPolicy = ExplainedVariance | ParameterBudget | FlopBudget | LatencyBudget | UniformRank | Ranks
+_POLICIES: dict[str, type[RankPolicy]] = {
     "explained_variance": ExplainedVariance,
     "parameter_budget": ParameterBudget,
     "flop_budget": FlopBudget,
     "latency_budget": LatencyBudget,
+    "uniform_rank": UniformRank,
     "ranks": Ranks,
 }
 
@@ -266,69 +241,99 @@ class CompressionConfig:
     """How :func:`lowrank_ops.compress_` chooses ranks and factors.
 
     Args:
-        rank: the policy that chooses a rank per layer.
-        projection: ``"output"``, output principal components, the least output error at a given rank;
-            ``"loss"``, the least error in the metric of the loss's gradient, which needs covariances with a
-            sensitivity (layers without one get ``"output"``, and the report says so); ``"utilized"``,
-            W' = P_T W P_S of Garg et al. 2024; to compare with, ``"input"``, input principal components, W' = W P_S,
-            and ``"weight"``, the truncated SVD of the weight, which ignores the data.
-        centered: use the covariance about the mean and fold the mean into the bias (never a larger output
-            error); False uses the second moment and leaves the bias as it is.
-        overrides: ``{fqn or "re:pattern": rank}``, which wins over the policy; a rank of None keeps a layer dense.
-        bounds: ``{fqn or "re:pattern": (least, most)}``, ranks that the policy stays within; ``most`` of None is no
-            bound, and the layer may stay dense. What is said by hand, in ``overrides`` or ``Ranks``, is not bounded.
-            Bounds win over the tolerance of ``AccuracyGuided``.
-        refit: ``"sequential"`` fits the factors anew, layer by layer, to the dense model's outputs from the
-            compressed model's inputs, which needs batches (:func:`lowrank_ops.refit_factors`); None does not.
+        rank: the policy that chooses a rank per layer, or an int, one rank for all layers where it saves parameters.
+        projection: ``"output"``: output principal components, the least output error at a given rank. ``"loss"``: the
+            least error in the metric of the loss's gradient; needs covariances with a sensitivity (layers without
+            output gradients get ``"output"``, and the report says so). ``"utilized"``: W' = P_T W P_S of Garg et al.
+            2024. For comparison: ``"input"``, input principal components, W' = W P_S, and ``"weight"``, the truncated
+            SVD of the weight, which ignores the data. None: ``"loss"`` if there are output gradients, else
+            ``"output"``.
+        centered: use the covariance about the mean and fold the mean into the bias, which for ``"output"`` never
+            increases the output error; False uses the second moment and leaves the bias unchanged.
+        overrides: ``{fqn or "re:pattern": rank}``, which takes precedence over the policy; None keeps a layer dense.
+        reconstruction: ``"sequential"`` refits the factors, layer by layer, to the dense model's outputs from the
+            compressed model's inputs; needs ``compress_(..., reconstruction=SequentialReconstruction(batches))``,
+            which also sets it.
+        bounds: ``{fqn or "re:pattern": (min, max)}``, ranks that the policy stays within; a ``max`` of None is no
+            bound, and the layer may stay dense. ``overrides`` and ``Ranks`` are not bounded.
+
+    Example:
+        >>> import lowrank_ops as lro
+        >>> config = lro.CompressionConfig(lro.ParameterBudget(0.5), overrides={"head": None})
+        >>> lro.CompressionConfig.from_json(config.to_json()) == config
+        True
     """
 
-    rank: RankPolicy = field(default_factory=ExplainedVariance)
-    projection: str = "output"
+    rank: RankPolicy = field(default_factory=lambda: ParameterBudget(0.5))
+    projection: str | None = None
     centered: bool = True
     overrides: Mapping[str, int | None] = field(default_factory=dict)
-    refit: str | None = None
+    reconstruction: str | None = None
     bounds: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_names("overrides", self.overrides)
         _check_names("bounds", self.bounds)
         object.__setattr__(self, "bounds", {name: check_bound(name, pair) for name, pair in self.bounds.items()})
-        policies = (*_POLICIES.values(), AccuracyGuided)
-        if not isinstance(self.rank, policies):
-            accepted = ", ".join(policy.__name__ for policy in policies)
-            raise TypeError(f"rank must be one of {accepted}; got {self.rank!r}.")
-        check_choice("projection", self.projection, PROJECTIONS)
+        rank: object = self.rank
+        if isinstance(rank, int) and not isinstance(rank, bool):
+            object.__setattr__(self, "rank", UniformRank(rank))
+        if not isinstance(self.rank, tuple(_POLICIES.values())):
+            accepted = ", ".join(policy.__name__ for policy in _POLICIES.values())
+            raise TypeError(f"rank must be an int or one of {accepted}; got {self.rank!r}.")
+        check_choice("projection", self.projection, (None, *PROJECTIONS))
         if not isinstance(self.centered, bool):
             raise TypeError(f"centered must be a bool; got {self.centered!r}.")
-        check_choice("refit", self.refit, REFITS)
-        if self.refit is not None and self.projection == "weight":
-            raise ValueError("refit fits to the data and projection='weight' ignores it; choose one of the two.")
+        check_choice("reconstruction", self.reconstruction, RECONSTRUCTIONS)
+        if self.reconstruction is not None and self.projection == "weight":
+            raise ValueError("reconstruction fits the data and projection='weight' ignores it; choose one of the two.")
 
-    def to_dict(self) -> dict[str, Any]:
-        """The configuration as plain JSON types.
+    @classmethod
+    def of(cls, value: object) -> CompressionConfig:
+        """A configuration from itself, a policy, an int, or None for the defaults.
 
         Raises:
-            ValueError: the policy is AccuracyGuided, which holds a function.
+            TypeError: anything else.
         """
-        if isinstance(self.rank, AccuracyGuided):
-            raise ValueError("rank=AccuracyGuided holds a function; the report's config holds the ranks that it found.")
+        if value is None:
+            return cls()
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, (int, *_POLICIES.values())) and not isinstance(value, bool):
+            return cls(value)  # type: ignore[arg-type]
+        raise TypeError(
+            "config must be a CompressionConfig, a rank policy such as ParameterBudget(0.5), or an int, one rank for "
+            f"all layers; got {type(value).__name__}."
+        )
+
+    def resolved(self, some_gradients: bool, all_gradients: bool) -> CompressionConfig:
+        """The configuration with defaults filled in for layers some or all of which have output gradients."""
+        projection = self.projection or ("loss" if some_gradients else "output")
+        rank = self.rank
+        if isinstance(rank, ParameterBudget | FlopBudget | LatencyBudget) and rank.allocation is None:
+            rank = replace(rank, allocation="loss" if all_gradients else "uniform")
+        return replace(self, rank=rank, projection=projection)
+
+    def with_reconstruction(self, reconstruction: str) -> CompressionConfig:
+        """The same configuration with a reconstruction."""
+        return replace(self, reconstruction=reconstruction)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain JSON types."""
         name = next(name for name, policy in _POLICIES.items() if type(self.rank) is policy)
-        values = {
+        return {
             "version": FORMAT_VERSION,
-            "rank": {"policy": name, **asdict(self.rank)},
+            "rank": {"policy": name, **asdict(self.rank)},  # type: ignore[arg-type]
             "projection": self.projection,
             "centered": self.centered,
             "overrides": dict(self.overrides),
+            "reconstruction": self.reconstruction,
+            "bounds": {name: list(pair) for name, pair in self.bounds.items()},
         }
-        if self.refit is not None:
-            values["refit"] = self.refit
-        if self.bounds:
-            values["bounds"] = {name: list(pair) for name, pair in self.bounds.items()}
-        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CompressionConfig:
-        """The inverse of :meth:`to_dict`.
+        """The inverse of :meth:`to_dict`; also reads version 1.
 
         Raises:
             ValueError: an unknown version, policy or field.
@@ -337,17 +342,23 @@ class CompressionConfig:
             raise ValueError(f"a compression configuration must be a JSON object; got {type(values).__name__}.")
         values = dict(values)
         version = values.pop("version", None)
-        if version != FORMAT_VERSION:
-            raise ValueError(f"version must be {FORMAT_VERSION}; got {version!r}. Update lowrank_ops for newer files.")
+        if version not in (1, FORMAT_VERSION):
+            raise ValueError(
+                f"version must be 1 or {FORMAT_VERSION}; got {version!r}. Update lowrank_ops for newer files."
+            )
         try:
             policy = dict(values.pop("rank"))
+            if version == 1:
+                values["reconstruction"] = values.pop("refit", None)
+                if policy.get("allocation") == "energy":
+                    policy["allocation"] = "variance"
             name = policy.pop("policy")
             check_choice("policy", name, tuple(_POLICIES))
             return cls(rank=_POLICIES[name](**policy), **values)
         except KeyError as error:
             raise ValueError(f"not a compression configuration: the field {error} is missing.") from None
         except TypeError as error:
-            raise ValueError(f"not a compression configuration of version {FORMAT_VERSION}: {error}.") from None
+            raise ValueError(f"not a compression configuration of version {version}: {error}.") from None
 
     def to_json(self) -> str:
         """The configuration as a JSON text."""
@@ -365,26 +376,31 @@ def _check_names(name: str, value: object) -> None:
 
 
 def check_bound(name: str, pair: Any) -> tuple[int, int | None]:
-    """The pair, or ValueError where it is not ``(least, most)``."""
+    """``pair`` as a tuple; ValueError unless it is ``(min, max)``."""
     if isinstance(pair, (tuple, list)) and len(pair) == 2:
-        least, most = pair
-        ranks = [least] if most is None else [least, most]
+        low, high = pair
+        ranks = [low] if high is None else [low, high]
         whole = all(isinstance(rank, int) and not isinstance(rank, bool) for rank in ranks)
-        if whole and least >= 0 and (most is None or most >= max(1, least)):
-            return least, most
+        if whole and low >= 0 and (high is None or high >= max(1, low)):
+            return low, high
     raise ValueError(
-        f"bounds[{name!r}] must be (least, most), ranks with 0 <= least <= most and most > 0, or None for no largest; "
+        f"bounds[{name!r}] must be (min, max), ranks with 0 <= min <= max and max > 0, or None for no max; "
         f"got {pair!r}."
     )
 
 
 def check_share(name: str, value: float) -> None:
-    """Raise ValueError where ``value`` is no number in (0, 1]."""
+    """Raise ValueError unless ``value`` is a number in (0, 1]."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
         raise ValueError(f"{name} must be a number in (0, 1]; got {value!r}.")
 
 
 def check_choice(name: str, value: object, accepted: Sequence[object]) -> None:
-    """Raise ValueError where ``value`` is none of the names accepted."""
+    """Raise ValueError unless ``value`` is among the accepted names."""
     if value not in accepted:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}; got {value!r}.")
+
+
+def check_allocation(allocation: object) -> None:
+    """Raise ValueError unless ``allocation`` is one of ``ALLOCATIONS`` or None."""
+    check_choice("allocation", allocation, (None, *ALLOCATIONS))

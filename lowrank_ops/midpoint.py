@@ -1,7 +1,7 @@
-"""What the loss feels halfway to a compressed model: gradients taken a second time, with the weights in between.
+"""Midpoint gradients: output gradients streamed a second time, with weights halfway to the compressed model's.
 
-Gradients of the dense model tell the harm of a first small change. Compression makes large ones, in all layers at once;
-what they meet on the way is told better by gradients from its middle.
+Output gradients of the dense model predict the effect of a first small change. Compression makes large changes in all
+layers at once; gradients at the midpoint predict those better.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from .calibration.calibrate import calibrate
-from .calibration.statistics import Covariances
+from .calibration.statistics import Covariances, LayerStatistics
 from .compress import compress_
-from .config import AccuracyGuided, CompressionConfig, ParameterBudget
+from .config import CompressionConfig, RankPolicy
 from .layers.lowrank import LowRankConv2d, LowRankLinear
 from .layers.replace import swap_
 from .models.layers import bias_vector, find_layers, weight_matrix
@@ -29,82 +29,89 @@ def recalibrate(
     model: nn.Module,
     covariances: Covariances,
     batches: Iterable[Any],
-    config: CompressionConfig | None = None,
+    config: CompressionConfig | RankPolicy | int | None = None,
     **options: Any,
 ) -> Covariances:
-    """Add sensitivities of the model halfway between dense and compressed to those of the dense model.
+    """Add output gradients of the model at the midpoint between dense and compressed to those of the dense model.
 
-    Runs ``batches`` once more, forward and backward, with the mean of each layer's dense weight and of the weight that
-    ``config`` makes of it. Means and second moments stay those of the dense model; sensitivities, with their weighted
-    rows, become those over the samples of both. For ``allocation="loss"`` and ``projection="loss"``, one-shot or with a
-    refit. For the same batches it costs what the calibration did, and a decomposition of all layers::
-
-        covariances = lro.calibrate(model, batches, sensitivity="fisher")
-        covariances = lro.recalibrate(model, covariances, batches, config, sensitivity="fisher")
-        lro.compress_(model, covariances, config)
+    Runs ``batches`` once more, forward and backward, with each layer's weight the mean of the dense one and of what
+    ``config`` makes of it. Activation moments stay those of the dense model; output gradients and token-weighted
+    moments become those over the samples of both. For loss-aware ranks and factors, one-shot or with a reconstruction.
+    Costs as much as the calibration did with the same batches, and a decomposition of all layers.
 
     Args:
-        model: the model that was calibrated; handed back as it was.
+        model: the model that was calibrated; returned to its previous state.
         covariances: from :func:`lowrank_ops.calibrate` with a sensitivity; not changed.
         batches: as for :func:`lowrank_ops.calibrate`, at best the same.
-        config: how the model is to be compressed, a refit left out; layers that will stay dense are named in its
-            overrides. By default half of the layers' parameters, ranks and factors by loss. ``AccuracyGuided`` searches
-            here as well, without its journal: trials with these covariances are none of those to come.
-        options: keyword arguments of :func:`lowrank_ops.calibrate` as they were given to it, the sensitivity above all.
+        config: how the model is to be compressed, as for :func:`lowrank_ops.compress_`, without a reconstruction;
+            layers that will stay dense are named in its overrides.
+        options: keyword arguments of :func:`lowrank_ops.calibrate` as they were given to it, above all
+            ``sensitivity``.
 
     Returns:
-        New covariances, which share the moments with ``covariances``. Weighted rows of layers that stream their output
-        are the dense model's alone: outputs of other weights are no outputs of that layer. So are all sums of a layer
-        that no batch reaches halfway, as an expert that is routed to by the inputs.
+        New covariances, which share the activation moments with ``covariances``. Token-weighted moments of layers that
+        stream their output are the dense model's alone, because outputs of other weights are not outputs of that layer.
+        So are all moments of a layer that no batch reaches at the midpoint, such as an expert.
 
     Raises:
-        ValueError: covariances without sensitivities, no ``sensitivity`` among the options, options other than those of
-            the first calibration, or what :func:`lowrank_ops.calibrate` and :func:`lowrank_ops.compress_` raise.
+        ValueError: covariances without output gradients, no ``sensitivity`` among the options, options other than those
+            of the first calibration, or as for :func:`lowrank_ops.calibrate` and :func:`lowrank_ops.compress_`.
+
+    Example:
+        >>> import torch, lowrank_ops as lro
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 64))
+        >>> batches = [torch.randn(64, 64)]
+        >>> covariances = lro.calibrate(model, batches, sensitivity="fisher")
+        >>> covariances = lro.recalibrate(model, covariances, batches, lro.ParameterBudget(0.5), sensitivity="fisher")
+        >>> report = lro.compress_(model, covariances, lro.ParameterBudget(0.5))
     """
     if not isinstance(covariances, Covariances):
         raise TypeError(f"covariances must come from calibrate(model, batches); got {type(covariances).__name__}.")
-    if not covariances.sensitivities:
-        raise ValueError("covariances hold no sensitivities to add to; use calibrate(..., sensitivity=...) first.")
+    if not covariances.has_output_gradients:
+        raise ValueError("covariances hold no output gradients to add to; use calibrate(..., sensitivity=...) first.")
     if options.get("sensitivity") is None:
         raise ValueError(
             "sensitivity must be given as to the first calibrate: 'fisher', 'output', 'pooled' or a loss; got None."
         )
-    weighted = any(gradient.weighted is not None for gradient in covariances.sensitivities.values())
-    if options.setdefault("weigh_rows", weighted) != weighted:
-        raise ValueError(f"weigh_rows must be {weighted}, as of the first calibrate; got {options['weigh_rows']!r}.")
+    weighted = covariances.has_token_weights
+    if options.setdefault("token_weights", weighted) != weighted:
+        raise ValueError(
+            f"token_weights must be {weighted}, as in the first calibrate; got {options['token_weights']!r}."
+        )
     accepted = inspect.signature(calibrate).parameters
     if unknown := [name for name in options if name not in accepted]:  # before the long work
         raise TypeError(f"options must be keyword arguments of calibrate; it has no {', '.join(unknown)}.")
-    # Asked of the dense layers: a filter may know them by their type, or be a set of them.
+    # Apply the filter to the dense layers: it may go by their type or identity.
     layers, _ = find_layers(model, options.pop("filter_fn", None))
     if missing := [fqn for fqn in covariances if fqn not in layers]:
         raise ValueError(
             f"covariances hold layers that model does not have or filter_fn does not keep: {', '.join(missing)}. "
             "Pass the model and the filter_fn of the first calibrate."
         )
-    config = CompressionConfig(ParameterBudget(0.5, "loss"), projection="loss") if config is None else config
-    samples = next(iter(covariances.sensitivities.values())).count  # grows, so that a third run draws anew as well
+    config = replace(CompressionConfig.of(config), reconstruction=None)
+    samples = _samples(covariances)  # grows with each run, so that a third run draws other labels as well
     with torch.inference_mode(False):  # weights made in inference mode would have no gradients
         with (
-            _halfway(model, covariances, config, options.get("progress", False)),
+            _midpoint(model, covariances, config, options.get("progress", False)),
             random_state_kept(model) as generators,
         ):
-            for generator in generators:  # labels and signs drawn once more would double the noise of the first draw
+            for generator in generators:  # the same labels and signs would double the noise of the first draw
                 generator.manual_seed((generator.initial_seed() + samples) % 2**63)
             found = calibrate(model, batches, filter_fn=lambda module, fqn: fqn in covariances, **options)
-        return _with_sensitivities_of(covariances, found)
+        return _with_gradients_of(covariances, found)
+
+
+def _samples(covariances: Covariances) -> int:
+    return next(layer.output_gradients.count for layer in covariances.values() if layer.output_gradients is not None)
 
 
 @contextmanager
-def _halfway(model: nn.Module, covariances: Covariances, config: CompressionConfig, progress: bool) -> Iterator[None]:
-    """Dense layers with weights in the middle of the way, inside the ``with`` block only."""
-    if isinstance(config, CompressionConfig):
-        policy = replace(config.rank, journal=None) if isinstance(config.rank, AccuracyGuided) else config.rank
-        config = replace(config, rank=policy, refit=None)
+def _midpoint(model: nn.Module, covariances: Covariances, config: CompressionConfig, progress: bool) -> Iterator[None]:
+    """Dense layers with midpoint weights, inside the ``with`` block only."""
     dense = dict(model.named_modules(remove_duplicate=False))
 
     def changed() -> list[tuple[nn.Module, nn.Module]]:
-        """What stands in the model, with what stood there; asked anew, as an interrupt may come at any step."""
+        """Modules in the model that were not there before, with those that were; an interrupt may come at any step."""
         now = model.named_modules(remove_duplicate=False)
         return [(module, dense[fqn]) for fqn, module in now if module is not dense.get(fqn, module)]
 
@@ -127,26 +134,26 @@ def _between(module: nn.Module, dense: nn.Module) -> nn.Module:
     return middle
 
 
-def _with_sensitivities_of(covariances: Covariances, found: Covariances) -> Covariances:
-    """The moments of one, the sensitivities of both."""
+def _with_gradients_of(covariances: Covariances, found: Covariances) -> Covariances:
+    """The activation moments of one, the output gradients of both."""
     if differ := [fqn for fqn in covariances if fqn in found and found[fqn].side != covariances[fqn].side]:
         raise ValueError(
-            f"side must stream what the first calibrate did; it differs at {', '.join(differ)}. Give side and "
-            "max_state_bytes as they were then."
+            f"side must stream what the first calibrate did; it differs at {', '.join(differ)}. Pass the same side and "
+            "max_state_bytes."
         )
-    result = Covariances()
-    for covariance in covariances.statistics():
-        result._add(covariance)
-    samples = next(gradient.count for gradient in found.sensitivities.values())
-    for fqn, gradient in covariances.sensitivities.items():
-        if fqn not in covariances:  # called with no rows
-            continue
-        more, weighted = found.sensitivities.get(fqn), gradient.weighted
-        unfelt = replace(gradient, count=gradient.count + samples, weighted=None)  # by the samples of this run
-        result._add(unfelt if more is None else gradient.plus(more))
-        if weighted is not None:
-            also = more.weighted if more is not None and covariances[fqn].side == "input" else None
-            result._add(weighted if also is None else weighted.plus(also))
-    result._sort(covariances)
-    result.unreached, result.skipped = covariances.unreached, dict(covariances.skipped)
-    return result
+    samples = _samples(found)
+    layers = {fqn: _with_gradients(layer, found.get(fqn), samples) for fqn, layer in covariances.items()}
+    return Covariances(layers, covariances.unreached, covariances.skipped)
+
+
+def _with_gradients(layer: LayerStatistics, found: LayerStatistics | None, samples: int) -> LayerStatistics:
+    gradients, weighted = layer.output_gradients, layer.token_weighted
+    if gradients is None:
+        return layer
+    if found is None or found.output_gradients is None:
+        more = replace(gradients, count=gradients.count + samples)  # its gradients were zero in this run's samples
+    else:
+        more = gradients.plus(found.output_gradients)
+    if weighted is not None and found is not None and found.token_weighted is not None and layer.side == "input":
+        weighted = weighted.plus(found.token_weighted)
+    return replace(layer, output_gradients=more, token_weighted=weighted)

@@ -1,25 +1,23 @@
-"""What the loss feels: gradients of a loss at the layers' outputs, one backward pass for all layers.
+"""The losses whose output gradients calibration streams: one scalar per batch, from the model's output.
 
-The second moment G = E[g g^T] of those gradients weighs output errors by what they do to the loss: with a loss of
-negative log-likelihood it is the output's block of the Fisher information (Martens 2014, arXiv 1412.1193).
+The second moment G = E[g g^T] of a layer's output gradients is the metric in which an output error increases the loss.
+For a negative log-likelihood it is the output's block of the Fisher information (Martens 2014, arXiv 1412.1193).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ..models.running import output_tensor
-from .token_weights import KeptRows
 
 Sensitivity = str | Callable[[Any, Any], Tensor]
-# Of the mean's part of "pooled", beside the rows'. Deep in a model its gradients, alike at all rows, are larger than
-# theirs. A sentence encoder keeps less at 0.25 without a refit, and at 0.5 of docstrings, most of all with one.
+# Scale of the mean's term of "pooled" beside the rows' term. Deep in a model the mean's gradients, equal at all rows,
+# are the larger ones. Of .1 to 1, .35 was best or near it for a sentence encoder, with and without reconstruction.
 MEAN_SCALE = 0.35
 KINDS = ("fisher", "output", "pooled")
 
@@ -48,7 +46,7 @@ def check_sensitivity(sensitivity: object) -> None:
 
 
 def objective(sensitivity: Sensitivity, output: Any, batch: Any, mask: Tensor | None) -> Objective:
-    """What is differentiated for one batch.
+    """The scalar that is differentiated for one batch.
 
     Args:
         sensitivity: a function ``loss(output, batch)`` that gives a scalar summed over samples, or a tensor of losses
@@ -88,16 +86,16 @@ def objective(sensitivity: Sensitivity, output: Any, batch: Any, mask: Tensor | 
 def _pooled_signs(values: Tensor, mask: Tensor | None) -> Tensor:
     """Random signs times every row, plus random signs times the direction of their mean; a scalar.
 
-    Calibration adds up what single rows do to the loss. The mean alone would be misjudged by that: errors that the rows
-    of a sample have in common add up in it, errors of single rows cancel, and the layers near the output, whose
-    gradients are alike at all rows, would get too small a part of the parameters. At a scale of 1 for the mean's
-    part both parts are equally large at the output; see ``MEAN_SCALE``.
+    Calibration sums the effects of single rows on the loss. That underestimates errors which the rows of a sample have
+    in common: they add up in the mean, while errors of single rows cancel. With the mean's term alone, layers near the
+    output, whose gradients are equal at all rows, would get too few parameters. At a scale of 1 both terms are equally
+    large at the output; see ``MEAN_SCALE``.
     """
     if values.dim() != 3 or (mask is not None and mask.shape != values.shape[:-1]):
         raise ValueError(
             "sensitivity='pooled' needs an output (batch, positions, features) and a mask (batch, positions) if any; "
             f"got {tuple(values.shape)}{'' if mask is None else f' and {tuple(mask.shape)}'}. Pass forward= that "
-            "returns the rows before they are pooled, or sensitivity='output'."
+            "returns the rows before pooling, or sensitivity='output'."
         )
     values = values.float()
     real = torch.ones_like(values[..., :1]) if mask is None else mask.to(values).unsqueeze(-1)
@@ -116,61 +114,3 @@ def _tensor(output: Any, kind: str) -> Tensor:
             "forward=, which picks one, or a function loss(output, batch) as sensitivity."
         )
     return found
-
-
-class Gradient(NamedTuple):
-    """The gradient at one call of one layer."""
-
-    fqn: str
-    values: Tensor  # the shape of the layer's output
-    mask: Tensor | None  # the mask of that forward
-    rows: KeptRows | None  # what the layer was given in that call, where it is to be weighed
-
-
-class GradientTaps:
-    """Remembers where the layers' outputs entered the graph, for one backward pass per loss.
-
-    Edges of the graph are kept rather than tensors: what the model does to an output in place afterwards does not
-    change them, and no gradient is added to a parameter.
-    """
-
-    def __init__(self) -> None:
-        self._taps: list[tuple[GradientEdge, str, Tensor | None, KeptRows | None]] = []
-
-    def tap(self, fqn: str, y: Tensor, mask: Tensor | None, keep: Callable[[], KeptRows] | None) -> Tensor | None:
-        """Remember a layer's output, with what ``keep`` gives; the tensor that takes its place, or None to leave it."""
-        if y.is_inference() or not torch.is_grad_enabled():
-            return None
-        rows = None if keep is None else keep()
-        if y.requires_grad:
-            self._taps.append((get_gradient_edge(y), fqn, mask, rows))
-            return None
-        # Nothing before this layer needs a gradient: the graph starts here, at a copy, for a leaf could not be changed
-        # in place by what follows.
-        start = y.detach().requires_grad_().clone()
-        self._taps.append((get_gradient_edge(start), fqn, mask, rows))
-        return start
-
-    def gradients(self, loss: Tensor, keep: bool = False) -> list[Gradient]:
-        """The gradient of ``loss`` at every call that it depends on; forgets the calls unless ``keep``.
-
-        Raises:
-            ValueError: the loss depends on no layer.
-        """
-        taps, self._taps = self._taps, []
-        found: Sequence[Tensor | None] = []
-        if taps and loss.requires_grad:
-            found = torch.autograd.grad(loss, [edge for edge, *_ in taps], retain_graph=keep, allow_unused=True)
-        self._taps = taps if keep else []  # and not what gradient checkpointing has called again
-        gradients = [
-            Gradient(fqn, values, mask, rows)
-            for (_, fqn, mask, rows), values in zip(taps, found, strict=False)
-            if values is not None
-        ]
-        if not gradients:
-            raise ValueError(
-                "the loss of sensitivity depends on no layer: the model's forward runs without gradients "
-                "(torch.no_grad, inference_mode, a detached output), or its loss was taken already. "
-                "Let it run with gradients, in calibrate and refits by forward=, or do without sensitivity."
-            )
-        return gradients

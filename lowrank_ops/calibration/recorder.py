@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,37 +15,48 @@ from ..models.layers import bias_vector, dimensions, input_of, output_rows, pad_
 from ..models.masks import Mask, read_mask, real_rows
 from ..ops import conv_covariance_update_, covariance_finalize_, covariance_update_
 from ..ops.covariance import output_size
-from .objectives import GradientTaps, Sensitivity, objective
-from .statistics import GRADIENT, SIDES, WEIGHTED, Covariance, Covariances, NonFiniteActivationError
-from .token_weights import KeptRows
+from .gradients import OutputGradient, OutputGradients
+from .objectives import Sensitivity, objective
+from .statistics import Covariances, LayerStatistics, Moments, NonFiniteActivationError
+from .token_weights import SavedActivation
 
 
 class Recorder:
-    """The hooks of one calibration and the sums that they fill."""
+    """Hooks on a model and its layers, and the sums of what they see.
+
+    Args:
+        layers: ``{fqn: layer}``.
+        mask: as for :func:`lowrank_ops.calibrate`.
+        share: layers that receive the same tensor share its sums.
+    """
 
     def __init__(self, layers: Mapping[str, nn.Module], mask: Mask | None, share: bool) -> None:
         self._layers = layers
         self._mask_source = mask
         self._mask: Tensor | None = None  # of this forward
-        self._last_mask: Tensor | None = None  # of the forward that a loss follows
+        self._last_mask: Tensor | None = None  # of the forward that a loss belongs to
         self._share = share
-        self._states: dict[str, _State] = {}  # by layer; a layer that shares its input has its leader's
-        self._touched: dict[str, _State] = {}  # in this forward, in the order of the calls
-        self._taps = GradientTaps()
-        self._gradients: dict[str, _State] = {}
-        self._weighted: dict[str, _State] = {}
+        self._sides: Mapping[str, str] = {}
+        self._activations: dict[str, _Sums] = {}  # by layer; a layer that shares its input has its leader's
+        self._touched: dict[str, _Sums] = {}  # since the last check, in the order of the calls
+        self._gradients = OutputGradients()
+        self._output_gradients: dict[str, _Sums] = {}
+        self._token_weighted: dict[str, _Sums] = {}
         self._samples = 0
         self._batch = 0
         self._in_forward = False
-        self._in_backward = False  # where gradient checkpointing calls layers again, with rows that were seen already
+        self._in_backward = False  # gradient checkpointing calls layers again, with rows that were seen already
         self._handles: list[RemovableHandle] = []
 
     def attach(self, model: nn.Module, sides: Mapping[str, str], dtype: torch.dtype) -> None:
-        """Hook the model around its layers; the model may itself be the layer, so the order matters."""
+        """Hook ``model`` and the streamed side of each layer in ``sides``.
+
+        The model's own hooks come first and last, because the model may itself be the layer.
+        """
         self._sides = sides
         self._handles.append(model.register_forward_pre_hook(self._before_forward, with_kwargs=True))
-        for fqn, layer in self._layers.items():
-            self._handles.append(self._hook(fqn, layer, sides[fqn], dtype))
+        for fqn, side in sides.items():
+            self._handles.append(self._hook(fqn, self._layers[fqn], side, dtype))
         self._handles.append(model.register_forward_hook(self._after_forward))
 
     def _hook(self, fqn: str, layer: nn.Module, side: str, dtype: torch.dtype) -> RemovableHandle:
@@ -59,96 +70,116 @@ class Recorder:
             with_kwargs=True,
         )
 
-    def attach_taps(self, dtype: torch.dtype, weigh_rows: bool) -> None:
-        """Hook the outputs of all layers, to differentiate by them; with ``weigh_rows`` keep the rows until then."""
-        self._gradient_dtype, self._weigh_rows = dtype, weigh_rows
+    def attach_output_gradients(self, dtype: torch.dtype, token_weights: bool) -> None:
+        """Hook the outputs of all layers, to differentiate at them and to add the moments of their gradients."""
+        self._gradient_dtype = dtype
+        self._attach_outputs(save_activations=token_weights)
+
+    def attach_gradient_reader(self) -> None:
+        """Hook the outputs of all layers for :meth:`gradients_of`; no sums are kept."""
+        self._attach_outputs(save_activations=False)
+
+    def _attach_outputs(self, save_activations: bool) -> None:
+        def watch(fqn: str, x: Tensor, y: Tensor) -> Tensor | None:
+            save: Callable[[], SavedActivation] | None = None
+            if save_activations and not self._in_backward:
+                save = lambda: SavedActivation(x, y, self._sides[fqn])  # noqa: E731
+            return self._gradients.watch(fqn, y, self._mask, save)
+
         for fqn, layer in self._layers.items():
             self._handles.append(
                 layer.register_forward_hook(
-                    lambda module, args, kwargs, y, fqn=fqn: self._tap(fqn, input_of(args, kwargs), y),
+                    lambda module, args, kwargs, y, fqn=fqn: watch(fqn, input_of(args, kwargs), y),
                     prepend=True,
                     with_kwargs=True,
                 )
             )
 
-    def _tap(self, fqn: str, x: Tensor, y: Tensor) -> Tensor | None:
-        weigh = self._weigh_rows and not self._in_backward
-        return self._taps.tap(fqn, y, self._mask, (lambda: KeptRows(x, y, self._sides[fqn])) if weigh else None)
+    def gradients_of(self, sensitivity: Sensitivity, output: Any, batch: Any) -> list[OutputGradient]:
+        """The gradients of the last forward's objective at the layers' outputs, call by call."""
+        return self._differentiate(objective(sensitivity, output, batch, self._last_mask).loss, retain_graph=False)
 
-    def see_loss(self, sensitivity: Sensitivity, output: Any, batch: Any, keep: bool) -> None:
-        """Add the gradients of a batch's loss; ``keep`` where another loss of this batch follows."""
+    def add_loss(self, sensitivity: Sensitivity, output: Any, batch: Any, retain_graph: bool) -> None:
+        """Add the output gradients of a batch's objective."""
         loss, samples = objective(sensitivity, output, batch, self._last_mask)
-        self.see_gradients(loss, samples, keep)
+        self.add_gradients(loss, samples, retain_graph)
 
-    def see_gradients(self, loss: Tensor, samples: int, keep: bool) -> None:
-        """Add the gradients at all outputs that ``loss``, summed over ``samples``, depends on.
+    def add_gradients(self, loss: Tensor, samples: int, retain_graph: bool) -> None:
+        """Add the gradients of ``loss``, summed over ``samples``, at all outputs that it depends on.
 
-        Inputs are shared by layers; outputs are not: every call of a layer makes a tensor of its own, with its own
-        gradient, and a module that is called at several places is one layer. So there is nothing to find twice.
+        Layers share inputs but not outputs: every call of a layer creates a tensor of its own, and a module called at
+        several places is one layer. So no gradient is counted twice.
         """
-        self._in_backward = True
-        try:
-            gradients = self._taps.gradients(loss, keep)
-        finally:
-            self._in_backward = False
-        for fqn, values, mask, kept in gradients:
+        for fqn, values, mask, saved in self._differentiate(loss, retain_graph):
             layer = self._layers[fqn]
-            state = self._state_of_loss(self._gradients, fqn, GRADIENT)
+            sums = self._sums_of_loss(self._output_gradients, fqn, "output", "output gradient")
             rows = output_rows(layer, values)
             with torch.no_grad():
-                state.update(rows if isinstance(layer, nn.Conv2d) else real_rows(fqn, rows, mask))
-                if kept is not None:
-                    weighted = self._state_of_loss(self._weighted, fqn, WEIGHTED + self._sides[fqn])
-                    kept.add_to(weighted.covariance, fqn, layer, values, mask)
+                sums.update(rows if isinstance(layer, nn.Conv2d) else real_rows(fqn, rows, mask))
+                if saved is not None:
+                    side = self._sides[fqn]
+                    weighted = self._sums_of_loss(self._token_weighted, fqn, side, f"token-weighted {side}")
+                    saved.add_to(weighted.moments, fqn, layer, values, mask)
         self._samples += samples
         self.check_finite()
 
-    def _state_of_loss(self, states: dict[str, _State], fqn: str, side: str) -> _State:
-        if fqn not in states:
-            states[fqn] = _new_state(fqn, self._layers[fqn], side, self._gradient_dtype)
-            states[fqn].join(fqn)
-        self._touched[f"{side} of {fqn}"] = states[fqn]
-        return states[fqn]
+    def _differentiate(self, loss: Tensor, retain_graph: bool) -> list[OutputGradient]:
+        self._in_backward = True
+        try:
+            return self._gradients.of(loss, retain_graph)
+        finally:
+            self._in_backward = False
+
+    def _sums_of_loss(self, sums: dict[str, _Sums], fqn: str, side: str, what: str) -> _Sums:
+        if fqn not in sums:
+            sums[fqn] = _Sums(fqn, self._layers[fqn], side, self._gradient_dtype, what, of_loss=True)
+        self._touched[f"{what} of {fqn}"] = sums[fqn]
+        return sums[fqn]
 
     def detach(self) -> None:
         """Remove every hook."""
         for handle in self._handles:
             handle.remove()
 
-    def finish(self, covariances: Covariances) -> None:
-        """Mirror the triangles, take biases out of streamed outputs, and hand the sums over."""
-        for fqn, state in self._states.items():
-            if fqn == state.leader and state.covariance.count:
-                state.check_followers()
-                covariance = state.covariance
-                covariance_finalize_(covariance.second_moment)
-                if covariance.side == "output":
-                    _remove_bias(covariance, self._layers[fqn])
-                covariances._add(covariance)
-        for state in self._gradients.values():
-            covariance_finalize_(state.covariance.second_moment)
-            state.covariance.count = self._samples
-            covariances._add(state.covariance)
-        for state in self._weighted.values():
-            covariance_finalize_(state.covariance.second_moment)
-            covariances._add(state.covariance)
-        covariances._sort(list(self._layers))
-        covariances.unreached = tuple(fqn for fqn in self._layers if fqn not in covariances)
+    def finish(self, skipped: Mapping[str, str]) -> Covariances:
+        """Mirror the triangles, subtract biases from streamed outputs, and return the sums."""
+        for sums in {id(sums): sums for sums in self._activations.values()}.values():
+            sums.check_followers()
+            covariance_finalize_(sums.moments.second_moment)
+            if self._sides[sums.leader] == "output":
+                _remove_bias(sums.moments, self._layers[sums.leader])
+        for sums in [*self._output_gradients.values(), *self._token_weighted.values()]:
+            covariance_finalize_(sums.moments.second_moment)
+        for sums in self._output_gradients.values():
+            sums.moments.count = self._samples
+
+        def moments(of: Mapping[str, _Sums], fqn: str) -> Moments | None:
+            return of[fqn].moments if fqn in of else None
+
+        layers = {
+            fqn: LayerStatistics(
+                self._sides[fqn],
+                self._activations[fqn].moments,
+                moments(self._output_gradients, fqn),
+                moments(self._token_weighted, fqn),
+            )
+            for fqn in self._layers
+            if fqn in self._activations and self._activations[fqn].moments.count
+        }
+        return Covariances(layers, tuple(fqn for fqn in self._layers if fqn not in layers), skipped)
 
     def check_finite(self) -> None:
-        """Raise for the first layer of this forward whose sums are not finite: one synchronisation for all."""
+        """Raise for the first layer whose sums are not finite since the last check: one synchronization for all."""
         if not self._touched:
             return
-        each = [state.is_finite() for state in self._touched.values()]
+        each = [sums.is_finite() for sums in self._touched.values()]
         finite = torch.stack([one.to(each[0].device) for one in each])
         if not bool(finite.all()):
-            state = list(self._touched.values())[int(finite.int().argmin())]
-            of_loss = state.covariance.side not in SIDES  # the forward is over by then
-            batch = f"batch {self._batch - of_loss} (counted from 0)"
-            where = batch if self._in_forward or of_loss else "a call beside the model's forward"
+            sums = list(self._touched.values())[int(finite.int().argmin())]
+            batch = f"batch {self._batch - sums.of_loss} (counted from 0)"  # a loss follows the end of its forward
+            where = batch if self._in_forward or sums.of_loss else "a call outside the model's forward"
             raise NonFiniteActivationError(
-                f"layer {state.leader!r}: its {state.covariance.side} holds NaN or inf (or overflows the sums) "
-                f"in {where}. "
+                f"layer {sums.leader!r}: its {sums.what} holds NaN or inf (or overflows the sums) in {where}. "
                 "Check that batch, or run the model in a wider dtype."
             )
         self._touched.clear()
@@ -166,81 +197,85 @@ class Recorder:
     def _see_input(self, fqn: str, layer: nn.Module, x: Tensor, dtype: torch.dtype) -> None:
         if self._in_backward:
             return
-        state = self._state(fqn, layer, x, "input", dtype)
-        if not state.is_repeated(fqn, x):
-            self._touched[state.leader] = state
+        sums = self._sums_of_input(fqn, layer, x, dtype)
+        if not sums.is_repeated(fqn, x):
+            self._touched[sums.leader] = sums
             with torch.no_grad():
                 if isinstance(layer, nn.Conv2d):
-                    state.update_conv(layer, x.detach())
+                    sums.update_conv(layer, x.detach())
                 else:
-                    state.update(self._real_rows(fqn, x.detach()))
+                    sums.update(self._real_rows(fqn, x.detach()))
 
     def _see_output(self, fqn: str, layer: nn.Module, y: Tensor, dtype: torch.dtype) -> None:
         if self._in_backward:
             return
-        state = self._state(fqn, layer, None, "output", dtype)
-        self._touched[fqn] = state
+        if fqn not in self._activations:
+            self._activations[fqn] = _Sums(fqn, layer, "output", dtype, "output")
+        sums = self._touched[fqn] = self._activations[fqn]
         with torch.no_grad():
             if isinstance(layer, nn.Conv2d):
-                state.update(output_rows(layer, y.detach()))
+                sums.update(output_rows(layer, y.detach()))
             else:
-                state.update(self._real_rows(fqn, y.detach()))
+                sums.update(self._real_rows(fqn, y.detach()))
 
     def _real_rows(self, fqn: str, x: Tensor) -> Tensor:
-        """The rows of ``x`` (..., features) at which the mask (batch, positions) of this forward is true."""
+        """The rows of ``x`` (..., features) where the mask (batch, positions) of this forward is true."""
         return real_rows(fqn, x, self._mask, known=self._mask_source is None or self._in_forward)
 
-    def _state(self, fqn: str, layer: nn.Module, x: Tensor | None, side: str, dtype: torch.dtype) -> _State:
-        if fqn not in self._states:
-            leader = self._leader_of(layer, x) if self._share and x is not None else None
+    def _sums_of_input(self, fqn: str, layer: nn.Module, x: Tensor, dtype: torch.dtype) -> _Sums:
+        if fqn not in self._activations:
+            leader = self._leader_of(layer, x) if self._share else None
             if leader is None:
-                leader = _new_state(fqn, layer, side, dtype)
-            leader.join(fqn)
-            self._states[fqn] = leader
-        return self._states[fqn]
+                leader = _Sums(fqn, layer, "input", dtype, "input")
+            else:
+                leader.join(fqn)
+            self._activations[fqn] = leader
+        return self._activations[fqn]
 
-    def _leader_of(self, layer: nn.Module, x: Tensor) -> _State | None:
-        """The state of an earlier layer that has received just this tensor, in its one call so far."""
-        for state in self._touched.values():
-            if state.has_only_seen(x) and state.geometry == _geometry(layer):
-                return state
+    def _leader_of(self, layer: nn.Module, x: Tensor) -> _Sums | None:
+        """The sums of an earlier layer that has received this very tensor, in its one call so far."""
+        for sums in self._touched.values():
+            if sums.has_only_seen(x) and sums.geometry == _geometry(layer):
+                return sums
         return None
 
 
-def _new_state(fqn: str, layer: nn.Module, side: str, dtype: torch.dtype) -> _State:
-    groups, in_features, out_features = dimensions(layer)
-    features = in_features if side.endswith("input") else out_features
-    shape = (features,) if groups == 1 else (groups, features)
-    device = layer.weight.device
-    assert isinstance(device, torch.device)
-    with torch.inference_mode(False):  # sums made in inference mode could not be updated outside it
-        second_moment = torch.zeros(*shape, features, dtype=dtype, device=device)
-        total = torch.zeros(shape, dtype=dtype, device=device)
-    return _State(fqn, _geometry(layer), Covariance(second_moment, total, side=side))
+class _Sums:
+    """The moments of one tensor's consumers: the leader updates, the followers check that they get the same tensor.
 
+    Args:
+        leader: the first consumer's name.
+        layer: the first consumer.
+        side: of the layer that the rows are on, ``"input"`` or ``"output"``.
+        dtype: of the sums.
+        what: the rows are, for messages.
+        of_loss: they follow a loss, not a forward.
+    """
 
-class _State:
-    """The sums of one tensor's consumers: the leader updates, the followers check that they get the same tensor."""
-
-    def __init__(self, leader: str, geometry: object, covariance: Covariance) -> None:
-        self.leader = leader
-        self.geometry = geometry
-        self.covariance = covariance
-        self._calls: dict[str, int] = {}
+    def __init__(
+        self, leader: str, layer: nn.Module, side: str, dtype: torch.dtype, what: str, of_loss: bool = False
+    ) -> None:
+        self.leader, self.what, self.of_loss = leader, what, of_loss
+        self.geometry = _geometry(layer)
+        groups, in_features, out_features = dimensions(layer)
+        features = in_features if side == "input" else out_features
+        device = layer.get_parameter("weight").device
+        with torch.inference_mode(False):  # sums created in inference mode could not be updated outside it
+            self.moments = Moments.zeros((features,) if groups == 1 else (groups, features), dtype, device)
+        self._calls = {leader: 0}
         self._last: weakref.ref[Tensor] | None = None
         self._last_version = 0
 
     def join(self, fqn: str) -> None:
-        """Take ``fqn`` among the consumers."""
+        """Add ``fqn`` to the consumers."""
         self._calls[fqn] = 0
-        self.covariance.layers.append(fqn)
 
     def has_only_seen(self, x: Tensor) -> bool:
         """Whether the leader was called once so far, with ``x``."""
         return self._calls[self.leader] == 1 and self._is_last(x)
 
     def is_repeated(self, fqn: str, x: Tensor) -> bool:
-        """Count the call; True where the leader has added this tensor already.
+        """Count the call; True if the leader has added this tensor already.
 
         Raises:
             ValueError: a follower receives another tensor than its leader; its sums would be wrong.
@@ -261,22 +296,22 @@ class _State:
 
     def update(self, rows: Tensor) -> None:
         """Add rows (..., groups * features)."""
-        second_moment, total = self.covariance.second_moment, self.covariance.total
+        second_moment, total = self.moments.second_moment, self.moments.total
         features = total.shape[-1]
         if rows.shape[-1] != total.numel():
             raise ValueError(
-                f"layer {self.leader!r} takes {total.numel()} features on its {self.covariance.side} side; a batch "
-                f"brought {rows.shape[-1]}. Check the shape of the batches."
+                f"layer {self.leader!r} has an {self.what} of {total.numel()} features; a batch has "
+                f"{rows.shape[-1]}. Check the shape of the batches."
             )
         groups = zip(second_moment.view(-1, features, features), total.view(-1, features), strict=True)
         for (group_moment, group_total), part in zip(groups, rows.split(features, dim=-1), strict=True):
             covariance_update_(group_moment, group_total, part)
-        self.covariance.count += rows.numel() // total.numel()
+        self.moments.count += rows.numel() // total.numel()
 
     def update_conv(self, layer: nn.Conv2d, x: Tensor) -> None:
         """Add the patches of a convolution's input."""
         x, padding = pad_input(layer, x if x.dim() == 4 else x.unsqueeze(0))
-        second_moment, total = self.covariance.second_moment, self.covariance.total
+        second_moment, total = self.moments.second_moment, self.moments.total
         features = total.shape[-1]
         conv_covariance_update_(
             second_moment.view(-1, features, features),
@@ -288,41 +323,41 @@ class _State:
             dilation=layer.dilation,
         )
         positions = output_size(x.shape[2:], layer.kernel_size, layer.stride, padding, layer.dilation)
-        self.covariance.count += x.shape[0] * math.prod(positions)
+        self.moments.count += x.shape[0] * math.prod(positions)
 
     def is_finite(self) -> Tensor:
         """A boolean scalar on the device of the sums."""
-        diagonal = self.covariance.second_moment.diagonal(dim1=-2, dim2=-1)
-        return (self.covariance.total.abs().sum() + diagonal.sum()).isfinite()
+        diagonal = self.moments.second_moment.diagonal(dim1=-2, dim2=-1)
+        return (self.moments.total.abs().sum() + diagonal.sum()).isfinite()
 
     def _is_last(self, x: Tensor) -> bool:
-        if x.is_inference():  # counts no versions, so a change in place between two layers would go unseen
+        if x.is_inference():  # has no version counter, so an in-place change between two layers would go unseen
             return False
         return self._last is not None and self._last() is x and self._last_version == x._version
 
     def _diverged(self, fqn: str) -> str:
         return (
-            f"layer {fqn!r} received the tensor of {self.leader!r} at first and another one later, so the two cannot "
-            "share a covariance. Calibrate again with share_inputs=False."
+            f"layer {fqn!r} received the same tensor as {self.leader!r} at first and a different one later, so the two "
+            "cannot share a covariance. Calibrate again with share_inputs=False."
         )
 
 
-def _remove_bias(covariance: Covariance, layer: nn.Module) -> None:
+def _remove_bias(moments: Moments, layer: nn.Module) -> None:
     """Turn the sums of y = W x + b into those of W x."""
     bias = bias_vector(layer)
     if bias is None:
         return
-    total = covariance.total.double()
+    total = moments.total.double()
     bias = bias.double().view_as(total)
     cross = bias.unsqueeze(-1) * total.unsqueeze(-2)
     own = bias.unsqueeze(-1) * bias.unsqueeze(-2)
-    corrected = covariance.second_moment.double() - cross - cross.mT + covariance.count * own
-    covariance.second_moment.copy_(corrected)
-    covariance.total.copy_(total - covariance.count * bias)
+    corrected = moments.second_moment.double() - cross - cross.mT + moments.count * own
+    moments.second_moment.copy_(corrected)
+    moments.total.copy_(total - moments.count * bias)
 
 
 def _geometry(layer: nn.Module) -> object:
-    """What besides the input tensor decides the rows: two layers may share only where this is equal."""
+    """What besides the input tensor decides the rows: two layers may share sums only if this is equal."""
     if isinstance(layer, nn.Conv2d):
         return (layer.kernel_size, layer.stride, layer.padding, layer.padding_mode, layer.dilation, layer.groups)
     return "linear"

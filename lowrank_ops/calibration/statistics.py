@@ -1,21 +1,21 @@
-"""Second moments and sums of layers' activations: what calibration hands to the rest of the pipeline."""
+"""Sums over the activations and output gradients of a model's layers, as calibration streams them."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-_FORMAT = "lowrank_ops.covariances/1"
+_FORMAT = "lowrank_ops.covariances/2"
+_FORMAT_1 = "lowrank_ops.covariances/1"
 SIDES = ("input", "output")
-GRADIENT = "gradient"
-WEIGHTED = "weighted "  # before the side
 
 
 class NonFiniteActivationError(ValueError):
@@ -23,52 +23,39 @@ class NonFiniteActivationError(ValueError):
 
 
 @dataclass
-class Covariance:
-    """Sums over the rows that a layer has seen.
+class Moments:
+    """First and second moments of rows, as sums.
 
     Attributes:
         second_moment: sum of x x^T, (features, features), or (groups, features, features) for grouped convolutions.
         total: sum of x, (features,) or (groups, features).
-        count: number of rows; for gradients the number of samples whose loss they belong to, so that the moments
-            of layers that see few or many rows of a sample compare.
-        side: ``"input"``, or ``"output"`` where the bias-free output was streamed instead; ``"gradient"`` for the
-            gradient of the loss at the layer's output; ``"weighted input"`` or ``"weighted output"`` for rows that
-            are weighed with what the loss feels of them: sums of w x x^T and w x, the mean of w in a sample being 1.
-        layers: names of the layers that received these very rows.
-        weighted: of a gradient, the weighted rows of its layer's streamed side, where they were asked for.
+        count: number of rows.
     """
 
     second_moment: Tensor
     total: Tensor
     count: int = 0
-    side: str = "input"
-    layers: list[str] = field(default_factory=list)
-    weighted: Covariance | None = None
+
+    @classmethod
+    def zeros(cls, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Moments:
+        """Empty sums for rows of ``shape``, (features,) or (groups, features)."""
+        second_moment = torch.zeros(*shape, shape[-1], dtype=dtype, device=device)
+        return cls(second_moment, torch.zeros(shape, dtype=dtype, device=device))
 
     @property
     def mean(self) -> Tensor:
-        """E[x], float64; zero where no row was seen."""
+        """E[x], float64; zero if there are no rows."""
         return self.total.double() / max(self.count, 1)
 
     @property
     def rounding(self) -> float:
-        """Relative rounding error of the sums: up to n eps for n equal rows, less where products add in blocks."""
+        """Relative rounding error of the sums: at most n eps for n equal rows, less with blocked summation."""
         return min(self.count * torch.finfo(self.second_moment.dtype).eps, 1e-5)
-
-    def plus(self, other: Covariance) -> Covariance:
-        """The sums over the rows of both, in the dtype of this one; ``weighted`` is left out."""
-        return Covariance(
-            self.second_moment + other.second_moment.to(self.second_moment),
-            self.total + other.total.to(self.total),
-            self.count + other.count,
-            self.side,
-            list(self.layers),
-        )
 
     def moment(self, *, centered: bool) -> Tensor:
         """E[x x^T], about the mean if ``centered``, float64.
 
-        A feature whose variance is lost in the rounding of the sums beside its mean is constant: its variance is 0.
+        A feature whose variance is below the rounding error of its squared mean is constant: its variance is 0.
         """
         moment = self.second_moment.double() / max(self.count, 1)
         if centered:
@@ -78,24 +65,70 @@ class Covariance:
             moment *= varies.unsqueeze(-1) & varies.unsqueeze(-2)
         return moment
 
+    def plus(self, other: Moments) -> Moments:
+        """The sums over the rows of both, in the dtype of this one."""
+        return Moments(
+            self.second_moment + other.second_moment.to(self.second_moment),
+            self.total + other.total.to(self.total),
+            self.count + other.count,
+        )
 
-class Covariances(Mapping[str, Covariance]):
-    """``{fqn: Covariance}`` in the model's order. Layers that received the same tensors share one object.
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """What calibration measured of one layer.
 
     Attributes:
-        unreached: layers that no batch went through.
-        skipped: ``{fqn: reason}`` of modules that calibration cannot see into.
-        sensitivities: ``{fqn: Covariance}`` of the loss's gradient at the layers' outputs, where it was streamed, each
-            with the layer's weighted rows.
+        side: which activation was streamed, ``"input"`` or ``"output"`` (without the bias).
+        activations: moments of that activation. Layers that received the same tensor share one object.
+        output_gradients: moments of the loss's gradient at the layer's output (K-FAC's G), or None. ``count`` is the
+            number of samples, not rows, so that layers with few and many rows per sample compare.
+        token_weighted: moments of the same activation with token weights: sums of w x x^T and w x, where w = |g|^2
+            over its mean in the sample. None where they were not streamed.
     """
 
-    def __init__(self) -> None:
-        self._layers: dict[str, Covariance] = {}
-        self.unreached: tuple[str, ...] = ()
-        self.skipped: dict[str, str] = {}
-        self.sensitivities: dict[str, Covariance] = {}
+    side: str
+    activations: Moments
+    output_gradients: Moments | None = None
+    token_weighted: Moments | None = None
 
-    def __getitem__(self, fqn: str) -> Covariance:
+    def moments(self) -> dict[str, Moments]:
+        """``{field: Moments}`` of what was streamed."""
+        found = {name: getattr(self, name) for name in _MOMENTS}
+        return {name: moments for name, moments in found.items() if moments is not None}
+
+
+_MOMENTS = tuple(field.name for field in fields(LayerStatistics) if field.name != "side")
+
+
+class Covariances(Mapping[str, LayerStatistics]):
+    """``{fqn: LayerStatistics}`` in the model's order, as :func:`lowrank_ops.calibrate` returns it.
+
+    Attributes:
+        unreached: layers that no batch reached.
+        skipped: ``{fqn: reason}`` of modules that calibration does not support.
+
+    Example:
+        >>> import torch, lowrank_ops as lro
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> covariances = lro.calibrate(model, [torch.randn(32, 8)])
+        >>> covariances
+        Covariances(2 layers, 0 shared, 0.0 MiB)
+        >>> covariances["2"].activations.second_moment.shape
+        torch.Size([16, 16])
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, LayerStatistics] | None = None,
+        unreached: tuple[str, ...] = (),
+        skipped: Mapping[str, str] | None = None,
+    ) -> None:
+        self._layers = dict(layers or {})
+        self.unreached = unreached
+        self.skipped = dict(skipped or {})
+
+    def __getitem__(self, fqn: str) -> LayerStatistics:
         return self._layers[fqn]
 
     def __iter__(self) -> Iterator[str]:
@@ -105,20 +138,23 @@ class Covariances(Mapping[str, Covariance]):
         return len(self._layers)
 
     def __repr__(self) -> str:
-        shared = len(self._layers) - len(self.statistics())
+        shared = len(self) - len({id(layer.activations) for layer in self.values()})
         return f"Covariances({len(self)} layers, {shared} shared, {self.memory() / 2**20:.1f} MiB)"
 
-    def statistics(self) -> list[Covariance]:
-        """The distinct statistics, each once however many layers share it."""
-        return list({id(covariance): covariance for covariance in self._layers.values()}.values())
+    @property
+    def has_output_gradients(self) -> bool:
+        """Whether a sensitivity was streamed."""
+        return any(layer.output_gradients is not None for layer in self.values())
+
+    @property
+    def has_token_weights(self) -> bool:
+        """Whether token-weighted moments were streamed."""
+        return any(layer.token_weighted is not None for layer in self.values())
 
     def memory(self) -> int:
-        """Bytes held by the distinct statistics and the sensitivities."""
-        return sum(
-            tensor.numel() * tensor.element_size()
-            for covariance in self._everything()
-            for tensor in (covariance.second_moment, covariance.total)
-        )
+        """Bytes held by all moments, each shared one counted once."""
+        tensors = (tensor for moments in self._distinct() for tensor in (moments.second_moment, moments.total))
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def merge(self, other: Covariances) -> Covariances:
         """The statistics of both, as if one run had seen all rows.
@@ -126,19 +162,21 @@ class Covariances(Mapping[str, Covariance]):
         Raises:
             ValueError: the two do not describe the same layers in the same way.
         """
-        shapes, others = self._shapes(), other._shapes()
-        if shapes != others:
-            differ = [key for key in {**shapes, **others} if shapes.get(key) != others.get(key)]
+        mine, others = self._layout(), other._layout()
+        if mine != others:
+            differ = [fqn for fqn in {**mine, **others} if mine.get(fqn) != others.get(fqn)]
             raise ValueError(
                 f"other must hold the same layers, shapes, sides and sharing; it differs at {', '.join(differ)}. "
-                "Calibrate both with the same model, filter_fn, side, sensitivity and weigh_rows."
+                "Calibrate both with the same model, filter_fn, side, sensitivity and token_weights."
             )
-        merged = Covariances()
-        for mine in self._everything():
-            merged._add(mine.plus(other._find(mine.layers[0], mine.side)))
-        merged._sort(self)
-        merged.unreached, merged.skipped = self.unreached, dict(self.skipped)
-        return merged
+        merged: dict[int, Moments] = {}  # shared moments stay shared
+        layers = {}
+        for fqn, layer in self.items():
+            for name, moments in layer.moments().items():
+                if id(moments) not in merged:
+                    merged[id(moments)] = moments.plus(other[fqn].moments()[name])
+            layers[fqn] = LayerStatistics(layer.side, **{name: merged[id(m)] for name, m in layer.moments().items()})
+        return Covariances(layers, self.unreached, self.skipped)
 
     def all_reduce_(self, group: torch.distributed.ProcessGroup | None = None) -> Covariances:
         """Sum over the processes of ``torch.distributed``, in place; every process ends with the whole.
@@ -146,28 +184,32 @@ class Covariances(Mapping[str, Covariance]):
         Raises:
             ValueError: the processes hold different layers, as when one of them never reached a layer.
         """
-        shapes: list[object] = [None] * torch.distributed.get_world_size(group)
-        torch.distributed.all_gather_object(shapes, self._shapes(), group=group)
-        if any(shape != shapes[0] for shape in shapes):
+        layouts: list[object] = [None] * torch.distributed.get_world_size(group)
+        torch.distributed.all_gather_object(layouts, self._layout(), group=group)
+        if any(layout != layouts[0] for layout in layouts):
             raise ValueError("all_reduce_ needs the same layers, sides and sharing in every process; they differ.")
-        for covariance in self._everything():
-            count = torch.tensor(covariance.count, device=covariance.total.device)
-            for tensor in (covariance.second_moment, covariance.total, count):
+        for moments in self._distinct():
+            count = torch.tensor(moments.count, device=moments.total.device)
+            for tensor in (moments.second_moment, moments.total, count):
                 torch.distributed.all_reduce(tensor, group=group)
-            covariance.count = int(count)
+            moments.count = int(count)
         return self
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file."""
-        tensors, entries = {}, []
-        for index, covariance in enumerate(self._everything()):
-            tensors[f"{index}.second_moment"] = covariance.second_moment.contiguous().cpu()
-            tensors[f"{index}.total"] = covariance.total.contiguous().cpu()
-            entries.append({"count": covariance.count, "side": covariance.side, "layers": covariance.layers})
+        distinct = self._distinct()
+        index = {id(moments): i for i, moments in enumerate(distinct)}
+        tensors = {}
+        for i, moments in enumerate(distinct):
+            tensors[f"{i}.second_moment"] = moments.second_moment.contiguous().cpu()
+            tensors[f"{i}.total"] = moments.total.contiguous().cpu()
         header = {
             "format": _FORMAT,
-            "order": list(self),
-            "entries": entries,
+            "counts": [moments.count for moments in distinct],
+            "layers": {
+                fqn: {"side": layer.side} | {name: index[id(part)] for name, part in layer.moments().items()}
+                for fqn, layer in self.items()
+            },
             "unreached": self.unreached,
             "skipped": self.skipped,
         }
@@ -178,62 +220,67 @@ class Covariances(Mapping[str, Covariance]):
 
     @classmethod
     def load(cls, path: str | Path) -> Covariances:
-        """Read what :meth:`save` wrote.
+        """Read what :meth:`save` wrote, by this version or an earlier one.
 
         Raises:
-            ValueError: the file is truncated or not one of ours.
+            FileNotFoundError: there is no such file.
+            ValueError: the file is truncated or was not written by :meth:`save`.
         """
-        covariances = cls()
         try:
             with safe_open(path, framework="pt") as file:
                 header = json.loads((file.metadata() or {})["lowrank_ops"])
-                if header["format"] != _FORMAT:
+                if header["format"] == _FORMAT_1:
+                    header = _from_format_1(header)
+                elif header["format"] != _FORMAT:
                     raise ValueError(f"its format is {header['format']!r}, this version reads {_FORMAT!r}")
-                for index, entry in enumerate(header["entries"]):
-                    second_moment = file.get_tensor(f"{index}.second_moment")
-                    covariances._add(Covariance(second_moment, file.get_tensor(f"{index}.total"), **entry))
-                covariances._sort(header["order"])
-                covariances.unreached, covariances.skipped = tuple(header["unreached"]), header["skipped"]
+                moments = [
+                    Moments(file.get_tensor(f"{i}.second_moment"), file.get_tensor(f"{i}.total"), count)
+                    for i, count in enumerate(header["counts"])
+                ]
+                layers = {
+                    fqn: LayerStatistics(
+                        entry["side"], **{name: moments[entry[name]] for name in _MOMENTS if name in entry}
+                    )
+                    for fqn, entry in header["layers"].items()
+                }
+                return cls(layers, tuple(header["unreached"]), header["skipped"])
         except FileNotFoundError:
             raise
-        except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+        except (SafetensorError, KeyError, IndexError, TypeError, ValueError, OSError) as error:
             raise ValueError(f"path {str(path)!r} is not a whole file written by Covariances.save: {error}.") from None
-        return covariances
 
-    def _everything(self) -> list[Covariance]:
-        """All sums; weighted ones after all gradients, which they belong to."""
-        gradients = self.sensitivities.values()
-        weighted = [gradient.weighted for gradient in gradients if gradient.weighted is not None]
-        return [*self.statistics(), *gradients, *weighted]
+    def _distinct(self) -> list[Moments]:
+        """All moments, each once, in an order that equal layouts share."""
+        return list({id(part): part for layer in self.values() for part in layer.moments().values()}.values())
 
-    def _shapes(self) -> dict[str, object]:
-        """What two objects must have in common to be added, by a name for the reader."""
-        own: dict[str, object] = {fqn: _shape(covariance) for fqn, covariance in self.items()}
-        of_loss = [covariance for covariance in self._everything() if covariance.side not in SIDES]
-        return own | {f"{covariance.side} of {covariance.layers[0]}": _shape(covariance) for covariance in of_loss}
+    def _layout(self) -> dict[str, object]:
+        """What two objects must have in common to be added, by layer."""
+        leaders: dict[int, str] = {}
+        return {
+            fqn: (
+                layer.side,
+                leaders.setdefault(id(layer.activations), fqn),
+                {name: tuple(part.second_moment.shape) for name, part in layer.moments().items()},
+            )
+            for fqn, layer in self.items()
+        }
 
-    def _find(self, fqn: str, side: str) -> Covariance:
-        if side in SIDES:
-            return self[fqn]
-        gradient = self.sensitivities[fqn]
-        if side == GRADIENT:
-            return gradient
-        assert gradient.weighted is not None
-        return gradient.weighted
 
-    def _add(self, covariance: Covariance) -> None:
-        for fqn in covariance.layers:
-            if covariance.side in SIDES:
-                self._layers[fqn] = covariance
-            elif covariance.side == GRADIENT:
-                self.sensitivities[fqn] = covariance
+def _from_format_1(header: Mapping[str, Any]) -> dict[str, Any]:
+    """A header of version 1, where ``side`` also said what the moments were of, in the present form."""
+    fields_of = {"gradient": "output_gradients"} | {f"weighted {side}": "token_weighted" for side in SIDES}
+    layers: dict[str, dict[str, Any]] = {fqn: {} for fqn in header["order"]}
+    for index, entry in enumerate(header["entries"]):
+        for fqn in entry["layers"]:
+            if fqn not in layers:  # a gradient of a layer that no row reached
+                continue
+            if entry["side"] in SIDES:
+                layers[fqn] |= {"side": entry["side"], "activations": index}
             else:
-                self.sensitivities[fqn].weighted = covariance
-
-    def _sort(self, order: Mapping[str, object] | list[str]) -> None:
-        self._layers = {fqn: self._layers[fqn] for fqn in order if fqn in self._layers}
-        self.sensitivities = {fqn: self.sensitivities[fqn] for fqn in order if fqn in self.sensitivities}
-
-
-def _shape(covariance: Covariance) -> tuple[object, ...]:
-    return tuple(covariance.second_moment.shape), covariance.side, tuple(covariance.layers)
+                layers[fqn][fields_of[entry["side"]]] = index
+    return {
+        "counts": [entry["count"] for entry in header["entries"]],
+        "layers": layers,
+        "unreached": header["unreached"],
+        "skipped": header["skipped"],
+    }

@@ -26,6 +26,7 @@ from ..config import (
 )
 from ..layers.latency import measure_latency
 from ..midpoint import recalibrate
+from ..reconstruction import SequentialReconstruction
 from .command import Failure, Result, add_command, add_output, check_folder, document, failing_as, share
 from .inputs import add_calibration, calibrated, load_batches
 
@@ -116,7 +117,7 @@ def run(options: argparse.Namespace) -> Result:
         rank=policy or ExplainedVariance(),
         projection=options.projection,
         overrides=dict.fromkeys(options.keep_dense),
-        refit=options.refit,
+        reconstruction=options.refit,
     )
     model, covariances = calibrated(options)
     if policy is None:
@@ -133,10 +134,11 @@ def run(options: argparse.Namespace) -> Result:
                 sensitivity=options.sensitivity,
                 progress=True,
             )
-    batches = None if options.refit is None else load_batches(options.batches)
-    report = compress_(
-        model, covariances, config, batches=batches, mask=options.mask, sensitivity=options.sensitivity, progress=True
-    )
+    reconstruction = None
+    if options.refit is not None:
+        batches = load_batches(options.batches)
+        reconstruction = SequentialReconstruction(batches, sensitivity=options.sensitivity, mask=options.mask)
+    report = compress_(model, covariances, config, reconstruction=reconstruction, progress=True)
     if all(layer.rank is None for layer in report.layers):
         raise Failure(1, "every layer stays dense at these ranks, so nothing was written; allow smaller ranks")
     save_pretrained(model, options.out, report)

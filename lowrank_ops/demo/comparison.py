@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import lowrank_ops as lro
+from lowrank_ops.report import CompressionReport
 
 from .evaluation import latencies, percent_equal, predict
 
@@ -35,7 +36,7 @@ class Row:
 
 def compare(
     dense: nn.Module,
-    compressed: Sequence[tuple[nn.Module, lro.CompressionReport]],
+    compressed: Sequence[tuple[nn.Module, CompressionReport]],
     images: Tensor,
     labels: Tensor,
     rounds: int,
@@ -80,7 +81,7 @@ def compare(
 
 
 def _described(config: lro.CompressionConfig) -> tuple[str, str, float | None]:
-    method = METHODS[config.projection]
+    method = METHODS[str(config.projection)]
     if isinstance(config.rank, lro.ParameterBudget):
         percent = round(100 * config.rank.fraction, 6)
         return method, f"budget {percent:g}%", percent

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import lowrank_ops as lro
+from lowrank_ops.report import UtilizationReport
 
 from .comparison import Row
 
 
-def draw(path: Path, rows: Sequence[Row], utilization: lro.UtilizationReport) -> None:
+def draw(path: Path, rows: Sequence[Row], utilization: UtilizationReport) -> None:
     """Write the picture; the ending of ``path`` names the format.
 
     Args:

@@ -24,6 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 import lowrank_ops as lro
+from lowrank_ops.subspaces import LayerSubspaces, layer_subspaces
 
 from .comparison import LATENCY_BATCH, METHODS, Row, compare, table
 from .data import ASSETS, load_images
@@ -65,8 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--allocation",
-        choices=["uniform", "energy"],
-        default="energy",
+        choices=["uniform", "variance"],
+        default="variance",
         help="how a budget is shared among the layers (default: %(default)s)",
     )
     parser.add_argument(
@@ -219,10 +220,10 @@ def _run(options: argparse.Namespace) -> int:
 
 def _decompose(
     model: nn.Module, covariances: lro.Covariances, centered: bool, weights: bool
-) -> dict[str, lro.LayerSubspaces]:
+) -> dict[str, LayerSubspaces]:
     """All spaces that the demo needs, here and not when first used, so that a bar shows where the time goes."""
     layers = {fqn: model.get_submodule(fqn) for fqn in covariances}
-    subspaces = lro.layer_subspaces(layers, covariances, centered=centered)
+    subspaces = layer_subspaces(layers, covariances, centered=centered)
     for spaces in tqdm(subspaces.values(), desc="decomposing", unit="layer"):
         _ = spaces.input, spaces.output, spaces.weight_output if weights else None
     return subspaces

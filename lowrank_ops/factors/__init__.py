@@ -2,3 +2,6 @@
 
 In: LayerSubspaces, a rank and a projection. Out: Factors(down, up, bias).
 """
+
+from .factorize import Factors as Factors
+from .factorize import factorize as factorize

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..calibration.statistics import Covariance
+from ..calibration.statistics import LayerStatistics, Moments
 from ..config import PROJECTIONS, check_choice
 from ..factors.factorize import Factors, factorize
 from ..models.layers import dimensions, is_conv1d, pad_input, weight_matrix
@@ -80,9 +80,8 @@ class LowRankLinear(_LowRank):
         cls,
         linear: nn.Module,
         rank: int,
-        covariance: Covariance | None = None,
+        statistics: LayerStatistics | None = None,
         *,
-        sensitivity: Covariance | None = None,
         projection: str = "output",
         centered: bool = True,
     ) -> LowRankLinear:
@@ -91,17 +90,16 @@ class LowRankLinear(_LowRank):
         Args:
             linear: the layer; not changed.
             rank: at most min(in_features, out_features).
-            covariance: of its input or output; None takes the truncated SVD of the weight.
-            sensitivity: of the loss's gradient at its output, for ``projection="loss"``.
+            statistics: of the layer, such as ``covariances["name"]``; None takes the truncated SVD of the weight.
             projection, centered: as in :class:`lowrank_ops.CompressionConfig`.
 
         Raises:
             TypeError: ``linear`` is not a linear layer.
-            ValueError: the rank is out of range, or the covariance belongs to another layer.
+            ValueError: the rank is out of range, or the statistics belong to another layer.
         """
         if not isinstance(linear, nn.Linear) and not is_conv1d(linear):
             raise TypeError(f"linear must be a torch.nn.Linear; got {type(linear).__name__}.")
-        return cls.from_factors(linear, _factorize(linear, rank, covariance, sensitivity, projection, centered))
+        return cls.from_factors(linear, _factorize(linear, rank, statistics, projection, centered))
 
     @classmethod
     def from_factors(cls, linear: nn.Module, factors: Factors) -> LowRankLinear:
@@ -217,16 +215,15 @@ class LowRankConv2d(_LowRank):
         cls,
         conv: nn.Conv2d,
         rank: int,
-        covariance: Covariance | None = None,
+        statistics: LayerStatistics | None = None,
         *,
-        sensitivity: Covariance | None = None,
         projection: str = "output",
         centered: bool = True,
     ) -> LowRankConv2d:
         """Factorise one Conv2d; arguments and errors as for :meth:`LowRankLinear.from_linear`."""
         if not isinstance(conv, nn.Conv2d):
             raise TypeError(f"conv must be a torch.nn.Conv2d; got {type(conv).__name__}.")
-        return cls.from_factors(conv, _factorize(conv, rank, covariance, sensitivity, projection, centered))
+        return cls.from_factors(conv, _factorize(conv, rank, statistics, projection, centered))
 
     @classmethod
     def from_factors(cls, conv: nn.Conv2d, factors: Factors) -> LowRankConv2d:
@@ -282,29 +279,23 @@ def _geometry(conv: nn.Module) -> dict[str, Any]:
 
 
 def _factorize(
-    layer: nn.Module,
-    rank: int,
-    covariance: Covariance | None,
-    sensitivity: Covariance | None,
-    projection: str,
-    centered: bool,
+    layer: nn.Module, rank: int, statistics: LayerStatistics | None, projection: str, centered: bool
 ) -> Factors:
     _, in_features, out_features = dimensions(layer)
     _check_rank(rank, in_features, out_features)
     check_choice("projection", projection, PROJECTIONS)
-    if covariance is not None and not isinstance(covariance, Covariance):
+    if statistics is not None and not isinstance(statistics, LayerStatistics):
         raise TypeError(
-            f"covariance must be the Covariance of this layer, such as covariances['name']; got "
-            f"{type(covariance).__name__}."
+            f"statistics must be the LayerStatistics of this layer, such as covariances['name']; got "
+            f"{type(statistics).__name__}."
         )
-    if covariance is not None:
-        return factorize(
-            LayerSubspaces(layer, covariance, centered=centered, sensitivity=sensitivity), rank, projection
+    if statistics is None:
+        weight = weight_matrix(layer)
+        statistics = LayerStatistics(
+            "input", Moments.zeros((*weight.shape[:-2], in_features), torch.float64, weight.device)
         )
-    weight = weight_matrix(layer).double()
-    total = weight.new_zeros(*weight.shape[:-2], in_features)
-    unknown = Covariance(weight.new_zeros(*total.shape, in_features), total)
-    return factorize(LayerSubspaces(layer, unknown, centered=False), rank, "weight")
+        projection, centered = "weight", False
+    return factorize(LayerSubspaces.of_layer(layer, statistics, centered=centered), rank, projection)
 
 
 def _check_rank(rank: int, in_features: int, out_features: int) -> None:

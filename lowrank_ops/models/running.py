@@ -11,16 +11,23 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block; every module gets its own training flag back."""
+def training_flags_kept(*models: nn.Module) -> Iterator[None]:
+    """Every module gets its own training flag back after the block."""
     training = [(module, module.training) for model in models for module in model.modules()]
     try:
-        for model in models:
-            model.eval()
         yield
     finally:
         for module, flag in training:
             module.training = flag
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block; every module gets its own training flag back."""
+    with training_flags_kept(*models):
+        for model in models:
+            model.eval()
+        yield
 
 
 @contextmanager

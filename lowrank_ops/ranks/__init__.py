@@ -2,3 +2,5 @@
 
 In: LayerSubspaces and a policy. Out: {fqn: rank}, None for a layer that stays dense.
 """
+
+from .choose import choose_ranks as choose_ranks

@@ -1,4 +1,4 @@
-"""Spend a budget on layers: by a common share, by the largest gain per unit, or by a knapsack."""
+"""Allocate a budget to layers: by a common share, by the largest gain per unit of cost, or by a knapsack."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy as np
 from ..subspaces.layer import LayerSubspaces
 from .costs import UNBOUNDED, Bounds, Option, Price, options_of
 
-LEAST_STEPS = 2000  # of the knapsack's budget
+MIN_STEPS = 2000  # of the knapsack's budget
 STEPS_PER_LAYER = 50
 
 
-def within(
+def allocate(
     fraction: float,
     allocation: str,
     price: Price,
@@ -28,16 +28,16 @@ def within(
     """Ranks that cost at most ``fraction`` of the dense layers.
 
     Args:
-        fraction: of the price of all ``spaces`` left dense.
-        allocation: ``"uniform"``, ``"energy"`` or ``"loss"``, as in :class:`lowrank_ops.ParameterBudget`.
-        price: what is counted.
+        fraction: of the cost of all ``spaces`` left dense.
+        allocation: ``"uniform"``, ``"variance"`` or ``"loss"``, as in :class:`lowrank_ops.ParameterBudget`.
+        price: the unit of cost.
         spaces: the layers considered.
-        fixed: ranks of layers that have no choice; they count in the budget.
+        fixed: ranks of layers that are not chosen here; they count in the budget.
         bounds: of the ranks of single layers.
-        exactly: solve the choice as a knapsack instead of taking the largest gains first.
+        exactly: solve a multiple-choice knapsack instead of taking the largest gains first.
 
     Raises:
-        ValueError: the cheapest choice is beyond the budget, or an allocation by loss without sensitivities.
+        ValueError: the cheapest choice exceeds the budget, or an allocation by loss without output gradients.
     """
     budget = math.floor(fraction * sum(price.dense(fqn, space) for fqn, space in spaces.items()))
     budget -= sum(price.of(fqn, spaces[fqn], rank) for fqn, rank in fixed.items())
@@ -46,16 +46,16 @@ def within(
         for fqn, space in spaces.items()
         if fqn not in fixed
     }
-    least = sum(choices[0].cost for choices in options.values())
-    if least > budget:
+    minimum = sum(choices[0].cost for choices in options.values())
+    if minimum > budget:
         raise ValueError(
-            f"fraction={fraction} cannot be met: the smallest ranks take {least} {price.unit}, {budget} are left. "
+            f"fraction={fraction} cannot be met: the smallest ranks take {minimum} {price.unit}, {budget} are left. "
             "Use a larger fraction, lower the bounds if there are any, or leave layers out with filter_fn."
         )
     every = {fqn: list(range(len(choices))) for fqn, choices in options.items()}
     if allocation == "uniform":
         taken = _by_share(options, budget)
-        # prefer the layer that keeps the least share of itself
+        # the layer that keeps the smallest share of itself first
         _spend(taken, every, options, budget, lambda fqn, now, then: -options[fqn][now].cost / options[fqn][-1].cost)
     else:
         worth = {fqn: _worth(fqn, spaces[fqn], choices, allocation) for fqn, choices in options.items()}
@@ -70,7 +70,7 @@ def within(
         elif allocation == "loss":
             _spend(
                 taken,
-                {fqn: _efficient(fqn, len(choices), gain) for fqn, choices in options.items()},
+                {fqn: _upper_hull(fqn, len(choices), gain) for fqn, choices in options.items()},
                 options,
                 budget,
                 gain,
@@ -80,23 +80,23 @@ def within(
 
 
 def _worth(fqn: str, space: LayerSubspaces, options: list[Option], allocation: str) -> list[float]:
-    """What each option keeps: a share of the layer's output variance, or loss of one sample."""
-    if allocation == "energy":
+    """The value of each option: the share of the layer's output variance that it keeps, or the loss that it saves."""
+    if allocation == "variance":
         return [1.0 if option.rank is None else float(space.output.explained(option.rank).mean()) for option in options]
     if space.loss is None:
         raise ValueError(
-            f"allocation='loss' needs a sensitivity for every layer, and {fqn!r} has none; calibrate with "
-            "sensitivity='fisher', 'output' or a loss, leave the layer out with filter_fn, or fix it in overrides."
+            f"allocation='loss' needs output gradients for every layer, and {fqn!r} has none; calibrate with "
+            "sensitivity='fisher', 'output' or a loss, leave the layer out with filter_fn, or set it in overrides."
         )
     spectrum = space.loss.subspace.spectrum
     kept = spectrum.reshape(-1, spectrum.shape[-1]).sum(0).cumsum(0).tolist()
     return [kept[-1] if option.rank is None else kept[option.rank - 1] for option in options]
 
 
-def _efficient(fqn: str, options: int, gain: Callable[[str, int, int], float]) -> list[int]:
-    """The options that no mixture of two others beats: from each, the next is the one with the largest gain.
+def _upper_hull(fqn: str, options: int, gain: Callable[[str, int, int], float]) -> list[int]:
+    """The upper convex hull of the options: from each, the next is the one with the largest gain per cost.
 
-    The step to dense is a large gain at a small price once the rank is near break-even; single steps would miss it.
+    The step to dense is a large gain at a small cost once the rank is near break-even; single steps would miss it.
     """
     path = [0]
     while path[-1] < options - 1:
@@ -133,7 +133,7 @@ def _spend(
     budget: int,
     gain: Callable[[str, int, int], float],
 ) -> None:
-    """Raise layers from one of their stops to the next, the largest gain first, as long as it fits the budget."""
+    """Raise layers from one of their stops to the next, the largest gain first, while the budget allows it."""
 
     def push(fqn: str) -> None:
         now = taken[fqn]
@@ -158,23 +158,23 @@ def _spend(
 def knapsack(costs: Sequence[Sequence[int]], worths: Sequence[Sequence[float]], budget: int) -> list[int]:
     """One option of every layer, with the largest sum of worths whose costs are within ``budget``.
 
-    Dynamic programming over the budget in n equal steps, each layer's cost above its least rounded up to whole
+    Dynamic programming over the budget in n equal steps, each layer's cost above its minimum rounded up to whole
     steps: the budget is never exceeded, and no choice that costs n_layers steps less is worth more. n is at least
-    2,000 and 50 per layer, a step thus at most 1/50 of what a layer may spend on average.
+    2,000 and at least 50 per layer.
 
     Args:
-        costs: of each layer's options, the first being its least.
+        costs: of each layer's options, the first being the minimum.
         worths: of the same options.
-        budget: at least the sum of the least costs.
+        budget: at least the sum of the minimum costs.
 
     Returns:
         The index of the option taken for each layer.
     """
     slack = budget - sum(options[0] for options in costs)
-    steps = max(LEAST_STEPS, STEPS_PER_LAYER * len(costs))
+    steps = max(MIN_STEPS, STEPS_PER_LAYER * len(costs))
     step = max(1, -(-slack // steps))
     capacity = slack // step
-    best = np.zeros(capacity + 1)  # of the layers so far, by the steps that they may spend
+    best = np.zeros(capacity + 1)  # of the layers so far, by the steps they may use
     taken = np.zeros((len(costs), capacity + 1), dtype=np.int32)
     for layer, (options, values) in enumerate(zip(costs, worths, strict=True)):
         found = np.full(capacity + 1, -np.inf)

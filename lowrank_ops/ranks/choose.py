@@ -1,4 +1,4 @@
-"""Policies that turn subspaces into ranks. A rank of None keeps a layer dense.
+"""Rank policies: from subspaces to a rank for every layer. A rank of None keeps a layer dense.
 
 A policy is a frozen dataclass of ``config`` and one function here, registered by its type.
 """
@@ -6,26 +6,24 @@ A policy is a frozen dataclass of ``config`` and one function here, registered b
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import singledispatch
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from ..config import (
-    AccuracyGuided,
     ExplainedVariance,
     FlopBudget,
     LatencyBudget,
     ParameterBudget,
     RankPolicy,
     Ranks,
+    UniformRank,
     check_bound,
 )
 from ..subspaces.layer import LayerSubspaces
-from .allocation import within
+from .allocation import allocate
 from .costs import (
-    MULTIPLICATIONS,
+    MACS,
     PARAMETERS,
     UNBOUNDED,
     Bounds,
@@ -38,7 +36,6 @@ from .costs import (
 
 Spaces = Mapping[str, LayerSubspaces]
 ChosenRanks = dict[str, int | None]
-Measure = Callable[[ChosenRanks], float]
 
 
 def choose_ranks(
@@ -47,164 +44,108 @@ def choose_ranks(
     overrides: Mapping[str, int | None] | None = None,
     *,
     bounds: Mapping[str, tuple[int, int | None]] | None = None,
-    measure: Measure | None = None,
-    progress: bool = False,
 ) -> ChosenRanks:
-    """A rank for every layer, or None where it stays dense.
+    """A rank for every layer, or None if it stays dense.
 
     Args:
-        policy: one of ``config``'s.
+        policy: one of ``config``'s, with its allocation set.
         spaces: the layers considered.
-        overrides: ``{fqn or "re:pattern": rank or None}``, which wins over the policy. An exact name wins over
-            a pattern, a later pattern over an earlier one.
-        bounds: ``{fqn or "re:pattern": (least, most)}``, as in :class:`lowrank_ops.CompressionConfig`.
-        measure: ``measure(ranks) -> float``, the accuracy of the model compressed to these ranks, for policies that
-            try; :func:`lowrank_ops.compress_` brings its own.
-        progress: show a progress bar over the trials.
+        overrides: ``{fqn or "re:pattern": rank or None}``, which takes precedence over the policy. An exact name takes
+            precedence over a pattern, a later pattern over an earlier one.
+        bounds: ``{fqn or "re:pattern": (min, max)}``, as in :class:`lowrank_ops.CompressionConfig`.
 
     Raises:
-        ValueError: a name that matches no layer, a rank that is out of range, bounds that leave a layer no rank, a
-            budget that cannot be met, an allocation by loss without sensitivities, a policy that tries without
-            ``measure``.
+        ValueError: a name that matches no layer, a rank out of range, bounds that leave a layer no rank, a budget that
+            cannot be met, an allocation by loss without output gradients.
     """
-    limits = _Limits(_by_hand(overrides or {}, spaces, "overrides"), _bounds(bounds or {}, spaces))
-    chosen = {**_choose(policy, spaces, limits, _Trials(measure, progress)), **limits.fixed}
+    limits = limits_of(spaces, overrides, bounds)
+    chosen = {**_choose(policy, spaces, limits), **limits.fixed}
     return {fqn: chosen[fqn] for fqn in spaces}
 
 
-class _Limits(NamedTuple):
-    """What a policy has no say in."""
+class Limits(NamedTuple):
+    """Ranks that a policy does not choose, and bounds on those that it does."""
 
     fixed: ChosenRanks
     bounds: Mapping[str, Bounds]
 
     def options(self, fqn: str, space: LayerSubspaces) -> list[Option]:
-        """What a layer may be, by rising numbers of parameters."""
+        """The sizes that a layer may have, by rising numbers of parameters."""
         return options_of(fqn, space, PARAMETERS, self.bounds.get(fqn, UNBOUNDED))
 
 
-class _Trials(NamedTuple):
-    measure: Measure | None
-    progress: bool
+def limits_of(
+    spaces: Spaces,
+    overrides: Mapping[str, int | None] | None,
+    bounds: Mapping[str, tuple[int, int | None]] | None,
+) -> Limits:
+    """Overrides and bounds by layer; arguments and errors as for :func:`choose_ranks`."""
+    return Limits(_by_hand(overrides or {}, spaces, "overrides"), _bounds(bounds or {}, spaces))
 
 
 @singledispatch
-def _choose(policy: object, spaces: Spaces, limits: _Limits, trials: _Trials) -> ChosenRanks:
+def _choose(policy: object, spaces: Spaces, limits: Limits) -> ChosenRanks:
     raise TypeError(f"rank policy {type(policy).__name__} is not known.")
 
 
 @_choose.register
-def _(policy: ExplainedVariance, spaces: Spaces, limits: _Limits, trials: _Trials) -> ChosenRanks:
+def _(policy: ExplainedVariance, spaces: Spaces, limits: Limits) -> ChosenRanks:
     chosen: ChosenRanks = {}
     for fqn, space in spaces.items():
         if fqn in limits.fixed:
             continue
-        least, most = limits.bounds.get(fqn, UNBOUNDED)
-        rank = max(space.utilized_rank(policy.threshold), least)
-        rank = rank if most is None else min(rank, most)
+        low, high = limits.bounds.get(fqn, UNBOUNDED)
+        rank = max(space.utilized_rank(policy.threshold), low)
+        rank = rank if high is None else min(rank, high)
         saves = lowrank_parameters(space, rank) < dense_parameters(space)
         chosen[fqn] = rank if saves else limits.options(fqn, space)[-1].rank
     return chosen
 
 
 @_choose.register
-def _(policy: Ranks, spaces: Spaces, limits: _Limits, trials: _Trials) -> ChosenRanks:
+def _(policy: UniformRank, spaces: Spaces, limits: Limits) -> ChosenRanks:
+    chosen: ChosenRanks = {}
+    for fqn, space in spaces.items():
+        if fqn in limits.fixed:
+            continue
+        low, high = limits.bounds.get(fqn, UNBOUNDED)
+        rank = max(policy.rank, low) if high is None else min(max(policy.rank, low), high)
+        fits = rank <= min(space.dimensions[1:]) and lowrank_parameters(space, rank) < dense_parameters(space)
+        chosen[fqn] = rank if fits else limits.options(fqn, space)[-1].rank
+    return chosen
+
+
+@_choose.register
+def _(policy: Ranks, spaces: Spaces, limits: Limits) -> ChosenRanks:
     return {**dict.fromkeys(spaces), **_by_hand(policy.ranks, spaces, "ranks")}
 
 
 @_choose.register
-def _(policy: ParameterBudget, spaces: Spaces, limits: _Limits, trials: _Trials) -> ChosenRanks:
-    return within(policy.fraction, policy.allocation, PARAMETERS, spaces, *limits)
+def _(policy: ParameterBudget, spaces: Spaces, limits: Limits) -> ChosenRanks:
+    return allocate(policy.fraction, _set(policy.allocation), PARAMETERS, spaces, *limits)
 
 
 @_choose.register
-def _(policy: FlopBudget, spaces: Spaces, limits: _Limits, trials: _Trials) -> ChosenRanks:
-    return within(policy.fraction, policy.allocation, MULTIPLICATIONS, spaces, *limits)
+def _(policy: FlopBudget, spaces: Spaces, limits: Limits) -> ChosenRanks:
+    return allocate(policy.fraction, _set(policy.allocation), MACS, spaces, *limits)
 
 
 @_choose.register
-def _(policy: LatencyBudget, spaces: Spaces, limits: _Limits, trials: _Trials) -> ChosenRanks:
-    return within(policy.fraction, policy.allocation, nanoseconds(policy.latencies), spaces, *limits, exactly=True)
+def _(policy: LatencyBudget, spaces: Spaces, limits: Limits) -> ChosenRanks:
+    price = nanoseconds(policy.latencies)
+    return allocate(policy.fraction, _set(policy.allocation), price, spaces, *limits, exactly=True)
 
 
-@_choose.register
-def _(policy: AccuracyGuided, spaces: Spaces, limits: _Limits, trials: _Trials) -> ChosenRanks:
-    if trials.measure is None:
+def _set(allocation: str | None) -> str:
+    if allocation is None:
         raise ValueError(
-            "AccuracyGuided tries compressed models; use it in compress_, or pass measure to choose_ranks."
+            "allocation must be set for choose_ranks: 'uniform', 'variance' or 'loss'; compress_ fills in the default."
         )
-    free = {fqn: limits.options(fqn, space) for fqn, space in spaces.items() if fqn not in limits.fixed}
-    most = (
-        policy.evaluations
-        if policy.search == "budget"
-        else 1 + sum(len(options).bit_length() for options in free.values())
-    )
-    with tqdm(total=most, desc="searching ranks", unit="trial", disable=not trials.progress) as bar:
-        known: dict[tuple[int | None, ...], float] = {}  # two budgets may come to the same ranks
-
-        def measure(ranks: ChosenRanks) -> float:
-            assert trials.measure is not None
-            whole = {fqn: {**ranks, **limits.fixed}[fqn] for fqn in spaces}
-            key = tuple(whole.values())
-            accuracy = known[key] = known[key] if key in known else trials.measure(whole)
-            bar.set_postfix(accuracy=f"{accuracy:.4g}")
-            bar.update()
-            return accuracy
-
-        accepted = measure(dict.fromkeys(spaces))
-        if policy.search == "budget":
-            return _bisect_budget(policy, spaces, limits, free, accepted - policy.max_drop, measure)
-        return _bisect_layers(policy.max_drop, free, accepted, measure)
-
-
-def _bisect_budget(
-    policy: AccuracyGuided,
-    spaces: Spaces,
-    limits: _Limits,
-    free: Mapping[str, list[Option]],
-    least_accuracy: float,
-    measure: Measure,
-) -> ChosenRanks:
-    """The smallest parameter budget found, in halves of what is left, whose ranks are accurate enough."""
-    least = sum(
-        free[fqn][0].cost if fqn in free else PARAMETERS.of(fqn, space, limits.fixed[fqn])
-        for fqn, space in spaces.items()
-    )
-    low, high = min(1.0, least / sum(map(dense_parameters, spaces.values()))), 1.0
-    best: ChosenRanks = {fqn: options[-1].rank for fqn, options in free.items()}
-    for _ in range(policy.evaluations - 1):
-        middle = (low + high) / 2
-        ranks = within(middle, policy.allocation, PARAMETERS, spaces, *limits)
-        if ranks == best or measure(ranks) >= least_accuracy:
-            best, high = ranks, middle
-        else:
-            low = middle
-    return best
-
-
-def _bisect_layers(
-    max_drop: float, free: Mapping[str, list[Option]], dense_accuracy: float, measure: Measure
-) -> ChosenRanks:
-    """The smallest rank of one layer after another, with a part of the tolerance by its part of the parameters."""
-    chosen: ChosenRanks = {fqn: options[-1].rank for fqn, options in free.items()}
-    by_size = sorted(free, key=lambda fqn: -free[fqn][-1].cost)
-    seen, total = 0, sum(options[-1].cost for options in free.values())
-    for fqn in by_size:
-        seen += free[fqn][-1].cost
-        least_accuracy = dense_accuracy - max_drop * seen / total
-        low, high = 0, len(free[fqn]) - 1  # dense: what the layers before it were accepted with
-        while low < high:
-            middle = (low + high) // 2
-            if measure({**chosen, fqn: free[fqn][middle].rank}) >= least_accuracy:
-                high = middle
-            else:
-                low = middle + 1
-        chosen[fqn] = free[fqn][high].rank
-    return chosen
+    return allocation
 
 
 def _bounds(bounds: Mapping[str, tuple[int, int | None]], spaces: Spaces) -> dict[str, Bounds]:
-    """By layer; an exact name wins over a pattern, a later pattern over an earlier one."""
+    """By layer; an exact name takes precedence over a pattern, a later pattern over an earlier one."""
     found: dict[str, Bounds] = {}
     for key, pair in sorted(bounds.items(), key=lambda item: not item[0].startswith("re:")):
         found |= dict.fromkeys(_named(key, spaces, "bounds"), Bounds(*check_bound(key, pair)))

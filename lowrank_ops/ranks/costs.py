@@ -1,4 +1,4 @@
-"""What a layer costs at a rank: parameters, multiplications, time; and the sizes that a budget chooses from."""
+"""The cost of a layer at a rank, in parameters, MACs or time, and the sizes that a budget chooses from."""
 
 from __future__ import annotations
 
@@ -8,48 +8,48 @@ from typing import NamedTuple
 from ..config import LayerLatencies
 from ..subspaces.layer import LayerSubspaces
 
-RANK_ALIGNMENT = 8  # stored ranks are multiples of this, so that every layer can take the fast kernels
+RANK_ALIGNMENT = 8  # stored ranks are multiples of this, which the fast kernels need
 
 
 def stored_rank(rank: int) -> int:
-    """The rank rounded up to what is stored; never 0, so that no kernel and no convolution meets an empty factor."""
+    """The rank rounded up to a multiple of 8, at least 8, so that no kernel or convolution gets an empty factor."""
     return max(1, -(-rank // RANK_ALIGNMENT)) * RANK_ALIGNMENT
 
 
 def dense_parameters(spaces: LayerSubspaces) -> int:
-    """Parameters of the layer as it is."""
+    """Parameters of the dense layer."""
     groups, in_features, out_features = spaces.dimensions
     return groups * (in_features * out_features + (out_features if spaces.bias is not None else 0))
 
 
 def lowrank_parameters(spaces: LayerSubspaces, rank: int) -> int:
-    """Parameters of the layer's replacement; centring gives a bias to a layer that has none."""
+    """Parameters of the low-rank layer; centering adds a bias to a layer without one."""
     groups, in_features, out_features = spaces.dimensions
     bias = out_features if spaces.bias is not None or spaces.centered else 0
     return groups * (stored_rank(rank) * (in_features + out_features) + bias)
 
 
-def dense_multiplications(spaces: LayerSubspaces) -> int:
-    """Multiplications of the layer as it is, over the calibration rows."""
+def dense_macs(spaces: LayerSubspaces) -> int:
+    """MACs of the dense layer, over the calibration rows."""
     groups, in_features, out_features = spaces.dimensions
-    return spaces.covariance.count * groups * in_features * out_features
+    return spaces.rows * groups * in_features * out_features
 
 
-def lowrank_multiplications(spaces: LayerSubspaces, rank: int) -> int:
-    """Multiplications of the layer's replacement, over the calibration rows."""
+def lowrank_macs(spaces: LayerSubspaces, rank: int) -> int:
+    """MACs of the low-rank layer, over the calibration rows."""
     groups, in_features, out_features = spaces.dimensions
-    return spaces.covariance.count * groups * stored_rank(rank) * (in_features + out_features)
+    return spaces.rows * groups * stored_rank(rank) * (in_features + out_features)
 
 
 class Price(NamedTuple):
-    """What a budget counts, in whole units."""
+    """A unit of cost, in whole numbers."""
 
     unit: str
     dense: Callable[[str, LayerSubspaces], int]  # takes the layer's name and spaces
     lowrank: Callable[[str, LayerSubspaces, int], int]
 
     def of(self, fqn: str, space: LayerSubspaces, rank: int | None) -> int:
-        """The price of a layer at a rank, or dense."""
+        """The cost of a layer at a rank, or dense."""
         return self.dense(fqn, space) if rank is None else self.lowrank(fqn, space, rank)
 
 
@@ -58,15 +58,15 @@ PARAMETERS = Price(
     lambda fqn, space: dense_parameters(space),
     lambda fqn, space, rank: lowrank_parameters(space, rank),
 )
-MULTIPLICATIONS = Price(
-    "multiplications",
-    lambda fqn, space: dense_multiplications(space),
-    lambda fqn, space, rank: lowrank_multiplications(space, rank),
+MACS = Price(
+    "MACs",
+    lambda fqn, space: dense_macs(space),
+    lambda fqn, space, rank: lowrank_macs(space, rank),
 )
 
 
 def nanoseconds(latencies: LayerLatencies) -> Price:
-    """The price in time, as measured."""
+    """Cost in time, as measured."""
 
     def at(fqn: str, rank: int | None) -> int:
         if fqn not in latencies.layers:
@@ -82,8 +82,8 @@ def nanoseconds(latencies: LayerLatencies) -> Price:
 class Bounds(NamedTuple):
     """The ranks that a layer may have."""
 
-    least: int = 0
-    most: int | None = None  # None: no bound, and the layer may stay dense
+    min: int = 0
+    max: int | None = None  # None: no bound, and the layer may stay dense
 
 
 UNBOUNDED = Bounds()
@@ -97,21 +97,21 @@ class Option(NamedTuple):
 
 
 def options_of(fqn: str, space: LayerSubspaces, price: Price, bounds: Bounds = UNBOUNDED) -> list[Option]:
-    """Aligned ranks that save parameters, and dense, by rising cost: a rank no cheaper than a larger one is out.
+    """Aligned ranks that save parameters, and dense, by rising cost; a rank no cheaper than a larger one is left out.
 
     Raises:
         ValueError: the bounds leave nothing.
     """
-    kept = [Option(None, price.dense(fqn, space))] if bounds.most is None else []
-    largest = min(space.dimensions[1:] if bounds.most is None else (*space.dimensions[1:], bounds.most))
-    for rank in range(largest // RANK_ALIGNMENT * RANK_ALIGNMENT, max(bounds.least - 1, 0), -RANK_ALIGNMENT):
+    kept = [Option(None, price.dense(fqn, space))] if bounds.max is None else []
+    largest = min(space.dimensions[1:] if bounds.max is None else (*space.dimensions[1:], bounds.max))
+    for rank in range(largest // RANK_ALIGNMENT * RANK_ALIGNMENT, max(bounds.min - 1, 0), -RANK_ALIGNMENT):
         if lowrank_parameters(space, rank) < dense_parameters(space):
             option = Option(rank, price.lowrank(fqn, space, rank))
             if not kept or option.cost < kept[-1].cost:
                 kept.append(option)
     if not kept:
         raise ValueError(
-            f"bounds leave {fqn!r} no choice: no multiple of {RANK_ALIGNMENT} in [{bounds.least}, {bounds.most}] saves "
+            f"bounds leave no rank for {fqn!r}: no multiple of {RANK_ALIGNMENT} in [{bounds.min}, {bounds.max}] saves "
             "parameters. Widen them; None for the largest rank lets the layer stay dense."
         )
     return kept[::-1]

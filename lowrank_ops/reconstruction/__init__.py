@@ -2,3 +2,6 @@
 
 In: a model, Factors and batches. Out: Factors.
 """
+
+from .sequential import SequentialReconstruction as SequentialReconstruction
+from .sequential import reconstruct_factors as reconstruct_factors

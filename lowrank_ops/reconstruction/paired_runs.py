@@ -1,9 +1,9 @@
-"""One model run as two, dense and with the factorised layers made so far, up to one layer at a time.
+"""Runs of one model in two versions, dense and with the low-rank layers made so far, up to one layer at a time.
 
-A run stops where it has what it was made for, and starts, so to say, where the last one was: chains of blocks (the
-children of a ModuleList or Sequential) that every run has passed are not run again, but return the outputs that were
-kept of the last of them. Whatever lies between blocks (embeddings, masks, positions) is the model's own code and runs
-each time, so nothing is assumed about the blocks' arguments.
+A run stops at the layer that it was started for. Blocks (the children of a ModuleList or Sequential) that all layers of
+interest have passed are not run again: they return the stored output of the last of them. Everything between blocks
+(embeddings, masks, positions) is the model's own code and runs each time, so nothing is assumed about the blocks'
+arguments.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Position = dict[str, int]  # by chain: how many of its children have been passed
 
 
 class _Reached(BaseException):
-    """Ends a run of the model; no ``except Exception`` of the model's holds it up."""
+    """Ends a run of the model; a BaseException, so that the model's own ``except Exception`` does not catch it."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Group:
     """Layers that receive one and the same tensor.
 
     Attributes:
-        layers: their names, the one that is called first in front.
+        layers: their names, the one called first in front.
         calls: how often the first one is called in a forward.
-        position: what had been passed at its first call.
+        position: the blocks that had been passed at its first call.
     """
 
     layers: tuple[str, ...]
@@ -46,8 +46,8 @@ class Group:
 def find_chains(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]:
     """Names of the ModuleLists and Sequentials whose children hold the layers, none inside another.
 
-    Every layer takes a run through the child that it is in, so what a container saves is the square of the number of
-    its layers less the squares of those of its children. Of nested ones the one that saves most is taken.
+    Every layer costs a run through the child that it is in, so a container saves the square of the number of its layers
+    minus the squares of those of its children. Of nested containers the one that saves most is chosen.
     """
     saved = {}
     for name, module in model.named_modules():
@@ -67,17 +67,17 @@ def _inside(name: str, other: str) -> bool:
     return not other or name == other or name.startswith(f"{other}.")
 
 
-class Streams:
-    """The two runs of a model, as a context that hands the model back as it was.
+class PairedRuns:
+    """The two runs of a model, as a context manager that restores the model.
 
     Args:
         model: the dense model.
-        layers: ``{fqn: layer}``, those that factorised layers may take the place of.
+        layers: ``{fqn: layer}``, those that may be replaced.
         batches: each is run many times.
         forward: ``forward(model, batch)``.
         mask: as for :func:`lowrank_ops.calibrate`.
         chains: names of containers of blocks, for instance from :func:`find_chains`.
-        strict: raise ValueError where a chain cannot be taken apart, instead of doing without it.
+        strict: raise ValueError if a chain cannot be run block by block, instead of ignoring the chain.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Streams:
         self._device = device_of(model)
         self._chains = list(chains)
         self._replacements: dict[str, nn.Module] = {}
-        self._kept: dict[tuple[str, bool, int], Any] = {}  # by chain, stream and batch: the last passed child's output
+        self._kept: dict[tuple[str, bool, int], Any] = {}  # by chain, version and batch: the last passed child's output
         self._passed: Position = {}
         self._compressed, self._batch = False, 0  # of this run
         self._mask: Tensor | None = None  # of this run
@@ -104,7 +104,7 @@ class Streams:
         self._stack = ExitStack()
         self.groups: list[Group] = []
 
-    def __enter__(self) -> Streams:
+    def __enter__(self) -> PairedRuns:
         with ExitStack() as stack:
             stack.enter_context(random_state_kept(self.model))
             stack.enter_context(torch.inference_mode(False))
@@ -127,11 +127,11 @@ class Streams:
         self._stack.close()
 
     def replace(self, fqn: str, replacement: nn.Module) -> None:
-        """From now on the compressed run has ``replacement`` for a layer."""
+        """Use ``replacement`` for a layer in the compressed run from now on."""
         self._replacements[fqn] = replacement.eval()
 
     def advance(self, position: Position) -> None:
-        """Keep what both runs need to start from ``position``; nothing before it may change afterwards."""
+        """Store what both runs need to start from ``position``; nothing before it may change afterwards."""
         for chain, count in position.items():
             if count > self._passed.get(chain, 0):
                 for batch in range(len(self.batches)):
@@ -140,7 +140,7 @@ class Streams:
                 self._passed[chain] = count
 
     def pairs(self, group: Group) -> Iterator[tuple[int, list[Tensor], list[Tensor], list[Tensor | None]]]:
-        """By batch its index, and by call the inputs of the group in the dense and the compressed run, and the mask."""
+        """Per batch: its index, and per call the group's inputs in the dense and the compressed run, and the mask."""
         for batch in range(len(self.batches)):
             x, _ = self._inputs_of(group, batch, compressed=False)
             z, masks = self._inputs_of(group, batch, compressed=True)
@@ -153,7 +153,7 @@ class Streams:
             replacement = self._replacements.get(fqn) if self._compressed else None
             return dense(*args, **kwargs) if replacement is None else replacement(input_of(args, kwargs))
 
-        # A hook sees the input, after hooks that change it.
+        # A pre-hook sees the input after other hooks have changed it.
         hook = layer.register_forward_pre_hook(
             lambda module, args, kwargs: self._see(fqn, input_of(args, kwargs)), with_kwargs=True
         )
@@ -195,12 +195,12 @@ class Streams:
 
     def _inputs_of(self, group: Group, batch: int, compressed: bool) -> tuple[list[Tensor], list[Tensor | None]]:
         found: list[Tensor] = []
-        masks: list[Tensor | None] = []  # forward= may call the model several times, each with a mask of its own
+        masks: list[Tensor | None] = []  # forward= may call the model several times, each time with its own mask
 
         def see(fqn: str, x: Tensor) -> None:
             if fqn == group.layers[0]:
                 masks.append(self._mask)
-                found.append(x if group.calls == 1 else x.clone())  # the run goes on and may change it in place
+                found.append(x if group.calls == 1 else x.clone())  # the run continues and may change it in place
                 if group.calls == 1:
                     raise _Reached
 
@@ -224,7 +224,7 @@ class Streams:
         return found[0]
 
     def _trace(self) -> None:
-        """Find the groups in the order of their calls, on the first batch, and drop chains that are none."""
+        """Find the groups in the order of their calls, on the first batch, and drop chains that do not work as such."""
         while True:
             events, outputs, broken = self._observe()
             broken = broken or self._first_broken(events, outputs)
@@ -239,7 +239,7 @@ class Streams:
         self.groups = _grouped(events, self.layers)
 
     def _observe(self) -> tuple[list[_Event], dict[tuple[str, int], Any], str | None]:
-        """All calls of layers, the outputs of all children, and a chain that is not called in order."""
+        """All calls of layers, the outputs of all children, and a chain that is not called in order, if any."""
         events: list[_Event] = []
         outputs: dict[tuple[str, int], Any] = {}
         passed: Position = {}
@@ -260,7 +260,7 @@ class Streams:
         return events, outputs, broken[0] if broken else None
 
     def _first_broken(self, events: list[_Event], outputs: dict[tuple[str, int], Any]) -> str | None:
-        """The first chain whose kept outputs do not bring a run to where the run from the start came."""
+        """The first chain whose stored outputs do not reproduce the layers' inputs of a run from the start."""
         before: Position = {}
         try:
             for event in events:
@@ -274,7 +274,7 @@ class Streams:
                 expected = [other for other in events if other.position == event.position]
                 try:
                     found = self._first_inputs({other.fqn for other in expected}, len(expected))
-                except Exception:  # the model's code between blocks refuses outputs of later ones in earlier places
+                except Exception:  # the model's code between blocks rejects outputs of later blocks in earlier places
                     return new[-1]
                 if len(found) != len(expected) or not all(
                     fqn == other.fqn and _close(x, other.kept) for (fqn, x), other in zip(found, expected, strict=True)
@@ -326,7 +326,7 @@ def _grouped(events: list[_Event], layers: Mapping[str, nn.Module]) -> list[Grou
 
 
 def _override(stack: ExitStack, module: nn.Module, forward: Callable[..., Any]) -> None:
-    """Give one module a forward of its own for as long as ``stack`` lasts."""
+    """Override one module's forward for as long as ``stack`` lasts."""
     own = module.__dict__.get("forward")
     module.forward = forward  # type: ignore[method-assign]
     if own is None:
@@ -336,7 +336,7 @@ def _override(stack: ExitStack, module: nn.Module, forward: Callable[..., Any]) 
 
 
 def _copied(value: Any, device: torch.device) -> Any:
-    """Copies of the tensors in a block's output, which the model may change in place; other things as they are."""
+    """``value`` with its tensors copied, because the model may change them in place."""
     if isinstance(value, Tensor):
         return value.detach().to(device, copy=True)
     if isinstance(value, (tuple, list)):

@@ -1,11 +1,11 @@
-"""Affine maps fitted to paired inputs: what a layer should compute now that its input has changed.
+"""Affine maps fitted to paired inputs: what a layer should compute once its input has changed.
 
-A dense layer y = W x is to be reproduced from z, the input that the layer sees in the compressed model. The best map
-is W + D C^+, where C is the second moment of z and D the cross moment of e = W (x - z) with z, both about the mean:
-the change of input, predicted from the input. Thin factors of that map on the spaces of z are then a reduced-rank
-regression (Izenman 1975), in the metric of the loss if asked for.
+A dense layer y = W x is to be reproduced from z, the input that the layer receives in the compressed model. The best
+map is W + D C^+, where C is the second moment of z and D the cross moment of e = W (x - z) with z, both about the mean.
+Low-rank factors of that map on the spaces of z are then a reduced-rank regression (Izenman 1975), in the metric of the
+loss if requested.
 
-The correction is ridged, so that it fades, and the map goes back to W, where rows are too few to tell it from noise.
+The correction is ridge-regularized: where rows are too few to tell it from noise, the map returns to W.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..calibration.statistics import Covariance
+from ..calibration.statistics import LayerStatistics, Moments
 from ..calibration.token_weights import add_weighted
 from ..factors.factorize import Factors, factorize
-from ..models.layers import weight_matrix
+from ..models.layers import bias_vector, weight_matrix
 from ..ops import covariance_finalize_, covariance_update_
 from ..subspaces.layer import DAMPING, LayerSubspaces
-from ..subspaces.principal import Subspace, principal_subspace
+from ..subspaces.principal import Subspace, noise_of_sums, principal_directions
 
-# What the ridge is chosen from, relative to the mean variance of the input's features; infinity leaves W as it is.
+# Candidates for the ridge, relative to the mean variance of the input's features; infinity leaves W as it is.
 RIDGES = (*(10 ** (exponent / 2) for exponent in range(-14, 7)), float("inf"))
 
 
 class PairedSums:
-    """Sums over rows [z, e] of layers that share their input, in two folds that can be held against each other.
+    """Sums over rows [z, e] of layers that share their input, in one fold or two for cross-validation.
 
-    e = W (x - z), of all the layers side by side; x - z itself where that is narrower.
+    e = W (x - z), of all the layers side by side, or x - z itself if that is narrower.
 
     Args:
         layers: ``{fqn: layer}``, Linear, Conv1D or Conv2d without groups.
@@ -47,17 +47,11 @@ class PairedSums:
         outputs = sum(len(weight) for weight in self._weights.values())
         self._of_outputs = outputs < self.in_features
         features = self.in_features + (outputs if self._of_outputs else self.in_features)
-        self.folds = [
-            Covariance(
-                torch.zeros(features, features, dtype=torch.float64, device=first.device),
-                torch.zeros(features, dtype=torch.float64, device=first.device),
-            )
-            for _ in range(folds)
-        ]
+        self.folds = [Moments.zeros((features,), torch.float64, first.device) for _ in range(folds)]
 
     @staticmethod
     def state_bytes(layers: Mapping[str, nn.Module], folds: int) -> int:
-        """What the sums of such layers take."""
+        """Bytes of the sums of such layers."""
         shapes = [weight_matrix(layer).shape for layer in layers.values()]
         features = shapes[0][1] + min(shapes[0][1], sum(shape[0] for shape in shapes))
         return 8 * folds * features**2
@@ -67,13 +61,13 @@ class PairedSums:
         fold: int,
         x: Tensor,  # (rows, in_features), in the dense model
         z: Tensor,  # (rows, in_features), in the compressed one
-        weights: Tensor | None = None,  # (rows,), of a mean of 1; None: all rows alike
+        weights: Tensor | None = None,  # (rows,), with a mean of 1; None: unweighted
     ) -> None:
         """Add paired rows to a fold."""
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         z, change = z.to(dtype), x.to(dtype) - z.to(dtype)
         if self._of_outputs:
-            with torch.autocast(x.device.type, enabled=False):  # a small difference must not be rounded
+            with torch.autocast(x.device.type, enabled=False):  # small differences must not be rounded
                 change = torch.cat([change @ weight.to(dtype).T for weight in self._weights.values()], dim=-1)
         sums, rows = self.folds[fold], torch.cat([z, change], dim=-1)
         if weights is not None:
@@ -88,11 +82,11 @@ class PairedSums:
             covariance_finalize_(sums.second_moment)
 
     def is_finite(self) -> bool:
-        """Whether neither model brought NaN or inf."""
+        """Whether no NaN or inf was added."""
         return all(bool(sums.second_moment.diagonal().sum().isfinite()) for sums in self.folds)
 
     def of(self, fqn: str) -> list[_Sums]:
-        """The folds as one layer sees them."""
+        """The folds of one layer."""
         weight, d = self._weights[fqn].double(), self.in_features
         start = d
         for other, other_weight in self._weights.items():
@@ -136,10 +130,10 @@ class _Sums(NamedTuple):
         )
 
 
-def refit_layers(
+def reconstruct_layers(
     pairs: PairedSums,
     factors: Mapping[str, Factors],
-    sensitivities: Mapping[str, Covariance],
+    output_gradients: Mapping[str, Moments],
     *,
     centered: bool,
     ridge: float | None,
@@ -148,99 +142,107 @@ def refit_layers(
 
     Args:
         pairs: finished sums.
-        factors: of the layers, which give rank and projection.
-        sensitivities: of the loss's gradient, for ``projection="loss"``.
+        factors: of the layers; they give rank and projection.
+        output_gradients: of the layers with ``projection="loss"``.
         centered: fold the means into the bias.
-        ridge: relative to the mean variance of the input's features; None chooses it for each layer by the error, in
-            the layer's own metric, of maps fitted to one fold on the other one.
+        ridge: relative to the mean variance of the input's features; None chooses it for each layer by
+            cross-validation between the folds, in the layer's own metric.
     """
     d = pairs.in_features
-    whole = Covariance(
+    whole = Moments(
         sum(fold.second_moment[:d, :d] for fold in pairs.folds),  # type: ignore[arg-type]
         sum(fold.total[:d] for fold in pairs.folds),  # type: ignore[arg-type]
         sum(fold.count for fold in pairs.folds),
-        "input",
-        list(pairs.layers),
     )
-    leader: LayerSubspaces | None = None
+    mean = whole.mean if centered else None
+    inputs = _space(whole.moment(centered=centered), mean, whole.rounding)
+    bases: list[Subspace] = []
     found = {}
     for fqn, layer in pairs.layers.items():
-        spaces = LayerSubspaces(
-            layer, whole, centered=centered, shared=leader, sensitivity=_unweighted(sensitivities.get(fqn))
-        )
         folds = pairs.of(fqn)
         total = _Sums(*(sum(parts) for parts in zip(*folds, strict=True)))  # type: ignore[arg-type]
         means = [part / total.rows if centered else torch.zeros_like(part) for part in (total.z, total.e)]
-        held = [fold.moments(*means) for fold in folds]
-        if leader is None:
-            leader = spaces
-            mean = means[0] if centered else None
-            leader.input = principal_subspace(leader.moment, mean, whole.rounding)  # all of it, however wide
-            # what a fold's rows weigh among all, and the space that they span
-            shares = [fold.rows / total.rows for fold in folds]
-            bases = [principal_subspace(part[0], mean, whole.rounding) for part in held] if ridge is None else []
+        gradients = output_gradients.get(fqn) if factors[fqn].projection == "loss" else None
         chosen = ridge
         if chosen is None:
-            chosen = _best_ridge(held, shares, bases, _metric(spaces, factors[fqn].projection))
-        found[fqn] = _fit(spaces, total.moments(*means), means[1], factors[fqn], chosen)
+            held = [fold.moments(*means) for fold in folds]
+            if not bases:  # the inputs are the same for all layers
+                bases = [_space(part[0], mean, whole.rounding) for part in held]
+            shares = [fold.rows / total.rows for fold in folds]
+            chosen = _best_ridge(
+                held, shares, bases, None if gradients is None else _metric(gradients, total.zz.device)
+            )
+        statistics = LayerStatistics("input", whole, output_gradients.get(fqn))
+        found[fqn] = _fit(
+            layer, statistics, inputs, total.moments(*means), means[1], factors[fqn], chosen, centered=centered
+        )
     return found
 
 
-def _unweighted(sensitivity: Covariance | None) -> Covariance | None:
-    """Without its weighted rows, which are the dense model's: the rows of the sums are what is fitted here."""
-    return None if sensitivity is None else replace(sensitivity, weighted=None)
+def _space(moment: Tensor, mean: Tensor | None, rounding: float) -> Subspace:
+    noise = noise_of_sums(moment.diagonal(), mean, rounding)
+    return Subspace(lambda: principal_directions(moment, noise))
 
 
 def _gains(spectrum: Tensor, ridge: Tensor | float) -> Tensor:
-    """The ridged inverse on the space that the rows span, and zero beyond it."""
+    """The ridge-regularized inverse on the space that the rows span, and zero beyond it."""
     return torch.where(spectrum > 0, 1 / (spectrum + ridge), 0.0)
 
 
 def _best_ridge(
     held: list[tuple[Tensor, Tensor, Tensor]], shares: list[float], bases: list[Subspace], metric: Tensor | None
 ) -> float:
-    """The ridge whose maps, each fitted to one fold, err least on the other fold.
+    """The ridge whose maps, each fitted to one fold, have the least error on the other fold.
 
-    In the basis of a fold's inputs each ridge is a diagonal, so that trying many costs nothing. A ridge counts beside
-    sums over rows, not their means: a fold takes it in proportion to what it lacks of the whole.
+    In the basis of a fold's inputs each ridge is a diagonal, so trying many is cheap. The ridge is relative to sums
+    over all rows; a fold uses it in proportion to its share of them.
     """
     scale = sum(share * float(basis.spectrum.mean()) for share, basis in zip(shares, bases, strict=True))
     errors = torch.zeros(len(RIDGES), dtype=torch.float64)
     for fitted, judged in ((0, 1), (1, 0)):
         basis, spectrum = bases[fitted].basis, bases[fitted].spectrum
         correction = held[fitted][1] @ basis  # (out_features, in_features)
-        weighed = correction if metric is None else metric @ correction
+        weighted = correction if metric is None else metric @ correction
         zz, ez, _ = held[judged]
-        quadratic = (basis.mT @ zz @ basis) * (weighed.mT @ correction)
-        linear = ((ez @ basis) * weighed).sum(0)
+        quadratic = (basis.mT @ zz @ basis) * (weighted.mT @ correction)
+        linear = ((ez @ basis) * weighted).sum(0)
         for index, ridge in enumerate(RIDGES):
             gains = _gains(spectrum, ridge * scale / shares[fitted])
             errors[index] += shares[judged] * float(gains @ quadratic @ gains - 2 * gains @ linear)
     return RIDGES[int(errors.argmin())]
 
 
-def _metric(spaces: LayerSubspaces, projection: str) -> Tensor | None:
+def _metric(gradients: Moments, device: torch.device) -> Tensor | None:
     """The damped metric of the loss up to its scale, or None for the identity."""
-    moment = spaces.gradient_moment if projection == "loss" else None
-    if moment is None or not moment.diagonal().sum() > 0:
+    moment = gradients.moment(centered=False).to(device)
+    if not moment.diagonal().sum() > 0:
         return None
     eye = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
     return moment / moment.diagonal().mean() + DAMPING * eye
 
 
 def _fit(
-    spaces: LayerSubspaces, moments: tuple[Tensor, Tensor, Tensor], e_mean: Tensor, old: Factors, ridge: float
+    layer: nn.Module,
+    statistics: LayerStatistics,
+    inputs: Subspace,
+    moments: tuple[Tensor, Tensor, Tensor],
+    e_mean: Tensor,
+    old: Factors,
+    ridge: float,
+    *,
+    centered: bool,
 ) -> Factors:
-    """Factors of the ridged map, with their error against the dense model's output."""
-    weight = spaces.weight
-    assert spaces.input is not None
-    basis, spectrum = spaces.input.basis, spaces.input.spectrum
+    """Factors of the ridge-regularized map, with their error against the dense model's output."""
+    weight, bias = weight_matrix(layer), bias_vector(layer)
+    dtype, weight = weight.dtype, weight.double()
+    basis, spectrum = inputs.basis, inputs.spectrum
     zz, ez, ee = moments
     gains = _gains(spectrum, ridge * float(spectrum.mean()))
-    spaces.weight = weight + (ez @ basis * gains) @ basis.mT
-    if spaces.centered:  # the mean of y, from that of z
-        shift = e_mean + (weight - spaces.weight) @ spaces.mean
-        spaces.bias = shift if spaces.bias is None else spaces.bias.double() + shift
+    fitted = weight + (ez @ basis * gains) @ basis.mT
+    if centered:  # the mean of y, from that of z
+        shift = e_mean + (weight - fitted) @ statistics.activations.mean
+        bias = shift if bias is None else bias.double() + shift
+    spaces = LayerSubspaces(fitted, bias, statistics, centered=centered, input_space=inputs)
     factors = factorize(spaces, old.rank, old.projection)
     lost = weight - factors.up @ factors.down  # y - y' = lost z + e
     crossed = lost @ ez.mT
@@ -248,10 +250,9 @@ def _fit(
     crossed = weight @ ez.mT
     variance = float((weight @ zz @ weight.mT + crossed + crossed.mT + ee).trace())
     return replace(
-        factors.to(spaces.dtype),
+        factors.to(dtype),
         predicted_error=max(0.0, error),
         output_variance=variance,
         predicted_loss=None,
-        excess_error=None,
-        refitted=True,
+        reconstructed=True,
     )

@@ -1,7 +1,7 @@
-"""Sequential refit: each layer's factors fitted to the dense model's output from the compressed model's input.
+"""Sequential reconstruction: each layer's factors fitted to the dense model's output from the compressed model's input.
 
-Factors made from the dense model's activations know nothing of the errors that the layers before them make. Taken in
-the order of their calls, each layer can make up for what has gone wrong so far, as far as its input tells.
+Factors made from the dense model's activations ignore the errors of the layers before them. Fitted in the order of
+their calls, each layer corrects those errors as far as its input determines them, as GPTQ does for quantization.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,136 +21,157 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..calibration.felt_rows import FeltRows, felt_rows
+from ..calibration.call_weights import CallWeights, call_weights
 from ..calibration.objectives import Sensitivity, check_sensitivity
-from ..calibration.statistics import Covariance, NonFiniteActivationError
+from ..calibration.statistics import LayerStatistics, Moments, NonFiniteActivationError
 from ..factors.factorize import Factors
 from ..layers.lowrank import LowRankConv2d, LowRankLinear
 from ..layers.replace import replaced
 from ..models.layers import find_layers, input_rows, weight_matrix
 from ..models.masks import Mask, real_rows
 from ..models.running import call_model
-from .paired_runs import Group, Streams, find_chains
-from .regression import PairedSums, refit_layers
+from .paired_runs import Group, PairedRuns, find_chains
+from .regression import PairedSums, reconstruct_layers
 
-_FORMAT = "lowrank_ops.refit/1"
+_FORMAT = "lowrank_ops.reconstruction/2"
 
 
-def refit_factors(
-    model: nn.Module,
-    factors: Mapping[str, Factors],
-    batches: Iterable[Any],
-    *,
-    sensitivities: Mapping[str, Covariance] | None = None,
-    sensitivity: Sensitivity | None = None,
-    centered: bool = True,
-    ridge: float | None = None,
-    mask: Mask | None = None,
-    forward: Callable[[nn.Module, Any], Any] | None = None,
-    blocks: str | Sequence[str] | None = None,
-    checkpoint: str | Path | None = None,
-    max_state_bytes: int = 4 << 30,
-    progress: bool = False,
-) -> dict[str, Factors]:
-    """Fit factors anew, layer by layer in the order of the calls, to what the dense model computes.
-
-    The dense model and the one with the factors refitted so far run side by side. Layers that receive the same tensor
-    (q, k, v) are fitted together, from one pass of each model through one block; the outputs of the blocks before it
-    are kept in main memory, those of one block for each model. Layers outside of blocks, and models without any, are
-    run from the start up to the layer in question, which gives the same and takes longer. The model is not changed.
-
-    Layers keep the factors they have, and a warning says so, where they are convolutions with groups, are not reached
-    by the first batch, receive in the two models rows that do not correspond (as experts do that a router
-    chooses), or would need more than ``max_state_bytes``. Layers without factors stay dense.
+@dataclass(frozen=True)
+class SequentialReconstruction:
+    """Settings of a sequential reconstruction, for ``compress_(..., reconstruction=...)``.
 
     Args:
-        model: the dense model; evaluated in eval mode and handed back as it was.
-        factors: ``{fqn: Factors}`` as from :func:`lowrank_ops.factorize`; they say rank and projection of each layer.
-        batches: as for :func:`lowrank_ops.calibrate`, at best the same; held in memory, as each is run many times.
-        sensitivities: of a calibration, for factors with ``projection="loss"``.
-        sensitivity: as for :func:`lowrank_ops.calibrate`, at best the same: one more forward and backward pass of the
-            dense model then tells what the loss feels of each row, by which rows count for factors with
-            ``projection="loss"``; so do they in the means that biases make exact and in ``predicted_error``. Rows of
-            calls that the loss does not depend on count alike, and a warning names their layers. Keeps 4 bytes per
-            row and layer, 8 in a float64 model. None: all rows alike.
-        centered: fit about the means and fold them into the biases, as the factors were made.
-        ridge: what is added to the variance of every direction of the input, relative to the mean one, in the
-            regression: 0 fits the rows as they are, infinity keeps the dense weight and takes only the new input's
-            subspace. None chooses it for each layer by cross-validation between the even and the odd batches
-            (or between two halves of a single batch), in the layer's own metric.
-        mask: as for :func:`lowrank_ops.calibrate`.
-        forward: ``forward(model, batch)`` replaces the call of the model.
+        batches: as for :func:`lowrank_ops.calibrate`, at best the same; held in memory, because each is run many times.
+        sensitivity: as for :func:`lowrank_ops.calibrate`, at best the same: token weights for the layers with
+            ``projection="loss"``, from one more forward and backward pass of the dense model. They apply to the
+            regression, to the means that biases preserve and to ``predicted_error``. Rows of calls that the loss does
+            not depend on get weight 1, and a warning names their layers. Takes 4 bytes per row and layer, 8 in a
+            float64 model. None: unweighted.
+        ridge: what is added to the variance of every direction of the input, relative to the mean one: 0 fits the rows
+            as they are, infinity keeps the dense weight and uses only the new input's subspace. None chooses it for
+            each layer by cross-validation between the even and the odd batches (between two halves of a single one).
+        mask, forward: as for :func:`lowrank_ops.calibrate`.
         blocks: names of the containers whose children are the blocks, such as ``"encoder.layer"``; None finds them.
-        checkpoint: file that is written after every block. If it exists, the run goes on from it: what it holds is
-            not fitted again, and the factors come out as from an unbroken run.
-        max_state_bytes: bound on the sums of one group of layers, (2 in_features)^2 float64 numbers twice, or less
-            where the outputs are narrower; for each of its layers where rows are weighed.
+        checkpoint: file written after every block. If it exists, the run resumes from it and gives the same factors.
+        max_state_bytes: bound on the sums of one group of layers, (2 in_features)^2 float64 numbers twice, or less for
+            narrower outputs; per layer if token weights are used.
+
+    Example:
+        >>> import torch, lowrank_ops as lro
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 64))
+        >>> batches = [torch.randn(256, 64), torch.randn(256, 64)]
+        >>> covariances = lro.calibrate(model, batches)
+        >>> report = lro.compress_(model, covariances, reconstruction=lro.SequentialReconstruction(batches))
+        >>> report.layers[0].reconstructed
+        True
+    """
+
+    batches: Iterable[Any]
+    sensitivity: Sensitivity | None = None
+    ridge: float | None = None
+    mask: Mask | None = None
+    forward: Callable[[nn.Module, Any], Any] | None = None
+    blocks: str | Sequence[str] | None = None
+    checkpoint: str | Path | None = None
+    max_state_bytes: int = 4 << 30
+
+
+def reconstruct_factors(
+    model: nn.Module,
+    factors: Mapping[str, Factors],
+    settings: SequentialReconstruction,
+    *,
+    statistics: Mapping[str, LayerStatistics] | None = None,
+    centered: bool = True,
+    progress: bool = False,
+) -> dict[str, Factors]:
+    """Refit factors to the outputs of the dense model, layer by layer in the order of the calls.
+
+    The dense model and the one with the factors reconstructed so far run side by side. Layers that receive the same
+    tensor (q, k, v) are fitted together, from one pass of each model through one block; the outputs of the blocks
+    before it are kept in main memory, for each model those of one block. Layers outside of blocks, and models without
+    any, are run from the start up to the layer in question, which gives the same result and takes longer.
+
+    Layers keep their factors, and a warning says so, if they are convolutions with groups, are not reached by the first
+    batch, receive rows in the two models that do not correspond (experts chosen by a router), or would exceed
+    ``max_state_bytes``. Layers without factors stay dense.
+
+    Args:
+        model: the dense model; run in eval mode and returned to its previous state.
+        factors: ``{fqn: Factors}`` from :func:`lowrank_ops.factors.factorize`; they give each layer's rank and
+            projection.
+        settings: batches and options.
+        statistics: of a calibration with a sensitivity, for factors with ``projection="loss"``.
+        centered: fit about the means and fold them into the biases, as the factors were made.
         progress: show a progress bar.
 
     Returns:
-        ``{fqn: Factors}`` in the order of ``factors``; new ones are in the layer's dtype and have ``refitted`` true.
+        ``{fqn: Factors}`` in the order of ``factors``; new ones are in the layer's dtype, with ``reconstructed`` true.
 
     Raises:
         NonFiniteActivationError: NaN or inf in the input of a layer, or in a gradient.
-        ValueError: a bad argument, layers that cannot be replaced, a checkpoint of another run, a batch whose loss
+        ValueError: an invalid setting, layers that cannot be replaced, a checkpoint of another run, a batch whose loss
             depends on no layer.
     """
-    sensitivities = sensitivities or {}
+    sensitivity, ridge, mask, checkpoint = settings.sensitivity, settings.ridge, settings.mask, settings.checkpoint
+    gradients = {
+        fqn: layer.output_gradients for fqn, layer in (statistics or {}).items() if layer.output_gradients is not None
+    }
     if sensitivity is not None:
         check_sensitivity(sensitivity)
-    batches = _checked(model, factors, batches, sensitivities, ridge)
-    with replaced(model, factors):  # raises now for what could not be put into the model in the end
+    batches = _checked(model, factors, settings.batches, gradients, ridge)
+    with replaced(model, factors):  # raises now for layers that could not be replaced in the end
         pass
     found, _ = find_layers(model)
     layers = {fqn: found[fqn] for fqn in factors}
-    chains = find_chains(model, layers) if blocks is None else _containers(model, blocks)
-    settings = _settings(layers, factors, len(batches), centered, ridge, sensitivity)
-    done = {} if checkpoint is None else _resume(Path(checkpoint), settings)
+    chains = find_chains(model, layers) if settings.blocks is None else _containers(model, settings.blocks)
+    identity = _identity(layers, factors, len(batches), centered, ridge, sensitivity)
+    done = {} if checkpoint is None else _resume(Path(checkpoint), identity)
     new, kept = dict(factors), dict.fromkeys(layers, "the first batch did not reach it")
     by_loss = {
         fqn: layer
         for fqn, layer in layers.items()
         if factors[fqn].projection == "loss" and fqn not in done and getattr(layer, "groups", 1) == 1
     }
-    run = forward or call_model
-    felt = FeltRows()
+    run = settings.forward or call_model
+    weights = CallWeights()
     if sensitivity is not None and by_loss:
-        felt = felt_rows(model, by_loss, batches, sensitivity, mask=mask, forward=run, progress=progress)
+        weights = call_weights(model, by_loss, batches, sensitivity, mask=mask, forward=run, progress=progress)
 
-    def refitted(streams: Streams, group: Group) -> dict[str, Factors] | str:
-        """New factors of a group, or why it keeps those that it has."""
+    def reconstructed(runs: PairedRuns, group: Group) -> dict[str, Factors] | str:
+        """New factors of a group, or the reason why it keeps its own."""
         if all(fqn in done for fqn in group.layers):
             return {fqn: done[fqn] for fqn in group.layers}
         members = {fqn: layers[fqn] for fqn in group.layers}
         folds = 2 if ridge is None else 1
         if any(getattr(layer, "groups", 1) > 1 for layer in members.values()):
             return "it is a convolution with groups"
-        # Rows alike have one sum for all layers, weights are each layer's own.
-        alike = {fqn: layer for fqn, layer in members.items() if fqn not in felt}
-        parts = [*([alike] if alike else []), *({fqn: members[fqn]} for fqn in members if fqn in felt)]
-        if (needed := sum(PairedSums.state_bytes(part, folds) for part in parts)) > max_state_bytes:
+        # Layers without token weights share one sum; each layer with token weights has its own.
+        unweighted = {fqn: layer for fqn, layer in members.items() if fqn not in weights}
+        parts = [*([unweighted] if unweighted else []), *({fqn: members[fqn]} for fqn in members if fqn in weights)]
+        if (needed := sum(PairedSums.state_bytes(part, folds) for part in parts)) > settings.max_state_bytes:
             return f"its sums would take {needed / 2**30:.2g} GiB, more than max_state_bytes"
         sums = [PairedSums(part, folds) for part in parts]
-        reason = _stream(streams, group, sums, felt)
+        reason = _stream(runs, group, sums, weights)
         if reason is not None:
             return reason
         fitted: dict[str, Factors] = {}
         for pairs in sums:
             old = {fqn: factors[fqn] for fqn in pairs.layers}
-            fitted |= refit_layers(pairs, old, sensitivities, centered=centered, ridge=ridge)
+            fitted |= reconstruct_layers(pairs, old, gradients, centered=centered, ridge=ridge)
         return fitted
 
     with (
-        Streams(model, layers, batches, run, mask, chains, strict=blocks is not None) as streams,
-        tqdm(total=len(layers), desc="refitting", unit="layer", disable=not progress) as bar,
+        PairedRuns(model, layers, batches, run, mask, chains, strict=settings.blocks is not None) as runs,
+        tqdm(total=len(layers), desc="reconstructing", unit="layer", disable=not progress) as bar,
     ):
-        called_once = {fqn for group in streams.groups if group.calls == 1 for fqn in group.layers}
-        for fqn in layers.keys() - called_once:  # later calls depend on what the layer makes of earlier ones
-            streams.replace(fqn, _layer(layers[fqn], new[fqn]))
+        called_once = {fqn for group in runs.groups if group.calls == 1 for fqn in group.layers}
+        for fqn in layers.keys() - called_once:  # later calls depend on the outputs of earlier ones
+            runs.replace(fqn, _layer(layers[fqn], new[fqn]))
         ready: dict[str, Factors] = {}
-        for group, following in zip(streams.groups, [*streams.groups[1:], None], strict=False):
-            streams.advance(group.position)
-            result = refitted(streams, group)
+        for group, following in zip(runs.groups, [*runs.groups[1:], None], strict=False):
+            runs.advance(group.position)
+            result = reconstructed(runs, group)
             for fqn in group.layers:
                 if isinstance(result, str):
                     kept[fqn] = result
@@ -157,37 +179,37 @@ def refit_factors(
                     new[fqn] = result[fqn]
                     del kept[fqn]
                 ready[fqn] = new[fqn]
-                streams.replace(fqn, _layer(layers[fqn], new[fqn]))
+                runs.replace(fqn, _layer(layers[fqn], new[fqn]))
             bar.update(len(group.layers))
             if checkpoint is not None and (following is None or following.position != group.position):
-                _save(Path(checkpoint), settings, ready)
+                _save(Path(checkpoint), identity, ready)
     if kept:
         reasons = "".join(f"\n  {fqn}: {reason}" for fqn, reason in kept.items())
-        warnings.warn(f"these layers are not refitted:{reasons}", stacklevel=2)
-    if unfelt := [fqn for fqn in felt.missing if fqn not in kept]:
+        warnings.warn(f"these layers are not reconstructed:{reasons}", stacklevel=2)
+    if unweighted := [fqn for fqn in weights.missing if fqn not in kept]:
         warnings.warn(
-            "gradients do not correspond to the rows of these layers row by row, so that some or all of their rows "
-            f"count alike: {', '.join(unfelt)}",
+            "output gradients do not correspond row by row to the inputs of these layers, so some or all of their rows "
+            f"are unweighted: {', '.join(unweighted)}",
             stacklevel=2,
         )
     return new
 
 
-def _stream(streams: Streams, group: Group, sums: Sequence[PairedSums], felt: FeltRows) -> str | None:
-    """Fill the sums with all batches; a reason where the rows of the two models do not correspond."""
+def _stream(runs: PairedRuns, group: Group, sums: Sequence[PairedSums], call_weights: CallWeights) -> str | None:
+    """Fill the sums with all batches; a reason if the rows of the two models do not correspond."""
     leader = group.layers[0]
-    layer = streams.layers[leader]
+    layer = runs.layers[leader]
     folds = sums[0].folds
     last = len(folds) - 1
-    for batch, dense, compressed, masks in streams.pairs(group):
+    for batch, dense, compressed, masks in runs.pairs(group):
         if [x.shape for x in dense] != [z.shape for z in compressed]:
             return "its inputs in the dense and in the compressed model do not correspond row by row"
         for call, (x, z, mask) in enumerate(zip(dense, compressed, masks, strict=True)):
             mask = None if isinstance(layer, nn.Conv2d) else mask
             x, z = (input_rows(layer, real_rows(leader, part, mask)) for part in (x, z))
-            halves = last > 0 and len(streams.batches) == 1
+            halves = last > 0 and len(runs.batches) == 1
             for pairs in sums:
-                weights = felt.of_call(next(iter(pairs.layers)), batch, call, len(dense), len(x))
+                weights = call_weights.of_call(next(iter(pairs.layers)), batch, call, len(dense), len(x))
                 if halves:
                     half = len(x) // 2
                     for fold, part in enumerate((slice(half), slice(half, None))):
@@ -207,7 +229,7 @@ def _stream(streams: Streams, group: Group, sums: Sequence[PairedSums], felt: Fe
 
 
 def _of_mean_one(weights: Tensor) -> Tensor:
-    """The weights of some rows of a batch as if they were all: sums count rows."""
+    """Weights rescaled to a mean of 1, because sums are divided by rows."""
     return weights / weights.mean() if bool(weights.any()) else torch.ones_like(weights)
 
 
@@ -220,25 +242,25 @@ def _checked(
     model: nn.Module,
     factors: Mapping[str, Factors],
     batches: Iterable[Any],
-    sensitivities: Mapping[str, Covariance],
+    gradients: Mapping[str, Moments],
     ridge: float | None,
 ) -> list[Any]:
     if hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:
-        raise ValueError("model is compiled, which hides its layers; refit and compress it before torch.compile.")
+        raise ValueError("model is compiled, which hides its layers; reconstruct and compress it before torch.compile.")
     if "" in factors:
-        raise ValueError("model is itself the layer to refit, and has no layer before it; refit_factors does nothing.")
-    unweighed = [fqn for fqn, part in factors.items() if part.projection == "loss" and fqn not in sensitivities]
-    if unweighed:
+        raise ValueError("model is itself the layer to reconstruct, and has no layer before it.")
+    missing = [fqn for fqn, part in factors.items() if part.projection == "loss" and fqn not in gradients]
+    if missing:
         raise ValueError(
-            f"factors of projection='loss' need their sensitivities, which lack {', '.join(unweighed)}; pass "
-            "sensitivities=covariances.sensitivities."
+            f"factors of projection='loss' need output gradients, which {', '.join(missing)} lack; pass the "
+            "covariances of a calibration with a sensitivity as statistics=."
         )
     if isinstance(batches, (Tensor, Mapping, str)):
         raise TypeError(
             f"batches must be a collection of batches; got one {type(batches).__name__}. Pass [batch] for a single one."
         )
     if ridge is not None and (isinstance(ridge, bool) or not isinstance(ridge, (int, float)) or not ridge >= 0):
-        raise ValueError(f"ridge must be None or a number that is not negative; got {ridge!r}.")
+        raise ValueError(f"ridge must be None or a non-negative number; got {ridge!r}.")
     held = list(batches)
     if not held:
         raise ValueError("batches was empty; pass at least one batch.")
@@ -259,7 +281,7 @@ def _containers(model: nn.Module, blocks: str | Sequence[str]) -> list[str]:
     return names
 
 
-def _settings(
+def _identity(
     layers: Mapping[str, nn.Module],
     factors: Mapping[str, Factors],
     batches: int,
@@ -267,9 +289,9 @@ def _settings(
     ridge: float | None,
     sensitivity: Sensitivity | None,
 ) -> dict[str, Any]:
-    """What must be the same for a checkpoint to go on."""
+    """What must be equal for a checkpoint to be resumed."""
     digest = hashlib.sha256()
-    for layer in layers.values():  # enough of every weight to know the model by
+    for layer in layers.values():  # enough of every weight to identify the model
         digest.update(weight_matrix(layer).reshape(-1)[:256].double().cpu().numpy().tobytes())
     return {
         "ranks": {fqn: part.rank for fqn, part in factors.items()},
@@ -282,8 +304,8 @@ def _settings(
     }
 
 
-def _save(path: Path, settings: dict[str, Any], done: Mapping[str, Factors]) -> None:
-    """Write what has been fitted; a crash leaves the old file or the new one."""
+def _save(path: Path, identity: dict[str, Any], done: Mapping[str, Factors]) -> None:
+    """Write the factors fitted so far; a crash leaves the old file or the new one."""
     tensors, entries = {}, {}
     for fqn, part in done.items():
         for name in ("down", "up", "bias"):
@@ -291,18 +313,18 @@ def _save(path: Path, settings: dict[str, Any], done: Mapping[str, Factors]) -> 
             if tensor is not None:
                 tensors[f"{fqn}.{name}"] = tensor.contiguous().cpu()
         names = (
-            "rank", "projection", "predicted_error", "output_variance", "predicted_loss", "excess_error", "refitted",
+            "rank", "projection", "predicted_error", "output_variance", "predicted_loss", "reconstructed",
         )  # fmt: skip
         entries[fqn] = {name: getattr(part, name) for name in names}
-    header = {"format": _FORMAT, "settings": settings, "layers": entries}
+    header = {"format": _FORMAT, "settings": identity, "layers": entries}
     partial = path.with_name(path.name + ".part")
     save_file(tensors, partial, metadata={"lowrank_ops": json.dumps(header)})
     os.replace(partial, path)
 
 
-def _resume(path: Path, settings: dict[str, Any]) -> dict[str, Factors]:
+def _resume(path: Path, identity: dict[str, Any]) -> dict[str, Factors]:
     if not path.parent.is_dir():
-        raise ValueError(f"checkpoint {str(path)!r} is in a folder that does not exist; make it first.")
+        raise ValueError(f"checkpoint {str(path)!r} is in a folder that does not exist; create it first.")
     if not path.exists():
         return {}
     try:
@@ -311,14 +333,16 @@ def _resume(path: Path, settings: dict[str, Any]) -> dict[str, Factors]:
             known = header["format"] == _FORMAT
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
-        raise ValueError(f"checkpoint {str(path)!r} cannot be read: {error}. Delete it to start anew.") from None
+        raise ValueError(f"checkpoint {str(path)!r} cannot be read: {error}. Delete it to start again.") from None
     if not known:
-        raise ValueError(f"checkpoint {str(path)!r} was not written by a refit. Name another file.")
-    differ = [name for name, value in settings.items() if header["settings"].get(name) != value]
+        raise ValueError(
+            f"checkpoint {str(path)!r} was not written by a reconstruction of this version. Name another file."
+        )
+    differ = [name for name, value in identity.items() if header["settings"].get(name) != value]
     if differ:
         raise ValueError(
-            f"checkpoint {str(path)!r} is of another run: its {', '.join(differ)} differ. Use the same arguments to go "
-            "on with it, or delete it to start anew."
+            f"checkpoint {str(path)!r} is of another run: its {', '.join(differ)} differ. Use the same arguments to "
+            "resume it, or delete it to start again."
         )
     return {
         fqn: Factors(tensors[f"{fqn}.down"], tensors[f"{fqn}.up"], tensors.get(f"{fqn}.bias"), **entry)

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..config import CompressionConfig, LatencyBudget, LayerLatencies
 from ..factors.factorize import Factors
-from ..ranks.costs import dense_multiplications, dense_parameters, lowrank_multiplications, stored_rank
+from ..ranks.costs import dense_macs, dense_parameters, lowrank_macs, stored_rank
 from ..subspaces.layer import LayerSubspaces
 from .kinds import kind_of
 from .spectra import spectrum_of
@@ -37,7 +37,6 @@ class LayerCompression:
     rows: int  # calibration rows seen
     projection: str | None = None  # how the factors were made; None: left dense
     predicted_loss: float | None = None  # increase of one sample's loss, to second order; None: not known
-    excess_error: float | None = None  # bound on predicted_error above the least possible; None: not known
     kind: str = "other"  # one of KINDS
     spectrum: tuple[float, ...] | None = None  # see spectrum_of
     dense_multiplications: int = 0  # over the calibration rows
@@ -46,7 +45,7 @@ class LayerCompression:
     seconds: float | None = None
     # as relative_error, on other data; see with_measured. What is infinite is null in JSON.
     measured_error: float | None = None
-    refitted: bool = False  # predicted_error is then against the dense model's output, from the compressed input
+    reconstructed: bool = False  # predicted_error is then against the dense model's output, from the compressed input
 
     @property
     def relative_error(self) -> float | None:
@@ -127,7 +126,7 @@ class CompressionReport:
             (layer, layer.relative_error, layer.measured_error)
             for layer in self.layers
             if layer.rank is not None
-            and not layer.refitted
+            and not layer.reconstructed
             and layer.relative_error
             and layer.measured_error
             and math.isfinite(layer.measured_error)
@@ -211,9 +210,9 @@ class CompressionReport:
             for layer in self.layers
             if layer.projection not in (None, self.config.projection)
         ] + [
-            f"{layer.fqn}: not refitted"
+            f"{layer.fqn}: not reconstructed"
             for layer in self.layers
-            if self.config.refit is not None and layer.rank is not None and not layer.refitted
+            if self.config.reconstruction is not None and layer.rank is not None and not layer.reconstructed
         ]
 
     def to_dict(self) -> dict[str, Any]:
@@ -245,7 +244,7 @@ def _layer_compression(
         kept += 0 if factors.bias is None else factors.bias.numel()
     output_variance = float(space.output.total.sum()) if factors is None else factors.output_variance
     stored = None if factors is None else stored_rank(factors.rank)
-    multiplications = dense_multiplications(space)
+    multiplications = dense_macs(space)
     spectrum = spectrum_of(space)
     space.release()
     return LayerCompression(
@@ -258,17 +257,16 @@ def _layer_compression(
         kept,
         0.0 if factors is None else factors.predicted_error,
         output_variance,
-        space.covariance.count,
+        space.rows,
         None if factors is None else factors.projection,
         0.0 if factors is None else factors.predicted_loss,
-        0.0 if factors is None else factors.excess_error,
         kind_of(fqn, layer),
         spectrum,
         multiplications,
-        multiplications if factors is None else lowrank_multiplications(space, factors.rank),
+        multiplications if factors is None else lowrank_macs(space, factors.rank),
         None if latencies is None else latencies.seconds(fqn, None),
         None if latencies is None else latencies.seconds(fqn, stored),
-        refitted=factors is not None and factors.refitted,
+        reconstructed=factors is not None and factors.reconstructed,
     )
 
 

@@ -7,13 +7,11 @@ from ..subspaces.layer import LayerSubspaces
 POINTS = 33
 
 
-def spectrum_of(space: LayerSubspaces) -> tuple[float, ...] | None:
+def spectrum_of(space: LayerSubspaces) -> tuple[float, ...]:
     """The share of the output's variance in the first 0, 1/32, ... 32/32 of the most directions that it can have.
 
-    The mean over groups. None for a wide layer whose spectrum nobody has asked for: a report is not worth it.
+    The mean over groups.
     """
-    if not space.output.spectrum_is_known:
-        return None
     most = min(space.dimensions[1:])
     ranks = [round(most * point / (POINTS - 1)) for point in range(POINTS)]
     shares = [float(space.output.explained(rank).mean()) if rank else 0.0 for rank in ranks]

@@ -157,7 +157,7 @@ def _layer_utilization(
         in_features,
         out_features,
         groups,
-        space.covariance.count,
+        space.rows,
         None if space.input is None else space.input.rank_at(explained_variance),
         space.output.rank_at(explained_variance),
         rank,

@@ -1,4 +1,4 @@
-"""A file of trials, so that a search that was interrupted goes on where it was."""
+"""A file of trials, so that an interrupted search resumes."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ ChosenRanks = dict[str, int | None]
 _FORMAT = "lowrank_ops.trials/1"
 
 
-class Journal:
-    """Accuracies by ranks, one JSON line each, written as they are found.
+class TrialCache:
+    """Accuracies by ranks, one JSON line per trial, appended as they are measured.
 
     Args:
-        path: of the file; made with the first trial where there is none.
+        path: of the file; created with the first trial.
         key: what the accuracies depend on besides the ranks, ``{part: digest}``.
 
     Raises:
-        ValueError: the file holds something else, or trials of another key; the message names the parts. There is no
-            such folder, or ``path`` is one.
+        ValueError: the file holds something else, or trials of another key (the message names the parts); the folder
+            does not exist, or ``path`` is one.
     """
 
     def __init__(self, path: str | Path, key: Mapping[str, str]) -> None:
@@ -31,9 +31,9 @@ class Journal:
         self._key = dict(key)
         self._accuracies: dict[str, float] = {}
         if self._path.is_dir():
-            raise ValueError(f"journal={str(self._path)!r} is a folder; name a file.")
+            raise ValueError(f"cache={str(self._path)!r} is a folder; name a file.")
         if not self._path.absolute().parent.is_dir():  # before the first trial, which may take long
-            raise ValueError(f"journal={str(self._path)!r} is in a folder that does not exist; make it first.")
+            raise ValueError(f"cache={str(self._path)!r} is in a folder that does not exist; create it first.")
         if not self._is_new():
             self._read()
 
@@ -51,11 +51,11 @@ class Journal:
             key = dict(head["key"])
             self._accuracies = {_name(trial["ranks"]): float(trial["accuracy"]) for trial in trials}
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"journal={str(self._path)!r} is no file of trials; name another one.") from None
+            raise ValueError(f"cache={str(self._path)!r} is not a trial cache; name another file.") from None
         differing = [part for part in {**key, **self._key} if key.get(part) != self._key.get(part)]
         if differing:
             raise ValueError(
-                f"journal={str(self._path)!r} holds trials with another {', another '.join(differing)}; name another "
+                f"cache={str(self._path)!r} holds trials with another {', another '.join(differing)}; name another "
                 "file, or delete this one. (Calibrating again can change covariances: keep them by Covariances.save.)"
             )
         if torn:
@@ -64,10 +64,10 @@ class Journal:
     def __len__(self) -> int:
         return len(self._accuracies)
 
-    def remembering(self, measure: Callable[[ChosenRanks], float]) -> Callable[[ChosenRanks], float]:
-        """``measure`` that looks here first and writes down what it finds."""
+    def cached(self, measure: Callable[[ChosenRanks], float]) -> Callable[[ChosenRanks], float]:
+        """``measure`` with its results stored here and looked up first."""
 
-        def remembered(ranks: ChosenRanks) -> float:
+        def cached_measure(ranks: ChosenRanks) -> float:
             name = _name(ranks)
             if name not in self._accuracies:
                 accuracy = measure(ranks)
@@ -77,7 +77,7 @@ class Journal:
                 self._accuracies[name] = accuracy
             return self._accuracies[name]
 
-        return remembered
+        return cached_measure
 
     def _append(self, line: Mapping[str, object]) -> None:
         with self._path.open("a", encoding="utf-8") as file:
@@ -89,7 +89,7 @@ def _name(ranks: Mapping[str, int | None]) -> str:
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """Of names, shapes, dtypes and every byte."""
+    """A hash of names, shapes, dtypes and every byte."""
     found = hashlib.sha256()
     for name, tensor in tensors.items():
         found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

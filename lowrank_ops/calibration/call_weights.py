@@ -1,4 +1,4 @@
-"""How much the loss feels of each row that a refit fits: one forward and backward pass of the dense model."""
+"""Token weights call by call, for a reconstruction: one forward and backward pass of the dense model per batch."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..models.layers import find_layers
-from ..models.masks import Mask, read_mask
+from ..models.masks import Mask
 from ..models.running import device_of, evaluating, move, random_state_kept, without_fast_path
-from .objectives import GradientTaps, Sensitivity, objective
+from .objectives import Sensitivity
+from .recorder import Recorder
 from .statistics import NonFiniteActivationError
-from .token_weights import weights_of
+from .token_weights import token_weights
 
-SEED = 0  # of random labels and signs: a refit that goes on from a checkpoint weighs rows as it did before
+SEED = 0  # of random labels and signs, so that a reconstruction resumed from a checkpoint uses the same weights
 
 
-class FeltRows:
-    """Weights of the rows that some layers are given, by batch and call.
+class CallWeights:
+    """Token weights of the rows of some layers, by batch and call.
 
     Attributes:
-        missing: layers some of whose rows turned out to have none.
+        missing: layers for which some call had no matching weights.
     """
 
     def __init__(self, layers: Iterable[str] = (), batches: int = 0) -> None:
@@ -35,11 +36,11 @@ class FeltRows:
         return fqn in self._weights
 
     def add_call(self, fqn: str, batch: int, weights: Tensor) -> None:
-        """Keep the weights (rows,) of a layer's next call in a batch."""
+        """Append the weights (rows,) of a layer's next call in a batch."""
         self._weights[fqn][batch].append(weights)
 
     def of_call(self, fqn: str, batch: int, call: int, calls: int, rows: int) -> Tensor | None:
-        """The weights of one of ``calls``, ones where none correspond to its rows; None for layers not asked for."""
+        """The weights of one of ``calls``; ones if none match its rows; None for layers without weights."""
         if fqn not in self._weights:
             return None
         of_batch = self._weights[fqn][batch]
@@ -49,7 +50,7 @@ class FeltRows:
         return torch.ones(rows)
 
 
-def felt_rows(
+def call_weights(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     batches: Sequence[Any],
@@ -58,11 +59,11 @@ def felt_rows(
     mask: Mask | None,
     forward: Callable[[nn.Module, Any], Any],
     progress: bool,
-) -> FeltRows:
-    """Weights of the rows that each layer is given, as :func:`lowrank_ops.calibrate` weighs them.
+) -> CallWeights:
+    """The token weights that :func:`lowrank_ops.calibrate` would use, for each call of each layer.
 
     Args:
-        model: the dense model; evaluated in eval mode and handed back as it was.
+        model: the dense model; run in eval mode and returned to its previous state.
         layers: ``{fqn: layer}``, Linear, Conv1D, or Conv2d without groups.
         batches, sensitivity, mask, forward, progress: as for :func:`lowrank_ops.calibrate`.
 
@@ -73,39 +74,29 @@ def felt_rows(
         NonFiniteActivationError: NaN or inf in a gradient.
         ValueError: the loss of a batch depends on no layer of the model.
     """
-    device, taps = device_of(model), GradientTaps()
-    found = FeltRows(layers, len(batches))
-    masks: list[Tensor | None] = [None]  # of the last forward
-
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        masks[0] = read_mask(mask, args, kwargs)
-
+    device, found = device_of(model), CallWeights(layers, len(batches))
+    # All layers of the model, as in a calibration: a batch may reach others than the given ones.
+    recorder = Recorder(find_layers(model)[0], mask, share=False)
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         for generator in stack.enter_context(random_state_kept(model)):
-            generator.manual_seed(SEED)  # torch.manual_seed would seed the other GPUs as well
+            generator.manual_seed(SEED)  # torch.manual_seed would seed other GPUs as well
         stack.enter_context(evaluating(model))
         stack.enter_context(without_fast_path())
-        stack.callback(model.register_forward_pre_hook(before, with_kwargs=True).remove)
-        # All layers, as in a calibration: a batch may well reach others than those that are asked for.
-        for fqn, layer in find_layers(model)[0].items():
-            hook = layer.register_forward_hook(
-                lambda module, args, y, fqn=fqn: taps.tap(fqn, y, masks[0], None), prepend=True
-            )
-            stack.callback(hook.remove)
-        for index, batch in enumerate(tqdm(batches, desc="weighing rows", unit="batch", disable=not progress)):
+        stack.callback(recorder.detach)
+        recorder.attach(model, {}, torch.float64)
+        recorder.attach_gradient_reader()
+        for index, batch in enumerate(tqdm(batches, desc="token weights", unit="batch", disable=not progress)):
             moved = move(batch, device)
-            # No name for the loss, which would keep this batch's graph through the next one's forward.
-            for fqn, values, real, _ in taps.gradients(
-                objective(sensitivity, forward(model, moved), moved, masks[0]).loss
-            ):
+            # The output is not bound to a name, which would keep this batch's graph during the next forward.
+            for fqn, values, real, _ in recorder.gradients_of(sensitivity, forward(model, moved), moved):
                 if fqn not in layers:
                     continue
-                weights = weights_of(layers[fqn], values, real).cpu()
+                weights = token_weights(layers[fqn], values, real).cpu()
                 if not weights.isfinite().all():
                     raise NonFiniteActivationError(
-                        f"layer {fqn!r}: its gradient holds NaN or inf in batch {index} (counted from 0). "
+                        f"layer {fqn!r}: its output gradient holds NaN or inf in batch {index} (counted from 0). "
                         "Check that batch, or run the model in a wider dtype."
                     )
                 found.add_call(fqn, index, weights)

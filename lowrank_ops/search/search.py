@@ -1,0 +1,206 @@
+"""search_ranks: the smallest model whose accuracy stays within a tolerance, by trial compressions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from ..calibration.statistics import Covariances
+from ..compress import considered_layers, decompose, factorize_layers, resolved
+from ..config import CompressionConfig, ParameterBudget, Ranks, check_choice
+from ..layers.replace import replaced
+from ..models.layers import FilterFn
+from ..models.running import training_flags_kept
+from ..ranks.allocation import allocate
+from ..ranks.choose import ChosenRanks, Limits, limits_of
+from ..ranks.costs import PARAMETERS, Option, dense_parameters
+from ..subspaces.layer import LayerSubspaces
+from .trial_cache import TrialCache, digest
+
+Measure = Callable[[ChosenRanks], float]
+
+
+def search_ranks(
+    model: nn.Module,
+    covariances: Covariances,
+    evaluate: Callable[[nn.Module], float],
+    max_drop: float,
+    *,
+    by: str = "budget",
+    allocation: str | None = None,
+    num_evaluations: int = 10,
+    config: CompressionConfig | None = None,
+    filter_fn: FilterFn | None = None,
+    subspaces: Mapping[str, LayerSubspaces] | None = None,
+    cache: str | Path | None = None,
+    progress: bool = False,
+) -> Ranks:
+    """Search the smallest ranks whose accuracy is at most ``max_drop`` below the dense model's.
+
+    Args:
+        model: the model that was calibrated; compressed during each trial and dense again afterwards.
+        covariances: from :func:`lowrank_ops.calibrate`.
+        evaluate: ``evaluate(model) -> float``, higher is better; called with the dense and with compressed models.
+        max_drop: how much less than the dense model's value is accepted, in the units of ``evaluate``.
+        by: ``"budget"`` bisects one parameter budget for all layers. ``"layers"`` bisects the rank of one layer after
+            another, the largest first, each with a part of the tolerance and those before it compressed: up to
+            log2(ranks) evaluations per layer (Garg et al. 2024 choose a threshold per layer).
+        allocation: how ``"budget"`` is shared, as in :class:`lowrank_ops.ParameterBudget`.
+        num_evaluations: at most this many for ``"budget"``, the dense model's included; at least 2.
+        config: projection, centering, overrides and bounds of the trials; its rank policy is not used. Bounds take
+            precedence over the tolerance.
+        filter_fn, subspaces: as for :func:`lowrank_ops.compress_`.
+        cache: file that stores the accuracy of every trial. A search that finds its trials there does not repeat them,
+            whether it is the same one resumed or another one over the same model. Trials of other weights, covariances
+            or projections are refused; ``evaluate`` is not checked.
+        progress: show a progress bar.
+
+    Returns:
+        The ranks found, a policy for :func:`lowrank_ops.compress_`; layers that stay dense are not named.
+
+    Raises:
+        TypeError: an argument of another type.
+        ValueError: an invalid argument, an evaluation that is not a finite number, a cache of other trials, or as for
+            :func:`lowrank_ops.compress_`.
+
+    Example:
+        >>> import torch, lowrank_ops as lro
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 64))
+        >>> x = torch.randn(256, 64)
+        >>> y = model(x).detach()
+        >>> covariances = lro.calibrate(model, [x])
+        >>> ranks = lro.search_ranks(model, covariances, lambda m: -float((m(x) - y).square().mean()), max_drop=0.01)
+        >>> report = lro.compress_(model, covariances, ranks)
+    """
+    _check(evaluate, max_drop, by, num_evaluations, cache)
+    config = replace(CompressionConfig.of(config), rank=ParameterBudget(1.0, allocation))
+    subspaces, _ = considered_layers(model, covariances, filter_fn, subspaces, centered=config.centered)
+    config = resolved(config, subspaces)
+    policy, projection = config.rank, str(config.projection)
+    assert isinstance(policy, ParameterBudget)
+    if by == "budget":  # layer by layer, no spectra are used
+        decompose(policy, subspaces, progress)
+
+    def accuracy_at(ranks: ChosenRanks) -> float:
+        factors = factorize_layers(subspaces, ranks, projection, keep_directions=True)
+        with replaced(model, factors), torch.no_grad(), training_flags_kept(model):
+            return _finite(evaluate(model))
+
+    measure: Measure = accuracy_at
+    if cache is not None:
+        measure = TrialCache(cache, _key(model, subspaces, projection, config.centered)).cached(measure)
+    limits = limits_of(subspaces, config.overrides, config.bounds)
+    free = {fqn: limits.options(fqn, space) for fqn, space in subspaces.items() if fqn not in limits.fixed}
+    trials = num_evaluations if by == "budget" else 1 + sum(len(options).bit_length() for options in free.values())
+    with tqdm(total=trials, desc="searching ranks", unit="trial", disable=not progress) as bar:
+        known: dict[tuple[int | None, ...], float] = {}  # two budgets may give the same ranks
+
+        def trial(ranks: ChosenRanks) -> float:
+            whole = {fqn: {**ranks, **limits.fixed}[fqn] for fqn in subspaces}
+            key = tuple(whole.values())
+            accuracy = known[key] = known[key] if key in known else measure(whole)
+            bar.set_postfix(accuracy=f"{accuracy:.4g}")
+            bar.update()
+            return accuracy
+
+        dense = trial(dict.fromkeys(subspaces))
+        if by == "budget":
+            found = _bisect_budget(
+                num_evaluations, str(policy.allocation), subspaces, limits, free, dense - max_drop, trial
+            )
+        else:
+            found = _bisect_layers(max_drop, free, dense, trial)
+    ranks = {fqn: {**found, **limits.fixed}[fqn] for fqn in subspaces}
+    return Ranks({fqn: rank for fqn, rank in ranks.items() if rank is not None})
+
+
+def _check(evaluate: object, max_drop: object, by: str, num_evaluations: object, cache: object) -> None:
+    if not callable(evaluate):
+        raise TypeError(f"evaluate must be a function of the model that returns a number; got {evaluate!r}.")
+    if isinstance(max_drop, bool) or not isinstance(max_drop, (int, float)) or not max_drop >= 0:
+        raise ValueError(f"max_drop must be a non-negative number; got {max_drop!r}.")
+    check_choice("by", by, ("budget", "layers"))
+    if isinstance(num_evaluations, bool) or not isinstance(num_evaluations, int) or num_evaluations < 2:
+        raise ValueError(f"num_evaluations must be an integer of at least 2; got {num_evaluations!r}.")
+    if cache is not None and not isinstance(cache, (str, Path)):
+        raise TypeError(f"cache must be the path of a file, or None; got {cache!r}.")
+
+
+def _finite(accuracy: Any) -> float:
+    try:
+        value = float(accuracy)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError("evaluate must return the model's accuracy as a finite number, the higher the better.")
+    return value
+
+
+def _key(model: nn.Module, subspaces: Mapping[str, LayerSubspaces], projection: str, centered: bool) -> dict[str, str]:
+    """Digests of what decides the accuracy at given ranks, except the user's ``evaluate``."""
+    sums: dict[str, torch.Tensor] = {}
+    for fqn, space in subspaces.items():
+        for name, moments in space.statistics.moments().items():
+            if name == "activations" or projection == "loss":
+                sums[f"{fqn} {name} total"] = moments.total
+                sums[f"{fqn} {name} squares"] = moments.second_moment.diagonal(dim1=-2, dim2=-1)
+    return {
+        "model": digest({**dict(model.named_parameters()), **dict(model.named_buffers())}),
+        "covariances": digest(sums),
+        "projection": projection,
+        "centered": str(centered),
+    }
+
+
+def _bisect_budget(
+    num_evaluations: int,
+    allocation: str,
+    spaces: Mapping[str, LayerSubspaces],
+    limits: Limits,
+    free: Mapping[str, list[Option]],
+    min_accuracy: float,
+    measure: Measure,
+) -> ChosenRanks:
+    """The smallest parameter budget found by bisection whose ranks are accurate enough."""
+    minimum = sum(
+        free[fqn][0].cost if fqn in free else PARAMETERS.of(fqn, space, limits.fixed[fqn])
+        for fqn, space in spaces.items()
+    )
+    low, high = min(1.0, minimum / sum(map(dense_parameters, spaces.values()))), 1.0
+    best: ChosenRanks = {fqn: options[-1].rank for fqn, options in free.items()}
+    for _ in range(num_evaluations - 1):
+        middle = (low + high) / 2
+        ranks = allocate(middle, allocation, PARAMETERS, spaces, *limits)
+        if ranks == best or measure(ranks) >= min_accuracy:
+            best, high = ranks, middle
+        else:
+            low = middle
+    return best
+
+
+def _bisect_layers(
+    max_drop: float, free: Mapping[str, list[Option]], dense_accuracy: float, measure: Measure
+) -> ChosenRanks:
+    """The smallest rank of one layer after another, each with its share of the tolerance by parameters."""
+    chosen: ChosenRanks = {fqn: options[-1].rank for fqn, options in free.items()}
+    by_size = sorted(free, key=lambda fqn: -free[fqn][-1].cost)
+    seen, total = 0, sum(options[-1].cost for options in free.values())
+    for fqn in by_size:
+        seen += free[fqn][-1].cost
+        min_accuracy = dense_accuracy - max_drop * seen / total
+        low, high = 0, len(free[fqn]) - 1  # dense: what the layers before it were accepted with
+        while low < high:
+            middle = (low + high) // 2
+            if measure({**chosen, fqn: free[fqn][middle].rank}) >= min_accuracy:
+                high = middle
+            else:
+                low = middle + 1
+        chosen[fqn] = free[fqn][high].rank
+    return chosen
