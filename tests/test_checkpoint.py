@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import lowrank_ops as lro
 from lowrank_ops import checkpoint
 from lowrank_ops.checkpoint import CONFIG_FILE, WEIGHTS_FILE, CheckpointError, load_pretrained, save_pretrained
+from lowrank_ops.report import CompressionReport
 
 
 class Net(nn.Module):
@@ -71,7 +72,7 @@ def images(count: int = 32, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def compressed(
     model: nn.Module | None = None, ranks: dict[str, int] | None = None
-) -> tuple[nn.Module, lro.CompressionReport]:
+) -> tuple[nn.Module, CompressionReport]:
     model = (model or Net()).eval()
     dtype = next(model.parameters()).dtype
     covariances = lro.calibrate(model, [images(dtype=dtype) for _ in range(4)])

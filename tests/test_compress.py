@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import lowrank_ops as lro
+from lowrank_ops.subspaces import layer_subspaces
 
 
 @pytest.fixture(autouse=True)
@@ -161,7 +162,7 @@ def test_subspaces_can_be_given_and_are_made_anew_where_they_do_not_fit():
     results = []
     for centered in (None, True, False):
         model = copy.deepcopy(dense)
-        spaces = None if centered is None else lro.layer_subspaces(layers, covariances, centered=centered)
+        spaces = None if centered is None else layer_subspaces(layers, covariances, centered=centered)
         lro.compress_(model, covariances, config, subspaces=spaces)
         results.append(model.q.weight)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
@@ -306,7 +307,7 @@ def test_a_model_that_is_the_layer_is_refused():
 def test_subspaces_of_another_calibration_are_refused():
     model, batches = Model(), [low_rank_images()]
     covariances, others = (lro.calibrate(model, batches) for _ in range(2))
-    spaces = lro.layer_subspaces({fqn: model.get_submodule(fqn) for fqn in others}, others)
+    spaces = layer_subspaces({fqn: model.get_submodule(fqn) for fqn in others}, others)
     before = snapshot(model)
     with pytest.raises(ValueError, match=r"subspaces\['conv'\] was made from other covariances"):
         lro.compress_(model, covariances, subspaces=spaces)

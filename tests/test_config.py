@@ -10,7 +10,7 @@ CONFIGS = [
     lro.CompressionConfig(),
     lro.CompressionConfig(lro.ExplainedVariance(0.9), "utilized", centered=False),
     lro.CompressionConfig(lro.ExplainedVariance(1)),
-    lro.CompressionConfig(lro.ParameterBudget(0.5, "energy"), "weight", overrides={"a.b": 8, "re:c.*": None}),
+    lro.CompressionConfig(lro.ParameterBudget(0.5, "variance"), "weight", overrides={"a.b": 8, "re:c.*": None}),
     lro.CompressionConfig(lro.Ranks({"re:.*": 16}), "input"),
 ]
 

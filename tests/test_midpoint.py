@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lowrank_ops as lro
+from lowrank_ops.subspaces import layer_subspaces
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +72,7 @@ def test_adds_the_gradients_and_weighted_rows_of_the_model_halfway(mixed: Any) -
     halfway = lro.calibrate(halfway_to(model, covariances, HALF), batches, sensitivity=loss)
     assert list(found.sensitivities) == list(covariances.sensitivities) == list(found)
     for fqn, dense in covariances.sensitivities.items():
-        ours, theirs = found.sensitivities[fqn], halfway.sensitivities[fqn]
+        ours, theirs = found[fqn].output_gradients, halfway[fqn].output_gradients
         assert (theirs.second_moment - dense.second_moment).norm() > 1e-3 * dense.second_moment.norm()
         for mine, one, other in ((ours, dense, theirs), (ours.weighted, dense.weighted, theirs.weighted)):
             torch.testing.assert_close(mine.second_moment, one.second_moment + other.second_moment)
@@ -126,19 +127,19 @@ def test_outputs_of_other_weights_are_no_rows_of_the_dense_model(side: str, mixe
     covariances = lro.calibrate(model, batches, sensitivity=loss, side=side)
     found = lro.recalibrate(model, covariances, batches, HALF, sensitivity=loss, side=side)
     for fqn, gradient in found.sensitivities.items():
-        assert (gradient.weighted is covariances.sensitivities[fqn].weighted) == (side == "output")
+        assert (gradient.weighted is covariances[fqn].token_weighted) == (side == "output")
 
 
 @pytest.mark.filterwarnings("ignore:calibration leaves out")
 def test_rows_alike_and_a_refit_s_config(mixed: Any) -> None:
     model, batches, _ = mixed
-    covariances = lro.calibrate(model, batches, sensitivity=loss, weigh_rows=False)
+    covariances = lro.calibrate(model, batches, sensitivity=loss, token_weights=False)
     config = lro.CompressionConfig(lro.ParameterBudget(0.55, "loss"), projection="loss", refit="sequential")
     found = lro.recalibrate(model, covariances, batches, config, sensitivity=loss)
     assert all(gradient.weighted is None for gradient in found.sensitivities.values())
     same = lro.recalibrate(model, covariances, batches, HALF, sensitivity=loss)
     for fqn, gradient in found.sensitivities.items():
-        assert torch.equal(gradient.second_moment, same.sensitivities[fqn].second_moment)
+        assert torch.equal(gradient.second_moment, same[fqn].output_gradients.second_moment)
 
 
 def test_transformers_layers(tmp_path: Any) -> None:
@@ -169,8 +170,8 @@ def test_bad_input_is_told_before_anything_happens(mixed: Any) -> None:
     never = iter([0])  # no batch
     with pytest.raises(ValueError, match="filter_fn does not keep: head"):
         lro.recalibrate(model, covariances, never, sensitivity=loss, filter_fn=lambda module, fqn: fqn != "head")
-    with pytest.raises(ValueError, match="weigh_rows must be True, as of the first calibrate; got False"):
-        lro.recalibrate(model, covariances, never, sensitivity=loss, weigh_rows=False)
+    with pytest.raises(ValueError, match="token_weights must be True, as of the first calibrate; got False"):
+        lro.recalibrate(model, covariances, never, sensitivity=loss, token_weights=False)
     with pytest.raises(TypeError, match="keyword arguments of calibrate; it has no masks"):
         lro.recalibrate(model, covariances, never, sensitivity=loss, masks="mask")
     assert next(never) == 0
@@ -204,7 +205,7 @@ def test_layers_are_chosen_among_the_dense_ones() -> None:
     covariances = lro.calibrate(model, batches, **options)
     config = lro.CompressionConfig(lro.Ranks({"2": 8}))
     found = lro.recalibrate(model, covariances, batches, config, **options)
-    assert list(found.sensitivities) == ["2"] and found.sensitivities["2"].count == 40
+    assert list(found.sensitivities) == ["2"] and found["2"].output_gradients.count == 40
 
 
 def test_sums_of_inputs_need_not_be_shared_as_they_were() -> None:
@@ -222,7 +223,7 @@ def test_sums_of_inputs_need_not_be_shared_as_they_were() -> None:
     covariances = lro.calibrate(model, batches, sensitivity=loss, share_inputs=False)
     config = lro.CompressionConfig(lro.Ranks({"a": 8}))
     found = lro.recalibrate(model, covariances, batches, config, sensitivity=loss)
-    assert found["a"] is covariances["a"] is not found["b"] and found.sensitivities["a"].count == 40
+    assert found["a"] is covariances["a"] is not found["b"] and found["a"].output_gradients.count == 40
 
 
 @pytest.mark.parametrize("rows", ["none", "no call"])
@@ -244,7 +245,7 @@ def test_an_expert_that_is_not_reached_halfway_keeps_its_sums(rows: str) -> None
     config = lro.CompressionConfig(lro.Ranks({"head": 8}))
     found = lro.recalibrate(model, covariances, [torch.zeros(20, 32)], config, sensitivity=loss)  # routed nowhere
     for fqn, gradient in found.sensitivities.items():
-        same = torch.equal(gradient.second_moment, covariances.sensitivities[fqn].second_moment)
+        same = torch.equal(gradient.second_moment, covariances[fqn].output_gradients.second_moment)
         assert same == (fqn == "rare") and gradient.count == 40, "all are over the samples of both"
 
 
@@ -281,7 +282,7 @@ def test_a_search_s_journal_is_left_to_the_compression(tmp_path: Any) -> None:
 def test_subspaces_of_the_sensitivities_before_are_refused() -> None:
     """The moments that they name are the same objects."""
     model, batches, covariances = two_layers()
-    spaces = lro.layer_subspaces({"0": model[0], "2": model[2]}, covariances)
+    spaces = layer_subspaces({"0": model[0], "2": model[2]}, covariances)
     found = lro.recalibrate(model, covariances, batches, TWO, sensitivity=loss)
     with pytest.raises(ValueError, match=r"subspaces\['0'\] was made from other covariances"):
         lro.compress_(model, found, TWO, subspaces=spaces)
@@ -295,10 +296,10 @@ def test_every_run_draws_anew(mixed: Any) -> None:
     covariances = lro.calibrate(model, batches, sensitivity="output")
     twice = lro.recalibrate(model, covariances, batches, nothing, sensitivity="output")
     thrice = lro.recalibrate(model, twice, batches, nothing, sensitivity="output")
-    first = covariances.sensitivities["head"].second_moment
-    second = twice.sensitivities["head"].second_moment - first
-    third = thrice.sensitivities["head"].second_moment - first - second
+    first = covariances["head"].output_gradients.second_moment
+    second = twice["head"].output_gradients.second_moment - first
+    third = thrice["head"].output_gradients.second_moment - first - second
     for one, other in ((first, second), (second, third), (first, third)):
         assert (one - other).norm() > 0.01 * one.norm()
     again = lro.recalibrate(model, covariances, batches, nothing, sensitivity="output")
-    assert torch.equal(again.sensitivities["head"].second_moment, twice.sensitivities["head"].second_moment)
+    assert torch.equal(again["head"].output_gradients.second_moment, twice["head"].output_gradients.second_moment)

@@ -19,16 +19,19 @@ import torch
 from torch import nn
 
 import lowrank_ops as lro
+from lowrank_ops.config import LayerLatencies
 from lowrank_ops.demo.data import load_images
 from lowrank_ops.demo.vit import load_vit
 from lowrank_ops.layers.latency import time_in_turn
 from lowrank_ops.models.running import call_model
+from lowrank_ops.ranks import choose_ranks
 from lowrank_ops.ranks.costs import MULTIPLICATIONS, PARAMETERS, Price, nanoseconds
+from lowrank_ops.subspaces import LayerSubspaces, layer_subspaces
 
 from .results import Results
 
 FRACTIONS = (0.15, 0.25, 0.35, 0.5, 0.75)
-ALLOCATIONS = ("uniform", "energy", "loss")
+ALLOCATIONS = ("uniform", "variance", "loss")
 TOLERANCE = 0.01
 
 
@@ -37,7 +40,7 @@ class Subject(NamedTuple):
 
     model: nn.Module
     covariances: lro.Covariances
-    spaces: dict[str, lro.LayerSubspaces]
+    spaces: dict[str, LayerSubspaces]
     batch: Any
 
 
@@ -66,7 +69,7 @@ def _subject(model: nn.Module, batches: list[Any]) -> Subject:
     torch.manual_seed(0)
     covariances = lro.calibrate(model, batches, sensitivity="output")
     layers = {fqn: module for fqn, module in model.named_modules() if fqn in covariances}
-    return Subject(model, covariances, lro.layer_subspaces(layers, covariances), batches[0])
+    return Subject(model, covariances, layer_subspaces(layers, covariances), batches[0])
 
 
 SUBJECTS: Mapping[str, Callable[[], Subject]] = {"demo ViT": vit, "small BERT": bert}
@@ -78,7 +81,7 @@ def share(subject: Subject, ranks: Mapping[str, int | None], price: Price) -> fl
     return spent / sum(price.dense(fqn, space) for fqn, space in subject.spaces.items())
 
 
-def policies(latencies: lro.LayerLatencies | None) -> Iterator[tuple[str, Price, Callable[[float, str], Any]]]:
+def policies(latencies: LayerLatencies | None) -> Iterator[tuple[str, Price, Callable[[float, str], Any]]]:
     """Each budget's name, what it counts, and how it is made; time only where it was measured."""
     yield "parameters", PARAMETERS, lro.ParameterBudget
     yield "multiplications", MULTIPLICATIONS, lro.FlopBudget
@@ -111,7 +114,7 @@ def measure(name: str, subject: Subject, results: Results, rounds: int) -> None:
                 if results.find(case) is not None:
                     continue
                 try:
-                    ranks = lro.choose_ranks(policy(fraction, allocation), subject.spaces)
+                    ranks = choose_ranks(policy(fraction, allocation), subject.spaces)
                 except ValueError as error:
                     results.add(case, {"refused": str(error)})
                     continue

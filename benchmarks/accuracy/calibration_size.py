@@ -25,7 +25,7 @@ from .results import ROWS, Results, rows_of
 RESULTS = vision.RESULTS.with_name("calibration_size.json")
 SIZES = (6, 20, 60, 200, 600, 2000, 3000)  # images
 TOKENS = 17  # of an image
-ARMS = (("output", "energy"), ("loss", "loss"))  # projection, allocation
+ARMS = (("output", "variance"), ("loss", "loss"))  # projection, allocation
 THRESHOLDS = (0.9, 0.99, 0.999)
 BUDGET = 25.0  # % of the layer parameters
 
@@ -73,7 +73,7 @@ def measure(results: Results, options: argparse.Namespace) -> None:
         for size in tqdm(sizes, desc="sizes", unit="size"):
             bench = bench or vision.Bench(*vision.load_images("test"))
             torch.manual_seed(seed)
-            more = bench.calibrate(images[order[taken:size]], weigh_rows=options.rows == "weighted")
+            more = bench.calibrate(images[order[taken:size]], token_weights=options.rows == "weighted")
             covariances, taken = more if covariances is None else covariances.merge(more), size
             bench.use(covariances)
             shares = utilizations(bench)

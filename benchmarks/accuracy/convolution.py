@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import lowrank_ops as lro
-from lowrank_ops.report import format_table
+from lowrank_ops.report import UtilizationReport, format_table
 
 from .audio import KINDS, frames
 
@@ -130,7 +130,7 @@ class Bench:
         self.seconds = time.perf_counter() - begin
         self.dense = logits(model, self.test)
 
-    def utilization(self, explained_variance: float) -> lro.UtilizationReport:
+    def utilization(self, explained_variance: float) -> UtilizationReport:
         """Of all layers, about the mean."""
         return lro.utilization(self.model, self.covariances, explained_variance)
 

@@ -26,6 +26,7 @@ import lowrank_ops as lro
 from lowrank_ops.demo.data import load_images
 from lowrank_ops.demo.vit import load_vit
 from lowrank_ops.report import format_table
+from lowrank_ops.subspaces import layer_subspaces
 
 from .corpora import SOURCES, corpus
 from .encoder import load_encoder, model_folder, tokenize
@@ -119,7 +120,7 @@ class Bench:
             progress=True,
         )
         layers = {fqn: module for fqn, module in study.dense.named_modules() if fqn in self.covariances}
-        self.subspaces = lro.layer_subspaces(layers, self.covariances)
+        self.subspaces = layer_subspaces(layers, self.covariances)
 
     def layers(self, projection: str, budget: float) -> list[dict[str, Any]]:
         """Predicted and measured error of every layer at uniform ranks, beside the variance of its output."""

@@ -23,6 +23,7 @@ from tqdm import tqdm
 import lowrank_ops as lro
 from lowrank_ops.demo.evaluation import percent_equal
 from lowrank_ops.demo.vit import Block, ViT, load_vit
+from lowrank_ops.subspaces import layer_subspaces
 
 from . import vision
 from .results import Results
@@ -214,7 +215,7 @@ def utilizations(encoder: ViT) -> dict[str, float]:
     layers = {fqn: module for fqn, module in encoder.named_modules() if fqn in covariances}
     found = {}
     for about, centered in {"mean": True, "zero": False}.items():
-        subspaces = lro.layer_subspaces(layers, covariances, centered=centered)
+        subspaces = layer_subspaces(layers, covariances, centered=centered)
         for threshold in THRESHOLDS:
             report = lro.utilization(encoder, covariances, threshold, centered=centered, subspaces=subspaces)
             found[f"mlu_{threshold:g}_about_{about}"] = report.mean_layer_utilization

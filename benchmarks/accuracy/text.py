@@ -20,6 +20,8 @@ from torch import nn
 from tqdm import tqdm
 
 import lowrank_ops as lro
+from lowrank_ops.report import CompressionReport
+from lowrank_ops.subspaces import LayerSubspaces, layer_subspaces
 
 from .corpora import SOURCES, corpus
 from .encoder import Batch, cosines, embed, embed_all, load_encoder, model_folder, tokenize
@@ -83,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 continue
             bench = bench or Bench(folder, kind, options)
             covariances = bench.calibrate(texts)
-            subspaces = lro.layer_subspaces(bench.layers(), covariances)
+            subspaces = layer_subspaces(bench.layers(), covariances)
             for case in tqdm(missing, desc=f"{kind}, {texts} texts", unit="model"):
                 student, report = bench.compress(ARMS[case["arm"]], case["budget"], texts, covariances, subspaces)
                 results.add(case, {**bench.judge(student), "layer_share": share(report), **bench.describe(texts)})
@@ -162,8 +164,8 @@ class Bench:
             mask="attention_mask",
             forward=forward,
             sensitivity=sensitivity,
-            probes=options.probes,
-            weigh_rows=options.rows == "weighted",
+            num_probes=options.probes,
+            token_weights=options.rows == "weighted",
             dtype=SUMS,
             progress=True,
         )
@@ -178,8 +180,8 @@ class Bench:
         budget: float,
         texts: int,
         covariances: lro.Covariances,
-        subspaces: Mapping[str, lro.LayerSubspaces],
-    ) -> tuple[nn.Module, lro.CompressionReport]:
+        subspaces: Mapping[str, LayerSubspaces],
+    ) -> tuple[nn.Module, CompressionReport]:
         """A compressed copy, and what was done to it; ``budget`` in % of the parameters of all layers."""
         rank = lro.ParameterBudget(budget / 100, arm.allocation)
         config = lro.CompressionConfig(rank, projection=arm.projection, refit=arm.refit)
@@ -196,11 +198,11 @@ class Bench:
                 mask="attention_mask",
                 forward=forward,
                 sensitivity=sensitivity,
-                probes=self._options.probes,
+                num_probes=self._options.probes,
                 dtype=SUMS,
                 progress=True,
             )
-            subspaces = lro.layer_subspaces(self.layers(), covariances)
+            subspaces = layer_subspaces(self.layers(), covariances)
         if arm.refit is None:
             return student, lro.compress_(student, covariances, config, subspaces=subspaces)
         return student, lro.compress_(
@@ -224,7 +226,7 @@ class Bench:
         return self._corpus.describe(texts)
 
 
-def share(report: lro.CompressionReport) -> float:
+def share(report: CompressionReport) -> float:
     """Layer parameters kept, in percent."""
     return 100 * report.layer_parameters / report.layer_parameters_before
 

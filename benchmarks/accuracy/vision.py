@@ -25,11 +25,13 @@ import lowrank_ops as lro
 from lowrank_ops.demo.data import load_images, read_original, standardise
 from lowrank_ops.demo.evaluation import percent_equal, predict
 from lowrank_ops.demo.vit import load_vit
+from lowrank_ops.report import CompressionReport
+from lowrank_ops.subspaces import LayerSubspaces, layer_subspaces
 
 from .results import ROWS, Results, rows_of
 
 PROJECTIONS = ("weight", "input", "utilized", "output", "loss")
-ALLOCATIONS = ("uniform", "energy", "loss")
+ALLOCATIONS = ("uniform", "variance", "loss")
 WAYS = ("plain", "distilled")
 CALIBRATION_BATCH = 100
 TRAIN_BATCH = 128
@@ -150,7 +152,7 @@ class Bench:
     """The dense model, its spaces by the images it was calibrated with, and the images that it is judged by."""
 
     covariances: lro.Covariances
-    subspaces: dict[str, lro.LayerSubspaces]
+    subspaces: dict[str, LayerSubspaces]
 
     def __init__(
         self,
@@ -163,11 +165,16 @@ class Bench:
         self.predictions = predict(self.dense, self.images)
         print(f"dense: {percent_equal(self.predictions, self.labels):.2f}% of {len(images)} images")
 
-    def calibrate(self, images: Tensor, probes: int = 1, weigh_rows: bool = True) -> lro.Covariances:
+    def calibrate(self, images: Tensor, probes: int = 1, token_weights: bool = True) -> lro.Covariances:
         """Covariances and sensitivities of images (n, 1, 28, 28)."""
         self._batches = images.split(CALIBRATION_BATCH)
         return lro.calibrate(
-            self.dense, self._batches, sensitivity="fisher", probes=probes, weigh_rows=weigh_rows, progress=True
+            self.dense,
+            self._batches,
+            sensitivity="fisher",
+            num_probes=probes,
+            token_weights=token_weights,
+            progress=True,
         )
 
     def use(self, covariances: lro.Covariances) -> None:
@@ -175,9 +182,9 @@ class Bench:
         self.covariances = covariances
         self.subspaces = self._spaces(covariances)
 
-    def _spaces(self, covariances: lro.Covariances) -> dict[str, lro.LayerSubspaces]:
+    def _spaces(self, covariances: lro.Covariances) -> dict[str, LayerSubspaces]:
         layers = {fqn: module for fqn, module in self.dense.named_modules() if fqn in covariances}
-        return lro.layer_subspaces(layers, covariances)
+        return layer_subspaces(layers, covariances)
 
     def compress(
         self,
@@ -188,7 +195,7 @@ class Bench:
         *,
         refit: bool = False,
         recalibrate: bool = False,
-    ) -> tuple[nn.Module, lro.CompressionReport]:
+    ) -> tuple[nn.Module, CompressionReport]:
         """A compressed copy, and what was done to it; ``budget`` in % of the parameters of all layers."""
         config = lro.CompressionConfig(
             lro.ParameterBudget(budget / 100, allocation),
@@ -307,12 +314,12 @@ def name_of(device: str) -> str:
     return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device
 
 
-def share(report: lro.CompressionReport) -> float:
+def share(report: CompressionReport) -> float:
     """Layer parameters kept, in percent."""
     return 100 * report.layer_parameters / report.layer_parameters_before
 
 
-def lost(report: lro.CompressionReport) -> float | None:
+def lost(report: CompressionReport) -> float | None:
     """Predicted increase of the loss of one sample, all layers together."""
     known = [layer.predicted_loss for layer in report.layers if layer.predicted_loss is not None]
     return sum(known) if len(known) == len(report.layers) else None

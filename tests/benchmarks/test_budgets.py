@@ -6,9 +6,10 @@ pytest.importorskip("transformers")
 
 import lowrank_ops as lro
 from benchmarks.accuracy import budgets
-from lowrank_ops.config import LatencyCurve
+from lowrank_ops.config import LatencyCurve, LayerLatencies
 from lowrank_ops.layers.latency import ranks_to_time
 from lowrank_ops.models.layers import dimensions
+from lowrank_ops.ranks import choose_ranks
 from lowrank_ops.ranks.costs import MULTIPLICATIONS, PARAMETERS, nanoseconds
 
 MODELS = {"demo ViT": lambda: budgets.vit(200), "small BERT": budgets.bert}
@@ -19,7 +20,7 @@ def subject(request: pytest.FixtureRequest) -> budgets.Subject:
     return MODELS[request.param]()
 
 
-def by_size(subject: budgets.Subject) -> lro.LayerLatencies:
+def by_size(subject: budgets.Subject) -> LayerLatencies:
     """Times by multiplications and launches instead of a clock: the same at every run."""
     curves, layers = {}, {}
     for fqn, space in subject.spaces.items():
@@ -29,14 +30,14 @@ def by_size(subject: budgets.Subject) -> lro.LayerLatencies:
         seconds = tuple(4e-6 + rows * rank * (fan_in + fan_out) * 1e-10 for rank in ranks)
         curves[fqn] = LatencyCurve(2e-6 + rows * fan_in * fan_out * 1e-10, ranks, seconds)
         layers[fqn] = {fqn: 1}
-    return lro.LayerLatencies("by size", 1, curves, layers)
+    return LayerLatencies("by size", 1, curves, layers)
 
 
 @pytest.mark.parametrize("allocation", budgets.ALLOCATIONS)
 @pytest.mark.parametrize("fraction", budgets.FRACTIONS)
 def test_parameters_and_multiplications(subject: budgets.Subject, fraction: float, allocation: str) -> None:
     for policy, price in ((lro.ParameterBudget, PARAMETERS), (lro.FlopBudget, MULTIPLICATIONS)):
-        ranks = lro.choose_ranks(policy(fraction, allocation), subject.spaces)
+        ranks = choose_ranks(policy(fraction, allocation), subject.spaces)
         assert fraction - 0.01 <= budgets.share(subject, ranks, price) <= fraction
 
 
@@ -44,7 +45,7 @@ def test_parameters_and_multiplications(subject: budgets.Subject, fraction: floa
 @pytest.mark.parametrize("fraction", [0.35, 0.5, 0.75])
 def test_predicted_latency(subject: budgets.Subject, fraction: float, allocation: str) -> None:
     latencies = by_size(subject)
-    ranks = lro.choose_ranks(lro.LatencyBudget(fraction, latencies, allocation), subject.spaces)
+    ranks = choose_ranks(lro.LatencyBudget(fraction, latencies, allocation), subject.spaces)
     assert fraction - 0.01 <= budgets.share(subject, ranks, nanoseconds(latencies)) <= fraction
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import lowrank_ops as lro
 from benchmarks.accuracy import predicted
+from lowrank_ops.report import CompressionReport
 
 
 class Net(nn.Module):
@@ -25,7 +26,7 @@ class Net(nn.Module):
         return self.linear(self.conv(x).flatten(2).transpose(1, 2))  # (batch, positions, 10)
 
 
-def compressed() -> tuple[Net, Net, Tensor, lro.CompressionReport]:
+def compressed() -> tuple[Net, Net, Tensor, CompressionReport]:
     torch.manual_seed(0)
     dense = Net().double()
     x = torch.randn(6, 2, 5, 5, dtype=torch.float64)

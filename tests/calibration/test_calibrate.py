@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lowrank_ops as lro
+from lowrank_ops.calibration import Moments
 from lowrank_ops.calibration.calibrate import _side
 from tests.sums import assert_sums
 
@@ -142,7 +143,7 @@ def test_convolution_patches_are_those_that_the_convolution_multiplies(options, 
         part = (
             covariance
             if conv.groups == 1
-            else lro.Covariance(covariance.second_moment[group], covariance.total[group], covariance.count)
+            else Moments(covariance.second_moment[group], covariance.total[group], covariance.count)
         )
         assert_sums(part, rows[:, group])
 
@@ -164,7 +165,7 @@ def test_the_output_side_holds_the_bias_free_output(options):
         part = (
             covariance
             if conv.groups == 1
-            else lro.Covariance(covariance.second_moment[group], covariance.total[group], covariance.count)
+            else Moments(covariance.second_moment[group], covariance.total[group], covariance.count)
         )
         assert_sums(part, rows[:, group], rtol=1e-11)
 

@@ -54,7 +54,7 @@ def test_second_moment_is_that_of_single_samples() -> None:
         g = gradients_by_sample(
             model, model[int(fqn)], x, lambda out, index: F.cross_entropy(out, y[index : index + 1])
         )
-        found = covariances.sensitivities[fqn]
+        found = covariances[fqn].output_gradients
         assert found.count == 21 and found.side == "gradient"
         torch.testing.assert_close(found.moment(centered=False), g.T @ g / 21)
 
@@ -69,14 +69,14 @@ def test_a_loss_by_sample_is_summed() -> None:
         sensitivity=lambda output, batch: F.cross_entropy(output, batch[1], reduction="none"),
     )
     for fqn, expected in scalar.sensitivities.items():
-        assert by_sample.sensitivities[fqn].count == expected.count
-        torch.testing.assert_close(by_sample.sensitivities[fqn].second_moment, expected.second_moment)
+        assert by_sample[fqn].output_gradients.count == expected.count
+        torch.testing.assert_close(by_sample[fqn].output_gradients.second_moment, expected.second_moment)
 
 
 def test_input_statistics_do_not_depend_on_the_loss() -> None:
     model, batches = mlp(), labelled()
     plain = lro.calibrate(model, batches, forward=first)
-    both = lro.calibrate(model, batches, forward=first, sensitivity=summed_loss, weigh_rows=False)
+    both = lro.calibrate(model, batches, forward=first, sensitivity=summed_loss, token_weights=False)
     assert not plain.sensitivities
     for fqn in plain:
         assert torch.equal(plain[fqn].second_moment, both[fqn].second_moment)
@@ -105,16 +105,18 @@ def test_frozen_and_trainable_models_agree() -> None:
     trainable = lro.calibrate(model, batches, forward=first, sensitivity=summed_loss)
     frozen = lro.calibrate(model.requires_grad_(False), batches, forward=first, sensitivity=summed_loss)
     for fqn in trainable.sensitivities:
-        torch.testing.assert_close(frozen.sensitivities[fqn].second_moment, trainable.sensitivities[fqn].second_moment)
+        torch.testing.assert_close(
+            frozen[fqn].output_gradients.second_moment, trainable[fqn].output_gradients.second_moment
+        )
 
 
 def test_fisher_approaches_the_exact_expectation() -> None:
     """At the logits the Fisher information of a sample is diag(p) - p p^T."""
     model, x = nn.Linear(4, 3).double(), torch.randn(50, 4).double()
-    covariances = lro.calibrate(nn.Sequential(model), [x], sensitivity="fisher", probes=400)
+    covariances = lro.calibrate(nn.Sequential(model), [x], sensitivity="fisher", num_probes=400)
     p = model(x).softmax(-1)
     exact = torch.diag(p.mean(0)) - p.T @ p / len(p)
-    found = covariances.sensitivities["0"]
+    found = covariances["0"].output_gradients
     assert found.count == 50 * 400
     torch.testing.assert_close(found.moment(centered=False), exact.detach(), atol=0.01, rtol=0)
 
@@ -123,12 +125,12 @@ def test_output_probes_approach_the_jacobian() -> None:
     """E of J^T v v^T J over random signs is J^T J."""
     head = nn.Linear(5, 4, bias=False).double()
     model = nn.Sequential(nn.Linear(3, 5).double(), head)
-    covariances = lro.calibrate(model, [torch.randn(20, 3).double()], sensitivity="output", probes=400)
-    moment = covariances.sensitivities["0"].moment(centered=False)
+    covariances = lro.calibrate(model, [torch.randn(20, 3).double()], sensitivity="output", num_probes=400)
+    moment = covariances["0"].output_gradients.moment(centered=False)
     exact = (head.weight.T @ head.weight).detach()
     assert (moment - exact).norm() < 0.05 * exact.norm()
     torch.testing.assert_close(
-        covariances.sensitivities["1"].moment(centered=False), torch.eye(4).double(), atol=0.05, rtol=0
+        covariances["1"].output_gradients.moment(centered=False), torch.eye(4).double(), atol=0.05, rtol=0
     )
 
 
@@ -232,8 +234,8 @@ def test_save_load_and_merge(tmp_path: Path) -> None:
     loaded = lro.Covariances.load(tmp_path / "statistics.safetensors")
     assert list(loaded) == list(whole) and list(loaded.sensitivities) == list(whole.sensitivities)
     for fqn, expected in whole.sensitivities.items():
-        assert loaded.sensitivities[fqn].count == expected.count == 28
-        torch.testing.assert_close(loaded.sensitivities[fqn].second_moment, expected.second_moment)
+        assert loaded[fqn].output_gradients.count == expected.count == 28
+        torch.testing.assert_close(loaded[fqn].output_gradients.second_moment, expected.second_moment)
         torch.testing.assert_close(loaded[fqn].second_moment, whole[fqn].second_moment)
 
 
@@ -302,8 +304,8 @@ def test_calibration_takes_losses_as_calibrate_does():
     )
     assert set(found.sensitivities) == {"0", "2"} and all(p.grad is None for p in model.parameters())
     for fqn, covariance in expected.sensitivities.items():
-        assert found.sensitivities[fqn].count == covariance.count == 48
-        torch.testing.assert_close(found.sensitivities[fqn].second_moment, covariance.second_moment)
+        assert found[fqn].output_gradients.count == covariance.count == 48
+        torch.testing.assert_close(found[fqn].output_gradients.second_moment, covariance.second_moment)
     config = lro.CompressionConfig(lro.Ranks({"0": 3}), projection="loss")
     assert lro.compress_(model, found, config).layers[0].projection == "loss"
 
@@ -315,8 +317,8 @@ def test_several_losses_of_one_forward():
         y = model(torch.randn(5, 6))
         covariances.observe(y[:, 0].sum(), 5, keep=True)
         covariances.observe(3 * y[:, 1].sum(), 5)
-    moment = covariances.sensitivities["0"].second_moment
-    assert moment.diagonal().tolist() == [5, 45, 0, 0] and covariances.sensitivities["0"].count == 10
+    moment = covariances["0"].output_gradients.second_moment
+    assert moment.diagonal().tolist() == [5, 45, 0, 0] and covariances["0"].output_gradients.count == 10
 
 
 def test_losses_out_of_place():

@@ -145,7 +145,7 @@ def test_accuracy_has_to_be_a_number_and_training_flags_stay(returned) -> None:
         compressed.eval()
         return returned
 
-    config = lro.CompressionConfig(lro.AccuracyGuided(evaluate, 0.1, allocation="energy"))
+    config = lro.CompressionConfig(lro.AccuracyGuided(evaluate, 0.1, allocation="variance"))
     before = [type(module) for module in model]
     with pytest.raises(ValueError, match=r"evaluate must return the model's accuracy as a finite number"):
         lro.compress_(model, covariances, config)

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import lowrank_ops as lro
+from lowrank_ops.calibration import Moments
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +68,7 @@ def test_moments_are_means_over_the_rows():
 
 
 def test_no_row_has_zero_moments():
-    covariance = lro.Covariance(torch.zeros(3, 3), torch.zeros(3))
+    covariance = Moments(torch.zeros(3, 3), torch.zeros(3))
     assert covariance.mean.abs().sum() == 0 and covariance.moment(centered=True).abs().sum() == 0
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lowrank_ops as lro
+from lowrank_ops.calibration import Moments
 from lowrank_ops.calibration.token_weights import balanced
 
 
@@ -49,7 +50,7 @@ def loop(rows: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
     return moment, total
 
 
-def check(found: lro.Covariance, rows: Tensor, gradients: Tensor) -> None:
+def check(found: Moments, rows: Tensor, gradients: Tensor) -> None:
     moment, total = loop(rows.detach(), gradients)
     torch.testing.assert_close(found.second_moment, moment)
     torch.testing.assert_close(found.total, total)
@@ -66,7 +67,7 @@ def test_sums_are_those_of_a_loop(side: str) -> None:
     covariances = lro.calibrate(model, batches, sensitivity=cubed, side=side)
     for fqn in ("0", "2"):
         seen = Seen(model, model[int(fqn)], batches)
-        found = covariances.sensitivities[fqn].weighted
+        found = covariances[fqn].token_weighted
         assert found.side == f"weighted {side}" and found.layers == [fqn]
         rows = torch.cat(seen.x) if side == "input" else torch.cat(seen.y) - model[int(fqn)].bias
         check(found, rows, torch.cat(seen.g))
@@ -97,7 +98,7 @@ def test_convolutions_too(options: dict[str, object], side: str, most: int, monk
     groups = conv.groups
     parts = zip(rows.chunk(groups, -1), gradients.chunk(groups, -1), strict=True)
     for index, (part, felt) in enumerate(parts):
-        own = lro.Covariance(
+        own = Moments(
             found.second_moment.view(groups, *found.second_moment.shape[-2:])[index],
             found.total.view(groups, -1)[index],
             found.count,
@@ -129,7 +130,7 @@ def test_padding_counts_neither_as_a_row_nor_in_a_mean() -> None:
         sensitivity=cubed,
     )
     for fqn in ("flat", "head"):
-        ours, theirs = (each.sensitivities[fqn].weighted for each in (found, alone))
+        ours, theirs = (each[fqn].token_weighted for each in (found, alone))
         assert ours.count == theirs.count == 7
         torch.testing.assert_close(ours.second_moment, theirs.second_moment)
         torch.testing.assert_close(ours.total, theirs.total)
@@ -139,7 +140,7 @@ def test_one_row_to_a_sample_is_a_row_like_any_other() -> None:
     model, x = encoder(), torch.randn(20, 6).double()
     covariances = lro.calibrate(model, [x], sensitivity=cubed)
     for fqn, plain in covariances.items():
-        weighted = covariances.sensitivities[fqn].weighted
+        weighted = covariances[fqn].token_weighted
         torch.testing.assert_close(weighted.second_moment, plain.second_moment)
         torch.testing.assert_close(weighted.total, plain.total)
 
@@ -181,15 +182,15 @@ class InPlace(nn.Module):
 
 def test_an_input_that_was_changed_is_refused() -> None:
     model, x = InPlace().double().requires_grad_(False), torch.randn(3, 4).double()
-    with pytest.raises(ValueError, match=r"'second' was changed in place .* pass weigh_rows=False"):
+    with pytest.raises(ValueError, match=r"'second' was changed in place .* pass token_weights=False"):
         lro.calibrate(model, [x], sensitivity=cubed)
-    covariances = lro.calibrate(model, [x], sensitivity=cubed, weigh_rows=False)
-    assert covariances.sensitivities["second"].weighted is None
+    covariances = lro.calibrate(model, [x], sensitivity=cubed, token_weights=False)
+    assert covariances["second"].token_weighted is None
 
 
 def test_every_probe_counts() -> None:
     model, batches = encoder(), [torch.randn(4, 5, 6).double()]
-    found = lro.calibrate(model, batches, sensitivity="output", probes=3).sensitivities["0"]
+    found = lro.calibrate(model, batches, sensitivity="output", num_probes=3).sensitivities["0"]
     assert found.weighted.count == 3 * 20 and found.count == 3 * 4
 
 
@@ -199,9 +200,9 @@ def test_losses_of_ones_own() -> None:
         ours.observe(cubed(model(x), x), samples=4)
     theirs = lro.calibrate(model, [x], sensitivity=cubed)
     for fqn in theirs:
-        weighted = (each.sensitivities[fqn].weighted.second_moment for each in (ours, theirs))
+        weighted = (each[fqn].token_weighted.second_moment for each in (ours, theirs))
         torch.testing.assert_close(*weighted)
-    with lro.Calibrator(model, sensitivity=True, weigh_rows=False) as plain:
+    with lro.Calibrator(model, sensitivity=True, token_weights=False) as plain:
         plain.observe(cubed(model(x), x), samples=4)
     assert all(gradient.weighted is None for gradient in plain.sensitivities.values())
 
@@ -213,11 +214,11 @@ def test_they_are_saved_merged_and_counted(tmp_path: Path) -> None:
     parts[1].save(tmp_path / "part")
     merged = parts[0].merge(lro.Covariances.load(tmp_path / "part"))
     for fqn, gradient in whole.sensitivities.items():
-        assert merged.sensitivities[fqn].weighted.count == gradient.weighted.count
-        assert merged.sensitivities[fqn].weighted.side == "weighted input"
-        torch.testing.assert_close(merged.sensitivities[fqn].weighted.second_moment, gradient.weighted.second_moment)
-        torch.testing.assert_close(merged.sensitivities[fqn].weighted.total, gradient.weighted.total)
-    alike = lro.calibrate(model, batches, sensitivity=cubed, weigh_rows=False)
+        assert merged[fqn].token_weighted.count == gradient.weighted.count
+        assert merged[fqn].token_weighted.side == "weighted input"
+        torch.testing.assert_close(merged[fqn].token_weighted.second_moment, gradient.weighted.second_moment)
+        torch.testing.assert_close(merged[fqn].token_weighted.total, gradient.weighted.total)
+    alike = lro.calibrate(model, batches, sensitivity=cubed, token_weights=False)
     assert whole.memory() == alike.memory() + sum(8 * (n * n + n) for n in (6, 8))
     with pytest.raises(ValueError, match=r"differs at weighted input of 0"):
         whole.merge(alike)
@@ -241,10 +242,14 @@ def tokens(count: int) -> Tensor:
     return x
 
 
-def lost(model: nn.Module, weigh_rows: bool, projection: str = "loss") -> tuple[float, float]:
+def lost(model: nn.Module, token_weights: bool, projection: str = "loss") -> tuple[float, float]:
     """Measured and predicted divergence of one sample at rank 4."""
     covariances = lro.calibrate(
-        model, [tokens(500)], sensitivity="fisher", weigh_rows=weigh_rows, filter_fn=lambda module, fqn: fqn == "mlp"
+        model,
+        [tokens(500)],
+        sensitivity="fisher",
+        token_weights=token_weights,
+        filter_fn=lambda module, fqn: fqn == "mlp",
     )
     student = copy.deepcopy(model)
     config = lro.CompressionConfig(lro.Ranks({"mlp": 4}), projection=projection)
@@ -256,8 +261,8 @@ def lost(model: nn.Module, weigh_rows: bool, projection: str = "loss") -> tuple[
 
 def test_rows_that_the_loss_does_not_feel_take_no_rank() -> None:
     model = OneToken().double()
-    weighed, predicted = lost(model, weigh_rows=True)
-    alike, _ = lost(model, weigh_rows=False)
+    weighed, predicted = lost(model, token_weights=True)
+    alike, _ = lost(model, token_weights=False)
     assert weighed < 0.1 * alike and predicted < 0.1 * alike
 
 

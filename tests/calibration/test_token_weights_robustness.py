@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lowrank_ops as lro
+from lowrank_ops.calibration import Moments
+from lowrank_ops.factors import factorize
+from lowrank_ops.subspaces import layer_subspaces
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +31,7 @@ def cubed(output: Tensor, batch: object) -> Tensor:
 def check_same(found: lro.Covariances, expected: lro.Covariances, tolerance: float = 1e-12) -> None:
     assert list(found) == list(expected) and list(found.sensitivities) == list(expected.sensitivities)
     for fqn, gradient in expected.sensitivities.items():
-        ours = found.sensitivities[fqn]
+        ours = found[fqn].output_gradients
         for mine, theirs in ((found[fqn], expected[fqn]), (ours, gradient), (ours.weighted, gradient.weighted)):
             assert mine.count == theirs.count
             torch.testing.assert_close(mine.second_moment, theirs.second_moment, rtol=tolerance, atol=tolerance)
@@ -131,7 +134,7 @@ def test_nested_tensors(frozen: bool) -> None:
     model, x = Nested().double().requires_grad_(not frozen), torch.randn(2, 3, 4).double()
     found = lro.calibrate(model, [x], sensitivity=cubed).sensitivities["layer"].weighted
     singles = lro.calibrate(model.layer, [x[:1], x[1:, :2]], sensitivity=cubed)
-    expected = singles.sensitivities[""].weighted
+    expected = singles[""].token_weighted
     assert found.count == expected.count == 5
     torch.testing.assert_close(found.second_moment, expected.second_moment)
     torch.testing.assert_close(found.total, expected.total)
@@ -218,30 +221,30 @@ def test_rows_of_another_side_than_the_covariance_are_refused() -> None:
     layer, x = nn.Linear(8, 8), torch.randn(3, 4, 8)
     inputs = lro.calibrate(layer, [x])
     outputs = lro.calibrate(layer, [x], side="output", sensitivity=cubed)
-    with pytest.raises(ValueError, match=r"holds the weighted output .* the input .* weigh_rows=False"):
+    with pytest.raises(ValueError, match=r"holds the weighted output .* the input .* token_weights=False"):
         lro.LowRankLinear.from_linear(
-            layer, rank=3, covariance=inputs[""], sensitivity=outputs.sensitivities[""], projection="loss"
+            layer, rank=3, covariance=inputs[""], sensitivity=outputs[""].output_gradients, projection="loss"
         )
-    alike = lro.calibrate(layer, [x], side="output", sensitivity=cubed, weigh_rows=False)
+    alike = lro.calibrate(layer, [x], side="output", sensitivity=cubed, token_weights=False)
     lro.LowRankLinear.from_linear(
-        layer, rank=3, covariance=inputs[""], sensitivity=alike.sensitivities[""], projection="loss"
+        layer, rank=3, covariance=inputs[""], sensitivity=alike[""].output_gradients, projection="loss"
     )
 
 
 def test_a_layer_without_weighted_rows_takes_all_alike() -> None:
     layer, x = nn.Linear(8, 6).double(), torch.randn(30, 8).double()
     covariances = lro.calibrate(layer, [x], sensitivity=cubed)
-    of_none = lro.Covariance(torch.zeros(8, 8).double(), torch.zeros(8).double(), side="weighted input")
-    covariances.sensitivities[""].weighted = of_none
-    spaces = lro.layer_subspaces({"": layer}, covariances)[""]
+    of_none = Moments(torch.zeros(8, 8).double(), torch.zeros(8).double(), side="weighted input")
+    covariances[""].token_weighted = of_none
+    spaces = layer_subspaces({"": layer}, covariances)[""]
     torch.testing.assert_close(spaces.felt_moment(centered=True), spaces.moment)
 
 
 def test_trials_at_other_ranks_decompose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = nn.Linear(8, 6).double(), torch.randn(5, 6, 8).double()
-    spaces = lro.layer_subspaces({"": layer}, lro.calibrate(layer, [x], sensitivity=cubed))[""]
-    first = lro.factorize(spaces, 3, "loss")
+    spaces = layer_subspaces({"": layer}, lro.calibrate(layer, [x], sensitivity=cubed))[""]
+    first = factorize(spaces, 3, "loss")
     spaces.release(directions=False)
     monkeypatch.setattr(torch.linalg, "eigh", None)
-    again = lro.factorize(spaces, 3, "loss")
+    again = factorize(spaces, 3, "loss")
     assert again.predicted_loss == pytest.approx(first.predicted_loss)

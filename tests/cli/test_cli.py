@@ -19,7 +19,7 @@ import lowrank_ops as lro
 from lowrank_ops import cli, ops
 from lowrank_ops.checkpoint import load_pretrained
 from lowrank_ops.cli import compress, doctor, inputs
-from lowrank_ops.config import LatencyCurve
+from lowrank_ops.config import LatencyCurve, LayerLatencies
 
 PROJECT = """
 import torch
@@ -156,11 +156,15 @@ class TestAnalyze:
 
 class TestCompress:
     def test_a_budget_is_kept_and_the_folder_loads(self, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert cli.main([*COMPRESS, "--budget", "0.8", "--allocation", "energy", "--json"]) == 0
+        assert cli.main([*COMPRESS, "--budget", "0.8", "--allocation", "variance", "--json"]) == 0
         document = json.loads(capsys.readouterr().out)
         compression = document["compression"]
         assert compression["layer_parameters"] <= 0.8 * compression["layer_parameters_before"]
-        assert compression["config"]["rank"] == {"policy": "parameter_budget", "fraction": 0.8, "allocation": "energy"}
+        assert compression["config"]["rank"] == {
+            "policy": "parameter_budget",
+            "fraction": 0.8,
+            "allocation": "variance",
+        }
         assert document["out"] == "out"
         loaded = load_pretrained(build(), project / "out")
         ranks = {row["fqn"]: row["rank"] for row in compression["layers"] if row["rank"] is not None}
@@ -169,9 +173,9 @@ class TestCompress:
         assert all(entry["calibration_rows"] == 96 for entry in config["layers"].values())
 
     def test_a_budget_in_multiplications(self, capsys: pytest.CaptureFixture[str]) -> None:
-        assert cli.main([*COMPRESS, "--flops", "0.8", "--allocation", "energy", "--json"]) == 0
+        assert cli.main([*COMPRESS, "--flops", "0.8", "--allocation", "variance", "--json"]) == 0
         compression = json.loads(capsys.readouterr().out)["compression"]
-        assert compression["config"]["rank"] == {"policy": "flop_budget", "fraction": 0.8, "allocation": "energy"}
+        assert compression["config"]["rank"] == {"policy": "flop_budget", "fraction": 0.8, "allocation": "variance"}
         products = [
             row["in_features"] * row["out_features"]
             if row["rank"] is None
@@ -183,7 +187,7 @@ class TestCompress:
     def test_a_budget_in_time_is_timed_once(self, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
         curve = LatencyCurve(dense=1e-3, ranks=(8,), seconds=(4e-4,))
         layers = {"0": {"a layer": 1}, "2": {"a layer": 1}}
-        lro.LayerLatencies("cpu", 1, {"a layer": curve}, layers).save(project / "times.json")
+        LayerLatencies("cpu", 1, {"a layer": curve}, layers).save(project / "times.json")
         assert cli.main([*COMPRESS, "--latency", "0.75", "--latencies", "times.json", "--json"]) == 0
         compression = json.loads(capsys.readouterr().out)["compression"]
         policy = compression["config"]["rank"]
@@ -196,14 +200,14 @@ class TestCompress:
     ) -> None:
         seen: list[torch.Size] = []
 
-        def measure(model: torch.nn.Module, batch: torch.Tensor, progress: bool) -> lro.LayerLatencies:
+        def measure(model: torch.nn.Module, batch: torch.Tensor, progress: bool) -> LayerLatencies:
             assert progress and len(model) == 3
             seen.append(batch.shape)
             curve = LatencyCurve(dense=1e-3, ranks=(8,), seconds=(4e-4,))
-            return lro.LayerLatencies("cpu", 1, {"a layer": curve}, {"0": {"a layer": 1}, "2": {"a layer": 1}})
+            return LayerLatencies("cpu", 1, {"a layer": curve}, {"0": {"a layer": 1}, "2": {"a layer": 1}})
 
         monkeypatch.setattr(compress, "measure_latency", measure)
-        timed = ["--latency", "0.4", "--allocation", "energy", "--json"]
+        timed = ["--latency", "0.4", "--allocation", "variance", "--json"]
         assert cli.main([*COMPRESS, *timed, "--save-latencies", "times.json"]) == 0
         first = json.loads(capsys.readouterr().out)
         assert seen == [(32, 16)] and [row["rank"] for row in first["compression"]["layers"]] == [8, 8]
@@ -213,7 +217,7 @@ class TestCompress:
     def test_a_budget_in_time_really_timed(self, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main([*COMPRESS, "--latency", "1", "--save-latencies", "times.json"]) in (0, 1)  # 1: all stay dense
         assert "timing layers" in capsys.readouterr().err
-        assert set(lro.LayerLatencies.load(project / "times.json").layers) == {"0", "2"}
+        assert set(LayerLatencies.load(project / "times.json").layers) == {"0", "2"}
 
     @pytest.mark.parametrize(
         ("arguments", "reason"),
@@ -421,7 +425,7 @@ class TestRefusals:
             ([*ANALYZE, "--explained-variance", "99"], "must be a number in (0, 1]; got '99'"),
             ([*COMPRESS, "--budget", "half"], "must be a number in (0, 1]; got 'half'"),
             ([*COMPRESS, "--budget", "0.5", "--ranks", "r"], "not allowed with argument"),
-            ([*COMPRESS, "--allocation", "energy"], "give --budget, --flops or --latency with it"),
+            ([*COMPRESS, "--allocation", "variance"], "give --budget, --flops or --latency with it"),
             ([*COMPRESS, "--projection", "svd"], "invalid choice: 'svd'"),
             ([*COMPRESS[:-2]], "required: --out"),
             ([*COMPRESS[:-1], "cli_project.py"], "--out must be a folder; 'cli_project.py' is a file"),

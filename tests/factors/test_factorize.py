@@ -6,6 +6,8 @@ import torch
 from torch import nn
 
 import lowrank_ops as lro
+from lowrank_ops.factors import factorize
+from lowrank_ops.subspaces import layer_subspaces
 
 PROJECTIONS = ("output", "utilized", "input", "weight")
 
@@ -21,7 +23,7 @@ def rows_of_rank(rank, features, count=400):
 
 def spaces_of(layer, x, side="input", centered=True):
     covariances = lro.calibrate(nn.Sequential(layer), [x], side=side)
-    return lro.layer_subspaces({"0": layer}, covariances, centered=centered)["0"]
+    return layer_subspaces({"0": layer}, covariances, centered=centered)["0"]
 
 
 def measured_error(layer, factors, x):
@@ -57,7 +59,7 @@ def layer_and_input(request):
 def test_the_predicted_error_is_the_measured_one(layer_and_input, projection, centered, rank):
     layer, x = layer_and_input
     spaces = spaces_of(layer, x, centered=centered)
-    factors = lro.factorize(spaces, rank, projection)
+    factors = factorize(spaces, rank, projection)
     assert factors.rank == rank and factors.projection == projection
     tolerance = 1e-6 * factors.output_variance
     assert abs(factors.predicted_error - measured_error(layer, factors, x)) < tolerance
@@ -68,7 +70,7 @@ def test_the_whole_rank_loses_nothing(layer_and_input):
     spaces = spaces_of(layer, x)
     rank = min(spaces.dimensions[1:])
     for projection in set(PROJECTIONS) - {"input"}:  # which keeps as many input directions, whatever the output takes
-        factors = lro.factorize(spaces, rank, projection)
+        factors = factorize(spaces, rank, projection)
         assert measured_error(layer, factors, x) < 1e-12 * factors.output_variance
 
 
@@ -77,7 +79,7 @@ def test_the_output_variance_is_that_of_the_output(layer_and_input):
     with torch.no_grad():
         y = layer(x).movedim(1, -1).flatten(0, -2)
     for centered in (True, False):
-        factors = lro.factorize(spaces_of(layer, x, centered=centered), 2)
+        factors = factorize(spaces_of(layer, x, centered=centered), 2)
         y0 = y - (y.mean(0) if centered else 0 if layer.bias is None else layer.bias.detach())
         assert abs(factors.output_variance - float(y0.square().sum(-1).mean())) < 1e-9 * factors.output_variance
 
@@ -89,11 +91,11 @@ def test_the_output_variance_is_that_of_the_output(layer_and_input):
 def test_output_is_optimal(layer_and_input, rank):
     layer, x = layer_and_input
     spaces = spaces_of(layer, x)
-    best = lro.factorize(spaces, rank, "output")
+    best = factorize(spaces, rank, "output")
     dropped = float(spaces.output.spectrum[..., rank:].sum())
     assert abs(best.predicted_error - dropped) < 1e-12 * best.output_variance
     for projection in ("utilized", "input", "weight"):
-        other = measured_error(layer, lro.factorize(spaces, rank, projection), x)
+        other = measured_error(layer, factorize(spaces, rank, projection), x)
         assert best.predicted_error <= other + 1e-9 * best.output_variance
     for scale in (1e-3, 1e-1, 1.0):  # no factors nearby do better, with the bias that is best for them
         down = best.down + scale * best.down.std() * torch.randn_like(best.down)
@@ -108,7 +110,7 @@ def test_output_equals_the_truncated_svd_of_the_outputs():
     y = layer(x).detach().numpy()
     u, s, vt = np.linalg.svd(y - y.mean(0), full_matrices=False)
     expected = (u[:, :5] * s[:5]) @ vt[:5] + y.mean(0)
-    found = lro.LowRankLinear.from_factors(layer, lro.factorize(spaces_of(layer, x), 5))(x).detach().numpy()
+    found = lro.LowRankLinear.from_factors(layer, factorize(spaces_of(layer, x), 5))(x).detach().numpy()
     np.testing.assert_allclose(found, expected, atol=1e-9 * np.abs(y).max())
 
 
@@ -116,7 +118,7 @@ def test_output_equals_the_truncated_svd_of_the_outputs():
 def test_affine_is_never_worse(layer_and_input, rank):
     layer, x = layer_and_input
     affine, linear = (
-        measured_error(layer, lro.factorize(spaces_of(layer, x, centered=centered), rank, "output"), x)
+        measured_error(layer, factorize(spaces_of(layer, x, centered=centered), rank, "output"), x)
         for centered in (True, False)
     )
     assert affine <= linear * (1 + 1e-9) + 1e-12
@@ -125,7 +127,7 @@ def test_affine_is_never_worse(layer_and_input, rank):
 @pytest.mark.parametrize("projection", ["output", "utilized", "input"])
 def test_the_mean_output_is_exact(layer_and_input, projection):
     layer, x = layer_and_input
-    factors = lro.factorize(spaces_of(layer, x), 3, projection)
+    factors = factorize(spaces_of(layer, x), 3, projection)
     new = (lro.LowRankConv2d if isinstance(layer, nn.Conv2d) else lro.LowRankLinear).from_factors(layer, factors)
     mean, expected = (module(x).movedim(1, -1).flatten(0, -2).mean(0) for module in (new, layer))
     torch.testing.assert_close(mean, expected, rtol=1e-9, atol=1e-9)
@@ -149,7 +151,7 @@ def test_utilized_is_the_papers_double_projection(shape, centered, rank):
     x = rows_of_rank(30, shape[0]) * torch.logspace(0, -2, shape[0]).double()
     spaces = spaces_of(layer, x, centered=centered)
     weight = layer.weight.detach().numpy()
-    factors = lro.factorize(spaces, rank, "utilized")
+    factors = factorize(spaces, rank, "utilized")
 
     inputs = x.numpy() - (x.numpy().mean(0) if centered else 0)
     shares = [float(space.explained(rank)) for space in (spaces.input, spaces.output)]
@@ -162,7 +164,7 @@ def test_utilized_is_the_papers_double_projection(shape, centered, rank):
 
 def test_utilized_past_the_numerical_rank_loses_nothing():
     layer, x = nn.Linear(24, 16).double(), rows_of_rank(4, 24)
-    factors = lro.factorize(spaces_of(layer, x), 9, "utilized")
+    factors = factorize(spaces_of(layer, x), 9, "utilized")
     assert measured_error(layer, factors, x) < 1e-12 * factors.output_variance
 
 
@@ -173,7 +175,7 @@ def test_utilized_past_the_numerical_rank_loses_nothing():
 def test_input_keeps_the_principal_components_of_the_input(centered):
     layer = nn.Linear(24, 16).double()
     x = rows_of_rank(30, 24) * torch.logspace(0, -2, 24).double()
-    factors = lro.factorize(spaces_of(layer, x, centered=centered), 5, "input")
+    factors = factorize(spaces_of(layer, x, centered=centered), 5, "input")
     inputs, weight, bias = x.numpy(), layer.weight.detach().numpy(), layer.bias.detach().numpy()
     mean = inputs.mean(0) if centered else np.zeros(24)
     source = np.linalg.svd(inputs - mean, full_matrices=False)[2][:5]
@@ -185,13 +187,13 @@ def test_input_keeps_the_principal_components_of_the_input(centered):
 
 def test_input_at_the_inputs_rank_loses_nothing():
     layer, x = nn.Linear(24, 16).double(), rows_of_rank(4, 24)
-    factors = lro.factorize(spaces_of(layer, x), 4, "input")
+    factors = factorize(spaces_of(layer, x), 4, "input")
     assert measured_error(layer, factors, x) < 1e-12 * factors.output_variance
 
 
 def test_weight_is_the_truncated_svd_and_blind_to_the_data():
     layer, x = nn.Linear(24, 16).double(), rows_of_rank(4, 24)
-    factors = lro.factorize(spaces_of(layer, x), 5, "weight")
+    factors = factorize(spaces_of(layer, x), 5, "weight")
     u, s, vt = np.linalg.svd(layer.weight.detach().numpy())
     np.testing.assert_allclose((factors.up @ factors.down).numpy(), (u[:, :5] * s[:5]) @ vt[:5], atol=1e-10)
     assert torch.equal(factors.bias, layer.bias)
@@ -203,9 +205,7 @@ def test_weight_is_the_truncated_svd_and_blind_to_the_data():
 @pytest.mark.parametrize("centered", [True, False])
 def test_a_streamed_output_gives_the_same_factors(layer_and_input, centered):
     layer, x = layer_and_input
-    by_input, by_output = (
-        lro.factorize(spaces_of(layer, x, side, centered), 3, "output") for side in ("input", "output")
-    )
+    by_input, by_output = (factorize(spaces_of(layer, x, side, centered), 3, "output") for side in ("input", "output"))
     torch.testing.assert_close(by_output.up @ by_output.down, by_input.up @ by_input.down, rtol=0, atol=1e-8)
     torch.testing.assert_close(by_output.predicted_error, by_input.predicted_error, rtol=1e-8, atol=1e-12)
     if by_input.bias is not None:
@@ -216,17 +216,17 @@ def test_a_streamed_output_gives_the_same_factors(layer_and_input, centered):
 def test_what_a_streamed_output_cannot_give():
     layer = nn.Linear(24, 16).double()
     spaces = spaces_of(layer, rows_of_rank(9, 24), side="output")
-    assert lro.factorize(spaces, 3, "weight").predicted_error is None
+    assert factorize(spaces, 3, "weight").predicted_error is None
     for projection in ("utilized", "input"):
         with pytest.raises(ValueError, match=rf"projection='{projection}' needs the input space.*side='input'"):
-            lro.factorize(spaces, 3, projection)
+            factorize(spaces, 3, projection)
 
 
 @pytest.mark.parametrize("projection", PROJECTIONS)
 def test_zero_and_constant_inputs_have_defined_factors(projection):
     layer = nn.Linear(24, 16).double()
     for x in (torch.zeros(50, 24).double(), torch.full((50, 24), 0.1).double()):
-        factors = lro.factorize(spaces_of(layer, x), 0, projection)
+        factors = factorize(spaces_of(layer, x), 0, projection)
         assert factors.down.shape == (0, 24) and factors.up.shape == (16, 0)
         if projection != "weight":
             torch.testing.assert_close(factors.bias, layer(x[0]).detach())

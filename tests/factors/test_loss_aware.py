@@ -8,11 +8,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lowrank_ops as lro
+from lowrank_ops.calibration import Moments
+from lowrank_ops.factors import Factors, factorize
+from lowrank_ops.subspaces import LayerSubspaces
 from lowrank_ops.subspaces.layer import DAMPING
 
 
-def covariance_of(rows: Tensor, side: str) -> lro.Covariance:
-    return lro.Covariance(rows.T @ rows, rows.sum(0), len(rows), side, ["layer"])
+def covariance_of(rows: Tensor, side: str) -> Moments:
+    return Moments(rows.T @ rows, rows.sum(0), len(rows), side, ["layer"])
 
 
 def problem(
@@ -34,10 +37,8 @@ def problem(
     return layer, x + 3, g
 
 
-def spaces_of(layer: nn.Module, x: Tensor, g: Tensor, centered: bool = True) -> lro.LayerSubspaces:
-    return lro.LayerSubspaces(
-        layer, covariance_of(x, "input"), centered=centered, sensitivity=covariance_of(g, "gradient")
-    )
+def spaces_of(layer: nn.Module, x: Tensor, g: Tensor, centered: bool = True) -> LayerSubspaces:
+    return LayerSubspaces(layer, covariance_of(x, "input"), centered=centered, sensitivity=covariance_of(g, "gradient"))
 
 
 def metric(g: Tensor) -> Tensor:
@@ -45,7 +46,7 @@ def metric(g: Tensor) -> Tensor:
     return moment + DAMPING * moment.trace() / len(moment) * torch.eye(len(moment)).double()
 
 
-def felt(layer: nn.Linear, factors: lro.Factors, x: Tensor, m: Tensor) -> float:
+def felt(layer: nn.Linear, factors: Factors, x: Tensor, m: Tensor) -> float:
     """E of e^T M e over the rows, e the error of the output."""
     error = F.linear(x, factors.up @ factors.down, factors.bias) - layer(x).detach()
     return float(((error @ m) * error).sum() / len(x))
@@ -56,7 +57,7 @@ def felt(layer: nn.Linear, factors: lro.Factors, x: Tensor, m: Tensor) -> float:
 def test_error_in_the_metric_is_what_was_dropped(rank: int, centered: bool) -> None:
     layer, x, g = problem()
     spaces = spaces_of(layer, x, g, centered)
-    factors = lro.factorize(spaces, rank, "loss")
+    factors = factorize(spaces, rank, "loss")
     dropped = float(spaces.loss.subspace.spectrum[rank:].sum())
     assert felt(layer, factors, x, metric(g)) == pytest.approx(dropped, rel=1e-6)
     assert factors.projection == "loss"
@@ -70,12 +71,12 @@ def test_error_in_the_metric_is_what_was_dropped(rank: int, centered: bool) -> N
 def test_no_other_factors_are_felt_less(rank: int) -> None:
     layer, x, g = problem()
     spaces, m = spaces_of(layer, x, g), metric(g)
-    best = felt(layer, lro.factorize(spaces, rank, "loss"), x, m)
+    best = felt(layer, factorize(spaces, rank, "loss"), x, m)
     for projection in ("output", "utilized", "weight"):
-        assert best < felt(layer, lro.factorize(spaces, rank, projection), x, m)
+        assert best < felt(layer, factorize(spaces, rank, projection), x, m)
 
     torch.manual_seed(1)  # nor does descent from there find less
-    factors = lro.factorize(spaces, rank, "loss")
+    factors = factorize(spaces, rank, "loss")
     down, up, bias = (t.clone().requires_grad_() for t in (factors.down, factors.up, factors.bias))
     target = layer(x).detach()
     optimizer = torch.optim.LBFGS([down, up, bias], max_iter=100, line_search_fn="strong_wolfe")
@@ -107,7 +108,7 @@ def test_singular_matrices_are_safe(out_features: int, in_features: int, x_rank:
     spaces = spaces_of(layer, x, g)
     assert spaces.loss.subspace.spectrum.min() >= 0
     for rank in range(min(out_features, in_features) + 1):
-        factors = lro.factorize(spaces, rank, "loss")
+        factors = factorize(spaces, rank, "loss")
         assert all(part.isfinite().all() for part in (factors.down, factors.up, factors.bias))
     scale = 1 + float(layer(x).detach().square().mean())
     assert felt(layer, factors, x, torch.eye(out_features).double()) < 1e-9 * scale  # full rank: exact
@@ -117,7 +118,7 @@ def test_without_gradients_it_is_the_output_projection() -> None:
     """A loss that never felt the layer: the metric falls back to the identity, and nothing is predicted to be lost."""
     layer, x, g = problem()
     spaces = spaces_of(layer, x, 0 * g)
-    loss, output = (lro.factorize(spaces, 3, projection) for projection in ("loss", "output"))
+    loss, output = (factorize(spaces, 3, projection) for projection in ("loss", "output"))
     torch.testing.assert_close(loss.up @ loss.down, output.up @ output.down)
     assert loss.predicted_loss == 0 and not spaces.loss.subspace.spectrum.any()
 
@@ -125,19 +126,17 @@ def test_without_gradients_it_is_the_output_projection() -> None:
 def test_isotropic_gradients_give_the_output_projection() -> None:
     layer, x, _ = problem()
     spaces = spaces_of(layer, x, torch.eye(7).double())
-    loss, output = (lro.factorize(spaces, 3, projection) for projection in ("loss", "output"))
+    loss, output = (factorize(spaces, 3, projection) for projection in ("loss", "output"))
     torch.testing.assert_close(loss.up @ loss.down, output.up @ output.down)
     torch.testing.assert_close(loss.bias, output.bias)
 
 
 def test_streamed_output_gives_the_same_factors() -> None:
     layer, x, g = problem()
-    of_input = lro.factorize(spaces_of(layer, x, g), 3, "loss")
+    of_input = factorize(spaces_of(layer, x, g), 3, "loss")
     y = F.linear(x, layer.weight.detach())
-    spaces = lro.LayerSubspaces(
-        layer, covariance_of(y, "output"), centered=True, sensitivity=covariance_of(g, "gradient")
-    )
-    of_output = lro.factorize(spaces, 3, "loss")
+    spaces = LayerSubspaces(layer, covariance_of(y, "output"), centered=True, sensitivity=covariance_of(g, "gradient"))
+    of_output = factorize(spaces, 3, "loss")
     torch.testing.assert_close(of_output.up @ of_output.down, of_input.up @ of_input.down)
     torch.testing.assert_close(of_output.bias, of_input.bias)
     assert of_output.predicted_loss == pytest.approx(of_input.predicted_loss)
@@ -170,13 +169,13 @@ def images(count: int = 4) -> list[Tensor]:
 def test_predicted_loss_is_the_measured_divergence(fqn: str) -> None:
     """For one layer and a small error the Kullback-Leibler divergence is what the Fisher information predicts."""
     dense, batches = network(), images()
-    covariances = lro.calibrate(dense, batches, sensitivity="fisher", probes=30)
+    covariances = lro.calibrate(dense, batches, sensitivity="fisher", num_probes=30)
     layer = dict(dense.named_modules())[fqn]
     rank = {"0": 7, "3": 12}[fqn]
     make = lro.LowRankConv2d.from_conv2d if fqn == "0" else lro.LowRankLinear.from_linear
-    sensitivity = covariances.sensitivities[fqn]
-    spaces = lro.LayerSubspaces(layer, covariances[fqn], centered=True, sensitivity=sensitivity)
-    predicted = lro.factorize(spaces, rank, "loss").predicted_loss
+    sensitivity = covariances[fqn].output_gradients
+    spaces = LayerSubspaces(layer, covariances[fqn], centered=True, sensitivity=sensitivity)
+    predicted = factorize(spaces, rank, "loss").predicted_loss
     compressed = network()
     compressed[int(fqn)] = make(layer, rank, covariances[fqn], sensitivity=sensitivity, projection="loss")
     x = torch.cat(batches)
@@ -191,7 +190,7 @@ def test_predicted_loss_is_the_measured_divergence(fqn: str) -> None:
 def test_report_shows_the_loss_and_names_fallbacks() -> None:
     model, batches = network(), images()
     covariances = lro.calibrate(model, batches, sensitivity="fisher")
-    del covariances.sensitivities["3"]
+    del covariances["3"].output_gradients
     config = lro.CompressionConfig(lro.Ranks({"0": 3, "3": 8}), projection="loss")
     report = lro.compress_(model, covariances, config)
     by_name = {layer.fqn: layer for layer in report.layers}
@@ -232,6 +231,6 @@ def test_projections_agree_at_full_rank() -> None:
     spaces = spaces_of(layer, x, g)
     dense = layer.weight.detach()
     for projection in ("output", "loss"):
-        factors = lro.factorize(spaces, 7, projection)
+        factors = factorize(spaces, 7, projection)
         torch.testing.assert_close(factors.up @ factors.down, dense)
         torch.testing.assert_close(factors.bias, layer.bias.detach())

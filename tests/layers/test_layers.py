@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import lowrank_ops as lro
+from lowrank_ops.calibration import Moments
 
 LINEARS = {
     "plain": (20, 12, 5, True),
@@ -137,7 +138,7 @@ def test_layers_keep_dtype_and_flags(dtype):
         (lambda: lro.LowRankLinear.from_linear(nn.Conv2d(1, 1, 1), 1), TypeError, "Linear; got Conv2d"),
         (lambda: lro.LowRankConv2d.from_conv2d(nn.Linear(1, 1), 1), TypeError, "Conv2d; got Linear"),
         (
-            lambda: lro.LowRankLinear.from_linear(nn.Linear(8, 4), 2, lro.Covariance(torch.eye(6), torch.ones(6), 1)),
+            lambda: lro.LowRankLinear.from_linear(nn.Linear(8, 4), 2, Moments(torch.eye(6), torch.ones(6), 1)),
             ValueError,
             "it belongs to another layer or model",
         ),

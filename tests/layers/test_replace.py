@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 import lowrank_ops as lro
-from lowrank_ops.layers.replace import tied_layers
+from lowrank_ops.factors import factorize
+from lowrank_ops.layers.replace import replace_, tied_layers
+from lowrank_ops.subspaces import layer_subspaces
 
 
 @pytest.fixture(autouse=True)
@@ -17,14 +19,14 @@ def seed():
 
 def factors_of(layer, rank):
     x = torch.randn(3, 4, 5, 5) if isinstance(layer, nn.Conv2d) else torch.randn(50, layer.in_features)
-    space = lro.layer_subspaces({"": layer}, lro.calibrate(layer, [x]))[""]
-    return lro.factorize(space, rank)
+    space = layer_subspaces({"": layer}, lro.calibrate(layer, [x]))[""]
+    return factorize(space, rank)
 
 
 def test_layers_are_put_in_place():
     model = nn.Sequential(nn.Conv2d(4, 4, 2, groups=2), nn.Flatten(), nn.ModuleDict({"fc": nn.Linear(64, 8)})).eval()
     conv, linear = model[0], model[2]["fc"]
-    assert lro.replace_(model, {"0": factors_of(conv, 2), "2.fc": factors_of(linear, 8)}) is model
+    assert replace_(model, {"0": factors_of(conv, 2), "2.fc": factors_of(linear, 8)}) is model
     assert isinstance(model[0], lro.LowRankConv2d) and isinstance(model[2]["fc"], lro.LowRankLinear)
     assert not model[0].training
     x = torch.randn(2, 4, 5, 5)
@@ -35,19 +37,19 @@ def test_layers_are_put_in_place():
 def test_no_factors_change_nothing():
     model = nn.Sequential(nn.Linear(4, 4))
     layer = model[0]
-    assert lro.replace_(model, {}) is model and model[0] is layer
+    assert replace_(model, {}) is model and model[0] is layer
 
 
 def test_a_model_that_is_the_layer_gives_its_replacement():
     linear = nn.Linear(16, 16)
-    new = lro.replace_(linear, {"": factors_of(linear, 16)})
+    new = replace_(linear, {"": factors_of(linear, 16)})
     assert isinstance(new, lro.LowRankLinear)
 
 
 def test_a_module_used_at_two_places_is_replaced_at_both():
     shared = nn.Linear(16, 16)
     model = nn.Sequential(shared, nn.ReLU(), nn.Sequential(shared), shared)
-    lro.replace_(model, {"0": factors_of(shared, 4)})
+    replace_(model, {"0": factors_of(shared, 4)})
     assert isinstance(model[0], lro.LowRankLinear) and model[0] is model[2][0] is model[3]
 
 
@@ -85,7 +87,7 @@ def test_tied_weights_and_hooks_are_refused_by_name(make):
     model, fqn, reason = make()
     layers = dict(model)
     with pytest.raises(ValueError, match=f"layer '{fqn}' .*{reason}"):
-        lro.replace_(model, {fqn: factors_of(nn.Linear(16, 20), 2)})
+        replace_(model, {fqn: factors_of(nn.Linear(16, 20), 2)})
     assert all(model[name] is layer for name, layer in layers.items())
 
 
@@ -101,7 +103,7 @@ def test_names_that_are_no_layers_are_errors(fqn, reason):
     model = nn.ModuleDict({"a": nn.Linear(16, 16), "attention": nn.MultiheadAttention(16, 2)})
     factors = factors_of(model["a"], 2)
     with pytest.raises(ValueError, match=f"factors names layers that cannot be replaced: '{fqn}': {reason}"):
-        lro.replace_(model, {"a": factors, fqn: factors})
+        replace_(model, {"a": factors, fqn: factors})
     assert type(model["a"]) is nn.Linear
 
 
@@ -109,7 +111,7 @@ def test_an_error_in_the_last_layer_leaves_the_first_alone():
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(RuntimeError):  # factors of another shape
-        lro.replace_(model, {"0": factors_of(model[0], 2), "1": factors_of(nn.Linear(8, 8), 2)})
+        replace_(model, {"0": factors_of(model[0], 2), "1": factors_of(nn.Linear(8, 8), 2)})
     assert all(type(layer) is nn.Linear for layer in model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
@@ -133,5 +135,5 @@ def test_an_error_while_layers_are_put_in_puts_them_back(error):
     first, second = model.first, model.second
     factors = {"first": factors_of(first, 4), "second": factors_of(second, 4)}
     with pytest.raises(type(error)):
-        lro.replace_(model, factors)
+        replace_(model, factors)
     assert model.first is first and model.second is second

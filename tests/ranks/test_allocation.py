@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 import lowrank_ops as lro
+from lowrank_ops.ranks import choose_ranks
 from lowrank_ops.ranks.costs import dense_parameters, lowrank_parameters, stored_rank
+from lowrank_ops.subspaces import layer_subspaces
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +32,7 @@ def spaces():
     model = Model()
     x = torch.randn(600, 12) @ torch.randn(12, 96)
     layers = {fqn: module for fqn, module in model.named_modules() if isinstance(module, nn.Linear)}
-    return lro.layer_subspaces(layers, lro.calibrate(model, [x]))
+    return layer_subspaces(layers, lro.calibrate(model, [x]))
 
 
 def spent(spaces, ranks):
@@ -59,7 +61,7 @@ def test_parameters_are_those_of_the_layers(spaces):
 
 @pytest.mark.parametrize("threshold", [0.5, 0.9, 0.99])
 def test_explained_variance_takes_the_utilized_rank(spaces, threshold):
-    ranks = lro.choose_ranks(lro.ExplainedVariance(threshold), spaces)
+    ranks = choose_ranks(lro.ExplainedVariance(threshold), spaces)
     assert list(ranks) == list(spaces) and any(ranks.values())
     for fqn, space in spaces.items():
         expected = min(space.input.rank_at(threshold), space.output.rank_at(threshold))
@@ -68,40 +70,40 @@ def test_explained_variance_takes_the_utilized_rank(spaces, threshold):
 
 
 def test_layers_past_break_even_stay_dense(spaces):
-    assert lro.choose_ranks(lro.ExplainedVariance(0.5), spaces)["head"] is None
+    assert choose_ranks(lro.ExplainedVariance(0.5), spaces)["head"] is None
 
 
 # --- budgets ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("allocation", ["uniform", "energy"])
+@pytest.mark.parametrize("allocation", ["uniform", "variance"])
 @pytest.mark.parametrize("fraction", [0.25, 0.5, 0.75])
 def test_budgets_are_met_from_below(spaces, fraction, allocation):
-    ranks = lro.choose_ranks(lro.ParameterBudget(fraction, allocation), spaces)
+    ranks = choose_ranks(lro.ParameterBudget(fraction, allocation), spaces)
     total = sum(map(dense_parameters, spaces.values()))
     assert 0.99 * fraction * total - 1400 < spent(spaces, ranks) <= fraction * total  # the least step takes 1,280
     for fqn, rank in ranks.items():
         assert rank is None or (rank % 8 == 0 and lowrank_parameters(spaces[fqn], rank) < dense_parameters(spaces[fqn]))
 
 
-@pytest.mark.parametrize("allocation", ["uniform", "energy"])
+@pytest.mark.parametrize("allocation", ["uniform", "variance"])
 def test_budgets_are_met_within_one_percent_where_steps_are_small(allocation):
     model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(12)))
     covariances = lro.calibrate(model, [torch.randn(300, 256)])
-    spaces = lro.layer_subspaces(dict(model.named_children()), covariances)
+    spaces = layer_subspaces(dict(model.named_children()), covariances)
     total = sum(map(dense_parameters, spaces.values()))
     for fraction in (0.25, 0.5, 0.75):
-        used = spent(spaces, lro.choose_ranks(lro.ParameterBudget(fraction, allocation), spaces))
+        used = spent(spaces, choose_ranks(lro.ParameterBudget(fraction, allocation), spaces))
         assert (fraction - 0.01) * total <= used <= fraction * total
 
 
 def test_the_whole_budget_keeps_everything_dense(spaces):
-    for allocation in ("uniform", "energy"):
-        assert set(lro.choose_ranks(lro.ParameterBudget(1.0, allocation), spaces).values()) == {None}
+    for allocation in ("uniform", "variance"):
+        assert set(choose_ranks(lro.ParameterBudget(1.0, allocation), spaces).values()) == {None}
 
 
 def test_uniform_gives_like_shares(spaces):
-    ranks = lro.choose_ranks(lro.ParameterBudget(0.5), spaces)
+    ranks = choose_ranks(lro.ParameterBudget(0.5), spaces)
     shares = [
         lowrank_parameters(spaces[fqn], rank) / dense_parameters(spaces[fqn])
         for fqn, rank in ranks.items()
@@ -112,22 +114,22 @@ def test_uniform_gives_like_shares(spaces):
 
 def test_energy_keeps_more_variance_than_uniform(spaces):
     def kept(allocation):
-        ranks = lro.choose_ranks(lro.ParameterBudget(0.3, allocation), spaces)
+        ranks = choose_ranks(lro.ParameterBudget(0.3, allocation), spaces)
         return sum(1.0 if rank is None else float(spaces[fqn].output.explained(rank)) for fqn, rank in ranks.items())
 
-    assert kept("energy") > kept("uniform")
+    assert kept("variance") > kept("uniform")
 
 
 def test_a_budget_that_cannot_be_met_is_an_error(spaces):
     with pytest.raises(ValueError, match=r"fraction=0\.01 cannot be met: the smallest ranks take \d+ .* \d+ are left"):
-        lro.choose_ranks(lro.ParameterBudget(0.01), spaces)
+        choose_ranks(lro.ParameterBudget(0.01), spaces)
     with pytest.raises(ValueError, match=r"fraction=0\.25 cannot be met.*-\d+ are left"):
-        lro.choose_ranks(lro.ParameterBudget(0.25), spaces, {"re:layers.*": None})
+        choose_ranks(lro.ParameterBudget(0.25), spaces, {"re:layers.*": None})
 
 
 def test_overrides_count_in_the_budget(spaces):
     overrides = {"layers.0": None, "layers.2": 8}
-    ranks = lro.choose_ranks(lro.ParameterBudget(0.6), spaces, overrides)
+    ranks = choose_ranks(lro.ParameterBudget(0.6), spaces, overrides)
     assert (ranks["layers.0"], ranks["layers.2"]) == (None, 8)
     assert spent(spaces, ranks) <= 0.6 * sum(map(dense_parameters, spaces.values()))
 
@@ -136,7 +138,7 @@ def test_overrides_count_in_the_budget(spaces):
 
 
 def test_ranks_by_hand_leave_the_others_dense(spaces):
-    ranks = lro.choose_ranks(lro.Ranks({"layers.0": 5, "re:layers.[23]": 7}), spaces)
+    ranks = choose_ranks(lro.Ranks({"layers.0": 5, "re:layers.[23]": 7}), spaces)
     assert ranks == {**dict.fromkeys(spaces), "layers.0": 5, "layers.2": 7, "layers.3": 7}
 
 
@@ -148,15 +150,15 @@ def test_ranks_by_hand_leave_the_others_dense(spaces):
     ],
 )
 def test_names_win_over_patterns_and_later_patterns_over_earlier(spaces, overrides):
-    ranks = lro.choose_ranks(lro.ExplainedVariance(0.99), spaces, overrides)
+    ranks = choose_ranks(lro.ExplainedVariance(0.99), spaces, overrides)
     assert ranks == {"layers.0": 3, "layers.1": 5, "layers.2": 5, "layers.3": 4, "layers.4": 4, "head": None}
-    earlier = lro.choose_ranks(lro.Ranks({}), spaces, {"re:.*[12]": 5, "re:layers.*": 4})
+    earlier = choose_ranks(lro.Ranks({}), spaces, {"re:.*[12]": 5, "re:layers.*": 4})
     assert earlier["layers.1"] == 4
 
 
 def test_a_pattern_must_match_the_whole_name(spaces):
     with pytest.raises(ValueError, match=r"overrides: 're:layers' matches none of the layers considered: layers\.0, "):
-        lro.choose_ranks(lro.Ranks({}), spaces, {"re:layers": 4})
+        choose_ranks(lro.Ranks({}), spaces, {"re:layers": 4})
 
 
 @pytest.mark.parametrize(
@@ -172,11 +174,11 @@ def test_a_pattern_must_match_the_whole_name(spaces):
 )
 def test_bad_overrides(spaces, overrides, message):
     with pytest.raises(ValueError, match=message):
-        lro.choose_ranks(lro.ExplainedVariance(), spaces, overrides)
+        choose_ranks(lro.ExplainedVariance(), spaces, overrides)
     with pytest.raises(ValueError, match=message.replace("overrides", "ranks")):
-        lro.choose_ranks(lro.Ranks(overrides), spaces)
+        choose_ranks(lro.Ranks(overrides), spaces)
 
 
 def test_an_unknown_policy_is_an_error(spaces):
     with pytest.raises(TypeError, match="rank policy int is not known"):
-        lro.choose_ranks(64, spaces)
+        choose_ranks(64, spaces)

@@ -10,12 +10,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lowrank_ops as lro
-from lowrank_ops.config import LatencyCurve
+from lowrank_ops.config import LatencyCurve, LayerLatencies
 from lowrank_ops.layers import latency as timing
 from lowrank_ops.layers.latency import ranks_to_time
 from lowrank_ops.models.layers import dimensions
+from lowrank_ops.ranks import choose_ranks
 from lowrank_ops.ranks.allocation import LEAST_STEPS, knapsack
 from lowrank_ops.ranks.costs import nanoseconds, options_of
+from lowrank_ops.subspaces import LayerSubspaces, layer_subspaces
 
 
 class Net(nn.Module):
@@ -39,15 +41,15 @@ class Net(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def calibrated() -> tuple[Net, lro.Covariances, dict[str, lro.LayerSubspaces]]:
+def calibrated() -> tuple[Net, lro.Covariances, dict[str, LayerSubspaces]]:
     torch.manual_seed(0)
     model = Net()
     covariances = lro.calibrate(model, [torch.randn(64, 4, 4, 4) for _ in range(6)], sensitivity="fisher")
     layers = {fqn: module for fqn, module in model.named_modules() if fqn in covariances}
-    return model, covariances, lro.layer_subspaces(layers, covariances)
+    return model, covariances, layer_subspaces(layers, covariances)
 
 
-def made_up(model: nn.Module, launch: float = 2e-7) -> lro.LayerLatencies:
+def made_up(model: nn.Module, launch: float = 2e-7) -> LayerLatencies:
     """Times by the number of multiplications and a constant per product, so that small layers do not gain."""
     curves, layers = {}, {}
     for fqn, calls in (("conv", 1), ("wide", 1), ("once", 1), ("again", 3), ("head", 1)):
@@ -57,7 +59,7 @@ def made_up(model: nn.Module, launch: float = 2e-7) -> lro.LayerLatencies:
         seconds = tuple(2 * launch + rows * rank * (fan_in + fan_out) * 1e-9 for rank in ranks)
         curves[fqn] = LatencyCurve(launch + rows * fan_in * fan_out * 1e-9, ranks, seconds)
         layers[fqn] = {fqn: calls}
-    return lro.LayerLatencies("made up", 1, curves, layers)
+    return LayerLatencies("made up", 1, curves, layers)
 
 
 # --- timing -----------------------------------------------------------------------------------------------------
@@ -181,7 +183,7 @@ def test_between_two_points_lies_a_line() -> None:
 def test_latencies_go_to_a_file_and_back(calibrated, tmp_path) -> None:
     latencies = made_up(calibrated[0])
     latencies.save(tmp_path / "latencies.json")
-    assert lro.LayerLatencies.load(tmp_path / "latencies.json") == latencies
+    assert LayerLatencies.load(tmp_path / "latencies.json") == latencies
     config = lro.CompressionConfig(lro.LatencyBudget(0.5, latencies), overrides={"head": None})
     assert lro.CompressionConfig.from_json(config.to_json()) == config
 
@@ -200,7 +202,7 @@ def test_latencies_go_to_a_file_and_back(calibrated, tmp_path) -> None:
 def test_other_files_are_refused(tmp_path, text, error) -> None:
     (tmp_path / "file").write_text(text)
     with pytest.raises(ValueError, match=error):
-        lro.LayerLatencies.load(tmp_path / "file")
+        LayerLatencies.load(tmp_path / "file")
 
 
 def test_a_budget_needs_latencies() -> None:
@@ -213,20 +215,20 @@ def test_a_budget_needs_latencies() -> None:
 def test_a_layer_that_was_not_timed_is_named(calibrated) -> None:
     model, _, spaces = calibrated
     latencies = made_up(model)
-    part = lro.LayerLatencies("", 1, latencies.curves, {"wide": {"wide": 1}})
+    part = LayerLatencies("", 1, latencies.curves, {"wide": {"wide": 1}})
     with pytest.raises(ValueError, match="latencies: 'conv' was not timed; call measure_latency"):
-        lro.choose_ranks(lro.LatencyBudget(0.5, part), spaces)
+        choose_ranks(lro.LatencyBudget(0.5, part), spaces)
 
 
 # --- the budget -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("allocation", ["uniform", "energy", "loss"])
+@pytest.mark.parametrize("allocation", ["uniform", "variance", "loss"])
 @pytest.mark.parametrize("fraction", [0.4, 0.6, 0.8, 1.0])
 def test_the_budget_is_met_from_below(calibrated, fraction: float, allocation: str) -> None:
     model, _, spaces = calibrated
     latencies = made_up(model)
-    ranks = lro.choose_ranks(lro.LatencyBudget(fraction, latencies, allocation), spaces)
+    ranks = choose_ranks(lro.LatencyBudget(fraction, latencies, allocation), spaces)
     left = fraction * latencies.total(dict.fromkeys(spaces)) - latencies.total(ranks)
     assert left >= 0
     for fqn, space in spaces.items():  # and no layer could be larger
@@ -235,7 +237,7 @@ def test_the_budget_is_met_from_below(calibrated, fraction: float, allocation: s
         assert all(option.cost - options[taken].cost > left * 1e9 - 1 for option in options[taken + 1 :])
 
 
-def kept_loss(spaces: dict[str, lro.LayerSubspaces], ranks: dict[str, int | None]) -> float:
+def kept_loss(spaces: dict[str, LayerSubspaces], ranks: dict[str, int | None]) -> float:
     return sum(float(spaces[fqn].loss.subspace.spectrum[:rank].sum()) for fqn, rank in ranks.items())
 
 
@@ -253,14 +255,14 @@ def test_nothing_within_the_time_keeps_more_of_the_loss(calibrated, fraction: fl
         for combination in itertools.product(*options.values())
         if sum(option.cost for option in combination) <= budget - tolerance
     )
-    found = lro.choose_ranks(lro.LatencyBudget(fraction, latencies), spaces)
+    found = choose_ranks(lro.LatencyBudget(fraction, latencies), spaces)
     assert kept_loss(spaces, found) >= best * (1 - 1e-12)
 
 
 def test_a_layer_that_is_not_faster_stays_dense(calibrated) -> None:
     model, _, spaces = calibrated
     latencies = made_up(model, launch=2e-6)  # a second launch costs more than the 64 x 40 layer has to give
-    ranks = lro.choose_ranks(lro.LatencyBudget(0.8, latencies, "energy"), spaces)
+    ranks = choose_ranks(lro.LatencyBudget(0.8, latencies, "variance"), spaces)
     assert ranks["head"] is None and any(ranks.values())
 
 
@@ -268,7 +270,7 @@ def test_ranks_that_are_no_cheaper_than_larger_ones_are_not_taken(calibrated) ->
     model, _, spaces = calibrated
     latencies = made_up(model)
     jagged = LatencyCurve(100e-6, (8, 16, 24, 32), (20e-6, 60e-6, 40e-6, 50e-6))
-    latencies = lro.LayerLatencies("", 1, {**latencies.curves, "once": jagged}, latencies.layers)
+    latencies = LayerLatencies("", 1, {**latencies.curves, "once": jagged}, latencies.layers)
     options = options_of("once", spaces["once"], nanoseconds(latencies))
     assert [(option.rank, option.cost) for option in options] == [(8, 20000), (24, 40000), (None, 100000)]
 
@@ -276,11 +278,11 @@ def test_ranks_that_are_no_cheaper_than_larger_ones_are_not_taken(calibrated) ->
 def test_overrides_count_and_a_budget_that_cannot_be_met_is_an_error(calibrated) -> None:
     model, _, spaces = calibrated
     latencies = made_up(model)
-    ranks = lro.choose_ranks(lro.LatencyBudget(0.8, latencies), spaces, {"again": None})
+    ranks = choose_ranks(lro.LatencyBudget(0.8, latencies), spaces, {"again": None})
     assert ranks["again"] is None
     assert latencies.total(ranks) <= 0.8 * latencies.total(dict.fromkeys(spaces))
     with pytest.raises(ValueError, match=r"fraction=0\.1 cannot be met: the smallest ranks take \d+ nanoseconds"):
-        lro.choose_ranks(lro.LatencyBudget(0.1, latencies), spaces)
+        choose_ranks(lro.LatencyBudget(0.1, latencies), spaces)
 
 
 def test_compress_keeps_the_policy(calibrated) -> None:

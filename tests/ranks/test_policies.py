@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import lowrank_ops as lro
+from lowrank_ops.ranks import choose_ranks
 from lowrank_ops.ranks.costs import MULTIPLICATIONS, PARAMETERS, options_of, stored_rank
+from lowrank_ops.subspaces import LayerSubspaces, layer_subspaces
 
 
 class Net(nn.Module):
@@ -30,13 +32,13 @@ class Net(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def calibrated() -> tuple[Net, lro.Covariances, dict[str, lro.LayerSubspaces]]:
+def calibrated() -> tuple[Net, lro.Covariances, dict[str, LayerSubspaces]]:
     torch.manual_seed(0)
     model = Net().double()
     batches = [torch.randn(64, 8, 4, 4).double() * torch.logspace(0, -1, 8).view(8, 1, 1) for _ in range(6)]
     covariances = lro.calibrate(model, batches, sensitivity="fisher")
     layers = {fqn: module for fqn, module in model.named_modules() if fqn in covariances}
-    return model, covariances, lro.layer_subspaces(layers, covariances)
+    return model, covariances, layer_subspaces(layers, covariances)
 
 
 def test_multiplications_are_counted_by_rows(calibrated) -> None:  # type: ignore[no-untyped-def]
@@ -52,11 +54,11 @@ def test_multiplications_are_counted_by_rows(calibrated) -> None:  # type: ignor
     assert MULTIPLICATIONS.lowrank("conv", spaces["conv"], 9) == images * 16 * 16 * (72 + 32)
 
 
-@pytest.mark.parametrize("allocation", ["uniform", "energy", "loss"])
+@pytest.mark.parametrize("allocation", ["uniform", "variance", "loss"])
 @pytest.mark.parametrize("fraction", [0.3, 0.5, 0.75, 1.0])
 def test_flop_budget_is_met(calibrated, fraction: float, allocation: str) -> None:  # type: ignore[no-untyped-def]
     _, _, spaces = calibrated
-    ranks = lro.choose_ranks(lro.FlopBudget(fraction, allocation), spaces)
+    ranks = choose_ranks(lro.FlopBudget(fraction, allocation), spaces)
     spent = sum(MULTIPLICATIONS.of(fqn, space, ranks[fqn]) for fqn, space in spaces.items())
     dense = sum(MULTIPLICATIONS.dense(fqn, space) for fqn, space in spaces.items())
     cheapest_step = min(
@@ -70,12 +72,12 @@ def test_flop_budget_is_met(calibrated, fraction: float, allocation: str) -> Non
 
 def test_flops_and_parameters_spend_differently(calibrated) -> None:  # type: ignore[no-untyped-def]
     _, _, spaces = calibrated
-    by_flops = lro.choose_ranks(lro.FlopBudget(0.5, "loss"), spaces)
-    by_parameters = lro.choose_ranks(lro.ParameterBudget(0.5, "loss"), spaces)
+    by_flops = choose_ranks(lro.FlopBudget(0.5, "loss"), spaces)
+    by_parameters = choose_ranks(lro.ParameterBudget(0.5, "loss"), spaces)
     assert by_flops["conv"] is not None and by_flops != by_parameters
 
 
-def dropped_loss(spaces: dict[str, lro.LayerSubspaces], ranks: dict[str, int | None]) -> float:
+def dropped_loss(spaces: dict[str, LayerSubspaces], ranks: dict[str, int | None]) -> float:
     return sum(
         float(spaces[fqn].loss.subspace.spectrum[rank:].sum()) for fqn, rank in ranks.items() if rank is not None
     )
@@ -93,8 +95,8 @@ def test_loss_allocation_is_near_the_best_of_all(calibrated, fraction: float) ->
         if sum(option.cost for option in combination) <= budget
     )
     found = {
-        allocation: lro.choose_ranks(lro.ParameterBudget(fraction, allocation), spaces)
-        for allocation in ("uniform", "energy", "loss")
+        allocation: choose_ranks(lro.ParameterBudget(fraction, allocation), spaces)
+        for allocation in ("uniform", "variance", "loss")
     }
     for ranks in found.values():
         assert sum(PARAMETERS.of(fqn, spaces[fqn], rank) for fqn, rank in ranks.items()) <= budget
@@ -105,7 +107,7 @@ def test_loss_allocation_is_near_the_best_of_all(calibrated, fraction: float) ->
 
 def test_layers_past_break_even_become_dense(calibrated) -> None:  # type: ignore[no-untyped-def]
     _, _, spaces = calibrated
-    ranks = lro.choose_ranks(lro.ParameterBudget(0.9, "loss"), spaces)
+    ranks = choose_ranks(lro.ParameterBudget(0.9, "loss"), spaces)
     assert None in ranks.values()
     for fqn, rank in ranks.items():
         if rank is not None:
@@ -116,11 +118,11 @@ def test_layers_past_break_even_become_dense(calibrated) -> None:  # type: ignor
 def test_loss_allocation_needs_sensitivities(calibrated) -> None:  # type: ignore[no-untyped-def]
     model, covariances, _ = calibrated
     layers = {fqn: module for fqn, module in model.named_modules() if fqn in covariances}
-    spaces = lro.layer_subspaces(layers, covariances)
+    spaces = layer_subspaces(layers, covariances)
     spaces["head"].sensitivity = None
     with pytest.raises(ValueError, match=r"allocation='loss' needs a sensitivity.*'head' has none"):
-        lro.choose_ranks(lro.ParameterBudget(0.5, "loss"), spaces)
-    assert lro.choose_ranks(lro.ParameterBudget(0.5, "loss"), spaces, {"head": None})["head"] is None
+        choose_ranks(lro.ParameterBudget(0.5, "loss"), spaces)
+    assert choose_ranks(lro.ParameterBudget(0.5, "loss"), spaces, {"head": None})["head"] is None
 
 
 class Judge:
@@ -183,7 +185,7 @@ def test_no_ranks_are_tried_twice(calibrated) -> None:  # type: ignore[no-untype
         tried.append(tuple(ranks.values()))
         return float(all(rank is None for rank in ranks.values()))
 
-    lro.choose_ranks(lro.AccuracyGuided(len, 0, evaluations=30), spaces, measure=measure)
+    choose_ranks(lro.AccuracyGuided(len, 0, evaluations=30), spaces, measure=measure)
     assert len(set(tried)) == len(tried) > 3
 
 
@@ -221,7 +223,7 @@ BOUNDS = {"re:.*": (9, 24), "wide": (32, None), "again": (0, 16)}
     [
         lro.ExplainedVariance(0.999),
         lro.ExplainedVariance(0.01),
-        *(lro.ParameterBudget(0.65, allocation) for allocation in ("uniform", "energy", "loss")),
+        *(lro.ParameterBudget(0.65, allocation) for allocation in ("uniform", "variance", "loss")),
         lro.FlopBudget(0.7, "loss"),
         lro.AccuracyGuided(len, 0.0),
         lro.AccuracyGuided(len, 0.0, search="layers"),
@@ -235,7 +237,7 @@ def test_every_policy_stays_within_bounds(calibrated, policy: lro.config.RankPol
     def measure(ranks: dict[str, int | None]) -> float:  # the dense model, and nothing else, is accurate
         return float(all(rank is None for rank in ranks.values()))
 
-    ranks = lro.choose_ranks(policy, spaces, bounds=BOUNDS, measure=measure)
+    ranks = choose_ranks(policy, spaces, bounds=BOUNDS, measure=measure)
     for fqn in ("conv", "head"):
         assert ranks[fqn] is not None and 9 <= ranks[fqn] <= 24
     assert ranks["again"] is not None and ranks["again"] <= 16
@@ -247,10 +249,10 @@ def test_every_policy_stays_within_bounds(calibrated, policy: lro.config.RankPol
 def test_bounds_of_patterns_names_and_overrides(calibrated) -> None:  # type: ignore[no-untyped-def]
     model, covariances, spaces = calibrated
     low = lro.ExplainedVariance(0.01)
-    ranks = lro.choose_ranks(low, spaces, {"head": 3}, bounds={"re:.*": (10, None), "conv": (16, None)})
+    ranks = choose_ranks(low, spaces, {"head": 3}, bounds={"re:.*": (10, None), "conv": (16, None)})
     assert ranks == {"conv": 16, "wide": 10, "again": 10, "head": 3}
-    free = lro.choose_ranks(lro.ParameterBudget(0.5, "loss"), spaces)
-    assert lro.choose_ranks(lro.ParameterBudget(0.5, "loss"), spaces, bounds={"re:.*": (0, None)}) == free
+    free = choose_ranks(lro.ParameterBudget(0.5, "loss"), spaces)
+    assert choose_ranks(lro.ParameterBudget(0.5, "loss"), spaces, bounds={"re:.*": (0, None)}) == free
     config = lro.CompressionConfig(low, bounds={"re:.*": [10, None]})
     report = lro.compress_(copy.deepcopy(model), covariances, config, subspaces=spaces)
     assert {layer.rank for layer in report.layers} == {10}
@@ -261,17 +263,17 @@ def test_bad_bounds_are_explained(calibrated, pair: object) -> None:  # type: ig
     with pytest.raises(ValueError, match=r"bounds\['a'\] must be \(least, most\)"):
         lro.CompressionConfig(bounds={"a": pair})
     with pytest.raises(ValueError, match=r"bounds\['wide'\] must be"):
-        lro.choose_ranks(lro.ExplainedVariance(), calibrated[2], bounds={"wide": pair})
+        choose_ranks(lro.ExplainedVariance(), calibrated[2], bounds={"wide": pair})
 
 
 def test_bounds_that_leave_nothing_are_explained(calibrated) -> None:  # type: ignore[no-untyped-def]
     _, _, spaces = calibrated
     with pytest.raises(ValueError, match=r"bounds leave 'again' no choice: no multiple of 8 in \[33, 39\]"):
-        lro.choose_ranks(lro.ParameterBudget(0.5), spaces, bounds={"again": (33, 39)})
+        choose_ranks(lro.ParameterBudget(0.5), spaces, bounds={"again": (33, 39)})
     with pytest.raises(ValueError, match="bounds: 'nothing' matches none"):
-        lro.choose_ranks(lro.ParameterBudget(0.5), spaces, bounds={"nothing": (0, 8)})
+        choose_ranks(lro.ParameterBudget(0.5), spaces, bounds={"nothing": (0, 8)})
     with pytest.raises(ValueError, match="cannot be met"):
-        lro.choose_ranks(lro.ParameterBudget(0.2), spaces, bounds={"wide": (40, None)})
+        choose_ranks(lro.ParameterBudget(0.2), spaces, bounds={"wide": (40, None)})
 
 
 def test_policies_go_to_json_and_back() -> None:
@@ -299,4 +301,4 @@ def test_bad_searches_are_explained(arguments: dict[str, object], error: str) ->
 
 def test_a_search_needs_a_model(calibrated) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ValueError, match="use it in compress_"):
-        lro.choose_ranks(lro.AccuracyGuided(len, 1), calibrated[2])
+        choose_ranks(lro.AccuracyGuided(len, 1), calibrated[2])

@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-import lowrank_ops as lro
+from lowrank_ops.calibration import Moments
+from lowrank_ops.factors import Factors, factorize
 from lowrank_ops.models.layers import input_rows
 from lowrank_ops.reconstruction.regression import PairedSums, refit_layers
+from lowrank_ops.subspaces import LayerSubspaces
 from lowrank_ops.subspaces.layer import DAMPING
 
 
@@ -37,19 +39,19 @@ def sums_of(layers: dict[str, nn.Module], x: Tensor, z: Tensor, folds: int = 1) 
     return pairs
 
 
-def blank(layer: nn.Linear, rank: int, projection: str = "output") -> lro.Factors:
+def blank(layer: nn.Linear, rank: int, projection: str = "output") -> Factors:
     """Says rank and projection; the values do not matter."""
     out_features, in_features = layer.weight.shape
     down, up = torch.zeros(rank, in_features), torch.zeros(out_features, rank)
-    return lro.Factors(down, up, layer.bias, rank, projection, None, 0.0)
+    return Factors(down, up, layer.bias, rank, projection, None, 0.0)
 
 
 def refitted(
     layer: nn.Linear, x: Tensor, z: Tensor, rank: int, *, g: Tensor | None = None, centered: bool = True,
     ridge: float | None = 0.0,
-) -> lro.Factors:  # fmt: skip
+) -> Factors:  # fmt: skip
     pairs = sums_of({"layer": layer}, x, z, folds=2 if ridge is None else 1)
-    gradients = {} if g is None else {"layer": lro.Covariance(g.T @ g, g.sum(0), len(g), "gradient", ["layer"])}
+    gradients = {} if g is None else {"layer": Moments(g.T @ g, g.sum(0), len(g), "gradient", ["layer"])}
     wanted = blank(layer, rank, "output" if g is None else "loss")
     return refit_layers(pairs, {"layer": wanted}, gradients, centered=centered, ridge=ridge)["layer"]
 
@@ -61,7 +63,7 @@ def metric_of(g: Tensor | None, features: int) -> Tensor:
     return moment / moment.trace() * features + DAMPING * torch.eye(features).double()
 
 
-def felt(layer: nn.Linear, factors: lro.Factors, x: Tensor, z: Tensor, metric: Tensor) -> float:
+def felt(layer: nn.Linear, factors: Factors, x: Tensor, z: Tensor, metric: Tensor) -> float:
     error = layer(x).detach() - F.linear(z, factors.up @ factors.down, factors.bias)
     return float(((error @ metric) * error).sum() / len(x))
 
@@ -129,10 +131,10 @@ def test_unchanged_inputs_give_the_factors_of_one_shot(projection: str, centered
     layer = linear(9, 6)
     x, _ = rows_of(80, 9, 5, 0.0, 0)
     g = torch.randn(50, 6).double()
-    sensitivity = lro.Covariance(g.T @ g, g.sum(0), len(g), "gradient", ["layer"])
-    covariance = lro.Covariance(x.T @ x, x.sum(0), len(x), "input", ["layer"])
-    spaces = lro.LayerSubspaces(layer, covariance, centered=centered, sensitivity=sensitivity)
-    expected = lro.factorize(spaces, 3, projection)
+    sensitivity = Moments(g.T @ g, g.sum(0), len(g), "gradient", ["layer"])
+    covariance = Moments(x.T @ x, x.sum(0), len(x), "input", ["layer"])
+    spaces = LayerSubspaces(layer, covariance, centered=centered, sensitivity=sensitivity)
+    expected = factorize(spaces, 3, projection)
     pairs = sums_of({"layer": layer}, x, x.clone(), folds=2 if ridge is None else 1)
     found = refit_layers(pairs, {"layer": expected}, {"layer": sensitivity}, centered=centered, ridge=ridge)["layer"]
     torch.testing.assert_close(found.up @ found.down, expected.up @ expected.down)

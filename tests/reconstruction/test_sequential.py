@@ -14,10 +14,13 @@ from torch import Tensor, nn
 
 import lowrank_ops as lro
 from lowrank_ops.demo.vit import ViT
+from lowrank_ops.factors import Factors, factorize
+from lowrank_ops.layers.replace import replace_
 from lowrank_ops.models.layers import find_layers, input_rows
 from lowrank_ops.reconstruction import sequential as refit
 from lowrank_ops.reconstruction.paired_runs import Streams, find_chains
 from lowrank_ops.reconstruction.regression import PairedSums, refit_layers
+from lowrank_ops.subspaces import layer_subspaces
 
 
 class Skips(nn.Module):
@@ -175,12 +178,12 @@ def made(name: str) -> tuple[nn.Module, list[Any], str | None]:
     return model, found, "attention_mask" if isinstance(found[0], dict) else None
 
 
-def one_shot(model: nn.Module, batches: list[Any], mask: str | None, rank: int = 3) -> dict[str, lro.Factors]:
+def one_shot(model: nn.Module, batches: list[Any], mask: str | None, rank: int = 3) -> dict[str, Factors]:
     layers, _ = find_layers(model, lambda module, fqn: "lm_head" not in fqn)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         covariances = lro.calibrate(model, batches, mask=mask, filter_fn=lambda module, fqn: fqn in layers)
-    return {fqn: lro.factorize(space, rank) for fqn, space in lro.layer_subspaces(layers, covariances).items()}
+    return {fqn: factorize(space, rank) for fqn, space in layer_subspaces(layers, covariances).items()}
 
 
 def call(model: nn.Module, batch: Any) -> Any:
@@ -189,8 +192,8 @@ def call(model: nn.Module, batch: Any) -> Any:
 
 @torch.no_grad()
 def by_whole_models(
-    model: nn.Module, factors: dict[str, lro.Factors], batches: list[Any], mask: str | None, ridge: float
-) -> dict[str, lro.Factors]:
+    model: nn.Module, factors: dict[str, Factors], batches: list[Any], mask: str | None, ridge: float
+) -> dict[str, Factors]:
     """The plain loop: for each layer in order, both models whole, and rows as they come."""
     order: list[str] = []
     handles = [
@@ -201,9 +204,9 @@ def by_whole_models(
     for handle in handles:
         handle.remove()
     repeated = {fqn for fqn in factors if order.count(fqn) > 1}
-    new: dict[str, lro.Factors] = {fqn: factors[fqn] for fqn in repeated}
+    new: dict[str, Factors] = {fqn: factors[fqn] for fqn in repeated}
     for fqn in dict.fromkeys(name for name in order if name in factors):
-        compressed = lro.replace_(copy.deepcopy(model), {name: part for name, part in new.items() if name != ""})
+        compressed = replace_(copy.deepcopy(model), {name: part for name, part in new.items() if name != ""})
         seen: dict[str, list[Tensor]] = {"dense": [], "compressed": []}
         for kind, run in (("dense", model), ("compressed", compressed)):
             layer = run.get_submodule(fqn)
@@ -222,7 +225,7 @@ def by_whole_models(
     return new
 
 
-def assert_same(found: dict[str, lro.Factors], expected: dict[str, lro.Factors]) -> None:
+def assert_same(found: dict[str, Factors], expected: dict[str, Factors]) -> None:
     assert set(found) == set(expected)
     for fqn, part in expected.items():
         product = part.up @ part.down
@@ -293,8 +296,8 @@ def test_layers_of_one_input_are_one_group() -> None:
             assert any(set(expected) <= set(group.layers) for group in streams.groups)
 
 
-def output_error(model: nn.Module, factors: dict[str, lro.Factors], batches: list[Any]) -> float:
-    compressed = lro.replace_(copy.deepcopy(model), factors)
+def output_error(model: nn.Module, factors: dict[str, Factors], batches: list[Any]) -> float:
+    compressed = replace_(copy.deepcopy(model), factors)
     with torch.no_grad():
         return sum(float((compressed(*batch) - model(*batch)).square().mean()) for batch in batches)
 
@@ -322,11 +325,11 @@ def test_no_layer_errs_more_than_by_one_shot_on_its_input() -> None:
     """With zero ridge, on the calibration rows, in the metric of the loss."""
     model, draw = deep()
     batches = draw(5)
-    covariances = lro.calibrate(model, batches, sensitivity="output", weigh_rows=False)
-    spaces = lro.layer_subspaces(find_layers(model)[0], covariances)
-    factors = {fqn: lro.factorize(space, 12, "loss") for fqn, space in spaces.items()}
+    covariances = lro.calibrate(model, batches, sensitivity="output", token_weights=False)
+    spaces = layer_subspaces(find_layers(model)[0], covariances)
+    factors = {fqn: factorize(space, 12, "loss") for fqn, space in spaces.items()}
     found = lro.refit_factors(model, factors, batches, sensitivities=covariances.sensitivities, ridge=0)
-    compressed = lro.replace_(copy.deepcopy(model), found)
+    compressed = replace_(copy.deepcopy(model), found)
     x = z = torch.cat([batch[0] for batch in batches])
     gains = []
     for index, block in enumerate(model):
@@ -388,7 +391,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, monkeypatch: pyte
     unbroken = lro.refit_factors(model, factors, batches)
     fitted: list[str] = []
 
-    def counting(pairs: PairedSums, *args: Any, **kwargs: Any) -> dict[str, lro.Factors]:
+    def counting(pairs: PairedSums, *args: Any, **kwargs: Any) -> dict[str, Factors]:
         fitted.extend(pairs.layers)
         if len(fitted) == 4:
             raise Interrupt

@@ -10,13 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from tests.reconstruction.test_sequential import call, made, state_of
 from torch import Tensor, nn
 
 import lowrank_ops as lro
+from lowrank_ops.calibration import Moments
+from lowrank_ops.factors import Factors, factorize
+from lowrank_ops.layers.replace import replace_
 from lowrank_ops.models.layers import find_layers, input_rows
 from lowrank_ops.reconstruction import sequential as refit
 from lowrank_ops.reconstruction.regression import PairedSums, refit_layers
+from lowrank_ops.subspaces import layer_subspaces
+from tests.reconstruction.test_sequential import call, made, state_of
 
 
 def cubed(output: Any, batch: Any) -> Tensor:
@@ -31,8 +35,8 @@ def by_loss(model: nn.Module, batches: list[Any], mask: str | None, loss: Any = 
         warnings.simplefilter("ignore")
         covariances = lro.calibrate(model, batches, mask=mask, sensitivity=loss)
     layers = {fqn: layer for fqn, layer in find_layers(model)[0].items() if fqn in covariances.sensitivities}
-    spaces = lro.layer_subspaces(layers, covariances)
-    return {fqn: lro.factorize(space, 3, "loss") for fqn, space in spaces.items()}, covariances.sensitivities
+    spaces = layer_subspaces(layers, covariances)
+    return {fqn: factorize(space, 3, "loss") for fqn, space in spaces.items()}, covariances.sensitivities
 
 
 def rows_and_weights(
@@ -88,7 +92,7 @@ def test_it_gives_what_whole_models_give(name: str) -> None:
 
     new = {fqn: part for fqn, part in factors.items() if len(called(model, fqn, batches[0])[0]) > 1}
     for fqn in factors:  # in the order of their calls
-        compressed = lro.replace_(copy.deepcopy(model), new)
+        compressed = replace_(copy.deepcopy(model), new)
         layer = {fqn: model.get_submodule(fqn)}
         pairs = PairedSums(layer, 1)
         for batch in batches:
@@ -156,7 +160,7 @@ def test_rows_that_the_loss_does_not_feel_are_not_fitted() -> None:
     errors = {}
     for sensitivity in (None, "output"):
         found = lro.refit_factors(model, factors, batches, sensitivities=sensitivities, sensitivity=sensitivity)
-        compressed = lro.replace_(copy.deepcopy(model), found)
+        compressed = replace_(copy.deepcopy(model), found)
         errors[sensitivity] = sum(
             float((compressed(*batch) - model(*batch)).square().sum()) for batch in first_rows(20)
         )
@@ -167,7 +171,7 @@ def test_factors_that_are_not_by_loss_take_no_weights() -> None:
     model, batches, _ = made("vit")
     factors, sensitivities = by_loss(model, batches, None)
     mixed = {
-        fqn: part if index % 2 else lro.Factors(part.down, part.up, part.bias, part.rank, "output", None, 0.0)
+        fqn: part if index % 2 else Factors(part.down, part.up, part.bias, part.rank, "output", None, 0.0)
         for index, (fqn, part) in enumerate(factors.items())
     }
     first = next(iter(mixed))
@@ -193,8 +197,8 @@ def test_rows_without_a_gradient_count_alike() -> None:
     torch.manual_seed(0)
     model, batches = Unfelt().double(), [(torch.randn(40, 6).double(),) for _ in range(3)]
     factors, sensitivities = by_loss(model, batches, None)
-    zero = lro.Covariance(torch.zeros(6, 6).double(), torch.zeros(6).double(), 1, "gradient", ["aside"])
-    factors["aside"] = lro.Factors(torch.zeros(3, 6), torch.zeros(6, 3), model.aside.bias, 3, "loss", None, 0.0)
+    zero = Moments(torch.zeros(6, 6).double(), torch.zeros(6).double(), 1, "gradient", ["aside"])
+    factors["aside"] = Factors(torch.zeros(3, 6), torch.zeros(6, 3), model.aside.bias, 3, "loss", None, 0.0)
     arguments: dict[str, Any] = {"sensitivities": {**sensitivities, "aside": zero}, "ridge": 0}
     with pytest.warns(UserWarning, match="gradients do not correspond to the rows of these layers .*: aside$"):
         found = lro.refit_factors(model, factors, batches, sensitivity=cubed, **arguments)
@@ -232,7 +236,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, monkeypatch: pyte
     unbroken = lro.refit_factors(model, factors, batches, **arguments)
     fitted = 0
 
-    def counting(pairs: PairedSums, *args: Any, **kwargs: Any) -> dict[str, lro.Factors]:
+    def counting(pairs: PairedSums, *args: Any, **kwargs: Any) -> dict[str, Factors]:
         nonlocal fitted
         fitted += 1
         if fitted == 5:
@@ -307,8 +311,8 @@ def test_padding_that_an_encoder_takes_out() -> None:
         warnings.simplefilter("ignore")
         covariances = lro.calibrate(encoder, batches, mask=mask, sensitivity="output")
         layers = {fqn: layer for fqn, layer in find_layers(encoder)[0].items() if fqn in covariances}
-        spaces = lro.layer_subspaces(layers, covariances)
-        factors = {fqn: lro.factorize(space, 4, "loss").to(torch.float32) for fqn, space in spaces.items()}
+        spaces = layer_subspaces(layers, covariances)
+        factors = {fqn: factorize(space, 4, "loss").to(torch.float32) for fqn, space in spaces.items()}
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="gradients do not correspond")
         warnings.filterwarnings("error", message="these layers are not refitted")

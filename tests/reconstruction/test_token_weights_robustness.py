@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from tests.reconstruction.test_token_weights import by_loss, cubed
+from lowrank_ops.calibration.felt_rows import felt_rows
 from torch import Tensor, nn
 
 import lowrank_ops as lro
-from lowrank_ops.calibration.felt_rows import felt_rows
+from lowrank_ops.calibration import Moments
 from lowrank_ops.calibration.token_weights import add_weighted
+from lowrank_ops.factors import Factors
 from lowrank_ops.models.running import call_model
+from tests.reconstruction.test_token_weights import by_loss, cubed
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +23,7 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-def assert_same(found: dict[str, lro.Factors], expected: dict[str, lro.Factors]) -> None:
+def assert_same(found: dict[str, Factors], expected: dict[str, Factors]) -> None:
     for fqn, part in expected.items():
         assert found[fqn].refitted and part.refitted
         torch.testing.assert_close(found[fqn].up @ found[fqn].down, part.up @ part.down)
@@ -134,7 +136,7 @@ def test_means_are_summed_in_the_dtype_of_the_sums(
     monkeypatch.setattr("lowrank_ops.calibration.token_weights.MOST_ELEMENTS", at_a_time)
     rows, weights = 100 + torch.randn(50_000, 6), 2 * torch.rand(50_000, groups)
     shape = (6,) if groups == 1 else (groups, 6 // groups)
-    sums = lro.Covariance(torch.zeros(*shape, shape[-1]).double(), torch.zeros(shape).double())
+    sums = Moments(torch.zeros(*shape, shape[-1]).double(), torch.zeros(shape).double())
     add_weighted(sums, rows, weights)
     expected = (rows.double().view(-1, groups, 6 // groups) * weights.double().unsqueeze(-1)).sum(0).view(shape)
     torch.testing.assert_close(sums.total, expected, rtol=1e-8, atol=0)

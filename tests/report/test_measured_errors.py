@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import lowrank_ops as lro
+from lowrank_ops.report import CompressionReport
 
 
 class Net(nn.Module):
@@ -26,7 +27,7 @@ def images(count: int) -> Tensor:
     return torch.randn(count, 4, 4, 4, dtype=torch.float64) * torch.logspace(0, -1, 4).view(4, 1, 1) + 0.5
 
 
-def compressed(centered: bool = True) -> tuple[nn.Module, nn.Module, lro.CompressionReport]:
+def compressed(centered: bool = True) -> tuple[nn.Module, nn.Module, CompressionReport]:
     torch.manual_seed(0)
     dense = Net().double()
     covariances = lro.calibrate(dense, images(4000).split(500))

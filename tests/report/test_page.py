@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import lowrank_ops as lro
-from lowrank_ops.config import LatencyCurve
+from lowrank_ops.config import LatencyCurve, LayerLatencies
 from lowrank_ops.report import KINDS, kind_of
 from lowrank_ops.report.page import KIND_COLOURS
+from lowrank_ops.subspaces import layer_subspaces
 
 
 @pytest.mark.parametrize(
@@ -79,9 +80,9 @@ def copy_of(model: nn.Module) -> Net:
     return copy
 
 
-def latencies(covariances: lro.Covariances) -> lro.LayerLatencies:
+def latencies(covariances: lro.Covariances) -> LayerLatencies:
     curve = LatencyCurve(2e-3, (8, 32), (0.5e-3, 1.5e-3))
-    return lro.LayerLatencies("made up", 1, {"any": curve}, {fqn: {"any": 1} for fqn in covariances})
+    return LayerLatencies("made up", 1, {"any": curve}, {fqn: {"any": 1} for fqn in covariances})
 
 
 class Reader(HTMLParser):
@@ -168,7 +169,7 @@ def test_spectra_rise_to_one(calibrated) -> None:
     for layer in report.layers:
         assert len(layer.spectrum) == 33 and layer.spectrum[0] == 0 and layer.spectrum[-1] == pytest.approx(1)
         assert list(layer.spectrum) == sorted(layer.spectrum)
-    space = lro.layer_subspaces({"head": model.head}, covariances)["head"]
+    space = layer_subspaces({"head": model.head}, covariances)["head"]
     head = next(layer for layer in report.layers if layer.fqn == "head")
     assert head.spectrum[16] == pytest.approx(float(space.output.explained(8)), abs=1e-6)
 

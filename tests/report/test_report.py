@@ -9,6 +9,7 @@ from torch import nn
 
 import lowrank_ops as lro
 from lowrank_ops.report import format_table
+from lowrank_ops.subspaces import layer_subspaces
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +63,7 @@ def test_given_subspaces_are_used_only_where_they_fit(centered):
     expected = lro.utilization(model, covariances, centered=centered)
     assert expected.centered is centered
     for given in (True, False):
-        spaces = lro.layer_subspaces(layers, covariances, centered=given)
+        spaces = layer_subspaces(layers, covariances, centered=given)
         assert lro.utilization(model, covariances, centered=centered, subspaces=spaces) == expected
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 import lowrank_ops as lro
 from lowrank_ops.demo.vit import ViT
+from lowrank_ops.subspaces import LayerSubspaces, Subspace, layer_subspaces
 
 WEIGHTS = Path(lro.__file__).parent / "demo" / "assets" / "vit.safetensors"
 THRESHOLDS = (0.5, 0.9, 0.95, 0.99, 0.999)
@@ -95,7 +96,7 @@ def test_every_layer_of_the_demo_model_agrees_with_numpy(trained, centered):
     rows = record_inputs(model, images)
     covariances = lro.calibrate(model, images.split(4))
     layers = {fqn: model.get_submodule(fqn) for fqn in rows}
-    spaces = lro.layer_subspaces(layers, covariances, centered=centered)
+    spaces = layer_subspaces(layers, covariances, centered=centered)
     report = lro.utilization(model, covariances, 0.99, centered=centered, subspaces=spaces)
     assert list(spaces) == list(rows) and len(rows) == 26
     utilizations = []
@@ -131,7 +132,7 @@ def test_rank_deficient_cases_agree_with_numpy(rows, in_features, out_features, 
     with torch.no_grad():
         linear.weight.copy_(torch.from_numpy(weight))
     covariance = lro.calibrate(linear, [torch.from_numpy(data)])[""]
-    space = lro.LayerSubspaces(linear, covariance, centered=centered)
+    space = LayerSubspaces(linear, covariance, centered=centered)
     # Shares next to a step of the cumulated spectrum may fall to either side by rounding; 0.5 ... 0.99 do not here.
     assert_spaces_agree(space, data, weight, centered, thresholds=(0.5, 0.9, 0.99))
     # 1 counts the numerical rank.
@@ -146,7 +147,7 @@ def test_rank_deficient_cases_agree_with_numpy(rows, in_features, out_features, 
 
 
 def subspace(*spectrum):
-    return lro.Subspace(torch.eye(len(spectrum), dtype=torch.float64), torch.tensor(spectrum, dtype=torch.float64))
+    return Subspace(torch.eye(len(spectrum), dtype=torch.float64), torch.tensor(spectrum, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(
@@ -163,7 +164,7 @@ def test_no_variance_has_rank_0_and_is_fully_explained():
 
 
 def test_groups_take_the_rank_of_the_neediest():
-    groups = lro.Subspace(torch.eye(2).expand(2, 2, 2), torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
+    groups = Subspace(torch.eye(2).expand(2, 2, 2), torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
     assert groups.ranks_at(0.9).tolist() == [1, 2] and groups.rank_at(0.9) == 2
 
 
@@ -176,7 +177,7 @@ def calibrated(rows, out_features=12, dtype=torch.float64, centered=True, weight
     if weight is not None:
         with torch.no_grad():
             linear.weight.copy_(weight)
-    return lro.LayerSubspaces(linear, lro.calibrate(linear, rows.split(512), dtype=dtype)[""], centered=centered)
+    return LayerSubspaces(linear, lro.calibrate(linear, rows.split(512), dtype=dtype)[""], centered=centered)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -258,10 +259,10 @@ def test_layers_with_one_input_decompose_it_once():
 
     model = Shared()
     covariances = lro.calibrate(model, [torch.randn(20, 6)])
-    spaces = lro.layer_subspaces({"q": model.q, "k": model.k}, covariances)
+    spaces = layer_subspaces({"q": model.q, "k": model.k}, covariances)
     assert spaces["q"].input is spaces["k"].input and spaces["q"].moment is spaces["k"].moment
     assert spaces["k"].output.basis.shape == (4, 4)
-    apart = lro.layer_subspaces({"k": model.k}, covariances)["k"]
+    apart = layer_subspaces({"k": model.k}, covariances)["k"]
     assert torch.equal(apart.output.spectrum, spaces["k"].output.spectrum)
 
 
@@ -269,7 +270,7 @@ def test_a_streamed_output_gives_the_output_space_of_a_streamed_input():
     model = nn.Sequential(nn.Linear(10, 6)).double()
     x = torch.randn(50, 10, dtype=torch.float64)
     by_input, by_output = (
-        lro.layer_subspaces({"0": model[0]}, lro.calibrate(model, [x], side=side))["0"] for side in ("input", "output")
+        layer_subspaces({"0": model[0]}, lro.calibrate(model, [x], side=side))["0"] for side in ("input", "output")
     )
     assert by_output.input is None
     assert by_output.utilized_rank(0.9) == by_input.output.rank_at(0.9)
@@ -282,7 +283,7 @@ def test_grouped_convolutions_are_groups_of_matrices(side):
     conv = nn.Conv2d(4, 6, 3, groups=2).double()
     model = nn.Sequential(conv)
     x = torch.randn(3, 4, 6, 6, dtype=torch.float64)
-    space = lro.layer_subspaces({"0": conv}, lro.calibrate(model, [x], side=side))["0"]
+    space = layer_subspaces({"0": conv}, lro.calibrate(model, [x], side=side))["0"]
     patches = nn.functional.unfold(x, 3).transpose(1, 2).flatten(0, 1).numpy()
     weight = conv.weight.detach().flatten(1).numpy()
     for group in range(2):
@@ -302,10 +303,10 @@ def test_a_covariance_of_another_layer_is_an_error_by_name(layer, other):
     x = torch.randn(2, 4, 5, 5) if isinstance(other, nn.Conv2d) else torch.randn(3, 6)
     covariances = lro.calibrate(nn.Sequential(other), [x])
     with pytest.raises(ValueError, match=r"covariances\['0'\]: the covariance has features .* on the input side"):
-        lro.layer_subspaces({"0": layer}, covariances)
+        layer_subspaces({"0": layer}, covariances)
 
 
 def test_layers_without_a_covariance_are_left_out():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     covariances = lro.calibrate(model, [torch.randn(3, 4)], filter_fn=lambda module, fqn: fqn == "0")
-    assert list(lro.layer_subspaces(dict(model.named_children()), covariances)) == ["0"]
+    assert list(layer_subspaces(dict(model.named_children()), covariances)) == ["0"]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import lowrank_ops as lro
 from benchmarks.accuracy.decomposition import falling, main, moment_of, refined
+from lowrank_ops.subspaces import LayerSubspaces, layer_subspaces
 from lowrank_ops.subspaces.principal import WideSubspace, principal_subspace, subspace_iteration
 
 
@@ -192,7 +193,7 @@ def calibrated() -> tuple[Net, lro.Covariances, Tensor]:
 CONFIGS = [
     lro.CompressionConfig(lro.ExplainedVariance(0.9)),
     lro.CompressionConfig(lro.ParameterBudget(0.4)),
-    lro.CompressionConfig(lro.ParameterBudget(0.4, "energy")),
+    lro.CompressionConfig(lro.ParameterBudget(0.4, "variance")),
     lro.CompressionConfig(lro.ParameterBudget(0.4, "loss"), projection="loss"),
     lro.CompressionConfig(lro.Ranks({"a": 12, "b": 12}), projection="utilized"),
     lro.CompressionConfig(lro.Ranks({"a": 12, "b": 12}), projection="weight"),
@@ -228,7 +229,7 @@ def test_wide_layers_are_compressed_like_narrow_ones(
 
 def test_a_wide_layer_keeps_no_large_matrix_after_use(wide: None) -> None:
     model, covariances, _ = calibrated()
-    spaces = lro.layer_subspaces(dict(model.named_children()), covariances)
+    spaces = layer_subspaces(dict(model.named_children()), covariances)
     lro.compress_(model, covariances, CONFIGS[3], subspaces=spaces)
     for fqn in ("a", "b"):
         assert matrices(spaces[fqn]) == []
@@ -236,7 +237,7 @@ def test_a_wide_layer_keeps_no_large_matrix_after_use(wide: None) -> None:
     assert matrices(spaces["a"]) != []  # the search sees what there is
 
 
-def matrices(space: lro.LayerSubspaces) -> list[str]:
+def matrices(space: LayerSubspaces) -> list[str]:
     """Names of the float64 matrices that a layer's spaces hold, the covariances aside."""
     found = []
     objects: list[tuple[str, object]] = [("", space)]
@@ -272,14 +273,14 @@ def test_trials_of_wide_layers_find_directions_once_per_rank(wide: None, monkeyp
         return subspace_iteration(moment, rank)
 
     monkeypatch.setattr("lowrank_ops.subspaces.principal.subspace_iteration", count)
-    policy = lro.AccuracyGuided(lambda model: 0.0, max_drop=1.0, allocation="energy", evaluations=3)
+    policy = lro.AccuracyGuided(lambda model: 0.0, max_drop=1.0, allocation="variance", evaluations=3)
     lro.compress_(model, covariances, lro.CompressionConfig(policy, overrides={"a": 8, "b": 8}))
     assert sorted(ranks) == [(64, 8), (96, 8)]
 
 
 def test_a_weight_that_changed_is_noticed() -> None:
     model, covariances, _ = calibrated()
-    spaces = lro.layer_subspaces(dict(model.named_children()), covariances)
+    spaces = layer_subspaces(dict(model.named_children()), covariances)
     with torch.no_grad():
         model.a.weight += 1
     with pytest.raises(ValueError, match="layer 'a': its weight was changed after its subspaces were made"):
