@@ -1,8 +1,8 @@
 """Everything that needs a GPU, in calls of ten minutes: ``python -m benchmarks.gpu_run FOLDER [--quick] [PART ...]``.
 
 Parts, in this order: the GPU tests of a wheel, the tuner, and the suites with the tables that it chose. Call it again
-with the same FOLDER as long as the exit code is 3: parts that ended are skipped, and the tuner and the suites go on at
-the next case. A killed call loses one case, and so does a kernel that ends its process. ``--quick`` measures
+with the same FOLDER as long as the exit code is 3: parts that ended are skipped, and the tuner and the suites resume
+with the next case. A killed call loses one case, and so does a kernel that ends its process. ``--quick`` measures
 representative shapes, for a GPU that is there for minutes. A FOLDER is for one GPU.
 
 Exit codes: 0 if every part passed, 1 if one failed (see FOLDER/PART.log), 2 without a GPU, 3 if there is more to do.
@@ -27,15 +27,16 @@ import torch
 from .suite import ROOT, TABLES, UNFINISHED, load, write
 
 PARTS = ("tests", "tune", "covariance", "lowrank_linear", "model")
-MIN_SECONDS = 60.0  # with fewer no part is begun
-LAST_CASE = 30.0  # kept for the case that is being measured when the budget ends
+MIN_SECONDS = 90.0  # with fewer no part is begun
+LAST_CASE = 60.0  # kept for the case that is being measured when the budget ends
+TESTS_SHARE = 0.4  # of a quick call
 SHOWN = 30  # last lines of a log
 
 
 def command(part: str, options: argparse.Namespace, seconds: float) -> list[str]:
     """What runs a part, so that it ends within ``seconds``."""
     if part == "tests" and options.wheel:
-        return ["bash", "tests/gpu/from_wheel.sh", str(options.wheel), str(int(seconds - 5))]
+        return ["bash", "tests/gpu/from_wheel.sh", str(options.wheel), str(int(seconds - 5)), sys.executable]
     if part == "tests":
         return [sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpu"]
     flags = [*(["--quick"] if options.quick else []), *(["--commit", options.commit] if options.commit else [])]
@@ -50,7 +51,7 @@ def command(part: str, options: argparse.Namespace, seconds: float) -> list[str]
 
 
 def run(part: str, options: argparse.Namespace, seconds: float) -> int:
-    """Run a part in a process group of its own, killed after ``seconds``; gives its exit code."""
+    """Run a part and kill it, with the processes that it started, after ``seconds``; gives its exit code."""
     print(f"== {part}, at most {seconds:.0f} s", flush=True)
     log = options.folder / f"{part}.log"
     start = time.monotonic()
@@ -125,16 +126,13 @@ def work(parts: Sequence[str], options: argparse.Namespace, end: float) -> int:
         while key not in ended and (left := end - time.monotonic()) >= MIN_SECONDS:
             if part != "tests":
                 prepare(part, options)
-            share = {"tests": 0.4, "tune": 0.6}.get(part, 1.0) if options.quick else 1.0
             before = progress(options.folder)
-            code = run(part, options, left * share)
+            code = run(part, options, left * TESTS_SHARE if options.quick and part == "tests" else left)
             if part == "tests" or (code >= 0 and code != UNFINISHED):
                 ended[key] = code
-            elif progress(options.folder) == before:  # a crash before the first case, which would come again
+            elif code < 0 and progress(options.folder) == before:  # a crash before the first case would come again
                 ended[key] = 1
             write(path, ended)
-            if share < 1:
-                break  # the rest of the time is for the parts behind it
     if left_over := [part for part, key in keys.items() if key not in ended]:
         print(f"== more to do: {', '.join(left_over)}; call again with the same folder")
         return UNFINISHED

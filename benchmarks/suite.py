@@ -1,7 +1,7 @@
 """The command line and the results file of the ``bench_*`` suites.
 
 ``--out`` names a JSON file that gets every row as it is measured; ``--resume`` skips cases that have rows there. A case
-that takes its process along keeps one row that says so. Exit codes: 0, 1 where a result of lowrank_ops is wrong or
+that ends its process keeps one row that says so. Exit codes: 0, 1 where a result of lowrank_ops is wrong or
 failed, 3 where ``--budget`` ended, or the device failed, before the last case.
 """
 
@@ -133,7 +133,7 @@ def run(name: str, cases: Sequence[Case], arguments: argparse.Namespace, clock: 
     for row in wrong:
         print(f"{row.op} {row.shape} {row.variant}: {row.trouble()}", file=sys.stderr)
     if left():
-        print(f"{len(left())} cases are left, first {left()[0]}; --resume goes on with them")
+        print(f"{len(left())} cases are left, first {left()[0]}; --resume measures them")
         return UNFINISHED
     return int(any(row.variant.startswith(("lowrank_ops", WHOLE_CASE)) for row in wrong))
 
@@ -151,7 +151,7 @@ def begin(name: str, arguments: argparse.Namespace, device: torch.device, clock:
         if kept and not changed:
             return kept
         if kept:
-            print(f"{arguments.out}: {', '.join(changed)} changed since {name} was measured: it starts anew")
+            print(f"{arguments.out}: {', '.join(changed)} changed since {name} was measured: starting again")
     peak = measure_peak(device, clock)
     rates = {dtype: round(rate / 1e12, 4) for dtype, rate in peak.matmul.items()}
     measured = {"copy_gb_per_s": round(peak.copy / 1e9, 1), "matmul_tflop_per_s": rates}

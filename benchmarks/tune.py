@@ -4,7 +4,7 @@ Writes ``lowrank_ops/ops/tuned/<op>.<arch>.json``, by which ``auto`` also choose
 search begins with the configurations that ship, CUDA kernels included, and goes to the best neighbor, one field at a
 time, while that gains. What the kernels' own predicates refuse is not launched, and a wrong result is not timed.
 
-Progress is kept after every shape, and the same command goes on from there. The table is written when all shapes are
+Progress is kept after every shape, and the same command resumes. The table is written when all shapes are
 done; not where one has no right candidate, as the table would choose by the nearest shape there. Exit codes: 0, 1 where
 a shape failed, 2 without a GPU, 3 where shapes are left. ``make test-compile`` then checks the new configurations.
 """
@@ -153,7 +153,7 @@ def tune(
         if not usable(device):
             break
     if left():
-        print(f"{tuner.op}: {len(shapes) - len(left())} of {len(shapes)} shapes are done; run again to go on")
+        print(f"{tuner.op}: {len(shapes) - len(left())} of {len(shapes)} shapes are done; run again to resume")
         return UNFINISHED
     failed_shapes = [entry for entry in state["failed"] if any(entry["shape"] == shape for shape, _ in shapes)]
     for entry in failed_shapes:

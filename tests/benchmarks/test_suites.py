@@ -90,7 +90,7 @@ def test_model_sizes_are_as_published():
 
 
 def test_models_are_compiled_for_every_batch(monkeypatch):
-    """9 compilations of one model's code; Dynamo falls back to eager after 8 unless told otherwise."""
+    """9 compilations of one model's code; Dynamo falls back to eager after 8 by default."""
     compiled, real = [], torch.compile
 
     def backend(graph, inputs):

@@ -115,7 +115,7 @@ def test_a_table_chooses_the_implementation(write, op, impl):
 
 
 class Fake(tuners.CovarianceTuner):
-    """Three shapes, told apart by their tokens."""
+    """Three shapes with different numbers of tokens."""
 
     def shapes(self, quick=False):
         made = TUNERS[self.op].shapes()[0][1]

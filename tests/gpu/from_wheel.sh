@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# The GPU tests of a wheel that was built elsewhere, with the torch, Triton and pytest of python3 and without a network:
-#   tests/gpu/from_wheel.sh dist/lowrank_ops-*.whl [SECONDS]
+# The GPU tests of a wheel that was built elsewhere, with the torch, Triton and pytest of PYTHON and without a network:
+#   tests/gpu/from_wheel.sh dist/lowrank_ops-*.whl [SECONDS [PYTHON]]
 # CUDA kernels first, then Triton kernels, then a small set of CUDA kernels under compute-sanitizer where it is there.
 # SECONDS, 470 unless given, is what all of it may take. The exit code is 0 if every step ended and passed some tests.
 set -uo pipefail
 tests=$(cd "$(dirname "$0")/.." && pwd)
 wheel=$(realpath "$1")
 budget=${2:-470}
+python=$(command -v "${3:-python3}")
+[[ $python == /* ]] || python=$PWD/$python  # without following links, which lead out of a virtual environment
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 status=0 summary=()
@@ -23,21 +25,21 @@ step() {  # NAME, the second by which it has to have ended, COMMAND: a step that
   counts=$(grep -aE '[0-9]+ (passed|failed|error|skipped|deselected)' "$work/log" | tail -1 | tr -d '=')
   if [ "$code" = 0 ] && [[ $counts != *" passed"* ]]; then code=5; fi
   [ "$code" = 0 ] || status=1
-  summary+=("$name: exit code $code, ${counts:-it did not end in time}")
+  summary+=("$name: exit code $code, ${counts:-no test ended}")
 }
 
 set -e
-# Into a folder rather than a virtual environment, which would not see the packages of the one that python3 lies in.
-python3 -m pip install --quiet --no-index --no-deps --target "$work/site" "$wheel"
+# Into a folder rather than a virtual environment, which would not see the packages of the one that PYTHON lies in.
+"$python" -m pip install --quiet --no-index --no-deps --target "$work/site" "$wheel"
 cp -r "$tests" "$work/tests"  # away from the sources, so that what is tested is what was installed
 cp "$tests/../pyproject.toml" "$work"
 cd "$work"
 export PYTHONPATH=$work/site${PYTHONPATH:+:$PYTHONPATH}
-python3 -c "import pytest, lowrank_ops; print('=== testing', lowrank_ops.__file__)"
+"$python" -c "import pytest, lowrank_ops; print('=== testing', lowrank_ops.__file__)"
 set +e
 
-has() { python3 -c "import $1" 2> /dev/null; }
-pytest=(python3 -m pytest -vv -o faulthandler_timeout=60 -m gpu tests/gpu)
+has() { "$python" -c "import $1" 2> /dev/null; }
+pytest=("$python" -m pytest -vv -o faulthandler_timeout=60 -m gpu tests/gpu)
 if has pytest_timeout; then pytest+=(--timeout 90 --timeout-method thread); fi
 several=("${pytest[@]}")
 if has xdist; then several+=(-n $((($(nproc) + 1) / 2)) --maxprocesses 8); fi  # each process has a CUDA context
