@@ -121,7 +121,11 @@ class Row:
         if not self.correct:
             return f"{name:44} {self.trouble()}"
         times = f"{self.median_us:10.1f} us  p90 {self.p90_us:10.1f}  eager {self.eager_us:10.1f}"
-        reached = f"{self.achieved:8.4g} {self.unit}  {self.roofline_fraction:4.0%}" if self.roofline_fraction else ""
+        reached = (
+            f"{self.achieved:8.4g} {self.unit}  {self.roofline_fraction:4.0%} of roofline"
+            if self.roofline_fraction
+            else ""
+        )
         ratios = "  ".join(f"{factor:.2f}x {other}" for other, factor in self.speedup.items())
         return f"{name:44} {times}  {reached}  {ratios}"
 
