@@ -94,19 +94,15 @@ sdist: $(VENV)/ready-dev
 test-gpu:
 	$(PYTHON) -m pytest -m gpu tests/gpu
 
-# The CPU suite in .venv; the GPU suite with the torch at hand, which has to be a CUDA build where there is a GPU.
-# RESULTS names the file of the GPU's figures.
-RESULTS ?= benchmarks/results/gpu.json
+# The CPU suite in .venv; then, where there is a GPU, its tests, the tuner and its suites with the torch at hand, which has
+# to be a CUDA build. GPU_RUN names the folder of the latter, with which it goes on where it was stopped.
+GPU_RUN ?= gpu_run
 bench: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_cpu --out benchmarks/results/cpu.json
 	if $(PYTHON) -c "import torch; raise SystemExit(not torch.cuda.is_available())" 2>/dev/null; then \
-	  failed=0; \
-	  for suite in covariance lowrank_linear model; do \
-	    $(PYTHON) -m benchmarks.bench_$$suite --out $(RESULTS) || failed=1; \
-	  done; \
-	  exit $$failed; \
+	  $(PYTHON) -m benchmarks.gpu_run $(GPU_RUN) --seconds 36000; \
 	else \
-	  echo "no CUDA device: the GPU suite was not run"; \
+	  echo "no CUDA device: the GPU suites were not run"; \
 	fi
 
 $(VENV)/ready: pyproject.toml

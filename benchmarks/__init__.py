@@ -1,5 +1,5 @@
 """Benchmarks of lowrank_ops against what one would use instead, run from a checkout as ``python -m benchmarks.X``.
 
-``shapes`` lists what is measured, ``measure`` times, ``rows`` checks and compares, ``suite`` is the command line that
-the ``bench_*`` files share, ``tables`` and ``plot`` read the JSON in ``results/``, ``tune`` writes the tuned tables.
+``bench_*`` are the suites over the shapes of ``shapes``; ``harness`` checks and times, ``suite`` is their command line.
+``tune`` writes the tuned tables, ``gpu_run`` does everything on a GPU, ``tables`` and ``plot`` show results.
 """

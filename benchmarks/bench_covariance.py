@@ -1,15 +1,14 @@
 """Covariance updates against what calibration codes do: ``python -m benchmarks.bench_covariance``.
 
-Arms other than ours leave out the column sums that ours takes along; every arm accumulates into a float32 state.
+Every variant accumulates into a float32 state; baselines leave out the column sums that lowrank_ops computes as well.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,23 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import lowrank_ops as lro
-from lowrank_ops.ops import covariance as _op
 
 from . import shapes
-from .measure import Tensors
-from .rows import Arm, Case, on_cuda, told
+from .harness import Case, Tensors, Variant, compile_every_shape, on_cuda
 from .suite import main
 
 
-def cases(
-    dtype: str,
-    features: Iterable[int] = shapes.COVARIANCE_FEATURES,
-    tokens: Iterable[int] = shapes.COVARIANCE_TOKENS,
-) -> Iterator[Case]:
-    """Every width with every number of tokens."""
-    for width in features:
-        for rows in tokens:
-            yield case(rows, width, dtype)
+def cases(dtype: str, quick: bool = False) -> Iterator[Case]:
+    """Matrices, then convolutions."""
+    features = shapes.QUICK_COVARIANCE_FEATURES if quick else shapes.COVARIANCE_FEATURES
+    tokens = shapes.QUICK_COVARIANCE_TOKENS if quick else shapes.COVARIANCE_TOKENS
+    yield from (case(rows, width, dtype) for width in features for rows in tokens)
+    yield from (conv_case(conv, dtype) for conv in (shapes.CONVS[:1] if quick else shapes.CONVS))
 
 
 def case(tokens: int, features: int, dtype: str) -> Case:
@@ -43,49 +37,45 @@ def case(tokens: int, features: int, dtype: str) -> Case:
 
     def make(device: torch.device, seed: int) -> Tensors:
         x = _random((tokens, features), kind, device, seed)
-        state = torch.zeros(features, features, device=device)
-        return state, torch.zeros(features, device=device), x
+        return torch.zeros(features, features, device=device), torch.zeros(features, device=device), x
 
+    atomics = functools.partial(lro.ops.covariance_update_, deterministic=False, backend="triton")
+    half = kind != torch.float32
     triangle = features * (features + 1) // 2
     return Case(
         op="covariance_update_",
-        shape=shapes.covariance(tokens, features, dtype),
+        shape={"tokens": tokens, "features": features, "dtype": dtype},
         flops=2.0 * tokens * triangle,
         bytes=tokens * features * kind.itemsize + 2 * 4 * triangle,
         dtype=kind,
         make=make,
-        arms=(
-            *((Arm(float32_product.__name__, float32_product),) if kind != torch.float32 else ()),
-            Arm("torch_mm", torch_mm, functools.partial(_has_mm, kind)),
-            *((Arm("torch_addmm", torch_addmm, _has_addmm),) if kind != torch.float32 else ()),
-            Arm("symmetric_triton", symmetric_triton, _has_triton),
-            Arm("quack_gemm_symmetric", quack_gemm_symmetric, functools.partial(_has_quack, kind)),
+        variants=(
+            *([Variant("float32_product", float32_product)] if half else []),
+            Variant("torch_mm", torch_mm, functools.partial(_no_mm, kind)),
+            Variant("torch_mm compiled", torch_mm_compiled, on_cuda),
+            *([Variant("torch_addmm", torch_addmm, on_cuda)] if half else []),
+            Variant("symmetric_triton", symmetric_triton, functools.partial(_needs, "triton")),
+            *([Variant("quack_gemm_symmetric", quack_symmetric, functools.partial(_needs, "quack"))] if half else []),
             *ours(lro.ops.covariance_update_),
-            Arm("lowrank_ops triton, atomics", functools.partial(
-                lro.ops.covariance_update_, deterministic=False, backend="triton"
-            ), on_cuda, "triton"),
+            Variant("lowrank_ops triton, atomics", atomics, on_cuda, "triton"),
         ),
         solve=solve,
         exact=lambda tensors: (tensors[2].double().T @ tensors[2].double()).tril(),
         plain=plain,
-        pose=lambda tensors: (_op.TABLE, _op.describe(tensors[0], tensors[2])),
-    )  # fmt: skip
+        explained=lambda tensors, backend: lro.ops.explain("covariance_update_", *tensors, backend=backend),
+    )
 
 
-def ours(op: Callable[..., Any], **options: Any) -> list[Arm]:
-    """One arm for each backend of an op of ours."""
+def ours(op: Callable[..., Any], **options: Any) -> list[Variant]:
+    """One variant for each backend of an op."""
+    names = [backend.value for backend in lro.ops.Backend]
     return [
-        Arm(
-            f"lowrank_ops {backend.value}",
-            functools.partial(op, **options, backend=backend.value),
-            backend=backend.value,
-        )
-        for backend in lro.ops.Backend
+        Variant(f"lowrank_ops {name}", functools.partial(op, **options, backend=name), backend=name) for name in names
     ]
 
 
 def solve(run: Callable[..., Any], tensors: Tensors) -> Tensor:
-    """The lower triangle that an arm makes of a state of zeros."""
+    """The lower triangle that a variant makes of a state of zeros."""
     state, total = torch.zeros_like(tensors[0]), torch.zeros_like(tensors[1])
     run(state, total, *tensors[2:])
     return state.tril()
@@ -98,15 +88,26 @@ def float32_product(state: Tensor, total: Tensor, x: Tensor) -> None:
 
 
 def torch_mm(state: Tensor, total: Tensor, x: Tensor) -> None:
-    """The best that the library offers in all versions: products in the inputs' dtype, sums in float32."""
+    """cuBLAS with inputs of their own dtype and a float32 output, then an addition."""
     if x.dtype == torch.float32:
         state.addmm_(x.T, x)
     else:
         state += torch.mm(x.T, x, out_dtype=torch.float32)
 
 
+def torch_mm_compiled(*tensors: Tensor) -> None:
+    """The same by Inductor."""
+    _compiled()(*tensors)
+
+
+@functools.cache
+def _compiled() -> Callable[..., Any]:
+    compile_every_shape()
+    return torch.compile(torch_mm, dynamic=False)
+
+
 def torch_addmm(state: Tensor, total: Tensor, x: Tensor) -> None:
-    """The same of 16-bit inputs without an addition of its own, where torch takes a float32 state beside them."""
+    """cuBLAS accumulating in place, where torch takes a float32 state beside 16-bit inputs."""
     torch.addmm(state, x.T, x, out_dtype=torch.float32, out=state)
 
 
@@ -117,27 +118,21 @@ def symmetric_triton(state: Tensor, total: Tensor, x: Tensor) -> None:
     state += symmetric_product(x)
 
 
-def quack_gemm_symmetric(state: Tensor, total: Tensor, x: Tensor) -> None:
-    """quack's symmetric product, then an addition."""
+def quack_symmetric(state: Tensor, total: Tensor, x: Tensor) -> None:
+    """quack's symmetric product, accumulating in place."""
     from quack.gemm_interface import gemm_symmetric
 
-    product = torch.empty_like(state)
-    gemm_symmetric(x.T, x, out=product, out_dtype=torch.float32)
-    state += product
+    gemm_symmetric(x.T, x, C=state, out=state, out_dtype=torch.float32)
 
 
 def plain(state: Tensor, total: Tensor, x: Tensor) -> None:
-    """torch's own in the dtype of ``x``, whose error is the measure.
+    """torch's own in the dtype of ``x``.
 
-    For float32 on a GPU that is a product in torch's precision "high", there TensorFloat-32: what our kernel makes of
-    three bfloat16 products is far within it, and must not be held to the error of "highest", in which the arm
-    ``torch_mm`` computes.
+    For float32 on a GPU in precision "high", there TensorFloat-32: the three bfloat16 products of our kernel are well
+    within its error, and not within that of "highest", in which the variant ``torch_mm`` computes.
     """
-    if not x.is_cuda:
-        float32_product(state, total, x)
-        return
-    with _precision("high"):
-        torch_mm(state, total, x)
+    with _precision("high" if x.is_cuda else "highest"):
+        (torch_mm if x.is_cuda else float32_product)(state, total, x)
 
 
 @contextmanager
@@ -158,68 +153,46 @@ def _random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, se
     return torch.empty(shape, dtype=dtype, device=device).normal_(0.5, 1.0, generator=generator)
 
 
-def _has_mm(dtype: torch.dtype, device: torch.device) -> str | None:
+def _no_mm(dtype: torch.dtype, device: torch.device) -> str | None:
     if device.type == "cpu" and dtype != torch.float32:
         return "torch.mm(..., out_dtype=torch.float32) has no CPU implementation"
     return None
 
 
-@functools.cache
-def _has_addmm(device: torch.device) -> str | None:
-    """By a try: older versions refuse a state of another dtype than the inputs'."""
-    if (reason := on_cuda(device)) is not None:
-        return reason
-    try:
-        x, state = (torch.ones(16, 16, dtype=dtype, device=device) for dtype in (torch.bfloat16, torch.float32))
-        torch_addmm(state, state[0], x)
-    except Exception as failure:
-        return f"torch.addmm(..., out_dtype=torch.float32) was refused: {told(failure).splitlines()[0]}"
-    return None
-
-
-def _has_triton(device: torch.device) -> str | None:
-    return on_cuda(device) or (None if importlib.util.find_spec("triton") else "triton is not installed")
-
-
-def _has_quack(dtype: torch.dtype, device: torch.device) -> str | None:
-    if importlib.util.find_spec("quack") is None:
-        return "quack is not installed"
-    return "takes 16-bit inputs" if dtype == torch.float32 else on_cuda(device)
-
-
-def conv_cases(dtype: str, convs: Iterable[shapes.Conv] = shapes.CONVS) -> Iterator[Case]:
-    """The convolutions, in the channels-last format in which they run fastest."""
-    return (conv_case(conv, dtype) for conv in convs)
+def _needs(package: str, device: torch.device) -> str | None:
+    return on_cuda(device) or (None if importlib.util.find_spec(package) else f"{package} is not installed")
 
 
 def conv_case(conv: shapes.Conv, dtype: str) -> Case:
-    """The patches of one convolution's input added to a float32 state."""
+    """The patches of one convolution's channels-last input added to a float32 state."""
     kind = shapes.DTYPES[dtype]
     features = conv.channels * conv.kernel**2
     positions = ((conv.size + 2 * conv.padding - conv.kernel) // conv.stride + 1) ** 2
-    geometry = {
-        "kernel_size": (conv.kernel, conv.kernel),
-        "stride": (conv.stride, conv.stride),
-        "padding": (conv.padding, conv.padding),
-    }
+    square = {"kernel_size": conv.kernel, "stride": conv.stride, "padding": conv.padding}
+    geometry: dict[str, Any] = {key: (value, value) for key, value in square.items()}
 
     def make(device: torch.device, seed: int) -> Tensors:
         x = _random((conv.batch, conv.channels, conv.size, conv.size), kind, device, seed)
         state = torch.zeros(1, features, features, device=device)
         return state, torch.zeros(1, features, device=device), x.contiguous(memory_format=torch.channels_last)
 
+    def patches(x: Tensor) -> Tensor:
+        return F.unfold(x, **geometry).transpose(1, 2).reshape(-1, features)
+
     def unfolded(state: Tensor, total: Tensor, x: Tensor) -> None:
         """What calibration codes commonly do."""
-        rows = F.unfold(x, **geometry).transpose(1, 2).reshape(-1, features)  # type: ignore[arg-type]
-        float32_product(state[0], total, rows)
-
-    def exact(tensors: Tensors) -> Tensor:
-        rows = F.unfold(tensors[2].double(), **geometry).transpose(1, 2).reshape(-1, features)  # type: ignore[arg-type]
-        return (rows.T @ rows)[None].tril()
+        float32_product(state[0], total, patches(x))
 
     def plain(state: Tensor, total: Tensor, x: Tensor) -> None:
         with _precision("high" if x.is_cuda else "highest"):
             unfolded(state, total, x)
+
+    def exact(tensors: Tensors) -> Tensor:
+        rows = patches(tensors[2].double())
+        return (rows.T @ rows)[None].tril()
+
+    def explained(tensors: Tensors, backend: str) -> str:
+        return lro.ops.explain("conv_covariance_update_", *tensors, **geometry, backend=backend)
 
     triangle = features * (features + 1) // 2
     return Case(
@@ -229,21 +202,13 @@ def conv_case(conv: shapes.Conv, dtype: str) -> Case:
         bytes=conv.batch * conv.channels * conv.size**2 * kind.itemsize + 2 * 4 * triangle,
         dtype=kind,
         make=make,
-        arms=(Arm("unfold_and_product", unfolded), *ours(lro.ops.conv_covariance_update_, **geometry)),
+        variants=(Variant("unfold_and_product", unfolded), *ours(lro.ops.conv_covariance_update_, **geometry)),
         solve=solve,
         exact=exact,
         plain=plain,
-        pose=lambda tensors: (
-            _op.CONV_TABLE, _op.describe_conv(*tensors, **geometry, dilation=(1, 1))
-        ),
-    )  # fmt: skip
-
-
-def all_cases(dtype: str) -> Iterator[Case]:
-    """Matrices, then convolutions."""
-    yield from cases(dtype)
-    yield from conv_cases(dtype)
+        explained=explained,
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(main("covariance", all_cases, __doc__, "bf16,fp16,fp32"))
+    sys.exit(main("covariance", __doc__, cases, "bf16,fp16,fp32"))

@@ -34,7 +34,7 @@ SIZES = {
     "ViT-L/16": Size("vit", 1024, 24, 16, 4096, 197, 224, 16),
     "Llama-like, 4 blocks": Size("llama", 4096, 4, 32, 11008, 128),
 }
-SMOKE_SIZES = {
+TINY_SIZES = {
     "tiny ViT": Size("vit", 64, 2, 4, 128, 17, 16, 4),
     "tiny Llama": Size("llama", 64, 2, 4, 176, 8),
 }
@@ -120,7 +120,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class TwoLinears(nn.Sequential):
-    """A factorised layer as one would write it in torch, with the factors of one of ours."""
+    """A factorized layer as one would write it in torch, with the factors of one of ours."""
 
     def __init__(self, layer: lro.LowRankLinear) -> None:
         first, second = (

@@ -28,21 +28,24 @@ class Conv(NamedTuple):
     padding: int
 
 
+# Ranks as they are stored: multiples of 8.
 LAYERS = (
-    Layer(768, 768, 134),  # ViT-B/16 attention
-    Layer(768, 3072, 215),  # ViT-B/16 MLP
-    Layer(1024, 4096, 163),  # ViT-L/16 MLP
+    Layer(768, 768, 136),  # ViT-B/16 attention
+    Layer(768, 3072, 216),  # ViT-B/16 MLP
+    Layer(1024, 4096, 168),  # ViT-L/16 MLP
     Layer(4096, 4096, 512),  # Llama-like attention
-    Layer(4096, 11008, 746),  # Llama-like MLP
+    Layer(4096, 11008, 752),  # Llama-like MLP
     Layer(4096, 4096, 1024),
-    Layer(4096, 11008, 1492),
+    Layer(4096, 11008, 1496),
 )
-# Ranks as lowrank_ops stores them: multiples of 8, without which no vector load is possible.
-STORED_LAYERS = tuple(layer._replace(rank=-(-layer.rank // 8) * 8) for layer in LAYERS)
+QUICK_LAYERS = (LAYERS[1], LAYERS[3])
 TOKENS = (1, 4, 16, 64, 256, 2048, 12608, 65536)  # 12608 = 64 images of 197 tokens
+QUICK_TOKENS = (1, 64, 12608)
 
 COVARIANCE_FEATURES = (768, 1024, 3072, 4096, 11008)
 COVARIANCE_TOKENS = (8192, 12608, 65536)
+QUICK_COVARIANCE_FEATURES = (1024, 4096)
+QUICK_COVARIANCE_TOKENS = (12608,)
 
 CONVS = (
     Conv(64, 64, 56, 3, 1, 1),  # ResNet-50, stage 1
@@ -54,16 +57,5 @@ CONVS = (
 # What two CPU cores measure in a few minutes.
 CPU_COVARIANCE_FEATURES = (512, 1024, 2048, 3072)
 CPU_COVARIANCE_TOKENS = 1024
-CPU_LAYERS = (STORED_LAYERS[0], STORED_LAYERS[1], STORED_LAYERS[2], STORED_LAYERS[3])
+CPU_LAYERS = LAYERS[:4]
 CPU_TOKENS = (1, 16, 256)
-
-
-def covariance(tokens: int, features: int, dtype: str) -> dict[str, int | str]:
-    """What the rows of a covariance update say of its shape."""
-    return {"tokens": tokens, "features": features, "dtype": dtype}
-
-
-def linear(layer: Layer, tokens: int, dtype: str) -> dict[str, int | str]:
-    """What the rows of a layer say of its shape."""
-    width, height, rank = layer
-    return {"tokens": tokens, "in_features": width, "rank": rank, "out_features": height, "dtype": dtype}

@@ -1,4 +1,4 @@
-"""``x^T x`` by a Triton kernel in the style published for the Muon optimizer: an opponent, no part of lowrank_ops.
+"""``x^T x`` by a Triton kernel in the style published for the Muon optimizer: a baseline, not part of lowrank_ops.
 
 One program per tile of the lower triangle runs over all tokens and writes its tile and the tile's mirror image. There
 is no split over tokens, no accumulation in place and no column sum.

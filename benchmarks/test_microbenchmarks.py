@@ -1,8 +1,7 @@
 """Single calls, by pytest-benchmark: ``pytest benchmarks``, with ``--benchmark-save`` and ``--benchmark-compare``.
 
-A quick look at the machine at hand, kept and compared by pytest-benchmark in ``.benchmarks``. Figures that are told to
-others come from the suites (``bench_*.py``), which take the arms in turn and let the inputs rotate through memory.
-Every call is checked against float64 before it is timed.
+pytest-benchmark stores and compares them in ``.benchmarks``. Every call is checked against float64 before it is timed.
+For figures to publish use the suites (``bench_*.py``), which interleave variants and keep caches cold.
 """
 
 from __future__ import annotations
@@ -13,42 +12,46 @@ from typing import Any
 import pytest
 import torch
 
+import lowrank_ops as lro
 from benchmarks import bench_covariance, bench_cpu, bench_lowrank_linear, shapes
-from benchmarks.rows import Arm, Case, cannot_run, distance, truth, within
+from benchmarks.harness import Case, Variant, distance, truth, within
 
-CPU_BACKENDS = (None, "auto")  # an opponent, or ours by what runs there
+CPU_BACKENDS = (None, "auto")
 TINY = shapes.Layer(8, 8, 8)  # nearly all of its time is Python and dispatch
 
 
 def calls() -> Iterator[Any]:
-    """One parameter per arm of every case that a minute allows, on the CPU and where there is one on a GPU."""
+    """The variants of all cases that a minute allows, on the CPU and, where there is one, on a GPU."""
     on_cpu = [
-        *bench_cpu.cases(shapes.CPU_COVARIANCE_FEATURES[:2], shapes.CPU_LAYERS[:2]),
+        *(case for case in bench_cpu.cases(quick=True) if case.op != "overhead"),
         bench_lowrank_linear.case(TINY, 1, "fp32"),
     ]
     on_gpu = [
         *(bench_covariance.case(8192, width, "bf16") for width in shapes.COVARIANCE_FEATURES[:4]),
-        *bench_lowrank_linear.cases("bf16", shapes.STORED_LAYERS[:4], (1, 64, 2048)),
+        *bench_lowrank_linear.cases("bf16", quick=True),
     ]
     for device, cases in (("cpu", on_cpu), ("cuda", on_gpu if torch.cuda.is_available() else [])):
         for case in cases:
-            name = "-".join([device, case.op, *(f"{key}={value}" for key, value in case.shape.items())])
-            for arm in case.arms:
-                if arm.unavailable(torch.device(device)) is None and (device == "cuda" or arm.backend in CPU_BACKENDS):
-                    yield pytest.param(device, name, case, arm, id=f"{name}-{arm.name.replace(' ', '-')}")
+            name = f"{device} {case}".replace(" ", "-")
+            for variant in case.variants:
+                runs = variant.unavailable(torch.device(device)) is None
+                if runs and (device == "cuda" or variant.backend in CPU_BACKENDS):
+                    yield pytest.param(device, case, variant, id=f"{name}-{variant.name.replace(' ', '-')}")
 
 
-@pytest.mark.parametrize("device, name, case, arm", list(calls()))
-def test_call(benchmark: Any, device: str, name: str, case: Case, arm: Arm) -> None:
-    tensors = case.make(torch.device(device), 0)
-    if (reason := cannot_run(case, arm, tensors)) is not None:
-        pytest.skip(reason)
-    benchmark.group = name
-    with torch.inference_mode():
-        exact, allowed = truth(case, tensors)
-        assert within(distance(case.solve(arm.run, tensors), exact), allowed)
+@pytest.mark.parametrize("device, case, variant", list(calls()))
+def test_call(benchmark: Any, device: str, case: Case, variant: Variant) -> None:
+    benchmark.group = f"{device} {case}"
+    with case.context():
+        tensors = case.make(torch.device(device), 0)
+        exact, tolerance = truth(case, tensors)
+        try:
+            error = distance(case.solve(variant.run, tensors), exact)
+        except lro.ops.BackendUnavailableError as refusal:
+            pytest.skip(str(refusal))
+        assert within(error, tolerance)
         del exact
-        benchmark(finished(arm.run, device), *tensors)
+        benchmark(finished(variant.run, device), *tensors)
 
 
 def finished(run: Callable[..., Any], device: str) -> Callable[..., Any]:

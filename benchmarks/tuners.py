@@ -1,12 +1,14 @@
-"""What the tuner knows of each op: shapes, candidates, which of them are legal, and how each is run."""
+"""What the search of ``tune`` needs to know of each op: its shapes, its configurations, and how to run one."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
+
+import torch
 
 from lowrank_ops.ops import covariance as _covariance
 from lowrank_ops.ops import linear as _linear
@@ -19,12 +21,13 @@ from lowrank_ops.ops.linear import _cuda as _linear_cuda
 from lowrank_ops.ops.linear import _triton as _linear_triton
 from lowrank_ops.ops.linear import _triton_config as _linear_config
 
-from . import bench_covariance, bench_lowrank_linear, shapes
-from .rows import Case
-from .suite import META
+from . import bench_covariance, bench_lowrank_linear
+from .harness import META, Case, Tensors
+from .shapes import DTYPES
 
 Shape = dict[str, Any]
-Options = Mapping[str, Mapping[str, Sequence[Any]]]
+Fields = Mapping[str, Mapping[str, Sequence[Any]]]  # implementation -> field of its configuration -> values
+SPLITS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 32)
 
 
 class Candidate(NamedTuple):
@@ -38,36 +41,56 @@ class Candidate(NamedTuple):
 
 
 class Tuner(ABC):
-    """What the search has to know of an op. ``options`` are the values that a configuration's fields may take."""
+    """One op. ``options`` are the values that the fields of a configuration may take."""
 
-    op: str  # as in the table's name
-    options: ClassVar[Options]  # implementation -> field -> values
-
-    @abstractmethod
-    def shapes(self) -> list[Shape]:
-        """The table's rows."""
+    op: ClassVar[str]  # as in the table's name
+    table: ClassVar[Sequence[Any]]  # the op's implementations
+    options: ClassVar[Fields]
 
     @abstractmethod
-    def case(self, shape: Shape) -> Case:
-        """The benchmark's case of a shape."""
+    def cases(self, dtype: str, quick: bool) -> Iterable[Case]:
+        """The benchmark's cases of a dtype."""
+
+    @abstractmethod
+    def problem(self, tensors: Tensors, case: Case) -> Any:
+        """What ``choose`` decides by."""
+
+    @abstractmethod
+    def shape(self, problem: Any, case: Case) -> Shape:
+        """A case under the keys of the table."""
 
     @abstractmethod
     def arch(self, device: Device) -> str:
         """The arch in the table's name."""
 
     @abstractmethod
-    def starts(self, problem: Any) -> list[Candidate]:
-        """What would run now, first, and what else is worth beginning from."""
+    def candidates(self, problem: Any) -> list[Candidate]:
+        """What is worth beginning from."""
 
     @abstractmethod
     def refuse(self, candidate: Candidate, problem: Any) -> str | None:
         """None, or why the kernels would not run ``problem`` so."""
 
     @abstractmethod
-    def arm(self, candidate: Candidate, problem: Any) -> Callable[..., Any]:
+    def runner(self, candidate: Candidate, problem: Any) -> Callable[..., Any]:
         """A function of a case's tensors."""
 
-    def neighbours(self, candidate: Candidate) -> list[Candidate]:
+    def shapes(self, quick: bool = False) -> list[tuple[Shape, Case]]:
+        """The rows of the table, and the benchmark's case of each."""
+        listed = []
+        for dtype in ("bf16",) if quick else DTYPES:
+            for case in self.cases(dtype, quick):
+                problem = self.problem(case.make(META, 0), case)
+                listed.append((self.shape(problem, case), case))
+        return listed
+
+    def starts(self, problem: Any) -> list[Candidate]:
+        """The candidates to begin from, those of what would run now first."""
+        current = choose(self.table, problem, "auto").name
+        listed = dict.fromkeys(self.candidates(problem))
+        return sorted(listed, key=lambda candidate: candidate.impl != current)
+
+    def neighbors(self, candidate: Candidate) -> list[Candidate]:
         """All candidates that differ in one field."""
         return [
             Candidate(candidate.impl, dataclasses.replace(candidate.config, **{field: value}))
@@ -81,106 +104,86 @@ class CovarianceTuner(Tuner):
     """``covariance_update_``."""
 
     op = "covariance_update"
-    options: ClassVar[Options] = {
+    table = _covariance.TABLE
+    options: ClassVar[Fields] = {
         "triton": {
             "block_d": (64, 128),
             "block_t": (32, 64, 128),
             "num_warps": (4, 8),
             "num_stages": (2, 3, 4, 5),
             "group": (4, 8, 16),
-            "split": (0, 1, 2, 3, 4, 6, 8, 12, 16, 32),
+            "split": SPLITS,
         },
-        "cuda": {
-            "kernel": ("covariance_sm80", "covariance_sm90", "covariance_sm90_wide"),
-            "splits": (0, 1, 2, 3, 4, 6, 8, 12, 16, 32),
-        },
+        "cuda": {"kernel": ("covariance_sm80", "covariance_sm90", "covariance_sm90_wide"), "splits": SPLITS},
     }
 
-    def shapes(self) -> list[Shape]:
-        return [
-            {"tokens": tokens, "features": features, "dtype": dtype}
-            for dtype in ("bf16", "fp16", "fp32")
-            for features in shapes.COVARIANCE_FEATURES
-            for tokens in shapes.COVARIANCE_TOKENS
-        ]
+    def cases(self, dtype: str, quick: bool) -> Iterable[Case]:
+        return (case for case in bench_covariance.cases(dtype, quick) if case.op == "covariance_update_")
 
-    def case(self, shape: Shape) -> Case:
-        return bench_covariance.case(shape["tokens"], shape["features"], shape["dtype"])
+    def problem(self, tensors: Tensors, case: Case) -> Any:
+        return _covariance.describe(tensors[0], tensors[2])
+
+    def shape(self, problem: Any, case: Case) -> Shape:
+        return dict(case.shape)
 
     def arch(self, device: Device) -> str:
         return f"sm{_covariance_triton.arch_of(device)}"
 
-    def starts(self, problem: Any) -> list[Candidate]:
+    def candidates(self, problem: Any) -> list[Candidate]:
         arch = _covariance_triton.arch_of(problem.device)
         shipped = [config for (of, _), config in _covariance_triton.HEURISTIC.items() if of == arch]
-        configs = [_covariance_triton.config_for(problem), *shipped]
-        kernels = self.options["cuda"]["kernel"]
-        choices = [_covariance_cuda.choice_for(problem), Choice(), *(Choice(kernel) for kernel in kernels)]
-        listed = [Candidate("triton", config) for config in configs] + [Candidate("cuda", choice) for choice in choices]
-        return _current_first(listed, _covariance.TABLE, problem)
+        choices = [_covariance_cuda.choice_for(problem), Choice(), *map(Choice, self.options["cuda"]["kernel"])]
+        return [
+            *(Candidate("triton", config) for config in (_covariance_triton.config_for(problem), *shipped)),
+            *(Candidate("cuda", choice) for choice in choices),
+        ]
 
     def refuse(self, candidate: Candidate, problem: Any) -> str | None:
         if candidate.impl == "cuda":
             return _covariance_cuda.refuse(problem, candidate.config) or None
-        reason: str | None = _covariance_triton.unsupported_config(candidate.config, problem.dtype, problem.device)
-        return reason
+        return _covariance_triton.unsupported_config(candidate.config, problem.dtype, problem.device)
 
-    def arm(self, candidate: Candidate, problem: Any) -> Callable[..., Any]:
+    def runner(self, candidate: Candidate, problem: Any) -> Callable[..., Any]:
         if candidate.impl == "cuda":
             return lambda state, total, x: _covariance_cuda.run(problem, state, total, x, candidate.config)
         plan = _covariance_triton.plan_with(problem, candidate.config)
         return lambda state, total, x: _covariance_triton.launch(plan, state, total, x, problem)
 
 
-class ConvCovarianceTuner(Tuner):
+class ConvCovarianceTuner(CovarianceTuner):
     """``conv_covariance_update_``."""
 
     op = "conv_covariance_update"
-    options: ClassVar[Options] = {
-        "triton": {
-            "block_d": (32, 64, 128),
-            "block_t": (16, 32, 64, 128),
-            "num_warps": (4, 8),
-            "num_stages": (2, 3, 4, 5),
-            "group": (4, 8, 16),
-            "split": (0, 1, 2, 3, 4, 6, 8, 12, 16, 32),
-        },
-        "cuda": {"splits": (0, 1, 2, 3, 4, 6, 8, 12, 16, 32)},
+    table = _covariance.CONV_TABLE
+    options: ClassVar[Fields] = {
+        "triton": {**CovarianceTuner.options["triton"], "block_d": (32, 64, 128), "block_t": (16, 32, 64, 128)},
+        "cuda": {"splits": SPLITS},
     }
-    convs: ClassVar[Sequence[shapes.Conv]] = shapes.CONVS
 
-    def shapes(self) -> list[Shape]:
-        return [shape for shape, _ in self._listed()]
+    def cases(self, dtype: str, quick: bool) -> Iterable[Case]:
+        return (case for case in bench_covariance.cases(dtype, quick) if case.op == "conv_covariance_update_")
 
-    def case(self, shape: Shape) -> Case:
-        return next(case for listed, case in self._listed() if listed == shape)
+    def problem(self, tensors: Tensors, case: Case) -> Any:
+        square = ((case.shape[key],) * 2 for key in ("kernel", "stride", "padding"))
+        return _covariance.describe_conv(*tensors, *square, (1, 1))
 
-    def _listed(self) -> Iterator[tuple[Shape, Case]]:
-        """Every case, under what the table calls it."""
-        for dtype in ("bf16", "fp16", "fp32"):
-            for case in bench_covariance.conv_cases(dtype, self.convs):
-                assert case.pose is not None
-                _, problem = case.pose(case.make(META, 0))
-                yield _conv_triton.table_shape(problem), case
+    def shape(self, problem: Any, case: Case) -> Shape:
+        return dict(_conv_triton.table_shape(problem))
 
-    def arch(self, device: Device) -> str:
-        return f"sm{_covariance_triton.arch_of(device)}"
-
-    def starts(self, problem: Any) -> list[Candidate]:
+    def candidates(self, problem: Any) -> list[Candidate]:
         arch = _covariance_triton.arch_of(problem.device)
         shipped = [config for (of, _), config in _conv_triton.HEURISTIC.items() if of == arch]
-        configs = [_conv_triton.config_for(problem), *shipped]
-        choices = [_covariance_cuda.conv_choice_for(problem), Choice()]
-        listed = [Candidate("triton", config) for config in configs] + [Candidate("cuda", choice) for choice in choices]
-        return _current_first(listed, _covariance.CONV_TABLE, problem)
+        return [
+            *(Candidate("triton", config) for config in (_conv_triton.config_for(problem), *shipped)),
+            *(Candidate("cuda", choice) for choice in (_covariance_cuda.conv_choice_for(problem), Choice())),
+        ]
 
     def refuse(self, candidate: Candidate, problem: Any) -> str | None:
         if candidate.impl == "cuda":
             return _covariance_cuda.refuse_conv(problem, candidate.config) or None
-        reason: str | None = _covariance_triton.unsupported_config(candidate.config, problem.dtype, problem.device)
-        return reason
+        return super().refuse(candidate, problem)
 
-    def arm(self, candidate: Candidate, problem: Any) -> Callable[..., Any]:
+    def runner(self, candidate: Candidate, problem: Any) -> Callable[..., Any]:
         if candidate.impl == "cuda":
             geometry = (problem.kernel_size, problem.stride, problem.padding, problem.dilation)
             return lambda state, total, x: _covariance_cuda.run_conv(
@@ -194,7 +197,8 @@ class LowRankLinearTuner(Tuner):
     """``lowrank_linear``."""
 
     op = "lowrank_linear"
-    options: ClassVar[Options] = {
+    table = _linear.TABLE
+    options: ClassVar[Fields] = {
         "triton.decode": {
             "block_m": (16, 32, 64, 128),
             "block_r": (16, 32, 64),
@@ -222,51 +226,47 @@ class LowRankLinearTuner(Tuner):
         "cuda.prefill": {"splits": (0, 1, 2, 4, 8), "token_tile": (0, 128, 192, 256)},
     }
 
-    def shapes(self) -> list[Shape]:
-        return [
-            {**layer._asdict(), "tokens": tokens, "dtype": dtype}
-            for dtype in ("bfloat16", "float16")
-            for layer in shapes.STORED_LAYERS
-            for tokens in shapes.TOKENS
-        ]
+    def cases(self, dtype: str, quick: bool) -> Iterable[Case]:
+        return () if dtype == "fp32" else bench_lowrank_linear.cases(dtype, quick)
 
-    def case(self, shape: Shape) -> Case:
-        layer = shapes.Layer(shape["in_features"], shape["out_features"], shape["rank"])
-        dtype = {"bfloat16": "bf16", "float16": "fp16"}[shape["dtype"]]
-        return bench_lowrank_linear.case(layer, shape["tokens"], dtype)
+    def problem(self, tensors: Tensors, case: Case) -> Any:
+        return _linear.describe(*tensors[:4], "none")
+
+    def shape(self, problem: Any, case: Case) -> Shape:
+        return {**case.shape, "dtype": str(case.dtype).removeprefix("torch.")}
 
     def arch(self, device: Device) -> str:
-        name: str = _linear_config.arch(device.capability)
-        return name
+        return _linear_config.arch(device.capability)
 
-    def starts(self, problem: Any) -> list[Candidate]:
+    def candidates(self, problem: Any) -> list[Candidate]:
         name = self.arch(problem.device)
         own = {"triton.decode": _linear_config.decode_config, "triton.prefill": _linear_config.prefill_config}
+        shipped = {
+            "triton.decode": _linear_config.shipped_decode(name),
+            "triton.prefill": _linear_config.shipped_prefill(name),
+        }
         listed = [Candidate(impl, config_of(problem)) for impl, config_of in own.items()]
-        listed += [Candidate("triton.decode", config) for config in _linear_config.shipped_decode(name)]
-        listed += [Candidate("triton.prefill", config) for config in _linear_config.shipped_prefill(name)]
+        listed += [Candidate(impl, config) for impl, configs in shipped.items() for config in configs]
         listed = [candidate for candidate in listed if candidate.config]
-        for impl in ("cuda.decode", "cuda.prefill"):  # all of them, as none is to be compiled
+        for impl in ("cuda.decode", "cuda.prefill"):  # all of them, as none has to be compiled
             fields, values = zip(*self.options[impl].items(), strict=True)
             choices = [Choice(**dict(zip(fields, chosen, strict=True))) for chosen in itertools.product(*values)]
             listed += [Candidate(impl, choice) for choice in (_linear_cuda.choice_for(problem), Choice(), *choices)]
-        listed.append(Candidate("two_products", None))
-        return _current_first(listed, _linear.TABLE, problem)
+        return [*listed, Candidate("two_products", None)]
 
     def refuse(self, candidate: Candidate, problem: Any) -> str | None:
         config = candidate.config
         if candidate.impl == "triton.decode":
             if config.fold and config.slices == 1:
                 return "one slice leaves nothing to add"
-            reason: str | None = _linear_triton.supports_decode(problem, config)
-            return reason
+            return _linear_triton.supports_decode(problem, config)
         if candidate.impl == "triton.prefill":
             return _linear_triton.supports_prefill(problem, config)
         if config is None:
             return None
         return _linear_cuda.refuse(problem, config, candidate.impl.removeprefix("cuda.")) or None
 
-    def arm(self, candidate: Candidate, problem: Any) -> Callable[..., Any]:
+    def runner(self, candidate: Candidate, problem: Any) -> Callable[..., Any]:
         if candidate.impl == "two_products":
             return bench_lowrank_linear.two_linears
         if candidate.impl.startswith("cuda"):
@@ -277,12 +277,12 @@ class LowRankLinearTuner(Tuner):
         return lambda x, down, up, bias, weight: run(problem, x, down, up, bias, "none", candidate.config)
 
 
-def _current_first(candidates: Iterable[Candidate], table: Sequence[Any], problem: Any) -> list[Candidate]:
-    """Each once, with what would run now in front."""
-    current = choose(table, problem, "auto").name
-    return sorted(dict.fromkeys(candidates), key=lambda candidate: candidate.impl != current)
-
-
+H200 = Device("cuda", 0, (9, 0), 132, 232448)  # for the dry run
 TUNERS: dict[str, Tuner] = {
     tuner.op: tuner for tuner in (CovarianceTuner(), ConvCovarianceTuner(), LowRankLinearTuner())
 }
+
+
+def on_device(tuner: Tuner, case: Case, device: Device) -> Any:
+    """The problem of a case on a device that need not be here."""
+    return tuner.problem(case.make(torch.device("meta"), 0), case)._replace(device=device)

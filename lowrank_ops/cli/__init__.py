@@ -14,10 +14,10 @@ import sys
 from collections.abc import Sequence
 
 from ..version import __version__
-from . import analyze, bench, compress, demo, doctor
+from . import analyze, compress, demo, doctor
 from .command import Failure, Parser, Result, one_line
 
-_PRINTING = ("demo", "bench", "tune")  # commands that write their own output and give their exit code
+_PRINTING = ("demo",)  # commands that write their own output and give their exit code
 
 _DESCRIPTION = """\
 Make a trained PyTorch model smaller: measure how much of its space each layer uses, and replace layers by low-rank
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     show_traceback = "--traceback" in arguments
     try:
-        options = _parse(arguments)
+        options = _parser(arguments).parse_args(arguments)
         if options.command in _PRINTING:
             return int(options.run(options))
         with contextlib.redirect_stdout(sys.stderr):
@@ -68,15 +68,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return result.code
 
 
-def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = _parser(arguments)
-    options, rest = parser.parse_known_args(arguments)
-    if rest and not options.passes_on:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    options.rest = rest
-    return options
-
-
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     layout = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="lowrank-ops", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=layout)
@@ -86,5 +77,4 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     analyze.add(commands)
     compress.add(commands)
     doctor.add(commands)
-    bench.add(commands)
     return parser

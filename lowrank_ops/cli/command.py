@@ -39,14 +39,11 @@ def add_command(
     description: str,
     example: str,
     run: Callable[[argparse.Namespace], Any],
-    passes_on: bool = False,
 ) -> argparse.ArgumentParser:
     """Declare a command.
 
     Args:
         run: takes the parsed options and gives a :class:`Result`, or the exit code of a command that prints by itself.
-        passes_on: arguments that the command does not know, ``--help`` among them, are for what it runs: they are
-            no error and lie in ``options.rest``.
     """
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
@@ -54,10 +51,8 @@ def add_command(
         description=description,
         epilog=example,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        add_help=not passes_on,
-        allow_abbrev=not passes_on,
     )
-    parser.set_defaults(run=run, passes_on=passes_on)
+    parser.set_defaults(run=run)
     return parser
 
 

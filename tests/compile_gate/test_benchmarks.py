@@ -1,4 +1,4 @@
-"""The symmetric kernel that the benchmarks compare with must be a fair opponent: no spills, and on tensor cores."""
+"""The symmetric kernel of the benchmarks is a fair baseline: no spills, and tensor cores."""
 
 import pytest
 

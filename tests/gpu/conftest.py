@@ -1,4 +1,4 @@
-"""A process that the GPU refuses ends, so that one kernel's fault is not told of all the tests behind it."""
+"""A process that the GPU refuses ends, so that one kernel's fault does not fail all the tests behind it."""
 
 import os
 

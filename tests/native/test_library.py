@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.tuners import TUNERS
+from benchmarks.tuners import TUNERS, on_device
 from lowrank_ops.ops import (
     BackendUnavailableError,
     _backend,
@@ -203,12 +203,11 @@ def test_what_the_tuner_searches_of_the_cuda_kernels_is_legal(library: Path) -> 
         tuner = TUNERS[op]
         for impl in impls:
             legal = set()
-            for shape in tuner.shapes()[::7]:
-                case = tuner.case(shape)
-                problem = case.pose(case.make(torch.device("meta"), 0))[1]._replace(device=H200)
+            for _, case in tuner.shapes()[::7]:
+                problem = on_device(tuner, case, H200)
                 start = next(start for start in tuner.starts(problem) if start.impl == impl)
                 if tuner.refuse(start, problem) is None:
-                    legal |= {near for near in tuner.neighbours(start) if tuner.refuse(near, problem) is None}
+                    legal |= {near for near in tuner.neighbors(start) if tuner.refuse(near, problem) is None}
                 elif "no code for" in tuner.refuse(start, problem):
                     pytest.skip("the library was built without code for sm_90a")
             assert len(legal) >= 3, (impl, legal)
