@@ -13,7 +13,6 @@ from lowrank_ops.calibration import Moments
 from lowrank_ops.calibration.calibrate import _side
 from tests.sums import assert_sums
 
-
 # --- what is summed ---------------------------------------------------------------------------------------------
 
 

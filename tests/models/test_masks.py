@@ -54,7 +54,8 @@ def test_mask_may_be_none_and_skips_convolutions():
     model = nn.Sequential(nn.Conv2d(2, 3, 1))
     x = torch.randn(2, 2, 3, 3)
     assert lro.calibrate(model, [x], mask=lambda args, kwargs: torch.zeros(2, 5))["0"].activations.count == 18
-    assert lro.calibrate(Padded(), [torch.randn(2, 3, 6)], mask=lambda args, kwargs: None)["tokens"].activations.count == 6
+    unmasked = lro.calibrate(Padded(), [torch.randn(2, 3, 6)], mask=lambda args, kwargs: None)
+    assert unmasked["tokens"].activations.count == 6
 
 
 def test_masks_of_another_shape_are_errors():
@@ -72,7 +73,7 @@ def test_masks_of_another_shape_are_errors():
 
 
 def test_mask_needs_the_forward_of_the_model():
-    with pytest.raises(ValueError, match="layer 'tokens' was called .* the model's own forward"):
+    with pytest.raises(ValueError, match=r"layer 'tokens' was called .* the model's own forward"):
         lro.calibrate(
             Padded(), [torch.randn(2, 3, 6)], mask="attention_mask", forward=lambda model, batch: model.tokens(batch)
         )
