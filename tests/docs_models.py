@@ -60,7 +60,7 @@ def save_encoder() -> None:
         vocab_size=size, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=512,
     )  # fmt: skip
-    BertModel(config, add_pooling_layer=False).save_pretrained(ENCODER)
+    BertModel(config).save_pretrained(ENCODER)
 
 
 def save_texts(path: str, copies: int = 8) -> None:
