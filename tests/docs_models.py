@@ -23,13 +23,13 @@ The committee met in a small room, read the report, and asked for the measuremen
 """
 
 
-def save_vit() -> None:
+def save_vit(width: int = 64) -> None:
     """A Vision Transformer of random weights: 10 classes, images of 3 x 32 x 32."""
     from transformers import ViTConfig, ViTForImageClassification
 
     config = ViTConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8,
-        num_labels=10,
+        hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=4, image_size=32,
+        patch_size=8, num_labels=10,
     )  # fmt: skip
     ViTForImageClassification(config).save_pretrained(VIT)
 
