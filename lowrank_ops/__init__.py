@@ -16,9 +16,7 @@ from .config import (
     Ranks,
 )
 from .factors.factorize import Factors, factorize
-from .layers.latency import measure_latency
-from .layers.lowrank import LowRankConv2d, LowRankLinear
-from .layers.replace import replace_
+from .layers import LowRankConv2d, LowRankLinear, measure_latency, replace_
 from .midpoint import recalibrate
 from .ranks.choose import choose_ranks
 from .reconstruction.sequential import refit_factors

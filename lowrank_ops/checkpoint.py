@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .layers.lowrank import LowRankConv2d, LowRankLinear
+from .layers import LowRankConv2d, LowRankLinear
 from .layers.replace import swap_, tied_layers
 from .models.layers import dimensions, find_layers
 from .report import CompressionReport
