@@ -60,7 +60,7 @@ def replace_(model: nn.Module, factors: Mapping[str, Factors]) -> nn.Module:
                 f"layer {fqn!r} cannot be replaced: its weight is tied to {tied[fqn]!r}. "
                 "Untie the two or leave the layer out with filter_fn."
             )
-        if any(getattr(layers[fqn], kind) for kind in _HOOKS):
+        if has_hooks(layers[fqn]):
             raise ValueError(f"layer {fqn!r} has hooks, which its replacement would lose; remove them first.")
 
     replacements = {layers[fqn]: lowrank_type(layers[fqn]).from_factors(layers[fqn], factors[fqn]) for fqn in factors}
@@ -96,6 +96,11 @@ def swap_(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None
 def lowrank_type(dense: nn.Module) -> type[LowRankLinear] | type[LowRankConv2d]:
     """The class that replaces a dense layer."""
     return LowRankConv2d if isinstance(dense, nn.Conv2d) else LowRankLinear
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a replacement of ``module`` would lose hooks."""
+    return any(getattr(module, kind) for kind in _HOOKS)
 
 
 def tied_layers(model: nn.Module) -> dict[str, str]:

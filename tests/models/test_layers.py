@@ -6,25 +6,12 @@ from torch import nn
 from torch.nn.utils import prune
 
 from lowrank_ops.models.layers import Dimensions, bias_vector, dimensions, find_layers, pad_input, weight_matrix
+from tests.conv1d import Conv1D
 
 
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
-
-
-class Conv1D(nn.Module):
-    """As in transformers: y = x @ weight + bias."""
-
-    __module__ = "transformers.pytorch_utils"
-
-    def __init__(self, out_features, in_features):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(in_features, out_features))
-        self.bias = nn.Parameter(torch.randn(out_features))
-
-    def forward(self, x):
-        return x @ self.weight + self.bias
 
 
 class OtherConv1D(Conv1D):
