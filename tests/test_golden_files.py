@@ -19,7 +19,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 class Doubled(nn.Linear):
-    """A Linear with a forward of its own, which calibration skips."""
+    """A Linear that overrides forward, which calibration skips."""
 
     def forward(self, x: Tensor) -> Tensor:
         return 2 * super().forward(x)
