@@ -251,7 +251,7 @@ def _empty_layers(model: nn.Module, entries: Mapping[str, Mapping[str, Any]]) ->
             )
         if has_hooks(dense):
             raise CheckpointError(
-                f"layer {fqn!r} of dense_model has hooks, which its replacement would lose; remove them first."
+                f"layer {fqn!r} of dense_model has hooks, which its replacement would drop; remove them first."
             )
         layers[dense] = _empty_layer(fqn, dense, entry)
     return layers

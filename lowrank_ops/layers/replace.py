@@ -61,7 +61,7 @@ def replace_(model: nn.Module, factors: Mapping[str, Factors]) -> nn.Module:
                 "Untie the two or leave the layer out with filter_fn."
             )
         if has_hooks(layers[fqn]):
-            raise ValueError(f"layer {fqn!r} has hooks, which its replacement would lose; remove them first.")
+            raise ValueError(f"layer {fqn!r} has hooks, which its replacement would drop; remove them first.")
 
     replacements = {layers[fqn]: lowrank_type(layers[fqn]).from_factors(layers[fqn], factors[fqn]) for fqn in factors}
     swap_(model, replacements)
