@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .calibration.calibrate import calibrate
+from .calibration.calibrator import calibrate
 from .calibration.statistics import Covariances, LayerStatistics
 from .compress import compress_
 from .config import CompressionConfig, RankPolicy

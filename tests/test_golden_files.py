@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import lowrank_ops as lro
+from lowrank_ops.config import LatencyCurve, LayerLatencies
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -47,18 +48,15 @@ class Net(nn.Module):
 
 def layer_values(covariances: lro.Covariances, fqn: str) -> dict[str, Any]:
     """The sums of one layer as expected_v1.json names them: the only place that knows the fields of Covariances."""
-    activations, gradients = covariances[fqn], covariances.sensitivities.get(fqn)
-    moments = {
-        "activations": activations,
-        "output_gradients": gradients,
-        "token_weighted": None if gradients is None else gradients.weighted,
-    }
+    layer = covariances[fqn]
+    parts = ("activations", "output_gradients", "token_weighted")
+    moments = {name: getattr(layer, name) for name in parts}
     values: dict[str, Any] = {name: None if part is None else sums(part) for name, part in moments.items()}
-    return values | {"side": activations.side}
+    return values | {"side": layer.side}
 
 
 def share_activations(covariances: lro.Covariances, first: str, second: str) -> bool:
-    return covariances[first].second_moment is covariances[second].second_moment
+    return covariances[first].activations is covariances[second].activations
 
 
 def sums(moments: Any) -> dict[str, Any]:
@@ -71,32 +69,34 @@ def sums(moments: Any) -> dict[str, Any]:
 
 
 # The configurations in tests/golden/configs_v1, by file name.
-LATENCIES = lro.LayerLatencies(
+LATENCIES = LayerLatencies(
     "cpu x86_64",
     2,
     {
-        "Linear 8 -> 5, 4 x 9 x 8, float32": lro.config.LatencyCurve(3e-05, (8,), (2.5e-05,)),
-        "Linear 64 -> 64, 4 x 64, float32": lro.config.LatencyCurve(4e-05, (8, 16), (2e-05, 3e-05)),
+        "Linear 8 -> 5, 4 x 9 x 8, float32": LatencyCurve(3e-05, (8,), (2.5e-05,)),
+        "Linear 64 -> 64, 4 x 64, float32": LatencyCurve(4e-05, (8, 16), (2e-05, 3e-05)),
     },
     {"left": {"Linear 8 -> 5, 4 x 9 x 8, float32": 1}, "right": {"Linear 64 -> 64, 4 x 64, float32": 2}},
 )
+OUTPUT = {"projection": "output"}  # the default of version 1
 CONFIGS = {
-    "default": lro.CompressionConfig(),
+    "default": lro.CompressionConfig(lro.ExplainedVariance(0.99), **OUTPUT),
     "explained_variance": lro.CompressionConfig(lro.ExplainedVariance(0.95), projection="utilized", centered=False),
-    "parameter_budget_uniform": lro.CompressionConfig(lro.ParameterBudget(0.5)),
-    "parameter_budget_energy": lro.CompressionConfig(lro.ParameterBudget(0.25, "energy"), projection="input"),
+    "parameter_budget_uniform": lro.CompressionConfig(lro.ParameterBudget(0.5, "uniform"), **OUTPUT),
+    "parameter_budget_energy": lro.CompressionConfig(lro.ParameterBudget(0.25, "variance"), projection="input"),
     "parameter_budget_loss": lro.CompressionConfig(
-        lro.ParameterBudget(0.75, "loss"), projection="loss", refit="sequential"
+        lro.ParameterBudget(0.75, "loss"), projection="loss", reconstruction="sequential"
     ),
     "flop_budget_energy": lro.CompressionConfig(
-        lro.FlopBudget(0.5, "energy"),
+        lro.FlopBudget(0.5, "variance"),
         overrides={"head": None, "re:block.*": 4},
         bounds={"left": (1, 3), "re:r.*": (2, None)},
+        **OUTPUT,
     ),
-    "latency_budget_default": lro.CompressionConfig(lro.LatencyBudget(0.5, LATENCIES)),
-    "latency_budget_uniform": lro.CompressionConfig(lro.LatencyBudget(0.9, LATENCIES, "uniform")),
+    "latency_budget_default": lro.CompressionConfig(lro.LatencyBudget(0.5, LATENCIES, "loss"), **OUTPUT),
+    "latency_budget_uniform": lro.CompressionConfig(lro.LatencyBudget(0.9, LATENCIES, "uniform"), **OUTPUT),
     "latency_budget_energy": lro.CompressionConfig(
-        lro.LatencyBudget(0.6, LATENCIES, "energy"), refit="sequential", bounds={"left": (2, 5)}
+        lro.LatencyBudget(0.6, LATENCIES, "variance"), reconstruction="sequential", bounds={"left": (2, 5)}, **OUTPUT
     ),
     "ranks": lro.CompressionConfig(lro.Ranks({"left": 3, "re:blocks": 0}), projection="weight"),
 }
@@ -162,4 +162,4 @@ def test_configuration_of_version_1_loads(name: str) -> None:
 
 
 def test_latencies_of_version_1_load() -> None:
-    assert lro.LayerLatencies.load(GOLDEN / "latencies_v1.json") == LATENCIES
+    assert LayerLatencies.load(GOLDEN / "latencies_v1.json") == LATENCIES

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..calibration.statistics import LayerStatistics, Moments
 from ..config import PROJECTIONS, check_choice
-from ..factors.factorize import Factors, factorize
+from ..factors.projections import Factors, factorize
 from ..models.layers import dimensions, weight_matrix
 from ..ranks.costs import stored_rank
 from ..subspaces.layer import LayerSubspaces

@@ -102,7 +102,7 @@ class LowRankConv2d(LowRankLayer):
             conv: the layer, of any float dtype and on any device; not changed.
             rank: of one group, in [0, min(patch size, out_channels / groups)], where the patch size is
                 in_channels / groups * kernel height * kernel width.
-            covariance, sensitivity, projection, centered: as for :meth:`LowRankLinear.from_linear`.
+            statistics, projection, centered: as for :meth:`LowRankLinear.from_linear`.
 
         Returns:
             A layer with the dtype, device, training and gradient flags of ``conv``.

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch.nn.functional as F
 from torch import nn
 
-from ..factors.factorize import Factors
+from ..factors.projections import Factors
 from ..models.layers import find_layers
 from .conv2d import LowRankConv2d
 from .linear import LowRankLinear
@@ -25,7 +25,7 @@ def replace_(model: nn.Module, factors: Mapping[str, Factors]) -> nn.Module:
 
     Args:
         model: any module.
-        factors: ``{fqn: Factors}``, from :func:`lowrank_ops.factors.factorize.factorize` for example.
+        factors: ``{fqn: Factors}``, from :func:`lowrank_ops.factors.factorize` for example.
 
     Returns:
         ``model``, or the new layer where ``model`` is itself the layer to replace.
@@ -37,7 +37,7 @@ def replace_(model: nn.Module, factors: Mapping[str, Factors]) -> nn.Module:
     Example:
         >>> import torch
         >>> import lowrank_ops as lro
-        >>> from lowrank_ops.factors.factorize import factorize
+        >>> from lowrank_ops.factors import factorize
         >>> from lowrank_ops.subspaces.layer import layer_subspaces
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU())
         >>> covariances = lro.calibrate(model, [torch.randn(256, 64)])
