@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..models.layers import FilterFn, dimensions, find_layers
+from ..models.layers import FilterFn, dimensions, find_layers, tied_layers
 from ..models.masks import Mask
 from ..models.running import call_model, device_of, evaluating, move, random_state_kept, without_fast_path
 from .objectives import Sensitivity, check_sensitivity
@@ -72,7 +72,9 @@ def calibrate(
             an image) by |g|^2 relative to its mean over the sample, where g is the row's output gradient. Loss-aware
             ranks and factors then weight errors by row. Costs one more moment per layer, one more update per batch,
             and keeps the inputs until the backward pass.
-        max_state_bytes: bound on one layer's input moment with ``side="auto"``.
+        max_state_bytes: bound on one layer's input moment with ``side="auto"``, and on the moment of its output
+            gradients: layers beyond it, such as the head of a language model, are skipped with a sensitivity and stay
+            dense, and so do tied layers.
         share_inputs: keep one moment for layers that receive the same tensor (q, k, v; gate, up). Tensors created
             under ``torch.inference_mode`` are not shared, because in-place changes to them cannot be detected.
         progress: show a progress bar.
@@ -194,6 +196,10 @@ class Calibrator:
             reasons = "".join(f"\n  {fqn or '(the model)'}: {reason}" for fqn, reason in self.skipped.items())
             raise ValueError(f"model has no supported Linear, Conv2d or Conv1D that filter_fn keeps.{reasons}")
         _warn_of_skipped(self.skipped, filter_fn)
+        if output_gradients:
+            without = _without_output_gradients(model, layers, dtype, max_state_bytes, filter_fn)
+            layers = {fqn: layer for fqn, layer in layers.items() if fqn not in without}
+            self.skipped |= without
         self._model, self._dtype = model, dtype
         self._output_gradients, self._token_weights = output_gradients, token_weights
         self._sides = {fqn: _side(layer, side, dtype, max_state_bytes) for fqn, layer in layers.items()}
@@ -245,6 +251,29 @@ class Calibrator:
         if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
             raise ValueError(f"samples must be a positive integer; got {samples!r}.")
         self.recorder.add_gradients(loss.sum(), samples, retain_graph)
+
+
+def _without_output_gradients(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    dtype: torch.dtype,
+    max_state_bytes: int,
+    filter_fn: FilterFn | None,
+) -> dict[str, str]:
+    """``{fqn: reason}`` of layers that are not streamed with output gradients: tied ones and vocabulary-sized heads."""
+    tied = tied_layers(model) if filter_fn is None else {}
+    found = {}
+    for fqn, layer in layers.items():
+        groups, _, out_features = dimensions(layer)
+        state_bytes = groups * out_features**2 * dtype.itemsize
+        if fqn in tied:
+            found[fqn] = f"its weight is tied to {tied[fqn]!r}"
+        elif state_bytes > max_state_bytes:
+            found[fqn] = (
+                f"the second moment of its output gradients would take {state_bytes / 2**30:.1f} GiB, more than "
+                f"max_state_bytes ({max_state_bytes / 2**30:.1f} GiB)"
+            )
+    return found
 
 
 def _warn_of_skipped(skipped: Mapping[str, str], filter_fn: FilterFn | None) -> None:
