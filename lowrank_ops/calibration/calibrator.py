@@ -1,7 +1,7 @@
 """Stream a model's activations into covariances: model + batches -> Covariances.
 
-Hooks see every call of every layer. The model comes back unchanged: training flags, gradients, random state. With a
-sensitivity, one backward pass per batch streams the gradients at the layers' outputs as well.
+Forward hooks see every call of every layer. Training flags, gradients and the random state are restored afterwards.
+With a sensitivity, one backward pass per batch also streams the gradients at the layers' outputs.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def calibrate(
             ``"pooled"``: the same for outputs (batch, positions, features) that are averaged over positions later,
             such as sentence embeddings. Or ``loss(output, batch)``: a scalar summed (not averaged) over samples, or a
             tensor of losses by sample. Gradients of parameters are not changed.
-        num_probes: draws, and backward passes, per batch for the named sensitivities.
+        num_probes: random draws per batch for a named sensitivity, with one backward pass each.
         token_weights: with a sensitivity, also stream each layer's activations weighted per row (token, or position of
             an image) by |g|^2 relative to its mean over the sample, where g is the row's output gradient. Loss-aware
             ranks and factors then weight errors by row. Costs one more moment per layer, one more update per batch,
@@ -128,7 +128,7 @@ def calibrate(
             if sensitivity is not None:
                 for probe in range(num_probes):
                     retain_graph = probe + 1 < num_probes
-                    calibrator.recorder.add_loss(sensitivity, output, moved, retain_graph)
+                    calibrator._recorder.add_loss(sensitivity, output, moved, retain_graph)
             seen += 1
         if not seen:
             raise ValueError("batches was empty; pass at least one batch.")
@@ -151,6 +151,7 @@ class Calibrator:
     Raises:
         TypeError: ``output_gradients`` is not a bool; the named losses are for :func:`calibrate`.
         ValueError: as for :func:`calibrate`.
+        RuntimeError: a second ``with`` block of the same object.
 
     Example:
         >>> import torch, lowrank_ops as lro
@@ -203,18 +204,22 @@ class Calibrator:
         self._model, self._dtype = model, dtype
         self._output_gradients, self._token_weights = output_gradients, token_weights
         self._sides = {fqn: _side(layer, side, dtype, max_state_bytes) for fqn, layer in layers.items()}
-        self.recorder = Recorder(layers, mask, share_inputs)
+        self._recorder = Recorder(layers, mask, share_inputs)
         self._stack: ExitStack | None = None  # while the block runs
+        self._entered = False
 
     def __enter__(self) -> Calibrator:
+        if self._entered:
+            raise RuntimeError("a Calibrator runs one with block; create another one, and merge the covariances.")
+        self._entered = True
         with ExitStack() as stack:
             stack.enter_context(without_fast_path(self._output_gradients))
             stack.enter_context(evaluating(self._model))
             stack.enter_context(random_state_kept(self._model))
-            stack.callback(self.recorder.detach)
-            self.recorder.attach(self._model, self._sides, self._dtype)
+            stack.callback(self._recorder.detach)
+            self._recorder.attach(self._model, self._sides, self._dtype)
             if self._output_gradients:
-                self.recorder.attach_output_gradients(self._dtype, self._token_weights)
+                self._recorder.attach_output_gradients(self._dtype, self._token_weights)
             self._stack = stack.pop_all()
         return self
 
@@ -223,9 +228,9 @@ class Calibrator:
         assert stack is not None
         with stack:
             if kind is None:
-                self.recorder.check_finite()
+                self._recorder.check_finite()
         if kind is None:
-            self.covariances = self.recorder.finish(self.skipped)
+            self.covariances = self._recorder.finish(self.skipped)
             if self._output_gradients and not self.covariances.has_output_gradients:
                 warnings.warn(
                     "Calibrator(output_gradients=True) received no loss; call observe inside its block.", stacklevel=2
@@ -241,7 +246,7 @@ class Calibrator:
 
         Raises:
             RuntimeError: outside the block, or without ``output_gradients=True``.
-            ValueError: the loss is not a scalar, or depends on no layer.
+            ValueError: the loss is not a scalar, or depends on no layer of these forwards.
         """
         if self._stack is None or not self._output_gradients:
             raise RuntimeError("observe works inside a with block of Calibrator(model, output_gradients=True).")
@@ -250,7 +255,7 @@ class Calibrator:
             raise ValueError(f"loss must be a scalar tensor, summed over samples; got {given}.")
         if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
             raise ValueError(f"samples must be a positive integer; got {samples!r}.")
-        self.recorder.add_gradients(loss.sum(), samples, retain_graph)
+        self._recorder.add_gradients(loss.sum(), samples, retain_graph)
 
 
 def _without_output_gradients(

@@ -72,6 +72,14 @@ def test_observe_outside_its_block(model):
         calibrator.observe(torch.zeros(()), 1)
 
 
+def test_second_block_is_an_error(model, x):
+    with lro.Calibrator(model) as calibrator:
+        model(x)
+    with pytest.raises(RuntimeError, match="one with block"):
+        calibrator.__enter__()
+    assert not model._forward_hooks and calibrator.covariances["0"].activations.count == 5
+
+
 def test_observe_needs_output_gradients(model, x):
     with lro.Calibrator(model) as calibrator, pytest.raises(RuntimeError, match="output_gradients=True"):
         calibrator.observe(model(x).sum(), 5)
