@@ -157,7 +157,7 @@ def test_bad_arguments_are_refused() -> None:
         with pytest.raises(ValueError, match="ridge must be None or a non-negative number"):
             reconstruct(model, factors, batches, ridge=ridge)
     by_loss = {fqn: dataclasses.replace(part, projection="loss") for fqn, part in factors.items()}
-    with pytest.raises(ValueError, match=r"lack 0\.0, 1\.0; pass the covariances of a calibration with"):
+    with pytest.raises(ValueError, match=r"which 0\.0, 1\.0 lack; pass the covariances of a cal"):
         reconstruct(model, by_loss, batches)
     with pytest.raises(ValueError, match="model is itself the layer to reconstruct"):
         reconstruct(model[0][0], {"": factors["0.0"]}, batches)
