@@ -284,7 +284,7 @@ def widened(model):
     [
         (hooked, {"rank": lro.Ranks({"re:[qk]": 4})}, "layer 'k' has hooks, which its replacement would drop"),
         (renamed, {}, "covariances name layers that model does not have: q"),
-        (widened, {}, r"covariances\['k'\]: the covariance has features \(128,\) on the input side, the layer \(96,\)"),
+        (widened, {}, r"covariances\['k'\]: activations has features \(128,\) on the input side, the layer \(96,\)"),
         (None, {"rank": lro.ParameterBudget(0.01)}, r"fraction=0\.01 cannot be met"),
         (
             None,
