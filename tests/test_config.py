@@ -103,7 +103,7 @@ def test_bad_choices_are_refused():
     with pytest.raises(ValueError, match="allocation must be one of None, 'uniform', 'variance', 'loss'; got 'greedy'"):
         lro.ParameterBudget(0.5, "greedy")
     with pytest.raises(
-        TypeError, match="rank must be an int or one of ExplainedVariance, ParameterBudget, .*; got '64'"
+        TypeError, match=r"rank must be an int or one of ExplainedVariance, ParameterBudget, .*; got '64'"
     ):
         lro.CompressionConfig(rank="64")
     with pytest.raises(ValueError, match="rank must be a positive integer; got 0"):
