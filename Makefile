@@ -6,6 +6,7 @@
 #   make bench     measure: the CPU in a few minutes, where there is a GPU that as well
 #   make sdist     the source distribution, and a wheel from it; needs nvcc
 #   make test-gpu  the tests that need a CUDA device, with the torch and Triton that are installed
+#   make docs      the documentation site, into site/
 #
 # On a machine whose package index serves a CUDA build of torch, a CPU build comes with
 #   make demo PIP_TORCH="--index-url https://download.pytorch.org/whl/cpu"
@@ -25,7 +26,7 @@ WITH_CUDA := LOWRANK_OPS_CUDA=ON LOWRANK_OPS_WERROR=ON
 HAS_NVCC := { command -v nvcc || test -x "$${CUDA_HOME:-/usr/local/cuda}/bin/nvcc"; } > /dev/null
 
 .PHONY: demo test lint test-unit test-interpreter test-compile test-native coverage test-triton36 test-gpu wheel sdist \
-  bench clean
+  bench docs clean
 
 demo: $(VENV)/ready
 	$(BIN)/lowrank-ops demo
@@ -105,6 +106,10 @@ bench: $(VENV)/ready
 	  echo "no CUDA device: the GPU suites were not run"; \
 	fi
 
+# Warnings are errors. Sources are read, not imported.
+docs: $(VENV)/ready-docs
+	$(BIN)/mkdocs build --strict
+
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(PIP_TORCH) "$(TORCH)"
@@ -115,6 +120,10 @@ $(VENV)/ready-dev: $(VENV)/ready
 	$(WITHOUT_CUDA) $(PIP) --editable ".[dev]"
 	touch $@
 
+$(VENV)/ready-docs: $(VENV)/ready
+	$(WITHOUT_CUDA) $(PIP) --editable ".[docs]"
+	touch $@
+
 .venv-triton36/ready: pyproject.toml
 	$(PYTHON) -m venv .venv-triton36
 	.venv-triton36/bin/python -m pip install --quiet $(PIP_TORCH) "$(TORCH)"
@@ -122,4 +131,4 @@ $(VENV)/ready-dev: $(VENV)/ready
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-triton36 .venv-wheel build dist *.egg-info
+	rm -rf $(VENV) .venv-triton36 .venv-wheel build dist site *.egg-info

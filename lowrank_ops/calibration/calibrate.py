@@ -6,6 +6,7 @@ sensitivity, one backward pass per batch streams the gradients at the layers' ou
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -117,7 +118,6 @@ def calibrate(
                 token_weights=token_weights,
                 max_state_bytes=max_state_bytes,
                 share_inputs=share_inputs,
-                _stacklevel=4,
             )
         )
         for batch in tqdm(batches, desc="calibrating", unit="batch", disable=not progress):
@@ -175,7 +175,6 @@ class Calibrator:
         token_weights: bool = True,
         max_state_bytes: int = 2 << 30,
         share_inputs: bool = True,
-        _stacklevel: int = 3,
     ) -> None:
         if not isinstance(output_gradients, bool):
             raise TypeError(
@@ -194,7 +193,7 @@ class Calibrator:
         if not layers:
             reasons = "".join(f"\n  {fqn or '(the model)'}: {reason}" for fqn, reason in self.skipped.items())
             raise ValueError(f"model has no supported Linear, Conv2d or Conv1D that filter_fn keeps.{reasons}")
-        _warn_of_skipped(self.skipped, filter_fn, _stacklevel)
+        _warn_of_skipped(self.skipped, filter_fn)
         self._model, self._dtype = model, dtype
         self._output_gradients, self._token_weights = output_gradients, token_weights
         self._sides = {fqn: _side(layer, side, dtype, max_state_bytes) for fqn, layer in layers.items()}
@@ -248,10 +247,13 @@ class Calibrator:
         self.recorder.add_gradients(loss.sum(), samples, retain_graph)
 
 
-def _warn_of_skipped(skipped: Mapping[str, str], filter_fn: FilterFn | None, stacklevel: int) -> None:
+def _warn_of_skipped(skipped: Mapping[str, str], filter_fn: FilterFn | None) -> None:
     if skipped and filter_fn is None:
         reasons = "".join(f"\n  {fqn}: {reason}" for fqn, reason in skipped.items())
-        warnings.warn(f"calibration skips unsupported modules:{reasons}", stacklevel=stacklevel)
+        frame, level = sys._getframe(), 1  # the warning points at the first caller outside this package
+        while frame.f_back is not None and frame.f_globals["__name__"].startswith("lowrank_ops."):
+            frame, level = frame.f_back, level + 1
+        warnings.warn(f"calibration skips unsupported modules:{reasons}", stacklevel=level)
 
 
 def _side(layer: nn.Module, side: str, dtype: torch.dtype, max_state_bytes: int) -> str:

@@ -255,11 +255,13 @@ class Covariances(Mapping[str, LayerStatistics]):
 
     def _layout(self) -> dict[str, object]:
         """What two objects must have in common to be added, by layer."""
-        leaders: dict[int, str] = {}
+        sharing: dict[int, list[str]] = {}
+        for fqn, layer in self.items():
+            sharing.setdefault(id(layer.activations), []).append(fqn)
         return {
             fqn: (
                 layer.side,
-                leaders.setdefault(id(layer.activations), fqn),
+                sharing[id(layer.activations)],
                 {name: tuple(part.second_moment.shape) for name, part in layer.moments().items()},
             )
             for fqn, layer in self.items()

@@ -79,9 +79,8 @@ class Subspace:
         return self.spectrum[..., rank:].sum(-1)
 
     def root(self) -> Tensor:
-        """R with R R^T the space's second moment, (..., features, numerical rank)."""
-        rank = int((self.spectrum > 0).sum(-1).max())
-        return self.basis[..., :rank] * self.spectrum[..., :rank].sqrt().unsqueeze(-2)
+        """R with R R^T the space's second moment, (..., features, directions)."""
+        return self.basis * self.spectrum.sqrt().unsqueeze(-2)
 
 
 def principal_directions(moment: Tensor, noise: Noise | None = None) -> tuple[Tensor, Tensor]:

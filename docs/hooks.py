@@ -1,0 +1,33 @@
+"""mkdocs hook: writes the table of compiled CUDA kernels into ``compiled-kernels.md`` while the site is built."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+LIBRARY = ROOT / "lowrank_ops" / "liblowrank_ops.so"
+TABLE = "tests.native.table"  # prints the table of the library that is built
+MARK = "<!-- table of compiled kernels -->"
+MISSING = """\
+*This build of the documentation has no table: the CUDA library was not built. With nvcc on the machine,
+`make test-native docs` builds the library and generates the table.*"""
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """The page with the table in place of its mark."""
+    return markdown.replace(MARK, table()) if MARK in markdown else markdown
+
+
+def table() -> str:
+    """One line per compiled kernel, or a sentence that says how to get them.
+
+    Raises:
+        CalledProcessError: the library is there and cannot be read.
+    """
+    if not LIBRARY.is_file():
+        return MISSING
+    command = [sys.executable, "-m", TABLE]
+    return subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout

@@ -1,0 +1,80 @@
+"""The documentation runs: every Python block of README.md and docs/, in order, one namespace per page.
+
+A page may prepare its blocks in a comment that readers do not see::
+
+    <!-- before the blocks:
+    name = "a small model instead of a download"
+    -->
+
+Blocks run on the CPU in an empty folder. ``tests/docs_models.py`` makes small models under the names that pages use.
+"""
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import lowrank_ops as lro
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^<!-- before the blocks:\n(?P<hidden>.*?)^-->$|^```python\n(?P<shown>.*?)^```$", re.M | re.S)
+LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
+
+
+class Block(NamedTuple):
+    """Code and the line of the page that it begins at."""
+
+    code: str
+    line: int
+
+
+def blocks(text: str) -> list[Block]:
+    """The code of a page, in order."""
+    found = []
+    for match in BLOCK.finditer(text):
+        kind = "hidden" if match["hidden"] is not None else "shown"
+        found.append(Block(match[kind], text.count("\n", 0, match.start(kind)) + 1))
+    return found
+
+
+def run(page: Path) -> None:
+    """Run the blocks of a page; tracebacks name the page and its lines."""
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for block in blocks(page.read_text(encoding="utf-8")):
+        exec(compile("\n" * (block.line - 1) + block.code, str(page), "exec"), namespace)
+
+
+def named(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page.read_text(encoding="utf-8"))], ids=named)
+def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    torch.manual_seed(0)
+    run(page)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_links_lead_somewhere(page: Path) -> None:
+    targets = LINK.findall(page.read_text(encoding="utf-8"))
+    assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+def test_reference_has_every_public_name() -> None:
+    text = "\n".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "api").glob("*.md"))
+    listed = {path.rpartition(".")[2] for path in re.findall(r"^::: ([\w.]+)$", text, re.M)}
+    assert {*lro.__all__, *lro.ops.__all__} - {"ops"} - listed == set()
+
+
+def test_failing_block_names_page_and_line(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# Title\n\n<!-- before the blocks:\nx = 1\n-->\n\n```python\nx = x + 1\nassert x == 3, x\n```\n")
+    with pytest.raises(AssertionError) as raised:
+        run(page)
+    assert str(raised.value) == "2"
+    assert (raised.traceback[-1].path, raised.traceback[-1].lineno + 1) == (page, 9)
