@@ -94,6 +94,19 @@ def test_a_failing_evaluation_leaves_the_model_dense(calibrated: Calibrated, mod
     assert list(model.modules()) == modules
 
 
+@pytest.mark.parametrize("returned", [math.nan, None, "good"])
+def test_an_accuracy_that_is_not_a_finite_number(calibrated: Calibrated, model: nn.Module, returned: object) -> None:
+    modules = list(model.train().modules())
+
+    def evaluate(model: nn.Module) -> object:
+        model.eval()
+        return returned
+
+    with pytest.raises(ValueError, match="evaluate must return the model's accuracy as a finite number"):
+        lro.search_ranks(model, calibrated.covariances, evaluate, 0.1)
+    assert list(model.modules()) == modules and all(module.training for module in modules)
+
+
 def test_evaluate_may_change_training_flags(calibrated: Calibrated, model: nn.Module) -> None:
     model.train()
     lro.search_ranks(model, calibrated.covariances, lambda model: float(model.eval().training), 0.1)
@@ -119,8 +132,6 @@ def test_bounds_take_precedence_over_the_tolerance(
     ("arguments", "message"),
     [
         ({"evaluate": 3}, "evaluate must be a function"),
-        ({"evaluate": lambda model: "good"}, "evaluate must return the model's accuracy as a finite number"),
-        ({"evaluate": lambda model: math.nan}, "evaluate must return the model's accuracy as a finite number"),
         ({"max_drop": -1}, "max_drop must be a non-negative number"),
         ({"by": "random"}, "by must be one of 'budget', 'layers'"),
         ({"allocation": "greedy"}, "allocation must be one of None, 'uniform', 'variance', 'loss'"),
