@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from .calibration.statistics import Covariances
 from .config import CompressionConfig, ExplainedVariance, RankPolicy
-from .factors.factorize import Factors, factorize
+from .factors.projections import Factors, factorize
 from .layers.replace import replace_, tied_layers
 from .models.layers import FilterFn, find_layers
 from .ranks.choose import ChosenRanks, choose_ranks

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .calibration.calibrate import calibrate
+from .calibration.calibrator import calibrate
 from .calibration.statistics import Covariances, LayerStatistics
 from .compress import compress_
 from .config import CompressionConfig, RankPolicy
-from .layers.lowrank import LowRankConv2d, LowRankLinear
+from .layers import LowRankConv2d, LowRankLinear
 from .layers.replace import swap_
 from .models.layers import bias_vector, find_layers, weight_matrix
 from .models.running import random_state_kept

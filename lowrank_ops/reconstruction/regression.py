@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..calibration.statistics import LayerStatistics, Moments
 from ..calibration.token_weights import add_weighted
-from ..factors.factorize import Factors, factorize
+from ..factors.projections import Factors, factorize
 from ..models.layers import bias_vector, weight_matrix
 from ..ops import covariance_finalize_, covariance_update_
 from ..subspaces.layer import DAMPING, LayerSubspaces

@@ -24,8 +24,8 @@ from tqdm import tqdm
 from ..calibration.call_weights import CallWeights, call_weights
 from ..calibration.objectives import Sensitivity, check_sensitivity
 from ..calibration.statistics import LayerStatistics, Moments, NonFiniteActivationError
-from ..factors.factorize import Factors
-from ..layers.lowrank import LowRankConv2d, LowRankLinear
+from ..factors.projections import Factors
+from ..layers import LowRankConv2d, LowRankLinear
 from ..layers.replace import replaced
 from ..models.layers import find_layers, input_rows, weight_matrix
 from ..models.masks import Mask, real_rows

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..layers.lowrank import LowRankConv2d, LowRankLinear
+from ..layers import LowRankConv2d, LowRankLinear
 from ..models.layers import bias_vector, output_rows
 from ..models.masks import Mask, read_mask, real_rows
 from ..models.running import call_model, device_of, evaluating, move

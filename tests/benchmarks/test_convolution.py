@@ -22,7 +22,7 @@ def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     torch.save(convolution.Crepe(SMALL).state_dict(), tmp_path / "full.pth")
     monkeypatch.setattr(convolution.Crepe.__init__, "__defaults__", (SMALL,))
     monkeypatch.setattr(
-        sys.modules["lowrank_ops.calibration.calibrate"], "SMALL_STATE_BYTES", 0
+        sys.modules["lowrank_ops.calibration.calibrator"], "SMALL_STATE_BYTES", 0
     )  # outputs are streamed, as in the large network
     return tmp_path
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import lowrank_ops as lro
 from lowrank_ops.calibration import Moments
-from lowrank_ops.calibration.calibrate import _side
+from lowrank_ops.calibration.calibrator import _side
 from tests.sums import assert_sums
 
 # --- what is summed ---------------------------------------------------------------------------------------------

@@ -8,11 +8,6 @@ import lowrank_ops as lro
 from tests.sums import assert_sums
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 class Padded(nn.Module):
     """Layers that see (batch, positions, dim), (batch * positions, dim) and (batch, dim)."""
 
