@@ -1,4 +1,4 @@
-"""Spectra at a few points, as reports keep them."""
+"""Spectra at a few ranks, as the reports store them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ POINTS = 33
 
 
 def spectrum_of(space: LayerSubspaces) -> tuple[float, ...] | None:
-    """The share of the output's variance in the first 0, 1/32, ... 32/32 of the most directions that it can have.
+    """The explained variance of the output at 33 ranks, evenly spaced from 0 to the largest possible one.
 
-    The mean over groups. None for a wide layer whose spectrum nobody has asked for: a report is not worth it.
+    The mean over groups. None for a wide layer that has not been decomposed yet: a report does not justify the cost.
     """
     if not space.output.spectrum_is_known:
         return None
-    most = min(space.dimensions[1:])
-    ranks = [round(most * point / (POINTS - 1)) for point in range(POINTS)]
+    largest = min(space.dimensions[1:])
+    ranks = [round(largest * point / (POINTS - 1)) for point in range(POINTS)]
     shares = [float(space.output.explained(rank).mean()) if rank else 0.0 for rank in ranks]
     return tuple(round(share, 6) for share in shares)

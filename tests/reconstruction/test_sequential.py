@@ -451,7 +451,7 @@ def test_compress_refits_reports_and_saves(policy: str, tmp_path: Path) -> None:
     changed = [layer for layer in report.layers if layer.rank is not None]
     assert changed and all(layer.refitted and layer.projection == "loss" for layer in changed)
     assert all(layer.predicted_loss is None and layer.predicted_error > 0 for layer in changed)
-    assert "not refitted" not in report.table()
+    assert "not reconstructed" not in report.table()
     assert isinstance(model[5][0], nn.Linear)
 
     plain = copy.deepcopy(dense)
@@ -506,7 +506,7 @@ def test_what_cannot_be_refitted_keeps_its_factors() -> None:
     config = lro.CompressionConfig(lro.Ranks({"stem": 2, "router": 2}), refit="sequential")
     with pytest.warns(UserWarning, match="stem"):
         report = lro.compress_(model, lro.calibrate(model, batches), config, batches=batches)
-    assert "stem: not refitted" in report.table() and "router: not refitted" not in report.table()
+    assert "stem: not reconstructed" in report.table() and "router: not reconstructed" not in report.table()
 
 
 def test_bad_arguments_are_refused() -> None:
