@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import lowrank_ops as lro
-from lowrank_ops.demo.data import load_images, read_original, standardise
+from lowrank_ops.demo.data import load_images, standardize
 from lowrank_ops.demo.evaluation import percent_equal, predict
 from lowrank_ops.demo.vit import load_vit
 
 from .results import ROWS, Results, rows_of
+from .train_demo import read_original
 
 PROJECTIONS = ("weight", "input", "utilized", "output", "loss")
 ALLOCATIONS = ("uniform", "energy", "loss")
@@ -233,7 +234,7 @@ def taken_alike(covariances: lro.Covariances) -> lro.Covariances:
 def training_images(folder: Path) -> tuple[Tensor, Tensor]:
     """The 60,000 images (n, 1, 28, 28) that the dense model was trained on, and their labels (n,)."""
     images, labels = read_original(folder, "train")
-    return standardise(images), torch.tensor(labels, dtype=torch.int64)
+    return standardize(images), torch.tensor(labels, dtype=torch.int64)
 
 
 class Remembered(nn.Module):
