@@ -81,7 +81,7 @@ def compare(
 
 
 def _described(config: lro.CompressionConfig) -> tuple[str, str, float | None]:
-    method = METHODS[config.projection]
+    method = METHODS[config.projection or "output"]
     if isinstance(config.rank, lro.ParameterBudget):
         percent = round(100 * config.rank.fraction, 6)
         return method, f"budget {percent:g}%", percent

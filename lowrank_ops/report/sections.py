@@ -128,7 +128,8 @@ def spectra(layers: Layers, point: str) -> str:
     if not lines:
         return ""
     remark = f"A line per layer: the share of its output's variance outside the leading directions. {point}"
-    chart = curves("Spectra of the layers' outputs", lines, "directions, of the largest rank", "residual variance")
+    x_label = "directions, relative to the largest rank"
+    chart = curves("Spectra of the layers' outputs", lines, x_label, "residual variance")
     return section("Spectra", remark, key(kinds_of(layers)), chart)
 
 
