@@ -449,7 +449,7 @@ def test_compress_refits_reports_and_saves(policy: str, tmp_path: Path) -> None:
     config = lro.CompressionConfig(rank, projection="loss", refit="sequential", overrides={"5.0": None})
     report = lro.compress_(model, covariances, config, batches=batches)
     changed = [layer for layer in report.layers if layer.rank is not None]
-    assert changed and all(layer.refitted and layer.projection == "loss" for layer in changed)
+    assert changed and all(layer.reconstructed and layer.projection == "loss" for layer in changed)
     assert all(layer.predicted_loss is None and layer.predicted_error > 0 for layer in changed)
     assert "not reconstructed" not in report.table()
     assert isinstance(model[5][0], nn.Linear)

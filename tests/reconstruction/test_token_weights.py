@@ -288,7 +288,7 @@ def test_compress_passes_it_on(frozen: bool) -> None:
                 student, covariances, config, batches=batches, mask=mask, sensitivity=sensitivity,
                 filter_fn=lambda module, fqn: fqn in covariances.sensitivities,
             )  # fmt: skip
-        assert all(layer.refitted for layer in report.layers if layer.rank is not None)
+        assert all(layer.reconstructed for layer in report.layers if layer.rank is not None)
         products.append(torch.cat([p.flatten() for name, p in student.named_parameters() if "up" in name]))
     assert not torch.allclose(*products)
 
