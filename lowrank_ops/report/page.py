@@ -34,7 +34,7 @@ svg .grid { stroke: var(--line); stroke-width: 1; }
 .wide { overflow: auto hidden; } .wide svg { min-width: 38rem; }
 table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--soft); padding-bottom: .4rem; }
-th, td { padding: .28rem .45rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th, td { padding: .28rem .38rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th.text, td.text { text-align: left; }
 thead th { border-bottom-width: 2px; }
 tbody th { font-weight: 400; }
