@@ -245,21 +245,25 @@ class TestCompress:
         assert "with --covariances it needs --latencies" in refused(capsys, 2, *argv)
 
     def test_text_shows_how_to_load_the_model(self, capsys: pytest.CaptureFixture[str]) -> None:
-        assert cli.main([*COMPRESS, "--projection", "utilized"]) == 0
+        assert cli.main([*COMPRESS, "--budget", "0.8", "--projection", "utilized"]) == 0
         out = capsys.readouterr().out
         assert "layer parameters" in out and "load_pretrained(dense_model, 'out')" in out
 
     def test_html(self, project: Path) -> None:
-        assert cli.main([*COMPRESS, "--html", "page.html"]) == 0
+        assert cli.main([*COMPRESS, "--budget", "0.8", "--html", "page.html"]) == 0
         assert "<title>Compression report</title>" in (project / "page.html").read_text()
 
-    def test_explained_variance_is_the_default_policy(self, capsys: pytest.CaptureFixture[str]) -> None:
-        assert cli.main([*COMPRESS, "--json"]) == 0
-        default = json.loads(capsys.readouterr().out)
-        assert default["compression"]["config"]["rank"] == {"policy": "explained_variance", "threshold": 0.99}
-        assert cli.main([*COMPRESS, "--json", "--explained-variance", "0.5"]) == 0
-        half = json.loads(capsys.readouterr().out)["compression"]["layers"]
-        assert half[0]["rank"] < default["compression"]["layers"][0]["rank"]
+    def test_half_of_the_parameters_is_the_default(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert "fraction=0.5 cannot be met" in refused(capsys, 2, *COMPRESS)  # by layers of 16 and 32 features
+
+    def test_explained_variance_chooses_the_ranks(self, capsys: pytest.CaptureFixture[str]) -> None:
+        ranks = []
+        for share in ("0.99", "0.5"):
+            assert cli.main([*COMPRESS, "--json", "--explained-variance", share]) == 0
+            compression = json.loads(capsys.readouterr().out)["compression"]
+            assert compression["config"]["rank"] == {"policy": "explained_variance", "threshold": float(share)}
+            ranks.append(compression["layers"][0]["rank"])
+        assert ranks[1] < ranks[0]
 
     def test_ranks_by_hand_and_layers_left_dense(self, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (project / "ranks.json").write_text('{"re:.*": 4}')

@@ -90,7 +90,7 @@ def test_compression_page_shows_times_and_errors(net, tmp_path: Path) -> None:
     assert f"{report.layer_parameters / report.layer_parameters_before:.1%}" in reader.cells
     text = (tmp_path / "page.html").read_text()
     assert "Predicted and measured errors" in text
-    assert "Ranks by LatencyBudget(fraction=0.9), allocation uniform; projection output." in text
+    assert "Ranks by LatencyBudget(fraction=0.9), allocation uniform; projection loss." in text
     qkv = next(layer for layer in report.layers if layer.kind == "qkv")
     assert (qkv.dense_macs, qkv.macs) == (10000 * 32 * 96, 10000 * 8 * 128)
     assert (qkv.dense_seconds, qkv.seconds) == (2e-3, 0.5e-3)
