@@ -21,8 +21,8 @@ from torch.nn.parameter import is_lazy
 
 from .layers import LowRankConv2d, LowRankLinear
 from .layers.conv2d import GEOMETRY
-from .layers.replace import has_hooks, lowrank_type, swap_, tied_layers
-from .models.layers import dimensions, find_layers
+from .layers.replace import has_hooks, lowrank_type, swap_
+from .models.layers import dimensions, find_layers, tied_layers
 from .report import CompressionReport
 
 WEIGHTS_FILE = "model.safetensors"

@@ -1,4 +1,4 @@
-"""Midpoint gradients: output gradients streamed a second time, with weights halfway to the compressed model's.
+"""Midpoint gradients: output gradients streamed again, with weights at the mean of the dense and the compressed ones.
 
 Output gradients of the dense model predict the effect of a first small change. Compression makes large changes in all
 layers at once; gradients at the midpoint predict those better.
@@ -42,7 +42,7 @@ def recalibrate(
     Args:
         model: the model that was calibrated; returned to its previous state.
         covariances: from :func:`lowrank_ops.calibrate` with a sensitivity; not changed.
-        batches: as for :func:`lowrank_ops.calibrate`, at best the same.
+        batches: as for :func:`lowrank_ops.calibrate`, ideally the same.
         config: how the model is to be compressed, as for :func:`lowrank_ops.compress_`, without a reconstruction;
             layers that will stay dense are named in its overrides.
         options: keyword arguments of :func:`lowrank_ops.calibrate` as they were given to it, above all

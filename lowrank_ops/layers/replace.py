@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..factors.projections import Factors
-from ..models.layers import find_layers
+from ..models.layers import find_layers, tied_layers
 from .conv2d import LowRankConv2d
 from .linear import LowRankLinear
 
@@ -101,20 +101,6 @@ def lowrank_type(dense: nn.Module) -> type[LowRankLinear] | type[LowRankConv2d]:
 def has_hooks(module: nn.Module) -> bool:
     """Whether a replacement of ``module`` would lose hooks."""
     return any(getattr(module, kind) for kind in _HOOKS)
-
-
-def tied_layers(model: nn.Module) -> dict[str, str]:
-    """``{fqn of a module: fqn of another module}`` for modules that share a parameter."""
-    owners: dict[int, list[str]] = {}
-    for fqn, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(fqn)
-    return {
-        fqn: next(other for other in holders if other != fqn)
-        for holders in owners.values()
-        if len(set(holders)) > 1
-        for fqn in holders
-    }
 
 
 def _set_children(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:

@@ -71,6 +71,20 @@ def _reason_to_skip(module: nn.Module) -> str | None:
     return None if weight.numel() else "its weight is empty"
 
 
+def tied_layers(model: nn.Module) -> dict[str, str]:
+    """``{fqn of a module: fqn of another module}`` for modules that share a parameter."""
+    owners: dict[int, list[str]] = {}
+    for fqn, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(fqn)
+    return {
+        fqn: next(other for other in holders if other != fqn)
+        for holders in owners.values()
+        if len(set(holders)) > 1
+        for fqn in holders
+    }
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Whether ``module`` is transformers' Conv1D, a linear layer with a transposed weight."""
     bases = type(module).__mro__

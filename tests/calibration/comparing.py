@@ -1,14 +1,21 @@
-"""A loss for calibration tests, and comparison of two calibrations."""
+"""A loss for calibration tests, and comparisons of statistics."""
 
 import torch
 from torch import Tensor
 
-from lowrank_ops.calibration import Covariances
+from lowrank_ops.calibration import Covariances, Moments
 
 
 def cubed(output: Tensor, batch: object) -> Tensor:
     """A loss whose gradients differ from row to row."""
     return output.double().pow(3).sum()
+
+
+def of_group(moments: Moments, group: int) -> Moments:
+    """The moments of one group of a convolution."""
+    if moments.total.dim() == 1:
+        return moments
+    return Moments(moments.second_moment[group], moments.total[group], moments.count)
 
 
 def shared_inputs(covariances: Covariances) -> list[list[str]]:
@@ -20,7 +27,7 @@ def shared_inputs(covariances: Covariances) -> list[list[str]]:
 
 
 def assert_same_statistics(found: Covariances, expected: Covariances, tolerance: float = 1e-12) -> None:
-    """Both hold the same layers, streamed and shared alike, with equal counts and sums."""
+    """Both hold the same layers, with the same sides and sharing, equal counts and equal sums."""
     assert list(found) == list(expected)
     assert (found.unreached, found.skipped) == (expected.unreached, expected.skipped)
     assert shared_inputs(found) == shared_inputs(expected)

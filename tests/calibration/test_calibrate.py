@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import lowrank_ops as lro
-from lowrank_ops.calibration import Moments
 from lowrank_ops.calibration.calibrator import _side
+from tests.calibration.comparing import of_group
 from tests.sums import assert_sums
 
 # --- what is summed ---------------------------------------------------------------------------------------------
@@ -101,13 +101,6 @@ def test_transformers_conv1d(side):
     rows = x.flatten(0, 1).double()
     expected = rows if side == "input" else rows @ model[0].weight.detach().double()
     assert_sums(lro.calibrate(model, [x], side=side)["0"].activations, expected, rtol=1e-5)
-
-
-def of_group(moments, group):
-    """The moments of one group of a convolution."""
-    if moments.total.dim() == 1:
-        return moments
-    return Moments(moments.second_moment[group], moments.total[group], moments.count)
 
 
 # --- convolutions -----------------------------------------------------------------------------------------------

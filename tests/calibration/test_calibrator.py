@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import lowrank_ops as lro
 from tests.calibration.comparing import assert_same_statistics
@@ -72,6 +72,14 @@ def test_observe_outside_its_block(model):
         calibrator.observe(torch.zeros(()), 1)
 
 
+def test_second_block_is_an_error(model, x):
+    with lro.Calibrator(model) as calibrator:
+        model(x)
+    with pytest.raises(RuntimeError, match="one with block"):
+        calibrator.__enter__()
+    assert not model._forward_hooks and calibrator.covariances["0"].activations.count == 5
+
+
 def test_observe_needs_output_gradients(model, x):
     with lro.Calibrator(model) as calibrator, pytest.raises(RuntimeError, match="output_gradients=True"):
         calibrator.observe(model(x).sum(), 5)
@@ -106,3 +114,32 @@ def test_a_loss_is_observed_once(model, x):
         calibrator.observe(loss, 5)
         with pytest.raises(ValueError, match="or its loss was used already"):
             calibrator.observe(loss, 5)
+
+
+class TiedHead(nn.Module):
+    def __init__(self, vocabulary: int = 40) -> None:
+        super().__init__()
+        self.embedding, self.mlp = nn.Embedding(vocabulary, 8), nn.Linear(8, 8)
+        self.head = nn.Linear(8, vocabulary, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.mlp(self.embedding(tokens)).relu())
+
+
+def test_tied_heads_have_no_output_gradients_streamed():
+    batches = [torch.randint(40, (4, 5))]
+    covariances = lro.calibrate(TiedHead(), batches, sensitivity="fisher")
+    assert list(covariances) == ["mlp"] and covariances.skipped == {"head": "its weight is tied to 'embedding'"}
+    assert list(lro.calibrate(TiedHead(), batches)) == ["mlp", "head"]
+    chosen = lro.calibrate(TiedHead(), batches, sensitivity="fisher", filter_fn=lambda module, fqn: True)
+    assert chosen["head"].output_gradients is not None
+
+
+def test_heads_beyond_max_state_bytes_stay_dense_and_named():
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 700))
+    covariances = lro.calibrate(model, [torch.randn(9, 64)], sensitivity="fisher", max_state_bytes=1 << 20)
+    assert list(covariances) == ["0"]
+    assert "its output gradients would take 0.0 GiB, more than max_state_bytes" in covariances.skipped["2"]
+    report = lro.compress_(model, covariances, lro.ParameterBudget(0.9))
+    assert report.skipped["2"] == covariances.skipped["2"]

@@ -140,13 +140,28 @@ def of_another_format(path):
     save_file({"a": torch.ones(2)}, path, metadata={"lowrank_ops": json.dumps({"format": "lowrank_ops.covariances/9"})})
 
 
-def without_a_field(path):
+def without_layers(path):
     header = {"format": "lowrank_ops.covariances/2", "counts": []}
     save_file({"a": torch.ones(2)}, path, metadata={"lowrank_ops": json.dumps(header)})
 
 
+def without_layers_in_version_1(path):
+    header = {"format": "lowrank_ops.covariances/1", "entries": []}
+    save_file({"a": torch.ones(2)}, path, metadata={"lowrank_ops": json.dumps(header)})
+
+
 @pytest.mark.parametrize(
-    "spoil", [truncated, cut_in_the_header, empty, a_pickle, foreign, of_another_format, without_a_field]
+    "spoil",
+    [
+        truncated,
+        cut_in_the_header,
+        empty,
+        a_pickle,
+        foreign,
+        of_another_format,
+        without_layers,
+        without_layers_in_version_1,
+    ],
 )
 def test_unreadable_file_is_a_value_error(tmp_path, spoil):
     path = tmp_path / "c.safetensors"

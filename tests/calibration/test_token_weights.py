@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import lowrank_ops as lro
 from lowrank_ops.calibration import Moments
 from lowrank_ops.calibration.token_weights import relative_squares
-from tests.calibration.comparing import assert_same_statistics, cubed
+from tests.calibration.comparing import assert_same_statistics, cubed, of_group
 
 
 class Seen:
@@ -87,15 +87,9 @@ def test_sums_of_convolutions_equal_a_loop_over_rows(
     if side == "output":
         rows = (seen.y[0] - conv.bias.view(-1, 1, 1)).movedim(1, -1).flatten(1, 2)
     gradients = seen.g[0].movedim(1, -1).flatten(1, 2)
-    groups = conv.groups
-    parts = zip(rows.chunk(groups, -1), gradients.chunk(groups, -1), strict=True)
-    for index, (part, of_group) in enumerate(parts):
-        own = Moments(
-            found.second_moment.view(groups, *found.second_moment.shape[-2:])[index],
-            found.total.view(groups, -1)[index],
-            found.count,
-        )
-        check(own, part, of_group)
+    parts = zip(rows.chunk(conv.groups, -1), gradients.chunk(conv.groups, -1), strict=True)
+    for group, (x, g) in enumerate(parts):
+        check(of_group(found, group), x, g)
 
 
 class Padded(nn.Module):

@@ -8,7 +8,8 @@ from torch import nn
 
 import lowrank_ops as lro
 from lowrank_ops.factors import factorize
-from lowrank_ops.layers.replace import replace_, tied_layers
+from lowrank_ops.layers.replace import replace_
+from lowrank_ops.models.layers import tied_layers
 from lowrank_ops.subspaces import layer_subspaces
 
 
