@@ -15,7 +15,7 @@ from lowrank_ops.layers import latency as timing
 from lowrank_ops.layers.latency import ranks_to_time
 from lowrank_ops.models.layers import dimensions
 from lowrank_ops.ranks import choose_ranks
-from lowrank_ops.ranks.allocation import LEAST_STEPS, knapsack
+from lowrank_ops.ranks.allocation import MIN_STEPS, knapsack
 from lowrank_ops.ranks.costs import nanoseconds, options_of
 from lowrank_ops.subspaces import LayerSubspaces, layer_subspaces
 
@@ -184,7 +184,7 @@ def test_latencies_go_to_a_file_and_back(calibrated, tmp_path) -> None:
     latencies = made_up(calibrated[0])
     latencies.save(tmp_path / "latencies.json")
     assert LayerLatencies.load(tmp_path / "latencies.json") == latencies
-    config = lro.CompressionConfig(lro.LatencyBudget(0.5, latencies), overrides={"head": None})
+    config = lro.CompressionConfig(lro.LatencyBudget(0.5, latencies, "uniform"), overrides={"head": None})
     assert lro.CompressionConfig.from_json(config.to_json()) == config
 
 
@@ -217,7 +217,7 @@ def test_a_layer_that_was_not_timed_is_named(calibrated) -> None:
     latencies = made_up(model)
     part = LayerLatencies("", 1, latencies.curves, {"wide": {"wide": 1}})
     with pytest.raises(ValueError, match="latencies: 'conv' was not timed; call measure_latency"):
-        choose_ranks(lro.LatencyBudget(0.5, part), spaces)
+        choose_ranks(lro.LatencyBudget(0.5, part, "uniform"), spaces)
 
 
 # --- the budget -------------------------------------------------------------------------------------------------
@@ -249,13 +249,13 @@ def test_nothing_within_the_time_keeps_more_of_the_loss(calibrated, fraction: fl
     price = nanoseconds(latencies)
     options = {fqn: options_of(fqn, space, price) for fqn, space in spaces.items()}
     budget = math.floor(fraction * sum(choices[-1].cost for choices in options.values()))
-    tolerance = len(spaces) * budget / LEAST_STEPS
+    tolerance = len(spaces) * budget / MIN_STEPS
     best = max(
         kept_loss(spaces, {fqn: option.rank for fqn, option in zip(spaces, combination, strict=True)})
         for combination in itertools.product(*options.values())
         if sum(option.cost for option in combination) <= budget - tolerance
     )
-    found = choose_ranks(lro.LatencyBudget(fraction, latencies), spaces)
+    found = choose_ranks(lro.LatencyBudget(fraction, latencies, "uniform"), spaces)
     assert kept_loss(spaces, found) >= best * (1 - 1e-12)
 
 
@@ -278,11 +278,11 @@ def test_ranks_that_are_no_cheaper_than_larger_ones_are_not_taken(calibrated) ->
 def test_overrides_count_and_a_budget_that_cannot_be_met_is_an_error(calibrated) -> None:
     model, _, spaces = calibrated
     latencies = made_up(model)
-    ranks = choose_ranks(lro.LatencyBudget(0.8, latencies), spaces, {"again": None})
+    ranks = choose_ranks(lro.LatencyBudget(0.8, latencies, "uniform"), spaces, {"again": None})
     assert ranks["again"] is None
     assert latencies.total(ranks) <= 0.8 * latencies.total(dict.fromkeys(spaces))
     with pytest.raises(ValueError, match=r"fraction=0\.1 cannot be met: the smallest ranks take \d+ nanoseconds"):
-        choose_ranks(lro.LatencyBudget(0.1, latencies), spaces)
+        choose_ranks(lro.LatencyBudget(0.1, latencies, "uniform"), spaces)
 
 
 def test_compress_keeps_the_policy(calibrated) -> None:
@@ -319,7 +319,7 @@ def test_the_knapsack_is_within_budget_and_best_up_to_its_steps(problem) -> None
     taken = knapsack(costs, worths, budget)
     assert sum(options[index] for options, index in zip(costs, taken, strict=True)) <= budget
     found = sum(values[index] for values, index in zip(worths, taken, strict=True))
-    step = math.ceil((budget - sum(options[0] for options in costs)) / LEAST_STEPS)
+    step = math.ceil((budget - sum(options[0] for options in costs)) / MIN_STEPS)
     tolerance = 0 if step <= 1 else len(costs) * step
     best = max(
         sum(values[index] for values, index in zip(worths, combination, strict=True))
@@ -336,7 +336,7 @@ def test_the_knapsack_is_exact_where_costs_are_small(problem) -> None:
     costs, worths, budget = problem
     costs = [[1 + cost * 100 // 5 // 10**6 for cost in options] for options in costs]
     least = sum(options[0] for options in costs)
-    budget = min(least + budget % 200, least + LEAST_STEPS)
+    budget = min(least + budget % 200, least + MIN_STEPS)
     taken = knapsack(costs, worths, budget)
     found = sum(values[index] for values, index in zip(worths, taken, strict=True))
     best = max(
