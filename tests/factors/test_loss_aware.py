@@ -39,9 +39,7 @@ def problem(
     return layer, x + 3, g
 
 
-def spaces_of(
-    layer: nn.Module, rows: Tensor, g: Tensor, centered: bool = True, side: str = "input"
-) -> LayerSubspaces:
+def spaces_of(layer: nn.Module, rows: Tensor, g: Tensor, centered: bool = True, side: str = "input") -> LayerSubspaces:
     statistics = LayerStatistics(side, moments_of(rows), moments_of(g))
     return LayerSubspaces.of_layer(layer, statistics, centered=centered)
 
@@ -82,7 +80,10 @@ def test_no_other_factors_have_less_error_in_the_metric(rank: int) -> None:
 
     torch.manual_seed(1)  # gradient descent from a point nearby finds no less
     factors = factorize(spaces, rank, "loss")
-    down, up, bias = (t.clone().requires_grad_() for t in (factors.down, factors.up, factors.bias))
+    down, up, bias = (
+        t.clone(memory_format=torch.contiguous_format).requires_grad_()
+        for t in (factors.down, factors.up, factors.bias)
+    )
     target = layer(x).detach()
     optimizer = torch.optim.LBFGS([down, up, bias], max_iter=100, line_search_fn="strong_wolfe")
 

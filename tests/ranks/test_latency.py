@@ -184,7 +184,7 @@ def test_latencies_go_to_a_file_and_back(calibrated, tmp_path) -> None:
     latencies = made_up(calibrated[0])
     latencies.save(tmp_path / "latencies.json")
     assert LayerLatencies.load(tmp_path / "latencies.json") == latencies
-    config = lro.CompressionConfig(lro.LatencyBudget(0.5, latencies, "uniform"), overrides={"head": None})
+    config = lro.CompressionConfig(lro.LatencyBudget(0.5, latencies, "loss"), overrides={"head": None})
     assert lro.CompressionConfig.from_json(config.to_json()) == config
 
 
@@ -217,7 +217,7 @@ def test_a_layer_that_was_not_timed_is_named(calibrated) -> None:
     latencies = made_up(model)
     part = LayerLatencies("", 1, latencies.curves, {"wide": {"wide": 1}})
     with pytest.raises(ValueError, match="latencies: 'conv' was not timed; call measure_latency"):
-        choose_ranks(lro.LatencyBudget(0.5, part, "uniform"), spaces)
+        choose_ranks(lro.LatencyBudget(0.5, part, "loss"), spaces)
 
 
 # --- the budget -------------------------------------------------------------------------------------------------
@@ -255,7 +255,7 @@ def test_nothing_within_the_time_keeps_more_of_the_loss(calibrated, fraction: fl
         for combination in itertools.product(*options.values())
         if sum(option.cost for option in combination) <= budget - tolerance
     )
-    found = choose_ranks(lro.LatencyBudget(fraction, latencies, "uniform"), spaces)
+    found = choose_ranks(lro.LatencyBudget(fraction, latencies, "loss"), spaces)
     assert kept_loss(spaces, found) >= best * (1 - 1e-12)
 
 
@@ -278,18 +278,18 @@ def test_ranks_that_are_no_cheaper_than_larger_ones_are_not_taken(calibrated) ->
 def test_overrides_count_and_a_budget_that_cannot_be_met_is_an_error(calibrated) -> None:
     model, _, spaces = calibrated
     latencies = made_up(model)
-    ranks = choose_ranks(lro.LatencyBudget(0.8, latencies, "uniform"), spaces, {"again": None})
+    ranks = choose_ranks(lro.LatencyBudget(0.8, latencies, "loss"), spaces, {"again": None})
     assert ranks["again"] is None
     assert latencies.total(ranks) <= 0.8 * latencies.total(dict.fromkeys(spaces))
     with pytest.raises(ValueError, match=r"fraction=0\.1 cannot be met: the smallest ranks take \d+ nanoseconds"):
-        choose_ranks(lro.LatencyBudget(0.1, latencies, "uniform"), spaces)
+        choose_ranks(lro.LatencyBudget(0.1, latencies, "loss"), spaces)
 
 
 def test_compress_keeps_the_policy(calibrated) -> None:
     model, covariances, _ = calibrated
     copy = Net()
     copy.load_state_dict(model.state_dict())
-    config = lro.CompressionConfig(lro.LatencyBudget(0.5, made_up(model)), projection="loss")
+    config = lro.CompressionConfig(lro.LatencyBudget(0.5, made_up(model), "loss"), projection="loss")
     report = lro.compress_(copy, covariances, config)
     assert lro.CompressionConfig.from_dict(report.to_dict()["config"]) == config
     assert isinstance(copy.wide, lro.LowRankLinear)
