@@ -120,6 +120,18 @@ def test_singular_matrices_are_safe(out_features: int, in_features: int, x_rank:
     assert metric_error(layer, factors, x, torch.eye(out_features).double()) < 1e-9 * scale  # full rank: exact
 
 
+@pytest.mark.parametrize("rounding", [0.3, 0.999, 5.0])
+def test_rounding_of_gradient_sums_does_not_weaken_the_damping(rounding: float) -> None:
+    """A moment that rounding made indefinite by about the damping: every eigenvalue of the metric stays near it."""
+    layer, x, _ = problem()
+    spectrum = torch.tensor([3, 2, 1, 1, 0, 0, -rounding * DAMPING], dtype=torch.float64)
+    basis = torch.linalg.qr(torch.randn(7, 7).double()).Q
+    gradients = Moments((basis * spectrum) @ basis.T, torch.zeros(7).double(), 1)
+    statistics = LayerStatistics("input", moments_of(x), gradients)
+    space = LayerSubspaces.of_layer(layer, statistics, centered=True).loss
+    assert float(torch.linalg.eigvalsh(space.root @ space.root.T)[0]) > 0.4 * DAMPING
+
+
 def test_without_gradients_it_is_the_output_projection() -> None:
     """Zero gradients: the metric is a multiple of the identity, and no loss is predicted."""
     layer, x, g = problem()

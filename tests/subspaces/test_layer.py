@@ -191,39 +191,44 @@ def test_rounding_noise_is_not_rank(dtype, centered, out_features):
     assert space.input.rank_at(1) == 40 and space.output.rank_at(1) == 40 and space.utilized_rank(1) == 40
 
 
-def test_fewer_samples_than_features():
-    space = calibrated(torch.randn(7, 30).double(), out_features=20)
+@pytest.mark.parametrize("out_features", [20, 50])
+def test_fewer_samples_than_features(out_features):
+    space = calibrated(torch.randn(7, 30).double(), out_features=out_features)
     assert space.input.rank_at(1) == space.output.rank_at(1) == 6  # one direction goes to the mean
     assert calibrated(torch.randn(7, 30).double(), centered=False).input.rank_at(1) == 7
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("rows", [1, 10, 5000, 100_000])
-def test_constant_inputs_have_no_variance(rows, dtype):
+@pytest.mark.parametrize("out_features", [12, 40])
+def test_constant_inputs_have_no_variance(rows, dtype, out_features):
     constant = torch.linspace(-3.7, 1000.1, 16).expand(rows, 16)
-    space = calibrated(constant, dtype=dtype)
+    space = calibrated(constant, out_features, dtype)
     assert space.input.rank_at(1) == space.output.rank_at(1) == space.utilized_rank(0.99) == 0
-    assert calibrated(constant, dtype=dtype, centered=False).utilized_rank(1) == 1
+    assert calibrated(constant, out_features, dtype, centered=False).utilized_rank(1) == 1
 
 
-def test_one_varying_feature_among_constant_ones():
+@pytest.mark.parametrize("out_features", [12, 40])
+def test_one_varying_feature_among_constant_ones(out_features):
     rows = torch.full((5000, 16), 0.1)
     rows[:, 3] += 1e-3 * torch.randn(5000)
-    space = calibrated(rows)
+    space = calibrated(rows, out_features)
     assert space.input.rank_at(1) == space.output.rank_at(1) == 1
     torch.testing.assert_close(space.input.basis[:, 0].abs(), torch.eye(16, dtype=torch.float64)[3])
 
 
-def test_a_constant_output_has_rank_0():
+@pytest.mark.parametrize("out_features", [12, 40])
+def test_a_constant_output_has_rank_0(out_features):
     rows = torch.rand(5000, 10).softmax(-1).double()
-    space = calibrated(rows, weight=torch.full((12, 10), 3.0))
+    space = calibrated(rows, out_features, weight=torch.full((out_features, 10), 3.0))
     assert space.input.rank_at(1) == 9 and space.output.rank_at(1) == 0 and space.utilized_rank(1) == 0
 
 
-def test_dead_features():
+@pytest.mark.parametrize("out_features", [12, 40])
+def test_dead_features(out_features):
     rows = torch.randn(500, 16).double()
     rows[:, 5:] = 0
-    space = calibrated(rows)
+    space = calibrated(rows, out_features)
     assert space.input.rank_at(1) == space.utilized_rank(1) == 5
     assert space.input.basis[5:, :5].abs().max() < 1e-12
 
@@ -240,10 +245,11 @@ def test_an_outlier_feature_does_not_hide_the_others(dtype):
     np.testing.assert_allclose(space.input.spectrum.numpy(), expected, rtol=1e-7 if dtype == torch.float64 else 0.05)
 
 
-def test_zero_inputs():
-    space = calibrated(torch.zeros(50, 16))
+@pytest.mark.parametrize("out_features", [12, 40])
+def test_zero_inputs(out_features):
+    space = calibrated(torch.zeros(50, 16), out_features)
     assert space.utilized_rank(0.9) == 0 and space.output.spectrum.sum() == 0
-    assert space.input.basis.isfinite().all()
+    assert space.input.basis.isfinite().all() and space.output.basis.isfinite().all()
 
 
 # --- sharing, sides, errors -------------------------------------------------------------------------------------
