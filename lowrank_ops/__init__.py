@@ -5,8 +5,7 @@ from .calibration import Calibrator, Covariances, NonFiniteActivationError, cali
 from .checkpoint import CheckpointError, load_pretrained, save_pretrained
 from .compress import compress_
 from .config import CompressionConfig, ExplainedVariance, FlopBudget, LatencyBudget, ParameterBudget, Ranks
-from .layers.latency import measure_latency
-from .layers.lowrank import LowRankConv2d, LowRankLinear
+from .layers import LowRankConv2d, LowRankLinear, measure_latency
 from .midpoint import recalibrate
 from .reconstruction import SequentialReconstruction
 from .report import utilization

@@ -1,7 +1,7 @@
-"""Compressed models on disk: a folder with ``model.safetensors`` and ``lowrank_config.json``. Nothing is pickled.
+"""Compressed models on disk: a folder with ``model.safetensors`` and ``lowrank_config.json``; nothing is pickled.
 
-The configuration is also kept in the header of the tensor file, so that two files that are not of one save, as an
-interrupted overwrite leaves them, are noticed.
+The header of the tensor file repeats the configuration. The two differ if the files are from different saves, as after
+an interrupted overwrite.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .layers.lowrank import LowRankConv2d, LowRankLinear
-from .layers.replace import swap_, tied_layers
-from .models.layers import dimensions, find_layers
+from .layers import LowRankConv2d, LowRankLinear
+from .layers.conv2d import GEOMETRY
+from .layers.replace import has_hooks, lowrank_type, swap_
+from .models.layers import dimensions, find_layers, tied_layers
 from .report import CompressionReport
 
 WEIGHTS_FILE = "model.safetensors"
@@ -30,32 +31,42 @@ FORMAT = "lowrank_ops.checkpoint"
 FORMAT_VERSION = 1
 
 _METADATA_KEY = "lowrank_ops"
-_CONV_SHAPE = (
-    "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode",
-)  # fmt: skip
+_COPY_AGAIN = "Copy or save the checkpoint again."
+_OTHER_MODEL = "Pass the architecture that was compressed."
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be loaded; the message says why, and the model is as it was."""
+    """A checkpoint cannot be loaded. The message gives the reason; the model is unchanged."""
 
 
 def save_pretrained(model: nn.Module, path: str | Path, report: CompressionReport | None = None) -> None:
-    """Write a model with factorised layers to the folder ``path``, which is made if it is missing.
+    """Write a model with low-rank layers to the folder ``path``, which is created if it is missing.
 
-    ``model.safetensors`` holds the whole state dict in the dtypes of the model. A tensor that has several names is
-    stored once; tensors that merely overlap, such as a weight and its transposed view, are stored as separate ones.
-    ``lowrank_config.json`` holds the format version and, per factorised layer, its kind, true rank, bias and sizes.
-    Both are written under temporary names and put in place at the end.
+    ``model.safetensors`` holds the state dict in the dtypes of the model. A tensor with several names is stored once;
+    tensors that only overlap, such as a weight and its transposed view, are stored separately. ``lowrank_config.json``
+    holds the format version and, per low-rank layer, its kind, true rank, bias and sizes. Both files are written under
+    temporary names and renamed at the end, so that a failed save keeps the previous checkpoint.
 
     Args:
-        model: any module; LowRankLinear and LowRankConv2d layers are recorded, the rest needs no record.
-        path: a folder; files of these names in it are replaced.
-        report: from :func:`lowrank_ops.compress_`; adds its configuration and the calibration rows of each layer,
+        model: any module; LowRankLinear and LowRankConv2d layers are recorded.
+        path: a folder; existing files of the two names are replaced.
+        report: from :func:`lowrank_ops.compress_`; adds its configuration and each layer's number of calibration rows,
             which are null without it.
 
     Raises:
         ValueError: the state dict holds something other than tensors with values, or ``report`` is of another model.
         OSError: the folder cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> import torch
+        >>> import lowrank_ops as lro
+        >>> model = torch.nn.Sequential(lro.LowRankLinear(64, 32, rank=8))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     lro.save_pretrained(model, folder)
+        ...     sorted(file.name for file in Path(folder).iterdir())
+        ['lowrank_config.json', 'model.safetensors']
     """
     tensors, tied = _distinct_tensors(model)
     config = {
@@ -67,43 +78,56 @@ def save_pretrained(model: nn.Module, path: str | Path, report: CompressionRepor
     }
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    unfinished = {name: folder / f".{name}.{os.getpid()}.tmp" for name in (WEIGHTS_FILE, CONFIG_FILE)}
+    temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in (WEIGHTS_FILE, CONFIG_FILE)}
     try:
-        save_file(tensors, unfinished[WEIGHTS_FILE], metadata={"format": "pt", _METADATA_KEY: json.dumps(config)})
-        unfinished[CONFIG_FILE].write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        shutil.copymode(unfinished[CONFIG_FILE], unfinished[WEIGHTS_FILE])  # safetensors makes files private
-        for name, file in unfinished.items():
+        save_file(tensors, temporary[WEIGHTS_FILE], metadata={"format": "pt", _METADATA_KEY: json.dumps(config)})
+        temporary[CONFIG_FILE].write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        shutil.copymode(temporary[CONFIG_FILE], temporary[WEIGHTS_FILE])  # safetensors creates private files
+        for name, file in temporary.items():
             os.replace(file, folder / name)
     finally:
-        for file in unfinished.values():
+        for file in temporary.values():
             file.unlink(missing_ok=True)
 
 
 def load_pretrained(dense_model: nn.Module, path: str | Path) -> nn.Module:
-    """Turn a model of the original architecture into the saved one, in place.
+    """Change ``dense_model`` in place into the saved model and return it.
 
-    Everything is checked and read before the model is touched: it is loaded whole, or left as it was. Parameters and
-    buffers are replaced by new ones that take their **dtype from the file** and stay on the **device of
-    ``dense_model``**; those on the meta device come to the CPU, which saves the memory of weights that are about to be
-    replaced. Gradient and training flags are those of ``dense_model``. Create an optimizer afterwards.
+    Everything is read and checked before the model is changed: on an error it is as before. Parameters and buffers are
+    replaced by new ones, with the dtype of the file, on the device of the old ones; those on the meta device are
+    loaded to the CPU, which avoids initializing weights that are about to be replaced. Training and gradient flags
+    stay those of ``dense_model``. Create an optimizer after loading.
 
     Args:
         dense_model: the original architecture with its dense layers; its values do not matter.
-        path: the folder that :func:`save_pretrained` wrote.
+        path: a folder that :func:`save_pretrained` wrote.
 
     Returns:
-        ``dense_model``; where the model itself is the one factorised layer, its replacement.
+        ``dense_model``, or the new layer where ``dense_model`` is itself the compressed layer.
 
     Raises:
-        CheckpointError: the checkpoint is missing, truncated, foreign, of another version or of another model.
+        CheckpointError: the checkpoint is missing, truncated, of another format, version or model.
+
+    Example:
+        >>> import tempfile
+        >>> import torch
+        >>> import lowrank_ops as lro
+        >>> model = torch.nn.Sequential(lro.LowRankLinear(64, 32, rank=8))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     lro.save_pretrained(model, folder)
+        ...     loaded = lro.load_pretrained(torch.nn.Sequential(torch.nn.Linear(64, 32)), folder)
+        >>> loaded
+        Sequential(
+          (0): LowRankLinear(in_features=64, out_features=32, rank=8, bias=True)
+        )
     """
     folder = Path(path)
-    config = _read_config(folder)
+    config = _read_config(folder / CONFIG_FILE)
     layers = _empty_layers(dense_model, config["layers"])
-    slots = _slots(dense_model, layers)
-    with torch.inference_mode(False):  # parameters made in inference mode could not be trained
-        tensors = _read_tensors(folder / WEIGHTS_FILE, config, slots)
-    new = {id(slot): tensors[name] for name, slot in slots.items()}
+    targets = _targets(dense_model, layers)
+    with torch.inference_mode(False):  # parameters created in inference mode cannot be trained
+        tensors = _read_tensors(folder / WEIGHTS_FILE, config, targets)
+    new = {id(target): tensors[name] for name, target in targets.items()}
     for module in [*dense_model.modules(), *layers.values()]:
         for name, old in [*module._parameters.items(), *module._buffers.items()]:
             if id(old) in new:
@@ -113,20 +137,20 @@ def load_pretrained(dense_model: nn.Module, path: str | Path) -> nn.Module:
 
 
 def _distinct_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of the state dict, each once, and ``{other name: name under which it is kept}``."""
-    kept: dict[str, Tensor] = {}
+    """The tensors of the state dict, each once, and ``{other name: name under which it is stored}``."""
+    stored: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     names: dict[object, str] = {}
     storages: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor):
             raise ValueError(
-                f"model keeps a {type(tensor).__name__} in its state dict at {name!r}; checkpoints hold only tensors. "
-                "Store it apart and leave it out of get_extra_state."
+                f"model has a {type(tensor).__name__} in its state dict at {name!r}; checkpoints hold only tensors. "
+                "Store it separately and leave it out of get_extra_state."
             )
         if is_lazy(tensor) or tensor.is_meta:
             raise ValueError(
-                f"model holds no values at {name!r}: it is lazy or on the meta device. Run or load the model first."
+                f"model has no values at {name!r}: it is lazy or on the meta device. Run or load the model first."
             )
         tensor = tensor.detach()
         key = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
@@ -135,16 +159,16 @@ def _distinct_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, st
             continue
         names[key] = name
         storage = tensor.untyped_storage().data_ptr()
-        kept[name] = (tensor.clone() if storage in storages else tensor).contiguous()
+        stored[name] = (tensor.clone() if storage in storages else tensor).contiguous()
         storages.add(storage)
-    return kept, tied
+    return stored, tied
 
 
 def _layer_entries(model: nn.Module, report: CompressionReport | None) -> dict[str, dict[str, Any]]:
     rows = {} if report is None else {row.fqn: row for row in report.layers if row.rank is not None}
     entries = {
         fqn: {
-            **_shape(module),
+            **_sizes(module),
             "rank": module.rank,
             "bias": module.bias is not None,
             "calibration_rows": rows[fqn].rows if fqn in rows else None,
@@ -155,19 +179,18 @@ def _layer_entries(model: nn.Module, report: CompressionReport | None) -> dict[s
     for fqn, row in rows.items():
         if fqn not in entries or entries[fqn]["rank"] != row.rank:
             raise ValueError(
-                f"report does not describe model: it gives layer {fqn!r} rank {row.rank}, which it does not have in "
-                "model. Pass the report that compress_ returned for this very model, or none."
+                f"report does not describe model: it has layer {fqn!r} at rank {row.rank}, and model does not. Pass "
+                "the report that compress_ returned for this model, or none."
             )
     return entries
 
 
-def _shape(layer: nn.Module) -> dict[str, Any]:
-    """Kind and sizes of a dense or factorised layer, as plain JSON types."""
+def _sizes(layer: nn.Module) -> dict[str, Any]:
+    """Kind and sizes of a dense or low-rank layer, as plain JSON types."""
     if isinstance(layer, (nn.Conv2d, LowRankConv2d)):
-        values = {name: getattr(layer, name) for name in _CONV_SHAPE}
-        return {"kind": "conv2d"} | {
-            name: list(value) if isinstance(value, tuple) else value for name, value in values.items()
-        }
+        values = {name: getattr(layer, name) for name in GEOMETRY}
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return {"kind": "conv2d", **plain}
     if isinstance(layer, LowRankLinear):
         in_features, out_features = layer.in_features, layer.out_features
     else:
@@ -175,159 +198,149 @@ def _shape(layer: nn.Module) -> dict[str, Any]:
     return {"kind": "linear", "in_features": in_features, "out_features": out_features}
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    file = folder / CONFIG_FILE
+def _read_config(file: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(
-            f"path {str(folder)!r} holds no {CONFIG_FILE}; pass the folder that save_pretrained wrote."
+            f"path {str(file.parent)!r} has no {CONFIG_FILE}; pass the folder that save_pretrained wrote."
         ) from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{str(file)!r} cannot be read: {error}. Copy or save the checkpoint again.") from None
+        raise CheckpointError(f"{str(file)!r} cannot be read: {error}. {_COPY_AGAIN}") from None
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise CheckpointError(f"{str(file)!r} was not written by save_pretrained: its format is not {FORMAT!r}.")
     if config.get("version") != FORMAT_VERSION:
         raise CheckpointError(
             f"{str(file)!r} has format version {config.get('version')!r}; this lowrank_ops reads version "
-            f"{FORMAT_VERSION}. Update lowrank_ops, or save the checkpoint again with this one."
+            f"{FORMAT_VERSION}. Update lowrank_ops, or save the checkpoint again with this version."
         )
-    layers, tied = config.get("layers"), config.get("tied")
-    if not _is_object_of(layers, dict) or not _is_object_of(tied, str):
-        raise CheckpointError(
-            f"{str(file)!r} is damaged: 'layers' must map names to objects and 'tied' names to names. "
-            "Copy or save the checkpoint again."
-        )
+    for field, kind in (("layers", dict), ("tied", str)):
+        values = config.get(field)
+        if not isinstance(values, dict) or not all(isinstance(value, kind) for value in values.values()):
+            raise CheckpointError(f"{str(file)!r} is damaged: {field!r} has the wrong type. {_COPY_AGAIN}")
     return config
 
 
-def _is_object_of(values: object, kind: type) -> bool:
-    return isinstance(values, dict) and all(isinstance(value, kind) for value in values.values())
-
-
 def _empty_layers(model: nn.Module, entries: Mapping[str, Mapping[str, Any]]) -> dict[nn.Module, nn.Module]:
-    """``{dense layer: its replacement without values}``."""
+    """``{dense layer: its replacement with uninitialized values}``."""
     modules = dict(model.named_modules(remove_duplicate=False))
     for fqn, module in modules.items():
         if isinstance(module, (LowRankLinear, LowRankConv2d)):
             raise CheckpointError(
-                f"dense_model is compressed already: {fqn or 'the model'} is a {type(module).__name__}. Build the "
-                "original architecture anew and load into that."
+                f"dense_model is already compressed: {fqn or 'the model'} is a {type(module).__name__}. Build the "
+                "original architecture and load into that."
             )
     found, skipped = find_layers(model)
     compressible, tied = set(found.values()), tied_layers(model)
     layers: dict[nn.Module, nn.Module] = {}
     for fqn, entry in entries.items():
         dense = modules.get(fqn)
-        if dense not in compressible or dense is None:
-            kind = "has no module of that name" if dense is None else f"has a {type(dense).__name__} there"
+        if dense is None or dense not in compressible:
+            problem = (
+                "has no module of that name" if dense is None else f"has a module of type {type(dense).__name__} there"
+            )
             reason = f" ({skipped[fqn]})" if fqn in skipped else ""
             raise CheckpointError(
-                f"the checkpoint has a factorised {entry.get('kind')} layer {fqn!r}, but dense_model {kind}{reason}. "
-                "Pass the architecture that was compressed."
+                f"the checkpoint has a low-rank {entry.get('kind')} layer {fqn!r}, but dense_model {problem}{reason}. "
+                f"{_OTHER_MODEL}"
             )
         if fqn in tied:
             raise CheckpointError(
-                f"dense_model ties the weight of layer {fqn!r} to {tied[fqn]!r}, but the checkpoint has factors in its "
-                "place. Untie the two as before the compression."
+                f"dense_model ties the weight of layer {fqn!r} to {tied[fqn]!r}, but the checkpoint has factors "
+                "instead. Untie the two, as before the compression."
             )
-        if any((dense._forward_hooks, dense._forward_pre_hooks, dense._backward_hooks)):
-            raise CheckpointError(f"layer {fqn!r} of dense_model has hooks, which would be dropped; remove them first.")
+        if has_hooks(dense):
+            raise CheckpointError(
+                f"layer {fqn!r} of dense_model has hooks, which its replacement would drop; remove them first."
+            )
         layers[dense] = _empty_layer(fqn, dense, entry)
     return layers
 
 
 def _empty_layer(fqn: str, dense: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
-    for name, value in _shape(dense).items():
+    for name, value in _sizes(dense).items():
         if entry.get(name) != value:
             raise CheckpointError(
                 f"layer {fqn!r} has {name} {entry.get(name)!r} in the checkpoint and {value!r} in dense_model. "
-                "Pass the architecture that was compressed."
+                f"{_OTHER_MODEL}"
             )
     bias = entry.get("bias")
     if not isinstance(bias, bool) or (dense.bias is not None and not bias):
         raise CheckpointError(
             f"layer {fqn!r} has bias {bias!r} in the checkpoint and {dense.bias is not None} in dense_model. "
-            "Pass the architecture that was compressed."
+            f"{_OTHER_MODEL}"
         )
     try:
-        if isinstance(dense, nn.Conv2d):
-            return LowRankConv2d.empty_like(dense, entry.get("rank"), bias)  # type: ignore[arg-type]
-        return LowRankLinear.empty_like(dense, entry.get("rank"), bias)  # type: ignore[arg-type]
+        return lowrank_type(dense).empty_like(dense, entry.get("rank"), bias)  # type: ignore[arg-type]
     except ValueError as error:
         raise CheckpointError(f"layer {fqn!r} of {CONFIG_FILE}: {error}") from None
 
 
-def _slots(model: nn.Module, layers: Mapping[nn.Module, nn.Module]) -> dict[str, Tensor]:
-    """The state dict that the model will have, holding the tensors that are to be replaced."""
-    slots = model.state_dict(keep_vars=True)
+def _targets(model: nn.Module, layers: Mapping[nn.Module, nn.Module]) -> dict[str, Tensor]:
+    """The state dict that the model will have, with the tensors whose values are to be replaced."""
+    targets = model.state_dict(keep_vars=True)
     for fqn, module in model.named_modules(remove_duplicate=False):
         if module in layers:
             prefix = f"{fqn}." if fqn else ""
             for name in module.state_dict():
-                del slots[prefix + name]
-            for name, tensor in layers[module].state_dict(keep_vars=True).items():
-                slots[prefix + name] = tensor
-    for name, tensor in slots.items():
+                del targets[prefix + name]
+            targets |= layers[module].state_dict(prefix=prefix, keep_vars=True)
+    for name, tensor in targets.items():
         if not isinstance(tensor, Tensor) or is_lazy(tensor):
             raise CheckpointError(
                 f"dense_model has no tensor at {name!r} of its state dict but a {type(tensor).__name__}; "
-                "initialise lazy modules by running the model once."
+                "initialize lazy modules by running the model once."
             )
     for name, buffer in model.named_buffers():
-        if buffer.is_meta and name not in slots:
+        if buffer.is_meta and name not in targets:
             raise CheckpointError(
-                f"buffer {name!r} of dense_model is on the meta device and not part of checkpoints, so it would stay "
-                "without values. Build dense_model on a real device."
+                f"buffer {name!r} of dense_model is on the meta device and not persistent, so the checkpoint has no "
+                "values for it. Build dense_model on a real device."
             )
-    return slots
+    return targets
 
 
-def _read_tensors(path: Path, config: Mapping[str, Any], slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """New parameters and buffers for all slots; names that are one tensor in the checkpoint get one object."""
+def _read_tensors(path: Path, config: Mapping[str, Any], targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """New parameters and buffers for all targets; names that are one tensor in the checkpoint get one object."""
     try:
         file = safe_open(path, framework="pt")
     except FileNotFoundError:
         raise CheckpointError(f"{str(path)!r} is missing; copy or save the whole checkpoint again.") from None
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{str(path)!r} is truncated or no safetensors file: {error}. Copy or save the checkpoint again."
-        ) from None
+        raise CheckpointError(f"{str(path)!r} is truncated or not a safetensors file: {error}. {_COPY_AGAIN}") from None
     with file:
-        _check_pair(path, file.metadata(), config)
-        sources = {name: config["tied"].get(name, name) for name in slots}
+        sources = {name: config["tied"].get(name, name) for name in targets}
+        _check_header(path, file.metadata(), config)
         _check_names(path, set(file.keys()), sources, config["tied"])
-        _check_ties(slots, sources)
-        for name, source in sources.items():
-            _check_tensor(path, name, slots[name], file.get_slice(source))
-        _check_layer_dtypes(path, config["layers"], {name: file.get_slice(sources[name]).get_dtype() for name in slots})
+        _check_ties(targets, sources)
+        _check_shapes_and_dtypes(path, config["layers"], targets, {n: file.get_slice(s) for n, s in sources.items()})
         values: dict[str, Tensor] = {}
         parameters: dict[str, nn.Parameter] = {}
         for name, source in sources.items():
-            slot = slots[name]
+            target = targets[name]
             if source not in values:
-                # A copy: what get_tensor gives lies in the mapped file, at addresses too odd for the fast kernels.
-                values[source] = file.get_tensor(source).to("cpu" if slot.is_meta else slot.device, copy=True)
-            if isinstance(slot, nn.Parameter) and source not in parameters:
-                parameters[source] = nn.Parameter(values[source], slot.requires_grad)
+                # Copy: get_tensor returns memory of the mapped file, which is not aligned as fast kernels require.
+                values[source] = file.get_tensor(source).to("cpu" if target.is_meta else target.device, copy=True)
+            if isinstance(target, nn.Parameter) and source not in parameters:
+                parameters[source] = nn.Parameter(values[source], target.requires_grad)
         return {
-            name: parameters[source] if isinstance(slots[name], nn.Parameter) else values[source]
+            name: parameters[source] if isinstance(targets[name], nn.Parameter) else values[source]
             for name, source in sources.items()
         }
 
 
-def _check_pair(path: Path, metadata: Mapping[str, str] | None, config: Mapping[str, Any]) -> None:
+def _check_header(path: Path, metadata: Mapping[str, str] | None, config: Mapping[str, Any]) -> None:
     try:
-        own = json.loads((metadata or {})[_METADATA_KEY])
+        header = json.loads((metadata or {})[_METADATA_KEY])
     except (KeyError, ValueError):
         raise CheckpointError(
-            f"{str(path)!r} was not written by save_pretrained: its header holds no lowrank_ops configuration. For "
+            f"{str(path)!r} was not written by save_pretrained: its header has no lowrank_ops configuration. For "
             "the weights of a dense model use model.load_state_dict."
         ) from None
-    if own != config:
+    if header != config:
         raise CheckpointError(
-            f"{CONFIG_FILE} does not belong to {str(path)!r}, whose header holds another configuration: one of the two "
-            "was edited or comes from another save. Copy or save both again."
+            f"{CONFIG_FILE} does not belong to {str(path)!r}, whose header has another configuration: one of the two "
+            "was edited or is from another save. Copy or save both again."
         )
 
 
@@ -340,51 +353,45 @@ def _check_names(path: Path, stored: set[str], sources: Mapping[str, str], tied:
         )
     unexpected = sorted((stored | set(tied)) - set(sources))
     if unexpected:
-        raise CheckpointError(
-            f"{str(path)!r} holds {_listed(unexpected)}, for which dense_model has no place. Pass the architecture "
-            "that was compressed."
-        )
+        raise CheckpointError(f"{str(path)!r} has {_listed(unexpected)}, which dense_model does not. {_OTHER_MODEL}")
 
 
-def _check_ties(slots: Mapping[str, Tensor], sources: Mapping[str, str]) -> None:
+def _check_ties(targets: Mapping[str, Tensor], sources: Mapping[str, str]) -> None:
     first: dict[int, str] = {}
-    for name, slot in slots.items():
-        other = first.setdefault(id(slot), name)
+    for name, target in targets.items():
+        other = first.setdefault(id(target), name)
         if sources[other] != sources[name]:
             raise CheckpointError(
-                f"dense_model has one tensor at {other!r} and {name!r}, the checkpoint two; untie them in dense_model."
+                f"{other!r} and {name!r} are one tensor in dense_model and two in the checkpoint; untie them in "
+                "dense_model."
             )
 
 
-def _check_tensor(path: Path, name: str, slot: Tensor, stored: Any) -> None:
-    shape = tuple(stored.get_shape())
-    if shape != tuple(slot.shape):
-        raise CheckpointError(
-            f"{name!r} has shape {shape} in {str(path)!r}, but {tuple(slot.shape)} by dense_model and the ranks of "
-            f"{CONFIG_FILE}. Pass the architecture that was compressed, or save the checkpoint again."
-        )
-    if _is_float(stored.get_dtype()) != slot.is_floating_point():
-        raise CheckpointError(
-            f"{name!r} has dtype {stored.get_dtype()} in {str(path)!r}, but {slot.dtype} in dense_model; a float "
-            "can only take the place of a float. Pass the architecture that was compressed."
-        )
-
-
-def _check_layer_dtypes(path: Path, layers: Iterable[str], dtypes: Mapping[str, str]) -> None:
+def _check_shapes_and_dtypes(
+    path: Path, layers: Mapping[str, Any], targets: Mapping[str, Tensor], stored: Mapping[str, Any]
+) -> None:
+    for name, target in targets.items():
+        shape, dtype = tuple(stored[name].get_shape()), stored[name].get_dtype()
+        if shape != tuple(target.shape):
+            raise CheckpointError(
+                f"{name!r} has shape {shape} in {str(path)!r}, but {tuple(target.shape)} by dense_model and the ranks "
+                f"of {CONFIG_FILE}. Pass the architecture that was compressed, or save the checkpoint again."
+            )
+        if dtype.startswith(("F", "BF")) != target.is_floating_point():
+            raise CheckpointError(
+                f"{name!r} has dtype {dtype} in {str(path)!r}, but {target.dtype} in dense_model; only a float tensor "
+                f"can replace a float tensor. {_OTHER_MODEL}"
+            )
     for fqn in layers:
         names = [f"{fqn}.{part}" if fqn else part for part in ("down", "up", "bias")]
-        found = {dtypes[name] for name in names if name in dtypes}
-        if len(found) > 1:
+        dtypes = {stored[name].get_dtype() for name in names if name in stored}
+        if len(dtypes) > 1:
             raise CheckpointError(
-                f"layer {fqn!r} has tensors of dtypes {', '.join(sorted(found))} in {str(path)!r}; its factors and "
+                f"layer {fqn!r} has tensors of dtypes {', '.join(sorted(dtypes))} in {str(path)!r}; its factors and "
                 "bias must share one. Save the checkpoint again."
             )
 
 
-def _is_float(dtype: str) -> bool:
-    return dtype.startswith(("F", "BF"))
-
-
-def _listed(names: list[str], most: int = 5) -> str:
-    shown = ", ".join(map(repr, names[:most]))
-    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
+def _listed(names: list[str], limit: int = 5) -> str:
+    shown = ", ".join(map(repr, names[:limit]))
+    return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown

@@ -10,9 +10,9 @@ from tqdm import tqdm
 
 from .calibration.statistics import Covariances
 from .config import CompressionConfig, ExplainedVariance, RankPolicy
-from .factors.factorize import Factors, factorize
-from .layers.replace import replace_, tied_layers
-from .models.layers import FilterFn, find_layers
+from .factors.projections import Factors, factorize
+from .layers.replace import replace_
+from .models.layers import FilterFn, find_layers, tied_layers
 from .ranks.choose import ChosenRanks, choose_ranks
 from .reconstruction.sequential import SequentialReconstruction, reconstruct_factors
 from .report import CompressionReport
@@ -127,7 +127,8 @@ def considered_layers(
     missing = [fqn for fqn in covariances if fqn not in dict(model.named_modules())]
     if missing:
         raise ValueError(f"covariances name layers that model does not have: {', '.join(missing)}.")
-    skipped |= {fqn: "no calibration batch reached it" for fqn in layers if fqn not in covariances}
+    unreached = {fqn: "no calibration batch reached it" for fqn in layers if fqn not in covariances}
+    skipped |= unreached | {fqn: covariances.skipped[fqn] for fqn in unreached if fqn in covariances.skipped}
     for fqn, space in (subspaces or {}).items():
         if fqn in covariances and space.statistics is not covariances[fqn]:
             raise ValueError(

@@ -37,9 +37,9 @@ class ParameterBudget:
     Args:
         fraction: share of the parameters of the considered layers in (0, 1]; met exactly or from below.
         allocation: how layers share the budget. ``"uniform"``: every layer keeps the same share. ``"variance"``:
-            where parameters save the largest share of a layer's output variance. ``"loss"``: where they save most of
-            the loss; needs covariances with a sensitivity. None: ``"loss"`` if all layers have output gradients, else
-            ``"uniform"``.
+            parameters go where each explains the largest share of a layer's output variance. ``"loss"``: where each
+            reduces the predicted loss most; needs output gradients (``calibrate(..., sensitivity=...)``). None:
+            ``"loss"`` if all layers have output gradients, else ``"uniform"``.
 
     Example:
         >>> import lowrank_ops as lro
@@ -242,9 +242,9 @@ class CompressionConfig:
 
     Args:
         rank: the policy that chooses a rank per layer, or an int, one rank for all layers where it saves parameters.
-        projection: ``"output"``: output principal components, the least output error at a given rank. ``"loss"``: the
-            least error in the metric of the loss's gradient; needs covariances with a sensitivity (layers without
-            output gradients get ``"output"``, and the report says so). ``"utilized"``: W' = P_T W P_S of Garg et al.
+        projection: ``"output"``: output principal components, the minimum output error at a given rank. ``"loss"``:
+            the minimum error in the metric of the output gradients (layers without output gradients get ``"output"``,
+            and the report says so). ``"utilized"``: W' = P_T W P_S of Garg et al.
             2024. For comparison: ``"input"``, input principal components, W' = W P_S, and ``"weight"``, the truncated
             SVD of the weight, which ignores the data. None: ``"loss"`` if there are output gradients, else
             ``"output"``.
@@ -348,11 +348,12 @@ class CompressionConfig:
             )
         try:
             policy = dict(values.pop("rank"))
-            if version == 1:
-                values["reconstruction"] = values.pop("refit", None)
-                if policy.get("allocation") == "energy":
-                    policy["allocation"] = "variance"
             name = policy.pop("policy")
+            if version == 1:
+                values = {"projection": "output", "reconstruction": values.pop("refit", None), **values}
+                if name in ("parameter_budget", "flop_budget", "latency_budget"):
+                    allocation = policy.get("allocation", "uniform")
+                    policy["allocation"] = "variance" if allocation == "energy" else allocation
             check_choice("policy", name, tuple(_POLICIES))
             return cls(rank=_POLICIES[name](**policy), **values)
         except KeyError as error:

@@ -1,4 +1,4 @@
-"""Midpoint gradients: output gradients streamed a second time, with weights halfway to the compressed model's.
+"""Midpoint gradients: output gradients streamed again, with weights at the mean of the dense and the compressed ones.
 
 Output gradients of the dense model predict the effect of a first small change. Compression makes large changes in all
 layers at once; gradients at the midpoint predict those better.
@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .calibration.calibrate import calibrate
+from .calibration.calibrator import calibrate
 from .calibration.statistics import Covariances, LayerStatistics
 from .compress import compress_
 from .config import CompressionConfig, RankPolicy
-from .layers.lowrank import LowRankConv2d, LowRankLinear
+from .layers import LowRankConv2d, LowRankLinear
 from .layers.replace import swap_
 from .models.layers import bias_vector, find_layers, weight_matrix
 from .models.running import random_state_kept
@@ -42,7 +42,7 @@ def recalibrate(
     Args:
         model: the model that was calibrated; returned to its previous state.
         covariances: from :func:`lowrank_ops.calibrate` with a sensitivity; not changed.
-        batches: as for :func:`lowrank_ops.calibrate`, at best the same.
+        batches: as for :func:`lowrank_ops.calibrate`, ideally the same.
         config: how the model is to be compressed, as for :func:`lowrank_ops.compress_`, without a reconstruction;
             layers that will stay dense are named in its overrides.
         options: keyword arguments of :func:`lowrank_ops.calibrate` as they were given to it, above all

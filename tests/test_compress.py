@@ -1,6 +1,7 @@
-"""The whole way: what comes out is right, and on an error the model is untouched."""
+"""compress_: the result is right, open choices are made by the statistics, and errors leave the model unchanged."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def snapshot(model):
     }
 
 
-def assert_untouched(model, before):
+def assert_unchanged(model, before):
     modules, parameters = snapshot(model)
     assert modules == before[0] and list(parameters) == list(before[1])
     for name, (identity, needs_grad, value) in parameters.items():
@@ -57,7 +58,7 @@ def names(model, *kinds):
 
 @pytest.mark.parametrize("projection", ["output", "utilized"])
 @pytest.mark.parametrize("centered", [True, False])
-def test_all_directions_that_vary_are_enough(projection, centered):
+def test_all_varying_directions_reproduce_the_model(projection, centered):
     """At explained variance 1 the compressed model agrees with the dense one on the calibration data."""
     model, x = Model().double(), low_rank_images().double()
     expected = model(x).detach()
@@ -72,7 +73,7 @@ def test_all_directions_that_vary_are_enough(projection, centered):
 
 @pytest.mark.parametrize("projection", ["output", "utilized", "weight"])
 @pytest.mark.parametrize("fraction", [0.25, 0.5])
-def test_the_reports_parameters_are_the_models(projection, fraction):
+def test_the_report_counts_the_models_parameters(projection, fraction):
     model, x = Model(), torch.randn(50, 4, 6, 6)
     before = sum(parameter.numel() for parameter in model.parameters())
     config = lro.CompressionConfig(lro.ParameterBudget(fraction), projection)
@@ -83,24 +84,70 @@ def test_the_reports_parameters_are_the_models(projection, fraction):
     assert report.layer_parameters <= fraction * report.layer_parameters_before
 
 
-def test_the_default_is_99_percent_of_the_variance_by_output():
+def test_the_default_is_half_the_parameters_by_output_pca():
     model, x = Model(), low_rank_images()
     report = lro.compress_(model, lro.calibrate(model, [x]))
-    assert report.config == lro.CompressionConfig(lro.ExplainedVariance(0.99), "output", True)
+    assert report.config == lro.CompressionConfig(lro.ParameterBudget(0.5, "uniform"), "output", True)
+    assert report.layer_parameters <= 0.5 * report.layer_parameters_before
+
+
+def test_with_output_gradients_the_default_is_by_loss():
+    model, x = Model(), low_rank_images()
+    report = lro.compress_(model, lro.calibrate(model, [x], sensitivity="output"))
+    assert report.config == lro.CompressionConfig(lro.ParameterBudget(0.5, "loss"), "loss", True)
+    assert {layer.projection for layer in report.layers if layer.rank is not None} == {"loss"}
+
+
+def test_output_gradients_of_some_layers_give_uniform_ranks():
+    class Branch(nn.Module):
+        """The loss does not depend on 'aside'."""
+
+        def __init__(self):
+            super().__init__()
+            self.main, self.aside = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x):
+            self.aside(x)
+            return self.main(x)
+
+    model = Branch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        covariances = lro.calibrate(model, [torch.randn(80, 64)], sensitivity="output")
+    report = lro.compress_(model, covariances, lro.ParameterBudget(0.5))
+    assert report.config == lro.CompressionConfig(lro.ParameterBudget(0.5, "uniform"), "loss")
+    assert {layer.fqn: layer.projection for layer in report.layers} == {"main": "loss", "aside": "output"}
+
+
+@pytest.mark.parametrize("config", [lro.ParameterBudget(0.4), lro.Ranks({"q": 8}), 8])
+def test_a_policy_or_an_int_stands_for_a_config(config):
+    dense, x = Model(), low_rank_images()
+    covariances = lro.calibrate(dense, [x])
+    first, second = copy.deepcopy(dense), copy.deepcopy(dense)
+    report = lro.compress_(first, covariances, config)
+    assert report.config == lro.compress_(second, covariances, lro.CompressionConfig(config)).config
+    assert names(first, lro.LowRankLinear) == names(second, lro.LowRankLinear) != []
+
+
+def test_an_int_is_the_rank_of_every_layer_that_it_makes_smaller():
+    model, x = Model(), low_rank_images()
+    report = lro.compress_(model, lro.calibrate(model, [x]), 8)
+    ranks = {layer.fqn: layer.rank for layer in report.layers}
+    assert ranks == {"conv": 8, "q": 8, "k": 8, "o": 8, "head": None}
 
 
 @pytest.mark.parametrize("constant", [0.0, 0.7])
 @pytest.mark.parametrize("projection", ["output", "utilized"])
-def test_a_layer_without_variance_gets_rank_0_and_outputs_its_mean(constant, projection):
+def test_a_layer_without_variance_outputs_its_mean(constant, projection):
     model = nn.Sequential(nn.Conv2d(4, 32, 3), nn.Flatten(), nn.Linear(128, 64, bias=False))
     x = torch.full((20, 4, 4, 4), constant)
     expected = model(x)
-    config = lro.CompressionConfig(projection=projection)
+    config = lro.CompressionConfig(lro.ExplainedVariance(), projection)
     report = lro.compress_(model, lro.calibrate(model, [x]), config)
     assert [layer.rank for layer in report.layers] == [0, 0]
     assert "0.000%" in report.table()
     torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(model(torch.randn(20, 4, 4, 4)), expected, rtol=1e-5, atol=1e-6)  # whatever comes in
+    torch.testing.assert_close(model(torch.randn(20, 4, 4, 4)), expected, rtol=1e-5, atol=1e-6)  # for any input
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -131,7 +178,7 @@ def test_a_compressed_model_trains():
     assert all(parameter.grad is not None for name, parameter in model.named_parameters() if "idle" not in name)
 
 
-def test_streamed_outputs_are_enough_for_output():
+def test_output_pca_needs_only_streamed_outputs():
     dense, x = Model().double(), low_rank_images().double()
     outputs = []
     for side in ("input", "output"):
@@ -143,7 +190,7 @@ def test_streamed_outputs_are_enough_for_output():
     torch.testing.assert_close(*outputs)
 
 
-def test_overrides_and_filters():
+def test_overrides_and_filter_fn():
     model, x = Model(), torch.randn(40, 4, 6, 6)
     config = lro.CompressionConfig(lro.Ranks({}), overrides={"re:[qk]": 9, "q": None})
     report = lro.compress_(
@@ -154,7 +201,7 @@ def test_overrides_and_filters():
     assert (model.k.rank, model.k.stored_rank) == (9, 16)
 
 
-def test_subspaces_can_be_given_and_are_made_anew_where_they_do_not_fit():
+def test_given_subspaces_are_recomputed_if_not_centered_alike():
     dense, x = Model(), torch.randn(40, 4, 6, 6)
     covariances = lro.calibrate(dense, [x])
     layers = {fqn: dense.get_submodule(fqn) for fqn in covariances}
@@ -179,7 +226,7 @@ def test_a_layer_called_several_times_is_one_layer():
 
     model, x = Recurrent(), torch.randn(40, 3) @ torch.randn(3, 32)
     covariances = lro.calibrate(model, [x])
-    assert covariances["fc"].count == 80
+    assert covariances["fc"].activations.count == 80
     lro.compress_(model, covariances, lro.CompressionConfig(lro.Ranks({"fc": 8})))
     assert isinstance(model.fc, lro.LowRankLinear)
 
@@ -207,16 +254,16 @@ def test_tied_weights_stay_tied_and_are_reported():
     assert report.model_parameters == sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_tied_weights_that_are_asked_for_are_refused():
+def test_requested_tied_weights_are_refused():
     model = Tied()
     covariances = lro.calibrate(model, [torch.arange(40)])
     before = snapshot(model)
     with pytest.raises(ValueError, match="layer 'lm_head' cannot be replaced: its weight is tied to 'embedding'"):
         lro.compress_(model, covariances, lro.CompressionConfig(lro.Ranks({"re:.*": 4})), lambda module, fqn: True)
-    assert_untouched(model, before)
+    assert_unchanged(model, before)
 
 
-# --- errors leave the model alone -------------------------------------------------------------------------------
+# --- errors leave the model unchanged -------------------------------------------------------------------------------
 
 
 def hooked(model):
@@ -237,7 +284,7 @@ def widened(model):
     [
         (hooked, {"rank": lro.Ranks({"re:[qk]": 4})}, "layer 'k' has hooks, which its replacement would drop"),
         (renamed, {}, "covariances name layers that model does not have: q"),
-        (widened, {}, r"covariances\['k'\]: the covariance has features \(128,\) on the input side, the layer \(96,\)"),
+        (widened, {}, r"covariances\['k'\]: activations has features \(128,\) on the input side, the layer \(96,\)"),
         (None, {"rank": lro.ParameterBudget(0.01)}, r"fraction=0\.01 cannot be met"),
         (
             None,
@@ -247,7 +294,7 @@ def widened(model):
         (None, {"rank": lro.Ranks({"q": 65})}, r"ranks\['q'\] must be None or an integer in \[0, 64\]; got 65"),
     ],
 )
-def test_on_an_error_the_model_is_untouched(change, config, message):
+def test_an_error_leaves_the_model_unchanged(change, config, message):
     model = Model()
     covariances = lro.calibrate(model, [torch.randn(40, 4, 6, 6)])
     if change:
@@ -255,19 +302,19 @@ def test_on_an_error_the_model_is_untouched(change, config, message):
     before = snapshot(model)
     with pytest.raises(ValueError, match=message):
         lro.compress_(model, covariances, lro.CompressionConfig(**config))
-    assert_untouched(model, before)
+    assert_unchanged(model, before)
 
 
-def test_utilized_needs_the_input_space_and_names_the_layer():
+def test_utilized_without_the_input_space_names_the_layer():
     model = Model()
     covariances = lro.calibrate(model, [torch.randn(40, 4, 6, 6)], side="output")
     before = snapshot(model)
     with pytest.raises(ValueError, match="layer 'q': projection='utilized' needs the input space"):
         lro.compress_(model, covariances, lro.CompressionConfig(lro.ParameterBudget(0.5), "utilized"))
-    assert_untouched(model, before)
+    assert_unchanged(model, before)
 
 
-def test_a_replacement_that_fails_leaves_every_layer(monkeypatch):
+def test_a_failing_replacement_leaves_every_layer(monkeypatch):
     model = Model()
     covariances = lro.calibrate(model, [torch.randn(40, 4, 6, 6)])
     before = snapshot(model)
@@ -284,7 +331,7 @@ def test_a_replacement_that_fails_leaves_every_layer(monkeypatch):
     with pytest.raises(MemoryError):
         lro.compress_(model, covariances, lro.CompressionConfig(lro.ParameterBudget(0.4)))
     assert made
-    assert_untouched(model, before)
+    assert_unchanged(model, before)
 
 
 def test_nothing_to_compress_is_an_error():
@@ -294,7 +341,7 @@ def test_nothing_to_compress_is_an_error():
         lro.compress_(model, covariances, filter_fn=lambda module, fqn: fqn == "k")
     lro.compress_(model, covariances, lro.CompressionConfig(lro.Ranks({"q": 4})))
     with pytest.raises(ValueError, match="covariances hold none of the layers"):
-        lro.compress_(model, covariances)  # it is compressed already
+        lro.compress_(model, covariances)  # already compressed
 
 
 def test_a_model_that_is_the_layer_is_refused():
@@ -309,6 +356,6 @@ def test_subspaces_of_another_calibration_are_refused():
     covariances, others = (lro.calibrate(model, batches) for _ in range(2))
     spaces = layer_subspaces({fqn: model.get_submodule(fqn) for fqn in others}, others)
     before = snapshot(model)
-    with pytest.raises(ValueError, match=r"subspaces\['conv'\] was made from other covariances"):
+    with pytest.raises(ValueError, match=r"subspaces\['conv'\] was computed from other covariances"):
         lro.compress_(model, covariances, subspaces=spaces)
     assert snapshot(model)[0] == before[0]

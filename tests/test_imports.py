@@ -1,4 +1,4 @@
-"""Who may import whom, and what an import costs."""
+"""The order of the rooms, and what an import costs."""
 
 import ast
 import subprocess
@@ -11,10 +11,10 @@ import lowrank_ops
 
 ROOT = Path(lowrank_ops.__file__).parent
 
-# The rooms, from the bottom up: each may import those before it and no other.
+# The rooms, bottom first: each may import only those before it.
 ORDER = [
     "version", "ops", "config", "models", "calibration", "subspaces", "ranks", "factors", "layers", "reconstruction",
-    "report", "search", "compress", "midpoint", "training", "checkpoint", "demo", "cli",
+    "report", "compress", "search", "midpoint", "training", "checkpoint", "demo", "cli",
 ]  # fmt: skip
 OP_LEAVES = {"_backend", "_eager", "_native", "_tuning", "_layout", "_autocast", "_specialization"}
 
@@ -49,15 +49,15 @@ def test_every_room_is_listed() -> None:
     assert found - {"__init__"} == set(ORDER)
 
 
-def test_ops_leaves_and_kernels_keep_to_themselves() -> None:
+def test_kernels_import_only_leaves_of_ops() -> None:
     for path in (ROOT / "ops").rglob("*.py"):
         inside = {name.removeprefix("ops.") for name in imported_by(path)}
         if path.parent == ROOT / "ops" and path.stem in OP_LEAVES:
             assert not inside, f"{path.name} is a leaf but imports {inside}"
         elif path.stem != "__init__":
             op = path.parent.name
-            strangers = {name for name in inside if name.split(".")[0] not in {op, *OP_LEAVES}}
-            assert not strangers, f"{op}/{path.name} imports {strangers}"
+            others = {name for name in inside if name.split(".")[0] not in {op, *OP_LEAVES}}
+            assert not others, f"{op}/{path.name} imports {others}"
 
 
 def test_imports_are_read_from_the_source() -> None:
@@ -67,7 +67,7 @@ def test_imports_are_read_from_the_source() -> None:
 
 
 def seconds(statement: str) -> float:
-    """The least of three imports in fresh processes, on the processor: other programs do not count."""
+    """Minimum CPU time of three imports in fresh processes."""
     code = f"import time; t = time.process_time(); {statement}; print(time.process_time() - t)"
     return min(
         float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
@@ -75,7 +75,7 @@ def seconds(statement: str) -> float:
     )
 
 
-def test_import_is_cheap_and_touches_no_cuda() -> None:
+def test_import_is_cheap_and_does_not_initialize_cuda() -> None:
     code = (
         "import sys, lowrank_ops, torch\n"
         "assert not torch.cuda.is_initialized()\n"

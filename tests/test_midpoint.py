@@ -1,9 +1,10 @@
-"""Sensitivities halfway to the compressed model: against a model of those very weights, and a model left as it was."""
+"""recalibrate: midpoint gradients against a model with the midpoint weights, and a model that is restored."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -37,23 +38,25 @@ class Mixed(nn.Module):
 
 
 def loss(output: Tensor, batch: Tensor) -> Tensor:
-    """Not at its minimum for any output, so that its gradients are none of chance."""
+    """Not at its minimum for any output, so that no gradient is small by chance."""
     return F.cross_entropy(3 * output, torch.arange(len(output)) % 10, reduction="sum")
 
 
 HALF = lro.CompressionConfig(lro.ParameterBudget(0.55, "loss"), projection="loss")
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:calibration skips unsupported modules")
+
+
 @pytest.fixture
 def mixed() -> tuple[nn.Module, list[Tensor], lro.Covariances]:
     model = Mixed().double()
     batches = [torch.randn(6, 3, 4, 4).double() for _ in range(3)]
-    with pytest.warns(UserWarning, match="MultiheadAttention"):
-        return model, batches, lro.calibrate(model, batches, sensitivity=loss)
+    return model, batches, lro.calibrate(model, batches, sensitivity=loss)
 
 
-def halfway_to(model: nn.Module, covariances: lro.Covariances, config: lro.CompressionConfig) -> nn.Module:
-    """A dense model with the mean of the dense weights and of what the factors make."""
+def midpoint_model(model: nn.Module, covariances: lro.Covariances, config: lro.CompressionConfig) -> nn.Module:
+    """A dense model whose weights are the mean of the dense weights and of the products of the factors."""
     student, middle = copy.deepcopy(model), copy.deepcopy(model)
     lro.compress_(student, covariances, config)
     for fqn, module in student.named_modules():
@@ -65,36 +68,42 @@ def halfway_to(model: nn.Module, covariances: lro.Covariances, config: lro.Compr
     return middle
 
 
-@pytest.mark.filterwarnings("ignore:calibration leaves out")
-def test_adds_the_gradients_and_weighted_rows_of_the_model_halfway(mixed: Any) -> None:
+def test_midpoint_gradients_are_added_to_the_dense_ones(mixed: Any) -> None:
     model, batches, covariances = mixed
     found = lro.recalibrate(model, covariances, batches, HALF, sensitivity=loss)
-    halfway = lro.calibrate(halfway_to(model, covariances, HALF), batches, sensitivity=loss)
-    assert list(found.sensitivities) == list(covariances.sensitivities) == list(found)
-    for fqn, dense in covariances.sensitivities.items():
-        ours, theirs = found[fqn].output_gradients, halfway[fqn].output_gradients
-        assert (theirs.second_moment - dense.second_moment).norm() > 1e-3 * dense.second_moment.norm()
-        for mine, one, other in ((ours, dense, theirs), (ours.weighted, dense.weighted, theirs.weighted)):
-            torch.testing.assert_close(mine.second_moment, one.second_moment + other.second_moment)
-            torch.testing.assert_close(mine.total, one.total + other.total)
-            assert mine.count == one.count + other.count and mine.side == one.side
+    midpoint = lro.calibrate(midpoint_model(model, covariances, HALF), batches, sensitivity=loss)
+    assert list(found) == list(covariances)
+    for fqn, dense in covariances.items():
+        dense_moment = dense.output_gradients.second_moment
+        assert (midpoint[fqn].output_gradients.second_moment - dense_moment).norm() > 1e-3 * dense_moment.norm()
+        assert found[fqn].side == dense.side
+        for name in ("output_gradients", "token_weighted"):
+            both, one, other = (getattr(statistics[fqn], name) for statistics in (found, covariances, midpoint))
+            torch.testing.assert_close(both.second_moment, one.second_moment + other.second_moment)
+            torch.testing.assert_close(both.total, one.total + other.total)
+            assert both.count == one.count + other.count
 
 
-@pytest.mark.filterwarnings("ignore:calibration leaves out")
-def test_moments_are_the_dense_model_s_and_what_was_given_does_not_change(mixed: Any) -> None:
+def test_activation_moments_are_those_of_the_dense_model(mixed: Any) -> None:
     model, batches, covariances = mixed
-    before = {fqn: gradient.second_moment.clone() for fqn, gradient in covariances.sensitivities.items()}
     found = lro.recalibrate(model, covariances, batches, sensitivity=loss)
-    assert all(found[fqn] is covariances[fqn] for fqn in covariances)
+    assert all(found[fqn].activations is covariances[fqn].activations for fqn in covariances)
     assert found.skipped == covariances.skipped and found.unreached == covariances.unreached
-    for fqn, gradient in covariances.sensitivities.items():
-        assert torch.equal(gradient.second_moment, before[fqn])
     lro.compress_(model, found, HALF)  # fits the model
 
 
-@pytest.mark.filterwarnings("ignore:calibration leaves out")
+def test_given_covariances_do_not_change(mixed: Any) -> None:
+    model, batches, covariances = mixed
+    before = copy.deepcopy(covariances)
+    lro.recalibrate(model, covariances, batches, sensitivity=loss)
+    for fqn, layer in covariances.items():
+        for name, moments in layer.moments().items():
+            same = before[fqn].moments()[name]
+            assert torch.equal(moments.second_moment, same.second_moment) and moments.count == same.count
+
+
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_model_is_handed_back_as_it_was(mixed: Any, fails: bool) -> None:
+def test_model_is_restored(mixed: Any, fails: bool) -> None:
     model, batches, covariances = mixed
     model.train()
     modules, weights = dict(model.named_modules()), copy.deepcopy(model.state_dict())
@@ -120,29 +129,32 @@ def test_the_model_is_handed_back_as_it_was(mixed: Any, fails: bool) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.filterwarnings("ignore:calibration leaves out")
 @pytest.mark.parametrize("side", ["input", "output"])
-def test_outputs_of_other_weights_are_no_rows_of_the_dense_model(side: str, mixed: Any) -> None:
+def test_token_weighted_outputs_are_the_dense_ones_alone(side: str, mixed: Any) -> None:
     model, batches, _ = mixed
     covariances = lro.calibrate(model, batches, sensitivity=loss, side=side)
     found = lro.recalibrate(model, covariances, batches, HALF, sensitivity=loss, side=side)
-    for fqn, gradient in found.sensitivities.items():
-        assert (gradient.weighted is covariances[fqn].token_weighted) == (side == "output")
+    for fqn, layer in found.items():
+        assert (layer.token_weighted is covariances[fqn].token_weighted) == (side == "output")
 
 
-@pytest.mark.filterwarnings("ignore:calibration leaves out")
-def test_rows_alike_and_a_refit_s_config(mixed: Any) -> None:
+def test_reconstruction_in_the_config_is_not_used(mixed: Any) -> None:
+    model, batches, covariances = mixed
+    config = replace(HALF, reconstruction="sequential")
+    found = lro.recalibrate(model, covariances, batches, config, sensitivity=loss)
+    same = lro.recalibrate(model, covariances, batches, HALF, sensitivity=loss)
+    for fqn, layer in found.items():
+        assert torch.equal(layer.output_gradients.second_moment, same[fqn].output_gradients.second_moment)
+
+
+def test_unweighted_statistics_stay_unweighted(mixed: Any) -> None:
     model, batches, _ = mixed
     covariances = lro.calibrate(model, batches, sensitivity=loss, token_weights=False)
-    config = lro.CompressionConfig(lro.ParameterBudget(0.55, "loss"), projection="loss", refit="sequential")
-    found = lro.recalibrate(model, covariances, batches, config, sensitivity=loss)
-    assert all(gradient.weighted is None for gradient in found.sensitivities.values())
-    same = lro.recalibrate(model, covariances, batches, HALF, sensitivity=loss)
-    for fqn, gradient in found.sensitivities.items():
-        assert torch.equal(gradient.second_moment, same[fqn].output_gradients.second_moment)
+    found = lro.recalibrate(model, covariances, batches, HALF, sensitivity=loss)
+    assert found.has_output_gradients and not found.has_token_weights
 
 
-def test_transformers_layers(tmp_path: Any) -> None:
+def test_transformers_conv1d() -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50, n_positions=16)
     model = transformers.GPT2LMHeadModel(config).eval()
@@ -155,22 +167,22 @@ def test_transformers_layers(tmp_path: Any) -> None:
     lro.compress_(model, found, HALF)
 
 
-def test_bad_input_is_told_before_anything_happens(mixed: Any) -> None:
+def test_bad_arguments_are_errors_before_any_batch(mixed: Any) -> None:
     model, batches, covariances = mixed
     modules = dict(model.named_modules())
-    unfelt = lro.calibrate(model, batches, filter_fn=lambda module, fqn: fqn == "head")
-    with pytest.raises(ValueError, match="hold no sensitivities"):
-        lro.recalibrate(model, unfelt, batches, sensitivity=loss)
+    no_gradients = lro.calibrate(model, batches, filter_fn=lambda module, fqn: fqn == "head")
+    with pytest.raises(ValueError, match="hold no output gradients"):
+        lro.recalibrate(model, no_gradients, batches, sensitivity=loss)
     with pytest.raises(ValueError, match="sensitivity must be given"):
         lro.recalibrate(model, covariances, batches)
     with pytest.raises(TypeError, match="covariances must come from calibrate"):
         lro.recalibrate(model, {}, batches, sensitivity=loss)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="config must be a CompressionConfig"):
-        lro.recalibrate(model, covariances, batches, lro.ParameterBudget(0.5), sensitivity=loss)  # type: ignore[arg-type]
+        lro.recalibrate(model, covariances, batches, "0.5", sensitivity=loss)  # type: ignore[arg-type]
     never = iter([0])  # no batch
     with pytest.raises(ValueError, match="filter_fn does not keep: head"):
         lro.recalibrate(model, covariances, never, sensitivity=loss, filter_fn=lambda module, fqn: fqn != "head")
-    with pytest.raises(ValueError, match="token_weights must be True, as of the first calibrate; got False"):
+    with pytest.raises(ValueError, match="token_weights must be True, as in the first calibrate; got False"):
         lro.recalibrate(model, covariances, never, sensitivity=loss, token_weights=False)
     with pytest.raises(TypeError, match="keyword arguments of calibrate; it has no masks"):
         lro.recalibrate(model, covariances, never, sensitivity=loss, masks="mask")
@@ -185,31 +197,32 @@ def test_bad_input_is_told_before_anything_happens(mixed: Any) -> None:
 TWO = lro.CompressionConfig(lro.Ranks({"0": 8, "2": 8}), projection="loss")
 
 
+@pytest.fixture
 def two_layers() -> tuple[nn.Sequential, list[Tensor], lro.Covariances]:
     model, batches = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 16)), [torch.randn(20, 32)]
     return model, batches, lro.calibrate(model, batches, sensitivity=loss)
 
 
-def test_in_inference_mode() -> None:
-    model, batches, covariances = two_layers()
+def test_inference_mode_gives_ordinary_sums(two_layers: Any) -> None:
+    model, batches, covariances = two_layers
     with torch.inference_mode():
         found = lro.recalibrate(model, covariances, batches, TWO, sensitivity=loss)
-    assert not any(gradient.second_moment.is_inference() for gradient in found.sensitivities.values())
+    assert not any(layer.output_gradients.second_moment.is_inference() for layer in found.values())
 
 
-def test_layers_are_chosen_among_the_dense_ones() -> None:
-    """A filter may be a set of modules."""
-    model, batches, _ = two_layers()
+def test_filter_is_applied_to_the_dense_layers(two_layers: Any) -> None:
+    """It may select modules by identity."""
+    model, batches, _ = two_layers
     chosen = {model[2]}
     options: dict[str, Any] = {"sensitivity": loss, "filter_fn": lambda module, fqn: module in chosen}
     covariances = lro.calibrate(model, batches, **options)
     config = lro.CompressionConfig(lro.Ranks({"2": 8}))
     found = lro.recalibrate(model, covariances, batches, config, **options)
-    assert list(found.sensitivities) == ["2"] and found["2"].output_gradients.count == 40
+    assert list(found) == ["2"] and found["2"].output_gradients.count == 40
 
 
-def test_sums_of_inputs_need_not_be_shared_as_they_were() -> None:
-    """They are not added to."""
+def test_inputs_may_be_shared_in_one_run_only() -> None:
+    """Activation moments are not added."""
 
     class Two(nn.Module):
         def __init__(self) -> None:
@@ -223,11 +236,12 @@ def test_sums_of_inputs_need_not_be_shared_as_they_were() -> None:
     covariances = lro.calibrate(model, batches, sensitivity=loss, share_inputs=False)
     config = lro.CompressionConfig(lro.Ranks({"a": 8}))
     found = lro.recalibrate(model, covariances, batches, config, sensitivity=loss)
-    assert found["a"] is covariances["a"] is not found["b"] and found["a"].output_gradients.count == 40
+    assert found["a"].activations is covariances["a"].activations is not found["b"].activations
+    assert found["a"].output_gradients.count == 40
 
 
 @pytest.mark.parametrize("rows", ["none", "no call"])
-def test_an_expert_that_is_not_reached_halfway_keeps_its_sums(rows: str) -> None:
+def test_expert_not_reached_at_the_midpoint_keeps_its_sums(rows: str) -> None:
     class Experts(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -244,19 +258,20 @@ def test_an_expert_that_is_not_reached_halfway_keeps_its_sums(rows: str) -> None
     covariances = lro.calibrate(model, batches, sensitivity=loss)
     config = lro.CompressionConfig(lro.Ranks({"head": 8}))
     found = lro.recalibrate(model, covariances, [torch.zeros(20, 32)], config, sensitivity=loss)  # routed nowhere
-    for fqn, gradient in found.sensitivities.items():
-        same = torch.equal(gradient.second_moment, covariances[fqn].output_gradients.second_moment)
-        assert same == (fqn == "rare") and gradient.count == 40, "all are over the samples of both"
+    for fqn, layer in found.items():
+        gradients, before = layer.output_gradients, covariances[fqn].output_gradients
+        assert torch.equal(gradients.second_moment, before.second_moment) == (fqn == "rare")
+        assert gradients.count == 40, "the samples of both runs"
 
 
-def test_a_swap_that_is_interrupted() -> None:
+def test_model_is_restored_after_an_interrupt(two_layers: Any) -> None:
     class Interrupted(nn.Sequential):
         def __setattr__(self, name: str, value: Any) -> None:
             if name == "2" and isinstance(value, lro.LowRankLinear):
                 raise KeyboardInterrupt
             super().__setattr__(name, value)
 
-    _, batches, covariances = two_layers()
+    _, batches, covariances = two_layers
     model = Interrupted(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 16))
     modules = dict(model.named_modules())
     with pytest.raises(KeyboardInterrupt):
@@ -264,33 +279,17 @@ def test_a_swap_that_is_interrupted() -> None:
     assert dict(model.named_modules()) == modules
 
 
-def test_a_search_s_journal_is_left_to_the_compression(tmp_path: Any) -> None:
-    """Its trials are of other covariances, which the journal would refuse afterwards."""
-    model, batches, covariances = two_layers()
-    target = model(batches[0]).detach()
-
-    def evaluate(student: nn.Module) -> float:
-        return -float((student(batches[0]) - target).square().mean())
-
-    policy = lro.AccuracyGuided(evaluate, max_drop=1.0, journal=tmp_path / "trials")
-    config = lro.CompressionConfig(policy, projection="loss")
-    found = lro.recalibrate(model, covariances, batches, config, sensitivity=loss)
-    assert not (tmp_path / "trials").exists()
-    lro.compress_(model, found, config)
-
-
-def test_subspaces_of_the_sensitivities_before_are_refused() -> None:
-    """The moments that they name are the same objects."""
-    model, batches, covariances = two_layers()
+def test_subspaces_of_the_first_calibration_are_an_error(two_layers: Any) -> None:
+    """Their activation moments are the same objects."""
+    model, batches, covariances = two_layers
     spaces = layer_subspaces({"0": model[0], "2": model[2]}, covariances)
     found = lro.recalibrate(model, covariances, batches, TWO, sensitivity=loss)
-    with pytest.raises(ValueError, match=r"subspaces\['0'\] was made from other covariances"):
+    with pytest.raises(ValueError, match=r"subspaces\['0'\] was computed from other covariances"):
         lro.compress_(model, found, TWO, subspaces=spaces)
 
 
-@pytest.mark.filterwarnings("ignore:calibration leaves out")
-def test_every_run_draws_anew(mixed: Any) -> None:
-    """Also a third: the same labels again would add the same noise again."""
+def test_every_run_draws_other_signs(mixed: Any) -> None:
+    """The same signs in a third run would add the same noise again."""
     model, batches, _ = mixed
     nothing = lro.CompressionConfig(lro.Ranks({"head": None}))
     covariances = lro.calibrate(model, batches, sensitivity="output")

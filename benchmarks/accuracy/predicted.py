@@ -1,10 +1,10 @@
-"""The output error that a report predicts for each layer against the one that held-out data brings.
+"""The output error that a report predicts for each layer, and the error measured on held-out data.
 
     python -m benchmarks.accuracy.predicted
 
-Predicted is E|y - y'|^2 over the calibration rows, from statistics alone. Measured is the same over rows that
-calibration has not seen, which the dense model hands to the dense layer and to its replacement. The correlation is
-that of the logarithms; ratios are measured to predicted.
+Predicted is E|y - y'|^2 over the calibration rows, from statistics alone. Measured is the same over held-out rows: the
+inputs that the layer receives in the dense model, passed to the layer and to its replacement. The correlation is that
+of the logarithms; ratios are measured to predicted.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ HEADER = ["model", "projection", "budget", "layers", "correlation", "median rati
 
 
 class Study(NamedTuple):
-    """A dense model, what calibrates it, and data held out."""
+    """A dense model, calibration data and held-out data."""
 
     dense: nn.Module
     calibration: Sequence[Any]
@@ -67,14 +67,14 @@ STUDIES: dict[str, Callable[[int, int], Study]] = {"images": images, "texts": te
 def measured_errors(
     dense: nn.Module, student: nn.Module, batches: Iterable[Any], fqns: Sequence[str], mask: str | None = None
 ) -> dict[str, float]:
-    """E|y - y'|^2 of each layer over the rows that the dense model gives it, summed over the outputs.
+    """E|y - y'|^2 of each layer over its input rows in the dense model, summed over the outputs.
 
     Args:
         dense: the model that is run.
         student: holds a replacement under every name.
         batches: tensors, or mappings of keyword arguments.
         fqns: the layers.
-        mask: the keyword argument that tells which positions of (batch, positions, features) count.
+        mask: the keyword argument that marks the real positions of (batch, positions, features).
     """
     total, count = dict.fromkeys(fqns, 0.0), dict.fromkeys(fqns, 0)
     real: Tensor | None = None
@@ -145,7 +145,7 @@ class Bench:
 
 
 def summary(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Correlation of the logarithms and ratios; left out are layers whose error is that of rounding in float32."""
+    """Correlation of the logarithms, and ratios; without layers whose error is float32 rounding."""
     kept = [row for row in layers if row["predicted"] > ROUNDING * row["variance"]]
     pairs = [(row["predicted"], row["measured"], row["layer"]) for row in kept]
     logs = [[math.log(predicted), math.log(measured)] for predicted, measured, _ in pairs]
@@ -173,7 +173,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print one table; the layers go to a file on demand."""
+    """Print one table; --out writes the layers to a file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(STUDIES), default=list(STUDIES))
     parser.add_argument("--projections", nargs="+", choices=PROJECTIONS, default=list(PROJECTIONS))

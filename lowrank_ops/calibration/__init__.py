@@ -3,8 +3,8 @@
 In: a model and batches. Out: Covariances, {fqn: LayerStatistics}.
 """
 
-from .calibrate import Calibrator as Calibrator
-from .calibrate import calibrate as calibrate
+from .calibrator import Calibrator as Calibrator
+from .calibrator import calibrate as calibrate
 from .statistics import Covariances as Covariances
 from .statistics import LayerStatistics as LayerStatistics
 from .statistics import Moments as Moments

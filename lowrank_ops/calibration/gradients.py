@@ -71,8 +71,8 @@ class OutputGradients:
         ]
         if not gradients:
             raise ValueError(
-                "the loss of sensitivity depends on no layer: the model's forward runs without gradients "
-                "(torch.no_grad, inference_mode, a detached output), or its loss was used already. "
-                "Run the forward with gradients (see forward=), or leave out sensitivity."
+                "the loss depends on no layer: the forward ran without gradients (torch.no_grad, inference_mode, a "
+                "detached output), or its loss was used already. Run the forward with gradients (see forward=), or "
+                "calibrate without output gradients."
             )
         return gradients

@@ -137,9 +137,10 @@ class Recorder:
         return sums[fqn]
 
     def detach(self) -> None:
-        """Remove every hook."""
+        """Remove every hook, and drop the graphs of forwards that no loss was observed for."""
         for handle in self._handles:
             handle.remove()
+        self._gradients = OutputGradients()
 
     def finish(self, skipped: Mapping[str, str]) -> Covariances:
         """Mirror the triangles, subtract biases from streamed outputs, and return the sums."""

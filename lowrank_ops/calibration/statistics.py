@@ -143,12 +143,12 @@ class Covariances(Mapping[str, LayerStatistics]):
 
     @property
     def has_output_gradients(self) -> bool:
-        """Whether a sensitivity was streamed."""
+        """Whether output gradients were streamed, for any layer."""
         return any(layer.output_gradients is not None for layer in self.values())
 
     @property
     def has_token_weights(self) -> bool:
-        """Whether token-weighted moments were streamed."""
+        """Whether token-weighted moments were streamed, for any layer."""
         return any(layer.token_weighted is not None for layer in self.values())
 
     def memory(self) -> int:
@@ -160,7 +160,7 @@ class Covariances(Mapping[str, LayerStatistics]):
         """The statistics of both, as if one run had seen all rows.
 
         Raises:
-            ValueError: the two do not describe the same layers in the same way.
+            ValueError: the two hold other layers, sides or sharing.
         """
         mine, others = self._layout(), other._layout()
         if mine != others:
@@ -255,11 +255,13 @@ class Covariances(Mapping[str, LayerStatistics]):
 
     def _layout(self) -> dict[str, object]:
         """What two objects must have in common to be added, by layer."""
-        leaders: dict[int, str] = {}
+        sharing: dict[int, list[str]] = {}
+        for fqn, layer in self.items():
+            sharing.setdefault(id(layer.activations), []).append(fqn)
         return {
             fqn: (
                 layer.side,
-                leaders.setdefault(id(layer.activations), fqn),
+                sharing[id(layer.activations)],
                 {name: tuple(part.second_moment.shape) for name, part in layer.moments().items()},
             )
             for fqn, layer in self.items()

@@ -14,7 +14,7 @@ import safetensors
 from safetensors.torch import load_model as load_safetensors
 from torch import Tensor, nn
 
-from ..calibration.calibrate import calibrate
+from ..calibration.calibrator import calibrate
 from ..calibration.statistics import Covariances
 from .command import Failure, check_folder, failing_as, one_line
 

@@ -3,5 +3,5 @@
 In: LayerSubspaces, a rank and a projection. Out: Factors(down, up, bias).
 """
 
-from .factorize import Factors as Factors
-from .factorize import factorize as factorize
+from .projections import Factors as Factors
+from .projections import factorize as factorize

@@ -1,4 +1,9 @@
-"""Low-rank layers and their place in a model.
+"""Low-rank layers, how they replace a model's dense layers, and how long both take.
 
-In: Factors. Out: LowRankLinear and LowRankConv2d, put into the model all or none.
+In: dense layers and their Factors. Out: LowRankLinear and LowRankConv2d in the model, or LayerLatencies.
 """
+
+from .conv2d import LowRankConv2d as LowRankConv2d
+from .latency import measure_latency as measure_latency
+from .linear import LowRankLinear as LowRankLinear
+from .replace import replace_ as replace_

@@ -1,4 +1,4 @@
-"""Time layers, dense and at several ranks, on the device at hand: model + one batch -> LayerLatencies."""
+"""Time every layer on the model's device, dense and at several ranks: model + one batch -> LayerLatencies."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..config import LatencyCurve, LayerLatencies
-from ..models.layers import FilterFn, dimensions, find_layers
+from ..models.layers import FilterFn, dimensions, find_layers, input_of
 from ..models.running import call_model, device_of, evaluating, move
 from ..ranks.costs import RANK_ALIGNMENT
-from .lowrank import LowRankConv2d, LowRankLinear
+from .replace import lowrank_type
 
-LEAST_SAMPLE = 1e-3  # seconds; shorter calls are timed several at a time
+MIN_SAMPLE_SECONDS = 1e-3  # one sample repeats a shorter call until it takes this long
 
 
 class _Call(NamedTuple):
-    """A layer and the shape of an input that it received; calls with one name take the same time."""
+    """A layer and the shape of one of its inputs. Calls with equal names are timed once."""
 
     layer: nn.Module
     shape: torch.Size
@@ -54,44 +54,56 @@ def measure_latency(
     rounds: int = 9,
     progress: bool = False,
 ) -> LayerLatencies:
-    """Time every distinct call of a layer in one forward, as it is and replaced at several ranks.
+    """Time every distinct call of a layer in one forward pass, dense and at several ranks.
 
-    Nothing else in this package times anything; what this function finds is kept by :meth:`LayerLatencies.save` and
-    spent by :class:`lowrank_ops.LatencyBudget`. Inputs are random, of the shapes that ``batch`` brings about, in
-    the dtype of the layer's weight. The variants of a call are timed in turn and the median counts. Times are of
-    eager calls with warm caches, with their launch; on a machine that computes something else they are too long.
+    The result is what :class:`lowrank_ops.LatencyBudget` spends; keep it with :meth:`LayerLatencies.save`. No other
+    function of this package times anything. Inputs are random tensors with the shapes that ``batch`` causes, in the
+    dtype of the layer's weight. The variants of a call are timed in turn, and the median of each is reported. Times
+    are of eager calls with warm caches and include the launch; other programs on the machine lengthen them.
 
     Args:
-        model: as it will run: its device, its dtype; evaluated in eval mode and handed back as it was, and so is the
-            random state.
-        batch: one batch as for :func:`lowrank_ops.calibrate`, of the size whose latency is wanted.
-        filter_fn: ``filter_fn(module, fqn) -> bool`` chooses layers; None takes all that can be compressed.
+        model: on the device and in the dtype in which it will run. It runs in eval mode; its training flags and the
+            random state are restored.
+        batch: one batch as for :func:`lowrank_ops.calibrate`, of the size whose latency matters.
+        filter_fn: ``filter_fn(module, fqn) -> bool`` chooses layers; None chooses all that can be compressed.
         forward: ``forward(model, batch)`` replaces the call of the model.
-        points: ranks, spread evenly up to where factors have as many parameters as the layer.
-        rounds: samples of each variant, at least a millisecond of calls each.
+        points: number of ranks, evenly spaced up to the rank at which the factors have as many parameters as the
+            layer.
+        rounds: samples per variant, each of at least one millisecond.
         progress: show a progress bar.
 
+    Returns:
+        Seconds per call and rank, and the calls of each layer.
+
     Raises:
-        ValueError: a bad argument, or a model without layers that can be compressed and were called.
+        ValueError: ``points`` or ``rounds`` is too small, or the forward pass calls no layer that can be compressed.
+
+    Example:
+        >>> import torch
+        >>> import lowrank_ops as lro
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU())
+        >>> latencies = lro.measure_latency(model, torch.randn(16, 64), points=2, rounds=1)
+        >>> list(latencies.curves)
+        ['Linear 64 -> 32, 16 x 64, float32']
+        >>> policy = lro.LatencyBudget(0.8, latencies)
     """
-    for name, value, least in (("points", points, 2), ("rounds", rounds, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}.")
+    for name, value, minimum in (("points", points, 2), ("rounds", rounds, 1)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise ValueError(f"{name} must be an integer of at least {minimum}; got {value!r}.")
     device = device_of(model)
     calls: dict[str, Counter[str]] = {}
     distinct: dict[str, _Call] = {}
     layers, _ = find_layers(model, filter_fn)
 
-    def see(fqn: str, x: Tensor) -> None:
-        # nn.TransformerEncoder takes padding out; to a Linear what is left is a matrix
+    def record(fqn: str, x: Tensor) -> None:
+        # nn.TransformerEncoder removes padding by nested tensors; a Linear multiplies the remaining rows as one matrix.
         call = _Call(layers[fqn], torch.cat(x.unbind()).shape if x.is_nested else x.shape)
         distinct.setdefault(call.name, call)
         calls.setdefault(fqn, Counter())[call.name] += 1
 
     handles = [
         layer.register_forward_pre_hook(
-            lambda module, args, kwargs, fqn=fqn: see(fqn, args[0] if args else next(iter(kwargs.values()))),
-            with_kwargs=True,
+            lambda module, args, kwargs, fqn=fqn: record(fqn, input_of(args, kwargs)), with_kwargs=True
         )
         for fqn, layer in layers.items()
     ]
@@ -102,28 +114,30 @@ def measure_latency(
         for handle in handles:
             handle.remove()
     if not calls:
-        raise ValueError("the forward of model called no layer that can be compressed and that filter_fn keeps.")
+        raise ValueError("the forward pass of model called no layer that can be compressed and that filter_fn keeps.")
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # inputs and factors are random
         curves = {
             name: _curve(call, points, rounds)
             for name, call in tqdm(distinct.items(), desc="timing layers", unit="shape", disable=not progress)
         }
-    return LayerLatencies(_name_of(device), torch.get_num_threads(), curves, {fqn: dict(c) for fqn, c in calls.items()})
+    return LayerLatencies(
+        _device_name(device), torch.get_num_threads(), curves, {fqn: dict(c) for fqn, c in calls.items()}
+    )
 
 
 def _curve(call: _Call, points: int, rounds: int) -> LatencyCurve:
     weight = call.layer.get_parameter("weight")
     x = torch.randn(call.shape, device=weight.device, dtype=weight.dtype)
-    arms: dict[int | None, nn.Module] = {None: call.layer}
-    arms |= {rank: _replacement(call.layer, rank) for rank in ranks_to_time(call.layer, points)}
+    ranks = tuple(ranks_to_time(call.layer, points))
+    variants: dict[int | None, nn.Module] = {None: call.layer}
+    variants |= {rank: _random_lowrank(call.layer, rank) for rank in ranks}
     with torch.inference_mode():
-        times = time_in_turn({rank: partial(arm, x) for rank, arm in arms.items()}, x.device, rounds)
-    ranks = tuple(rank for rank in arms if rank is not None)
+        times = time_in_turn({rank: partial(layer, x) for rank, layer in variants.items()}, x.device, rounds)
     return LatencyCurve(times[None], ranks, tuple(times[rank] for rank in ranks))
 
 
 def ranks_to_time(layer: nn.Module, points: int) -> list[int]:
-    """At most ``points`` aligned ranks up to break-even in parameters, rising, both ends among them."""
+    """At most ``points`` aligned ranks in ascending order, from the smallest to break-even in parameters, inclusive."""
     _, in_features, out_features = dimensions(layer)
     steps = max(1, in_features * out_features // (in_features + out_features) // RANK_ALIGNMENT)
     if steps <= points:
@@ -131,26 +145,22 @@ def ranks_to_time(layer: nn.Module, points: int) -> list[int]:
     return [RANK_ALIGNMENT * round(1 + (steps - 1) * point / (points - 1)) for point in range(points)]
 
 
-def _replacement(layer: nn.Module, rank: int) -> nn.Module:
-    rank = min(rank, *dimensions(layer)[1:])  # what is stored, and timed, is aligned all the same
-    if isinstance(layer, nn.Conv2d):
-        conv = LowRankConv2d.empty_like(layer, rank, bias=True)
-        conv.reset_parameters()
-        return conv
-    linear = LowRankLinear.empty_like(layer, rank, bias=True)
-    linear.reset_parameters()
-    return linear
+def _random_lowrank(layer: nn.Module, rank: int) -> nn.Module:
+    rank = min(rank, *dimensions(layer)[1:])  # its stored rank is aligned all the same
+    replacement = lowrank_type(layer).empty_like(layer, rank, bias=True)
+    replacement.reset_parameters()
+    return replacement
 
 
-def time_in_turn(arms: Mapping[Any, Callable[[], Any]], device: torch.device, rounds: int) -> dict[Any, float]:
-    """Median seconds of one call of each arm, timed one after another so that slow moments fall on all."""
+def time_in_turn(variants: Mapping[Any, Callable[[], Any]], device: torch.device, rounds: int) -> dict[Any, float]:
+    """Median seconds of one call of each variant; each round times all variants, so that slow moments affect all."""
     repeats = {}
-    for name, run in arms.items():
-        run()  # what is compiled or allocated once
-        repeats[name] = max(1, round(LEAST_SAMPLE / max(_seconds(run, 1, device), 1e-7)))
-    samples: dict[Any, list[float]] = {name: [] for name in arms}
+    for name, run in variants.items():
+        run()  # compile and allocate
+        repeats[name] = max(1, round(MIN_SAMPLE_SECONDS / max(_seconds(run, 1, device), 1e-7)))
+    samples: dict[Any, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
-        for name, run in arms.items():
+        for name, run in variants.items():
             samples[name].append(_seconds(run, repeats[name], device))
     return {name: statistics.median(values) for name, values in samples.items()}
 
@@ -166,5 +176,5 @@ def _seconds(run: Callable[[], Any], repeats: int, device: torch.device) -> floa
     return (time.perf_counter() - start) / repeats
 
 
-def _name_of(device: torch.device) -> str:
+def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"

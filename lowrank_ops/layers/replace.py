@@ -1,4 +1,4 @@
-"""Factors -> replaced model: every layer, or none."""
+"""Put low-rank layers into a model: all of them, or none."""
 
 from __future__ import annotations
 
@@ -8,29 +8,45 @@ from contextlib import contextmanager
 import torch.nn.functional as F
 from torch import nn
 
-from ..factors.factorize import Factors
-from ..models.layers import find_layers
-from .lowrank import LowRankConv2d, LowRankLinear
+from ..factors.projections import Factors
+from ..models.layers import find_layers, tied_layers
+from .conv2d import LowRankConv2d
+from .linear import LowRankLinear
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def replace_(model: nn.Module, factors: Mapping[str, Factors]) -> nn.Module:
-    """Put factorised layers in the place of dense ones, in place.
+    """Replace dense layers of ``model`` by low-rank layers, in place.
 
-    All new layers are made before the first is put in, so that an error leaves the model untouched. A module that
-    is used at several places is replaced at all of them by one layer.
+    All new layers are created before the first one is put in, and an error leaves the model unchanged. A module that
+    is used at several places is replaced at all of them by one layer. New layers take dtype, device, training and
+    gradient flags from the layers that they replace.
 
     Args:
-        model: holds a layer at every name.
-        factors: ``{fqn: Factors}``.
+        model: any module.
+        factors: ``{fqn: Factors}``, from :func:`lowrank_ops.factors.factorize` for example.
 
     Returns:
-        ``model``; where the model itself is the layer, its replacement.
+        ``model``, or the new layer where ``model`` is itself the layer to replace.
 
     Raises:
-        ValueError: a name that is no compressible layer, a weight tied to another module, or hooks on a layer
-            that a replacement would drop.
+        ValueError: a name that is not a compressible layer, a layer whose weight is tied to another module, or a layer
+            with hooks, which the new layer would lose.
+
+    Example:
+        >>> import torch
+        >>> import lowrank_ops as lro
+        >>> from lowrank_ops.factors import factorize
+        >>> from lowrank_ops.subspaces.layer import layer_subspaces
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU())
+        >>> covariances = lro.calibrate(model, [torch.randn(256, 64)])
+        >>> subspaces = layer_subspaces({"0": model[0]}, covariances)
+        >>> lro.layers.replace_(model, {"0": factorize(subspaces["0"], rank=8)})
+        Sequential(
+          (0): LowRankLinear(in_features=64, out_features=32, rank=8, bias=True)
+          (1): ReLU()
+        )
     """
     layers, skipped = find_layers(model)
     unknown = [fqn for fqn in factors if fqn not in layers]
@@ -44,10 +60,10 @@ def replace_(model: nn.Module, factors: Mapping[str, Factors]) -> nn.Module:
                 f"layer {fqn!r} cannot be replaced: its weight is tied to {tied[fqn]!r}. "
                 "Untie the two or leave the layer out with filter_fn."
             )
-        if any(getattr(layers[fqn], kind) for kind in _HOOKS):
+        if has_hooks(layers[fqn]):
             raise ValueError(f"layer {fqn!r} has hooks, which its replacement would drop; remove them first.")
 
-    replacements = {layers[fqn]: _replacement(layers[fqn], part) for fqn, part in factors.items()}
+    replacements = {layers[fqn]: lowrank_type(layers[fqn]).from_factors(layers[fqn], factors[fqn]) for fqn in factors}
     swap_(model, replacements)
     return replacements.get(model, model)
 
@@ -65,52 +81,42 @@ def replaced(model: nn.Module, factors: Mapping[str, Factors]) -> Iterator[None]
 
 
 def swap_(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
-    """Put each new module in every place of the old one, or, on an error or an interrupt, in none.
+    """Put each new module in every place of its old one; on an error or an interrupt, in none.
 
-    ``nn.TransformerEncoderLayer`` has a fast path that reads its Linears' weights and calls none of them. It would
-    multiply factors out in every call, so it is switched off while the layer holds one.
+    The fast path of ``nn.TransformerEncoderLayer`` reads the weights of its Linears and does not call them. With
+    low-rank layers it would multiply the factors out in every forward, so it is disabled while the layer holds one.
     """
     try:
-        _put(model, replacements)
+        _set_children(model, replacements)
     except BaseException:
-        _put(model, {new: old for old, new in replacements.items()})
+        _set_children(model, {new: old for old, new in replacements.items()})
         raise
 
 
-def _put(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+def lowrank_type(dense: nn.Module) -> type[LowRankLinear] | type[LowRankConv2d]:
+    """The class that replaces a dense layer."""
+    return LowRankConv2d if isinstance(dense, nn.Conv2d) else LowRankLinear
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a replacement of ``module`` would lose hooks."""
+    return any(getattr(module, kind) for kind in _HOOKS)
+
+
+def _set_children(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
     for parent in list(model.modules()):
-        places = [name for name, child in parent._modules.items() if child is not None and child in replacements]
-        for name in places:
+        names = [name for name, child in parent._modules.items() if child is not None and child in replacements]
+        for name in names:
             setattr(parent, name, replacements[parent.get_submodule(name)])
-        if places and isinstance(parent, nn.TransformerEncoderLayer):
+        if names and isinstance(parent, nn.TransformerEncoderLayer):
             _allow_fast_path(parent, not any(isinstance(child, LowRankLinear) for child in parent.children()))
 
 
 def _allow_fast_path(layer: nn.TransformerEncoderLayer, allowed: bool) -> None:
-    """The layer takes its fast path where this number names its activation, 1 for relu and 2 for gelu."""
-    kind = 0
+    """Set the activation code that the layer checks: 1 (relu) and 2 (gelu) allow its fast path, 0 does not."""
+    code = 0
     if allowed and (layer.activation is F.relu or isinstance(layer.activation, nn.ReLU)):
-        kind = 1
+        code = 1
     elif allowed and (layer.activation is F.gelu or isinstance(layer.activation, nn.GELU)):
-        kind = 2
-    layer.activation_relu_or_gelu = kind
-
-
-def tied_layers(model: nn.Module) -> dict[str, str]:
-    """``{fqn of a module: fqn of another module}`` for modules that hold one and the same parameter."""
-    owners: dict[int, list[str]] = {}
-    for fqn, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(fqn)
-    return {
-        fqn: next(other for other in holders if other != fqn)
-        for holders in owners.values()
-        if len(set(holders)) > 1
-        for fqn in holders
-    }
-
-
-def _replacement(layer: nn.Module, factors: Factors) -> nn.Module:
-    if isinstance(layer, nn.Conv2d):
-        return LowRankConv2d.from_factors(layer, factors)
-    return LowRankLinear.from_factors(layer, factors)
+        code = 2
+    layer.activation_relu_or_gelu = code

@@ -1,4 +1,4 @@
-"""The dense layers that can be compressed, seen as matrices: Linear, Conv2d and transformers' Conv1D."""
+"""The dense layers that can be compressed, as matrices: Linear, Conv2d and transformers' Conv1D."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ class Dimensions(NamedTuple):
 
 
 def find_layers(model: nn.Module, filter_fn: FilterFn | None = None) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The layers of ``model`` that can be compressed and those that look like it but cannot.
+    """The layers of ``model`` that can be compressed, and those of a supported kind that cannot.
 
     Args:
         model: any module.
-        filter_fn: ``filter_fn(module, fqn) -> bool`` keeps a layer; None keeps all.
+        filter_fn: ``filter_fn(module, fqn) -> bool`` chooses layers; None chooses all.
 
     Returns:
-        ``{fqn: layer}`` in the model's order and ``{fqn: reason}`` for what was passed over.
+        ``{fqn: layer}`` in the model's order and ``{fqn: reason}`` for skipped modules.
     """
     layers: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
-    attention: tuple[str, ...] = ()  # what the names of their children begin with
+    attention: tuple[str, ...] = ()  # prefixes of the names of their children
     for fqn, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention):
             attention += (f"{fqn}." if fqn else "",)
@@ -47,7 +47,7 @@ def find_layers(model: nn.Module, filter_fn: FilterFn | None = None) -> tuple[di
         elif isinstance(module, (nn.Linear, nn.Conv2d)) or is_conv1d(module):
             if filter_fn is not None and not filter_fn(module, fqn):
                 continue
-            reason = _why_not(module)
+            reason = _reason_to_skip(module)
             if reason is None:
                 layers[fqn] = module
             else:
@@ -55,20 +55,34 @@ def find_layers(model: nn.Module, filter_fn: FilterFn | None = None) -> tuple[di
     return layers, skipped
 
 
-def _why_not(module: nn.Module) -> str | None:
+def _reason_to_skip(module: nn.Module) -> str | None:
     base = nn.Linear if isinstance(module, nn.Linear) else nn.Conv2d if isinstance(module, nn.Conv2d) else type(module)
     if getattr(module.forward, "__func__", None) is not base.forward:
-        return f"{type(module).__name__} has a forward of its own"
+        return f"{type(module).__name__} overrides forward"
     if hasattr(module, "parametrizations"):
         return "its weight is parametrized; call torch.nn.utils.parametrize.remove_parametrizations first"
     weight = module.weight
     if isinstance(weight, nn.parameter.UninitializedParameter):
-        return "its weight is not initialised yet; run the model once"
+        return "its weight is not initialized yet; run the model once"
     if not isinstance(weight, nn.Parameter):
-        return "its weight is made anew in each forward, as by weight norm or pruning; make that permanent first"
+        return "its weight is recomputed in each forward pass, as by pruning or weight norm; make it a parameter first"
     if type(weight) is not nn.Parameter or weight.dtype not in _DTYPES:
         return f"its weight is a {type(weight).__name__} of {weight.dtype}, not a plain float tensor"
     return None if weight.numel() else "its weight is empty"
+
+
+def tied_layers(model: nn.Module) -> dict[str, str]:
+    """``{fqn of a module: fqn of another module}`` for modules that share a parameter."""
+    owners: dict[int, list[str]] = {}
+    for fqn, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(fqn)
+    return {
+        fqn: next(other for other in holders if other != fqn)
+        for holders in owners.values()
+        if len(set(holders)) > 1
+        for fqn in holders
+    }
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -102,11 +116,12 @@ def bias_vector(module: nn.Module) -> Tensor | None:
 
 
 def pad_input(module: nn.Conv2d, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """Apply the padding that zero padding of a convolution cannot express; return what is left to pad.
+    """Apply the padding that ``F.conv2d`` cannot: circular, reflect, replicate, and "same" with an even kernel.
 
-    Circular, reflecting and replicating padding, and the uneven padding of ``padding="same"`` with an even kernel.
+    Returns:
+        The padded input, and the (vertical, horizontal) zero padding that is left for ``F.conv2d``.
     """
-    left, right, top, bottom = _sides(module)
+    left, right, top, bottom = _padding_by_side(module)
     if module.padding_mode == "zeros" and left == right and top == bottom:
         return x, (top, left)
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
@@ -114,12 +129,12 @@ def pad_input(module: nn.Conv2d, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
 
 
 def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """The input among the arguments of a call of a layer."""
+    """A layer's input among the arguments of its call."""
     return args[0] if args else next(iter(kwargs.values()))
 
 
 def input_rows(layer: nn.Module, x: Tensor) -> Tensor:
-    """The rows (rows, in_features) that a layer multiplies: for a convolution the patches of its input."""
+    """The rows (rows, in_features) that a layer multiplies by its weight; for a convolution, patches of its input."""
     if not isinstance(layer, nn.Conv2d):
         return x.reshape(-1, x.shape[-1])
     return patches(layer, *pad_input(layer, x if x.dim() == 4 else x.unsqueeze(0)))
@@ -131,13 +146,13 @@ def patches(layer: nn.Conv2d, x: Tensor, padding: tuple[int, int]) -> Tensor:
 
 
 def output_rows(layer: nn.Module, y: Tensor) -> Tensor:
-    """What a layer has made, or the gradient there, with the features last: of a convolution (positions, channels)."""
+    """A layer's output, or its gradient, with the features last; of a convolution (positions, channels)."""
     if not isinstance(layer, nn.Conv2d):
         return y
     return y.movedim(-3, -1).flatten(0, -2)
 
 
-def _sides(module: nn.Conv2d) -> tuple[int, int, int, int]:
+def _padding_by_side(module: nn.Conv2d) -> tuple[int, int, int, int]:
     if module.padding == "valid":
         return 0, 0, 0, 0
     if module.padding == "same":

@@ -12,10 +12,10 @@ Mask = str | Callable[[tuple[Any, ...], dict[str, Any]], Tensor | None]
 
 
 def read_mask(source: Mask | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The mask (batch, positions), bool, of one forward of the model, from its arguments.
+    """The bool mask (batch, positions) of one forward pass, from the arguments of the model's call.
 
     Raises:
-        ValueError: the keyword argument is missing, or the mask is not a matrix.
+        ValueError: the keyword argument is missing, or the mask does not have two dimensions.
     """
     if source is None:
         return None
@@ -35,25 +35,31 @@ def read_mask(source: Mask | None, args: tuple[Any, ...], kwargs: Mapping[str, A
 
 
 def real_rows(fqn: str, x: Tensor, mask: Tensor | None, known: bool = True) -> Tensor:
-    """The rows of ``x`` (..., features) at which ``mask`` (batch, positions) is true.
+    """The rows of ``x`` (..., features) that are not padding: where ``mask`` (batch, positions) is true.
+
+    Args:
+        fqn: name of the layer, for messages.
+        x: its input or output; one row per sequence (batch, features) is returned whole.
+        mask: None keeps all rows.
+        known: whether the layer was called inside the model's own forward, where the mask is known.
 
     Raises:
-        ValueError: the mask is not ``known`` where the layer ``fqn`` was called, or does not fit its activation.
+        ValueError: the mask is not ``known``, or does not fit the activation.
     """
     if not known:
         raise ValueError(
-            f"layer {fqn!r} was called beside the model's own forward, where mask is not known. "
-            "Pass the module whose forward is called, or do without mask."
+            f"layer {fqn!r} was called outside the model's own forward, where mask is not known. "
+            "Pass the module whose forward is called, or leave mask out."
         )
     if x.is_nested:
-        return torch.cat(x.unbind())  # nn.TransformerEncoder has taken the padding out
+        return torch.cat(x.unbind())  # nn.TransformerEncoder has removed the padding
     if mask is None:
         return x
     leading = x.shape[:-1]
     if leading == mask.shape or leading == (mask.numel(),):
         return x[mask.reshape(leading).to(x.device)]
     if leading == mask.shape[:1]:
-        return x  # pooled: one row for each sequence
+        return x  # pooled: one row per sequence
     raise ValueError(
         f"mask of shape {tuple(mask.shape)} does not fit the activation {tuple(x.shape)} of layer {fqn!r}, whose "
         "leading shape must be (batch, positions), (batch * positions,) or (batch,). "

@@ -1,4 +1,4 @@
-"""Running a model: batches and outputs as models have them, and its modules' training flags."""
+"""Call a model on a batch, read its output, and restore training flags and random states afterwards."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def random_state_kept(model: nn.Module) -> Iterator[list[torch.Generator]]:
-    """Random numbers drawn inside leave no trace; gives the generators of the CPU and of the model's own GPUs."""
+    """Restore the random state after the block; yields the generators of the CPU and of the model's GPUs."""
     devices = sorted({parameter.device.index for parameter in model.parameters() if parameter.is_cuda})
     with torch.random.fork_rng(devices=devices):
         yield [torch.default_generator, *(torch.cuda.default_generators[device] for device in devices)]
@@ -40,10 +40,9 @@ def random_state_kept(model: nn.Module) -> Iterator[list[torch.Generator]]:
 
 @contextmanager
 def without_fast_path(wanted: bool = True) -> Iterator[None]:
-    """nn.TransformerEncoder layer by layer, as with gradients, if ``wanted``.
+    """Disable the fast path of nn.TransformerEncoder inside the block, if ``wanted``.
 
-    A frozen one would take the padding out of its input, into nested tensors, which its own layers refuse once they
-    need gradients.
+    The fast path of a frozen encoder removes padding by nested tensors, which its layers do not support with gradients.
     """
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(before and not wanted)
@@ -54,7 +53,7 @@ def without_fast_path(wanted: bool = True) -> Iterator[None]:
 
 
 def call_model(model: nn.Module, batch: Any) -> Any:
-    """The model's output for a batch: mappings are keyword arguments, tuples and lists positional ones."""
+    """Call the model: a mapping is keyword arguments, a tuple or list positional ones, the rest one argument."""
     if isinstance(batch, Mapping):
         return model(**batch)
     if isinstance(batch, (tuple, list)) and not hasattr(batch, "_fields"):  # a named tuple is one argument
@@ -74,12 +73,15 @@ def move(batch: Any, device: torch.device) -> Any:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """The device of the model's first parameter."""
+    """The device of the model's first parameter; the CPU without parameters."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def output_tensor(output: Any, fields: Sequence[str]) -> Tensor | None:
-    """The tensor of a model's output: itself, the first of ``fields`` that it has, or the first of a tuple or list."""
+    """The float tensor in a model's output: itself, the first of ``fields`` that it has, or the first of a sequence.
+
+    None if that is not a float tensor with at least one dimension.
+    """
     found = output
     if not isinstance(output, Tensor):
         get = output.get if isinstance(output, Mapping) else lambda name: getattr(output, name, None)

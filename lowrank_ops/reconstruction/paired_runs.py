@@ -1,9 +1,8 @@
-"""Runs of one model in two versions, dense and with the low-rank layers made so far, up to one layer at a time.
+"""Paired runs of a model, dense and with the layers replaced so far, each stopped at the layer of interest.
 
-A run stops at the layer that it was started for. Blocks (the children of a ModuleList or Sequential) that all layers of
-interest have passed are not run again: they return the stored output of the last of them. Everything between blocks
-(embeddings, masks, positions) is the model's own code and runs each time, so nothing is assumed about the blocks'
-arguments.
+Blocks (the children of a ModuleList or Sequential) whose layers are all done are not run again: they return the stored
+output of the last of them. Code between blocks (embeddings, masks, positions) runs each time, so nothing is assumed
+about the arguments of blocks.
 """
 
 from __future__ import annotations
@@ -46,8 +45,8 @@ class Group:
 def find_chains(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]:
     """Names of the ModuleLists and Sequentials whose children hold the layers, none inside another.
 
-    Every layer costs a run through the child that it is in, so a container saves the square of the number of its layers
-    minus the squares of those of its children. Of nested containers the one that saves most is chosen.
+    Every layer costs a run through its child. A container with n layers, split over children with n_i, therefore saves
+    n^2 - sum n_i^2 layer runs; of nested containers the one that saves most is chosen.
     """
     saved = {}
     for name, module in model.named_modules():
@@ -95,12 +94,12 @@ class PairedRuns:
         self._device = device_of(model)
         self._chains = list(chains)
         self._replacements: dict[str, nn.Module] = {}
-        self._kept: dict[tuple[str, bool, int], Any] = {}  # by chain, version and batch: the last passed child's output
+        self._stored: dict[tuple[str, bool, int], Any] = {}  # output of the last passed child
         self._passed: Position = {}
         self._compressed, self._batch = False, 0  # of this run
         self._mask: Tensor | None = None  # of this run
-        self._see: Callable[[str, Tensor], None] = lambda fqn, x: None  # a layer's input
-        self._leave: Callable[[str, int, Any], None] = lambda chain, index, output: None  # a child's output
+        self._on_input: Callable[[str, Tensor], None] = lambda fqn, x: None  # a layer's input
+        self._on_output: Callable[[str, int, Any], None] = lambda chain, index, output: None  # a child's output
         self._stack = ExitStack()
         self.groups: list[Group] = []
 
@@ -123,7 +122,7 @@ class PairedRuns:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._kept.clear()
+        self._stored.clear()
         self._stack.close()
 
     def replace(self, fqn: str, replacement: nn.Module) -> None:
@@ -136,7 +135,7 @@ class PairedRuns:
             if count > self._passed.get(chain, 0):
                 for batch in range(len(self.batches)):
                     for compressed in (False, True):
-                        self._kept[chain, compressed, batch] = self._output_of(chain, count - 1, batch, compressed)
+                        self._stored[chain, compressed, batch] = self._output_of(chain, count - 1, batch, compressed)
                 self._passed[chain] = count
 
     def pairs(self, group: Group) -> Iterator[tuple[int, list[Tensor], list[Tensor], list[Tensor | None]]]:
@@ -155,7 +154,7 @@ class PairedRuns:
 
         # A pre-hook sees the input after other hooks have changed it.
         hook = layer.register_forward_pre_hook(
-            lambda module, args, kwargs: self._see(fqn, input_of(args, kwargs)), with_kwargs=True
+            lambda module, args, kwargs: self._on_input(fqn, input_of(args, kwargs)), with_kwargs=True
         )
         stack.callback(hook.remove)
         _override(stack, layer, forward)
@@ -165,9 +164,9 @@ class PairedRuns:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if index < self._passed.get(chain, 0):
-                return _copied(self._kept[chain, self._compressed, self._batch], self._device)
+                return _copied(self._stored[chain, self._compressed, self._batch], self._device)
             output = run(*args, **kwargs)
-            self._leave(chain, index, output)
+            self._on_output(chain, index, output)
             return output
 
         _override(stack, child, forward)
@@ -179,43 +178,43 @@ class PairedRuns:
         self,
         batch: int,
         compressed: bool,
-        see: Callable[[str, Tensor], None] | None = None,
-        leave: Callable[[str, int, Any], None] | None = None,
+        on_input: Callable[[str, Tensor], None] | None = None,
+        on_output: Callable[[str, int, Any], None] | None = None,
     ) -> None:
         self._batch, self._compressed, self._mask = batch, compressed, None
-        self._see = see or (lambda fqn, x: None)
-        self._leave = leave or (lambda chain, index, output: None)
+        self._on_input = on_input or (lambda fqn, x: None)
+        self._on_output = on_output or (lambda chain, index, output: None)
         try:
             self._forward(self.model, move(self.batches[batch], self._device))
         except _Reached:
             pass
         finally:
             self._compressed = False
-            self._see, self._leave = (lambda fqn, x: None), (lambda chain, index, output: None)
+            self._on_input, self._on_output = (lambda fqn, x: None), (lambda chain, index, output: None)
 
     def _inputs_of(self, group: Group, batch: int, compressed: bool) -> tuple[list[Tensor], list[Tensor | None]]:
         found: list[Tensor] = []
         masks: list[Tensor | None] = []  # forward= may call the model several times, each time with its own mask
 
-        def see(fqn: str, x: Tensor) -> None:
+        def on_input(fqn: str, x: Tensor) -> None:
             if fqn == group.layers[0]:
                 masks.append(self._mask)
                 found.append(x if group.calls == 1 else x.clone())  # the run continues and may change it in place
                 if group.calls == 1:
                     raise _Reached
 
-        self._run(batch, compressed, see)
+        self._run(batch, compressed, on_input)
         return found, masks
 
     def _output_of(self, chain: str, index: int, batch: int, compressed: bool) -> Any:
         found: list[Any] = []
 
-        def leave(name: str, child: int, output: Any) -> None:
+        def on_output(name: str, child: int, output: Any) -> None:
             if (name, child) == (chain, index):
                 found.append(_copied(output, torch.device("cpu")))
                 raise _Reached
 
-        self._run(batch, compressed, leave=leave)
+        self._run(batch, compressed, on_output=on_output)
         if not found:
             raise ValueError(
                 f"block {index} of {chain!r} was called for the first batch but not for batch {batch} (counted from "
@@ -233,7 +232,7 @@ class PairedRuns:
             if self._strict:
                 raise ValueError(
                     f"blocks={broken!r} cannot be run block by block: its children are not called once each, in order, "
-                    "each from the last one's output alone. Name another container, or leave blocks out."
+                    "each from the last one's output alone. Name another container, or omit blocks."
                 )
             self._chains.remove(broken)
         self.groups = _grouped(events, self.layers)
@@ -245,22 +244,22 @@ class PairedRuns:
         passed: Position = {}
         broken: list[str] = []
 
-        def see(fqn: str, x: Tensor) -> None:
+        def on_input(fqn: str, x: Tensor) -> None:
             version = 0 if x.is_inference() else x._version
             events.append(_Event(fqn, x, x if x.is_nested else x.clone(), version, dict(passed)))
 
-        def leave(chain: str, index: int, output: Any) -> None:
+        def on_output(chain: str, index: int, output: Any) -> None:
             if chain in self._chains:
                 if index < passed.get(chain, 0):
                     broken.append(chain)
                 passed[chain] = index + 1
                 outputs[chain, index] = _copied(output, torch.device("cpu"))
 
-        self._run(0, False, see, leave)
+        self._run(0, False, on_input, on_output)
         return events, outputs, broken[0] if broken else None
 
     def _first_broken(self, events: list[_Event], outputs: dict[tuple[str, int], Any]) -> str | None:
-        """The first chain whose stored outputs do not reproduce the layers' inputs of a run from the start."""
+        """The first chain whose stored outputs do not reproduce the inputs of layers in a run from the start."""
         before: Position = {}
         try:
             for event in events:
@@ -270,7 +269,7 @@ class PairedRuns:
                     continue
                 self._passed = event.position
                 for chain, count in event.position.items():
-                    self._kept[chain, False, 0] = outputs[chain, count - 1]
+                    self._stored[chain, False, 0] = outputs[chain, count - 1]
                 expected = [other for other in events if other.position == event.position]
                 try:
                     found = self._first_inputs({other.fqn for other in expected}, len(expected))
@@ -282,20 +281,20 @@ class PairedRuns:
                     return new[-1]
         finally:
             self._passed = {}
-            self._kept.clear()
+            self._stored.clear()
         return None
 
     def _first_inputs(self, wanted: set[str], count: int) -> list[tuple[str, Tensor]]:
         """The first calls of some layers in a dense run of the first batch."""
         found: list[tuple[str, Tensor]] = []
 
-        def see(fqn: str, x: Tensor) -> None:
+        def on_input(fqn: str, x: Tensor) -> None:
             if fqn in wanted:
                 found.append((fqn, x if x.is_nested else x.clone()))
                 if len(found) == count:
                     raise _Reached
 
-        self._run(0, False, see)
+        self._run(0, False, on_input)
         return found
 
 

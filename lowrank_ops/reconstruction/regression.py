@@ -5,7 +5,7 @@ map is W + D C^+, where C is the second moment of z and D the cross moment of e 
 Low-rank factors of that map on the spaces of z are then a reduced-rank regression (Izenman 1975), in the metric of the
 loss if requested.
 
-The correction is ridge-regularized: where rows are too few to tell it from noise, the map returns to W.
+The correction is ridge-regularized: with few rows, where it is mostly noise, the map shrinks to W.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..calibration.statistics import LayerStatistics, Moments
 from ..calibration.token_weights import add_weighted
-from ..factors.factorize import Factors, factorize
+from ..factors.projections import Factors, factorize
 from ..models.layers import bias_vector, weight_matrix
 from ..ops import covariance_finalize_, covariance_update_
 from ..subspaces.layer import DAMPING, LayerSubspaces
@@ -192,7 +192,7 @@ def _gains(spectrum: Tensor, ridge: Tensor | float) -> Tensor:
 def _best_ridge(
     held: list[tuple[Tensor, Tensor, Tensor]], shares: list[float], bases: list[Subspace], metric: Tensor | None
 ) -> float:
-    """The ridge whose maps, each fitted to one fold, have the least error on the other fold.
+    """The ridge whose maps, each fitted to one fold, have the minimum error on the other fold.
 
     In the basis of a fold's inputs each ridge is a diagonal, so trying many is cheap. The ridge is relative to sums
     over all rows; a fold uses it in proportion to its share of them.

@@ -24,8 +24,8 @@ from tqdm import tqdm
 from ..calibration.call_weights import CallWeights, call_weights
 from ..calibration.objectives import Sensitivity, check_sensitivity
 from ..calibration.statistics import LayerStatistics, Moments, NonFiniteActivationError
-from ..factors.factorize import Factors
-from ..layers.lowrank import LowRankConv2d, LowRankLinear
+from ..factors.projections import Factors
+from ..layers import LowRankConv2d, LowRankLinear
 from ..layers.replace import replaced
 from ..models.layers import find_layers, input_rows, weight_matrix
 from ..models.masks import Mask, real_rows
@@ -41,15 +41,16 @@ class SequentialReconstruction:
     """Settings of a sequential reconstruction, for ``compress_(..., reconstruction=...)``.
 
     Args:
-        batches: as for :func:`lowrank_ops.calibrate`, at best the same; held in memory, because each is run many times.
-        sensitivity: as for :func:`lowrank_ops.calibrate`, at best the same: token weights for the layers with
+        batches: as for :func:`lowrank_ops.calibrate`, preferably the same; held in memory, because each is run many
+            times.
+        sensitivity: as for :func:`lowrank_ops.calibrate`, preferably the same: token weights for layers with
             ``projection="loss"``, from one more forward and backward pass of the dense model. They apply to the
             regression, to the means that biases preserve and to ``predicted_error``. Rows of calls that the loss does
             not depend on get weight 1, and a warning names their layers. Takes 4 bytes per row and layer, 8 in a
             float64 model. None: unweighted.
-        ridge: what is added to the variance of every direction of the input, relative to the mean one: 0 fits the rows
-            as they are, infinity keeps the dense weight and uses only the new input's subspace. None chooses it for
-            each layer by cross-validation between the even and the odd batches (between two halves of a single one).
+        ridge: added to the variance of every input direction, relative to the mean variance: 0 is plain least squares,
+            infinity keeps the dense weight and uses only the new input's subspace. None chooses it for each layer by
+            cross-validation between the even and the odd batches (between two halves of a single one).
         mask, forward: as for :func:`lowrank_ops.calibrate`.
         blocks: names of the containers whose children are the blocks, such as ``"encoder.layer"``; None finds them.
         checkpoint: file written after every block. If it exists, the run resumes from it and gives the same factors.

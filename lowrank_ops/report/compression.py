@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..config import CompressionConfig, LatencyBudget, LayerLatencies
-from ..factors.factorize import Factors
+from ..factors.projections import Factors
 from ..ranks.costs import dense_macs, dense_parameters, lowrank_macs, stored_rank
 from ..subspaces.layer import LayerSubspaces
 from .kinds import kind_of

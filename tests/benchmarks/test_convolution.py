@@ -22,13 +22,13 @@ def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     torch.save(convolution.Crepe(SMALL).state_dict(), tmp_path / "full.pth")
     monkeypatch.setattr(convolution.Crepe.__init__, "__defaults__", (SMALL,))
     monkeypatch.setattr(
-        sys.modules["lowrank_ops.calibration.calibrate"], "SMALL_STATE_BYTES", 0
+        sys.modules["lowrank_ops.calibration.calibrator"], "SMALL_STATE_BYTES", 0
     )  # outputs are streamed, as in the large network
     return tmp_path
 
 
 @pytest.mark.parametrize("kind", ["tones", "short-tones"])
-def test_frames_are_standardised_and_those_of_the_test_are_others(kind: str) -> None:
+def test_frames_are_standardized_and_splits_disjoint(kind: str) -> None:
     seen, unseen = audio.frames(kind, "calibration", 40), audio.frames(kind, "test", 40)
     for part in (seen, unseen):
         assert part.shape == (40, audio.FRAME)
@@ -38,7 +38,7 @@ def test_frames_are_standardised_and_those_of_the_test_are_others(kind: str) -> 
     assert torch.equal(seen, audio.frames(kind, "calibration", 40))
 
 
-def test_tones_are_resampled_without_change_of_pitch() -> None:
+def test_resampling_keeps_the_pitch() -> None:
     time = torch.arange(22050) / 22050
     found = audio._resample(torch.sin(2 * torch.pi * 440 * time), 22050)
     assert len(found) == audio.RATE
@@ -47,13 +47,13 @@ def test_tones_are_resampled_without_change_of_pitch() -> None:
 
 
 @pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="needs espeak-ng")
-def test_speech_has_so_many_frames() -> None:
+def test_speech_has_a_limited_number_of_frames() -> None:
     assert audio.frames("speech", "test", 20).isfinite().all()
     with pytest.raises(ValueError, match=r"count must be at most \d+, the frames of speech for the test"):
         audio.frames("speech", "test", 10**6)
 
 
-def test_speech_without_a_speaker_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_speech_without_espeak_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(RuntimeError, match="speech needs espeak-ng"):
         audio.frames("speech", "test", 1)
@@ -61,7 +61,7 @@ def test_speech_without_a_speaker_is_an_error(monkeypatch: pytest.MonkeyPatch) -
 
 def test_pitch_is_the_mean_of_the_bins_near_the_best() -> None:
     scores = torch.full((2, 360), -20.0)
-    scores[0, 100:102] = 2.0  # halfway between two bins
+    scores[0, 100:102] = 2.0  # between two bins
     scores[1, 200] = 2.0
     scores[1, 300] = 1.9  # too far to count
     torch.testing.assert_close(convolution.cents(scores), torch.tensor([2010.0, 4000.0]).double(), rtol=1e-4, atol=0)
@@ -72,7 +72,7 @@ def test_pitch_is_the_mean_of_the_bins_near_the_best() -> None:
     assert convolution.agreement(silent, silent)["voiced"] == 0.5
 
 
-def test_the_loss_draws_its_bins_from_the_likelihoods() -> None:
+def test_the_loss_samples_bins_from_the_likelihoods() -> None:
     torch.manual_seed(0)
     output = torch.tensor([[30.0, -30.0, 0.0]]).expand(4000, 3).clone().requires_grad_()
     loss = convolution.drawn_loss(output, None)
@@ -82,9 +82,9 @@ def test_the_loss_draws_its_bins_from_the_likelihoods() -> None:
     torch.testing.assert_close(moment, torch.diag(torch.tensor([0.0, 0.0, 0.25])), atol=0.02, rtol=0)
 
 
-def test_rows_are_made_for_every_arm(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_cover_every_variant(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "rows.json"
-    arguments = ["--weights", str(weights), "--kinds", "tones", "--arms", "weight SVD", "loss", "--budgets", "0.6"]
+    arguments = ["--weights", str(weights), "--kinds", "tones", "--variants", "weight SVD", "loss", "--budgets", "0.6"]
     convolution.main([*arguments, "--explained", "0.9", "--calibration", "12", "--test", "8", "--out", str(out)])
     rows = json.loads(out.read_text())
     methods = ["weight SVD, budget 60%", "loss, budget 60%", "output, explained 0.9", "weight SVD, explained 0.9"]

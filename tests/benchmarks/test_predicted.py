@@ -1,4 +1,4 @@
-"""Predicted against measured: the error is that of the rows that count, and the summary finds the worst layer."""
+"""The study of predicted and measured errors: real rows only, and the worst layer is named."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def compressed() -> tuple[Net, Net, Tensor, CompressionReport]:
     return dense, student, x, lro.compress_(student, lro.calibrate(dense, [x]), config)
 
 
-def test_on_the_calibration_data_itself_they_are_equal() -> None:
+def test_errors_are_equal_on_the_calibration_data() -> None:
     dense, student, x, report = compressed()
     found = predicted.measured_errors(dense, student, x.split(2), ["conv", "linear"])
     assert found == {layer.fqn: pytest.approx(layer.predicted_error, rel=1e-9) for layer in report.layers}

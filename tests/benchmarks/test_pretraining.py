@@ -1,4 +1,4 @@
-"""The study of self-supervision: the encoder sees what it may, learns, and resumes as if never broken off."""
+"""The study of self-supervision: the encoder sees only visible patches, learns, and resumes."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def few(count: int = 64) -> tuple[Tensor, Tensor]:
     return images[:count], labels[:count]
 
 
-def test_the_encoder_sees_only_what_it_may() -> None:
+def test_the_encoder_sees_only_visible_patches() -> None:
     model, (images, _) = autoencoder(), few(2)
     seen = torch.tensor([[0, 5, 9, 15], [3, 2, 1, 0]])
     patches = F.unfold(images, 7, stride=7)
@@ -40,7 +40,7 @@ def test_the_encoder_sees_only_what_it_may() -> None:
     assert not torch.allclose(code, model.encode(others, (seen + 1) % 16))
 
 
-def test_all_patches_in_order_are_the_encoders_own_tokens() -> None:
+def test_all_patches_in_order_give_the_encoders_tokens() -> None:
     model, (images, _) = autoencoder(), few(2)
     kept: list[Tensor] = []
     model.encoder.norm.register_forward_hook(lambda module, args, x: kept.append(x))
@@ -61,8 +61,8 @@ def test_the_decoder_puts_patches_in_their_places() -> None:
         assert not decoded[image, order[image, 4:]].any(), "a hidden patch got a code"
 
 
-class Broken(Exception):
-    pass
+class Interrupt(Exception):
+    """Stops a training."""
 
 
 def test_training_learns_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,18 +80,18 @@ def test_training_learns_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyP
         nonlocal calls
         calls += 1
         if calls == 20:
-            raise Broken
+            raise Interrupt
         return forward(self, x)
 
     monkeypatch.setattr(pretraining.MaskedAutoencoder, "forward", breaking)
-    with pytest.raises(Broken):
-        pretraining.pretrained(images, 10, tmp_path / "broken.pt")
-    again, _ = pretraining.pretrained(images, 10, tmp_path / "broken.pt")
+    with pytest.raises(Interrupt):
+        pretraining.pretrained(images, 10, tmp_path / "interrupted.pt")
+    again, _ = pretraining.pretrained(images, 10, tmp_path / "interrupted.pt")
     assert calls == 20 + 40 - 18  # 18 steps were saved
     for name, tensor in encoder.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
     with pytest.raises(ValueError, match="is of 40 steps, this run of 8; name another"):
-        pretraining.pretrained(images, 2, tmp_path / "broken.pt")
+        pretraining.pretrained(images, 2, tmp_path / "interrupted.pt")
 
 
 def test_rows_and_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,7 +105,7 @@ def test_rows_and_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     pretraining.main(arguments)
     rows = Results(out).rows
     assert [row["model"] for row in rows] == ["untrained", "supervised", "masked"] and rows[2]["loss"] > 0
-    assert all(row["probe_accuracy"] > 80 for row in rows), "judged by images that the probe was fitted to"
+    assert all(row["probe_accuracy"] > 80 for row in rows), "low on the images that the probe was fitted to"
     assert {row["device"] for row in rows} == {"cpu"}
     assert 0 < rows[0]["mlu_0.9_about_mean"] < rows[0]["mlu_0.999_about_mean"] <= 1
     assert rows[0]["mlu_0.99_about_zero"] != rows[0]["mlu_0.99_about_mean"]

@@ -1,4 +1,4 @@
-"""The study of images: rows that are right, added to and not computed twice, and a teacher that remembers."""
+"""The study of images: correct rows, none computed twice, and a cached teacher."""
 
 import argparse
 from pathlib import Path
@@ -54,30 +54,30 @@ def test_rows_are_computed_once(
     assert compressed == ["input"] and "| 60% | weight | not measured |" in capsys.readouterr().out
 
 
-def test_rows_that_ask_for_no_weights_are_predicted_without(tmp_path: Path) -> None:
+def test_only_loss_aware_rows_use_token_weights(tmp_path: Path) -> None:
     found = []
-    for rows in ("weighted", "alike"):
-        out = tmp_path / f"{rows}.json"
-        arguments = ["--out", str(out), "--rows", rows, "--budgets", "60", "--allocations", "uniform"]
+    for flag in ("--token-weights", "--no-token-weights"):
+        out = tmp_path / f"{flag}.json"
+        arguments = ["--out", str(out), flag, "--budgets", "60", "--allocations", "uniform"]
         vision.main([*arguments, "--projections", "output", "loss"])
         found.append({row["projection"]: row for row in Results(out).rows})
-    weighted, alike = found
-    assert weighted["output"]["predicted_loss"] == pytest.approx(alike["output"]["predicted_loss"])
-    assert weighted["loss"]["rows"] == "weighted" and weighted["output"] == alike["output"]
-    assert weighted["loss"]["predicted_loss"] != pytest.approx(alike["loss"]["predicted_loss"])
+    weighted, unweighted = found
+    assert weighted["output"]["predicted_loss"] == pytest.approx(unweighted["output"]["predicted_loss"])
+    assert weighted["loss"]["token_weights"] and weighted["output"] == unweighted["output"]
+    assert weighted["loss"]["predicted_loss"] != pytest.approx(unweighted["loss"]["predicted_loss"])
 
 
-def test_refit_rows_are_rows_of_their_own(tmp_path: Path) -> None:
+def test_reconstructed_rows_are_stored_apart(tmp_path: Path) -> None:
     out = tmp_path / "rows.json"
     arguments = ["--out", str(out), "--budgets", "60", "--projections", "output", "--allocations", "uniform"]
-    vision.main([*arguments, "--refit"])
+    vision.main([*arguments, "--reconstruct"])
     vision.main(arguments)
     rows = Results(out).rows
-    assert [row["finetuned"] for row in rows] == ["refit", "none"]
+    assert [row["finetuned"] for row in rows] == ["reconstruction", "none"]
     assert rows[0]["predicted_loss"] is None and rows[1]["predicted_loss"] is not None
 
 
-def test_gradients_halfway_are_for_what_goes_by_loss(tmp_path: Path) -> None:
+def test_midpoint_gradients_are_for_loss_aware_rows(tmp_path: Path) -> None:
     out = tmp_path / "rows.json"
     arguments = ["--out", str(out), "--budgets", "60", "--allocations", "loss", "uniform", "--projections", "output"]
     vision.main(arguments)
@@ -106,12 +106,12 @@ def test_finetuning_trains_both_ways(
     vision.main(["--finetune", "plain", "distilled", "--out", str(out), *arguments])
     rows = Results(out).rows
     assert [row["finetuned"] for row in rows] == ["plain", "distilled"] and calls == [(False, True), (True, False)]
-    assert rows[0]["accuracy"] in {100 * hits / 16 for hits in range(17)}, "not judged by the 16 held out"
+    assert rows[0]["accuracy"] in {100 * hits / 16 for hits in range(17)}, "not evaluated on the 16 held out"
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 60%")]
     assert line == f"| 60% | loss | loss | 0.0001 | {vision.shown(rows[0])} | {vision.shown(rows[1])} |"
 
 
-def test_the_remembered_teacher_answers_as_the_dense_model(tmp_path: Path) -> None:
+def test_the_cached_teacher_equals_the_dense_model(tmp_path: Path) -> None:
     images, labels = vision.training_images(vision.ORIGINAL)
     train, dense = vision.Training(images, labels, count=40, held_out=16), small_vit()
     assert len(train) == 2 and len(train.held_out_images[0]) == 16
@@ -126,7 +126,7 @@ def test_the_remembered_teacher_answers_as_the_dense_model(tmp_path: Path) -> No
     assert torch.equal(later.logits, teacher.logits)
 
 
-def test_at_the_whole_budget_the_dense_model_itself_is_trained(tmp_path: Path) -> None:
+def test_a_budget_of_100_trains_the_dense_model(tmp_path: Path) -> None:
     arguments = ["--out", str(tmp_path / "rows.json"), "--budgets", "100"]
     arguments += ["--projections", "loss", "--allocations", "loss"]
     vision.main(arguments)
@@ -136,8 +136,8 @@ def test_at_the_whole_budget_the_dense_model_itself_is_trained(tmp_path: Path) -
     assert trained["layer_share"] == 100 and trained["first_loss"] > 0
 
 
-def test_rows_tell_their_device_and_all_tensors_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    moved: list[tuple[str, object]] = []  # a machine without a GPU can only tell what was asked to be where
+def test_rows_name_their_device_and_all_tensors_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[tuple[str, object]] = []  # without a GPU only the requests can be checked
     of_module, of_tensor = torch.nn.Module.to, torch.Tensor.to
 
     def module_to(self, device):  # type: ignore[no-untyped-def]
@@ -168,11 +168,11 @@ def test_on_a_gpu(tmp_path: Path) -> None:
     rows = Results(out).rows
     assert [row["device"] for row in rows] == [torch.cuda.get_device_name()] * 2
     assert all(row["agreement"] > 80 for row in rows)
-    vision.main([*arguments, "--refit", "--out", str(out), "--device", "cuda"])
+    vision.main([*arguments, "--reconstruct", "--out", str(out), "--device", "cuda"])
     assert len(Results(out).rows) == 3
 
 
-def test_a_broken_finetuning_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_finetuning_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["--finetune", "distilled", "--budgets", "60", "--projections", "loss", "--allocations", "loss"]
     vision.main([*arguments, "--out", str(tmp_path / "whole.json"), "--scratch", str(tmp_path)])
     (whole,) = Results(tmp_path / "whole.json").rows
@@ -180,7 +180,7 @@ def test_a_broken_finetuning_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "distilled" in checkpoint.name
 
     def no_step(self: torch.optim.AdamW) -> None:
-        raise AssertionError("a training that was over was repeated")
+        raise AssertionError("a finished training was repeated")
 
     monkeypatch.setattr(torch.optim.AdamW, "step", no_step)
     vision.main([*arguments, "--out", str(tmp_path / "again.json"), "--scratch", str(tmp_path)])
@@ -193,7 +193,7 @@ def test_rank_correlation() -> None:
     assert vision.rank_correlation([1, 1, 2, 3], [1, 2, 3, 4]) == pytest.approx(0.9486833)  # as scipy's spearmanr
 
 
-def test_cases_name_all_that_changes_a_row() -> None:
+def test_cases_differ_by_everything_that_changes_a_row() -> None:
     def cases(*arguments: str) -> list[dict[str, object]]:
         options = vision.parser().parse_args(arguments)
         assert isinstance(options, argparse.Namespace)

@@ -1,4 +1,4 @@
-"""Calibration: what is summed, that the model comes back as it was, and what is refused by name."""
+"""calibrate: which rows are summed, that the model is restored, and errors that name the layer."""
 
 import copy
 import warnings
@@ -9,15 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import lowrank_ops as lro
-from lowrank_ops.calibration import Moments
-from lowrank_ops.calibration.calibrate import _side
+from lowrank_ops.calibration.calibrator import _side
+from tests.calibration.comparing import of_group
 from tests.sums import assert_sums
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
 
 # --- what is summed ---------------------------------------------------------------------------------------------
 
@@ -28,23 +22,23 @@ def seed():
 def test_batches_may_be_tensors_sequences_or_mappings(batch):
     model = nn.Linear(8, 3)
     x = batch if isinstance(batch, torch.Tensor) else batch["input"] if isinstance(batch, dict) else batch[0]
-    assert_sums(lro.calibrate(model, [batch, batch])[""], torch.cat([x, x]))
+    assert_sums(lro.calibrate(model, [batch, batch])[""].activations, torch.cat([x, x]))
 
 
 def test_forward_replaces_the_call():
     model = nn.Linear(8, 3)
     x = torch.randn(5, 8)
     covariances = lro.calibrate(model, [(x, "label")], forward=lambda model, batch: model(batch[0]))
-    assert_sums(covariances[""], x)
+    assert_sums(covariances[""].activations, x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_the_sums_have_the_dtype_asked_for(dtype):
-    covariance = lro.calibrate(nn.Linear(8, 3), [torch.randn(5, 8)], dtype=dtype)[""]
-    assert covariance.second_moment.dtype == covariance.total.dtype == dtype
+def test_sums_have_the_requested_dtype(dtype):
+    moments = lro.calibrate(nn.Linear(8, 3), [torch.randn(5, 8)], dtype=dtype)[""].activations
+    assert moments.second_moment.dtype == moments.total.dtype == dtype
 
 
-def test_a_layer_called_several_times_sees_all_calls():
+def test_all_calls_of_a_layer_are_summed():
     class Twice(nn.Module):
         def __init__(self):
             super().__init__()
@@ -55,7 +49,7 @@ def test_a_layer_called_several_times_sees_all_calls():
 
     model = Twice()
     x = torch.randn(7, 4)
-    assert_sums(lro.calibrate(model, [x])["fc"], torch.cat([x, model.fc(x).detach()]), rtol=1e-6)
+    assert_sums(lro.calibrate(model, [x])["fc"].activations, torch.cat([x, model.fc(x).detach()]), rtol=1e-6)
 
 
 def test_empty_batches_add_nothing():
@@ -64,11 +58,11 @@ def test_empty_batches_add_nothing():
     with_empty = lro.calibrate(model, [x, x[:0]])
     without = lro.calibrate(model, [x])
     for fqn in without:
-        assert with_empty[fqn].count == without[fqn].count
-        assert torch.equal(with_empty[fqn].second_moment, without[fqn].second_moment)
+        ours, theirs = with_empty[fqn].activations, without[fqn].activations
+        assert ours.count == theirs.count and torch.equal(ours.second_moment, theirs.second_moment)
 
 
-def test_a_layer_that_saw_no_row_is_unreached():
+def test_layer_without_rows_is_unreached():
     covariances = lro.calibrate(nn.Sequential(nn.Linear(4, 4)), [torch.randn(0, 4)])
     assert covariances.unreached == ("0",) and len(covariances) == 0
 
@@ -77,13 +71,13 @@ def test_a_layer_that_saw_no_row_is_unreached():
     ("x_dtype", "dtype", "rtol"), [(torch.float64, torch.float64, 1e-12), (torch.bfloat16, torch.float32, 1e-6)]
 )
 @pytest.mark.parametrize("chunks", [1, 7, 100])
-def test_chunks_and_their_order_do_not_matter(x_dtype, dtype, rtol, chunks):
+def test_batch_size_and_order_do_not_matter(x_dtype, dtype, rtol, chunks):
     x = (torch.randn(1400, 24) + 1).to(x_dtype)
     model = nn.Linear(24, 8).to(x_dtype)
     parts = list(x.chunk(chunks))
     shuffled = [parts[index] for index in torch.randperm(len(parts))]
     for order in (parts, shuffled):
-        assert_sums(lro.calibrate(model, order, dtype=dtype)[""], x, rtol=rtol)
+        assert_sums(lro.calibrate(model, order, dtype=dtype)[""].activations, x, rtol=rtol)
 
 
 class Conv1D(nn.Module):
@@ -101,12 +95,12 @@ class Conv1D(nn.Module):
 
 
 @pytest.mark.parametrize("side", ["input", "output"])
-def test_conv1d_of_transformers(side):
+def test_transformers_conv1d(side):
     model = nn.Sequential(Conv1D(3, 8))
     x = torch.randn(2, 5, 8)
     rows = x.flatten(0, 1).double()
     expected = rows if side == "input" else rows @ model[0].weight.detach().double()
-    assert_sums(lro.calibrate(model, [x], side=side)["0"], expected, rtol=1e-5)
+    assert_sums(lro.calibrate(model, [x], side=side)["0"].activations, expected, rtol=1e-5)
 
 
 # --- convolutions -----------------------------------------------------------------------------------------------
@@ -129,54 +123,39 @@ CONVOLUTIONS = {
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 @pytest.mark.parametrize("options", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
 @pytest.mark.parametrize("unbatched", [False, True])
-def test_convolution_patches_are_those_that_the_convolution_multiplies(options, unbatched):
+def test_patches_are_those_that_the_convolution_multiplies(options, unbatched):
     """The patches P satisfy W P + b = conv(x), and their sums are those of unfold."""
     conv = nn.Conv2d(4, 8, **options).double()
     x = torch.randn(4, 6, 7, dtype=torch.float64) if unbatched else torch.randn(3, 4, 6, 7, dtype=torch.float64)
-    covariance = lro.calibrate(nn.Sequential(conv), [x])["0"]
+    moments = lro.calibrate(nn.Sequential(conv), [x])["0"].activations
     whole = nn.Conv2d(4, 4 * conv.kernel_size[0] * conv.kernel_size[1], **{**options, "groups": 1}, bias=False).double()
     with torch.no_grad():
         whole.weight.copy_(torch.eye(len(whole.weight)).view_as(whole.weight))  # a convolution that copies its patch
         patches = whole(x if x.dim() == 4 else x[None]).movedim(1, -1).flatten(0, 2)
     rows = patches.view(len(patches), conv.groups, -1)
     for group in range(conv.groups):
-        part = (
-            covariance
-            if conv.groups == 1
-            else Moments(covariance.second_moment[group], covariance.total[group], covariance.count)
-        )
-        assert_sums(part, rows[:, group])
+        assert_sums(of_group(moments, group), rows[:, group])
 
 
 @pytest.mark.parametrize("options", [CONVOLUTIONS["strided"], CONVOLUTIONS["grouped"]], ids=["strided", "grouped"])
-def test_the_output_side_holds_the_bias_free_output(options):
+def test_output_side_holds_the_bias_free_output(options):
     conv = nn.Conv2d(4, 8, **options).double()
     x = torch.randn(3, 4, 6, 7, dtype=torch.float64)
-    covariance = lro.calibrate(nn.Sequential(conv), [x], side="output")["0"]
-    rows = (
-        (conv(x) - conv.bias.view(-1, 1, 1))
-        .detach()
-        .movedim(1, -1)
-        .flatten(0, 2)
-        .view(-1, conv.groups, 8 // conv.groups)
-    )
-    assert covariance.side == "output"
+    layer = lro.calibrate(nn.Sequential(conv), [x], side="output")["0"]
+    y = (conv(x) - conv.bias.view(-1, 1, 1)).detach()
+    rows = y.movedim(1, -1).reshape(-1, conv.groups, 8 // conv.groups)
+    assert layer.side == "output"
     for group in range(conv.groups):
-        part = (
-            covariance
-            if conv.groups == 1
-            else Moments(covariance.second_moment[group], covariance.total[group], covariance.count)
-        )
-        assert_sums(part, rows[:, group], rtol=1e-11)
+        assert_sums(of_group(layer.activations, group), rows[:, group], rtol=1e-11)
 
 
 # --- sides ------------------------------------------------------------------------------------------------------
 
 
-def test_auto_streams_the_output_of_a_convolution_with_huge_patches():
+def test_auto_streams_the_output_beside_huge_patches():
     conv = nn.Conv2d(1024, 128, kernel_size=(64, 1))  # 65,536 patch features: 34 GB of input moment
     covariances = lro.calibrate(nn.Sequential(conv), [torch.randn(1, 1024, 66, 1)])
-    assert covariances["0"].side == "output" and covariances["0"].count == 3
+    assert covariances["0"].side == "output" and covariances["0"].activations.count == 3
     assert covariances.memory() == (128 * 128 + 128) * 8
 
 
@@ -190,7 +169,7 @@ def test_auto_streams_the_output_of_a_convolution_with_huge_patches():
         ((32, 64), 1000, "input"),  # the output's moment would be larger still
     ],
 )
-def test_auto_takes_the_side_that_is_bearable(shape, bound, expected):
+def test_auto_bounds_the_state(shape, bound, expected):
     assert _side(nn.Linear(*shape, device="meta"), "auto", torch.float64, bound) == expected
 
 
@@ -198,18 +177,18 @@ def test_auto_takes_the_side_that_is_bearable(shape, bound, expected):
 def test_output_side_of_a_linear(bias):
     model = nn.Sequential(nn.Linear(8, 5, bias=bias)).double()
     x = torch.randn(3, 4, 8, dtype=torch.float64)
-    covariance = lro.calibrate(model, [x], side="output")["0"]
-    assert_sums(covariance, (x @ model[0].weight.T).detach().flatten(0, 1), rtol=1e-11)
+    moments = lro.calibrate(model, [x], side="output")["0"].activations
+    assert_sums(moments, (x @ model[0].weight.T).detach().flatten(0, 1), rtol=1e-11)
 
 
-def test_the_output_is_seen_before_the_users_hooks_change_it():
+def test_output_is_seen_before_user_hooks_change_it():
     model = nn.Sequential(nn.Linear(8, 5, bias=False)).double()
     model[0].register_forward_hook(lambda module, args, y: y * 100)
     x = torch.randn(9, 8, dtype=torch.float64)
-    assert_sums(lro.calibrate(model, [x], side="output")["0"], x @ model[0].weight.detach().T)
+    assert_sums(lro.calibrate(model, [x], side="output")["0"].activations, x @ model[0].weight.detach().T)
 
 
-# --- the model comes back as it was -----------------------------------------------------------------------------
+# --- the model is restored -----------------------------------------------------------------------------------------
 
 
 def hooks_of(model):
@@ -232,7 +211,7 @@ def trained_model():
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_model_and_the_random_state_are_as_before(fails):
+def test_model_and_random_state_are_restored(fails):
     model = trained_model()
     before = copy.deepcopy(model.state_dict())
     flags = [module.training for module in model.modules()]
@@ -263,7 +242,7 @@ def test_the_model_and_the_random_state_are_as_before(fails):
         assert (grad is None and parameter.grad is None) or torch.equal(grad, parameter.grad)
 
 
-def test_a_bad_argument_leaves_no_hook():
+def test_bad_argument_leaves_no_hook():
     model = nn.Sequential(nn.Linear(4, 4))
     with pytest.raises(ValueError, match="side"):
         lro.calibrate(model, [], side="left")
@@ -273,31 +252,32 @@ def test_a_bad_argument_leaves_no_hook():
 def test_dropout_is_off():
     model = nn.Sequential(nn.Dropout(0.9), nn.Linear(4, 4)).train()
     x = torch.randn(20, 4)
-    assert_sums(lro.calibrate(model, [x])["1"], x)
+    assert_sums(lro.calibrate(model, [x])["1"].activations, x)
 
 
-def test_the_context_manager_sees_the_users_loop_and_keeps_its_gradients():
+def test_calibrator_keeps_the_gradients_of_the_users_loop():
     model = nn.Sequential(nn.Linear(4, 4))
     x = torch.randn(6, 4)
-    with lro.Calibrator(model) as covariances:
+    with lro.Calibrator(model) as calibrator:
         model(x).sum().backward()
-        assert len(covariances) == 0
-    assert_sums(covariances["0"], x)
-    assert model[0].weight.grad is not None and not covariances["0"].second_moment.requires_grad
+        assert not hasattr(calibrator, "covariances")
+    moments = calibrator.covariances["0"].activations
+    assert_sums(moments, x)
+    assert model[0].weight.grad is not None and not moments.second_moment.requires_grad
 
 
-def test_autocast_rounds_nothing_that_is_summed():
+def test_autocast_does_not_round_the_sums():
     model = nn.Sequential(nn.Linear(8, 4))
     x = torch.randn(9, 8) + 1e-3
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert_sums(lro.calibrate(model, [x])["0"], x)
+        assert_sums(lro.calibrate(model, [x])["0"].activations, x)
         conv = nn.Sequential(nn.Conv2d(2, 3, 1, padding_mode="reflect", padding=1))
         image = torch.randn(2, 2, 3, 3)
         rows = F.pad(image, (1, 1, 1, 1), mode="reflect").movedim(1, -1).flatten(0, 2)
-        assert_sums(lro.calibrate(conv, [image])["0"], rows)
+        assert_sums(lro.calibrate(conv, [image])["0"].activations, rows)
 
 
-# --- what is refused or named -----------------------------------------------------------------------------------
+# --- errors and skipped layers -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -316,18 +296,18 @@ def test_nan_and_inf_name_the_layer_and_the_batch(value, side):
     assert not any(hooks_of(model))
 
 
-def test_nan_in_a_model_that_is_the_layer_names_the_right_batch():
+def test_nan_where_the_model_is_the_layer_names_the_batch():
     with pytest.raises(lro.NonFiniteActivationError, match="batch 1 "):
         lro.calibrate(nn.Linear(2, 2), [torch.zeros(1, 2), torch.full((1, 2), torch.nan)], side="output")
 
 
-def test_nan_beside_the_models_forward():
+def test_nan_outside_the_forward_of_the_model():
     model = nn.Sequential(nn.Linear(2, 2))
-    with pytest.raises(lro.NonFiniteActivationError, match=r"layer '0'.*a call beside the model's forward"):
+    with pytest.raises(lro.NonFiniteActivationError, match=r"layer '0'.*a call outside the model's forward"):
         lro.calibrate(model, [torch.full((1, 2), torch.nan)], forward=lambda model, batch: model[0](batch))
 
 
-def test_layers_never_reached_are_listed():
+def test_unreached_layers_are_listed():
     class Unused(nn.Module):
         def __init__(self):
             super().__init__()
@@ -341,7 +321,7 @@ def test_layers_never_reached_are_listed():
     assert covariances.unreached == ("functional", "idle")
 
 
-def test_multihead_attention_is_named_and_warned_about():
+def test_multihead_attention_is_skipped_with_a_warning():
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
@@ -359,14 +339,14 @@ def test_multihead_attention_is_named_and_warned_about():
         warnings.simplefilter("error")
         covariances = lro.calibrate(Block(), [x], filter_fn=lambda module, fqn: fqn == "fc")
     assert list(covariances.skipped) == ["attention"]
-    with pytest.raises(ValueError, match=r"(?s)no Linear.*\(the model\): nn.MultiheadAttention"):
+    with pytest.raises(ValueError, match=r"(?s)no supported Linear.*\(the model\): nn.MultiheadAttention"):
         lro.calibrate(nn.MultiheadAttention(8, 2), [x])
 
 
-@pytest.mark.filterwarnings("ignore:calibration leaves out", "ignore:The PyTorch API of nested tensors")
+@pytest.mark.filterwarnings("ignore:calibration skips", "ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_transformer_encoder_is_seen_in_spite_of_its_fast_path(padded, mode):
+def test_encoder_with_fast_path_is_calibrated(padded, mode):
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), 2)
     x = torch.randn(3, 5, 16)
     padding = torch.zeros(3, 5, dtype=torch.bool)
@@ -375,7 +355,7 @@ def test_transformer_encoder_is_seen_in_spite_of_its_fast_path(padded, mode):
     with mode():
         covariances = lro.calibrate(model, [batch])
     assert list(covariances) == [f"layers.{index}.linear{which}" for index in (0, 1) for which in (1, 2)]
-    assert {covariances[fqn].count for fqn in covariances} == {13 if padded else 15}
+    assert {layer.activations.count for layer in covariances.values()} == {13 if padded else 15}
     assert not covariances.unreached
 
 
@@ -384,7 +364,10 @@ def test_transformer_encoder_is_seen_in_spite_of_its_fast_path(padded, mode):
     [
         ({"side": "left"}, "side must be 'auto', 'input' or 'output'; got 'left'"),
         ({"dtype": torch.bfloat16}, "dtype must be torch.float32 or torch.float64.*got torch.bfloat16"),
-        ({"filter_fn": lambda module, fqn: False}, "model has no Linear, Conv2d or Conv1D that filter_fn keeps"),
+        (
+            {"filter_fn": lambda module, fqn: False},
+            "model has no supported Linear, Conv2d or Conv1D that filter_fn keeps",
+        ),
         ({"batches": []}, "batches was empty"),
     ],
 )
@@ -398,13 +381,13 @@ def test_float64_activations_need_float64_sums():
         lro.calibrate(nn.Linear(4, 4).double(), [torch.randn(2, 4).double()], dtype=torch.float32)
 
 
-def test_progress_and_filter():
+def test_filter_with_progress_bar():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     covariances = lro.calibrate(model, [torch.randn(2, 4)], filter_fn=lambda module, fqn: fqn == "1", progress=True)
     assert list(covariances) == ["1"]
 
 
-def test_a_batch_of_the_wrong_width_names_the_layer() -> None:
+def test_batch_of_the_wrong_width_names_the_layer():
     model = nn.Sequential(nn.Linear(8, 4))
-    with pytest.raises(ValueError, match=r"layer '0' takes 8 features on its input side; a batch brought 5"):
+    with pytest.raises(ValueError, match=r"layer '0' has an input of 8 features; a batch has 5"):
         lro.calibrate(model, [torch.randn(3, 5)])

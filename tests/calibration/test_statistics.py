@@ -1,4 +1,4 @@
-"""Sums: moments, merging, files, several processes."""
+"""Moments and Covariances: means, merge, files, several processes."""
 
 import copy
 import json
@@ -12,11 +12,7 @@ from torch import nn
 
 import lowrank_ops as lro
 from lowrank_ops.calibration import Moments
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
+from tests.calibration.comparing import assert_same_statistics, shared_inputs
 
 
 class Model(nn.Module):
@@ -43,49 +39,37 @@ def images(count=6):
     return torch.randn(count, 4, 3, 3)
 
 
-def assert_same(one, other, **tolerance):
-    assert list(one) == list(other)
-    assert (one.unreached, one.skipped) == (other.unreached, other.skipped)
-    assert [covariance.layers for covariance in one.statistics()] == [
-        covariance.layers for covariance in other.statistics()
-    ]
-    for fqn in one:
-        assert (one[fqn].count, one[fqn].side) == (other[fqn].count, other[fqn].side)
-        for name in ("second_moment", "total"):
-            torch.testing.assert_close(getattr(one[fqn], name), getattr(other[fqn], name), **tolerance)
-
-
 # --- moments ----------------------------------------------------------------------------------------------------
 
 
 def test_moments_are_means_over_the_rows():
     rows = torch.randn(50, 6, dtype=torch.float64) + 3
-    covariance = lro.calibrate(nn.Linear(6, 2).double(), [rows])[""]
-    torch.testing.assert_close(covariance.mean, rows.mean(0))
-    torch.testing.assert_close(covariance.moment(centered=False), rows.T @ rows / 50)
-    torch.testing.assert_close(covariance.moment(centered=True), torch.cov(rows.T, correction=0))
-    torch.testing.assert_close(covariance.second_moment, rows.T @ rows)  # moment() changed nothing
+    moments = lro.calibrate(nn.Linear(6, 2).double(), [rows])[""].activations
+    torch.testing.assert_close(moments.mean, rows.mean(0))
+    torch.testing.assert_close(moments.moment(centered=False), rows.T @ rows / 50)
+    torch.testing.assert_close(moments.moment(centered=True), torch.cov(rows.T, correction=0))
+    torch.testing.assert_close(moments.second_moment, rows.T @ rows)  # moment() changed nothing
 
 
-def test_no_row_has_zero_moments():
-    covariance = Moments(torch.zeros(3, 3), torch.zeros(3))
-    assert covariance.mean.abs().sum() == 0 and covariance.moment(centered=True).abs().sum() == 0
+def test_moments_without_rows_are_zero():
+    moments = Moments(torch.zeros(3, 3), torch.zeros(3))
+    assert moments.mean.abs().sum() == 0 and moments.moment(centered=True).abs().sum() == 0
 
 
-def test_a_feature_lost_beside_its_mean_is_constant():
+def test_variance_below_rounding_is_zero():
     rows = torch.full((1000, 3), 0.1, dtype=torch.float64)
     rows[:, 0] += torch.linspace(-1e-3, 1e-3, 1000)
-    moment = lro.calibrate(nn.Linear(3, 2).double(), [rows])[""].moment(centered=True)
+    moment = lro.calibrate(nn.Linear(3, 2).double(), [rows])[""].activations.moment(centered=True)
     assert moment[0, 0] > 1e-7 and torch.count_nonzero(moment) == 1
 
 
 # --- the mapping ------------------------------------------------------------------------------------------------
 
 
-def test_shared_statistics_are_stored_once():
+def test_shared_moments_are_stored_once():
     covariances = calibrated(images())
     assert list(covariances) == ["conv", "a", "b"] and len(covariances) == 3
-    assert len(covariances.statistics()) == 2
+    assert shared_inputs(covariances) == [["conv"], ["a", "b"]]
     assert covariances.memory() == 8 * ((2 * 8 * 8 + 2 * 8) + (16 * 16 + 16))
     assert repr(covariances) == "Covariances(3 layers, 1 shared, 0.0 MiB)"
     assert covariances.unreached == ("idle",)
@@ -96,24 +80,24 @@ def test_shared_statistics_are_stored_once():
 
 
 @pytest.mark.parametrize("side", ["input", "output"])
-def test_merging_is_calibrating_on_both(side):
+def test_merge_equals_calibrating_on_both(side):
     model, x = Model(), images(10)
     parts = [calibrated(part, model, side=side) for part in x.split(4)]
     merged = parts[0].merge(parts[1]).merge(parts[2])
-    assert_same(merged, calibrated(x, model, side=side), rtol=1e-6, atol=1e-6)
-    assert parts[0]["a"].count == 4  # the parts are as before
+    assert_same_statistics(merged, calibrated(x, model, side=side), 1e-6)
+    assert parts[0]["a"].activations.count == 4  # the parts are unchanged
 
 
 @pytest.mark.parametrize(
     ("options", "differs"), [({"side": "output"}, "conv, a, b"), ({"share_inputs": False}, "a, b")]
 )
-def test_merging_what_does_not_belong_together_is_an_error_by_name(options, differs):
+def test_merge_of_other_sides_or_sharing_names_the_layers(options, differs):
     model = Model()
     with pytest.raises(ValueError, match=f"other must hold the same layers.*it differs at {differs}\\."):
         calibrated(images(), model).merge(calibrated(images(), model, **options))
 
 
-def test_merging_names_the_layers_that_one_side_lacks():
+def test_merge_names_missing_layers():
     model = Model()
     less = lro.calibrate(model, [images()], filter_fn=lambda module, fqn: fqn != "conv")
     with pytest.raises(ValueError, match=r"it differs at conv\."):
@@ -128,8 +112,8 @@ def test_save_and_load(tmp_path, options):
     covariances = calibrated(images(), **options)
     covariances.save(tmp_path / "c.safetensors")
     loaded = lro.Covariances.load(str(tmp_path / "c.safetensors"))
-    assert_same(loaded, covariances, rtol=0, atol=0)
-    assert_same(loaded.merge(covariances), covariances.merge(covariances), rtol=0, atol=0)
+    assert_same_statistics(loaded, covariances, 0)
+    assert_same_statistics(loaded.merge(covariances), covariances.merge(covariances), 0)
 
 
 def truncated(path):
@@ -156,15 +140,30 @@ def of_another_format(path):
     save_file({"a": torch.ones(2)}, path, metadata={"lowrank_ops": json.dumps({"format": "lowrank_ops.covariances/9"})})
 
 
-def without_a_field(path):
+def without_layers(path):
+    header = {"format": "lowrank_ops.covariances/2", "counts": []}
+    save_file({"a": torch.ones(2)}, path, metadata={"lowrank_ops": json.dumps(header)})
+
+
+def without_layers_in_version_1(path):
     header = {"format": "lowrank_ops.covariances/1", "entries": []}
     save_file({"a": torch.ones(2)}, path, metadata={"lowrank_ops": json.dumps(header)})
 
 
 @pytest.mark.parametrize(
-    "spoil", [truncated, cut_in_the_header, empty, a_pickle, foreign, of_another_format, without_a_field]
+    "spoil",
+    [
+        truncated,
+        cut_in_the_header,
+        empty,
+        a_pickle,
+        foreign,
+        of_another_format,
+        without_layers,
+        without_layers_in_version_1,
+    ],
 )
-def test_a_bad_file_is_one_clear_error(tmp_path, spoil):
+def test_unreadable_file_is_a_value_error(tmp_path, spoil):
     path = tmp_path / "c.safetensors"
     calibrated(images()).save(path)
     spoil(path)
@@ -172,7 +171,7 @@ def test_a_bad_file_is_one_clear_error(tmp_path, spoil):
         lro.Covariances.load(path)
 
 
-def test_a_missing_file_is_missing(tmp_path):
+def test_missing_file_is_file_not_found(tmp_path):
     with pytest.raises(FileNotFoundError):
         lro.Covariances.load(tmp_path / "none.safetensors")
 
@@ -186,7 +185,7 @@ def test_all_reduce_over_one_process_changes_nothing(tmp_path):
         covariances = calibrated(images())
         before = copy.deepcopy(covariances)
         assert covariances.all_reduce_() is covariances
-        assert_same(covariances, before, rtol=0, atol=0)
+        assert_same_statistics(covariances, before, 0)
     finally:
         torch.distributed.destroy_process_group()
 
@@ -213,5 +212,5 @@ def test_all_reduce_sums_over_processes():
         whole = calibrated(images(10), model)
         for rank in (0, 1):
             reduced = lro.Covariances.load(f"{folder}/{rank}.safetensors")
-            assert_same(reduced, whole, rtol=1e-12, atol=1e-12)
+            assert_same_statistics(reduced, whole)
             assert "all_reduce_ needs the same layers" in Path(f"{folder}/{rank}.error").read_text()

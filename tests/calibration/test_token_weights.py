@@ -1,4 +1,4 @@
-"""Rows weighed with their gradients: the sums against plain loops, and what they are for."""
+"""Token weights: the weighted moments against plain loops, and the effect on loss-aware factors."""
 
 import copy
 from pathlib import Path
@@ -10,21 +10,12 @@ from torch import Tensor, nn
 
 import lowrank_ops as lro
 from lowrank_ops.calibration import Moments
-from lowrank_ops.calibration.token_weights import balanced
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
-def cubed(output: Tensor, batch: object) -> Tensor:
-    """A loss whose gradients differ from row to row."""
-    return output.double().pow(3).sum()
+from lowrank_ops.calibration.token_weights import relative_squares
+from tests.calibration.comparing import assert_same_statistics, cubed, of_group
 
 
 class Seen:
-    """Inputs, outputs and gradients of one layer, by hooks of our own."""
+    """Inputs, outputs and gradients of one layer, by a hook."""
 
     def __init__(self, model: nn.Module, layer: nn.Module, batches: list[Tensor]) -> None:
         self.x: list[Tensor] = []
@@ -41,8 +32,8 @@ class Seen:
 def loop(rows: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
     """Sums of w x x^T and w x for rows (samples, rows, d) and gradients (samples, rows, out), one row at a time."""
     moment, total = torch.zeros(rows.shape[-1], rows.shape[-1]).double(), torch.zeros(rows.shape[-1]).double()
-    for sample, felt in zip(rows.double(), gradients.double(), strict=True):
-        squares = [float(g @ g) for g in felt]
+    for sample, of_sample in zip(rows.double(), gradients.double(), strict=True):
+        squares = [float(g @ g) for g in of_sample]
         for x, square in zip(sample, squares, strict=True):
             weight = square * len(squares) / sum(squares)
             moment += weight * torch.outer(x, x)
@@ -62,19 +53,18 @@ def encoder() -> nn.Sequential:
 
 
 @pytest.mark.parametrize("side", ["input", "output"])
-def test_sums_are_those_of_a_loop(side: str) -> None:
+def test_sums_equal_a_loop_over_rows(side: str) -> None:
     model, batches = encoder(), [torch.randn(4, 5, 6).double() for _ in range(2)]
     covariances = lro.calibrate(model, batches, sensitivity=cubed, side=side)
     for fqn in ("0", "2"):
         seen = Seen(model, model[int(fqn)], batches)
-        found = covariances[fqn].token_weighted
-        assert found.side == f"weighted {side}" and found.layers == [fqn]
+        assert covariances[fqn].side == side
         rows = torch.cat(seen.x) if side == "input" else torch.cat(seen.y) - model[int(fqn)].bias
-        check(found, rows, torch.cat(seen.g))
+        check(covariances[fqn].token_weighted, rows, torch.cat(seen.g))
 
 
 @pytest.mark.parametrize("side", ["input", "output"])
-@pytest.mark.parametrize("most", [1, 500, 3000])  # elements at a time: a line, a few lines, a few images
+@pytest.mark.parametrize("max_elements", [1, 500, 3000])  # elements at a time: a line, a few lines, a few images
 @pytest.mark.parametrize(
     "options",
     [
@@ -85,29 +75,25 @@ def test_sums_are_those_of_a_loop(side: str) -> None:
         {"padding": "same", "dilation": 2},
     ],
 )
-def test_convolutions_too(options: dict[str, object], side: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lowrank_ops.calibration.token_weights.MOST_ELEMENTS", most)
+def test_sums_of_convolutions_equal_a_loop_over_rows(
+    options: dict[str, object], side: str, max_elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lowrank_ops.calibration.token_weights.MAX_ELEMENTS", max_elements)
     conv = nn.Conv2d(4, 6, 3, **options).double()
     model, images = nn.Sequential(conv, nn.Tanh()), torch.randn(5, 4, 7, 6).double()
-    found = lro.calibrate(model, [images], sensitivity=cubed, side=side).sensitivities["0"].weighted
+    found = lro.calibrate(model, [images], sensitivity=cubed, side=side)["0"].token_weighted
     seen = Seen(model, conv, [images])
     rows = lro.models.layers.input_rows(conv, images).view(5, -1, 36)
     if side == "output":
         rows = (seen.y[0] - conv.bias.view(-1, 1, 1)).movedim(1, -1).flatten(1, 2)
     gradients = seen.g[0].movedim(1, -1).flatten(1, 2)
-    groups = conv.groups
-    parts = zip(rows.chunk(groups, -1), gradients.chunk(groups, -1), strict=True)
-    for index, (part, felt) in enumerate(parts):
-        own = Moments(
-            found.second_moment.view(groups, *found.second_moment.shape[-2:])[index],
-            found.total.view(groups, -1)[index],
-            found.count,
-        )
-        check(own, part, felt)
+    parts = zip(rows.chunk(conv.groups, -1), gradients.chunk(conv.groups, -1), strict=True)
+    for group, (x, g) in enumerate(parts):
+        check(of_group(found, group), x, g)
 
 
 class Padded(nn.Module):
-    """Tokens beside their padding."""
+    """Tokens with padding."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,7 +104,7 @@ class Padded(nn.Module):
         return self.head(y) * mask.unsqueeze(-1)
 
 
-def test_padding_counts_neither_as_a_row_nor_in_a_mean() -> None:
+def test_padding_is_in_neither_rows_nor_means() -> None:
     model, x, lengths = Padded().double(), torch.randn(3, 5, 6).double(), (5, 2, 0)
     mask = torch.arange(5) < torch.tensor(lengths).unsqueeze(1)
     x[~mask] = 1e3
@@ -136,34 +122,34 @@ def test_padding_counts_neither_as_a_row_nor_in_a_mean() -> None:
         torch.testing.assert_close(ours.total, theirs.total)
 
 
-def test_one_row_to_a_sample_is_a_row_like_any_other() -> None:
+def test_samples_of_one_row_are_unweighted() -> None:
     model, x = encoder(), torch.randn(20, 6).double()
     covariances = lro.calibrate(model, [x], sensitivity=cubed)
-    for fqn, plain in covariances.items():
-        weighted = covariances[fqn].token_weighted
-        torch.testing.assert_close(weighted.second_moment, plain.second_moment)
-        torch.testing.assert_close(weighted.total, plain.total)
+    for layer in covariances.values():
+        torch.testing.assert_close(layer.token_weighted.second_moment, layer.activations.second_moment)
+        torch.testing.assert_close(layer.token_weighted.total, layer.activations.total)
 
 
-def test_weights() -> None:
+def test_weights_have_mean_one_in_each_sample() -> None:
     gradient = torch.randn(3, 2, 4, 5).double()
     gradient[1] = 0
-    weights = balanced(gradient)
+    weights, first = relative_squares(gradient), gradient[:1]
     torch.testing.assert_close(weights.flatten(1).mean(1), torch.ones(3).double())
-    assert (weights[1] == 1).all()  # a sample that the loss does not feel has rows all the same
-    torch.testing.assert_close(balanced(gradient[0:1].float() * 1e-30), weights[0:1].float())  # squares underflow
-    torch.testing.assert_close(balanced((gradient[0:1] * 1e4).half()), weights[0:1].float(), rtol=1e-2, atol=1e-3)
-    assert balanced(torch.zeros(0, 4)).shape == (0,)
+    assert (weights[1] == 1).all()  # a sample without gradient is unweighted
+    tiny, half = relative_squares(first.float() * 1e-30), relative_squares((first * 1e4).half())
+    torch.testing.assert_close(tiny, weights[:1].float())  # although the squares underflow
+    torch.testing.assert_close(half, weights[:1].float(), rtol=1e-2, atol=1e-3)
+    assert relative_squares(torch.zeros(0, 4)).shape == (0,)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_narrow_dtypes(dtype: torch.dtype) -> None:
+def test_narrow_dtypes_give_nearly_the_same_moments(dtype: torch.dtype) -> None:
     model, x = encoder().float(), torch.randn(8, 6, 6)
-    exact = lro.calibrate(model, [x], sensitivity=cubed).sensitivities
-    narrow = lro.calibrate(copy.deepcopy(model).to(dtype), [x.to(dtype)], sensitivity=cubed).sensitivities
-    for fqn, gradient in narrow.items():
-        expected = exact[fqn].weighted.second_moment
-        assert (gradient.weighted.second_moment - expected).norm() < 0.03 * expected.norm()
+    exact = lro.calibrate(model, [x], sensitivity=cubed)
+    narrow = lro.calibrate(copy.deepcopy(model).to(dtype), [x.to(dtype)], sensitivity=cubed)
+    for fqn in ("0", "2"):
+        found, expected = (each[fqn].token_weighted.second_moment for each in (narrow, exact))
+        assert (found - expected).norm() < 0.03 * expected.norm()
 
 
 class InPlace(nn.Module):
@@ -180,7 +166,7 @@ class InPlace(nn.Module):
         return z
 
 
-def test_an_input_that_was_changed_is_refused() -> None:
+def test_input_changed_in_place_is_an_error() -> None:
     model, x = InPlace().double().requires_grad_(False), torch.randn(3, 4).double()
     with pytest.raises(ValueError, match=r"'second' was changed in place .* pass token_weights=False"):
         lro.calibrate(model, [x], sensitivity=cubed)
@@ -188,44 +174,37 @@ def test_an_input_that_was_changed_is_refused() -> None:
     assert covariances["second"].token_weighted is None
 
 
-def test_every_probe_counts() -> None:
+def test_every_probe_is_counted() -> None:
     model, batches = encoder(), [torch.randn(4, 5, 6).double()]
-    found = lro.calibrate(model, batches, sensitivity="output", num_probes=3).sensitivities["0"]
-    assert found.weighted.count == 3 * 20 and found.count == 3 * 4
+    found = lro.calibrate(model, batches, sensitivity="output", num_probes=3)["0"]
+    assert found.token_weighted.count == 3 * 20 and found.output_gradients.count == 3 * 4
 
 
-def test_losses_of_ones_own() -> None:
+@pytest.mark.parametrize("token_weights", [True, False])
+def test_observed_losses_equal_those_of_calibrate(token_weights: bool) -> None:
     model, x = encoder(), torch.randn(4, 5, 6).double()
-    with lro.Calibrator(model, sensitivity=True) as ours:
-        ours.observe(cubed(model(x), x), samples=4)
-    theirs = lro.calibrate(model, [x], sensitivity=cubed)
-    for fqn in theirs:
-        weighted = (each[fqn].token_weighted.second_moment for each in (ours, theirs))
-        torch.testing.assert_close(*weighted)
-    with lro.Calibrator(model, sensitivity=True, token_weights=False) as plain:
-        plain.observe(cubed(model(x), x), samples=4)
-    assert all(gradient.weighted is None for gradient in plain.sensitivities.values())
+    with lro.Calibrator(model, output_gradients=True, token_weights=token_weights) as calibrator:
+        calibrator.observe(cubed(model(x), x), samples=4)
+    expected = lro.calibrate(model, [x], sensitivity=cubed, token_weights=token_weights)
+    assert_same_statistics(calibrator.covariances, expected)
+    assert expected.has_token_weights == token_weights
 
 
-def test_they_are_saved_merged_and_counted(tmp_path: Path) -> None:
+def test_token_weighted_moments_are_saved_and_merged(tmp_path: Path) -> None:
     model, batches = encoder(), [torch.randn(4, 5, 6).double() for _ in range(2)]
     parts = [lro.calibrate(model, [batch], sensitivity=cubed) for batch in batches]
     whole = lro.calibrate(model, batches, sensitivity=cubed)
     parts[1].save(tmp_path / "part")
-    merged = parts[0].merge(lro.Covariances.load(tmp_path / "part"))
-    for fqn, gradient in whole.sensitivities.items():
-        assert merged[fqn].token_weighted.count == gradient.weighted.count
-        assert merged[fqn].token_weighted.side == "weighted input"
-        torch.testing.assert_close(merged[fqn].token_weighted.second_moment, gradient.weighted.second_moment)
-        torch.testing.assert_close(merged[fqn].token_weighted.total, gradient.weighted.total)
-    alike = lro.calibrate(model, batches, sensitivity=cubed, token_weights=False)
-    assert whole.memory() == alike.memory() + sum(8 * (n * n + n) for n in (6, 8))
-    with pytest.raises(ValueError, match=r"differs at weighted input of 0"):
-        whole.merge(alike)
+    assert whole.has_token_weights
+    assert_same_statistics(parts[0].merge(lro.Covariances.load(tmp_path / "part")), whole)
+    unweighted = lro.calibrate(model, batches, sensitivity=cubed, token_weights=False)
+    assert whole.memory() == unweighted.memory() + sum(8 * (n * n + n) for n in (6, 8))
+    with pytest.raises(ValueError, match=r"differs at 0, 2\."):
+        whole.merge(unweighted)
 
 
 class OneToken(nn.Module):
-    """Reads the first of its tokens only, as a classifier does whose class token is the first."""
+    """Reads only its first token, like a classifier with a class token."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -236,13 +215,13 @@ class OneToken(nn.Module):
 
 
 def tokens(count: int) -> Tensor:
-    """First tokens in four directions, others, larger, in all."""
+    """First tokens in four directions; the others larger, in all directions."""
     x = 3 * torch.randn(count, 6, 12).double()
     x[:, 0] = torch.randn(count, 4).double() @ torch.eye(4, 12).double()
     return x
 
 
-def lost(model: nn.Module, token_weights: bool, projection: str = "loss") -> tuple[float, float]:
+def divergence(model: nn.Module, token_weights: bool, projection: str = "loss") -> tuple[float, float]:
     """Measured and predicted divergence of one sample at rank 4."""
     covariances = lro.calibrate(
         model,
@@ -259,19 +238,19 @@ def lost(model: nn.Module, token_weights: bool, projection: str = "loss") -> tup
     return float(F.kl_div(q, p, reduction="batchmean", log_target=True)), layer.predicted_loss
 
 
-def test_rows_that_the_loss_does_not_feel_take_no_rank() -> None:
+def test_tokens_without_gradient_take_no_rank() -> None:
     model = OneToken().double()
-    weighed, predicted = lost(model, token_weights=True)
-    alike, _ = lost(model, token_weights=False)
-    assert weighed < 0.1 * alike and predicted < 0.1 * alike
+    weighted, predicted = divergence(model, token_weights=True)
+    unweighted, _ = divergence(model, token_weights=False)
+    assert weighted < 0.1 * unweighted and predicted < 0.1 * unweighted
 
 
 @pytest.mark.parametrize("projection", ["output", "utilized", "weight"])
-def test_predicted_loss_knows_them(projection: str) -> None:
+def test_predicted_loss_uses_token_weights(projection: str) -> None:
     model = OneToken().double()
     with torch.no_grad():
         model.mlp.weight *= 0.1  # so that the second order is enough
-    measured, predicted = lost(model, True, projection)
-    _, of_all_alike = lost(model, False, projection)
-    assert abs(predicted - measured) < abs(of_all_alike - measured)
+    measured, predicted = divergence(model, True, projection)
+    _, unweighted = divergence(model, False, projection)
+    assert abs(predicted - measured) < abs(unweighted - measured)
     assert predicted == pytest.approx(measured, rel=0.35)

@@ -1,10 +1,11 @@
-"""Weighted rows where models are unusual: empty batches, narrow dtypes, autocast, checkpointing, inference tensors."""
+"""Token weights of unusual models: empty batches, autocast, gradient checkpointing, nested and inference tensors."""
 
 from __future__ import annotations
 
 import gc
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,37 +17,19 @@ from torch.utils.checkpoint import checkpoint
 import lowrank_ops as lro
 from lowrank_ops.calibration import Moments
 from lowrank_ops.factors import factorize
-from lowrank_ops.subspaces import layer_subspaces
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
-def cubed(output: Tensor, batch: object) -> Tensor:
-    return output.double().pow(3).sum()
-
-
-def check_same(found: lro.Covariances, expected: lro.Covariances, tolerance: float = 1e-12) -> None:
-    assert list(found) == list(expected) and list(found.sensitivities) == list(expected.sensitivities)
-    for fqn, gradient in expected.sensitivities.items():
-        ours = found[fqn].output_gradients
-        for mine, theirs in ((found[fqn], expected[fqn]), (ours, gradient), (ours.weighted, gradient.weighted)):
-            assert mine.count == theirs.count
-            torch.testing.assert_close(mine.second_moment, theirs.second_moment, rtol=tolerance, atol=tolerance)
-            torch.testing.assert_close(mine.total, theirs.total, rtol=tolerance, atol=tolerance)
+from lowrank_ops.subspaces import LayerSubspaces, layer_subspaces
+from tests.calibration.comparing import assert_same_statistics, cubed
 
 
 @pytest.mark.parametrize("side", ["input", "output"])
 @pytest.mark.parametrize("groups", [1, 2])
-def test_batches_without_an_image(groups: int, side: str) -> None:
+def test_empty_batches_add_nothing(groups: int, side: str) -> None:
     model, images = nn.Sequential(nn.Conv2d(4, 4, 3, groups=groups)).double(), torch.randn(2, 4, 6, 6).double()
     found = lro.calibrate(model, [images[:0], images], sensitivity=cubed, side=side)
-    check_same(found, lro.calibrate(model, [images], sensitivity=cubed, side=side))
+    assert_same_statistics(found, lro.calibrate(model, [images], sensitivity=cubed, side=side))
 
 
-def test_patches_of_a_large_image_are_made_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_patches_of_large_images_are_unfolded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     unfold = F.unfold
 
@@ -55,58 +38,55 @@ def test_patches_of_a_large_image_are_made_in_parts(monkeypatch: pytest.MonkeyPa
         sizes.append(patches.numel())
         return patches
 
-    monkeypatch.setattr("lowrank_ops.calibration.token_weights.MOST_ELEMENTS", 4000)
+    monkeypatch.setattr("lowrank_ops.calibration.token_weights.MAX_ELEMENTS", 4000)
     monkeypatch.setattr("lowrank_ops.calibration.token_weights.F.unfold", counted)
     model = nn.Conv2d(4, 6, 3, padding=1)
-    with lro.Calibrator(model, sensitivity=True) as covariances:
+    with lro.Calibrator(model, output_gradients=True) as calibrator:
         loss = model(torch.randn(1, 4, 40, 30)).pow(3).sum()
-        sizes.clear()  # of the op for the plain rows
-        covariances.observe(loss, samples=1)
+        sizes.clear()  # of the op for the unweighted rows
+        calibrator.observe(loss, samples=1)
     assert sum(sizes) == 40 * 30 * 36 and max(sizes) <= 4000
 
 
 def test_weights_do_not_overflow_float16() -> None:
-    """A row of all weight among 4096 is 64 times as long."""
+    """One row with all the weight of 4096 is scaled by 64."""
     model, x = nn.Sequential(nn.Linear(8, 8)).half(), torch.zeros(1, 4096, 8).half()
     x[0, 0] = 2000
-    weighted = (
-        lro.calibrate(model, [x], sensitivity=lambda output, batch: output[0, 0].float().sum())
-        .sensitivities["0"]
-        .weighted
-    )
+    covariances = lro.calibrate(model, [x], sensitivity=lambda output, batch: output[0, 0].float().sum())
+    weighted = covariances["0"].token_weighted
     torch.testing.assert_close(weighted.second_moment, torch.full((8, 8), 4096 * 2000.0**2).double())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sums_are_not_rounded_by_autocast_around_the_loss(dtype: torch.dtype) -> None:
+def test_autocast_around_the_loss_does_not_round_the_sums(dtype: torch.dtype) -> None:
     model, x = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)), 30 * torch.randn(4, 50, 8)
 
     def observed(loss_under_autocast: bool) -> lro.Covariances:
-        with lro.Calibrator(model, sensitivity=True) as covariances:
+        with lro.Calibrator(model, output_gradients=True) as calibrator:
             with torch.autocast("cpu", dtype):
                 loss = model(x).float().square().sum()
             with torch.autocast("cpu", dtype, enabled=loss_under_autocast):
-                covariances.observe(loss, samples=4)
-        return covariances
+                calibrator.observe(loss, samples=4)
+        return calibrator.covariances
 
-    check_same(observed(True), observed(False))
+    assert_same_statistics(observed(True), observed(False))
 
 
 class Checkpointed(nn.Module):
-    def __init__(self, again: bool) -> None:
+    def __init__(self, recompute: bool) -> None:
         super().__init__()
-        self.first, self.second, self.again = nn.Linear(4, 4), nn.Linear(4, 4), again
+        self.first, self.second, self.recompute = nn.Linear(4, 4), nn.Linear(4, 4), recompute
 
     def _block(self, x: Tensor) -> Tensor:
         return torch.tanh(self.first(x)).exp()
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        return self.second(checkpoint(self._block, x, use_reentrant=False) if self.again else self._block(x))
+        return self.second(checkpoint(self._block, x, use_reentrant=False) if self.recompute else self._block(x))
 
 
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("side", ["input", "output"])
-def test_rows_that_checkpointing_makes_again_count_once(side: str, frozen: bool) -> None:
+def test_rows_recomputed_by_checkpointing_count_once(side: str, frozen: bool) -> None:
     model = Checkpointed(True).double().requires_grad_(not frozen)
     plain = Checkpointed(False).double().requires_grad_(not frozen)
     plain.load_state_dict(model.state_dict())
@@ -115,8 +95,8 @@ def test_rows_that_checkpointing_makes_again_count_once(side: str, frozen: bool)
         for _ in range(2)
     ]
     found, expected = (lro.calibrate(m, batches, mask="mask", side=side, sensitivity=cubed) for m in (model, plain))
-    assert found["first"].count == 20
-    check_same(found, expected)
+    assert found["first"].activations.count == 20
+    assert_same_statistics(found, expected)
 
 
 class Nested(nn.Module):
@@ -130,9 +110,9 @@ class Nested(nn.Module):
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_nested_tensors(frozen: bool) -> None:
+def test_nested_tensors_equal_single_samples(frozen: bool) -> None:
     model, x = Nested().double().requires_grad_(not frozen), torch.randn(2, 3, 4).double()
-    found = lro.calibrate(model, [x], sensitivity=cubed).sensitivities["layer"].weighted
+    found = lro.calibrate(model, [x], sensitivity=cubed)["layer"].token_weighted
     singles = lro.calibrate(model.layer, [x[:1], x[1:, :2]], sensitivity=cubed)
     expected = singles[""].token_weighted
     assert found.count == expected.count == 5
@@ -140,7 +120,7 @@ def test_nested_tensors(frozen: bool) -> None:
     torch.testing.assert_close(found.total, expected.total)
 
 
-def test_a_frozen_encoder_is_seen_as_a_trainable_one_is() -> None:
+def test_frozen_and_trainable_encoders_agree() -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     model = nn.TransformerEncoder(layer, 2).double()
     batch = {
@@ -158,9 +138,9 @@ def test_a_frozen_encoder_is_seen_as_a_trainable_one_is() -> None:
             )
 
     trainable = calibrated()
-    assert trainable["layers.0.linear1"].count == 10
+    assert trainable["layers.0.linear1"].activations.count == 10
     model.requires_grad_(False)
-    check_same(calibrated(), trainable)
+    assert_same_statistics(calibrated(), trainable)
     assert torch.backends.mha.get_fastpath_enabled()
 
 
@@ -177,38 +157,38 @@ class Overwriting(nn.Module):
 
 
 def test_inference_tensors_may_be_changed_afterwards() -> None:
-    """They count no versions, so nothing could tell."""
+    """They have no version counter, so they are cloned."""
     with torch.inference_mode():
         x = torch.randn(3, 5, 4).double()
     model = Overwriting(Tensor.zero_).double().requires_grad_(False)
     plain = Overwriting(Tensor.size).double().requires_grad_(False)
     plain.load_state_dict(model.state_dict())
     expected = lro.calibrate(plain, [x], sensitivity=cubed)
-    check_same(lro.calibrate(model, [x], sensitivity=cubed), expected)
+    assert_same_statistics(lro.calibrate(model, [x], sensitivity=cubed), expected)
 
 
-def test_nothing_is_kept_where_no_gradient_will_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept: list[object] = []
-    monkeypatch.setattr("lowrank_ops.calibration.recorder.KeptRows", lambda *given: kept.append(given))
+def test_nothing_is_saved_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[object] = []
+    monkeypatch.setattr("lowrank_ops.calibration.recorder.SavedActivation", lambda *given: saved.append(given))
     model = nn.Sequential(nn.Linear(4, 4))
     with (
-        pytest.warns(UserWarning, match="was given no loss"),
-        lro.Calibrator(model, side="output", sensitivity=True),
+        pytest.warns(UserWarning, match="received no loss"),
+        lro.Calibrator(model, side="output", output_gradients=True),
         torch.no_grad(),
     ):
         model(torch.randn(3, 4))
-    assert not kept
+    assert not saved
 
 
-def test_rows_are_let_go() -> None:
-    """After the loss, and of forwards without one after the block."""
+def test_saved_inputs_are_freed() -> None:
+    """After the loss; those of forwards without one, after the block."""
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
     seen: list[weakref.ref[Tensor]] = []
     model[2].register_forward_pre_hook(lambda layer, args: seen.append(weakref.ref(args[0])))
-    with lro.Calibrator(model, sensitivity=True) as covariances:
+    with lro.Calibrator(model, output_gradients=True) as calibrator:
         loss = model(torch.randn(3, 4)).square().sum()
-        covariances.observe(loss, samples=3, keep=True)
-        covariances.observe(loss, samples=3)
+        calibrator.observe(loss, samples=3, retain_graph=True)
+        calibrator.observe(loss, samples=3)
         del loss
         gc.collect()
         assert seen[0]() is None
@@ -217,30 +197,15 @@ def test_rows_are_let_go() -> None:
     assert seen[1]() is None
 
 
-def test_rows_of_another_side_than_the_covariance_are_refused() -> None:
-    layer, x = nn.Linear(8, 8), torch.randn(3, 4, 8)
-    inputs = lro.calibrate(layer, [x])
-    outputs = lro.calibrate(layer, [x], side="output", sensitivity=cubed)
-    with pytest.raises(ValueError, match=r"holds the weighted output .* the input .* token_weights=False"):
-        lro.LowRankLinear.from_linear(
-            layer, rank=3, covariance=inputs[""], sensitivity=outputs[""].output_gradients, projection="loss"
-        )
-    alike = lro.calibrate(layer, [x], side="output", sensitivity=cubed, token_weights=False)
-    lro.LowRankLinear.from_linear(
-        layer, rank=3, covariance=inputs[""], sensitivity=alike[""].output_gradients, projection="loss"
-    )
-
-
-def test_a_layer_without_weighted_rows_takes_all_alike() -> None:
+def test_layer_without_weighted_rows_is_unweighted() -> None:
     layer, x = nn.Linear(8, 6).double(), torch.randn(30, 8).double()
-    covariances = lro.calibrate(layer, [x], sensitivity=cubed)
-    of_none = Moments(torch.zeros(8, 8).double(), torch.zeros(8).double(), side="weighted input")
-    covariances[""].token_weighted = of_none
-    spaces = layer_subspaces({"": layer}, covariances)[""]
-    torch.testing.assert_close(spaces.felt_moment(centered=True), spaces.moment)
+    statistics = lro.calibrate(layer, [x], sensitivity=cubed)[""]
+    of_no_row = Moments(torch.zeros(8, 8).double(), torch.zeros(8).double())
+    spaces = LayerSubspaces.of_layer(layer, replace(statistics, token_weighted=of_no_row), centered=True)
+    torch.testing.assert_close(spaces.loss_moment(centered=True), spaces.moment)
 
 
-def test_trials_at_other_ranks_decompose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_factors_at_other_ranks_reuse_decompositions(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = nn.Linear(8, 6).double(), torch.randn(5, 6, 8).double()
     spaces = layer_subspaces({"": layer}, lro.calibrate(layer, [x], sensitivity=cubed))[""]
     first = factorize(spaces, 3, "loss")

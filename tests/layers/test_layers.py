@@ -1,4 +1,4 @@
-"""LowRankLinear and LowRankConv2d: drop-ins that compute what their dense product does."""
+"""LowRankLinear and LowRankConv2d compute the same as the dense layer of their product."""
 
 import copy
 import pickle
@@ -13,8 +13,8 @@ from lowrank_ops.calibration import LayerStatistics, Moments
 LINEARS = {
     "plain": (20, 12, 5, True),
     "no bias": (20, 12, 8, False),
-    "thin": (3, 40, 2, True),
-    "dead": (20, 12, 0, True),
+    "narrow": (3, 40, 2, True),
+    "rank 0": (20, 12, 0, True),
 }
 CONVS = {
     "plain": {"kernel_size": 3},
@@ -28,11 +28,6 @@ CONVS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def lowrank_linear(name="plain"):
     in_features, out_features, rank, bias = LINEARS[name]
     return lro.LowRankLinear(in_features, out_features, rank, bias=bias).double()
@@ -42,11 +37,11 @@ def lowrank_conv(name="plain", rank=3):
     return lro.LowRankConv2d(4, 8, rank=rank, **CONVS[name]).double()
 
 
-def some_layers():
+def linear_and_conv():
     return [lowrank_linear(), lowrank_conv("grouped")]
 
 
-# --- what they compute ------------------------------------------------------------------------------------------
+# --- outputs ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", LINEARS)
@@ -73,7 +68,7 @@ def test_conv_computes_its_dense_product(name, rank, shape):
     torch.testing.assert_close(layer.weight, dense.weight)
 
 
-def test_channels_last_input_stays_so():
+def test_channels_last_is_preserved():
     layer = lowrank_conv("grouped").float()
     x = torch.randn(2, 4, 7, 8)
     y = layer(x.to(memory_format=torch.channels_last))
@@ -94,18 +89,18 @@ def test_from_linear_without_data_is_the_truncated_svd():
     torch.testing.assert_close(whole.weight, linear.weight)
 
 
-def test_from_linear_with_data():
+def test_from_linear_with_statistics_is_exact_at_full_rank():
     linear = nn.Linear(20, 12, bias=False).double()
     x = torch.randn(300, 3).double() @ torch.randn(3, 20).double() + 1
     statistics = lro.calibrate(linear, [x])[""]
     layer = lro.LowRankLinear.from_linear(linear, 3, statistics)
     torch.testing.assert_close(layer(x), linear(x))
-    assert layer.bias is not None  # the mean needs one
+    assert layer.bias is not None  # holds the mean's part
     assert lro.LowRankLinear.from_linear(linear, 3, statistics, centered=False).bias is None
     assert lro.LowRankLinear.from_linear(linear, 3, statistics, projection="utilized").rank == 3
 
 
-def test_from_conv2d():
+def test_from_conv2d_is_exact_at_full_rank():
     conv = nn.Conv2d(4, 8, 3, padding=1, groups=2).double()
     x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
     torch.testing.assert_close(lro.LowRankConv2d.from_conv2d(conv, 4)(x), conv(x))
@@ -114,7 +109,7 @@ def test_from_conv2d():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_layers_keep_dtype_and_flags(dtype):
+def test_conversion_keeps_dtype_and_flags(dtype):
     linear = nn.Linear(20, 12).to(dtype).eval()
     linear.weight.requires_grad_(False)
     layer = lro.LowRankLinear.from_linear(linear, 12)
@@ -151,16 +146,16 @@ def test_layers_keep_dtype_and_flags(dtype):
         ),
     ],
 )  # fmt: skip
-def test_bad_arguments(make, error, message):
+def test_bad_arguments_are_refused(make, error, message):
     with pytest.raises(error, match=message):
         make()
 
 
-# --- as modules -------------------------------------------------------------------------------------------------
+# --- module behavior -------------------------------------------------------------------------------------------------
 
 
 def test_state_dict_keys_and_shapes():
-    linear, conv = some_layers()
+    linear, conv = linear_and_conv()
     assert {name: tuple(value.shape) for name, value in linear.state_dict().items()} == {
         "down": (8, 20), "up": (12, 8), "bias": (12,),
     }  # fmt: skip
@@ -170,7 +165,7 @@ def test_state_dict_keys_and_shapes():
     assert list(lowrank_linear("no bias").state_dict()) == ["down", "up"]
 
 
-def test_repr_tells_the_rank():
+def test_repr_shows_the_rank():
     assert repr(lowrank_linear()) == "LowRankLinear(in_features=20, out_features=12, rank=5, bias=True)"
     assert repr(lowrank_conv("strided")) == (
         "LowRankConv2d(4, 8, kernel_size=(3, 2), rank=3, "
@@ -178,7 +173,7 @@ def test_repr_tells_the_rank():
     )
 
 
-def test_fresh_layers_have_the_scale_of_dense_ones():
+def test_new_layers_have_the_scale_of_dense_ones():
     lowrank, dense = lro.LowRankLinear(512, 512, 64), nn.Linear(512, 512)
     assert 0.8 < lowrank.weight.std() / dense.weight.std() < 1.25
     lowrank, dense = lro.LowRankConv2d(64, 64, 3, 32, groups=2), nn.Conv2d(64, 64, 3, groups=2)
@@ -188,7 +183,7 @@ def test_fresh_layers_have_the_scale_of_dense_ones():
 
 @pytest.mark.parametrize("which", [0, 1], ids=["linear", "conv"])
 def test_layers_can_be_copied_pickled_and_loaded(which):
-    layer = some_layers()[which]
+    layer = linear_and_conv()[which]
     x = torch.randn(2, 20).double() if isinstance(layer, lro.LowRankLinear) else torch.randn(2, 4, 5, 5).double()
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert torch.equal(other(x), layer(x)) and other.down is not layer.down
@@ -202,9 +197,9 @@ def test_layers_can_be_copied_pickled_and_loaded(which):
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["linear", "conv"])
-@pytest.mark.parametrize("rows", [4, 400])  # few rows take two thin products, many the dense one
-def test_what_is_padded_stays_zero_in_training(which, rows):
-    layer = some_layers()[which]
+@pytest.mark.parametrize("rows", [4, 400])  # few rows use the two factors, many rows their product
+def test_padding_stays_zero_in_training(which, rows):
+    layer = linear_and_conv()[which]
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0.1)
     before = layer.weight.detach().clone()
     groups = getattr(layer, "groups", 1)
@@ -219,8 +214,8 @@ def test_what_is_padded_stays_zero_in_training(which, rows):
     assert not torch.equal(layer.weight, before)
 
 
-def test_code_that_reads_the_weight_of_a_linear_still_works():
-    """nn.TransformerEncoderLayer hands linear1.weight and linear2.weight to one fused call in eval mode."""
+def test_transformer_encoder_layer_can_read_the_weight():
+    """In eval mode nn.TransformerEncoderLayer passes linear1.weight and linear2.weight to a fused function."""
     layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True).eval()
     x = torch.randn(3, 5, 16)
     with torch.no_grad():
@@ -229,14 +224,14 @@ def test_code_that_reads_the_weight_of_a_linear_still_works():
             setattr(layer, name, lro.LowRankLinear.from_linear(getattr(layer, name), 16))
         calls = []
         handle = layer.linear1.register_forward_hook(lambda *args: calls.append(args))
-        torch.testing.assert_close(layer(x), expected)  # a hook turns the fused call off
+        torch.testing.assert_close(layer(x), expected)  # a hook disables the fused function
         assert len(calls) == 1
         handle.remove()
-        layer.linear1.forward = None  # the fused call does not come here
+        layer.linear1.forward = None  # the fused function does not call it
         torch.testing.assert_close(layer(x), expected)
 
 
-def test_layers_compile_and_export_as_one_op():
+def test_linear_exports_as_one_op():
     layer = lowrank_linear().float()
     x = torch.randn(4, 20)
     exported = torch.export.export(layer, (x,))
@@ -245,7 +240,7 @@ def test_layers_compile_and_export_as_one_op():
     torch.testing.assert_close(exported.module()(x), layer(x))
 
 
-def test_meta_device():
+def test_layers_can_be_created_on_meta():
     with torch.device("meta"):
         layer = lro.LowRankLinear(20, 12, 5)
     assert layer.down.is_meta and layer(torch.empty(3, 20, device="meta")).shape == (3, 12)

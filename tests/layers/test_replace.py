@@ -1,4 +1,4 @@
-"""Replacement: every layer or none, and what is refused by name."""
+"""Replacement: all layers or none, with refusals that name the layer."""
 
 import copy
 
@@ -8,13 +8,9 @@ from torch import nn
 
 import lowrank_ops as lro
 from lowrank_ops.factors import factorize
-from lowrank_ops.layers.replace import replace_, tied_layers
+from lowrank_ops.layers.replace import replace_
+from lowrank_ops.models.layers import tied_layers
 from lowrank_ops.subspaces import layer_subspaces
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
 
 
 def factors_of(layer, rank):
@@ -23,7 +19,7 @@ def factors_of(layer, rank):
     return factorize(space, rank)
 
 
-def test_layers_are_put_in_place():
+def test_layers_are_replaced_in_place():
     model = nn.Sequential(nn.Conv2d(4, 4, 2, groups=2), nn.Flatten(), nn.ModuleDict({"fc": nn.Linear(64, 8)})).eval()
     conv, linear = model[0], model[2]["fc"]
     assert replace_(model, {"0": factors_of(conv, 2), "2.fc": factors_of(linear, 8)}) is model
@@ -40,7 +36,7 @@ def test_no_factors_change_nothing():
     assert replace_(model, {}) is model and model[0] is layer
 
 
-def test_a_model_that_is_the_layer_gives_its_replacement():
+def test_a_model_that_is_the_layer_returns_the_new_layer():
     linear = nn.Linear(16, 16)
     new = replace_(linear, {"": factors_of(linear, 16)})
     assert isinstance(new, lro.LowRankLinear)
@@ -83,7 +79,7 @@ HOOKS = (
 
 
 @pytest.mark.parametrize("make", [tied_embedding, tied_linears, *map(hooked, HOOKS)])
-def test_tied_weights_and_hooks_are_refused_by_name(make):
+def test_tied_weights_and_hooks_are_refused(make):
     model, fqn, reason = make()
     layers = dict(model)
     with pytest.raises(ValueError, match=f"layer '{fqn}' .*{reason}"):
@@ -99,7 +95,7 @@ def test_tied_layers_name_each_other():
 @pytest.mark.parametrize(
     ("fqn", "reason"), [("c", "no such layer"), ("", "no such layer"), ("attention", "nn.MultiheadAttention applies")]
 )
-def test_names_that_are_no_layers_are_errors(fqn, reason):
+def test_names_that_are_not_layers_are_refused(fqn, reason):
     model = nn.ModuleDict({"a": nn.Linear(16, 16), "attention": nn.MultiheadAttention(16, 2)})
     factors = factors_of(model["a"], 2)
     with pytest.raises(ValueError, match=f"factors names layers that cannot be replaced: '{fqn}': {reason}"):
@@ -107,7 +103,7 @@ def test_names_that_are_no_layers_are_errors(fqn, reason):
     assert type(model["a"]) is nn.Linear
 
 
-def test_an_error_in_the_last_layer_leaves_the_first_alone():
+def test_an_error_in_the_last_layer_changes_nothing():
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(RuntimeError):  # factors of another shape
@@ -117,9 +113,9 @@ def test_an_error_in_the_last_layer_leaves_the_first_alone():
 
 
 @pytest.mark.parametrize("error", [TypeError("fixed"), KeyboardInterrupt()])
-def test_an_error_while_layers_are_put_in_puts_them_back(error):
+def test_an_error_during_the_swap_restores_the_layers(error):
     class Fixed(nn.Module):
-        """Lets no other module take the place of ``second``."""
+        """Refuses to replace ``second``."""
 
         def __init__(self):
             super().__init__()

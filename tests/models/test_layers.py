@@ -1,4 +1,4 @@
-"""Which layers can be compressed, and how they look as matrices."""
+"""Which layers can be compressed, and what their matrices are."""
 
 import pytest
 import torch
@@ -6,25 +6,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from lowrank_ops.models.layers import Dimensions, bias_vector, dimensions, find_layers, pad_input, weight_matrix
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
-class Conv1D(nn.Module):
-    """As in transformers: y = x @ weight + bias."""
-
-    __module__ = "transformers.pytorch_utils"
-
-    def __init__(self, out_features, in_features):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(in_features, out_features))
-        self.bias = nn.Parameter(torch.randn(out_features))
-
-    def forward(self, x):
-        return x @ self.weight + self.bias
+from tests.conv1d import Conv1D
 
 
 class OtherConv1D(Conv1D):
@@ -59,7 +41,7 @@ def with_weight(weight):
     return linear
 
 
-def test_layers_are_found_in_the_models_order():
+def test_layers_are_found_in_the_order_of_the_model():
     model = nn.Sequential(
         nn.Linear(4, 4), nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU()), OtherConv1D(2, 3), nn.Conv1d(1, 1, 1)
     )
@@ -76,11 +58,11 @@ def test_a_module_at_two_places_is_found_once():
 @pytest.mark.parametrize(
     ("layer", "reason"),
     [
-        (OwnForward(4, 4), "OwnForward has a forward of its own"),
-        (patched(), "Linear has a forward of its own"),
+        (OwnForward(4, 4), "OwnForward overrides forward"),
+        (patched(), "Linear overrides forward"),
         (nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), "its weight is parametrized; call torch.nn.utils"),
-        (pruned(), "its weight is made anew in each forward"),
-        (nn.LazyLinear(4), "its weight is not initialised yet; run the model once"),
+        (pruned(), "its weight is recomputed in each forward pass"),
+        (nn.LazyLinear(4), "its weight is not initialized yet; run the model once"),
         (with_weight(torch.zeros(4, 4, dtype=torch.int8)), "its weight is a Parameter of torch.int8"),
         (with_weight(torch.zeros(4, 4, dtype=torch.float8_e4m3fn)), "its weight is a Parameter of torch.float8_e4m3fn"),
         (with_weight(torch.zeros(4, 4).as_subclass(QuantizedTensor)), "its weight is a QuantizedTensor of"),
@@ -89,13 +71,13 @@ def test_a_module_at_two_places_is_found_once():
     ],
     ids=lambda value: value.split(";")[0] if isinstance(value, str) else "",
 )
-def test_what_cannot_be_compressed_is_named_with_the_reason(layer, reason):
+def test_unsupported_layers_are_skipped_with_a_reason(layer, reason):
     layers, skipped = find_layers(nn.ModuleDict({"layer": layer}))
     assert not layers
     assert skipped["layer"].startswith(reason) and list(skipped) == ["layer"]
 
 
-def test_only_the_layers_inside_an_attention_are_passed_over():
+def test_only_layers_inside_multihead_attention_are_skipped():
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2), "attention_out": nn.Linear(4, 4)})
     layers, skipped = find_layers(model)
     assert list(layers) == ["attention_out"] and list(skipped) == ["attention"]
@@ -110,7 +92,7 @@ def test_only_the_layers_inside_an_attention_are_passed_over():
         (nn.Conv2d(4, 6, 3, groups=2), (2, 18, 3)),
     ],
 )
-def test_a_layer_is_groups_of_matrices(layer, expected):
+def test_dimensions_and_shapes_of_weight_matrices(layer, expected):
     assert dimensions(layer) == Dimensions(*expected)
     groups, in_features, out_features = expected
     matrix = weight_matrix(layer)
@@ -118,7 +100,7 @@ def test_a_layer_is_groups_of_matrices(layer, expected):
     assert not matrix.requires_grad and torch.equal(bias_vector(layer), layer.bias)
 
 
-def test_matrices_multiply_as_the_layer_does():
+def test_weight_matrices_multiply_as_the_layer_does():
     conv1d, x = Conv1D(3, 5), torch.randn(2, 5)
     torch.testing.assert_close(x @ weight_matrix(conv1d).T + conv1d.bias, conv1d(x))
     conv = nn.Conv2d(4, 6, 3, groups=2)
@@ -132,10 +114,10 @@ def test_matrices_multiply_as_the_layer_does():
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
 @pytest.mark.parametrize("padding", [0, (1, 2), "valid", "same"])
 @pytest.mark.parametrize("kernel", [3, (4, 2)])
-def test_padding_is_that_of_the_convolution(mode, padding, kernel):
+def test_pad_input_equals_the_padding_of_conv2d(mode, padding, kernel):
     conv = nn.Conv2d(2, 3, kernel, padding=padding, padding_mode=mode, dilation=1)
     x = torch.randn(2, 2, 6, 7)
     padded, rest = pad_input(conv, x)
     torch.testing.assert_close(nn.functional.conv2d(padded, conv.weight, conv.bias, padding=rest), conv(x))
     if mode == "zeros" and padding != "same":
-        assert padded is x  # nothing is copied where the convolution pads by itself
+        assert padded is x  # F.conv2d pads; nothing is copied

@@ -1,4 +1,4 @@
-"""Latency: what is timed, how it is kept, and a budget of it that is met and well spent."""
+"""Latency: timing the layers, storing the times, and latency budgets."""
 
 import itertools
 import math
@@ -50,7 +50,7 @@ def calibrated() -> tuple[Net, lro.Covariances, dict[str, LayerSubspaces]]:
 
 
 def made_up(model: nn.Module, launch: float = 2e-7) -> LayerLatencies:
-    """Times by the number of multiplications and a constant per product, so that small layers do not gain."""
+    """Times that grow with the MACs plus a constant per product, so that small layers gain nothing."""
     curves, layers = {}, {}
     for fqn, calls in (("conv", 1), ("wide", 1), ("once", 1), ("again", 3), ("head", 1)):
         layer = model.get_submodule(fqn)
@@ -70,9 +70,9 @@ def test_every_distinct_call_is_timed_once(calibrated, monkeypatch) -> None:
     timed = []
     in_turn = timing.time_in_turn
 
-    def spy(arms, device, rounds):
-        timed.append(list(arms))
-        return in_turn(arms, device, rounds)
+    def spy(variants, device, rounds):
+        timed.append(list(variants))
+        return in_turn(variants, device, rounds)
 
     monkeypatch.setattr(timing, "time_in_turn", spy)
     model.train()
@@ -91,7 +91,7 @@ def test_every_distinct_call_is_timed_once(calibrated, monkeypatch) -> None:
     assert found.threads == torch.get_num_threads()
 
 
-def test_convolutions_with_other_strides_are_other_calls() -> None:
+def test_convolutions_of_other_strides_are_timed_apart() -> None:
     class Both(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -106,7 +106,7 @@ def test_convolutions_with_other_strides_are_other_calls() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_rows_without_their_padding_are_timed_as_a_matrix() -> None:
+def test_nested_inputs_are_timed_as_one_matrix() -> None:
     class Padded(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -121,27 +121,27 @@ def test_rows_without_their_padding_are_timed_as_a_matrix() -> None:
     assert found.layers["encoder.layers.0.linear1"] == {"Linear 16 -> 32, 5 x 16, float32": 1}
 
 
-def test_timing_leaves_the_random_state_alone() -> None:
+def test_timing_restores_the_random_state() -> None:
     model = nn.Sequential(nn.Linear(24, 24))
     before = torch.get_rng_state()
     lro.measure_latency(model, torch.zeros(2, 24), points=2, rounds=1)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_timing_takes_turns_and_the_median() -> None:
+def test_variants_are_timed_in_turn() -> None:
     order = []
     clock = iter(range(10**6))
 
-    def arm(name):
+    def variant(name):
         return lambda: (order.append(name), next(clock))
 
-    times = timing.time_in_turn({"a": arm("a"), "b": arm("b")}, torch.device("cpu"), rounds=3)
+    times = timing.time_in_turn({"a": variant("a"), "b": variant("b")}, torch.device("cpu"), rounds=3)
     assert set(times) == {"a", "b"} and all(0 < second < 1 for second in times.values())
     collapsed = [name for name, _ in itertools.groupby(order)]
     assert collapsed[-6:] == ["a", "b"] * 3
 
 
-def test_slower_layers_take_longer() -> None:
+def test_larger_layers_take_longer() -> None:
     model = nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 16))
     found = lro.measure_latency(model, torch.randn(256, 512), points=2, rounds=5)
     assert found.seconds("0", None) > found.seconds("1", None)
@@ -155,32 +155,32 @@ def test_ranks_reach_break_even(shape, ranks) -> None:
     assert ranks_to_time(nn.Linear(*shape), 4) == ranks
 
 
-def test_a_layer_narrower_than_the_alignment_can_be_timed() -> None:
+def test_layers_narrower_than_the_alignment_are_timed() -> None:
     found = lro.measure_latency(nn.Sequential(nn.Linear(4, 3)), torch.randn(2, 4), rounds=1)
     assert found.curves["Linear 4 -> 3, 2 x 4, float32"].ranks == (8,)
 
 
 @pytest.mark.parametrize(("points", "rounds"), [(1, 1), (2, 0), (2.0, 1), (True, 1)])
-def test_bad_arguments(points, rounds) -> None:
+def test_bad_arguments_are_refused(points, rounds) -> None:
     with pytest.raises(ValueError, match=r"must be an integer of at least \d; got"):
         lro.measure_latency(nn.Sequential(nn.Linear(8, 8)), torch.randn(2, 8), points=points, rounds=rounds)
 
 
-def test_nothing_to_time_is_an_error() -> None:
+def test_models_without_layers_are_refused() -> None:
     with pytest.raises(ValueError, match="called no layer that can be compressed"):
         lro.measure_latency(nn.Sequential(nn.ReLU()), torch.randn(2, 8))
 
 
-# --- what is kept -----------------------------------------------------------------------------------------------
+# --- curves and files -----------------------------------------------------------------------------------------------
 
 
-def test_between_two_points_lies_a_line() -> None:
+def test_curves_interpolate_linearly() -> None:
     curve = LatencyCurve(9.0, (8, 16, 32), (1.0, 2.0, 6.0))
     assert [curve.at(rank) for rank in (None, 8, 16, 24, 32, 40)] == [9, 1, 2, 4, 6, 8]
     assert LatencyCurve(9.0, (8,), (1.0,)).at(24) == 1
 
 
-def test_latencies_go_to_a_file_and_back(calibrated, tmp_path) -> None:
+def test_latencies_survive_a_round_trip_by_file(calibrated, tmp_path) -> None:
     latencies = made_up(calibrated[0])
     latencies.save(tmp_path / "latencies.json")
     assert LayerLatencies.load(tmp_path / "latencies.json") == latencies
@@ -212,7 +212,7 @@ def test_a_budget_needs_latencies() -> None:
         lro.LatencyBudget(0.5, {"layers": 3})
 
 
-def test_a_layer_that_was_not_timed_is_named(calibrated) -> None:
+def test_layers_that_were_not_timed_are_named(calibrated) -> None:
     model, _, spaces = calibrated
     latencies = made_up(model)
     part = LayerLatencies("", 1, latencies.curves, {"wide": {"wide": 1}})
@@ -225,13 +225,13 @@ def test_a_layer_that_was_not_timed_is_named(calibrated) -> None:
 
 @pytest.mark.parametrize("allocation", ["uniform", "variance", "loss"])
 @pytest.mark.parametrize("fraction", [0.4, 0.6, 0.8, 1.0])
-def test_the_budget_is_met_from_below(calibrated, fraction: float, allocation: str) -> None:
+def test_budgets_are_met_and_used_up(calibrated, fraction: float, allocation: str) -> None:
     model, _, spaces = calibrated
     latencies = made_up(model)
     ranks = choose_ranks(lro.LatencyBudget(fraction, latencies, allocation), spaces)
     left = fraction * latencies.total(dict.fromkeys(spaces)) - latencies.total(ranks)
     assert left >= 0
-    for fqn, space in spaces.items():  # and no layer could be larger
+    for fqn, space in spaces.items():  # and the rest pays for no larger layer
         options = options_of(fqn, space, nanoseconds(latencies))
         taken = next(index for index, option in enumerate(options) if option.rank == ranks[fqn])
         assert all(option.cost - options[taken].cost > left * 1e9 - 1 for option in options[taken + 1 :])
@@ -242,7 +242,7 @@ def kept_loss(spaces: dict[str, LayerSubspaces], ranks: dict[str, int | None]) -
 
 
 @pytest.mark.parametrize("fraction", [0.4, 0.6, 0.8])
-def test_nothing_within_the_time_keeps_more_of_the_loss(calibrated, fraction: float) -> None:
+def test_no_other_ranks_in_budget_keep_more_loss(calibrated, fraction: float) -> None:
     """Against every combination, up to the knapsack's steps."""
     model, _, spaces = calibrated
     latencies = made_up(model)
@@ -259,14 +259,14 @@ def test_nothing_within_the_time_keeps_more_of_the_loss(calibrated, fraction: fl
     assert kept_loss(spaces, found) >= best * (1 - 1e-12)
 
 
-def test_a_layer_that_is_not_faster_stays_dense(calibrated) -> None:
+def test_layers_that_do_not_get_faster_stay_dense(calibrated) -> None:
     model, _, spaces = calibrated
-    latencies = made_up(model, launch=2e-6)  # a second launch costs more than the 64 x 40 layer has to give
+    latencies = made_up(model, launch=2e-6)  # a second launch costs more than the 64 x 40 layer can save
     ranks = choose_ranks(lro.LatencyBudget(0.8, latencies, "variance"), spaces)
     assert ranks["head"] is None and any(ranks.values())
 
 
-def test_ranks_that_are_no_cheaper_than_larger_ones_are_not_taken(calibrated) -> None:
+def test_ranks_slower_than_larger_ones_are_left_out(calibrated) -> None:
     model, _, spaces = calibrated
     latencies = made_up(model)
     jagged = LatencyCurve(100e-6, (8, 16, 24, 32), (20e-6, 60e-6, 40e-6, 50e-6))
@@ -275,7 +275,7 @@ def test_ranks_that_are_no_cheaper_than_larger_ones_are_not_taken(calibrated) ->
     assert [(option.rank, option.cost) for option in options] == [(8, 20000), (24, 40000), (None, 100000)]
 
 
-def test_overrides_count_and_a_budget_that_cannot_be_met_is_an_error(calibrated) -> None:
+def test_overrides_count_and_tiny_budgets_are_refused(calibrated) -> None:
     model, _, spaces = calibrated
     latencies = made_up(model)
     ranks = choose_ranks(lro.LatencyBudget(0.8, latencies, "loss"), spaces, {"again": None})
@@ -314,7 +314,7 @@ def problems(draw: st.DrawFn) -> tuple[list[list[int]], list[list[float]], int]:
 
 @settings(deadline=None, max_examples=150)
 @given(problems())
-def test_the_knapsack_is_within_budget_and_best_up_to_its_steps(problem) -> None:
+def test_knapsack_is_optimal_up_to_its_steps(problem) -> None:
     costs, worths, budget = problem
     taken = knapsack(costs, worths, budget)
     assert sum(options[index] for options, index in zip(costs, taken, strict=True)) <= budget
@@ -332,7 +332,7 @@ def test_the_knapsack_is_within_budget_and_best_up_to_its_steps(problem) -> None
 
 @settings(deadline=None, max_examples=100)
 @given(problems())
-def test_the_knapsack_is_exact_where_costs_are_small(problem) -> None:
+def test_knapsack_is_exact_for_small_costs(problem) -> None:
     costs, worths, budget = problem
     costs = [[1 + cost * 100 // 5 // 10**6 for cost in options] for options in costs]
     least = sum(options[0] for options in costs)

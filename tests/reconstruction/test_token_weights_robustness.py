@@ -1,4 +1,4 @@
-"""Weighed refits where losses, batches and models are unusual."""
+"""Reconstruction with token weights: unusual losses, batches and models."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from lowrank_ops.calibration.felt_rows import felt_rows
 from torch import Tensor, nn
 
 import lowrank_ops as lro
 from lowrank_ops.calibration import Moments
+from lowrank_ops.calibration.call_weights import call_weights
 from lowrank_ops.calibration.token_weights import add_weighted
-from lowrank_ops.factors import Factors
 from lowrank_ops.models.running import call_model
+from tests.reconstruction.models import assert_same, reconstruct
 from tests.reconstruction.test_token_weights import by_loss, cubed
 
 
@@ -23,26 +23,21 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-def assert_same(found: dict[str, Factors], expected: dict[str, Factors]) -> None:
-    for fqn, part in expected.items():
-        assert found[fqn].refitted and part.refitted
-        torch.testing.assert_close(found[fqn].up @ found[fqn].down, part.up @ part.down)
-        torch.testing.assert_close(found[fqn].bias, part.bias)
-
-
 @pytest.mark.parametrize("factor", [torch.nan, torch.inf])
-def test_a_loss_that_is_not_finite(factor: float) -> None:
-    """Of NaN every gradient is NaN, of inf the last layer's are inf."""
+def test_a_loss_that_is_not_finite_is_refused(factor: float) -> None:
+    """NaN makes every gradient NaN, inf makes the last layer's inf."""
     model, batches = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)), [torch.randn(4, 5, 6)] * 2
-    factors, sensitivities = by_loss(model, batches, None)
-    with pytest.raises(lro.NonFiniteActivationError, match=r"layer '0': its gradient holds NaN or inf in batch 0 "):
-        lro.refit_factors(
-            model, factors, batches, sensitivities=sensitivities, sensitivity=lambda y, batch: cubed(y, batch) * factor
+    factors, statistics = by_loss(model, batches, None)
+    with pytest.raises(
+        lro.NonFiniteActivationError, match=r"layer '0': its output gradient holds NaN or inf in batch 0 "
+    ):
+        reconstruct(
+            model, factors, batches, statistics=statistics, sensitivity=lambda y, batch: cubed(y, batch) * factor
         )
 
 
 class Routed(nn.Module):
-    """Batches of an even length go another way."""
+    """Batches of even and odd length use different layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,13 +47,13 @@ class Routed(nn.Module):
         return self.odd(x) if x.shape[1] % 2 else self.even(x)
 
 
-def test_a_batch_that_reaches_other_layers_only() -> None:
+def test_a_batch_that_reaches_only_other_layers() -> None:
     model, batches = Routed().double(), [torch.randn(3, length, 6).double() for length in (5, 4, 7)]
-    factors, sensitivities = by_loss(model, batches, None)
+    factors, statistics = by_loss(model, batches, None)
     factors = {"odd": factors["odd"]}
-    arguments: dict[str, Any] = {"sensitivities": sensitivities, "sensitivity": cubed, "ridge": 0.1}
-    found = lro.refit_factors(model, factors, batches, **arguments)
-    assert_same(found, lro.refit_factors(model, factors, batches[::2], **arguments))
+    arguments: dict[str, Any] = {"statistics": statistics, "sensitivity": cubed, "ridge": 0.1}
+    found = reconstruct(model, factors, batches, **arguments)
+    assert_same(found, reconstruct(model, factors, batches[::2], **arguments), 1e-7, 1e-7)
 
 
 class TwoTexts(nn.Module):
@@ -73,26 +68,26 @@ class TwoTexts(nn.Module):
 @pytest.mark.parametrize("second", [7, 5])
 @pytest.mark.parametrize("sensitivity", [None, cubed])
 def test_every_call_of_the_model_has_its_own_mask(sensitivity: Any, second: int) -> None:
-    """Queries and passages: two calls in one forward=, which give what batches of one call give."""
+    """Queries and passages: two calls in one forward=, same as batches with one call each."""
     texts = [
         {"x": torch.randn(3, length, 6).double(), "mask": torch.arange(length) < torch.randint(2, length + 1, (3, 1))}
         for _ in range(3)
         for length in (7, second)
     ]
     model = TwoTexts().double()
-    factors, sensitivities = by_loss(model, texts, "mask")
+    factors, statistics = by_loss(model, texts, "mask")
     arguments: dict[str, Any] = {
-        "sensitivities": sensitivities, "sensitivity": sensitivity, "mask": "mask", "ridge": 1e-3,
+        "statistics": statistics, "sensitivity": sensitivity, "mask": "mask", "ridge": 1e-3,
     }  # fmt: skip
     pairs = list(zip(texts[::2], texts[1::2], strict=True))
-    found = lro.refit_factors(
+    found = reconstruct(
         model, factors, pairs, forward=lambda model, pair: torch.cat([model(**text) for text in pair]), **arguments
     )
-    assert_same(found, lro.refit_factors(model, factors, texts, **arguments))
+    assert_same(found, reconstruct(model, factors, texts, **arguments), 1e-7, 1e-7)
 
 
 class Watched(nn.Module):
-    """Counts what is left of the graphs of earlier forwards."""
+    """Counts the graphs of earlier forwards that are still alive."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -113,17 +108,17 @@ class Watched(nn.Module):
 def test_no_graph_is_kept_for_the_next_batch() -> None:
     model = Watched()
     layers: dict[str, nn.Module] = {"layers.1": model.layers[1]}
-    felt_rows(
+    call_weights(
         model, layers, [torch.randn(3, 4, 6) for _ in range(3)], cubed, mask=None, forward=call_model, progress=False
     )
     assert len(model.graphs) == 3 and model.alive == [0, 0, 0]
 
 
-def test_random_states_of_gpus_without_the_model_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_states_of_other_gpus_are_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     seeded: list[int] = []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
     model, batches = nn.Sequential(nn.Linear(6, 6)), [torch.randn(3, 4, 6)]
-    felt_rows(model, {"0": model[0]}, batches, "output", mask=None, forward=call_model, progress=False)
+    call_weights(model, {"0": model[0]}, batches, "output", mask=None, forward=call_model, progress=False)
     assert not seeded
 
 
@@ -133,7 +128,7 @@ def test_means_are_summed_in_the_dtype_of_the_sums(
     at_a_time: int, groups: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A mean a hundred times the deviation: its square, off by 1e-5, would be a tenth of the variance."""
-    monkeypatch.setattr("lowrank_ops.calibration.token_weights.MOST_ELEMENTS", at_a_time)
+    monkeypatch.setattr("lowrank_ops.calibration.token_weights.MAX_ELEMENTS", at_a_time)
     rows, weights = 100 + torch.randn(50_000, 6), 2 * torch.rand(50_000, groups)
     shape = (6,) if groups == 1 else (groups, 6 // groups)
     sums = Moments(torch.zeros(*shape, shape[-1]).double(), torch.zeros(shape).double())

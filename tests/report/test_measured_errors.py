@@ -136,7 +136,7 @@ def test_a_mask_is_not_passed_over_where_it_is_not_known() -> None:
         encode(model, batch)
 
     for forward in (encode, after_another):
-        with pytest.raises(ValueError, match="layer 'fc' was called beside the model's own forward"):
+        with pytest.raises(ValueError, match="layer 'fc' was called outside the model's own forward"):
             lro.measure_errors(dense, small, [batch], mask="keep", forward=forward)
         assert lro.measure_errors(dense, small, [batch], forward=forward)
 

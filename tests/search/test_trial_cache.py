@@ -1,27 +1,18 @@
-"""Searches that go on where they were, and refuse trials that are not theirs."""
+"""The trial cache: interrupted searches resume, and trials of other models are refused."""
+
+from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import lowrank_ops as lro
-from lowrank_ops.search.trial_cache import Journal, digest
-
-
-class Judge:
-    """Accuracy that falls with the parameters taken away; fails at a given call."""
-
-    def __init__(self, fails_at: int | None = None) -> None:
-        self.calls, self.fails_at = 0, fails_at
-
-    def __call__(self, model: nn.Module) -> float:
-        self.calls += 1
-        if self.calls == self.fails_at:
-            raise RuntimeError("power cut")
-        return sum(p.numel() for p in model.parameters()) / 1e4
+from lowrank_ops.search.trial_cache import TrialCache, digest
+from tests.search.conftest import ParameterAccuracy
 
 
 def make() -> nn.Module:
@@ -35,59 +26,62 @@ def covariances() -> lro.Covariances:
     return lro.calibrate(make(), [torch.randn(300, 64)], sensitivity="output")
 
 
-def search(judge: Judge, path: Path | None, covariances: lro.Covariances, model: nn.Module | None = None, **options):
-    model = make() if model is None else model
-    policy = lro.AccuracyGuided(judge, 0.5, journal=path, **options)
-    return lro.compress_(model, covariances, lro.CompressionConfig(policy, projection="loss")).config
+def search(
+    accuracy: ParameterAccuracy, path: Path | None, covariances: lro.Covariances, model: nn.Module | None = None,
+    max_drop: float = 30, **options: Any,
+) -> lro.Ranks:  # fmt: skip
+    return lro.search_ranks(make() if model is None else model, covariances, accuracy, max_drop, cache=path, **options)
 
 
-@pytest.mark.parametrize("kind", ["budget", "layers"])
-def test_an_interrupted_search_goes_on(tmp_path: Path, covariances, kind: str) -> None:
+def counter(fails_at: int | None = None) -> ParameterAccuracy:
+    return ParameterAccuracy(make(), slope=100, fails_at=fails_at)
+
+
+@pytest.mark.parametrize("by", ["budget", "layers"])
+def test_an_interrupted_search_resumes(tmp_path: Path, covariances: lro.Covariances, by: str) -> None:
     path = tmp_path / "trials"
-    plain, first, second, third = Judge(), Judge(fails_at=4), Judge(), Judge()
-    expected = search(plain, tmp_path / "uninterrupted", covariances, search=kind)
+    plain, first, second, third = counter(), counter(fails_at=4), counter(), counter()
+    expected = search(plain, tmp_path / "uninterrupted", covariances, by=by)
     with pytest.raises(RuntimeError, match="power cut"):
-        search(first, path, covariances, search=kind)
-    assert search(second, path, covariances, search=kind) == expected
+        search(first, path, covariances, by=by)
+    assert search(second, path, covariances, by=by) == expected
     assert second.calls == plain.calls - 3
-    assert search(third, path, covariances, search=kind) == expected and third.calls == 0
-    assert search(Judge(), None, covariances, search=kind) == expected
+    assert search(third, path, covariances, by=by) == expected and third.calls == 0
+    assert search(counter(), None, covariances, by=by) == expected
 
 
-def test_a_search_with_another_tolerance_uses_the_trials(tmp_path: Path, covariances) -> None:
+def test_another_tolerance_uses_the_same_trials(tmp_path: Path, covariances: lro.Covariances) -> None:
     path = tmp_path / "trials"
-    search(Judge(), path, covariances)
-    other = Judge()
-    lro.compress_(
-        make(), covariances, lro.CompressionConfig(lro.AccuracyGuided(other, 0.4, journal=path), projection="loss")
-    )
+    search(counter(), path, covariances)
+    other = counter()
+    search(other, path, covariances, max_drop=25)
     assert other.calls < 10  # the dense model, at least, is known
 
 
-def test_a_torn_line_is_dropped(tmp_path: Path, covariances) -> None:
+def test_a_torn_line_is_dropped(tmp_path: Path, covariances: lro.Covariances) -> None:
     path = tmp_path / "trials"
-    expected = search(Judge(), path, covariances)
+    expected = search(counter(), path, covariances)
     whole = path.read_text().splitlines()
     path.write_text("\n".join(whole[:-1]) + "\n" + whole[-1][:20])
-    judge = Judge()
-    assert search(judge, path, covariances) == expected and judge.calls == 1
+    accuracy = counter()
+    assert search(accuracy, path, covariances) == expected and accuracy.calls == 1
     assert path.read_text().splitlines() == whole
 
 
-def test_trials_of_something_else_are_refused(tmp_path: Path, covariances) -> None:
+def test_trials_of_another_model_are_refused(tmp_path: Path, covariances: lro.Covariances) -> None:
     path = tmp_path / "trials"
-    search(Judge(), path, covariances)
-    before, judge = path.read_text(), Judge()
+    search(counter(), path, covariances)
+    before, accuracy = path.read_text(), counter()
     other = make()
     other[0].weight.data[0, 0] += 1
     with pytest.raises(ValueError, match=r"holds trials with another model; name another file, or delete this one"):
-        search(judge, path, covariances, other)
+        search(accuracy, path, covariances, other)
     with pytest.raises(ValueError, match="holds trials with another covariances;"):
-        search(judge, path, lro.calibrate(make(), [torch.randn(200, 64)], sensitivity="output"))
+        search(accuracy, path, lro.calibrate(make(), [torch.randn(200, 64)], sensitivity="output"))
     with pytest.raises(ValueError, match="another projection, another centered;"):
-        config = lro.CompressionConfig(lro.AccuracyGuided(judge, 1, journal=path), "output", centered=False)
-        lro.compress_(make(), covariances, config)
-    assert path.read_text() == before and judge.calls == 0
+        config = lro.CompressionConfig(projection="output", centered=False)
+        search(accuracy, path, covariances, config=config)
+    assert path.read_text() == before and accuracy.calls == 0
 
 
 @pytest.mark.parametrize(
@@ -100,39 +94,39 @@ def test_trials_of_something_else_are_refused(tmp_path: Path, covariances) -> No
         '{"format": "lowrank_ops.trials/1"}\n',
     ],
 )
-def test_other_files_are_left_alone(tmp_path: Path, covariances, text: str) -> None:
+def test_other_files_are_not_changed(tmp_path: Path, covariances: lro.Covariances, text: str) -> None:
     path = tmp_path / "file"
     path.write_text(text)
-    with pytest.raises(ValueError, match="is no file of trials; name another one"):
-        search(Judge(), path, covariances)
+    with pytest.raises(ValueError, match="is not a trial cache; name another file"):
+        search(counter(), path, covariances)
     assert path.read_text() == text
 
 
-def test_an_empty_file_is_a_new_journal(tmp_path: Path, covariances) -> None:
+def test_an_empty_file_is_a_new_cache(tmp_path: Path, covariances: lro.Covariances) -> None:
     path = tmp_path / "trials"
     path.touch()
-    expected, judge = search(Judge(), path, covariances), Judge()
-    assert search(judge, path, covariances) == expected and judge.calls == 0
+    expected, accuracy = search(counter(), path, covariances), counter()
+    assert search(accuracy, path, covariances) == expected and accuracy.calls == 0
 
 
-def test_a_path_that_cannot_be_written_is_refused_before_the_first_trial(tmp_path: Path, covariances) -> None:
-    judge = Judge()
-    with pytest.raises(ValueError, match="is in a folder that does not exist; make it first"):
-        search(judge, tmp_path / "nowhere" / "trials", covariances)
+def test_a_bad_path_is_refused_before_the_first_trial(tmp_path: Path, covariances: lro.Covariances) -> None:
+    accuracy = counter()
+    with pytest.raises(ValueError, match="is in a folder that does not exist; create it first"):
+        search(accuracy, tmp_path / "nowhere" / "trials", covariances)
     with pytest.raises(ValueError, match="is a folder; name a file"):
-        search(judge, tmp_path, covariances)
-    assert judge.calls == 0
+        search(accuracy, tmp_path, covariances)
+    assert accuracy.calls == 0
 
 
 def test_lines_are_plain_json(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "trials", {"model": "a"})
-    measure = journal.remembering(lambda ranks: 0.5)
-    assert measure({"a": 8, "b": None}) == measure({"b": None, "a": 8}) == 0.5 and len(journal) == 1
+    cache = TrialCache(tmp_path / "trials", {"model": "a"})
+    measure = cache.cached(lambda ranks: 0.5)
+    assert measure({"a": 8, "b": None}) == measure({"b": None, "a": 8}) == 0.5 and len(cache) == 1
     lines = [json.loads(line) for line in (tmp_path / "trials").read_text().splitlines()]
     assert lines[1] == {"ranks": {"a": 8, "b": None}, "accuracy": 0.5}
 
 
-def test_digests_see_every_byte() -> None:
+def test_digests_depend_on_every_byte() -> None:
     plain = digest({"a": torch.zeros(2, 3)})
     others = [
         {"b": torch.zeros(2, 3)},
@@ -141,8 +135,3 @@ def test_digests_see_every_byte() -> None:
         {"a": torch.eye(3)},
     ]
     assert plain == digest({"a": torch.zeros(3, 2).T}) and len({plain, *map(digest, others)}) == 5
-
-
-def test_a_journal_is_a_path() -> None:
-    with pytest.raises(TypeError, match="journal must be the path of a file, or None; got 3"):
-        lro.AccuracyGuided(len, 1, journal=3)

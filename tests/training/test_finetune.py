@@ -1,4 +1,4 @@
-"""Fine-tuning the factors: it learns, keeps the rank, resumes as if never broken off, and leaves the teacher alone."""
+"""Fine-tuning learns, keeps the rank, resumes exactly, and leaves the teacher unchanged."""
 
 import copy
 from collections.abc import Iterator
@@ -62,10 +62,10 @@ def score(model: nn.Module) -> float:
 
 
 @pytest.mark.parametrize("how", ["plain", "distilled", "both"])
-def test_it_recovers_accuracy_and_keeps_the_rank(how: str) -> None:
+def test_finetuning_recovers_accuracy_and_keeps_the_rank(how: str) -> None:
     dense, student = students()
     before, teacher_state = score(student), copy.deepcopy(dense.state_dict())
-    dense[0].train()  # a flag to be found again
+    dense[0].train()  # must be restored
     report = lro.finetune_(
         student,
         data(40),
@@ -127,7 +127,7 @@ def test_matched_outputs_are_the_relative_squared_error() -> None:
 
 
 def test_matching_alone_trains_models_without_logits() -> None:
-    """An encoder that gives no logits: with soft_weight=0 only the layers' outputs count."""
+    """An encoder without logits: with soft_weight=0 only the matched outputs count."""
 
     class Encoder(nn.Module):
         def __init__(self) -> None:
@@ -155,7 +155,7 @@ def test_matching_alone_trains_models_without_logits() -> None:
 
 
 def test_a_constant_output_of_the_teacher_can_be_matched() -> None:
-    """Nothing to divide by: the error is taken as it is, and stays finite."""
+    """Without variance the absolute error is used, so the loss stays finite."""
     dense, student = students(dropout=0.0)
     with torch.no_grad():
         dense[0].weight.zero_()
@@ -193,13 +193,13 @@ def test_hooks_are_removed_after_an_error() -> None:
         ),
     ],
 )
-def test_outputs_that_cannot_be_matched_are_explained(arguments: dict[str, object], message: str) -> None:
+def test_outputs_that_cannot_be_matched_are_refused(arguments: dict[str, object], message: str) -> None:
     arguments = {"teacher": network(), "forward": first, **arguments}
     with pytest.raises(ValueError, match=message):
         lro.finetune_(network(), data(2), **arguments)
 
 
-def test_training_flags_come_back() -> None:
+def test_training_flags_are_restored() -> None:
     dense, student = students()
     dense.eval()
     dense[2].train()
@@ -262,13 +262,13 @@ def interrupted_after(calls: int):  # type: ignore[no-untyped-def]
 
 
 @pytest.mark.parametrize("stop", [3, 12, 21])
-def test_a_resumed_run_is_an_unbroken_one(tmp_path: Path, stop: int) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, stop: int) -> None:
     """With dropout, batch norm and a shuffling loader; 10 batches per epoch, 3 epochs, a checkpoint every 2 steps."""
     loader = torch.utils.data.DataLoader(
         torch.utils.data.TensorDataset(*(torch.cat(part) for part in zip(*data(10), strict=True))), 32, shuffle=True
     )
     start = network()
-    whole, broken = copy.deepcopy(start), copy.deepcopy(start)
+    whole, interrupted = copy.deepcopy(start), copy.deepcopy(start)
     arguments = {"forward": first, "epochs": 3, "checkpoint_every": 2, "lr": 1e-2}
 
     torch.manual_seed(5)
@@ -276,14 +276,14 @@ def test_a_resumed_run_is_an_unbroken_one(tmp_path: Path, stop: int) -> None:
     torch.manual_seed(5)
     path = tmp_path / "run.pt"
     with pytest.raises(Interrupted):
-        lro.finetune_(broken, loader, loss=interrupted_after(stop), checkpoint=path, **arguments)
+        lro.finetune_(interrupted, loader, loss=interrupted_after(stop), checkpoint=path, **arguments)
     torch.manual_seed(77)
     fresh = copy.deepcopy(start)
     report = lro.finetune_(fresh, loader, loss=cross_entropy, checkpoint=path, **arguments)
     assert report.losses == expected.losses
     assert all(torch.equal(value, whole.state_dict()[key]) for key, value in fresh.state_dict().items())
 
-    finished = copy.deepcopy(start)  # a run that is over is loaded, not repeated
+    finished = copy.deepcopy(start)  # a finished run is loaded, not repeated
     again = lro.finetune_(finished, loader, loss=interrupted_after(0), checkpoint=path, **arguments)
     assert again.losses == expected.losses
     assert all(torch.equal(value, whole.state_dict()[key]) for key, value in finished.state_dict().items())
@@ -317,7 +317,7 @@ def test_mixed_precision_trains() -> None:
     assert report.losses[-1] < 2
 
 
-def test_a_plain_loop_works_and_keeps_the_rank() -> None:
+def test_a_plain_training_loop_keeps_the_rank() -> None:
     _, student = students()
     before = score(student)
     optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3, weight_decay=0.1)
@@ -331,7 +331,7 @@ def test_a_plain_loop_works_and_keeps_the_rank() -> None:
     assert torch.linalg.matrix_rank(student[0].weight) == 5
 
 
-def test_steps_without_a_length() -> None:
+def test_steps_replace_the_length_of_batches() -> None:
     class Endless:
         def __iter__(self) -> Iterator[Batch]:
             while True:
@@ -346,23 +346,23 @@ def test_steps_without_a_length() -> None:
         ({}, "needs a loss"),
         ({"loss": cross_entropy, "batches": []}, "batches was empty"),
         ({"loss": cross_entropy, "batches": iter(data(2))}, "pass steps"),
-        ({"loss": cross_entropy, "batches": iter(data(2)), "steps": 5}, "passed through only once"),
+        ({"loss": cross_entropy, "batches": iter(data(2)), "steps": 5}, "iterated only once"),
         ({"loss": cross_entropy, "epochs": 0}, "epochs must be a positive integer; got 0"),
         ({"loss": cross_entropy, "lr": 0}, "lr must be positive; got 0"),
-        ({"loss": cross_entropy, "warmup": 1}, r"warmup must be a share of the steps in \[0, 1\)"),
+        ({"loss": cross_entropy, "warmup": 1}, r"warmup must be a fraction of the steps in \[0, 1\)"),
         ({"loss": cross_entropy, "soft_weight": 2}, "soft_weight must be in"),
         ({"loss": cross_entropy, "autocast": torch.float16}, "autocast must be None or torch.bfloat16"),
         ({"loss": lambda output, batch: output.sum() * float("nan")}, "the loss is nan at step 0"),
         ({"teacher": network(), "forward": lambda model, batch: [str(model(batch[0]))]}, "teacher needs logits"),
     ],
 )
-def test_bad_arguments_are_explained(arguments: dict[str, object], message: str) -> None:
+def test_bad_arguments_are_refused(arguments: dict[str, object], message: str) -> None:
     arguments = {"batches": data(2), "forward": first, **arguments}
     with pytest.raises(ValueError, match=message):
         lro.finetune_(network(), **arguments)
 
 
-def test_students_that_cannot_learn_are_explained() -> None:
+def test_students_that_cannot_learn_are_refused() -> None:
     model = network()
     with pytest.raises(ValueError, match="teacher is the student itself"):
         lro.finetune_(model, data(2), teacher=model, forward=first)

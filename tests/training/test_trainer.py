@@ -1,4 +1,4 @@
-"""Compressed models under the training loop of transformers: its Trainer needs to know nothing of us."""
+"""transformers' Trainer trains compressed models like any other."""
 
 import copy
 from pathlib import Path
@@ -31,7 +31,7 @@ def dense_model() -> torch.nn.Module:
 
 
 def texts(count: int = 64) -> list[dict[str, Tensor]]:
-    """Which half of the vocabulary the first token is from."""
+    """The label is the half of the vocabulary that holds the first token."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(1, 32, (count, 8), generator=generator)
     return [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": (row[0] >= 16).long()} for row in ids]

@@ -1,7 +1,7 @@
 """Stream a model's activations into covariances: model + batches -> Covariances.
 
-Hooks see every call of every layer. The model comes back unchanged: training flags, gradients, random state. With a
-sensitivity, one backward pass per batch streams the gradients at the layers' outputs as well.
+Forward hooks see every call of every layer. Training flags, gradients and the random state are restored afterwards.
+With a sensitivity, one backward pass per batch also streams the gradients at the layers' outputs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..models.layers import FilterFn, dimensions, find_layers
+from ..models.layers import FilterFn, dimensions, find_layers, tied_layers
 from ..models.masks import Mask
 from ..models.running import call_model, device_of, evaluating, move, random_state_kept, without_fast_path
 from .objectives import Sensitivity, check_sensitivity
@@ -67,12 +67,14 @@ def calibrate(
             ``"pooled"``: the same for outputs (batch, positions, features) that are averaged over positions later,
             such as sentence embeddings. Or ``loss(output, batch)``: a scalar summed (not averaged) over samples, or a
             tensor of losses by sample. Gradients of parameters are not changed.
-        num_probes: draws, and backward passes, per batch for the named sensitivities.
+        num_probes: random draws per batch for a named sensitivity, with one backward pass each.
         token_weights: with a sensitivity, also stream each layer's activations weighted per row (token, or position of
             an image) by |g|^2 relative to its mean over the sample, where g is the row's output gradient. Loss-aware
             ranks and factors then weight errors by row. Costs one more moment per layer, one more update per batch,
             and keeps the inputs until the backward pass.
-        max_state_bytes: bound on one layer's input moment with ``side="auto"``.
+        max_state_bytes: bound on one layer's input moment with ``side="auto"``, and on the moment of its output
+            gradients: layers beyond it, such as the head of a language model, are skipped with a sensitivity and stay
+            dense, and so do tied layers.
         share_inputs: keep one moment for layers that receive the same tensor (q, k, v; gate, up). Tensors created
             under ``torch.inference_mode`` are not shared, because in-place changes to them cannot be detected.
         progress: show a progress bar.
@@ -126,7 +128,7 @@ def calibrate(
             if sensitivity is not None:
                 for probe in range(num_probes):
                     retain_graph = probe + 1 < num_probes
-                    calibrator.recorder.add_loss(sensitivity, output, moved, retain_graph)
+                    calibrator._recorder.add_loss(sensitivity, output, moved, retain_graph)
             seen += 1
         if not seen:
             raise ValueError("batches was empty; pass at least one batch.")
@@ -149,6 +151,7 @@ class Calibrator:
     Raises:
         TypeError: ``output_gradients`` is not a bool; the named losses are for :func:`calibrate`.
         ValueError: as for :func:`calibrate`.
+        RuntimeError: a second ``with`` block of the same object.
 
     Example:
         >>> import torch, lowrank_ops as lro
@@ -194,21 +197,29 @@ class Calibrator:
             reasons = "".join(f"\n  {fqn or '(the model)'}: {reason}" for fqn, reason in self.skipped.items())
             raise ValueError(f"model has no supported Linear, Conv2d or Conv1D that filter_fn keeps.{reasons}")
         _warn_of_skipped(self.skipped, filter_fn)
+        if output_gradients:
+            without = _without_output_gradients(model, layers, dtype, max_state_bytes, filter_fn)
+            layers = {fqn: layer for fqn, layer in layers.items() if fqn not in without}
+            self.skipped |= without
         self._model, self._dtype = model, dtype
         self._output_gradients, self._token_weights = output_gradients, token_weights
         self._sides = {fqn: _side(layer, side, dtype, max_state_bytes) for fqn, layer in layers.items()}
-        self.recorder = Recorder(layers, mask, share_inputs)
+        self._recorder = Recorder(layers, mask, share_inputs)
         self._stack: ExitStack | None = None  # while the block runs
+        self._entered = False
 
     def __enter__(self) -> Calibrator:
+        if self._entered:
+            raise RuntimeError("a Calibrator runs one with block; create another one, and merge the covariances.")
+        self._entered = True
         with ExitStack() as stack:
             stack.enter_context(without_fast_path(self._output_gradients))
             stack.enter_context(evaluating(self._model))
             stack.enter_context(random_state_kept(self._model))
-            stack.callback(self.recorder.detach)
-            self.recorder.attach(self._model, self._sides, self._dtype)
+            stack.callback(self._recorder.detach)
+            self._recorder.attach(self._model, self._sides, self._dtype)
             if self._output_gradients:
-                self.recorder.attach_output_gradients(self._dtype, self._token_weights)
+                self._recorder.attach_output_gradients(self._dtype, self._token_weights)
             self._stack = stack.pop_all()
         return self
 
@@ -217,9 +228,9 @@ class Calibrator:
         assert stack is not None
         with stack:
             if kind is None:
-                self.recorder.check_finite()
+                self._recorder.check_finite()
         if kind is None:
-            self.covariances = self.recorder.finish(self.skipped)
+            self.covariances = self._recorder.finish(self.skipped)
             if self._output_gradients and not self.covariances.has_output_gradients:
                 warnings.warn(
                     "Calibrator(output_gradients=True) received no loss; call observe inside its block.", stacklevel=2
@@ -235,7 +246,7 @@ class Calibrator:
 
         Raises:
             RuntimeError: outside the block, or without ``output_gradients=True``.
-            ValueError: the loss is not a scalar, or depends on no layer.
+            ValueError: the loss is not a scalar, or depends on no layer of these forwards.
         """
         if self._stack is None or not self._output_gradients:
             raise RuntimeError("observe works inside a with block of Calibrator(model, output_gradients=True).")
@@ -244,7 +255,30 @@ class Calibrator:
             raise ValueError(f"loss must be a scalar tensor, summed over samples; got {given}.")
         if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
             raise ValueError(f"samples must be a positive integer; got {samples!r}.")
-        self.recorder.add_gradients(loss.sum(), samples, retain_graph)
+        self._recorder.add_gradients(loss.sum(), samples, retain_graph)
+
+
+def _without_output_gradients(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    dtype: torch.dtype,
+    max_state_bytes: int,
+    filter_fn: FilterFn | None,
+) -> dict[str, str]:
+    """``{fqn: reason}`` of layers that are not streamed with output gradients: tied ones and vocabulary-sized heads."""
+    tied = tied_layers(model) if filter_fn is None else {}
+    found = {}
+    for fqn, layer in layers.items():
+        groups, _, out_features = dimensions(layer)
+        state_bytes = groups * out_features**2 * dtype.itemsize
+        if fqn in tied:
+            found[fqn] = f"its weight is tied to {tied[fqn]!r}"
+        elif state_bytes > max_state_bytes:
+            found[fqn] = (
+                f"the second moment of its output gradients would take {state_bytes / 2**30:.1f} GiB, more than "
+                f"max_state_bytes ({max_state_bytes / 2**30:.1f} GiB)"
+            )
+    return found
 
 
 def _warn_of_skipped(skipped: Mapping[str, str], filter_fn: FilterFn | None) -> None:

@@ -1,0 +1,128 @@
+"""What LowRankLinear and LowRankConv2d share: padded factors, initialization, conversion from and to dense layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..calibration.statistics import LayerStatistics, Moments
+from ..config import PROJECTIONS, check_choice
+from ..factors.projections import Factors, factorize
+from ..models.layers import dimensions, weight_matrix
+from ..ranks.costs import stored_rank
+from ..subspaces.layer import LayerSubspaces
+
+Layer = TypeVar("Layer", bound=nn.Module)
+LowRank = TypeVar("LowRank", bound="LowRankLayer")
+
+
+class LowRankLayer(nn.Module):
+    """Low-rank factors ``down`` and ``up``, zero-padded to ``stored_rank``, and an optional bias."""
+
+    down: nn.Parameter
+    up: nn.Parameter
+    bias: nn.Parameter | None
+    rank: int
+
+    @property
+    def stored_rank(self) -> int:
+        """``rank`` rounded up to a positive multiple of 8; the padding is zero and receives zero gradients."""
+        return stored_rank(self.rank)
+
+    @property
+    def weight(self) -> Tensor:
+        """The product of the factors in the shape of the dense layer's weight, recomputed on every access."""
+        raise NotImplementedError
+
+    @classmethod
+    def empty_like(cls: type[LowRank], dense: nn.Module, rank: int, bias: bool) -> LowRank:
+        """A layer with uninitialized factors and the sizes, dtype, device, training and gradient flags of ``dense``."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_factors(cls: type[LowRank], dense: nn.Module, factors: Factors) -> LowRank:
+        """A layer that holds ``factors``, with dtype, device, training and gradient flags of ``dense``."""
+        layer = cls.empty_like(dense, factors.rank, bias=factors.bias is not None)
+        padding = layer.stored_rank - factors.rank
+        with torch.no_grad():
+            layer.down.copy_(F.pad(factors.down, (0, 0, 0, padding)).reshape(layer.down.shape))
+            layer.up.copy_(F.pad(factors.up, (0, padding)).reshape(layer.up.shape))
+            if layer.bias is not None and factors.bias is not None:
+                layer.bias.copy_(factors.bias)
+        return layer
+
+    def _create_parameters(self, down: Sequence[int], up: Sequence[int], bias: bool, **factory: Any) -> None:
+        """Register ``down``, ``up`` and ``bias`` with the given shapes; a missing bias is registered as None."""
+        self.down = nn.Parameter(torch.empty(down, **factory))
+        self.up = nn.Parameter(torch.empty(up, **factory))
+        self.register_parameter("bias", nn.Parameter(torch.empty(up[0], **factory)) if bias else None)
+
+    @torch.no_grad()
+    def _fill_dense(self, dense: Layer) -> Layer:
+        """Copy the product of the factors, the bias and the flags into ``dense``."""
+        dense.get_parameter("weight").copy_(self.weight)
+        if self.bias is not None:
+            dense.get_parameter("bias").copy_(self.bias)
+        return copy_flags(dense, self)
+
+
+def factorize_layer(
+    layer: nn.Module, rank: int, statistics: LayerStatistics | None, projection: str | None, centered: bool
+) -> Factors:
+    """Factors of one dense layer from its calibration statistics, or by truncated SVD of its weight without them."""
+    _, in_features, out_features = dimensions(layer)
+    check_rank(rank, in_features, out_features)
+    check_choice("projection", projection, (None, *PROJECTIONS))
+    if statistics is None:
+        weight = weight_matrix(layer)
+        none = Moments.zeros((*weight.shape[:-2], in_features), torch.float64, weight.device)
+        statistics, projection, centered = LayerStatistics("input", none), "weight", False
+    elif not isinstance(statistics, LayerStatistics):
+        raise TypeError(
+            f"statistics must be the LayerStatistics of this layer, such as covariances['name']; got "
+            f"{type(statistics).__name__}."
+        )
+    if projection is None:
+        projection = "output" if statistics.output_gradients is None else "loss"
+    return factorize(LayerSubspaces.of_layer(layer, statistics, centered=centered), rank, projection)
+
+
+def check_rank(rank: int, in_features: int, out_features: int) -> None:
+    """Raise ValueError unless ``rank`` is an integer in [0, min(in_features, out_features)]."""
+    largest = min(in_features, out_features)
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank <= largest:
+        raise ValueError(
+            f"rank must be an integer in [0, {largest}] for {in_features} -> {out_features} features; got {rank!r}."
+        )
+
+
+def initialize(down: Tensor, up: Tensor, bias: Tensor | None, rank: int, fan_in: int) -> None:
+    """Uniform factors whose product has entries of variance 1 / (3 fan_in), as the default of ``nn.Linear`` has.
+
+    Args:
+        down: (..., stored_rank, fan_in); zero from row ``rank`` on.
+        up: (out_features, stored_rank); zero from column ``rank`` on.
+        bias: (out_features,) or None.
+        rank: the true rank.
+        fan_in: input features of one group.
+    """
+    bound = (9 / max(rank, 1) / (3 * fan_in)) ** 0.25
+    for factor in (down, up):
+        factor.uniform_(-bound, bound)
+    down[..., rank:, :] = 0
+    up[..., rank:] = 0
+    if bias is not None:
+        bias.uniform_(-(fan_in**-0.5), fan_in**-0.5)
+
+
+def copy_flags(layer: Layer, source: nn.Module) -> Layer:
+    """Copy training and gradient flags: the factors follow the weight of ``source``, the bias follows its bias."""
+    flags = {name: parameter.requires_grad for name, parameter in source.named_parameters(recurse=False)}
+    weight = any(flag for name, flag in flags.items() if name != "bias")
+    for name, parameter in layer.named_parameters(recurse=False):
+        parameter.requires_grad_(flags.get("bias", weight) if name == "bias" else weight)
+    return layer.train(source.training)

@@ -1,0 +1,9 @@
+"""What all calibration tests share."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
