@@ -41,4 +41,4 @@ def test_example_prints_what_it_shows(
 
 def test_public_examples_are_found() -> None:
     names = {example.name for example in EXAMPLES}
-    assert {"lowrank_ops.compress.compress_", "lowrank_ops.calibration.calibrate.calibrate"} <= names
+    assert {"lowrank_ops.compress.compress_", "lowrank_ops.calibration.calibrator.calibrate"} <= names
