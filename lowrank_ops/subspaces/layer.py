@@ -257,7 +257,7 @@ def _damped_root(unit: Tensor) -> Tensor:
     """The Cholesky factor of ``unit`` + DAMPING I; ``unit`` is positive semi-definite up to rounding."""
     damping = DAMPING * torch.eye(unit.shape[-1], dtype=unit.dtype, device=unit.device)
     root, info = torch.linalg.cholesky_ex(unit + damping)
-    pivots = root.diagonal(dim1=-2, dim2=-1).square()  # at least the smallest eigenvalue
+    pivots = root.diagonal(dim1=-2, dim2=-1).square()  # none is below the smallest eigenvalue
     if bool(info.any()) or not bool((pivots > 0.5 * DAMPING).all()):  # rounding of the sums is near the damping
         values, vectors = torch.linalg.eigh(unit)
         root = torch.linalg.cholesky((vectors * values.clamp_min(0).unsqueeze(-2)) @ vectors.mT + damping)

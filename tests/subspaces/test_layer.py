@@ -273,7 +273,7 @@ def test_layers_with_a_common_input_share_its_space():
     assert torch.equal(apart.output.spectrum, spaces["k"].output.spectrum)
 
 
-def test_a_streamed_output_gives_the_output_space_of_a_streamed_input():
+def test_a_streamed_output_gives_the_same_output_space():
     model = nn.Sequential(nn.Linear(10, 6)).double()
     x = torch.randn(50, 10, dtype=torch.float64)
     by_input, by_output = (
