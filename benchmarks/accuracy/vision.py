@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import lowrank_ops as lro
-from lowrank_ops.demo.data import load_images, read_original, standardise
+from lowrank_ops.demo.data import load_images, standardize
 from lowrank_ops.demo.evaluation import percent_equal, predict
 from lowrank_ops.demo.vit import load_vit
 from lowrank_ops.report import CompressionReport
 from lowrank_ops.subspaces import LayerSubspaces, layer_subspaces
 
 from .results import Results, uses_token_weights
+from .train_demo import read_original
 
 PROJECTIONS = ("weight", "input", "utilized", "output", "loss")
 ALLOCATIONS = ("uniform", "variance", "loss")
@@ -243,7 +244,7 @@ def without_token_weights(covariances: lro.Covariances) -> lro.Covariances:
 def training_images(folder: Path) -> tuple[Tensor, Tensor]:
     """The 60,000 images (n, 1, 28, 28) that the dense model was trained on, and their labels (n,)."""
     images, labels = read_original(folder, "train")
-    return standardise(images), torch.tensor(labels, dtype=torch.int64)
+    return standardize(images), torch.tensor(labels, dtype=torch.int64)
 
 
 class CachedTeacher(nn.Module):

@@ -1,7 +1,7 @@
 """``lowrank-ops``: the pipeline from a terminal.
 
-The result goes to stdout, with ``--json`` as one JSON document; progress, notes and whatever the user's code prints go
-to stderr. Exit codes: 0 done, 1 it ran but did not hold or the user's code failed, 2 bad arguments or files.
+The result goes to stdout, with ``--json`` as one JSON document. Progress and the output of the user's code go to
+stderr. Exit codes: 0 success; 1 a check failed or the user's code raised an error; 2 bad arguments or files.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from .command import Failure, Parser, Result, one_line
 _PRINTING = ("demo",)  # commands that write their own output and give their exit code
 
 _DESCRIPTION = """\
-Make a trained PyTorch model smaller: measure how much of its space each layer uses, and replace layers by low-rank
-ones that compute nearly the same."""
+Compress a trained PyTorch model: measure how many directions each layer uses, and replace layers by low-rank ones with
+nearly the same output."""
 
 _EPILOG = """\
 To begin:
-  lowrank-ops demo          see it work on a model and images that come with the package
-  lowrank-ops doctor        see what can run on this machine
+  lowrank-ops demo          compress a trained model on real images (in a checkout of the repository)
+  lowrank-ops doctor        show what can run on this machine
 
-For a model of your own, write a module with two functions, say my_project.py:
+For your own model, write a module with two functions, for example my_project.py:
   def build_model():        returns the trained torch.nn.Module
-  def batches():            returns an iterable of batches, each what the model takes:
-                            a tensor, a tuple or list (positional) or a dict (keyword arguments)
+  def batches():            returns an iterable of batches. Each batch is passed to the model: a tensor,
+                            a tuple or list of positional arguments, or a dict of keyword arguments
 and run
   lowrank-ops analyze my_project:build_model --batches my_project:batches"""
 
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        argv: the arguments after the program's name; those of the process by default.
+        argv: the arguments after the program's name; by default those of the process.
 
     Returns:
         The exit code.
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     try:
         print(json.dumps(result.document, indent=2) if options.json else result.text, flush=True)
-    except BrokenPipeError:  # as of `| head`; what is left must not be tried again at exit
+    except BrokenPipeError:  # as with `| head`; Python must not flush the rest again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return result.code
 

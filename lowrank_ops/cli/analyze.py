@@ -1,4 +1,4 @@
-"""``lowrank-ops analyze``: how much of its space each layer uses."""
+"""``lowrank-ops analyze``: the utilization of each layer."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from .command import Failure, Result, add_command, add_output, check_folder, doc
 from .inputs import add_calibration, calibrated
 
 _ANALYZE = """\
-Run batches through the model and print, for each layer, how many directions of its input (k_S) and output (k_T) hold
-the explained variance, the utilized rank min(k_S, k_T) and its share of the layer, and the mean over the layers.
-The model is not changed."""
+Run batches through the model and print for each layer how many directions of its input (k_S) and output (k_T) hold the
+explained variance, its utilized rank min(k_S, k_T), and its utilization: this rank relative to the largest possible
+one. Also print the mean over the layers. The model is not changed."""
 
 _ANALYZE_EXAMPLE = """\
 example:
@@ -23,17 +23,15 @@ example:
 
 
 def add(commands: Any) -> None:
-    """Declare the command."""
-    analyze = add_command(
-        commands, "analyze", "measure how much of its space each layer of a model uses", _ANALYZE, _ANALYZE_EXAMPLE, run
-    )
+    """Add the command."""
+    analyze = add_command(commands, "analyze", "measure the utilization of each layer", _ANALYZE, _ANALYZE_EXAMPLE, run)
     add_calibration(analyze)
     analyze.add_argument(
         "--explained-variance", type=share, default=0.99, metavar="SHARE",
         help="share of the variance, in (0, 1], that the counted directions hold (default: %(default)s)",
     )  # fmt: skip
-    analyze.add_argument("--plot", type=Path, metavar="FILE", help="also draw the table, as .png, .svg or .pdf")
-    analyze.add_argument("--html", type=Path, metavar="FILE", help="also write one page with pictures and tables")
+    analyze.add_argument("--plot", type=Path, metavar="FILE", help="also write a bar chart: .png, .svg or .pdf")
+    analyze.add_argument("--html", type=Path, metavar="FILE", help="also write an HTML page with charts and tables")
     add_output(analyze)
 
 

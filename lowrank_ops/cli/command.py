@@ -1,4 +1,4 @@
-"""What every command shares: how it is declared, what it gives, and how it refuses."""
+"""What the commands share: declaration, results, and errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Failure(Exception):
 
 
 class Result(NamedTuple):
-    """What a command gives: for machines and for people."""
+    """The output of a command: as JSON and as text."""
 
     document: dict[str, Any]
     text: str
@@ -40,7 +40,7 @@ def add_command(
     example: str,
     run: Callable[[argparse.Namespace], Any],
 ) -> argparse.ArgumentParser:
-    """Declare a command.
+    """Add a command to the parser.
 
     Args:
         run: takes the parsed options and gives a :class:`Result`, or the exit code of a command that prints by itself.
@@ -73,7 +73,7 @@ def share(text: str) -> float:
 
 @contextlib.contextmanager
 def failing_as(what: str, but: type[Exception] | tuple[()] = ()) -> Iterator[None]:
-    """Tell an error of the user's own code, or of what it was given, in one line."""
+    """Report an error raised by the user's code or by its data in one line."""
     try:
         yield
     except but:
@@ -84,11 +84,11 @@ def failing_as(what: str, but: type[Exception] | tuple[()] = ()) -> Iterator[Non
 
 
 def check_folder(path: Path, argument: str) -> None:
-    """Before the long work: can the file be written at all?"""
+    """Fail early if the file cannot be written."""
     if not path.absolute().parent.is_dir():
-        raise Failure(2, f"{argument}: there is no folder {str(path.absolute().parent)!r}")
+        raise Failure(2, f"{argument}: no such folder: {str(path.absolute().parent)!r}")
     if path.is_dir():
-        raise Failure(2, f"{argument}: {str(path)!r} is a folder; name a file")
+        raise Failure(2, f"{argument}: {str(path)!r} is a folder; pass a file")
 
 
 def document(options: argparse.Namespace, **results: Any) -> dict[str, Any]:

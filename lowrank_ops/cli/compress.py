@@ -1,4 +1,4 @@
-"""``lowrank-ops compress``: write a smaller model."""
+"""``lowrank-ops compress``: compress a model and write it to a folder."""
 
 from __future__ import annotations
 
@@ -31,28 +31,33 @@ from .command import Failure, Result, add_command, add_output, check_folder, doc
 from .inputs import add_calibration, calibrated, load_batches
 
 _COMPRESS = """\
-Replace layers of the model by low-rank ones and write the result to a folder: model.safetensors and
-lowrank_config.json. In Python, lowrank_ops.load_pretrained(build_model(), folder) gives the compressed model back."""
+Replace layers of the model by low-rank ones and write model.safetensors and lowrank_config.json to a folder. In Python,
+lowrank_ops.load_pretrained(build_model(), folder) loads the compressed model."""
 
 _COMPRESS_EXAMPLE = """\
 examples:
-  half of the layers' parameters
-    lowrank-ops compress my_project:build_model --batches my_project:batches --budget 0.5 --out smaller
-  what a former analysis measured, 99% of each layer's variance, the classifier left dense
+  keep half of the layers' parameters, loss-aware
+    lowrank-ops compress my_project:build_model --batches my_project:batches --sensitivity fisher \\
+        --budget 0.5 --out smaller
+  use the covariances of an earlier analysis, keep 99% of each layer's variance, leave the classifier dense
     lowrank-ops compress my_project:build_model --covariances covariances.safetensors \\
         --explained-variance 0.99 --keep-dense head --out smaller
-  half of the layers' time on this machine, as timed now with the first batch
+  halve the layers' time on this machine, as measured now with the first batch
     lowrank-ops compress my_project:build_model --batches my_project:batches --latency 0.5 --out faster
-  ranks by hand, {"layer name or re:pattern": rank, ...}; layers that are not named stay dense
+  choose ranks by hand, {"layer name or re:pattern": rank, ...}; unnamed layers stay dense
     lowrank-ops compress my_project:build_model --batches my_project:batches --ranks ranks.json --out smaller"""
+
+# {name: what the configuration calls it}
 
 
 def add(commands: Any) -> None:
-    """Declare the command."""
-    compress = add_command(commands, "compress", "write a smaller model", _COMPRESS, _COMPRESS_EXAMPLE, run)
+    """Add the command."""
+    compress = add_command(
+        commands, "compress", "replace layers by low-rank ones and write the model", _COMPRESS, _COMPRESS_EXAMPLE, run
+    )
     add_calibration(compress)
     _add_compression(compress)
-    compress.add_argument("--html", type=Path, metavar="FILE", help="also write one page with pictures and tables")
+    compress.add_argument("--html", type=Path, metavar="FILE", help="also write an HTML page with charts and tables")
     add_output(compress)
 
 
@@ -60,41 +65,45 @@ def _add_compression(parser: argparse.ArgumentParser) -> None:
     policy = parser.add_mutually_exclusive_group()
     policy.add_argument(
         "--explained-variance", type=share, default=None, metavar="SHARE",
-        help="each layer keeps the directions that hold this share of its variance (the default, with 0.99)",
+        help="each layer keeps the directions that hold this share of its variance, such as 0.99",
     )  # fmt: skip
     policy.add_argument(
-        "--budget", type=share, metavar="SHARE", help="all layers together keep at most this share of their parameters"
+        "--budget",
+        type=share,
+        metavar="SHARE",
+        help="all layers keep at most this share of their parameters (the default, with 0.5)",
     )
-    policy.add_argument("--flops", type=share, metavar="SHARE", help="the same of their multiplications")
+    policy.add_argument("--flops", type=share, metavar="SHARE", help="all layers keep at most this share of their MACs")
     policy.add_argument(
         "--latency", type=share, metavar="SHARE",
-        help="the same of their time: as --latencies has it, or as timed now with the first of --batches",
+        help="all layers keep at most this share of their time, from --latencies or measured with the first batch",
     )  # fmt: skip
     policy.add_argument("--ranks", type=Path, metavar="FILE", help='JSON file: {"layer name or re:pattern": rank, ...}')
     parser.add_argument(
         "--allocation", choices=ALLOCATIONS,
-        help="how a budget is shared out: the same share to each layer, or where it saves the most variance or loss "
-        "(default: uniform)",
+        help="how a budget is shared: equally, by the output variance that it preserves, or by the predicted loss "
+        "(default: loss if the covariances hold output gradients, else uniform)",
     )  # fmt: skip
     times = parser.add_mutually_exclusive_group()
-    times.add_argument("--latencies", type=Path, metavar="FILE", help="times for --latency, from --save-latencies")
-    times.add_argument("--save-latencies", type=Path, metavar="FILE", help="keep what was timed for later runs")
+    times.add_argument("--latencies", type=Path, metavar="FILE", help="file from --save-latencies, for --latency")
+    times.add_argument("--save-latencies", type=Path, metavar="FILE", help="store the measured times for later runs")
     parser.add_argument(
-        "--projection", choices=PROJECTIONS, default="output",
-        help="onto output principal components, the same weighed by the loss, onto utilized input and output spaces, "
-        "onto input principal components, or the SVD of the weight alone (default: %(default)s)",
+        "--projection", choices=PROJECTIONS,
+        help="how factors are computed: from output principal components, loss-aware, from the utilized input and "
+        "output subspaces, from input principal components, or by SVD of the weight alone "
+        "(default: loss if the covariances hold output gradients, else output)",
     )  # fmt: skip
     parser.add_argument(
-        "--refit", choices=["sequential"],
-        help="fit the factors anew, layer by layer, to the dense model's outputs from the compressed model's inputs",
+        "--reconstruct", choices=["sequential"],
+        help="then fit the factors layer by layer to the dense model's outputs at the compressed model's inputs",
     )  # fmt: skip
     parser.add_argument(
         "--recalibrate", action="store_true",
-        help="run --batches once more, halfway to the compressed model, and use the gradients of both",
+        help="run --batches again at the midpoint between the dense and the compressed model, and use both gradients",
     )  # fmt: skip
     parser.add_argument(
         "--keep-dense", action="append", default=[], metavar="LAYER",
-        help="layer name or re:pattern that stays as it is; may be given several times",
+        help="layer name or re:pattern to leave dense; can be repeated",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where to write the compressed model")
 
@@ -104,20 +113,19 @@ def run(options: argparse.Namespace) -> Result:
         raise Failure(2, f"--out must be a folder; {str(options.out)!r} is a file")
     if options.html is not None:
         check_folder(options.html, "--html")
-    if options.refit is not None and options.batches is None:
-        raise Failure(2, "--refit runs the model on --batches; it cannot go with --covariances")
-    if options.recalibrate and options.batches is None:
-        raise Failure(2, "--recalibrate runs the model on --batches; it cannot go with --covariances")
+    for flag, given in (("--reconstruct", options.reconstruct), ("--recalibrate", options.recalibrate)):
+        if given and options.batches is None:
+            raise Failure(2, f"{flag} runs the model on --batches; it cannot be combined with --covariances")
     if options.recalibrate and options.sensitivity is None:
-        raise Failure(2, "--recalibrate takes gradients from --batches once more; give --sensitivity with it")
-    if options.recalibrate and "loss" not in (options.projection, options.allocation):
-        raise Failure(2, "--recalibrate is for ranks or factors by loss; give --allocation loss or --projection loss")
+        raise Failure(2, "--recalibrate records output gradients again; it needs --sensitivity")
+    shares_by_loss = (options.budget or options.flops or options.latency) and options.allocation in (None, "loss")
+    if options.recalibrate and options.projection not in (None, "loss") and not shares_by_loss:
+        raise Failure(2, "--recalibrate needs --projection loss, or a budget with --allocation loss")
     policy = _policy(options)
     config = CompressionConfig(
-        rank=policy or ExplainedVariance(),
+        rank=policy or ParameterBudget(1.0),  # replaced below by measured times
         projection=options.projection,
         overrides=dict.fromkeys(options.keep_dense),
-        reconstruction=options.refit,
     )
     model, covariances = calibrated(options)
     if policy is None:
@@ -135,7 +143,7 @@ def run(options: argparse.Namespace) -> Result:
                 progress=True,
             )
     reconstruction = None
-    if options.refit is not None:
+    if options.reconstruct:
         batches = load_batches(options.batches)
         reconstruction = SequentialReconstruction(batches, sensitivity=options.sensitivity, mask=options.mask)
     report = compress_(model, covariances, config, reconstruction=reconstruction, progress=True)
@@ -146,22 +154,22 @@ def run(options: argparse.Namespace) -> Result:
         report.to_html(options.html)
     return Result(
         document(options, out=str(options.out), compression=report.to_dict()),
-        f"{report.table()}\nwritten to {options.out}; lowrank_ops.load_pretrained(dense_model, {str(options.out)!r}) "
-        "reads it",
+        f"{report.table()}\nwritten to {options.out}; load it with "
+        f"lowrank_ops.load_pretrained(dense_model, {str(options.out)!r})",
     )
 
 
 def _policy(options: argparse.Namespace) -> RankPolicy | None:
-    """The policy asked for; None where it is a share of times that are still to be taken."""
-    allocation = options.allocation or "uniform"
+    """The policy asked for; None if it needs times that are not measured yet."""
+    allocation = options.allocation
     if options.allocation is not None and not (options.budget or options.flops or options.latency):
-        raise Failure(2, "--allocation shares out a budget; give --budget, --flops or --latency with it")
+        raise Failure(2, "--allocation needs a budget: --budget, --flops or --latency")
     for name, file in (("--latencies", options.latencies), ("--save-latencies", options.save_latencies)):
         if file is not None and options.latency is None:
-            raise Failure(2, f"{name} is for a budget in time; give --latency with it")
+            raise Failure(2, f"{name} needs --latency")
     if options.latency is not None and options.latencies is None:
         if options.batches is None:
-            raise Failure(2, "--latency times layers with --batches; with --covariances it needs --latencies as well")
+            raise Failure(2, "--latency measures times with --batches; with --covariances it needs --latencies")
         if options.save_latencies is not None:
             check_folder(options.save_latencies, "--save-latencies")
         return None
@@ -174,22 +182,24 @@ def _policy(options: argparse.Namespace) -> RankPolicy | None:
         return FlopBudget(options.flops, allocation)
     if options.budget is not None:
         return ParameterBudget(options.budget, allocation)
+    if options.explained_variance is not None:
+        return ExplainedVariance(options.explained_variance)
     if options.ranks is None:
-        return ExplainedVariance(0.99 if options.explained_variance is None else options.explained_variance)
+        return ParameterBudget(0.5, allocation)
     try:
         ranks = json.loads(options.ranks.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise Failure(2, f"--ranks: {str(options.ranks)!r} is no JSON text: {error}") from None
+        raise Failure(2, f"--ranks: {str(options.ranks)!r} is not JSON: {error}") from None
     if not isinstance(ranks, dict):
         raise Failure(2, f"--ranks: {str(options.ranks)!r} must hold a JSON object of ranks by layer name")
     return Ranks(ranks)
 
 
 def _timed(options: argparse.Namespace, model: nn.Module) -> LatencyBudget:
-    """The budget in time, by the first batch; ``calibrated`` has seen that there is one."""
+    """The latency budget, measured with the first batch; calibration has checked that there is one."""
     batch = next(iter(load_batches(options.batches)))
     with failing_as("timing"):
         latencies = measure_latency(model, batch, progress=True)
     if options.save_latencies is not None:
         latencies.save(options.save_latencies)
-    return LatencyBudget(options.latency, latencies, options.allocation or "uniform")
+    return LatencyBudget(options.latency, latencies, options.allocation)

@@ -1,4 +1,4 @@
-"""The user's model, batches and covariances, from the arguments that name them."""
+"""The user's model, batches and covariances, loaded from the command's arguments."""
 
 from __future__ import annotations
 
@@ -24,35 +24,41 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
         "model", metavar="MODEL", help="package.module:callable that returns the model; called without arguments"
     )
     parser.add_argument(
-        "--checkpoint", type=Path, metavar="FILE", help="safetensors file of the model's state dict, to load first"
+        "--checkpoint", type=Path, metavar="FILE", help="safetensors file with weights to load into the model"
     )
-    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ... (default: where MODEL puts itself)")
+    parser.add_argument(
+        "--device",
+        metavar="DEVICE",
+        help="cpu, cuda, cuda:1, ... (default: the device that MODEL returns the model on)",
+    )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--batches", metavar="BATCHES", help="package.module:callable that returns an iterable of calibration batches"
     )
     source.add_argument(
-        "--covariances", type=Path, metavar="FILE", help="what --save-covariances wrote, instead of running batches"
+        "--covariances", type=Path, metavar="FILE", help="file from --save-covariances, instead of --batches"
     )
-    parser.add_argument("--save-covariances", type=Path, metavar="FILE", help="keep what was measured for later runs")
+    parser.add_argument("--save-covariances", type=Path, metavar="FILE", help="store the covariances for later runs")
     parser.add_argument(
-        "--mask", metavar="NAME", help="keyword argument of the model that marks real tokens, such as attention_mask"
+        "--mask",
+        metavar="NAME",
+        help="keyword argument of the model that is nonzero at real tokens, such as attention_mask",
     )
     parser.add_argument(
         "--side", choices=["auto", "input", "output"], default="auto",
-        help="stream the inputs of layers, their outputs, or the inputs unless too wide (default: %(default)s)",
+        help="record the layers' inputs, their outputs, or (auto) the inputs of all but wide layers (default: auto)",
     )  # fmt: skip
     parser.add_argument(
         "--sensitivity", choices=["fisher", "output", "pooled"],
-        help="gradients to stream for --projection and --allocation loss: of labels by the logits, of the output, or "
-        "of an output whose mean over the positions is used",
+        help="also record output gradients, which make loss-aware compression the default: fisher, with labels drawn "
+        "from the logits; output, for models without logits; pooled, for outputs that are averaged over the positions",
     )  # fmt: skip
 
 
 def calibrated(options: argparse.Namespace) -> tuple[nn.Module, Covariances]:
-    """The model, and its covariances as measured now or read from a file."""
+    """The model and its covariances, measured now or read from a file."""
     if options.covariances is not None and (options.mask is not None or options.side != "auto" or options.sensitivity):
-        raise Failure(2, "--mask, --side, --sensitivity say how to run --batches; they cannot go with --covariances")
+        raise Failure(2, "--mask, --side and --sensitivity need --batches; they cannot be combined with --covariances")
     if options.save_covariances is not None:
         check_folder(options.save_covariances, "--save-covariances")
     model = load_model_of(options)
@@ -79,7 +85,7 @@ def load_model_of(options: argparse.Namespace) -> nn.Module:
         try:
             load_safetensors(model, options.checkpoint)
         except FileNotFoundError:
-            raise Failure(2, f"--checkpoint: there is no file {str(options.checkpoint)!r}") from None
+            raise Failure(2, f"--checkpoint: no such file: {str(options.checkpoint)!r}") from None
         except (safetensors.SafetensorError, RuntimeError, OSError) as error:
             raise Failure(
                 2, f"--checkpoint: {str(options.checkpoint)!r} does not fit {options.model}: {one_line(error)}"
@@ -105,7 +111,7 @@ def load_batches(spec: str) -> Iterable[Any]:
 
 
 def import_callable(spec: str, argument: str) -> Callable[[], Any]:
-    """The callable that ``package.module:callable`` names, looked for in the working directory too."""
+    """The callable named by ``package.module:callable``; the working directory is searched too."""
     name, _, path = spec.partition(":")
     if not name or not path:
         raise Failure(2, f"{argument} must be package.module:callable; got {spec!r}")
@@ -115,9 +121,7 @@ def import_callable(spec: str, argument: str) -> Callable[[], Any]:
         with failing_as(f"{argument}: importing {name}", but=ModuleNotFoundError):
             thing: Any = importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise Failure(
-            2, f"{argument} {spec}: there is no module {error.name!r} in this folder or in the environment"
-        ) from error
+        raise Failure(2, f"{argument} {spec}: no module {error.name!r} in this folder or in the environment") from error
     for part in path.split("."):
         if not hasattr(thing, part):
             raise Failure(2, f"{argument} {spec}: {name!r} has no {path!r}")

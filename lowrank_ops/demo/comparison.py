@@ -1,4 +1,4 @@
-"""The dense model and its compressions side by side."""
+"""Accuracy, size and latency of the dense model and the compressed ones."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from tqdm import tqdm
 import lowrank_ops as lro
 from lowrank_ops.report import CompressionReport
 
+from ..report import CompressionReport
 from .evaluation import latencies, percent_equal, predict
 
-METHODS = {"output": "output", "utilized": "utilized", "weight": "weight SVD"}  # projection: name in the table
+METHODS = {"output": "output", "utilized": "utilized", "weight": "weight SVD"}  # {projection: name in the table}
 LATENCY_BATCH = 100
 
 
@@ -23,13 +24,13 @@ class Row:
     """One model of the comparison."""
 
     method: str
-    ranks: str  # what chose them
-    budget: float | None  # % of the layer parameters that were allowed; None: there was no budget
-    layer_parameters: int  # of the layers that can be compressed
-    layer_share: float  # the same in % of the dense model's
+    ranks: str  # the policy that chose them
+    budget: float | None  # % of the layer parameters; None: another policy
+    layer_parameters: int  # of the considered layers
+    layer_share: float  # layer_parameters in % of the dense model's
     parameters: int  # of the whole model
     accuracy: float  # %
-    agreement: float  # % of the images that get the dense model's prediction
+    agreement: float  # % of the images with the dense model's prediction
     latency_ms: float
     compression: dict[str, Any] | None  # the compression report; None: the dense model
 
@@ -45,7 +46,7 @@ def compare(
 
     Args:
         dense: the original, the first row.
-        compressed: models made from it and what was done to them.
+        compressed: the compressed models with their reports.
         images: (n, 1, 28, 28).
         labels: (n,).
         rounds: timed calls of each model.
@@ -90,7 +91,7 @@ def _described(config: lro.CompressionConfig) -> tuple[str, str, float | None]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A table in Markdown, aligned so that it reads as well in a terminal."""
+    """A Markdown table, aligned for terminals too."""
     header = ["method", "ranks by", "layer parameters", "parameters", "accuracy", "agreement", "ms / batch"]
     lines = [
         [
@@ -105,7 +106,7 @@ def table(rows: Sequence[Row]) -> str:
         for row in rows
     ]
     widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
-    texts = 2  # the first columns hold text and go to the left; numbers go to the right
+    texts = 2  # the leading columns that hold text, aligned to the left
     rule = ["-" * width if column < texts else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
     padded = [
         [f"{cell:<{width}}" if column < texts else f"{cell:>{width}}" for column, (cell, width) in cells]

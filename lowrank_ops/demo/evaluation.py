@@ -1,4 +1,4 @@
-"""How good and how fast a classifier is: predictions, accuracy, agreement, latency."""
+"""Predictions, accuracy, agreement and latency of a classifier."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def predict(model: nn.Module, images: Tensor, bar: Any = None) -> Tensor:
     """The predicted class of every image.
 
     Args:
-        model: images (n, ...) -> logits (n, classes); put into eval mode.
+        model: images (n, ...) -> logits (n, classes); set to eval mode.
         images: (n, ...).
         bar: a progress bar to advance by the number of images.
 
@@ -35,21 +35,21 @@ def predict(model: nn.Module, images: Tensor, bar: Any = None) -> Tensor:
 
 
 def percent_equal(predictions: Tensor, reference: Tensor) -> float:
-    """Share of equal entries in percent: the accuracy where ``reference`` is the truth, else the agreement."""
+    """Percentage of equal entries: the accuracy if ``reference`` holds the labels, the agreement if predictions."""
     return 100 * int((predictions == reference).sum()) / len(reference)
 
 
 @torch.inference_mode()
 def latencies(models: Sequence[nn.Module], batch: Tensor, rounds: int, bar: Any = None) -> list[float]:
-    """Median milliseconds that each model takes for ``batch``.
+    """Median milliseconds per call of each model.
 
-    The models take turns in every round, so that a slow moment of the machine falls on all of them alike.
+    Every round calls each model once, so that a slow period of the machine affects all of them.
 
     Args:
         models: in eval mode.
-        batch: what each is called with.
-        rounds: timed calls of each, after one that is not timed.
-        bar: a progress bar to advance by one for each call, the first ones included.
+        batch: the input of every call.
+        rounds: timed calls of each model, after one untimed call.
+        bar: a progress bar to advance by one per call, untimed calls included.
     """
     times: list[list[float]] = [[] for _ in models]
     for _ in range(rounds + 1):

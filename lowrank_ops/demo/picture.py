@@ -1,33 +1,26 @@
-"""The demo's picture: accuracy against size, and how much of its space each layer uses."""
+"""The demo's picture: accuracy over size, and the utilization of each layer."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from lowrank_ops.report import UtilizationReport
-
+from ..report import UtilizationReport, new_figure
 from .comparison import Row
 
 
 def draw(path: Path, rows: Sequence[Row], utilization: UtilizationReport) -> None:
-    """Write the picture; the ending of ``path`` names the format.
+    """Write the picture; the suffix of ``path`` decides the format.
 
     Args:
         path: file to write.
-        rows: the dense model first, then its compressions.
+        rows: the dense model, followed by the compressed ones.
         utilization: of the dense model.
 
     Raises:
-        ImportError: matplotlib is missing; the message says how to get it.
+        ImportError: matplotlib is missing; the message says how to install it.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("matplotlib is missing; pip install 'lowrank_ops[plots]' brings it") from error
-    figure = Figure(figsize=(13, 4.8), layout="constrained", dpi=120)
-    left, right = figure.subplots(1, 2)
-
+    figure, (left, right) = new_figure(width=13, height=4.8, columns=2)
     dense, compressed = rows[0], rows[1:]
     left.axhline(dense.accuracy, color="black", linewidth=1, linestyle="--", label=f"dense, {dense.accuracy:.2f}%")
     budgets = [row for row in compressed if row.budget is not None]
@@ -42,13 +35,5 @@ def draw(path: Path, rows: Sequence[Row], utilization: UtilizationReport) -> Non
     left.set_title("Compressed without fine-tuning")
     left.grid(alpha=0.3)
     left.legend()
-
-    layers, mean = utilization.layers, utilization.mean_layer_utilization
-    right.bar(range(len(layers)), [100 * layer.utilization for layer in layers])
-    right.axhline(100 * mean, color="black", linewidth=1, linestyle="--", label=f"mean (MLU), {mean:.1%}")
-    right.set_xticks(range(len(layers)), [layer.fqn for layer in layers], rotation=90, fontsize=7)
-    right.set_ylim(0, 100)
-    right.set_ylabel("utilization, %")
-    right.set_title(f"Utilization at explained variance {utilization.explained_variance:g}")
-    right.legend()
+    utilization.draw(right)
     figure.savefig(path)

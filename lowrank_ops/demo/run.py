@@ -1,8 +1,8 @@
 """Compress a trained Vision Transformer on real images and compare it with the dense one.
 
-Calibrates on 2,000 Fashion-MNIST images, measures how much of its space each layer uses, compresses without any
-fine-tuning and evaluates on the 10,000 test images. Writes report.json and report.png. The exit code is 0 if the
-compression at the explained variance held: at most 35% of the layer parameters, at most 0.5 points of accuracy lost.
+Calibrates on 2,000 Fashion-MNIST images, measures the utilization of each layer, compresses without fine-tuning and
+evaluates on the 10,000 test images. Writes report.json and report.png. The exit code is 0 if the compression by
+explained variance keeps at most 35% of the layer parameters and loses at most 0.5 points of accuracy, else 1.
 """
 
 from __future__ import annotations
@@ -26,29 +26,34 @@ from tqdm import tqdm
 import lowrank_ops as lro
 from lowrank_ops.subspaces import LayerSubspaces, layer_subspaces
 
+from ..subspaces.layer import LayerSubspaces, layer_subspaces
 from .comparison import LATENCY_BATCH, METHODS, Row, compare, table
-from .data import ASSETS, load_images
+from .data import load_images, load_training_record
 from .picture import draw
 from .vit import load_vit
 
-# What has to hold.
-LARGEST_LOSS = 0.5  # points of accuracy
-LARGEST_SHARE = 35.0  # % of the layer parameters
-RECORDED_WITHIN = 0.1  # points of accuracy; other processors and libraries round differently
+# Limits of the checks.
+MAX_ACCURACY_LOSS = 0.5  # points
+MAX_SHARE = 35.0  # % of the layer parameters
+RECORD_TOLERANCE = 0.1  # points of accuracy; other processors and libraries round differently
 
 TEST_IMAGES = 10_000
 CALIBRATION_IMAGES = 2_000
 CALIBRATION_BATCH = 100
+ALLOCATIONS = ("uniform", "variance")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the demo."""
+    """Add the demo's options."""
     parser.add_argument(
-        "--out", type=Path, default=Path("."), metavar="FOLDER", help="where to write the report (default: here)"
+        "--data", type=Path, metavar="DIR", help="folder of the images and weights (default: demo in the checkout)"
     )
-    shown = parser.add_mutually_exclusive_group()
-    shown.add_argument("--json", action="store_true", help="print the report as JSON and nothing else")
-    shown.add_argument("--markdown", action="store_true", help="print the table of results and nothing else")
+    parser.add_argument(
+        "--out", type=Path, default=Path("."), metavar="DIR", help="where to write the report (default: here)"
+    )
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="print the report as JSON and nothing else")
+    output.add_argument("--markdown", action="store_true", help="print the table of results and nothing else")
     parser.add_argument(
         "--explained-variance",
         type=_number(float, 1),
@@ -62,11 +67,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         default=[50.0, 25.0, 10.0],
         metavar="PERCENT",
-        help="layer parameters to keep where the methods are compared (default: 50 25 10)",
+        help="layer parameters to keep when comparing methods (default: 50 25 10)",
     )
     parser.add_argument(
         "--allocation",
-        choices=["uniform", "variance"],
+        choices=ALLOCATIONS,
         default="variance",
         help="how a budget is shared among the layers (default: %(default)s)",
     )
@@ -75,14 +80,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         default=["head"],
         metavar="LAYER",
-        help="layers to leave as they are (default: head, the classifier, where rank 8 would save 304 parameters)",
+        help="layers to leave dense (default: head, the classifier, where rank 8 would save only 304 parameters)",
     )
     parser.add_argument(
         "--images",
         type=_number(int, TEST_IMAGES),
         default=TEST_IMAGES,
         metavar="N",
-        help="evaluate on the first N test images, for a quick look (default: all %(default)s)",
+        help="evaluate on the first N test images (default: all %(default)s)",
     )
     parser.add_argument(
         "--calibration-images",
@@ -92,12 +97,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="calibrate on the first N images (default: all %(default)s)",
     )
     parser.add_argument(
-        "--rounds",
-        type=_number(int, 1000),
-        default=15,
-        metavar="N",
+        "--rounds", type=_number(int, 1000), default=15, metavar="N",
         help="timed calls per model (default: %(default)s)",
-    )
+    )  # fmt: skip
 
 
 def _number(kind: type[int] | type[float], largest: float) -> Callable[[str], float]:
@@ -118,7 +120,7 @@ _KINDS = {int: "an integer", float: "a number"}
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that has to hold."""
+    """An upper limit that decides about the exit code."""
 
     text: str
     measured: float
@@ -126,48 +128,44 @@ class Check:
 
     @property
     def held(self) -> bool:
-        """Whether it did, but for the rounding of a difference of percentages."""
+        """Whether the limit was met, up to the rounding of a difference of percentages."""
         return self.measured <= self.limit + 1e-9
 
 
 def run(options: argparse.Namespace) -> int:
-    """The demo, from the shipped weights and images to the report.
+    """Run the demo from the stored weights and images to the report.
 
     Args:
-        options: as :func:`add_arguments` defines them.
+        options: as defined by :func:`add_arguments`.
 
     Returns:
-        The exit code: 0 if everything held, 1 if not, 2 if the report cannot be written or a budget not be met.
+        The exit code: 0 if all checks hold, else 1.
+
+    Raises:
+        OSError: the data is missing, or the report cannot be written.
+        ValueError: a budget cannot be met.
     """
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-        return _run(options)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
-
-def _run(options: argparse.Namespace) -> int:
     quiet = options.json or options.markdown
 
-    def say(text: str) -> None:
+    def show(text: str) -> None:
         if not quiet:
-            print(text, flush=True)  # in step with the progress bars, also where both go to a file
+            print(text, flush=True)  # in order with the progress bars on stderr, even in the same file
 
     started = time.perf_counter()
-    model, training = load_vit(), json.loads((ASSETS / "training.json").read_text())
-    images, labels = (tensor[: options.images] for tensor in load_images("test"))
-    calibration_images = load_images("calibration")[0][: options.calibration_images]
+    model, training = load_vit(options.data), load_training_record(options.data)
+    images, labels = (tensor[: options.images] for tensor in load_images("test", options.data))
+    calibration_images = load_images("calibration", options.data)[0][: options.calibration_images]
+    options.out.mkdir(parents=True, exist_ok=True)
     environment = _environment()
-    say(f"A Vision Transformer of {_size(model):,} parameters and {len(images):,} test images of Fashion-MNIST;")
-    say(f"torch {environment['torch']} on {environment['cpu']}, threads: {environment['threads']}.\n")
+    show(f"A Vision Transformer of {_size(model):,} parameters and {len(images):,} test images of Fashion-MNIST,")
+    show(f"torch {environment['torch']} on {environment['cpu']}, threads: {environment['threads']}.\n")
 
     covariances = lro.calibrate(model, calibration_images.split(CALIBRATION_BATCH), progress=True)
-    # The utilized rank counts variance about zero, as in the paper; factors at a budget fold the mean into the bias.
+    # Utilized ranks refer to variance about zero, as in the paper; at budgets the mean is folded into the bias.
     about_zero = _decompose(model, covariances, centered=False, weights=False)
     about_mean = _decompose(model, covariances, centered=True, weights=True) if options.budgets else {}
     utilization = lro.utilization(model, covariances, options.explained_variance, centered=False, subspaces=about_zero)
-    say(f"\n{utilization.table()}\n")
+    show(f"\n{utilization.table()}\n")
 
     compressed = []
     for config in _configs(options):
@@ -175,20 +173,20 @@ def _run(options: argparse.Namespace) -> int:
         subspaces = about_mean if config.centered else about_zero
         compressed.append((smaller, lro.compress_(smaller, covariances, config, subspaces=subspaces)))
     rows = compare(model, compressed, images, labels, options.rounds)
-    shown = f"{table(rows)}\n\n{_legend(options, len(utilization.layers), environment)}"
-    say(f"\n{shown}\n")
+    results = f"{table(rows)}\n\n{_legend(options, len(utilization.layers), environment)}"
+    show(f"\n{results}\n")
 
     checks = _checks(rows, training["test_accuracy_float16_weights"] if options.images == TEST_IMAGES else None)
     held = all(check.held for check in checks)
     for check in checks:
-        say(f"{'ok' if check.held else 'FAILED':6}  {check.text}: {check.measured:.2f}, at most {check.limit:g}")
+        show(f"{'ok' if check.held else 'FAILED':6}  {check.text}: {check.measured:.2f}, at most {check.limit:g}")
 
     picture, left_out = options.out / "report.png", None
     try:
         draw(picture, rows, utilization)
     except ImportError as error:
         left_out = str(error)
-        print(f"The picture was left out: {left_out}.", file=sys.stderr)
+        print(f"no picture: {left_out}", file=sys.stderr)
     report = {
         "version": lro.__version__,
         "held": held,
@@ -213,15 +211,15 @@ def _run(options: argparse.Namespace) -> int:
     if options.json:
         print(text)
     elif options.markdown:
-        print(shown)
-    say(f"\nWrote report.json{'' if left_out else ' and report.png'} to {options.out.resolve()}.")
+        print(results)
+    show(f"\nWrote report.json{'' if left_out else ' and report.png'} to {options.out.resolve()}.")
     return 0 if held else 1
 
 
 def _decompose(
     model: nn.Module, covariances: lro.Covariances, centered: bool, weights: bool
 ) -> dict[str, LayerSubspaces]:
-    """All spaces that the demo needs, here and not when first used, so that a bar shows where the time goes."""
+    """Compute all subspaces that the demo needs in advance, so that a progress bar can show it."""
     layers = {fqn: model.get_submodule(fqn) for fqn in covariances}
     subspaces = layer_subspaces(layers, covariances, centered=centered)
     for spaces in tqdm(subspaces.values(), desc="decomposing", unit="layer"):
@@ -242,23 +240,25 @@ def _configs(options: argparse.Namespace) -> Iterator[lro.CompressionConfig]:
 def _checks(rows: Sequence[Row], recorded: float | None) -> list[Check]:
     dense, utilized = rows[:2]
     checks = [
-        Check(f"points of accuracy lost at {utilized.ranks}", dense.accuracy - utilized.accuracy, LARGEST_LOSS),
-        Check(f"% of the layer parameters at {utilized.ranks}", utilized.layer_share, LARGEST_SHARE),
+        Check(f"points of accuracy lost at {utilized.ranks}", dense.accuracy - utilized.accuracy, MAX_ACCURACY_LOSS),
+        Check(f"% of the layer parameters at {utilized.ranks}", utilized.layer_share, MAX_SHARE),
     ]
     if recorded is not None:
-        off = abs(dense.accuracy - recorded)
-        checks.append(Check(f"points between the dense accuracy and the recorded {recorded}%", off, RECORDED_WITHIN))
+        difference = abs(dense.accuracy - recorded)
+        checks.append(
+            Check(f"points between the dense accuracy and the recorded {recorded}%", difference, RECORD_TOLERANCE)
+        )
     return checks
 
 
 def _legend(options: argparse.Namespace, layers: int, environment: dict[str, Any]) -> str:
     kept = f", {', '.join(options.keep_dense)} left dense" if options.keep_dense else ""
     return (
-        f"Layer parameters: of the {layers} Linear and Conv2d layers{kept}. Explained variance: about zero, without a "
-        f"change of biases, as in the paper. Budgets: about the mean, {options.allocation} allocation. "
+        f"Layer parameters: of the {layers} Linear and Conv2d layers{kept}. Explained variance: about zero, biases "
+        f"unchanged, as in the paper. Budgets: about the mean, {options.allocation} allocation. "
         f"Accuracy: on {options.images:,} test images, without fine-tuning. Agreement: images with the dense model's "
-        f"prediction. Latency: {min(LATENCY_BATCH, options.images)} images, median of {options.rounds} runs in turn, "
-        f"float32, {environment['cpu']}, threads: {environment['threads']}."
+        f"prediction. Latency: {min(LATENCY_BATCH, options.images)} images, median of {options.rounds} interleaved "
+        f"runs, float32, {environment['cpu']}, threads: {environment['threads']}."
     )
 
 
@@ -278,7 +278,7 @@ def _environment() -> dict[str, Any]:
 
 
 def _cpu() -> str:
-    """The processor's name; ``platform`` knows only its architecture on Linux."""
+    """The processor's name; on Linux, ``platform`` only knows its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

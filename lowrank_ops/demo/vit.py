@@ -1,17 +1,17 @@
 """The Vision Transformer of the demo: 4 x 4 patches of 7 x 7 pixels, 192 channels, 6 blocks."""
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .data import ASSETS
-
-WEIGHTS = "vit.safetensors"
+from .data import WEIGHTS, data_folder
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention whose projections are plain Linears, so that calibration sees their inputs."""
+    """Multi-head self-attention whose projections are plain Linears, so that calibration can record them."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """Vision Transformer (Dosovitskiy et al. 2021) for 28 x 28 grey images; 2.7M parameters by default."""
+    """Vision Transformer (Dosovitskiy et al. 2021) for 28 x 28 gray images; 2.7M parameters by default."""
 
     def __init__(
         self, patch: int = 7, dim: int = 192, depth: int = 6, heads: int = 4, mlp_ratio: int = 4, classes: int = 10
@@ -65,9 +65,9 @@ class ViT(nn.Module):
         return self.head(self.norm(x)[:, 0])
 
 
-def load_vit() -> ViT:
-    """The trained model that ships with the package: float32, eval mode."""
+def load_vit(folder: Path | None = None) -> ViT:
+    """The trained model in float32 and eval mode; ``folder`` as for :func:`lowrank_ops.demo.data.data_folder`."""
     model = ViT()
-    half = load((ASSETS / WEIGHTS).read_bytes())
+    half = load_file(data_folder(folder) / WEIGHTS)
     model.load_state_dict({name: tensor.float() for name, tensor in half.items()})
     return model.eval()

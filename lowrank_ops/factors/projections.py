@@ -99,7 +99,7 @@ def factorize(spaces: LayerSubspaces, rank: int, projection: str = "output") -> 
         rank,
         projection,
         float(spaces.output.dropped(rank).sum()) if projection == "output" else _error(spaces, lost, centered),
-        float(spaces.output.total.sum()),
+        spaces.output_variance,
         _loss_increase(spaces, lost, centered),
     )
 

@@ -1,14 +1,14 @@
-"""What was measured and what was done: Mean Layer Utilization and compression.
+"""Utilization and compression reports: tables for a terminal, JSON, plots, and self-contained HTML pages.
 
-As tables for a terminal, JSON, pictures, and one page of HTML that needs nothing but itself.
+In: subspaces, factors and measured errors. Out: UtilizationReport and CompressionReport.
 """
 
 from .compression import CompressionReport as CompressionReport
-from .compression import LayerCompression as LayerCompression
 from .kinds import KINDS as KINDS
 from .kinds import kind_of as kind_of
+from .per_layer import LayerCompression as LayerCompression
+from .per_layer import LayerUtilization as LayerUtilization
 from .text import format_table as format_table
 from .text import new_figure as new_figure
-from .utilization import LayerUtilization as LayerUtilization
 from .utilization import UtilizationReport as UtilizationReport
 from .utilization import utilization as utilization

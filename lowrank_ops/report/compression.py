@@ -1,73 +1,48 @@
-"""What compression did to each layer, and what that is expected and measured to cost."""
+"""How each layer was compressed, and the predicted and measured error."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..config import CompressionConfig, LatencyBudget, LayerLatencies
+from ..config import CompressionConfig, LatencyBudget, LayerLatencies, Ranks
 from ..factors.projections import Factors
 from ..ranks.costs import dense_macs, dense_parameters, lowrank_macs, stored_rank
 from ..subspaces.layer import LayerSubspaces
 from .kinds import kind_of
+from .page import write_page
+from .per_layer import LayerCompression, Prediction, compression_columns
+from .sections import (
+    compression_by_kind,
+    compression_by_layer,
+    compression_table,
+    kinds_of,
+    predicted_and_measured,
+    remarks,
+    spectra,
+)
 from .spectra import spectrum_of
-from .text import format_table, new_figure, notes
-
-
-@dataclass(frozen=True)
-class LayerCompression:
-    """What became of one layer."""
-
-    fqn: str
-    in_features: int
-    out_features: int
-    rank: int | None  # None: left dense
-    stored_rank: int | None
-    dense_parameters: int
-    parameters: int
-    predicted_error: float | None  # E|y - y'|^2 over the calibration rows; None: not known
-    output_variance: float
-    rows: int  # calibration rows seen
-    projection: str | None = None  # how the factors were made; None: left dense
-    predicted_loss: float | None = None  # increase of one sample's loss, to second order; None: not known
-    kind: str = "other"  # one of KINDS
-    spectrum: tuple[float, ...] | None = None  # see spectrum_of
-    dense_multiplications: int = 0  # over the calibration rows
-    multiplications: int = 0
-    dense_seconds: float | None = None  # of all calls in one forward, as a LatencyBudget had them measured
-    seconds: float | None = None
-    # as relative_error, on other data; see with_measured. What is infinite is null in JSON.
-    measured_error: float | None = None
-    reconstructed: bool = False  # predicted_error is then against the dense model's output, from the compressed input
-
-    @property
-    def relative_error(self) -> float | None:
-        """The predicted error as a share of the output's variance; None: not known."""
-        if self.predicted_error is None:
-            return None
-        return max(0.0, self.predicted_error) / self.output_variance if self.output_variance else 0.0
-
-
-class Prediction(NamedTuple):
-    """Measured relative output errors against predicted ones."""
-
-    correlation: float | None  # of their logarithms; None where either does not vary
-    median_ratio: float  # measured / predicted
-    worst_layer: str  # whose ratio is farthest from 1
-    worst_ratio: float
-    layers: int
+from .text import format_table, layer_bars, new_figure, notes
 
 
 @dataclass(frozen=True)
 class CompressionReport:
-    """What :func:`lowrank_ops.compress_` chose."""
+    """What :func:`lowrank_ops.compress_` did.
+
+    Attributes:
+        config: the configuration, with the choices that were left open filled in.
+        layers: the considered layers, in the model's order.
+        model_parameters_before, model_parameters: of the whole model.
+        skipped: ``{fqn: reason}`` of the layers that were not considered.
+    """
 
     config: CompressionConfig
     layers: tuple[LayerCompression, ...]
@@ -84,7 +59,7 @@ class CompressionReport:
         factors: Mapping[str, Factors],
         skipped: Mapping[str, str],
     ) -> CompressionReport:
-        """Put a report together before the model is changed."""
+        """Build the report, before the model is changed; ``config`` has its defaults filled in."""
         policy = config.rank
         latencies = policy.latencies if isinstance(policy, LatencyBudget) else None
         layers = tuple(
@@ -96,31 +71,36 @@ class CompressionReport:
         return cls(config, layers, before, before - saved, dict(skipped))
 
     @property
+    def allocation(self) -> str | None:
+        """How the budget was shared among the layers; None without a budget."""
+        return getattr(self.config.rank, "allocation", None)
+
+    @property
     def layer_parameters_before(self) -> int:
-        """Parameters of the considered layers before."""
+        """Parameters of the considered layers before compression."""
         return sum(layer.dense_parameters for layer in self.layers)
 
     @property
     def layer_parameters(self) -> int:
-        """Parameters of the considered layers now."""
+        """Parameters of the considered layers after compression."""
         return sum(layer.parameters for layer in self.layers)
 
     def with_measured(self, errors: Mapping[str, float]) -> CompressionReport:
-        """The report with the relative errors that :func:`lowrank_ops.measure_errors` found beside the predicted.
+        """A copy of the report that also holds the relative errors from :func:`lowrank_ops.measure_errors`.
 
         Raises:
-            ValueError: a name that is none of the report's layers.
+            ValueError: a name that the report does not have.
         """
         unknown = set(errors) - {layer.fqn for layer in self.layers}
         if unknown:
-            raise ValueError(f"errors name layers that the report does not have: {', '.join(sorted(unknown))}.")
+            raise ValueError(f"errors has layers that the report does not have: {', '.join(sorted(unknown))}.")
         layers = (replace(layer, measured_error=errors.get(layer.fqn, layer.measured_error)) for layer in self.layers)
         return replace(self, layers=tuple(layers))
 
     def compared(self) -> list[tuple[LayerCompression, float, float]]:
         """Replaced layers with their predicted and measured relative errors, where both are positive and finite.
 
-        Refitted layers are left out: their predicted error is from other inputs than the measured one.
+        Reconstructed layers are excluded: their predicted and measured errors refer to different inputs.
         """
         return [
             (layer, layer.relative_error, layer.measured_error)
@@ -133,7 +113,7 @@ class CompressionReport:
         ]
 
     def prediction(self) -> Prediction | None:
-        """How predicted output errors compare with measured ones; None with less than two layers to compare."""
+        """How measured errors compare with predicted ones; None with fewer than two layers to compare."""
         pairs = self.compared()
         if len(pairs) < 2:
             return None
@@ -149,29 +129,12 @@ class CompressionReport:
 
     def table(self) -> str:
         """One line per layer and the totals, for a terminal."""
-        rows = [
-            [
-                layer.fqn,
-                f"{layer.out_features} x {layer.in_features}",
-                "dense" if layer.rank is None else str(layer.rank),
-                "-" if layer.stored_rank is None else str(layer.stored_rank),
-                f"{layer.parameters / layer.dense_parameters:.1%}",
-                percent(layer.relative_error),
-                "not known" if layer.predicted_loss is None else f"{layer.predicted_loss:.3g}",
-            ]
-            for layer in self.layers
-        ]
-        header = ["layer", "weight", "rank", "stored", "parameters", "output error", "loss increase"]
-        by_loss = any(layer.predicted_loss is not None and layer.rank is not None for layer in self.layers)
-        if not by_loss:  # no sensitivity
-            header, rows = header[:-1], [row[:-1] for row in rows]
-        if any(layer.measured_error is not None for layer in self.layers):
-            header = [*header, "measured error"]
-            rows = [[*row, _measured(layer)] for row, layer in zip(rows, self.layers, strict=True)]
-        lines = [format_table(header, rows)]
-        known = [layer.predicted_loss for layer in self.layers if layer.predicted_loss is not None]
-        if by_loss:
-            lines.append(f"predicted increase of the loss of a sample, summed over the layers: {sum(known):.3g}")
+        columns = compression_columns(self.layers)
+        names = [name for name in columns if name not in {"kind", "MACs", "dense ms", "ms"}]
+        rows = [[columns[name](layer) for name in names] for layer in self.layers]
+        lines, increase = [format_table(names, rows), self.method()], self.predicted_loss
+        if increase is not None:
+            lines.append(f"predicted increase of the loss per sample, summed over the layers: {increase:.3g}")
         lines.append(
             f"layer parameters {self.layer_parameters_before:,} -> {self.layer_parameters:,} "
             f"({self.layer_parameters / self.layer_parameters_before:.1%}), "
@@ -180,39 +143,81 @@ class CompressionReport:
         )
         return "\n".join([*lines, *self.fallbacks(), *notes((), self.skipped)])
 
-    def to_html(self, path: str | Path) -> None:
-        """Write one page with pictures and tables that needs no other file."""
-        from .html import compression_page
+    def method(self) -> str:
+        """How ranks and factors were chosen, in one line."""
+        policy = self.config.rank
+        values = [f"{name}={getattr(policy, name)!r}" for name in ("fraction", "threshold") if hasattr(policy, name)]
+        ranks = "by layer name" if isinstance(policy, Ranks) else f"by {type(policy).__name__}({', '.join(values)})"
+        allocation = "" if self.allocation is None else f", allocation {self.allocation}"
+        used = Counter(layer.projection for layer in self.layers if layer.projection is not None)
+        projections = " and ".join(
+            projection if len(used) == 1 else f"{projection} ({count} of {used.total()} layers)"
+            for projection, count in used.items()
+        )
+        return f"ranks {ranks}{allocation}; projection {projections or '-'}"
 
-        Path(path).write_text(compression_page(self), encoding="utf-8")
+    def to_html(self, path: str | Path) -> None:
+        """Write a self-contained HTML page with charts and tables."""
+        kept = self.layer_parameters / self.layer_parameters_before
+        model_kept = self.model_parameters / self.model_parameters_before
+        cards = [
+            ("Layer parameters", f"{kept:.1%}", f"{self.layer_parameters_before:,} → {self.layer_parameters:,}"),
+            ("Model parameters", f"{model_kept:.1%}", f"{self.model_parameters_before:,} → {self.model_parameters:,}"),
+            (
+                "Layers replaced",
+                str(sum(layer.rank is not None for layer in self.layers)),
+                f"of {len(self.layers)} considered",
+            ),
+        ]
+        increase, prediction = self.predicted_loss, self.prediction()
+        if increase is not None:
+            cards.append(("Predicted loss increase", f"{increase:.3g}", "per sample, summed over the layers"))
+        if prediction is not None:
+            remark = f"median of {prediction.layers} layers"
+            cards.append(("Measured / predicted error", f"{prediction.median_ratio:.2f}", remark))
+        method = self.method()
+        sections = [
+            compression_by_kind(self.layers),
+            compression_by_layer(self.layers),
+            spectra(self.layers, "The point is the chosen rank; layers left dense have none."),
+            predicted_and_measured(self.compared(), prediction, kinds_of(self.layers)),
+            compression_table(self.layers),
+            remarks([*self.fallbacks(), *notes((), self.skipped)]),
+        ]
+        write_page(path, "Compression report", f"{method[0].upper()}{method[1:]}.", cards, sections)
 
     def plot(self, path: str | Path) -> None:
-        """Write a bar chart of what is left of every layer; the ending of ``path`` names the format.
+        """Write a bar chart of the parameters left in each layer; the suffix of ``path`` decides the format.
 
         Raises:
-            ImportError: matplotlib is missing; it comes with the extra ``plots``.
+            ImportError: matplotlib is missing; the extra ``plots`` installs it.
         """
         figure, axes = new_figure(width=max(6.0, 0.25 * len(self.layers)), height=4)
-        names = [layer.fqn for layer in self.layers]
-        share = self.layer_parameters / self.layer_parameters_before
-        axes.bar(range(len(names)), [layer.parameters / layer.dense_parameters for layer in self.layers])
-        axes.axhline(share, color="black", linewidth=1, linestyle="--", label=f"all layers, {share:.1%}")
-        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
-        axes.set_ylim(0, 1)
-        axes.set_ylabel("parameters, of dense")
-        axes.legend()
+        kept = self.layer_parameters / self.layer_parameters_before
+        names, shares = [layer.fqn for layer in self.layers], [layer.share for layer in self.layers]
+        layer_bars(axes, names, shares, kept, f"all layers, {kept:.1%}")
+        axes.set_ylabel("parameters, relative to dense")
         figure.savefig(path)
 
+    @property
+    def predicted_loss(self) -> float | None:
+        """The predicted increase of the loss per sample, summed over the layers; None: unknown for all that changed."""
+        known = [layer for layer in self.layers if layer.predicted_loss is not None]
+        if all(layer.rank is None for layer in known):
+            return None
+        return sum(layer.predicted_loss or 0.0 for layer in known)
+
     def fallbacks(self) -> list[str]:
-        """What was asked for and could not be done, a line each."""
+        """One line per layer that was not compressed as asked for."""
+        replaced = [layer for layer in self.layers if layer.rank is not None]
         return [
-            f"{layer.fqn}: factors by projection={layer.projection!r}, as no sensitivity was streamed for it"
-            for layer in self.layers
-            if layer.projection not in (None, self.config.projection)
+            f"{layer.fqn}: projection {layer.projection!r}, because calibration recorded no output gradients for it"
+            for layer in replaced
+            if layer.projection != self.config.projection
         ] + [
             f"{layer.fqn}: not reconstructed"
-            for layer in self.layers
-            if self.config.reconstruction is not None and layer.rank is not None and not layer.reconstructed
+            for layer in replaced
+            if self.config.reconstruction is not None and not layer.reconstructed
         ]
 
     def to_dict(self) -> dict[str, Any]:
@@ -225,6 +230,7 @@ class CompressionReport:
             "model_parameters_before": self.model_parameters_before,
             "model_parameters": self.model_parameters,
             "skipped": dict(self.skipped),
+            "allocation": self.allocation,
             "prediction": None if (prediction := self.prediction()) is None else prediction._asdict(),
         }
 
@@ -242,9 +248,9 @@ def _layer_compression(
     if factors is not None:
         kept = groups * stored_rank(factors.rank) * (in_features + out_features)
         kept += 0 if factors.bias is None else factors.bias.numel()
-    output_variance = float(space.output.total.sum()) if factors is None else factors.output_variance
+    output_variance = space.output_variance if factors is None else factors.output_variance
     stored = None if factors is None else stored_rank(factors.rank)
-    multiplications = dense_macs(space)
+    macs = dense_macs(space)
     spectrum = spectrum_of(space)
     space.release()
     return LayerCompression(
@@ -262,8 +268,8 @@ def _layer_compression(
         0.0 if factors is None else factors.predicted_loss,
         kind_of(fqn, layer),
         spectrum,
-        multiplications,
-        multiplications if factors is None else lowrank_macs(space, factors.rank),
+        macs,
+        macs if factors is None else lowrank_macs(space, factors.rank),
         None if latencies is None else latencies.seconds(fqn, None),
         None if latencies is None else latencies.seconds(fqn, stored),
         reconstructed=factors is not None and factors.reconstructed,
@@ -275,12 +281,3 @@ def _plain(layer: LayerCompression) -> dict[str, Any]:
     if layer.measured_error is not None and not math.isfinite(layer.measured_error):
         values["measured_error"] = None  # JSON has no infinity
     return values
-
-
-def _measured(layer: LayerCompression) -> str:
-    return "not measured" if layer.measured_error is None else percent(layer.measured_error)
-
-
-def percent(share: float | None) -> str:
-    """A share as people read it."""
-    return "not known" if share is None else f"{share:.3%}"

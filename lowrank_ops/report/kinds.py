@@ -1,4 +1,4 @@
-"""What a layer is for, by its name and the names around it, as model families call them."""
+"""The role of a layer in the model, by the names that model families use."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ _MLP = {
 def kind_of(fqn: str, layer: nn.Module) -> str:
     """One of ``KINDS``.
 
-    ``"conv"``: a convolution. ``"qkv"``: makes queries, keys or values. ``"proj"``: anything else inside a module whose
-    name has attn or attention in it, or an output projection by its own name. ``"mlp"``: a layer of a feed-forward
-    block, by its own name or inside a module called mlp, ffn or feed_forward; BERT's ``output.dense`` outside its
-    attention is one. ``"other"``: heads, poolers, and what none of these names fit.
+    - ``"conv"``: a convolution.
+    - ``"qkv"``: computes queries, keys or values.
+    - ``"proj"``: any other layer in a module with attn or attention in its name, or named as an output projection.
+    - ``"mlp"``: a layer of a feed-forward block, by its own name, in a module named mlp, ffn or feed_forward, or
+      BERT's ``output.dense`` outside attention.
+    - ``"other"``: heads, poolers, and everything else.
     """
     if isinstance(layer, nn.Conv2d):
         return "conv"

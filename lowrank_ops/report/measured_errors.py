@@ -1,4 +1,4 @@
-"""Measure what replaced layers do: each one's output error on data, beside the dense layer, at the dense input."""
+"""Measure the output error of each replaced layer on data, compared with the dense layer at the same input."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..models.running import call_model, device_of, evaluating, move
 
 
 class _Sums:
-    """Of one layer's outputs (rows, features) and errors, in float64."""
+    """Sums over one layer's outputs (rows, features) and errors, in float64."""
 
     def __init__(self, features: int, device: torch.device) -> None:
         self.rows = 0
@@ -46,27 +46,27 @@ def measure_errors(
     centered: bool = True,
     progress: bool = False,
 ) -> dict[str, float]:
-    """The relative output error of every replaced layer, given the inputs that the dense layer receives.
+    """The relative output error of every replaced layer at the inputs of the dense layer.
 
-    That is E|y - y'|^2 / E|y - E y|^2 over the rows of ``batches``, what ``LayerCompression.relative_error`` predicts
-    from the calibration rows; take batches that calibration has not seen, and put the result beside the prediction by
-    ``report.with_measured(errors)``. Only ``dense`` is run; the errors of layers do not add up in it.
+    The error is E|y - y'|^2 / E|y - E y|^2 over the rows of ``batches``. ``LayerCompression.relative_error`` predicts
+    it from the calibration rows. Pass batches that calibration has not seen, and add the result to the report with
+    ``report.with_measured(errors)``. Only ``dense`` is run, so errors do not accumulate from layer to layer.
 
     Args:
-        dense: the model before compression (a copy made then); evaluated in eval mode and handed back as it was.
+        dense: a copy of the model from before compression. It runs in eval mode; its training flags are restored.
         compressed: the same model after :func:`lowrank_ops.compress_`, on the same device and in the same dtype.
         batches, mask, forward: as for :func:`lowrank_ops.calibrate`.
-        centered: measure the outputs' variance about their mean; False about zero, without the bias, as for
+        centered: the outputs' variance about their mean; False: about zero and without the bias, as with
             ``CompressionConfig(centered=False)``.
         progress: show a progress bar.
 
     Returns:
-        ``{fqn: relative error}`` of the replaced layers that were called; inf where the dense output
-        does not vary and the other does.
+        ``{fqn: relative error}`` of the replaced layers that were called; inf where the dense output is constant and
+        the error is not zero.
 
     Raises:
-        ValueError: ``compressed`` has no replaced layer, or one that ``dense`` does not have; no batch; a mask that
-            does not fit, or a layer called beside the forward of ``dense``, where it is not known.
+        ValueError: ``compressed`` has no replaced layer, or one that ``dense`` does not have; ``batches`` is empty;
+            the mask does not fit, or a layer was called outside the forward of ``dense``, where the mask is unknown.
 
     Example:
         >>> import copy, torch, lowrank_ops as lro
@@ -80,17 +80,17 @@ def measure_errors(
         fqn: layer for fqn, layer in compressed.named_modules() if isinstance(layer, (LowRankLinear, LowRankConv2d))
     }
     if not replaced:
-        raise ValueError("compressed has no replaced layer; pass the model that compress_ has changed.")
+        raise ValueError("compressed has no replaced layer; pass the model that compress_ changed.")
     originals = dict(dense.named_modules())
     for fqn in replaced:
         if fqn not in originals or isinstance(originals[fqn], (LowRankLinear, LowRankConv2d)):
             raise ValueError(
-                f"dense has no dense layer {fqn!r}; pass a copy of the model made before compress_, by copy.deepcopy."
+                f"dense has no dense layer {fqn!r}; pass a copy (copy.deepcopy) of the model from before compress_."
             )
     sums: dict[str, _Sums] = {}
-    masks: list[Tensor | None] = []  # of this forward; empty beside it
+    masks: list[Tensor | None] = []  # the mask of the running forward; empty outside of it
 
-    def see(fqn: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
+    def record(fqn: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
         error = y - replaced[fqn](x)
         bias = None if centered else bias_vector(layer)
         if isinstance(layer, nn.Conv2d):
@@ -103,19 +103,19 @@ def measure_errors(
             sums[fqn] = _Sums(y.shape[-1], y.device)
         sums[fqn].add(y if bias is None else y - bias, error)
 
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def set_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         masks.append(read_mask(mask, args, kwargs))
 
-    def after(module: nn.Module, args: Any, output: Any) -> None:
+    def clear_mask(module: nn.Module, args: Any, output: Any) -> None:
         masks.clear()
 
     handles = [
-        dense.register_forward_pre_hook(before, with_kwargs=True),
-        dense.register_forward_hook(after),
+        dense.register_forward_pre_hook(set_mask, with_kwargs=True),
+        dense.register_forward_hook(clear_mask),
     ]
     handles += [
         originals[fqn].register_forward_hook(
-            lambda module, args, kwargs, y, fqn=fqn: see(
+            lambda module, args, kwargs, y, fqn=fqn: record(
                 fqn, module, args[0] if args else next(iter(kwargs.values())), y
             ),
             with_kwargs=True,
@@ -123,15 +123,15 @@ def measure_errors(
         )
         for fqn in replaced
     ]
-    seen = 0
+    count = 0
     try:
         with evaluating(dense, compressed), torch.no_grad():
             for batch in tqdm(batches, desc="measuring errors", unit="batch", disable=not progress):
                 (forward or call_model)(dense, move(batch, device_of(dense)))
-                seen += 1
+                count += 1
     finally:
         for handle in handles:
             handle.remove()
-    if not seen:
+    if not count:
         raise ValueError("batches was empty; pass at least one batch.")
     return {fqn: sums[fqn].relative(centered) for fqn in replaced if fqn in sums}

@@ -1,4 +1,4 @@
-"""Spectra at a few points, as reports keep them."""
+"""Spectra at a few ranks, as the reports store them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ from ..subspaces.layer import LayerSubspaces
 POINTS = 33
 
 
-def spectrum_of(space: LayerSubspaces) -> tuple[float, ...]:
-    """The share of the output's variance in the first 0, 1/32, ... 32/32 of the most directions that it can have.
+def spectrum_of(space: LayerSubspaces) -> tuple[float, ...] | None:
+    """The explained variance of the output at 33 ranks, evenly spaced from 0 to the largest possible one.
 
-    The mean over groups.
+    The mean over groups. In the metric of the loss if only that space was decomposed; None if neither was, because a
+    report does not justify the cost.
     """
-    most = min(space.dimensions[1:])
-    ranks = [round(most * point / (POINTS - 1)) for point in range(POINTS)]
-    shares = [float(space.output.explained(rank).mean()) if rank else 0.0 for rank in ranks]
+    found = space.decomposed_output()
+    if found is None:
+        return None
+    largest = min(space.dimensions[1:])
+    ranks = [round(largest * point / (POINTS - 1)) for point in range(POINTS)]
+    shares = [float(found.explained(rank).mean()) if rank else 0.0 for rank in ranks]
     return tuple(round(share, 6) for share in shares)

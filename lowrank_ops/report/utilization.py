@@ -1,4 +1,4 @@
-"""How much of their space the layers of a model use (Garg et al. 2024)."""
+"""Utilization: the ranks that the layers of a model use, relative to their size (Garg et al. 2024)."""
 
 from __future__ import annotations
 
@@ -15,31 +15,25 @@ from ..calibration.statistics import Covariances
 from ..config import check_share
 from ..models.layers import FilterFn, find_layers
 from ..subspaces.layer import LayerSubspaces, layer_subspaces
-from .kinds import KINDS, kind_of
+from .kinds import kind_of
+from .page import write_page
+from .per_layer import LayerUtilization, utilization_columns
+from .sections import kinds_of, remarks, spectra, utilization_by_kind, utilization_by_layer, utilization_table
 from .spectra import spectrum_of
-from .text import format_table, new_figure, notes
-
-
-@dataclass(frozen=True)
-class LayerUtilization:
-    """One layer's spaces at the report's explained variance."""
-
-    fqn: str
-    in_features: int
-    out_features: int
-    groups: int
-    rows: int  # calibration rows seen
-    input_rank: int | None  # k_S; None: not measured, the output was streamed
-    output_rank: int  # k_T
-    rank: int  # utilized rank min(k_S, k_T)
-    utilization: float  # rank / min(in_features, out_features)
-    kind: str = "other"  # one of KINDS
-    spectrum: tuple[float, ...] | None = None  # see spectrum_of
+from .text import format_table, layer_bars, new_figure, notes
 
 
 @dataclass(frozen=True)
 class UtilizationReport:
-    """How much of their space a model's layers use (Garg et al. 2024)."""
+    """The utilized ranks of a model's layers (Garg et al. 2024).
+
+    Attributes:
+        explained_variance: share of the variance that the utilized directions hold.
+        centered: whether the variance is about the mean; otherwise about zero.
+        layers: the calibrated layers, in the model's order.
+        unreached: layers that no calibration batch reached.
+        skipped: ``{fqn: reason}`` of layers that calibration could not record.
+    """
 
     explained_variance: float
     centered: bool
@@ -53,25 +47,17 @@ class UtilizationReport:
         return sum(layer.utilization for layer in self.layers) / len(self.layers)
 
     def by_kind(self) -> dict[str, float]:
-        """The mean utilization of the layers of each kind that there is, in the order of ``KINDS``."""
-        found = {kind: [layer.utilization for layer in self.layers if layer.kind == kind] for kind in KINDS}
-        return {kind: sum(values) / len(values) for kind, values in found.items() if values}
+        """The mean utilization of the layers of each kind that occurs, in the order of ``KINDS``."""
+        found = {
+            kind: [layer.utilization for layer in self.layers if layer.kind == kind] for kind in kinds_of(self.layers)
+        }
+        return {kind: sum(values) / len(values) for kind, values in found.items()}
 
     def table(self) -> str:
         """One line per layer and the MLU, for a terminal."""
-        rows = [
-            [
-                layer.fqn,
-                str(layer.in_features),
-                str(layer.out_features),
-                "not measured" if layer.input_rank is None else str(layer.input_rank),
-                str(layer.output_rank),
-                str(layer.rank),
-                f"{layer.utilization:.1%}",
-            ]
-            for layer in self.layers
-        ]
-        lines = [format_table(["layer", "in", "out", "k_S", "k_T", "rank", "utilization"], rows)]
+        columns = utilization_columns()
+        names = [name for name in columns if name not in {"kind", "groups", "rows"}]
+        lines = [format_table(names, [[columns[name](layer) for name in names] for layer in self.layers])]
         mean = f"Mean Layer Utilization {self.mean_layer_utilization:.1%}"
         lines.append(f"{mean} at explained variance {self.explained_variance:g}")
         if len(self.by_kind()) > 1:
@@ -87,27 +73,44 @@ class UtilizationReport:
         return json.dumps(self.to_dict(), indent=2)
 
     def to_html(self, path: str | Path) -> None:
-        """Write one page with pictures and tables that needs no other file."""
-        from .html import utilization_page
-
-        Path(path).write_text(utilization_page(self), encoding="utf-8")
+        """Write a self-contained HTML page with charts and tables."""
+        lowest, highest = (extreme(self.layers, key=lambda layer: layer.utilization) for extreme in (min, max))
+        write_page(
+            path,
+            "Layer utilization",
+            f"At explained variance {self.explained_variance:g}, about {'the mean' if self.centered else 'zero'}, "
+            f"from up to {max(layer.rows for layer in self.layers):,} calibration rows per layer.",
+            [
+                ("Mean Layer Utilization", f"{self.mean_layer_utilization:.1%}", f"of {len(self.layers)} layers"),
+                ("Lowest", f"{lowest.utilization:.1%}", lowest.fqn),
+                ("Highest", f"{highest.utilization:.1%}", highest.fqn),
+            ],
+            [
+                utilization_by_kind(self.layers, self.by_kind(), self.explained_variance),
+                utilization_by_layer(self.layers),
+                spectra(self.layers, "The point is the utilized rank."),
+                utilization_table(self.layers),
+                remarks(notes(self.unreached, self.skipped)),
+            ],
+        )
 
     def plot(self, path: str | Path) -> None:
-        """Write a bar chart of the layers' utilizations; the ending of ``path`` names the format.
+        """Write a bar chart of the layers' utilization; the suffix of ``path`` decides the format.
 
         Raises:
-            ImportError: matplotlib is missing; it comes with the extra ``plots``.
+            ImportError: matplotlib is missing; the extra ``plots`` installs it.
         """
         figure, axes = new_figure(width=max(6.0, 0.25 * len(self.layers)), height=4)
-        positions = range(len(self.layers))
-        axes.bar(positions, [layer.utilization for layer in self.layers])
-        axes.axhline(self.mean_layer_utilization, color="black", linewidth=1, linestyle="--", label="mean (MLU)")
-        axes.set_xticks(positions, [layer.fqn for layer in self.layers], rotation=90, fontsize=7)
-        axes.set_ylim(0, 1)
-        axes.set_ylabel("utilization")
-        axes.set_title(f"explained variance {self.explained_variance:g}")
-        axes.legend()
+        self.draw(axes)
         figure.savefig(path)
+
+    def draw(self, axes: Any) -> None:
+        """Draw the bar chart of :meth:`plot` into matplotlib axes."""
+        mean = self.mean_layer_utilization
+        names, values = [layer.fqn for layer in self.layers], [layer.utilization for layer in self.layers]
+        layer_bars(axes, names, values, mean, f"mean (MLU), {mean:.1%}")
+        axes.set_ylabel("utilization")
+        axes.set_title(f"Utilization at explained variance {self.explained_variance:g}")
 
 
 def utilization(
@@ -125,14 +128,14 @@ def utilization(
     Args:
         model: the model that was calibrated.
         covariances: from :func:`lowrank_ops.calibrate`.
-        explained_variance: share of the variance in (0, 1] that the kept directions hold.
-        centered: measure about the mean; False takes the second moment, as if zero were the mean.
-        filter_fn: ``filter_fn(module, fqn) -> bool`` chooses layers; None takes all.
-        subspaces: from :func:`lowrank_ops.layer_subspaces`; made here by default.
+        explained_variance: share of the variance in (0, 1] that the utilized directions hold.
+        centered: variance about the mean; False: about zero, from the second moment.
+        filter_fn: ``filter_fn(module, fqn) -> bool`` selects layers; None selects all.
+        subspaces: from :func:`lowrank_ops.subspaces.layer_subspaces`; computed by default.
         progress: show a progress bar.
 
     Raises:
-        ValueError: ``explained_variance`` out of range, or no layer with a covariance.
+        ValueError: ``explained_variance`` is out of range, or no selected layer was calibrated.
 
     Example:
         >>> import torch, lowrank_ops as lro
@@ -149,7 +152,7 @@ def utilization(
     bar = tqdm(subspaces.items(), desc="decomposing", unit="layer", disable=not progress)
     rows = tuple(_layer_utilization(fqn, layers[fqn], space, explained_variance) for fqn, space in bar)
     if not rows:
-        raise ValueError("covariances hold none of the model's layers that filter_fn keeps; calibrate them first.")
+        raise ValueError("covariances has none of the model's layers that filter_fn selects; calibrate them first.")
     return UtilizationReport(explained_variance, centered, rows, covariances.unreached, covariances.skipped)
 
 

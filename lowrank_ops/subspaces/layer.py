@@ -167,6 +167,24 @@ class LayerSubspaces:
         """The space of the bias-free output, with min(in_features, out_features) directions."""
         return Subspace(lambda: self._output_directions(self.statistics.activations, None))
 
+    @property
+    def output_variance(self) -> float:
+        """The variance of the bias-free output, summed over the outputs; needs no decomposition."""
+        if self.output.is_decomposed:
+            return float(self.output.total.sum())
+        if self.statistics.side == "output":
+            variances = self.moment.diagonal(dim1=-2, dim2=-1)
+        else:
+            variances = ((self.weight @ self.moment) * self.weight).sum(-1)
+        noise = self.statistics.activations.rounding * variances.shape[-1] ** 0.5
+        mean_square = variances + self.output_mean.square() if self.centered else variances
+        return float(torch.where(variances > noise * mean_square, variances, 0.0).sum())
+
+    def decomposed_output(self) -> Subspace | None:
+        """The output space, plain or in the metric of the loss, if one of them was decomposed already."""
+        spaces = [self.output, *([] if self.loss is None else [self.loss.subspace])]
+        return next((space for space in spaces if space.is_decomposed), None)
+
     @cached_property
     def loss(self) -> LossSpace | None:
         """The output space in the metric of the loss, or None if no output gradients were streamed."""

@@ -46,6 +46,11 @@ class Subspace:
         """The variance of the whole space, (...,)."""
         return self.spectrum.sum(-1)
 
+    @property
+    def is_decomposed(self) -> bool:
+        """Whether the spectrum is known, so that reading it takes no decomposition."""
+        return self._spectrum is not None
+
     def held_bytes(self) -> int:
         """Bytes of the basis, 0 after :meth:`release`."""
         return 0 if self._basis is None else self._basis.numel() * self._basis.element_size()

@@ -1,4 +1,4 @@
-"""The command line: every command in this process, reading what it prints and how it refuses."""
+"""The command line: what every command prints and which arguments it refuses."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def masked_batches():
 
 @pytest.fixture(autouse=True)
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A working directory with the user's module in it."""
+    """A working directory with the user's modules."""
     (tmp_path / "cli_project.py").write_text(PROJECT)
     (tmp_path / "cli_broken.py").write_text("raise OSError('no weights')")
     (tmp_path / "cli_needs.py").write_text("import a_package_that_is_not_there")
@@ -83,7 +83,7 @@ def build() -> torch.nn.Module:
 
 
 def refused(capsys: pytest.CaptureFixture[str], code: int, *argv: str) -> str:
-    """Run a command that must fail with ``code`` and one line; return the line."""
+    """The line that a command prints when it fails with ``code``."""
     assert cli.main(list(argv)) == code
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -115,7 +115,7 @@ class TestAnalyze:
         assert (rows["0"]["rank"], rows["0"]["rows"]) == (5, 96)
         assert document["utilization"]["explained_variance"] == 0.99
 
-    def test_saved_covariances_give_the_same(self, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_saved_covariances_give_the_same_result(self, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main([*ANALYZE, "--json", "--save-covariances", "c.safetensors"]) == 0
         measured = json.loads(capsys.readouterr().out)
         assert set(lro.Covariances.load(project / "c.safetensors")) == {"0", "2"}
@@ -130,7 +130,7 @@ class TestAnalyze:
         layers = json.loads(capsys.readouterr().out)["utilization"]["layers"]
         assert [layer["output_rank"] for layer in layers] == [0, 0]
 
-    def test_a_ready_model_and_a_device(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_model_instance_and_device_are_accepted(self, capsys: pytest.CaptureFixture[str]) -> None:
         argv = ["analyze", "cli_project:ready", "--batches", "cli_project:batches", "--device", "cpu"]
         assert cli.main([*argv, "--side", "output"]) == 0
         assert "not measured" in capsys.readouterr().out
@@ -155,7 +155,7 @@ class TestAnalyze:
 
 
 class TestCompress:
-    def test_a_budget_is_kept_and_the_folder_loads(self, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_budget_is_kept_and_the_folder_loads(self, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main([*COMPRESS, "--budget", "0.8", "--allocation", "variance", "--json"]) == 0
         document = json.loads(capsys.readouterr().out)
         compression = document["compression"]
@@ -172,7 +172,7 @@ class TestCompress:
         config = json.loads((project / "out" / "lowrank_config.json").read_text())
         assert all(entry["calibration_rows"] == 96 for entry in config["layers"].values())
 
-    def test_a_budget_in_multiplications(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_flop_budget_is_kept(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main([*COMPRESS, "--flops", "0.8", "--allocation", "variance", "--json"]) == 0
         compression = json.loads(capsys.readouterr().out)["compression"]
         assert compression["config"]["rank"] == {"policy": "flop_budget", "fraction": 0.8, "allocation": "variance"}
@@ -184,7 +184,7 @@ class TestCompress:
         ]
         assert 0 < sum(products) <= 0.8 * 2 * 16 * 32
 
-    def test_a_budget_in_time_is_timed_once(self, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_latency_budget_reads_stored_times(self, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
         curve = LatencyCurve(dense=1e-3, ranks=(8,), seconds=(4e-4,))
         layers = {"0": {"a layer": 1}, "2": {"a layer": 1}}
         LayerLatencies("cpu", 1, {"a layer": curve}, layers).save(project / "times.json")
@@ -195,7 +195,7 @@ class TestCompress:
         assert sorted(str(row["rank"]) for row in compression["layers"]) == ["8", "None"]  # 1.4 of 2 ms
         assert sum(row["seconds"] for row in compression["layers"]) == pytest.approx(1.4e-3)
 
-    def test_a_budget_in_time_times_the_first_batch(
+    def test_latency_budget_measures_the_first_batch(
         self, project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         seen: list[torch.Size] = []
@@ -214,7 +214,7 @@ class TestCompress:
         assert cli.main([*COMPRESS, *timed, "--latencies", "times.json"]) == 0
         assert json.loads(capsys.readouterr().out) == first and len(seen) == 1
 
-    def test_a_budget_in_time_really_timed(self, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_latency_budget_with_real_timing(self, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main([*COMPRESS, "--latency", "1", "--save-latencies", "times.json"]) in (0, 1)  # 1: all stay dense
         assert "timing layers" in capsys.readouterr().err
         assert set(LayerLatencies.load(project / "times.json").layers) == {"0", "2"}
@@ -225,26 +225,26 @@ class TestCompress:
             (["--budget", "0.5", "--flops", "0.5"], "not allowed with argument"),
             (["--latency", "0.5", "--ranks", "ranks.json"], "not allowed with argument"),
             (["--latency", "0"], "must be a number in (0, 1]"),
-            (["--flops", "0.5", "--latencies", "times.json"], "--latencies is for a budget in time; give --latency"),
-            (["--save-latencies", "times.json"], "--save-latencies is for a budget in time; give --latency"),
+            (["--flops", "0.5", "--latencies", "times.json"], "--latencies needs --latency"),
+            (["--save-latencies", "times.json"], "--save-latencies needs --latency"),
             (["--latency", "0.5", "--latencies", "none.json"], "none.json"),
             (["--latency", "0.5", "--latencies", "ranks.json"], "--latencies: not the latencies of layers"),
-            (["--latency", "0.5", "--save-latencies", "no/times.json"], "--save-latencies: there is no folder"),
+            (["--latency", "0.5", "--save-latencies", "no/times.json"], "--save-latencies: no such folder"),
         ],
     )
-    def test_budgets_that_make_no_sense_are_refused(
+    def test_conflicting_budgets_are_refused(
         self, project: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], reason: str
     ) -> None:
         (project / "ranks.json").write_text('{"0": 4}')
         line = refused(capsys, 2, *COMPRESS, *arguments)
         assert reason in line and not (project / "out").exists()
 
-    def test_layers_are_not_timed_without_batches(self, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_latency_without_batches_needs_times(self, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (project / "c.safetensors").touch()
         argv = ("compress", "cli_project:build", "--covariances", "c.safetensors", "--out", "out", "--latency", "0.5")
-        assert "with --covariances it needs --latencies as well" in refused(capsys, 2, *argv)
+        assert "with --covariances it needs --latencies" in refused(capsys, 2, *argv)
 
-    def test_the_table_says_how_to_read_it(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_text_shows_how_to_load_the_model(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main([*COMPRESS, "--projection", "utilized"]) == 0
         out = capsys.readouterr().out
         assert "layer parameters" in out and "load_pretrained(dense_model, 'out')" in out
@@ -261,7 +261,7 @@ class TestCompress:
         half = json.loads(capsys.readouterr().out)["compression"]["layers"]
         assert half[0]["rank"] < default["compression"]["layers"][0]["rank"]
 
-    def test_ranks_by_hand_and_layers_kept_dense(self, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_ranks_by_hand_and_layers_left_dense(self, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (project / "ranks.json").write_text('{"re:.*": 4}')
         assert cli.main([*COMPRESS, "--ranks", "ranks.json", "--keep-dense", "2", "--json"]) == 0
         layers = json.loads(capsys.readouterr().out)["compression"]["layers"]
@@ -275,49 +275,65 @@ class TestCompress:
         assert cli.main([*argv, "--json"]) == 0
         assert json.loads(capsys.readouterr().out) == first
 
-    def test_loss_takes_gradients_along(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_loss_allocation_needs_output_gradients(self, capsys: pytest.CaptureFixture[str]) -> None:
         by_loss = ["--budget", "0.8", "--allocation", "loss", "--projection", "loss", "--json"]
         assert "needs a sensitivity for every layer" in refused(capsys, 2, *COMPRESS, *by_loss)
         assert cli.main([*COMPRESS, *by_loss, "--sensitivity", "fisher"]) == 0
         layers = json.loads(capsys.readouterr().out)["compression"]["layers"]
         assert all(layer["projection"] in ("loss", None) and layer["predicted_loss"] is not None for layer in layers)
 
-    def test_refit(self, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert cli.main([*COMPRESS, "--budget", "0.8", "--refit", "sequential", "--json"]) == 0
+    def test_output_gradients_make_loss_the_default(self, capsys: pytest.CaptureFixture[str]) -> None:
+        for sensitivity, projection, allocation in (
+            ([], "output", "uniform"),
+            (["--sensitivity", "fisher"], "loss", "loss"),
+        ):
+            assert cli.main([*COMPRESS, "--budget", "0.8", *sensitivity, "--json"]) == 0
+            compression = json.loads(capsys.readouterr().out)["compression"]
+            assert {layer["projection"] for layer in compression["layers"]} <= {projection, None}
+            assert compression["allocation"] == allocation
+        argv = [*COMPRESS, "--sensitivity", "fisher", "--projection", "output", "--json"]
+        assert cli.main([*argv, "--budget", "0.8", "--allocation", "uniform"]) == 0
         compression = json.loads(capsys.readouterr().out)["compression"]
-        assert compression["config"]["refit"] == "sequential"
-        assert all(layer["refitted"] for layer in compression["layers"] if layer["rank"] is not None)
-        (project / "c.safetensors").touch()
-        argv = ("compress", "cli_project:build", "--covariances", "c.safetensors", "--out", "out")
-        line = refused(capsys, 2, *argv, "--refit", "sequential")
-        assert "--refit runs the model on --batches; it cannot go with --covariances" in line
+        assert {layer["projection"] for layer in compression["layers"]} <= {"output", None}
+        assert compression["allocation"] == "uniform"
 
-    def test_recalibrate(self, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        by_loss = [
-            "--budget",
-            "0.8",
-            "--allocation",
-            "loss",
-            "--projection",
-            "loss",
-            "--sensitivity",
-            "fisher",
-            "--json",
-        ]
+    def test_reconstruct(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main([*COMPRESS, "--budget", "0.8", "--reconstruct", "sequential", "--json"]) == 0
+        layers = json.loads(capsys.readouterr().out)["compression"]["layers"]
+        assert all(layer["reconstructed"] for layer in layers if layer["rank"] is not None)
+
+    def test_recalibrate_changes_the_predicted_loss(self, capsys: pytest.CaptureFixture[str]) -> None:
+        argv = [*COMPRESS, "--sensitivity", "fisher", "--json", "--budget"]
         predicted = []
         for more in ([], ["--recalibrate"]):
-            assert cli.main([*COMPRESS, *by_loss, *more]) == 0
+            assert cli.main([*argv, "0.8", *more]) == 0
             layers = json.loads(capsys.readouterr().out)["compression"]["layers"]
             predicted.append([layer["predicted_loss"] for layer in layers])
         assert predicted[0] != predicted[1]
-        assert "give --sensitivity with it" in refused(capsys, 2, *COMPRESS, "--recalibrate")
-        energy = ("--budget", "0.8", "--sensitivity", "fisher")
-        assert "for ranks or factors by loss" in refused(capsys, 2, *COMPRESS, *energy, "--recalibrate")
-        stored = ["compress", "project:build", "--covariances", "x", "--out", "out", "--recalibrate"]
-        assert "--recalibrate runs the model on --batches; it cannot go" in refused(capsys, 2, *stored)
-        assert "cannot be met" in refused(capsys, 2, *COMPRESS, *by_loss[2:], "--budget", "0.01", "--recalibrate")
+        assert "cannot be met" in refused(capsys, 2, *argv, "0.01", "--recalibrate")
 
-    def test_nothing_to_gain_is_said_and_nothing_written(
+    @pytest.mark.parametrize(
+        ("arguments", "reason"),
+        [
+            ([], "--recalibrate records output gradients again; it needs --sensitivity"),
+            (
+                ["--sensitivity", "fisher", "--projection", "output"],
+                "--recalibrate needs --projection loss, or a budget",
+            ),
+        ],
+    )
+    def test_recalibrate_needs_output_gradients(
+        self, capsys: pytest.CaptureFixture[str], arguments: list[str], reason: str
+    ) -> None:
+        assert reason in refused(capsys, 2, *COMPRESS, "--recalibrate", *arguments)
+
+    @pytest.mark.parametrize("flag", [["--reconstruct", "sequential"], ["--recalibrate"]])
+    def test_modes_that_run_the_model_need_batches(self, capsys: pytest.CaptureFixture[str], flag: list[str]) -> None:
+        argv = ("compress", "cli_project:build", "--covariances", "c.safetensors", "--out", "out")
+        line = refused(capsys, 2, *argv, *flag)
+        assert f"{flag[0]} runs the model on --batches; it cannot be combined with --covariances" in line
+
+    def test_nothing_is_written_if_every_layer_stays_dense(
         self, project: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert "every layer stays dense" in refused(capsys, 1, *COMPRESS, "--budget", "1")
@@ -338,7 +354,7 @@ class TestDoctor:
             assert sum(row["chosen"] for row in call["implementations"]) == 1
             assert all((row["reason"] is None) is row["can_run"] for row in call["implementations"])
 
-    def test_text_tells_why_not(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_text_has_the_reason(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(["doctor"]) == 0
         out = capsys.readouterr().out
         assert f"torch        {torch.__version__}" in out and "Every operation can run" in out
@@ -346,7 +362,7 @@ class TestDoctor:
         assert len(blocks) == 4 and all("runs" in block for block in blocks)
         assert "triton" in out and "cannot run: " in out
 
-    def test_a_kernel_is_told_with_its_tiles(
+    def test_kernel_is_shown_with_its_tiles(
         self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         lines = "reference: runs\ncuda: can run, by covariance_sm90: tile 128x128, 3 stages\ntriton: cannot run: no"
@@ -359,7 +375,7 @@ class TestDoctor:
         assert rows[1]["can_run"] and not rows[1]["chosen"]
 
     @pytest.mark.parametrize("json_flag", [[], ["--json"]], ids=["text", "json"])
-    def test_an_op_without_implementation_is_exit_code_1(
+    def test_op_without_implementation_is_exit_code_1(
         self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, json_flag: list[str]
     ) -> None:
         monkeypatch.setattr(ops, "explain", lambda op, *tensors, **options: "reference: cannot run: out of luck")
@@ -396,14 +412,14 @@ class TestDoctor:
             "device": "cuda:1", "name": "A GPU", "capability": "9.0", "multiprocessors": 132, "memory_gib": 80.0,
         }  # fmt: skip
 
-    def test_a_broken_package_is_told(self, project: Path) -> None:
+    def test_broken_package_is_reported(self, project: Path) -> None:
         sys.path.insert(0, str(project))
         assert doctor._version_of("cli_broken") == "cannot be imported: no weights"
         assert doctor._version_of("a_package_that_is_not_there") == "not installed"
 
 
 class TestDemo:
-    def test_it_gets_its_options_and_gives_its_exit_code(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_options_and_exit_code_are_passed_on(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from lowrank_ops.demo import run
 
         seen = []
@@ -413,7 +429,7 @@ class TestDemo:
 
 
 class TestRefusals:
-    """User errors: one line, the exit code, no traceback."""
+    """User errors give one line and the exit code, no traceback."""
 
     @pytest.mark.parametrize(
         ("argv", "part"),
@@ -425,17 +441,20 @@ class TestRefusals:
             ([*ANALYZE, "--explained-variance", "99"], "must be a number in (0, 1]; got '99'"),
             ([*COMPRESS, "--budget", "half"], "must be a number in (0, 1]; got 'half'"),
             ([*COMPRESS, "--budget", "0.5", "--ranks", "r"], "not allowed with argument"),
-            ([*COMPRESS, "--allocation", "variance"], "give --budget, --flops or --latency with it"),
+            ([*COMPRESS, "--allocation", "variance"], "--allocation needs a budget: --budget, --flops or --latency"),
             ([*COMPRESS, "--projection", "svd"], "invalid choice: 'svd'"),
             ([*COMPRESS[:-2]], "required: --out"),
             ([*COMPRESS[:-1], "cli_project.py"], "--out must be a folder; 'cli_project.py' is a file"),
-            ([*ANALYZE, "--save-covariances", "none/c"], "--save-covariances: there is no folder"),
-            ([*ANALYZE, "--plot", "none/p.png"], "--plot: there is no folder"),
-            ([*ANALYZE, "--html", "none/p.html"], "--html: there is no folder"),
-            ([*COMPRESS, "--html", "none/p.html"], "--html: there is no folder"),
-            ([*ANALYZE, "--html", "."], "--html: '.' is a folder; name a file"),
-            (["analyze", "m:b", "--covariances", "c", "--mask", "x"], "cannot go with --covariances"),
-            (["analyze", "m:b", "--covariances", "c", "--sensitivity", "fisher"], "cannot go with --covariances"),
+            ([*ANALYZE, "--save-covariances", "none/c"], "--save-covariances: no such folder"),
+            ([*ANALYZE, "--plot", "none/p.png"], "--plot: no such folder"),
+            ([*ANALYZE, "--html", "none/p.html"], "--html: no such folder"),
+            ([*COMPRESS, "--html", "none/p.html"], "--html: no such folder"),
+            ([*ANALYZE, "--html", "."], "--html: '.' is a folder; pass a file"),
+            (["analyze", "m:b", "--covariances", "c", "--mask", "x"], "cannot be combined with --covariances"),
+            (
+                ["analyze", "m:b", "--covariances", "c", "--sensitivity", "fisher"],
+                "cannot be combined with --covariances",
+            ),
             ([*COMPRESS, "--budget", "0.001"], "cannot be met"),
             ([*COMPRESS, "--keep-dense", "nowhere"], "overrides: 'nowhere' matches none"),
         ],
@@ -447,8 +466,8 @@ class TestRefusals:
         ("model", "code", "part"),
         [
             ("cli_project", 2, "MODEL must be package.module:callable; got 'cli_project'"),
-            ("nowhere:build", 2, "there is no module 'nowhere' in this folder"),
-            ("cli_needs:build", 2, "there is no module 'a_package_that_is_not_there'"),
+            ("nowhere:build", 2, "no module 'nowhere' in this folder"),
+            ("cli_needs:build", 2, "no module 'a_package_that_is_not_there'"),
             ("cli_project:bild", 2, "'cli_project' has no 'bild'"),
             ("cli_project:number", 2, "must be callable; it is a int"),
             ("cli_project:tensor", 2, "must return a torch.nn.Module; it returned a Tensor"),
@@ -474,7 +493,7 @@ class TestRefusals:
         assert part in refused(capsys, code, "analyze", "cli_project:build", "--batches", batches)
 
     def test_bad_checkpoints(self, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert "--checkpoint: there is no file 'none'" in refused(capsys, 2, *ANALYZE, "--checkpoint", "none")
+        assert "--checkpoint: no such file: 'none'" in refused(capsys, 2, *ANALYZE, "--checkpoint", "none")
         (project / "text").write_text("not safetensors")
         line = refused(capsys, 2, *ANALYZE, "--checkpoint", "text")
         assert "--checkpoint: 'text' does not fit cli_project:build" in line
@@ -490,7 +509,7 @@ class TestRefusals:
 
     def test_bad_ranks(self, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert "none.json" in refused(capsys, 2, *COMPRESS, "--ranks", "none.json")
-        for text, part in [("{", "is no JSON text"), ("[1]", "must hold a JSON object"), ('{"0": 1.5}', "got 1.5")]:
+        for text, part in [("{", "is not JSON"), ("[1]", "must hold a JSON object"), ('{"0": 1.5}', "got 1.5")]:
             (project / "ranks.json").write_text(text)
             assert part in refused(capsys, 2, *COMPRESS, "--ranks", "ranks.json")
 
@@ -512,7 +531,7 @@ class TestRefusals:
         assert "interrupted" in capsys.readouterr().err
 
 
-def test_help_of_the_process_names_the_commands_and_leaves_the_demo_alone() -> None:
+def test_help_lists_the_commands_without_importing_the_demo() -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(lro.__file__).parents[1])}
     process = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "lowrank_ops.cli", "--help"],
@@ -538,7 +557,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"lowrank_ops {lro.__version__}\n"
 
 
-def test_a_reader_that_stops_early_is_no_error() -> None:
+def test_closed_pipe_is_no_error() -> None:
     code = "from lowrank_ops.cli import main; raise SystemExit(main(['doctor']))"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None and process.stderr is not None

@@ -214,8 +214,8 @@ def test_report_shows_the_loss_and_names_fallbacks() -> None:
     assert by_name["0"].projection == "loss" and by_name["0"].predicted_loss > 0
     assert by_name["3"].projection == "output" and by_name["3"].predicted_loss is None
     assert by_name["5"].projection is None and by_name["5"].predicted_loss == 0
-    assert "3: factors by projection='output', as no sensitivity was streamed for it" in report.table()
-    assert "0: factors" not in report.table() and "loss increase" in report.table()
+    assert "3: projection 'output', because calibration recorded no output gradients for it" in report.table()
+    assert "0: projection" not in report.table() and "loss increase" in report.table()
 
 
 def test_report_without_output_gradients_shows_no_loss() -> None:

@@ -1,4 +1,4 @@
-"""Measured output errors: what they are, what they leave alone, and that predictions hold."""
+"""Measured output errors: definition, agreement with predictions, masks, and models left as they were."""
 
 import copy
 import json
@@ -23,6 +23,18 @@ class Net(nn.Module):
         return self.head(self.drop(self.wide(self.conv(x).relu().flatten(1)).tanh()))
 
 
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(24, 24)
+
+    def forward(self, x: Tensor, keep: Tensor) -> Tensor:
+        return self.encode(x)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.fc(x)
+
+
 def images(count: int) -> Tensor:
     return torch.randn(count, 4, 4, 4, dtype=torch.float64) * torch.logspace(0, -1, 4).view(4, 1, 1) + 0.5
 
@@ -38,7 +50,7 @@ def compressed(centered: bool = True) -> tuple[nn.Module, nn.Module, Compression
 
 @pytest.mark.parametrize("centered", [True, False])
 @torch.no_grad()
-def test_errors_are_those_of_the_definition(centered: bool) -> None:
+def test_errors_follow_their_definition(centered: bool) -> None:
     dense, small, _ = compressed(centered)
     x = images(64)
     errors = lro.measure_errors(dense.eval(), small, x.split(16), centered=centered)
@@ -54,7 +66,7 @@ def test_errors_are_those_of_the_definition(centered: bool) -> None:
 
 
 @pytest.mark.parametrize("centered", [True, False])
-def test_on_the_calibration_rows_the_prediction_is_exact(centered: bool) -> None:
+def test_prediction_is_exact_on_the_calibration_rows(centered: bool) -> None:
     torch.manual_seed(0)
     dense, small, report = compressed(centered)
     torch.manual_seed(0)
@@ -74,7 +86,7 @@ def test_predictions_hold_on_other_data() -> None:
     assert "measured error" in report.table() and report.to_dict()["prediction"]["layers"] == 3
 
 
-def test_models_are_handed_back_as_they_were() -> None:
+def test_models_keep_their_state_and_hooks() -> None:
     dense, small, _ = compressed()
     dense.train()
     dense.conv.eval()
@@ -87,22 +99,13 @@ def test_models_are_handed_back_as_they_were() -> None:
     assert dense.training and not any(module._forward_hooks for module in dense.modules())
 
 
-def test_masked_rows_do_not_count() -> None:
-    class Masked(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(8, 8)
-
-        def forward(self, x: Tensor, keep: Tensor) -> Tensor:
-            return self.fc(x)
-
-    torch.manual_seed(0)
-    dense, x = Masked(), torch.randn(4, 5, 8)
+def test_masked_rows_are_ignored() -> None:
+    dense, x = Masked(), torch.randn(4, 5, 24)
     keep = torch.ones(4, 5, dtype=torch.int64)
     keep[:, 3:] = 0
     small = copy.deepcopy(dense)
     lro.compress_(
-        small, lro.calibrate(dense, [{"x": x, "keep": keep}], mask="keep"), lro.CompressionConfig(lro.Ranks({"fc": 4}))
+        small, lro.calibrate(dense, [{"x": x, "keep": keep}], mask="keep"), lro.CompressionConfig(lro.Ranks({"fc": 8}))
     )
     spoiled = x.clone()
     spoiled[:, 3:] = 1e4
@@ -111,19 +114,7 @@ def test_masked_rows_do_not_count() -> None:
     assert lro.measure_errors(dense, small, [{"x": x, "keep": keep}]) != plain
 
 
-def test_a_mask_is_not_passed_over_where_it_is_not_known() -> None:
-    class Masked(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(24, 24)
-
-        def forward(self, x: Tensor, keep: Tensor) -> Tensor:
-            return self.encode(x)
-
-        def encode(self, x: Tensor) -> Tensor:
-            return self.fc(x)
-
-    torch.manual_seed(0)
+def test_layer_outside_the_forward_with_a_mask_is_refused() -> None:
     dense, batch = Masked(), {"x": torch.randn(4, 5, 24), "keep": torch.ones(4, 5)}
     small = copy.deepcopy(dense)
     lro.compress_(small, lro.calibrate(dense, [batch], mask="keep"), lro.CompressionConfig(lro.Ranks({"fc": 8})))
@@ -141,7 +132,7 @@ def test_a_mask_is_not_passed_over_where_it_is_not_known() -> None:
         assert lro.measure_errors(dense, small, [batch], forward=forward)
 
 
-def test_an_output_that_does_not_vary_has_an_infinite_error_that_reports_can_tell(tmp_path) -> None:
+def test_constant_output_has_an_infinite_error(tmp_path) -> None:
     dense, small, report = compressed()
     errors = lro.measure_errors(dense, small, [images(1)])
     assert errors["wide"] == float("inf") and 0 < errors["conv"] < float("inf")
@@ -153,14 +144,14 @@ def test_an_output_that_does_not_vary_has_an_infinite_error_that_reports_can_tel
     assert "inf%" in report.table()
 
 
-def test_what_cannot_be_compared_is_refused() -> None:
+def test_models_that_cannot_be_compared_are_refused() -> None:
     dense, small, report = compressed()
     with pytest.raises(ValueError, match="compressed has no replaced layer"):
         lro.measure_errors(small, dense, [images(2)])
-    with pytest.raises(ValueError, match="dense has no dense layer 'conv'; pass a copy of the model made before"):
+    with pytest.raises(ValueError, match="dense has no dense layer 'conv'; pass a copy"):
         lro.measure_errors(small, small, [images(2)])
     with pytest.raises(ValueError, match="batches was empty"):
         lro.measure_errors(dense, small, [])
-    with pytest.raises(ValueError, match="errors name layers that the report does not have: nowhere"):
+    with pytest.raises(ValueError, match="errors has layers that the report does not have: nowhere"):
         report.with_measured({"nowhere": 1.0})
     assert report.prediction() is None
