@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import lowrank_ops as lro
-from lowrank_ops.report import CompressionReport
 
 from ..report import CompressionReport
 from .evaluation import latencies, percent_equal, predict

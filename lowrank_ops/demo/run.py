@@ -24,7 +24,6 @@ from torch import nn
 from tqdm import tqdm
 
 import lowrank_ops as lro
-from lowrank_ops.subspaces import LayerSubspaces, layer_subspaces
 
 from ..subspaces.layer import LayerSubspaces, layer_subspaces
 from .comparison import LATENCY_BATCH, METHODS, Row, compare, table

@@ -243,36 +243,44 @@ def _layer_compression(
     fqn: str, layer: nn.Module, space: LayerSubspaces, factors: Factors | None, latencies: LayerLatencies | None
 ) -> LayerCompression:
     groups, in_features, out_features = space.dimensions
-    dense = dense_parameters(space)
-    kept = dense
-    if factors is not None:
-        kept = groups * stored_rank(factors.rank) * (in_features + out_features)
-        kept += 0 if factors.bias is None else factors.bias.numel()
+    dense, macs, spectrum = dense_parameters(space), dense_macs(space), spectrum_of(space)
     output_variance = space.output_variance if factors is None else factors.output_variance
-    stored = None if factors is None else stored_rank(factors.rank)
-    macs = dense_macs(space)
-    spectrum = spectrum_of(space)
     space.release()
+    shared: dict[str, Any] = {
+        "fqn": fqn,
+        "in_features": in_features,
+        "out_features": out_features,
+        "dense_parameters": dense,
+        "output_variance": output_variance,
+        "rows": space.rows,
+        "kind": kind_of(fqn, layer),
+        "spectrum": spectrum,
+        "dense_macs": macs,
+        "dense_seconds": None if latencies is None else latencies.seconds(fqn, None),
+    }
+    if factors is None:
+        return LayerCompression(
+            **shared,
+            rank=None,
+            stored_rank=None,
+            parameters=dense,
+            macs=macs,
+            seconds=shared["dense_seconds"],
+            predicted_error=0.0,
+            predicted_loss=0.0,
+        )
     return LayerCompression(
-        fqn,
-        in_features,
-        out_features,
-        None if factors is None else factors.rank,
-        stored,
-        dense,
-        kept,
-        0.0 if factors is None else factors.predicted_error,
-        output_variance,
-        space.rows,
-        None if factors is None else factors.projection,
-        0.0 if factors is None else factors.predicted_loss,
-        kind_of(fqn, layer),
-        spectrum,
-        macs,
-        macs if factors is None else lowrank_macs(space, factors.rank),
-        None if latencies is None else latencies.seconds(fqn, None),
-        None if latencies is None else latencies.seconds(fqn, stored),
-        reconstructed=factors is not None and factors.reconstructed,
+        **shared,
+        rank=factors.rank,
+        stored_rank=stored_rank(factors.rank),
+        parameters=groups * stored_rank(factors.rank) * (in_features + out_features)
+        + (0 if factors.bias is None else factors.bias.numel()),
+        macs=lowrank_macs(space, factors.rank),
+        seconds=None if latencies is None else latencies.seconds(fqn, stored_rank(factors.rank)),
+        predicted_error=factors.predicted_error,
+        predicted_loss=factors.predicted_loss,
+        projection=factors.projection,
+        reconstructed=factors.reconstructed,
     )
 
 

@@ -42,7 +42,6 @@ class LayerCompression:
     rows: int  # calibration rows seen
     projection: str | None = None  # that made the factors; None: left dense
     predicted_loss: float | None = None  # increase of the loss per sample, to second order; None: unknown
-    excess_error: float | None = None  # bound on predicted_error minus the minimum at this rank; None: unknown
     kind: str = "other"  # one of KINDS
     spectrum: tuple[float, ...] | None = None  # see spectrum_of
     dense_macs: int = 0  # over the calibration rows

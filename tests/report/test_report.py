@@ -87,15 +87,12 @@ def test_spectra_rise_from_zero_to_one(net):
     assert head.spectrum[16] == pytest.approx(float(space.output.explained(8)), abs=1e-6)
 
 
-def test_wide_layers_are_not_decomposed_for_the_report(monkeypatch):
-    from lowrank_ops.subspaces import layer as subspaces
-
-    monkeypatch.setattr(subspaces, "WIDE", 16)
+def test_no_layer_is_decomposed_for_the_report_alone():
     model = nn.Sequential(nn.Linear(32, 64))
     covariances = lro.calibrate(model, [torch.randn(200, 32)])
     assert lro.utilization(model, covariances).layers[0].spectrum is not None  # utilization itself needs it
-    report = lro.compress_(model, covariances, lro.CompressionConfig(lro.Ranks({"0": 2})))
-    assert report.layers[0].spectrum is None
+    ranks = lro.CompressionConfig(lro.Ranks({"0": 2}), projection="weight")
+    assert lro.compress_(model, covariances, ranks).layers[0].spectrum is None
 
 
 @pytest.mark.parametrize("share", [0, 1.5, float("nan")])
