@@ -234,7 +234,7 @@ class LayerSubspaces:
         by_input = self.statistics.side == "input"
         tall = by_input and in_features < out_features
         if tall:  # the columns of W R, R R^T = C, instead of an (out_features, out_features) moment
-            matrix = self.weight @ self._input_root(moment, plain)
+            matrix = self.weight @ square_root(moment)
             diagonal = matrix.square().sum(-1)
             matrix = matrix if root is None else root.mT @ matrix
         else:
@@ -244,18 +244,6 @@ class LayerSubspaces:
         noise = noise_of_sums(diagonal, self.output_mean if self.centered else None, activations.rounding)
         noise = noise if root is None else _in_metric(noise, root)
         return singular_directions(matrix, noise) if tall else principal_directions(matrix, noise)
-
-    def _input_root(self, moment: Tensor, plain: bool) -> Tensor:
-        if plain:
-            assert self.input is not None
-            return self.input.root()
-
-        def decomposed() -> Subspace:
-            mean = self.mean if self.centered else None
-            noise = noise_of_sums(moment.diagonal(dim1=-2, dim2=-1), mean, self._loss_activations.rounding)
-            return Subspace(lambda: principal_directions(moment, noise))
-
-        return square_root(moment, decomposed)
 
     def _spaces(self) -> list[Subspace | LossSpace]:
         found = [self.__dict__.get(name) for name in ("input", "output", "loss", "weight_output")]
@@ -287,7 +275,8 @@ def _damped_root(unit: Tensor) -> Tensor:
     """The Cholesky factor of ``unit`` + DAMPING I; ``unit`` is positive semi-definite up to rounding."""
     damping = DAMPING * torch.eye(unit.shape[-1], dtype=unit.dtype, device=unit.device)
     root, info = torch.linalg.cholesky_ex(unit + damping)
-    if bool(info.any()):  # rounding of the sums exceeds the damping
+    pivots = root.diagonal(dim1=-2, dim2=-1).square()  # none is below the smallest eigenvalue
+    if bool(info.any()) or not bool((pivots > 0.5 * DAMPING).all()):  # rounding of the sums is near the damping
         values, vectors = torch.linalg.eigh(unit)
         root = torch.linalg.cholesky((vectors * values.clamp_min(0).unsqueeze(-2)) @ vectors.mT + damping)
     return root

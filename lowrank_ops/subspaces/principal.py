@@ -1,6 +1,6 @@
 """Principal directions: eigenvectors of a second moment, or left singular vectors of a matrix, in float64.
 
-No Cholesky factor and no inverse of a covariance is required: rank-deficient covariances are the normal case.
+No inverse of a covariance is required: rank-deficient covariances are the normal case.
 """
 
 from __future__ import annotations
@@ -83,10 +83,6 @@ class Subspace:
         """The variance outside the first ``rank`` directions, (...,): the error of a projection on them."""
         return self.spectrum[..., rank:].sum(-1)
 
-    def root(self) -> Tensor:
-        """R with R R^T the space's second moment, (..., features, directions)."""
-        return self.basis * self.spectrum.sqrt().unsqueeze(-2)
-
 
 def principal_directions(moment: Tensor, noise: Noise | None = None) -> tuple[Tensor, Tensor]:
     """Eigenvectors and eigenvalues of a symmetric positive semi-definite matrix, by falling eigenvalue.
@@ -119,18 +115,24 @@ def singular_directions(matrix: Tensor, noise: Noise | None = None) -> tuple[Ten
     return basis, _denoised(values.flip(-1), basis, noise)
 
 
-def square_root(moment: Tensor, decomposed: Callable[[], Subspace]) -> Tensor:
-    """R with R R^T = ``moment``: the Cholesky factor if the matrix is well-conditioned, else from its eigenvectors.
+def square_root(moment: Tensor) -> Tensor:
+    """R with R R^T = ``moment``, (..., features, features), accurate relative to the scale of each feature.
+
+    The Cholesky factor if the matrix is well-conditioned up to those scales, else from the eigenvectors of the
+    correlations. The eigenvectors of ``moment`` itself would lose the features next to an outlier channel.
 
     Args:
-        moment: (..., features, features), float64.
-        decomposed: gives the space of ``moment``; called only if needed.
+        moment: (..., features, features), float64, positive semi-definite up to rounding.
     """
     factor, info = torch.linalg.cholesky_ex(moment)
+    diagonal = moment.diagonal(dim1=-2, dim2=-1)
     pivots = factor.diagonal(dim1=-2, dim2=-1).square()
-    if not bool(info.any()) and bool((pivots > 1e-4 * moment.diagonal(dim1=-2, dim2=-1)).all()):
+    if not bool(info.any()) and bool((pivots > 1e-4 * diagonal).all()):
         return factor
-    return decomposed().root()
+    scale = diagonal.clamp_min(0).sqrt()
+    inverse = torch.where(scale > 0, 1 / scale, 0.0)
+    vectors, values = principal_directions(moment * inverse.unsqueeze(-1) * inverse.unsqueeze(-2))
+    return scale.unsqueeze(-1) * vectors * values.sqrt().unsqueeze(-2)
 
 
 def noise_of_sums(moment_diagonal: Tensor, mean: Tensor | None, rounding: float) -> Noise:
@@ -151,7 +153,7 @@ def noise_of_sums(moment_diagonal: Tensor, mean: Tensor | None, rounding: float)
 
 def _denoised(values: Tensor, vectors: Tensor, noise: Noise | None) -> Tensor:
     """Eigenvalues, falling, with those within rounding error of zero set to zero."""
-    bound = values.shape[-1] * torch.finfo(values.dtype).eps * values[..., :1]  # eigh's own error
+    bound = vectors.shape[-2] * torch.finfo(values.dtype).eps * values[..., :1]  # eigh's own error
     if noise is not None:
         bound = torch.maximum(noise(vectors), bound)
     return torch.where(values > bound, values, 0.0)

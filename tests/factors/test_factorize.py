@@ -1,4 +1,4 @@
-"""Factors: what is optimal, what is the paper's, and that the predicted error is the measured one."""
+"""Factors: optimal, equal to the paper's double projection, and with a predicted error that is the measured one."""
 
 import numpy as np
 import pytest
@@ -10,11 +10,6 @@ from lowrank_ops.factors import factorize
 from lowrank_ops.subspaces import layer_subspaces
 
 PROJECTIONS = ("output", "utilized", "input", "weight")
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
 
 
 def rows_of_rank(rank, features, count=400):
@@ -65,11 +60,11 @@ def test_the_predicted_error_is_the_measured_one(layer_and_input, projection, ce
     assert abs(factors.predicted_error - measured_error(layer, factors, x)) < tolerance
 
 
-def test_the_whole_rank_loses_nothing(layer_and_input):
+def test_full_rank_is_exact(layer_and_input):
     layer, x = layer_and_input
     spaces = spaces_of(layer, x)
     rank = min(spaces.dimensions[1:])
-    for projection in set(PROJECTIONS) - {"input"}:  # which keeps as many input directions, whatever the output takes
+    for projection in set(PROJECTIONS) - {"input"}:  # keeps that many input directions only
         factors = factorize(spaces, rank, projection)
         assert measured_error(layer, factors, x) < 1e-12 * factors.output_variance
 
@@ -115,7 +110,7 @@ def test_output_equals_the_truncated_svd_of_the_outputs():
 
 
 @pytest.mark.parametrize("rank", [0, 2, 6])
-def test_affine_is_never_worse(layer_and_input, rank):
+def test_centered_is_never_worse(layer_and_input, rank):
     layer, x = layer_and_input
     affine, linear = (
         measured_error(layer, factorize(spaces_of(layer, x, centered=centered), rank, "output"), x)
@@ -162,13 +157,13 @@ def test_utilized_is_the_papers_double_projection(shape, centered, rank):
     np.testing.assert_allclose((factors.up @ factors.down).numpy(), expected, atol=1e-9)
 
 
-def test_utilized_past_the_numerical_rank_loses_nothing():
+def test_utilized_past_the_numerical_rank_is_exact():
     layer, x = nn.Linear(24, 16).double(), rows_of_rank(4, 24)
     factors = factorize(spaces_of(layer, x), 9, "utilized")
     assert measured_error(layer, factors, x) < 1e-12 * factors.output_variance
 
 
-# --- projections to compare with --------------------------------------------------------------------------------
+# --- baselines --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("centered", [True, False])
@@ -185,13 +180,13 @@ def test_input_keeps_the_principal_components_of_the_input(centered):
     np.testing.assert_allclose(factors.down @ factors.down.T, np.eye(5), atol=1e-9)
 
 
-def test_input_at_the_inputs_rank_loses_nothing():
+def test_input_at_the_inputs_rank_is_exact():
     layer, x = nn.Linear(24, 16).double(), rows_of_rank(4, 24)
     factors = factorize(spaces_of(layer, x), 4, "input")
     assert measured_error(layer, factors, x) < 1e-12 * factors.output_variance
 
 
-def test_weight_is_the_truncated_svd_and_blind_to_the_data():
+def test_weight_is_the_truncated_svd_and_ignores_the_data():
     layer, x = nn.Linear(24, 16).double(), rows_of_rank(4, 24)
     factors = factorize(spaces_of(layer, x), 5, "weight")
     u, s, vt = np.linalg.svd(layer.weight.detach().numpy())
@@ -213,7 +208,7 @@ def test_a_streamed_output_gives_the_same_factors(layer_and_input, centered):
     assert (by_output.bias is None) == (by_input.bias is None)
 
 
-def test_what_a_streamed_output_cannot_give():
+def test_projections_that_need_the_input_are_refused():
     layer = nn.Linear(24, 16).double()
     spaces = spaces_of(layer, rows_of_rank(9, 24), side="output")
     assert factorize(spaces, 3, "weight").predicted_error is None

@@ -1,4 +1,6 @@
-"""Factors in the metric of the loss: optimal, affine, safe where matrices are singular, and honest in the report."""
+"""Factors in the metric of the loss: optimal, finite where matrices are singular, and reported as they are."""
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,14 +10,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lowrank_ops as lro
-from lowrank_ops.calibration import Moments
+from lowrank_ops.calibration import LayerStatistics, Moments
 from lowrank_ops.factors import Factors, factorize
 from lowrank_ops.subspaces import LayerSubspaces
 from lowrank_ops.subspaces.layer import DAMPING
 
 
-def covariance_of(rows: Tensor, side: str) -> Moments:
-    return Moments(rows.T @ rows, rows.sum(0), len(rows), side, ["layer"])
+def moments_of(rows: Tensor) -> Moments:
+    return Moments(rows.T @ rows, rows.sum(0), len(rows))
 
 
 def problem(
@@ -37,8 +39,9 @@ def problem(
     return layer, x + 3, g
 
 
-def spaces_of(layer: nn.Module, x: Tensor, g: Tensor, centered: bool = True) -> LayerSubspaces:
-    return LayerSubspaces(layer, covariance_of(x, "input"), centered=centered, sensitivity=covariance_of(g, "gradient"))
+def spaces_of(layer: nn.Module, rows: Tensor, g: Tensor, centered: bool = True, side: str = "input") -> LayerSubspaces:
+    statistics = LayerStatistics(side, moments_of(rows), moments_of(g))
+    return LayerSubspaces.of_layer(layer, statistics, centered=centered)
 
 
 def metric(g: Tensor) -> Tensor:
@@ -46,7 +49,7 @@ def metric(g: Tensor) -> Tensor:
     return moment + DAMPING * moment.trace() / len(moment) * torch.eye(len(moment)).double()
 
 
-def felt(layer: nn.Linear, factors: Factors, x: Tensor, m: Tensor) -> float:
+def metric_error(layer: nn.Linear, factors: Factors, x: Tensor, m: Tensor) -> float:
     """E of e^T M e over the rows, e the error of the output."""
     error = F.linear(x, factors.up @ factors.down, factors.bias) - layer(x).detach()
     return float(((error @ m) * error).sum() / len(x))
@@ -59,25 +62,28 @@ def test_error_in_the_metric_is_what_was_dropped(rank: int, centered: bool) -> N
     spaces = spaces_of(layer, x, g, centered)
     factors = factorize(spaces, rank, "loss")
     dropped = float(spaces.loss.subspace.spectrum[rank:].sum())
-    assert felt(layer, factors, x, metric(g)) == pytest.approx(dropped, rel=1e-6)
+    assert metric_error(layer, factors, x, metric(g)) == pytest.approx(dropped, rel=1e-6)
     assert factors.projection == "loss"
     undamped = g.T @ g / len(g)
-    assert factors.predicted_loss == pytest.approx(0.5 * felt(layer, factors, x, undamped), rel=1e-6)
+    assert factors.predicted_loss == pytest.approx(0.5 * metric_error(layer, factors, x, undamped), rel=1e-6)
     plain = torch.eye(7).double()
-    assert factors.predicted_error == pytest.approx(felt(layer, factors, x, plain), rel=1e-6)
+    assert factors.predicted_error == pytest.approx(metric_error(layer, factors, x, plain), rel=1e-6)
 
 
 @pytest.mark.parametrize("rank", [2, 5])
-def test_no_other_factors_are_felt_less(rank: int) -> None:
+def test_no_other_factors_have_less_error_in_the_metric(rank: int) -> None:
     layer, x, g = problem()
     spaces, m = spaces_of(layer, x, g), metric(g)
-    best = felt(layer, factorize(spaces, rank, "loss"), x, m)
+    best = metric_error(layer, factorize(spaces, rank, "loss"), x, m)
     for projection in ("output", "utilized", "weight"):
-        assert best < felt(layer, factorize(spaces, rank, projection), x, m)
+        assert best < metric_error(layer, factorize(spaces, rank, projection), x, m)
 
-    torch.manual_seed(1)  # nor does descent from there find less
+    torch.manual_seed(1)  # gradient descent from a point nearby finds no less
     factors = factorize(spaces, rank, "loss")
-    down, up, bias = (t.clone().requires_grad_() for t in (factors.down, factors.up, factors.bias))
+    down, up, bias = (
+        t.clone(memory_format=torch.contiguous_format).requires_grad_()
+        for t in (factors.down, factors.up, factors.bias)
+    )
     target = layer(x).detach()
     optimizer = torch.optim.LBFGS([down, up, bias], max_iter=100, line_search_fn="strong_wolfe")
 
@@ -111,11 +117,23 @@ def test_singular_matrices_are_safe(out_features: int, in_features: int, x_rank:
         factors = factorize(spaces, rank, "loss")
         assert all(part.isfinite().all() for part in (factors.down, factors.up, factors.bias))
     scale = 1 + float(layer(x).detach().square().mean())
-    assert felt(layer, factors, x, torch.eye(out_features).double()) < 1e-9 * scale  # full rank: exact
+    assert metric_error(layer, factors, x, torch.eye(out_features).double()) < 1e-9 * scale  # full rank: exact
+
+
+@pytest.mark.parametrize("rounding", [0.3, 0.999, 5.0])
+def test_rounding_of_gradient_sums_does_not_weaken_the_damping(rounding: float) -> None:
+    """A moment that rounding made indefinite by about the damping: every eigenvalue of the metric stays near it."""
+    layer, x, _ = problem()
+    spectrum = torch.tensor([3, 2, 1, 1, 0, 0, -rounding * DAMPING], dtype=torch.float64)
+    basis = torch.linalg.qr(torch.randn(7, 7).double()).Q
+    gradients = Moments((basis * spectrum) @ basis.T, torch.zeros(7).double(), 1)
+    statistics = LayerStatistics("input", moments_of(x), gradients)
+    space = LayerSubspaces.of_layer(layer, statistics, centered=True).loss
+    assert float(torch.linalg.eigvalsh(space.root @ space.root.T)[0]) > 0.4 * DAMPING
 
 
 def test_without_gradients_it_is_the_output_projection() -> None:
-    """A loss that never felt the layer: the metric falls back to the identity, and nothing is predicted to be lost."""
+    """Zero gradients: the metric is a multiple of the identity, and no loss is predicted."""
     layer, x, g = problem()
     spaces = spaces_of(layer, x, 0 * g)
     loss, output = (factorize(spaces, 3, projection) for projection in ("loss", "output"))
@@ -135,16 +153,15 @@ def test_streamed_output_gives_the_same_factors() -> None:
     layer, x, g = problem()
     of_input = factorize(spaces_of(layer, x, g), 3, "loss")
     y = F.linear(x, layer.weight.detach())
-    spaces = LayerSubspaces(layer, covariance_of(y, "output"), centered=True, sensitivity=covariance_of(g, "gradient"))
-    of_output = factorize(spaces, 3, "loss")
+    of_output = factorize(spaces_of(layer, y, g, side="output"), 3, "loss")
     torch.testing.assert_close(of_output.up @ of_output.down, of_input.up @ of_input.down)
     torch.testing.assert_close(of_output.bias, of_input.bias)
     assert of_output.predicted_loss == pytest.approx(of_input.predicted_loss)
 
 
-def test_a_sensitivity_of_another_layer_is_refused() -> None:
+def test_gradients_of_another_layer_are_refused() -> None:
     layer, x, g = problem()
-    with pytest.raises(ValueError, match=r"sensitivity has features \(5,\), the layer's output \(7,\)"):
+    with pytest.raises(ValueError, match=r"output_gradients has features \(5,\) on the output side, the layer \(7,\)"):
         spaces_of(layer, x, g[:, :5])
 
 
@@ -173,11 +190,10 @@ def test_predicted_loss_is_the_measured_divergence(fqn: str) -> None:
     layer = dict(dense.named_modules())[fqn]
     rank = {"0": 7, "3": 12}[fqn]
     make = lro.LowRankConv2d.from_conv2d if fqn == "0" else lro.LowRankLinear.from_linear
-    sensitivity = covariances[fqn].output_gradients
-    spaces = LayerSubspaces(layer, covariances[fqn], centered=True, sensitivity=sensitivity)
+    spaces = LayerSubspaces.of_layer(layer, covariances[fqn], centered=True)
     predicted = factorize(spaces, rank, "loss").predicted_loss
     compressed = network()
-    compressed[int(fqn)] = make(layer, rank, covariances[fqn], sensitivity=sensitivity, projection="loss")
+    compressed[int(fqn)] = make(layer, rank, covariances[fqn], projection="loss")
     x = torch.cat(batches)
     with torch.no_grad():
         log_p, log_q = (model(x).log_softmax(-1) for model in (dense, compressed))
@@ -189,8 +205,9 @@ def test_predicted_loss_is_the_measured_divergence(fqn: str) -> None:
 
 def test_report_shows_the_loss_and_names_fallbacks() -> None:
     model, batches = network(), images()
-    covariances = lro.calibrate(model, batches, sensitivity="fisher")
-    del covariances["3"].output_gradients
+    layers = dict(lro.calibrate(model, batches, sensitivity="fisher"))
+    layers["3"] = replace(layers["3"], output_gradients=None)
+    covariances = lro.Covariances(layers)
     config = lro.CompressionConfig(lro.Ranks({"0": 3, "3": 8}), projection="loss")
     report = lro.compress_(model, covariances, config)
     by_name = {layer.fqn: layer for layer in report.layers}
@@ -201,18 +218,18 @@ def test_report_shows_the_loss_and_names_fallbacks() -> None:
     assert "0: projection" not in report.table() and "loss increase" in report.table()
 
 
-def test_report_without_sensitivity_shows_no_loss() -> None:
+def test_report_without_output_gradients_shows_no_loss() -> None:
     model = network()
     report = lro.compress_(model, lro.calibrate(model, images()), lro.CompressionConfig(lro.Ranks({"3": 8})))
     assert "loss" not in report.table()
 
 
-def test_weighing_by_the_loss_loses_less_of_it() -> None:
-    """A layer whose outputs mostly do not matter: output energy keeps the wrong ones."""
+def test_loss_aware_factors_lose_less_where_outputs_do_not_matter() -> None:
+    """A layer whose largest outputs are ignored: output PCA keeps the wrong ones."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 4)).double()
     with torch.no_grad():
-        model[0].weight[:12] *= 20  # loud
+        model[0].weight[:12] *= 20  # large
         model[1].weight[:, :12] *= 1e-3  # and ignored
     x = torch.randn(500, 24).double()
     covariances = lro.calibrate(model, [x], sensitivity="output")

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import lowrank_ops as lro
-from lowrank_ops.calibration import Moments
+from lowrank_ops.calibration import LayerStatistics, Moments
 
 LINEARS = {
     "plain": (20, 12, 5, True),
@@ -92,20 +92,20 @@ def test_from_linear_without_data_is_the_truncated_svd():
 def test_from_linear_with_statistics_is_exact_at_full_rank():
     linear = nn.Linear(20, 12, bias=False).double()
     x = torch.randn(300, 3).double() @ torch.randn(3, 20).double() + 1
-    covariance = lro.calibrate(linear, [x])[""]
-    layer = lro.LowRankLinear.from_linear(linear, 3, covariance)
+    statistics = lro.calibrate(linear, [x])[""]
+    layer = lro.LowRankLinear.from_linear(linear, 3, statistics)
     torch.testing.assert_close(layer(x), linear(x))
     assert layer.bias is not None  # holds the mean's part
-    assert lro.LowRankLinear.from_linear(linear, 3, covariance, centered=False).bias is None
-    assert lro.LowRankLinear.from_linear(linear, 3, covariance, projection="utilized").rank == 3
+    assert lro.LowRankLinear.from_linear(linear, 3, statistics, centered=False).bias is None
+    assert lro.LowRankLinear.from_linear(linear, 3, statistics, projection="utilized").rank == 3
 
 
 def test_from_conv2d_is_exact_at_full_rank():
     conv = nn.Conv2d(4, 8, 3, padding=1, groups=2).double()
     x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
     torch.testing.assert_close(lro.LowRankConv2d.from_conv2d(conv, 4)(x), conv(x))
-    covariance = lro.calibrate(conv, [x])[""]
-    torch.testing.assert_close(lro.LowRankConv2d.from_conv2d(conv, 4, covariance)(x), conv(x))
+    statistics = lro.calibrate(conv, [x])[""]
+    torch.testing.assert_close(lro.LowRankConv2d.from_conv2d(conv, 4, statistics)(x), conv(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -133,9 +133,16 @@ def test_conversion_keeps_dtype_and_flags(dtype):
         (lambda: lro.LowRankLinear.from_linear(nn.Conv2d(1, 1, 1), 1), TypeError, "Linear; got Conv2d"),
         (lambda: lro.LowRankConv2d.from_conv2d(nn.Linear(1, 1), 1), TypeError, "Conv2d; got Linear"),
         (
-            lambda: lro.LowRankLinear.from_linear(nn.Linear(8, 4), 2, Moments(torch.eye(6), torch.ones(6), 1)),
+            lambda: lro.LowRankLinear.from_linear(
+                nn.Linear(8, 4), 2, LayerStatistics("input", Moments(torch.eye(6), torch.ones(6), 1))
+            ),
             ValueError,
-            "it belongs to another layer or model",
+            "the statistics belong to another layer or model",
+        ),
+        (
+            lambda: lro.LowRankLinear.from_linear(nn.Linear(8, 4), 2, Moments(torch.eye(8), torch.ones(8), 1)),
+            TypeError,
+            r"statistics must be the LayerStatistics of this layer, such as covariances\['name'\]; got Moments",
         ),
     ],
 )  # fmt: skip

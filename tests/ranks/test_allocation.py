@@ -1,4 +1,4 @@
-"""Ranks: what each policy chooses, what wins, and what is refused."""
+"""Rank policies: explained variance, parameter budgets, ranks by hand, precedence and errors."""
 
 from itertools import pairwise
 
@@ -53,7 +53,7 @@ def test_parameters_are_those_of_the_layers(spaces):
     assert lowrank_parameters(spaces["layers.0"], 10) == sum(
         parameter.numel() for parameter in lro.LowRankLinear(96, 128, 10).parameters()
     )
-    assert lowrank_parameters(spaces["layers.1"], 8) == 8 * (128 + 64) + 64  # centring gives it a bias
+    assert lowrank_parameters(spaces["layers.1"], 8) == 8 * (128 + 64) + 64  # centering gives it a bias
 
 
 # --- explained variance -----------------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ def test_layers_past_break_even_stay_dense(spaces):
 def test_budgets_are_met_from_below(spaces, fraction, allocation):
     ranks = choose_ranks(lro.ParameterBudget(fraction, allocation), spaces)
     total = sum(map(dense_parameters, spaces.values()))
-    assert 0.99 * fraction * total - 1400 < spent(spaces, ranks) <= fraction * total  # the least step takes 1,280
+    assert 0.99 * fraction * total - 1400 < spent(spaces, ranks) <= fraction * total  # the smallest step takes 1,280
     for fqn, rank in ranks.items():
         assert rank is None or (rank % 8 == 0 and lowrank_parameters(spaces[fqn], rank) < dense_parameters(spaces[fqn]))
 
@@ -102,8 +102,8 @@ def test_the_whole_budget_keeps_everything_dense(spaces):
         assert set(choose_ranks(lro.ParameterBudget(1.0, allocation), spaces).values()) == {None}
 
 
-def test_uniform_gives_like_shares(spaces):
-    ranks = choose_ranks(lro.ParameterBudget(0.5), spaces)
+def test_uniform_gives_similar_shares(spaces):
+    ranks = choose_ranks(lro.ParameterBudget(0.5, "uniform"), spaces)
     shares = [
         lowrank_parameters(spaces[fqn], rank) / dense_parameters(spaces[fqn])
         for fqn, rank in ranks.items()
@@ -112,7 +112,7 @@ def test_uniform_gives_like_shares(spaces):
     assert max(shares) - min(shares) < 0.25  # a step is up to 0.17 of the smallest layer
 
 
-def test_energy_keeps_more_variance_than_uniform(spaces):
+def test_variance_keeps_more_variance_than_uniform(spaces):
     def kept(allocation):
         ranks = choose_ranks(lro.ParameterBudget(0.3, allocation), spaces)
         return sum(1.0 if rank is None else float(spaces[fqn].output.explained(rank)) for fqn, rank in ranks.items())
@@ -122,14 +122,14 @@ def test_energy_keeps_more_variance_than_uniform(spaces):
 
 def test_a_budget_that_cannot_be_met_is_an_error(spaces):
     with pytest.raises(ValueError, match=r"fraction=0\.01 cannot be met: the smallest ranks take \d+ .* \d+ are left"):
-        choose_ranks(lro.ParameterBudget(0.01), spaces)
+        choose_ranks(lro.ParameterBudget(0.01, "uniform"), spaces)
     with pytest.raises(ValueError, match=r"fraction=0\.25 cannot be met.*-\d+ are left"):
-        choose_ranks(lro.ParameterBudget(0.25), spaces, {"re:layers.*": None})
+        choose_ranks(lro.ParameterBudget(0.25, "uniform"), spaces, {"re:layers.*": None})
 
 
 def test_overrides_count_in_the_budget(spaces):
     overrides = {"layers.0": None, "layers.2": 8}
-    ranks = choose_ranks(lro.ParameterBudget(0.6), spaces, overrides)
+    ranks = choose_ranks(lro.ParameterBudget(0.6, "uniform"), spaces, overrides)
     assert (ranks["layers.0"], ranks["layers.2"]) == (None, 8)
     assert spent(spaces, ranks) <= 0.6 * sum(map(dense_parameters, spaces.values()))
 
@@ -149,7 +149,7 @@ def test_ranks_by_hand_leave_the_others_dense(spaces):
         {"re:layers.*": 4, "re:.*[12]": 5, "head": None, "layers.0": 3},
     ],
 )
-def test_names_win_over_patterns_and_later_patterns_over_earlier(spaces, overrides):
+def test_names_precede_patterns_and_later_patterns_earlier(spaces, overrides):
     ranks = choose_ranks(lro.ExplainedVariance(0.99), spaces, overrides)
     assert ranks == {"layers.0": 3, "layers.1": 5, "layers.2": 5, "layers.3": 4, "layers.4": 4, "head": None}
     earlier = choose_ranks(lro.Ranks({}), spaces, {"re:.*[12]": 5, "re:layers.*": 4})

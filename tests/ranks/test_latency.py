@@ -15,7 +15,7 @@ from lowrank_ops.layers import latency as timing
 from lowrank_ops.layers.latency import ranks_to_time
 from lowrank_ops.models.layers import dimensions
 from lowrank_ops.ranks import choose_ranks
-from lowrank_ops.ranks.allocation import LEAST_STEPS, knapsack
+from lowrank_ops.ranks.allocation import MIN_STEPS, knapsack
 from lowrank_ops.ranks.costs import nanoseconds, options_of
 from lowrank_ops.subspaces import LayerSubspaces, layer_subspaces
 
@@ -184,7 +184,7 @@ def test_latencies_survive_a_round_trip_by_file(calibrated, tmp_path) -> None:
     latencies = made_up(calibrated[0])
     latencies.save(tmp_path / "latencies.json")
     assert LayerLatencies.load(tmp_path / "latencies.json") == latencies
-    config = lro.CompressionConfig(lro.LatencyBudget(0.5, latencies), overrides={"head": None})
+    config = lro.CompressionConfig(lro.LatencyBudget(0.5, latencies, "loss"), overrides={"head": None})
     assert lro.CompressionConfig.from_json(config.to_json()) == config
 
 
@@ -217,7 +217,7 @@ def test_layers_that_were_not_timed_are_named(calibrated) -> None:
     latencies = made_up(model)
     part = LayerLatencies("", 1, latencies.curves, {"wide": {"wide": 1}})
     with pytest.raises(ValueError, match="latencies: 'conv' was not timed; call measure_latency"):
-        choose_ranks(lro.LatencyBudget(0.5, part), spaces)
+        choose_ranks(lro.LatencyBudget(0.5, part, "loss"), spaces)
 
 
 # --- the budget -------------------------------------------------------------------------------------------------
@@ -249,13 +249,13 @@ def test_no_other_ranks_in_budget_keep_more_loss(calibrated, fraction: float) ->
     price = nanoseconds(latencies)
     options = {fqn: options_of(fqn, space, price) for fqn, space in spaces.items()}
     budget = math.floor(fraction * sum(choices[-1].cost for choices in options.values()))
-    tolerance = len(spaces) * budget / LEAST_STEPS
+    tolerance = len(spaces) * budget / MIN_STEPS
     best = max(
         kept_loss(spaces, {fqn: option.rank for fqn, option in zip(spaces, combination, strict=True)})
         for combination in itertools.product(*options.values())
         if sum(option.cost for option in combination) <= budget - tolerance
     )
-    found = choose_ranks(lro.LatencyBudget(fraction, latencies), spaces)
+    found = choose_ranks(lro.LatencyBudget(fraction, latencies, "loss"), spaces)
     assert kept_loss(spaces, found) >= best * (1 - 1e-12)
 
 
@@ -278,18 +278,18 @@ def test_ranks_slower_than_larger_ones_are_left_out(calibrated) -> None:
 def test_overrides_count_and_tiny_budgets_are_refused(calibrated) -> None:
     model, _, spaces = calibrated
     latencies = made_up(model)
-    ranks = choose_ranks(lro.LatencyBudget(0.8, latencies), spaces, {"again": None})
+    ranks = choose_ranks(lro.LatencyBudget(0.8, latencies, "loss"), spaces, {"again": None})
     assert ranks["again"] is None
     assert latencies.total(ranks) <= 0.8 * latencies.total(dict.fromkeys(spaces))
     with pytest.raises(ValueError, match=r"fraction=0\.1 cannot be met: the smallest ranks take \d+ nanoseconds"):
-        choose_ranks(lro.LatencyBudget(0.1, latencies), spaces)
+        choose_ranks(lro.LatencyBudget(0.1, latencies, "loss"), spaces)
 
 
 def test_compress_keeps_the_policy(calibrated) -> None:
     model, covariances, _ = calibrated
     copy = Net()
     copy.load_state_dict(model.state_dict())
-    config = lro.CompressionConfig(lro.LatencyBudget(0.5, made_up(model)), projection="loss")
+    config = lro.CompressionConfig(lro.LatencyBudget(0.5, made_up(model), "loss"), projection="loss")
     report = lro.compress_(copy, covariances, config)
     assert lro.CompressionConfig.from_dict(report.to_dict()["config"]) == config
     assert isinstance(copy.wide, lro.LowRankLinear)
@@ -319,7 +319,7 @@ def test_knapsack_is_optimal_up_to_its_steps(problem) -> None:
     taken = knapsack(costs, worths, budget)
     assert sum(options[index] for options, index in zip(costs, taken, strict=True)) <= budget
     found = sum(values[index] for values, index in zip(worths, taken, strict=True))
-    step = math.ceil((budget - sum(options[0] for options in costs)) / LEAST_STEPS)
+    step = math.ceil((budget - sum(options[0] for options in costs)) / MIN_STEPS)
     tolerance = 0 if step <= 1 else len(costs) * step
     best = max(
         sum(values[index] for values, index in zip(worths, combination, strict=True))
@@ -336,7 +336,7 @@ def test_knapsack_is_exact_for_small_costs(problem) -> None:
     costs, worths, budget = problem
     costs = [[1 + cost * 100 // 5 // 10**6 for cost in options] for options in costs]
     least = sum(options[0] for options in costs)
-    budget = min(least + budget % 200, least + LEAST_STEPS)
+    budget = min(least + budget % 200, least + MIN_STEPS)
     taken = knapsack(costs, worths, budget)
     found = sum(values[index] for values, index in zip(worths, taken, strict=True))
     best = max(
