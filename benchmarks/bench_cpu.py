@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import lowrank_ops as lro
 from lowrank_ops.ops import linear as _op
-from lowrank_ops.ops._eager import undisturbed
+from lowrank_ops.ops._dispatcher import can_bypass
 
 from . import bench_covariance, bench_lowrank_linear, shapes
 from .measure import Probe, sample, summarize
@@ -76,7 +76,7 @@ def overheads(seconds: float) -> tuple[list[Row], dict[str, float]]:
         rows += compare(group, ["F.linear", "two F.linear", "two nn.Linear"])
     with torch.no_grad():
         parts = {
-            "modes": lambda: undisturbed(x, down, up, bias),
+            "modes": lambda: can_bypass(x, down, up, bias),
             "decision": lambda: _op._decision(x, down, up, bias, "none", "auto"),
         }
         times = sample({name: _repeated(call) for name, call in parts.items()}, seconds)

@@ -315,7 +315,7 @@ def dry_run(cases: Iterable[Case], device: Device = H200, limits: Ceilings = STA
     """
     rates = ", ".join(f"{rate / 1e12:.4g} TFLOP/s {dtype}" for dtype, rate in limits.matmul.items())
     lines = [
-        f"Planned for compute capability {device.capability[0]}.{device.capability[1]} with {device.multiprocessors} "
+        f"Planned for compute capability {device.capability[0]}.{device.capability[1]} with {device.sm_count} "
         f"multiprocessors; floors from stated ceilings: copy {limits.copy / 1e9:.4g} GB/s, matmul {rates}."
     ]
     for case in cases:

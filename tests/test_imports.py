@@ -55,7 +55,7 @@ ALLOWED = {
     "checkpoint": {"config", "dense_layers", "layers", "replacement", "report"},
 }  # fmt: skip
 IMPORTED_BY_NOBODY = {"cli", "demo", "hf"}
-OP_LEAVES = {"_backend", "_eager", "_native", "_tuning", "_layout", "_autocast", "_specialization"}
+OP_LEAVES = {"_backend", "_dispatcher", "_native", "_triton_device", "_tuning"}
 
 
 def imported_by(path: Path) -> set[str]:

@@ -16,7 +16,7 @@ NAMES = {
 }  # fmt: skip
 OPS = {
     "Backend", "BackendUnavailableError", "conv_covariance_update_", "covariance_finalize_", "covariance_update_",
-    "explain", "lowrank_linear", "plan",
+    "explain", "lowrank_linear",
 }  # fmt: skip
 
 

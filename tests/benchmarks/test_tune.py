@@ -184,9 +184,9 @@ def test_cuda_kernels_run_where_a_table_found_them_fastest(tables, op, table, im
 )
 def test_the_cuda_plan_that_ships_is_what_a_search_starts_from(tables, monkeypatch, op, impl, config):
     """As far as the planner takes it, which may not be here; or a new table would lose what the last one had found."""
-    monkeypatch.setattr(covariance_cuda, "_planned", lambda problem, choice=_native.PLANNERS: ("", "a plan"))
-    monkeypatch.setattr(covariance_cuda, "_planned_conv", lambda problem, choice=_native.PLANNERS: ("", "a plan"))
-    monkeypatch.setattr(linear_cuda, "_planned", lambda problem, kind, choice=_native.PLANNERS: ("", "a plan"))
+    monkeypatch.setattr(covariance_cuda, "_planned", lambda problem, choice=_native.DEFAULT_CHOICE: ("", "a plan"))
+    monkeypatch.setattr(covariance_cuda, "_planned_conv", lambda problem, choice=_native.DEFAULT_CHOICE: ("", "a plan"))
+    monkeypatch.setattr(linear_cuda, "_planned", lambda problem, kind, choice=_native.DEFAULT_CHOICE: ("", "a plan"))
     tuner = tune.TUNERS[op]
     shape = tuner.shapes()[0]
     entry = {"shape": shape, "impl": impl, "config": config, "us": 1.0}
