@@ -85,15 +85,15 @@ def planted(case, **constexprs):
 
 
 def test_gate_catches_spills():
-    launch = planted("fp16 wide state fp32", BLOCK_D=256)
-    signature = launch.signature | {"x": "tensordesc<fp16[64, 256]>"}
+    launch = planted("bf16 wide state fp64", BLOCK_D=256)
+    signature = launch.signature | {"x": "tensordesc<bf16[64, 256]>"}
     launch = launch._replace(signature=signature, options={"num_warps": 8, "num_stages": 2})
     with pytest.raises(AssertionError, match=r"spills .* LDL"):
         assert_clean(compile_launch(launch, 90), 90, tma=True)
 
 
 def test_gate_catches_too_much_shared_memory():
-    launch = planted("fp16 wide state fp32")
+    launch = planted("bf16 wide state fp64")
     large = launch._replace(options=launch.options | {"num_stages": 8})
     with pytest.raises(AssertionError, match="bytes of shared memory"):
         assert_clean(compile_launch(large, 90), 90, tma=True)

@@ -268,8 +268,8 @@ def test_cuda_choices(kernel, splits, features, dtype, state_dtype):
 
 
 @needs_library
-def test_cuda_wide_squares_far_from_zero_in_a_strided_state():
-    """Chains of sums twice as long as elsewhere, and rows of the state that start between pairs."""
+def test_cuda_wide_tiles_with_large_mean_and_strided_state():
+    """covariance_sm90_wide accumulates twice as many tokens; rows of this state are not aligned to pairs."""
     x = random(1 << 17, 512, dtype=torch.bfloat16, mean=8.0)
     state = torch.zeros(600, 1100, device="cuda")[5:517, 3:515], torch.zeros(1024, device="cuda")[::2]
     problem, choice = describe(state[0], x), _native.Choice("covariance_sm90_wide", 1)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 MAX_DECODE_TOKENS = 256
 MAX_PREFILL_RANK = 256
 
+_BARRIER_BYTES = 1024  # mbarriers that the compiler adds to the tiles, from above
 _MAX_FOLDED_BYTES = 32768  # partial sums that each CTA of up_kernel may load; above, a separate sum_kernel is cheaper
 _MIN_OCCUPANCY = 0.75  # fraction of the SMs with a CTA: enough loads in flight for the full memory bandwidth
 
@@ -46,7 +47,7 @@ class DecodeConfig:
         t_bytes = 4 * self.slices if self.fold else 2
         up = self.up_stages * self.rest * (self.block_n * 2 + self.block_m * t_bytes)
         slab = self.slab * (self.block_n * 2 + self.block_m * (4 if self.fold else 2))
-        return max(down, up + slab)
+        return max(down, up + slab) + _BARRIER_BYTES
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class PrefillConfig:
         """An upper bound of the bytes of shared memory per CTA."""
         first = self.stages_k * (self.block_m + self.rank) * self.block_k
         second = self.stages_n * self.block_n * self.rank
-        return 2 * (max(first, second) + self.block_m * max(self.rank, self.block_n))
+        return 2 * (max(first, second) + self.block_m * max(self.rank, self.block_n)) + _BARRIER_BYTES
 
 
 Config = TypeVar("Config", DecodeConfig, PrefillConfig)
