@@ -52,7 +52,7 @@ MACHINES = {
 def unavailable() -> str | None:
     """Load the library, which registers ``torch.ops.lowrank_ops._cuda_*`` and ``_plan_*``. None, or why it failed."""
     if not LIBRARY.is_file():
-        return "the native library was not built: LOWRANK_OPS_CUDA=ON at install tells what it needs"
+        return "the native library was not built: reinstall with LOWRANK_OPS_CUDA=ON to see what the build needs"
     try:
         torch.ops.load_library(LIBRARY)
     except OSError as error:

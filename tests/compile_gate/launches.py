@@ -2,7 +2,7 @@
 
 Each case poses a problem, lets the op choose a configuration and launches it on CPU tensors, with the launch replaced
 by a recorder. The recorder specializes arguments as Triton's launch does, so that the gate compiles what would run.
-Configurations of tuned tables are launched on the case of their dtype.
+Configurations of tuned tables are launched on the cases of their kind.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def _covariance(device):
         assert _triton.plan(problem).constants["DEST"] in case, case
         configs = [_triton.config_for(problem)]
         if "wide state fp64" in case or case.endswith("bf16x3 state fp64"):
-            configs += [config for shape, config in tuned if shape["dtype"] == _NAMES[dtype]]
+            configs += [config for shape, config in tuned if (shape["dtype"] == "fp32") == (dtype == FP32)]
         for config in configs:
             plan = _triton.plan_with(problem, config)
             yield from _record(
@@ -189,7 +189,9 @@ def _convolution(device):
         assert plan.constants["DEST"] in case and (plan.vector > 1) == case.startswith("vector"), case
         loads = _triton_conv.table_shape(problem)["loads"]
         configs = [_triton_conv.config_for(problem)]
-        configs += [config for shape, config in tuned if (shape["dtype"], shape["loads"]) == (_NAMES[dtype], loads)]
+        configs += [
+            config for shape, config in tuned if (shape["dtype"] == "fp32", shape["loads"]) == (dtype == FP32, loads)
+        ]
         for config in configs:
             conv = _triton_conv.plan_with(problem, config)
             yield from _record(

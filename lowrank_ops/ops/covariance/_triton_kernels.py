@@ -49,7 +49,7 @@ def covariance_kernel(
 ):
     first = tl.program_id(0) * chunks
     split = tl.program_id(1)
-    features *= VECTOR  # tells the compiler that it is a multiple, so that loads are vectorized
+    features *= VECTOR  # known to be a multiple: the compiler vectorizes the loads
     row_stride *= VECTOR
     tile_rows = tl.cdiv(features, BLOCK_D)
     # The tile index is recomputed per chunk. If it were loop-invariant, the compiler would keep the addresses and masks
