@@ -11,6 +11,8 @@ from tests.compile_gate.gate import ARCHS, assert_clean, compile_launch
 from tests.compile_gate.launches import CASES, DEVICES, launches, linear_problems
 
 LAUNCHES = {(op, arch): launches(op, arch) for op in CASES for arch in ARCHS}
+# ptxas of Triton 3.9 spills 8 bytes here with 4 warps and with 8, of 128 and of 80 registers; that of 3.6 spills nothing.
+KNOWN_SPILLS = {(100, "fp32 tf32 unaligned partial fp32 covariance_kernel"): 8}
 ONES = ("covariance_kernel", "conv_covariance_kernel", "reduce_kernel")  # kernels that specialize on integers
 
 
@@ -24,7 +26,7 @@ ONES = ("covariance_kernel", "conv_covariance_kernel", "reduce_kernel")  # kerne
 )
 def test_kernel_is_clean(arch, launch):
     report = compile_launch(launch, arch)
-    assert_clean(report, arch, tma=launch.tma, mma=launch.mma)
+    assert_clean(report, arch, tma=launch.tma, mma=launch.mma, spills=KNOWN_SPILLS.get((arch, launch.name), 0))
     # supports() refuses by an estimate of shared memory, which must not be below what the compiler takes.
     assert report.shared <= launch.shared_limit
 
