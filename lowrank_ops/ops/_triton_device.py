@@ -8,26 +8,24 @@ import os
 
 import torch
 
-from ._backend import Device
-
 
 @functools.cache
-def unavailable(device: Device) -> str | None:
-    """Why no Triton kernel can run on ``device``, or None. On a CPU device they run in Triton's interpreter only."""
+def unavailable(device_type: str, capability: tuple[int, int]) -> str | None:
+    """Why no Triton kernel can run on such a device, or None. On a CPU they run in Triton's interpreter only."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install triton"
-    interpret = device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") != "0"
-    if device.type == "cuda" and torch.version.hip is None and device.capability < (8, 0):
-        major, minor = device.capability
+    interpret = device_type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") != "0"
+    if device_type == "cuda" and torch.version.hip is None and capability < (8, 0):
+        major, minor = capability
         return f"needs a CUDA device of compute capability 8.0 or newer; this one has {major}.{minor}"
-    if device.type == "cuda" or interpret:
+    if device_type == "cuda" or interpret:
         try:
             import triton
         except ImportError as error:
             return f"triton cannot be imported: {error}"
-        if device.type == "cuda" or triton.knobs.runtime.interpret:
+        if device_type == "cuda" or triton.knobs.runtime.interpret:
             return None
-    return f"needs a CUDA device of compute capability 8.0 or newer; this tensor is on {device.type}"
+    return f"needs a CUDA device of compute capability 8.0 or newer; this tensor is on {device_type}"
 
 
 def arch_of(capability: tuple[int, int]) -> int:

@@ -11,7 +11,7 @@ from tests.compile_gate.gate import ARCHS, assert_clean, compile_launch
 from tests.compile_gate.launches import CASES, DEVICES, launches, linear_problems
 
 LAUNCHES = {(op, arch): launches(op, arch) for op in CASES for arch in ARCHS}
-# ptxas of Triton 3.9 spills 8 bytes here with 4 warps and with 8, of 128 and of 80 registers; that of 3.6 spills nothing.
+# ptxas of Triton 3.9 spills 8 bytes here, with 4 warps as with 8 and below the register limit; that of 3.6 does not.
 KNOWN_SPILLS = {(100, "fp32 tf32 unaligned partial fp32 covariance_kernel"): 8}
 ONES = ("covariance_kernel", "conv_covariance_kernel", "reduce_kernel")  # kernels that specialize on integers
 

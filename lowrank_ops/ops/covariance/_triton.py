@@ -271,7 +271,7 @@ def has_tma(device: Device) -> bool:
 
 def unsupported_input(device: Device, dtype: torch.dtype) -> str | None:
     """Why no covariance kernel takes inputs of ``dtype`` on ``device``, or None."""
-    reason = _triton_device.unavailable(device)
+    reason = _triton_device.unavailable(device.type, device.capability)
     if reason is None and dtype not in DTYPES:
         reason = f"x is {dtype}; the Triton kernels take bfloat16, float16 and float32"
     return reason

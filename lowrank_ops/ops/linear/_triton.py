@@ -252,7 +252,7 @@ def _on_device(device: Device, launcher: _Launcher, *tensors: Tensor | None) -> 
 
 def _unsupported(problem: Problem) -> str | None:
     """The requirements that all kernels share."""
-    reason = _triton_device.unavailable(problem.device)
+    reason = _triton_device.unavailable(problem.device.type, problem.device.capability)
     if reason is not None:
         return reason
     if problem.dtype not in (torch.bfloat16, torch.float16):
