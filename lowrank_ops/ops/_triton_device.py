@@ -1,4 +1,4 @@
-"""Says whether Triton kernels can run on a device and which arch's configurations they use. Does not import Triton."""
+"""Says whether Triton kernels can run on a device and which arch's configurations they use. Imports Triton lazily."""
 
 from __future__ import annotations
 

@@ -103,7 +103,6 @@ def test_a_table_of_convolutions_goes_the_way_back(tables):
     problem = problem_of(tuner, shape)
     own = conv_triton.config_for(problem)
     config = dataclasses.replace(own, num_stages=4, split=6)
-    shipped = len(conv_triton.shipped(90))
     entry = {"shape": shape, **tune.Candidate("triton", config).to_dict(), "us": 1.5}
     assert tune.write_table(tuner.op, "sm90", FACTS, [entry], tables).name == "conv_covariance_update.sm90.json"
     conv_triton.config_for.cache_clear()
@@ -114,7 +113,6 @@ def test_a_table_of_convolutions_goes_the_way_back(tables):
     first = problem._replace(strides=(channels * height * width, height * width, width, 1))
     for other in (first, problem._replace(dtype=torch.float16)):  # loaded one by one, or of another dtype
         assert conv_triton.config_for(other).split == 0
-    assert len(conv_triton.shipped(90)) == shipped + 3  # for the compile gate
 
 
 @pytest.mark.parametrize("impl", ["triton.decode", "triton.prefill", "two_products"])
