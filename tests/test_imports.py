@@ -16,7 +16,7 @@ ORDER = [
     "version", "ops", "config", "models", "calibration", "subspaces", "ranks", "factors", "layers", "reconstruction",
     "report", "compress", "search", "midpoint", "training", "checkpoint", "demo", "cli",
 ]  # fmt: skip
-OP_LEAVES = {"_backend", "_eager", "_native", "_tuning", "_layout", "_autocast", "_specialization"}
+OP_LEAVES = {"_backend", "_dispatcher", "_native", "_triton_device", "_tuning"}
 
 
 def imported_by(path: Path) -> set[str]:

@@ -1,4 +1,4 @@
-"""``lowrank-ops doctor``: what can run on this machine."""
+"""``lowrank-ops doctor``: reports versions, devices, and which implementation of each op can run here."""
 
 from __future__ import annotations
 
@@ -14,29 +14,30 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..ops import _native
 from ..version import __version__
 from .command import Failure, Result, add_command, add_output, one_line
 
 _DOCTOR = """\
-Print the versions and devices found, and for each operation which implementations can run here and why the others
-cannot. Exits with 1 if an operation has none."""
+Print the versions and devices found, and for each op which implementations can run here and why the others cannot.
+Exits with 1 if an op has none."""
 
 _DOCTOR_EXAMPLE = """\
 examples:
   lowrank-ops doctor
-  what the CUDA kernels would do on a GPU that need not be here
+  plan the CUDA kernels for an arch, without a GPU
     lowrank-ops doctor --plan sm_90"""
 
 
 def add(commands: Any) -> None:
     """Declare the command."""
     doctor = add_command(
-        commands, "doctor", "see what can run on this machine, and why the rest cannot", _DOCTOR, _DOCTOR_EXAMPLE, run
+        commands, "doctor", "show what can run on this machine, and why the rest cannot", _DOCTOR, _DOCTOR_EXAMPLE, run
     )
     doctor.add_argument(
         "--plan",
         metavar="ARCH",
-        help="how the CUDA kernels would run typical calls on sm_80, sm_90, ...; nothing else",
+        help="print only how the CUDA kernels run typical calls on an arch: sm_80, sm_90, ...",
     )
     add_output(doctor)
 
@@ -77,7 +78,7 @@ def run(options: argparse.Namespace) -> Result:
 
 
 def _plans(arch: str) -> Result:
-    """What the native planner says to typical calls on an arch."""
+    """The native planner's choice for typical calls on an arch. Unlike ``explain``, it needs no tensors on a device."""
     calls: list[tuple[str, dict[str, int]]] = [
         ("covariance_update_", {"tokens": tokens, "features": features})
         for tokens, features in ((12608, 768), (8192, 4096))
@@ -93,7 +94,7 @@ def _plans(arch: str) -> Result:
     for op, call in calls:
         shape: dict[str, Any] = {**call}
         try:
-            plan = ops.plan(op, arch, torch.bfloat16, **shape)
+            plan = _native.plan(op, arch, torch.bfloat16, **shape)
         except RuntimeError as error:
             raise Failure(1, one_line(error)) from error
         plans.append({"op": op, "call": call, "plan": plan})
@@ -106,7 +107,7 @@ def _version_of(module: str) -> str:
         return "not installed"
     try:
         return str(importlib.import_module(module).__version__)
-    except Exception as error:  # a broken installation is what a doctor is asked about
+    except Exception as error:  # report a broken installation, do not fail on it
         return f"cannot be imported: {one_line(error)}"
 
 
@@ -116,13 +117,13 @@ def _gpu(index: int) -> dict[str, Any]:
         "device": f"cuda:{index}",
         "name": facts.name,
         "capability": f"{facts.major}.{facts.minor}",
-        "multiprocessors": facts.multi_processor_count,
+        "sm_count": facts.multi_processor_count,
         "memory_gib": round(facts.total_memory / 2**30, 1),
     }
 
 
 def _calls(device: str) -> Iterator[dict[str, Any]]:
-    """Typical calls of each op on a device, and what each implementation says to them."""
+    """Typical calls of each op on a device, with one row per implementation."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
 
     def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -162,7 +163,7 @@ def _calls(device: str) -> Iterator[dict[str, Any]]:
 
 
 def _row(line: str) -> dict[str, Any]:
-    """A line of ``ops.explain`` in its parts."""
+    """Parse a line of ``ops.explain``."""
     name, _, answer = line.partition(": ")
     refused = answer.startswith("cannot run: ")
     state, _, plan = ("", "", "") if refused else answer.partition(", by ")

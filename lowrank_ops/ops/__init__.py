@@ -1,13 +1,14 @@
-"""The ops: ``covariance_update_``, its convolution form, and ``lowrank_linear``. They know nothing of models."""
+"""The ops: ``lowrank_linear``, ``covariance_update_`` and its convolution form. They know nothing of models.
+
+One folder per op: ``reference.py`` is plain PyTorch, ``_triton*.py`` and ``_cuda.py`` are kernels, and ``__init__.py``
+lists them in the ``TABLE`` from which ``_backend.choose`` picks.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
-from . import _native
 from . import covariance as _covariance
 from . import linear as _linear
 from ._backend import Backend, BackendUnavailableError
@@ -22,48 +23,32 @@ _EXPLAIN: dict[str, Callable[..., str]] = {
 
 
 def explain(op: str, *args: Any, **options: Any) -> str:
-    """Which implementation would run a call and why the others would not, one line each.
-
-    A CUDA kernel that can run it is named with its tiles, as by :func:`plan` for the device of the call's tensors.
+    """Explain which implementation runs a call, and why each other one does not.
 
     Args:
         op: ``"covariance_update_"``, ``"conv_covariance_update_"`` or ``"lowrank_linear"``.
-        args, options: those of the call.
+        args, options: those of the call. Nothing is computed or changed.
+
+    Returns:
+        One line per implementation: ``"<name>: runs"``, ``"<name>: can run"`` or ``"<name>: cannot run: <reason>"``. A
+        CUDA kernel that can run the call is named with its tiles.
 
     Raises:
-        ValueError: an unknown op, or arguments that the op would refuse.
+        ValueError: an unknown op, or arguments that the op refuses.
+
+    Example:
+        >>> import torch
+        >>> import lowrank_ops as lro
+        >>> x, down, up = torch.randn(5, 64), torch.randn(8, 64), torch.randn(32, 8)
+        >>> lines = lro.ops.explain("lowrank_linear", x, down, up).splitlines()
+        >>> lines[0]
+        'dense: can run'
+        >>> lines[-1]
+        'two_products: runs'
     """
     if op not in _EXPLAIN:
         raise ValueError(f"op must be one of {', '.join(map(repr, _EXPLAIN))}; got {op!r}.")
     return _EXPLAIN[op](*args, **options)
-
-
-def plan(op: str, arch: str, dtype: torch.dtype, *, tokens: int, aligned: bool = True, **shape: Any) -> str:
-    """Which CUDA kernel would run a problem on a typical device of an arch, and how; no device is needed.
-
-    This is the planner's own choice; where a tuned table makes another one for a call, :func:`explain` tells.
-
-    Args:
-        op: ``"covariance_update_"``, ``"conv_covariance_update_"`` or ``"lowrank_linear"``.
-        arch: ``"sm_80"``, ``"sm_86"``, ``"sm_89"``, ``"sm_90"``, ``"sm_100"`` or ``"sm_120"``.
-        dtype: of the inputs.
-        tokens: rows of ``x``, for convolutions patches.
-        aligned: the matrices and their rows start on 16 bytes.
-        shape: ``features``, ``allow_tf32`` and, for convolutions, ``groups``; or ``in_features``, ``rank`` and
-            ``out_features``. Also ``kernel`` and ``splits``, to ask for such as ``"decode_sm80"`` instead of the first
-            that can and for a number of blocks that share a tile's tokens or a row tile's features; and
-            ``token_tile``, 128 or 192 tokens per block of prefill.
-
-    Returns:
-        One line: the kernel with its tiles, clusters, stages and memory, or ``"cannot run: "`` and the reason.
-
-    Raises:
-        ValueError: an unknown op or arch.
-        RuntimeError: neither the native library nor its planner was built.
-    """
-    if arch not in _native.MACHINES:
-        raise ValueError(f"arch must be one of {', '.join(map(repr, _native.MACHINES))}; got {arch!r}.")
-    return _native.plan(op, dtype, _native.MACHINES[arch], tokens=tokens, aligned=aligned, **shape)
 
 
 __all__ = [
@@ -74,5 +59,4 @@ __all__ = [
     "covariance_update_",
     "explain",
     "lowrank_linear",
-    "plan",
 ]

@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: the backends, the rows of an op's table, and the one place that chooses."""
+"""Chooses which implementation of an op runs, from facts about the device and the tensors' layout."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 
 class Backend(str, enum.Enum):
-    """Where an implementation comes from. ``AUTO`` leaves the choice to the op's table."""
+    """Where an implementation comes from. ``AUTO`` lets :func:`choose` decide."""
 
     AUTO = "auto"
     REFERENCE = "reference"
@@ -20,13 +21,13 @@ class Backend(str, enum.Enum):
 
 
 class Impl(NamedTuple):
-    """One row of an op's table.
+    """One implementation of an op. A problem is a hashable description of shapes, dtypes, layout and device.
 
-    ``supports`` is the single statement of what the implementation can run: it takes the op's problem (a
-    hashable description of shapes, dtypes, layout and device) and returns None, or the reason why it cannot.
-    ``prefers`` tells whether ``auto`` should pick it for a problem that it supports. ``plan`` tells in one line how it
-    would run such a problem, or nothing. ``bind``, where there is one, does once for a problem what ``run`` would do in
-    each call, and returns a function of the tensors alone.
+    ``supports(problem)`` returns None, or the reason why the implementation cannot run the problem. It is the only
+    statement of what is legal: dispatch, ``explain`` and the tuner all ask it. ``prefers(problem)`` is asked for
+    supported problems only; True lets ``auto`` choose the implementation. ``plan(problem)`` describes the launch in one
+    line, for ``explain``, and may be empty. ``bind(problem)``, if given, does the per-problem work once and returns a
+    function of the tensors.
     """
 
     name: str
@@ -44,17 +45,17 @@ class Device(NamedTuple):
     type: str
     ordinal: int
     capability: tuple[int, int]
-    multiprocessors: int
-    shared_memory: int  # bytes per block, opt-in limit
+    sm_count: int
+    shared_memory: int  # bytes per CTA, opt-in limit
 
 
 class BackendUnavailableError(RuntimeError):
-    """An explicitly requested backend cannot run this problem; the message says why."""
+    """The requested backend cannot run this call. The message says why."""
 
 
 @functools.cache
 def device_facts(device: torch.device) -> Device:
-    """Facts about ``device``; asks the driver once per device."""
+    """Facts about ``device``, cached per device."""
     if device.type != "cuda":
         return Device(device.type, device.index or 0, (0, 0), 0, 0)
     ordinal = torch.cuda.current_device() if device.index is None else device.index
@@ -64,9 +65,30 @@ def device_facts(device: torch.device) -> Device:
     return Device("cuda", ordinal, (properties.major, properties.minor), properties.multi_processor_count, shared)
 
 
+def row_stride(x: Tensor) -> int:
+    """Elements between consecutive rows of ``x`` (..., features) viewed as a matrix; 0 if there is no such view.
+
+    The matrix must have unit column stride and rows that do not overlap: TMA descriptors refuse overlapping rows.
+    """
+    if x.is_contiguous():
+        return x.shape[-1]
+    if x.dim() < 2 or x.stride(-1) != 1:
+        return 0
+    step, rows = 0, 1  # row stride and row count of the dimensions so far; a dimension of size 1 may have any stride
+    for size, stride in zip(x.shape[-2::-1], x.stride()[-2::-1], strict=True):
+        if size == 1:
+            continue
+        if rows == 1:
+            step = stride
+        elif stride != step * rows:
+            return 0
+        rows *= size
+    return step if step >= x.shape[-1] else 0
+
+
 @functools.lru_cache(maxsize=8192)
 def choose(table: Sequence[Impl], problem: Hashable, backend: str) -> Impl:
-    """The implementation that runs ``problem``: the table's first that supports and prefers it.
+    """The implementation that runs ``problem``: the first in the table that supports and prefers it.
 
     Raises:
         ValueError: ``backend`` is not the name of a backend.
@@ -94,7 +116,7 @@ def choose(table: Sequence[Impl], problem: Hashable, backend: str) -> Impl:
 
 
 def explain(table: Sequence[Impl], problem: Hashable, backend: str = "auto") -> str:
-    """What ``choose`` would do and why, one line per implementation: ``"cuda: can run, by <kernel>: <tiles>"``."""
+    """What :func:`choose` returns and why, one line per implementation: ``"cuda: can run, by <kernel>: <tiles>"``."""
     try:
         chosen = choose(table, problem, backend)
     except BackendUnavailableError:

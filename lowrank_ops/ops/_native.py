@@ -1,4 +1,4 @@
-"""The library of CUDA kernels: loaded when first asked for, and why not where it cannot be."""
+"""Loads the library of CUDA kernels and asks its planner which kernel runs a problem."""
 
 from __future__ import annotations
 
@@ -15,35 +15,29 @@ LIBRARY = Path(__file__).parents[1] / "liblowrank_ops.so"
 
 
 class Machine(NamedTuple):
-    """What the planner knows of a device."""
+    """The planner's view of a device."""
 
     capability: int  # 10 * major + minor
-    multiprocessors: int
-    shared_memory: int  # bytes that a block may ask for
+    sm_count: int
+    shared_memory: int  # bytes per CTA, opt-in limit
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What a tuned table has found faster than the planner's own choice."""
+    """A tuned table's choice of kernel. The defaults leave each decision to the planner."""
 
     kernel: str = ""  # empty: the first that can run the problem
-    splits: int = 0  # blocks that share a tile's tokens, or a row tile's features and outputs; 0: the planner's
-    token_tile: int = 0  # tokens of a block of prefill_sm90
+    splits: int = 0  # split-K: CTAs that share a tile's tokens (covariance) or features (lowrank_linear)
+    token_tile: int = 0  # tokens per CTA of prefill_sm90
 
     def __iter__(self) -> Iterator[Any]:
         """In the order of the ops' arguments."""
         return iter((self.kernel, self.splits, self.token_tile))
 
 
-PLANNERS = Choice()  # the planner's own
+DEFAULT_CHOICE = Choice()
 
-
-def choice(tuned: Choice | None, refused: Callable[[Choice], str]) -> Choice:
-    """A table's, which speaks for the nearest shape, where there is one and this problem can have it."""
-    return PLANNERS if tuned is None or refused(tuned) else tuned
-
-
-#: A typical device of each arch, for plans where there is none.
+#: A typical device of each arch, to plan without one.
 MACHINES = {
     "sm_80": Machine(80, 108, 166912),
     "sm_86": Machine(86, 84, 101376),
@@ -56,9 +50,9 @@ MACHINES = {
 
 @functools.cache
 def unavailable() -> str | None:
-    """Load the library of ``torch.ops.lowrank_ops._cuda_*`` and ``_plan_*``; None, or what is in the way."""
+    """Load the library, which registers ``torch.ops.lowrank_ops._cuda_*`` and ``_plan_*``. None, or why it failed."""
     if not LIBRARY.is_file():
-        return "the native library was not built: LOWRANK_OPS_CUDA=ON at install tells what it needs"
+        return "the native library was not built: reinstall with LOWRANK_OPS_CUDA=ON to see what the build needs"
     try:
         torch.ops.load_library(LIBRARY)
     except OSError as error:
@@ -66,10 +60,23 @@ def unavailable() -> str | None:
     return None
 
 
+def unavailable_on(device_type: str) -> str | None:
+    """Why no CUDA kernel can run on a device of this type, or None."""
+    return unavailable() if device_type == "cuda" else "it needs a CUDA device"
+
+
 def machine(device: tuple[str, int, tuple[int, int], int, int]) -> Machine:
-    """A ``Device`` as the planner takes it."""
-    _, _, (major, minor), multiprocessors, shared_memory = device
-    return Machine(10 * major + minor, multiprocessors, shared_memory)
+    """A ``Device`` in the planner's terms."""
+    _, _, (major, minor), sm_count, shared_memory = device
+    return Machine(10 * major + minor, sm_count, shared_memory)
+
+
+def usable_choice(tuned: Choice | None, refused: Callable[[Choice], str]) -> Choice:
+    """``tuned``, or the planner's default where there is none or ``refused`` gives a reason against it.
+
+    A tuned entry is that of the nearest shape, which may be legal where this problem is not.
+    """
+    return DEFAULT_CHOICE if tuned is None or refused(tuned) else tuned
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -77,10 +84,40 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def plan_covariance(
+    tokens: int,
+    features: int,  # per group
+    groups: int,
+    dtype: torch.dtype,
+    source: str,  # "matrix", "aligned_matrix" (rows start on 16 bytes) or "patches" of a convolution
+    allow_tf32: bool,
+    machine: Machine,
+    choice: Choice = DEFAULT_CHOICE,
+) -> tuple[str, str]:
+    """``("", plan)``, or ``(reason, "")`` where no kernel can run the problem."""
+    planner = _planner("plan_covariance")
+    return planner(tokens, features, groups, dtype_name(dtype), source, allow_tf32, *machine, *choice)
+
+
+def plan_lowrank_linear(
+    tokens: int,
+    in_features: int,
+    rank: int,
+    out_features: int,
+    dtype: torch.dtype,
+    aligned: bool,  # matrices and their rows start on 16 bytes
+    machine: Machine,
+    choice: Choice = DEFAULT_CHOICE,
+) -> tuple[str, str]:
+    """``("", plan)``, or ``(reason, "")`` where no kernel can run the problem."""
+    planner = _planner("plan_lowrank_linear")
+    return planner(tokens, in_features, rank, out_features, dtype_name(dtype), aligned, *machine, *choice)
+
+
 def plan(
     op: str,
+    arch: str,
     dtype: torch.dtype,
-    machine: Machine,
     *,
     tokens: int,
     aligned: bool = True,
@@ -90,40 +127,38 @@ def plan(
     in_features: int = 0,
     rank: int = 0,
     out_features: int = 0,
-    kernel: str = "",
-    splits: int = 0,
-    token_tile: int = 0,
+    **choice: Any,
 ) -> str:
-    """Which CUDA kernel would run a problem on a machine that need not be here, and how; or ``"cannot run: ..."``.
+    """The planner's default for a problem on a typical device of ``arch``: one line, or ``"cannot run: <reason>"``.
 
     Args:
-        op: ``"covariance_update_"`` or ``"conv_covariance_update_"``, which take ``features``, ``groups`` (for
-            convolutions of patches: channels of a group x kernel height x width, and ``tokens`` counts patches) and
+        op: ``"covariance_update_"`` or ``"conv_covariance_update_"``, which take ``features``, ``groups`` and
             ``allow_tf32``, or ``"lowrank_linear"``, which takes ``in_features``, ``rank`` and ``out_features``.
+        arch: a key of ``MACHINES``.
+        dtype: of the inputs.
+        tokens: rows of ``x``; for a convolution, patches.
         aligned: the matrices and their rows start on 16 bytes.
-        kernel: such as ``"decode_sm80"`` instead of the first that can.
-        splits: blocks that share a tile's tokens (covariances), the features of ``down`` (decode) or also the rows of
-            ``up`` (prefill), instead of the planner's number.
-        token_tile: 128 or 192 tokens per block of prefill; 256: two blocks of 128, which bring each other the weights.
+        choice: fields of :class:`Choice`.
 
     Raises:
-        ValueError: an unknown op.
+        ValueError: an unknown op or arch.
         RuntimeError: neither the library nor ``lowrank_ops._planner`` was built.
     """
+    if arch not in MACHINES:
+        raise ValueError(f"arch must be one of {', '.join(map(repr, MACHINES))}; got {arch!r}.")
+    typical, chosen = MACHINES[arch], Choice(**choice)
     if op == "lowrank_linear":
-        shape: tuple[Any, ...] = (tokens, in_features, rank, out_features, dtype_name(dtype), aligned)
+        reason, text = plan_lowrank_linear(tokens, in_features, rank, out_features, dtype, aligned, typical, chosen)
     elif op in ("covariance_update_", "conv_covariance_update_"):
         source = "patches" if op.startswith("conv") else "aligned_matrix" if aligned else "matrix"
-        shape = (tokens, features, groups, dtype_name(dtype), source, allow_tf32)
+        reason, text = plan_covariance(tokens, features, groups, dtype, source, allow_tf32, typical, chosen)
     else:
         raise ValueError(f"op must be covariance_update_, conv_covariance_update_ or lowrank_linear; got {op!r}.")
-    planner = _planner("plan_lowrank_linear" if op == "lowrank_linear" else "plan_covariance")
-    reason, text = planner(*shape, *machine, kernel, splits, token_tile)
     return f"cannot run: {reason}" if reason else text
 
 
 def _planner(function: str) -> Callable[..., tuple[str, str]]:
-    """The planner of the library, which also knows for which archs that was built; else the one for this Python."""
+    """The library's planner, which knows its archs; without the library the ``_planner`` extension of this Python."""
     reason = unavailable()
     if reason is None:
         return getattr(torch.ops.lowrank_ops, f"_{function}")  # type: ignore[no-any-return]

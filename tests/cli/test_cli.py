@@ -391,7 +391,9 @@ class TestDoctor:
     def test_plans_are_printed_for_an_arch(
         self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(ops, "plan", lambda op, arch, dtype, **shape: f"{op} {arch} {shape['tokens']} planned")
+        monkeypatch.setattr(
+            doctor._native, "plan", lambda op, arch, dtype, **shape: f"{op} {arch} {shape['tokens']} planned"
+        )
         assert cli.main(["doctor", "--plan", "sm_90"]) == 0
         assert "lowrank_linear sm_90 64 planned" in capsys.readouterr().out
         assert cli.main(["doctor", "--plan", "sm_90", "--json"]) == 0
@@ -406,14 +408,14 @@ class TestDoctor:
         def missing(*arguments: object, **options: object) -> str:
             raise RuntimeError("No plan without the native library")
 
-        monkeypatch.setattr(ops, "plan", missing)
+        monkeypatch.setattr(doctor._native, "plan", missing)
         assert "No plan without" in refused(capsys, 1, "doctor", "--plan", "sm_90")
 
     def test_a_gpu_is_described(self, monkeypatch: pytest.MonkeyPatch) -> None:
         facts = SimpleNamespace(name="A GPU", major=9, minor=0, multi_processor_count=132, total_memory=80 << 30)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: facts)
         assert doctor._gpu(1) == {
-            "device": "cuda:1", "name": "A GPU", "capability": "9.0", "multiprocessors": 132, "memory_gib": 80.0,
+            "device": "cuda:1", "name": "A GPU", "capability": "9.0", "sm_count": 132, "memory_gib": 80.0,
         }  # fmt: skip
 
     def test_broken_package_is_reported(self, project: Path) -> None:

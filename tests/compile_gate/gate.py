@@ -1,6 +1,6 @@
-"""Compile a Triton kernel for an arch that is not here, and say what the machine code is like.
+"""Compiles a Triton kernel for an arch without a device of it and checks the machine code.
 
-Must run in a process where TRITON_INTERPRET is not set: the interpreter replaces the kernels.
+Must run in a process without TRITON_INTERPRET: the interpreter replaces the kernels.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.cache import get_cache_manager
 
+from tests.compile_gate.launches import Launch
+
 ARCHS = (80, 90, 100)
-SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}  # bytes a block may ask for
+SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}  # bytes per CTA, opt-in limit
 TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
-SERIALISED = ("C7510", "C7511", "C7515")  # ptxas: "wgmma pipelines were serialized because ..."
+SERIALIZED = ("C7510", "C7511", "C7515")  # ptxas: "wgmma pipelines were serialized because ..."
 
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _OPCODE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
@@ -35,7 +37,7 @@ _REPORT_VERSION = 1
 
 
 class Report(NamedTuple):
-    """What one kernel became for one arch."""
+    """The machine code of one kernel for one arch."""
 
     arch: int
     triton: str
@@ -45,13 +47,13 @@ class Report(NamedTuple):
     spill_loads: int
     local_stores: int  # STL instructions
     local_loads: int  # LDL instructions
-    shared: int  # bytes per block
+    shared: int  # bytes per CTA
     tensor_core: dict[str, int]  # opcode -> count
     tma_loads: int  # UTMALDG instructions
-    serialised: list[str]  # ptxas's codes for wgmma that waits for each instruction
+    serialized: list[str]  # ptxas's codes for wgmma that waits after each instruction
 
     def mma(self) -> str:
-        """The kernel's tensor-core instruction, the most frequent one, or "-"."""
+        """The kernel's most frequent tensor-core instruction, or "-"."""
         return max(self.tensor_core, key=self.tensor_core.__getitem__) if self.tensor_core else "-"
 
 
@@ -65,9 +67,9 @@ def compile_kernel(
     attrs: Mapping[tuple[int, ...], Any] | None = None,
     **options: Any,
 ) -> Report:
-    """Compile ``kernel`` for ``arch`` (80, 90 or 100) and read the cubin. Reports are kept in Triton's cache.
+    """Compile ``kernel`` for ``arch`` (80, 90 or 100) and read the cubin. Reports are cached in Triton's cache.
 
-    ``signature`` names every argument; those in ``constexprs`` may be left out of it.
+    ``signature`` holds every argument that is not in ``constexprs``.
     """
     full = {name: "constexpr" if name in constexprs else signature[name] for name in kernel.arg_names}
     source = ASTSource(kernel, full, dict(constexprs), dict(attrs or {}))
@@ -80,7 +82,7 @@ def compile_kernel(
 
     log = io.StringIO()
     with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(log):
-        knobs.nvidia.dump_ptxas_log = True  # spills and serialised wgmma are told there and nowhere else
+        knobs.nvidia.dump_ptxas_log = True  # only this log reports spills and serialized wgmma
         knobs.compilation.always_compile = True
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     report = _read(arch, compiled, log.getvalue())
@@ -88,33 +90,26 @@ def compile_kernel(
     return report
 
 
-def compile_specialization(specialization: Any, arch: int) -> Report:
-    """``compile_kernel`` for an entry of an op's ``shipped(arch)``."""
-    return compile_kernel(
-        specialization.kernel,
-        specialization.signature,
-        specialization.constexprs,
-        arch,
-        specialization.num_warps,
-        specialization.num_stages,
-        specialization.attrs,
-        **specialization.options,
-    )
+def compile_launch(launch: Launch, arch: int) -> Report:
+    """Compile a recorded launch for ``arch``."""
+    options = {"num_warps": 4, "num_stages": 3, **launch.options}  # Triton's defaults
+    return compile_kernel(launch.kernel, launch.signature, launch.constexprs, arch, attrs=launch.attrs, **options)
 
 
-def assert_clean(report: Report, arch: int, tma: bool = False, mma: bool | str = True) -> None:
-    """Fail with every way in which ``report`` is not what a kernel for ``arch`` should be.
+def assert_clean(report: Report, arch: int, tma: bool = False, mma: bool | str = True, spills: int = 0) -> None:
+    """Fail, listing all faults of ``report``: spills, too much shared memory, missing instructions, serialized wgmma.
 
     Args:
-        tma: the kernel is meant to load by TMA.
-        mma: it is meant to use the arch's newest tensor-core instruction; a string names another, False asks nothing.
+        tma: whether the kernel must load by TMA.
+        spills: bytes that the kernel is known to spill, at most.
+        mma: True if it must use the arch's newest tensor-core instruction; a string names another, False accepts any.
     """
     faults = []
     if report.arch != arch:
         faults.append(f"compiled for sm_{report.arch}, not sm_{arch}")
-    if report.spill_stores or report.spill_loads:
+    if max(report.spill_stores, report.spill_loads) > spills:
         faults.append(f"spills {report.spill_stores} bytes of stores, {report.spill_loads} bytes of loads")
-    if report.local_stores or report.local_loads:
+    if max(report.local_stores, report.local_loads) > spills // 4:
         faults.append(f"{report.local_stores} STL and {report.local_loads} LDL instructions")
     if report.shared > SHARED_LIMIT[arch]:
         faults.append(f"{report.shared} bytes of shared memory, sm_{arch} has {SHARED_LIMIT[arch]}")
@@ -123,8 +118,8 @@ def assert_clean(report: Report, arch: int, tma: bool = False, mma: bool | str =
     wanted = TENSOR_CORE[arch] if mma is True else mma
     if wanted and not any(opcode.startswith(wanted) for opcode in report.tensor_core):
         faults.append(f"no {wanted}; tensor-core instructions: {report.tensor_core or 'none'}")
-    if report.serialised:
-        faults.append(f"ptxas serialised wgmma: {', '.join(report.serialised)}")
+    if report.serialized:
+        faults.append(f"ptxas serialized wgmma: {', '.join(report.serialized)}")
     assert not faults, f"sm_{arch}, Triton {report.triton}: " + "; ".join(faults)
 
 
@@ -146,7 +141,7 @@ def _read(arch: int, compiled: Any, log: str) -> Report:
         shared=compiled.metadata.shared,
         tensor_core={opcode: count for opcode, count in sorted(opcodes.items()) if _TENSOR_CORE_OPCODE.match(opcode)},
         tma_loads=_starting(opcodes, "UTMALDG"),
-        serialised=sorted({code for code in SERIALISED if code in log}),
+        serialized=sorted({code for code in SERIALIZED if code in log}),
     )
 
 

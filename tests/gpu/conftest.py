@@ -1,4 +1,4 @@
-"""A process that the GPU refuses ends, so that one kernel's fault does not fail all the tests behind it."""
+"""Ends a process whose CUDA context is broken, so that one kernel's fault does not fail all later tests."""
 
 import os
 
@@ -11,7 +11,7 @@ def _device_is_usable():
     yield
     try:
         torch.cuda.synchronize()
-    except RuntimeError as error:  # after an access where there is nothing, a GPU refuses a process all that follows
+    except RuntimeError as error:  # after an illegal access every later CUDA call of the process fails
         if "PYTEST_XDIST_WORKER" in os.environ:
-            os._exit(1)  # pytest-xdist starts another one
-        pytest.exit(f"the device takes no more work from this process: {error}", returncode=1)
+            os._exit(1)  # pytest-xdist replaces the worker
+        pytest.exit(f"the CUDA context of this process is broken: {error}", returncode=1)

@@ -1,11 +1,10 @@
-"""What the GPU tests share: inputs, comparisons with float64, graphs and streams."""
+"""Inputs, CUDA graphs and streams for the GPU tests."""
 
 import pytest
 import torch
 
 from lowrank_ops.ops import _native
-from lowrank_ops.ops.linear import reference
-from tests.tolerance import assert_close_to_float64
+from tests.ops.inputs import linear_inputs
 
 needs_library = pytest.mark.skipif(not _native.LIBRARY.is_file(), reason="the native library was not built")
 
@@ -16,7 +15,7 @@ def random(*shape, dtype=torch.float32, mean=0.5):
 
 
 def zeros(features, dtype=torch.float32, groups=None):
-    """A covariance's state."""
+    """A zero state: second moment and total."""
     lead = () if groups is None else (groups,)
     return (
         torch.zeros(*lead, features, features, dtype=dtype, device="cuda"),
@@ -26,35 +25,19 @@ def zeros(features, dtype=torch.float32, groups=None):
 
 def arguments(tokens, in_features, rank, out_features, dtype=torch.bfloat16, bias=True, seed=0):
     """x, down, up and bias."""
-    generator = torch.Generator("cuda").manual_seed(seed)
-
-    def normal(*shape, scale=1.0):
-        return (torch.randn(*shape, generator=generator, device="cuda") * scale).to(dtype)
-
-    return (
-        normal(tokens, in_features),
-        normal(rank, in_features, scale=in_features**-0.5),
-        normal(out_features, rank, scale=rank**-0.5),
-        normal(out_features) if bias else None,
-    )
-
-
-def assert_right(y, x, down, up, bias, activation):
-    wide = [None if tensor is None else tensor.double() for tensor in (x, down, up, bias)]
-    assert_close_to_float64(
-        y, reference.two_products(x, down, up, bias, activation), reference.two_products(*wide, activation)
-    )
+    sizes = {"in_features": in_features, "rank": rank, "out_features": out_features}
+    return linear_inputs(tokens, **sizes, dtype=dtype, bias=bias, seed=seed, device="cuda")
 
 
 def framed(matrix, pad):
-    """The same matrix inside a frame of NaN, ``pad`` elements at the side."""
+    """A copy of the matrix in a frame of NaN, ``pad`` elements wide."""
     frame = torch.full((matrix.shape[0] + 2, matrix.shape[1] + 2 * pad), float("nan")).to(matrix)
     frame[1:-1, pad:-pad].copy_(matrix)
     return frame[1:-1, pad:-pad]
 
 
 def captured(run):
-    """A CUDA graph of ``run``, which must have run before, and what it returned."""
+    """A CUDA graph of ``run``, which must have run before, and its result."""
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -63,7 +46,7 @@ def captured(run):
 
 
 def on_streams_at_once(calls, times):
-    """Calls each ``times`` times on a stream of its own, in turn, and returns what each returned."""
+    """Run each call ``times`` times, each on its own stream, interleaved, and return their results."""
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in calls]
     results = [[] for _ in calls]

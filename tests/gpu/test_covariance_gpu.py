@@ -1,4 +1,4 @@
-"""The covariance ops on a CUDA device, by the CUDA and by the Triton kernels."""
+"""The covariance ops on a CUDA device, with the CUDA and the Triton kernels."""
 
 import pytest
 import torch
@@ -11,15 +11,15 @@ from .device import captured, needs_library, on_streams_at_once, random, zeros
 pytestmark = pytest.mark.gpu
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
-# Relative to the sum of |x_i x_j|: products are exact or, for float32, three of bfloat16 or one of TensorFloat-32; 2048
-# of them are summed in the tensor cores' float32, which truncates: modelled as published for the H100 (16 products at
-# a time, 2 bits past float32's), sums of squares of float16 come to 0.75 of 2^-16, with 1 bit as on the A100 to 1.5.
+# Error bounds relative to the sum of |x_i x_j|. Tensor cores truncate in their float32 accumulation. With the published
+# model of the H100 (16 products per step, 2 extra bits), sums of 2048 float16 squares are off by 0.75 * 2^-16; with the
+# A100's 1 extra bit, by 1.5 * 2^-16.
 BOUNDS = {"bf16": 2.0**-15, "fp16": 2.0**-15, "fp32": 2.0**-14, "tf32": 2.0**-9}
 TOTAL_BOUNDS = {"cuda": 2.0**-17, "triton": 2.0**-18}
 
 CUDA = pytest.param("cuda", marks=needs_library)
 BACKENDS = pytest.mark.parametrize("backend", [CUDA, "triton"])
-# Triton compiles each anew, so that TensorFloat-32 has one test alone.
+# Every Triton case compiles, so TensorFloat-32 has a single test.
 KINDS = pytest.mark.parametrize(
     "backend, dtype",
     [pytest.param("cuda", dtype, marks=needs_library) for dtype in DTYPES]
@@ -32,7 +32,7 @@ def update(state, x, backend, dtype="bf16", **options):
 
 
 def assert_updated(state, x, backend, dtype="bf16", times=1):
-    """From zeros: the lower triangle and the sums, against float64."""
+    """Compare the lower triangle and the sums of ``times`` updates from zero with float64."""
     second_moment, total = (tensor / times for tensor in state)
     rows = x.reshape(-1, x.shape[-1]).double()
     error = (second_moment.double() - rows.T @ rows).abs().tril()
@@ -57,14 +57,14 @@ def test_shapes(tokens, features, backend, dtype, state_dtype):
         state = zeros(features, state_dtype)
         update(state, x, backend, dtype, deterministic=deterministic)
         assert_updated(state, x, backend, dtype)
-        update(state, x, backend, dtype, deterministic=deterministic)  # added to what is there
+        update(state, x, backend, dtype, deterministic=deterministic)  # accumulates
         assert_updated(state, x, backend, dtype, times=2)
 
 
 @KINDS
 @pytest.mark.parametrize("offset", [0, 1, 2, 4, 8])
 @pytest.mark.parametrize("padding", [0, 1, 4, 8, 24])
-def test_alignments_in_poisoned_memory(backend, dtype, offset, padding):
+def test_loads_stay_in_bounds(backend, dtype, offset, padding):
     tokens, features = 300, 196 if backend == "cuda" else 200
     stride = features + padding
     memory = torch.full((offset + tokens * stride + 4096,), float("nan"), dtype=DTYPES[dtype], device="cuda")
@@ -75,7 +75,7 @@ def test_alignments_in_poisoned_memory(backend, dtype, offset, padding):
 
 
 @KINDS
-def test_rows_that_are_no_matrix_are_copied(backend, dtype):
+def test_noncontiguous_inputs_are_copied(backend, dtype):
     kind = DTYPES[dtype]
     transposed = random(3, 200, 300, dtype=kind).transpose(1, 2)
     for x in (random(200, 900, dtype=kind).T, transposed, random(900, 400, dtype=kind)[:, ::2]):
@@ -85,7 +85,7 @@ def test_rows_that_are_no_matrix_are_copied(backend, dtype):
 
 
 @BACKENDS
-def test_strided_state_in_poisoned_memory(backend):
+def test_stores_stay_in_bounds(backend):
     memory = torch.full((300, 700), float("nan"), device="cuda")
     state = memory[20:220, 7:407:2].zero_(), torch.full((400,), float("nan"), device="cuda")[::2].zero_()
     x = random(900, 200, dtype=torch.bfloat16)
@@ -96,7 +96,7 @@ def test_strided_state_in_poisoned_memory(backend):
 
 
 @BACKENDS
-def test_nothing_to_do(backend):
+def test_empty_inputs(backend):
     state = zeros(64)
     update(state, random(0, 64), backend)
     update(zeros(0), random(7, 0), backend)
@@ -112,8 +112,8 @@ def test_tf32(backend):
 
 
 @BACKENDS
-def test_scratch_may_hold_anything(backend):
-    """NaN left by the caching allocator in what becomes scratch must not reach the state."""
+def test_scratch_needs_no_zeroing(backend):
+    """NaN in the memory of the scratch must not reach the state."""
     x = random(12608, 192, dtype=torch.bfloat16)
     state = zeros(192)
     problem = describe(state[0], x)
@@ -131,7 +131,7 @@ def test_scratch_may_hold_anything(backend):
     [pytest.param("cuda", dtype, wide, marks=needs_library) for dtype in DTYPES for wide in (768, 4096)]
     + [("triton", "bf16", 768)],
 )
-def test_same_bits_on_every_run(backend, dtype, features):
+def test_runs_are_bitwise_equal(backend, dtype, features):
     x = random(8192 if features > 768 else 12608, features, dtype=DTYPES[dtype])
     first = None
     for _ in range(20):
@@ -143,7 +143,7 @@ def test_same_bits_on_every_run(backend, dtype, features):
 
 @BACKENDS
 @pytest.mark.parametrize("deterministic", [True, False])
-def test_graph_replays(backend, deterministic):
+def test_graph_replay(backend, deterministic):
     replays = 1000
     x = random(2048, 256, dtype=torch.bfloat16)
     state = zeros(256, torch.float64)
@@ -168,8 +168,8 @@ def test_two_streams(backend):
 
 @BACKENDS
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.float64], ids=["state32", "state64"])
-def test_a_million_tokens_far_from_zero(backend, state_dtype):
-    """One float32 chain of so many would lose the digits that the mean does not use; chunks keep them."""
+def test_a_million_tokens_with_a_large_mean(backend, state_dtype):
+    """A single float32 accumulation would lose the low bits; chunks keep them."""
     state = zeros(128, state_dtype)
     truth = torch.zeros(128, 128, dtype=torch.float64, device="cuda")
     for part in range(8):
@@ -181,13 +181,13 @@ def test_a_million_tokens_far_from_zero(backend, state_dtype):
 
 
 @BACKENDS
-def test_more_than_two_to_the_31_elements(backend):
+def test_more_than_2_to_the_31_elements(backend):
     features, tokens = 4096, (1 << 19) + 4096
     if torch.cuda.mem_get_info()[0] < 3 * features * tokens:
         pytest.skip("needs 6.5 GB of free GPU memory for the input alone")
     x = torch.zeros(tokens, features, dtype=torch.bfloat16, device="cuda")
     x[-300:] = random(300, features)
-    for view in (x, x[:, 1:]):  # by TMA or asynchronous copies where there are, and through pointers
+    for view in (x, x[:, 1:]):  # TMA or cp.async, then pointer loads
         state = zeros(view.shape[1])
         update(state, view, backend)
         assert_updated(state, view[-300:], backend)
@@ -205,7 +205,7 @@ def test_more_than_two_to_the_31_elements(backend):
     ],
     ids=["padded", "rectangular", "patchify"],
 )
-def test_convolution(geometry, groups, backend, dtype, layout):
+def test_conv_update_matches_im2col(geometry, groups, backend, dtype, layout):
     x = random(6, 64, 20, 24, dtype=DTYPES[dtype]).contiguous(memory_format=layout)
     features = 64 // groups * geometry["kernel_size"][0] * geometry["kernel_size"][1]
     full = {"stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], **geometry}
@@ -228,7 +228,7 @@ def test_opcheck(backend):
 
 
 @BACKENDS
-def test_compiled_as_one_node(backend):
+def test_torch_compile(backend):
     x = random(1000, 128, dtype=torch.bfloat16)
     state = zeros(128)
     torch.compile(covariance_update_, fullgraph=True)(*state, x, backend=backend)
@@ -236,7 +236,7 @@ def test_compiled_as_one_node(backend):
 
 
 @BACKENDS
-def test_agrees_with_the_reference(backend):
+def test_matches_the_reference(backend):
     x = random(4000, 200, dtype=torch.bfloat16)
     (mine, my_total), (theirs, their_total) = zeros(200), zeros(200)
     update((mine, my_total), x, backend)
@@ -248,12 +248,10 @@ def test_agrees_with_the_reference(backend):
 @needs_library
 @pytest.mark.parametrize("kernel", ["covariance_sm80", "covariance_sm90", "covariance_sm90_wide"])
 @pytest.mark.parametrize("splits", [1, 3, 8])
-@pytest.mark.parametrize(
-    "features", [200, 3120]
-)  # of squares: one alone, and some that are shared beside some that are not
+@pytest.mark.parametrize("features", [200, 3120])  # of covariance_sm90_wide: one tile; and whole waves plus split tiles
 @pytest.mark.parametrize("dtype, state_dtype", [("bf16", torch.float32), ("fp16", torch.float64)], ids=str)
-def test_cuda_by_choice(kernel, splits, features, dtype, state_dtype):
-    """What a tuned table may ask for instead of the planner's own choice."""
+def test_cuda_choices(kernel, splits, features, dtype, state_dtype):
+    """Choices that a tuned table may make instead of the planner."""
     x, state = random(8192, features, dtype=DTYPES[dtype]), zeros(features, state_dtype)
     problem, choice = describe(state[0], x), _native.Choice(kernel, splits)
     if reason := _cuda.refuse(problem, choice):
@@ -262,7 +260,7 @@ def test_cuda_by_choice(kernel, splits, features, dtype, state_dtype):
     _cuda.run(problem, *state, x, choice)
     assert_updated(state, x, "cuda", dtype)
     first = [tensor.clone() for tensor in state]
-    for _ in range(5):  # the same bits on every run
+    for _ in range(5):  # bitwise equal
         for tensor in state:
             tensor.zero_()
         _cuda.run(problem, *state, x, choice)
@@ -270,8 +268,8 @@ def test_cuda_by_choice(kernel, splits, features, dtype, state_dtype):
 
 
 @needs_library
-def test_cuda_wide_squares_far_from_zero_in_a_strided_state():
-    """Chains of sums twice as long as elsewhere, and rows of the state that start between pairs."""
+def test_cuda_wide_tiles_with_large_mean_and_strided_state():
+    """covariance_sm90_wide accumulates twice as many tokens; rows of this state are not aligned to pairs."""
     x = random(1 << 17, 512, dtype=torch.bfloat16, mean=8.0)
     state = torch.zeros(600, 1100, device="cuda")[5:517, 3:515], torch.zeros(1024, device="cuda")[::2]
     problem, choice = describe(state[0], x), _native.Choice("covariance_sm90_wide", 1)
@@ -284,7 +282,7 @@ def test_cuda_wide_squares_far_from_zero_in_a_strided_state():
 
 
 @needs_library
-def test_cuda_refusals_name_the_shape_and_leave_the_state_alone():
+def test_cuda_refusal_keeps_the_state():
     assert _cuda.supports(describe(zeros(64)[0], random(5, 64).T.contiguous().T)) is not None
     second_moment, total = zeros(64)
     with pytest.raises(RuntimeError, match="does not fit"):
@@ -292,7 +290,7 @@ def test_cuda_refusals_name_the_shape_and_leave_the_state_alone():
     assert not second_moment.any()
 
 
-# A small set for compute-sanitizer: see from_wheel.sh.
+# A small set for compute-sanitizer, run by from_wheel.sh.
 
 
 @needs_library
@@ -307,7 +305,7 @@ def test_cuda_sanitized(tokens, features, dtype):
 
 @needs_library
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_cuda_sanitized_convolution(dtype):
+def test_cuda_sanitized_conv(dtype):
     image = random(2, 8, 9, 10, dtype=DTYPES[dtype])
     second_moment, total = zeros(72, groups=1)
     options = {"allow_tf32": dtype == "tf32", "backend": "cuda"}

@@ -1,4 +1,4 @@
-"""The low-rank product on a CUDA device, by every CUDA and Triton kernel that the device can run."""
+"""``lowrank_linear`` on a CUDA device, with every CUDA and Triton kernel that the device can run."""
 
 import dataclasses
 
@@ -7,9 +7,10 @@ import torch
 
 from lowrank_ops.ops import _native, lowrank_linear
 from lowrank_ops.ops.linear import _cuda, _triton, _triton_config, describe, explain, reference
+from tests.ops.inputs import assert_linear
 from tests.tolerance import assert_close_to_float64
 
-from .device import arguments, assert_right, captured, framed, needs_library, on_streams_at_once
+from .device import arguments, captured, framed, needs_library, on_streams_at_once
 
 pytestmark = pytest.mark.gpu
 
@@ -18,7 +19,7 @@ BACKENDS = pytest.mark.parametrize("backend", [pytest.param("cuda", marks=needs_
 
 
 def linear(args, backend, activation="none"):
-    """Skips what the CUDA kernels refuse on this device: prefill on other archs than sm_90a and for larger ranks."""
+    """Skip what the CUDA kernels refuse: prefill on archs other than sm_90a and for ranks above 256."""
     if backend == "cuda":
         problem = describe(*args, activation)
         if _cuda.supports_decode(problem) and (reason := _cuda.supports_prefill(problem)):
@@ -38,10 +39,9 @@ def linear(args, backend, activation="none"):
 )  # fmt: skip
 def test_decode_shapes(backend, dtype, shape):
     args = arguments(*shape, dtype)
-    # Of a handful of results torch, which rounds before it takes the activation, may happen to hit every one: nothing
-    # that its error is the measure of.
+    # The bound is torch's own error. With few outputs that may be zero by chance, so use no activation there.
     activation = "gelu" if shape[0] * shape[3] > 50 else "none"
-    assert_right(linear(args, backend, activation), *args, activation)
+    assert_linear(linear(args, backend, activation), *args, activation)
 
 
 @BACKENDS
@@ -58,7 +58,7 @@ def test_decode_shapes(backend, dtype, shape):
 )  # fmt: skip
 def test_prefill_shapes(backend, dtype, activation, shape):
     args = arguments(*shape, dtype)
-    assert_right(linear(args, backend, activation), *args, activation)
+    assert_linear(linear(args, backend, activation), *args, activation)
 
 
 @BACKENDS
@@ -68,20 +68,20 @@ def test_prefill_shapes(backend, dtype, activation, shape):
 @pytest.mark.parametrize("activation", reference.ACTIVATIONS)
 def test_epilogues(backend, dtype, tokens, bias, activation):
     args = arguments(tokens, 512, 136, 768, dtype, bias)
-    assert_right(linear(args, backend, activation), *args, activation)
+    assert_linear(linear(args, backend, activation), *args, activation)
 
 
 @needs_library
 @pytest.mark.parametrize("tokens", [65, 128, 1000, 4000, 16000, 33000])
 @pytest.mark.parametrize("rank", [64, 128, 192, 256])
-def test_cuda_prefill_by_few_and_by_many_tiles(rank, tokens):
-    """From one tile, which the largest cluster shares, to many, which it does not."""
+def test_cuda_prefill_cluster_sizes(rank, tokens):
+    """From one tile, shared by the largest cluster, to many tiles without clusters."""
     args = arguments(tokens, 512, rank, 640)
-    assert_right(linear(args, "cuda", "silu"), *args, "silu")
+    assert_linear(linear(args, "cuda", "silu"), *args, "silu")
 
 
 @needs_library
-def test_cuda_hopper_runs_its_own_kernels():
+def test_cuda_plans_sm90_kernels_on_hopper():
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("not compute capability 9.0")
     for tokens, kernel in ((16, "decode_sm90"), (2048, "prefill_sm90")):
@@ -106,30 +106,30 @@ def test_cuda_hopper_runs_its_own_kernels():
     ],
     ids=str,
 )
-def test_cuda_by_choice(tokens, rank, choice):
-    """What a tuned table may ask for instead of the planner's own choice."""
+def test_cuda_choices(tokens, rank, choice):
+    """Choices that a tuned table may make instead of the planner."""
     args = arguments(tokens, 1024, rank, 768)
     problem, choice = describe(*args, "silu"), _native.Choice(*choice)
     if reason := _cuda.refuse(problem, choice):
         assert choice.kernel.endswith("sm90") and problem.device.capability != (9, 0), reason
         pytest.skip(reason)
-    assert_right(_cuda.run(problem, *args, "silu", choice), *args, "silu")
+    assert_linear(_cuda.run(problem, *args, "silu", choice), *args, "silu")
 
 
-def test_every_triton_configuration_that_ships():
+def test_every_triton_configuration():
     name = _triton_config.arch(torch.cuda.get_device_capability())
     for config in _triton_config.shipped_decode(name):
         args = arguments(config.block_m - 1, 2 * config.block_k + 8, config.slab + 72, 200)
         problem = describe(*args, "silu")
         if _triton.supports_decode(problem, config) is None:
-            assert_right(_triton.run_decode(problem, *args, "silu", config), *args, "silu")
+            assert_linear(_triton.run_decode(problem, *args, "silu", config), *args, "silu")
     for config in _triton_config.shipped_prefill(name):
         args = arguments(5 * config.block_m + 1, 3 * config.block_k + 8, config.rank - 8, 3 * config.block_n + 8)
         problem = describe(*args, "silu")
         for parts in (1, 3):
             cut = dataclasses.replace(config, parts=parts)
             if _triton.supports_prefill(problem, cut) is None:
-                assert_right(_triton.run_prefill(problem, *args, "silu", cut), *args, "silu")
+                assert_linear(_triton.run_prefill(problem, *args, "silu", cut), *args, "silu")
 
 
 @BACKENDS
@@ -142,36 +142,36 @@ def test_strides_and_alignment(backend, tokens, transposed, first):
     if transposed:
         down, up = (factor.T.contiguous().T for factor in (down, up))
     args = (wide[:, first : first + 128], down, up, bias)
-    assert_right(linear(args, backend), *args, "none")
+    assert_linear(linear(args, backend), *args, "none")
 
 
 @BACKENDS
 @pytest.mark.parametrize("tokens", [5, 70])
-def test_rows_that_start_on_16_bytes_and_end_off_them(backend, tokens):
+def test_aligned_rows_of_odd_length(backend, tokens):
     x, down, up, bias = arguments(tokens, 1008, 136, 256)
     args = (x[:, :1001], down[:, :1001], up, bias)
-    assert_right(linear(args, backend), *args, "none")
+    assert_linear(linear(args, backend), *args, "none")
 
 
 @BACKENDS
 @pytest.mark.parametrize("pad", [8, 3])
 @pytest.mark.parametrize("tokens", [1, 13, 64, 65, 256, 1000])
-def test_no_byte_outside_is_read_and_every_byte_inside_is_written(backend, tokens, pad, monkeypatch):
-    """NaN around the operands, in scratch and in the output."""
+def test_loads_in_bounds_and_all_outputs_stored(backend, tokens, pad, monkeypatch):
+    """NaN around the operands, in the scratch and in the output."""
     x, down, up, bias = arguments(tokens, 1032, 136, 776)
     args = (framed(x, pad), framed(down, pad), framed(up, pad), bias)
-    honest, honest_new = torch.empty, torch.Tensor.new_empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **o: honest(*a, **o).fill_(float("nan")))
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **o: honest_new(*a, **o).fill_(float("nan")))
-    torch.full((16 << 20,), float("nan"), device="cuda")  # for what the library takes of the caching allocator
+    empty, new_empty = torch.empty, torch.Tensor.new_empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **o: empty(*a, **o).fill_(float("nan")))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **o: new_empty(*a, **o).fill_(float("nan")))
+    torch.full((16 << 20,), float("nan"), device="cuda")  # for the library's own allocations from the caching allocator
     y = linear(args, backend)
     monkeypatch.undo()
-    assert_right(y, x, down, up, bias, "none")
+    assert_linear(y, x, down, up, bias, "none")
 
 
 @BACKENDS
 @pytest.mark.parametrize("tokens", [1, 16, 64, 256, 2048])
-def test_same_bits_on_every_run(backend, tokens):
+def test_runs_are_bitwise_equal(backend, tokens):
     args = arguments(tokens, 4096, 216, 4096)
     first = linear(args, backend)
     for _ in range(100):
@@ -181,7 +181,7 @@ def test_same_bits_on_every_run(backend, tokens):
 @BACKENDS
 @pytest.mark.parametrize("tokens, width, rank", [(1, 1024, 168), (16, 4096, 512), (64, 1024, 168), (2048, 4096, 216)])
 def test_graph_capture_and_replay(backend, tokens, width, rank):
-    """1000 replays, each with a new x and two calls: nothing is left over from one to the next."""
+    """1000 replays of two calls, each with a new x: no state is left over between replays."""
     x, down, up, bias = arguments(tokens, width, rank, width)
 
     def twice():
@@ -194,20 +194,20 @@ def test_graph_capture_and_replay(backend, tokens, width, rank):
     for value in fresh:
         x.copy_(value)
         eager.append(twice())
-    for turn in range(1000):
-        x.copy_(fresh[turn % 10])
+    for replay in range(1000):
+        x.copy_(fresh[replay % 10])
         for y in results:
             y.fill_(float("nan"))
         graph.replay()
-        if turn % 100 < 10 or turn >= 990:
-            for y, right in zip(results, eager[turn % 10], strict=True):
-                assert torch.equal(y, right), f"replay {turn}"
+        if replay % 100 < 10 or replay >= 990:
+            for y, right in zip(results, eager[replay % 10], strict=True):
+                assert torch.equal(y, right), f"replay {replay}"
 
 
 @BACKENDS
 @pytest.mark.parametrize("tokens", [(1, 1), (1, 40), (64, 64), (256, 256), (2048, 2048)], ids=str)
-def test_two_streams_at_once(backend, tokens):
-    """Among them kernels whose blocks wait for each other."""
+def test_two_streams(backend, tokens):
+    """Includes kernels with a grid barrier."""
     calls = [arguments(count, 4096, 216, 4096, seed=seed) for seed, count in enumerate(tokens)]
     expected = [linear(args, backend) for args in calls]
     results = on_streams_at_once([lambda args=args: linear(args, backend) for args in calls], 100)
@@ -217,13 +217,13 @@ def test_two_streams_at_once(backend, tokens):
 
 @BACKENDS
 def test_weights_written_just_before_are_seen(backend):
-    """up is fetched before t is there, but not before the work in front of the call is done."""
+    """up is loaded before t is ready, but not before earlier work on the stream has finished."""
     x, down, up, bias = arguments(1, 4096, 512, 4096)
     others = [torch.randn_like(up) for _ in range(20)]
     expected = [linear((x, down, other, bias), backend) for other in others]
-    heat = torch.randn(4096, 4096, device="cuda")
+    busy = torch.randn(4096, 4096, device="cuda")
     for other, right in zip(others, expected, strict=True):
-        heat @ heat
+        busy @ busy
         up.copy_(other)
         assert torch.equal(linear((x, down, up, bias), backend), right)
 
@@ -233,8 +233,8 @@ def test_weights_written_just_before_are_seen(backend):
 @pytest.mark.parametrize("activation", ["none", "gelu", "silu"])
 @pytest.mark.parametrize("upstream", ["dense", "broadcast"])
 @pytest.mark.parametrize("of", ["all", "x"])
-def test_backward_against_the_reference(backend, tokens, activation, upstream, of):
-    """Where only x needs a gradient, it hands over factors that are not row-major."""
+def test_backward_matches_reference(backend, tokens, activation, upstream, of):
+    """If only x needs a gradient, the kernel gets transposed factors."""
 
     def gradients(dtype, backend):
         args = [tensor.to(dtype) for tensor in arguments(tokens, 264, 136, 200)]
@@ -263,13 +263,13 @@ def test_opcheck(backend, tokens):
 
 
 @pytest.mark.parametrize("backend", ["auto", pytest.param("cuda", marks=needs_library), "triton", "reference"])
-def test_compiled(backend):
+def test_torch_compile(backend):
     args = arguments(5, 768, 136, 768)
     compiled = torch.compile(lambda *tensors: lowrank_linear(*tensors, backend=backend), fullgraph=True)
     assert torch.equal(compiled(*args), lowrank_linear(*args, backend=backend))
 
 
-def test_auto_takes_the_triton_kernels():
+def test_auto_runs_the_triton_kernels():
     assert "triton.decode: runs" in explain(*arguments(1, 4096, 512, 4096))
     assert "triton.prefill: runs" in explain(*arguments(4096, 768, 136, 768))
     assert "two_products: runs" in explain(*arguments(4096, 4096, 512, 4096))
@@ -277,7 +277,7 @@ def test_auto_takes_the_triton_kernels():
 
 @BACKENDS
 def test_offsets_past_32_bits(backend):
-    """x and y of more than 2^31 elements; only the last rows are compared."""
+    """x and y have more than 2^31 elements; only the last rows are compared."""
     tokens, features = 2**31 // 4096 + 300, 4096
     if torch.cuda.mem_get_info()[0] < 5 * tokens * features:
         pytest.skip("needs 10 GB of free device memory")
@@ -285,14 +285,14 @@ def test_offsets_past_32_bits(backend):
     x = torch.zeros(tokens, features, dtype=torch.bfloat16, device="cuda")
     x[-300:] = torch.randn(300, features, device="cuda")
     y = linear((x, down, up, bias), backend)
-    assert_right(y[-300:], x[-300:], down, up, bias, "none")
+    assert_linear(y[-300:], x[-300:], down, up, bias, "none")
 
 
-# A small set for compute-sanitizer: see from_wheel.sh.
+# A small set for compute-sanitizer, run by from_wheel.sh.
 
 
 @needs_library
 @pytest.mark.parametrize("tokens", [1, 9, 64, 200])
 def test_cuda_sanitized(tokens):
     args = arguments(tokens, 200, 136, 328)
-    assert_right(linear(args, "cuda", "relu"), *args, "relu")
+    assert_linear(linear(args, "cuda", "relu"), *args, "relu")

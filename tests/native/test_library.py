@@ -22,9 +22,9 @@ from lowrank_ops.ops import (
     covariance_update_,
     explain,
     lowrank_linear,
-    plan,
 )
 from lowrank_ops.ops._backend import Device
+from lowrank_ops.ops._native import plan
 from lowrank_ops.ops.covariance import _cuda as covariance_cuda
 from lowrank_ops.ops.covariance import describe as describe_covariance
 from lowrank_ops.ops.linear import TABLE as LOWRANK_TABLE

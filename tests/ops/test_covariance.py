@@ -1,4 +1,4 @@
-"""The reference of ``covariance_update_`` and its convolution form, and both as ops of PyTorch."""
+"""``covariance_update_`` and its convolution form: their reference, and both as ops of PyTorch."""
 
 import pytest
 import torch
@@ -17,13 +17,8 @@ STATES = [torch.float32, torch.float64]
 PAIRS = [(x, state) for x in DTYPES for state in STATES if (x, state) != (torch.float64, torch.float32)]
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def state(*shape, dtype=torch.float64):
-    """A second moment and a total of zeros."""
+    """A zero state: second moment and total."""
     second_moment = torch.zeros(*shape, shape[-1], dtype=dtype)
     return second_moment, torch.zeros(shape, dtype=dtype)
 
@@ -42,7 +37,7 @@ def assert_sums(second_moment, total, rows, rtol):
     assert torch.equal(second_moment, second_moment.mT)
 
 
-# --- what it computes -------------------------------------------------------------------------------------------
+# --- values -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("dtype", "state_dtype"), PAIRS)
@@ -54,8 +49,8 @@ def test_dtypes_and_leading_shapes(dtype, state_dtype, shape):
     assert_sums(second_moment, total, x.reshape(-1, shape[-1]), 1e-12 if state_dtype == torch.float64 else 1e-6)
 
 
-def test_nothing_is_rounded_to_the_dtype_of_x():
-    x = torch.full((1000, 2), 1.0078125, dtype=torch.bfloat16)  # its square takes more than bfloat16's 8 bits
+def test_products_are_not_rounded_to_the_dtype_of_x():
+    x = torch.full((1000, 2), 1.0078125, dtype=torch.bfloat16)  # its square needs more than bfloat16's 8 bits
     second_moment, total = updated(x, torch.float32)
     assert second_moment[0, 0].item() == pytest.approx(1000 * 1.0078125**2, rel=1e-7)
     assert total[0].item() == pytest.approx(1007.8125, rel=1e-7)
@@ -72,12 +67,12 @@ def test_nothing_is_rounded_to_the_dtype_of_x():
         lambda x: x.flip(0),
     ],
 )
-def test_input_need_not_be_contiguous(view):
+def test_strided_input(view):
     x = view(torch.randn(20, 30))
     assert_sums(*updated(x), x.reshape(-1, x.shape[-1]), 1e-12)
 
 
-def test_updates_add_up_and_leave_the_upper_blocks_alone():
+def test_updates_accumulate_below_the_diagonal():
     features = reference.BLOCK + 40
     x = torch.randn(30, features)
     second_moment, total = state(features)
@@ -97,7 +92,7 @@ def test_finalize_mirrors_the_lower_triangle(shape):
     assert torch.equal(second_moment, expected)
 
 
-def test_long_inputs_are_converted_a_chunk_at_a_time(monkeypatch):
+def test_long_inputs_are_converted_in_chunks(monkeypatch):
     monkeypatch.setattr(reference, "CHUNK_BYTES", 100 * 8 * 6)
     sizes = []
     block_triangle = reference._update_block_triangle
@@ -127,7 +122,7 @@ GEOMETRIES = {
 @pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_conv_sums_the_patches_of_unfold(geometry, groups, channels_last, monkeypatch):
+def test_conv_update_matches_im2col(geometry, groups, channels_last, monkeypatch):
     x = torch.randn(5, 4, 9, 8)
     if channels_last:
         x = x.to(memory_format=torch.channels_last)
@@ -151,7 +146,7 @@ def test_conv_dtypes(dtype, state_dtype):
     assert_sums(covariance_finalize_(second_moment)[0], total[0], rows, 1e-12 if state_dtype == torch.float64 else 1e-6)
 
 
-def test_conv_of_no_images_adds_nothing():
+def test_conv_of_an_empty_batch_adds_nothing():
     second_moment, total = state(1, 18)
     conv_covariance_update_(second_moment, total, torch.randn(0, 2, 5, 5), kernel_size=(3, 3))
     assert not second_moment.any() and not total.any()
@@ -190,7 +185,7 @@ class Updates(torch.nn.Module):
         return x + 1
 
 
-def ops_of_ours(graph):
+def own_ops(graph):
     targets = (str(node.target) for node in graph.nodes)
     return [name.removesuffix(".default") for name in targets if "lowrank_ops" in name]
 
@@ -208,7 +203,7 @@ def test_compile_keeps_one_node_each():
 
     eager(x, image)
     torch.compile(compiled, backend=backend, fullgraph=True)(x, image)
-    assert [ops_of_ours(graph) for graph in graphs] == [EXPECTED]
+    assert [own_ops(graph) for graph in graphs] == [EXPECTED]
     for name, buffer in eager.named_buffers():
         assert buffer.any() and torch.equal(buffer, getattr(compiled, name))
 
@@ -228,7 +223,7 @@ def test_export_keeps_one_node_each():
     x, image = torch.randn(5, 6), torch.randn(2, 1, 4, 4)
     eager = Updates()
     exported = torch.export.export(Updates(), (x, image), dynamic_shapes=({0: torch.export.Dim.DYNAMIC}, None))
-    assert ops_of_ours(exported.graph) == EXPECTED
+    assert own_ops(exported.graph) == EXPECTED
     module = exported.module()
     for rows in (5, 9):
         module(torch.ones(rows, 6), image)
@@ -238,7 +233,7 @@ def test_export_keeps_one_node_each():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_autocast_leaves_the_sums_alone(dtype):
+def test_autocast_keeps_the_state_dtype(dtype):
     x = torch.randn(50, 6) + 1e-3
     with torch.autocast("cpu", dtype=torch.bfloat16):
         second_moment, total = updated(x, dtype)

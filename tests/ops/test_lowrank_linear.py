@@ -1,4 +1,4 @@
-"""The low-rank product as an op: reference, autograd, tracing, autocast, messages, and the choice of implementation."""
+"""``lowrank_linear`` as an op: reference, autograd, tracing, autocast, messages, and the choice of implementation."""
 
 import os
 import subprocess
@@ -13,18 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lowrank_ops.ops import Backend, BackendUnavailableError, lowrank_linear
 from lowrank_ops.ops import linear as op
 from lowrank_ops.ops._backend import Device, choose
+from tests.ops.inputs import linear_inputs
 from tests.tolerance import assert_close_to_float64
 
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 HOPPER = Device("cuda", 0, (9, 0), 132, 232448)
-
-
-def arguments(*leading, in_features=24, rank=8, out_features=16, dtype=torch.float32, bias=True):
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(*leading, in_features, generator=generator).to(dtype)
-    down = (torch.randn(rank, in_features, generator=generator) / in_features**0.5).to(dtype)
-    up = (torch.randn(out_features, rank, generator=generator) / rank**0.5).to(dtype)
-    return x, down, up, torch.randn(out_features, generator=generator).to(dtype) if bias else None
 
 
 def plain(x, down, up, bias, activation="none"):
@@ -41,7 +34,7 @@ def plain(x, down, up, bias, activation="none"):
 
 
 def problem(tokens=1, in_features=4096, rank=512, out_features=4096, dtype=torch.bfloat16, device=HOPPER, **changes):
-    """A problem on a GPU that need not be here."""
+    """A problem on a simulated GPU."""
     posed = op.Problem(
         tokens, in_features, rank, out_features, dtype, in_features,
         (in_features, 1), (rank, 1), True, True, "none", device,
@@ -53,7 +46,7 @@ def problem(tokens=1, in_features=4096, rank=512, out_features=4096, dtype=torch
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_value(activation, bias, dtype):
-    args = arguments(5, dtype=dtype, bias=bias)
+    args = linear_inputs(5, dtype=dtype, bias=bias)
     wide = [None if tensor is None else tensor.double() for tensor in args]
     y = lowrank_linear(*args, activation=activation)
     assert_close_to_float64(y, plain(*args, activation), plain(*wide, activation))
@@ -61,22 +54,22 @@ def test_value(activation, bias, dtype):
 
 @pytest.mark.parametrize("leading", [(), (1,), (7,), (2, 3), (2, 1, 3), (0,), (3, 0, 2)], ids=str)
 def test_any_leading_shape(leading):
-    args = arguments(*leading)
+    args = linear_inputs(*leading)
     y = lowrank_linear(*args)
     assert y.shape == (*leading, 16)
     torch.testing.assert_close(y, plain(*args))
 
 
-def test_layouts():
-    wide, down, up, bias = arguments(6, in_features=40)
+def test_strided_inputs():
+    wide, down, up, bias = linear_inputs(6, in_features=40)
     narrow = down[:, :20]
     for x in (wide[:, ::2], wide[::2, :20], wide[:, 5:25], wide[:, :20].T.contiguous().T, wide[:1, :20].expand(4, 20)):
         for factors in ((narrow, up), (narrow.T.contiguous().T, up.T.contiguous().T), (down[:, ::2], up)):
             torch.testing.assert_close(lowrank_linear(x, *factors, bias), plain(x, *factors, bias))
 
 
-def test_a_strided_vector_is_not_taken_for_a_row():
-    x, down, up, bias = arguments(48)
+def test_strided_vector_is_not_a_row():
+    x, down, up, bias = linear_inputs(48)
     assert op.describe(x[:24, 0], down, up, bias, "none").x_stride == 0
     assert op.describe(x[0], down, up, bias, "none").x_stride == 24
     torch.testing.assert_close(lowrank_linear(x[:24, 0], down, up, bias), plain(x[:24, 0], down, up, bias))
@@ -94,13 +87,13 @@ def test_empty_factors():
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 def test_gradcheck(activation, bias):
-    args = arguments(3, in_features=5, rank=2, out_features=4, dtype=torch.float64, bias=bias)
+    args = linear_inputs(3, in_features=5, rank=2, out_features=4, dtype=torch.float64, bias=bias)
     args = [tensor if tensor is None else tensor.requires_grad_() for tensor in args]
     assert torch.autograd.gradcheck(lambda *tensors: lowrank_linear(*tensors, activation=activation), args)
 
 
-def test_gradcheck_of_more_dimensions_and_of_some_arguments():
-    x, down, up, bias = arguments(2, 3, in_features=4, rank=2, out_features=3, dtype=torch.float64)
+def test_gradcheck_of_single_tensors():
+    x, down, up, bias = linear_inputs(2, 3, in_features=4, rank=2, out_features=3, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda x: lowrank_linear(x, down, up, bias), x.requires_grad_())
     x = x.detach()
     assert torch.autograd.gradcheck(lambda up: lowrank_linear(x, down, up, bias), up.requires_grad_())
@@ -110,8 +103,8 @@ def test_gradcheck_of_more_dimensions_and_of_some_arguments():
     torch.testing.assert_close(x.grad, (up.detach().sum(0) @ down).expand_as(x))
 
 
-class MostAtOnce(TorchDispatchMode):
-    """How many tensors of a shape were alive together."""
+class PeakCount(TorchDispatchMode):
+    """The maximum number of live tensors of a shape."""
 
     def __init__(self, shape):
         super().__init__()
@@ -125,29 +118,29 @@ class MostAtOnce(TorchDispatchMode):
         return result
 
 
-def test_backward_holds_one_matrix_between_the_factors_at_a_time():
-    """t, which is made again, and the gradient at it: what a rank near the widths would make large."""
-    args = [tensor.requires_grad_() for tensor in arguments(40, bias=False)[:3]]
+def test_backward_frees_t_before_its_gradient():
+    """The recomputed t and its gradient are never alive together."""
+    args = [tensor.requires_grad_() for tensor in linear_inputs(40, bias=False)[:3]]
     y = lowrank_linear(*args)
-    with MostAtOnce((40, 8)) as between:
+    with PeakCount((40, 8)) as between:
         torch.autograd.grad(y.sum(), args)
     assert between.count == 1
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_opcheck(activation):
-    args = [tensor.requires_grad_() for tensor in arguments(2, 3)]
+    args = [tensor.requires_grad_() for tensor in linear_inputs(2, 3)]
     torch.library.opcheck(torch.ops.lowrank_ops.lowrank_linear.default, args, {"activation": activation})
 
 
-def test_opcheck_without_bias_and_without_rows():
-    torch.library.opcheck(torch.ops.lowrank_ops.lowrank_linear.default, arguments(3, bias=False))
-    torch.library.opcheck(torch.ops.lowrank_ops.lowrank_linear.default, arguments(0))
+def test_opcheck_without_bias_or_rows():
+    torch.library.opcheck(torch.ops.lowrank_ops.lowrank_linear.default, linear_inputs(3, bias=False))
+    torch.library.opcheck(torch.ops.lowrank_ops.lowrank_linear.default, linear_inputs(0))
 
 
 @pytest.mark.parametrize("backend", [backend.value for backend in Backend])
 def test_compile_and_export_keep_one_node(backend):
-    """Which implementation runs is found out when it runs: no name of a backend changes the graph."""
+    """The implementation is chosen when the op runs: no backend changes the graph."""
     graphs = []
 
     def keep(graph, example_inputs):
@@ -161,7 +154,7 @@ def test_compile_and_export_keep_one_node(backend):
         def forward(self, *args):
             return layer(*args)
 
-    args = arguments(2, 3)
+    args = linear_inputs(2, 3)
     exported = torch.export.export(Layer(), args)
     nodes = [node for node in exported.graph.nodes if "lowrank_linear" in str(node.target)]
     assert [node.target for node in nodes] == [torch.ops.lowrank_ops.lowrank_linear.default]
@@ -169,7 +162,7 @@ def test_compile_and_export_keep_one_node(backend):
     if backend in ("auto", "reference"):
         torch.testing.assert_close(compiled(*args), layer(*args))
         torch.testing.assert_close(exported.module()(*args), layer(*args))
-    else:  # neither runs on this CPU, and both say so when they are to run
+    else:  # neither runs on a CPU; the error is raised when the op runs
         with pytest.raises(BackendUnavailableError, match=f"backend='{backend}' cannot run"):
             compiled(*args)
     calls = [node for graph in graphs for node in graph.graph.nodes if node.op == "call_function"]
@@ -178,7 +171,7 @@ def test_compile_and_export_keep_one_node(backend):
 
 
 def test_compiled_backward_matches():
-    args = [tensor.requires_grad_() for tensor in arguments(4)]
+    args = [tensor.requires_grad_() for tensor in linear_inputs(4)]
 
     def loss(*tensors):
         return lowrank_linear(*tensors, activation="silu").square().sum()
@@ -190,7 +183,7 @@ def test_compiled_backward_matches():
 
 
 def test_autocast_casts_as_linear_does():
-    args = [tensor.requires_grad_() for tensor in arguments(4)]
+    args = [tensor.requires_grad_() for tensor in linear_inputs(4)]
     with torch.autocast("cpu", torch.bfloat16):
         y = lowrank_linear(*args)
     assert y.dtype is torch.bfloat16
@@ -228,7 +221,7 @@ def test_autocast_casts_as_linear_does():
     ],
 )
 def test_messages(change, message):
-    call = dict(zip(("x", "down", "up", "bias"), arguments(3), strict=True)) | change
+    call = dict(zip(("x", "down", "up", "bias"), linear_inputs(3), strict=True)) | change
     with pytest.raises(ValueError) as raised:
         lowrank_linear(**call)
     assert str(raised.value) == message
@@ -236,12 +229,12 @@ def test_messages(change, message):
 
 def test_integers_are_refused():
     with pytest.raises(ValueError, match=r"x must be a floating-point tensor; got torch\.int64"):
-        lowrank_linear(*[tensor.long() for tensor in arguments(3)])
+        lowrank_linear(*[tensor.long() for tensor in linear_inputs(3)])
 
 
-def test_a_backend_that_cannot_run_says_why():
+def test_unavailable_backend_says_why():
     with pytest.raises(BackendUnavailableError) as raised:
-        lowrank_linear(*arguments(3, dtype=torch.bfloat16), backend="triton")
+        lowrank_linear(*linear_inputs(3, dtype=torch.bfloat16), backend="triton")
     message = str(raised.value)
     assert "backend='triton' cannot run this call" in message
     assert "triton.decode: " in message and "triton.prefill: " in message and "backend='auto'" in message
@@ -249,16 +242,16 @@ def test_a_backend_that_cannot_run_says_why():
 
 
 def test_explain_names_every_implementation():
-    text = op.explain(*arguments(3))
+    text = op.explain(*linear_inputs(3))
     assert [line.split(":")[0] for line in text.splitlines()] == [row.name for row in op.TABLE]
     assert "two_products: runs" in text
-    assert "dense: runs" in op.explain(*arguments(4096, in_features=8, rank=8, out_features=8))
-    assert "two_products: runs" not in op.explain(*arguments(3), backend="triton")
+    assert "dense: runs" in op.explain(*linear_inputs(4096, in_features=8, rank=8, out_features=8))
+    assert "two_products: runs" not in op.explain(*linear_inputs(3), backend="triton")
 
 
 @pytest.fixture
 def with_triton():
-    pytest.importorskip("triton", reason="the choice below is made where Triton is installed")
+    pytest.importorskip("triton", reason="auto chooses Triton only where it is installed")
 
 
 @pytest.mark.usefixtures("with_triton")
@@ -267,10 +260,10 @@ def with_triton():
     [
         ({}, "triton.decode"),
         ({"tokens": 256}, "triton.decode"),
-        ({"tokens": 257}, "two_products"),  # rank 512 is past what stays on chip
+        ({"tokens": 257}, "two_products"),  # prefill keeps ranks up to 256 on chip
         ({"tokens": 4096, "rank": 256}, "triton.prefill"),
         ({"tokens": 4096, "rank": 264}, "two_products"),
-        ({"rank": 2048}, "two_products"),  # break-even
+        ({"rank": 2048}, "two_products"),  # the break-even rank
         ({"tokens": 65536, "rank": 3072}, "dense"),
         ({"dtype": torch.float32}, "two_products"),
         ({"aligned": False}, "two_products"),
@@ -282,14 +275,14 @@ def with_triton():
     ],
     ids=str,
 )
-def test_choice_on_a_gpu(changes, chosen):
+def test_auto_on_a_gpu(changes, chosen):
     posed = problem()._replace(**changes)
     assert choose(op.TABLE, posed, "auto").name == chosen
 
 
 @pytest.mark.usefixtures("with_triton")
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (10, 0), (12, 0)], ids=str)
-def test_configurations_fit_the_device(capability):
+def test_configurations_fit_shared_memory(capability):
     shared = {(8, 0): 166912, (8, 6): 101376, (12, 0): 101376}.get(capability, 232448)
     device = Device("cuda", 0, capability, 100, shared)
     for tokens in (1, 16, 17, 64, 65, 256):
@@ -308,14 +301,14 @@ def test_configurations_fit_the_device(capability):
 
 
 @pytest.mark.usefixtures("with_triton")
-def test_a_few_row_tiles_are_spread_over_the_device():
+def test_few_token_tiles_split_out_features():
     few, many = (op._triton.prefill_config(problem(tokens, rank=136)) for tokens in (512, 65536))
     assert few.parts * (512 // few.block_m) >= 64
     assert many.parts == 1 and many.block_m == 128
 
 
 @pytest.mark.usefixtures("with_triton")
-def test_a_tuned_table_overrules(monkeypatch):
+def test_tuned_table_overrules_heuristics(monkeypatch):
     config = op._triton_config
     entry = {"shape": {"tokens": 4096, "rank": 128}, "impl": "two_products", "config": {}}
     monkeypatch.setattr(config._tuning, "load", lambda name, arch: (entry,))
@@ -331,7 +324,7 @@ def test_a_tuned_table_overrules(monkeypatch):
     config.prefill_config.cache_clear()
 
 
-def test_without_triton_everything_else_works():
+def test_works_without_triton():
     code = (
         "import sys; sys.modules['triton'] = None\n"
         "import importlib.util; find = importlib.util.find_spec\n"
@@ -348,8 +341,8 @@ def test_without_triton_everything_else_works():
 
 
 @pytest.mark.usefixtures("with_triton")
-def test_after_the_first_launch_a_plan_goes_straight_to_the_compiled_kernel():
-    """The compiled form gets what Triton's own launch would hand on, and Triton's launch is not asked again."""
+def test_later_launches_call_the_compiled_kernel():
+    """With the arguments of Triton's own launch, which runs once. Unaligned problems go through it each time."""
     launches, direct = [], []
 
     class Compiled:
@@ -370,7 +363,7 @@ def test_after_the_first_launch_a_plan_goes_straight_to_the_compiled_kernel():
         launch("x", "y")
     assert launches == [((2, 1, 1), ("x", "y", 3, 5, 8, True), {"num_warps": 4})]
     assert direct == [((2, 1, 1), ("x", "y", 3, 5, 8, True))] * 2
-    careful = op._triton._Launch(Kernel(), (2, 1, 1), sizes, constants, False, num_warps=4)
-    careful("x", "y")
-    careful("x", "y")
+    unaligned = op._triton._Launch(Kernel(), (2, 1, 1), sizes, constants, False, num_warps=4)
+    unaligned("x", "y")
+    unaligned("x", "y")
     assert len(launches) == 3

@@ -1,4 +1,4 @@
-"""Tuned tables that were edited, or come from another version: what does not fit is named, and so is what would."""
+"""Tuned tables with unknown or missing keys are refused by an error that names the file, the key and what is legal."""
 
 import json
 
@@ -43,8 +43,8 @@ def keys(tokens):
     return {"tokens": tokens, "in_features": 64, "rank": 8, "out_features": 32, "dtype": "float16"}
 
 
-# What asks for a configuration, with a problem, and an entry that is right.
-ASKED = {
+# Per op and implementation: the function that reads the table, a problem, and a valid entry.
+READERS = {
     "covariance_update triton": (
         covariance_triton.config_for, moments, {"tokens": 96, "features": 64, "dtype": "fp16"}, TILES,
     ),
@@ -60,12 +60,12 @@ ASKED = {
 
 
 @pytest.fixture
-def shipped(tmp_path, monkeypatch):
-    """Writes an op's table, of one entry, where ``_tuning`` looks for it."""
+def write_table(tmp_path, monkeypatch):
+    """Writes an op's table of one entry where ``_tuning`` reads it."""
     monkeypatch.setattr(_tuning, "files", lambda package: tmp_path)
     for module, name in ((covariance_cuda, "_planned"), (covariance_cuda, "_planned_conv"), (linear_cuda, "_planned")):
-        monkeypatch.setattr(module, name, lambda *problem: ("", "a plan"))  # as if there were a planner
-    cached = (_tuning.load, choose, *(function for function, *_ in ASKED.values()))
+        monkeypatch.setattr(module, name, lambda *problem: ("", "a plan"))  # as if the native library were built
+    cached = (_tuning.load, choose, *(function for function, *_ in READERS.values()))
 
     def forget():
         for function in cached:
@@ -82,39 +82,41 @@ def shipped(tmp_path, monkeypatch):
     forget()
 
 
-@pytest.mark.parametrize("asked", ASKED)
-def test_a_config_with_an_unknown_key_is_refused_by_name(shipped, asked):
-    function, pose, shape, config = ASKED[asked]
-    op, impl = asked.split()
-    shipped(op, shape=shape, impl=impl, config=config, us=1.5)
+@pytest.mark.parametrize("reader", READERS)
+def test_unknown_config_key_is_named(write_table, reader):
+    function, pose, shape, config = READERS[reader]
+    op, impl = reader.split()
+    write_table(op, shape=shape, impl=impl, config=config, us=1.5)
     found = function(pose())
     assert {key: getattr(found, key) for key in config} == config
     first = next(iter(config))
-    path = shipped(op, shape=shape, impl=impl, config={**config, "blok": 64})
+    path = write_table(op, shape=shape, impl=impl, config={**config, "blok": 64})
     with pytest.raises(ValueError, match="the unknown config key 'blok'; accepted are ") as error:
         function(pose())
-    told = str(error.value)
-    assert told.startswith(f"{path}: ") and f"'{impl}' at the shape {shape}" in told
-    assert f"accepted are {first}, " in told and "python -m benchmarks.tune" in told and "remove the file" in told
+    message = str(error.value)
+    assert message.startswith(f"{path}: ") and f"'{impl}' at the shape {shape}" in message
+    assert (
+        f"accepted are {first}, " in message and "python -m benchmarks.tune" in message and "remove the file" in message
+    )
 
 
-def test_a_config_that_lacks_a_key_is_refused_by_name(shipped):
+def test_missing_config_key_is_named(write_table):
     shape = {"tokens": 96, "features": 64, "dtype": "fp16"}
-    path = shipped("covariance_update", shape=shape, impl="triton", config={"block_d": 64, "stages": 2})
-    told = f"{path}: .* has the unknown config key 'stages' and no config key 'block_t' and no config key 'num_warps'"
-    with pytest.raises(ValueError, match=told):
+    path = write_table("covariance_update", shape=shape, impl="triton", config={"block_d": 64, "stages": 2})
+    message = f"{path}: .* the unknown config key 'stages' and no config key 'block_t' and no config key 'num_warps'"
+    with pytest.raises(ValueError, match=message):
         covariance_triton.config_for(moments())
 
 
-def test_the_compile_gate_is_told_as_well(shipped):
+def test_listing_configurations_checks_the_table(write_table):
     shape = {"tokens": 4, "rank": 8, "dtype": "float16"}
-    shipped("lowrank_linear", shape=shape, impl="triton.decode", config={**DECODE, "blok": 64})
+    write_table("lowrank_linear", shape=shape, impl="triton.decode", config={**DECODE, "blok": 64})
     with pytest.raises(ValueError, match="the unknown config key 'blok'"):
         linear_config.shipped_decode("sm90")
 
 
 @pytest.mark.parametrize(
-    "change, told",
+    "change, message",
     [
         ({"confg": {}}, "the unknown key 'confg'; accepted are shape, impl, config, us"),
         ({"table": "mine"}, "the unknown key 'table'; accepted are shape, impl, config, us"),
@@ -122,16 +124,16 @@ def test_the_compile_gate_is_told_as_well(shipped):
         ({"shape": {"tokens": 4, "width": 8}}, "the unknown shape key 'width'; accepted are tokens, in_features, rank"),
     ],
 )
-def test_the_keys_of_an_entry_and_of_its_shape_are_held_to_what_there_is(shipped, change, told):
+def test_wrong_entry_and_shape_keys_are_named(write_table, change, message):
     entry = {"shape": keys(4), "impl": "triton.decode", "config": DECODE, **change}
-    path = shipped("lowrank_linear", **{key: value for key, value in entry.items() if value is not None})
+    path = write_table("lowrank_linear", **{key: value for key, value in entry.items() if value is not None})
     with pytest.raises(ValueError) as error:
         choose(linear.TABLE, layer(4), "auto")
-    assert str(error.value).startswith(f"{path}: ") and told in str(error.value)
+    assert str(error.value).startswith(f"{path}: ") and message in str(error.value)
 
 
-def test_an_implementation_without_a_config_keeps_its_own_choice(shipped):
+@pytest.mark.parametrize("impl", ["triton", "cuda", "two_products"])
+def test_entry_without_config_keeps_the_heuristic(write_table, impl):
     shape = {"tokens": 96, "features": 64, "dtype": "fp16"}
-    for impl in ("triton", "cuda", "two_products"):
-        shipped("covariance_update", shape=shape, impl=impl, config={})
-        assert covariance_triton.config_for(moments()) == covariance_triton.HEURISTIC[90, "narrow"]
+    write_table("covariance_update", shape=shape, impl=impl, config={})
+    assert covariance_triton.config_for(moments()) == covariance_triton.HEURISTIC[90, "narrow"]

@@ -1,7 +1,7 @@
-"""``lowrank_ops::covariance_update_``: stream second moments and sums of activations, in place.
+"""Defines ``lowrank_ops::covariance_update_`` and its convolution form, which stream second moments in place.
 
-Schema, validation, fake and the table of implementations. Only the lower triangle of the state is
-meaningful until :func:`covariance_finalize_` mirrors it.
+Schema, validation, fake kernels, autocast, and ``TABLE`` and ``CONV_TABLE``, the implementations in the order in which
+``auto`` considers them. Only the lower triangle of the state is valid until :func:`covariance_finalize_` mirrors it.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._autocast import register_autocast
-from .._backend import Backend, Device, Impl, choose, device_facts
+from .._backend import Backend, Device, Impl, choose, device_facts, row_stride
 from .._backend import explain as _explain
-from .._layout import row_stride, starts_on_16_bytes
+from .._dispatcher import register_autocast
 from . import _cuda, _triton, _triton_conv, reference
 from .reference import output_size as output_size
 
@@ -24,14 +23,14 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Problem(NamedTuple):
-    """All that a choice of implementation may depend on."""
+    """Everything the choice of an implementation may depend on."""
 
     tokens: int
     features: int
     dtype: torch.dtype
     state_dtype: torch.dtype
-    row_stride: int  # elements between rows of x, or of its copy where x is no matrix with unit column stride
-    aligned: bool  # that matrix starts on 16 bytes and so does each of its rows
+    row_stride: int  # of x, or of its contiguous copy if x is not a matrix with unit column stride
+    aligned: bool  # that matrix and each of its rows start on 16 bytes
     state_stride: int
     deterministic: bool
     allow_tf32: bool
@@ -39,7 +38,7 @@ class Problem(NamedTuple):
 
 
 class ConvProblem(NamedTuple):
-    """The same for the patches of a convolution's input."""
+    """:class:`Problem` for the patches of a convolution's input."""
 
     shape: tuple[int, int, int, int]  # batch, channels, height, width
     strides: tuple[int, int, int, int]
@@ -77,25 +76,39 @@ def covariance_update_(
     allow_tf32: bool = False,
     backend: str = "auto",
 ) -> None:
-    """Add ``x^T x`` to ``second_moment`` and the sum of the rows of ``x`` to ``total``, in place.
+    """Add ``x^T x`` to ``second_moment`` and the column sums of ``x`` to ``total``, in place.
 
     Only the lower triangle of ``second_moment`` is updated; call :func:`covariance_finalize_` once at the end.
+
+    Products are not rounded to the dtype of ``x``. The reference multiplies and accumulates in the state's dtype. GPU
+    kernels multiply bfloat16 and float16 exactly, and float32 as three bfloat16 MMAs to within 2^-15 of the sum of
+    ``|x_i x_j|``; they accumulate in float32 over at most 2,048 rows (4,096 in one CUDA kernel), then in the state's
+    dtype. A kernel gets a contiguous copy of ``x`` if its columns are not contiguous.
 
     Args:
         second_moment: (features, features), float32 or float64.
         total: (features,), the dtype of ``second_moment``.
-        x: (..., features), float64, float32, bfloat16 or float16, at most as precise as the state. Kernels are given
-            a contiguous copy where the features are not next to one another in memory. Nothing is rounded to the dtype
-            of ``x`` before it is summed: the reference multiplies and adds in the state's dtype; GPU kernels take exact
-            products of bfloat16 and float16, and of float32 to 2^-15 of the sum of ``|x_i x_j|`` (three bfloat16
-            products), summed in float32 over at most 2,048 rows at a time.
-        deterministic: False allows a kernel to add with atomics, in an order that may change between runs.
-        allow_tf32: lets a GPU kernel take float32 products in TensorFloat-32 (relative error about 5e-4).
+        x: (..., features), float64, float32, bfloat16 or float16, at most as precise as the state.
+        deterministic: False allows a kernel to accumulate with atomics, in an order that may change between runs.
+        allow_tf32: True allows a GPU kernel to multiply float32 in TensorFloat-32 (relative error about 5e-4).
         backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"cuda"``.
 
     Raises:
         ValueError: a shape, dtype or device does not fit; the message names the argument.
         BackendUnavailableError: the requested backend cannot run this call.
+
+    Example:
+        >>> import torch
+        >>> import lowrank_ops as lro
+        >>> second_moment, total = torch.zeros(3, 3), torch.zeros(3)
+        >>> for batch in torch.arange(12.0).reshape(2, 2, 3):
+        ...     lro.ops.covariance_update_(second_moment, total, batch)
+        >>> lro.ops.covariance_finalize_(second_moment)
+        tensor([[126., 144., 162.],
+                [144., 166., 188.],
+                [162., 188., 214.]])
+        >>> total
+        tensor([18., 22., 26.])
     """
     torch.ops.lowrank_ops.covariance_update_(
         second_moment, total, x, deterministic=deterministic, allow_tf32=allow_tf32, backend=backend
@@ -115,14 +128,31 @@ def conv_covariance_update_(
     allow_tf32: bool = False,
     backend: str = "auto",
 ) -> None:
-    """:func:`covariance_update_` over the patches that a Conv2d sees, without unfolding them in memory.
+    """Apply :func:`covariance_update_` to the patches of a Conv2d's input, per group, with an implicit im2col.
 
-    Patch features are ordered like a flattened ``Conv2d.weight``: channel, kernel row, kernel column. The
-    number of groups is taken from the state. Accepts NCHW and channels-last memory formats.
+    Patch features are ordered as in a flattened ``Conv2d.weight``: channel, kernel row, kernel column. Numerics are
+    those of :func:`covariance_update_`.
+
+    Args:
+        second_moment: (groups, d, d) with d = channels / groups * kernel height * kernel width, float32 or float64.
+        total: (groups, d), the dtype of ``second_moment``.
+        x: (batch, channels, height, width), float64, float32, bfloat16 or float16, at most as precise as the state; any
+            strides, NCHW and channels-last among them.
+        kernel_size, stride, padding, dilation: of the convolution, two integers (height, width) each.
+        deterministic, allow_tf32, backend: as for :func:`covariance_update_`.
 
     Raises:
         ValueError: a shape, dtype or device does not fit; the message names the argument.
         BackendUnavailableError: the requested backend cannot run this call.
+
+    Example:
+        >>> import torch
+        >>> import lowrank_ops as lro
+        >>> x = torch.ones(2, 4, 8, 8)
+        >>> second_moment, total = torch.zeros(1, 36, 36), torch.zeros(1, 36)
+        >>> lro.ops.conv_covariance_update_(second_moment, total, x, kernel_size=(3, 3))
+        >>> int(total[0, 0])  # 2 images x 6 x 6 patches
+        72
     """
     torch.ops.lowrank_ops.conv_covariance_update_(
         second_moment,
@@ -139,8 +169,22 @@ def conv_covariance_update_(
 
 
 def covariance_finalize_(second_moment: Tensor) -> Tensor:
-    """Mirror the lower triangle of ``second_moment`` (..., features, features) to the upper one, in place."""
-    rows = 4096  # bounds the scratch memory at large widths
+    """Mirror the lower triangle of ``second_moment`` to the upper one, in place.
+
+    Args:
+        second_moment: (..., features, features), any dtype.
+
+    Returns:
+        ``second_moment``.
+
+    Example:
+        >>> import torch
+        >>> import lowrank_ops as lro
+        >>> lro.ops.covariance_finalize_(torch.tensor([[1.0, 0.0], [2.0, 3.0]]))
+        tensor([[1., 2.],
+                [2., 3.]])
+    """
+    rows = 4096  # bounds the temporary memory
     features = second_moment.shape[-1]
     for start in range(0, features, rows):
         stop = min(start + rows, features)
@@ -159,7 +203,7 @@ def explain(
     allow_tf32: bool = False,
     backend: str = "auto",
 ) -> str:
-    """Which implementation would run this ``covariance_update_`` and why the others would not."""
+    """Which implementation runs this ``covariance_update_`` call, and why each other one does not."""
     _check(second_moment, total, x)
     return _explain(TABLE, describe(second_moment, x, deterministic, allow_tf32), backend)
 
@@ -177,17 +221,18 @@ def explain_conv(
     allow_tf32: bool = False,
     backend: str = "auto",
 ) -> str:
-    """Which implementation would run this ``conv_covariance_update_`` and why the others would not."""
+    """Which implementation runs this ``conv_covariance_update_`` call, and why each other one does not."""
     _check_conv(second_moment, total, x, kernel_size, {"stride": stride, "padding": padding, "dilation": dilation})
     problem = describe_conv(second_moment, total, x, kernel_size, stride, padding, dilation, deterministic, allow_tf32)
     return _explain(CONV_TABLE, problem, backend)
 
 
 def describe(second_moment: Tensor, x: Tensor, deterministic: bool = True, allow_tf32: bool = False) -> Problem:
-    """The problem that a call poses."""
+    """The problem of a call."""
     features = x.shape[-1]
     stride = row_stride(x)
-    aligned = starts_on_16_bytes(x, stride) if stride else features * x.element_size() % 16 == 0
+    start = x.data_ptr() if stride else 0  # of the copy, which the allocator aligns
+    aligned = (start | (stride or features) * x.element_size()) % 16 == 0
     return Problem(
         tokens=x.numel() // features if features else 0,
         features=features,
@@ -213,7 +258,7 @@ def describe_conv(
     deterministic: bool = True,
     allow_tf32: bool = False,
 ) -> ConvProblem:
-    """The problem that a call over patches poses."""
+    """The problem of a convolution's call."""
     return ConvProblem(
         tuple(x.shape),  # type: ignore[arg-type]
         x.stride(),  # type: ignore[arg-type]
@@ -265,9 +310,9 @@ def _check_conv(
     second_moment: Tensor, total: Tensor, x: Tensor, kernel_size: Sequence[int], geometry: dict[str, Sequence[int]]
 ) -> None:
     for name, value in {"kernel_size": kernel_size, **geometry}.items():
-        least = 0 if name == "padding" else 1
-        if len(value) != 2 or min(value) < least:
-            raise ValueError(f"{name} must be two integers (height, width) of at least {least}; got {list(value)}.")
+        minimum = 0 if name == "padding" else 1
+        if len(value) != 2 or min(value) < minimum:
+            raise ValueError(f"{name} must be two integers (height, width) of at least {minimum}; got {list(value)}.")
     if x.dim() != 4:
         raise ValueError(f"x must have shape (batch, channels, height, width); got {tuple(x.shape)}.")
     if total.dim() != 2 or second_moment.shape != (*total.shape, total.shape[-1]):
@@ -316,7 +361,7 @@ def _run(
     if not x.numel():
         return
     if impl.backend is not Backend.REFERENCE and not row_stride(x):
-        x = x.contiguous()  # costs one reading and writing; the reference would cost several times the kernel
+        x = x.contiguous()  # one load and store of x: far less than running the reference instead
     impl.run(problem, second_moment, total, x)
 
 

@@ -1,6 +1,6 @@
-"""The Triton covariance update of a convolution's patches: what it can run, its configurations, and the launch.
+"""Runs ``conv_covariance_update_`` with a Triton kernel: what it supports, its configurations and its launch.
 
-Numerics, destinations and the split over tokens are those of ``_triton``; a token is a position of the kernel.
+Numerics, destinations and split-K are those of ``_triton``. A token is a patch: one output position of one image.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 
 from .. import _tuning
-from .._specialization import Specialization
 from . import _triton
 from ._triton import Config, Plan
 from .reference import output_size
@@ -22,8 +21,8 @@ from .reference import output_size
 if TYPE_CHECKING:
     from . import ConvProblem
 
-# Keyed by arch and by whether several channels are loaded at once. If not, each element is gathered with an address
-# and a mask of its own, which takes twice the threads to hold.
+# By arch and load: several channels per load ("vector"), or one element per load ("scalar"). Scalar loads need an
+# address and a mask per element, for which 8 warps have enough registers.
 HEURISTIC: Mapping[tuple[int, str], Config] = {
     **{(arch, "vector"): Config(64, 32, 4, 3) for arch in (80, 90, 100)},
     **{(arch, "scalar"): Config(64, 32, 8, 2) for arch in (80, 90, 100)},
@@ -31,7 +30,7 @@ HEURISTIC: Mapping[tuple[int, str], Config] = {
 
 
 class ConvPlan(NamedTuple):
-    """All of a launch but its tensors."""
+    """A launch without its tensors."""
 
     plan: Plan
     features: int  # per group
@@ -42,28 +41,26 @@ class ConvPlan(NamedTuple):
 
 
 def supports(problem: ConvProblem) -> str | None:
-    """None, or why the kernel cannot run ``problem``."""
-    reason = _triton.unsupported_device(problem.device) or _triton.unsupported_dtype(problem.dtype)
+    """None if the kernel runs ``problem``, else the reason."""
+    reason = _triton.unsupported_input(problem.device, problem.dtype)
     if reason is not None:
         return reason
     tokens = _tokens(problem)
-    if tokens > _triton.TOKEN_LIMIT:
-        return f"x has {tokens} patches, more than {_triton.TOKEN_LIMIT}; split its batch"
+    if tokens > _triton.MAX_TOKENS:
+        return f"x has {tokens} patches, more than {_triton.MAX_TOKENS}; split its batch"
     return _triton.unsupported_config(config_for(problem), problem.dtype, problem.device)
 
 
 def run(problem: ConvProblem, second_moment: Tensor, total: Tensor, x: Tensor, *geometry: object) -> None:
-    """``conv_covariance_update_`` for tensors that :func:`supports` accepts."""
+    """``conv_covariance_update_`` for a supported problem."""
     launch(plan(problem), second_moment, total, x)
 
 
 def launch(conv: ConvPlan, second_moment: Tensor, total: Tensor, x: Tensor) -> None:
-    """Run ``conv``; apart from :func:`run` so that tests can choose the configuration."""
+    """Launch ``conv``. Separate from :func:`run` for callers that choose the configuration."""
     plan, groups = conv.plan, total.shape[0]
     partial = plan.constants["DEST"] == "partial"
-    target, target_total = second_moment, total
-    if partial:
-        target, target_total = _triton.scratch(plan, groups, second_moment)
+    target, target_total = _triton.scratch(plan, groups, second_moment) if partial else (second_moment, total)
     with _triton.on_device(x):
         _device_code().conv_covariance_kernel[(plan.tiles, plan.split, groups)](
             x,
@@ -85,28 +82,24 @@ def launch(conv: ConvPlan, second_moment: Tensor, total: Tensor, x: Tensor) -> N
 def config_for(problem: ConvProblem) -> Config:
     """The tuned configuration of the nearest shape, or the heuristic one."""
     tuned = _tuning.configured(tuned_entry(problem), "triton", Config)
-    return tuned or HEURISTIC[_triton.arch_of(problem.device), _kind(table_shape(problem))]
+    return tuned or HEURISTIC[_triton.arch_of(problem.device), "scalar" if _vector(problem) == 1 else "vector"]
 
 
 def tuned_entry(problem: ConvProblem) -> dict[str, Any] | None:
-    """What was fastest for the nearest problem in the tuned table, by any backend, if one ships."""
+    """The tuned table's entry for the nearest problem, of any backend, if there is a table."""
     return _tuning.nearest("conv_covariance_update", f"sm{_triton.arch_of(problem.device)}", table_shape(problem))
 
 
 def table_shape(problem: ConvProblem) -> dict[str, Any]:
-    """The keys under which a tuned table lists ``problem``; what was tuned for a way to load speaks for no other."""
-    one_by_one = "channels last" if _channels_last(problem) else "channels first"
+    """The shape by which the tuned table is indexed. ``loads`` must match, as configurations depend on it."""
+    scalar = "channels last" if _channels_last(problem) else "channels first"
     return {
         "tokens": _tokens(problem),
         "features": problem.shape[1] // problem.groups * math.prod(problem.kernel_size),
         "groups": problem.groups,
-        "loads": one_by_one if _vector(problem) == 1 else "vector",
+        "loads": scalar if _vector(problem) == 1 else "vector",
         "dtype": _triton.DTYPES.get(problem.dtype),
     }
-
-
-def _kind(shape: Mapping[str, Any]) -> str:
-    return "vector" if shape["loads"] == "vector" else "scalar"
 
 
 def plan(problem: ConvProblem) -> ConvPlan:
@@ -116,28 +109,13 @@ def plan(problem: ConvProblem) -> ConvPlan:
 
 @functools.lru_cache(maxsize=8192)
 def plan_with(problem: ConvProblem, config: Config) -> ConvPlan:
-    """The launch for ``problem`` with a configuration of the caller's choice."""
+    """The launch for ``problem`` with ``config``."""
     _, channels, height, width = problem.shape
     group_channels = channels // problem.groups
     kernel_area = math.prod(problem.kernel_size)
     features = group_channels * kernel_area
     image_stride, channel_stride, line_stride, pixel_stride = problem.strides
-    vector = _vector(problem)
-    tile_rows = -(-features // config.block_d)
-    tiles = tile_rows * (tile_rows + 1) // 2
-    multiprocessors = problem.device.multiprocessors
-    split, chunks, length = _triton.cut_tokens(_tokens(problem), tiles * problem.groups, multiprocessors, config)
-    constants: dict[str, Any] = {
-        "BLOCK_D": config.block_d,
-        "BLOCK_T": config.block_t,
-        "GROUP": config.group,
-        "DEST": _triton.destination(split, problem.deterministic),
-        "PRODUCT": _triton.product(problem.dtype, problem.allow_tf32),
-        "CHANNELS_LAST": _channels_last(problem),
-        "VECTOR": vector,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-    }
+    channels_last, vector = _channels_last(problem), _vector(problem)
     output = _output_size(problem)
     geometry = (
         _tokens(problem),
@@ -156,8 +134,9 @@ def plan_with(problem: ConvProblem, config: Config) -> ConvPlan:
         *problem.padding,
         *problem.dilation,
     )
-    cut = Plan(split, tile_rows, tiles, chunks, length, None, vector, config, constants)
-    return ConvPlan(cut, features, group_channels, kernel_area, _channels_last(problem), geometry)
+    options = {"CHANNELS_LAST": channels_last, "VECTOR": vector}
+    plan = _triton.make_plan(problem, config, _tokens(problem), features, problem.groups, None, vector, options)
+    return ConvPlan(plan, features, group_channels, kernel_area, channels_last, geometry)
 
 
 def _channels_last(problem: ConvProblem) -> bool:
@@ -165,7 +144,7 @@ def _channels_last(problem: ConvProblem) -> bool:
 
 
 def _vector(problem: ConvProblem) -> int:
-    """Channels that can be loaded at once; the compiler still asks whether x starts on 16 bytes."""
+    """Channels per load. Whether x starts on 16 bytes is a specialization of the kernel, not part of the problem."""
     vector = 16 // problem.dtype.itemsize
     image_stride, _, line_stride, pixel_stride = problem.strides
     whole = (image_stride, line_stride, pixel_stride, problem.shape[1] // problem.groups)
@@ -177,8 +156,7 @@ def _tokens(problem: ConvProblem) -> int:
 
 
 def _output_size(problem: ConvProblem) -> list[int]:
-    geometry = (problem.kernel_size, problem.stride, problem.padding, problem.dilation)
-    return output_size(list(problem.shape[2:]), *(list(pair) for pair in geometry))
+    return output_size(problem.shape[2:], problem.kernel_size, problem.stride, problem.padding, problem.dilation)
 
 
 @functools.cache
@@ -186,62 +164,3 @@ def _device_code() -> ModuleType:
     from . import _triton_conv_kernels
 
     return _triton_conv_kernels
-
-
-def shipped(arch: int) -> list[Specialization]:
-    """Every configuration that ships for ``arch`` (80, 90 or 100), each in its heaviest forms."""
-    listed = []
-    for kind, config in _shipped_configs(arch):
-        if kind == "vector":
-            forms = [
-                ("bf16", "exact", True, "state", "fp64"),
-                ("fp16", "exact", True, "atomic", "fp32"),
-                ("fp32", "tf32", True, "partial", "fp32"),
-            ]
-        else:
-            forms = [
-                ("bf16", "exact", False, "state", "fp64"),
-                ("bf16", "exact", False, "partial", "fp32"),
-                ("fp32", "bf16x3", False, "state", "fp64"),
-                ("bf16", "exact", True, "state", "fp32"),
-            ]
-        listed += [_specialization(config, kind, *form) for form in forms]
-    return listed + _triton.reductions(_shipped_configs(arch), channels_last=True)
-
-
-def _shipped_configs(arch: int) -> list[tuple[str, Config]]:
-    configs = [(kind, config) for (of, kind), config in HEURISTIC.items() if of == arch]
-    for entry in _tuning.load("conv_covariance_update", f"sm{arch}"):
-        tuned = _tuning.configured(entry, "triton", Config)
-        if tuned is not None:
-            configs.append((_kind(entry["shape"]), tuned))
-    return list(dict.fromkeys(configs))
-
-
-def _specialization(
-    config: Config, kind: str, dtype: str, product: str, channels_last: bool, dest: str, state: str
-) -> Specialization:
-    kernel = _device_code().conv_covariance_kernel
-    unit = ["state_column_stride", "total_stride", "channel_stride" if channels_last else "pixel_stride"]
-    constexprs = {
-        **dict.fromkeys(unit, 1),
-        "BLOCK_D": config.block_d,
-        "BLOCK_T": config.block_t,
-        "GROUP": config.group,
-        "DEST": dest,
-        "PRODUCT": product,
-        "CHANNELS_LAST": channels_last,
-        "VECTOR": (4 if dtype == "fp32" else 8) if kind == "vector" else 1,
-    }
-    integers = [name for name in kernel.arg_names[3:] if name not in constexprs]
-    aligned = ("x", "state", "total", "length")
-    order = "channels-last" if channels_last else "NCHW"
-    return Specialization(
-        name=f"convolution {dtype} {product} {config.block_d}x{config.block_t} {order} {kind} {dest} {state}",
-        kernel=kernel,
-        signature={"x": f"*{dtype}", "state": f"*{state}", "total": f"*{state}", **dict.fromkeys(integers, "i32")},
-        constexprs=constexprs,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        attrs={(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned},
-    )

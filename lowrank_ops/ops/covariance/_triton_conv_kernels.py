@@ -1,16 +1,23 @@
-"""Device code of the convolution's covariance update: tiles of patches are gathered from the image as they are used.
+"""Triton kernel of ``conv_covariance_update_``: the covariance update over patches, with an implicit im2col.
 
-A patch's features are numbered (channel, ky, kx), the order of the state, for NCHW, where neighbouring tokens are
-neighbours in memory; and (ky, kx, channel) for channels-last, where neighbouring channels are, with the sums put back
-into the state's order when they are written.
+kernel                  grid                           a program computes
+conv_covariance_kernel  (lower tiles, splits, groups)  one BLOCK_D x BLOCK_D tile of a group's second moment
+
+mainloop       per chunk of at most 2048 patches: C_ij += P_i^T P_j in float32, BLOCK_T patches per step; patch
+               elements are gathered from the image with masked pointer loads, VECTOR channels per load
+epilogue       per chunk: add the accumulator to DEST; diagonal tiles also add the column sums
+features       numbered (channel, ky, kx), the state's order, for NCHW: neighboring patches are contiguous;
+               (ky, kx, channel) for channels-last: neighboring channels are; the epilogue maps back
+split-K        partial tiles are summed by reduce_kernel of ``_triton_kernels``
+deterministic  DEST = STATE and PARTIAL; ATOMIC is not
 """
 
 import triton
 import triton.language as tl
 
-from ._triton_kernels import PARTIAL, add_sums, add_tile, add_to, halves, lower_tile, mirrored, multiply, weight_order
+from ._triton_kernels import PARTIAL, add_sums, add_tile, add_to, halves, lower_tile, mirrored, mma, weight_order
 
-_OUTSIDE = tl.constexpr(-(1 << 29))  # a coordinate that no padding or dilation brings back into the image
+_OUTSIDE = tl.constexpr(-(1 << 29))  # a coordinate outside the image, whatever the padding and dilation
 
 
 @triton.jit(
@@ -39,7 +46,7 @@ def conv_covariance_kernel(
     state,  # (groups, features, features), or with DEST=PARTIAL scratch (splits, groups, tiles, BLOCK_D, BLOCK_D)
     total,  # (groups, features), or with DEST=PARTIAL scratch (splits, groups, tile rows, BLOCK_D)
     tokens,  # batch * positions
-    positions,  # of the kernel in one image
+    positions,  # output positions per image
     output_width,
     height,
     width,
@@ -67,9 +74,9 @@ def conv_covariance_kernel(
     BLOCK_T: tl.constexpr,
     GROUP: tl.constexpr,
     DEST: tl.constexpr,
-    PRODUCT: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
-    VECTOR: tl.constexpr,  # channels that are loaded together
+    VECTOR: tl.constexpr,  # channels per load
 ):
     first = tl.program_id(0) * chunks
     split, group = tl.program_id(1), tl.program_id(2)
@@ -85,7 +92,7 @@ def conv_covariance_kernel(
     if DEST != PARTIAL:
         state += group.to(tl.int64) * state_group_stride
         total += group.to(tl.int64) * total_group_stride
-    for work in range(first, first + chunks):  # finds its tile anew, as covariance_kernel does
+    for work in range(first, first + chunks):  # recomputes its tile per chunk, as covariance_kernel does
         tile = work // chunks
         i, j = lower_tile(tile, tile_rows, GROUP)
         chunk = work % chunks
@@ -133,15 +140,15 @@ def conv_covariance_kernel(
             a = load_patches(x, offset_i, y_i, x_i, offset_t, y_t, x_t, height, width, CHANNELS_LAST)
             b = load_patches(x, offset_j, y_j, x_j, offset_t, y_t, x_t, height, width, CHANNELS_LAST)
             if CHANNELS_LAST:
-                acc = multiply(a.T, b, acc, PRODUCT)
+                acc = mma(a.T, b, acc, INPUT_PRECISION)
                 sums += tl.sum(a.to(tl.float32), 0)
             else:
-                acc = multiply(a, b.T, acc, PRODUCT)
+                acc = mma(a, b.T, acc, INPUT_PRECISION)
                 sums += tl.sum(a.to(tl.float32), 1)
         scratch = split * groups + group
         scratch_tile = scratch.to(tl.int64) * tl.num_programs(0) + tile
         if CHANNELS_LAST and DEST != PARTIAL:
-            add_renumbered(
+            add_channels_last(
                 state,
                 i,
                 j,
@@ -182,17 +189,17 @@ def patch_features(
     CHANNELS_LAST: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """Offsets from a patch's corner, and their vertical and horizontal parts, of a tile's features."""
+    """For the features of a tile: offset from the patch's corner, and its vertical and horizontal part."""
     feature = tile * BLOCK_D + tl.arange(0, BLOCK_D)
     if CHANNELS_LAST:
-        channel, tap = feature % group_channels, feature // group_channels
-        if VECTOR > 1:  # what the division hides from the compiler
+        channel, pixel = feature % group_channels, feature // group_channels
+        if VECTOR > 1:  # contiguity that the compiler cannot see through the division
             channel = tl.max_contiguous(tl.multiple_of(channel, VECTOR), VECTOR)
-            tap = tl.max_constancy(tap, VECTOR)
+            pixel = tl.max_constancy(pixel, VECTOR)
     else:
-        channel, tap = feature // kernel_area, feature % kernel_area
-    y = tap // kernel_width * dilation_y
-    x = tap % kernel_width * dilation_x
+        channel, pixel = feature // kernel_area, feature % kernel_area
+    y = pixel // kernel_width * dilation_y
+    x = pixel % kernel_width * dilation_x
     offset = channel.to(tl.int64) * channel_stride + y * line_stride + x.to(tl.int64) * pixel_stride
     return offset, tl.where(feature < features, y, _OUTSIDE), x
 
@@ -210,7 +217,7 @@ def load_patches(
     width,
     CHANNELS_LAST: tl.constexpr,
 ):
-    """A tile of patches, zero in the padding: (BLOCK_T, BLOCK_D) for channels-last, else (BLOCK_D, BLOCK_T)."""
+    """A tile of patches, zero in the padding: (BLOCK_T, BLOCK_D) for channels-last, (BLOCK_D, BLOCK_T) for NCHW."""
     if CHANNELS_LAST:
         y, x = y_t[:, None] + y_f[None, :], x_t[:, None] + x_f[None, :]
         source = image + (offset_t[:, None] + offset_f[None, :])
@@ -221,7 +228,7 @@ def load_patches(
 
 
 @triton.jit
-def add_renumbered(
+def add_channels_last(
     state,
     i,
     j,
@@ -234,7 +241,7 @@ def add_renumbered(
     BLOCK_D: tl.constexpr,
     DEST: tl.constexpr,
 ):
-    """add_tile for features numbered (ky, kx, channel)."""
+    """add_tile to the state for features numbered (ky, kx, channel)."""
     left, right = halves(acc, BLOCK_D, BLOCK_D)
     first, second = halves(left, BLOCK_D, BLOCK_D // 2)
     third, fourth = halves(right, BLOCK_D, BLOCK_D // 2)

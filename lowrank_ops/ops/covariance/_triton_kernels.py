@@ -1,6 +1,16 @@
-"""Device code of the covariance updates: one lower tile of the second moment per program, chunk by chunk of tokens.
+"""Triton kernels of ``covariance_update_``: the update of one tile per program, and the split-K reduction.
 
-Imported when a kernel is first launched or listed: importing the package must not need Triton.
+    kernel             grid                                      a program computes
+    covariance_kernel  (lower tiles, splits)                     one BLOCK_D x BLOCK_D tile of the second moment
+    reduce_kernel      (lower tiles, BLOCK_D / ROWS, groups)     ROWS rows of one tile, summed over the splits
+
+    mainloop       per chunk of at most 2048 tokens: C_ij += X_i^T X_j in float32, BLOCK_T tokens per step
+    epilogue       per chunk: add the accumulator to DEST; diagonal tiles also add the column sums of x
+    loads          TMA tensor descriptor (sm_90 and newer, rows on 16 bytes), otherwise masked pointer loads
+    order          groups of GROUP tile rows are walked column by column, so that concurrent programs share L2 lines
+    deterministic  DEST = STATE and PARTIAL; ATOMIC is not
+
+Imported by the first launch: importing the package must not require Triton.
 """
 
 import triton
@@ -8,14 +18,14 @@ import triton.language as tl
 
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 
-# Where a finished chunk goes (DEST):
-STATE = tl.constexpr("state")  # read, added to and written back; one program owns the tile
-PARTIAL = tl.constexpr("partial")  # the split's own tile in scratch, summed in order by reduce_kernel
-ATOMIC = tl.constexpr("atomic")  # straight to the state by atomics, in any order
+# DEST, where the epilogue adds a chunk:
+STATE = tl.constexpr("state")  # load, add, store; one program owns the tile
+PARTIAL = tl.constexpr("partial")  # the split's tile in scratch, which reduce_kernel sums in order
+ATOMIC = tl.constexpr("atomic")  # atomic adds to the state, in any order
 
 
-# What changes from call to call is not specialised on; and were a single chunk known when the kernel is compiled, its
-# loop would go and the tile's addresses with it into the registers (see below).
+# Arguments that change between calls are not specialized on. `chunks` must not be: with a constant of 1 the compiler
+# removes the outer loop, keeps the tile's addresses in registers and spills (see below).
 @triton.jit(do_not_specialize=["tokens", "chunks"])
 def covariance_kernel(
     x,  # (tokens, features): tensor descriptor, or pointer
@@ -33,17 +43,17 @@ def covariance_kernel(
     BLOCK_T: tl.constexpr,
     GROUP: tl.constexpr,
     DEST: tl.constexpr,
-    PRODUCT: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
     TMA: tl.constexpr,
-    VECTOR: tl.constexpr,  # elements to which the rows and the width of x are aligned
+    VECTOR: tl.constexpr,  # row stride and width of x are multiples of it
 ):
     first = tl.program_id(0) * chunks
     split = tl.program_id(1)
-    features *= VECTOR  # the product is known to be a multiple, which is what makes the loads wide
+    features *= VECTOR  # known to be a multiple: the compiler vectorizes the loads
     row_stride *= VECTOR
     tile_rows = tl.cdiv(features, BLOCK_D)
-    # The tile is found anew for every chunk: were it invariant, the addresses and masks of all its elements would be
-    # kept in registers across the product's loop, and spill.
+    # The tile index is recomputed per chunk. If it were loop-invariant, the compiler would keep the addresses and masks
+    # of the epilogue in registers across the mainloop, and spill.
     for work in range(first, first + chunks):
         tile = work // chunks
         i, j = lower_tile(tile, tile_rows, GROUP)
@@ -56,7 +66,7 @@ def covariance_kernel(
             for t in range(start, stop, BLOCK_T):
                 b = load_rows(x, t, j * BLOCK_D, tokens, features, row_stride, BLOCK_T, BLOCK_D, TMA)
                 a = b.T if TMA else load_columns(x, t, i * BLOCK_D, tokens, features, row_stride, BLOCK_T, BLOCK_D)
-                acc = multiply(a, b, acc, PRODUCT)
+                acc = mma(a, b, acc, INPUT_PRECISION)
                 columns += b.to(tl.float32)
             add_sums(
                 total, split * tile_rows + i, i, tl.sum(columns, 0), features, total_stride, chunk == 0, BLOCK_D, DEST
@@ -68,7 +78,7 @@ def covariance_kernel(
                 else:
                     a = load_columns(x, t, i * BLOCK_D, tokens, features, row_stride, BLOCK_T, BLOCK_D)
                 b = load_rows(x, t, j * BLOCK_D, tokens, features, row_stride, BLOCK_T, BLOCK_D, TMA)
-                acc = multiply(a, b, acc, PRODUCT)
+                acc = mma(a, b, acc, INPUT_PRECISION)
         scratch_tile = split * tl.num_programs(0) + tile
         add_tile(state, scratch_tile, i, j, acc, features, state_stride, state_column_stride, chunk == 0, BLOCK_D, DEST)
 
@@ -91,9 +101,9 @@ def reduce_kernel(
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
     GROUP: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,  # the features are in the order of conv_covariance_kernel's channels-last tiles
+    CHANNELS_LAST: tl.constexpr,  # features are numbered (ky, kx, channel), as in conv_covariance_kernel
 ):
-    """Add the splits' tiles to the state, in the order of the splits: the same bits on every run."""
+    """Add the partial tiles of all splits to the state, in the order of the splits."""
     tile, group = tl.program_id(0), tl.program_id(2)
     tiles, groups = tl.num_programs(0), tl.num_programs(2)
     tile_rows = tl.cdiv(features, BLOCK_D)
@@ -129,10 +139,7 @@ def reduce_kernel(
 
 @triton.jit
 def lower_tile(tile, tile_rows, GROUP: tl.constexpr):
-    """Row and column of the ``tile``-th lower tile.
-
-    Bands of GROUP tile rows are walked column by column, so that the programs that run together share operands in L2.
-    """
+    """Row and column of the ``tile``-th lower tile, in groups of GROUP tile rows that are walked column by column."""
     row, _ = triangle(tile)
     top = row // GROUP * GROUP
     height = tl.minimum(tile_rows - top, GROUP)
@@ -148,7 +155,7 @@ def lower_tile(tile, tile_rows, GROUP: tl.constexpr):
 def triangle(index):
     """Row and column of the ``index``-th element of a lower triangle stored row by row."""
     row = ((tl.sqrt(8.0 * index.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
-    row -= (row * (row + 1) // 2 > index).to(tl.int32)  # the root may be off by one either way
+    row -= (row * (row + 1) // 2 > index).to(tl.int32)  # float32 sqrt may be off by one in both directions
     row += ((row + 1) * (row + 2) // 2 <= index).to(tl.int32)
     return row, index - row * (row + 1) // 2
 
@@ -165,7 +172,7 @@ def load_rows(
     BLOCK_D: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """A (BLOCK_T, BLOCK_D) tile of x, zero outside of it."""
+    """A (BLOCK_T, BLOCK_D) tile of x, zero out of bounds."""
     if TMA:
         tile = x.load([token, feature])
     else:
@@ -178,9 +185,9 @@ def load_rows(
 
 @triton.jit
 def load_columns(x, token, feature, tokens, features, row_stride, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The transpose of load_rows's tile.
+    """The transposed tile of load_rows, (BLOCK_D, BLOCK_T).
 
-    Loaded as such, it goes to shared memory asynchronously; a tile transposed after the load goes through registers.
+    A transposed pointer load goes to shared memory by cp.async. Transposing a loaded tile would go through registers.
     """
     rows = token + tl.arange(0, BLOCK_T)
     columns = feature + tl.arange(0, BLOCK_D)
@@ -189,12 +196,12 @@ def load_columns(x, token, feature, tokens, features, row_stride, BLOCK_T: tl.co
 
 
 @triton.jit
-def multiply(a, b, acc, PRODUCT: tl.constexpr):
-    """acc + a b for tiles a (BLOCK_D, BLOCK_T) and b (BLOCK_T, BLOCK_D)."""
-    if PRODUCT == "tf32":
+def mma(a, b, acc, INPUT_PRECISION: tl.constexpr):
+    """``acc + a b`` for tiles a (BLOCK_D, BLOCK_T) and b (BLOCK_T, BLOCK_D); the accumulator is float32."""
+    if INPUT_PRECISION == "tf32":
         acc = tl.dot(round_to_tf32(a), round_to_tf32(b), acc, input_precision="tf32")
-    elif PRODUCT == "bf16x3":
-        # x = high + low, to within 2^-17 of x; low * low, at most 2^-16 of the product, is left out.
+    elif INPUT_PRECISION == "bf16x3":
+        # x = high + low to within 2^-17 of x. low * low, at most 2^-16 of the product, is dropped.
         a_high, b_high = round_to_bf16(a), round_to_bf16(b)
         a_low = round_to_bf16(a - a_high.to(tl.float32))
         b_low = round_to_bf16(b - b_high.to(tl.float32))
@@ -210,8 +217,9 @@ def multiply(a, b, acc, PRODUCT: tl.constexpr):
 
 @triton.jit
 def round_to_bf16(x):
+    """float32 ``x`` rounded to bfloat16, to nearest even."""
     if INTERPRET:
-        # The interpreter's own cast truncates, and its bf16 products are wrong: stay in float32.
+        # The interpreter truncates casts to bfloat16 and computes bfloat16 dots wrongly: stay in float32.
         bits = x.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         rounded = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
@@ -222,7 +230,7 @@ def round_to_bf16(x):
 
 @triton.jit
 def round_to_tf32(x):
-    """To nearest: the tensor core by itself drops the low bits, which would bias every sum of squares downwards."""
+    """To nearest. The tensor core truncates, which would bias every sum of squares downwards."""
     bits = (x.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000
     return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
 
@@ -237,11 +245,11 @@ def add_tile(
     features,
     stride,
     column_stride,
-    fresh,  # the first chunk that goes to this scratch tile
+    fresh,  # first chunk of this scratch tile: overwrite
     BLOCK_D: tl.constexpr,
     DEST: tl.constexpr,
 ):
-    """Add a tile to its destination: only elements on or below the state's diagonal."""
+    """Add an accumulator to DEST; in the state, only on and below the diagonal."""
     if DEST == PARTIAL:
         base = state + scratch_tile.to(tl.int64) * (BLOCK_D * BLOCK_D)
         stride, column_stride = BLOCK_D, 1
@@ -249,7 +257,7 @@ def add_tile(
     else:
         base = state + (i * BLOCK_D).to(tl.int64) * stride + (j * BLOCK_D).to(tl.int64) * column_stride
         height, width, reach = features - i * BLOCK_D, features - j * BLOCK_D, (i - j) * BLOCK_D
-    # In quarters: a whole float32 or float64 tile read back beside the accumulator does not fit in the registers.
+    # In quarters: the accumulator and a whole tile of the state do not fit in registers together.
     left, right = halves(acc, BLOCK_D, BLOCK_D)
     first, second = halves(left, BLOCK_D, BLOCK_D // 2)
     third, fourth = halves(right, BLOCK_D, BLOCK_D // 2)
@@ -262,17 +270,18 @@ def add_tile(
 
 @triton.jit
 def halves(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The left and right half of a (ROWS, COLUMNS) tile."""
     return x.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()
 
 
 @triton.jit
 def add_columns(
     base,
-    part,
-    offset,
-    height,
+    part,  # (BLOCK_D, BLOCK_D / 4)
+    offset,  # of its first column in the tile
+    height,  # rows of the tile inside the state
     width,
-    reach,
+    reach,  # columns of the tile left of the diagonal's first element
     stride,
     column_stride,
     fresh,
@@ -304,6 +313,7 @@ def add_sums(total, scratch_row, i, sums, features, stride, fresh, BLOCK_D: tl.c
 
 @triton.jit
 def add_to(target, value, mask, DEST: tl.constexpr):
+    """``*target += value``, atomically for DEST = ATOMIC."""
     if DEST == ATOMIC:
         tl.atomic_add(target, value.to(target.dtype.element_ty), mask=mask, sem="relaxed")
     else:
@@ -318,9 +328,9 @@ def weight_order(feature, kernel_area, group_channels):
 
 @triton.jit
 def mirrored(p, q, kernel_area, group_channels, stride, column_stride):
-    """Offsets of the state's elements for features numbered (ky, kx, channel).
+    """Offsets in the state of feature pairs numbered (ky, kx, channel).
 
-    The renumbering does not keep the lower triangle, but it maps each pair to one pair: its lower element is meant.
+    Renumbering may map a lower element to an upper one: the offset is that of the mirrored lower element.
     """
     p = weight_order(p, kernel_area, group_channels).to(tl.int64)[:, None]
     q = weight_order(q, kernel_area, group_channels).to(tl.int64)[None, :]

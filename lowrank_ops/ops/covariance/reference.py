@@ -1,4 +1,4 @@
-"""Covariance updates by library matrix products: any device, any dtype, the truth the kernels are tested against."""
+"""Computes the covariance updates with library GEMMs on any device and dtype. Kernels are tested against it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK = 192  # rows of the second moment per matrix product: almost half of a (d, d) product is skipped at d >> BLOCK
-CHUNK_BYTES = 64 << 20  # a chunk of rows converted to the state's dtype stays below this
+BLOCK = 192  # rows of the second moment per GEMM; almost half of the full (d, d) GEMM is skipped for d >> BLOCK
+CHUNK_BYTES = 64 << 20  # limit of a chunk of rows converted to the state's dtype
 
 
 def update(second_moment: Tensor, total: Tensor, x: Tensor) -> None:
     """Add ``x^T x`` to the lower triangle of ``second_moment`` and the column sums of ``x`` to ``total``.
 
-    Products and sums are taken in the state's dtype, so a bfloat16 ``x`` loses nothing before it is summed.
+    ``x`` is converted to the state's dtype first, so that nothing is rounded before it is accumulated.
     """
     features = x.shape[-1]
     rows = x.reshape(-1, features)
@@ -33,7 +33,7 @@ def update_conv(
     padding: list[int],
     dilation: list[int],
 ) -> None:
-    """The same over the patches of a convolution's input, unfolded a few images at a time."""
+    """:func:`update` over the patches of a convolution's input (im2col), a few images at a time."""
     groups, features = total.shape
     channels = x.shape[1]
     positions = math.prod(output_size(x.shape[2:], kernel_size, stride, padding, dilation))

@@ -1,6 +1,7 @@
-"""``lowrank_ops::lowrank_linear``: a linear layer whose weight is the product of two thin factors.
+"""Defines ``lowrank_ops::lowrank_linear``, a linear layer whose weight is the product of two low-rank factors.
 
-Schema, validation, fake, autograd, autocast and the table of implementations.
+Schema, validation, fake kernel, autograd, autocast and ``TABLE``, the implementations in the order in which ``auto``
+considers them. ``reference`` holds the library GEMMs, ``_triton`` and ``_cuda`` the kernels.
 """
 
 from __future__ import annotations
@@ -12,24 +13,30 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._autocast import register_autocast
-from .._backend import Backend, Device, Impl, choose, device_facts
+from .._backend import Backend, Device, Impl, choose, device_facts, row_stride
 from .._backend import explain as _explain
-from .._eager import Decisions, in_memory, outlived, transformed, undisturbed, wants_gradient
-from .._layout import row_stride
+from .._dispatcher import (
+    BoundedCache,
+    all_strided,
+    can_bypass,
+    has_functorch_wrapper,
+    in_transform,
+    needs_grad,
+    register_autocast,
+)
 from . import _cuda, _triton, reference
 
 
 class Problem(NamedTuple):
-    """All that a choice of implementation may depend on."""
+    """Everything the choice of an implementation may depend on."""
 
     tokens: int
     in_features: int
     rank: int
     out_features: int
     dtype: torch.dtype
-    x_stride: int  # elements between rows of x, 0 where x is not a matrix with unit column stride
-    down_strides: tuple[int, ...]  # of both its dimensions
+    x_stride: int  # elements between rows of x; 0 if x is not a matrix with unit column stride
+    down_strides: tuple[int, ...]
     up_strides: tuple[int, ...]
     aligned: bool  # x, down, up and their rows start on 16 bytes
     has_bias: bool
@@ -38,10 +45,10 @@ class Problem(NamedTuple):
 
 
 def _dense_costs_less(problem: Problem) -> bool:
-    """Forming ``up down`` once and one product with it take fewer operations than two thin products."""
+    """Forming ``up down`` and one GEMM with it takes fewer MACs than two GEMMs with the factors."""
     dense = problem.in_features * problem.out_features
-    thin = problem.rank * (problem.in_features + problem.out_features)
-    return problem.tokens * (thin - dense) > problem.rank * dense
+    factors = problem.rank * (problem.in_features + problem.out_features)
+    return problem.tokens * (factors - dense) > problem.rank * dense
 
 
 TABLE: tuple[Impl, ...] = (
@@ -90,12 +97,16 @@ def lowrank_linear(
     activation: str = "none",
     backend: str = "auto",
 ) -> Tensor:  # (..., out_features)
-    """``activation((x down^T) up^T + bias)``.
+    """Apply a low-rank linear layer: ``activation((x down^T) up^T + bias)``.
+
+    Differentiable once in ``x``, ``down``, ``up`` and ``bias``. Under autocast the tensors are cast first, as for
+    ``torch.nn.functional.linear``. Kernels accumulate in float32 and round ``x down^T`` to the dtype of ``x``, as two
+    library GEMMs do.
 
     Args:
-        x: (..., in_features), float64, float32, bfloat16 or float16; any leading shape, also empty. A nested tensor
-            goes through two products, by every backend, and so does any call inside a ``torch.func`` transform or
-            forward-mode differentiation.
+        x: (..., in_features), float64, float32, bfloat16 or float16; any leading shape, also empty. Nested tensors
+            and calls inside a ``torch.func`` transform or forward-mode differentiation run as two GEMMs, whatever the
+            backend.
         down: (rank, in_features), the dtype of ``x``.
         up: (out_features, rank), the dtype of ``x``.
         bias: (out_features,), the dtype of ``x``, or None.
@@ -103,21 +114,31 @@ def lowrank_linear(
         backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"cuda"``.
 
     Returns:
-        (..., out_features), the dtype of ``x``. Differentiable once in x, down, up and bias. Under autocast the
-        tensors are cast first, as for ``torch.nn.functional.linear``.
+        (..., out_features), the dtype of ``x``.
 
     Raises:
         ValueError: a shape, dtype, device or name does not fit; the message names the argument.
         BackendUnavailableError: the requested backend cannot run this call.
+
+    Example:
+        >>> import torch
+        >>> import lowrank_ops as lro
+        >>> x, down, up = torch.randn(5, 64), torch.randn(8, 64), torch.randn(32, 8)
+        >>> y = lro.ops.lowrank_linear(x, down, up, activation="gelu")
+        >>> y.shape
+        torch.Size([5, 32])
+        >>> torch.allclose(y, torch.nn.functional.gelu(x @ down.T @ up.T), atol=1e-4)
+        True
     """
-    if undisturbed(x, down, up, bias):
+    if can_bypass(x, down, up, bias):
         run = _decision(x, down, up, bias, activation, backend)
-        if not wants_gradient(x, down, up, bias):
+        if not needs_grad(x, down, up, bias):
             return run(x, down, up, bias)
-        if not outlived(x, down, up, bias):
+        if not has_functorch_wrapper(x, down, up, bias):
             return _record(run, activation, backend, x, down, up, bias)
-    # Nested as nn.TransformerEncoder hands over sequences without their padding; of a proxy of torch.fx it is no bool.
-    if x.is_nested is True or transformed():
+    # nn.TransformerEncoder passes nested tensors. The comparison is explicit because is_nested of a torch.fx proxy is
+    # not a bool.
+    if x.is_nested is True or in_transform():
         _check_activation(activation)
         return reference.two_products(x, down, up, bias, activation)
     return torch.ops.lowrank_ops.lowrank_linear(x, down, up, bias, activation=activation, backend=backend)
@@ -126,18 +147,18 @@ def lowrank_linear(
 def explain(
     x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None, *, activation: str = "none", backend: str = "auto"
 ) -> str:
-    """Which implementation would run this ``lowrank_linear`` and why the others would not."""
+    """Which implementation runs this ``lowrank_linear`` call, and why each other one does not."""
     _check(x, down, up, bias, activation)
     return _explain(TABLE, describe(x, down, up, bias, activation), backend)
 
 
 def describe(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: str) -> Problem:
-    """The problem that a call poses."""
+    """The problem of a call."""
     in_features = x.shape[-1]
     rank, out_features = down.shape[0], up.shape[0]
     x_stride = row_stride(x)
     down_strides, up_strides = down.stride(), up.stride()
-    # One test for all: a set low bit anywhere shows in the union of addresses and strides, in bytes.
+    # Addresses and strides in bytes are all multiples of 16 if their bitwise or is.
     low_bits = x.data_ptr() | down.data_ptr() | up.data_ptr()
     low_bits |= (x_stride | max(down_strides) | max(up_strides)) * x.element_size()
     return Problem(
@@ -187,11 +208,11 @@ def _check_activation(activation: str) -> None:
 
 
 _Bound = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
-_decisions = Decisions(4096)
+_decisions = BoundedCache(4096)
 
 
 def _decision(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: str, backend: str) -> _Bound:
-    """What runs a call like this, found out once: arguments are checked and an implementation is chosen and bound."""
+    """The function that runs a call like this. Arguments are checked and an implementation is bound once per key."""
     dtype, device = x.dtype, x.device
     alike = (
         down.dtype is dtype
@@ -200,21 +221,21 @@ def _decision(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activati
         and up.device == device
         and (bias is None or (bias.dtype is dtype and bias.device == device))
     )
-    # Nothing that makes a difference may be missing here: what has been decided is not looked at again.
-    kind = x.shape, dtype, device, down.shape, up.shape, None if bias is None else bias.shape, activation, backend
-    bound = _decisions.get(kind) if alike else None
+    # The key must contain everything that a check or a choice depends on: cached decisions are not checked again.
+    key = x.shape, dtype, device, down.shape, up.shape, None if bias is None else bias.shape, activation, backend
+    bound = _decisions.get(key) if alike else None
     if bound is None:
         _check(x, down, up, bias, activation)
-        if not in_memory(x, down, up, bias):  # nothing to describe, and nothing to remember for tensors that are
+        if not all_strided(x, down, up, bias):  # no strides to describe; not cached, as strided tensors share the key
             return reference.bind(reference.two_products, activation)
         problem = describe(x, down, up, bias, activation)
         bound = _ByLayout(activation, backend) if _layout_matters(problem, backend) else _bind(problem, backend)
-        _decisions[kind] = bound
+        _decisions[key] = bound
     return bound
 
 
 def _layout_matters(problem: Problem, backend: str) -> bool:
-    """Whether a kernel could run the problem, if only it lay in memory as kernels like it."""
+    """Whether a kernel could run the problem with contiguous, aligned tensors."""
     ideal = problem._replace(
         x_stride=problem.in_features, down_strides=(problem.in_features, 1), up_strides=(problem.rank, 1), aligned=True
     )
@@ -225,7 +246,7 @@ def _layout_matters(problem: Problem, backend: str) -> bool:
 
 
 def _bind(problem: Problem, backend: str) -> _Bound:
-    """The chosen implementation with the problem filled in."""
+    """The chosen implementation with the problem bound."""
     impl = choose(TABLE, problem, backend)
     if impl.bind is not None:
         return impl.bind(problem)
@@ -233,15 +254,15 @@ def _bind(problem: Problem, backend: str) -> _Bound:
 
 
 class _ByLayout:
-    """The decision on a call that kernels may run, for which strides and addresses count as well."""
+    """The decision for a call that kernels may run: it also depends on strides and addresses."""
 
     def __init__(self, activation: str, backend: str) -> None:
         self.activation, self.backend = activation, backend
-        self.decisions = Decisions(64)
+        self.decisions = BoundedCache(64)
 
     def __call__(self, x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
         if down.is_neg() or up.is_neg() or (bias is not None and bias.is_neg()):
-            # Views whose sign is still to be flipped, as torch's own products do and a kernel would not.
+            # torch's GEMMs resolve the negative bit themselves, kernels do not.
             down, up = down.resolve_neg(), up.resolve_neg()
             bias = None if bias is None else bias.resolve_neg()
         aligned = (x.data_ptr() | down.data_ptr() | up.data_ptr()) & 15 == 0
@@ -269,11 +290,14 @@ def _run(
     activation: str = "none",
     backend: str = "auto",
 ) -> Tensor:
-    return _no_view(_decision(x, down, up, bias, activation, backend)(x, down, up, bias))
+    return _not_a_view(_decision(x, down, up, bias, activation, backend)(x, down, up, bias))
 
 
-def _no_view(y: Tensor) -> Tensor:
-    """``y`` for autograd to record: of a view, as linear makes of a batch of sequences, it forbids changes in place."""
+def _not_a_view(y: Tensor) -> Tensor:
+    """``y``, detached from its base: autograd forbids in-place ops on a view that a Function returns.
+
+    ``F.linear`` returns a view for x of three dimensions.
+    """
     return y.data if y._is_view() else y
 
 
@@ -298,13 +322,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, down, up, bias = ctx.saved_tensors
-    # torch leaves out trailing arguments that have their default: without a bias there are three.
+    # torch omits trailing arguments that have their default: without a bias there are three.
     needed = (*ctx.needs_input_grad[:4], False)[:4]
     return _gradients(grad, x, down, up, bias, needed, **ctx.options)
 
 
 class _Recorded(torch.autograd.Function):
-    """The op's autograd without the dispatcher: the same tensors saved, the same backward, in a third of the time."""
+    """The op's autograd without the dispatcher: it saves the same tensors and runs the same backward."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -319,7 +343,7 @@ class _Recorded(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, down, up, bias)
         ctx.options = activation, backend
-        return _no_view(run(x, down, up, bias))
+        return _not_a_view(run(x, down, up, bias))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -329,7 +353,7 @@ class _Recorded(torch.autograd.Function):
         return (None, None, None, *gradients)
 
 
-# Without what Function.apply does in Python for transforms, which are ruled out here: half of the time of a small call.
+# The C++ apply. Function.apply first handles transforms in Python, which can_bypass has ruled out.
 _record: Callable[..., Tensor] = super(torch.autograd.Function, _Recorded).apply
 
 
@@ -343,17 +367,18 @@ def _gradients(
     activation: str,
     backend: str,
 ) -> tuple[Tensor | None, ...]:
-    """Those of x, down, up and bias.
+    """The gradients of x, down, up and bias; None where not needed.
 
-    t = x down^T is recomputed rather than saved: it costs a fifth of the backward's operations and no memory. The
-    gradient at t is what those of x and down are both made of; where only x needs one, a fused kernel keeps it inside.
+    t = x down^T is recomputed instead of saved: one of the backward's five GEMMs, and no memory. The gradient of t
+    serves those of x and down. If only x needs a gradient, ``lowrank_linear`` computes it and a fused kernel keeps the
+    gradient of t on chip.
     """
     if activation != "none":
         preactivation = lowrank_linear(x, down, up, bias, backend=backend)
         grad = reference.activation_backward(grad, preactivation, activation)
     needs_x, needs_down, needs_up, needs_bias = needed
     rows, grads = _matrix(x), _matrix(grad)
-    # Before the gradient at t is there, which is as large as t.
+    # First, so that t is freed before the gradient of t, which is as large, is allocated.
     grad_up = grads.T @ torch.nn.functional.linear(rows, down) if needs_up else None
     grad_x = grad_down = None
     if needs_down:
@@ -361,14 +386,14 @@ def _gradients(
         grad_down = grad_t.T @ rows
         grad_x = (grad_t @ down).view(x.shape) if needs_x else None
     elif needs_x:
-        # A gradient may be a broadcast scalar, which a backend named by the user need not take.
+        # The gradient may be an expanded scalar, which not every backend supports.
         grad_x = lowrank_linear(grad.contiguous(), up.T, down.T, backend=backend)
     grad_bias = grads.sum(0) if needs_bias and bias is not None else None
     return grad_x, grad_down, grad_up, grad_bias
 
 
 def _matrix(x: Tensor) -> Tensor:
-    """Leading dimensions made one; their product is given because without features -1 could be anything."""
+    """``x`` with its leading dimensions flattened. Their product is explicit: -1 is ambiguous without features."""
     return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 

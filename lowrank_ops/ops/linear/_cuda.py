@@ -1,6 +1,6 @@
-"""CUDA C++ low-rank products: ``csrc/lowrank_linear``. What they can run, the planner says.
+"""Runs ``lowrank_linear`` with the CUDA C++ kernels of ``csrc/lowrank_linear``; their planner states what is legal.
 
-Products are summed in float32; ``x down^T`` is rounded to the dtype of ``x`` in between, as two library products do.
+Accumulation is in float32. ``x down^T`` is rounded to the dtype of ``x`` between the GEMMs, as with two library GEMMs.
 """
 
 from __future__ import annotations
@@ -19,72 +19,69 @@ if TYPE_CHECKING:
 
 
 def supports_decode(problem: Problem) -> str | None:
-    """Why ``run`` cannot take the problem with a kernel for few tokens, or None; more of them where a table says so."""
+    """None if a decode kernel runs the problem, else the reason. A tuned table may raise the planner's token limit."""
     return _unsupported(problem, "decode")
 
 
 def supports_prefill(problem: Problem) -> str | None:
-    """Why ``run`` cannot take the problem with the kernel for many tokens, or None."""
+    """None if the prefill kernel runs the problem, else the reason."""
     return _unsupported(problem, "prefill")
 
 
 def _unsupported(problem: Problem, kind: str) -> str | None:
-    choice = choice_for(problem) if problem.device.type == "cuda" else _native.PLANNERS
+    choice = choice_for(problem) if problem.device.type == "cuda" else _native.DEFAULT_CHOICE
     return _planned(problem, kind, choice)[0] or None
 
 
 def plan(problem: Problem) -> str:
-    """How ``run`` would take a problem that one of the two supports, in one line."""
+    """The launch of a supported problem, in one line."""
     return _planned(problem, "", choice_for(problem))[1]
 
 
 def refuse(problem: Problem, choice: _native.Choice, kind: str = "") -> str:
-    """Why ``run`` cannot take the problem by a choice of the caller's; empty where it can, by a kernel of the kind."""
+    """Why ``choice`` cannot run the problem with a kernel of ``kind``; empty if it can."""
     return _planned(problem, kind, choice)[0]
 
 
 @functools.lru_cache(maxsize=8192)
 def choice_for(problem: Problem) -> _native.Choice:
-    """The tuned one of the nearest shape, or the planner's own.
+    """The tuned choice of the nearest shape if it is legal for the problem, else the planner's default.
 
-    The nearest shape may have been on the other side of the most tokens that a decode kernel takes, and its splits mean
-    something else there.
+    The nearest shape may be on the other side of the decode kernels' token limit, where its splits mean something else.
     """
     entry = tuned_entry(problem)
     kind = "" if entry is None else entry["impl"].removeprefix("cuda.")
     tuned = _tuning.configured(entry, "cuda", _native.Choice)
-    return _native.choice(tuned, lambda choice: _planned(problem, kind, choice)[0])
+    return _native.usable_choice(tuned, lambda choice: _planned(problem, kind, choice)[0])
 
 
 def prefers_decode(problem: Problem) -> bool:
-    """Where the tuned table says that it was fastest; so not before it has been measured."""
+    """Only where the tuned table measured it as the fastest."""
     return tuned_implementation(problem) == "cuda.decode"
 
 
 def prefers_prefill(problem: Problem) -> bool:
-    """The same."""
+    """Only where the tuned table measured it as the fastest."""
     return tuned_implementation(problem) == "cuda.prefill"
 
 
-def _planned(problem: Problem, kind: str, choice: _native.Choice = _native.PLANNERS) -> tuple[str, str]:
-    """Why not by a kernel whose name starts with ``kind``, or how; neither where nothing will be launched."""
-    if problem.device.type != "cuda":
-        return "it needs a CUDA device", ""
-    if (reason := _native.unavailable()) is not None:
+def _planned(problem: Problem, kind: str, choice: _native.Choice = _native.DEFAULT_CHOICE) -> tuple[str, str]:
+    """``(reason, "")`` if no kernel whose name starts with ``kind`` runs the problem, else ``("", plan)``."""
+    if (reason := _native.unavailable_on(problem.device.type)) is not None:
         return reason, ""
     if problem.x_stride == 0:
         return "x is not a matrix with unit column stride; pass x.contiguous()", ""
     if problem.tokens == 0:
         return "", ""
-    reason, plan = torch.ops.lowrank_ops._plan_lowrank_linear(
+    reason, plan = _native.plan_lowrank_linear(
         problem.tokens,
         problem.in_features,
         problem.rank,
         problem.out_features,
-        _native.dtype_name(problem.dtype),
+        problem.dtype,
         _aligned(problem),
-        *_native.machine(problem.device),
-        *choice,
+        _native.machine(problem.device),
+        choice,
     )
     kernel = plan.partition(":")[0]
     if not reason and not kernel.startswith(kind):
@@ -93,7 +90,7 @@ def _planned(problem: Problem, kind: str, choice: _native.Choice = _native.PLANN
 
 
 def _aligned(problem: Problem) -> bool:
-    """Whether all rows will start on 16 bytes, after ``run`` has copied what is not row-major."""
+    """Whether all rows start on 16 bytes once ``run`` has copied what is not row-major."""
     values = 16 // problem.dtype.itemsize
     down_fits = problem.down_strides[1] == 1 or problem.in_features % values == 0
     up_fits = problem.up_strides[1] == 1 or problem.rank % values == 0
@@ -102,16 +99,16 @@ def _aligned(problem: Problem) -> bool:
 
 def run(
     problem: Problem,
-    x: Tensor,
-    down: Tensor,
-    up: Tensor,
-    bias: Tensor | None,
+    x: Tensor,  # (..., in_features)
+    down: Tensor,  # (rank, in_features)
+    up: Tensor,  # (out_features, rank)
+    bias: Tensor | None,  # (out_features,)
     activation: str,
-    choice: _native.Choice | None = None,  # by default that of the tuned table
+    choice: _native.Choice | None = None,  # None: that of the tuned table
 ) -> Tensor:  # (..., out_features)
-    """One launch on compute capability 9.0 with rows on 16 bytes, else two.
+    """Launch the planned kernel: one launch on sm_90 with rows on 16 bytes, otherwise two.
 
-    Factors that are not row-major, such as the backward's, are copied first.
+    Factors that are not row-major, such as those of the backward, are copied first.
     """
     shape = (*x.shape[:-1], problem.out_features)
     if problem.tokens == 0:

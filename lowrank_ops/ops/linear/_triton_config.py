@@ -1,7 +1,7 @@
-"""Configurations of the Triton kernels of the low-rank product: which exist, which are legal, which to take.
+"""Chooses the tiles of the Triton kernels of ``lowrank_linear``: from the tuned table, or by a cost model.
 
-Needs no Triton. Every configuration here is compiled by the gate for its arch and found free of spills; the estimates
-behind the choice count bytes, blocks and multiprocessors, and a tuned table replaces them where one ships.
+Does not import Triton. The compile gate compiles every configuration listed here for its arch and requires that it does
+not spill. The cost model counts bytes, CTAs and SMs.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ import functools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-
 from .. import _tuning
+from .._triton_device import arch_of
 
 if TYPE_CHECKING:
     from . import Problem
@@ -20,8 +19,9 @@ if TYPE_CHECKING:
 MAX_DECODE_TOKENS = 256
 MAX_PREFILL_RANK = 256
 
-_FOLD_BYTES = 32768  # partial sums that each block of up_kernel may read; past that adding them first is faster
-_BUSY = 0.75  # of the multiprocessors: enough blocks to draw the memory's full bandwidth
+_BARRIER_BYTES = 1024  # mbarriers that the compiler adds to the tiles, from above
+_MAX_FOLDED_BYTES = 32768  # partial sums that each CTA of up_kernel may load; above, a separate sum_kernel is cheaper
+_MIN_OCCUPANCY = 0.75  # fraction of the SMs with a CTA: enough loads in flight for the full memory bandwidth
 
 
 @dataclass(frozen=True)
@@ -29,25 +29,25 @@ class DecodeConfig:
     """Tiles of the decode kernels."""
 
     block_m: int  # tokens
-    block_r: int  # rows of down in a block of down_kernel
-    block_k: int
+    block_r: int  # ranks per CTA of down_kernel
+    block_k: int  # contraction tile of down_kernel
     down_warps: int
     down_stages: int
-    block_n: int  # rows of up in a block of up_kernel
-    slab: int  # ranks that up_kernel fetches before t is there
-    rest: int  # ranks at a time after the slab
+    block_n: int  # out_features per CTA of up_kernel
+    slab: int  # ranks of up that up_kernel loads before it waits for t
+    rest: int  # contraction tile of up_kernel after the slab
     up_warps: int
     up_stages: int
-    slices: int = 1  # of in_features
-    fold: bool = False  # up_kernel adds the slices, not sum_kernel
+    slices: int = 1  # split-K of down_kernel
+    fold: bool = False  # up_kernel sums the slices; otherwise sum_kernel does
 
     def shared_memory(self) -> int:
-        """Bytes that the greediest of the kernels asks for, from above."""
+        """An upper bound of the bytes of shared memory per CTA, over the three kernels."""
         down = self.down_stages * (self.block_m + self.block_r) * self.block_k * 2
         t_bytes = 4 * self.slices if self.fold else 2
         up = self.up_stages * self.rest * (self.block_n * 2 + self.block_m * t_bytes)
         slab = self.slab * (self.block_n * 2 + self.block_m * (4 if self.fold else 2))
-        return max(down, up + slab)
+        return max(down, up + slab) + _BARRIER_BYTES
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,12 @@ class PrefillConfig:
     block_m: int
     block_n: int
     block_k: int
-    piece_0: int  # ranks
+    piece_0: int  # the rank is covered by two tiles of piece_0 and piece_1 ranks
     piece_1: int
     warps: int
     stages_k: int
     stages_n: int
-    parts: int = 1  # of out_features
+    parts: int = 1  # splits of out_features
 
     @property
     def rank(self) -> int:
@@ -70,22 +70,30 @@ class PrefillConfig:
         return self.piece_0 + self.piece_1
 
     def shared_memory(self) -> int:
-        """Bytes that the kernel asks for, from above."""
+        """An upper bound of the bytes of shared memory per CTA."""
         first = self.stages_k * (self.block_m + self.rank) * self.block_k
         second = self.stages_n * self.block_n * self.rank
-        return 2 * (max(first, second) + self.block_m * max(self.rank, self.block_n))
+        return 2 * (max(first, second) + self.block_m * max(self.rank, self.block_n)) + _BARRIER_BYTES
 
 
 Config = TypeVar("Config", DecodeConfig, PrefillConfig)
 
-# Up to 16 tokens a tensor-core product of 16 rows wastes nothing; past that 64 rows of weights fill a warpgroup's.
-_FEW = DecodeConfig(16, 16, 256, 4, 4, 32, 256, 128, 8, 2)
-_FEW_WIDE = DecodeConfig(16, 16, 256, 4, 4, 32, 512, 128, 8, 2)
-_MORE = DecodeConfig(64, 64, 128, 4, 3, 64, 128, 64, 4, 3)
-_MOST = DecodeConfig(128, 64, 64, 4, 4, 64, 128, 64, 4, 3)
+# Weights are the M operand of the MMA and tokens the N operand. Up to 16 tokens, N = 16 wastes nothing; above, M = 64
+# weight rows fill one wgmma.
+_DECODE_16 = DecodeConfig(16, 16, 256, 4, 4, 32, 256, 128, 8, 2)
+_DECODE_16_WIDE = replace(_DECODE_16, slab=512)
+_DECODE_64 = DecodeConfig(64, 64, 128, 4, 3, 64, 128, 64, 4, 3)
+_DECODE_128 = DecodeConfig(128, 64, 64, 4, 4, 64, 128, 64, 4, 3)
 _SLICES = (1, 4, 8)
 _FOLDED_SLICES = 4
 
+_PREFILL_LARGE_TILES = (
+    PrefillConfig(128, 128, 64, 64, 0, 8, 3, 2),
+    PrefillConfig(128, 128, 64, 128, 0, 8, 3, 2),
+    PrefillConfig(128, 64, 64, 128, 16, 8, 3, 2),
+    PrefillConfig(128, 64, 64, 128, 64, 8, 3, 2),
+)
+_PREFILL_SMALL_TILES = (PrefillConfig(64, 64, 64, 128, 16, 8, 3, 2), PrefillConfig(64, 64, 64, 256, 0, 8, 3, 2))
 _PREFILL: dict[str, tuple[PrefillConfig, ...]] = {
     "sm80": (
         PrefillConfig(64, 64, 64, 64, 0, 8, 3, 2),
@@ -94,50 +102,36 @@ _PREFILL: dict[str, tuple[PrefillConfig, ...]] = {
         PrefillConfig(64, 64, 32, 256, 0, 8, 3, 2),
     ),
     "sm90": (
-        PrefillConfig(128, 128, 64, 64, 0, 8, 3, 2),
-        PrefillConfig(128, 128, 64, 128, 0, 8, 3, 2),
-        PrefillConfig(128, 64, 64, 128, 16, 8, 3, 2),
-        PrefillConfig(128, 64, 64, 128, 64, 8, 3, 2),
+        *_PREFILL_LARGE_TILES,
         PrefillConfig(128, 64, 64, 256, 0, 8, 3, 2),
         PrefillConfig(64, 64, 64, 64, 0, 4, 3, 2),
-        PrefillConfig(64, 64, 64, 128, 16, 8, 3, 2),
-        PrefillConfig(64, 64, 64, 256, 0, 8, 3, 2),
+        *_PREFILL_SMALL_TILES,
     ),
-    "sm100": (
-        PrefillConfig(128, 128, 64, 64, 0, 8, 3, 2),
-        PrefillConfig(128, 128, 64, 128, 0, 8, 3, 2),
-        PrefillConfig(128, 64, 64, 128, 16, 8, 3, 2),
-        PrefillConfig(128, 64, 64, 128, 64, 8, 3, 2),
-        PrefillConfig(64, 64, 64, 64, 0, 8, 3, 2),
-        PrefillConfig(64, 64, 64, 128, 16, 8, 3, 2),
-        PrefillConfig(64, 64, 64, 256, 0, 8, 3, 2),
-    ),
+    "sm100": (*_PREFILL_LARGE_TILES, PrefillConfig(64, 64, 64, 64, 0, 8, 3, 2), *_PREFILL_SMALL_TILES),
 }
-_SMALL_TILE = 0.7  # of the arithmetic rate of a tile of 128 rows that one of 64 reaches
+_SMALL_TILE_RATE = 0.7  # MMA throughput of a 64-row tile relative to a 128-row tile
 
 
 def arch(capability: tuple[int, int]) -> str:
-    """The configurations' arch: that of the newest tensor-core instruction which Triton uses on the device."""
-    if torch.version.hip is None and capability[0] in (9, 10):
-        return f"sm{capability[0]}0"
-    return "sm80"
+    """The arch whose configurations and tuned table a device uses, such as ``"sm90"``."""
+    return f"sm{arch_of(capability)}"
 
 
 def vector(problem: Problem) -> int:
-    """Elements in the unit of sizes and strides: 8 where 16-byte loads are possible, else 1."""
+    """The unit in which sizes and strides are passed to the kernels: 8 elements if 16-byte loads are legal, else 1."""
     whole = problem.in_features % 8 == problem.rank % 8 == problem.out_features % 8 == 0
     return 8 if problem.aligned and whole else 1
 
 
 @functools.lru_cache(maxsize=4096)
 def decode_config(problem: Problem) -> DecodeConfig:
-    """The configuration that runs ``problem`` with few tokens."""
+    """The configuration of the decode kernels for ``problem``."""
     return _tuning.configured(tuned_entry(problem), "triton.decode", DecodeConfig) or _heuristic_decode(problem)
 
 
 @functools.lru_cache(maxsize=4096)
 def prefill_config(problem: Problem) -> PrefillConfig | None:
-    """The configuration that runs ``problem`` with many tokens; None where none covers its rank."""
+    """The configuration of the prefill kernel for ``problem``; None if none covers its rank."""
     tuned = _tuning.configured(tuned_entry(problem), "triton.prefill", PrefillConfig)
     if tuned is not None and tuned.rank >= problem.rank:
         return tuned
@@ -150,58 +144,58 @@ def prefill_config(problem: Problem) -> PrefillConfig | None:
 
 
 def shipped_decode(name: str) -> list[DecodeConfig]:
-    """The decode configurations that may run on the arch ``name``."""
-    heuristic = [
+    """All that :func:`decode_config` may return on the arch ``name``; the tuner starts from these."""
+    few = [
         replace(base, slices=slices, fold=fold)
-        for base in (_FEW, _FEW_WIDE, _MORE, _MOST)
+        for base in (_DECODE_16, _DECODE_16_WIDE)
         for slices, fold in ((_FOLDED_SLICES, True), *((slices, False) for slices in _SLICES))
-        if base.block_m == _FEW.block_m or not fold
     ]
-    return heuristic + _tuned_configs("triton.decode", DecodeConfig, name)
+    many = [replace(base, slices=slices) for base in (_DECODE_64, _DECODE_128) for slices in _SLICES]
+    return few + many + _tuned_configs("triton.decode", DecodeConfig, name)
 
 
 def shipped_prefill(name: str) -> list[PrefillConfig]:
-    """The prefill configurations that may run on the arch ``name``."""
+    """All that :func:`prefill_config` may return on the arch ``name``, up to ``parts``; the tuner starts from these."""
     return [*_PREFILL[name], *_tuned_configs("triton.prefill", PrefillConfig, name)]
 
 
 def tuned_implementation(problem: Problem) -> str | None:
-    """The name of the implementation that was fastest for the nearest problem in the tuned table, if one ships."""
+    """The name of the fastest implementation for the nearest problem of the tuned table, if there is a table."""
     entry = tuned_entry(problem)
     return None if entry is None else entry["impl"]
 
 
 def _heuristic_decode(problem: Problem) -> DecodeConfig:
     if problem.tokens <= 16:
-        base = _FEW if problem.rank <= _FEW.slab else _FEW_WIDE
+        base = _DECODE_16 if problem.rank <= _DECODE_16.slab else _DECODE_16_WIDE
     else:
-        base = _MORE if problem.tokens <= _MORE.block_m else _MOST
-    fold = base.block_m == 16 and problem.tokens * problem.rank * _FOLDED_SLICES * 4 <= _FOLD_BYTES
-    blocks = -(-problem.in_features // base.block_k)
+        base = _DECODE_64 if problem.tokens <= _DECODE_64.block_m else _DECODE_128
+    fold = base.block_m == 16 and problem.tokens * problem.rank * _FOLDED_SLICES * 4 <= _MAX_FOLDED_BYTES
+    k_blocks = -(-problem.in_features // base.block_k)
     programs = -(-problem.rank // base.block_r) * -(-problem.tokens // base.block_m)
     for slices in _SLICES:
-        enough = programs * slices >= _BUSY * problem.device.multiprocessors
-        if enough or blocks <= 2 * slices or (fold and slices == _FOLDED_SLICES):
+        enough = programs * slices >= _MIN_OCCUPANCY * problem.device.sm_count
+        if enough or k_blocks <= 2 * slices or (fold and slices == _FOLDED_SLICES):
             break
     config = replace(base, slices=slices, fold=fold and slices > 1)
     return config if _fits(config, problem) else replace(config, fold=False)
 
 
 def _cheapest_parts(config: PrefillConfig, problem: Problem) -> tuple[float, PrefillConfig]:
-    """The cost of ``config``, in multiply-adds of one multiprocessor, with the number of parts that makes it least."""
+    """The cost of ``config`` in MACs of one SM, with the number of parts that minimizes it."""
     tiles = -(-problem.tokens // config.block_m)
     columns = -(-problem.out_features // config.block_n)
-    rate = 1.0 if config.block_m == 128 else _SMALL_TILE
-    best, least = config, float("inf")
+    rate = 1.0 if config.block_m == 128 else _SMALL_TILE_RATE
+    best, lowest = config, float("inf")
     parts = 1
     while parts <= columns:
-        rounds = -(-tiles * parts // max(problem.device.multiprocessors, 1))
+        waves = -(-tiles * parts // max(problem.device.sm_count, 1))
         width = problem.in_features + -(-columns // parts) * config.block_n
-        cost = rounds * config.block_m * config.rank * width / rate
-        if cost < least:
-            best, least = replace(config, parts=parts), cost
+        cost = waves * config.block_m * config.rank * width / rate
+        if cost < lowest:
+            best, lowest = replace(config, parts=parts), cost
         parts *= 2
-    return least, best
+    return lowest, best
 
 
 def _fits(config: DecodeConfig | PrefillConfig, problem: Problem) -> bool:
@@ -218,7 +212,7 @@ def refusal(config: DecodeConfig | PrefillConfig | None, problem: Problem) -> st
 
 
 def tuned_entry(problem: Problem) -> dict[str, Any] | None:
-    """What was fastest for the nearest problem in the tuned table, by any backend, if one ships."""
+    """The tuned table's entry for the nearest problem, of any backend, if there is a table."""
     shape = {
         "tokens": problem.tokens,
         "in_features": problem.in_features,

@@ -1,4 +1,4 @@
-"""The low-rank product by library matrix products, and the activations of its epilogue."""
+"""Computes ``lowrank_linear`` with library GEMMs on any device: two thin ones, or one dense one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
 }
 
-_DERIVATIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+_ACTIVATION_BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "relu": lambda grad, y: torch.ops.aten.threshold_backward(grad, y, 0),
     "gelu": lambda grad, y: torch.ops.aten.gelu_backward(grad, y),
     "gelu_tanh": lambda grad, y: torch.ops.aten.gelu_backward(grad, y, approximate="tanh"),
@@ -25,26 +25,26 @@ _DERIVATIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def two_products(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """``activation((x down^T) up^T + bias)`` by two library products, the bias in the second."""
+    """``activation((x down^T) up^T + bias)`` with two GEMMs; the bias is in the second one's epilogue."""
     return ACTIVATIONS[activation](F.linear(F.linear(x, down), up, bias))
 
 
 def dense(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """The same by one product with ``up down``: fewer operations past break-even and with many rows."""
+    """The same with ``up down`` formed first: fewer FLOPs above the break-even rank when there are many tokens."""
     return ACTIVATIONS[activation](F.linear(x, up @ down, bias))
 
 
-def bind(product: Callable[..., Tensor], activation: str) -> Callable[..., Tensor]:
-    """``product``, one of the two above, as a function of the tensors alone."""
+def bind(implementation: Callable[..., Tensor], activation: str) -> Callable[..., Tensor]:
+    """``two_products`` or ``dense`` as a function of the tensors alone."""
     if activation != "none":
-        return lambda x, down, up, bias: product(x, down, up, bias, activation)
-    # The most frequent call: nothing but the products.
+        return lambda x, down, up, bias: implementation(x, down, up, bias, activation)
+    # The most frequent call, without the lookup of an activation.
     linear = F.linear
-    if product is two_products:
+    if implementation is two_products:
         return lambda x, down, up, bias: linear(linear(x, down), up, bias)
     return lambda x, down, up, bias: linear(x, up @ down, bias)
 
 
 def activation_backward(grad: Tensor, preactivation: Tensor, activation: str) -> Tensor:
     """The gradient at the input of ``activation``."""
-    return _DERIVATIVES[activation](grad, preactivation)
+    return _ACTIVATION_BACKWARD[activation](grad, preactivation)

@@ -1,5 +1,4 @@
-"""When a call may pass the dispatcher by: never where PyTorch would have done something with it. And what is remembered
-of calls: never more than holds for the next."""
+"""Eager calls bypass the dispatcher where it would do nothing else; cached decisions fit every call they serve."""
 
 import copy
 import pickle
@@ -14,11 +13,12 @@ import lowrank_ops as lro
 from lowrank_ops.ops import Backend, lowrank_linear
 from lowrank_ops.ops import linear as op
 from lowrank_ops.ops._backend import Impl
-from lowrank_ops.ops._eager import Decisions, undisturbed, wants_gradient
+from lowrank_ops.ops._dispatcher import BoundedCache, can_bypass, needs_grad
+from tests.ops.inputs import linear_inputs
 
 
-class Seen(TorchDispatchMode):
-    """The names of the ops that the dispatcher saw."""
+class OpNames(TorchDispatchMode):
+    """Records the names of the ops that reach the dispatcher."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,39 +31,39 @@ class Seen(TorchDispatchMode):
 
 @pytest.fixture
 def tensors():
-    return torch.randn(3, 16), torch.randn(8, 16), torch.randn(12, 8), torch.randn(12)
+    return linear_inputs(3, in_features=16, rank=8, out_features=12)
 
 
-def test_plain_tensors_pass_by(tensors):
-    assert undisturbed(*tensors)
-    assert undisturbed(*tensors[:3], None)
+def test_plain_tensors_bypass_the_dispatcher(tensors):
+    assert can_bypass(*tensors)
+    assert can_bypass(*tensors[:3], None)
     parameters = [Parameter(tensor) for tensor in tensors[1:]]
-    assert wants_gradient(tensors[0], *parameters)
+    assert needs_grad(tensors[0], *parameters)
     for context in (torch.no_grad, torch.inference_mode):
         with context():
-            assert undisturbed(tensors[0], *parameters) and not wants_gradient(tensors[0], *parameters)
+            assert can_bypass(tensors[0], *parameters) and not needs_grad(tensors[0], *parameters)
 
 
-def test_both_ways_agree_to_the_bit(tensors):
-    through = torch.ops.lowrank_ops.lowrank_linear(*tensors)
-    assert torch.equal(lowrank_linear(*tensors), through)
+def test_bypass_and_dispatcher_agree_bitwise(tensors):
+    dispatched = torch.ops.lowrank_ops.lowrank_linear(*tensors)
+    assert torch.equal(lowrank_linear(*tensors), dispatched)
     with torch.inference_mode():
         assert lowrank_linear(*tensors).is_inference()
 
 
 @pytest.mark.parametrize("which", range(4), ids=["x", "down", "up", "bias"])
-def test_a_wanted_gradient_is_recorded(tensors, which):
-    assert not wants_gradient(*tensors)
+def test_gradients_are_recorded(tensors, which):
+    assert not needs_grad(*tensors)
     tensors[which].requires_grad_()
-    assert wants_gradient(*tensors)
+    assert needs_grad(*tensors)
     lowrank_linear(*tensors).sum().backward()
     assert tensors[which].grad is not None
 
 
 @pytest.mark.parametrize("activation", ["none", "gelu"])
 @pytest.mark.parametrize("leading", [(3,), (2, 3)], ids=str)
-def test_both_ways_record_the_same(activation, leading):
-    """To the bit, and with the same tensors saved: what checkpointing counts when one of two passes is profiled."""
+def test_bypass_and_dispatcher_record_the_same(activation, leading):
+    """The same gradients, and the same saved tensors: checkpointing counts them, and profiling disables the bypass."""
     tensors = [torch.randn(size, requires_grad=True) for size in ((*leading, 16), (8, 16), (12, 8), (12,))]
     saved, gradients = [], []
     for function in (lowrank_linear, torch.ops.lowrank_ops.lowrank_linear):
@@ -74,29 +74,29 @@ def test_both_ways_record_the_same(activation, leading):
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*gradients, strict=True))
 
 
-def test_modes_see_the_op(tensors):
-    with Seen() as seen:
+def test_dispatch_modes_see_the_op(tensors):
+    with OpNames() as seen:
         lowrank_linear(*tensors)
     assert seen.names == ["lowrank_ops::lowrank_linear"]
 
 
-def test_function_modes_autocast_transforms_and_traces_go_through(tensors):
+def test_modes_transforms_and_traces_are_dispatched(tensors):
     with torch.device("cpu"):  # a function mode
-        assert not undisturbed(*tensors)
+        assert not can_bypass(*tensors)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not undisturbed(*tensors)
+        assert not can_bypass(*tensors)
         assert lowrank_linear(*tensors).dtype is torch.bfloat16
     with forward_ad.dual_level():
-        assert not undisturbed(*tensors)
+        assert not can_bypass(*tensors)
     inside = []
-    torch.vmap(lambda x: (inside.append(undisturbed(x, *tensors[1:])), x)[1])(tensors[0])
-    torch.jit.trace(lambda x: (inside.append(undisturbed(x, *tensors[1:])), x + 1)[1], tensors[0], check_trace=False)
+    torch.vmap(lambda x: (inside.append(can_bypass(x, *tensors[1:])), x)[1])(tensors[0])
+    torch.jit.trace(lambda x: (inside.append(can_bypass(x, *tensors[1:])), x + 1)[1], tensors[0], check_trace=False)
     assert inside == [False, False]
-    assert undisturbed(*tensors)
+    assert can_bypass(*tensors)
 
 
 @pytest.mark.parametrize("activation", ["none", "gelu"])
-def test_transforms_and_forward_mode_give_what_two_products_give(tensors, activation):
+def test_transforms_and_forward_mode_match_two_linears(tensors, activation):
     x, down, up, bias = tensors
     tangent = torch.randn_like(x)
 
@@ -115,15 +115,15 @@ def test_transforms_and_forward_mode_give_what_two_products_give(tensors, activa
     torch.testing.assert_close(
         torch.func.grad(lambda x: ours(x).sum())(x), torch.func.grad(lambda x: by_hand(x).sum())(x)
     )
-    with forward_ad.dual_level():  # a tangent that is dropped would be a wrong derivative, silently
+    with forward_ad.dual_level():  # a dropped tangent would be a silently wrong derivative
         mine, theirs = (forward_ad.unpack_dual(f(forward_ad.make_dual(x, tangent))) for f in (ours, by_hand))
         torch.testing.assert_close(mine.tangent, theirs.tangent)
 
 
 @pytest.mark.parametrize("leading", [(3,), (2, 3)], ids=str)
 @pytest.mark.parametrize("through", [False, True], ids=["eager", "dispatcher"])
-def test_the_output_may_be_changed_in_place(leading, through):
-    """As an in-place ReLU behind the layer does; autograd forbids it of a view that a Function returns."""
+def test_output_can_be_modified_in_place(leading, through):
+    """An in-place ReLU does this; autograd forbids it on a view that a Function returns."""
     function = torch.ops.lowrank_ops.lowrank_linear if through else lowrank_linear
     x, down, up = (torch.randn(size, requires_grad=True) for size in ((*leading, 16), (8, 16), (12, 8)))
     torch.relu_(function(x, down, up)).sum().backward()
@@ -131,18 +131,18 @@ def test_the_output_may_be_changed_in_place(leading, through):
     assert all(torch.equal(tensor.grad, other) for tensor, other in zip((x, down, up), expected, strict=True))
 
 
-def test_torch_fx_can_trace_a_layer(tensors):
+def test_fx_traces_a_layer(tensors):
     layer = lro.LowRankLinear(16, 12, 8)
     traced = torch.fx.symbolic_trace(layer)
     assert torch.equal(traced(tensors[0]), layer(tensors[0]))
 
 
-def test_tensors_without_strides_go_through_two_products(tensors):
+def test_sparse_input_matches_dense(tensors):
     x = torch.zeros(3, 16).index_fill_(1, torch.tensor([2, 5]), 1.0)
     torch.testing.assert_close(lowrank_linear(x.to_sparse(), *tensors[1:]), lowrank_linear(x, *tensors[1:]))
 
 
-def test_gradients_without_features_or_rows():
+def test_gradients_of_empty_inputs():
     for rows, features in ((2, 0), (0, 16)):
         x, down = torch.randn(3, rows, features, requires_grad=True), torch.randn(8, features, requires_grad=True)
         up = torch.randn(12, 8, requires_grad=True)
@@ -150,25 +150,25 @@ def test_gradients_without_features_or_rows():
         assert x.grad.shape == x.shape and down.grad.shape == down.shape and not up.grad.any()
 
 
-def test_profiles_name_the_op(tensors):
+def test_profiler_names_the_op(tensors):
     with torch.profiler.profile() as profile:
         lowrank_linear(*tensors)
     assert "lowrank_ops::lowrank_linear" in {event.key for event in profile.key_averages()}
 
 
-def test_unusual_tensors_go_through(tensors):
-    class Own(torch.Tensor):
+def test_unusual_tensors_are_dispatched(tensors):
+    class Subclass(torch.Tensor):
         pass
 
     x, *rest = tensors
-    assert not undisturbed(x.as_subclass(Own), *rest)
-    assert not undisturbed(x, rest[0].as_subclass(Own), *rest[1:])
-    assert not undisturbed(x.to("meta"), *(tensor.to("meta") for tensor in rest))
-    assert not undisturbed(x.to_sparse(), *rest)
-    assert not undisturbed(torch.nested.nested_tensor([x]), *rest)
+    assert not can_bypass(x.as_subclass(Subclass), *rest)
+    assert not can_bypass(x, rest[0].as_subclass(Subclass), *rest[1:])
+    assert not can_bypass(x.to("meta"), *(tensor.to("meta") for tensor in rest))
+    assert not can_bypass(x.to_sparse(), *rest)
+    assert not can_bypass(torch.nested.nested_tensor([x]), *rest)
     negative = torch.randn(3, 16, dtype=torch.complex64).conj().imag
     assert negative.is_neg()
-    assert not undisturbed(negative, *rest)
+    assert not can_bypass(negative, *rest)
     expected = negative.clone() @ rest[0].T @ rest[1].T + rest[2]
     assert torch.allclose(lowrank_linear(negative, *rest), expected, atol=1e-5)
 
@@ -192,7 +192,7 @@ def test_export_and_compile_see_the_op(tensors):
 
 
 @pytest.mark.parametrize("which", range(4), ids=["x", "down", "up", "bias"])
-def test_a_tensor_that_outlived_its_transform(tensors, which):
+def test_wrapper_of_an_ended_transform_is_unwrapped(tensors, which):
     kept = []
     torch.func.grad(lambda tensor: (kept.append(tensor), tensor.sum())[1])(tensors[which])
     given = [tensor.requires_grad_() for tensor in tensors]
@@ -206,7 +206,7 @@ def test_a_tensor_that_outlived_its_transform(tensors, which):
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-# --- what is remembered -----------------------------------------------------------------------------------------
+# --- cached decisions -------------------------------------------------------------------------------------------
 
 
 def plain(x, down, up, bias=None):
@@ -214,14 +214,14 @@ def plain(x, down, up, bias=None):
     return y if bias is None else y + bias
 
 
-def test_a_call_unlike_the_last_in_one_thing_is_decided_anew(tensors):
-    """In shape, strides, dtype, bias, activation or a wanted gradient, one after the other and back again."""
+def test_every_difference_between_calls_is_honored(tensors):
+    """Calls that differ in shape, strides, dtype, bias, activation or gradient, in both orders."""
     x, down, up, bias = tensors
     calls = {
-        "as it was": (x, down, up, bias),
+        "original": (x, down, up, bias),
         "fewer rows": (x[:2], down, up, bias),
         "more dimensions": (x[None], down, up, bias),
-        "one vector": (x[0], down, up, bias),
+        "vector": (x[0], down, up, bias),
         "other strides of x": (x.T.contiguous().T, down, up, bias),
         "other strides of factors": (x, down.T.contiguous().T, up.T.contiguous().T, bias),
         "float64": tuple(tensor.double() for tensor in tensors),
@@ -238,7 +238,7 @@ def test_a_call_unlike_the_last_in_one_thing_is_decided_anew(tensors):
         assert torch.allclose(activated, plain(*calls[name]).relu(), atol=1e-5), name
 
 
-def test_a_bad_call_after_a_good_one_of_the_same_shapes_is_refused(tensors):
+def test_invalid_call_after_a_valid_one_is_refused(tensors):
     x, down, up, bias = tensors
     lowrank_linear(*tensors)
     lowrank_linear(*(tensor.double() for tensor in tensors))
@@ -252,7 +252,7 @@ def test_a_bad_call_after_a_good_one_of_the_same_shapes_is_refused(tensors):
     for bad in ((x, down.to("meta"), up.to("meta"), bias.to("meta")), (x, down, up, bias.to("meta"))):
         with pytest.raises(ValueError, match="must have the dtype and device of x"):
             lowrank_linear(*bad)
-    for _ in range(2):  # a refusal is not remembered as anything else
+    for _ in range(2):  # a refusal is not cached
         with pytest.raises(ValueError, match="activation must be one of"):
             lowrank_linear(*tensors, activation="tanh")
         with pytest.raises(ValueError, match="backend must be one of"):
@@ -261,7 +261,7 @@ def test_a_bad_call_after_a_good_one_of_the_same_shapes_is_refused(tensors):
             lowrank_linear(*(tensor.long() for tensor in tensors))
 
 
-def test_gradients_switched_on_and_off_afterwards(tensors):
+def test_requires_grad_may_change_between_calls(tensors):
     x, down, *_ = tensors
     assert not lowrank_linear(*tensors).requires_grad
     down.requires_grad_()
@@ -275,26 +275,26 @@ def test_gradients_switched_on_and_off_afterwards(tensors):
     assert not lowrank_linear(*tensors).requires_grad
 
 
-def test_what_is_remembered_is_bounded(tensors, monkeypatch):
-    decisions = Decisions(3)
-    for kind in range(10):
-        decisions[kind] = str
+def test_cache_is_bounded(tensors, monkeypatch):
+    decisions = BoundedCache(3)
+    for key in range(10):
+        decisions[key] = str
     assert list(decisions) == [7, 8, 9]
-    monkeypatch.setattr(op, "_decisions", Decisions(5))
+    monkeypatch.setattr(op, "_decisions", BoundedCache(5))
     for rows in range(1, 20):
         lowrank_linear(torch.randn(rows, 16), *tensors[1:])
         assert len(op._decisions) == min(rows, 5)
 
 
 class Recorder:
-    """An implementation on the CPU that takes what kernels take, and tells what it was bound to and called with."""
+    """A CPU implementation with the requirements of a kernel, which counts its calls and keeps the bound problems."""
 
     def __init__(self) -> None:
         self.bound, self.calls = [], 0
 
     def supports(self, problem):
         if problem.device.type != "cpu" or not problem.aligned or problem.x_stride != problem.in_features:
-            return "takes aligned rows without gaps"
+            return "takes aligned contiguous rows"
         return None
 
     def bind(self, problem):
@@ -320,21 +320,21 @@ def kernel(monkeypatch):
         *(impl for impl in op.TABLE if impl.backend is Backend.REFERENCE),
     )
     monkeypatch.setattr(op, "TABLE", table)
-    monkeypatch.setattr(op, "_decisions", Decisions(64))
+    monkeypatch.setattr(op, "_decisions", BoundedCache(64))
     return recorder
 
 
-def test_kernels_are_bound_once_for_each_layout(tensors, kernel):
+def test_kernels_are_bound_once_per_layout(tensors, kernel):
     x, down, up, bias = tensors
     for _ in range(3):
         assert torch.allclose(lowrank_linear(*tensors), plain(*tensors), atol=1e-5)
     assert len(kernel.bound) == 1 and kernel.calls == 3
-    # The same shapes elsewhere in memory, off 16 bytes, then with gaps, then as before.
-    shifted = torch.cat([torch.zeros(1), x.flatten()])[1:].view(3, 16)
-    gaps = torch.cat([x, x], 1)[:, :16]
-    for other in (shifted, gaps, shifted):
+    # The same shapes: unaligned, then with padded rows, then unaligned again.
+    unaligned = torch.cat([torch.zeros(1), x.flatten()])[1:].view(3, 16)
+    padded = torch.cat([x, x], 1)[:, :16]
+    for other in (unaligned, padded, unaligned):
         assert torch.allclose(lowrank_linear(other, down, up, bias), plain(*tensors), atol=1e-5)
-    assert len(kernel.bound) == 1 and kernel.calls == 3  # it would have taken neither
+    assert len(kernel.bound) == 1 and kernel.calls == 3  # it supports neither
     assert torch.allclose(lowrank_linear(*tensors), plain(*tensors), atol=1e-5) and kernel.calls == 4
     transposed = down.T.contiguous().T
     assert torch.allclose(lowrank_linear(x, transposed, up, bias), plain(*tensors), atol=1e-5)
@@ -343,25 +343,25 @@ def test_kernels_are_bound_once_for_each_layout(tensors, kernel):
     assert kernel.calls == 5
 
 
-def test_a_kernel_that_binds_nothing_runs_as_it_is(tensors, kernel):
+def test_kernel_without_bind_runs(tensors, kernel):
     for _ in range(2):
         assert torch.allclose(lowrank_linear(*tensors, backend="cuda"), plain(*tensors), atol=1e-5)
     assert kernel.calls == 2
-    gaps = torch.cat([tensors[0]] * 2, 1)[:, :16]
+    padded = torch.cat([tensors[0]] * 2, 1)[:, :16]
     for _ in range(2):
-        with pytest.raises(lro.ops.BackendUnavailableError, match="takes aligned rows without gaps"):
-            lowrank_linear(gaps, *tensors[1:], backend="cuda")
+        with pytest.raises(lro.ops.BackendUnavailableError, match="takes aligned contiguous rows"):
+            lowrank_linear(padded, *tensors[1:], backend="cuda")
 
 
-def test_kernels_are_recorded_and_serve_the_dispatcher(tensors, kernel):
+def test_kernels_run_in_autograd_and_dispatcher(tensors, kernel):
     leaves = [tensor.requires_grad_() for tensor in tensors]
     gradients = torch.autograd.grad(lowrank_linear(*leaves).square().sum(), leaves)
     expected = torch.autograd.grad(plain(*leaves).square().sum(), leaves)
-    assert kernel.calls == 1  # forward; backward's products share the gradient between the factors
+    assert kernel.calls == 1  # forward; the backward of all runs as library GEMMs
     assert all(torch.allclose(ours, theirs, atol=1e-3) for ours, theirs in zip(gradients, expected, strict=True))
     x, *factors = leaves
     (alone,) = torch.autograd.grad(lowrank_linear(x, *(part.detach() for part in factors)).square().sum(), x)
-    assert kernel.calls == 3  # forward, and the gradient of x, whose factors are other matrices
+    assert kernel.calls == 3  # forward, and the gradient of x with transposed factors
     assert torch.allclose(alone, expected[0], atol=1e-3)
     with torch.no_grad():
         torch.ops.lowrank_ops.lowrank_linear(*tensors)
@@ -369,7 +369,7 @@ def test_kernels_are_recorded_and_serve_the_dispatcher(tensors, kernel):
 
 
 @pytest.mark.parametrize("which", range(4), ids=["x", "down", "up", "bias"])
-def test_kernels_get_tensors_whose_sign_is_flipped(tensors, kernel, which):
+def test_kernels_get_resolved_negative_tensors(tensors, kernel, which):
     lowrank_linear(*tensors)
     signed = list(tensors)
     signed[which] = torch._neg_view(tensors[which])
@@ -383,7 +383,7 @@ def test_kernels_get_tensors_whose_sign_is_flipped(tensors, kernel, which):
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-def test_a_layer_runs_the_parameters_it_has(bias):
+def test_layer_uses_its_current_parameters(bias):
     layer = lro.LowRankLinear(16, 12, 8, bias=bias)
     x = torch.randn(3, 16)
 
@@ -418,11 +418,11 @@ def test_a_layer_runs_the_parameters_it_has(bias):
     assert torch.allclose(layer.down, layer.parametrizations.down.original.tanh())
 
 
-def test_a_layer_without_a_bias_is_like_a_linear_without():
+def test_layer_without_bias_matches_linear():
     layer, linear = lro.LowRankLinear(16, 12, 8, bias=False), torch.nn.Linear(16, 12, bias=False)
     assert layer.bias is None and set(layer.state_dict()) == {"down", "up"}
     assert ("bias" in layer._parameters) == ("bias" in linear._parameters)
-    del layer._parameters["bias"]  # as layers were pickled before
+    del layer._parameters["bias"]  # as in older pickles
     layer.__dict__["bias"] = None
     x = torch.randn(3, 16)
     assert torch.allclose(layer(x), plain(x, layer.down, layer.up), atol=1e-5)

@@ -1,39 +1,41 @@
-"""Few rows of x: every byte of the factors is read once, and the second factor's before the first product is done.
+"""Triton decode kernels of ``lowrank_linear``, for few tokens: bound by the bytes of the factors, each loaded once.
 
-Three kernels with the weights as the rows of each tensor-core product, so that a few tokens waste little of it:
+    kernel       grid                                      a program computes
+    down_kernel  (rank / BLOCK_R, slices, tokens / BLOCK_M)  BLOCK_R x BLOCK_M of partial[s] = x[:, s] down[:, s]^T
+    sum_kernel   (tokens * rank / BLOCK,)                    BLOCK elements of t = sum_s partial[s]
+    up_kernel    (out_features / BLOCK_N, tokens / BLOCK_M)  BLOCK_N x BLOCK_M of y = activation(t up^T + bias)
 
-    down_kernel   partial[s] = x[:, s] down[:, s]^T        one block per (rows of down, slice s of in_features)
-    sum_kernel    t = sum_s partial[s]                     only where t is too large for up_kernel to sum by itself
-    up_kernel     y = activation(t up^T + bias)            one block per rows of up
+    MMA            weights are the M operand, tokens the N operand, so that few tokens waste little of the tensor core
+    loop           down_kernel: BLOCK_K features per step; up_kernel: first SLAB ranks, then BLOCK_R ranks per step
+    split-K        down_kernel over `slices` of in_features; up_kernel sums the slices itself (SLICES > 1), or
+                   sum_kernel does where t is large
+    overlap        programmatic dependent launch from sm_90 on: up_kernel loads its slab of `up` before it waits for t
+    deterministic  yes: slices are summed in order; scratch is written before it is read and needs no zeroing
 
-The slices are added in order: a result does not depend on the order in which blocks run. The partial sums are written
-whole before they are read, so scratch needs no zeroing. From sm_90 on the kernels overlap by programmatic dependent
-launch: up_kernel has its rows of ``up`` on the way while down_kernel still runs, and waits for it only then.
-
-Sizes and strides reach the kernels divided by VECTOR, which makes the multiples of 8 visible to the compiler: ranks
-are multiples of 8 but seldom of 16, which is all that Triton would find out by itself.
+Sizes and strides are passed divided by VECTOR, so that the compiler knows they are multiples of 8. Ranks are multiples
+of 8 but rarely of 16, the only divisibility that Triton specializes on by itself.
 """
 
 import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
-from ._triton_tile import activated, load_tile, product, rounded, store_tile
+from ._triton_tiles import activate, dot, load_tile, round_to, store_tile
 
 
 @triton.jit(do_not_specialize=["tokens", "in_features", "rank", "x_stride", "down_stride", "slice_blocks"])
 def down_kernel(
-    x_ptr,  # (tokens, in_features), rows x_stride apart
-    down_ptr,  # (rank, in_features), one of its strides 1, the other down_stride
-    partial_ptr,  # (slices, tokens, rank), float32 or the dtype of x
+    x_ptr,  # (tokens, in_features), row stride x_stride
+    down_ptr,  # (rank, in_features), one stride is 1, the other down_stride
+    partial_ptr,  # (slices, tokens, rank), float32, or the dtype of x for one slice
     tokens,
     in_features,
     rank,
     x_stride,
     down_stride,
-    slice_blocks,  # of BLOCK_K features, in a slice
+    slice_blocks,  # steps of BLOCK_K features per slice
     VECTOR: tl.constexpr,
-    DOWN_ALONG_K: tl.constexpr,  # the features of a row of down are neighbours
+    DOWN_K_CONTIGUOUS: tl.constexpr,  # down has unit column stride
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -54,12 +56,12 @@ def down_kernel(
     last = tl.minimum(first + slice_blocks, tl.cdiv(in_features, BLOCK_K))
     for block in range(first, last):
         k = block * BLOCK_K
-        weights = load_tile(down_ptr, r, k, rank, in_features, down_stride, DOWN_ALONG_K, BLOCK_R, BLOCK_K)
+        weights = load_tile(down_ptr, r, k, rank, in_features, down_stride, DOWN_K_CONTIGUOUS, BLOCK_R, BLOCK_K)
         values = load_tile(x_ptr, m, k, tokens, in_features, x_stride, True, BLOCK_M, BLOCK_K)
-        accumulator = product(weights, values.T, accumulator)
+        accumulator = dot(weights, values.T, accumulator)
 
     partial_ptr += slice_ * (tokens.to(tl.int64) * rank)
-    partial = rounded(accumulator, partial_ptr.dtype.element_ty)
+    partial = round_to(accumulator, partial_ptr.dtype.element_ty)
     store_tile(partial_ptr, partial.T, m, r, tokens, rank, BLOCK_M, BLOCK_R)
 
 
@@ -82,24 +84,24 @@ def sum_kernel(
     total = tl.load(partial_ptr + offsets, mask=mask, other=0.0)
     for slice_ in tl.static_range(1, SLICES):
         total += tl.load(partial_ptr + slice_ * elements.to(tl.int64) + offsets, mask=mask, other=0.0)
-    tl.store(t_ptr + offsets, rounded(total, t_ptr.dtype.element_ty), mask=mask)
+    tl.store(t_ptr + offsets, round_to(total, t_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _load_t(
     t_ptr, m, r, tokens, rank, dtype: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr
 ):
-    """The tile of t at (m, r), transposed: (BLOCK_R, BLOCK_M); all slices are added before it is rounded to dtype."""
+    """The transposed tile of t at (m, r): (BLOCK_R, BLOCK_M). Slices are summed in float32, then rounded to dtype."""
     if SLICES == 1:
         t = load_tile(t_ptr, m, r, tokens, rank, rank, True, BLOCK_M, BLOCK_R)
     else:
-        # As one tile, so that all slices are on their way at once and are added inside a thread.
+        # One 3D tile: the loads of all slices are in flight together and the sum stays inside a thread.
         i = m + tl.arange(0, BLOCK_M)
         j = r + tl.arange(0, BLOCK_R)
         rows = tl.arange(0, SLICES)[:, None] * tokens + i[None, :]
         mask = (i < tokens)[None, :, None] & (j < rank)[None, None, :]
         t = tl.load(t_ptr + (rows[:, :, None] * rank + j[None, None, :]), mask=mask, other=0.0)
-        t = rounded(tl.sum(t, 0), dtype)
+        t = round_to(tl.sum(t, 0), dtype)
     return t.T
 
 
@@ -107,8 +109,8 @@ def _load_t(
     do_not_specialize=["tokens", "rank", "out_features", "up_stride"], do_not_specialize_on_alignment=["bias_ptr"]
 )
 def up_kernel(
-    t_ptr,  # (SLICES, tokens, rank), float32 or, where SLICES is 1, the dtype of x
-    up_ptr,  # (out_features, rank), one of its strides 1, the other up_stride
+    t_ptr,  # (SLICES, tokens, rank), float32, or the dtype of x where SLICES is 1
+    up_ptr,  # (out_features, rank), one stride is 1, the other up_stride
     bias_ptr,  # (out_features,)
     y_ptr,  # (tokens, out_features)
     tokens,
@@ -116,14 +118,14 @@ def up_kernel(
     out_features,
     up_stride,
     VECTOR: tl.constexpr,
-    UP_ALONG_R: tl.constexpr,  # the ranks of a row of up are neighbours
+    UP_R_CONTIGUOUS: tl.constexpr,  # up has unit column stride
     SLICES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    SLAB: tl.constexpr,  # ranks fetched before t is there
-    BLOCK_R: tl.constexpr,  # ranks at a time after that
+    SLAB: tl.constexpr,  # ranks of up that are loaded before the wait for t
+    BLOCK_R: tl.constexpr,  # ranks per step after the slab
     PDL: tl.constexpr,
 ):
     rank = rank * VECTOR
@@ -133,10 +135,10 @@ def up_kernel(
     n = tl.program_id(0) * BLOCK_N
     m = tl.program_id(1) * BLOCK_M
 
-    slab = load_tile(up_ptr, n, 0, out_features, rank, up_stride, UP_ALONG_R, BLOCK_N, SLAB)
+    slab = load_tile(up_ptr, n, 0, out_features, rank, up_stride, UP_R_CONTIGUOUS, BLOCK_N, SLAB)
     if PDL:
-        if UP_ALONG_R:
-            # The ranks past the slab: to L2, a line of 64 of them at a time.
+        if UP_R_CONTIGUOUS:
+            # Prefetch the ranks after the slab to L2, one line of 64 ranks at a time.
             rows = tl.minimum(n + tl.arange(0, BLOCK_N), out_features - 1).to(tl.int64)
             for beyond in range(SLAB, rank, 512):
                 lines = tl.minimum(beyond + tl.arange(0, 8) * 64, rank - 1)
@@ -151,15 +153,15 @@ def up_kernel(
         cuda.gdc_wait()
 
     accumulator = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    accumulator = product(slab, _load_t(t_ptr, m, 0, tokens, rank, dtype, SLICES, BLOCK_M, SLAB), accumulator)
+    accumulator = dot(slab, _load_t(t_ptr, m, 0, tokens, rank, dtype, SLICES, BLOCK_M, SLAB), accumulator)
     for r in range(SLAB, rank, BLOCK_R):
-        weights = load_tile(up_ptr, n, r, out_features, rank, up_stride, UP_ALONG_R, BLOCK_N, BLOCK_R)
+        weights = load_tile(up_ptr, n, r, out_features, rank, up_stride, UP_R_CONTIGUOUS, BLOCK_N, BLOCK_R)
         t = _load_t(t_ptr, m, r, tokens, rank, dtype, SLICES, BLOCK_M, BLOCK_R)
-        accumulator = product(weights, t, accumulator)
+        accumulator = dot(weights, t, accumulator)
 
     if HAS_BIAS:
         rows = n + tl.arange(0, BLOCK_N)
         bias = tl.load(bias_ptr + rows, mask=rows < out_features, other=0.0)
         accumulator += bias.to(tl.float32)[:, None]
-    y = rounded(activated(accumulator, ACTIVATION), dtype)
+    y = round_to(activate(accumulator, ACTIVATION), dtype)
     store_tile(y_ptr, y.T, m, n, tokens, out_features, BLOCK_M, BLOCK_N)

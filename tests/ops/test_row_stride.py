@@ -1,9 +1,9 @@
-"""Which tensors are matrices to the kernels."""
+"""``row_stride`` accepts exactly the tensors that are views of a matrix with disjoint rows."""
 
 import pytest
 import torch
 
-from lowrank_ops.ops._layout import row_stride
+from lowrank_ops.ops._backend import row_stride
 
 X = torch.zeros(4, 9, 64)
 
@@ -22,7 +22,7 @@ X = torch.zeros(4, 9, 64)
         (X[:, ::2], 0),
         (X[:, :, ::2], 0),
         (X[:, 0].expand(4, 64).T, 0),
-        (X[:1, :1].expand(4, 9, 64), 0),  # one row again and again
+        (X[:1, :1].expand(4, 9, 64), 0),  # one row, expanded
         (X[0, 0, ::2], 0),
         (X.view(-1).unfold(0, 64, 8), 0),  # a sliding window: rows overlap
         (X.view(-1).unfold(0, 64, 64), 64),

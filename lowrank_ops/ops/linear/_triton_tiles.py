@@ -1,7 +1,7 @@
-"""What the low-rank kernels share: loading a tile, multiplying, rounding to the storage dtype, activations.
+"""Device functions that the kernels of ``lowrank_linear`` share: tile loads and stores, dot, rounding, activations.
 
-Triton's CPU interpreter multiplies bfloat16 wrongly and truncates where the hardware rounds to nearest even; under it
-both are done as the hardware does them, so that a result checked there is the result expected on a device.
+Triton's CPU interpreter computes bfloat16 dots wrongly and truncates casts to bfloat16. Under the interpreter, ``dot``
+upcasts to float32 and ``round_to`` rounds to nearest even by hand, so that its results are those of the hardware.
 """
 
 import triton
@@ -12,23 +12,23 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def load_tile(
-    ptr,  # a (rows, columns) matrix, one of its strides 1, the other `stride`
+    ptr,  # (rows, columns) matrix; one of its strides is 1, the other `stride`
     row,
     column,
     rows,
     columns,
     stride,
-    ALONG_COLUMNS: tl.constexpr,  # the unit stride is that of the columns
+    COLUMNS_CONTIGUOUS: tl.constexpr,  # the unit stride is that of the columns
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """The (ROWS, COLUMNS) tile that starts at (row, column); zeros outside of the matrix.
+    """The (ROWS, COLUMNS) tile at (row, column), zero outside the matrix.
 
-    Only the corner's offset is 64 bits wide: within a tile 32 suffice, and half the address registers.
+    Only the tile's base offset is 64-bit. Offsets inside the tile are 32-bit, which halves the address registers.
     """
     i = tl.arange(0, ROWS)
     j = tl.arange(0, COLUMNS)
-    if ALONG_COLUMNS:
+    if COLUMNS_CONTIGUOUS:
         corner = ptr + (stride.to(tl.int64) * row + column)
         offsets = i[:, None] * stride + j[None, :]
     else:
@@ -48,8 +48,8 @@ def store_tile(ptr, value, row, column, rows, columns, ROWS: tl.constexpr, COLUM
 
 
 @triton.jit
-def product(a, b, accumulator):
-    """``accumulator + a b``: (m, k) and (k, n) in one 16-bit dtype, summed in float32."""
+def dot(a, b, accumulator):
+    """``accumulator + a b`` for (m, k) and (k, n) tiles of one 16-bit dtype; the accumulator is float32."""
     if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -57,8 +57,8 @@ def product(a, b, accumulator):
 
 
 @triton.jit
-def rounded(value, dtype: tl.constexpr):
-    """float32 ``value`` in ``dtype``, to nearest even."""
+def round_to(value, dtype: tl.constexpr):
+    """float32 ``value`` rounded to ``dtype``, to nearest even."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = value.to(tl.uint32, bitcast=True)
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
@@ -67,10 +67,10 @@ def rounded(value, dtype: tl.constexpr):
 
 
 @triton.jit
-def activated(value, ACTIVATION: tl.constexpr):
-    """The activation of float32 ``value``; tanh by way of the sigmoid: tanh(u) = 2 sigmoid(2 u) - 1."""
+def activate(value, ACTIVATION: tl.constexpr):
+    """The activation of float32 ``value``. tanh is computed as tanh(u) = 2 sigmoid(2 u) - 1."""
     if ACTIVATION == "relu":
-        # Comparing, not taking the maximum, lets a NaN through as torch does.
+        # A comparison propagates NaN as torch does; a maximum would not.
         value = tl.where(value < 0.0, 0.0, value)
     elif ACTIVATION == "gelu":
         value = 0.5 * value * (1.0 + tl.erf(value * 0.7071067811865476))

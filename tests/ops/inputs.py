@@ -1,0 +1,41 @@
+"""Inputs and error bound of ``lowrank_linear``, shared by the tests of the op, the interpreter and the GPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowrank_ops.ops.linear import reference
+from tests.tolerance import assert_close_to_float64
+
+
+def linear_inputs(
+    *leading: int,
+    in_features: int = 24,
+    rank: int = 8,
+    out_features: int = 16,
+    dtype: torch.dtype = torch.float32,
+    bias: bool = True,
+    seed: int = 0,
+    device: str = "cpu",
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """x (*leading, in_features), down, up and bias, scaled so that y is of order 1."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=generator, device=device) * scale).to(dtype)
+
+    return (
+        normal(*leading, in_features),
+        normal(rank, in_features, scale=max(in_features, 1) ** -0.5),
+        normal(out_features, rank, scale=max(rank, 1) ** -0.5),
+        normal(out_features) if bias else None,
+    )
+
+
+def assert_linear(y: Tensor, x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: str) -> None:
+    """The error of ``y`` against float64 is at most twice that of two library GEMMs in the dtype of ``x``."""
+    wide = [None if tensor is None else tensor.double() for tensor in (x, down, up, bias)]
+    assert_close_to_float64(
+        y, reference.two_products(x, down, up, bias, activation), reference.two_products(*wide, activation)
+    )
