@@ -1,7 +1,5 @@
 """Spectra, explained variance and utilized rank, against NumPy in float64 that shares no code with the package."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -11,10 +9,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 import lowrank_ops as lro
+from lowrank_ops.demo.data import WEIGHTS, data_folder
 from lowrank_ops.demo.vit import ViT
 from lowrank_ops.subspaces import LayerSubspaces, Subspace, layer_subspaces
 
-WEIGHTS = Path(lro.__file__).parent / "demo" / "assets" / "vit.safetensors"
 THRESHOLDS = (0.5, 0.9, 0.95, 0.99, 0.999)
 
 
@@ -64,8 +62,9 @@ def record_inputs(model, batch):
 def assert_spaces_agree(space, rows, weight, centered, thresholds=THRESHOLDS, atol=1e-8):
     for subspace, data in ((space.input, rows), (space.output, rows @ weight.T)):
         expected = spectrum_of(data, centered)
-        assert not expected[subspace.spectrum.shape[-1] :].any() or expected.max() * 1e-12 > expected[-1]
-        expected = expected[: subspace.spectrum.shape[-1]]  # an output has min(in_features, out_features) directions
+        directions = subspace.spectrum.shape[-1]  # of an output, min(in_features, out_features)
+        assert expected[directions:].max(initial=0) <= 1e-12 * expected.max()
+        expected = expected[:directions]
         np.testing.assert_allclose(subspace.spectrum.numpy(), expected, rtol=0, atol=atol * max(expected.max(), 1e-300))
         for share in thresholds:
             assert subspace.rank_at(share) == rank_of(expected, share), share
@@ -79,7 +78,7 @@ def assert_spaces_agree(space, rows, weight, centered, thresholds=THRESHOLDS, at
 def demo_model(trained):
     model = ViT()
     if trained:
-        model.load_state_dict({name: tensor.float() for name, tensor in load_file(WEIGHTS).items()})
+        model.load_state_dict({name: tensor.float() for name, tensor in load_file(data_folder() / WEIGHTS).items()})
     return model.double()
 
 
