@@ -125,7 +125,7 @@ def calibration_case(name: str, size: models.Size, batch: int, dtype: str) -> Ca
 
     def ours(*batches: Tensor) -> Tensor:
         found = lro.calibrate(model(batches[0].device), batches, filter_fn=lambda _, fqn: fqn.startswith("blocks."))
-        moment: Tensor = found[compared].second_moment
+        moment: Tensor = found[compared].activations.second_moment
         return moment
 
     return Case(
