@@ -1,5 +1,7 @@
 """The documentation runs: every Python block of README.md and docs/, in order, one namespace per page.
 
+Shell commands are not run: their arguments are parsed, and make's targets looked up.
+
 A page may prepare its blocks in a comment that readers do not see::
 
     <!-- before the blocks:
@@ -9,7 +11,11 @@ A page may prepare its blocks in a comment that readers do not see::
 Blocks run on the CPU in an empty folder. ``tests/docs_models.py`` makes small models under the names that pages use.
 """
 
+import argparse
 import re
+import runpy
+import shlex
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +26,13 @@ import lowrank_ops as lro
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+WITH_COMMANDS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "demo" / "README.md"]
 BLOCK = re.compile(r"^<!-- before the blocks:\n(?P<hidden>.*?)^-->$|^```python\n(?P<shown>.*?)^```$", re.M | re.S)
+COMMAND = re.compile(
+    r"(?:^|`)(?:[A-Z_]+=\S+ )*(?P<run>(?:lowrank-ops|(?:\.venv/bin/)?python -m benchmarks\.[\w.]+) [^`\n]*)", re.M
+)
+TARGET = re.compile(r"(?:^|`)make (?P<names>[a-z][\w -]*)", re.M)
+PLACEHOLDERS = "my:model --batches my:batches --out folder"  # what "lowrank-ops compress ..." leaves out
 LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
 
 
@@ -63,6 +75,56 @@ def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_links_lead_somewhere(page: Path) -> None:
     targets = LINK.findall(page.read_text(encoding="utf-8"))
     assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+class Parsed(Exception):
+    """The arguments of a command were accepted."""
+
+
+def parse(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a command up to its parsed arguments; SystemExit if they are not accepted."""
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def stop(parser: argparse.ArgumentParser, *arguments: object) -> None:
+        parse_args(parser, *arguments)
+        raise Parsed
+
+    words = shlex.split(command.replace("...", PLACEHOLDERS), comments=True)
+    module, arguments = ("lowrank_ops.cli", words[1:]) if words[0] == "lowrank-ops" else (words[2], words[3:])
+    with monkeypatch.context() as patch, pytest.raises(Parsed):
+        patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        patch.setattr(sys, "argv", [module, *arguments])
+        runpy.run_module(module, run_name="__main__")
+
+
+def commands(text: str) -> list[str]:
+    return list(dict.fromkeys(match["run"] for match in COMMAND.finditer(text.replace("\\\n", " "))))
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+@pytest.mark.parametrize(
+    ("page", "command"),
+    [(page, command) for page in WITH_COMMANDS for command in commands(page.read_text(encoding="utf-8"))],
+    ids=lambda value: named(value) if isinstance(value, Path) else value.split(" #")[0].strip(),
+)
+def test_commands_are_accepted(page: Path, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    parse(command, monkeypatch)
+
+
+def test_unknown_arguments_are_not_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "`lowrank-ops compress ... --refit sequential`\n```\npython -m benchmarks.tables --none\n```\n"
+    found = commands(text)
+    assert len(found) == 2
+    for command in found:
+        with pytest.raises(SystemExit):
+            parse(command, monkeypatch)
+
+
+@pytest.mark.parametrize("page", WITH_COMMANDS, ids=named)
+def test_make_targets_exist(page: Path) -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+    found = TARGET.findall(page.read_text(encoding="utf-8"))
+    assert {name for names in found for name in names.split("  ")[0].split()} - targets == set()
 
 
 def test_reference_has_every_public_name() -> None:
