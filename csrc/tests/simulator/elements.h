@@ -1,4 +1,4 @@
-// 16-bit values as the tensor cores take them: two in a register, the lower one first.
+// 16-bit elements, two in a register, the lower one first.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -21,7 +21,7 @@ float half_of(uint32_t word, int half) {
   return value_of<Element>(static_cast<uint16_t>(word >> (16 * half)));
 }
 
-// The cores add the products of one instruction more exactly than float32, and round once.
+// The cores add the wgmmas of one instruction more exactly than float32, and round once.
 struct Sum {
   double value;
   void add(float a, float b) { value += static_cast<double>(a) * b; }
