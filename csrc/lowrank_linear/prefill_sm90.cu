@@ -1,7 +1,7 @@
 // y = activation((x down^T) up^T + bias) for many tokens and ranks up to 256: two GEMMs back to back, t on the chip
 // (sm_90).
 //
-//   grid           one cluster per token tile, persistent over up: Variant says cluster, warpgroups, peers
+//   grid           one cluster per token tile; Variant gives its cluster, warpgroups and peers
 //   cluster        1 CTA; or 2, 4, 8 CTAs that share a token tile: each loads part of x for all (multicast), sums some
 //                  columns of t, exchanges them through DSMEM and multiplies every cluster-th tile of up;
 //                  or a pair of peers with a token tile each, which multicast each other half of the weights

@@ -101,6 +101,17 @@ void slabs_cover_up_once() {
                  (int64_t{1} << 29) + static_cast<int64_t>(random() % (1 << 29)));
 }
 
+// A CTA writes the sums of the next round while its cluster still reads those of this one.
+void consecutive_rounds_have_their_own_buffers() {
+  for (int tile : {8, 16, 32, 64})
+    for (int round = 0; round < 4; ++round) {
+      std::vector<int> seen(2 * kRows * tile, 0);
+      for (int i = 0; i < kRows * tile; ++i)
+        for (int next : {0, 1}) ++seen.at(cta_sum_index(round + next, i, tile));
+      for (int count : seen) EXPECT(count == 1);
+    }
+}
+
 void regions_of_shared_memory_do_not_overlap() {
   for (int tile : {8, 16, 32, 64})
     for (int64_t rank = 8; rank < 1600; rank += 8) {
@@ -205,6 +216,7 @@ int main() {
   ctas_of_a_cluster_cover_features_and_sums_once();
   work_units_cover_rows_and_tokens_once();
   slabs_cover_up_once();
+  consecutive_rounds_have_their_own_buffers();
   regions_of_shared_memory_do_not_overlap();
   variants_are_what_the_kernel_can_hold();
   shared_memory_is_laid_out_for_tma();

@@ -18,7 +18,7 @@ class Machine(NamedTuple):
     """What the planner knows of a device."""
 
     capability: int  # 10 * major + minor
-    multiprocessors: int
+    sm_count: int
     shared_memory: int  # bytes that a block may ask for
 
 

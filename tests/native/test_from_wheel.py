@@ -1,4 +1,4 @@
-"""The script of the GPU tests keeps to its time and says what did not run: here with stand-ins for what it starts."""
+"""The script of the GPU tests keeps its time budget and reports what did not run; its programs are stand-ins here."""
 
 import importlib.util
 import os
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def run(folder: Path, budget: int, sanitizer: bool = True, **behaviour: str) -> tuple[int, dict[str, str], float]:
-    """The exit code, what is said of each step, and the seconds that it took."""
+    """The exit code, the summary line of each step, and the seconds."""
     programs = {"python3": PYTHON, **({"compute-sanitizer": SANITIZER} if sanitizer else {})}
     for name, text in programs.items():
         (folder / name).write_text(text)
@@ -58,13 +58,13 @@ def run(folder: Path, budget: int, sanitizer: bool = True, **behaviour: str) -> 
     return result.returncode, {step: line for step in STEPS for line in lines if line.startswith(step)}, seconds
 
 
-def test_all_is_well(tmp_path: Path) -> None:
+def test_all_steps_pass(tmp_path: Path) -> None:
     code, said, _ = run(tmp_path, 60)
     assert code == 0 and set(said) == set(STEPS)
     assert all("3 passed" in line for line in said.values())
 
 
-def test_what_fails_or_is_skipped_is_not_passed(tmp_path: Path) -> None:
+def test_failed_and_skipped_steps_do_not_pass(tmp_path: Path) -> None:
     code, said, _ = run(tmp_path, 60, FAILS="k sanitized", SKIPS="test_covariance_gpu")
     assert code == 1
     assert "3 passed" in said["CUDA kernels"] and "3 passed" in said["Triton linear"]
@@ -73,7 +73,7 @@ def test_what_fails_or_is_skipped_is_not_passed(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is not None, reason="compute-sanitizer is here")
-def test_no_sanitizer_is_told(tmp_path: Path) -> None:
+def test_a_missing_sanitizer_is_reported(tmp_path: Path) -> None:
     code, said, _ = run(tmp_path, 60, sanitizer=False)
     assert code == 0
     assert "not run" in said["memcheck"] and "not run" in said["racecheck"]
@@ -90,8 +90,8 @@ def test_a_hang_costs_its_own_step_only(tmp_path: Path, hangs: str) -> None:
         assert ("CUT" if hangs == "pytest" else "3 passed") in said[step]
 
 
-def test_packages_of_the_environment_that_python_is_in_are_seen(tmp_path: Path) -> None:
-    """Where python3 lies in a virtual environment, torch and pytest are that one's; the wheel comes before all."""
+def test_packages_of_the_virtual_environment_are_found(tmp_path: Path) -> None:
+    """torch and pytest come from python3's virtual environment, the wheel before all of it."""
     environment, folder = tmp_path / "environment", tmp_path / "path"
     venv.create(environment, symlinks=True)
     inner = environment / "bin" / "python"
@@ -139,7 +139,7 @@ def test_second():
 
 
 @pytest.mark.parametrize("several", [True, False])
-def test_a_device_that_refuses_a_process_is_not_told_of_the_tests_behind(tmp_path: Path, several: bool) -> None:
+def test_a_process_that_the_device_refuses_ends(tmp_path: Path, several: bool) -> None:
     if several:
         pytest.importorskip("xdist")
     shutil.copy(SCRIPT.parent / "conftest.py", tmp_path)
@@ -150,5 +150,7 @@ def test_a_device_that_refuses_a_process_is_not_told_of_the_tests_behind(tmp_pat
     result = subprocess.run(command, cwd=tmp_path, env=alone, capture_output=True, text=True)
     assert result.returncode == 1 and "ValueError: illegal access" in result.stdout, result.stdout + result.stderr
     assert "FAILED test_it.py::test_second" not in result.stdout
-    told = "PASSED test_it.py::test_second" if several else "the device takes no more work from this process: refused"
-    assert told in result.stdout
+    expected = (
+        "PASSED test_it.py::test_second" if several else "the device takes no more work from this process: refused"
+    )
+    assert expected in result.stdout

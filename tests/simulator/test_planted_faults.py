@@ -256,9 +256,6 @@ FAULTS = {
         "decode_sm90",
         VALUES,
     ),
-    "decode_sm90: one buffer for the sums of the CTAs": Fault(
-        DECODE90, "return round % 2 * kRows", "return 0 * kRows", "decode_sm90", VALUES, DECODE_LAYOUT
-    ),
     "decode_sm90: the slab is a tile longer than its memory": Fault(
         DECODE90,
         "min64(args.resident_tiles, slab",

@@ -9,10 +9,17 @@
 #include "elements.h"
 #include "order.h"
 
+// Without ThreadSanitizer's instrumentation.
+#ifdef LOWRANK_OPS_RACES
+#define LRO_NOT_WATCHED __attribute__((no_sanitize_thread))
+#else
+#define LRO_NOT_WATCHED
+#endif
+
 namespace lowrank_ops::simulator {
 
 // The 128-byte swizzle: address bits 4 to 6 are flipped by bits 7 to 9.
-constexpr uint32_t swizzled(uint32_t address) { return address ^ ((address >> 7 & 7) << 4); }
+LRO_NOT_WATCHED constexpr uint32_t swizzled(uint32_t address) { return address ^ ((address >> 7 & 7) << 4); }
 
 // The contents of a simulated CUtensorMap: a row-major matrix of 16-bit values in tiles with the 128-byte swizzle.
 struct TensorMap {
@@ -29,19 +36,44 @@ inline TensorMap tensor_map(const CUtensorMap& map) {
   return matrix;
 }
 
-// Element (row, k) of a wgmma operand with the 128-byte swizzle, K-major or MN-major (arch/fragment.h has the offsets).
-template <class Element>
-float operand(uint64_t descriptor, int row, int k, bool mn_major) {
+// The address of element (row, k) of a wgmma operand with the 128-byte swizzle, K-major or MN-major (arch/fragment.h
+// has the offsets).
+LRO_NOT_WATCHED inline uint32_t operand_address(uint64_t descriptor, int row, int k, bool mn_major) {
   const uint32_t start = static_cast<uint32_t>(descriptor & 0x3FFF) * 16;
   const uint32_t leading = static_cast<uint32_t>(descriptor >> 16 & 0x3FFF) * 16;
   const uint32_t stride = static_cast<uint32_t>(descriptor >> 32 & 0x3FFF) * 16;
   const uint32_t r = static_cast<uint32_t>(row), c = static_cast<uint32_t>(k);
-  const uint32_t address = mn_major ? start + r / 64 * leading + c / 8 * stride + c % 8 * 128 + r % 64 * 2
-                                    : start + r / 8 * stride + r % 8 * 128 + c * 2;
-  const Unwatched unwatched;  // wgmma reads through the async proxy, as TMA writes: no fence between them
-  uint16_t bits;
-  std::memcpy(&bits, shared_bytes(swizzled(address), 2, 2), 2);
-  return value_of<Element>(bits);
+  return swizzled(mn_major ? start + r / 64 * leading + c / 8 * stride + c % 8 * 128 + r % 64 * 2
+                           : start + r / 8 * stride + r % 8 * 128 + c * 2);
+}
+
+// `kRows` x 16 elements of an operand, by k. Not watched: wgmma reads through the async proxy, as TMA writes, and no
+// fence is between them.
+template <class Element, int kRows>
+LRO_NOT_WATCHED void load_operand(uint64_t descriptor, int first_row, bool mn_major, float (&to)[16][kRows]) {
+  uint32_t lowest = operand_address(descriptor, first_row, 0, mn_major), highest = lowest;
+  for (int row = first_row; row < first_row + kRows; ++row)
+    for (int k = 0; k < 16; ++k) {
+      const uint32_t address = operand_address(descriptor, row, k, mn_major);
+      lowest = address < lowest ? address : lowest;
+      highest = address > highest ? address : highest;
+    }
+  const unsigned char* const bytes = shared_bytes(lowest, highest - lowest + 2, 2);
+  const float* const values = value_table<Element>();
+  for (int row = 0; row < kRows; ++row)
+    for (int k = 0; k < 16; ++k)
+      to[k][row] = values[*reinterpret_cast<const uint16_t*>(
+          bytes + (operand_address(descriptor, first_row + row, k, mn_major) - lowest))];
+}
+
+// The tensor cores add the products of one instruction more exactly than float32, and round once.
+template <int kN>
+LRO_NOT_WATCHED void multiply(const float (&left)[16][16], const float (&right)[16][kN], double (&sums)[16][kN]) {
+  for (int row = 0; row < 16; ++row) {
+    for (int col = 0; col < kN; ++col) sums[row][col] = 0;
+    for (int k = 0; k < 16; ++k)
+      for (int col = 0; col < kN; ++col) sums[row][col] += static_cast<double>(left[k][row]) * right[k][col];
+  }
 }
 
 inline void expect_descriptor(uint64_t descriptor, bool mn_major) {
@@ -82,22 +114,23 @@ void wgmma(const char* name, float* d, OperandA a, uint64_t b, bool b_mn_major, 
     note_instruction(lanes[0].a.descriptor);
     note_instruction(lanes[0].b ^ static_cast<uint64_t>(lanes[0].scale_d != 0) << 61 ^ kN);
     add_wgmma([lanes, first_row, b_mn_major] {
-      float left[16][16], right[kN][16];
-      for (int k = 0; k < 16; ++k) {
+      float left[16][16], right[16][kN];
+      double sums[16][kN];
+      const OperandA& a = lanes[0].a;
+      if (a.registers == nullptr) {
+        load_operand<Element>(a.descriptor, first_row, a.mn_major, left);
+      } else {
         for (int row = 0; row < 16; ++row)
-          if (lanes[0].a.registers == nullptr)
-            left[row][k] = operand<Element>(lanes[0].a.descriptor, first_row + row, k, lanes[0].a.mn_major);
-          else
-            left[row][k] = half_of<Element>(lanes[row % 8 * 4 + k % 8 / 2].a.registers[row / 8 + k / 8 * 2], k % 2);
-        for (int col = 0; col < kN; ++col) right[col][k] = operand<Element>(lanes[0].b, col, k, b_mn_major);
+          for (int k = 0; k < 16; ++k)
+            left[k][row] = half_of<Element>(lanes[row % 8 * 4 + k % 8 / 2].a.registers[row / 8 + k / 8 * 2], k % 2);
       }
+      load_operand<Element>(lanes[0].b, 0, b_mn_major, right);
+      multiply<kN>(left, right, sums);
       for (int lane = 0; lane < 32; ++lane)
         for (int i = 0; i < kN / 2; ++i) {
-          const int row = lane / 4 + i / 2 % 2 * 8, col = i / 4 * 8 + lane % 4 * 2 + i % 2;
           float& sum = lanes[static_cast<size_t>(lane)].d[i];
-          Sum exact{lanes[0].scale_d ? sum : 0.0f};
-          for (int k = 0; k < 16; ++k) exact.add(left[row][k], right[col][k]);
-          sum = static_cast<float>(exact.value);
+          sum = static_cast<float>((lanes[0].scale_d ? static_cast<double>(sum) : 0.0) +
+                                   sums[lane / 4 + i / 2 % 2 * 8][i / 4 * 8 + lane % 4 * 2 + i % 2]);
         }
     });
   });

@@ -16,13 +16,20 @@ inline std::function<void()> tile_copy(uint32_t smem, const CUtensorMap* map, in
   const uint32_t offset = smem % simulator::kCtaWindow;
   return [tensor, offset, start, x, y] {
     for (int row = 0; row < tensor.tile_rows; ++row)
-      for (int byte = 0; byte < tensor.tile_cols * 2; byte += 2) {
-        const int64_t r = int64_t{y} + row, c = int64_t{x} + byte / 2;
-        const uint32_t address = offset + static_cast<uint32_t>(row * tensor.tile_cols * 2 + byte);
-        const bool inside = r >= 0 && r < tensor.rows && c >= 0 && c < tensor.cols;
-        static constexpr uint16_t zero = 0;
-        std::memcpy(start + (simulator::swizzled(address) - offset),
-                    inside ? static_cast<const void*>(tensor.base + r * tensor.stride_bytes + c * 2) : &zero, 2);
+      for (int chunk = 0; chunk < tensor.tile_cols / 8; ++chunk) {  // of 16 bytes, which the swizzle keeps together
+        const int64_t r = int64_t{y} + row, c = int64_t{x} + chunk * 8;
+        const bool row_exists = r >= 0 && r < tensor.rows;
+        const unsigned char* from = tensor.base + r * tensor.stride_bytes + c * 2;
+        const uint32_t address = offset + static_cast<uint32_t>((row * tensor.tile_cols + chunk * 8) * 2);
+        unsigned char* to = start + (simulator::swizzled(address) - offset);
+        if (row_exists && c >= 0 && c + 8 <= tensor.cols) {
+          std::memcpy(to, from, 16);
+          continue;
+        }
+        uint16_t values[8] = {};
+        for (int i = 0; i < 8; ++i)
+          if (row_exists && c + i >= 0 && c + i < tensor.cols) std::memcpy(&values[i], from + i * 2, 2);
+        std::memcpy(to, values, 16);
       }
   };
 }
