@@ -11,8 +11,6 @@ namespace lowrank_ops::arch {
 //   empty: one arrival per consumer warp and CTA of the cluster that writes to this CTA's stages (kCtas).
 template <int kStages, int kStageBytes, int kCtas = 1>
 struct Pipeline {
-  static constexpr int kMbarrierBytes = 16 * kStages;
-
   uint32_t mbarriers;
   uint32_t stages;
 

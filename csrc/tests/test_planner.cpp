@@ -144,7 +144,7 @@ void hopper_decodes_in_one_launch_where_possible() {
   EXPECT(plan(1, 136, true, {100, 148, 232448}).kernel == "decode_sm80");
   EXPECT(plan(1, 8192, true, h200).kernel == "decode_sm80");  // no room for a tile of up
   EXPECT(plan(1, 512, true, h200).splits > 1);
-  EXPECT(plan(1, 512, true, h200).resident_tiles == 2);  // 256 tiles over 132 blocks: all of up is resident
+  EXPECT(plan(1, 512, true, h200).resident_tiles == 2);  // 256 tiles over 132 CTAs: all of up is resident
 }
 
 void few_token_tiles_are_shared_by_clusters() {
@@ -161,7 +161,7 @@ void few_token_tiles_are_shared_by_clusters() {
   EXPECT(plan(1 << 20, 256).cluster == 2);  // a thread has no registers for 256 columns
   // Without a peer the weights of each tile of 128 tokens would come from L2, more than it gives while all read.
   EXPECT(plan_lowrank_linear({65536, 768, 136, 768, Dtype::bfloat16, true, h200}).token_tile == 256);
-  // 12608 tokens by 192 are 66 tiles: with two blocks each, one wave where tiles of 128 would take two.
+  // 12608 tokens by 192 are 66 tiles: with two CTAs each, one wave where tiles of 128 would take two.
   EXPECT(plan(12608, 256).token_tile == 192 && plan(12608, 256).ctas == 132);
 }
 
@@ -304,7 +304,7 @@ void choices_are_kept_or_refused() {
   EXPECT(linear(decode, "prefill_sm90", 0).reason == "prefill_sm90 does not run this problem");
   EXPECT(linear(decode, "decode_sm80", beyond).reason.find("it cannot split") == 0);
   EXPECT(linear(decode, "decode_sm80", -beyond).reason.find("it cannot split") == 0);
-  // What the planner would choose itself may be asked for, a block of a cluster without features included.
+  // What the planner would choose itself may be asked for, a CTA of a cluster without features included.
   LowRankProblem narrow{1, 1032, 8, 4096, Dtype::bfloat16, true, h200};
   const LowRankPlan own = plan_lowrank_linear(narrow);
   EXPECT((own.splits - 1) * own.split_features >= narrow.in_features);
@@ -382,10 +382,10 @@ void as_many_tokens_as_the_largest_tile_allows() {
   const auto reason = [](int64_t tokens) {
     return plan_lowrank_linear({tokens, 768, 64, 768, Dtype::bfloat16, true, {90, 132, 232448}}).reason;
   };
-  const int64_t most = std::numeric_limits<int32_t>::max() - largest;
-  EXPECT(reason(most).empty());
-  const std::string bound = "for more, it takes at most 2^31 - " + std::to_string((int64_t{1} << 31) - most);
-  EXPECT(reason(most + 1).find(bound) != std::string::npos);
+  const int64_t max_tokens = std::numeric_limits<int32_t>::max() - largest;
+  EXPECT(reason(max_tokens).empty());
+  const std::string bound = "for more, it takes at most 2^31 - " + std::to_string((int64_t{1} << 31) - max_tokens);
+  EXPECT(reason(max_tokens + 1).find(bound) != std::string::npos);
 }
 
 void names_are_parsed() {

@@ -32,7 +32,7 @@ def order(request: pytest.FixtureRequest) -> tuple[str, int]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of the product of cases and orders keeps a few orders per case, by turns: a test's cases have them all."""
+    """Keeps a few orders per case, by turns, so that the cases of a test together run in all orders."""
     one_order = config.getoption("--one-order", default=False)
     cases: dict[str, dict[str, int]] = defaultdict(dict)  # of each test, in their order
     kept, dropped = [], []
