@@ -97,7 +97,7 @@ test-gpu:
 	$(PYTHON) -m pytest -m gpu tests/gpu
 
 # The CPU suite in .venv; then, where there is a GPU, its tests, the tuner and its suites with the torch at hand, which has
-# to be a CUDA build. GPU_RUN names the folder of the latter, with which it goes on where it was stopped.
+# to be a CUDA build. GPU_RUN names the folder of the latter, from which it resumes.
 GPU_RUN ?= gpu_run
 bench: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_cpu --out benchmarks/results/cpu.json
