@@ -36,6 +36,7 @@ test: lint test-unit test-interpreter test-compile coverage test-native
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	find csrc -name '*.h' -o -name '*.cu*' -o -name '*.cpp' | xargs $(BIN)/clang-format --dry-run -Werror
 	$(BIN)/mypy
 
 # Interpreted and compiled kernels get processes of their own: Triton decides which it does when it is imported.
@@ -53,7 +54,7 @@ test-compile: $(VENV)/ready-dev
 # The CUDA library, built with every warning an error, and all that can be checked of it without a GPU.
 test-native: $(VENV)/ready-dev
 	if $(HAS_NVCC); then \
-	  $(WITH_CUDA) $(PIP) --no-deps --editable . && $(PYTEST) tests/native && OMP_NUM_THREADS=1 $(PYTEST) tests/simulator -n 2; \
+	  $(WITH_CUDA) $(PIP) --no-deps --editable . && $(PYTEST) tests/native -n 2 --dist loadfile && OMP_NUM_THREADS=1 $(PYTEST) tests/simulator -n 2; \
 	else \
 	  echo "no nvcc: the CUDA library was not built and its tests were not run"; \
 	fi
@@ -96,7 +97,7 @@ test-gpu:
 	$(PYTHON) -m pytest -m gpu tests/gpu
 
 # The CPU suite in .venv; then, where there is a GPU, its tests, the tuner and its suites with the torch at hand, which has
-# to be a CUDA build. GPU_RUN names the folder of the latter, with which it goes on where it was stopped.
+# to be a CUDA build. GPU_RUN names the folder of the latter, from which it resumes.
 GPU_RUN ?= gpu_run
 bench: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_cpu --out benchmarks/results/cpu.json

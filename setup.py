@@ -53,7 +53,7 @@ class CMakeBuild(build_ext):
     """Configures, builds and installs into the package: liblowrank_ops.so and, for this Python, _planner."""
 
     def run(self):
-        build = ROOT / "build" / "native"  # one folder, kept: an editable install would build anew in a temporary one
+        build = ROOT / "build" / "native"  # one folder, kept: an editable install would rebuild in a temporary one
         package = (ROOT if self.inplace else Path(self.build_lib).resolve()) / "lowrank_ops"
         options = {
             "LOWRANK_OPS_CUDA": "ON",

@@ -1,4 +1,4 @@
-// What both the kernels and the host tests compile: index arithmetic carries LRO_HD.
+// Index arithmetic that kernels, planner and host tests share carries LRO_HD.
 #pragma once
 
 #include <cstdint>
@@ -11,9 +11,9 @@
 
 namespace lowrank_ops {
 
-LRO_HD constexpr int64_t ceil_div(int64_t value, int64_t by) { return (value + by - 1) / by; }
-LRO_HD constexpr int64_t round_up(int64_t value, int64_t to) { return ceil_div(value, to) * to; }
-LRO_HD constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-LRO_HD constexpr int64_t greatest(int64_t a, int64_t b) { return a > b ? a : b; }
+LRO_HD constexpr int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
+LRO_HD constexpr int64_t round_up(int64_t value, int64_t multiple) { return ceil_div(value, multiple) * multiple; }
+LRO_HD constexpr int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+LRO_HD constexpr int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 }  // namespace lowrank_ops

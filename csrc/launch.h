@@ -1,6 +1,8 @@
-// Launching kernels, and errors of CUDA calls, told with the kernel, its shapes and the arch.
+// Launching kernels. A failed CUDA call becomes an exception that names the kernel, its shapes and the arch.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
@@ -8,55 +10,64 @@
 #include <stdexcept>
 #include <string>
 
+#include "planner.h"
+
 namespace lowrank_ops {
 
 struct Launch {
   cudaStream_t stream;
-  std::function<std::string()> what;  // "covariance_sm80 (...) on sm_86"; asked for only when something failed
+  std::function<std::string()> what;  // "covariance_sm80 (...) on sm_86"; called only after a failure
 };
 
 inline void check(cudaError_t error, const Launch& launch) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // told here: the next launch, which asks for the last error, must not find it
+  cudaGetLastError();  // clears it: torch checks the last error after its next launch
   throw std::runtime_error("lowrank_ops: launching " + launch.what() + " failed: " + cudaGetErrorString(error));
 }
 
-// Lets a kernel without static shared memory have all that a block of the current device may ask for. What is allowed
-// belongs to the kernel, not to the launch: were it what one launch needs, a launch of another shape on another thread
-// could take it back in between.
-inline void allow_all_shared_memory(const void* kernel, const Launch& launch) {
+// More than 48 KB of dynamic shared memory needs an opt-in. It belongs to the kernel, not to the launch: a kernel whose
+// size varies opts in to the maximum once, or a launch on another thread could lower the limit before this one.
+template <class... Parameters>
+void opt_in_shared_memory(void (*kernel)(Parameters...), int64_t bytes, const Launch& launch) {
+  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(bytes)),
+        launch);
+}
+
+// The maximum of the current device, for kernels without static shared memory.
+template <class... Parameters>
+void opt_in_max_shared_memory(void (*kernel)(Parameters...), const Launch& launch) {
   int device = 0, bytes = 0;
   check(cudaGetDevice(&device), launch);
   check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), launch);
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), launch);
+  opt_in_shared_memory(kernel, bytes, launch);
 }
 
-// How a kernel is spread over a device.
-struct Grid {
-  dim3 blocks;
-  int threads;                // per block
-  int64_t shared_bytes;       // of dynamic shared memory, per block
-  int cluster = 0;            // blocks that share their shared memory, one as well; 0: not told, for kernels without
-  bool all_at_once = false;   // starts when all blocks can, or fails: the kernel has a barrier for all
-  bool may_overlap = false;   // may start before the kernel before it has ended, for which it waits itself
+struct LaunchShape {
+  dim3 grid;
+  int threads;               // per CTA
+  int64_t shared_bytes;      // dynamic shared memory per CTA
+  int cluster = 0;           // CTAs per cluster; 0: no cluster attribute
+  bool cooperative = false;  // all CTAs are co-resident, for a grid barrier
+  bool pdl = false;          // programmatic dependent launch: may start before the previous kernel has completed
 };
 
-// The form that the runtime takes; lasts as long as what it is made from.
+// The runtime's form of it. It points into itself.
 class LaunchConfig {
  public:
-  LaunchConfig(const Grid& grid, const Launch& launch) {
-    config_.gridDim = grid.blocks;
-    config_.blockDim = dim3(static_cast<unsigned>(grid.threads));
-    config_.dynamicSmemBytes = static_cast<size_t>(grid.shared_bytes);
+  LaunchConfig(const LaunchShape& shape, const Launch& launch) {
+    config_.gridDim = shape.grid;
+    config_.blockDim = dim3(static_cast<unsigned>(shape.threads));
+    config_.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
     config_.stream = launch.stream;
     config_.attrs = attributes_;
-    if (grid.cluster > 0) {
+    if (shape.cluster > 0) {
       cudaLaunchAttribute& attribute = add(cudaLaunchAttributeClusterDimension);
-      attribute.val.clusterDim.x = static_cast<unsigned>(grid.cluster);
+      attribute.val.clusterDim.x = static_cast<unsigned>(shape.cluster);
       attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
     }
-    if (grid.all_at_once) add(cudaLaunchAttributeCooperative).val.cooperative = 1;
-    if (grid.may_overlap)
+    if (shape.cooperative) add(cudaLaunchAttributeCooperative).val.cooperative = 1;
+    if (shape.pdl)
       add(cudaLaunchAttributeProgrammaticStreamSerialization).val.programmaticStreamSerializationAllowed = 1;
   }
   LaunchConfig(const LaunchConfig&) = delete;
@@ -77,13 +88,20 @@ struct Exactly {
   using type = T;
 };
 
-// The arguments have to be of the kernel's own types: they are handed over by address.
+// Arguments are passed by address and so have exactly the kernel's parameter types.
 template <class... Parameters>
-void launch_kernel(void (*kernel)(Parameters...), const Grid& grid, const Launch& launch,
+void launch_kernel(void (*kernel)(Parameters...), const LaunchShape& shape, const Launch& launch,
                    const typename Exactly<Parameters>::type&... arguments) {
   void* addresses[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
-  check(cudaLaunchKernelExC(LaunchConfig(grid, launch).get(), reinterpret_cast<const void*>(kernel), addresses),
+  check(cudaLaunchKernelExC(LaunchConfig(shape, launch).get(), reinterpret_cast<const void*>(kernel), addresses),
         launch);
+}
+
+// Calls `f` with a value of the 16-bit element type.
+template <class F>
+void dispatch_16_bit(Dtype dtype, const F& f) {
+  if (dtype == Dtype::bfloat16) return f(__nv_bfloat16{});
+  f(__half{});
 }
 
 }  // namespace lowrank_ops

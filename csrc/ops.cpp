@@ -1,6 +1,6 @@
-// The library's ops: schemas, checks that keep memory safe, and the way from tensors to the launchers.
+// The library's ops: schemas, the checks that memory safety needs, and tensors to launcher arguments.
 //
-// They are internal to lowrank_ops: `lowrank_ops/ops/*/_cuda.py` calls them with what the public ops have validated.
+// Internal to lowrank_ops: `lowrank_ops/ops/*/_cuda.py` calls them after the public ops have validated their arguments.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -49,7 +49,7 @@ void add_covariance(const char* op, covariance::Arguments args, Source source, b
   args.whole = plan.whole;
   args.splits = plan.splits;
   args.tokens_per_split = plan.tokens_per_split;
-  std::optional<Tensor> scratch;  // back to the allocator when the launches are queued: the stream keeps the order
+  std::optional<Tensor> scratch;  // freed when the launches are queued: the caching allocator is stream-ordered
   if (plan.scratch_floats) scratch = scratch_like(x, plan.scratch_floats);
   args.scratch = scratch ? static_cast<float*>(scratch->mutable_data_ptr()) : nullptr;
   const Launch launch{current_stream(x.get_device_index()), what};
@@ -64,8 +64,8 @@ void covariance_update(Tensor second_moment, Tensor total, Tensor x, bool allow_
                        int64_t splits, int64_t token_tile) {
   STD_TORCH_CHECK(x.dim() == 2 && second_moment.dim() == 2 && total.dim() == 1, "x and the state must be matrices");
   const int64_t features = x.size(1);
-  STD_TORCH_CHECK(second_moment.size(0) == features && second_moment.size(1) == features &&
-                      total.size(0) == features && (features == 1 || x.stride(1) == 1),
+  STD_TORCH_CHECK(second_moment.size(0) == features && second_moment.size(1) == features && total.size(0) == features &&
+                      (features == 1 || x.stride(1) == 1),
                   "the state does not fit x of shape ", shape_of(x));
   covariance::Arguments args{};
   args.tokens = x.size(0);
@@ -80,9 +80,8 @@ void covariance_update(Tensor second_moment, Tensor total, Tensor x, bool allow_
 }
 
 void conv_covariance_update(Tensor second_moment, Tensor total, Tensor x, std::vector<int64_t> kernel_size,
-                            std::vector<int64_t> stride, std::vector<int64_t> padding,
-                            std::vector<int64_t> dilation, bool allow_tf32, std::string kernel, int64_t splits,
-                            int64_t token_tile) {
+                            std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                            bool allow_tf32, std::string kernel, int64_t splits, int64_t token_tile) {
   STD_TORCH_CHECK(x.dim() == 4 && second_moment.dim() == 3 && total.dim() == 2, "x must be an image batch");
   for (const std::vector<int64_t>* geometry : {&kernel_size, &stride, &padding, &dilation})
     STD_TORCH_CHECK(geometry->size() == 2, "kernel_size, stride, padding and dilation are (height, width)");
@@ -124,10 +123,11 @@ void conv_covariance_update(Tensor second_moment, Tensor total, Tensor x, std::v
   args.state_col_stride = second_moment.stride(2);
   args.total_group_stride = total.stride(0);
   args.total_stride = total.stride(1);
-  add_covariance("conv_covariance_update_", args, Source::patches, allow_tf32, {kernel, splits, token_tile}, second_moment, total, x);
+  add_covariance("conv_covariance_update_", args, Source::patches, allow_tf32, {kernel, splits, token_tile},
+                 second_moment, total, x);
 }
 
-// (why not, plan): one of the two is empty. The archs are the library's own business, not the planner's.
+// (why not, plan): one of the two is empty. The library knows which archs it has code for, the planner does not.
 template <class Plan>
 std::tuple<std::string, std::string> explain(const Plan& plan, int64_t capability) {
   std::string reason = plan.reason;
@@ -137,12 +137,17 @@ std::tuple<std::string, std::string> explain(const Plan& plan, int64_t capabilit
 
 std::tuple<std::string, std::string> explain_covariance(int64_t tokens, int64_t features, int64_t groups,
                                                         std::string dtype, std::string source, bool allow_tf32,
-                                                        int64_t capability, int64_t multiprocessors,
-                                                        int64_t shared_memory, std::string kernel, int64_t splits,
-                                                        int64_t token_tile) {
-  const Machine machine{static_cast<int>(capability), static_cast<int>(multiprocessors), shared_memory};
-  return explain(plan_covariance({tokens, features, groups, parse_dtype(dtype), parse_source(source), machine,
-                                  allow_tf32, {kernel, splits, token_tile}}),
+                                                        int64_t capability, int64_t sm_count, int64_t shared_memory,
+                                                        std::string kernel, int64_t splits, int64_t token_tile) {
+  const Machine machine{static_cast<int>(capability), static_cast<int>(sm_count), shared_memory};
+  return explain(plan_covariance({tokens,
+                                  features,
+                                  groups,
+                                  parse_dtype(dtype),
+                                  parse_source(source),
+                                  machine,
+                                  allow_tf32,
+                                  {kernel, splits, token_tile}}),
                  capability);
 }
 
@@ -159,12 +164,12 @@ lowrank_linear::Activation parse_activation(const std::string& name) {
 }
 
 void launch_lowrank_linear(const LowRankPlan& plan, const lowrank_linear::Arguments& args, Dtype dtype,
-                           bool on_16_bytes, const Launch& launch) {
+                           const Launch& launch) {
 #ifdef LOWRANK_OPS_SM90
   if (plan.kernel == "decode_sm90") return lowrank_linear::launch_decode_sm90(plan, args, dtype, launch);
   if (plan.kernel == "prefill_sm90") return lowrank_linear::launch_prefill_sm90(plan, args, dtype, launch);
 #endif
-  lowrank_linear::launch_decode_sm80(plan, args, dtype, on_16_bytes, launch);
+  lowrank_linear::launch_decode_sm80(plan, args, dtype, launch);
 }
 
 Tensor lowrank_linear_forward(Tensor x, Tensor down, Tensor up, std::optional<Tensor> bias, std::string activation,
@@ -193,9 +198,14 @@ Tensor lowrank_linear_forward(Tensor x, Tensor down, Tensor up, std::optional<Te
   const DeviceGuard guard(x.get_device_index());
   const bool on_16_bytes = aligned(x) && aligned(down) && aligned(up);
   const Dtype dtype = dtype_of(x);
-  const LowRankPlan plan =
-      plan_lowrank_linear({args.tokens, args.in_features, args.rank, args.out_features, dtype, on_16_bytes, machine,
-                           {kernel, splits, token_tile}});
+  const LowRankPlan plan = plan_lowrank_linear({args.tokens,
+                                                args.in_features,
+                                                args.rank,
+                                                args.out_features,
+                                                dtype,
+                                                on_16_bytes,
+                                                machine,
+                                                {kernel, splits, token_tile}});
   STD_TORCH_CHECK(plan.reason.empty(), what(), " cannot run: ", plan.reason);
 
   Tensor y = torch::stable::new_empty(x, {args.tokens, args.out_features});
@@ -215,17 +225,22 @@ Tensor lowrank_linear_forward(Tensor x, Tensor down, Tensor up, std::optional<Te
   args.resident_tiles = plan.resident_tiles;
   args.activation = parse_activation(activation);
   const Launch launch{current_stream(x.get_device_index()), what};
-  launch_lowrank_linear(plan, args, dtype, on_16_bytes, launch);
+  launch_lowrank_linear(plan, args, dtype, launch);
   return y;
 }
 
 std::tuple<std::string, std::string> explain_lowrank_linear(int64_t tokens, int64_t in_features, int64_t rank,
                                                             int64_t out_features, std::string dtype, bool aligned,
-                                                            int64_t capability, int64_t multiprocessors,
-                                                            int64_t shared_memory, std::string kernel,
-                                                            int64_t splits, int64_t token_tile) {
-  const Machine machine{static_cast<int>(capability), static_cast<int>(multiprocessors), shared_memory};
-  return explain(plan_lowrank_linear({tokens, in_features, rank, out_features, parse_dtype(dtype), aligned, machine,
+                                                            int64_t capability, int64_t sm_count, int64_t shared_memory,
+                                                            std::string kernel, int64_t splits, int64_t token_tile) {
+  const Machine machine{static_cast<int>(capability), static_cast<int>(sm_count), shared_memory};
+  return explain(plan_lowrank_linear({tokens,
+                                      in_features,
+                                      rank,
+                                      out_features,
+                                      parse_dtype(dtype),
+                                      aligned,
+                                      machine,
                                       {kernel, splits, token_tile}}),
                  capability);
 }
@@ -238,16 +253,19 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lowrank_ops, m) {
       "str kernel=\"\", int splits=0, int token_tile=0) -> ()");
   m.def(
       "_cuda_conv_covariance_update_(Tensor(a!) second_moment, Tensor(b!) total, Tensor x, int[] kernel_size, "
-      "int[] stride, int[] padding, int[] dilation, bool allow_tf32, str kernel=\"\", int splits=0, int token_tile=0) -> ()");
+      "int[] stride, int[] padding, int[] dilation, bool allow_tf32, str kernel=\"\", int splits=0, "
+      "int token_tile=0) -> ()");
   m.def(
       "_cuda_lowrank_linear(Tensor x, Tensor down, Tensor up, Tensor? bias, str activation, str kernel=\"\", "
       "int splits=0, int token_tile=0) -> Tensor");
   m.def(
       "_plan_covariance(int tokens, int features, int groups, str dtype, str source, bool allow_tf32, "
-      "int capability, int multiprocessors, int shared_memory, str kernel=\"\", int splits=0, int token_tile=0) -> (str, str)");
+      "int capability, int sm_count, int shared_memory, str kernel=\"\", int splits=0, int token_tile=0) -> "
+      "(str, str)");
   m.def(
       "_plan_lowrank_linear(int tokens, int in_features, int rank, int out_features, str dtype, bool aligned, "
-      "int capability, int multiprocessors, int shared_memory, str kernel=\"\", int splits=0, int token_tile=0) -> (str, str)");
+      "int capability, int sm_count, int shared_memory, str kernel=\"\", int splits=0, int token_tile=0) -> "
+      "(str, str)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lowrank_ops, CUDA, m) {

@@ -6,20 +6,20 @@
 
 #include "covariance/tiles.h"
 #include "covariance/wide_tiles.h"
-#include "lowrank_linear/back_to_back.h"
-#include "lowrank_linear/slabs.h"
+#include "lowrank_linear/decode_layout.h"
+#include "lowrank_linear/prefill_layout.h"
 
 namespace lowrank_ops {
 namespace {
 
-constexpr int64_t kMostGrid = 2147483647;  // blocks along x
-constexpr int64_t kMostGridYZ = 65535;
-constexpr int64_t kSharedPerMultiprocessor = 1024;  // what the system keeps of each block's shared memory
-constexpr int64_t kScratchBytes = int64_t{256} << 20;
-constexpr int kMostSplits = 64;  // of a tile's tokens
+constexpr int64_t kMaxGridX = 2147483647;
+constexpr int64_t kMaxGridYZ = 65535;
+constexpr int64_t kReservedSharedBytes = 1024;  // per CTA, by the system
+constexpr int64_t kMaxScratchBytes = int64_t{256} << 20;
+constexpr int kMaxSplits = 64;  // of a tile's tokens
 
-// Whether code for `arch` ("80", "90a", "100f", ...) runs on a device: its own minor version and later ones of the same
-// major, an arch-specific one on its own device only. The Tegra devices (8.7, 10.1) run no code but their own.
+// Whether code for `arch` ("80", "90a", "100f", ...) runs on a device: on the same major version from its own minor
+// version on; arch-specific code on its own device only. The Tegra devices (8.7, 10.1) run only their own code.
 bool serves(const std::string& arch, int capability) {
   const int built = std::stoi(arch);
   if (arch.back() == 'a' || capability == 87 || capability == 101) return built == capability;
@@ -29,8 +29,8 @@ bool serves(const std::string& arch, int capability) {
 std::string machine_refusal(const Machine& machine) {
   if (machine.capability == 0) return "it needs a CUDA device";
   if (machine.capability < 80)
-    return "it needs compute capability 8.0 or newer, the device has " + std::to_string(machine.capability / 10) +
-           "." + std::to_string(machine.capability % 10);
+    return "it needs compute capability 8.0 or newer, the device has " + std::to_string(machine.capability / 10) + "." +
+           std::to_string(machine.capability % 10);
   return "";
 }
 
@@ -44,32 +44,32 @@ const char* name(Dtype dtype) {
   return "";
 }
 
-// Why the splits asked for cannot be had, where `splits` are what comes of them; empty where they can.
-std::string splits_refusal(const Choice& choice, int64_t splits, int64_t most) {
-  if (choice.splits == 0 || (choice.splits == splits && splits <= most)) return "";
-  return "it cannot share its work among " + std::to_string(choice.splits) + " blocks";
+// Why a choice of splits is refused, where rounding gives `splits`; empty where it is not.
+std::string splits_refusal(const Choice& choice, int64_t splits, int64_t max_splits) {
+  if (choice.splits == 0 || (choice.splits == splits && splits <= max_splits)) return "";
+  return "it cannot split its work over " + std::to_string(choice.splits) + " CTAs";
 }
 
-// Blocks in flight on the whole machine.
-int64_t slots(const Machine& machine, int64_t shared_bytes, int blocks_by_registers) {
-  int64_t by_shared = (machine.shared_memory + kSharedPerMultiprocessor) / (shared_bytes + kSharedPerMultiprocessor);
-  return machine.multiprocessors * greatest(1, least(by_shared, blocks_by_registers));
+// Co-resident CTAs of the device.
+int64_t resident_ctas(const Machine& machine, int64_t shared_bytes, int ctas_by_registers) {
+  int64_t by_shared = (machine.shared_memory + kReservedSharedBytes) / (shared_bytes + kReservedSharedBytes);
+  return machine.sm_count * max64(1, min64(by_shared, ctas_by_registers));
 }
 
-// The number of blocks per tile that finishes first: whole waves of blocks, each of its steps and a fixed part for
-// filling the pipeline and leaving the tile, and the second kernel where there is more than one.
-int best_splits(int64_t tiles, int edge, int64_t tokens, int block_tokens, int64_t at_once) {
+// The split-K with the lowest cost: whole waves of CTAs, each of its steps and a fixed part for prologue and epilogue,
+// and the reduction kernel where there is more than one split.
+int best_splits(int64_t tiles, int edge, int64_t tokens, int block_tokens, int64_t resident) {
   const int64_t fixed_steps = 512 / block_tokens;
   const int64_t second_kernel_steps = 768 / block_tokens;
   int64_t steps = ceil_div(tokens, block_tokens);
   int best = 1;
-  int64_t least_cost = std::numeric_limits<int64_t>::max();
-  for (int splits = 1; splits <= least(kMostSplits, greatest(1, steps)); ++splits) {
-    if (splits > 1 && covariance::partial_offset(0, splits, 0, splits, tiles, edge) * 4 > kScratchBytes) break;
-    int64_t waves = ceil_div(tiles * splits, at_once);
+  int64_t min_cost = std::numeric_limits<int64_t>::max();
+  for (int splits = 1; splits <= min64(kMaxSplits, max64(1, steps)); ++splits) {
+    if (splits > 1 && covariance::partial_offset(0, splits, 0, splits, tiles, edge) * 4 > kMaxScratchBytes) break;
+    int64_t waves = ceil_div(tiles * splits, resident);
     int64_t cost = waves * (ceil_div(steps, splits) + fixed_steps) + (splits > 1 ? second_kernel_steps + splits : 0);
-    if (cost < least_cost) {
-      least_cost = cost;
+    if (cost < min_cost) {
+      min_cost = cost;
       best = splits;
     }
   }
@@ -110,11 +110,11 @@ CovariancePlan plan_covariance(const CovarianceProblem& problem) {
   if (std::string reason = machine_refusal(problem.machine); !reason.empty()) return refuse(reason);
   if (problem.dtype == Dtype::float64) return refuse("it takes bfloat16, float16 or float32, not float64");
   if (problem.tokens < 1 || problem.features < 1 || problem.groups < 1) return refuse("there is nothing to add");
-  if (problem.groups > kMostGridYZ)
+  if (problem.groups > kMaxGridYZ)
     return refuse("it takes at most 65535 groups, got " + std::to_string(problem.groups));
-  int64_t blocks = ceil_div(problem.features, kTile);
-  if (problem.features > std::numeric_limits<int32_t>::max() / kTile || triangle(blocks) > kMostGrid)
-    return refuse("the second moment has more tiles than a grid has blocks");
+  if (problem.features > std::numeric_limits<int32_t>::max() / kTile ||
+      triangle(ceil_div(problem.features, kTile)) > kMaxGridX)
+    return refuse("the second moment has more tiles than a grid has CTAs");
   if (problem.source == Source::patches && problem.tokens > std::numeric_limits<int32_t>::max())
     return refuse("it takes at most 2^31 - 1 patches, got " + std::to_string(problem.tokens));
   if (problem.tokens > int64_t{1} << 35)
@@ -125,23 +125,23 @@ CovariancePlan plan_covariance(const CovarianceProblem& problem) {
   const bool async = problem.source == Source::aligned_matrix && !split_in_parts;
   const bool fits_sm90 = async && !plan.tf32 && problem.machine.capability == 90 && problem.groups == 1 &&
                          problem.tokens <= std::numeric_limits<int32_t>::max() - wgmma::kTokens;
-  const bool fits_wide = fits_sm90 && problem.machine.multiprocessors >= wide::kBlocks;
-  const std::string& wanted = problem.choice.kernel;
-  if (problem.choice.token_tile != 0) return refuse("only prefill_sm90 takes a number of tokens per block");
-  if (!wanted.empty() && wanted != "covariance_sm80" && !(wanted == "covariance_sm90" && fits_sm90) &&
-      !(wanted == "covariance_sm90_wide" && fits_wide))
-    return refuse(wanted + " does not run this problem");
+  const bool fits_wide = fits_sm90 && problem.machine.sm_count >= wide::kClusterCtas;
+  const std::string& chosen = problem.choice.kernel;
+  if (problem.choice.token_tile != 0) return refuse("only prefill_sm90 has a choice of tokens per CTA");
+  if (!chosen.empty() && chosen != "covariance_sm80" && !(chosen == "covariance_sm90" && fits_sm90) &&
+      !(chosen == "covariance_sm90_wide" && fits_wide))
+    return refuse(chosen + " does not run this problem");
   int64_t static_bytes = kStaticSharedBytes;
   plan.tile = kTile;
-  if (wanted == "covariance_sm90_wide") {
-    plan.kernel = wanted;
-    plan.tile = wide::kSquare;
+  if (chosen == "covariance_sm90_wide") {
+    plan.kernel = chosen;
+    plan.tile = wide::kTile;
     plan.block_tokens = wide::kTokens;
     plan.stages = wide::kStages;
     plan.threads = wide::kThreads;
     plan.shared_bytes = wide::kSharedBytes;
     static_bytes = wgmma::kStaticSharedBytes;
-  } else if (fits_sm90 && wanted != "covariance_sm80") {
+  } else if (fits_sm90 && chosen != "covariance_sm80") {
     plan.kernel = "covariance_sm90";
     plan.block_tokens = wgmma::kTokens;
     plan.stages = wgmma::kStages;
@@ -151,8 +151,8 @@ CovariancePlan plan_covariance(const CovarianceProblem& problem) {
   } else {
     plan.kernel = "covariance_sm80";
     plan.block_tokens = kTokens;
-    // Two blocks of four stages need 139 KB per multiprocessor, which 8.0, 9.0 and 10.0 have; 8.6, 8.9 and 12.0 have
-    // 100 KB, enough for one block of five. Stages of float32 are twice as large.
+    // Two CTAs of four stages need 139 KB per SM, which 8.0, 9.0 and 10.0 have; 8.6, 8.9 and 12.0 have 100 KB, enough
+    // for one CTA of five stages. Stages of float32 are twice as large.
     plan.stages = !async || plan.tf32 ? 2 : problem.machine.shared_memory >= (int64_t{139} << 10) ? 4 : 5;
     plan.threads = kThreads;
     plan.shared_bytes =
@@ -160,29 +160,30 @@ CovariancePlan plan_covariance(const CovarianceProblem& problem) {
   }
   if (plan.shared_bytes + static_bytes > problem.machine.shared_memory)
     return refuse("it needs " + std::to_string(plan.shared_bytes + static_bytes) +
-                  " bytes of shared memory per block, the device has " +
-                  std::to_string(problem.machine.shared_memory));
-  const bool squares = plan.tile == wide::kSquare;
+                  " bytes of shared memory per CTA, the device has " + std::to_string(problem.machine.shared_memory));
+  const bool is_wide = plan.tile == wide::kTile;
   plan.tiles = triangle(ceil_div(problem.features, plan.tile));
-  const int64_t at_once = squares ? problem.machine.multiprocessors / wide::kBlocks
-                                  : slots(problem.machine, plan.shared_bytes + static_bytes,
-                                          async && plan.stages != 5 ? 2 : 1);
+  const int64_t resident =
+      is_wide ? problem.machine.sm_count / wide::kClusterCtas
+              : resident_ctas(problem.machine, plan.shared_bytes + static_bytes, async && plan.stages != 5 ? 2 : 1);
   int64_t splits = problem.choice.splits;
-  if (splits < 0 || splits > kMostSplits) return refuse(splits_refusal(problem.choice, 0, 0));
-  // Squares in whole waves of clusters are not shared, only those that are left over.
-  int64_t shared = squares ? plan.tiles % at_once : plan.tiles;
+  if (splits < 0 || splits > kMaxSplits) return refuse(splits_refusal(problem.choice, 0, 0));
+  // Wide tiles that fill whole waves of clusters are not split, only those of the last, partial wave.
+  int64_t split_tiles = is_wide ? plan.tiles % resident : plan.tiles;
   if (splits == 0)
-    splits = shared ? best_splits(shared * problem.groups, plan.tile, problem.tokens, plan.block_tokens, at_once) : 1;
+    splits = split_tiles == 0
+                 ? 1
+                 : best_splits(split_tiles * problem.groups, plan.tile, problem.tokens, plan.block_tokens, resident);
   plan.tokens_per_split = round_up(ceil_div(problem.tokens, splits), plan.block_tokens);
   plan.splits = static_cast<int>(ceil_div(problem.tokens, plan.tokens_per_split));
-  if (plan.splits == 1 && squares) shared = 0;
-  plan.whole = plan.tiles - shared;
+  if (plan.splits == 1 && is_wide) split_tiles = 0;
+  plan.whole = plan.tiles - split_tiles;
   if (plan.splits > 1)
-    plan.scratch_floats = partial_sum_offset(problem.groups, 0, 0, problem.groups, plan.splits, shared,
-                                             problem.features, plan.tile);
-  const int64_t partials = partial_offset(problem.groups, 0, 0, 1, shared, plan.tile) * 4;
-  const int64_t most = partials ? greatest(1, least(kMostSplits, kScratchBytes / partials)) : 1;
-  plan.reason = splits_refusal(problem.choice, plan.splits, most);
+    plan.scratch_floats =
+        partial_sum_offset(problem.groups, 0, 0, problem.groups, plan.splits, split_tiles, problem.features, plan.tile);
+  const int64_t partials = partial_offset(problem.groups, 0, 0, 1, split_tiles, plan.tile) * 4;
+  const int64_t max_splits = partials ? max64(1, min64(kMaxSplits, kMaxScratchBytes / partials)) : 1;
+  plan.reason = splits_refusal(problem.choice, plan.splits, max_splits);
   return plan;
 }
 
@@ -190,58 +191,62 @@ std::string describe(const CovariancePlan& plan) {
   if (!plan.reason.empty()) return "cannot run: " + plan.reason;
   std::ostringstream out;
   out << plan.kernel << ": " << (plan.tf32 ? "TensorFloat-32, " : "") << "tile " << plan.tile << "x" << plan.tile
-      << ", " << plan.block_tokens << " tokens x "
-      << plan.stages << " stages, ";
+      << ", " << plan.block_tokens << " tokens x " << plan.stages << " stages, ";
   if (plan.whole) out << plan.whole << " tiles whole, ";
   if (plan.whole < plan.tiles)
-    out << plan.tiles - plan.whole << " tiles x " << plan.splits << " splits of " << plan.tokens_per_split << " tokens, ";
-  out << plan.threads << " threads, " << plan.shared_bytes
-      << " bytes of shared memory, " << plan.scratch_floats << " floats of scratch";
+    out << plan.tiles - plan.whole << " tiles x " << plan.splits << " splits of " << plan.tokens_per_split
+        << " tokens, ";
+  out << plan.threads << " threads, " << plan.shared_bytes << " bytes of shared memory, " << plan.scratch_floats
+      << " floats of scratch";
   return out.str();
 }
 
 namespace {
 
 // Two kernels, for any alignment and every machine.
-LowRankPlan plan_decode_pair(const LowRankProblem& problem) {
+LowRankPlan plan_decode_sm80(const LowRankProblem& problem) {
   using namespace lowrank_linear;
   LowRankPlan plan;
   plan.kernel = "decode_sm80";
-  // t lies in shared memory for a block's tokens: fewer tokens where the rank is large.
-  plan.token_tile = decode_token_tile(problem.tokens);
-  const auto up_bytes = [&] {
-    int rows = kRows * up_products(plan.token_tile);
-    return greatest(plan.token_tile * rank_pitch(problem.rank), sum_bytes(rows, plan.token_tile));
+  plan.vectorized = problem.aligned && problem.in_features % kVector == 0 && problem.rank % kVector == 0;
+  // A CTA keeps t of its tokens in shared memory: a smaller token tile where the rank is large.
+  const auto up_bytes = [&](int token_tile) {
+    return max64(token_tile * rank_pitch(problem.rank), sum_bytes(kRows * up_row_tiles(token_tile), token_tile));
   };
-  while (plan.token_tile > 8 && up_bytes() > problem.machine.shared_memory) plan.token_tile /= 2;
+  plan.token_tile = kDecodeSm80Variants[0].token_tile;
+  for (const DecodeVariant& variant : kDecodeSm80Variants) {
+    if (variant.vectorized != plan.vectorized) continue;
+    const bool needed = plan.token_tile < problem.tokens;  // the smaller tile does not hold all tokens
+    if (needed && up_bytes(variant.token_tile) <= problem.machine.shared_memory) plan.token_tile = variant.token_tile;
+  }
   plan.threads = kThreads;
   plan.rows_down = kRows;
-  plan.rows_up = kRows * up_products(plan.token_tile);
+  plan.rows_up = kRows * up_row_tiles(plan.token_tile);
   plan.shared_bytes_down = sum_bytes(plan.rows_down, plan.token_tile);
-  plan.shared_bytes_up = up_bytes();
+  plan.shared_bytes_up = up_bytes(plan.token_tile);
   if (plan.shared_bytes_up > problem.machine.shared_memory) {
     plan.reason = "rank " + std::to_string(problem.rank) + " needs " + std::to_string(plan.shared_bytes_up) +
-                  " bytes of shared memory per block, the device has " + std::to_string(problem.machine.shared_memory);
+                  " bytes of shared memory per CTA, the device has " + std::to_string(problem.machine.shared_memory);
     return plan;
   }
-  // Few rows of down: share its features, but keep a warp's share worth starting and the sums of t cheap to read.
-  constexpr int64_t kLeastSteps = 2 * kWarps;
-  constexpr int64_t kMostOwnSplits = 8;
-  constexpr int64_t kMostAskedSplits = 32;
+  // Few rows of down: split its features, but keep a warp's share worth starting and the sums of t cheap to read.
+  constexpr int64_t kMinSteps = 2 * kWarps;
+  constexpr int64_t kMaxOwnSplits = 8;
+  constexpr int64_t kMaxChosenSplits = 32;
   int64_t steps = ceil_div(problem.in_features, kFeatures);
-  int64_t wanted = problem.machine.multiprocessors / ceil_div(problem.rank, kRows);
-  int64_t splits = greatest(1, least(least(wanted, kMostOwnSplits), steps / kLeastSteps));
-  if (problem.choice.splits > 0) splits = least(problem.choice.splits, steps);
+  int64_t splits_for_all_sms = problem.machine.sm_count / ceil_div(problem.rank, kRows);
+  int64_t splits = max64(1, min64(min64(splits_for_all_sms, kMaxOwnSplits), steps / kMinSteps));
+  if (problem.choice.splits > 0) splits = min64(problem.choice.splits, steps);
   plan.split_features = ceil_div(steps, splits) * kFeatures;
   plan.splits = static_cast<int>(ceil_div(problem.in_features, plan.split_features));
-  plan.reason = splits_refusal(problem.choice, plan.splits, kMostAskedSplits);
+  plan.reason = splits_refusal(problem.choice, plan.splits, kMaxChosenSplits);
   plan.scratch_floats = plan.splits * problem.tokens * problem.rank;
   plan.dependent_launch = problem.machine.capability >= 90;
   return plan;
 }
 
-// One kernel with clusters and bulk copies; a reason where those cannot be.
-LowRankPlan plan_decode_persistent(const LowRankProblem& problem) {
+// One cooperative kernel with clusters and bulk copies; a reason where it does not run.
+LowRankPlan plan_decode_sm90(const LowRankProblem& problem) {
   using namespace lowrank_linear;
   LowRankPlan plan;
   plan.kernel = "decode_sm90";
@@ -254,12 +259,15 @@ LowRankPlan plan_decode_persistent(const LowRankProblem& problem) {
     plan.reason = "rows do not start and end on 16 bytes";
     return plan;
   }
-  // The whole slab if it fits, and all tokens at once; but at least one tile of up, and fewer tokens if need be.
+  // The whole slab if it fits, and all tokens at once; but at least one tile of up, and a smaller token tile if need
+  // be.
   const int64_t tile_bytes = kRows * rank_pitch(problem.rank);
-  const auto room = [&] { return (machine.shared_memory - layout(plan.token_tile, problem.rank, 0).bytes) / tile_bytes; };
+  const auto max_resident_tiles = [&] {
+    return (machine.shared_memory - smem_layout(plan.token_tile, problem.rank, 0).bytes) / tile_bytes;
+  };
   plan.token_tile = decode_token_tile(problem.tokens);
-  while (plan.token_tile > 8 && room() < 1) plan.token_tile /= 2;
-  if (room() < 1) {
+  while (plan.token_tile > 8 && max_resident_tiles() < 1) plan.token_tile /= 2;
+  if (max_resident_tiles() < 1) {
     plan.reason = "rank " + std::to_string(problem.rank) + " leaves no room for a tile of up in " +
                   std::to_string(machine.shared_memory) + " bytes of shared memory";
     return plan;
@@ -267,17 +275,18 @@ LowRankPlan plan_decode_persistent(const LowRankProblem& problem) {
   plan.threads = kThreads;
   plan.rows_down = plan.rows_up = kRows;
 
-  // The cluster that finishes down first: rounds of units, each of a warp's steps and a fixed part for adding up.
+  // The cluster with the lowest cost for down: waves of work units, each of a warp's steps and a fixed part for the
+  // reduction.
   constexpr int64_t kFixedSteps = 2;
-  const int64_t work = units(problem.rank, problem.tokens, plan.token_tile);
+  const int64_t units = work_units(problem.rank, problem.tokens, plan.token_tile);
   const int64_t steps = ceil_div(problem.in_features, kFeatures);
-  int64_t least_cost = std::numeric_limits<int64_t>::max();
-  for (int cluster = 1; cluster <= least(kMostCluster, machine.multiprocessors); cluster *= 2) {
+  int64_t min_cost = std::numeric_limits<int64_t>::max();
+  for (int cluster = 1; cluster <= min64(kMaxCluster, machine.sm_count); cluster *= 2) {
     if (problem.choice.splits != 0 && problem.choice.splits != cluster) continue;
-    int64_t rounds = ceil_div(work, machine.multiprocessors / cluster);
-    int64_t cost = rounds * (ceil_div(ceil_div(steps, cluster), kWarps) + kFixedSteps);
-    if (cost < least_cost) {
-      least_cost = cost;
+    int64_t waves = ceil_div(units, machine.sm_count / cluster);
+    int64_t cost = waves * (ceil_div(ceil_div(steps, cluster), kWarps) + kFixedSteps);
+    if (cost < min_cost) {
+      min_cost = cost;
       plan.splits = plan.cluster = cluster;
     }
   }
@@ -285,25 +294,39 @@ LowRankPlan plan_decode_persistent(const LowRankProblem& problem) {
     plan.reason = splits_refusal(problem.choice, 0, 0);
     return plan;
   }
-  // The last blocks of a cluster may be left without features; they still add up their part of the sums.
+  // The last CTAs of a cluster may have no features; they still reduce their part of the sums.
   plan.split_features = ceil_div(steps, plan.splits) * kFeatures;
   const int64_t tiles_up = ceil_div(problem.out_features, kRows);
-  const int64_t clusters =
-      least(machine.multiprocessors / plan.splits, greatest(work, ceil_div(tiles_up, plan.splits)));
-  plan.blocks = clusters * plan.splits;
-  plan.resident_tiles = least(room(), ceil_div(tiles_up, plan.blocks));
-  plan.shared_bytes = layout(plan.token_tile, problem.rank, plan.resident_tiles).bytes;
+  const int64_t clusters = min64(machine.sm_count / plan.splits, max64(units, ceil_div(tiles_up, plan.splits)));
+  plan.ctas = clusters * plan.splits;
+  plan.resident_tiles = min64(max_resident_tiles(), ceil_div(tiles_up, plan.ctas));
+  plan.shared_bytes = smem_layout(plan.token_tile, problem.rank, plan.resident_tiles).bytes;
   plan.scratch_floats = ceil_div(problem.tokens * problem.rank, 2);
   return plan;
 }
 
+// The cost of a prefill kernel in cycles: waves of clusters; per CTA the steps over features, each bound by its MMAs or
+// by its loads, and the rows of up. A wgmma takes N / 2 cycles per warpgroup; a CTA gets 25 bytes a cycle from L2 while
+// all read; the epilogue of a tile of up takes 600, by one warpgroup while the others compute; a CTA's start 2000. None
+// of these is measured.
+int64_t prefill_cycles(const lowrank_linear::prefill::Variant& v, const LowRankProblem& problem, int64_t token_tiles) {
+  using namespace lowrank_linear::prefill;
+  const auto cycles = [](int64_t mma, int64_t bytes) { return max64(mma, bytes / 25); };
+  const int64_t waves = ceil_div(token_tiles, problem.machine.sm_count / v.ctas());
+  const int64_t load_bytes = x_bytes(v) / v.cluster + v.columns() * kRowBytes / v.peers;
+  const int64_t down = ceil_div(problem.in_features, kTileK) * cycles(2 * v.warpgroups * v.columns(), load_bytes);
+  const int64_t up = up_tiles(0, v.cluster, problem.out_features) *
+                     (cycles(2 * v.warpgroups * v.rank_tile, up_step_bytes(v) / v.peers) + 600 / v.warpgroups);
+  return waves * (down + up + 2000);
+}
+
 // Many tokens: one kernel that keeps t on the chip.
-LowRankPlan plan_prefill(const LowRankProblem& problem) {
+LowRankPlan plan_prefill_sm90(const LowRankProblem& problem) {
   using namespace lowrank_linear::prefill;
   LowRankPlan plan;
   plan.kernel = "prefill_sm90";
   const auto refuse = [&](const std::string& reason) {
-    plan.reason = "it takes at most " + std::to_string(lowrank_linear::kMostTokens) + " tokens, got " +
+    plan.reason = "it takes at most " + std::to_string(lowrank_linear::kMaxTokens) + " tokens, got " +
                   std::to_string(problem.tokens) + "; for more, " + reason;
     return plan;
   };
@@ -311,51 +334,39 @@ LowRankPlan plan_prefill(const LowRankProblem& problem) {
   const Choice& choice = problem.choice;
   if (machine.capability != 90) return refuse("it needs compute capability 9.0");
   if (!problem.aligned) return refuse("rows of x, down and up must start on 16 bytes");
-  if (problem.rank > kMostRank) return refuse("the rank must be at most 256, got " + std::to_string(problem.rank));
-  // Rows are 32-bit to the copy engine, those past the last token included, up to the end of its tile.
-  if (problem.tokens > std::numeric_limits<int32_t>::max() - kMostTileTokens)
-    return refuse("it takes at most 2^31 - " + std::to_string(kMostTileTokens + 1));
-  plan.rows_up = kOutputs;
+  if (problem.rank > kMaxRank) return refuse("the rank must be at most 256, got " + std::to_string(problem.rank));
+  // TMA has 32-bit row coordinates, also for rows past the last token, up to the end of its tile.
+  if (problem.tokens > std::numeric_limits<int32_t>::max() - kMaxTokenTile)
+    return refuse("it takes at most 2^31 - " + std::to_string(kMaxTokenTile + 1));
+  plan.rows_up = kTileN;
   plan.splits = 1;
   plan.split_features = problem.in_features;
 
-  // The cluster that finishes first: waves of clusters; per block the steps over features, each bound by its products
-  // or by bringing its operands, and the rows of up. In cycles: a wgmma takes half of its columns, for each warpgroup;
-  // 25 bytes a cycle come to a block while all of them read; a tile of up is left in 600, by one warpgroup while the
-  // others multiply, a block started in 2000. None of these is measured.
-  const auto cycles = [](int64_t products, int64_t bytes) { return greatest(products, bytes / 25); };
-  int64_t least_cost = std::numeric_limits<int64_t>::max();
-  for (int ranks = rank_tile(problem.rank); ranks <= kMostRank; ranks += kStep)
-    for (int cluster = 1; cluster <= least(8, machine.multiprocessors); cluster *= 2)
-      for (int kind : {2, 3, 4}) {  // the last: two warpgroups, and a peer
-        const int groups = kind == 4 ? 2 : kind, peers = kind == 4 ? kMostPeers : 1, blocks = cluster * peers;
-        const Variant v{ranks, cluster, groups, peers};
-        const int64_t tiles = ceil_div(problem.tokens, v.tokens() * peers);
-        if (!exists(v) || shared_bytes(v) > machine.shared_memory || tiles * blocks > kMostGrid) continue;
-        if (choice.splits != 0 && choice.splits != cluster) continue;
-        if (choice.token_tile != 0 && choice.token_tile != v.tokens() * peers) continue;
-        if (blocks > machine.multiprocessors) continue;
-        const int64_t waves = ceil_div(tiles, machine.multiprocessors / blocks);
-        const int64_t down = ceil_div(problem.in_features, kBox) *
-                             cycles(2 * groups * v.columns(), x_bytes(groups) / cluster + v.columns() * kRowBytes / peers);
-        const int64_t up = up_tiles(0, cluster, problem.out_features) *
-                           (cycles(2 * groups * ranks, up_step_bytes(ranks) / peers) + 600 / groups);
-        const int64_t cost = waves * (down + up + 2000);
-        if (cost >= least_cost) continue;
-        least_cost = cost;
-        plan.token_tile = v.tokens() * peers;
-        plan.threads = v.threads();
-        plan.rank_tile = ranks;
-        plan.cluster = cluster;
-        plan.rows_down = v.columns();
-        plan.stages = stages(v);
-        plan.shared_bytes = shared_bytes(v);
-        plan.blocks = tiles * blocks;
-      }
+  int64_t min_cost = std::numeric_limits<int64_t>::max();
+  for (const Variant& v : kVariants) {
+    const int64_t tiles = ceil_div(problem.tokens, v.token_tile());
+    if (v.rank_tile < problem.rank || shared_bytes(v) > machine.shared_memory || v.ctas() > machine.sm_count) continue;
+    if (tiles * v.ctas() > kMaxGridX) continue;
+    if (choice.splits != 0 && choice.splits != v.cluster) continue;
+    if (choice.token_tile != 0 && choice.token_tile != v.token_tile()) continue;
+    const int64_t cost = prefill_cycles(v, problem, tiles);
+    if (cost >= min_cost) continue;
+    min_cost = cost;
+    plan.token_tile = v.token_tile();
+    plan.threads = v.threads();
+    plan.rank_tile = v.rank_tile;
+    plan.cluster = v.cluster;
+    plan.rows_down = v.columns();
+    plan.stages = stages(v);
+    plan.shared_bytes = shared_bytes(v);
+    plan.ctas = tiles * v.ctas();
+  }
   if (plan.rank_tile == 0 && (choice.splits != 0 || choice.token_tile != 0))
     return refuse("there is no kernel for " + std::to_string(choice.token_tile) + " tokens and clusters of " +
                   std::to_string(choice.splits) + " (0: any)");
-  if (plan.rank_tile == 0) return refuse("there is too little shared memory: " + std::to_string(machine.shared_memory));
+  if (plan.rank_tile == 0)
+    return refuse("there is no kernel for " + std::to_string(machine.shared_memory) + " bytes of shared memory and " +
+                  std::to_string(machine.sm_count) + " SMs");
   return plan;
 }
 
@@ -372,21 +383,22 @@ LowRankPlan plan_lowrank_linear(const LowRankProblem& problem) {
     return refuse(std::string("it takes bfloat16 or float16, not ") + name(problem.dtype));
   if (problem.tokens < 1 || problem.in_features < 1 || problem.rank < 1 || problem.out_features < 1)
     return refuse("a dimension is empty");
-  constexpr int64_t kMostFeatures = int64_t{1} << 30;
-  if (problem.in_features > kMostFeatures || problem.out_features > kMostFeatures)
+  constexpr int64_t kMaxFeatures = int64_t{1} << 30;
+  if (problem.in_features > kMaxFeatures || problem.out_features > kMaxFeatures)
     return refuse("it takes at most 2^30 features");
-  const std::string& wanted = problem.choice.kernel;
-  const bool decode = wanted == "decode_sm80" || wanted == "decode_sm90";
-  const int64_t most = decode ? lowrank_linear::kMostAskedTokens : lowrank_linear::kMostTokens;
-  const bool many = problem.tokens > most;
-  if (!wanted.empty() && (many ? wanted != "prefill_sm90" : !decode)) return refuse(wanted + " does not run this problem");
-  if (many) return plan_prefill(problem);
-  if (problem.choice.token_tile != 0) return refuse("only prefill_sm90 takes a number of tokens per block");
-  if (wanted != "decode_sm80") {
-    const LowRankPlan persistent = plan_decode_persistent(problem);
-    if (persistent.reason.empty() || !wanted.empty()) return persistent;
+  const std::string& chosen = problem.choice.kernel;
+  const bool decode_chosen = chosen == "decode_sm80" || chosen == "decode_sm90";
+  const int64_t max_decode = decode_chosen ? lowrank_linear::kMaxChosenTokens : lowrank_linear::kMaxTokens;
+  const bool prefill = problem.tokens > max_decode;
+  if (!chosen.empty() && (prefill ? chosen != "prefill_sm90" : !decode_chosen))
+    return refuse(chosen + " does not run this problem");
+  if (prefill) return plan_prefill_sm90(problem);
+  if (problem.choice.token_tile != 0) return refuse("only prefill_sm90 has a choice of tokens per CTA");
+  if (chosen != "decode_sm80") {
+    const LowRankPlan plan = plan_decode_sm90(problem);
+    if (plan.reason.empty() || !chosen.empty()) return plan;
   }
-  return plan_decode_pair(problem);
+  return plan_decode_sm80(problem);
 }
 
 std::string describe(const LowRankPlan& plan) {
@@ -398,12 +410,12 @@ std::string describe(const LowRankPlan& plan) {
   if (plan.kernel == "decode_sm80")
     out << plan.shared_bytes_down << " and " << plan.shared_bytes_up << " bytes of shared memory, ";
   else
-    out << plan.blocks << " blocks in clusters of " << plan.cluster << ", " << plan.shared_bytes
+    out << plan.ctas << " CTAs in clusters of " << plan.cluster << ", " << plan.shared_bytes
         << " bytes of shared memory, ";
   if (plan.kernel == "decode_sm90") out << plan.resident_tiles * plan.rows_up << " rows of up in it, ";
   if (plan.kernel == "prefill_sm90")
     out << "ranks up to " << plan.rank_tile << ", " << plan.stages << " stages, "
-        << (plan.token_tile == lowrank_linear::prefill::kMostTileTokens ? "pairs of blocks share weights, " : "");
+        << (plan.token_tile == lowrank_linear::prefill::kMaxTokenTile ? "pairs of CTAs multicast weights, " : "");
   out << plan.scratch_floats << " floats of scratch" << (plan.dependent_launch ? ", dependent launch" : "");
   return out.str();
 }

@@ -1,4 +1,4 @@
-// Which kernel runs a problem, and how: the single statement of what the kernels can take. No torch, no CUDA.
+// Which kernel runs a problem, and how: the single statement of what the kernels support. No torch, no CUDA.
 #pragma once
 
 #include <cstdint>
@@ -8,31 +8,31 @@ namespace lowrank_ops {
 
 enum class Dtype { bfloat16, float16, float32, float64 };
 
-// Accepts the names that torch prints, without "torch."; throws std::invalid_argument for any other.
+// Accepts torch's names without "torch."; throws std::invalid_argument for any other.
 Dtype parse_dtype(const std::string& name);
 
 struct Machine {
-  int capability;       // 10 * major + minor
-  int multiprocessors;
-  int64_t shared_memory;  // bytes a block may ask for
+  int capability;  // 10 * major + minor
+  int sm_count;
+  int64_t shared_memory;  // bytes that a CTA may opt in to
 };
 
 // Why a library built for `archs`, such as "80,90a,100f", has no code for a device; empty where it has.
 std::string arch_refusal(const std::string& archs, int capability);
 
-// What was found faster than the planner's own choice, as a tuned table has it. Refused where it cannot be had.
+// A tuned table's choice. Refused where the kernel does not support it.
 struct Choice {
-  std::string kernel;  // empty: the first that can run the problem
-  int64_t splits = 0;  // of a plan's `splits`, or of prefill_sm90's `cluster`; 0: the planner's
-  int64_t token_tile = 0;  // prefill_sm90
+  std::string kernel;      // empty: the first that can run the problem
+  int64_t splits = 0;      // a plan's `splits`, or prefill_sm90's `cluster`; 0: the planner's
+  int64_t token_tile = 0;  // prefill_sm90; 0: the planner's
 };
 
 // ---- covariance_update_ ----
 
 enum class Source {
-  matrix,            // rows of any alignment, staged through registers
-  aligned_matrix,    // rows on 16 bytes: asynchronous copies, unless float32 has to be split in parts
-  patches,           // implicit im2col
+  matrix,          // rows of any alignment, staged through registers
+  aligned_matrix,  // rows on 16 bytes: cp.async or TMA, unless float32 is split in parts
+  patches,         // implicit im2col
 };
 
 // Accepts the names of the enumerators; throws std::invalid_argument for any other.
@@ -45,7 +45,7 @@ struct CovarianceProblem {
   Dtype dtype;
   Source source;
   Machine machine;
-  bool allow_tf32 = false;  // products of float32 in TensorFloat-32
+  bool allow_tf32 = false;  // float32 MMAs in TensorFloat-32
   Choice choice = {};
 };
 
@@ -53,16 +53,16 @@ struct CovariancePlan {
   std::string reason;  // why no kernel can run this; empty where one can
   std::string kernel;
   bool tf32 = false;
-  int tile = 0;             // rows and columns of the second moment per block
-  int block_tokens = 0;     // tokens per pipeline stage
+  int tile = 0;          // rows and columns of the second moment per CTA (covariance_sm90_wide: per cluster)
+  int block_tokens = 0;  // tokens per pipeline stage
   int stages = 0;
   int threads = 0;
-  int64_t tiles = 0;        // lower tiles per group
-  int64_t whole = 0;        // covariance_sm90_wide: the first tiles, which are not shared
-  int splits = 0;           // blocks, or clusters, that share a tile's tokens
+  int64_t tiles = 0;  // lower tiles per group
+  int64_t whole = 0;  // covariance_sm90_wide: the first tiles, which are not split
+  int splits = 0;     // split-K: CTAs, or clusters, that share a tile's tokens
   int64_t tokens_per_split = 0;
   int64_t shared_bytes = 0;
-  int64_t scratch_floats = 0;  // 0 where a tile has one block
+  int64_t scratch_floats = 0;  // 0 where no tile is split
 };
 
 CovariancePlan plan_covariance(const CovarianceProblem& problem);
@@ -84,25 +84,26 @@ struct LowRankProblem {
 struct LowRankPlan {
   std::string reason;
   std::string kernel;
-  int token_tile = 0;     // tokens per block, or at a time; 256 for two blocks of prefill_sm90 that share weights
+  int token_tile = 0;  // tokens per CTA, or at a time; 256: a pair of prefill_sm90's CTAs that multicast weights
   int threads = 0;
-  int rows_down = 0;      // rows of down per block, or at a time
-  int rows_up = 0;        // rows of up, likewise
-  int splits = 0;         // blocks that share in_features of a row of down
-  int cluster = 1;        // decode_sm90: the same; prefill_sm90: blocks that share rank and out_features
+  int rows_down = 0;  // rows of down per CTA, or at a time
+  int rows_up = 0;    // rows of up, likewise
+  int splits = 0;     // split-K: CTAs that share in_features of a row of down
+  int cluster = 1;    // decode_sm90: the same; prefill_sm90: CTAs that share rank and out_features
   int64_t split_features = 0;
   int64_t scratch_floats = 0;
 
   // decode_sm80: two kernels
   int64_t shared_bytes_down = 0;
   int64_t shared_bytes_up = 0;
-  bool dependent_launch = false;  // the second kernel starts while the first one runs
+  bool vectorized = false;        // rows start and end on 16 bytes
+  bool dependent_launch = false;  // PDL: the second kernel starts while the first one runs
 
   // decode_sm90, prefill_sm90: one kernel
   int64_t shared_bytes = 0;
-  int64_t blocks = 0;          // decode_sm90: all run at once
-  int64_t resident_tiles = 0;  // decode_sm90: 16-row tiles of up that a block keeps in shared memory
-  int rank_tile = 0;           // prefill_sm90: ranks that the kernel multiplies, zeros past the last
+  int64_t ctas = 0;            // decode_sm90: all co-resident
+  int64_t resident_tiles = 0;  // decode_sm90: 16-row tiles of up that a CTA keeps in shared memory
+  int rank_tile = 0;           // prefill_sm90: ranks that the kernel computes, zeros past the last
   int stages = 0;              // prefill_sm90
 };
 

@@ -1,4 +1,5 @@
-// The planner for Python, on machines where the op library does not load: (why not, plan), one of them empty.
+// The planner as a Python module, for machines where the op library does not load. (why not, plan): one of them is
+// empty.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -23,24 +24,35 @@ PYBIND11_MODULE(_planner, m) {
   m.def(
       "plan_covariance",
       [](int64_t tokens, int64_t features, int64_t groups, const std::string& dtype, const std::string& source,
-         bool allow_tf32, int capability, int multiprocessors, int64_t shared_memory, const std::string& kernel,
+         bool allow_tf32, int capability, int sm_count, int64_t shared_memory, const std::string& kernel,
          int64_t splits, int64_t token_tile) {
-        return explain(plan_covariance({tokens, features, groups, parse_dtype(dtype), parse_source(source),
-                                        {capability, multiprocessors, shared_memory}, allow_tf32, {kernel, splits, token_tile}}));
+        return explain(plan_covariance({tokens,
+                                        features,
+                                        groups,
+                                        parse_dtype(dtype),
+                                        parse_source(source),
+                                        {capability, sm_count, shared_memory},
+                                        allow_tf32,
+                                        {kernel, splits, token_tile}}));
       },
-      arg("tokens"), arg("features"), arg("groups"), arg("dtype"), arg("source"), arg("allow_tf32"),
-      arg("capability"), arg("multiprocessors"), arg("shared_memory"), arg("kernel") = "", arg("splits") = 0,
-      arg("token_tile") = 0);
+      arg("tokens"), arg("features"), arg("groups"), arg("dtype"), arg("source"), arg("allow_tf32"), arg("capability"),
+      arg("sm_count"), arg("shared_memory"), arg("kernel") = "", arg("splits") = 0, arg("token_tile") = 0);
   m.def(
       "plan_lowrank_linear",
       [](int64_t tokens, int64_t in_features, int64_t rank, int64_t out_features, const std::string& dtype,
-         bool aligned, int capability, int multiprocessors, int64_t shared_memory, const std::string& kernel,
-         int64_t splits, int64_t token_tile) {
-        return explain(plan_lowrank_linear({tokens, in_features, rank, out_features, parse_dtype(dtype), aligned,
-                                            {capability, multiprocessors, shared_memory}, {kernel, splits, token_tile}}));
+         bool aligned, int capability, int sm_count, int64_t shared_memory, const std::string& kernel, int64_t splits,
+         int64_t token_tile) {
+        return explain(plan_lowrank_linear({tokens,
+                                            in_features,
+                                            rank,
+                                            out_features,
+                                            parse_dtype(dtype),
+                                            aligned,
+                                            {capability, sm_count, shared_memory},
+                                            {kernel, splits, token_tile}}));
       },
       arg("tokens"), arg("in_features"), arg("rank"), arg("out_features"), arg("dtype"), arg("aligned"),
-      arg("capability"), arg("multiprocessors"), arg("shared_memory"), arg("kernel") = "", arg("splits") = 0,
+      arg("capability"), arg("sm_count"), arg("shared_memory"), arg("kernel") = "", arg("splits") = 0,
       arg("token_tile") = 0);
 }
 

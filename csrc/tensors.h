@@ -1,4 +1,4 @@
-// What the ops ask of a tensor.
+// Dtype, alignment and shape of a tensor.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

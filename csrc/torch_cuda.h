@@ -1,4 +1,4 @@
-// The current stream and the facts about a device, through torch's C interface.
+// The current stream and device attributes, through torch's C interface.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -7,9 +7,9 @@
 
 #include "planner.h"
 
-// Weak: a torch without CUDA lacks this one symbol, and the library has to load there too.
+// Weak: a torch without CUDA lacks this symbol, and the library has to load there, too.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
-                                                                                  void** ret_stream);
+                                                                                   void** ret_stream);
 
 namespace lowrank_ops {
 
@@ -25,7 +25,7 @@ inline cudaStream_t current_stream(int32_t device) {
 inline int device_attribute(cudaDeviceAttr attribute, int32_t device) {
   int value = 0;
   const cudaError_t error = cudaDeviceGetAttribute(&value, attribute, device);
-  STD_TORCH_CHECK(error == cudaSuccess, "lowrank_ops: asking about CUDA device ", device,
+  STD_TORCH_CHECK(error == cudaSuccess, "lowrank_ops: querying CUDA device ", device,
                   " failed: ", cudaGetErrorString(error));
   return value;
 }

@@ -1,16 +1,16 @@
-// How the sm_90 covariance kernels sum columns of what lies in a stage.
+// Column sums of the sm_90 covariance kernels, from the operands in shared memory.
 #pragma once
 
-#include "../mma_sm80.cuh"
+#include "../elements.cuh"
 #include "wgmma_tiles.h"
 
 namespace lowrank_ops::covariance {
 
-// In shared memory: what each consumer has summed of its two columns.
-struct Sums {
+// In shared memory: every consumer's sums of its two columns.
+struct ColumnSums {
   double values[wgmma::kConsumers][2];
 
-  // All threads, once all consumers have left theirs.
+  // Any thread, after a barrier behind the consumers' writes.
   __device__ double of_column(int column) const {
     double sum = 0.0;
     for (int group = 0; group < wgmma::kSumGroups; ++group)
@@ -19,7 +19,7 @@ struct Sums {
   }
 };
 
-// Adds a consumer's part of a stage to the sums of its two columns, the first of which lies `columns` bytes in.
+// Adds a consumer's tokens of a stage to the sums of its two columns. `columns`: offset of the tile's first column.
 template <class Element>
 __device__ __forceinline__ void add_columns(float (&sum)[2], const unsigned char* stage, int columns, int consumer) {
 #pragma unroll

@@ -8,23 +8,23 @@
 namespace lowrank_ops::covariance {
 
 struct Arguments {
-  const void* x;         // the first group's first element
+  const void* x;         // first element of the first group
   int64_t x_row_stride;  // elements between tokens; unused for patches
   int64_t x_group_stride;
-  Patches patches;       // used for Source::patches
+  Patches patches;  // for Source::patches
   int64_t tokens;
   int64_t features;
   int64_t groups;
 
-  void* second_moment;   // (groups, features, features), only row >= column is written
+  void* second_moment;  // (groups, features, features), only row >= column is written
   int64_t state_group_stride, state_row_stride, state_col_stride;
-  void* total;           // (groups, features)
+  void* total;  // (groups, features)
   int64_t total_group_stride, total_stride;
   bool state_is_double;
 
-  float* scratch;        // plan.scratch_floats
+  float* scratch;  // plan.scratch_floats
   int64_t tiles;
-  int64_t whole;         // the first tiles, whose tokens are not split
+  int64_t whole;  // the first tiles, which are not split
   int64_t splits;
   int64_t tokens_per_split;
 };
@@ -35,10 +35,10 @@ void launch_sm80(const CovariancePlan& plan, const Arguments& arguments, Dtype d
 // Needs code for sm_90a, Source::aligned_matrix and a 16-bit dtype.
 void launch_sm90(const CovariancePlan& plan, const Arguments& arguments, Dtype dtype, const Launch& launch);
 
-// The same, for plans that name it.
+// The same, with tiles of 256 x 256.
 void launch_sm90_wide(const CovariancePlan& plan, const Arguments& arguments, Dtype dtype, const Launch& launch);
 
-// The second launch of all, where blocks share a tile's tokens; of tiles that have so many rows and columns.
+// Reduces the partial tiles of split tiles, of `edge` rows and columns.
 void launch_add_partials(const Arguments& arguments, int edge, const Launch& launch);
 
 }  // namespace lowrank_ops::covariance

@@ -1,14 +1,24 @@
-// x^T x by mma.sync: one 128 x 128 tile of the lower triangle per block, tokens in steps of 32.
+// second_moment += x^T x by mma.sync, for every dtype, alignment and for patches of images (sm_80 and newer).
 //
-// Both operands are x itself, so a tile on the diagonal brings its features once. float32 is split in two bfloat16
-// parts, high and low, and three of their four products are taken: what is left out is below 2^-17 of a product. Where
-// TensorFloat-32 is allowed, float32 is rounded to it on the way from shared memory to the products instead, each
-// factor within 2^-11. Accumulators are added to the state every 2048 tokens. Blocks that share a tile write partial
-// tiles instead, which add_partials.cu adds in the order of the splits: the same bits every time.
+//   grid           (lower tiles of 128 x 128, splits of the tokens, groups)
+//   CTA            8 warps as 2 x 4, each 64 x 32 of the tile; a diagonal tile loads one operand and uses it as both
+//   pipeline       aligned rows: 4 or 5 stages of 32 tokens by cp.async (2 with TensorFloat-32); other rows and
+//   patches: 2
+//                  stages through registers
+//   float32        split into a high and a low bfloat16 part, three of the four MMAs: what is left out is below 2^-17
+//   of a
+//                  product. With TensorFloat-32: one MMA, each factor rounded within 2^-11 on the way to it
+//   epilogue       every 2048 tokens the accumulators are added to the state, or to the partial tile of a split one,
+//                  which add_partials.cu reduces
+//   shared memory  stages; static: column sums, patch offsets
+//   deterministic  yes
 
 #include <type_traits>
 
-#include "../mma_sm80.cuh"
+#include "../arch/cp_async.cuh"
+#include "../arch/mma.cuh"
+#include "../arch/smem.cuh"
+#include "../elements.cuh"
 #include "covariance.h"
 #include "state.cuh"
 #include "tiles.h"
@@ -16,13 +26,15 @@
 namespace lowrank_ops::covariance {
 namespace {
 
+using arch::Tf32;
+
 template <class Element>
-struct Math {  // how an element is fed to the tensor cores
+struct Math {  // how an element becomes an MMA operand
   using Input = Element;
   using Operand = Element;
   using Layout = covariance::Layout<2>;
   static constexpr int kParts = 1;
-  static constexpr int kStep = 16;  // tokens of one product
+  static constexpr int kMmaK = 16;  // tokens per MMA
 };
 template <>
 struct Math<float> : Math<__nv_bfloat16> {
@@ -35,7 +47,7 @@ struct Math<Tf32> {
   using Operand = Tf32;
   using Layout = covariance::Layout<4>;
   static constexpr int kParts = 1;
-  static constexpr int kStep = 8;
+  static constexpr int kMmaK = 8;
 };
 
 template <class Element>
@@ -47,7 +59,7 @@ constexpr int kOperandBytes = Math<Element>::kParts * LayoutOf<Element>::kBytes;
 template <class Element>
 constexpr int kStageBytes = 2 * kOperandBytes<Element>;
 
-struct Block {
+struct Cta {
   Tile tile;
   Range tokens;
   int64_t group;
@@ -55,23 +67,23 @@ struct Block {
   __device__ int features_from(int operand) const { return (operand == 0 ? tile.row : tile.col) * kTile; }
 };
 
-// ---- bringing a stage: Async copies without registers, Staged goes through them ----
+// ---- loading a stage: by cp.async, or staged through registers ----
 
 template <class Element>
-__device__ void copy_stage(const Arguments& args, const Block& block, int64_t first_token, uint32_t stage) {
+__device__ void load_stage_async(const Arguments& args, const Cta& cta, int64_t first_token, uint32_t stage) {
   using Layout = LayoutOf<Element>;
-  const auto* x = static_cast<const Input<Element>*>(args.x) + block.group * args.x_group_stride;
-  const int operands = block.diagonal() ? 1 : 2;
+  const auto* x = static_cast<const Input<Element>*>(args.x) + cta.group * args.x_group_stride;
+  const int operands = cta.diagonal() ? 1 : 2;
   for (int operand = 0; operand < operands; ++operand) {
 #pragma unroll
     for (int i = 0; i < Layout::kCopies; ++i) {
       const Copy copy = Layout::copy_along_features(threadIdx.x, i);
       const int64_t token = first_token + copy.token;
-      const int64_t feature = block.features_from(operand) + copy.chunk * Layout::kChunk;
-      const int valid = token < block.tokens.end ? Layout::valid_features(feature, args.features) : 0;
+      const int64_t feature = cta.features_from(operand) + copy.chunk * Layout::kChunk;
+      const int valid = token < cta.tokens.end ? Layout::valid_features(feature, args.features) : 0;
       const auto* from = valid ? x + token * args.x_row_stride + feature : x;
-      copy_async_16(stage + operand * kOperandBytes<Element> + Layout::offset(copy.token, copy.chunk), from,
-                    valid * static_cast<int>(sizeof(*from)));
+      arch::cp_async_16(stage + operand * kOperandBytes<Element> + Layout::offset(copy.token, copy.chunk), from,
+                        valid * static_cast<int>(sizeof(*from)));
     }
   }
 }
@@ -82,18 +94,18 @@ struct Staged {
 };
 
 template <class Element>
-__device__ void fetch_rows(Staged<Element>& staged, const Arguments& args, const Block& block, int64_t first_token) {
+__device__ void fetch_rows(Staged<Element>& staged, const Arguments& args, const Cta& cta, int64_t first_token) {
   using Layout = LayoutOf<Element>;
-  const auto* x = static_cast<const Input<Element>*>(args.x) + block.group * args.x_group_stride;
+  const auto* x = static_cast<const Input<Element>*>(args.x) + cta.group * args.x_group_stride;
 #pragma unroll
   for (int operand = 0; operand < 2; ++operand) {
-    if (operand == 1 && block.diagonal()) break;
+    if (operand == 1 && cta.diagonal()) break;
 #pragma unroll
     for (int i = 0; i < Layout::kCopies; ++i) {
       const Copy copy = Layout::copy_along_features(threadIdx.x, i);
       const int64_t token = first_token + copy.token;
-      const int64_t feature = block.features_from(operand) + copy.chunk * Layout::kChunk;
-      const int valid = token < block.tokens.end ? Layout::valid_features(feature, args.features) : 0;
+      const int64_t feature = cta.features_from(operand) + copy.chunk * Layout::kChunk;
+      const int valid = token < cta.tokens.end ? Layout::valid_features(feature, args.features) : 0;
       const auto* from = x + token * args.x_row_stride + feature;
 #pragma unroll
       for (int e = 0; e < Layout::kChunk; ++e)
@@ -103,20 +115,20 @@ __device__ void fetch_rows(Staged<Element>& staged, const Arguments& args, const
 }
 
 template <class Element>
-__device__ void fetch_patches(Staged<Element>& staged, const Arguments& args, const Block& block,
-                              int64_t first_token, const PatchFeature* features) {
+__device__ void fetch_patches(Staged<Element>& staged, const Arguments& args, const Cta& cta, int64_t first_token,
+                              const PatchFeature* features) {
   using Layout = LayoutOf<Element>;
-  const auto* x = static_cast<const Input<Element>*>(args.x) + block.group * args.x_group_stride;
+  const auto* x = static_cast<const Input<Element>*>(args.x) + cta.group * args.x_group_stride;
 #pragma unroll
   for (int i = 0; i < Layout::kCopies; ++i) {
     const int64_t token = first_token + Layout::copy_along_tokens(threadIdx.x, i).token;
-    const bool exists = token < block.tokens.end;
+    const bool exists = token < cta.tokens.end;
     const PatchToken corner = patch_token(args.patches, exists ? static_cast<uint32_t>(token) : 0);
 #pragma unroll
     for (int operand = 0; operand < 2; ++operand) {
-      if (operand == 1 && block.diagonal()) break;
+      if (operand == 1 && cta.diagonal()) break;
       const int first = Layout::copy_along_tokens(threadIdx.x, i).chunk * Layout::kChunk;
-      const int valid = Layout::valid_features(block.features_from(operand) + first, args.features);
+      const int valid = Layout::valid_features(cta.features_from(operand) + first, args.features);
 #pragma unroll
       for (int e = 0; e < Layout::kChunk; ++e) {
         const PatchFeature feature = features[operand * kTile + first + e];
@@ -127,13 +139,7 @@ __device__ void fetch_patches(Staged<Element>& staged, const Arguments& args, co
   }
 }
 
-template <class Element>
-__device__ __forceinline__ uint32_t pack(Element low, Element high) {
-  return static_cast<uint32_t>(reinterpret_cast<const uint16_t&>(low)) |
-         static_cast<uint32_t>(reinterpret_cast<const uint16_t&>(high)) << 16;
-}
-
-// The 16 bytes of a chunk; of float32 that is split, both parts of it.
+// The 16 bytes of a chunk; both parts of split float32.
 template <class Element>
 __device__ void store_chunk(const Input<Element> (&values)[LayoutOf<Element>::kChunk], unsigned char* to) {
   if constexpr (std::is_same_v<Element, Tf32>) {
@@ -148,8 +154,8 @@ __device__ void store_chunk(const Input<Element> (&values)[LayoutOf<Element>::kC
       } else {
         const __nv_bfloat16 high_a = __float2bfloat16_rn(a), high_b = __float2bfloat16_rn(b);
         part[0][pair] = pack(high_a, high_b);
-        part[1][pair] = pack(__float2bfloat16_rn(a - __bfloat162float(high_a)),
-                             __float2bfloat16_rn(b - __bfloat162float(high_b)));
+        part[1][pair] =
+            pack(__float2bfloat16_rn(a - __bfloat162float(high_a)), __float2bfloat16_rn(b - __bfloat162float(high_b)));
       }
     }
 #pragma unroll
@@ -175,15 +181,15 @@ __device__ void store_stage(const Staged<Element>& staged, bool diagonal, unsign
   }
 }
 
-// ---- computing with a stage ----
+// ---- mainloop ----
 
 struct Accumulators {
   float tile[kMmaRows][kMmaCols][4];
-  float sum[2];  // of up to 2048 tokens; diagonal tiles only
+  float sum[2];  // column sums of up to 2048 tokens; diagonal tiles only
 };
 
-// Column sums over all of the block's tokens, one pair per thread. In shared memory, because registers are full.
-struct Sums {
+// Column sums over all of the CTA's tokens, one pair per thread. In shared memory, because registers are full.
+struct ColumnSums {
   double values[kThreads][2];
   int origin[2];  // first row and column of the tile
 };
@@ -199,10 +205,10 @@ __device__ void clear(Accumulators& acc) {
 }
 
 __device__ __forceinline__ uint32_t tf32_at(const unsigned char* operand, int offset) {
-  return round_to_tf32(*reinterpret_cast<const float*>(operand + offset));
+  return arch::cvt_rna_tf32(*reinterpret_cast<const float*>(operand + offset));
 }
 
-// A part of the A operand of one product.
+// A part of the A fragment of one MMA.
 template <class Element>
 __device__ __forceinline__ void load_a(uint32_t (&a)[4], const unsigned char* part, int row, int step) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -210,11 +216,11 @@ __device__ __forceinline__ void load_a(uint32_t (&a)[4], const unsigned char* pa
 #pragma unroll
     for (int i = 0; i < 4; ++i) a[i] = tf32_at(part, tf32_a_offset(lane, warp, row, step, i));
   } else {
-    load_matrices_transposed(a, shared_address(part) + a_offset(lane, warp, row, step));
+    arch::ldmatrix_x4_trans(a, arch::cast_smem_ptr_to_uint(part) + a_offset(lane, warp, row, step));
   }
 }
 
-// A part of the B operands of two products side by side.
+// A part of the B fragments of two neighboring MMAs.
 template <class Element>
 __device__ __forceinline__ void load_b(uint32_t (&b)[4], const unsigned char* part, int pair, int step) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -222,11 +228,11 @@ __device__ __forceinline__ void load_b(uint32_t (&b)[4], const unsigned char* pa
 #pragma unroll
     for (int i = 0; i < 4; ++i) b[i] = tf32_at(part, tf32_b_offset(lane, warp, pair * 2 + i / 2, step, i % 2));
   } else {
-    load_matrices_transposed(b, shared_address(part) + b_offset(lane, warp, pair, step));
+    arch::ldmatrix_x4_trans(b, arch::cast_smem_ptr_to_uint(part) + b_offset(lane, warp, pair, step));
   }
 }
 
-// Two neighbouring features of a token, as they were before they were rounded to TensorFloat-32.
+// Two neighboring features of a token, not rounded to TensorFloat-32.
 template <class Element>
 __device__ __forceinline__ float2 pair_at(const unsigned char* part, int offset) {
   if constexpr (std::is_same_v<Element, Tf32>)
@@ -236,13 +242,13 @@ __device__ __forceinline__ float2 pair_at(const unsigned char* part, int offset)
 }
 
 template <class Element>
-__device__ void multiply_stage(Accumulators& acc, const unsigned char* stage, bool diagonal) {
+__device__ void mma_stage(Accumulators& acc, const unsigned char* stage, bool diagonal) {
   using Operand = typename Math<Element>::Operand;
   using Layout = LayoutOf<Element>;
   constexpr int kParts = Math<Element>::kParts;
   const unsigned char* columns = diagonal ? stage : stage + kOperandBytes<Element>;
-#pragma unroll(Math<Element>::kStep / 8)  // TensorFloat-32 unrolled further wants more registers than there are
-  for (int step = 0; step < kTokens / Math<Element>::kStep; ++step) {
+#pragma unroll(Math<Element>::kMmaK / 8)  // TensorFloat-32 unrolled further would spill
+  for (int step = 0; step < kTokens / Math<Element>::kMmaK; ++step) {
     uint32_t b[kParts][kMmaCols / 2][4];
 #pragma unroll
     for (int p = 0; p < kParts; ++p)
@@ -256,10 +262,10 @@ __device__ void multiply_stage(Accumulators& acc, const unsigned char* stage, bo
         uint32_t a[4];
         load_a<Element>(a, stage + p * Layout::kBytes, row, step);
 #pragma unroll
-        for (int q = 0; q + p < kParts; ++q)  // low times low is left out
+        for (int q = 0; q + p < kParts; ++q)  // without low times low
 #pragma unroll
           for (int col = 0; col < kMmaCols; ++col)
-            multiply_add<Operand>(acc.tile[row][col], a, b[q][col / 2][col % 2 * 2], b[q][col / 2][col % 2 * 2 + 1]);
+            arch::mma_m16n8<Operand>(acc.tile[row][col], a, b[q][col / 2][col % 2 * 2], b[q][col / 2][col % 2 * 2 + 1]);
       }
     }
   }
@@ -269,31 +275,28 @@ __device__ void multiply_stage(Accumulators& acc, const unsigned char* stage, bo
   for (int i = 0; i < kSumTokens; ++i)
 #pragma unroll
     for (int p = 0; p < kParts; ++p) {
-      const float2 pair = pair_at<Element>(stage + p * Layout::kBytes,
-                                           Layout::feature_offset(sum_token(threadIdx.x, i), feature));
+      const float2 pair =
+          pair_at<Element>(stage + p * Layout::kBytes, Layout::feature_offset(sum_token(threadIdx.x, i), feature));
       acc.sum[0] += pair.x;
       acc.sum[1] += pair.y;
     }
 }
 
-// ---- leaving the accumulators ----
+// ---- epilogue ----
 
-__device__ void flush(Accumulators& acc, Sums& sums, const Arguments& args, const Block& block, bool first) {
+__device__ void flush(Accumulators& acc, ColumnSums& sums, const Arguments& args, const Cta& cta, bool first) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  // Read anew every time: or else the compiler keeps 64 addresses in registers from one flush to the next.
+  // Reloaded every time, or the compiler keeps 64 addresses in registers from one flush to the next.
   const int64_t first_row = static_cast<volatile int&>(sums.origin[0]);
   const int64_t first_col = static_cast<volatile int&>(sums.origin[1]);
-  float* partial = args.scratch + partial_offset(block.group, blockIdx.y, blockIdx.x, args.splits, args.tiles);
+  const TileOutput output{cta.group, first_row, first_col,
+                          args.scratch + partial_offset(cta.group, blockIdx.y, blockIdx.x, args.splits, args.tiles)};
 #pragma unroll
   for (int row = 0; row < kMmaRows; ++row) {
     float values[kMmaCols * 4];
 #pragma unroll
     for (int i = 0; i < kMmaCols * 4; ++i) values[i] = acc.tile[row][i / 4][i % 4];
-    const int r = accumulator_row(lane, warp, row, 0), c = accumulator_col(lane, warp, 0, 0);
-    if (args.splits == 1)
-      add_strip_to_state(args, block.group, first_row + r, first_col + c, values);
-    else
-      add_strip_to_partial(partial, r, c, values, first);
+    flush_strip(args, output, accumulator_row(lane, warp, row, 0), accumulator_col(lane, warp, 0, 0), values, first);
   }
 #pragma unroll
   for (int i = 0; i < 2; ++i)
@@ -301,70 +304,67 @@ __device__ void flush(Accumulators& acc, Sums& sums, const Arguments& args, cons
   clear(acc);
 }
 
-__device__ void flush_sums(const Sums& sums, const Arguments& args, const Block& block) {
+// All threads of the CTA.
+__device__ void flush_column_sums(const ColumnSums& sums, const Arguments& args, const Cta& cta) {
   __syncthreads();
-  const int64_t feature = int64_t{block.tile.row} * kTile + threadIdx.x;
+  const int64_t feature = int64_t{cta.tile.row} * kTile + threadIdx.x;
   if (threadIdx.x >= kTile || feature >= args.features) return;
   double sum = 0.0;
   for (int group = 0; group < kSumGroups; ++group) sum += sums.values[sum_thread(group, threadIdx.x)][threadIdx.x % 2];
-  if (args.splits == 1)
-    add_to_total(args, block.group, feature, sum);
-  else
-    args.scratch[partial_sum_offset(block.group, blockIdx.y, feature, args.groups, args.splits, args.tiles,
-                                    args.features)] = static_cast<float>(sum);
+  flush_column_sum(args, cta.group, feature, sum, args.splits > 1, blockIdx.y);
 }
 
 // ---- kernels ----
 
-static_assert(sizeof(PatchFeature) * 2 * kTile + sizeof(Sums) <= kStaticSharedBytes);
+static_assert(sizeof(PatchFeature) * 2 * kTile + sizeof(ColumnSums) <= kStaticSharedBytes);
 
 template <class Element, int kStages>
-__device__ void run_async(Accumulators& acc, Sums& sums, const Arguments& args, const Block& block,
-                         unsigned char* shared) {
-  const int steps = static_cast<int>(ceil_div(block.tokens.end - block.tokens.begin, kTokens));
-  const auto bring = [&](int step) {
+__device__ void run_async(Accumulators& acc, ColumnSums& sums, const Arguments& args, const Cta& cta,
+                          unsigned char* shared) {
+  const int steps = static_cast<int>(ceil_div(cta.tokens.end - cta.tokens.begin, kTokens));
+  const auto load = [&](int step) {
     if (step < steps)
-      copy_stage<Element>(args, block, block.tokens.begin + static_cast<int64_t>(step) * kTokens,
-                          shared_address(shared) + step % kStages * kStageBytes<Element>);
-    commit_copies();  // an empty group too, so that waiting counts steps
+      load_stage_async<Element>(args, cta, cta.tokens.begin + static_cast<int64_t>(step) * kTokens,
+                                arch::cast_smem_ptr_to_uint(shared) + step % kStages * kStageBytes<Element>);
+    arch::cp_async_commit_group();  // also an empty group, so that groups count steps
   };
-  for (int step = 0; step < kStages - 1; ++step) bring(step);
+  for (int step = 0; step < kStages - 1; ++step) load(step);
   for (int step = 0; step < steps; ++step) {
-    wait_copies<kStages - 2>();
-    __syncthreads();  // everyone's copies of this step are there, and its predecessor has been read
-    bring(step + kStages - 1);
-    multiply_stage<Element>(acc, shared + step % kStages * kStageBytes<Element>, block.diagonal());
-    if ((step + 1) % kChunkSteps == 0 || step + 1 == steps) flush(acc, sums, args, block, step < kChunkSteps);
+    arch::cp_async_wait_group<kStages - 2>();
+    __syncthreads();  // all threads' copies of this step have arrived, and the previous stage has been read
+    load(step + kStages - 1);
+    mma_stage<Element>(acc, shared + step % kStages * kStageBytes<Element>, cta.diagonal());
+    if ((step + 1) % kChunkSteps == 0 || step + 1 == steps) flush(acc, sums, args, cta, step < kChunkSteps);
   }
 }
 
 template <class Element, bool kPatches>
-__device__ void run_staged(Accumulators& acc, Sums& sums, const Arguments& args, const Block& block,
-                          unsigned char* shared) {
+__device__ void run_staged(Accumulators& acc, ColumnSums& sums, const Arguments& args, const Cta& cta,
+                           unsigned char* shared) {
   __shared__ PatchFeature features[kPatches ? 2 * kTile : 1];
   if constexpr (kPatches) {
     for (int i = threadIdx.x; i < 2 * kTile; i += kThreads)
-      features[i] = patch_feature(args.patches, block.features_from(i / kTile) + i % kTile);
+      features[i] = patch_feature(args.patches, cta.features_from(i / kTile) + i % kTile);
     __syncthreads();
   }
-  const int steps = static_cast<int>(ceil_div(block.tokens.end - block.tokens.begin, kTokens));
+  const int steps = static_cast<int>(ceil_div(cta.tokens.end - cta.tokens.begin, kTokens));
   Staged<Element> staged;
   const auto fetch = [&](int step) {
-    const int64_t token = block.tokens.begin + static_cast<int64_t>(step) * kTokens;
+    const int64_t token = cta.tokens.begin + static_cast<int64_t>(step) * kTokens;
     if constexpr (kPatches)
-      fetch_patches<Element>(staged, args, block, token, features);
+      fetch_patches<Element>(staged, args, cta, token, features);
     else
-      fetch_rows<Element>(staged, args, block, token);
+      fetch_rows<Element>(staged, args, cta, token);
   };
   const auto stage = [&](int step) { return shared + step % 2 * kStageBytes<Element>; };
   fetch(0);
-  store_stage<Element, kPatches>(staged, block.diagonal(), stage(0));
+  store_stage<Element, kPatches>(staged, cta.diagonal(), stage(0));
   for (int step = 0; step < steps; ++step) {
     __syncthreads();  // this step has been stored, and the one before it has been read
     if (step + 1 < steps) fetch(step + 1);
-    multiply_stage<Element>(acc, stage(step), block.diagonal());
-    if (step + 1 < steps) store_stage<Element, kPatches>(staged, block.diagonal(), stage(step + 1));
-    if ((step + 1) % kChunkSteps == 0 || step + 1 == steps) flush(acc, sums, args, block, step < kChunkSteps);
+    mma_stage<Element>(acc, stage(step), cta.diagonal());
+    if (step + 1 < steps) store_stage<Element, kPatches>(staged, cta.diagonal(), stage(step + 1));
+    if ((step + 1) % kChunkSteps == 0 || step + 1 == steps) flush(acc, sums, args, cta, step < kChunkSteps);
   }
 }
 
@@ -372,24 +372,22 @@ template <class Element, Source kSource, int kStages>
 __global__ void __launch_bounds__(kThreads, kSource == Source::aligned_matrix && kStages != 5 ? 2 : 1)
     covariance_sm80(const __grid_constant__ Arguments args) {
   extern __shared__ __align__(128) unsigned char shared[];
-  const Block block{tile_at(blockIdx.x), tokens_of_split(blockIdx.y, args.tokens_per_split, args.tokens), blockIdx.z};
-  __shared__ Sums sums;
+  const Cta cta{tile_at(blockIdx.x), tokens_of_split(blockIdx.y, args.tokens_per_split, args.tokens), blockIdx.z};
+  __shared__ ColumnSums sums;
   Accumulators acc;
   clear(acc);
-  if (threadIdx.x < 2) sums.origin[threadIdx.x] = block.features_from(threadIdx.x);  // synchronized by the first step
+  if (threadIdx.x < 2) sums.origin[threadIdx.x] = cta.features_from(threadIdx.x);  // synchronized by the first step
   if constexpr (kSource == Source::aligned_matrix)
-    run_async<Element, kStages>(acc, sums, args, block, shared);
+    run_async<Element, kStages>(acc, sums, args, cta, shared);
   else
-    run_staged<Element, kSource == Source::patches>(acc, sums, args, block, shared);
-  if (block.diagonal()) flush_sums(sums, args, block);
+    run_staged<Element, kSource == Source::patches>(acc, sums, args, cta, shared);
+  if (cta.diagonal()) flush_column_sums(sums, args, cta);
 }
 
 template <class Element, Source kSource, int kStages>
-void launch_kernel(const CovariancePlan& plan, const Arguments& args, const Launch& launch) {
+void launch_variant(const CovariancePlan& plan, const Arguments& args, const Launch& launch) {
   const auto kernel = covariance_sm80<Element, kSource, kStages>;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(plan.shared_bytes)),
-        launch);
+  opt_in_shared_memory(kernel, plan.shared_bytes, launch);
   const dim3 grid(static_cast<unsigned>(args.tiles), static_cast<unsigned>(args.splits),
                   static_cast<unsigned>(args.groups));
   launch_kernel(kernel, {grid, kThreads, plan.shared_bytes}, launch, args);
@@ -398,16 +396,16 @@ void launch_kernel(const CovariancePlan& plan, const Arguments& args, const Laun
 
 template <class Element>
 void launch_element(const CovariancePlan& plan, const Arguments& args, Source source, const Launch& launch) {
-  if (source == Source::patches) return launch_kernel<Element, Source::patches, 2>(plan, args, launch);
+  if (source == Source::patches) return launch_variant<Element, Source::patches, 2>(plan, args, launch);
   if (source == Source::aligned_matrix) {
     if constexpr (std::is_same_v<Element, Tf32>) {
-      return launch_kernel<Element, Source::aligned_matrix, 2>(plan, args, launch);
+      return launch_variant<Element, Source::aligned_matrix, 2>(plan, args, launch);
     } else if constexpr (Math<Element>::kParts == 1) {
-      if (plan.stages == 4) return launch_kernel<Element, Source::aligned_matrix, 4>(plan, args, launch);
-      return launch_kernel<Element, Source::aligned_matrix, 5>(plan, args, launch);
+      if (plan.stages == 4) return launch_variant<Element, Source::aligned_matrix, 4>(plan, args, launch);
+      return launch_variant<Element, Source::aligned_matrix, 5>(plan, args, launch);
     }
   }
-  launch_kernel<Element, Source::matrix, 2>(plan, args, launch);
+  launch_variant<Element, Source::matrix, 2>(plan, args, launch);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Implicit im2col: which element of an image a (token, feature) pair of the patch matrix is.
+// Implicit im2col: the element of an image at (token, feature) of the patch matrix.
 #pragma once
 
 #include "../host_device.h"

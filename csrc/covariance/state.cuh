@@ -1,4 +1,5 @@
-// Adding to the state: float or double, any strides, the lower triangle only.
+// The epilogue of the covariance kernels: accumulators to the state (float or double, any strides, lower triangle only)
+// or to partial tiles in scratch.
 #pragma once
 
 #include "covariance.h"
@@ -17,33 +18,32 @@ __device__ __forceinline__ void add_to_state(const Arguments& args, int64_t grou
         static_cast<float>(static_cast<float*>(args.second_moment)[at] + value);
 }
 
-// Where a thread's accumulators of 16 rows of a tile go: the i-th lies i / 2 % 2 * 8 rows and i / 4 * 8 + i % 2 columns
-// from the first one.
+// The destination of a thread's accumulators of 16 rows of a tile: accumulator i is i / 2 % 2 * 8 rows and
+// i / 4 * 8 + i % 2 columns from the first.
 template <class Number>
 struct Strip {
   Number* rows[2];
   int64_t col_stride;
-  int last[2];  // column, counted as above, that exists in the row; negative where there is none
+  int last[2];  // last existing column of the row, counted as above; negative: none
 };
 
-// Many are loaded before any of them is stored: for all the compiler knows, a store may go to where the next load comes
-// from, so that in turn each would wait for memory on its own. Only in rows without gaps, as addresses take registers.
-// `fresh`: there is nothing yet to add to.
-template <bool kRowMajor, class Number, int kCount>
-__device__ __forceinline__ void add_strip(const Strip<Number>& to, const float (&values)[kCount], bool fresh) {
-  constexpr int kTogether = kRowMajor ? 64 / static_cast<int>(sizeof(Number)) : 1;
-  static_assert(kCount % kTogether == 0);
+// Loads many values before it stores any: the compiler must assume that a store aliases the next load, and would wait
+// for memory at each. Only in contiguous rows, as addresses take registers. `overwrite`: instead of adding.
+template <bool kContiguous, class Number, int kCount>
+__device__ __forceinline__ void add_strip(const Strip<Number>& to, const float (&values)[kCount], bool overwrite) {
+  constexpr int kBatch = kContiguous ? 64 / static_cast<int>(sizeof(Number)) : 1;
+  static_assert(kCount % kBatch == 0);
   const auto exists = [&](int i) { return i / 4 * 8 + i % 2 <= to.last[i / 2 % 2]; };
   const auto at = [&](int i) {
-    return to.rows[i / 2 % 2] + (kRowMajor ? i / 4 * 8 + i % 2 : (i / 4 * 8 + i % 2) * to.col_stride);
+    return to.rows[i / 2 % 2] + (kContiguous ? i / 4 * 8 + i % 2 : (i / 4 * 8 + i % 2) * to.col_stride);
   };
 #pragma unroll
-  for (int begin = 0; begin < kCount; begin += kTogether) {
-    Number old[kTogether];
+  for (int begin = 0; begin < kCount; begin += kBatch) {
+    Number old[kBatch];
 #pragma unroll
-    for (int i = 0; i < kTogether; ++i) old[i] = exists(begin + i) && !fresh ? *at(begin + i) : Number(0);
+    for (int i = 0; i < kBatch; ++i) old[i] = exists(begin + i) && !overwrite ? *at(begin + i) : Number(0);
 #pragma unroll
-    for (int i = 0; i < kTogether; ++i)
+    for (int i = 0; i < kBatch; ++i)
       if (exists(begin + i)) *at(begin + i) = old[i] + static_cast<Number>(values[begin + i]);
   }
 }
@@ -59,7 +59,7 @@ __device__ __forceinline__ void add_strip_to_state(const Arguments& args, int64_
     const int64_t r = row + half * 8;
     to.rows[half] = static_cast<Number*>(args.second_moment) + group * args.state_group_stride +
                     r * args.state_row_stride + col * args.state_col_stride;
-    to.last[half] = r < args.features ? static_cast<int>(greatest(-1, least(kTile, r - col))) : -1;
+    to.last[half] = r < args.features ? static_cast<int>(max64(-1, min64(kTile, r - col))) : -1;
   }
   if (args.state_col_stride == 1)
     add_strip<true>(to, values, false);
@@ -67,21 +67,25 @@ __device__ __forceinline__ void add_strip_to_state(const Arguments& args, int64_
     add_strip<false>(to, values, false);
 }
 
-template <int kCount>
-__device__ __forceinline__ void add_strip_to_state(const Arguments& args, int64_t group, int64_t row, int64_t col,
-                                                   const float (&values)[kCount]) {
-  if (args.state_is_double)
-    add_strip_to_state<double>(args, group, row, col, values);
-  else
-    add_strip_to_state<float>(args, group, row, col, values);
-}
+// A CTA's tile of kTile x kTile: its origin in the state, and its partial tile where the tile is split.
+struct TileOutput {
+  int64_t group, first_row, first_col;
+  float* partial;
+};
 
-// The same to a partial tile.
+// Adds a thread's accumulators, the first of which is at (row, col) of the tile, to the state, or to the partial tile;
+// `first`: there is nothing to add to there yet.
 template <int kCount>
-__device__ __forceinline__ void add_strip_to_partial(float* partial, int row, int col, const float (&values)[kCount],
-                                                     bool fresh) {
-  float* first = partial + row * kTile + col;
-  add_strip<true>(Strip<float>{{first, first + 8 * kTile}, 1, {kTile, kTile}}, values, fresh);
+__device__ __forceinline__ void flush_strip(const Arguments& args, const TileOutput& tile, int row, int col,
+                                            const float (&values)[kCount], bool first) {
+  if (args.splits > 1) {
+    float* at = tile.partial + row * kTile + col;
+    add_strip<true>(Strip<float>{{at, at + 8 * kTile}, 1, {kTile, kTile}}, values, first);
+  } else if (args.state_is_double) {
+    add_strip_to_state<double>(args, tile.group, tile.first_row + row, tile.first_col + col, values);
+  } else {
+    add_strip_to_state<float>(args, tile.group, tile.first_row + row, tile.first_col + col, values);
+  }
 }
 
 __device__ __forceinline__ void add_to_total(const Arguments& args, int64_t group, int64_t feature, double value) {
@@ -90,6 +94,16 @@ __device__ __forceinline__ void add_to_total(const Arguments& args, int64_t grou
     static_cast<double*>(args.total)[at] += value;
   else
     static_cast<float*>(args.total)[at] = static_cast<float>(static_cast<float*>(args.total)[at] + value);
+}
+
+// A diagonal tile's sum of one column: to the total, or to scratch where the tile is split.
+__device__ __forceinline__ void flush_column_sum(const Arguments& args, int64_t group, int64_t feature, double sum,
+                                                 bool is_split, int64_t split, int edge = kTile) {
+  if (is_split)
+    args.scratch[partial_sum_offset(group, split, feature, args.groups, args.splits, args.tiles - args.whole,
+                                    args.features, edge)] = static_cast<float>(sum);
+  else
+    add_to_total(args, group, feature, sum);
 }
 
 }  // namespace lowrank_ops::covariance

@@ -1,25 +1,24 @@
-// What the decode kernels share: weights from memory to the tensor cores, and the warps' sums.
+// What the decode kernels share: weights from global memory to mma.sync, and the reduction over the warps of a CTA.
 #pragma once
 
-#include "../mma_sm80.cuh"
-#include "fragments.h"
+#include "../arch/mma.cuh"
+#include "decode_layout.h"
 
 namespace lowrank_ops::lowrank_linear {
 
-constexpr int kAhead = 4;  // steps whose weights a warp has on the way
+constexpr int kPrefetch = 4;  // steps whose weights a warp has in flight
 
 struct Vector {
   uint32_t words[4];  // 8 features
 };
 
-// 8 features of a row, zeros past its end. kAligned: the row starts and ends on 16 bytes, and `feature` is on 16 bytes, so
-// that there are 8 or none: one predicated load. A branch for a part of them would keep the loads of tokens from being
-// issued together, and each would wait for the product of the one before.
-template <class Element, bool kAligned>
+// 8 features of a row, zeros past its end. kVectorized: the row starts and ends on 16 bytes, so there are 8 or none:
+// one predicated load. A branch for partial vectors would keep the compiler from issuing the loads of tokens together.
+template <class Element, bool kVectorized>
 __device__ __forceinline__ Vector load_features(const Element* row, int64_t feature, int64_t features, bool exists) {
   Vector v{{0, 0, 0, 0}};
   if (!exists || feature >= features) return v;
-  if constexpr (kAligned) {
+  if constexpr (kVectorized) {
     const uint4 bits = __ldg(reinterpret_cast<const uint4*>(row + feature));
     return {{bits.x, bits.y, bits.z, bits.w}};
   } else {
@@ -31,89 +30,91 @@ __device__ __forceinline__ Vector load_features(const Element* row, int64_t feat
   }
 }
 
-// A warp's weights of one step: rows r and r + 8 of each 16-row product.
-template <int kProducts>
+// A warp's weights of one step: rows r and r + 8 of each 16-row tile.
+template <int kRowTiles>
 struct Weights {
-  Vector rows[kProducts][2];
+  Vector rows[kRowTiles][2];
 };
 
-template <class Element, bool kAligned, int kProducts>
-__device__ __forceinline__ void load_weights(Weights<kProducts>& weights, const Element* weight, int64_t stride,
+template <class Element, bool kVectorized, int kRowTiles>
+__device__ __forceinline__ void load_weights(Weights<kRowTiles>& weights, const Element* weight, int64_t stride,
                                              int64_t first_row, int64_t rows, int64_t feature, int64_t features) {
 #pragma unroll
-  for (int p = 0; p < kProducts; ++p)
+  for (int tile = 0; tile < kRowTiles; ++tile)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int64_t row = first_row + p * kRows + lane_row(threadIdx.x % 32) + half * 8;
-      weights.rows[p][half] =
-          load_features<Element, kAligned>(weight + row * stride, feature, features, row < rows);
+      const int64_t row = first_row + tile * kRows + lane_row(threadIdx.x % 32) + half * 8;
+      weights.rows[tile][half] =
+          load_features<Element, kVectorized>(weight + row * stride, feature, features, row < rows);
     }
 }
 
-template <class Element, int kProducts, int kGroups>
-__device__ __forceinline__ void multiply(float (&acc)[kProducts][kGroups][4], const Weights<kProducts>& weights,
+// The MMAs of one step with one group of 8 tokens.
+template <class Element, int kRowTiles, int kTokenGroups>
+__device__ __forceinline__ void mma_step(float (&acc)[kRowTiles][kTokenGroups][4], const Weights<kRowTiles>& weights,
                                          const Vector& tokens, int group) {
 #pragma unroll
-  for (int p = 0; p < kProducts; ++p)
+  for (int tile = 0; tile < kRowTiles; ++tile)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const Vector &top = weights.rows[p][0], &bottom = weights.rows[p][1];
+      const Vector &top = weights.rows[tile][0], &bottom = weights.rows[tile][1];
       const uint32_t a[4] = {top.words[2 * half], bottom.words[2 * half], top.words[2 * half + 1],
                              bottom.words[2 * half + 1]};
-      multiply_add<Element>(acc[p][group], a, tokens.words[2 * half], tokens.words[2 * half + 1]);
+      arch::mma_m16n8<Element>(acc[tile][group], a, tokens.words[2 * half], tokens.words[2 * half + 1]);
     }
 }
 
-// A warp's products of 16 rows of a weight with a tile of tokens over features [begin, end), its steps only.
-template <class Element, int kGroups, bool kAligned>
-__device__ __forceinline__ void multiply_range(float (&acc)[1][kGroups][4], const Element* weight,
-                                               int64_t weight_stride, int64_t first_row, int64_t rows,
-                                               const Element* x, int64_t x_stride, int64_t first_token,
-                                               int64_t tokens, int64_t begin, int64_t end) {
+// A warp's steps of 16 rows of down times a token tile over features [begin, end).
+template <class Element, int kTokenGroups, bool kVectorized>
+__device__ __forceinline__ void mma_down(float (&acc)[1][kTokenGroups][4], const Element* down, int64_t down_stride,
+                                         int64_t first_row, int64_t rows, const Element* x, int64_t x_stride,
+                                         int64_t first_token, int64_t tokens, int64_t begin, int64_t end) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int steps = static_cast<int>(ceil_div(end - begin, kFeatures));
-  for (int i = 0; step_of_warp(warp, i) < steps; i += kAhead) {
-    Weights<1> weights[kAhead];
+  for (int i = 0; step_of_warp(warp, i) < steps; i += kPrefetch) {
+    Weights<1> weights[kPrefetch];
 #pragma unroll
-    for (int j = 0; j < kAhead; ++j)
-      load_weights<Element, kAligned>(weights[j], weight, weight_stride, first_row, rows,
-                                      begin + int64_t{step_of_warp(warp, i + j)} * kFeatures + lane_feature(lane),
-                                      end);
+    for (int j = 0; j < kPrefetch; ++j)
+      load_weights<Element, kVectorized>(weights[j], down, down_stride, first_row, rows,
+                                         begin + int64_t{step_of_warp(warp, i + j)} * kFeatures + lane_feature(lane),
+                                         end);
 #pragma unroll
-    for (int j = 0; j < kAhead; ++j) {
+    for (int j = 0; j < kPrefetch; ++j) {
       const int64_t feature = begin + int64_t{step_of_warp(warp, i + j)} * kFeatures + lane_feature(lane);
 #pragma unroll
-      for (int group = 0; group < kGroups; ++group) {
+      for (int group = 0; group < kTokenGroups; ++group) {
         const int64_t token = first_token + group * 8 + lane_token(lane);
-        multiply<Element>(
-            acc, weights[j],
-            load_features<Element, kAligned>(x + token * x_stride, feature, end, token < tokens), group);
+        mma_step<Element>(acc, weights[j],
+                          load_features<Element, kVectorized>(x + token * x_stride, feature, end, token < tokens),
+                          group);
       }
     }
   }
 }
 
-// Leaves every warp's sums in shared memory.
-template <int kProducts, int kGroups>
-__device__ __forceinline__ void leave_sums(const float (&acc)[kProducts][kGroups][4], float* sums) {
+// Every warp's accumulators to shared memory, and a barrier.
+template <int kRowTiles, int kTokenGroups>
+__device__ __forceinline__ void store_warp_sums(const float (&acc)[kRowTiles][kTokenGroups][4], float* sums) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
-  for (int p = 0; p < kProducts; ++p)
+  for (int tile = 0; tile < kRowTiles; ++tile)
 #pragma unroll
-    for (int group = 0; group < kGroups; ++group)
+    for (int group = 0; group < kTokenGroups; ++group)
 #pragma unroll
       for (int e = 0; e < 4; ++e)
-        sums[sum_index(warp, p * kRows + accumulator_row(lane, e), group * 8 + accumulator_token(lane, e),
-                       kProducts * kRows, kGroups * 8)] = acc[p][group][e];
+        sums[sum_index(warp, tile * kRows + arch::mma_accumulator_row(lane, e),
+                       group * 8 + arch::mma_accumulator_col(lane, e), kRowTiles * kRows, kTokenGroups * 8)] =
+            acc[tile][group][e];
   __syncthreads();
 }
 
-template <int kProducts, int kGroups>
-__device__ __forceinline__ float sum_of_warps(const float* sums, int row, int token) {
+// In the order of the warps.
+template <int kRowTiles, int kTokenGroups>
+__device__ __forceinline__ float reduce_warp_sums(const float* sums, int row, int token) {
   float sum = 0.0f;
 #pragma unroll
   for (int warp = 0; warp < kWarps; ++warp)
-    sum += sums[sum_index(warp, row, token, kProducts * kRows, kGroups * 8)];
+    sum += sums[sum_index(warp, row, token, kRowTiles * kRows, kTokenGroups * 8)];
   return sum;
 }
 

@@ -1,48 +1,54 @@
-// activation((x down^T) up^T + bias) for few tokens, bound by reading the weights once. Two kernels: sums of
-// t = x down^T over ranges of in_features, then t rounded, times up. The second brings its first weights before it
-// waits for the first, which on compute capability 9.0 and newer is still running then.
+// y = activation((x down^T) up^T + bias) for few tokens, bound by reading the weights once. Two kernels.
+//
+//                  decode_down_sm80                             decode_up_sm80
+//   computes       partial sums of t = x down^T                 t up^T, bias, activation
+//   grid           (16 rows of down, splits, token tiles)       (16 or 32 rows of up, 1, token tiles)
+//   CTA            8 warps, K steps of 32 round-robin           the same
+//   pipeline       4 steps of weights per warp in registers     the same; the first 4 are loaded before the PDL wait
+//   shared memory  warp sums                                    t, then warp sums in its place
+//   PDL (sm_90+)   launch_dependents at the start               wait before t is read
+//   deterministic  yes: warps, then splits, summed in order     yes
 
-#include "../dependent_launch.cuh"
+#include "../arch/pdl.cuh"
 #include "decode.cuh"
 #include "epilogue.cuh"
 #include "lowrank_linear.h"
 
+#include <iterator>
+#include <utility>
+
 namespace lowrank_ops::lowrank_linear {
 namespace {
 
-// ---- t = x down^T: 16 rows of down, a range of in_features, a tile of tokens per block ----
-
-template <class Element, int kGroups, bool kAligned>
+template <class Element, int kTokenGroups, bool kVectorized>
 __global__ void __launch_bounds__(kThreads, 1) decode_down_sm80(const __grid_constant__ Arguments args) {
   extern __shared__ __align__(128) unsigned char shared[];
-  let_dependents_start();
+  arch::griddepcontrol_launch_dependents();
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kRows;
-  const int64_t first_token = static_cast<int64_t>(blockIdx.z) * kGroups * 8;
+  const int64_t first_token = static_cast<int64_t>(blockIdx.z) * kTokenGroups * 8;
   const int64_t begin = blockIdx.y * args.split_features;
-  const int64_t end = least(begin + args.split_features, args.in_features);
+  const int64_t end = min64(begin + args.split_features, args.in_features);
 
-  float acc[1][kGroups][4] = {};
-  multiply_range<Element, kGroups, kAligned>(acc, static_cast<const Element*>(args.down), args.down_stride, first_row,
-                                             args.rank, static_cast<const Element*>(args.x), args.x_stride,
-                                             first_token, args.tokens, begin, end);
+  float acc[1][kTokenGroups][4] = {};
+  mma_down<Element, kTokenGroups, kVectorized>(acc, static_cast<const Element*>(args.down), args.down_stride, first_row,
+                                               args.rank, static_cast<const Element*>(args.x), args.x_stride,
+                                               first_token, args.tokens, begin, end);
   float* sums = reinterpret_cast<float*>(shared);
-  leave_sums(acc, sums);
-  for (int i = threadIdx.x; i < kRows * kGroups * 8; i += kThreads) {
-    const int row = i % kRows, group_token = i / kRows;  // neighbouring threads write neighbouring ranks
-    const int64_t r = first_row + row, token = first_token + group_token;
+  store_warp_sums(acc, sums);
+  for (int i = threadIdx.x; i < kRows * kTokenGroups * 8; i += kThreads) {
+    const int row = i % kRows, tile_token = i / kRows;  // coalesced along the rank
+    const int64_t r = first_row + row, token = first_token + tile_token;
     if (r < args.rank && token < args.tokens)
       args.scratch[partial_index(blockIdx.y, token, r, args.tokens, args.rank)] =
-          sum_of_warps<1, kGroups>(sums, row, group_token);
+          reduce_warp_sums<1, kTokenGroups>(sums, row, tile_token);
   }
 }
 
-// ---- y = activation(t up^T + bias): 16 or 32 rows of up, a tile of tokens per block ----
-
-// The tile's t, summed over the splits in order and rounded; zeros past the last token and the last rank.
-template <class Element, int kGroups>
+// The token tile's t, summed over the splits in order and rounded; zeros past the last token and the last rank.
+template <class Element, int kTokenGroups>
 __device__ __forceinline__ void gather_t(const Arguments& args, int64_t first_token, unsigned char* t) {
   const int columns = static_cast<int>(padded_rank(args.rank));
-  for (int row = threadIdx.x / 32; row < kGroups * 8; row += kWarps) {
+  for (int row = threadIdx.x / 32; row < kTokenGroups * 8; row += kWarps) {
     const int64_t token = first_token + row;
     Element* to = reinterpret_cast<Element*>(t + row * rank_pitch(args.rank));
     for (int r = threadIdx.x % 32; r < columns; r += 32) {
@@ -55,90 +61,94 @@ __device__ __forceinline__ void gather_t(const Arguments& args, int64_t first_to
   }
 }
 
-template <class Element, int kGroups, bool kAligned>
+template <class Element, int kTokenGroups, bool kVectorized>
 __global__ void __launch_bounds__(kThreads, 1) decode_up_sm80(const __grid_constant__ Arguments args) {
   extern __shared__ __align__(128) unsigned char shared[];
-  constexpr int kProducts = up_products(kGroups * 8);
+  constexpr int kRowTiles = up_row_tiles(kTokenGroups * 8);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kProducts * kRows;
-  const int64_t first_token = static_cast<int64_t>(blockIdx.z) * kGroups * 8;
+  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kRowTiles * kRows;
+  const int64_t first_token = static_cast<int64_t>(blockIdx.z) * kTokenGroups * 8;
   const int steps = static_cast<int>(ceil_div(args.rank, kFeatures));
   const Element* up = static_cast<const Element*>(args.up);
 
-  Weights<kProducts> weights[kAhead];
-  const auto bring = [&](int i) {
+  Weights<kRowTiles> weights[kPrefetch];
+  const auto prefetch = [&](int i) {
 #pragma unroll
-    for (int j = 0; j < kAhead; ++j)
-      load_weights<Element, kAligned>(weights[j], up, args.up_stride, first_row, args.out_features,
-                                      int64_t{step_of_warp(warp, i + j)} * kFeatures + lane_feature(lane), args.rank);
+    for (int j = 0; j < kPrefetch; ++j)
+      load_weights<Element, kVectorized>(weights[j], up, args.up_stride, first_row, args.out_features,
+                                         int64_t{step_of_warp(warp, i + j)} * kFeatures + lane_feature(lane),
+                                         args.rank);
   };
-  bring(0);
-  wait_for_predecessor();
-  gather_t<Element, kGroups>(args, first_token, shared);
+  prefetch(0);
+  arch::griddepcontrol_wait();
+  gather_t<Element, kTokenGroups>(args, first_token, shared);
   __syncthreads();
 
-  float acc[kProducts][kGroups][4] = {};
-  for (int i = 0; step_of_warp(warp, i) < steps; i += kAhead) {
-    if (i > 0) bring(i);
+  float acc[kRowTiles][kTokenGroups][4] = {};
+  for (int i = 0; step_of_warp(warp, i) < steps; i += kPrefetch) {
+    if (i > 0) prefetch(i);
 #pragma unroll
-    for (int j = 0; j < kAhead; ++j) {
-      if (step_of_warp(warp, i + j) >= steps) break;  // t ends there
+    for (int j = 0; j < kPrefetch; ++j) {
+      if (step_of_warp(warp, i + j) >= steps) break;  // past the end of t
       const int feature = step_of_warp(warp, i + j) * kFeatures + lane_feature(lane);
 #pragma unroll
-      for (int group = 0; group < kGroups; ++group) {
+      for (int group = 0; group < kTokenGroups; ++group) {
         const uint4 bits = *reinterpret_cast<const uint4*>(
             shared + (group * 8 + lane_token(lane)) * rank_pitch(args.rank) + feature * 2);
-        multiply<Element>(acc, weights[j], Vector{{bits.x, bits.y, bits.z, bits.w}}, group);
+        mma_step<Element>(acc, weights[j], Vector{{bits.x, bits.y, bits.z, bits.w}}, group);
       }
     }
   }
-  __syncthreads();  // t has been read; the sums take its place
+  __syncthreads();  // t has been read: the sums overwrite it
   float* sums = reinterpret_cast<float*>(shared);
-  leave_sums(acc, sums);
-  for (int i = threadIdx.x; i < kProducts * kRows * kGroups * 8; i += kThreads) {
-    const int row = i % (kProducts * kRows), group_token = i / (kProducts * kRows);
-    const int64_t n = first_row + row, token = first_token + group_token;
+  store_warp_sums(acc, sums);
+  for (int i = threadIdx.x; i < kRowTiles * kRows * kTokenGroups * 8; i += kThreads) {
+    const int row = i % (kRowTiles * kRows), tile_token = i / (kRowTiles * kRows);
+    const int64_t n = first_row + row, token = first_token + tile_token;
     if (n >= args.out_features || token >= args.tokens) continue;
-    float y = sum_of_warps<kProducts, kGroups>(sums, row, group_token);
-    if (args.bias) y += static_cast<float>(static_cast<const Element*>(args.bias)[n]);
-    static_cast<Element*>(args.y)[token * args.out_features + n] = round_to(activate(y, args.activation), Element{});
+    store_output<Element>(args, token, n, reduce_warp_sums<kRowTiles, kTokenGroups>(sums, row, tile_token));
   }
 }
 
-template <class Element, int kGroups, bool kAligned>
+template <class Element, int kTokenGroups, bool kVectorized>
 void launch_pair(const LowRankPlan& plan, const Arguments& args, const Launch& launch) {
-  const auto down = decode_down_sm80<Element, kGroups, kAligned>;
-  const auto up = decode_up_sm80<Element, kGroups, kAligned>;
+  const auto down = decode_down_sm80<Element, kTokenGroups, kVectorized>;
+  const auto up = decode_up_sm80<Element, kTokenGroups, kVectorized>;
   const unsigned token_tiles = static_cast<unsigned>(ceil_div(args.tokens, plan.token_tile));
-  allow_all_shared_memory(reinterpret_cast<const void*>(down), launch);
-  allow_all_shared_memory(reinterpret_cast<const void*>(up), launch);
+  opt_in_max_shared_memory(down, launch);
+  opt_in_max_shared_memory(up, launch);
 
-  const dim3 down_blocks(static_cast<unsigned>(ceil_div(args.rank, plan.rows_down)), plan.splits, token_tiles);
-  launch_kernel(down, {down_blocks, kThreads, plan.shared_bytes_down}, launch, args);
-  const dim3 up_blocks(static_cast<unsigned>(ceil_div(args.out_features, plan.rows_up)), 1, token_tiles);
-  launch_kernel(up, {up_blocks, kThreads, plan.shared_bytes_up, 0, false, plan.dependent_launch}, launch, args);
+  const dim3 down_grid(static_cast<unsigned>(ceil_div(args.rank, plan.rows_down)), plan.splits, token_tiles);
+  launch_kernel(down, {down_grid, kThreads, plan.shared_bytes_down}, launch, args);
+  const dim3 up_grid(static_cast<unsigned>(ceil_div(args.out_features, plan.rows_up)), 1, token_tiles);
+  launch_kernel(up, {up_grid, kThreads, plan.shared_bytes_up, 0, false, plan.dependent_launch}, launch, args);
 }
 
-template <class Element, bool kAligned>
-void launch_groups(const LowRankPlan& plan, const Arguments& args, const Launch& launch) {
-  switch (plan.token_tile) {
-    case 8: return launch_pair<Element, 1, kAligned>(plan, args, launch);
-    case 16: return launch_pair<Element, 2, kAligned>(plan, args, launch);
-    case 32: return launch_pair<Element, 4, kAligned>(plan, args, launch);
-    default: return launch_pair<Element, 8, kAligned>(plan, args, launch);
-  }
+// False where the plan is for another variant.
+template <class Element, int kTokenTile, bool kVectorized>
+bool launch_if_planned(const LowRankPlan& plan, const Arguments& args, const Launch& launch) {
+  if (plan.token_tile != kTokenTile || plan.vectorized != kVectorized) return false;
+  launch_pair<Element, kTokenTile / 8, kVectorized>(plan, args, launch);
+  return true;
+}
+
+template <class Element, size_t... kIndices>
+bool launch_planned(const LowRankPlan& plan, const Arguments& args, const Launch& launch,
+                    std::index_sequence<kIndices...>) {
+  return (
+      launch_if_planned<Element, kDecodeSm80Variants[kIndices].token_tile, kDecodeSm80Variants[kIndices].vectorized>(
+          plan, args, launch) ||
+      ...);
 }
 
 }  // namespace
 
-void launch_decode_sm80(const LowRankPlan& plan, const Arguments& args, Dtype dtype, bool aligned,
-                        const Launch& launch) {
-  aligned = aligned && args.in_features % kVector == 0 && args.rank % kVector == 0;  // rows end on 16 bytes, too
-  if (dtype == Dtype::bfloat16)
-    return aligned ? launch_groups<__nv_bfloat16, true>(plan, args, launch)
-                   : launch_groups<__nv_bfloat16, false>(plan, args, launch);
-  return aligned ? launch_groups<__half, true>(plan, args, launch)
-                 : launch_groups<__half, false>(plan, args, launch);
+void launch_decode_sm80(const LowRankPlan& plan, const Arguments& args, Dtype dtype, const Launch& launch) {
+  dispatch_16_bit(dtype, [&](auto element) {
+    constexpr auto kAll = std::make_index_sequence<std::size(kDecodeSm80Variants)>{};
+    const bool launched = launch_planned<decltype(element)>(plan, args, launch, kAll);
+    check(launched ? cudaSuccess : cudaErrorInvalidValue, launch);
+  });
 }
 
 }  // namespace lowrank_ops::lowrank_linear

@@ -1,9 +1,15 @@
-// activation((x down^T) up^T + bias) for few tokens in one launch whose blocks all run at once.
+// y = activation((x down^T) up^T + bias) for few tokens in one cooperative launch (sm_90).
 //
-// Each block first has the copy engine bring its slab of up to shared memory, and meanwhile multiplies down: the blocks
-// of a cluster share the features of 16 rows, and add up each other's sums, in order, through distributed shared memory.
-// t, rounded, goes to scratch; behind the grid's barrier every block reads all of it and multiplies its slab. The grid's
-// barrier is the one that the driver keeps for cooperative launches: it needs no memory of ours and leaves itself ready.
+//   grid           one CTA per SM at most, all co-resident; clusters of 1, 2, 4 or 8
+//   CTA            8 warps
+//   slab           bulk copies (cp.async.bulk) fetch the CTA's rows of up to shared memory while down is computed;
+//                  one mbarrier, one arrival with expect_tx; rows that do not fit are streamed from global memory
+//   down           a cluster takes 16 rows of down and a token tile at a time; its CTAs split the features and reduce
+//                  each other's sums through DSMEM, in two buffers by turns; t, rounded, goes to scratch
+//   grid barrier   of the cooperative launch: no memory of ours, resets itself
+//   up             every CTA reads t and multiplies its slab
+//   shared memory  mbarrier | warp sums | CTA sums (2 buffers) | t | slab: SmemLayout
+//   deterministic  yes: warps, then CTAs of a cluster, summed in order
 
 #include <cooperative_groups.h>
 
@@ -11,87 +17,87 @@
 #include <mutex>
 #include <tuple>
 
-#include "../mma_sm90.cuh"
+#include "../arch/mbarrier.cuh"
+#include "../arch/smem.cuh"
+#include "../arch/tma.cuh"
 #include "decode.cuh"
 #include "epilogue.cuh"
 #include "lowrank_linear.h"
-#include "slabs.h"
 
 namespace lowrank_ops::lowrank_linear {
 namespace {
 
 namespace cg = cooperative_groups;
 
-// The tiles of up that one block multiplies.
+// The 16-row tiles of up of one CTA.
 struct Slab {
   Span tiles;
-  int64_t resident;  // the first ones, which lie in shared memory
+  int64_t resident;  // the first ones, in shared memory
 };
 
-// All threads. The barrier at the start of shared memory completes once, when the resident rows are there.
+// All threads. The mbarrier at the start of shared memory completes once, when the resident rows have arrived.
 template <class Element>
-__device__ __forceinline__ void fetch(const Slab& slab, const Arguments& args, unsigned char* shared,
-                                      int64_t slab_offset) {
-  const uint32_t barrier = sm90::shared_address(shared);
+__device__ __forceinline__ void load_slab(const Slab& slab, const Arguments& args, unsigned char* shared,
+                                          int64_t slab_offset) {
+  const uint32_t mbarrier = arch::cast_smem_ptr_to_uint(shared);
   const int64_t first = slab.tiles.begin * kRows;
-  const int rows = static_cast<int>(least(slab.resident * kRows, args.out_features - first));
+  const int rows = static_cast<int>(min64(slab.resident * kRows, args.out_features - first));
   const int bytes = static_cast<int>(args.rank * 2);
   if (threadIdx.x == 0) {
-    sm90::init_barrier(barrier, 1);
-    sm90::fence_barrier_init();
-    sm90::arrive_expecting(barrier, rows * bytes);
+    arch::mbarrier_init(mbarrier, 1);
+    arch::fence_mbarrier_init();
+    arch::mbarrier_arrive_expect_tx(mbarrier, rows * bytes);
   }
   __syncthreads();
-  if (threadIdx.x % 32 != 0) return;  // the copy engine takes one thread of a warp at a time
+  if (threadIdx.x % 32 != 0) return;  // bulk copies are issued per thread: one of each warp
   for (int row = threadIdx.x / 32; row < rows; row += kWarps)
-    sm90::copy_bytes(barrier + static_cast<uint32_t>(slab_offset + row * rank_pitch(args.rank)),
-                     static_cast<const Element*>(args.up) + (first + row) * args.up_stride, bytes, barrier);
+    arch::bulk_load(mbarrier + static_cast<uint32_t>(slab_offset + row * rank_pitch(args.rank)),
+                    static_cast<const Element*>(args.up) + (first + row) * args.up_stride, bytes, mbarrier);
 }
 
-// t = x down^T, rounded, to scratch: units of work in turn, a cluster each.
-template <class Element, int kGroups>
-__device__ __forceinline__ void multiply_down(const Arguments& args, unsigned char* shared, const Layout& at) {
-  constexpr int kTokens = kGroups * 8;
+// t = x down^T, rounded, to scratch: work units round-robin over the clusters.
+template <class Element, int kTokenGroups>
+__device__ __forceinline__ void compute_down(const Arguments& args, unsigned char* shared, const SmemLayout& at) {
+  constexpr int kTokens = kTokenGroups * 8;
   const cg::cluster_group cluster = cg::this_cluster();
-  const int rank = static_cast<int>(cluster.block_rank()), blocks = static_cast<int>(cluster.num_blocks());
-  const int64_t clusters = gridDim.x / blocks;
-  const Span features = features_of_block(rank, args.split_features, args.in_features);
-  const Span mine = sums_of_block(rank, blocks, kTokens);
-  float* sums = reinterpret_cast<float*>(shared + at.sums);
-  float* block_sums = reinterpret_cast<float*>(shared + at.block_sums);
+  const int cluster_rank = static_cast<int>(cluster.block_rank()), ctas = static_cast<int>(cluster.num_blocks());
+  const int64_t clusters = gridDim.x / ctas;
+  const Span features = features_of_cta(cluster_rank, args.split_features, args.in_features);
+  const Span mine = sums_of_cta(cluster_rank, ctas, kTokens);
+  float* warp_sums = reinterpret_cast<float*>(shared + at.warp_sums);
+  float* cta_sums = reinterpret_cast<float*>(shared + at.cta_sums);
   Element* t = reinterpret_cast<Element*>(args.scratch);
 
   int round = 0;
-  for (int64_t i = blockIdx.x / blocks; i < units(args.rank, args.tokens, kTokens); i += clusters, ++round) {
-    const Unit unit = unit_at(i, args.rank, kTokens);
-    float acc[1][kGroups][4] = {};
-    multiply_range<Element, kGroups, true>(acc, static_cast<const Element*>(args.down), args.down_stride,
-                                           unit.first_row, args.rank, static_cast<const Element*>(args.x),
-                                           args.x_stride, unit.first_token, args.tokens, features.begin,
-                                           features.end);
-    leave_sums(acc, sums);
+  for (int64_t i = blockIdx.x / ctas; i < work_units(args.rank, args.tokens, kTokens); i += clusters, ++round) {
+    const WorkUnit unit = work_unit_at(i, args.rank, kTokens);
+    float acc[1][kTokenGroups][4] = {};
+    mma_down<Element, kTokenGroups, true>(acc, static_cast<const Element*>(args.down), args.down_stride, unit.first_row,
+                                          args.rank, static_cast<const Element*>(args.x), args.x_stride,
+                                          unit.first_token, args.tokens, features.begin, features.end);
+    store_warp_sums(acc, warp_sums);
     for (int j = threadIdx.x; j < kRows * kTokens; j += kThreads)
-      block_sums[block_sum_index(round, j, kTokens)] = sum_of_warps<1, kGroups>(sums, j % kRows, j / kRows);
-    // All blocks of the cluster have left their sums, and have read those of the round before the last, whose place
-    // the next round takes. Also the block's own barrier: `sums` may be written again.
+      cta_sums[cta_sum_index(round, j, kTokens)] = reduce_warp_sums<1, kTokenGroups>(warp_sums, j % kRows, j / kRows);
+    // All CTAs of the cluster have written this round's sums and read those of the round before the last, whose buffer
+    // the next round reuses. It is the CTA's own barrier, too: warp_sums may be overwritten.
     cluster.sync();
     for (int j = static_cast<int>(mine.begin) + threadIdx.x; j < mine.end; j += kThreads) {
       const int64_t r = unit.first_row + j % kRows, token = unit.first_token + j / kRows;
       float sum = 0.0f;
-      for (int block = 0; block < blocks; ++block)
-        sum += cluster.map_shared_rank(block_sums, block)[block_sum_index(round, j, kTokens)];
+      for (int cta = 0; cta < ctas; ++cta)
+        sum += cluster.map_shared_rank(cta_sums, cta)[cta_sum_index(round, j, kTokens)];
       if (r < args.rank && token < args.tokens) t[token * args.rank + r] = round_to(sum, Element{});
     }
   }
 }
 
-// A tile's t, zeros past the last token. Past the last rank nothing is written and nothing read.
+// A token tile's t, zeros past the last token. Columns past the last rank are neither written nor read.
 template <int kTokens>
-__device__ __forceinline__ void gather_t(const Arguments& args, int64_t first_token, unsigned char* t) {
+__device__ __forceinline__ void load_t(const Arguments& args, int64_t first_token, unsigned char* t) {
   const int vectors = static_cast<int>(args.rank / kVector);
   for (int row = threadIdx.x / 32; row < kTokens; row += kWarps) {
     const int64_t token = first_token + row;
-    // Not through the first-level cache, which other blocks' writes do not reach.
+    // Cached in L2 only: L1 is not coherent with the writes of other CTAs.
     const uint4* from = reinterpret_cast<const uint4*>(args.scratch) + token * vectors;
     uint4* to = reinterpret_cast<uint4*>(t + row * rank_pitch(args.rank));
     for (int v = threadIdx.x % 32; v < vectors; v += 32)
@@ -105,10 +111,10 @@ __device__ __forceinline__ Vector load_shared(const unsigned char* row, int64_t 
   return {{bits.x, bits.y, bits.z, bits.w}};
 }
 
-// A warp's products of 16 resident rows of up with t.
-template <class Element, int kGroups>
-__device__ __forceinline__ void multiply_resident(float (&acc)[1][kGroups][4], const unsigned char* rows_at,
-                                                  int64_t rows, const unsigned char* t, int64_t rank) {
+// A warp's MMAs of 16 resident rows of up with t.
+template <class Element, int kTokenGroups>
+__device__ __forceinline__ void mma_resident(float (&acc)[1][kTokenGroups][4], const unsigned char* tile, int64_t rows,
+                                             const unsigned char* t, int64_t rank) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int steps = static_cast<int>(ceil_div(rank, kFeatures));
   const int64_t pitch = rank_pitch(rank);
@@ -119,34 +125,34 @@ __device__ __forceinline__ void multiply_resident(float (&acc)[1][kGroups][4], c
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = lane_row(lane) + half * 8;
-      weights.rows[0][half] = load_shared(rows_at + row * pitch, feature, row < rows && feature < rank);
+      weights.rows[0][half] = load_shared(tile + row * pitch, feature, row < rows && feature < rank);
     }
 #pragma unroll
-    for (int group = 0; group < kGroups; ++group)
-      multiply<Element>(acc, weights,
-                        load_shared(t + (group * 8 + lane_token(lane)) * pitch, feature, feature < rank), group);
+    for (int group = 0; group < kTokenGroups; ++group)
+      mma_step<Element>(acc, weights, load_shared(t + (group * 8 + lane_token(lane)) * pitch, feature, feature < rank),
+                        group);
   }
 }
 
-// The same with rows that are still in global memory.
-template <class Element, int kGroups>
-__device__ __forceinline__ void multiply_streamed(float (&acc)[1][kGroups][4], const Arguments& args,
-                                                  int64_t first_row, const unsigned char* t) {
+// The same with rows streamed from global memory.
+template <class Element, int kTokenGroups>
+__device__ __forceinline__ void mma_streamed(float (&acc)[1][kTokenGroups][4], const Arguments& args, int64_t first_row,
+                                             const unsigned char* t) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int steps = static_cast<int>(ceil_div(args.rank, kFeatures));
-  for (int i = 0; step_of_warp(warp, i) < steps; i += kAhead) {
-    Weights<1> weights[kAhead];
+  for (int i = 0; step_of_warp(warp, i) < steps; i += kPrefetch) {
+    Weights<1> weights[kPrefetch];
 #pragma unroll
-    for (int j = 0; j < kAhead; ++j)
+    for (int j = 0; j < kPrefetch; ++j)
       load_weights<Element, true>(weights[j], static_cast<const Element*>(args.up), args.up_stride, first_row,
                                   args.out_features,
                                   int64_t{step_of_warp(warp, i + j)} * kFeatures + lane_feature(lane), args.rank);
 #pragma unroll
-    for (int j = 0; j < kAhead; ++j) {
+    for (int j = 0; j < kPrefetch; ++j) {
       const int64_t feature = int64_t{step_of_warp(warp, i + j)} * kFeatures + lane_feature(lane);
 #pragma unroll
-      for (int group = 0; group < kGroups; ++group)
-        multiply<Element>(
+      for (int group = 0; group < kTokenGroups; ++group)
+        mma_step<Element>(
             acc, weights[j],
             load_shared(t + (group * 8 + lane_token(lane)) * rank_pitch(args.rank), feature, feature < args.rank),
             group);
@@ -154,97 +160,90 @@ __device__ __forceinline__ void multiply_streamed(float (&acc)[1][kGroups][4], c
   }
 }
 
-template <class Element, int kGroups>
-__device__ __forceinline__ void multiply_up(const Slab& slab, const Arguments& args, unsigned char* shared,
-                                            const Layout& at) {
-  constexpr int kTokens = kGroups * 8;
-  float* sums = reinterpret_cast<float*>(shared + at.sums);
-  sm90::wait(sm90::shared_address(shared), 0);
+template <class Element, int kTokenGroups>
+__device__ __forceinline__ void compute_up(const Slab& slab, const Arguments& args, unsigned char* shared,
+                                           const SmemLayout& at) {
+  constexpr int kTokens = kTokenGroups * 8;
+  float* sums = reinterpret_cast<float*>(shared + at.warp_sums);
+  arch::mbarrier_wait(arch::cast_smem_ptr_to_uint(shared), 0);
   for (int64_t first_token = 0; first_token < args.tokens; first_token += kTokens) {
-    gather_t<kTokens>(args, first_token, shared + at.t);
+    load_t<kTokens>(args, first_token, shared + at.t);
     __syncthreads();
     for (int64_t tile = slab.tiles.begin; tile < slab.tiles.end; ++tile) {
-      const int64_t place = tile - slab.tiles.begin, first_row = tile * kRows;
-      float acc[1][kGroups][4] = {};
-      if (place < slab.resident)
-        multiply_resident<Element, kGroups>(acc, shared + at.slab + place * kRows * rank_pitch(args.rank),
+      const int64_t index = tile - slab.tiles.begin, first_row = tile * kRows;
+      float acc[1][kTokenGroups][4] = {};
+      if (index < slab.resident)
+        mma_resident<Element, kTokenGroups>(acc, shared + at.slab + index * kRows * rank_pitch(args.rank),
                                             args.out_features - first_row, shared + at.t, args.rank);
       else
-        multiply_streamed<Element, kGroups>(acc, args, first_row, shared + at.t);
-      leave_sums(acc, sums);
+        mma_streamed<Element, kTokenGroups>(acc, args, first_row, shared + at.t);
+      store_warp_sums(acc, sums);
       for (int i = threadIdx.x; i < kRows * kTokens; i += kThreads) {
         const int64_t n = first_row + i % kRows, token = first_token + i / kRows;
         if (n >= args.out_features || token >= args.tokens) continue;
-        float y = sum_of_warps<1, kGroups>(sums, i % kRows, i / kRows);
-        if (args.bias) y += static_cast<float>(static_cast<const Element*>(args.bias)[n]);
-        static_cast<Element*>(args.y)[token * args.out_features + n] =
-            round_to(activate(y, args.activation), Element{});
+        store_output<Element>(args, token, n, reduce_warp_sums<1, kTokenGroups>(sums, i % kRows, i / kRows));
       }
       __syncthreads();  // the sums have been read, and after the last tile t
     }
   }
 }
 
-template <class Element, int kGroups>
+template <class Element, int kTokenGroups>
 __global__ void __launch_bounds__(kThreads, 1) decode_sm90(const __grid_constant__ Arguments args) {
   extern __shared__ __align__(128) unsigned char shared[];
-  const Layout at = layout(kGroups * 8, args.rank, args.resident_tiles);
-  Slab slab{slab_of_block(blockIdx.x, gridDim.x, args.out_features), 0};
-  slab.resident = least(args.resident_tiles, slab.tiles.end - slab.tiles.begin);
-  fetch<Element>(slab, args, shared, at.slab);
+  const SmemLayout at = smem_layout(kTokenGroups * 8, args.rank, args.resident_tiles);
+  Slab slab{slab_of_cta(blockIdx.x, gridDim.x, args.out_features), 0};
+  slab.resident = min64(args.resident_tiles, slab.tiles.end - slab.tiles.begin);
+  load_slab<Element>(slab, args, shared, at.slab);
   __syncwarp();
-  multiply_down<Element, kGroups>(args, shared, at);
-  // t is written, and nobody reads another block's shared memory any more.
+  compute_down<Element, kTokenGroups>(args, shared, at);
+  // t is written, and no CTA reads another one's shared memory any more.
   cg::this_grid().sync();
-  multiply_up<Element, kGroups>(slab, args, shared, at);
+  compute_up<Element, kTokenGroups>(slab, args, shared, at);
 }
 
-// How many clusters of a kernel the device runs at once: asked once, it does not change. The runtime wants to be told
-// the cluster's size even where it is 1.
-int clusters_at_once(const void* kernel, const Grid& grid, const Launch& launch) {
+// Co-resident clusters of a kernel, cached: it does not change. The runtime wants a cluster size even where it is 1.
+int max_active_clusters(const void* kernel, const LaunchShape& shape, const Launch& launch) {
   static std::mutex mutex;
-  static std::map<std::tuple<int, const void*, int, int64_t>, int> known;
+  static std::map<std::tuple<int, const void*, int, int64_t>, int> cache;
   int device = 0;
   check(cudaGetDevice(&device), launch);
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto [entry, is_new] = known.try_emplace({device, kernel, grid.cluster, grid.shared_bytes}, 0);
+  const auto [entry, is_new] = cache.try_emplace({device, kernel, shape.cluster, shape.shared_bytes}, 0);
   if (is_new) {
-    const cudaError_t error = cudaOccupancyMaxActiveClusters(&entry->second, kernel, LaunchConfig(grid, launch).get());
-    if (error != cudaSuccess) known.erase(entry);
+    const cudaError_t error = cudaOccupancyMaxActiveClusters(&entry->second, kernel, LaunchConfig(shape, launch).get());
+    if (error != cudaSuccess) cache.erase(entry);
     check(error, launch);
   }
   return entry->second;
 }
 
-template <class Element, int kGroups>
-void launch_groups(const LowRankPlan& plan, const Arguments& args, const Launch& launch) {
-  const auto kernel = decode_sm90<Element, kGroups>;
-  allow_all_shared_memory(reinterpret_cast<const void*>(kernel), launch);
-  Grid grid{dim3(static_cast<unsigned>(plan.blocks)), kThreads, plan.shared_bytes, plan.cluster};
-  // Any number of clusters does the work. A device may hold fewer than the planner counted, where its processors
-  // come in groups that a cluster does not fill.
-  const int64_t at_once = clusters_at_once(reinterpret_cast<const void*>(kernel), grid, launch);
-  check(at_once > 0 ? cudaSuccess : cudaErrorCooperativeLaunchTooLarge, launch);
-  grid.blocks = dim3(static_cast<unsigned>(least(plan.blocks, at_once * plan.cluster)));
-  grid.all_at_once = true;
-  launch_kernel(kernel, grid, launch, args);
-}
-
-template <class Element>
-void launch_element(const LowRankPlan& plan, const Arguments& args, const Launch& launch) {
-  switch (plan.token_tile) {
-    case 8: return launch_groups<Element, 1>(plan, args, launch);
-    case 16: return launch_groups<Element, 2>(plan, args, launch);
-    case 32: return launch_groups<Element, 4>(plan, args, launch);
-    default: return launch_groups<Element, 8>(plan, args, launch);
-  }
+template <class Element, int kTokenGroups>
+void launch_token_groups(const LowRankPlan& plan, const Arguments& args, const Launch& launch) {
+  const auto kernel = decode_sm90<Element, kTokenGroups>;
+  opt_in_max_shared_memory(kernel, launch);
+  LaunchShape shape{dim3(static_cast<unsigned>(plan.ctas)), kThreads, plan.shared_bytes, plan.cluster};
+  // Any number of clusters does the work. A device may hold fewer than the planner counted, where its GPCs have a
+  // number of SMs that is no multiple of the cluster.
+  const int64_t clusters = max_active_clusters(reinterpret_cast<const void*>(kernel), shape, launch);
+  check(clusters > 0 ? cudaSuccess : cudaErrorCooperativeLaunchTooLarge, launch);
+  shape.grid = dim3(static_cast<unsigned>(min64(plan.ctas, clusters * plan.cluster)));
+  shape.cooperative = true;
+  launch_kernel(kernel, shape, launch, args);
 }
 
 }  // namespace
 
 void launch_decode_sm90(const LowRankPlan& plan, const Arguments& args, Dtype dtype, const Launch& launch) {
-  if (dtype == Dtype::bfloat16) return launch_element<__nv_bfloat16>(plan, args, launch);
-  launch_element<__half>(plan, args, launch);
+  dispatch_16_bit(dtype, [&](auto element) {
+    using Element = decltype(element);
+    switch (plan.token_tile) {
+      case 8: return launch_token_groups<Element, 1>(plan, args, launch);
+      case 16: return launch_token_groups<Element, 2>(plan, args, launch);
+      case 32: return launch_token_groups<Element, 4>(plan, args, launch);
+      default: return launch_token_groups<Element, 8>(plan, args, launch);
+    }
+  });
 }
 
 }  // namespace lowrank_ops::lowrank_linear

@@ -1,14 +1,12 @@
-// What becomes of a sum before it is stored.
+// The epilogue: bias and activation before y is rounded.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
+#include "../elements.cuh"
 #include "lowrank_linear.h"
 
 namespace lowrank_ops::lowrank_linear {
 
-// y sigmoid(x), to some units in float32's last place, more with |x|: it is rounded to 16 bits. Far below zero it is zero.
+// y sigmoid(x), accurate to some ulps of float32, fewer with larger |x|: y is rounded to 16 bits. Underflows to zero.
 __device__ __forceinline__ float times_sigmoid(float y, float x) { return __fdividef(y, 1.0f + __expf(-x)); }
 
 __device__ __forceinline__ float activate(float y, Activation activation) {
@@ -23,7 +21,7 @@ __device__ __forceinline__ float activate(float y, Activation activation) {
   return y;
 }
 
-// The same for many, asking once which it is.
+// All values with one switch.
 template <int kValues>
 __device__ __forceinline__ void activate_all(float (&values)[kValues], Activation activation) {
   const auto each = [&](Activation known) {
@@ -39,7 +37,11 @@ __device__ __forceinline__ void activate_all(float (&values)[kValues], Activatio
   }
 }
 
-__device__ __forceinline__ __nv_bfloat16 round_to(float value, __nv_bfloat16) { return __float2bfloat16_rn(value); }
-__device__ __forceinline__ __half round_to(float value, __half) { return __float2half_rn(value); }
+// One element of y: bias, activation, rounding.
+template <class Element>
+__device__ __forceinline__ void store_output(const Arguments& args, int64_t token, int64_t n, float y) {
+  if (args.bias) y += static_cast<float>(static_cast<const Element*>(args.bias)[n]);
+  static_cast<Element*>(args.y)[token * args.out_features + n] = round_to(activate(y, args.activation), Element{});
+}
 
 }  // namespace lowrank_ops::lowrank_linear

@@ -1,4 +1,4 @@
-// Launchers of the low-rank product's kernels. No torch.
+// Launchers of the low-rank linear kernels. No torch.
 #pragma once
 
 #include "../launch.h"
@@ -9,22 +9,22 @@ namespace lowrank_ops::lowrank_linear {
 enum class Activation { none, relu, gelu, gelu_tanh, silu };
 
 struct Arguments {
-  const void* x;     // (tokens, in_features)
-  const void* down;  // (rank, in_features)
-  const void* up;    // (out_features, rank)
-  const void* bias;  // (out_features,) or null
-  void* y;           // (tokens, out_features), contiguous
-  float* scratch;    // decode_sm80: (splits, tokens, rank); decode_sm90: t (tokens, rank) in the dtype of x
+  const void* x;                             // (tokens, in_features)
+  const void* down;                          // (rank, in_features)
+  const void* up;                            // (out_features, rank)
+  const void* bias;                          // (out_features,) or null
+  void* y;                                   // (tokens, out_features), contiguous
+  float* scratch;                            // decode_sm80: (splits, tokens, rank)
+                                             // decode_sm90: t (tokens, rank) in the dtype of x
   int64_t x_stride, down_stride, up_stride;  // elements between rows
   int64_t tokens, in_features, rank, out_features;
   int64_t split_features;
   int splits;
-  int64_t resident_tiles;  // decode_sm90: 16-row tiles of up that a block keeps in shared memory
+  int64_t resident_tiles;  // decode_sm90: 16-row tiles of up that a CTA keeps in shared memory
   Activation activation;
 };
 
-void launch_decode_sm80(const LowRankPlan& plan, const Arguments& arguments, Dtype dtype, bool aligned,
-                        const Launch& launch);
+void launch_decode_sm80(const LowRankPlan& plan, const Arguments& arguments, Dtype dtype, const Launch& launch);
 void launch_decode_sm90(const LowRankPlan& plan, const Arguments& arguments, Dtype dtype, const Launch& launch);
 void launch_prefill_sm90(const LowRankPlan& plan, const Arguments& arguments, Dtype dtype, const Launch& launch);
 

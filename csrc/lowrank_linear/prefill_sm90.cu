@@ -1,158 +1,152 @@
-// activation((x down^T) up^T + bias) for many tokens and ranks up to 256, back to back: t = x down^T never leaves the
-// chip. One warp has the tensor copy engine bring 64 features of x and down at a time, then 64 rows of up at a time;
-// two or three warpgroups multiply 64 tokens each: rows of up are read once for all of them, and three may fit the
-// tokens to the machine in fewer waves. A thread's sums of t, rounded, are its part of the next product's left operand,
-// so t stays in registers. Where there are few tiles of tokens, a cluster shares one: each block brings some of x to all,
-// sums some of t's columns, hands them to the others through distributed shared memory, and multiplies some of the rows
-// of up. Where there are many, two blocks with a tile each bring each other the weights.
+// y = activation((x down^T) up^T + bias) for many tokens and ranks up to 256: two GEMMs back to back, t on the chip
+// (sm_90).
+//
+//   grid           one cluster per token tile; Variant gives its cluster, warpgroups and peers
+//   cluster        1 CTA; or 2, 4, 8 CTAs that share a token tile: each loads part of x for all (multicast), sums some
+//                  columns of t, exchanges them through DSMEM and multiplies every cluster-th tile of up;
+//                  or a pair of peers with a token tile each, which multicast each other half of the weights
+//   warps          2 or 3 consumer warpgroups of 64 tokens; one producer warp, of which one thread issues TMA loads
+//   registers      with 3 consumer warpgroups setmaxnreg: 160 per consumer, 32 in the producer's warpgroup
+//   pipeline       2 to 6 stages of 64 features of x and down, then of 64 rows of up
+//                  full: producer's expect_tx; empty: one arrival per consumer warp and CTA that multicasts to the
+//                  stage
+//   t              accumulators, rounded and packed, are the A fragments of the second GEMM (wgmma with A in registers)
+//   shared memory  stages | exchange of t | mbarriers, from the next 1024 bytes on
+//   deterministic  yes, and independent of the variant
 
+#include <iterator>
 #include <utility>
 
-#include "../pipeline_sm90.cuh"
-#include "../products_sm90.cuh"
-#include "../tensor_map.h"
-#include "back_to_back.h"
+#include "../arch/cluster.cuh"
+#include "../arch/pipeline.cuh"
+#include "../arch/setmaxnreg.cuh"
+#include "../arch/smem.cuh"
+#include "../arch/tensor_map.h"
+#include "../arch/tma.cuh"
+#include "../arch/wgmma.cuh"
 #include "epilogue.cuh"
 #include "lowrank_linear.h"
+#include "prefill_layout.h"
 
 namespace lowrank_ops::lowrank_linear {
 namespace {
 
 namespace p = prefill;
+using arch::smem_descriptor_k_major;
 
 struct Maps {
   CUtensorMap x, down, up;
 };
 
-__device__ __forceinline__ uint32_t pack(float low, float high, __nv_bfloat16) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return reinterpret_cast<const uint32_t&>(pair);
-}
-__device__ __forceinline__ uint32_t pack(float low, float high, __half) {
-  const __half2 pair = __floats2half2_rn(low, high);
-  return reinterpret_cast<const uint32_t&>(pair);
-}
-
-template <class Element, int kRanks, int kCluster, int kPeers, int kGroups>
-struct Block {
-  static constexpr p::Variant kVariant{kRanks, kCluster, kGroups, kPeers};
-  static constexpr int kBlocks = kCluster * kPeers;
+template <class Element, int kRankTile, int kCluster, int kPeers, int kWarpgroups>
+struct Cta {
+  static constexpr p::Variant kVariant{kRankTile, kCluster, kWarpgroups, kPeers};
+  static constexpr int kCtas = kVariant.ctas();
   static constexpr int kColumns = kVariant.columns();
   static constexpr int kSteps = kVariant.steps();
   static constexpr int kStages = p::stages(kVariant);
-  static_assert(p::exists(kVariant) && kStages >= 2);
-  using Stages = sm90::Pipeline<kStages, p::stage_bytes(kVariant)>;
+  static constexpr int kAccumulators = p::kTileN / 2;
+  static_assert(kStages >= 2);
+  using Pipeline = arch::Pipeline<kStages, p::stage_bytes(kVariant), kCtas>;
 
   const Arguments& args;
-  Stages pipeline;
-  int place;        // in the cluster
-  int rank;         // among the blocks that share tokens
+  Pipeline pipeline;
+  int cluster_rank;
+  int tile_rank;  // among the CTAs that share a token tile
   int64_t first_token;
   int down_steps;
-  int tiles;        // of up
+  int up_tiles;
 
   // One thread.
   __device__ void produce(const Maps& maps) const {
     int step = 0;
     for (; step < down_steps; ++step) {
-      sm90::wait(pipeline.empty(step), Stages::parity(step) ^ 1);  // the first round finds its stages empty
-      sm90::arrive_expecting(pipeline.full(step), p::down_step_bytes(kVariant));
-      bring<kCluster>(pipeline.stage(step), &maps.x, step * p::kBox, static_cast<int>(first_token), p::x_box_rows(kVariant),
-                      pipeline.full(step));
-      bring<kPeers>(pipeline.stage(step) + p::x_bytes(kGroups), &maps.down, step * p::kBox, rank * kColumns,
-                    p::down_box_rows(kVariant), pipeline.full(step));
+      pipeline.producer_acquire(step, p::down_step_bytes(kVariant));
+      load<kCluster>(pipeline.stage(step), &maps.x, step * p::kTileK, static_cast<int>(first_token),
+                     p::x_tile_rows(kVariant), pipeline.full(step));
+      load<kPeers>(pipeline.stage(step) + p::x_bytes(kVariant), &maps.down, step * p::kTileK, tile_rank * kColumns,
+                   p::down_tile_rows(kVariant), pipeline.full(step));
     }
-    for (int n = 0; n < tiles; ++n, ++step) {
-      sm90::wait(pipeline.empty(step), Stages::parity(step) ^ 1);
-      sm90::arrive_expecting(pipeline.full(step), p::up_step_bytes(kRanks));
-      const int row = static_cast<int>(p::up_tile(rank, n, kCluster)) * p::kOutputs;
-      for (int box = 0; box < p::up_boxes(kRanks); ++box)
-        bring<kPeers>(pipeline.stage(step) + box * p::kUpBoxBytes, &maps.up, box * p::kBox, row, p::up_box_rows(kVariant),
-                      pipeline.full(step));
+    for (int n = 0; n < up_tiles; ++n, ++step) {
+      pipeline.producer_acquire(step, p::up_step_bytes(kVariant));
+      const int row = static_cast<int>(p::up_tile(tile_rank, n, kCluster)) * p::kTileN;
+      for (int k = 0; k < p::up_tiles_k(kVariant); ++k)
+        load<kPeers>(pipeline.stage(step) + k * p::kUpTileBytes, &maps.up, k * p::kTileK, row,
+                     p::up_tile_rows(kVariant), pipeline.full(step));
     }
-    // A block that has ended must not be told anything: it waits until its peer, too, has read all that it brought.
-    for (const int end = step + kStages; kPeers > 1 && step < end; ++step) sm90::wait(pipeline.empty(step), Stages::parity(step) ^ 1);
+    if (kPeers > 1) pipeline.producer_tail(step);
   }
 
-  // A box; where blocks of the cluster have it in common, this block's rows of it, to all of them.
+  // A TMA tile; of a tile that kSharers CTAs share, this CTA's rows to all of them.
   template <int kSharers>
-  __device__ __forceinline__ void bring(uint32_t to, const CUtensorMap* map, int x, int y, int rows,
-                                        uint32_t barrier) const {
+  __device__ __forceinline__ void load(uint32_t smem, const CUtensorMap* map, int x, int y, int rows,
+                                       uint32_t mbarrier) const {
     if constexpr (kSharers == 1)
-      sm90::copy_box(to, map, x, y, barrier);
+      arch::tma_load_2d(smem, map, x, y, mbarrier);
     else
-      sm90::copy_box_to_blocks(to + place * rows * p::kRowBytes, map, x, y + place * rows, barrier, (1 << kSharers) - 1);
+      arch::tma_load_2d_multicast(smem + cluster_rank * rows * p::kRowBytes, map, x, y + cluster_rank * rows, mbarrier,
+                                  (1 << kSharers) - 1);
   }
 
-  // A warp has read a stage. Its lanes tell each block that may write to it: all of them, until only weights are left,
-  // which blocks that share tokens do not have in common.
-  __device__ __forceinline__ void give_back(int step, int consumer, bool x_is_left) const {
-    if (consumer % 32 >= kBlocks) return;
-    if (kBlocks > 1 && (x_is_left || kPeers > 1))
-      sm90::arrive_in_block(sm90::address_in_block(pipeline.empty(step), consumer % 32));
-    else
-      sm90::arrive(pipeline.empty(step));
-  }
-
-  // The consumers' part.
   __device__ __forceinline__ void consume(int consumer) const {
     uint32_t t[kSteps][4];
     {
       float acc[kColumns / 2];
-      multiply_down(acc, consumer);
-      uint32_t mine[kColumns / p::kStep][4];
+      mma_down(acc, consumer);
+      uint32_t mine[kColumns / p::kMmaK][4];
 #pragma unroll
-      for (int step = 0; step < kColumns / p::kStep; ++step)
+      for (int step = 0; step < kColumns / p::kMmaK; ++step)
 #pragma unroll
         for (int w = 0; w < 4; ++w) {
           const int i = p::accumulator_of_word(step, w);
-          mine[step][w] = pack(acc[i], acc[i + 1], Element{});
+          mine[step][w] = pack<Element>(acc[i], acc[i + 1]);
         }
       exchange(t, mine, consumer);
     }
-    for (int n = 0; n < tiles; ++n) {
+    for (int n = 0; n < up_tiles; ++n) {
       const int step = down_steps + n;
-      const int64_t first = p::up_tile(rank, n, kCluster) * p::kOutputs;
-      float acc[p::kOutputs / 2];
-      // On the way while the products are made. Three warpgroups lack the registers, and hide each other's waiting.
-      Element bias[p::kOutputs / 4];
-      if constexpr (kGroups == 2) fetch_bias(bias, consumer, first);
-      sm90::wait(pipeline.full(step), Stages::parity(step));
-      sm90::fence_products();
+      const int64_t first = p::up_tile(tile_rank, n, kCluster) * p::kTileN;
+      float acc[kAccumulators];
+      // Loaded ahead of the MMAs. Three warpgroups lack the registers, and hide each other's latency.
+      Element bias[p::kTileN / 4];
+      if constexpr (kWarpgroups == 2) load_bias(bias, consumer, first);
+      pipeline.consumer_wait(step);
+      arch::wgmma_fence();
 #pragma unroll
       for (int k = 0; k < kSteps; ++k)
-        sm90::RegisterProduct<Element>::add(acc, t[k], p::descriptor(pipeline.stage(step) + p::up_start(k)), k > 0);
-      sm90::commit_products();
-      sm90::wait_products<0>();
-      give_back(step, consumer, false);
+        arch::WgmmaRS<Element>::mma(acc, t[k], smem_descriptor_k_major(pipeline.stage(step) + p::up_offset(k)), k > 0);
+      arch::wgmma_commit_group();
+      arch::wgmma_wait_group<0>();
+      pipeline.consumer_release(step, consumer, kPeers > 1);  // the CTAs of a token tile share x only, not up
       if (args.bias) {
 #pragma unroll
-        for (int i = 0; i < p::kOutputs / 2; ++i)
-          acc[i] += kGroups == 2 ? static_cast<float>(bias[p::bias_of_accumulator(i)])
-                                 : static_cast<float>(bias_at(consumer, i, first));
+        for (int i = 0; i < kAccumulators; ++i)
+          acc[i] += kWarpgroups == 2 ? static_cast<float>(bias[p::bias_of_accumulator(i)])
+                                     : static_cast<float>(bias_at(consumer, i, first));
       }
       store(acc, consumer, first);
     }
   }
 
-  __device__ __forceinline__ void multiply_down(float (&acc)[kColumns / 2], int consumer) const {
+  __device__ __forceinline__ void mma_down(float (&acc)[kColumns / 2], int consumer) const {
+    using Wgmma = arch::WgmmaSS<Element, kColumns, arch::Major::K>;
     for (int step = 0; step < down_steps; ++step) {
-      sm90::wait(pipeline.full(step), Stages::parity(step));
-      sm90::fence_products();
+      pipeline.consumer_wait(step);
+      arch::wgmma_fence();
 #pragma unroll
-      for (int k = 0; k < p::kBox / p::kStep; ++k)
-        sm90::Product<Element, kColumns>::add(acc, p::descriptor(pipeline.stage(step) + p::x_start(consumer / 128, k)),
-                                              p::descriptor(pipeline.stage(step) + p::down_start(k, kGroups)), step > 0 || k > 0);
-      sm90::commit_products();
-      sm90::wait_products<1>();  // this step's may run on, the one before has been read
-      if (step > 0) give_back(step - 1, consumer, true);
+      for (int k = 0; k < p::kTileK / p::kMmaK; ++k)
+        Wgmma::mma(acc, smem_descriptor_k_major(pipeline.stage(step) + p::x_offset(consumer / 128, k)),
+                   smem_descriptor_k_major(pipeline.stage(step) + p::down_offset(kVariant, k)), step > 0 || k > 0);
+      arch::wgmma_commit_group();
+      arch::wgmma_wait_group<1>();  // this step's MMAs may run on; the previous stage has been read
+      if (step > 0) pipeline.consumer_release(step - 1, consumer);
     }
-    sm90::wait_products<0>();
-    give_back(down_steps - 1, consumer, true);
+    arch::wgmma_wait_group<0>();
+    pipeline.consumer_release(down_steps - 1, consumer);
   }
 
-  // All of t from what each block of the cluster has of it.
-  __device__ __forceinline__ void exchange(uint32_t (&t)[kSteps][4], const uint32_t (&mine)[kColumns / p::kStep][4],
+  // All columns of t from the CTAs that have summed them.
+  __device__ __forceinline__ void exchange(uint32_t (&t)[kSteps][4], const uint32_t (&mine)[kColumns / p::kMmaK][4],
                                            int consumer) const {
     if constexpr (kCluster == 1) {
 #pragma unroll
@@ -161,37 +155,38 @@ struct Block {
         for (int w = 0; w < 4; ++w) t[step][w] = mine[step][w];
     } else {
       const uint32_t start = pipeline.stages + p::exchange_offset(kVariant);
-      for (int block = 0; block < kCluster; ++block) {
-        const uint32_t there = sm90::address_in_block(start, block);
+      for (int cta = 0; cta < kCluster; ++cta) {
+        const uint32_t mapped = arch::mapa(start, cta);
 #pragma unroll
-        for (int step = 0; step < kColumns / p::kStep; ++step)
-          if (const int at = p::first_step(rank, kColumns) + step; at < kSteps)
-            sm90::store_in_block(there + p::exchange_index(consumer, at, kRanks), mine[step]);
+        for (int step = 0; step < kColumns / p::kMmaK; ++step)
+          if (const int at = p::first_step(tile_rank, kColumns) + step; at < kSteps)
+            arch::st_shared_cluster_v4(mapped + p::exchange_index(consumer, at, kRankTile), mine[step]);
       }
-      sm90::arrive_cluster();
-      sm90::wait_cluster();
+      arch::cluster_arrive();
+      arch::cluster_wait();
 #pragma unroll
-      for (int step = 0; step < kSteps; ++step) sm90::load_shared(t[step], start + p::exchange_index(consumer, step, kRanks));
+      for (int step = 0; step < kSteps; ++step)
+        arch::ld_shared_v4(t[step], start + p::exchange_index(consumer, step, kRankTile));
     }
   }
 
-  // What is added to an accumulator of the 64 columns from `first` on.
+  // The bias of accumulator i of the 64 columns from `first` on.
   __device__ __forceinline__ Element bias_at(int consumer, int i, int64_t first) const {
-    const int lane_first = p::accumulator_column(consumer, 0), column = p::accumulator_column(0, i);
-    const int left = static_cast<int>(args.out_features - first) - lane_first;  // at most 2^30 features
-    return column < left ? static_cast<const Element*>(args.bias)[first + lane_first + column] : Element(0.0f);
+    const int thread_col = arch::wgmma_accumulator_col(consumer, 0), col = arch::wgmma_accumulator_col(0, i);
+    const int left = static_cast<int>(args.out_features - first) - thread_col;  // at most 2^30 features
+    return col < left ? static_cast<const Element*>(args.bias)[first + thread_col + col] : Element(0.0f);
   }
 
-  // The same of all: the accumulators of a thread's two tokens share it.
-  __device__ __forceinline__ void fetch_bias(Element (&bias)[p::kOutputs / 4], int consumer, int64_t first) const {
+  // Of all accumulators; a thread's two tokens share it.
+  __device__ __forceinline__ void load_bias(Element (&bias)[p::kTileN / 4], int consumer, int64_t first) const {
     if (!args.bias) return;
 #pragma unroll
-    for (int i = 0; i < p::kOutputs / 2; ++i)
+    for (int i = 0; i < kAccumulators; ++i)
       if (i / 2 % 2 == 0) bias[p::bias_of_accumulator(i)] = bias_at(consumer, i, first);
   }
 
   // 64 columns of y from `first` on.
-  __device__ __forceinline__ void store(float (&acc)[p::kOutputs / 2], int consumer, int64_t first) const {
+  __device__ __forceinline__ void store(float (&acc)[kAccumulators], int consumer, int64_t first) const {
     activate_all(acc, args.activation);
     if (args.out_features % 8 == 0)
       store_vectors(acc, consumer, first);
@@ -199,31 +194,29 @@ struct Block {
       store_elements(acc, consumer, first);
   }
 
-  __device__ __forceinline__ void store_elements(const float (&acc)[p::kOutputs / 2], int consumer,
-                                                 int64_t first) const {
+  __device__ __forceinline__ void store_elements(const float (&acc)[kAccumulators], int consumer, int64_t first) const {
 #pragma unroll
-    for (int i = 0; i < p::kOutputs / 2; ++i) {
-      const int64_t token = first_token + p::accumulator_token(consumer, i);
-      const int64_t n = first + p::accumulator_column(consumer, i);
+    for (int i = 0; i < kAccumulators; ++i) {
+      const int64_t token = first_token + arch::wgmma_accumulator_row(consumer, i);
+      const int64_t n = first + arch::wgmma_accumulator_col(consumer, i);
       if (token < args.tokens && n < args.out_features)
         static_cast<Element*>(args.y)[token * args.out_features + n] = round_to(acc[i], Element{});
     }
   }
 
   // Rows of y start on 16 bytes: each lane stores 8 columns of a token at a time.
-  __device__ __forceinline__ void store_vectors(const float (&acc)[p::kOutputs / 2], int consumer,
-                                                int64_t first) const {
+  __device__ __forceinline__ void store_vectors(const float (&acc)[kAccumulators], int consumer, int64_t first) const {
     const int quad_lane = consumer % 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int64_t token = first_token + p::accumulator_token(consumer, half * 2);
+      const int64_t token = first_token + arch::wgmma_accumulator_row(consumer, half * 2);
 #pragma unroll
-      for (int columns = 0; columns < p::kOutputs; columns += 32) {
+      for (int columns = 0; columns < p::kTileN; columns += 32) {
         uint32_t words[4];
 #pragma unroll
         for (int w = 0; w < 4; ++w) {
           const int i = (columns / 8 + w) * 4 + half * 2;
-          words[w] = pack(acc[i], acc[i + 1], Element{});
+          words[w] = pack<Element>(acc[i], acc[i + 1]);
         }
 #pragma unroll
         for (int round = 0; round < 2; ++round)
@@ -244,96 +237,89 @@ struct Block {
   }
 };
 
-template <class Element, int kRanks, int kCluster, int kPeers, int kGroups>
-__global__ void __launch_bounds__(p::Variant{kRanks, kCluster, kGroups, kPeers}.threads(), 1)
+template <class Element, int kRankTile, int kCluster, int kPeers, int kWarpgroups>
+__global__ void __launch_bounds__(p::Variant{kRankTile, kCluster, kWarpgroups, kPeers}.threads(), 1)
     prefill_sm90(const __grid_constant__ Maps maps, const __grid_constant__ Arguments args) {
   extern __shared__ unsigned char unaligned[];
-  using ThisBlock = Block<Element, kRanks, kCluster, kPeers, kGroups>;
-  constexpr int kConsumers = ThisBlock::kVariant.consumers();
-  constexpr int kBlocks = ThisBlock::kBlocks;
-  const int place = kBlocks == 1 ? 0 : sm90::rank_in_cluster(), rank = kCluster == 1 ? 0 : place;
-  const uint32_t first_stage = static_cast<uint32_t>(round_up(sm90::shared_address(unaligned), p::kAlignment));
-  const ThisBlock block{args,
-                        {first_stage + p::barrier_offset(ThisBlock::kVariant), first_stage},
-                        place,
-                        rank,
-                        static_cast<int64_t>(blockIdx.x / kCluster) * ThisBlock::kVariant.tokens(),
-                        static_cast<int>(ceil_div(args.in_features, p::kBox)),
-                        p::up_tiles(rank, kCluster, args.out_features)};
+  using ThisCta = Cta<Element, kRankTile, kCluster, kPeers, kWarpgroups>;
+  constexpr p::Variant kVariant = ThisCta::kVariant;
+  constexpr int kConsumers = kVariant.consumers();
+  const int cluster_rank = kVariant.ctas() == 1 ? 0 : arch::cluster_ctarank();
+  const int tile_rank = kCluster == 1 ? 0 : cluster_rank;
+  const uint32_t first_stage =
+      static_cast<uint32_t>(round_up(arch::cast_smem_ptr_to_uint(unaligned), arch::kSwizzleAlignment));
+  const ThisCta cta{args,
+                    {first_stage + p::mbarrier_offset(kVariant), first_stage},
+                    cluster_rank,
+                    tile_rank,
+                    static_cast<int64_t>(blockIdx.x / kCluster) * kVariant.cta_tokens(),
+                    static_cast<int>(ceil_div(args.in_features, p::kTileK)),
+                    p::up_tiles(tile_rank, kCluster, args.out_features)};
   if (threadIdx.x == 0) {
-    sm90::prefetch(&maps.x);
-    sm90::prefetch(&maps.down);
-    sm90::prefetch(&maps.up);
-    block.pipeline.init(kBlocks * kConsumers / 32);
-    sm90::fence_barrier_init();
+    arch::prefetch_tensormap(&maps.x);
+    arch::prefetch_tensormap(&maps.down);
+    arch::prefetch_tensormap(&maps.up);
+    cta.pipeline.init(kConsumers / 32);
+    arch::fence_mbarrier_init();
   }
   __syncthreads();
-  if constexpr (kBlocks > 1) {  // nobody may write to a block that has not started
-    sm90::arrive_cluster();
-    sm90::wait_cluster();
+  if constexpr (kVariant.ctas() > 1) {  // a CTA must have started before a peer writes to it
+    arch::cluster_arrive();
+    arch::cluster_wait();
   }
   if (threadIdx.x < kConsumers) {
-    if constexpr (kGroups == 3) sm90::take_registers<p::kRegisters>();
-    block.consume(threadIdx.x);
+    if constexpr (kVariant.moves_registers()) arch::warpgroup_reg_alloc<p::kConsumerRegisters>();
+    cta.consume(threadIdx.x);
   } else {
-    if constexpr (kGroups == 3) sm90::leave_registers<p::kProducerRegisters>();
-    // The exchange's barrier counts all threads. It also keeps a block from ending while others write to it.
-    if constexpr (kCluster > 1) sm90::arrive_cluster();
-    if (threadIdx.x == kConsumers) block.produce(maps);
+    if constexpr (kVariant.moves_registers()) arch::warpgroup_reg_dealloc<p::kProducerRegisters>();
+    // The barrier of the exchange counts all threads. It also keeps a CTA from exiting while peers write to it.
+    if constexpr (kCluster > 1) arch::cluster_arrive();
+    if (threadIdx.x == kConsumers) cta.produce(maps);
     __syncwarp();
-    if constexpr (kCluster > 1) sm90::wait_cluster();
+    if constexpr (kCluster > 1) arch::cluster_wait();
   }
 }
 
-template <class Element, int kRanks, int kCluster, int kPeers, int kGroups>
-void launch_one(const LowRankPlan& plan, const Arguments& args, CUtensorMapDataType type, const Launch& launch) {
-  constexpr p::Variant kVariant{kRanks, kCluster, kGroups, kPeers};
-  const auto kernel = prefill_sm90<Element, kRanks, kCluster, kPeers, kGroups>;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(plan.shared_bytes)),
-        launch);
-  const Maps maps{
-      sm90::matrix_map(type, args.x, args.tokens, args.in_features, args.x_stride, p::x_box_rows(kVariant), p::kBox,
-                       launch),
-      sm90::matrix_map(type, args.down, args.rank, args.in_features, args.down_stride, p::down_box_rows(kVariant),
-                       p::kBox, launch),
-      sm90::matrix_map(type, args.up, args.out_features, args.rank, args.up_stride, p::up_box_rows(kVariant), p::kBox,
-                       launch)};
-  launch_kernel(kernel,
-                {dim3(static_cast<unsigned>(plan.blocks)), kVariant.threads(), plan.shared_bytes, kCluster * kPeers},
-                launch, maps, args);
+template <class Element, int kRankTile, int kCluster, int kPeers, int kWarpgroups>
+void launch_variant(const LowRankPlan& plan, const Arguments& args, const Launch& launch) {
+  constexpr p::Variant kVariant{kRankTile, kCluster, kWarpgroups, kPeers};
+  const auto kernel = prefill_sm90<Element, kRankTile, kCluster, kPeers, kWarpgroups>;
+  opt_in_shared_memory(kernel, plan.shared_bytes, launch);
+  const Maps maps{arch::encode_tensor_map_2d<Element>(args.x, args.tokens, args.in_features, args.x_stride,
+                                                      p::x_tile_rows(kVariant), p::kTileK, launch),
+                  arch::encode_tensor_map_2d<Element>(args.down, args.rank, args.in_features, args.down_stride,
+                                                      p::down_tile_rows(kVariant), p::kTileK, launch),
+                  arch::encode_tensor_map_2d<Element>(args.up, args.out_features, args.rank, args.up_stride,
+                                                      p::up_tile_rows(kVariant), p::kTileK, launch)};
+  const dim3 grid(static_cast<unsigned>(plan.ctas));
+  launch_kernel(kernel, {grid, kVariant.threads(), plan.shared_bytes, kVariant.ctas()}, launch, maps, args);
 }
 
-// False where there is no such kernel, or the plan is for another one.
-template <class Element, int kRanks, int kCluster, int kPeers, int kGroups>
-bool launch_if_planned(const LowRankPlan& plan, const Arguments& args, CUtensorMapDataType type, const Launch& launch) {
-  constexpr p::Variant kVariant{kRanks, kCluster, kGroups, kPeers};
-  if constexpr (p::exists(kVariant)) {
-    if (plan.rank_tile != kRanks || plan.cluster != kCluster || plan.token_tile != kVariant.tokens() * kPeers) return false;
-    launch_one<Element, kRanks, kCluster, kPeers, kGroups>(plan, args, type, launch);
-    return true;
-  }
-  return false;
+// False where the plan is for another variant.
+template <class Element, int kRankTile, int kCluster, int kPeers, int kWarpgroups>
+bool launch_if_planned(const LowRankPlan& plan, const Arguments& args, const Launch& launch) {
+  constexpr p::Variant kVariant{kRankTile, kCluster, kWarpgroups, kPeers};
+  if (plan.rank_tile != kRankTile || plan.cluster != kCluster || plan.token_tile != kVariant.token_tile()) return false;
+  launch_variant<Element, kRankTile, kCluster, kPeers, kWarpgroups>(plan, args, launch);
+  return true;
 }
 
-// Every number is a rank, a cluster, and two warpgroups, three, or two with a peer.
-template <class Element, int... kNumbers>
-void launch_element(const LowRankPlan& plan, const Arguments& args, CUtensorMapDataType type, const Launch& launch,
-                    std::integer_sequence<int, kNumbers...>) {
-  const bool launched =
-      (launch_if_planned<Element, p::kLeastRanks + kNumbers / 12 * p::kStep, 1 << kNumbers / 3 % 4,
-                         kNumbers % 3 == 2 ? p::kMostPeers : 1, kNumbers % 3 == 1 ? 3 : 2>(plan, args, type, launch) ||
-       ...);
-  check(launched ? cudaSuccess : cudaErrorInvalidValue, launch);
+template <class Element, size_t... kIndices>
+bool launch_planned(const LowRankPlan& plan, const Arguments& args, const Launch& launch,
+                    std::index_sequence<kIndices...>) {
+  return (launch_if_planned<Element, p::kVariants[kIndices].rank_tile, p::kVariants[kIndices].cluster,
+                            p::kVariants[kIndices].peers, p::kVariants[kIndices].warpgroups>(plan, args, launch) ||
+          ...);
 }
 
 }  // namespace
 
 void launch_prefill_sm90(const LowRankPlan& plan, const Arguments& args, Dtype dtype, const Launch& launch) {
-  constexpr auto kAll = std::make_integer_sequence<int, 12 * ((p::kMostRank - p::kLeastRanks) / p::kStep + 1)>{};
-  if (dtype == Dtype::bfloat16)
-    return launch_element<__nv_bfloat16>(plan, args, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, launch, kAll);
-  launch_element<__half>(plan, args, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, launch, kAll);
+  dispatch_16_bit(dtype, [&](auto element) {
+    constexpr auto kAll = std::make_index_sequence<std::size(p::kVariants)>{};
+    const bool launched = launch_planned<decltype(element)>(plan, args, launch, kAll);
+    check(launched ? cudaSuccess : cudaErrorInvalidValue, launch);
+  });
 }
 
 }  // namespace lowrank_ops::lowrank_linear

@@ -21,7 +21,7 @@ inline int result() {
 
 }  // namespace lowrank_ops::tests
 
-#define EXPECT(condition) \
-  do { \
+#define EXPECT(condition)                                                         \
+  do {                                                                            \
     if (!(condition)) ::lowrank_ops::tests::fail(__FILE__, __LINE__, #condition); \
   } while (false)

@@ -6,6 +6,7 @@
 
 #include "../covariance/patches.h"
 #include "../covariance/tiles.h"
+#include "../covariance/wide_tiles.h"
 #include "../planner.h"
 #include "check.h"
 
@@ -33,8 +34,8 @@ void every_token_is_counted_once() {
   std::mt19937_64 random(2);
   for (int i = 0; i < 20000; ++i) {
     int64_t tokens = 1 + static_cast<int64_t>(random() >> (29 + random() % 34));
-    const CovariancePlan plan = plan_covariance({tokens, 1 + static_cast<int64_t>(random() % 8192), 1,
-                                                 Dtype::bfloat16, Source::matrix, {90, 132, 232448}});
+    const CovariancePlan plan = plan_covariance(
+        {tokens, 1 + static_cast<int64_t>(random() % 8192), 1, Dtype::bfloat16, Source::matrix, {90, 132, 232448}});
     int64_t expected = 0;
     for (int64_t split = 0; split < plan.splits; ++split) {
       const Range range = tokens_of_split(split, plan.tokens_per_split, tokens);
@@ -46,10 +47,10 @@ void every_token_is_counted_once() {
 }
 
 template <class Layout>
-void every_chunk_is_copied_once_and_lies_alone() {
+void every_chunk_is_copied_once() {
   for (bool along_tokens : {false, true}) {
     std::vector<int> hits(kTokens * Layout::kChunksPerRow, 0);
-    std::vector<int> places(Layout::kBytes / 16, 0);
+    std::vector<int> slots(Layout::kBytes / 16, 0);
     for (int thread = 0; thread < kThreads; ++thread)
       for (int i = 0; i < Layout::kCopies; ++i) {
         const Copy copy = along_tokens ? Layout::copy_along_tokens(thread, i) : Layout::copy_along_features(thread, i);
@@ -57,14 +58,14 @@ void every_chunk_is_copied_once_and_lies_alone() {
         ++hits[copy.token * Layout::kChunksPerRow + copy.chunk];
         const int offset = Layout::offset(copy.token, copy.chunk);
         EXPECT(offset % 16 == 0 && offset >= 0 && offset + 16 <= Layout::kBytes);
-        ++places[offset / 16];
+        ++slots[offset / 16];
       }
     for (int count : hits) EXPECT(count == 1);
-    for (int count : places) EXPECT(count <= 1);  // rows of 4-byte elements have 16 bytes to spare
+    for (int count : slots) EXPECT(count <= 1);  // rows of 4-byte elements are padded
   }
 }
 
-// Of the lanes that shared memory serves at once: as many as touch 128 bytes.
+// Of the lanes of one shared-memory phase: as many as access 128 bytes.
 int bank_conflicts(int first_lane, int bytes, const std::function<int(int lane)>& offset) {
   std::vector<int> banks(32, 0);
   for (int lane = first_lane; lane < first_lane + 128 / bytes; ++lane)
@@ -111,7 +112,7 @@ void operands_have_no_bank_conflicts() {
           EXPECT(bank_conflicts(0, 4, [&](int lane) { return tf32_b_offset(lane, warp, col, step, i); }) == 0);
     }
   }
-  // Rows without the 16 bytes to spare, and tokens as the instruction numbers them, would have conflicts.
+  // Rows without padding, and tokens in the instruction's order, would have conflicts.
   EXPECT(bank_conflicts(0, 4, [](int lane) { return lane % 4 * 2 * kTile * 4 + lane / 4 * 4; }) == 3);
   EXPECT(bank_conflicts(0, 4, [](int lane) { return Layout<4>::feature_offset(lane % 4, lane / 4); }) == 1);
 }
@@ -125,7 +126,7 @@ void the_tile_and_its_scratch_are_covered_once() {
           ++elements[accumulator_row(thread % 32, thread / 32, row, e) * kTile +
                      accumulator_col(thread % 32, thread / 32, col, e)];
         }
-    for (int slice = 0; slice < add_blocks(kTile); ++slice)
+    for (int slice = 0; slice < add_ctas(kTile); ++slice)
       for (int e = 0; e < kAddElements; ++e) ++scratch[added_element(slice, thread, e)];
     for (int half = 0; half < 2; ++half) {
       ++sums[sum_feature(thread) + half];
@@ -135,7 +136,7 @@ void the_tile_and_its_scratch_are_covered_once() {
   for (int count : elements) EXPECT(count == 1);
   for (int count : scratch) EXPECT(count == 1);
   for (int count : sums) EXPECT(count == kSumGroups);
-  // Partial tiles and sums of different blocks do not overlap, also beyond 2^31 floats.
+  // Partial tiles and sums of different CTAs do not overlap, also beyond 2^31 floats.
   const int64_t groups = 3, splits = 64, tiles = 5050, features = 12800;
   int64_t end = 0;
   for (int64_t group = 0; group < groups; ++group)
@@ -148,6 +149,56 @@ void the_tile_and_its_scratch_are_covered_once() {
   EXPECT(end > (int64_t{1} << 31));
   EXPECT(partial_sum_offset(0, 0, 0, groups, splits, tiles, features) == end);
   EXPECT(partial_sum_offset(groups, 0, 0, groups, splits, tiles, features) == end + groups * splits * features);
+}
+
+// ---- sm_90 ----
+
+void wgmma_tiles_are_covered_once() {
+  namespace w = wgmma;
+  std::vector<int> elements(kTile * kTile, 0), sums(w::kTokens * kTile, 0), bytes(w::kOperandBytes / 2, 0);
+  for (int consumer = 0; consumer < w::kConsumers; ++consumer) {
+    for (int i = 0; i < w::kAccumulators; ++i)
+      ++elements[arch::wgmma_accumulator_row(consumer, i) * kTile + arch::wgmma_accumulator_col(consumer, i)];
+    for (int i = 0; i < w::kSumTokens; ++i)
+      for (int half = 0; half < 2; ++half) {
+        const int token = w::sum_token(consumer, i), feature = w::sum_feature(consumer) + half;
+        ++sums[token * kTile + feature];
+        EXPECT(w::feature_offset(token, w::sum_feature(consumer)) + 2 * half == w::feature_offset(token, feature));
+        EXPECT(w::sum_consumer(consumer / (kTile / 2), feature) == consumer);
+      }
+  }
+  for (int token = 0; token < w::kTokens; ++token)
+    for (int feature = 0; feature < kTile; ++feature) {
+      // TMA's 128-byte swizzle: address bits 4 to 6 are flipped by bits 7 to 9.
+      const int plain = feature / 64 * w::kTmaBytes + token * 128 + feature % 64 * 2;
+      EXPECT(w::feature_offset(token, feature) == (plain ^ ((plain >> 7 & 7) << 4)));
+      ++bytes[w::feature_offset(token, feature) / 2];
+    }
+  for (int count : elements) EXPECT(count == 1);
+  for (int count : sums) EXPECT(count == 1);
+  for (int count : bytes) EXPECT(count == 1);
+}
+
+void wgmma_descriptors_start_on_whole_swizzles() {
+  namespace w = wgmma;
+  const auto expect_descriptor = [](int offset) {
+    const uint64_t descriptor = w::descriptor(static_cast<uint32_t>(offset));
+    EXPECT(descriptor >> 62 == 1 && (descriptor & 0x3FFF) * 16 == static_cast<uint64_t>(offset));
+    EXPECT((descriptor >> 16 & 0x3FFF) * 16 == w::kTmaBytes && (descriptor >> 32 & 0x3FFF) * 16 == 8 * 128);
+    EXPECT(offset % arch::kSwizzleAlignment == 0);
+  };
+  for (int k = 0; k < w::kTokens / w::kMmaK; ++k) {
+    expect_descriptor(w::b_offset(k));
+    for (int group = 0; group < 2; ++group) {
+      expect_descriptor(w::a_offset(group, k));
+      for (int rank = 0; rank < wide::kClusterCtas; ++rank)
+        for (bool diagonal : {false, true}) {
+          const int offset = wide::a_offset(diagonal, rank, group, k);
+          expect_descriptor(offset);
+          EXPECT(offset < wide::kStageBytes && (diagonal == (offset < wide::kColumnBytes)));
+        }
+    }
+  }
 }
 
 // ---- patches ----
@@ -185,15 +236,15 @@ void patches_are_those_of_a_convolution() {
                 const bool real = y >= 0 && y < p.height && x >= 0 && x < p.width;
                 EXPECT(inside(p, corner, f) == real);
                 if (real)
-                  EXPECT(corner.offset + f.offset == image * p.image_stride + c * p.channel_stride +
-                                                         y * p.row_stride + x * p.col_stride);
+                  EXPECT(corner.offset + f.offset ==
+                         image * p.image_stride + c * p.channel_stride + y * p.row_stride + x * p.col_stride);
               }
         }
   }
 }
 
 // Of images of up to 2^22 pixels and batches of up to 2^31 - 1 patches.
-void patches_beyond_2_to_the_31_elements_lie_where_they_should() {
+void patches_are_right_beyond_2_to_the_31_elements() {
   std::mt19937 random(6);
   int64_t largest = 0;
   for (int i = 0; i < 100000; ++i) {
@@ -226,7 +277,7 @@ void patches_beyond_2_to_the_31_elements_lie_where_they_should() {
     if (!real) continue;
     const int64_t offset = image * p.image_stride + c * p.channel_stride + y * p.row_stride + x * p.col_stride;
     EXPECT(token.offset + feature.offset == offset);
-    largest = greatest(largest, offset);
+    largest = max64(largest, offset);
   }
   EXPECT(largest > int64_t{1} << 33);
 }
@@ -236,13 +287,15 @@ void patches_beyond_2_to_the_31_elements_lie_where_they_should() {
 int main() {
   every_lower_tile_is_visited_once();
   every_token_is_counted_once();
-  every_chunk_is_copied_once_and_lies_alone<Layout<2>>();
-  every_chunk_is_copied_once_and_lies_alone<Layout<4>>();
+  every_chunk_is_copied_once<Layout<2>>();
+  every_chunk_is_copied_once<Layout<4>>();
   copies_and_sums_have_no_bank_conflicts<Layout<2>>();
   copies_and_sums_have_no_bank_conflicts<Layout<4>>();
   operands_have_no_bank_conflicts();
   the_tile_and_its_scratch_are_covered_once();
+  wgmma_tiles_are_covered_once();
+  wgmma_descriptors_start_on_whole_swizzles();
   patches_are_those_of_a_convolution();
-  patches_beyond_2_to_the_31_elements_lie_where_they_should();
+  patches_are_right_beyond_2_to_the_31_elements();
   return tests::result();
 }

@@ -1,16 +1,18 @@
 // Every plan is legal for its machine, and every refusal says why.
 #include "../planner.h"
 
+#include <algorithm>
 #include <array>
 #include <cmath>
+#include <iterator>
 #include <limits>
 #include <random>
 #include <stdexcept>
 #include <vector>
 
 #include "../covariance/wide_tiles.h"
-#include "../lowrank_linear/back_to_back.h"
-#include "../lowrank_linear/slabs.h"
+#include "../lowrank_linear/decode_layout.h"
+#include "../lowrank_linear/prefill_layout.h"
 #include "check.h"
 
 using namespace lowrank_ops;
@@ -26,9 +28,9 @@ void expect_legal(const CovarianceProblem& problem) {
   EXPECT(plan.reason.empty());
   EXPECT(plan.shared_bytes + covariance::kStaticSharedBytes <= problem.machine.shared_memory);
   const bool wide = plan.kernel == "covariance_sm90_wide";
-  EXPECT(plan.tile == (wide ? covariance::wide::kSquare : covariance::kTile));
-  int64_t blocks = ceil_div(problem.features, plan.tile);
-  EXPECT(plan.tiles == blocks * (blocks + 1) / 2);
+  EXPECT(plan.tile == (wide ? covariance::wide::kTile : covariance::kTile));
+  int64_t rows = ceil_div(problem.features, plan.tile);
+  EXPECT(plan.tiles == rows * (rows + 1) / 2);
   EXPECT(plan.whole >= 0 && (wide ? (plan.whole == plan.tiles) == (plan.splits == 1) : plan.whole == 0));
   EXPECT(plan.splits >= 1 && plan.splits <= 65535);
   EXPECT(plan.tokens_per_split % plan.block_tokens == 0);
@@ -38,7 +40,7 @@ void expect_legal(const CovarianceProblem& problem) {
   EXPECT((plan.scratch_floats == 0) == (plan.splits == 1));
   EXPECT(plan.scratch_floats * 4 <= (int64_t{300} << 20));
   EXPECT(problem.source == Source::aligned_matrix && problem.dtype != Dtype::float32 ? plan.stages >= 3
-                                                                                      : plan.stages == 2);
+                                                                                     : plan.stages == 2);
   EXPECT(plan.tf32 == (problem.allow_tf32 && problem.dtype == Dtype::float32));
   EXPECT((describe(plan).find("TensorFloat-32") != std::string::npos) == plan.tf32);
 }
@@ -48,34 +50,42 @@ void expect_legal(const LowRankProblem& problem) {
   const LowRankPlan plan = plan_lowrank_linear(problem);
   EXPECT(plan.reason.empty());
   EXPECT(plan.token_tile % 8 == 0);
-  EXPECT(plan.token_tile <= (plan.kernel == "prefill_sm90" ? prefill::kMostTileTokens : 64));
+  EXPECT(plan.token_tile <= (plan.kernel == "prefill_sm90" ? prefill::kMaxTokenTile : 64));
   EXPECT(plan.split_features % kFeatures == 0 || plan.kernel == "prefill_sm90");
   EXPECT(plan.splits * plan.split_features >= problem.in_features);
   EXPECT(padded_rank(problem.rank) * 2 <= rank_pitch(problem.rank));
   if (plan.kernel == "decode_sm90") {
     EXPECT(problem.machine.capability == 90 && problem.aligned && problem.in_features % 8 == 0 &&
            problem.rank % 8 == 0);
-    EXPECT(plan.shared_bytes == layout(plan.token_tile, problem.rank, plan.resident_tiles).bytes);
-    EXPECT(plan.shared_bytes <= problem.machine.shared_memory && plan.shared_bytes < (1 << 20));  // a barrier's count
+    EXPECT(plan.shared_bytes == smem_layout(plan.token_tile, problem.rank, plan.resident_tiles).bytes);
+    EXPECT(plan.shared_bytes <= problem.machine.shared_memory && plan.shared_bytes < (1 << 20));  // tx-count
     EXPECT(plan.splits == 1 || plan.splits == 2 || plan.splits == 4 || plan.splits == 8);
-    EXPECT(plan.blocks % plan.splits == 0 && plan.blocks >= plan.splits);
-    EXPECT(plan.blocks <= problem.machine.multiprocessors);  // all run at once
+    EXPECT(plan.ctas % plan.splits == 0 && plan.ctas >= plan.splits);
+    EXPECT(plan.ctas <= problem.machine.sm_count);  // co-resident
     EXPECT(plan.resident_tiles >= 1);
     EXPECT(plan.scratch_floats * 2 >= problem.tokens * problem.rank);
     EXPECT(!plan.dependent_launch);
   } else if (plan.kernel == "prefill_sm90") {
     EXPECT(problem.machine.capability == 90 && problem.aligned && problem.tokens > 64);
-    const int peers = plan.token_tile == prefill::kMostTileTokens ? prefill::kMostPeers : 1;
-    const prefill::Variant variant{plan.rank_tile, plan.cluster, plan.token_tile / 64 / peers, peers};
-    EXPECT(prefill::exists(variant) && plan.rank_tile >= problem.rank && plan.threads == variant.threads());
-    EXPECT(plan.rows_down == variant.columns() && plan.rows_down * plan.cluster >= plan.rank_tile && plan.stages >= 2 && plan.stages <= prefill::kMostStages);
-    EXPECT(plan.shared_bytes == prefill::shared_bytes(variant));
+    const auto planned = [&](const prefill::Variant& v) {
+      return v.rank_tile == plan.rank_tile && v.cluster == plan.cluster && v.token_tile() == plan.token_tile;
+    };
+    const auto variant = std::find_if(std::begin(prefill::kVariants), std::end(prefill::kVariants), planned);
+    EXPECT(variant != std::end(prefill::kVariants));
+    EXPECT(plan.rank_tile >= problem.rank && plan.threads == variant->threads());
+    EXPECT(plan.rows_down == variant->columns() && plan.rows_down * plan.cluster >= plan.rank_tile);
+    EXPECT(plan.stages >= 2 && plan.stages <= prefill::kMaxStages);
+    EXPECT(plan.shared_bytes == prefill::shared_bytes(*variant));
     EXPECT(plan.shared_bytes <= problem.machine.shared_memory);
-    EXPECT(plan.blocks == ceil_div(problem.tokens, plan.token_tile) * plan.cluster * peers);
-    EXPECT(plan.blocks < (int64_t{1} << 31));
+    EXPECT(plan.ctas == ceil_div(problem.tokens, plan.token_tile) * variant->ctas());
+    EXPECT(plan.ctas < (int64_t{1} << 31));
     EXPECT(plan.scratch_floats == 0 && !plan.dependent_launch);
   } else {
     EXPECT(plan.kernel == "decode_sm80");
+    EXPECT(std::any_of(std::begin(kDecodeSm80Variants), std::end(kDecodeSm80Variants), [&](const DecodeVariant& v) {
+      return v.token_tile == plan.token_tile && v.vectorized == plan.vectorized;
+    }));
+    EXPECT(plan.vectorized == (problem.aligned && problem.in_features % 8 == 0 && problem.rank % 8 == 0));
     EXPECT(plan.shared_bytes_up <= problem.machine.shared_memory);
     EXPECT(plan.shared_bytes_down <= problem.machine.shared_memory);
     EXPECT((plan.splits - 1) * plan.split_features < problem.in_features);
@@ -107,7 +117,7 @@ void every_plan_is_legal() {
     }
 }
 
-void hopper_gets_its_own_kernel_where_it_can() {
+void hopper_covariances_use_wgmma_where_possible() {
   const Machine h200{90, 132, 232448};
   const auto kernel = [&](int64_t tokens, Dtype dtype, Source source, const Machine& machine) {
     return plan_covariance({tokens, 4096, 1, dtype, source, machine}).kernel;
@@ -120,7 +130,7 @@ void hopper_gets_its_own_kernel_where_it_can() {
   EXPECT(kernel(8192, Dtype::bfloat16, Source::aligned_matrix, {100, 148, 232448}) == "covariance_sm80");
 }
 
-void hopper_decodes_in_one_launch_where_it_can() {
+void hopper_decodes_in_one_launch_where_possible() {
   const Machine h200{90, 132, 232448};
   const auto plan = [&](int64_t tokens, int64_t rank, bool aligned, const Machine& machine) {
     return plan_lowrank_linear({tokens, 4096, rank, 4096, Dtype::bfloat16, aligned, machine});
@@ -134,10 +144,10 @@ void hopper_decodes_in_one_launch_where_it_can() {
   EXPECT(plan(1, 136, true, {100, 148, 232448}).kernel == "decode_sm80");
   EXPECT(plan(1, 8192, true, h200).kernel == "decode_sm80");  // no room for a tile of up
   EXPECT(plan(1, 512, true, h200).splits > 1);
-  EXPECT(plan(1, 512, true, h200).resident_tiles == 2);  // 256 tiles over 132 blocks: all of up is resident
+  EXPECT(plan(1, 512, true, h200).resident_tiles == 2);  // 256 tiles over 132 CTAs: all of up is resident
 }
 
-void many_tokens_are_shared_by_clusters_where_tiles_are_few() {
+void few_token_tiles_are_shared_by_clusters() {
   const Machine h200{90, 132, 232448};
   const auto plan = [&](int64_t tokens, int64_t rank) {
     return plan_lowrank_linear({tokens, 768, rank, 3072, Dtype::bfloat16, true, h200});
@@ -151,8 +161,34 @@ void many_tokens_are_shared_by_clusters_where_tiles_are_few() {
   EXPECT(plan(1 << 20, 256).cluster == 2);  // a thread has no registers for 256 columns
   // Without a peer the weights of each tile of 128 tokens would come from L2, more than it gives while all read.
   EXPECT(plan_lowrank_linear({65536, 768, 136, 768, Dtype::bfloat16, true, h200}).token_tile == 256);
-  // 12608 tokens by 192 are 66 tiles: with two blocks each, one wave where tiles of 128 would take two.
-  EXPECT(plan(12608, 256).token_tile == 192 && plan(12608, 256).blocks == 132);
+  // 12608 tokens by 192 are 66 tiles: with two CTAs each, one wave where tiles of 128 would take two.
+  EXPECT(plan(12608, 256).token_tile == 192 && plan(12608, 256).ctas == 132);
+}
+
+// No kernel is compiled that no plan picks.
+void every_variant_is_the_plan_of_some_problem() {
+  using namespace lowrank_linear;
+  const Machine h200{90, 132, 232448};
+  std::vector<int> prefill_plans(std::size(prefill::kVariants), 0), decode_plans(std::size(kDecodeSm80Variants), 0);
+  for (int64_t tokens : {65, 128, 197, 394, 788, 1576, 2048, 4096, 6304, 8192, 12608, 25216, 65536})
+    for (int64_t rank = 8; rank <= prefill::kMaxRank; rank += 8)
+      for (int64_t features : {768, 1024, 4096}) {
+        const LowRankPlan plan = plan_lowrank_linear({tokens, features, rank, 4096, Dtype::bfloat16, true, h200});
+        for (size_t i = 0; i < prefill_plans.size(); ++i) {
+          const prefill::Variant& v = prefill::kVariants[i];
+          prefill_plans[i] +=
+              v.rank_tile == plan.rank_tile && v.cluster == plan.cluster && v.token_tile() == plan.token_tile;
+        }
+      }
+  for (int64_t tokens : {1, 9, 17, 33})
+    for (bool aligned : {false, true}) {
+      const LowRankPlan plan = plan_lowrank_linear({tokens, 768, 128, 768, Dtype::bfloat16, aligned, kMachines[0]});
+      for (size_t i = 0; i < decode_plans.size(); ++i)
+        decode_plans[i] += kDecodeSm80Variants[i].token_tile == plan.token_tile &&
+                           kDecodeSm80Variants[i].vectorized == plan.vectorized;
+    }
+  for (int count : prefill_plans) EXPECT(count > 0);
+  for (int count : decode_plans) EXPECT(count > 0);
 }
 
 void few_tiles_are_split_to_fill_the_machine() {
@@ -167,17 +203,23 @@ void few_tiles_are_split_to_fill_the_machine() {
   EXPECT(plan_covariance(wide).scratch_floats == 0);
 }
 
-void squares_beyond_whole_waves_are_shared() {
+void wide_tiles_beyond_whole_waves_are_split() {
   const Machine h200{90, 132, 232448};
-  const auto plan = [&](int64_t tokens, int64_t features, int64_t splits = 0, int multiprocessors = 132) {
-    return plan_covariance({tokens, features, 1, Dtype::bfloat16, Source::aligned_matrix,
-                            {90, multiprocessors, 232448}, false, {"covariance_sm90_wide", splits}});
+  const auto plan = [&](int64_t tokens, int64_t features, int64_t splits = 0, int sm_count = 132) {
+    return plan_covariance({tokens,
+                            features,
+                            1,
+                            Dtype::bfloat16,
+                            Source::aligned_matrix,
+                            {90, sm_count, 232448},
+                            false,
+                            {"covariance_sm90_wide", splits}});
   };
   EXPECT(plan(8192, 4096).tiles == 136 && plan(8192, 4096).whole == 132 && plan(8192, 4096).splits > 8);
   EXPECT(plan(8192, 768).tiles == 6 && plan(8192, 768).whole == 0 && plan(8192, 768).splits > 4);
   EXPECT(plan(64, 4096).whole == 136 && plan(64, 4096).scratch_floats == 0);  // one step cannot be shared
   EXPECT(plan(8192, 4096, 1).whole == 136 && plan(8192, 4096, 5).splits == 5);
-  EXPECT(plan(8192, 2560, 2, 110).reason == "it cannot share its work among 2 blocks");  // 55 squares: one wave
+  EXPECT(plan(8192, 2560, 2, 110).reason == "it cannot split its work over 2 CTAs");  // 55 squares: one wave
   EXPECT(plan(8192, 2560, 0, 110).whole == 55 && plan(8192, 2560, 1, 110).reason.empty());
   EXPECT(plan(8192, 512, 0, 1).reason == "covariance_sm90_wide does not run this problem");
   for (int64_t features : {8, 256, 264, 1024, 4096, 11008})
@@ -188,13 +230,13 @@ void squares_beyond_whole_waves_are_shared() {
       std::vector<int64_t> taken(static_cast<size_t>(found.tiles), 0);
       for (int64_t c = 0; c < covariance::wide::clusters(found.tiles, found.whole, found.splits); ++c) {
         const auto share = covariance::wide::share_of_cluster(c, found.whole, found.splits);
-        const auto range = share.shared < 0
+        const auto range = share.split_tile < 0
                                ? covariance::Range{0, tokens}
                                : covariance::tokens_of_split(share.split, found.tokens_per_split, tokens);
-        EXPECT(range.begin < range.end && share.square < found.tiles);
-        EXPECT(share.shared < 0 ? share.square < found.whole : share.square == found.whole + share.shared);
-        EXPECT(share.shared < 0 || range.begin == taken[static_cast<size_t>(share.square)]);
-        taken[static_cast<size_t>(share.square)] += range.end - range.begin;
+        EXPECT(range.begin < range.end && share.tile < found.tiles);
+        EXPECT(share.split_tile < 0 ? share.tile < found.whole : share.tile == found.whole + share.split_tile);
+        EXPECT(share.split_tile < 0 || range.begin == taken[static_cast<size_t>(share.tile)]);
+        taken[static_cast<size_t>(share.tile)] += range.end - range.begin;
       }
       for (int64_t count : taken) EXPECT(count == tokens);
     }
@@ -231,17 +273,17 @@ void choices_are_kept_or_refused() {
   elsewhere.machine = a100;
   EXPECT(covariance(elsewhere, "covariance_sm90", 0).reason == "covariance_sm90 does not run this problem");
   EXPECT(covariance(wide, "decode_sm80", 0).reason == "decode_sm80 does not run this problem");
-  EXPECT(covariance(wide, "", 65).reason == "it cannot share its work among 65 blocks");
+  EXPECT(covariance(wide, "", 65).reason == "it cannot split its work over 65 CTAs");
   const int64_t beyond = std::numeric_limits<int64_t>::max();  // must not overflow on the way to being refused
-  EXPECT(covariance(wide, "", beyond).reason.find("it cannot share") == 0);
-  EXPECT(covariance(wide, "", -beyond).reason.find("it cannot share") == 0);
+  EXPECT(covariance(wide, "", beyond).reason.find("it cannot split") == 0);
+  EXPECT(covariance(wide, "", -beyond).reason.find("it cannot split") == 0);
   CovarianceProblem one_step = wide;
   one_step.tokens = 8;
-  EXPECT(covariance(one_step, "", 2).reason == "it cannot share its work among 2 blocks");
+  EXPECT(covariance(one_step, "", 2).reason == "it cannot split its work over 2 CTAs");
   CovarianceProblem widest = wide;
   widest.features = 65536;  // the partial sums of two splits alone would take 17 GB
   EXPECT(covariance(widest, "", 1).reason.empty());
-  EXPECT(covariance(widest, "", 2).reason == "it cannot share its work among 2 blocks");
+  EXPECT(covariance(widest, "", 2).reason == "it cannot split its work over 2 CTAs");
 
   const LowRankProblem decode{4, 4096, 512, 4096, Dtype::bfloat16, true, h200};
   kept = 0;
@@ -256,13 +298,13 @@ void choices_are_kept_or_refused() {
       expect_legal(problem);
     }
   EXPECT(kept >= 3 * 5);
-  EXPECT(linear(decode, "decode_sm90", 3).reason == "it cannot share its work among 3 blocks");
+  EXPECT(linear(decode, "decode_sm90", 3).reason == "it cannot split its work over 3 CTAs");
   EXPECT(linear(decode, "decode_sm90", 8).cluster == 8);
   EXPECT(linear(decode, "", 3).kernel == "decode_sm80");  // the first that can
   EXPECT(linear(decode, "prefill_sm90", 0).reason == "prefill_sm90 does not run this problem");
-  EXPECT(linear(decode, "decode_sm80", beyond).reason.find("it cannot share") == 0);
-  EXPECT(linear(decode, "decode_sm80", -beyond).reason.find("it cannot share") == 0);
-  // What the planner would choose itself may be asked for, a block of a cluster without features included.
+  EXPECT(linear(decode, "decode_sm80", beyond).reason.find("it cannot split") == 0);
+  EXPECT(linear(decode, "decode_sm80", -beyond).reason.find("it cannot split") == 0);
+  // What the planner would choose itself may be asked for, a CTA of a cluster without features included.
   LowRankProblem narrow{1, 1032, 8, 4096, Dtype::bfloat16, true, h200};
   const LowRankPlan own = plan_lowrank_linear(narrow);
   EXPECT((own.splits - 1) * own.split_features >= narrow.in_features);
@@ -287,7 +329,7 @@ void choices_are_kept_or_refused() {
   EXPECT(plan_lowrank_linear(prefill).reason.find("no kernel for 64 tokens") != std::string::npos);
   LowRankProblem few = decode;
   few.choice.token_tile = 128;
-  EXPECT(plan_lowrank_linear(few).reason == "only prefill_sm90 takes a number of tokens per block");
+  EXPECT(plan_lowrank_linear(few).reason == "only prefill_sm90 has a choice of tokens per CTA");
   EXPECT(linear(prefill, "decode_sm90", 0).reason == "decode_sm90 does not run this problem");
   // A few tiles of tokens: by the decode kernels where they are asked for.
   LowRankProblem some = decode;
@@ -322,7 +364,7 @@ void refusals_say_why() {
   EXPECT(says(lowrank(65, 8, Dtype::bfloat16, a100), "at most 64 tokens, got 65"));
   EXPECT(says(lowrank(65, 8, Dtype::bfloat16, a100), "needs compute capability 9.0"));
   EXPECT(says(lowrank(65, 257, Dtype::bfloat16, {90, 132, 232448}), "at most 256, got 257"));
-  EXPECT(says(lowrank(65, 64, Dtype::bfloat16, {90, 132, 60000}), "too little shared memory"));
+  EXPECT(says(lowrank(65, 64, Dtype::bfloat16, {90, 132, 60000}), "no kernel for 60000 bytes"));
   EXPECT(says(plan_lowrank_linear({65, 8, 8, 8, Dtype::float16, false, {90, 132, 232448}}).reason, "on 16 bytes"));
   EXPECT(says(lowrank(1, 8, Dtype::float32, a100), "not float32"));
   EXPECT(says(lowrank(1, 20000, Dtype::float16, a100), "rank 20000 needs"));
@@ -333,16 +375,17 @@ void refusals_say_why() {
 // Rows past the last token have 32-bit numbers too, up to the end of the largest tile that there is.
 void as_many_tokens_as_the_largest_tile_allows() {
   using namespace lowrank_linear::prefill;
-  const int64_t largest = kMostTileTokens;
-  for (int groups : kGroups) EXPECT(exists({64, 1, groups}) && Variant({64, 1, groups}).tokens() <= largest);
-  EXPECT(exists({64, 1, 2, kMostPeers}) && Variant({64, 1, 2, kMostPeers}).tokens() * kMostPeers == largest);
+  const int64_t largest = kMaxTokenTile;
+  int64_t largest_tile = 0;
+  for (const Variant& v : kVariants) largest_tile = max64(largest_tile, v.token_tile());
+  EXPECT(largest_tile == largest);
   const auto reason = [](int64_t tokens) {
     return plan_lowrank_linear({tokens, 768, 64, 768, Dtype::bfloat16, true, {90, 132, 232448}}).reason;
   };
-  const int64_t most = std::numeric_limits<int32_t>::max() - largest;
-  EXPECT(reason(most).empty());
-  const std::string bound = "for more, it takes at most 2^31 - " + std::to_string((int64_t{1} << 31) - most);
-  EXPECT(reason(most + 1).find(bound) != std::string::npos);
+  const int64_t max_tokens = std::numeric_limits<int32_t>::max() - largest;
+  EXPECT(reason(max_tokens).empty());
+  const std::string bound = "for more, it takes at most 2^31 - " + std::to_string((int64_t{1} << 31) - max_tokens);
+  EXPECT(reason(max_tokens + 1).find(bound) != std::string::npos);
 }
 
 void names_are_parsed() {
@@ -368,11 +411,12 @@ void names_are_parsed() {
 
 int main() {
   every_plan_is_legal();
-  hopper_gets_its_own_kernel_where_it_can();
-  hopper_decodes_in_one_launch_where_it_can();
-  many_tokens_are_shared_by_clusters_where_tiles_are_few();
+  hopper_covariances_use_wgmma_where_possible();
+  hopper_decodes_in_one_launch_where_possible();
+  few_token_tiles_are_shared_by_clusters();
+  every_variant_is_the_plan_of_some_problem();
   few_tiles_are_split_to_fill_the_machine();
-  squares_beyond_whole_waves_are_shared();
+  wide_tiles_beyond_whole_waves_are_split();
   choices_are_kept_or_refused();
   refusals_say_why();
   as_many_tokens_as_the_largest_tile_allows();

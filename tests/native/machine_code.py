@@ -1,4 +1,4 @@
-"""Reads the machine code of a library or an object file, and says what its kernels are like."""
+"""Registers, stack, shared memory and instructions of every kernel in a library or an object file."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-REGISTERS_PER_MULTIPROCESSOR = 65536
-STATIC_SHARED = 48 << 10  # bytes that need no permission at launch
+REGISTERS_PER_SM = 65536
+STATIC_SHARED = 48 << 10  # bytes; static shared memory has no opt-in
 
-# Threads per block, and how many blocks are meant to share a multiprocessor.
+# Threads per CTA and CTAs per SM.
 LAUNCH_BOUNDS = {
     "covariance_sm80": (256, 1),
     "covariance_sm90": (288, 2),
@@ -25,9 +25,9 @@ LAUNCH_BOUNDS = {
     "decode_sm90": (256, 1),
     "prefill_sm90": (288, 1),
 }
-THREE_GROUPS = (512, 1)  # prefill_sm90 with three warpgroups that multiply
+THREE_WARPGROUPS = (512, 1)  # prefill_sm90 with three consumer warpgroups
 
-# What a kernel is written for and has to show: tensor cores, the copy engine, barriers of a block, a cluster, the grid.
+# Required instructions: tensor cores, TMA, mbarriers, barriers of the cluster and the grid.
 NEEDS = {
     "covariance_sm90": ("HGMMA", "UTMALDG", "SYNCS"),
     "covariance_sm90_wide": ("HGMMA", "UTMALDG", "SYNCS", "UCGABAR_ARV", "UCGABAR_WAIT", "USETMAXREG", "REDG"),
@@ -40,26 +40,26 @@ class Kernel(NamedTuple):
     """One kernel for one arch."""
 
     name: str
-    symbol: str  # mangled: tells the template arguments
+    symbol: str  # mangled, with the template arguments
     arch: str
     registers: int  # per thread
     stack: int  # bytes per thread
-    shared: int  # static bytes per block
+    shared: int  # static bytes per CTA
     opcodes: dict[str, int]  # first word of the opcode -> count
-    products: dict[str, int]  # tensor-core opcodes in full -> count
-    device_fences: int = 0  # that wait for all that a thread has written to be seen by the whole device
+    mmas: dict[str, int]  # tensor-core opcodes in full -> count
+    device_fences: int = 0  # MEMBAR.GPU: wait until all writes of the thread are visible to the device
 
     def has(self, opcode: str) -> bool:
         return self.opcodes.get(opcode, 0) > 0
 
 
-def three_groups(kernel: Kernel) -> bool:
-    """Whether three warpgroups of a block multiply: the last template argument of prefill_sm90."""
+def three_warpgroups(kernel: Kernel) -> bool:
+    """Whether a CTA has three consumer warpgroups: the last template argument of prefill_sm90."""
     return kernel.name == "prefill_sm90" and re.search(r"Li3EE", kernel.symbol) is not None
 
 
 def tool(name: str) -> str | None:
-    """The toolkit's program, or the one that Triton brings; cuobjdump and nvdisasm have to be of one kind."""
+    """The toolkit's program, or Triton's; cuobjdump and nvdisasm have to be of the same."""
     found = shutil.which(name) or shutil.which(name, path=f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin")
     if found:
         return found
@@ -94,7 +94,7 @@ def kernels(binary: Path) -> list[Kernel]:
                     sum(opcode.startswith("MEMBAR") and opcode.endswith(".GPU") for opcode in opcodes),
                 )
             )
-    assert len(found) == len(usage), "the two reports tell of different kernels"
+    assert len(found) == len(usage), "the two reports have different kernels"
     return found
 
 
@@ -105,13 +105,13 @@ def kernel_name(symbol: str) -> str:
 
 
 def faults(kernel: Kernel) -> list[str]:
-    """Every way in which ``kernel`` is not what it should be."""
+    """Everything that is wrong with ``kernel``."""
     found = []
-    threads, blocks = LAUNCH_BOUNDS.get(kernel.name, (1024, 1))
-    if three_groups(kernel):
-        threads, blocks = THREE_GROUPS
-    if kernel.registers * threads * blocks > REGISTERS_PER_MULTIPROCESSOR:
-        found.append(f"{kernel.registers} registers x {threads} threads x {blocks} blocks are too many")
+    threads, ctas = LAUNCH_BOUNDS.get(kernel.name, (1024, 1))
+    if three_warpgroups(kernel):
+        threads, ctas = THREE_WARPGROUPS
+    if kernel.registers * threads * ctas > REGISTERS_PER_SM:
+        found.append(f"{kernel.registers} registers x {threads} threads x {ctas} CTAs are too many")
     if kernel.stack:
         found.append(f"a stack of {kernel.stack} bytes")
     for opcode in ("LDL", "STL"):
@@ -121,25 +121,25 @@ def faults(kernel: Kernel) -> list[str]:
         found.append(f"{kernel.shared} bytes of static shared memory")
     found += [f"no {opcode}" for opcode in NEEDS.get(kernel.name, ()) if not kernel.has(opcode)]
     if kernel.has("HGMMA"):
-        # A warpgroup waits once a step and once at the end; when the assembler serialises, after every product.
-        products, waits = kernel.opcodes.get("HGMMA", 0), kernel.opcodes.get("WARPGROUP", 0)
-        if waits > products:
-            found.append(f"{waits} WARPGROUP for {products} HGMMA: serialised")
+        # A warpgroup waits once a step and once at the end; with serialized wgmma after every one.
+        mmas, waits = kernel.opcodes.get("HGMMA", 0), kernel.opcodes.get("WARPGROUP", 0)
+        if waits > mmas:
+            found.append(f"{waits} WARPGROUP for {mmas} HGMMA: serialized")
     elif (
         kernel.name in LAUNCH_BOUNDS
         and "HGMMA" not in NEEDS.get(kernel.name, ())
         and kernel.name != "covariance_add_partials"
     ):
-        product = "HMMA.1688.F32.TF32" if "Tf32" in kernel.symbol else "HMMA.16816.F32"
-        if not any(opcode.startswith(product) for opcode in kernel.products):
-            found.append(f"no {product}: {kernel.products or 'no products'}")
-    # The barrier of a cluster publishes what was written; giving a stage back to other blocks, in the loop, must not.
+        mma = "HMMA.1688.F32.TF32" if "Tf32" in kernel.symbol else "HMMA.16816.F32"
+        if not any(opcode.startswith(mma) for opcode in kernel.mmas):
+            found.append(f"no {mma}: {kernel.mmas or 'no MMAs'}")
+    # The cluster barrier publishes writes; releasing a stage to other CTAs, in the loop, must not.
     barriers = kernel.opcodes.get("UCGABAR_ARV", 0)
     if "UTMALDG" in NEEDS.get(kernel.name, ()) and kernel.device_fences > barriers:
-        found.append(f"{kernel.device_fences} fences for the device, {barriers} barriers of the cluster")
+        found.append(f"{kernel.device_fences} fences for the device, {barriers} cluster barriers")
     # Source::aligned_matrix is the enumerator 1.
     if kernel.name == "covariance_sm80" and "SourceE1E" in kernel.symbol and not kernel.has("LDGSTS"):
-        found.append("no LDGSTS: the copies are not asynchronous")
+        found.append("no LDGSTS: no cp.async")
     return found
 
 

@@ -17,7 +17,7 @@ WEAK = {
     "_ITM_registerTMCloneTable", "__cxa_finalize",
 }  # fmt: skip
 HEADERS = ("stable/c/shim.h", "inductor/aoti_torch/c/shim.h")
-BEFORE = (2, 9)  # of functions that are older than what the headers tell apart
+BEFORE = (2, 9)  # of functions without a version in the headers
 
 
 def undefined(library: Path) -> tuple[set[str], set[str]]:

@@ -1,23 +1,18 @@
-"""The native table of ``docs/kernels.md``: what every CUDA kernel became for every arch.
-
-``python -m tests.native.table`` prints it; ``--write docs/kernels.md`` replaces what stands between the file's
-``<!-- native table -->`` marks.
-"""
+"""Prints a Markdown table of every CUDA kernel of the built library: ``python -m tests.native.table [LIBRARY]``."""
 
 from __future__ import annotations
 
-import argparse
 import re
+import sys
 from pathlib import Path
 
 from tests.native import machine_code
 
-MARK = "<!-- native table -->"
 HEADER = (
     "| kernel | template arguments | arch | registers | static shared memory, B | stack, B | spills | instructions "
-    "| products | copies | run |"
+    "| MMAs | copies | run |"
 )
-TYPES = {"f": "fp32", "NS_4Tf32E": "fp32 as tf32", "6__half": "fp16", "13__nv_bfloat16": "bf16"}
+TYPES = {"f": "fp32", "NS_4arch4Tf32E": "fp32 as tf32", "6__half": "fp16", "13__nv_bfloat16": "bf16"}
 COPIES = ("LDGSTS", "UTMALDG", "UBLKCP")
 SPILLS = ("LDL", "STL")  # to and from local memory
 SOURCES = ("rows", "aligned rows", "patches")  # the enumerators of Source
@@ -38,17 +33,17 @@ def arguments(kernel: machine_code.Kernel) -> str:
     elif kernel.name == "decode_sm90":
         parts.append(f"{8 * int(re.findall(r'Li(.+?)E', rest)[0])} tokens")
     elif kernel.name == "prefill_sm90":
-        ranks, cluster, peers, groups = re.findall(r"Li(\d+)E", rest)
-        parts += [f"{64 * int(groups)} tokens", f"ranks up to {ranks}", f"clusters of {cluster}"]
-        parts += ["a peer"] if peers == "2" else []
+        ranks, cluster, peers, warpgroups = re.findall(r"Li(\d+)E", rest)
+        parts += [f"{64 * int(warpgroups)} tokens", f"ranks up to {ranks}", f"clusters of {cluster}"]
+        parts += ["a peer CTA"] if peers == "2" else []
     elif kernel.name.startswith("decode"):
-        groups, aligned = re.findall(r"L[ib](\d+)E", rest)
-        parts += [f"{8 * int(groups)} tokens", "aligned" if aligned == "1" else "any alignment"]
+        groups, vectorized = re.findall(r"L[ib](\d+)E", rest)
+        parts += [f"{8 * int(groups)} tokens", "aligned" if vectorized == "1" else "any alignment"]
     return ", ".join(parts)
 
 
 def row(kernel: machine_code.Kernel) -> str:
-    products = ", ".join(f"{count} {opcode}" for opcode, count in sorted(kernel.products.items())) or "-"
+    mmas = ", ".join(f"{count} {opcode}" for opcode, count in sorted(kernel.mmas.items())) or "-"
     copies = ", ".join(f"{kernel.opcodes[name]} {name}" for name in COPIES if kernel.has(name)) or "-"
     cells = (
         kernel.name,
@@ -59,7 +54,7 @@ def row(kernel: machine_code.Kernel) -> str:
         kernel.stack,
         sum(kernel.opcodes.get(name, 0) for name in SPILLS),
         sum(kernel.opcodes.values()),
-        products,
+        mmas,
         copies,
         "compiled, not run",
     )
@@ -75,15 +70,7 @@ def table(library: Path) -> str:
 def main() -> None:
     from lowrank_ops.ops import _native
 
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", type=Path, help="a Markdown file with two <!-- native table --> marks")
-    path = parser.parse_args().write
-    text = table(_native.LIBRARY)
-    if path is None:
-        print(text)
-        return
-    before, _, after = path.read_text().split(MARK)
-    path.write_text(f"{before}{MARK}\n{text}\n{MARK}{after}")
+    print(table(Path(sys.argv[1]) if len(sys.argv) > 1 else _native.LIBRARY))
 
 
 if __name__ == "__main__":

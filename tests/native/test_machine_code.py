@@ -1,4 +1,4 @@
-"""What the kernels became for every arch: no spills, no stack, the instructions that they are written for."""
+"""The machine code of every kernel for every arch: no spills, no stack, the required instructions."""
 
 import shutil
 import subprocess
@@ -30,27 +30,27 @@ def test_the_kernels_are_there(kernels: list[machine_code.Kernel]) -> None:
         names = {kernel.name for kernel in kernels if kernel.arch == arch}
         expected = {name for name in machine_code.LAUNCH_BOUNDS if arch == "sm_90a" or "_sm90" not in name}
         assert names == expected, arch
-        # bfloat16 and float16 x (two depths of copies, rows, patches), float32 x (rows, patches), the same as
-        # TensorFloat-32 x (copies, rows, patches)
+        # bfloat16 and float16 x (two depths of cp.async, rows, patches), float32 x (rows, patches), TensorFloat-32 x
+        # (cp.async, rows, patches)
         assert sum(kernel.name == "covariance_sm80" for kernel in kernels if kernel.arch == arch) == 13
-        # two types; launched with 168 registers a thread, of which the warpgroup that brings operands leaves most
+        # two types; launched with 168 registers per thread, which setmaxnreg moves to the consumers
         wide = [kernel for kernel in kernels if kernel.arch == arch and kernel.name == "covariance_sm90_wide"]
         assert [kernel.registers for kernel in wide] == [168] * 2 * (arch == "sm_90a")
-        # two types x four token tiles x aligned or not
-        assert sum(kernel.name == "decode_up_sm80" for kernel in kernels if kernel.arch == arch) == 16
+        # two types x four token tiles, and two for rows off 16 bytes
+        assert sum(kernel.name == "decode_up_sm80" for kernel in kernels if kernel.arch == arch) == 12
         # two types x four token tiles
         assert sum(kernel.name == "decode_sm90" for kernel in kernels if kernel.arch == arch) == 8 * (arch == "sm_90a")
-        # two types x 19 pairs of ranks and cluster for 128 tokens, 12 for 192, six for 128 and a peer
+        # two types x 25 variants
         prefill = [kernel for kernel in kernels if kernel.arch == arch and kernel.name == "prefill_sm90"]
-        assert len(prefill) == 74 * (arch == "sm_90a")
-        three = [kernel for kernel in prefill if machine_code.three_groups(kernel)]
+        assert len(prefill) == 50 * (arch == "sm_90a")
+        three = [kernel for kernel in prefill if machine_code.three_warpgroups(kernel)]
         assert len(three) == 24 * (arch == "sm_90a")
-        # Launched with 128 registers a thread, which the warpgroup that brings operands leaves to the others.
+        # Launched with 128 registers per thread, which setmaxnreg moves to the consumers.
         assert all(kernel.has("USETMAXREG") and kernel.registers == 128 for kernel in three)
 
 
 BAD_KERNELS = """
-namespace { __global__ void decode_up_sm80(float* y, int i) {  // a stack, and no tensor cores
+namespace { __global__ void decode_up_sm80(float* y, int i) {  // a stack, no MMAs
   float local[64];
   for (int k = 0; k < 64; ++k) local[(k * i) & 63] = y[k];
   y[0] = local[i & 63];
@@ -67,7 +67,7 @@ namespace { __global__ void __launch_bounds__(1024, 2) decode_down_sm80(float* y
 } }
 namespace {
 enum class Source { matrix, aligned_matrix };
-template <Source kSource> __global__ void covariance_sm80(float* y) { y[threadIdx.x] += 1; }  // no copies, no products
+template <Source kSource> __global__ void covariance_sm80(float* y) { y[threadIdx.x] += 1; }  // no cp.async, no MMAs
 }
 namespace { __global__ void covariance_sm90(float* y) { y[threadIdx.x] += 1; } }
 namespace { __global__ void decode_sm90(float* y) { y[threadIdx.x] += 1; } }
@@ -80,8 +80,8 @@ void launch(float* y) {
 }
 """
 
-# Accumulators that are touched between products: the assembler has each product waited for.
-SERIALISED = """
+# Accumulators that are touched between wgmmas: ptxas serializes them.
+SERIALIZED = """
 namespace { __global__ void covariance_sm90(float* y, unsigned long long a) {
   float d[4] = {};
   asm volatile("wgmma.fence.sync.aligned;");
@@ -123,7 +123,7 @@ def test_the_gate_sees_bad_kernels(tmp_path: Path) -> None:
             assert fault in found[kernel]
 
 
-# A barrier of another block, told at the cluster's scope: the thread first waits for its store.
+# An arrival with release at cluster scope: the thread first waits for its stores.
 PUBLISHING = """
 namespace { __global__ void prefill_sm90(float* y, unsigned barrier) {
   for (int i = 0; i < 9; ++i) {
@@ -137,14 +137,14 @@ void launch(float* y) { prefill_sm90<<<1, 32>>>(y, 0); }
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 def test_the_gate_sees_fences_for_the_device(tmp_path: Path) -> None:
-    assert "fences for the device, 0 barriers" in faults_of(PUBLISHING, "90a", tmp_path)["prefill_sm90"]
+    assert "fences for the device, 0 cluster barriers" in faults_of(PUBLISHING, "90a", tmp_path)["prefill_sm90"]
     relaxed = PUBLISHING.replace(".release.cluster", "")
     assert "fences for the device" not in faults_of(relaxed, "90a", tmp_path)["prefill_sm90"]
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
-def test_the_gate_sees_serialised_products(tmp_path: Path) -> None:
-    assert "HGMMA: serialised" in faults_of(SERIALISED, "90a", tmp_path)["covariance_sm90"]
+def test_the_gate_sees_serialized_wgmma(tmp_path: Path) -> None:
+    assert "HGMMA: serialized" in faults_of(SERIALIZED, "90a", tmp_path)["covariance_sm90"]
 
 
 def test_the_gate_counts() -> None:
@@ -153,7 +153,7 @@ def test_the_gate_counts() -> None:
     )
     assert not machine_code.faults(good)
     assert "too many" in machine_code.faults(good._replace(registers=128))[0]
-    assert "serialised" in machine_code.faults(good._replace(opcodes={**good.opcodes, "WARPGROUP": 5}))[0]
+    assert "serialized" in machine_code.faults(good._replace(opcodes={**good.opcodes, "WARPGROUP": 5}))[0]
     assert "static shared" in machine_code.faults(good._replace(shared=50000))[0]
     assert "1 fences for the device" in machine_code.faults(good._replace(device_fences=1))[0]
     assert not machine_code.faults(good._replace(device_fences=1, opcodes={**good.opcodes, "UCGABAR_ARV": 1}))
@@ -161,4 +161,4 @@ def test_the_gate_counts() -> None:
     assert "no LDGSTS" in machine_code.faults(copies)[0]
     tf32 = copies._replace(symbol="4Tf32ELNS_6SourceE0E")
     assert "no HMMA.1688.F32.TF32" in machine_code.faults(tf32)[0]
-    assert not machine_code.faults(tf32._replace(products={"HMMA.1688.F32.TF32": 1}))
+    assert not machine_code.faults(tf32._replace(mmas={"HMMA.1688.F32.TF32": 1}))

@@ -1,15 +1,19 @@
-"""Libraries with a fault in one source, and the tests of the kernels against a given library."""
+"""Libraries with a fault planted in one source, and the tests of the kernels against a given library."""
 
 from __future__ import annotations
 
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from simulated import LIBRARY_NAME
+
+ROOT = Path(__file__).parents[2]
 
 
 def run(*command: str | Path, cwd: Path) -> None:
@@ -17,24 +21,34 @@ def run(*command: str | Path, cwd: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def plant(file: str, right: str, wrong: str, library: Path, folder: Path) -> Path:
-    """A library like ``library``, but ``file``, such as "covariance/covariance_sm80", has ``wrong`` for ``right``."""
+def plant(file: str, right: str, wrong: str, library: Path, folder: Path, header: str = "") -> Path:
+    """A library like ``library``, but ``file``, such as "covariance/covariance_sm80", has ``wrong`` for ``right``.
+
+    With ``header``, such as "arch/pipeline.cuh", the fault is in that file instead, as ``file`` includes it.
+    """
     build = next(parent for parent in library.parents if (parent / "compile_commands.json").is_file())
     commands = json.loads((build / "compile_commands.json").read_text())
     entry = next(c for c in commands if c["file"].endswith(f"{file}.cpp"))
-    source, build = Path(entry["file"]), Path(entry["directory"])  # what the commands' paths start from
-    text = source.read_text()
-    assert text.count(right) == 1, f"{source} has {right!r} {text.count(right)} times"
-    planted = folder / source.name
-    planted.write_text(f'#line 1 "{source}"\n' + text.replace(right, wrong))
+    source, build = Path(entry["file"]), Path(entry["directory"])  # the commands' paths are relative to it
+    csrc = source.parents[1]
+    changed = csrc / header if header else source
+    text = changed.read_text()
+    assert text.count(right) == 1, f"{changed} has {right!r} {text.count(right)} times"
+    # A tree of its own: relative includes find what is planted there first, and all else in the sources.
+    tree = folder / "csrc"
+    shutil.copytree(csrc, tree, ignore=shutil.ignore_patterns("*.cpp"))
+    planted = tree / source.relative_to(csrc)
+    shutil.copyfile(source, planted)
+    (tree / changed.relative_to(csrc)).write_text(f'#line 1 "{changed}"\n' + text.replace(right, wrong))
     arguments = shlex.split(entry["command"])
     others = [shlex.split(c["command"]) for c in commands if "lowrank_ops_simulated" in c["command"] and c is not entry]
     objects = [other[other.index("-o") + 1] for other in others]
     arguments[arguments.index("-o") + 1] = str(folder / "planted.o")
     arguments[arguments.index(str(source))] = str(planted)
+    arguments = [f"-I{tree}" if argument == f"-I{csrc}" else argument for argument in arguments]
     sanitizer = [a for a in arguments if a.startswith("-fsanitize")]
     level = "-O1" if sanitizer else "-O0"  # at -O0 it does not see structures that are copied, such as bfloat16
-    run(*arguments, level, "-g0", "-iquote", source.parent, cwd=build)
+    run(*arguments, level, "-g0", cwd=build)
     torch = next(a for a in arguments if a.endswith("torch/include")).removesuffix("include") + "lib"
     out = folder / LIBRARY_NAME
     link = [*sanitizer, "-L" + torch, "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
@@ -42,9 +56,26 @@ def plant(file: str, right: str, wrong: str, library: Path, folder: Path) -> Pat
     return out
 
 
-def run_tests(library: Path, which: str, *before: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """``test_kernels.py`` in a process of its own, up to the first failure; ``before`` goes in front of the command."""
-    tests = Path(__file__).with_name("test_kernels.py")
-    options = ["-x", "-q", "-p", "no:cacheprovider", "-k", which, "--simulated-library", library]
-    command = [*before, sys.executable, "-m", "pytest", tests, *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=900, env={**os.environ, **environment})
+class Runner:
+    """``test_kernels.py`` against given libraries, each in a process of its own that has torch imported already."""
+
+    def __init__(self, *before: str | Path, **environment: str) -> None:
+        """``before`` goes in front of the command."""
+        command = [*before, sys.executable, "-m", "tests.simulator.forking"]
+        environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "OMP_NUM_THREADS": "1", **environment}
+        self._server = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment
+        )
+
+    def run(self, library: Path, which: str, *options: str) -> tuple[int, str]:
+        """Up to the first failure: pytest's exit status and output."""
+        with tempfile.NamedTemporaryFile("r") as out:
+            tests = str(Path(__file__).with_name("test_kernels.py"))
+            fixed = ["-x", "-q", "-p", "no:cacheprovider", "-k", which, "--simulated-library", str(library)]
+            assert self._server.stdin and self._server.stdout
+            self._server.stdin.write(json.dumps([[tests, *fixed, *options], out.name]) + "\n")
+            self._server.stdin.flush()
+            return int(self._server.stdout.readline()), out.read()
+
+    def close(self) -> None:
+        self._server.communicate()

@@ -1,4 +1,4 @@
-"""The CUDA ops on a simulated device: CPU tensors, the kernels' own sources (``csrc/tests/simulator``)."""
+"""The CUDA ops on the simulated device (``csrc/tests/simulator``), which takes CPU tensors."""
 
 from __future__ import annotations
 
@@ -12,20 +12,27 @@ LIBRARY_NAME = "liblowrank_ops_simulated.so"
 
 
 class Machine(NamedTuple):
-    """A device of few multiprocessors, on which splits and clusters come about with small problems."""
+    """A device of few SMs, on which small problems need splits and clusters."""
 
     capability: int
-    multiprocessors: int
-    shared_memory: int  # bytes that a block may have
+    sm_count: int
+    shared_memory: int  # bytes per CTA
+
+    def sms(self, count: int) -> Machine:
+        """The same with another number of SMs."""
+        return self._replace(sm_count=count)
 
 
 SM80 = Machine(80, 4, 166912)
 SM86 = Machine(86, 4, 101376)
 SM90 = Machine(90, 8, 232448)
 
+# When asynchronous work happens, and the scheduler's seed.
+ORDERS = [("early", 1), ("late", 2), ("copies_first", 3), ("random", 4), ("random", 5)]
+
 
 class Simulated:
-    """The ops, and what plan they would take."""
+    """The ops, each with the plan that it took."""
 
     def __init__(self, library: Path) -> None:
         torch.ops.load_library(library)
@@ -33,9 +40,9 @@ class Simulated:
         self.configure(SM90)
 
     def configure(self, machine: Machine, timing: str = "random", seed: int = 0) -> None:
-        """When asynchronous work happens, and by the seed which thread is next.
+        """Timing of asynchronous work: ``"early"``, ``"late"``, ``"copies_first"`` (and MMAs late) or ``"random"``.
 
-        Timing: ``"early"``, ``"late"``, ``"copies_first"`` (and products late) or ``"random"``.
+        The seed decides which thread is next.
         """
         self.machine = machine
         self.ops.configure(*machine, seed, timing)

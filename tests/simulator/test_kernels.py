@@ -1,8 +1,7 @@
-"""Every CUDA kernel, from its own source, on a simulated device against float64.
+"""Every CUDA kernel, from its own source, on the simulated device against float64.
 
-What a GPU decides by chance, who goes on first and when an asynchronous copy arrives, is decided here by a seed. A
-thread that reads what it did not wait for, finds NaN or old values in one of the orders; one that waits for what never
-comes, is an error.
+Thread order and the timing of asynchronous copies come from a seed: missing synchronization gives NaN or stale values
+in one of the orders, and a deadlock is an error.
 """
 
 from __future__ import annotations
@@ -12,27 +11,20 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from simulated import SM80, SM86, SM90, Machine, Simulated
+from simulated import ORDERS, SM80, SM86, SM90, Machine, Simulated
 from torch import Tensor
 
 from tests.tolerance import assert_close_to_float64
 
-ORDERS = [("early", 1), ("late", 2), ("copies_first", 3), ("random", 4), ("random", 5)]
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 TF32 = "float32 in TensorFloat-32"
-# Relative to the sum of |x_i x_j|: products are exact or, for float32, three of bfloat16 or one of TensorFloat-32.
+# Relative to the sum of |x_i x_j|: MMAs are exact or, for float32, three of bfloat16 or one of TensorFloat-32.
 BOUNDS = {BF16: 2.0**-17, FP16: 2.0**-17, FP32: 2.0**-15, TF32: 2.0**-10}
-
-
-@pytest.fixture(params=ORDERS, ids=lambda order: f"{order[0]}{order[1]}")
-def order(request: pytest.FixtureRequest) -> tuple[str, int]:
-    timing, seed = request.param
-    return timing, seed
 
 
 @pytest.fixture(autouse=True)
 def fresh_memory_is_nan():
-    """What an op allocates and does not write is NaN."""
+    """Memory that an op allocates and does not write is NaN."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -44,7 +36,7 @@ def normal(*shape: int, dtype: torch.dtype | str, mean: float = 0.0, seed: int =
 
 
 def among_nan(x: Tensor, offset: int, padding: int) -> Tensor:
-    """The same matrix, with NaN before, between and behind its rows."""
+    """``x`` with NaN before, between and after its rows."""
     rows, cols = x.shape
     memory = torch.full((offset + rows * (cols + padding) + 64,), torch.nan, dtype=x.dtype)
     return memory[offset:].as_strided((rows, cols), (cols + padding, 1)).copy_(x)
@@ -57,71 +49,76 @@ def assert_updated(
     scale = rows.abs().T @ rows.abs()
     error = (second_moment.double() - before - rows.T @ rows).abs().tril()
     assert (error <= (BOUNDS[dtype] + 2.0**-23) * scale + 2.0**-22 * abs(before)).all()  # False for NaN
+    if dtype == TF32 and len(x) >= 1000:  # rounding to nearest is unbiased, truncation is not
+        assert (error.diag() <= 2.0**-13 * scale.diag() + 2.0**-22 * abs(before)).all()
     assert (
         (total.double() - before - rows.sum(0)).abs() <= 2.0**-18 * rows.abs().sum(0) + 2.0**-22 * abs(before)
     ).all()
     assert (second_moment.triu(1) == before * torch.ones_like(second_moment).triu(1)).all()
 
 
-COVARIANCES = [  # machine, dtype, tokens, features, offset, padding, kernel and what it is about
-    (SM90, BF16, 300, 200, 0, 0, "covariance_sm90"),
-    (SM90, FP16, 150, 136, 0, 24, "covariance_sm90"),
-    (SM90._replace(multiprocessors=2), BF16, 2200, 130, 0, 6, "covariance_sm90: .* 1 splits"),  # more than one chunk
-    (SM90, BF16, 1500, 72, 0, 0, "covariance_sm90: .* [2-9] splits"),
-    (SM90, BF16, 1, 128, 0, 0, "covariance_sm90"),
-    (SM80, BF16, 300, 200, 0, 0, "covariance_sm80: .* 4 stages"),
-    (SM86, FP16, 300, 136, 0, 0, "covariance_sm80: .* 5 stages"),
-    (SM80._replace(multiprocessors=2), BF16, 2200, 130, 0, 6, "covariance_sm80: .* 4 stages, .* 1 splits"),
-    (SM80, BF16, 1500, 72, 0, 0, "covariance_sm80: .* [2-9] splits"),
-    (SM90, BF16, 100, 131, 1, 2, "covariance_sm80: .* 2 stages"),  # any alignment
-    (SM90, FP32, 100, 70, 0, 0, "covariance_sm80: .* 2 stages"),
-    (SM80, FP32, 200, 131, 3, 1, "covariance_sm80: .* 2 stages"),
-    (SM90, TF32, 300, 200, 0, 0, "covariance_sm80: TensorFloat-32, .* 2 stages"),
-    (SM80._replace(multiprocessors=2), TF32, 2200, 130, 0, 2, "covariance_sm80: TensorFloat-32, .* 1 splits"),
-    (SM86, TF32, 1500, 72, 0, 0, "covariance_sm80: TensorFloat-32, .* [2-9] splits"),
-    (SM80, TF32, 200, 131, 3, 1, "covariance_sm80: TensorFloat-32, .* 2 stages"),  # any alignment
-    (SM80, TF32, 1, 129, 0, 3, "covariance_sm80: TensorFloat-32"),
-    (SM86, FP16, 1, 1, 1, 0, "covariance_sm80"),
-    (SM90, BF16, 513, 1, 0, 0, "covariance_sm80"),
-    (SM90._replace(multiprocessors=1), BF16, 330, 64, 0, 0, "covariance_sm90: .* 1 splits"),  # stages are used twice
-]  # fmt: skip
+COVARIANCES = {  # machine, dtype, tokens, features, offset, padding, the plan
+    "covariance_sm90": (SM90, BF16, 300, 200, 0, 0, "covariance_sm90"),
+    "covariance_sm90-stages-used-twice": (SM90.sms(1), BF16, 330, 64, 0, 0, "covariance_sm90: .* 1 splits"),
+    "covariance_sm90-float16": (SM90, FP16, 150, 136, 0, 24, "covariance_sm90"),
+    "covariance_sm90-chunks": (SM90.sms(2), BF16, 2200, 130, 0, 6, "covariance_sm90: .* 1 splits"),
+    "covariance_sm90-splits": (SM90, BF16, 1500, 72, 0, 0, "covariance_sm90: .* [2-9] splits"),
+    "covariance_sm90-one-token": (SM90, BF16, 1, 128, 0, 0, "covariance_sm90"),
+    "covariance_sm80-4-stages": (SM80, BF16, 300, 200, 0, 0, "covariance_sm80: .* 4 stages"),
+    "covariance_sm80-5-stages": (SM86, FP16, 300, 136, 0, 0, "covariance_sm80: .* 5 stages"),
+    "covariance_sm80-chunks": (SM80.sms(2), BF16, 2200, 130, 0, 6, "covariance_sm80: .* 4 stages.* 1 splits"),
+    "covariance_sm80-splits": (SM80, BF16, 1500, 72, 0, 0, "covariance_sm80: .* [2-9] splits"),
+    "covariance_sm80-any-alignment": (SM90, BF16, 100, 131, 1, 2, "covariance_sm80: .* 2 stages"),
+    "covariance_sm80-float32": (SM90, FP32, 100, 70, 0, 0, "covariance_sm80: .* 2 stages"),
+    "covariance_sm80-float32-any-alignment": (SM80, FP32, 200, 131, 3, 1, "covariance_sm80: .* 2 stages"),
+    "covariance_sm80-tf32-copies": (SM90, TF32, 300, 200, 0, 0, "covariance_sm80: TensorFloat-32, .* 2 stages"),
+    "covariance_sm80-tf32-chunks": (SM80.sms(2), TF32, 2200, 130, 0, 2, "covariance_sm80: .* 1 splits"),
+    "covariance_sm80-tf32-splits": (SM86, TF32, 1500, 72, 0, 0, "covariance_sm80: TensorFloat-32, .* [2-9] splits"),
+    "covariance_sm80-tf32-any-alignment": (SM80, TF32, 200, 131, 3, 1, "covariance_sm80: TensorFloat-32, .* 2 stages"),
+    "covariance_sm80-tf32-one-token": (SM80, TF32, 1, 129, 0, 3, "covariance_sm80: TensorFloat-32"),
+    "covariance_sm80-one-element": (SM86, FP16, 1, 1, 1, 0, "covariance_sm80"),
+    "covariance_sm80-one-feature": (SM90, BF16, 513, 1, 0, 0, "covariance_sm80"),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("machine, dtype, tokens, features, offset, padding, kernel", COVARIANCES)
-def test_covariance(simulated: Simulated, order, machine: Machine, dtype, tokens, features, offset, padding, kernel):
+@pytest.mark.orders(3)
+@pytest.mark.parametrize("case", COVARIANCES.values(), ids=COVARIANCES)
+def test_covariance(simulated: Simulated, order, case):
+    machine, dtype, tokens, features, offset, padding, expected = case
     x = among_nan(normal(tokens, features, dtype=dtype, mean=0.5), offset, padding)
     simulated.configure(machine, *order)
     second_moment, total = torch.full((features, features), 3.0), torch.full((features,), 3.0)
     plan = simulated.covariance_update_(second_moment, total, x, dtype == TF32)
-    assert re.match(kernel, plan), plan
+    assert re.match(expected, plan), plan
     assert_updated(second_moment, total, x, before=3.0, dtype=dtype)
 
 
-WIDE = [  # machine, dtype, tokens, features, padding, splits asked for, and what it is about
-    (SM90, BF16, 300, 256, 0, 0, "1 tiles whole"),
-    (SM90, FP16, 150, 392, 24, 0, "3 tiles whole"),
-    (SM90, BF16, 700, 264, 0, 3, "3 tiles x 3 splits of 256 tokens"),
-    (SM90, BF16, 330, 520, 8, 2, "4 tiles whole, 2 tiles x 2 splits of 192 tokens"),
-    (SM90, BF16, 1, 8, 0, 0, "1 tiles whole"),
-    (SM90._replace(multiprocessors=2), BF16, 4200, 72, 0, 0, "1 tiles whole"),  # more than one chunk
-    (SM90, BF16, 8400, 136, 0, 2, "1 tiles x 2 splits of 4224 tokens"),  # of which a partial tile is added up as well
-]
+WIDE = {  # machine, dtype, tokens, features, padding, splits, the plan
+    "one-tile": (SM90, BF16, 300, 256, 0, 0, "1 tiles whole"),
+    "padded-rows": (SM90, FP16, 150, 392, 24, 0, "3 tiles whole"),
+    "splits": (SM90, BF16, 700, 264, 0, 3, "3 tiles x 3 splits of 256 tokens"),
+    "whole-and-split-tiles": (SM90, BF16, 330, 520, 8, 2, "4 tiles whole, 2 tiles x 2 splits of 192 tokens"),
+    "one-token": (SM90, BF16, 1, 8, 0, 0, "1 tiles whole"),
+}
 
 
-@pytest.mark.parametrize("machine, dtype, tokens, features, padding, splits, about", WIDE)
-def test_wide_covariance(simulated: Simulated, order, machine, dtype, tokens, features, padding, splits, about):
+@pytest.mark.orders(3)
+@pytest.mark.parametrize("case", WIDE.values(), ids=WIDE)
+def test_wide_covariance(simulated: Simulated, order, case):
+    machine, dtype, tokens, features, padding, splits, expected = case
     x = among_nan(normal(tokens, features, dtype=dtype, mean=0.5), 0, padding)
     simulated.configure(machine, *order)
     second_moment, total = torch.full((features, features), 3.0), torch.full((features,), 3.0)
     plan = simulated.covariance_update_(second_moment, total, x, choice=("covariance_sm90_wide", splits, 0))
-    assert f" {about}, " in plan, plan
+    assert f" {expected}, " in plan, plan
     assert_updated(second_moment, total, x, before=3.0)
 
 
+@pytest.mark.orders(2)
 @pytest.mark.parametrize("dtype", [FP32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_wide_covariance_into_a_strided_state(simulated: Simulated, order, stride, dtype):
-    """Pairs that lie together, neighbours apart, rows that start between pairs."""
+    """Contiguous pairs, elements apart, and rows that start between pairs."""
     for first in (20, 21):
         memory = torch.full((300, 1100), torch.nan, dtype=dtype)
         second_moment = memory[5:297, first : first + 292 * stride : stride].zero_()
@@ -134,10 +131,11 @@ def test_wide_covariance_into_a_strided_state(simulated: Simulated, order, strid
         assert memory.isnan().all()
 
 
+@pytest.mark.orders(1)
 @pytest.mark.parametrize("splits", [0, 1])
 @pytest.mark.parametrize("columns", [slice(7, 207), slice(7, 407, 2)], ids=["rows", "strided"])
 @pytest.mark.parametrize("machine", [SM80, SM90], ids=["sm_80", "sm_90"])
-def test_covariance_into_a_float64_state_among_others(simulated: Simulated, order, machine, columns, splits):
+def test_covariance_into_a_part_of_a_float64_state(simulated: Simulated, order, machine, columns, splits):
     memory = torch.full((300, 700), torch.nan, dtype=torch.float64)
     second_moment = memory[20:220, columns].fill_(3.0)
     total = torch.full((400,), torch.nan, dtype=torch.float64)[::2].fill_(3.0)
@@ -150,36 +148,55 @@ def test_covariance_into_a_float64_state_among_others(simulated: Simulated, orde
     assert memory.isnan().all()
 
 
-@pytest.mark.parametrize("machine", [SM80, SM90], ids=["sm_80", "sm_90"])
-def test_covariance_of_more_than_one_chunk_per_split(simulated: Simulated, order, machine):
-    x = normal(4300, 72, dtype=BF16)
-    second_moment, total = torch.zeros(72, 72), torch.zeros(72)
-    simulated.configure(machine, *order)
-    simulated.covariance_update_(second_moment, total, x, choice=("", 2, 0))
-    assert_updated(second_moment, total, x)
+CHUNKS = {  # kernel, tokens, dtype, splits, the smallest factor
+    "covariance_sm80": ("covariance_sm80", 3000, BF16, 1, 109),
+    "covariance_sm80-tf32": ("covariance_sm80", 3000, TF32, 1, 109),
+    "covariance_sm80-splits": ("covariance_sm80", 4300, BF16, 2, 109),
+    "covariance_sm90": ("covariance_sm90", 3000, BF16, 1, 109),
+    "covariance_sm90-splits": ("covariance_sm90", 4300, BF16, 2, 109),
+    "covariance_sm90_wide": ("covariance_sm90_wide", 6000, BF16, 0, 71),
+    "covariance_sm90_wide-splits": ("covariance_sm90_wide", 8400, BF16, 2, 71),
+}
 
 
-CONVOLUTIONS = [  # shape, kernel, stride, padding, dilation, groups, dtype, channels last
-    ((2, 4, 9, 8), (3, 3), (1, 1), (1, 1), (1, 1), 1, BF16, False),
-    ((2, 4, 9, 8), (3, 2), (2, 1), (0, 2), (2, 1), 2, FP16, True),
-    ((1, 16, 7, 7), (3, 3), (1, 1), (1, 1), (1, 1), 1, FP32, False),
-    ((3, 3, 5, 20), (1, 9), (1, 4), (0, 4), (1, 1), 1, BF16, True),
-    ((2, 4, 9, 8), (3, 2), (2, 1), (0, 2), (2, 1), 2, TF32, True),
-    ((1, 16, 7, 7), (3, 3), (1, 1), (1, 1), (1, 1), 1, TF32, False),
-]
+@pytest.mark.orders(1)
+@pytest.mark.parametrize("case", CHUNKS.values(), ids=CHUNKS)
+def test_accumulators_are_flushed_every_chunk(simulated: Simulated, order, case):
+    """Sums of odd products: multiples of 2 per MMA, exact in float32 within a chunk, and rounded beyond 2^25."""
+    kernel, tokens, dtype, splits, smallest = case
+    x = smallest + 2.0 * torch.randint(0, 10, (tokens, 72), generator=torch.Generator().manual_seed(0))
+    x = x if dtype == TF32 else x.to(dtype)
+    second_moment, total = torch.zeros(72, 72, dtype=torch.float64), torch.zeros(72, dtype=torch.float64)
+    simulated.configure(SM90, *order)
+    plan = simulated.covariance_update_(second_moment, total, x, dtype == TF32, choice=(kernel, splits, 0))
+    assert plan.startswith(f"{kernel}:")
+    if splits < 2:
+        assert torch.equal(second_moment, (x.double().T @ x.double()).tril())
+        assert torch.equal(total, x.double().sum(0))
+    else:  # float32 partial tiles
+        assert_updated(second_moment, total, x)
 
 
-@pytest.mark.parametrize("machine", [SM80, SM90], ids=["sm_80", "sm_90"])
-@pytest.mark.parametrize("shape, kernel, stride, padding, dilation, groups, dtype, last", CONVOLUTIONS)
-def test_conv_covariance(
-    simulated: Simulated, order, machine, shape, kernel, stride, padding, dilation, groups, dtype, last
-):
+CONVOLUTIONS = {  # shape, kernel, stride, padding, dilation, groups, dtype, channels last
+    "same": ((2, 4, 9, 8), (3, 3), (1, 1), (1, 1), (1, 1), 1, BF16, False),
+    "groups-and-dilation": ((2, 4, 9, 8), (3, 2), (2, 1), (0, 2), (2, 1), 2, FP16, True),
+    "float32": ((1, 16, 7, 7), (3, 3), (1, 1), (1, 1), (1, 1), 1, FP32, False),
+    "wide-kernel": ((3, 3, 5, 20), (1, 9), (1, 4), (0, 4), (1, 1), 1, BF16, True),
+    "tf32-groups-and-dilation": ((2, 4, 9, 8), (3, 2), (2, 1), (0, 2), (2, 1), 2, TF32, True),
+    "tf32": ((1, 16, 7, 7), (3, 3), (1, 1), (1, 1), (1, 1), 1, TF32, False),
+}
+
+
+@pytest.mark.orders(2)
+@pytest.mark.parametrize("case", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+def test_conv_covariance(simulated: Simulated, order, case):
+    shape, kernel, stride, padding, dilation, groups, dtype, last = case
     x = normal(*shape, dtype=dtype, mean=0.5)
     if last:
         x = x.to(memory_format=torch.channels_last)
     features = shape[1] // groups * kernel[0] * kernel[1]
     second_moment, total = torch.zeros(groups, features, features), torch.zeros(groups, features)
-    simulated.configure(machine, *order)
+    simulated.configure(SM90, *order)
     simulated.conv_covariance_update_(
         second_moment, total, x, kernel, stride, padding, dilation, allow_tf32=dtype == TF32
     )
@@ -196,50 +213,59 @@ ACTIVATIONS = {
     "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
     "silu": F.silu,
 }
-LINEARS = [  # machine, dtype, (tokens, in_features, rank, out_features), offset, kernel and what it is about
-    (SM80, BF16, (1, 256, 64, 128), 0, "decode_sm80: 8 tokens"),
-    (SM80, FP16, (13, 200, 40, 100), 0, "decode_sm80: 16 tokens"),
-    (SM80, BF16, (64, 320, 24, 72), 0, "decode_sm80: 64 tokens"),
-    (SM80._replace(multiprocessors=64), BF16, (9, 2048, 16, 40), 0, r"decode_sm80: .* x [2-8] splits"),
-    (SM80, FP16, (33, 100, 17, 33), 1, "decode_sm80"),  # nothing on 16 bytes
-    (SM90, BF16, (5, 97, 3, 5), 3, "decode_sm80"),  # and one kernel that may overlap the other
-    (SM80, BF16, (3, 1, 1, 1), 0, "decode_sm80"),
-    (SM90, BF16, (1, 256, 64, 128), 0, "decode_sm90: 8 tokens"),
-    (SM90, FP16, (64, 264, 24, 136), 0, "decode_sm90: 64 tokens"),
-    (SM90._replace(multiprocessors=16), BF16, (4, 4096, 24, 200), 0, "decode_sm90: .* clusters of [248]"),
-    (SM90._replace(multiprocessors=3), BF16, (20, 512, 72, 300), 0, "decode_sm90: 32 tokens"),
-    (SM90._replace(multiprocessors=2, shared_memory=40000), BF16, (30, 64, 104, 330), 0, "decode_sm90: 32 tokens"),
-    (SM90, BF16, (65, 8, 8, 3), 0, "prefill_sm90"),
-    (SM90, BF16, (130, 200, 64, 136), 0, "prefill_sm90"),
-    (SM90._replace(multiprocessors=1), FP16, (200, 136, 56, 200), 0, "prefill_sm90"),
-    (SM90._replace(multiprocessors=1), BF16, (130, 64, 192, 100), 0, "prefill_sm90"),
-    (SM90, BF16, (100, 512, 128, 392), 0, "prefill_sm90"),
-    (SM90, FP16, (70, 328, 248, 520), 0, "prefill_sm90"),
-    (SM90._replace(multiprocessors=4), BF16, (300, 64, 256, 64), 0, "prefill_sm90"),
-    (SM90._replace(multiprocessors=1), BF16, (70, 1032, 64, 1100), 0, "prefill_sm90"),  # stages are used many times
-    (SM90._replace(multiprocessors=2), FP16, (70, 712, 256, 1304), 0, "prefill_sm90"),
-    (SM90, BF16, (128, 64, 64, 72), 0, "prefill_sm90"),  # a whole tile
-]
 
 
-@pytest.mark.parametrize("machine, dtype, shape, offset, kernel", LINEARS)
-def test_lowrank_linear(simulated: Simulated, order, machine: Machine, dtype, shape, offset, kernel):
-    tokens, in_features, rank, out_features = shape
+def assert_linear(
+    simulated: Simulated, x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: str, choice=("", 0, 0)
+) -> str:
+    """That y is as near to float64 as torch's two GEMMs are; returns the plan."""
+    y, plan = simulated.lowrank_linear(x, down, up, bias, activation, choice)
+    act = ACTIVATIONS[activation]
+    exact = act(F.linear(F.linear(x.double(), down.double()), up.double(), None if bias is None else bias.double()))
+    assert_close_to_float64(y, act(F.linear(F.linear(x, down), up, bias)), exact)
+    return plan
+
+
+LINEARS = {  # machine, dtype, (tokens, in_features, rank, out_features), offset, the plan
+    "decode_sm80-8-tokens": (SM80, BF16, (1, 256, 64, 128), 0, "decode_sm80: 8 tokens"),
+    "decode_sm80-16-tokens": (SM80, FP16, (13, 200, 40, 100), 0, "decode_sm80: 16 tokens"),
+    "decode_sm80-64-tokens": (SM80, BF16, (64, 320, 24, 72), 0, "decode_sm80: 64 tokens"),
+    "decode_sm80-splits": (SM80.sms(64), BF16, (9, 2048, 16, 40), 0, r"decode_sm80: .* x [2-8] splits"),
+    "decode_sm80-any-alignment": (SM80, FP16, (33, 100, 17, 33), 1, "decode_sm80: 64 tokens"),
+    "decode_sm80-dependent-launch": (SM90, BF16, (5, 97, 3, 5), 3, "decode_sm80: .* dependent launch"),
+    "decode_sm80-one-feature": (SM80, BF16, (3, 1, 1, 1), 0, "decode_sm80"),
+    "decode_sm90-8-tokens": (SM90, BF16, (1, 256, 64, 128), 0, "decode_sm90: 8 tokens"),
+    "decode_sm90-64-tokens": (SM90, FP16, (64, 264, 24, 136), 0, "decode_sm90: 64 tokens"),
+    "decode_sm90-clusters": (SM90.sms(16), BF16, (4, 4096, 24, 200), 0, "decode_sm90: .* clusters of [248]"),
+    "decode_sm90-rounds": (SM90.sms(3), BF16, (20, 512, 72, 300), 0, "decode_sm90: 32 tokens"),
+    "decode_sm90-streamed-rows": (Machine(90, 2, 40000), BF16, (30, 64, 104, 330), 0, "decode_sm90"),
+    "prefill_sm90-few-features": (SM90, BF16, (65, 8, 8, 3), 0, "prefill_sm90"),
+    "prefill_sm90-two-tiles": (SM90, BF16, (130, 200, 64, 136), 0, "prefill_sm90"),
+    "prefill_sm90-one-SM": (SM90.sms(1), FP16, (200, 136, 56, 200), 0, "prefill_sm90: .* clusters of 1"),
+    "prefill_sm90-two-SMs": (SM90.sms(2), BF16, (130, 64, 192, 100), 0, "prefill_sm90"),
+    "prefill_sm90-clusters": (SM90, BF16, (100, 512, 128, 392), 0, "prefill_sm90: .* clusters of [248]"),
+    "prefill_sm90-rank-248": (SM90, FP16, (70, 328, 248, 520), 0, "prefill_sm90"),
+    "prefill_sm90-rank-256": (SM90.sms(4), BF16, (300, 64, 256, 64), 0, "prefill_sm90"),
+    "prefill_sm90-stages-used-often": (SM90.sms(1), BF16, (70, 1032, 64, 1100), 0, "prefill_sm90"),
+    "prefill_sm90-long": (SM90.sms(2), FP16, (70, 712, 256, 1304), 0, "prefill_sm90"),
+    "prefill_sm90-a-whole-tile": (SM90, BF16, (128, 64, 64, 72), 0, "prefill_sm90"),
+}  # fmt: skip
+
+
+@pytest.mark.orders(3)
+@pytest.mark.parametrize("case", LINEARS.values(), ids=LINEARS)
+def test_lowrank_linear(simulated: Simulated, order, case):
+    machine, dtype, (tokens, in_features, rank, out_features), offset, expected = case
     x = among_nan(normal(tokens, in_features, dtype=dtype), offset, 0)
     down = among_nan(normal(rank, in_features, dtype=dtype, seed=1) / in_features**0.5, offset, 0)
     up = among_nan(normal(out_features, rank, dtype=dtype, seed=2) / rank**0.5, offset, 0)
     bias = normal(out_features, dtype=dtype, seed=3) if tokens % 2 else None
-    activation = list(ACTIVATIONS)[tokens % 5]
     simulated.configure(machine, *order)
-    y, plan = simulated.lowrank_linear(x, down, up, bias, activation)
-    assert re.match(kernel, plan), plan
-    act = ACTIVATIONS[activation]
-    exact = act(F.linear(F.linear(x.double(), down.double()), up.double(), None if bias is None else bias.double()))
-    assert_close_to_float64(y, act(F.linear(F.linear(x, down), up, bias)), exact)
+    plan = assert_linear(simulated, x, down, up, bias, list(ACTIVATIONS)[tokens % 5])
+    assert re.match(expected, plan), plan
 
 
-def test_same_bits_in_every_order(simulated: Simulated):
-    """A sum that depended on who comes first would differ."""
+def test_results_have_the_same_bits_in_every_order(simulated: Simulated):
     x, down, up = (normal(*shape, dtype=BF16) for shape in ((70, 512), (136, 512), (200, 136)))
     results = []
     for timing, seed in [*ORDERS, ("random", 6)]:
@@ -253,37 +279,44 @@ def test_same_bits_in_every_order(simulated: Simulated):
         assert all(torch.equal(mine, first) for mine, first in zip(result, results[0], strict=True))
 
 
-PREFILL_CHOICES = [  # every kernel: rank, cluster, tokens per block
-    *((64, cluster, 128) for cluster in (1, 2)),
-    *((128, cluster, 128) for cluster in (1, 2, 4)),
-    *((192, cluster, 128) for cluster in (1, 2)),
-    *((256, cluster, 128) for cluster in (2, 4, 8)),
-    (64, 1, 192),
-    *((128, cluster, 192) for cluster in (1, 2)),
-    (192, 2, 192),
-    *((256, cluster, 192) for cluster in (2, 4)),
-    *((rank, 1, 256) for rank in (64, 128, 192)),  # two blocks of 128 tokens
-    *((rank, 1, token_tile) for rank in (144, 160, 176) for token_tile in (128, 256)),
-    *((rank, 2, token_tile) for rank in (144, 160, 176, 208, 224, 240) for token_tile in (128, 192)),
-]
+PREFILL_VARIANTS = [  # every kernel: rank tile, cluster, token tile
+    (128, 4, 128), (256, 8, 128), (64, 1, 256), (176, 2, 192), (64, 1, 192),
+    (64, 2, 128), (128, 1, 192), (128, 1, 256), (128, 2, 128), (128, 2, 192),
+    (144, 1, 256), (144, 2, 192), (160, 1, 256), (160, 2, 192), (176, 1, 256),
+    (192, 1, 256), (192, 2, 128), (192, 2, 192), (208, 2, 192), (224, 2, 192), (240, 2, 192),
+    (256, 2, 128), (256, 2, 192), (256, 4, 128), (256, 4, 192),
+]  # fmt: skip
 
 
-def test_every_prefill_kernel_gives_the_same(simulated: Simulated):
-    """Whatever the block and the cluster, a value of y is the same sums in the same order."""
+def test_every_prefill_variant_gives_the_same_bits(simulated: Simulated):
+    """An element of y is the same sums in the same order, whatever the tile and the cluster."""
     seen = set()
     simulated.configure(SM90)
-    for rank in sorted({rank for rank, _, _ in PREFILL_CHOICES}):
-        x = normal(300, 72, dtype=BF16)
-        down, up = normal(rank, 72, dtype=BF16) / 8, normal(520, rank, dtype=BF16) / 8
+    for rank in sorted({rank for rank, _, _ in PREFILL_VARIANTS}):
+        x = normal(150, 72, dtype=BF16)
+        down, up = normal(rank, 72, dtype=BF16) / 8, normal(200, rank, dtype=BF16) / 8
         expected = simulated.lowrank_linear(x, down, up)[0]
-        for cluster, token_tile in sorted({(cluster, token_tile) for _, cluster, token_tile in PREFILL_CHOICES}):
-            choice = ("prefill_sm90", cluster, token_tile)
-            if simulated.ops._plan_lowrank_linear(300, 72, rank, 520, "bfloat16", True, *SM90, *choice)[0]:
+        for rank_tile, cluster, token_tile in PREFILL_VARIANTS:
+            if rank_tile != rank:
                 continue
-            y, plan = simulated.lowrank_linear(x, down, up, choice=choice)
-            assert torch.equal(y, expected), plan  # zeros that are multiplied change no bit
+            y, plan = simulated.lowrank_linear(x, down, up, choice=("prefill_sm90", cluster, token_tile))
+            assert torch.equal(y, expected), plan
             seen.add((int(re.search(r"ranks up to (\d+)", plan)[1]), cluster, token_tile))
-    assert seen == set(PREFILL_CHOICES)
+    assert seen == set(PREFILL_VARIANTS)
+
+
+@pytest.mark.orders(2)
+@pytest.mark.parametrize("variant", PREFILL_VARIANTS, ids=lambda v: f"{v[0]}-{v[1]}-{v[2]}")
+def test_every_prefill_variant(simulated: Simulated, order, variant):
+    """More than a token tile, a rank below the rank tile, fewer tiles of up than CTAs."""
+    rank, cluster, token_tile = variant
+    x, down = normal(token_tile + 70, 200, dtype=BF16), normal(rank - 8, 200, dtype=BF16) / 14
+    up, bias = normal(136, rank - 8, dtype=BF16) / rank**0.5, normal(136, dtype=BF16)
+    simulated.configure(SM90, *order)
+    plan = assert_linear(simulated, x, down, up, bias, "silu", ("prefill_sm90", cluster, token_tile))
+    assert plan.startswith(f"prefill_sm90: {token_tile} tokens, "), plan
+    assert ("pairs of CTAs" in plan) == (token_tile == 256)
+    assert f"clusters of {cluster}," in plan and f"ranks up to {rank}," in plan, plan
 
 
 LINEAR_CHOICES = [
@@ -294,43 +327,27 @@ LINEAR_CHOICES = [
 ]
 
 
-@pytest.mark.parametrize("rank, cluster, token_tile", PREFILL_CHOICES)
-def test_every_prefill_kernel(simulated: Simulated, order, rank, cluster, token_tile):
-    """Tokens of one block, or two, and a little, a rank that is not whole, rows of up for some blocks only."""
-    x, down = normal(token_tile + 70, 200, dtype=BF16), normal(rank - 8, 200, dtype=BF16) / 14
-    up, bias = normal(136, rank - 8, dtype=BF16) / rank**0.5, normal(136, dtype=BF16)
-    simulated.configure(SM90, *order)
-    y, plan = simulated.lowrank_linear(x, down, up, bias, "silu", choice=("prefill_sm90", cluster, token_tile))
-    assert plan.startswith(f"prefill_sm90: {token_tile} tokens, "), plan
-    assert ("pairs of blocks" in plan) == (token_tile == 256)
-    assert f"clusters of {cluster}," in plan and f"ranks up to {rank}," in plan, plan
-    plain = F.silu(F.linear(F.linear(x, down), up, bias))
-    exact = F.silu(F.linear(F.linear(x.double(), down.double()), up.double(), bias.double()))
-    assert_close_to_float64(y, plain, exact)
-
-
+@pytest.mark.orders(1)
 @pytest.mark.parametrize("tokens, kernel, splits", LINEAR_CHOICES)
-def test_lowrank_linear_by_choice(simulated: Simulated, order, tokens, kernel, splits):
-    """What a tuned table may ask for instead of the planner's own choice."""
+def test_lowrank_linear_follows_a_choice(simulated: Simulated, order, tokens, kernel, splits):
     x, down, up = normal(tokens, 512, dtype=BF16), normal(128, 512, dtype=BF16) / 16, normal(72, 128, dtype=BF16) / 8
     simulated.configure(SM90, *order)
-    y, plan = simulated.lowrank_linear(x, down, up, choice=(kernel, splits, 0))
+    plan = assert_linear(simulated, x, down, up, None, "none", (kernel, splits, 0))
     assert plan.startswith(f"{kernel}: "), plan
     assert f"clusters of {splits}," in plan if kernel == "prefill_sm90" else f"{splits} splits" in plan
-    assert_close_to_float64(y, F.linear(F.linear(x, down), up), (x.double() @ down.double().T) @ up.double().T)
 
 
-def test_blocks_of_a_cluster_may_be_left_without_features(simulated: Simulated, order):
+@pytest.mark.orders(2)
+def test_ctas_of_a_cluster_without_features(simulated: Simulated, order):
     x, down, up = normal(4, 40, dtype=BF16), normal(16, 40, dtype=BF16) / 6, normal(72, 16, dtype=BF16) / 4
     simulated.configure(SM90, *order)
-    y, plan = simulated.lowrank_linear(x, down, up, choice=("decode_sm90", 8))
-    assert "8 splits of 32 features" in plan
-    assert_close_to_float64(y, F.linear(F.linear(x, down), up), (x.double() @ down.double().T) @ up.double().T)
+    assert "8 splits of 32 features" in assert_linear(simulated, x, down, up, None, "none", ("decode_sm90", 8, 0))
 
 
+@pytest.mark.orders(1)
 @pytest.mark.parametrize("kernel", ["covariance_sm80", "covariance_sm90"])
 @pytest.mark.parametrize("splits", [1, 2, 5, 10])
-def test_covariance_by_choice(simulated: Simulated, order, kernel, splits):
+def test_covariance_follows_a_choice(simulated: Simulated, order, kernel, splits):
     x = normal(640, 136, dtype=BF16, mean=0.5)
     simulated.configure(SM90, *order)
     second_moment, total = torch.zeros(136, 136), torch.zeros(136)
@@ -339,7 +356,8 @@ def test_covariance_by_choice(simulated: Simulated, order, kernel, splits):
     assert_updated(second_moment, total, x)
 
 
-def test_conv_covariance_by_choice(simulated: Simulated, order):
+@pytest.mark.orders(1)
+def test_conv_covariance_follows_a_choice(simulated: Simulated, order):
     x = normal(4, 4, 9, 8, dtype=FP16)
     simulated.configure(SM90, *order)
     geometry = (3, 3), (1, 1), (1, 1), (1, 1)
@@ -349,22 +367,22 @@ def test_conv_covariance_by_choice(simulated: Simulated, order):
     assert_updated(second_moment[0], total[0], patches, dtype=FP16)
 
 
-def test_a_choice_that_cannot_be_had_is_refused(simulated: Simulated):
-    """By the op as well: a table is of another device, or of the nearest shape."""
+def test_ops_refuse_a_choice_without_a_kernel(simulated: Simulated):
+    """A tuned table may be of another device, or of the nearest shape."""
     simulated.configure(SM90)
     x, down, up = normal(4, 64, dtype=BF16), normal(8, 64, dtype=BF16), normal(40, 8, dtype=BF16)
     for kernel, splits, reason in (
-        ("decode_sm90", 3, "cannot share its work among 3 blocks"),
+        ("decode_sm90", 3, "cannot split its work over 3 CTAs"),
         ("prefill_sm90", 0, "prefill_sm90 does not run this problem"),
     ):
         with pytest.raises(RuntimeError, match=reason):
             simulated.ops._cuda_lowrank_linear(x, down, up, None, "none", kernel, splits)
-    with pytest.raises(RuntimeError, match="cannot share its work among 2 blocks"):
+    with pytest.raises(RuntimeError, match="cannot split its work over 2 CTAs"):
         simulated.ops._cuda_covariance_update_(torch.zeros(64, 64), torch.zeros(64), x, False, "", 2)
 
 
-def test_a_launch_that_fails_names_op_shapes_and_arch(simulated: Simulated):
-    """Rows that all lie in one place, which the ops refuse, the tensor copy engine refuses as well."""
+def test_a_failed_launch_names_op_shapes_and_arch(simulated: Simulated):
+    """Rows with stride 0, which the public ops refuse, cannot be encoded as a tensor map."""
     simulated.configure(SM90)
     x = normal(1, 64, dtype=BF16).expand(100, 64)
     with pytest.raises(RuntimeError, match=r"covariance_update_ of x \[100, 64\] on sm_90"):

@@ -1,278 +1,404 @@
-"""Faults planted in the kernels' sources one at a time, of synchronization above all: the tests find each."""
+"""Faults planted in the kernels' sources one at a time, most of them in the synchronization: the tests find each."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from planting import plant, run_tests
+from planting import Runner, plant
 
 
 class Fault(NamedTuple):
     file: str
     right: str
     wrong: str
-    kernel: str  # the tests that have to find it
-    says: str  # what they say: an error in the values, or the simulated device's own words
+    tests: str  # that have to find it
+    says: str  # what they say: an error in the values, or the simulated device's message
+    header: str = ""  # where the fault is, if not in the file
 
 
-VALUES = r"AssertionError: off by|assert tensor\(False\)"
+VALUES = r"AssertionError: off by|assert tensor\(False\)|assert \(?False"
+SM80, SM90, WIDE = (f"covariance/covariance_{name}" for name in ("sm80", "sm90", "sm90_wide"))
+DECODE80, DECODE90, PREFILL = (f"lowrank_linear/{name}" for name in ("decode_sm80", "decode_sm90", "prefill_sm90"))
+PARTIALS = "covariance/add_partials"
+PIPELINE, TILES, WGMMA_TILES = "arch/pipeline.cuh", "covariance/tiles.h", "covariance/wgmma_tiles.h"
+DECODE_LAYOUT, PREFILL_LAYOUT = "lowrank_linear/decode_layout.h", "lowrank_linear/prefill_layout.h"
+
 FAULTS = {
-    "covariance_sm80: a stage is read before all threads have brought theirs": Fault(
-        "covariance/covariance_sm80",
-        "__syncthreads();  // everyone's copies",
-        "// everyone's copies",
-        "covariance_sm80",
-        VALUES,
+    # ---- covariance_sm80 ----
+    "covariance_sm80: a stage is read before all copies arrived": Fault(
+        SM80, "__syncthreads();  // all threads' copies", "// all threads' copies", "covariance_sm80 and stages", VALUES
     ),
-    "covariance_sm80: one group of copies too few is waited for": Fault(
-        "covariance/covariance_sm80",
-        "wait_copies<kStages - 2>",
-        "wait_copies<kStages - 1>",
-        "covariance_sm80",
+    "covariance_sm80: waits for one cp.async group too few": Fault(
+        SM80,
+        "cp_async_wait_group<kStages - 2>",
+        "cp_async_wait_group<kStages - 1>",
+        "covariance_sm80 and stages",
         f"{VALUES}|not waited for",
     ),
     "covariance_sm80: no zeros past the last token": Fault(
-        "covariance/covariance_sm80",
+        SM80,
         "valid_features(feature, args.features) : 0;\n      const auto* from = valid ?",
         "valid_features(feature, args.features) : Layout::kChunk;\n      const auto* from = valid ?",
-        "covariance_sm80",
+        "covariance_sm80 and stages",
         VALUES,
     ),
-    "covariance_sm80: factors are not rounded to TensorFloat-32": Fault(
-        "covariance/covariance_sm80",
-        "return round_to_tf32(*reinterpret_cast<const float*>(operand + offset));",
+    "covariance_sm80: factors are not rounded to tf32": Fault(
+        SM80,
+        "return arch::cvt_rna_tf32(*reinterpret_cast<const float*>(operand + offset));",
         "return *reinterpret_cast<const uint32_t*>(operand + offset);",
-        "TensorFloat",
+        "covariance_sm80-tf32-splits",
         "operands that are rounded",
     ),
-    "covariance_sm90: a stage is given back while it is multiplied": Fault(
-        "covariance/covariance_sm90",
-        "sm90::arrive(pipeline.empty(step - 1))",
-        "sm90::arrive(pipeline.empty(step))",
+    "covariance_sm80: factors are truncated to tf32": Fault(
+        SM80,
+        "return arch::cvt_rna_tf32(*reinterpret_cast<const float*>(operand + offset));",
+        "return *reinterpret_cast<const uint32_t*>(operand + offset) & ~0x1FFFu;",
+        "covariance_sm80-tf32-splits",
+        VALUES,
+    ),
+    "covariance_sm80: column sums of rounded tf32": Fault(
+        SM80,
+        "return *reinterpret_cast<const float2*>(part + offset);",
+        "{\n    const auto at = [&](int i) {\n      const uint32_t bits = tf32_at(part, offset + 4 * i);\n"
+        "      return reinterpret_cast<const float&>(bits);\n    };\n    return float2{at(0), at(1)};\n  }",
+        "covariance_sm80-tf32-splits",
+        VALUES,
+    ),
+    "covariance_sm80: tf32 operands disagree about tokens": Fault(
+        SM80,
+        "return Layout<4>::feature_offset(tf32_token(lane, step, i), feature);",
+        "return Layout<4>::feature_offset(step * 8 + lane % 4 + i * 4, feature);",
+        "covariance_sm80-tf32-splits",
+        VALUES,
+        TILES,
+    ),
+    "covariance_sm80: float32 without its low part": Fault(
+        SM80,
+        "pack(__float2bfloat16_rn(a - __bfloat162float(high_a)),",
+        "0 * pack(__float2bfloat16_rn(a - __bfloat162float(high_a)),",
+        "covariance_sm80-float32",
+        VALUES,
+    ),
+    "covariance_sm80: the last tile is left out": Fault(
+        SM80,
+        "const dim3 grid(static_cast<unsigned>(args.tiles),",
+        "const dim3 grid(static_cast<unsigned>(args.tiles - 1),",
+        "covariance_sm80-4",
+        VALUES,
+    ),
+    "covariance_sm80: one accumulation over all chunks": Fault(
+        SM80,
+        "shared + step % kStages * kStageBytes<Element>, cta.diagonal());\n    if ((step + 1) % kChunkSteps == 0 ||",
+        "shared + step % kStages * kStageBytes<Element>, cta.diagonal());\n    if (",
+        "flushed_every_chunk and covariance_sm80",
+        VALUES,
+    ),
+    "add_partials: the last split is left out": Fault(
+        PARTIALS,
+        "split < args.splits; ++split)\n      sum",
+        "split < args.splits - 1; ++split)\n      sum",
+        "covariance_sm80-splits and not flushed",
+        VALUES,
+    ),
+    # ---- covariance_sm90 ----
+    "covariance_sm90: a stage is released while it is read": Fault(
+        SM90,
+        "pipeline.consumer_release(step - 1, consumer)",
+        "pipeline.consumer_release(step, consumer)",
         "covariance_sm90",
-        f"{VALUES}|no thread can go on|more threads arrive",
+        f"{VALUES}|deadlock|more threads arrive",
     ),
     "covariance_sm90: a stage is read before it is full": Fault(
-        "covariance/covariance_sm90",
-        "sm90::wait(pipeline.full(step), Stages::parity(step));",
-        "",
-        "covariance_sm90",
-        VALUES,
+        SM90, "pipeline.consumer_wait(step);", "", "covariance_sm90", VALUES
     ),
-    "covariance_sm90: a stage is overwritten before it is given back": Fault(
-        "covariance/covariance_sm90",
-        "sm90::wait(pipeline.empty(step), Stages::parity(step) ^ 1);",
-        "",
+    "covariance_sm90: a stage is overwritten too early": Fault(
+        SM90,
+        "    mbarrier_wait(empty(step), parity(step) ^ 1);\n    mbarrier_arrive",
+        "    mbarrier_arrive",
         "covariance_sm90",
-        f"{VALUES}|no thread can go on",
+        f"{VALUES}|deadlock",
+        PIPELINE,
     ),
-    "covariance_sm90: more bytes are expected than come": Fault(
-        "covariance/covariance_sm90",
-        "const int operands = block.diagonal() ? 1 : 2;",
+    "covariance_sm90: more bytes are expected than loaded": Fault(
+        SM90,
+        "const int operands = cta.diagonal() ? 1 : 2;",
         "const int operands = 1;",
         "covariance_sm90",
-        f"{VALUES}|no thread can go on",
+        f"{VALUES}|deadlock",
     ),
-    "covariance_sm90: accumulators are read before the products are done": Fault(
-        "covariance/covariance_sm90",
-        "sm90::wait_products<0>();",
-        "",
-        "covariance_sm90",
-        f"{VALUES}|not waited for",
+    "covariance_sm90: accumulators are read before the MMAs end": Fault(
+        SM90, "arch::wgmma_wait_group<0>();", "", "covariance_sm90", f"{VALUES}|not waited for"
     ),
-    "covariance_sm90: no fence between the accumulators' uses": Fault(
-        "covariance/covariance_sm90", "sm90::fence_products();", "", "covariance_sm90", "wgmma.fence"
+    "covariance_sm90: no fence between uses of accumulators": Fault(
+        SM90, "arch::wgmma_fence();", "", "covariance_sm90", "wgmma.fence"
     ),
-    "decode_sm80: t is read before the kernel that writes it has ended": Fault(
-        "lowrank_linear/decode_sm80", "wait_for_predecessor();", "", "decode_sm80", VALUES
-    ),
-    "decode_sm80: the sums take t's place while it is read": Fault(
-        "lowrank_linear/decode_sm80",
-        "__syncthreads();  // t has been read",
-        "// t has been read",
-        "decode_sm80",
-        VALUES,
-    ),
-    "covariance_sm90: the copy engine may not know of the barriers": Fault(
-        "covariance/covariance_sm90",
-        "sm90::fence_barrier_init();",
-        "",
-        "covariance_sm90",
-        "fence.mbarrier_init",
+    "covariance_sm90: TMA may not see the mbarriers": Fault(
+        SM90, "arch::fence_mbarrier_init();", "", "covariance_sm90", "fence.mbarrier_init"
     ),
     "covariance_sm90: one warp of a warpgroup waits differently": Fault(
-        "covariance/covariance_sm90",
-        "sm90::wait_products<1>();",
-        "if (consumer / 32 == 5) sm90::wait_products<0>();\n      sm90::wait_products<1>();",
+        SM90,
+        "arch::wgmma_wait_group<1>();",
+        "if (consumer / 32 == 5) arch::wgmma_wait_group<0>();\n      arch::wgmma_wait_group<1>();",
         "covariance_sm90",
         "four warps of a warpgroup",
     ),
-    "covariance_sm90_wide: the other block does not say that it has read a stage": Fault(
-        "covariance/covariance_sm90_wide",
-        "if (consumer % 32 < kBlocks) sm90::arrive_in_block(sm90::address_in_block(empty, consumer % 32));",
-        "if (consumer % 32 < kBlocks) sm90::arrive(empty);",
-        "wide",
+    "covariance_sm90: the row operand is used for the columns": Fault(
+        SM90, "cta.diagonal() ? rows : rows + kOperandBytes;", "rows;", "covariance_sm90 and not used", VALUES
+    ),
+    "covariance_sm90: column sums ignore the swizzle": Fault(
+        SM90, "((chunk ^ (token & 7)) * 16)", "(chunk * 16)", "covariance_sm90", VALUES, WGMMA_TILES
+    ),
+    "covariance_sm90: the last step is left out": Fault(
+        SM90,
+        "static_cast<int>(ceil_div(cta.tokens.end - cta.tokens.begin, w::kTokens));",
+        "static_cast<int>((cta.tokens.end - cta.tokens.begin) / w::kTokens);",
+        "covariance_sm90",
         VALUES,
     ),
-    "covariance_sm90_wide: a stage is overwritten before it is given back": Fault(
-        "covariance/covariance_sm90_wide",
-        "sm90::wait(pipeline.empty(step), Stages::parity(step) ^ 1);  // the first",
-        "// the first",
-        "wide",
-        f"{VALUES}|no thread can go on|more threads arrive",
+    "covariance_sm90: one accumulation over all chunks": Fault(
+        SM90,
+        "constexpr int kChunkSteps = 2048 / kTokens;",
+        "constexpr int kChunkSteps = 8192 / kTokens;",
+        "flushed_every_chunk and covariance_sm90",
+        VALUES,
+        WGMMA_TILES,
     ),
-    "covariance_sm90_wide: blocks bring columns to themselves alone": Fault(
-        "covariance/covariance_sm90_wide",
-        "kBoth = (1 << kBlocks) - 1;",
-        "kBoth = 1;",
-        "wide",
-        f"{VALUES}|no thread can go on|more bytes",
+    # ---- covariance_sm90_wide ----
+    "covariance_sm90_wide: a stage is not released to the peer": Fault(
+        WIDE, "if (kCtas > 1 && multicast)", "if (false)", "wide", VALUES, PIPELINE
     ),
-    "covariance_sm90_wide: nobody waits for the other block to start": Fault(
-        "covariance/covariance_sm90_wide",
-        "// Nobody may write to a block that has not started.\n  sm90::arrive_cluster();\n  sm90::wait_cluster();",
+    "covariance_sm90_wide: a stage is overwritten too early": Fault(
+        WIDE,
+        "    mbarrier_wait(empty(step), parity(step) ^ 1);\n    mbarrier_arrive",
+        "    mbarrier_arrive",
+        "wide",
+        f"{VALUES}|deadlock|more threads arrive",
+        PIPELINE,
+    ),
+    "covariance_sm90_wide: columns are not multicast": Fault(
+        WIDE,
+        "kBothCtas = (1 << kClusterCtas) - 1;",
+        "kBothCtas = 1;",
+        "wide",
+        f"{VALUES}|deadlock|more bytes|overflows",
+    ),
+    "covariance_sm90_wide: a peer may not have started": Fault(
+        WIDE,
+        "  arch::cluster_arrive();\n  arch::cluster_wait();",
         "",
         "wide",
         "it may not have started",
     ),
-    "covariance_sm90_wide: nobody waits for the other block to end": Fault(
-        "covariance/covariance_sm90_wide",
-        "for (const int end = step + kStages; step < end; ++step)",
-        "while (false)",
-        "wide",
-        "that has not ended",
+    "covariance_sm90_wide: a CTA exits before its peer": Fault(
+        WIDE, "pipeline.producer_tail(step);", "", "wide", "that has not exited"
     ),
-    "covariance_sm90_wide: on the diagonal the rows are looked for where there are none": Fault(
-        "covariance/covariance_sm90_wide",
-        "wide::a_start(block.diagonal(), block.rank",
-        "wide::a_start(false, block.rank",
-        "wide",
+    "covariance_sm90_wide: rows on the diagonal are elsewhere": Fault(
+        WIDE, "wide::a_offset(cta.diagonal(),", "wide::a_offset(false,", "wide", VALUES
+    ),
+    # ---- decode_sm80 ----
+    "decode_sm80: t is read before its kernel has completed": Fault(
+        DECODE80, "arch::griddepcontrol_wait();", "", "decode_sm80", VALUES
+    ),
+    "decode_sm80: sums overwrite t while it is read": Fault(
+        DECODE80, "__syncthreads();  // t has been read", "// t has been read", "decode_sm80", VALUES
+    ),
+    "decode_sm80: the last split is left out": Fault(
+        DECODE80, "split < args.splits; ++split)", "split < args.splits - 1; ++split)", "decode_sm80", VALUES
+    ),
+    "decode_sm80: rows of a neighboring CTA": Fault(
+        DECODE80,
+        "const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kRowTiles * kRows;",
+        "const int64_t first_row = static_cast<int64_t>(blockIdx.x ^ 1) * kRowTiles * kRows + (blockIdx.x & 1);",
+        "decode_sm80",
         VALUES,
     ),
-    "decode_sm90: the runtime is not told of clusters of one": Fault(
-        "lowrank_linear/decode_sm90",
+    "decode_sm80: lanes disagree about features": Fault(
+        DECODE80,
+        "return lane % 4 * kVector; }",
+        "return lane % 4 * kVector ^ lane / 4 % 2 * 8; }",
+        "decode_sm80",
+        VALUES,
+        DECODE_LAYOUT,
+    ),
+    # ---- decode_sm90 ----
+    "decode_sm90: no cluster attribute for clusters of one": Fault(
+        DECODE90,
         "plan.shared_bytes, plan.cluster};",
         "plan.shared_bytes, plan.cluster == 1 ? 0 : plan.cluster};",
         "decode_sm90",
         "launching lowrank_linear of .* failed",
     ),
-    "prefill_sm90: a block does not tell the others that it has read a stage": Fault(
-        "lowrank_linear/prefill_sm90",
-        "if (kBlocks > 1 && (x_is_left || kPeers > 1))",
-        "if (false)",
-        "test_every_prefill_kernel and (1-256 or 2-128)",
-        f"{VALUES}|no thread can go on|not ended",
+    "decode_sm90: t is read before all CTAs have written it": Fault(
+        DECODE90, "cg::this_grid().sync();", "", "decode_sm90", VALUES
     ),
-    "prefill_sm90: a block tells the others of weights that are not theirs": Fault(
-        "lowrank_linear/prefill_sm90",
-        "if (kBlocks > 1 && (x_is_left || kPeers > 1))",
-        "if (kBlocks > 1)",
-        "test_every_prefill_kernel and 8-128",
-        f"{VALUES}|no thread can go on|more threads arrive|not ended",
-    ),
-    "prefill_sm90: a block brings another's rows": Fault(
-        "lowrank_linear/prefill_sm90",
-        "sm90::copy_box_to_blocks(to + place * rows * p::kRowBytes, map, x, y + place * rows,",
-        "sm90::copy_box_to_blocks(to + place * rows * p::kRowBytes, map, x, y + (kSharers - 1 - place) * rows,",
-        "test_every_prefill_kernel and 1-256",
-        VALUES,
-    ),
-    "prefill_sm90: nobody waits for a peer to end": Fault(
-        "lowrank_linear/prefill_sm90",
-        "kPeers > 1 && step < end; ++step",
-        "kPeers > 2 && step < end; ++step",
-        "test_every_prefill_kernel and 1-256",
-        "that has not ended",
-    ),
-    "decode_sm90: t is read before all blocks have written it": Fault(
-        "lowrank_linear/decode_sm90", "cg::this_grid().sync();", "", "decode_sm90", VALUES
-    ),
-    "decode_sm90: up is read before it is there": Fault(
-        "lowrank_linear/decode_sm90",
-        "sm90::wait(sm90::shared_address(shared), 0);",
+    "decode_sm90: up is read before it has arrived": Fault(
+        DECODE90,
+        "arch::mbarrier_wait(arch::cast_smem_ptr_to_uint(shared), 0);",
         "",
         "decode_sm90",
         f"{VALUES}|still to write to it",
     ),
-    "decode_sm90: sums are read before the cluster has left them": Fault(
-        "lowrank_linear/decode_sm90",
+    "decode_sm90: sums are read before the cluster wrote them": Fault(
+        DECODE90,
         "cluster.sync();",
         "__syncthreads();",
         "decode_sm90",
         f"{VALUES}|it may not have started",
     ),
     "decode_sm90: sums are overwritten while they are read": Fault(
-        "lowrank_linear/decode_sm90",
+        DECODE90,
         "__syncthreads();  // the sums have been read",
         "// the sums have been read",
         "decode_sm90",
         VALUES,
     ),
     "decode_sm90: the slab is a tile longer than its memory": Fault(
-        "lowrank_linear/decode_sm90",
-        "least(args.resident_tiles, slab",
-        "least(args.resident_tiles + 1, slab",
+        DECODE90,
+        "min64(args.resident_tiles, slab",
+        "min64(args.resident_tiles + 1, slab",
         "decode_sm90",
-        "within the block's shared memory",
+        "within the CTA's shared memory",
     ),
-    "prefill_sm90: t is read before the cluster has handed it over": Fault(
-        "lowrank_linear/prefill_sm90",
-        "      sm90::arrive_cluster();\n      sm90::wait_cluster();\n#pragma",
+    "decode_sm90: streamed rows are left out": Fault(
+        DECODE90,
+        "mma_streamed<Element, kTokenGroups>(acc, args, first_row, shared + at.t);",
+        "(void)0;",
+        "decode_sm90",
+        VALUES,
+    ),
+    "decode_sm90: rows of the slab at another pitch": Fault(
+        DECODE90, "load_shared(tile + row * pitch,", "load_shared(tile + row * (pitch - 64),", "decode_sm90", VALUES
+    ),
+    "decode_sm90: the last features are left out": Fault(
+        DECODE90,
+        "return {begin, min64(begin + split_features, in_features)};",
+        "return {begin, min64(begin + split_features, in_features - 8)};",
+        "decode_sm90",
+        VALUES,
+        DECODE_LAYOUT,
+    ),
+    # ---- prefill_sm90 ----
+    "prefill_sm90: a stage is not released to other CTAs": Fault(
+        PREFILL,
+        "if (kCtas > 1 && multicast)",
+        "if (false)",
+        "test_every_prefill_variant and (1-256 or 2-128)",
+        f"{VALUES}|deadlock|not exited",
+        PIPELINE,
+    ),
+    "prefill_sm90: weights are released to other CTAs": Fault(
+        PREFILL,
+        "pipeline.consumer_release(step, consumer, kPeers > 1);",
+        "pipeline.consumer_release(step, consumer);",
+        "test_every_prefill_variant and 8-128",
+        f"{VALUES}|deadlock|more threads arrive|not exited",
+    ),
+    "prefill_sm90: a CTA loads another one's rows": Fault(
+        PREFILL,
+        "map, x, y + cluster_rank * rows,",
+        "map, x, y + (kSharers - 1 - cluster_rank) * rows,",
+        "test_every_prefill_variant and 1-256",
+        VALUES,
+    ),
+    "prefill_sm90: a CTA exits before its peer": Fault(
+        PREFILL,
+        "if (kPeers > 1) pipeline.producer_tail(step);",
+        "",
+        "test_every_prefill_variant and 1-256",
+        "that has not exited",
+    ),
+    "prefill_sm90: t is read before its exchange": Fault(
+        PREFILL,
+        "      arch::cluster_arrive();\n      arch::cluster_wait();\n#pragma",
         "#pragma",
-        "prefill_sm90",
-        f"{VALUES}|no thread can go on|cluster's barrier",
+        "test_every_prefill_variant and (4-128 or 2-192)",
+        f"{VALUES}|deadlock|cluster barrier",
     ),
-    "prefill_sm90: a stage is given back while it is multiplied": Fault(
-        "lowrank_linear/prefill_sm90",
-        "sm90::wait_products<0>();\n      give_back(step, consumer, false);",
-        "give_back(step, consumer, false);\n      sm90::wait_products<0>();",
+    "prefill_sm90: t is not exchanged": Fault(
+        PREFILL,
+        "for (int cta = 0; cta < kCluster; ++cta)",
+        "for (int cta = tile_rank; cta <= tile_rank; ++cta)",
+        "test_every_prefill_variant and (4-128 or 2-192)",
+        VALUES,
+    ),
+    "prefill_sm90: a stage is released while it is read": Fault(
+        PREFILL,
+        "arch::wgmma_wait_group<0>();\n      pipeline.consumer_release(step, consumer, kPeers > 1);",
+        "pipeline.consumer_release(step, consumer, kPeers > 1);\n      arch::wgmma_wait_group<0>();",
         "prefill_sm90",
         VALUES,
     ),
-    "prefill_sm90: the first round waits for stages that nobody gives back": Fault(
-        "lowrank_linear/prefill_sm90",
-        "sm90::wait(pipeline.empty(step), Stages::parity(step) ^ 1);  // the first",
-        "sm90::wait(pipeline.empty(step), Stages::parity(step));  // the first",
+    "prefill_sm90: the first round waits for a release": Fault(
+        PREFILL,
+        "    mbarrier_wait(empty(step), parity(step) ^ 1);\n    mbarrier_arrive",
+        "    mbarrier_wait(empty(step), parity(step));\n    mbarrier_arrive",
         "prefill_sm90",
-        "no thread can go on; .* wait for a barrier in shared memory",
+        "deadlock: .* wait for an mbarrier",
+        PIPELINE,
     ),
-    "prefill_sm90: a block is written to that may not have started": Fault(
-        "lowrank_linear/prefill_sm90",
-        "    sm90::arrive_cluster();\n    sm90::wait_cluster();\n  }\n  if",
+    "prefill_sm90: a CTA may not have started": Fault(
+        PREFILL,
+        "    arch::cluster_arrive();\n    arch::cluster_wait();\n  }\n  if",
         "  }\n  if",
-        "prefill_sm90",
+        "test_every_prefill_variant",
         "it may not have started",
     ),
-    "prefill_sm90: barriers lie where something else is written": Fault(
-        "lowrank_linear/prefill_sm90",
-        "p::barrier_offset(ThisBlock::kVariant), first_stage",
-        "p::barrier_offset(ThisBlock::kVariant) - 16, first_stage",
+    "prefill_sm90: mbarriers where something else is written": Fault(
+        PREFILL,
+        "p::mbarrier_offset(kVariant), first_stage",
+        "p::mbarrier_offset(kVariant) - 16, first_stage",
         "prefill_sm90",
-        "a barrier has been overwritten",
+        "an mbarrier has been overwritten",
     ),
-    "prefill_sm90: stages of three warpgroups are given back by two": Fault(
-        "lowrank_linear/prefill_sm90",
-        "block.pipeline.init(kBlocks * kConsumers / 32);",
-        "block.pipeline.init(kBlocks * 8);",
-        "prefill",
-        f"{VALUES}|more threads arrive|no thread can go on",
+    "prefill_sm90: two of three warpgroups release stages": Fault(
+        PREFILL,
+        "cta.pipeline.init(kConsumers / 32);",
+        "cta.pipeline.init(8);",
+        "test_every_prefill_variant and 192",
+        f"{VALUES}|more threads arrive|deadlock",
     ),
-    "prefill_sm90: a block ends while others write to it": Fault(
-        "lowrank_linear/prefill_sm90",
-        "    __syncwarp();\n    if constexpr (kCluster > 1) sm90::wait_cluster();",
+    "prefill_sm90: a CTA exits while others write to it": Fault(
+        PREFILL,
+        "    __syncwarp();\n    if constexpr (kCluster > 1) arch::cluster_wait();",
         "    __syncwarp();",
-        "prefill_sm90",
-        "between arriving at the cluster's barrier and waiting",
+        "test_every_prefill_variant and (4-128 or 2-192)",
+        "between arriving at the cluster barrier and waiting",
     ),
-}
+    "prefill_sm90: descriptors of half the stride": Fault(
+        PREFILL,
+        "smem_descriptor(address, 16, 1024)",
+        "smem_descriptor(address, 16, 512)",
+        "prefill_sm90",
+        "whole patterns of the swizzle",
+        "arch/fragment.h",
+    ),
+    "prefill_sm90: vectors of y are not transposed": Fault(
+        PREFILL, "int round = 0; round < 2; ++round", "int round = 0; round < 1; ++round", "prefill_sm90", VALUES
+    ),
+    "prefill_sm90: the last tile of K is left out": Fault(
+        PREFILL,
+        "static_cast<int>(ceil_div(args.in_features, p::kTileK))",
+        "static_cast<int>(max64(1, args.in_features / p::kTileK))",
+        "prefill_sm90-two",
+        VALUES,
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def runner() -> Iterator[Runner]:
+    runner = Runner()
+    yield runner
+    runner.close()
 
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
-def test_found(fault: Fault, library: Path, tmp_path: Path) -> None:
-    planted = plant(fault.file, fault.right, fault.wrong, library, tmp_path)
-    result = run_tests(planted, fault.kernel)
-    assert result.returncode == 1, result.stdout
-    assert re.search(rf"^E .*({fault.says})", result.stdout, re.MULTILINE), result.stdout
+def test_found(fault: Fault, library: Path, runner: Runner, tmp_path: Path) -> None:
+    planted = plant(fault.file, fault.right, fault.wrong, library, tmp_path, fault.header)
+    status, output = runner.run(planted, fault.tests)
+    assert status == 1, output
+    assert re.search(rf"^E .*({fault.says})", output, re.MULTILINE), output

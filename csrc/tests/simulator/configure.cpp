@@ -9,10 +9,10 @@
 namespace lowrank_ops {
 namespace {
 
-void configure(int64_t capability, int64_t multiprocessors, int64_t shared_memory, int64_t seed, std::string timing) {
+void configure(int64_t capability, int64_t sm_count, int64_t shared_memory, int64_t seed, std::string timing) {
   simulator::Config& config = simulator::config();
   config.capability = static_cast<int>(capability);
-  config.multiprocessors = static_cast<int>(multiprocessors);
+  config.sm_count = static_cast<int>(sm_count);
   config.shared_memory = shared_memory;
   config.seed = static_cast<unsigned>(seed);
   const std::map<std::string, simulator::Timing> timings{{"early", simulator::Timing::early},
@@ -27,7 +27,7 @@ void configure(int64_t capability, int64_t multiprocessors, int64_t shared_memor
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lowrank_ops_simulated, m) {
-  m.def("configure(int capability, int multiprocessors, int shared_memory, int seed, str timing) -> ()");
+  m.def("configure(int capability, int sm_count, int shared_memory, int seed, str timing) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(lowrank_ops_simulated, CompositeExplicitAutograd, m) {
   m.impl("configure", TORCH_BOX(&configure));

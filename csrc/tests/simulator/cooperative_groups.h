@@ -6,15 +6,15 @@
 namespace cooperative_groups {
 
 struct cluster_group {
-  unsigned block_rank() const { return static_cast<unsigned>(lowrank_ops::simulator::position().rank_in_cluster); }
-  unsigned num_blocks() const { return static_cast<unsigned>(lowrank_ops::simulator::position().blocks_in_cluster); }
+  unsigned block_rank() const { return static_cast<unsigned>(lowrank_ops::simulator::position().cluster_ctarank); }
+  unsigned num_blocks() const { return static_cast<unsigned>(lowrank_ops::simulator::position().cluster_nctarank); }
   void sync() const {
-    lowrank_ops::simulator::arrive_cluster();
-    lowrank_ops::simulator::wait_cluster();
+    lowrank_ops::simulator::cluster_arrive();
+    lowrank_ops::simulator::cluster_wait();
   }
   template <class T>
   T* map_shared_rank(T* pointer, int rank) const {
-    return static_cast<T*>(lowrank_ops::simulator::in_block(pointer, rank));
+    return static_cast<T*>(lowrank_ops::simulator::map_shared_rank(pointer, rank));
   }
 };
 inline cluster_group this_cluster() { return {}; }

@@ -1,4 +1,4 @@
-// What nvcc knows without an include, in terms of the simulated device. Included ahead of every kernel's source.
+// nvcc's built-in names for the simulated device. Included ahead of every kernel's source.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -13,7 +13,7 @@
 #include "device.h"
 
 #define threadIdx (::lowrank_ops::simulator::position().thread)
-#define blockIdx (::lowrank_ops::simulator::position().block)
+#define blockIdx (::lowrank_ops::simulator::position().cta)
 // Not a macro: the runtime's structures have members of this name.
 struct GridDim {
   struct {
@@ -35,7 +35,7 @@ cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, in
 inline float __expf(float x) { return std::exp(x); }
 inline float __fdividef(float x, float y) { return std::fabs(y) > 0x1p126f && std::fabs(y) < INFINITY ? 0.0f : x / y; }
 
-inline void __syncthreads() { lowrank_ops::simulator::sync_block(); }
+inline void __syncthreads() { lowrank_ops::simulator::sync_cta(); }
 inline void __syncwarp() { lowrank_ops::simulator::sync_warp(); }
 
 template <class T>
@@ -52,7 +52,7 @@ T __shfl_xor_sync(unsigned, T value, int lanes) {
     T given, got;
     int lane, mask;
   } mine{value, {}, lowrank_ops::simulator::position().lane, lanes};
-  lowrank_ops::simulator::meet_warp("__shfl_xor_sync", &mine, [](void* const* all) {
+  lowrank_ops::simulator::converge_warp("__shfl_xor_sync", &mine, [](void* const* all) {
     for (int lane = 0; lane < 32; ++lane) {
       Exchange& to = *static_cast<Exchange*>(all[lane]);
       to.got = static_cast<const Exchange*>(all[to.lane ^ to.mask])->given;
@@ -66,13 +66,14 @@ namespace lowrank_ops::simulator {
 template <class... Parameters, class... Arguments>
 cudaError_t launch_kernel(const cudaLaunchConfig_t& config, void (*kernel)(Parameters...),
                           const Arguments&... arguments) {
-  GridShape shape{config.gridDim, config.blockDim, static_cast<int64_t>(config.dynamicSmemBytes), 1, false, false, false};
+  GridShape shape{config.gridDim, config.blockDim, static_cast<int64_t>(config.dynamicSmemBytes), 1, false, false,
+                  false};
   for (unsigned i = 0; i < config.numAttrs; ++i) {
     const cudaLaunchAttribute& attribute = config.attrs[i];
     if (attribute.id == cudaLaunchAttributeClusterDimension)
-      shape.in_clusters = true, shape.cluster = static_cast<int>(attribute.val.clusterDim.x);
-    if (attribute.id == cudaLaunchAttributeCooperative) shape.all_at_once = true;
-    if (attribute.id == cudaLaunchAttributeProgrammaticStreamSerialization) shape.may_overlap = true;
+      shape.has_cluster = true, shape.cluster = static_cast<int>(attribute.val.clusterDim.x);
+    if (attribute.id == cudaLaunchAttributeCooperative) shape.cooperative = true;
+    if (attribute.id == cudaLaunchAttributeProgrammaticStreamSerialization) shape.pdl = true;
   }
   launch(shape, reinterpret_cast<const void*>(kernel),
          [kernel, copies = std::tuple<Arguments...>(arguments...)] { std::apply(kernel, copies); });
@@ -81,6 +82,6 @@ cudaError_t launch_kernel(const cudaLaunchConfig_t& config, void (*kernel)(Param
 
 }  // namespace lowrank_ops::simulator
 
-// The one launch there is, in csrc/launch.h: the runtime gets addresses, the simulator the kernel and its arguments.
+// The only launch, in csrc/launch.h: the simulator takes the kernel and its arguments instead of their addresses.
 #define cudaLaunchKernelExC(config, function, addresses) \
   (static_cast<void>(addresses), ::lowrank_ops::simulator::launch_kernel(*(config), kernel, arguments...))

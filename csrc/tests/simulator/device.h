@@ -1,9 +1,9 @@
-// A CUDA device on the host: what the kernels' sources need to run, compiled as C++.
+// A CUDA device on the host, for the kernels' sources compiled as C++.
 //
-// Every CUDA thread is a fiber. A scheduler with a seed resumes them in random order, so that what the kernels do not
-// synchronize comes out differently with another seed; asynchronous copies and products happen as early, as late, or as
-// randomly as their waits allow. Shared memory starts as NaN, has 32-bit addresses of its own, and is checked for
-// writes past its end. What would hang, is reported with what every thread waits for.
+// Every CUDA thread is a fiber. A seeded scheduler resumes them in random order, so that missing synchronization
+// changes the result with the seed. Asynchronous copies and wgmmas happen as early, as late or as randomly as their
+// waits allow. Shared memory starts as NaN, has 32-bit addresses and is checked for writes past its end. A deadlock is
+// reported with what every thread waits for.
 #pragma once
 
 #include <vector_types.h>
@@ -14,14 +14,14 @@
 
 namespace lowrank_ops::simulator {
 
-// When asynchronous work happens. What overwrites shared memory too soon shows where copies come first, and products
-// are done, which read it, when they are waited for.
+// When asynchronous work happens. copies_first: copies at once and wgmmas only when they are waited for, which shows
+// stages that are overwritten while they are read.
 enum class Timing { early, late, copies_first, random };
 
 struct Config {
   int capability = 90;
-  int multiprocessors = 4;
-  int64_t shared_memory = 232448;  // bytes that a block may have
+  int sm_count = 4;
+  int64_t shared_memory = 232448;  // bytes per CTA
   unsigned seed = 0;
   Timing timing = Timing::random;
 };
@@ -30,19 +30,19 @@ Config& config();
 // ---- launches ----
 
 struct GridShape {
-  dim3 blocks, threads;
+  dim3 ctas, threads;
   int64_t shared_bytes;
   int cluster;
-  bool in_clusters, all_at_once, may_overlap;
+  bool has_cluster, cooperative, pdl;
 };
 
-// Runs what was launched before, unless the new kernel may overlap it, and keeps the new one for later.
+// Queues a kernel. Without PDL the kernels before it run first.
 void launch(const GridShape& shape, const void* kernel, std::function<void()> thread_body);
 void allow_shared_bytes(const void* kernel, int64_t bytes);
-// Runs all that has been launched. Throws std::runtime_error with the first fault that the simulation has found.
+// Runs the queued kernels. Throws std::runtime_error with the first fault found.
 void synchronize();
 
-// An op's launches have run when it goes out of scope; before what was declared ahead of it, such as scratch, is freed.
+// Synchronizes at the end of an op's scope, before scratch, which was declared earlier, is freed.
 struct Synchronized {
   ~Synchronized() noexcept(false) { synchronize(); }
 };
@@ -50,10 +50,10 @@ struct Synchronized {
 // ---- the thread that is running ----
 
 struct Position {
-  uint3 thread, block;
+  uint3 thread, cta;
   dim3 grid_size;
-  int lane, warp;       // warp: of the block
-  int rank_in_cluster, blocks_in_cluster;
+  int lane, warp;  // warp: of the CTA
+  int cluster_ctarank, cluster_nctarank;
 };
 const Position& position();
 
@@ -63,49 +63,50 @@ void expect(bool condition, const char* what);
 
 // ---- memory ----
 
-constexpr uint32_t kBlockAddress = 1u << 24;  // addresses of a cluster: (rank + 1) * this + address in the block
+constexpr uint32_t kCtaWindow = 1u << 24;  // shared::cluster addresses: (rank + 1) * kCtaWindow + address in the CTA
 
 void* dynamic_shared();
-void* static_shared(int place, int64_t bytes);  // one per block and place in the source
+void* static_shared(int place, int64_t bytes);  // one per CTA and source line
 uint32_t shared_address(const void* pointer);
-// The bytes at an address of this block, or of another one of its cluster.
+// The bytes at an address of this CTA, or of another CTA of its cluster.
 unsigned char* shared_bytes(uint32_t address, int64_t bytes, int64_t alignment);
-void* in_block(const void* pointer, int rank);
+void* map_shared_rank(const void* pointer, int rank);
+constexpr uint32_t mapa(uint32_t address, int rank) { return kCtaWindow * (static_cast<uint32_t>(rank) + 1) + address; }
 
-// ---- meeting others ----
+// ---- convergence and barriers ----
 
-// All lanes of the warp: the last one to come runs `body` with what each has brought.
-void meet_warp(const char* name, void* mine, const std::function<void(void* const* lanes)>& body);
+// Converges the lanes of the warp: the last one runs `body` with every lane's argument.
+void converge_warp(const char* name, void* mine, const std::function<void(void* const* lanes)>& body);
 void sync_warp();
-void sync_block();
-void arrive_cluster();
-void wait_cluster();
+void sync_cta();
+void cluster_arrive();
+void cluster_wait();
 void sync_grid();
-void wait_for_kernel_before();
+void griddepcontrol_wait();
 
-// ---- barriers in shared memory ----
+// ---- mbarriers ----
 
-void init_barrier(uint32_t barrier, int arrivals);
-void fence_barrier_init();
-void arrive(uint32_t barrier, int64_t expected_bytes);
-void wait(uint32_t barrier, int parity);
+void mbarrier_init(uint32_t mbarrier, int arrivals);
+void fence_mbarrier_init();
+void mbarrier_arrive(uint32_t mbarrier, int64_t expected_bytes);
+void mbarrier_wait(uint32_t mbarrier, int parity);
 
 // ---- asynchronous work ----
 
-// By the copy engine: `copy` runs some time later and then tells the barrier, of this block or of another one of its
-// cluster. It is ordered after what threads did to memory only by the fence between the two.
-void fence_before_copies();
-void copy_later(uint32_t barrier, int64_t bytes, std::function<void()> copy);
+// TMA: `copy` runs some time later and then completes on the mbarrier, of this CTA or of another one of its cluster. It
+// is ordered after earlier accesses by threads only by fence_proxy_async.
+void fence_proxy_async();
+void tma_later(uint32_t mbarrier, int64_t bytes, std::function<void()> copy);
 
-// By a thread (cp.async) or a warp (wgmma): work in groups; `wait_groups` returns when at most `pending` are left.
-void add_copy(std::function<void()> copy);
-void commit_copies();
-void wait_copies(int pending);
-// All warps of a warpgroup execute the same instructions of wgmma: what this one was is noted, and compared at the end.
+// cp.async (per thread) and wgmma (per warp): groups of work; a wait returns when at most `pending` groups are left.
+void add_cp_async(std::function<void()> copy);
+void commit_cp_async();
+void wait_cp_async(int pending);
+// All warps of a warpgroup execute the same wgmma instructions: each is hashed, and the hashes compared at the end.
 void note_instruction(uint64_t what);
-void fence_products();
-void add_product(std::function<void()> product);  // from the body of meet_warp
-void commit_products();
-void wait_products(int pending);
+void wgmma_fence();
+void add_wgmma(std::function<void()> work);  // from the body of converge_warp
+void wgmma_commit_group();
+void wgmma_wait_group(int pending);
 
 }  // namespace lowrank_ops::simulator

@@ -14,7 +14,7 @@ namespace {
 
 constexpr size_t kStackBytes = 128 << 10;
 
-// Stacks are kept for the next fiber: a block comes and goes with hundreds of them.
+// Stacks are reused: every CTA needs hundreds of them.
 std::vector<void*>& idle_stacks() {
   static std::vector<void*> stacks;
   return stacks;
@@ -49,9 +49,9 @@ Fiber::~Fiber() {
 
 void Fiber::enter(unsigned low, unsigned high) {
   Fiber* fiber = reinterpret_cast<Fiber*>(uintptr_t{high} << 32 | low);
-  after(fiber->stack_);  // what another fiber did with it
+  acquire(fiber->stack_);  // the previous fiber's use of it
   fiber->body_();
-  happened(fiber->stack_);
+  release(fiber->stack_);
   fiber->ended_ = true;
   fiber->leave();
 }

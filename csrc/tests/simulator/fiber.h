@@ -1,4 +1,4 @@
-// A thread of a simulated device: a stack of its own, resumed and left at will on one thread of the host.
+// A thread of the simulated device: a stack of its own on one host thread.
 #pragma once
 
 #include <setjmp.h>

@@ -1,5 +1,5 @@
-// What happens before what, told to ThreadSanitizer where the simulator is built for it (LOWRANK_OPS_RACES): the kernels'
-// accesses are then held against the synchronization that they asked for, and not against the order of this run.
+// Happens-before edges for ThreadSanitizer (LOWRANK_OPS_RACES): the kernels' accesses are checked against their own
+// synchronization, not against the order of this run.
 #pragma once
 
 #ifdef LOWRANK_OPS_RACES
@@ -12,42 +12,42 @@ extern "C" void __tsan_ignore_thread_end();
 namespace lowrank_ops::simulator {
 
 #ifdef LOWRANK_OPS_RACES
-inline void happened(const void* event) { __tsan_release(const_cast<void*>(event)); }
-inline void after(const void* event) { __tsan_acquire(const_cast<void*>(event)); }
+inline void release(const void* event) { __tsan_release(const_cast<void*>(event)); }
+inline void acquire(const void* event) { __tsan_acquire(const_cast<void*>(event)); }
 
-// The simulator's own memory, whose threads take turns.
+// Ignores accesses by the simulator itself, whose fibers take turns.
 struct Unwatched {
   Unwatched() { __tsan_ignore_thread_begin(); }
   ~Unwatched() { __tsan_ignore_thread_end(); }
 };
-// What the kernels ask for, in the midst of that.
+// The kernels' accesses within such a scope.
 struct Watched {
   Watched() { __tsan_ignore_thread_end(); }
   ~Watched() { __tsan_ignore_thread_begin(); }
 };
-// The copy engine, which knows only of what it is told.
-class ByCopyEngine {
+// The async proxy: a thread of its own, ordered only by fences and mbarriers.
+class ByAsyncProxy {
  public:
-  ByCopyEngine() : before_(__tsan_get_current_fiber()) {
-    static void* const engine = __tsan_create_fiber(0);
-    __tsan_switch_to_fiber(engine, __tsan_switch_to_fiber_no_sync);
+  ByAsyncProxy() : before_(__tsan_get_current_fiber()) {
+    static void* const async_proxy = __tsan_create_fiber(0);
+    __tsan_switch_to_fiber(async_proxy, __tsan_switch_to_fiber_no_sync);
   }
-  ~ByCopyEngine() { __tsan_switch_to_fiber(before_, __tsan_switch_to_fiber_no_sync); }
+  ~ByAsyncProxy() { __tsan_switch_to_fiber(before_, __tsan_switch_to_fiber_no_sync); }
 
  private:
   void* before_;
 };
 #else
-inline void happened(const void*) {}
-inline void after(const void*) {}
+inline void release(const void*) {}
+inline void acquire(const void*) {}
 struct Unwatched {
   ~Unwatched() {}
 };
 struct Watched {
   ~Watched() {}
 };
-struct ByCopyEngine {
-  ~ByCopyEngine() {}
+struct ByAsyncProxy {
+  ~ByAsyncProxy() {}
 };
 #endif
 

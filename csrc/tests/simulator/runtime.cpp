@@ -1,4 +1,4 @@
-// The functions of the CUDA runtime and driver that the launchers call, for the simulated device.
+// The CUDA runtime and driver functions that the launchers call, for the simulated device.
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
@@ -9,7 +9,7 @@ namespace sim = lowrank_ops::simulator;
 
 namespace {
 
-// What the driver refuses, this does: a kernel would not be launched.
+// Refuses what the driver refuses.
 CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address,
                       const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
                       const cuuint32_t* steps, CUtensorMapInterleave, CUtensorMapSwizzle swizzle,
@@ -21,9 +21,9 @@ CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t ran
                      sizes[0] <= (cuuint64_t{1} << 32) && sizes[1] <= (cuuint64_t{1} << 32) && box[0] > 0 &&
                      box[0] * 2 <= 128 && box[0] * 2 % 16 == 0 && box[1] > 0 && box[1] <= 256;
   if (!supported || !legal) return CUDA_ERROR_INVALID_VALUE;
-  const sim::MatrixMap matrix{static_cast<const unsigned char*>(address), static_cast<int64_t>(sizes[1]),
-                              static_cast<int64_t>(sizes[0]), static_cast<int64_t>(strides[0]),
-                              static_cast<int>(box[1]), static_cast<int>(box[0])};
+  const sim::TensorMap matrix{
+      static_cast<const unsigned char*>(address), static_cast<int64_t>(sizes[1]), static_cast<int64_t>(sizes[0]),
+      static_cast<int64_t>(strides[0]),           static_cast<int>(box[1]),       static_cast<int>(box[0])};
   std::memcpy(map, &matrix, sizeof(matrix));
   return CUDA_SUCCESS;
 }
@@ -50,12 +50,12 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
 }
 
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void*, const cudaLaunchConfig_t* config) {
-  int blocks = 0;
+  int ctas = 0;
   for (unsigned i = 0; i < config->numAttrs; ++i)
     if (config->attrs[i].id == cudaLaunchAttributeClusterDimension)
-      blocks = static_cast<int>(config->attrs[i].val.clusterDim.x);
-  if (blocks == 0) return cudaErrorInvalidClusterSize;  // it has to be told, one as well
-  *clusters = sim::config().multiprocessors / blocks;
+      ctas = static_cast<int>(config->attrs[i].val.clusterDim.x);
+  if (ctas == 0) return cudaErrorInvalidClusterSize;  // the attribute is required, also for 1
+  *clusters = sim::config().sm_count / ctas;
   return cudaSuccess;
 }
 

@@ -11,7 +11,7 @@
 namespace lowrank_ops::simulator {
 namespace {
 
-constexpr int kMostThreads = 2400;  // of blocks that need not run at once
+constexpr int kMaxThreads = 2400;  // of CTAs that need not be co-resident
 
 uint3 position_of(int64_t index, const dim3& size) {
   return {static_cast<unsigned>(index % size.x), static_cast<unsigned>(index / size.x % size.y),
@@ -25,14 +25,14 @@ Device& device() {
   return device;
 }
 
-void expect_intact(const Block& block, uint32_t barrier) {
+void expect_intact(const Cta& cta, uint32_t barrier) {
   const Unwatched unwatched;
-  if (std::memcmp(block.base + barrier, &kBarrierBits, 8) != 0) fail("a barrier has been overwritten");
+  if (std::memcmp(cta.base + barrier, &kMbarrierBits, 8) != 0) fail("an mbarrier has been overwritten");
 }
 
 int64_t Rendezvous::arrive(int live) {
   const int64_t phase = phase_;
-  happened(&events_[phase % 2]);
+  release(&events_[phase % 2]);
   ++arrived_;
   settle(live);
   return phase;
@@ -46,56 +46,62 @@ void Rendezvous::settle(int live) {
 }
 
 void Rendezvous::wait(int64_t phase, const char* name) {
-  while (phase_ == phase) device().block_until_woken(waiting_, name);
-  after(&events_[phase % 2]);
+  while (phase_ == phase) device().wait_until_woken(waiting_, name);
+  acquire(&events_[phase % 2]);
 }
 
 // ---- starting ----
 
-void Device::start_cluster(Kernel& kernel, int64_t first_block) {
+void Device::start_cluster(Kernel& kernel, int64_t first_cta) {
   const GridShape& shape = kernel.shape;
   auto cluster = std::make_unique<Cluster>();
   const int threads = static_cast<int>(shape.threads.x * shape.threads.y * shape.threads.z);
   for (int rank = 0; rank < shape.cluster; ++rank) {
-    auto block = std::make_unique<Block>();
-    block->kernel = &kernel;
-    block->cluster = cluster.get();
-    block->rank = rank;
+    auto cta = std::make_unique<Cta>();
+    cta->kernel = &kernel;
+    cta->cluster = cluster.get();
+    cta->rank = rank;
     const int64_t bytes = kDynamicStart + shape.shared_bytes;
-    block->memory.assign(bytes + kCanaryBytes + 1024, kPoison);
-    block->base = reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(block->memory.data()) + 1023) / 1024 * 1024);
+    cta->memory.assign(bytes + kCanaryBytes + 1024, kPoison);
+    cta->base =
+        reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(cta->memory.data()) + 1023) / 1024 * 1024);
     for (int i = 0; i < threads; ++i) {
-      if (i % kLanes == 0) block->warps.push_back(std::make_unique<Warp>());
+      if (i % kLanes == 0) cta->warps.push_back(std::make_unique<Warp>());
       auto thread = std::make_unique<Thread>();
-      thread->position = {{static_cast<unsigned>(i), 0, 0}, position_of(first_block + rank, shape.blocks), shape.blocks,
-                          i % kLanes, i / kLanes, rank, shape.cluster};
-      thread->warp = block->warps.back().get();
-      thread->block = block.get();
+      thread->position = {{static_cast<unsigned>(i), 0, 0},
+                          position_of(first_cta + rank, shape.ctas),
+                          shape.ctas,
+                          i % kLanes,
+                          i / kLanes,
+                          rank,
+                          shape.cluster};
+      thread->warp = cta->warps.back().get();
+      thread->cta = cta.get();
       thread->fiber = std::make_unique<Fiber>([&kernel] {
-        after(&kernel.launched);
+        acquire(&kernel.launched);
         kernel.body();
-        happened(&kernel.a_thread_ended);
+        release(&kernel.a_thread_ended);
       });
       make_runnable(thread.get());
-      block->threads.push_back(std::move(thread));
+      cta->threads.push_back(std::move(thread));
     }
-    block->live = threads;
-    cluster->blocks.push_back(std::move(block));
+    cta->live = threads;
+    cluster->ctas.push_back(std::move(cta));
   }
-  happened(&kernel.launched);
+  release(&kernel.launched);
   cluster->live = threads * shape.cluster;
   kernel.live += cluster->live;
   kernel.clusters.push_back(std::move(cluster));
 }
 
-// As many blocks as fit; false if there is none to start or no room.
-bool Device::start_blocks(Kernel& kernel) {
+// Starts as many CTAs as fit; false if none started.
+bool Device::start_ctas(Kernel& kernel) {
   const int threads = static_cast<int>(kernel.shape.threads.x * kernel.shape.threads.y * kernel.shape.threads.z);
   bool started = false;
   while (!kernel.to_start.empty()) {
     int live = 0;
     for (const auto& other : kernels) live += other->live;
-    if (live > 0 && !kernel.shape.all_at_once && live + threads * kernel.shape.cluster > kMostThreads) break;
+    if (live > 0 && !kernel.shape.cooperative && live + threads * kernel.shape.cluster > kMaxThreads) break;
     const int64_t first = kernel.to_start.back();
     kernel.to_start.pop_back();
     start_cluster(kernel, first);
@@ -122,7 +128,7 @@ void Device::wake(Queue& queue) {
   for (Thread* thread : threads) make_runnable(thread);
 }
 
-void Device::block_until_woken(Queue& queue, const char* what) {
+void Device::wait_until_woken(Queue& queue, const char* what) {
   const Unwatched unwatched;
   Thread* thread = self;
   thread->waits_for = what;
@@ -139,60 +145,60 @@ void Device::resume(Thread* thread) {
 }
 
 void Device::thread_ended(Thread* thread) {
-  Block& block = *thread->block;
-  Cluster& cluster = *block.cluster;
-  Kernel& kernel = *block.kernel;
-  after(&kernel.a_thread_ended);
-  const char* name = "a thread ended";
-  if (thread->in_cluster_barrier) give_up(std::string(name) + " between arriving at the cluster's barrier and waiting");
+  Cta& cta = *thread->cta;
+  Cluster& cluster = *cta.cluster;
+  Kernel& kernel = *cta.kernel;
+  acquire(&kernel.a_thread_ended);
+  const char* name = "a thread exited";
+  if (thread->in_cluster_barrier) give_up(std::string(name) + " between arriving at the cluster barrier and waiting");
   for (const auto& group : thread->copies)
     if (!group.empty()) give_up(std::string(name) + " with copies it had not waited for");
-  --block.live, --cluster.live, --kernel.live;
-  block.barrier.settle(block.live);
+  --cta.live, --cluster.live, --kernel.live;
+  cta.barrier.settle(cta.live);
   cluster.barrier.settle(cluster.live);
   kernel.barrier.settle(kernel.live);
-  if (block.live == 0) check_ended(block);
-  if (cluster.live == 0)  // freed when nobody is in the midst of it
+  if (cta.live == 0) check_ended(cta);
+  if (cluster.live == 0)  // freed by the next turn of the scheduler
     ended.splice(ended.end(), kernel.clusters,
                  std::find_if(kernel.clusters.begin(), kernel.clusters.end(),
                               [&](const auto& other) { return other.get() == &cluster; }));
-  if (kernel.ended()) wake(kernel.after);
+  if (kernel.ended()) wake(kernel.dependents);
 }
 
-void Device::check_ended(Block& block) {
-  if (block.copies_under_way) give_up("a block ended while the copy engine was still to write to it");
-  for (const auto& warp : block.warps) {
-    if (warp->arrived) give_up(std::string("a warp ended while some of its lanes were at ") + warp->meeting);
-    for (const auto& group : warp->products)
-      if (!group.empty()) give_up("a warp ended with products it had not waited for");
+void Device::check_ended(Cta& cta) {
+  if (cta.tma_in_flight) give_up("a CTA exited while TMA was still to write to it");
+  for (const auto& warp : cta.warps) {
+    if (warp->arrived) give_up(std::string("a warp exited while some of its lanes were at ") + warp->converging_at);
+    for (const auto& group : warp->wgmmas)
+      if (!group.empty()) give_up("a warp exited with wgmmas it had not waited for");
   }
-  for (size_t i = 0; i < block.warps.size(); ++i) {
-    const size_t first = i / 4 * 4, last = std::min(first + 4, block.warps.size());
-    if (block.warps[i]->instructions != block.warps[first]->instructions ||
-        (block.warps[i]->instructions != 0 && last - first != 4))
+  for (size_t i = 0; i < cta.warps.size(); ++i) {
+    const size_t first = i / 4 * 4, last = std::min(first + 4, cta.warps.size());
+    if (cta.warps[i]->instructions != cta.warps[first]->instructions ||
+        (cta.warps[i]->instructions != 0 && last - first != 4))
       give_up("the four warps of a warpgroup have not executed the same wgmma instructions");
   }
-  for (const auto& [address, barrier] : block.barriers) expect_intact(block, address);
-  const unsigned char* end = block.base + kDynamicStart + block.kernel->shape.shared_bytes;
+  for (const auto& [address, barrier] : cta.mbarriers) expect_intact(cta, address);
+  const unsigned char* end = cta.base + kDynamicStart + cta.kernel->shape.shared_bytes;
   for (int64_t i = 0; i < kCanaryBytes; ++i)
-    if (end[i] != kPoison) give_up("a block wrote past the end of its shared memory");
+    if (end[i] != kPoison) give_up("a CTA wrote past the end of its shared memory");
 }
 
 std::string Device::hang() const {
   std::map<std::string, std::vector<std::string>> waiting;
   for (const auto& kernel : kernels)
     for (const auto& cluster : kernel->clusters)
-      for (const auto& block : cluster->blocks)
-        for (const auto& thread : block->threads)
+      for (const auto& cta : cluster->ctas)
+        for (const auto& thread : cta->threads)
           if (!thread->fiber->ended()) {
             const Position& at = thread->position;
             waiting[thread->waits_for ? thread->waits_for : "its turn"].push_back(
-                "(" + std::to_string(at.block.x) + ", " + std::to_string(at.thread.x) + ")");
+                "(" + std::to_string(at.cta.x) + ", " + std::to_string(at.thread.x) + ")");
           }
   std::ostringstream text;
-  text << "no thread can go on;";
+  text << "deadlock:";
   for (const auto& [what, threads] : waiting) {
-    text << " " << threads.size() << " wait for " << what << ", as (block, thread)";
+    text << " " << threads.size() << " wait for " << what << ", as (CTA, thread)";
     for (size_t i = 0; i < std::min<size_t>(threads.size(), 3); ++i) text << " " << threads[i];
     text << ";";
   }
@@ -202,7 +208,7 @@ std::string Device::hang() const {
 void Device::give_up(std::string what) {
   kernels.clear();
   ended.clear();
-  engine.clear();
+  tma.clear();
   warps.clear();
   fault.clear();
   self = nullptr;
@@ -215,14 +221,14 @@ void Device::run() {
   while (true) {
     ended.clear();
     bool started = false;
-    for (const auto& kernel : kernels) {  // a later one only when all blocks of the one before have started
-      started |= start_blocks(*kernel);
+    for (const auto& kernel : kernels) {  // a dependent one only when all CTAs of its primary have started
+      started |= start_ctas(*kernel);
       if (!kernel->to_start.empty()) break;
     }
-    if (!engine.empty() && (warps.empty() || (timing == Timing::random && random() % 4 == 0))) {
-      const size_t i = random() % engine.size();
-      const Work copy = std::move(engine[i]);
-      engine.erase(engine.begin() + static_cast<long>(i));
+    if (!tma.empty() && (warps.empty() || (timing == Timing::random && random() % 4 == 0))) {
+      const size_t i = random() % tma.size();
+      const Work copy = std::move(tma[i]);
+      tma.erase(tma.begin() + static_cast<long>(i));
       const Watched watched;
       copy();
     } else if (!warps.empty()) {

@@ -1,4 +1,4 @@
-// The simulated device from the inside: what threads, warps, blocks, clusters and kernels are waiting for, and who is next.
+// The inside of the simulated device: the state of threads, warps, CTAs, clusters and kernels, and the scheduler.
 #pragma once
 
 #include <array>
@@ -17,28 +17,28 @@
 namespace lowrank_ops::simulator {
 
 constexpr int kLanes = 32;
-// A block's own shared memory: what the system keeps, static variables, then dynamic memory that starts on no more than
-// a kernel may ask for. All of it below 2^18, which is what a matrix descriptor can tell.
+// A CTA's shared memory: reserved bytes, static variables, dynamic memory with no more alignment than is guaranteed.
+// All of it is below 2^18, the range of a wgmma descriptor.
 constexpr int64_t kSystemBytes = 1024, kStaticBytes = 12 << 10, kDynamicStart = kSystemBytes + kStaticBytes + 128;
 constexpr int64_t kCanaryBytes = 256;
 constexpr unsigned char kPoison = 0xFF;  // NaN in every dtype
-// In place of a barrier's own bits, which the simulator keeps elsewhere: what overwrites a barrier shows.
-constexpr uint64_t kBarrierBits = 0x5AFEBA221E25C0DEu;
+// Stands for the mbarrier's bits, which the simulator keeps elsewhere: shows writes over an mbarrier.
+constexpr uint64_t kMbarrierBits = 0x5AFEBA221E25C0DEu;
 
 struct Thread;
 struct Warp;
-struct Block;
+struct Cta;
 struct Cluster;
 struct Kernel;
 using Work = std::function<void()>;
 
-// Threads that wait for the same thing.
+// Threads that wait for the same event.
 using Queue = std::vector<Thread*>;
 
 struct Thread {
   Position position;
   Warp* warp;
-  Block* block;
+  Cta* cta;
   std::unique_ptr<Fiber> fiber;
   const char* waits_for = nullptr;
   bool in_cluster_barrier = false;
@@ -49,31 +49,31 @@ struct Thread {
 struct Warp {
   std::vector<Thread*> runnable;
   bool listed = false;  // among the scheduler's warps
-  // a meeting
-  const char* meeting = nullptr;
+  // convergence
+  const char* converging_at = nullptr;
   int arrived = 0;
-  std::array<void*, kLanes> brought{};
+  std::array<void*, kLanes> arguments{};
   Queue waiting;
   // wgmma
-  std::deque<std::vector<Work>> products{1};
+  std::deque<std::vector<Work>> wgmmas{1};
   bool fenced = false;
   uint64_t instructions = 0;  // a hash of them, in their order
 };
 
-struct MemoryBarrier {
+struct Mbarrier {
   int count, pending;
-  int64_t bytes = 0;  // still expected
+  int64_t bytes = 0;  // pending tx-count
   int parity = 0;
-  const Thread* unfenced = nullptr;  // who has initialised it, until that is fenced
+  const Thread* unfenced = nullptr;  // who initialized it, until the fence
   Queue waiting;
 };
 
-// Where all threads of a block, a cluster or a grid meet that have not ended.
+// A barrier of all threads of a CTA, a cluster or a grid that have not exited.
 class Rendezvous {
  public:
   int64_t arrive(int live);  // the phase to wait for
   void wait(int64_t phase, const char* name);
-  void settle(int live);  // also when a thread has ended
+  void settle(int live);  // also after a thread has exited
   bool was_passed() const { return phase_ > 0; }
 
  private:
@@ -83,7 +83,7 @@ class Rendezvous {
   Queue waiting_;
 };
 
-struct Block {
+struct Cta {
   Kernel* kernel;
   Cluster* cluster;
   int rank;
@@ -91,16 +91,16 @@ struct Block {
   unsigned char* base;  // address 0
   int64_t static_used = kSystemBytes;
   std::map<int, void*> statics;
-  std::map<uint32_t, MemoryBarrier> barriers;
+  std::map<uint32_t, Mbarrier> mbarriers;
   std::vector<std::unique_ptr<Thread>> threads;
   std::vector<std::unique_ptr<Warp>> warps;
-  int live = 0, copies_under_way = 0;
-  char fenced;  // what threads did before fences for the copy engine
+  int live = 0, tma_in_flight = 0;
+  char fenced;  // event: accesses before fence.proxy.async
   Rendezvous barrier;
 };
 
 struct Cluster {
-  std::vector<std::unique_ptr<Block>> blocks;
+  std::vector<std::unique_ptr<Cta>> ctas;
   int live = 0;
   Rendezvous barrier;
 };
@@ -109,45 +109,45 @@ struct Kernel {
   GridShape shape;
   const void* function;
   Work body;
-  std::vector<int64_t> to_start;  // first blocks of clusters that have not started, the next one last
+  std::vector<int64_t> to_start;  // first CTA of every cluster that has not started, the next one last
   std::list<std::unique_ptr<Cluster>> clusters;
   int live = 0;
   char launched, a_thread_ended;  // events
   Rendezvous barrier;
   Kernel* before = nullptr;
-  Queue after;
+  Queue dependents;
   bool ended() const { return to_start.empty() && live == 0; }
 };
 
 class Device {
  public:
-  std::vector<std::unique_ptr<Kernel>> kernels;  // launched and not ended
+  std::vector<std::unique_ptr<Kernel>> kernels;  // launched and not completed
   std::unordered_map<const void*, int64_t> allowed_bytes;
   Thread* self = nullptr;
   std::string fault;
   std::mt19937 random;
   std::vector<Warp*> warps;  // with runnable threads
-  std::vector<Work> engine;  // copies under way
+  std::vector<Work> tma;     // copies in flight
   std::list<std::unique_ptr<Cluster>> ended;
 
   void run();
-  void block_until_woken(Queue& queue, const char* what);
+  void wait_until_woken(Queue& queue, const char* what);
   void wake(Queue& queue);
   void make_runnable(Thread* thread);
   bool coin() { return random() & 1; }
 
  private:
-  bool start_blocks(Kernel& kernel);
-  void start_cluster(Kernel& kernel, int64_t first_block);
+  bool start_ctas(Kernel& kernel);
+  void start_cluster(Kernel& kernel, int64_t first_cta);
   void run_warp();
   void resume(Thread* thread);
   void thread_ended(Thread* thread);
-  void check_ended(Block& block);
+  void check_ended(Cta& cta);
   [[noreturn]] void give_up(std::string what);
   std::string hang() const;
 };
 
 Device& device();
-void expect_intact(const Block& block, uint32_t barrier);
+void expect_intact(const Cta& cta, uint32_t barrier);
 
 }  // namespace lowrank_ops::simulator

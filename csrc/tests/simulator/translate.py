@@ -1,7 +1,7 @@
-"""Makes C++ for the simulated device of the kernels' sources: ``translate.py CSRC OUT``.
+"""Translates the kernels' sources to C++ for the simulated device: ``translate.py CSRC OUT``.
 
-Everything is taken as it is, but for what C++ has no word for. Instructions and torch's devices come from
-``replaced/``, files of the same names. A source that no longer has what is to be replaced is an error.
+Only what C++ does not have is replaced: shared variables and launches by patterns, PTX instructions (``arch/``) and
+torch's devices by the files of the same names in ``replaced/``. A pattern or a file that replaces nothing is an error.
 """
 
 import re
@@ -11,7 +11,7 @@ from pathlib import Path
 
 LAUNCH = "const Launch launch{"
 REPLACEMENTS = {
-    # One set of static variables per block, and dynamic shared memory behind a function.
+    # One set of static variables per CTA, and dynamic shared memory behind a function.
     r"extern __shared__ (?:__align__\(\d+\) )?unsigned char (\w+)\[\];": (
         r"unsigned char* const \1 = static_cast<unsigned char*>(::lowrank_ops::simulator::dynamic_shared());"
     ),
@@ -19,7 +19,7 @@ REPLACEMENTS = {
         r"using \2_type = \1\3; \2_type& \2 = "
         r"*static_cast<\2_type*>(::lowrank_ops::simulator::static_shared(__LINE__, sizeof(\2_type)));"
     ),
-    # The launches of an op have run before its scratch is freed.
+    # Launches complete before the op frees its scratch.
     re.escape(LAUNCH): "const simulator::Synchronized synchronized; " + LAUNCH,
     # Tensors are the host's.
     r"STABLE_TORCH_LIBRARY_IMPL\(lowrank_ops, CUDA, m\)": "STABLE_TORCH_LIBRARY_IMPL(lowrank_ops, CPU, m)",
@@ -28,7 +28,7 @@ REPLACEMENTS = {
 
 
 def translate(csrc: Path, out: Path) -> None:
-    """All sources below ``csrc`` but its tests, to ``out``; ``.cu`` files become ``.cpp``."""
+    """Writes all sources below ``csrc`` but its tests to ``out``; ``.cu`` files become ``.cpp``."""
     counts = dict.fromkeys(REPLACEMENTS, 0)
     replaced = Path(__file__).parent / "replaced"
     for source in sorted(csrc.rglob("*.*")):
@@ -41,15 +41,17 @@ def translate(csrc: Path, out: Path) -> None:
             counts[pattern] += count
         target = out / (name.with_suffix(".cpp") if name.suffix == ".cu" else name)
         target.parent.mkdir(parents=True, exist_ok=True)
-        if not target.is_file() or target.read_text() != text:  # else there is nothing to compile again
+        if not target.is_file() or target.read_text() != text:  # keeps the time stamp of unchanged files
             target.write_text(text)
     for pattern, count in counts.items():
         if count == 0:
             raise SystemExit(f"translate.py: no source has {pattern!r} any more")
-    for source in replaced.iterdir():
-        if not (csrc / source.name).is_file():
-            raise SystemExit(f"translate.py: {source.name} replaces nothing")
-        target = out / source.name
+    for source in (path for path in replaced.rglob("*") if path.is_file()):
+        name = source.relative_to(replaced)
+        if not (csrc / name).is_file():
+            raise SystemExit(f"translate.py: {name} replaces nothing")
+        target = out / name
+        target.parent.mkdir(parents=True, exist_ok=True)
         if not target.is_file() or target.read_text() != source.read_text():
             shutil.copyfile(source, target)
 

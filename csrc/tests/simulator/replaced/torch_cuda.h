@@ -1,4 +1,4 @@
-// csrc/torch_cuda.h for tensors in the host's memory and a device that is simulated.
+// csrc/torch_cuda.h for host tensors and the simulated device.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -17,7 +17,7 @@ inline cudaStream_t current_stream(int32_t) { return nullptr; }
 
 inline Machine machine_of(int32_t) {
   const simulator::Config& config = simulator::config();
-  return {config.capability, config.multiprocessors, config.shared_memory};
+  return {config.capability, config.sm_count, config.shared_memory};
 }
 
 }  // namespace lowrank_ops

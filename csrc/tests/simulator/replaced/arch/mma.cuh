@@ -1,4 +1,4 @@
-// csrc/mma_sm80.cuh on the simulated device: each instruction as the PTX manual describes it.
+// csrc/arch/mma.cuh on the simulated device.
 #pragma once
 
 #include <cmath>
@@ -6,51 +6,34 @@
 #include "device.h"
 #include "elements.h"
 
-namespace lowrank_ops {
+namespace lowrank_ops::arch {
 
-inline uint32_t shared_address(const void* pointer) { return simulator::shared_address(pointer); }
-
-inline void copy_async_16(uint32_t to, const void* from, int bytes) {
-  simulator::expect(bytes >= 0 && bytes <= 16, "cp.async of at most 16 bytes");
-  simulator::expect(reinterpret_cast<uintptr_t>(from) % 16 == 0, "cp.async from an address on 16 bytes");
-  unsigned char* there = simulator::shared_bytes(to, 16, 16);
-  simulator::add_copy([there, from, bytes] {
-    std::memset(there, 0, 16);
-    std::memcpy(there, from, static_cast<size_t>(bytes));
-  });
-}
-inline void commit_copies() { simulator::commit_copies(); }
-template <int kPending>
-void wait_copies() {
-  simulator::wait_copies(kPending);
-}
-
-inline void load_matrices_transposed(uint32_t (&to)[4], uint32_t row) {
+inline void ldmatrix_x4_trans(uint32_t (&to)[4], uint32_t row) {
   struct Lane {
     uint16_t row[8];
     uint32_t* to;
   } mine;
   std::memcpy(mine.row, simulator::shared_bytes(row, 16, 16), 16);
   mine.to = to;
-  simulator::meet_warp("ldmatrix", &mine, [](void* const* lanes) {
+  simulator::converge_warp("ldmatrix", &mine, [](void* const* lanes) {
     const auto element = [&](int matrix, int r, int c) {
       return uint32_t{static_cast<const Lane*>(lanes[matrix * 8 + r])->row[c]};
     };
     for (int lane = 0; lane < 32; ++lane)
       for (int matrix = 0; matrix < 4; ++matrix)
-        static_cast<Lane*>(lanes[lane])->to[matrix] = element(matrix, lane % 4 * 2, lane / 4) |
-                                                      element(matrix, lane % 4 * 2 + 1, lane / 4) << 16;
+        static_cast<Lane*>(lanes[lane])->to[matrix] =
+            element(matrix, lane % 4 * 2, lane / 4) | element(matrix, lane % 4 * 2 + 1, lane / 4) << 16;
   });
 }
 
 template <class Element>
-void multiply_add(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+void mma_m16n8(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   struct Lane {
     float* acc;
     const uint32_t* a;
     uint32_t b[2];
   } mine{acc, a, {b0, b1}};
-  simulator::meet_warp("mma.m16n8k16", &mine, [](void* const* lanes) {
+  simulator::converge_warp("mma.m16n8k16", &mine, [](void* const* lanes) {
     float left[16][16], right[8][16];
     for (int lane = 0; lane < 32; ++lane) {
       const Lane& from = *static_cast<const Lane*>(lanes[lane]);
@@ -75,14 +58,14 @@ void multiply_add(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t
 struct Tf32;
 
 // To nearest, ties away from zero.
-inline uint32_t round_to_tf32(float value) {
+inline uint32_t cvt_rna_tf32(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
   return std::isnan(value) ? 0x7FFFE000u : (bits + 0x1000) & ~uint32_t{0x1FFF};
 }
 
 template <>
-inline void multiply_add<Tf32>(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+inline void mma_m16n8<Tf32>(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   struct Lane {
     float* acc;
     const uint32_t* a;
@@ -90,7 +73,7 @@ inline void multiply_add<Tf32>(float (&acc)[4], const uint32_t (&a)[4], uint32_t
   } mine{acc, a, {b0, b1}};
   for (uint32_t bits : {a[0], a[1], a[2], a[3], b0, b1})
     simulator::expect(bits % 0x2000 == 0, "operands that are rounded to TensorFloat-32");
-  simulator::meet_warp("mma.m16n8k8", &mine, [](void* const* lanes) {
+  simulator::converge_warp("mma.m16n8k8", &mine, [](void* const* lanes) {
     float left[16][8], right[8][8];
     for (int lane = 0; lane < 32; ++lane) {
       const Lane& from = *static_cast<const Lane*>(lanes[lane]);
@@ -108,12 +91,4 @@ inline void multiply_add<Tf32>(float (&acc)[4], const uint32_t (&a)[4], uint32_t
   });
 }
 
-inline float2 to_floats(__nv_bfloat162 pair) { return __bfloat1622float2(pair); }
-inline float2 to_floats(__half2 pair) { return __half22float2(pair); }
-
-template <class Element>
-float2 unpack(uint32_t bits) {
-  return {simulator::half_of<Element>(bits, 0), simulator::half_of<Element>(bits, 1)};
-}
-
-}  // namespace lowrank_ops
+}  // namespace lowrank_ops::arch
