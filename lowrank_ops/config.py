@@ -90,7 +90,7 @@ class LatencyCurve:
     seconds: tuple[float, ...]
 
     def at(self, rank: int | None) -> float:
-        """Seconds at a stored rank, None for the dense layer; on a line through the two nearest points."""
+        """Seconds at a stored rank, interpolated linearly between the two nearest ones; of the dense layer for None."""
         if rank is None:
             return self.dense
         if len(self.ranks) == 1:
@@ -176,11 +176,11 @@ class LayerLatencies:
 
 @dataclass(frozen=True)
 class LatencyBudget:
-    """All considered layers together take at most ``fraction`` of the time that they take dense, as predicted.
+    """All considered layers together take at most ``fraction`` of their time when dense, as predicted.
 
     The budget holds for the sum of the layers' measured times, not for the whole model, which does other work as well.
-    Ranks solve a multiple-choice knapsack over aligned ranks and dense layers, to within its steps: at most 1/2000 of
-    the budget beyond the smallest ranks.
+    Ranks are the solution of a multiple-choice knapsack over aligned ranks and dense layers. It is exact up to the
+    knapsack's steps, which are at most 1/2000 of what the budget leaves beyond the smallest ranks.
 
     Args:
         fraction: share of the dense layers' time in (0, 1]; met exactly or from below.
@@ -244,10 +244,9 @@ class CompressionConfig:
         rank: the policy that chooses a rank per layer, or an int, one rank for all layers where it saves parameters.
         projection: ``"output"``: output principal components, the minimum output error at a given rank. ``"loss"``:
             the minimum error in the metric of the output gradients (layers without output gradients get ``"output"``,
-            and the report says so). ``"utilized"``: W' = P_T W P_S of Garg et al.
-            2024. For comparison: ``"input"``, input principal components, W' = W P_S, and ``"weight"``, the truncated
-            SVD of the weight, which ignores the data. None: ``"loss"`` if there are output gradients, else
-            ``"output"``.
+            and the report says so). ``"utilized"``: W' = P_T W P_S of Garg et al. 2024. For comparison: ``"input"``,
+            input principal components, W' = W P_S, and ``"weight"``, the truncated SVD of the weight, which ignores
+            the data. None: ``"loss"`` if there are output gradients, else ``"output"``.
         centered: use the covariance about the mean and fold the mean into the bias, which for ``"output"`` never
             increases the output error; False uses the second moment and leaves the bias unchanged.
         overrides: ``{fqn or "re:pattern": rank}``, which takes precedence over the policy; None keeps a layer dense.
@@ -307,7 +306,7 @@ class CompressionConfig:
         )
 
     def resolved(self, some_gradients: bool, all_gradients: bool) -> CompressionConfig:
-        """The configuration with defaults filled in for layers some or all of which have output gradients."""
+        """The configuration with its open choices filled in, by whether some or all layers have output gradients."""
         projection = self.projection or ("loss" if some_gradients else "output")
         rank = self.rank
         if isinstance(rank, ParameterBudget | FlopBudget | LatencyBudget) and rank.allocation is None:

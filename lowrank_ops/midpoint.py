@@ -32,12 +32,12 @@ def recalibrate(
     config: CompressionConfig | RankPolicy | int | None = None,
     **options: Any,
 ) -> Covariances:
-    """Add output gradients of the model at the midpoint between dense and compressed to those of the dense model.
+    """Add midpoint gradients to covariances: output gradients with weights between the dense and the compressed ones.
 
-    Runs ``batches`` once more, forward and backward, with each layer's weight the mean of the dense one and of what
-    ``config`` makes of it. Activation moments stay those of the dense model; output gradients and token-weighted
-    moments become those over the samples of both. For loss-aware ranks and factors, one-shot or with a reconstruction.
-    Costs as much as the calibration did with the same batches, and a decomposition of all layers.
+    Runs ``batches`` once more, forward and backward. The weight of each layer is then the mean of its dense weight and
+    of its compressed weight under ``config``. Output gradients and token-weighted moments are summed over both runs;
+    activation moments stay those of the dense model. For loss-aware ranks and factors, one-shot or with a
+    reconstruction. Costs as much as the calibration with the same batches, and one decomposition of every layer.
 
     Args:
         model: the model that was calibrated; returned to its previous state.
@@ -45,13 +45,13 @@ def recalibrate(
         batches: as for :func:`lowrank_ops.calibrate`, ideally the same.
         config: how the model is to be compressed, as for :func:`lowrank_ops.compress_`, without a reconstruction;
             layers that will stay dense are named in its overrides.
-        options: keyword arguments of :func:`lowrank_ops.calibrate` as they were given to it, above all
-            ``sensitivity``.
+        options: the keyword arguments that were given to :func:`lowrank_ops.calibrate`; ``sensitivity`` is required.
 
     Returns:
-        New covariances, which share the activation moments with ``covariances``. Token-weighted moments of layers that
-        stream their output are the dense model's alone, because outputs of other weights are not outputs of that layer.
-        So are all moments of a layer that no batch reaches at the midpoint, such as an expert.
+        New covariances, which share the activation moments with ``covariances``. Two kinds of moments are those of the
+        dense model alone: token-weighted moments of layers that stream their output, because the midpoint's outputs
+        are not outputs of the dense layer, and all moments of a layer that no batch reaches at the midpoint, such as
+        an expert.
 
     Raises:
         ValueError: covariances without output gradients, no ``sensitivity`` among the options, options other than those

@@ -74,8 +74,9 @@ def finetune_(
             of teacher and student, times temperature^2, mean over rows (Hinton et al. 2015, arXiv 1503.02531).
             Outputs are logits (..., classes) or have a field ``logits``.
         loss: ``loss(output, batch)``, a scalar, mean over samples; optional with a teacher.
-        soft_weight: in [0, 1]: weight of the divergence where there are a teacher and a loss; the loss has the
-            rest. 0 leaves the divergence out, for models without logits, which then need ``match`` or ``loss``.
+        soft_weight: weight of the divergence if there are both a teacher and a loss, in [0, 1]; the loss has the weight
+            1 - ``soft_weight``. 0 leaves the divergence out, for models without logits, which need ``match`` or
+            ``loss``.
         temperature: divides the logits of both models in the divergence.
         match: names of modules whose outputs are matched to the teacher's, such as ``["blocks.0", "blocks.1"]``: the
             squared error relative to the variance of the teacher's output, mean over entries and modules (hidden

@@ -56,9 +56,9 @@ def calibrate(
             (``"attention_mask"``) or ``mask(args, kwargs) -> Tensor | None``; shape (batch, positions), true or
             non-zero for real tokens. Does not apply to convolutions.
         side: ``"input"`` streams layer inputs, which every projection and measure can use; ``"output"`` streams
-            outputs, which is enough for ``projection="output"`` and ``"loss"``; ``"auto"`` streams the input, except
-            where the output is narrower and the input's moment exceeds ``max_state_bytes``, or exceeds 64 MiB with
-            inputs over 16 times as wide as the output.
+            outputs, which is enough for ``projection="output"`` and ``"loss"``. ``"auto"`` streams the input unless
+            the output is narrower and the input's moment is too large: over ``max_state_bytes``, or over 64 MiB if
+            the input is more than 16 times as wide as the output.
         dtype: of the sums, torch.float64 or torch.float32.
         forward: ``forward(model, batch)`` replaces the call of the model, for example to drop labels.
         sensitivity: the loss whose output gradients are streamed, by one more backward pass per batch; needed for
@@ -67,21 +67,21 @@ def calibrate(
             ``"pooled"``: the same for outputs (batch, positions, features) that are averaged over positions later,
             such as sentence embeddings. Or ``loss(output, batch)``: a scalar summed (not averaged) over samples, or a
             tensor of losses by sample. Gradients of parameters are not changed.
-        num_probes: random draws per batch for a named sensitivity, with one backward pass each.
+        num_probes: random draws per batch for a sensitivity given by name, with one backward pass each.
         token_weights: with a sensitivity, also stream each layer's activations weighted per row (token, or position of
             an image) by |g|^2 relative to its mean over the sample, where g is the row's output gradient. Loss-aware
             ranks and factors then weight errors by row. Costs one more moment per layer, one more update per batch,
             and keeps the inputs until the backward pass.
-        max_state_bytes: bound on one layer's input moment with ``side="auto"``, and on the moment of its output
-            gradients: layers beyond it, such as the head of a language model, are skipped with a sensitivity and stay
-            dense, and so do tied layers.
+        max_state_bytes: bound on one layer's input moment with ``side="auto"``, and with a sensitivity on the moment
+            of its output gradients. A layer that would exceed the latter, such as the head of a language model, is
+            skipped and stays dense; so is a layer whose weight is tied, unless ``filter_fn`` selects it.
         share_inputs: keep one moment for layers that receive the same tensor (q, k, v; gate, up). Tensors created
             under ``torch.inference_mode`` are not shared, because in-place changes to them cannot be detected.
         progress: show a progress bar.
 
     Returns:
-        The covariances, with ``unreached`` and ``skipped`` layers named. A warning names the skipped ones, unless
-        ``filter_fn`` selected the layers.
+        The covariances, with ``unreached`` and ``skipped`` layers named. A warning names the modules that are not
+        supported, unless ``filter_fn`` selected the layers.
 
     Raises:
         NonFiniteActivationError: NaN or inf in an activation or a gradient.
@@ -140,16 +140,16 @@ class Calibrator:
 
     Args:
         model: the model that the block runs; in eval mode inside the block.
-        output_gradients: also stream output gradients: call :meth:`observe` with a loss after each forward, which must
-            run with gradients. Each forward's graph is kept until then.
+        output_gradients: also stream output gradients. Run each forward with gradients enabled, and then pass its loss
+            to :meth:`observe`; the forward's graph is kept until then.
         filter_fn, mask, side, dtype, token_weights, max_state_bytes, share_inputs: as for :func:`calibrate`.
 
     Attributes:
         covariances: the result; set when the block ends without an exception.
-        skipped: ``{fqn: reason}`` of modules that calibration does not support.
+        skipped: ``{fqn: reason}`` of the layers that are left out.
 
     Raises:
-        TypeError: ``output_gradients`` is not a bool; the named losses are for :func:`calibrate`.
+        TypeError: ``output_gradients`` is not a bool. Named losses such as ``"fisher"`` are for :func:`calibrate`.
         ValueError: as for :func:`calibrate`.
         RuntimeError: a second ``with`` block of the same object.
 

@@ -82,7 +82,7 @@ class LayerStatistics:
         side: which activation was streamed, ``"input"`` or ``"output"`` (without the bias).
         activations: moments of that activation. Layers that received the same tensor share one object.
         output_gradients: moments of the loss's gradient at the layer's output (K-FAC's G), or None. ``count`` is the
-            number of samples, not rows, so that layers with few and many rows per sample compare.
+            number of samples, not rows, so that layers with different numbers of rows per sample can be compared.
         token_weighted: moments of the same activation with token weights: sums of w x x^T and w x, where w = |g|^2
             over its mean in the sample. None where they were not streamed.
     """
@@ -106,7 +106,7 @@ class Covariances(Mapping[str, LayerStatistics]):
 
     Attributes:
         unreached: layers that no batch reached.
-        skipped: ``{fqn: reason}`` of modules that calibration does not support.
+        skipped: ``{fqn: reason}`` of the layers that calibration left out.
 
     Example:
         >>> import torch, lowrank_ops as lro

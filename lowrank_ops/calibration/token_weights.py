@@ -1,4 +1,4 @@
-"""Token weights: how much the loss depends on each row of an activation, and moments of rows so weighted.
+"""Token weights: how much the loss depends on each row of an activation, and moments of rows with these weights.
 
 To second order, an error e = (W - W') x in one row of a layer's output changes the loss by (g^T e)^2 / 2, where g is
 the gradient there. The mean over rows of (g g^T) times (x x^T) is not the product of their means: rows with small

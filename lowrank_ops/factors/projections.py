@@ -27,9 +27,9 @@ class Factors:
         output_variance: the variance of y about its mean (about zero if not centered), to compare with.
         predicted_loss: the increase of the loss of one sample, to second order; None if no output gradients were
             streamed or the error cannot be known, and after a reconstruction.
-        reconstructed: made by a reconstruction. ``predicted_error`` is then that of the compressed model's output
-            against the dense model's, including the error of the layers before it, over token-weighted rows if the
-            reconstruction used token weights; so is ``output_variance``.
+        reconstructed: made by a reconstruction. ``predicted_error`` then compares the layer's outputs in the dense and
+            in the compressed model, so it includes the errors of earlier layers. If the reconstruction used token
+            weights, ``predicted_error`` and ``output_variance`` are over token-weighted rows.
     """
 
     down: Tensor
@@ -54,7 +54,7 @@ def factorize(spaces: LayerSubspaces, rank: int, projection: str = "output") -> 
     Args:
         spaces: the layer's weight and spaces.
         rank: at most min(in_features, out_features).
-        projection: ``"output"``: W' = U U^T W with U the first ``rank`` output directions, the least output error at
+        projection: ``"output"``: W' = U U^T W with U the first ``rank`` output directions, the minimum output error at
             that rank, which equals the variance dropped. ``"loss"``: the same in the metric of the loss, the minimum of
             |M^1/2 (W - W') C^1/2| with M the damped second moment of the output gradients; ``"output"`` if none were
             streamed. ``"utilized"``: W' = P_T W P_S (Garg et al. 2024) at the largest explained variance whose

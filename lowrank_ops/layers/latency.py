@@ -56,8 +56,8 @@ def measure_latency(
 ) -> LayerLatencies:
     """Time every distinct call of a layer in one forward pass, dense and at several ranks.
 
-    The result is what :class:`lowrank_ops.LatencyBudget` spends; keep it with :meth:`LayerLatencies.save`. No other
-    function of this package times anything. Inputs are random tensors with the shapes that ``batch`` causes, in the
+    Pass the result to :class:`lowrank_ops.LatencyBudget`; :meth:`LayerLatencies.save` stores it. No other function of
+    this package times anything. Inputs are random tensors with the shapes that ``batch`` causes, in the
     dtype of the layer's weight. The variants of a call are timed in turn, and the median of each is reported. Times
     are of eager calls with warm caches and include the launch; other programs on the machine lengthen them.
 

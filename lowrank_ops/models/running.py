@@ -53,7 +53,7 @@ def without_fast_path(wanted: bool = True) -> Iterator[None]:
 
 
 def call_model(model: nn.Module, batch: Any) -> Any:
-    """Call the model: a mapping is keyword arguments, a tuple or list positional ones, the rest one argument."""
+    """Call the model: a mapping as keyword arguments, a tuple or list as positional ones, the rest as one argument."""
     if isinstance(batch, Mapping):
         return model(**batch)
     if isinstance(batch, (tuple, list)) and not hasattr(batch, "_fields"):  # a named tuple is one argument

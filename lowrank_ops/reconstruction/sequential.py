@@ -43,19 +43,19 @@ class SequentialReconstruction:
     Args:
         batches: as for :func:`lowrank_ops.calibrate`, preferably the same; held in memory, because each is run many
             times.
-        sensitivity: as for :func:`lowrank_ops.calibrate`, preferably the same: token weights for layers with
-            ``projection="loss"``, from one more forward and backward pass of the dense model. They apply to the
-            regression, to the means that biases preserve and to ``predicted_error``. Rows of calls that the loss does
-            not depend on get weight 1, and a warning names their layers. Takes 4 bytes per row and layer, 8 in a
-            float64 model. None: unweighted.
-        ridge: added to the variance of every input direction, relative to the mean variance: 0 is plain least squares,
-            infinity keeps the dense weight and uses only the new input's subspace. None chooses it for each layer by
-            cross-validation between the even and the odd batches (between two halves of a single one).
+        sensitivity: as for :func:`lowrank_ops.calibrate`, preferably the same. One more forward and backward pass of
+            the dense model gives token weights for layers with ``projection="loss"``. They apply to the regression,
+            to the means that biases preserve and to ``predicted_error``. Rows of calls that the loss does not depend
+            on get weight 1, and a warning names their layers. Takes 4 bytes per row and layer, 8 in a float64 model.
+            None: unweighted.
+        ridge: added to the variance of every input direction, relative to the mean variance. 0 is plain least squares;
+            infinity keeps the dense weight and uses only the new input's subspace. None chooses a value for each layer
+            by cross-validation between the even and the odd batches (between two halves if there is one batch).
         mask, forward: as for :func:`lowrank_ops.calibrate`.
         blocks: names of the containers whose children are the blocks, such as ``"encoder.layer"``; None finds them.
         checkpoint: file written after every block. If it exists, the run resumes from it and gives the same factors.
-        max_state_bytes: bound on the sums of one group of layers, (2 in_features)^2 float64 numbers twice, or less for
-            narrower outputs; per layer if token weights are used.
+        max_state_bytes: bound on the sums of one group of layers that share their input: twice (2 in_features)^2
+            float64 numbers, or less if the outputs are narrower. With token weights every layer has sums of its own.
 
     Example:
         >>> import torch, lowrank_ops as lro

@@ -56,8 +56,8 @@ def measure_errors(
         dense: a copy of the model from before compression. It runs in eval mode; its training flags are restored.
         compressed: the same model after :func:`lowrank_ops.compress_`, on the same device and in the same dtype.
         batches, mask, forward: as for :func:`lowrank_ops.calibrate`.
-        centered: the outputs' variance about their mean; False: about zero and without the bias, as with
-            ``CompressionConfig(centered=False)``.
+        centered: True takes the outputs' variance about their mean; False takes it about zero and without the bias, as
+            ``CompressionConfig(centered=False)`` does.
         progress: show a progress bar.
 
     Returns:

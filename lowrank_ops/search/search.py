@@ -50,8 +50,9 @@ def search_ranks(
         evaluate: ``evaluate(model) -> float``, higher is better; called with the dense and with compressed models.
         max_drop: accepted decrease from the dense model's value, in the units of ``evaluate``.
         by: ``"budget"`` bisects one parameter budget for all layers. ``"layers"`` bisects the rank of each layer, the
-            largest first, with earlier ones compressed and a share of the tolerance: up to log2(ranks) evaluations
-            per layer (Garg et al. 2024 choose a threshold per layer).
+            largest layer first. Each trial keeps the layers before it compressed, and each layer may use a share of
+            ``max_drop``. It takes up to log2(ranks) evaluations per layer (Garg et al. 2024 choose a threshold per
+            layer).
         allocation: how layers share the budget, as in :class:`lowrank_ops.ParameterBudget`.
         num_evaluations: at most this many for ``"budget"``, the dense model's included; at least 2.
         config: projection, centering, overrides and bounds of the trials; its rank policy is not used. Bounds take

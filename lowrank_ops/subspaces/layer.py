@@ -1,4 +1,4 @@
-"""Where a layer's inputs and outputs live: spectra, explained variance, utilized rank (Garg et al. 2024).
+"""The subspaces of a layer's inputs and outputs: spectra, explained variance, utilized rank (Garg et al. 2024).
 
 The second moment of the bias-free output is W C W^T, so streaming the input is enough. Every decomposition is done on
 the smaller of the two sides.
@@ -70,7 +70,7 @@ class LossSpace:
 
 
 class LayerSubspaces:
-    """The input and output space of one layer, computed when first asked for and kept until released.
+    """The input and output space of one layer, each computed when it is first needed and kept until released.
 
     Args:
         weight: (out_features, in_features) or (groups, out_features, in_features); must not change meanwhile.
@@ -257,7 +257,7 @@ class LayerSubspaces:
         """Drop matrices, which are recomputed if needed; spectra stay.
 
         Args:
-            directions: drop the directions of the spaces as well; False keeps what took longest.
+            directions: also drop the directions of the spaces; False keeps them, as they took longest to compute.
         """
         for name in ("weight", "moment"):
             self.__dict__.pop(name, None)

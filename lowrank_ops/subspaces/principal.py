@@ -14,7 +14,7 @@ Noise = Callable[[Tensor], Tensor]  # directions (..., features, n) -> variances
 
 
 class Subspace:
-    """The principal directions of a space, by falling variance, found when first asked for.
+    """The principal directions of a space, by falling variance, computed when first needed.
 
     Args:
         decompose: returns ``basis`` and ``spectrum``; called again if the basis is needed after :meth:`release`.
