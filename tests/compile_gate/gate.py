@@ -33,7 +33,7 @@ SERIALIZED = ("C7510", "C7511", "C7515")  # ptxas: "wgmma pipelines were seriali
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _OPCODE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
 _TENSOR_CORE_OPCODE = re.compile(r"HMMA|HGMMA|UTC\w*MMA")
-_REPORT_VERSION = 1
+_REPORT_VERSION = 2
 
 
 class Report(NamedTuple):
