@@ -1,4 +1,4 @@
-"""mkdocs hook: writes the table of compiled CUDA kernels into ``compiled-kernels.md`` while the site is built."""
+"""mkdocs hooks: write the table of compiled CUDA kernels, and refuse examples that are not shown as code."""
 
 from __future__ import annotations
 
@@ -19,6 +19,17 @@ MISSING = """\
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """The page with the table in place of its mark."""
     return markdown.replace(MARK, table()) if MARK in markdown else markdown
+
+
+def on_page_content(html: str, page: Any, **_: Any) -> str:
+    """The page, unless Markdown took the ``>>>`` of an example for quotations.
+
+    Raises:
+        ValueError: it did.
+    """
+    if "<blockquote>\n<blockquote>" in html:
+        raise ValueError(f"{page.file.src_uri}: an example is shown as quotations; griffe did not find its section.")
+    return html
 
 
 def table() -> str:
