@@ -179,7 +179,9 @@ def main(arguments: list[str] | None = None) -> None:
         print(*row.values(), sep="  ")
     if options.out:
         shape = {name: getattr(options, name) for name in ("blocks", "rows", "ratio", "repeats")}
-        write(options.out, {"environment": facts, "settings": shape, "layers": len(LAYERS) * options.blocks, "rows": rows})
+        write(
+            options.out, {"environment": facts, "settings": shape, "layers": len(LAYERS) * options.blocks, "rows": rows}
+        )
 
 
 if __name__ == "__main__":
