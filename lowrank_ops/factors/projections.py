@@ -85,9 +85,12 @@ def factorize(spaces: LayerSubspaces, rank: int, projection: str = "output") -> 
     elif projection == "input":
         source = _input_space(spaces, projection).basis[..., :rank]
         down, up = source.mT, weight @ source
+    elif projection == "loss":
+        assert spaces.loss is not None
+        left, down, up = spaces.loss.projection(rank)
     else:
-        left, up = _output_projection(spaces, rank, projection)
-        down = left @ weight
+        up = (spaces.output if projection == "output" else spaces.weight_output).leading(rank)
+        left, down = up.mT, up.mT @ weight
     centered = spaces.centered and projection != "weight"
     error, increase = _predictions(spaces, down, up, left, rank, projection, centered=centered)
     bias = _bias(spaces, down, up, left, projection)
@@ -101,15 +104,6 @@ def _input_space(spaces: LayerSubspaces, projection: str) -> Subspace:
             "side='input' or use projection='output'."
         )
     return spaces.input
-
-
-def _output_projection(spaces: LayerSubspaces, rank: int, projection: str) -> tuple[Tensor, Tensor]:
-    """The two sides of a projection of the output, W' = up left W."""
-    if projection == "loss":
-        assert spaces.loss is not None
-        return spaces.loss.projection(rank)
-    up = (spaces.output if projection == "output" else spaces.weight_output).leading(rank)
-    return up.mT, up
 
 
 def _two_sided_projection(
@@ -183,15 +177,16 @@ def _predictions(
     increase = None
     if projection == "loss" and spaces.loss is not None:
         increase = spaces.loss.loss_increase(rank)
-        if not spaces.has_token_weights:
+        if spaces.loss_activations is spaces.statistics.activations:
             error = float(spaces.loss.variances[..., rank:].sum())
     lacks_increase = increase is None and spaces.loss is not None
     lost = _lost(spaces, down, up, left, projection) if error is None or lacks_increase else None
     if lost is None:
         return error, increase
     if error is None:
-        if left is not None and centered == spaces.centered:
-            moment = spaces.weighted_moment - up @ (left @ spaces.weighted_moment)
+        if centered == spaces.centered:  # (W - W') C, from the W C that other figures take as well
+            moment = spaces.weighted_moment
+            moment = moment - up @ (down @ spaces.moment if left is None else left @ moment)
         else:
             moment = lost @ spaces.statistics.activations.moment(centered=centered).to(lost.device)
         error = max(0.0, float((moment * lost).sum()))

@@ -6,7 +6,7 @@ the smaller of the two sides.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 
 import torch
@@ -20,12 +20,14 @@ from .principal import (
     denoised,
     falling_eigh,
     lower_product,
+    mirrored,
     noise_along,
     noise_of_sums,
     orthonormal,
     principal_directions,
     singular_directions,
     square_root,
+    times_root,
 )
 
 DAMPING = 1e-3  # of the loss's metric, relative to its mean eigenvalue
@@ -77,24 +79,19 @@ class LossSpace:
     the first r of them, scaled to p_i^T M p_i = 1, is the least error in that metric at rank r.
 
     Args:
+        spaces: of the layer.
         gradients: moments of the output gradients.
-        output: ``output()`` returns the matrix whose columns the outputs span and the noise of its sums: T with
-            T T^T the outputs' second moment if ``tall``, else that moment.
-        tall: more outputs than inputs: no (out_features, out_features) matrix but M, and that is not decomposed.
-        device: of the decompositions.
 
     Attributes:
         subspace: its spectrum is in units of the loss: half of it beyond a rank is the increase of the loss of one
             sample, to second order and including the damping, if those directions are dropped.
     """
 
-    def __init__(
-        self, gradients: Moments, output: Callable[[], tuple[Tensor, Tensor]], tall: bool, device: torch.device
-    ) -> None:
-        self._gradients, self._output, self._tall, self._device = gradients, output, tall, device
-        self._columns: tuple[Tensor, Tensor] | None = None  # T and M T
+    def __init__(self, spaces: LayerSubspaces, gradients: Moments) -> None:
+        self._spaces, self._gradients, self._device = spaces, gradients, spaces.mean.device
+        self._held: tuple[Tensor, Tensor] | None = None  # of a tall layer, W^T M W and its directions
         self._variances: Tensor | None = None
-        self.subspace = Subspace(self._decompose)
+        self.subspace = Subspace(self._decompose_tall if spaces.is_tall else self._decompose)
 
     @property
     def scale(self) -> Tensor:
@@ -105,9 +102,8 @@ class LossSpace:
     @property
     def metric(self) -> Tensor:
         """M, (..., out_features, out_features), float64, positive definite."""
-        if (
-            self._gradients.rounding * self._gradients.total.shape[-1] < 0.5 * DAMPING
-        ):  # of all eigenvalues of G / scale
+        rounding = self._gradients.rounding * self._gradients.total.shape[-1]  # of the eigenvalues of G / scale
+        if rounding < 0.5 * DAMPING:
             return self._damped()
         return self.root @ self.root.mT
 
@@ -124,29 +120,33 @@ class LossSpace:
         return metric
 
     def _decompose(self) -> tuple[Tensor, Tensor]:
-        matrix, noise = self._output()
-        if self._tall:
-            metric = self.metric
-            limit = (noise * metric.diagonal(dim1=-2, dim2=-1)).sum(-1)
-            weighted = metric @ matrix
-            values, vectors = falling_eigh(lower_product(matrix.mT, weighted))
-            variances = (matrix @ vectors).square().sum(-2)
-            self._columns = matrix, weighted
-
-            def along(start: int) -> Tensor:
-                return noise_along(noise, weighted @ vectors[..., start:]) / values[..., start:].clamp_min(1e-300)
-        else:
-            root = self.root
-            limit = (noise * root.square().sum(-1)).sum(-1)
-            values, vectors = falling_eigh(lower_product(root.mT, matrix @ root))
-            variances = values * torch.linalg.solve_triangular(root.mT, vectors, upper=True).square().sum(-2)
-
-            def along(start: int) -> Tensor:
-                return noise_along(noise, root @ vectors[..., start:])
-
-        values = denoised(values, limit, along)
-        self._variances = torch.where(values > 0, variances, 0.0)
+        """Eigenvectors of L^T W C W^T L."""
+        matrix, noise = self._spaces.output_moment(self._spaces.loss_activations)
+        root = self.root
+        values, vectors = falling_eigh(lower_product(root.mT, times_root(mirrored(matrix), root)))
+        limit = (noise * root.square().sum(-1)).sum(-1)
+        values = denoised(values, limit, lambda start: noise_along(noise, root @ vectors[..., start:]))
+        self._variances = values * torch.linalg.solve_triangular(root.mT, vectors, upper=True).square().sum(-2)
         return vectors, values * self.scale.unsqueeze(-1)
+
+    def _decompose_tall(self) -> tuple[Tensor, Tensor]:
+        """R times the eigenvectors of R^T W^T M W R, R R^T = C, with (in_features, in_features) matrices but for M."""
+        activations, weight, metric = self._spaces.loss_activations, self._spaces.weight, self.metric
+        root = self._spaces.input_root(activations)
+        inner = mirrored(lower_product(weight.mT, metric @ weight))
+        values, vectors = falling_eigh(lower_product(root.mT, times_root(inner, root)))
+        inputs = root @ vectors
+        columns = weight @ inputs
+        squares = columns.square()
+        noise = self._spaces.noise(squares.sum(-1), activations)
+
+        def along(start: int) -> Tensor:
+            return noise_along(noise, metric @ columns[..., start:]) / values[..., start:].clamp_min(1e-300)
+
+        values = denoised(values, (noise * metric.diagonal(dim1=-2, dim2=-1)).sum(-1), along)
+        self._variances = torch.where(values > 0, squares.sum(-2), 0.0)
+        self._held = inner, columns
+        return inputs, values * self.scale.unsqueeze(-1)
 
     @property
     def variances(self) -> Tensor:
@@ -161,34 +161,38 @@ class LossSpace:
         damping = DAMPING * self.scale.unsqueeze(-1) * self.variances
         return max(0.0, 0.5 * float((self.subspace.spectrum - damping)[..., rank:].sum()))
 
-    def projection(self, rank: int) -> tuple[Tensor, Tensor]:
-        """left = P^T M and up = P for the first ``rank`` directions P, scaled to P^T M P = I."""
-        vectors = self.subspace.leading(rank)
-        if not self._tall:
-            up = torch.linalg.solve_triangular(self.root.mT, vectors, upper=True)
-            return vectors.mT @ self.root.mT, up
-        assert self._columns is not None
-        matrix, weighted = (part @ vectors for part in self._columns)
-        gram = matrix.mT @ weighted  # diagonal up to the rounding of the decomposition
+    def projection(self, rank: int) -> tuple[Tensor | None, Tensor, Tensor]:
+        """P^T M, P^T M W and P for the first ``rank`` directions P, scaled to P^T M P = I.
+
+        P^T M is None where it was not needed.
+        """
+        basis = self.subspace.leading(rank)
+        if self._held is None:
+            return self._lifted(basis)
+        inner, columns = self._held[0] @ basis, self._held[1][..., :rank]
+        gram = basis.mT @ inner  # P^T M P, diagonal up to the rounding of the decomposition
         norms = gram.diagonal(dim1=-2, dim2=-1).clamp_min(1e-300).sqrt()
         factor, info = torch.linalg.cholesky_ex(gram / (norms.unsqueeze(-1) * norms.unsqueeze(-2)))
-        if not bool(info.any()) and bool((factor.diagonal(dim1=-2, dim2=-1) > 0.9).all()):
-            up, left = (
-                torch.linalg.solve_triangular(factor, (part / norms.unsqueeze(-2)).mT, upper=False)
-                for part in (matrix, weighted)
-            )
-            return left, up.mT
-        directions = orthonormal(self.root.mT @ matrix)  # without variance, any directions
-        return directions.mT @ self.root.mT, torch.linalg.solve_triangular(self.root.mT, directions, upper=True)
+        if bool(info.any()) or not bool((factor.diagonal(dim1=-2, dim2=-1) > 0.9).all()):  # directions without variance
+            return self._lifted(orthonormal(self.root.mT @ columns))
+        down, up = (
+            torch.linalg.solve_triangular(factor, (part / norms.unsqueeze(-2)).mT, upper=False)
+            for part in (inner, columns)
+        )
+        return None, down, up.mT
+
+    def _lifted(self, directions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        left = directions.mT @ self.root.mT
+        return left, left @ self._spaces.weight, torch.linalg.solve_triangular(self.root.mT, directions, upper=True)
 
     def held_bytes(self) -> int:
         """Bytes of the decompositions that are held."""
-        return self.subspace.held_bytes() + sum(map(bytes_of, (self.__dict__.get("root"), *(self._columns or ()))))
+        return self.subspace.held_bytes() + sum(map(bytes_of, (self.__dict__.get("root"), *(self._held or ()))))
 
     def release(self) -> None:
         """Drop the matrices, which are recomputed if needed; the spectrum stays."""
         self.__dict__.pop("root", None)
-        self._columns = None
+        self._held = None
         self.subspace.release()
 
 
@@ -289,8 +293,15 @@ class LayerSubspaces:
     @cached_property
     def output(self) -> Subspace:
         """The space of the bias-free output, with min(in_features, out_features) directions."""
-        find = singular_directions if self._tall else principal_directions
-        return Subspace(lambda: find(*self._output_matrix(self.statistics.activations)))
+        activations = self.statistics.activations
+
+        def decompose() -> tuple[Tensor, ...]:
+            if not self.is_tall:
+                return principal_directions(*self.output_moment(activations))
+            matrix = times_root(self.weight, self.input_root(activations))
+            return singular_directions(matrix, self.noise(matrix.square().sum(-1), activations))
+
+        return Subspace(decompose)
 
     @property
     def output_variance(self) -> float:
@@ -323,24 +334,17 @@ class LayerSubspaces:
         gradients = self.statistics.output_gradients
         if gradients is None:
             return None
-        return LossSpace(
-            gradients, lambda: self._output_matrix(self._loss_activations), self._tall, self._weight.device
-        )
+        return LossSpace(self, gradients)
 
     @property
-    def has_token_weights(self) -> bool:
-        """Whether the loss weights the activations."""
-        return self._loss_activations is not self.statistics.activations
-
-    @property
-    def _loss_activations(self) -> Moments:
+    def loss_activations(self) -> Moments:
         """The activations that the loss weights: token-weighted ones, if any were streamed."""
         weighted = self.statistics.token_weighted
         return weighted if weighted is not None and weighted.count else self.statistics.activations
 
     def loss_moment(self, *, centered: bool) -> Tensor:
         """Second moment of the streamed side in the loss: token-weighted if streamed, about the plain mean."""
-        moments = self._loss_activations
+        moments = self.loss_activations
         if moments is self.statistics.activations:
             return self.moment if centered == self.centered else moments.moment(centered=centered).to(self.mean.device)
         moment = moments.moment(centered=centered)
@@ -364,28 +368,29 @@ class LayerSubspaces:
         return Subspace(lambda: principal_directions(lower_product(self.weight, self.weight.mT)))
 
     @property
-    def _tall(self) -> bool:
+    def is_tall(self) -> bool:
         """Whether outputs are decomposed on the input side."""
         return self.statistics.side == "input" and self.dimensions.in_features < self.dimensions.out_features
 
-    def _output_matrix(self, activations: Moments) -> tuple[Tensor, Tensor]:
-        """W R with R R^T the inputs' moment if the layer is tall, else the outputs' moment; and its noise."""
+    def input_root(self, activations: Moments) -> Tensor:
+        """R with R R^T the second moment of these activations of the input."""
+        if activations is not self.statistics.activations:
+            return square_root(self.loss_moment(centered=self.centered))
+        return self.input.root if isinstance(self.input, InputSpace) else square_root(self.moment)
+
+    def output_moment(self, activations: Moments) -> tuple[Tensor, Tensor]:
+        """The lower triangle of the outputs' second moment, and the noise of the sums in it."""
         plain = activations is self.statistics.activations
-        if self._tall:
-            if plain and isinstance(self.input, InputSpace):
-                root = self.input.root
-            else:
-                root = square_root(self.moment if plain else self.loss_moment(centered=self.centered))
-            matrix = self.weight @ root
-            variances = matrix.square().sum(-1)
-        else:
-            matrix = self.weighted_moment if plain else self.loss_moment(centered=self.centered)
-            if self.statistics.side == "input":
-                matrix = (matrix if plain else self.weight @ matrix) @ self.weight.mT
-            variances = matrix.diagonal(dim1=-2, dim2=-1)
-        if plain:
+        moment = self.weighted_moment if plain else self.loss_moment(centered=self.centered)
+        if self.statistics.side == "input":
+            moment = lower_product(moment if plain else self.weight @ moment, self.weight.mT)
+        return moment, self.noise(moment.diagonal(dim1=-2, dim2=-1), activations)
+
+    def noise(self, variances: Tensor, activations: Moments) -> Tensor:
+        """The noise of the outputs with these variances."""
+        if activations is self.statistics.activations:
             self._variances = variances.clone()
-        return matrix, noise_of_sums(variances, self.output_mean if self.centered else None, activations.rounding)
+        return noise_of_sums(variances, self.output_mean if self.centered else None, activations.rounding)
 
     def _spaces(self) -> list[Subspace | LossSpace]:
         found = [self.__dict__.get(name) for name in ("input", "output", "loss", "weight_output")]
@@ -395,17 +400,19 @@ class LayerSubspaces:
         """Bytes of the decompositions that are held."""
         return sum(space.held_bytes() for space in self._spaces())
 
-    def release(self, *, directions: bool = True) -> None:
+    def release(self, *, directions: bool = True, shared: bool = True) -> None:
         """Drop matrices, which are recomputed if needed; spectra stay.
 
         Args:
             directions: drop the directions of the spaces as well; False keeps what took longest.
+            shared: drop those of the input space as well; False keeps them for another layer with this input.
         """
         for name in ("weight", "moment", "weighted_moment"):
             self.__dict__.pop(name, None)
         if directions:
             for space in self._spaces():
-                space.release()
+                if shared or space is not self._input_space:
+                    space.release()
 
     def utilized_rank(self, explained_variance: float) -> int:
         """r = min(k_S, k_T); k_T alone if k_S is not measured."""

@@ -141,21 +141,42 @@ def orthonormal(columns: Tensor) -> Tensor:
     return torch.linalg.qr(columns).Q
 
 
-def lower_product(left: Tensor, right: Tensor, blocks: int = 4) -> Tensor:
-    """The lower triangle of ``left @ right``, which is all that ``eigh`` reads; what is above it is undefined.
+def lower_product(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right`` where that is symmetric; only the lower triangle, which ``eigh`` reads, is defined.
 
     Args:
         left: (..., n, k).
         right: (..., k, n).
-        blocks: of rows; 1 / 2 + 1 / (2 blocks) of the product is computed.
     """
-    n = left.shape[-2]
-    product = left.new_zeros(*left.shape[:-1], n)
-    step = max(-(-n // blocks), 64)
-    for start in range(0, n, step):
-        rows, columns = slice(start, start + step), slice(0, min(start + step, n))
-        product[..., rows, columns] = left[..., rows, :] @ right[..., columns]
+    product = left.new_empty(*left.shape[:-1], left.shape[-2])
+    for rows in _blocks(left.shape[-2]):
+        product[..., rows, : rows.stop] = left[..., rows, :] @ right[..., : rows.stop]
     return product
+
+
+def mirrored(lower: Tensor) -> Tensor:
+    """The symmetric matrix with this lower triangle."""
+    return lower.tril() + lower.tril(-1).mT
+
+
+def times_root(left: Tensor, root: Tensor) -> Tensor:
+    """``left @ root``; half the work where ``root`` is lower triangular.
+
+    Args:
+        left: (..., m, n).
+        root: (..., n, n).
+    """
+    if bool(root.triu(1).any()):
+        return left @ root
+    return torch.cat(
+        [left[..., columns.start :] @ root[..., columns.start :, columns] for columns in _blocks(root.shape[-1])], -1
+    )
+
+
+def _blocks(n: int) -> list[slice]:
+    """Slices of about an eighth of n, and at least 64, for products of which one triangle is left out."""
+    step = max(-(-n // 8), 64)
+    return [slice(start, min(start + step, n)) for start in range(0, n, step)] or [slice(0, 0)]
 
 
 def square_root(moment: Tensor) -> Tensor:
