@@ -17,10 +17,10 @@ from ..models.layers import Dimensions, bias_vector, weight_matrix
 from .principal import (
     Subspace,
     bytes_of,
+    congruence,
     denoised,
     falling_eigh,
     lower_product,
-    mirrored,
     noise_along,
     noise_of_sums,
     orthonormal,
@@ -123,7 +123,7 @@ class LossSpace:
         """Eigenvectors of L^T W C W^T L."""
         matrix, noise = self._spaces.output_moment(self._spaces.loss_activations)
         root = self.root
-        values, vectors = falling_eigh(lower_product(root.mT, times_root(mirrored(matrix), root)))
+        values, vectors = falling_eigh(lower_product(root.mT, times_root(matrix, root)))
         limit = (noise * root.square().sum(-1)).sum(-1)
         values = denoised(values, limit, lambda start: noise_along(noise, root @ vectors[..., start:]))
         self._variances = values * torch.linalg.solve_triangular(root.mT, vectors, upper=True).square().sum(-2)
@@ -133,7 +133,7 @@ class LossSpace:
         """R times the eigenvectors of R^T W^T M W R, R R^T = C, with (in_features, in_features) matrices but for M."""
         activations, weight, metric = self._spaces.loss_activations, self._spaces.weight, self.metric
         root = self._spaces.input_root(activations)
-        inner = mirrored(lower_product(weight.mT, metric @ weight))
+        inner = congruence(metric, weight)
         values, vectors = falling_eigh(lower_product(root.mT, times_root(inner, root)))
         inputs = root @ vectors
         columns = weight @ inputs
@@ -379,11 +379,11 @@ class LayerSubspaces:
         return self.input.root if isinstance(self.input, InputSpace) else square_root(self.moment)
 
     def output_moment(self, activations: Moments) -> tuple[Tensor, Tensor]:
-        """The lower triangle of the outputs' second moment, and the noise of the sums in it."""
+        """The outputs' second moment, and the noise of the sums in it."""
         plain = activations is self.statistics.activations
-        moment = self.weighted_moment if plain else self.loss_moment(centered=self.centered)
+        moment = self.moment if plain else self.loss_moment(centered=self.centered)
         if self.statistics.side == "input":
-            moment = lower_product(moment if plain else self.weight @ moment, self.weight.mT)
+            moment = congruence(moment, self.weight.mT)
         return moment, self.noise(moment.diagonal(dim1=-2, dim2=-1), activations)
 
     def noise(self, variances: Tensor, activations: Moments) -> Tensor:

@@ -154,9 +154,21 @@ def lower_product(left: Tensor, right: Tensor) -> Tensor:
     return product
 
 
-def mirrored(lower: Tensor) -> Tensor:
-    """The symmetric matrix with this lower triangle."""
-    return lower.tril() + lower.tril(-1).mT
+def congruence(symmetric: Tensor, matrix: Tensor) -> Tensor:
+    """matrix^T symmetric matrix as Y + Y^T, where Y takes one triangle of ``symmetric`` and half of its diagonal.
+
+    Args:
+        symmetric: (..., n, n).
+        matrix: (..., n, m).
+    """
+    half = torch.empty_like(matrix)
+    for rows in _blocks(symmetric.shape[-1]):
+        block = symmetric[..., rows, rows].tril()
+        block.diagonal(dim1=-2, dim2=-1).mul_(0.5)
+        half[..., rows, :] = block @ matrix[..., rows, :]
+        half[..., rows, :] += symmetric[..., rows, : rows.start] @ matrix[..., : rows.start, :]
+    product = matrix.mT @ half
+    return product + product.mT
 
 
 def times_root(left: Tensor, root: Tensor) -> Tensor:
@@ -166,11 +178,10 @@ def times_root(left: Tensor, root: Tensor) -> Tensor:
         left: (..., m, n).
         root: (..., n, n).
     """
-    if bool(root.triu(1).any()):
+    blocks = _blocks(root.shape[-1])
+    if any(bool(root[..., : columns.start, columns].any()) for columns in blocks):
         return left @ root
-    return torch.cat(
-        [left[..., columns.start :] @ root[..., columns.start :, columns] for columns in _blocks(root.shape[-1])], -1
-    )
+    return torch.cat([left[..., columns.start :] @ root[..., columns.start :, columns] for columns in blocks], -1)
 
 
 def _blocks(n: int) -> list[slice]:
