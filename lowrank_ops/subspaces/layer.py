@@ -276,7 +276,7 @@ class LayerSubspaces:
         """Mean of the streamed side, (..., features), float64, on the weight's device."""
         return self.statistics.activations.mean.to(self._weight.device)
 
-    @property
+    @cached_property
     def output_mean(self) -> Tensor:
         """Mean of the bias-free output, (..., out_features), float64."""
         return self.mean if self.statistics.side == "output" else (self.weight @ self.mean.unsqueeze(-1)).squeeze(-1)

@@ -165,8 +165,8 @@ def congruence(symmetric: Tensor, matrix: Tensor) -> Tensor:
     for rows in _blocks(symmetric.shape[-1]):
         block = symmetric[..., rows, rows].tril()
         block.diagonal(dim1=-2, dim2=-1).mul_(0.5)
-        half[..., rows, :] = block @ matrix[..., rows, :]
-        half[..., rows, :] += symmetric[..., rows, : rows.start] @ matrix[..., : rows.start, :]
+        block = torch.cat([symmetric[..., rows, : rows.start], block], -1)
+        half[..., rows, :] = block @ matrix[..., : rows.stop, :]
     product = matrix.mT @ half
     return product + product.mT
 
