@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 import torch
@@ -186,6 +187,7 @@ def factorize_layers(
         progress: show a progress bar.
     """
     factors = {}
+    left = Counter(id(subspaces[fqn].input) for fqn, rank in ranks.items() if rank is not None)
     for fqn, rank in tqdm(ranks.items(), desc="factorizing", unit="layer", disable=not progress):
         if rank is not None:
             space = subspaces[fqn]
@@ -193,5 +195,6 @@ def factorize_layers(
                 factors[fqn] = factorize(space, rank, projection).to(space.dtype)
             except ValueError as error:
                 raise ValueError(f"layer {fqn!r}: {error}") from None
-            space.release(directions=not keep_directions)
+            left[id(space.input)] -= 1
+            space.release(directions=not keep_directions, shared=not left[id(space.input)])
     return factors

@@ -60,9 +60,11 @@ class Moments:
         moment = self.second_moment.double() / max(self.count, 1)
         if centered:
             mean = self.mean
-            moment -= mean.unsqueeze(-1) * mean.unsqueeze(-2)
+            for matrix, row in [(moment, mean)] if mean.dim() == 1 else zip(moment, mean, strict=True):
+                matrix.addr_(row, row, alpha=-1)
             varies = moment.diagonal(dim1=-2, dim2=-1) > self.rounding * mean.square()
-            moment *= varies.unsqueeze(-1) & varies.unsqueeze(-2)
+            if not bool(varies.all()):
+                moment *= varies.unsqueeze(-1) & varies.unsqueeze(-2)
         return moment
 
     def plus(self, other: Moments) -> Moments:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..config import PROJECTIONS, check_choice
-from ..subspaces.layer import LayerSubspaces, LossSpace
+from ..subspaces.layer import LayerSubspaces
 from ..subspaces.principal import Subspace
 
 
@@ -85,23 +85,16 @@ def factorize(spaces: LayerSubspaces, rank: int, projection: str = "output") -> 
     elif projection == "input":
         source = _input_space(spaces, projection).basis[..., :rank]
         down, up = source.mT, weight @ source
+    elif projection == "loss":
+        assert spaces.loss is not None
+        left, down, up = spaces.loss.projection(rank)
     else:
-        left, up = _output_projection(spaces, rank, projection)
-        down = left @ weight
-    lost = None
-    if projection != "output" or spaces.gradient_moment is not None:
-        lost = _lost(spaces, down, up, left, projection)
+        up = (spaces.output if projection == "output" else spaces.weight_output).leading(rank)
+        left, down = up.mT, up.mT @ weight
     centered = spaces.centered and projection != "weight"
-    return Factors(
-        down,
-        up,
-        _bias(spaces, down, up, left, projection),
-        rank,
-        projection,
-        float(spaces.output.dropped(rank).sum()) if projection == "output" else _error(spaces, lost, centered),
-        spaces.output_variance,
-        _loss_increase(spaces, lost, centered),
-    )
+    error, increase = _predictions(spaces, down, up, left, rank, projection, centered=centered)
+    bias = _bias(spaces, down, up, left, projection)
+    return Factors(down, up, bias, rank, projection, error, spaces.output_variance, increase)
 
 
 def _input_space(spaces: LayerSubspaces, projection: str) -> Subspace:
@@ -111,21 +104,6 @@ def _input_space(spaces: LayerSubspaces, projection: str) -> Subspace:
             "side='input' or use projection='output'."
         )
     return spaces.input
-
-
-def _output_projection(spaces: LayerSubspaces, rank: int, projection: str) -> tuple[Tensor, Tensor]:
-    """The two sides of a projection of the output, W' = up left W."""
-    if projection == "loss":
-        assert spaces.loss is not None
-        return _in_metric(spaces.loss, rank)
-    up = (spaces.output if projection == "output" else spaces.weight_output).basis[..., :rank]
-    return up.mT, up
-
-
-def _in_metric(loss: LossSpace, rank: int) -> tuple[Tensor, Tensor]:
-    """left = U^T L^T and up = L^-T U, for the directions U of L^T y."""
-    directions = loss.subspace.basis[..., :rank]
-    return directions.mT @ loss.root.mT, torch.linalg.solve_triangular(loss.root.mT, directions, upper=True)
 
 
 def _two_sided_projection(
@@ -181,23 +159,42 @@ def _bias(spaces: LayerSubspaces, down: Tensor, up: Tensor, left: Tensor | None,
     return shift if bias is None else bias + shift
 
 
-def _error(spaces: LayerSubspaces, lost: Tensor | None, centered: bool) -> float | None:
-    """E|y - y'|^2; None if it cannot be known."""
+def _predictions(
+    spaces: LayerSubspaces,
+    down: Tensor,
+    up: Tensor,
+    left: Tensor | None,
+    rank: int,
+    projection: str,
+    *,
+    centered: bool,
+) -> tuple[float | None, float | None]:
+    """E|y - y'|^2, and E[(g^T (y - y'))^2] / 2 with g and y - y' as if independent; None if it cannot be known.
+
+    Of the optimal projections they are sums over the directions dropped, else sums over W - W'.
+    """
+    error = float(spaces.output.dropped(rank).sum()) if projection == "output" else None
+    increase = None
+    if projection == "loss" and spaces.loss is not None:
+        increase = spaces.loss.loss_increase(rank)
+        if spaces.loss_activations is spaces.statistics.activations:
+            error = float(spaces.loss.variances[..., rank:].sum())
+    lacks_increase = increase is None and spaces.loss is not None
+    lost = _lost(spaces, down, up, left, projection) if error is None or lacks_increase else None
     if lost is None:
-        return None
-    if centered == spaces.centered:
-        moment = spaces.moment
-    else:
-        moment = spaces.statistics.activations.moment(centered=centered).to(lost.device)
-    return max(0.0, float(((lost @ moment) * lost).sum()))
-
-
-def _loss_increase(spaces: LayerSubspaces, lost: Tensor | None, centered: bool) -> float | None:
-    """E[(g^T (y - y'))^2] / 2, with g and y - y' as if independent; None if it cannot be known."""
-    gradients = spaces.gradient_moment
-    if gradients is None or lost is None:
-        return None
-    return max(0.0, 0.5 * float(((gradients @ lost) * (lost @ spaces.loss_moment(centered=centered))).sum()))
+        return error, increase
+    if error is None:
+        if centered == spaces.centered:  # (W - W') C, from the W C that other figures take as well
+            moment = spaces.weighted_moment
+            moment = moment - up @ (down @ spaces.moment if left is None else left @ moment)
+        else:
+            moment = lost @ spaces.statistics.activations.moment(centered=centered).to(lost.device)
+        error = max(0.0, float((moment * lost).sum()))
+    if lacks_increase:
+        assert spaces.gradient_moment is not None
+        weighted = spaces.gradient_moment @ lost
+        increase = max(0.0, 0.5 * float((weighted * (lost @ spaces.loss_moment(centered=centered))).sum()))
+    return error, increase
 
 
 def _lost(spaces: LayerSubspaces, down: Tensor, up: Tensor, left: Tensor | None, projection: str) -> Tensor | None:

@@ -6,7 +6,7 @@ the smaller of the two sides.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 
 import torch
@@ -14,58 +14,185 @@ from torch import Tensor, nn
 
 from ..calibration.statistics import Covariances, LayerStatistics, Moments
 from ..models.layers import Dimensions, bias_vector, weight_matrix
-from .principal import Noise, Subspace, noise_of_sums, principal_directions, singular_directions, square_root
+from .principal import (
+    Subspace,
+    bytes_of,
+    congruence,
+    denoised,
+    falling_eigh,
+    lower_product,
+    noise_along,
+    noise_of_sums,
+    orthonormal,
+    principal_directions,
+    singular_directions,
+    square_root,
+    times_root,
+)
 
 DAMPING = 1e-3  # of the loss's metric, relative to its mean eigenvalue
+
+
+class InputSpace(Subspace):
+    """The space of a layer's input, (..., in_features), which layers with a common input share.
+
+    Args:
+        activations: moments of the input.
+        centered: about the mean.
+        device: of the decompositions.
+    """
+
+    def __init__(self, activations: Moments, *, centered: bool, device: torch.device) -> None:
+        self._activations, self._centered, self._device = activations, centered, device
+        self._root: Tensor | None = None
+        super().__init__(self._directions)
+
+    def _directions(self) -> tuple[Tensor, Tensor]:
+        moment = self._moment()
+        mean = self._activations.mean.to(self._device) if self._centered else None
+        noise = noise_of_sums(moment.diagonal(dim1=-2, dim2=-1), mean, self._activations.rounding)
+        return principal_directions(moment, noise)
+
+    def _moment(self) -> Tensor:
+        return self._activations.moment(centered=self._centered).to(self._device)
+
+    @property
+    def root(self) -> Tensor:
+        """A square root of the moment, (..., in_features, in_features): R with R R^T the moment."""
+        if self._root is None:
+            self._root = square_root(self._moment())
+        return self._root
+
+    def held_bytes(self) -> int:
+        return super().held_bytes() + bytes_of(self._root)
+
+    def release(self) -> None:
+        super().release()
+        self._root = None
 
 
 class LossSpace:
     """The output space in the metric of the loss, M = G / scale + 1e-3 I with G the output gradients' second moment.
 
     The damping keeps M regular where few gradients were seen; without any gradient M is a multiple of the identity and
-    the spectrum is zero.
+    the spectrum is zero. The directions p_i of the outputs satisfy p_i^T M p_j = 0 for i != j, and W' = P P^T M W with
+    the first r of them, scaled to p_i^T M p_i = 1, is the least error in that metric at rank r.
 
     Args:
+        spaces: of the layer.
         gradients: moments of the output gradients.
-        directions: ``directions(root)`` returns basis and spectrum of root^T y, for the layer's outputs y.
-        device: of the decompositions.
 
     Attributes:
-        root: L with L L^T = M, lower triangular, (..., out_features, out_features), float64.
-        subspace: of L^T y, in units of the loss: half of the spectrum beyond a rank is the increase of the loss of
-            one sample, to second order, if those directions are dropped.
+        subspace: its spectrum is in units of the loss: half of it beyond a rank is the increase of the loss of one
+            sample, to second order and including the damping, if those directions are dropped.
     """
 
-    def __init__(
-        self, gradients: Moments, directions: Callable[[Tensor], tuple[Tensor, Tensor]], device: torch.device
-    ) -> None:
-        self._gradients, self._device = gradients, device
-
-        def decompose() -> tuple[Tensor, Tensor]:
-            basis, spectrum = directions(self.root)
-            return basis, spectrum * self._scale.to(device).unsqueeze(-1)
-
-        self.subspace = Subspace(decompose)
+    def __init__(self, spaces: LayerSubspaces, gradients: Moments) -> None:
+        self._spaces, self._gradients, self._device = spaces, gradients, spaces.mean.device
+        self._held: tuple[Tensor, Tensor] | None = None  # of a tall layer, W^T M W and its directions
+        self._variances: Tensor | None = None
+        self.subspace = Subspace(self._decompose_tall if spaces.is_tall else self._decompose)
 
     @property
-    def _scale(self) -> Tensor:
+    def scale(self) -> Tensor:
         """The mean eigenvalue of G, (...,)."""
-        diagonal = self._gradients.second_moment.double().diagonal(dim1=-2, dim2=-1)
-        return (diagonal.mean(-1) / max(self._gradients.count, 1)).clamp_min(0)
+        diagonal = self._gradients.second_moment.diagonal(dim1=-2, dim2=-1).double()
+        return (diagonal.mean(-1) / max(self._gradients.count, 1)).clamp_min(0).to(self._device)
+
+    @property
+    def metric(self) -> Tensor:
+        """M, (..., out_features, out_features), float64, positive definite."""
+        rounding = self._gradients.rounding * self._gradients.total.shape[-1]  # of the eigenvalues of G / scale
+        if rounding < 0.5 * DAMPING:
+            return self._damped()
+        return self.root @ self.root.mT
 
     @cached_property
     def root(self) -> Tensor:
-        moment, scale = self._gradients.moment(centered=False), self._scale[..., None, None]
-        return _damped_root(torch.where(scale > 0, moment / scale.clamp_min(1e-300), 0.0).to(self._device))
+        """L with L L^T = M, lower triangular."""
+        return _cholesky_of_damped(self._damped())
+
+    def _damped(self) -> Tensor:
+        scale = self.scale[..., None, None] * max(self._gradients.count, 1)
+        moment = self._gradients.second_moment.to(self._device, torch.float64)
+        metric = moment * torch.where(scale > 0, 1 / scale.clamp_min(1e-300), 0.0)
+        metric.diagonal(dim1=-2, dim2=-1).add_(DAMPING)
+        return metric
+
+    def _decompose(self) -> tuple[Tensor, Tensor]:
+        """Eigenvectors of L^T W C W^T L."""
+        matrix, noise = self._spaces.output_moment(self._spaces.loss_activations)
+        root = self.root
+        values, vectors = falling_eigh(lower_product(root.mT, times_root(matrix, root)))
+        limit = (noise * root.square().sum(-1)).sum(-1)
+        values = denoised(values, limit, lambda start: noise_along(noise, root @ vectors[..., start:]))
+        self._variances = values * torch.linalg.solve_triangular(root.mT, vectors, upper=True).square().sum(-2)
+        return vectors, values * self.scale.unsqueeze(-1)
+
+    def _decompose_tall(self) -> tuple[Tensor, Tensor]:
+        """R times the eigenvectors of R^T W^T M W R, R R^T = C, with (in_features, in_features) matrices but for M."""
+        activations, weight, metric = self._spaces.loss_activations, self._spaces.weight, self.metric
+        root = self._spaces.input_root(activations)
+        inner = congruence(metric, weight)
+        values, vectors = falling_eigh(lower_product(root.mT, times_root(inner, root)))
+        inputs = root @ vectors
+        columns = weight @ inputs
+        squares = columns.square()
+        noise = self._spaces.noise(squares.sum(-1), activations)
+
+        def along(start: int) -> Tensor:
+            return noise_along(noise, metric @ columns[..., start:]) / values[..., start:].clamp_min(1e-300)
+
+        values = denoised(values, (noise * metric.diagonal(dim1=-2, dim2=-1)).sum(-1), along)
+        self._variances = torch.where(values > 0, squares.sum(-2), 0.0)
+        self._held = inner, columns
+        return inputs, values * self.scale.unsqueeze(-1)
+
+    @property
+    def variances(self) -> Tensor:
+        """The plain output variance that is lost with each direction, (..., directions)."""
+        if self._variances is None:
+            _ = self.subspace.spectrum
+        assert self._variances is not None
+        return self._variances
+
+    def loss_increase(self, rank: int) -> float:
+        """Half of the spectrum beyond a rank, without the damping: the predicted increase of the loss of one sample."""
+        damping = DAMPING * self.scale.unsqueeze(-1) * self.variances
+        return max(0.0, 0.5 * float((self.subspace.spectrum - damping)[..., rank:].sum()))
+
+    def projection(self, rank: int) -> tuple[Tensor | None, Tensor, Tensor]:
+        """P^T M, P^T M W and P for the first ``rank`` directions P, scaled to P^T M P = I.
+
+        P^T M is None where it was not needed.
+        """
+        basis = self.subspace.leading(rank)
+        if self._held is None:
+            return self._lifted(basis)
+        inner, columns = self._held[0] @ basis, self._held[1][..., :rank]
+        gram = basis.mT @ inner  # P^T M P, diagonal up to the rounding of the decomposition
+        norms = gram.diagonal(dim1=-2, dim2=-1).clamp_min(1e-300).sqrt()
+        factor, info = torch.linalg.cholesky_ex(gram / (norms.unsqueeze(-1) * norms.unsqueeze(-2)))
+        if bool(info.any()) or not bool((factor.diagonal(dim1=-2, dim2=-1) > 0.9).all()):  # directions without variance
+            return self._lifted(orthonormal(self.root.mT @ columns))
+        down, up = (
+            torch.linalg.solve_triangular(factor, (part / norms.unsqueeze(-2)).mT, upper=False)
+            for part in (inner, columns)
+        )
+        return None, down, up.mT
+
+    def _lifted(self, directions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        left = directions.mT @ self.root.mT
+        return left, left @ self._spaces.weight, torch.linalg.solve_triangular(self.root.mT, directions, upper=True)
 
     def held_bytes(self) -> int:
         """Bytes of the decompositions that are held."""
-        root = self.__dict__.get("root")
-        return self.subspace.held_bytes() + (0 if root is None else root.numel() * root.element_size())
+        return self.subspace.held_bytes() + sum(map(bytes_of, (self.__dict__.get("root"), *(self._held or ()))))
 
     def release(self) -> None:
         """Drop the matrices, which are recomputed if needed; the spectrum stays."""
         self.__dict__.pop("root", None)
+        self._held = None
         self.subspace.release()
 
 
@@ -95,6 +222,7 @@ class LayerSubspaces:
         self._weight, self.bias, self.statistics, self.centered = weight, bias, statistics, centered
         self._version = None if weight.is_inference() else weight._version
         self._input_space = input_space
+        self._variances: Tensor | None = None
         out_features, in_features = weight.shape[-2:]
         self.dimensions = Dimensions(weight.shape[0] if weight.dim() == 3 else 1, in_features, out_features)
         sides = {
@@ -148,7 +276,7 @@ class LayerSubspaces:
         """Mean of the streamed side, (..., features), float64, on the weight's device."""
         return self.statistics.activations.mean.to(self._weight.device)
 
-    @property
+    @cached_property
     def output_mean(self) -> Tensor:
         """Mean of the bias-free output, (..., out_features), float64."""
         return self.mean if self.statistics.side == "output" else (self.weight @ self.mean.unsqueeze(-1)).squeeze(-1)
@@ -158,27 +286,42 @@ class LayerSubspaces:
         """The input space, or None if the output was streamed: k_S is then not measured."""
         if self.statistics.side != "input":
             return None
-        return self._input_space or input_space(
+        return self._input_space or InputSpace(
             self.statistics.activations, centered=self.centered, device=self._weight.device
         )
 
     @cached_property
     def output(self) -> Subspace:
         """The space of the bias-free output, with min(in_features, out_features) directions."""
-        return Subspace(lambda: self._output_directions(self.statistics.activations, None))
+        activations = self.statistics.activations
+
+        def decompose() -> tuple[Tensor, ...]:
+            if not self.is_tall:
+                return principal_directions(*self.output_moment(activations))
+            matrix = times_root(self.weight, self.input_root(activations))
+            return singular_directions(matrix, self.noise(matrix.square().sum(-1), activations))
+
+        return Subspace(decompose)
 
     @property
     def output_variance(self) -> float:
         """The variance of the bias-free output, summed over the outputs; needs no decomposition."""
         if self.output.is_decomposed:
             return float(self.output.total.sum())
-        if self.statistics.side == "output":
-            variances = self.moment.diagonal(dim1=-2, dim2=-1)
-        else:
-            variances = ((self.weight @ self.moment) * self.weight).sum(-1)
+        if self._variances is None:
+            by_input = self.statistics.side == "input"
+            self._variances = (
+                (self.weighted_moment * self.weight).sum(-1) if by_input else self.moment.diagonal(dim1=-2, dim2=-1)
+            )
+        variances = self._variances
         noise = self.statistics.activations.rounding * variances.shape[-1] ** 0.5
         mean_square = variances + self.output_mean.square() if self.centered else variances
         return float(torch.where(variances > noise * mean_square, variances, 0.0).sum())
+
+    @cached_property
+    def weighted_moment(self) -> Tensor:
+        """W C, or C if the output was streamed, (..., out_features, features), float64."""
+        return self.weight @ self.moment if self.statistics.side == "input" else self.moment
 
     def decomposed_output(self) -> Subspace | None:
         """The output space, plain or in the metric of the loss, if one of them was decomposed already."""
@@ -191,19 +334,17 @@ class LayerSubspaces:
         gradients = self.statistics.output_gradients
         if gradients is None:
             return None
-        return LossSpace(
-            gradients, lambda root: self._output_directions(self._loss_activations, root), self._weight.device
-        )
+        return LossSpace(self, gradients)
 
     @property
-    def _loss_activations(self) -> Moments:
+    def loss_activations(self) -> Moments:
         """The activations that the loss weights: token-weighted ones, if any were streamed."""
         weighted = self.statistics.token_weighted
         return weighted if weighted is not None and weighted.count else self.statistics.activations
 
     def loss_moment(self, *, centered: bool) -> Tensor:
         """Second moment of the streamed side in the loss: token-weighted if streamed, about the plain mean."""
-        moments = self._loss_activations
+        moments = self.loss_activations
         if moments is self.statistics.activations:
             return self.moment if centered == self.centered else moments.moment(centered=centered).to(self.mean.device)
         moment = moments.moment(centered=centered)
@@ -224,26 +365,32 @@ class LayerSubspaces:
         _, in_features, out_features = self.dimensions
         if in_features < out_features:
             return Subspace(lambda: singular_directions(self.weight))
-        return Subspace(lambda: principal_directions(self.weight @ self.weight.mT))
+        return Subspace(lambda: principal_directions(lower_product(self.weight, self.weight.mT)))
 
-    def _output_directions(self, activations: Moments, root: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Principal directions of ``root``^T W x (of W x without a root), found on the smaller side."""
+    @property
+    def is_tall(self) -> bool:
+        """Whether outputs are decomposed on the input side."""
+        return self.statistics.side == "input" and self.dimensions.in_features < self.dimensions.out_features
+
+    def input_root(self, activations: Moments) -> Tensor:
+        """R with R R^T the second moment of these activations of the input."""
+        if activations is not self.statistics.activations:
+            return square_root(self.loss_moment(centered=self.centered))
+        return self.input.root if isinstance(self.input, InputSpace) else square_root(self.moment)
+
+    def output_moment(self, activations: Moments) -> tuple[Tensor, Tensor]:
+        """The outputs' second moment, and the noise of the sums in it."""
         plain = activations is self.statistics.activations
         moment = self.moment if plain else self.loss_moment(centered=self.centered)
-        _, in_features, out_features = self.dimensions
-        by_input = self.statistics.side == "input"
-        tall = by_input and in_features < out_features
-        if tall:  # the columns of W R, R R^T = C, instead of an (out_features, out_features) moment
-            matrix = self.weight @ square_root(moment)
-            diagonal = matrix.square().sum(-1)
-            matrix = matrix if root is None else root.mT @ matrix
-        else:
-            matrix = self.weight @ moment @ self.weight.mT if by_input else moment
-            diagonal = matrix.diagonal(dim1=-2, dim2=-1)
-            matrix = matrix if root is None else root.mT @ matrix @ root
-        noise = noise_of_sums(diagonal, self.output_mean if self.centered else None, activations.rounding)
-        noise = noise if root is None else _in_metric(noise, root)
-        return singular_directions(matrix, noise) if tall else principal_directions(matrix, noise)
+        if self.statistics.side == "input":
+            moment = congruence(moment, self.weight.mT)
+        return moment, self.noise(moment.diagonal(dim1=-2, dim2=-1), activations)
+
+    def noise(self, variances: Tensor, activations: Moments) -> Tensor:
+        """The noise of the outputs with these variances."""
+        if activations is self.statistics.activations:
+            self._variances = variances.clone()
+        return noise_of_sums(variances, self.output_mean if self.centered else None, activations.rounding)
 
     def _spaces(self) -> list[Subspace | LossSpace]:
         found = [self.__dict__.get(name) for name in ("input", "output", "loss", "weight_output")]
@@ -253,17 +400,19 @@ class LayerSubspaces:
         """Bytes of the decompositions that are held."""
         return sum(space.held_bytes() for space in self._spaces())
 
-    def release(self, *, directions: bool = True) -> None:
+    def release(self, *, directions: bool = True, shared: bool = True) -> None:
         """Drop matrices, which are recomputed if needed; spectra stay.
 
         Args:
             directions: also drop the directions of the spaces; False keeps them, as they took longest to compute.
+            shared: also drop those of the input space; False keeps them for another layer with this input.
         """
-        for name in ("weight", "moment"):
+        for name in ("weight", "moment", "weighted_moment"):
             self.__dict__.pop(name, None)
         if directions:
             for space in self._spaces():
-                space.release()
+                if shared or space is not self._input_space:
+                    space.release()
 
     def utilized_rank(self, explained_variance: float) -> int:
         """r = min(k_S, k_T); k_T alone if k_S is not measured."""
@@ -271,31 +420,14 @@ class LayerSubspaces:
         return k_t if self.input is None else min(self.input.rank_at(explained_variance), k_t)
 
 
-def _damped_root(unit: Tensor) -> Tensor:
-    """The Cholesky factor of ``unit`` + DAMPING I; ``unit`` is positive semi-definite up to rounding."""
-    damping = DAMPING * torch.eye(unit.shape[-1], dtype=unit.dtype, device=unit.device)
-    root, info = torch.linalg.cholesky_ex(unit + damping)
+def _cholesky_of_damped(metric: Tensor) -> Tensor:
+    """The Cholesky factor of a positive semi-definite matrix, up to rounding, plus DAMPING I."""
+    root, info = torch.linalg.cholesky_ex(metric)
     pivots = root.diagonal(dim1=-2, dim2=-1).square()  # none is below the smallest eigenvalue
     if bool(info.any()) or not bool((pivots > 0.5 * DAMPING).all()):  # rounding of the sums is near the damping
-        values, vectors = torch.linalg.eigh(unit)
-        root = torch.linalg.cholesky((vectors * values.clamp_min(0).unsqueeze(-2)) @ vectors.mT + damping)
+        values, vectors = torch.linalg.eigh(metric)
+        root = torch.linalg.cholesky((vectors * values.clamp_min(DAMPING).unsqueeze(-2)) @ vectors.mT)
     return root
-
-
-def _in_metric(noise: Noise, root: Tensor) -> Noise:
-    return lambda vectors: noise(root @ vectors)
-
-
-def input_space(activations: Moments, *, centered: bool, device: torch.device) -> Subspace:
-    """The space of a layer's input, (..., in_features), which layers with a common input share."""
-
-    def decompose() -> tuple[Tensor, Tensor]:
-        moment = activations.moment(centered=centered).to(device)
-        mean = activations.mean.to(device) if centered else None
-        noise = noise_of_sums(moment.diagonal(dim1=-2, dim2=-1), mean, activations.rounding)
-        return principal_directions(moment, noise)
-
-    return Subspace(decompose)
 
 
 def layer_subspaces(
@@ -306,7 +438,7 @@ def layer_subspaces(
     Raises:
         ValueError: the statistics do not fit their layer; the message names it.
     """
-    shared: dict[tuple[int, torch.device], Subspace] = {}
+    shared: dict[tuple[int, torch.device], InputSpace] = {}
     found = {}
     for fqn, layer in layers.items():
         if fqn not in covariances:
@@ -315,7 +447,7 @@ def layer_subspaces(
         space = None
         if statistics.side == "input":
             key = (id(statistics.activations), device)
-            space = shared.setdefault(key, input_space(statistics.activations, centered=centered, device=device))
+            space = shared.setdefault(key, InputSpace(statistics.activations, centered=centered, device=device))
         try:
             found[fqn] = LayerSubspaces.of_layer(layer, statistics, centered=centered, input_space=space)
         except ValueError as error:

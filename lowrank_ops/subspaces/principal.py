@@ -10,36 +10,44 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Noise = Callable[[Tensor], Tensor]  # directions (..., features, n) -> variances (..., n) that may be rounding error
-
 
 class Subspace:
     """The principal directions of a space, by falling variance, computed when first needed.
 
     Args:
-        decompose: returns ``basis`` and ``spectrum``; called again if the basis is needed after :meth:`release`.
+        decompose: returns ``basis`` and ``spectrum``; called again if the basis is needed after :meth:`release`. With a
+            third tensor, a matrix (..., features, n), the basis is that of the columns of the matrix times the first
+            one, made orthonormal when asked for.
 
     Attributes:
         basis: (..., features, directions), float64, orthonormal columns.
         spectrum: (..., directions), float64, the variance along each; numerically zero variances are exactly zero.
     """
 
-    def __init__(self, decompose: Callable[[], tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, decompose: Callable[[], tuple[Tensor, ...]]) -> None:
         self._decompose = decompose
         self._basis: Tensor | None = None
+        self._matrix: Tensor | None = None
         self._spectrum: Tensor | None = None
+
+    def _find(self) -> tuple[Tensor, Tensor]:
+        if self._basis is None or self._spectrum is None:
+            self._basis, self._spectrum, *matrix = self._decompose()
+            self._matrix = matrix[0] if matrix else None
+        return self._basis, self._spectrum
 
     @property
     def basis(self) -> Tensor:
-        if self._basis is None:
-            self._basis, self._spectrum = self._decompose()
-        return self._basis
+        return self.leading(self.spectrum.shape[-1])
 
     @property
     def spectrum(self) -> Tensor:
-        if self._spectrum is None:
-            self._basis, self._spectrum = self._decompose()
-        return self._spectrum
+        return self._find()[1] if self._spectrum is None else self._spectrum
+
+    def leading(self, rank: int) -> Tensor:
+        """The first ``rank`` columns of the basis; takes less than the whole basis."""
+        vectors = self._find()[0][..., :rank]
+        return vectors if self._matrix is None else orthonormal(self._matrix @ vectors)
 
     @property
     def total(self) -> Tensor:
@@ -53,11 +61,11 @@ class Subspace:
 
     def held_bytes(self) -> int:
         """Bytes of the basis, 0 after :meth:`release`."""
-        return 0 if self._basis is None else self._basis.numel() * self._basis.element_size()
+        return sum(bytes_of(tensor) for tensor in (self._basis, self._matrix))
 
     def release(self) -> None:
         """Drop the basis, which is recomputed if needed; the spectrum stays."""
-        self._basis = None
+        self._basis = self._matrix = None
 
     def rank_at(self, explained_variance: float) -> int:
         """The smallest number of directions with this share of the variance; with groups, the largest of theirs.
@@ -84,22 +92,28 @@ class Subspace:
         return self.spectrum[..., rank:].sum(-1)
 
 
-def principal_directions(moment: Tensor, noise: Noise | None = None) -> tuple[Tensor, Tensor]:
+def principal_directions(moment: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Eigenvectors and eigenvalues of a symmetric positive semi-definite matrix, by falling eigenvalue.
 
     Args:
-        moment: (..., features, features), float64; may be singular.
-        noise: bounds the rounding error along directions; eigenvalues below it are set to 0.
+        moment: (..., features, features), float64; may be singular. Its lower triangle is read.
+        noise: from :func:`noise_of_sums`; eigenvalues within the rounding error along their direction are set to 0.
 
     Returns:
         (..., features, features) and (..., features).
     """
+    values, vectors = falling_eigh(moment)
+    limit = None if noise is None else noise.amax(-1)
+    return vectors, denoised(values, limit, lambda start: noise_along(noise, vectors[..., start:]))
+
+
+def falling_eigh(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """``eigh`` of a symmetric matrix, of which the lower triangle is read, by falling eigenvalue."""
     values, vectors = torch.linalg.eigh(moment)
-    values, vectors = values.flip(-1), vectors.flip(-1)
-    return vectors, _denoised(values, vectors, noise)
+    return values.flip(-1), vectors.flip(-1)
 
 
-def singular_directions(matrix: Tensor, noise: Noise | None = None) -> tuple[Tensor, Tensor]:
+def singular_directions(matrix: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Left singular vectors and squared singular values of a tall matrix, from the Gram matrix of its columns.
 
     Args:
@@ -107,12 +121,73 @@ def singular_directions(matrix: Tensor, noise: Noise | None = None) -> tuple[Ten
         noise: as for :func:`principal_directions`.
 
     Returns:
-        (..., features, columns) and (..., columns).
+        The right singular vectors (..., columns, columns), the values (..., columns) and ``matrix``, as
+        :class:`Subspace` takes them: ``matrix`` times the right singular vectors gives the left ones.
     """
-    values, vectors = torch.linalg.eigh(matrix.mT @ matrix)
-    # Q of the graded columns sigma_i u_i: orthonormal also where small singular values lost digits in the Gram matrix.
-    basis = torch.linalg.qr(matrix @ vectors.flip(-1)).Q
-    return basis, _denoised(values.flip(-1), basis, noise)
+    values, vectors = falling_eigh(lower_product(matrix.mT, matrix))
+
+    def along(start: int) -> Tensor:
+        columns = matrix @ vectors[..., start:]
+        return noise_along(noise, columns) / columns.square().sum(-2).clamp_min(1e-300)
+
+    return vectors, denoised(values, None if noise is None else noise.amax(-1), along), matrix
+
+
+def orthonormal(columns: Tensor) -> Tensor:
+    """An orthonormal basis whose first n vectors span the first n columns, for every n.
+
+    Of graded columns sigma_i u_i it is accurate also where small singular values lost digits in the Gram matrix.
+    """
+    return torch.linalg.qr(columns).Q
+
+
+def lower_product(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right`` where that is symmetric; only the lower triangle, which ``eigh`` reads, is defined.
+
+    Args:
+        left: (..., n, k).
+        right: (..., k, n).
+    """
+    product = left.new_empty(*left.shape[:-1], left.shape[-2])
+    for rows in _blocks(left.shape[-2]):
+        product[..., rows, : rows.stop] = left[..., rows, :] @ right[..., : rows.stop]
+    return product
+
+
+def congruence(symmetric: Tensor, matrix: Tensor) -> Tensor:
+    """matrix^T symmetric matrix as Y + Y^T, where Y takes one triangle of ``symmetric`` and half of its diagonal.
+
+    Args:
+        symmetric: (..., n, n).
+        matrix: (..., n, m).
+    """
+    half = torch.empty_like(matrix)
+    for rows in _blocks(symmetric.shape[-1]):
+        block = symmetric[..., rows, rows].tril()
+        block.diagonal(dim1=-2, dim2=-1).mul_(0.5)
+        block = torch.cat([symmetric[..., rows, : rows.start], block], -1)
+        half[..., rows, :] = block @ matrix[..., : rows.stop, :]
+    product = matrix.mT @ half
+    return product + product.mT
+
+
+def times_root(left: Tensor, root: Tensor) -> Tensor:
+    """``left @ root``; half the work where ``root`` is lower triangular.
+
+    Args:
+        left: (..., m, n).
+        root: (..., n, n).
+    """
+    blocks = _blocks(root.shape[-1])
+    if any(bool(root[..., : columns.start, columns].any()) for columns in blocks):
+        return left @ root
+    return torch.cat([left[..., columns.start :] @ root[..., columns.start :, columns] for columns in blocks], -1)
+
+
+def _blocks(n: int) -> list[slice]:
+    """Slices of about an eighth of n, and at least 64, for products of which one triangle is left out."""
+    step = max(-(-n // 8), 64)
+    return [slice(start, min(start + step, n)) for start in range(0, n, step)] or [slice(0, 0)]
 
 
 def square_root(moment: Tensor) -> Tensor:
@@ -135,8 +210,8 @@ def square_root(moment: Tensor) -> Tensor:
     return scale.unsqueeze(-1) * vectors * values.sqrt().unsqueeze(-2)
 
 
-def noise_of_sums(moment_diagonal: Tensor, mean: Tensor | None, rounding: float) -> Noise:
-    """The variance that rounding of streamed sums may add along a direction v.
+def noise_of_sums(moment_diagonal: Tensor, mean: Tensor | None, rounding: float) -> Tensor:
+    """The variance that rounding of streamed sums may add along a direction v, as weights of its squared entries.
 
     Sums with relative rounding error ``rounding`` shift it by up to rounding * sqrt(features) * sum_i v_i^2 m_i, where
     m_i is the mean square of feature i.
@@ -147,13 +222,31 @@ def noise_of_sums(moment_diagonal: Tensor, mean: Tensor | None, rounding: float)
         rounding: relative rounding error of the sums.
     """
     mean_square = moment_diagonal if mean is None else moment_diagonal + mean.square()
-    of_features = rounding * moment_diagonal.shape[-1] ** 0.5 * mean_square
-    return lambda vectors: (of_features.unsqueeze(-2) @ vectors.square()).squeeze(-2)
+    return rounding * moment_diagonal.shape[-1] ** 0.5 * mean_square
 
 
-def _denoised(values: Tensor, vectors: Tensor, noise: Noise | None) -> Tensor:
-    """Eigenvalues, falling, with those within rounding error of zero set to zero."""
-    bound = vectors.shape[-2] * torch.finfo(values.dtype).eps * values[..., :1]  # eigh's own error
-    if noise is not None:
-        bound = torch.maximum(noise(vectors), bound)
+def noise_along(noise: Tensor | None, vectors: Tensor) -> Tensor:
+    """The weights of :func:`noise_of_sums` summed over the squared entries of each vector, (..., n)."""
+    assert noise is not None
+    return (noise.unsqueeze(-2) @ vectors.square()).squeeze(-2)
+
+
+def denoised(values: Tensor, limit: Tensor | None, along: Callable[[int], Tensor]) -> Tensor:
+    """Eigenvalues, falling, with those within rounding error of zero set to zero.
+
+    Args:
+        values: (..., n).
+        limit: (...,), no direction has more noise of the sums; None if there is no such noise.
+        along: ``along(start)`` returns the noise along the directions from ``start`` on, (..., n - start); asked for
+            those whose values are not above the limit.
+    """
+    bound = values.shape[-1] * torch.finfo(values.dtype).eps * values[..., :1].expand_as(values)  # eigh's own error
+    if limit is not None:
+        start = int((values > limit.unsqueeze(-1)).sum(-1).min()) if values.numel() else 0
+        bound = torch.cat([bound[..., :start], torch.maximum(bound[..., start:], along(start))], -1)
     return torch.where(values > bound, values, 0.0)
+
+
+def bytes_of(tensor: Tensor | None) -> int:
+    """Bytes of a tensor's elements; 0 for None."""
+    return 0 if tensor is None else tensor.numel() * tensor.element_size()

@@ -76,12 +76,12 @@ def test_other_ranks_decompose_nothing_again(
 
     monkeypatch.setattr(torch.linalg, "eigh", refuse)
     for fqn, space in spaces.items():
-        assert torch.equal(factorize(space, 8, projection).up[:, :4], first[fqn].up)
+        torch.testing.assert_close(factorize(space, 8, projection).up[:, :4], first[fqn].up, rtol=1e-12, atol=1e-14)
 
 
 def test_full_rank_inputs_need_no_decomposition_for_tall_layers(spaces: dict[str, LayerSubspaces]) -> None:
     factorize(spaces["b"], 4, "loss")
-    assert spaces["a"].held_bytes() == 0 and spaces["b"].input.held_bytes() == 0
+    assert not spaces["a"].input.is_decomposed and spaces["b"].input is spaces["a"].input
 
 
 def test_a_changed_weight_is_refused(
