@@ -1,24 +1,22 @@
 """Compressed models on disk: a folder with ``model.safetensors`` and ``lowrank_config.json``; nothing is pickled.
 
-The header of the tensor file repeats the configuration. The two differ if the files are from different saves, as after
-an interrupted overwrite.
+The header of the tensor file holds the whole configuration and is what is loaded; the JSON file is a copy of it for
+people and tools. So one file alone decides which checkpoint a folder holds, also if a save was killed.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from .files import digests, open_tensors, parse_json, read_header, read_tensor, replacing, write_tensors
 from .layers import LowRankConv2d, LowRankLinear
 from .layers.conv2d import GEOMETRY
 from .layers.replace import has_hooks, lowrank_type, swap_
@@ -28,9 +26,8 @@ from .report import CompressionReport
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "lowrank_config.json"
 FORMAT = "lowrank_ops.checkpoint"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 has no checksums
 
-_METADATA_KEY = "lowrank_ops"
 _COPY_AGAIN = "Copy or save the checkpoint again."
 _OTHER_MODEL = "Pass the architecture that was compressed."
 
@@ -44,8 +41,9 @@ def save_pretrained(model: nn.Module, path: str | Path, report: CompressionRepor
 
     ``model.safetensors`` holds the state dict in the dtypes of the model. A tensor with several names is stored once;
     tensors that only overlap, such as a weight and its transposed view, are stored separately. ``lowrank_config.json``
-    holds the format version and, per low-rank layer, its kind, true rank, bias and sizes. Both files are written under
-    temporary names and renamed at the end, so that a failed save keeps the previous checkpoint.
+    holds the format version, per low-rank layer its kind, true rank, bias and sizes, and per tensor a checksum; the
+    header of ``model.safetensors`` repeats it. Both files are written under temporary names, flushed to the disk, and
+    renamed at the end: after a failed or killed save the folder holds the previous checkpoint or the new one.
 
     Args:
         model: any module; LowRankLinear and LowRankConv2d layers are recorded.
@@ -75,22 +73,16 @@ def save_pretrained(model: nn.Module, path: str | Path, report: CompressionRepor
         "compression": None if report is None else report.config.to_dict(),
         "layers": _layer_entries(model, report),
         "tied": tied,
+        "checksums": digests(tensors),
     }
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in (WEIGHTS_FILE, CONFIG_FILE)}
-    try:
-        save_file(tensors, temporary[WEIGHTS_FILE], metadata={"format": "pt", _METADATA_KEY: json.dumps(config)})
-        temporary[CONFIG_FILE].write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        shutil.copymode(temporary[CONFIG_FILE], temporary[WEIGHTS_FILE])  # safetensors creates private files
-        for name, file in temporary.items():
-            os.replace(file, folder / name)
-    finally:
-        for file in temporary.values():
-            file.unlink(missing_ok=True)
+    with replacing(folder / WEIGHTS_FILE, folder / CONFIG_FILE) as (weights_file, config_file):
+        write_tensors(weights_file, tensors, config)
+        config_file.write(json.dumps(config, indent=2).encode() + b"\n")
 
 
-def load_pretrained(dense_model: nn.Module, path: str | Path) -> nn.Module:
+def load_pretrained(dense_model: nn.Module, path: str | Path, *, verify: bool = True) -> nn.Module:
     """Change ``dense_model`` in place into the saved model and return it.
 
     Everything is read and checked before the model is changed: on an error it is as before. Parameters and buffers are
@@ -98,15 +90,18 @@ def load_pretrained(dense_model: nn.Module, path: str | Path) -> nn.Module:
     loaded to the CPU, which avoids initializing weights that are about to be replaced. Training and gradient flags
     stay those of ``dense_model``. Create an optimizer after loading.
 
+    Everything comes from ``model.safetensors``. A warning says so if ``lowrank_config.json`` is missing or differs.
+
     Args:
         dense_model: the original architecture with its dense layers; its values do not matter.
         path: a folder that :func:`save_pretrained` wrote.
+        verify: compare every tensor with its checksum; False saves the time. Checkpoints of version 0.1 have none.
 
     Returns:
         ``dense_model``, or the new layer where ``dense_model`` is itself the compressed layer.
 
     Raises:
-        CheckpointError: the checkpoint is missing, truncated, of another format, version or model.
+        CheckpointError: the checkpoint is missing, damaged, of another format, version or model.
 
     Example:
         >>> import tempfile
@@ -121,12 +116,14 @@ def load_pretrained(dense_model: nn.Module, path: str | Path) -> nn.Module:
           (0): LowRankLinear(in_features=64, out_features=32, rank=8, bias=True)
         )
     """
-    folder = Path(path)
-    config = _read_config(folder / CONFIG_FILE)
+    file = Path(path) / WEIGHTS_FILE
+    try:
+        with open_tensors(file) as stored:
+            try:
+                config = _checked(file, read_header(stored, verify=verify))
+            except ValueError as error:
+                raise CheckpointError(f"{str(file)!r} was not written ")
     layers = _empty_layers(dense_model, config["layers"])
-    targets = _targets(dense_model, layers)
-    with torch.inference_mode(False):  # parameters created in inference mode cannot be trained
-        tensors = _read_tensors(folder / WEIGHTS_FILE, config, targets)
     new = {id(target): tensors[name] for name, target in targets.items()}
     for module in [*dense_model.modules(), *layers.values()]:
         for name, old in [*module._parameters.items(), *module._buffers.items()]:
