@@ -117,13 +117,12 @@ def load_pretrained(dense_model: nn.Module, path: str | Path, *, verify: bool = 
         )
     """
     file = Path(path) / WEIGHTS_FILE
-    try:
-        with open_tensors(file) as stored:
-            try:
-                config = _checked(file, read_header(stored, verify=verify))
-            except ValueError as error:
-                raise CheckpointError(f"{str(file)!r} was not written ")
+    config = _read_config(file, verify)
     layers = _empty_layers(dense_model, config["layers"])
+    targets = _targets(dense_model, layers)
+    with torch.inference_mode(False):  # parameters created in inference mode cannot be trained
+        tensors = _read_tensors(file, config, targets, verify)
+    _warn_of_another_copy(file.with_name(CONFIG_FILE), config)
     new = {id(target): tensors[name] for name, target in targets.items()}
     for module in [*dense_model.modules(), *layers.values()]:
         for name, old in [*module._parameters.items(), *module._buffers.items()]:
@@ -195,27 +194,46 @@ def _sizes(layer: nn.Module) -> dict[str, Any]:
     return {"kind": "linear", "in_features": in_features, "out_features": out_features}
 
 
-def _read_config(file: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+def _read_config(file: Path, verify: bool) -> dict[str, Any]:
+    if not file.exists():
         raise CheckpointError(
-            f"path {str(file.parent)!r} has no {CONFIG_FILE}; pass the folder that save_pretrained wrote."
-        ) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{str(file)!r} cannot be read: {error}. {_COPY_AGAIN}") from None
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise CheckpointError(f"{str(file)!r} was not written by save_pretrained: its format is not {FORMAT!r}.")
-    if config.get("version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{str(file)!r} has format version {config.get('version')!r}; this lowrank_ops reads version "
-            f"{FORMAT_VERSION}. Update lowrank_ops, or save the checkpoint again with this version."
+            f"path {str(file.parent)!r} has no {WEIGHTS_FILE}; pass the folder that save_pretrained wrote, or copy the "
+            "whole checkpoint again."
         )
-    for field, kind in (("layers", dict), ("tied", str)):
+    try:
+        with open_tensors(file) as stored:
+            config = read_header(stored, verify=verify)
+    except (ValueError, OSError) as error:
+        raise CheckpointError(
+            f"{str(file)!r} is damaged or was not written by save_pretrained: {error}. {_COPY_AGAIN} For the weights "
+            "of a dense model use model.load_state_dict."
+        ) from None
+    version = config.get("version")
+    if config.get("format") != FORMAT:
+        raise CheckpointError(f"{str(file)!r} was not written by save_pretrained: its format is not {FORMAT!r}.")
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        raise CheckpointError(
+            f"{str(file)!r} has format version {version!r}; this lowrank_ops reads versions 1 to {FORMAT_VERSION}. "
+            "Update lowrank_ops, or save the checkpoint again with this version."
+        )
+    for field, kind in (("layers", dict), ("tied", str), *([("checksums", str)] if version > 1 else [])):
         values = config.get(field)
         if not isinstance(values, dict) or not all(isinstance(value, kind) for value in values.values()):
             raise CheckpointError(f"{str(file)!r} is damaged: {field!r} has the wrong type. {_COPY_AGAIN}")
     return config
+
+
+def _warn_of_another_copy(file: Path, config: Mapping[str, Any]) -> None:
+    try:
+        same = parse_json(file.read_bytes()) == config
+    except (OSError, ValueError):
+        same = False
+    if not same:
+        warnings.warn(
+            f"{str(file)!r} is missing, was edited, or is of another save. The configuration in the header of "
+            f"{WEIGHTS_FILE} is loaded instead; save the model again to write both.",
+            stacklevel=3,
+        )
 
 
 def _empty_layers(model: nn.Module, entries: Mapping[str, Mapping[str, Any]]) -> dict[nn.Module, nn.Module]:
@@ -297,48 +315,37 @@ def _targets(model: nn.Module, layers: Mapping[nn.Module, nn.Module]) -> dict[st
     return targets
 
 
-def _read_tensors(path: Path, config: Mapping[str, Any], targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _read_tensors(
+    path: Path, config: Mapping[str, Any], targets: Mapping[str, Tensor], verify: bool
+) -> dict[str, Tensor]:
     """New parameters and buffers for all targets; names that are one tensor in the checkpoint get one object."""
+    sources = {name: config["tied"].get(name, name) for name in targets}
+    values: dict[str, Tensor] = {}
+    parameters: dict[str, nn.Parameter] = {}
     try:
-        file = safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise CheckpointError(f"{str(path)!r} is missing; copy or save the whole checkpoint again.") from None
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{str(path)!r} is truncated or not a safetensors file: {error}. {_COPY_AGAIN}") from None
-    with file:
-        sources = {name: config["tied"].get(name, name) for name in targets}
-        _check_header(path, file.metadata(), config)
-        _check_names(path, set(file.keys()), sources, config["tied"])
-        _check_ties(targets, sources)
-        _check_shapes_and_dtypes(path, config["layers"], targets, {n: file.get_slice(s) for n, s in sources.items()})
-        values: dict[str, Tensor] = {}
-        parameters: dict[str, nn.Parameter] = {}
-        for name, source in sources.items():
-            target = targets[name]
-            if source not in values:
-                # Copy: get_tensor returns memory of the mapped file, which is not aligned as fast kernels require.
-                values[source] = file.get_tensor(source).to("cpu" if target.is_meta else target.device, copy=True)
-            if isinstance(target, nn.Parameter) and source not in parameters:
-                parameters[source] = nn.Parameter(values[source], target.requires_grad)
-        return {
-            name: parameters[source] if isinstance(targets[name], nn.Parameter) else values[source]
-            for name, source in sources.items()
-        }
-
-
-def _check_header(path: Path, metadata: Mapping[str, str] | None, config: Mapping[str, Any]) -> None:
-    try:
-        header = json.loads((metadata or {})[_METADATA_KEY])
-    except (KeyError, ValueError):
+        with open_tensors(path) as file:
+            _check_names(path, set(file.keys()), sources, config["tied"])
+            _check_ties(targets, sources)
+            stored = {name: file.get_slice(source) for name, source in sources.items()}
+            _check_shapes_and_dtypes(path, config["layers"], targets, stored)
+            for name, source in sources.items():
+                target = targets[name]
+                if source not in values:
+                    # Copy: the tensor is memory of the mapped file, which is not aligned as fast kernels require.
+                    tensor = read_tensor(file, source, config.get("checksums") if verify else None)
+                    values[source] = tensor.to("cpu" if target.is_meta else target.device, copy=True)
+                if isinstance(target, nn.Parameter) and source not in parameters:
+                    parameters[source] = nn.Parameter(values[source], target.requires_grad)
+    except CheckpointError:
+        raise
+    except ValueError as error:
         raise CheckpointError(
-            f"{str(path)!r} was not written by save_pretrained: its header has no lowrank_ops configuration. For "
-            "the weights of a dense model use model.load_state_dict."
+            f"{str(path)!r} is damaged: {error}. {_COPY_AGAIN} With verify=False it is loaded as it is."
         ) from None
-    if header != config:
-        raise CheckpointError(
-            f"{CONFIG_FILE} does not belong to {str(path)!r}, whose header has another configuration: one of the two "
-            "was edited or is from another save. Copy or save both again."
-        )
+    return {
+        name: parameters[source] if isinstance(targets[name], nn.Parameter) else values[source]
+        for name, source in sources.items()
+    }
 
 
 def _check_names(path: Path, stored: set[str], sources: Mapping[str, str], tied: Mapping[str, str]) -> None:

@@ -288,7 +288,9 @@ class Covariances(Mapping[str, LayerStatistics]):
                 _check_header(header)
                 moments = [
                     Moments(
-                        *(read_tensor(file, f"{i}.{name}", checksums) for name in ("second_moment", "total")), count
+                        read_tensor(file, f"{i}.second_moment", checksums),
+                        read_tensor(file, f"{i}.total", checksums),
+                        count,
                     )
                     for i, count in enumerate(header["counts"])
                 ]
