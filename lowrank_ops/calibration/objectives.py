@@ -91,10 +91,9 @@ def objective(sensitivity: Sensitivity, output: Any, batch: Any, mask: Tensor | 
 
 def _generator(batch: Any, device: torch.device) -> torch.Generator:
     """For one draw: seeded by torch's generator, the batch and the rank."""
-    rank = (
-        torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0
-    )
-    seed = digest([int(torch.randint(2**62, ())), rank, batch])
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    rank = torch.distributed.get_rank() if distributed else 0
+    seed = digest([int(torch.randint(2**62, (), device="cpu")), rank, batch])
     return torch.Generator(device).manual_seed(int(seed[:15], 16))
 
 
