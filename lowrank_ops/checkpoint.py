@@ -1,24 +1,22 @@
 """Compressed models on disk: a folder with ``model.safetensors`` and ``lowrank_config.json``; nothing is pickled.
 
-The header of the tensor file repeats the configuration. The two differ if the files are from different saves, as after
-an interrupted overwrite.
+The header of the tensor file holds the whole configuration and is what is loaded; the JSON file is a copy of it for
+people and tools. So one file alone decides which checkpoint a folder holds, also if a save was killed.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from .files import digests, open_tensors, parse_json, read_header, read_tensor, replacing, write_tensors
 from .layers import LowRankConv2d, LowRankLinear
 from .layers.conv2d import GEOMETRY
 from .layers.replace import has_hooks, lowrank_type, swap_
@@ -28,9 +26,8 @@ from .report import CompressionReport
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "lowrank_config.json"
 FORMAT = "lowrank_ops.checkpoint"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 has no checksums
 
-_METADATA_KEY = "lowrank_ops"
 _COPY_AGAIN = "Copy or save the checkpoint again."
 _OTHER_MODEL = "Pass the architecture that was compressed."
 
@@ -44,8 +41,9 @@ def save_pretrained(model: nn.Module, path: str | Path, report: CompressionRepor
 
     ``model.safetensors`` holds the state dict in the dtypes of the model. A tensor with several names is stored once;
     tensors that only overlap, such as a weight and its transposed view, are stored separately. ``lowrank_config.json``
-    holds the format version and, per low-rank layer, its kind, true rank, bias and sizes. Both files are written under
-    temporary names and renamed at the end, so that a failed save keeps the previous checkpoint.
+    holds the format version, per low-rank layer its kind, true rank, bias and sizes, and per tensor a checksum; the
+    header of ``model.safetensors`` repeats it. Both files are written under temporary names, flushed to the disk, and
+    renamed at the end: after a failed or killed save the folder holds the previous checkpoint or the new one.
 
     Args:
         model: any module; LowRankLinear and LowRankConv2d layers are recorded.
@@ -75,22 +73,16 @@ def save_pretrained(model: nn.Module, path: str | Path, report: CompressionRepor
         "compression": None if report is None else report.config.to_dict(),
         "layers": _layer_entries(model, report),
         "tied": tied,
+        "checksums": digests(tensors),
     }
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in (WEIGHTS_FILE, CONFIG_FILE)}
-    try:
-        save_file(tensors, temporary[WEIGHTS_FILE], metadata={"format": "pt", _METADATA_KEY: json.dumps(config)})
-        temporary[CONFIG_FILE].write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        shutil.copymode(temporary[CONFIG_FILE], temporary[WEIGHTS_FILE])  # safetensors creates private files
-        for name, file in temporary.items():
-            os.replace(file, folder / name)
-    finally:
-        for file in temporary.values():
-            file.unlink(missing_ok=True)
+    with replacing(folder / WEIGHTS_FILE, folder / CONFIG_FILE) as (weights_file, config_file):
+        write_tensors(weights_file, tensors, config)
+        config_file.write(json.dumps(config, indent=2).encode() + b"\n")
 
 
-def load_pretrained(dense_model: nn.Module, path: str | Path) -> nn.Module:
+def load_pretrained(dense_model: nn.Module, path: str | Path, *, verify: bool = True) -> nn.Module:
     """Change ``dense_model`` in place into the saved model and return it.
 
     Everything is read and checked before the model is changed: on an error it is as before. Parameters and buffers are
@@ -98,15 +90,18 @@ def load_pretrained(dense_model: nn.Module, path: str | Path) -> nn.Module:
     loaded to the CPU, which avoids initializing weights that are about to be replaced. Training and gradient flags
     stay those of ``dense_model``. Create an optimizer after loading.
 
+    Everything comes from ``model.safetensors``. A warning says so if ``lowrank_config.json`` is missing or differs.
+
     Args:
         dense_model: the original architecture with its dense layers; its values do not matter.
         path: a folder that :func:`save_pretrained` wrote.
+        verify: compare every tensor with its checksum; False saves the time. Checkpoints of version 0.1 have none.
 
     Returns:
         ``dense_model``, or the new layer where ``dense_model`` is itself the compressed layer.
 
     Raises:
-        CheckpointError: the checkpoint is missing, truncated, of another format, version or model.
+        CheckpointError: the checkpoint is missing, damaged, of another format, version or model.
 
     Example:
         >>> import tempfile
@@ -121,12 +116,13 @@ def load_pretrained(dense_model: nn.Module, path: str | Path) -> nn.Module:
           (0): LowRankLinear(in_features=64, out_features=32, rank=8, bias=True)
         )
     """
-    folder = Path(path)
-    config = _read_config(folder / CONFIG_FILE)
+    file = Path(path) / WEIGHTS_FILE
+    config = _read_config(file, verify)
     layers = _empty_layers(dense_model, config["layers"])
     targets = _targets(dense_model, layers)
     with torch.inference_mode(False):  # parameters created in inference mode cannot be trained
-        tensors = _read_tensors(folder / WEIGHTS_FILE, config, targets)
+        tensors = _read_tensors(file, config, targets, verify)
+    _warn_of_another_copy(file.with_name(CONFIG_FILE), config)
     new = {id(target): tensors[name] for name, target in targets.items()}
     for module in [*dense_model.modules(), *layers.values()]:
         for name, old in [*module._parameters.items(), *module._buffers.items()]:
@@ -198,27 +194,46 @@ def _sizes(layer: nn.Module) -> dict[str, Any]:
     return {"kind": "linear", "in_features": in_features, "out_features": out_features}
 
 
-def _read_config(file: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+def _read_config(file: Path, verify: bool) -> dict[str, Any]:
+    if not file.exists():
         raise CheckpointError(
-            f"path {str(file.parent)!r} has no {CONFIG_FILE}; pass the folder that save_pretrained wrote."
-        ) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{str(file)!r} cannot be read: {error}. {_COPY_AGAIN}") from None
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise CheckpointError(f"{str(file)!r} was not written by save_pretrained: its format is not {FORMAT!r}.")
-    if config.get("version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{str(file)!r} has format version {config.get('version')!r}; this lowrank_ops reads version "
-            f"{FORMAT_VERSION}. Update lowrank_ops, or save the checkpoint again with this version."
+            f"path {str(file.parent)!r} has no {WEIGHTS_FILE}; pass the folder that save_pretrained wrote, or copy the "
+            "whole checkpoint again."
         )
-    for field, kind in (("layers", dict), ("tied", str)):
+    try:
+        with open_tensors(file) as stored:
+            config = read_header(stored, verify=verify)
+    except (ValueError, OSError) as error:
+        raise CheckpointError(
+            f"{str(file)!r} is damaged or was not written by save_pretrained: {error}. {_COPY_AGAIN} For the weights "
+            "of a dense model use model.load_state_dict."
+        ) from None
+    version = config.get("version")
+    if config.get("format") != FORMAT:
+        raise CheckpointError(f"{str(file)!r} was not written by save_pretrained: its format is not {FORMAT!r}.")
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        raise CheckpointError(
+            f"{str(file)!r} has format version {version!r}; this lowrank_ops reads versions 1 to {FORMAT_VERSION}. "
+            "Update lowrank_ops, or save the checkpoint again with this version."
+        )
+    for field, kind in (("layers", dict), ("tied", str), *([("checksums", str)] if version > 1 else [])):
         values = config.get(field)
         if not isinstance(values, dict) or not all(isinstance(value, kind) for value in values.values()):
             raise CheckpointError(f"{str(file)!r} is damaged: {field!r} has the wrong type. {_COPY_AGAIN}")
     return config
+
+
+def _warn_of_another_copy(file: Path, config: Mapping[str, Any]) -> None:
+    try:
+        same = parse_json(file.read_bytes()) == config
+    except (OSError, ValueError):
+        same = False
+    if not same:
+        warnings.warn(
+            f"{str(file)!r} is missing, was edited, or is of another save. The configuration in the header of "
+            f"{WEIGHTS_FILE} is loaded instead; save the model again to write both.",
+            stacklevel=3,
+        )
 
 
 def _empty_layers(model: nn.Module, entries: Mapping[str, Mapping[str, Any]]) -> dict[nn.Module, nn.Module]:
@@ -300,48 +315,37 @@ def _targets(model: nn.Module, layers: Mapping[nn.Module, nn.Module]) -> dict[st
     return targets
 
 
-def _read_tensors(path: Path, config: Mapping[str, Any], targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _read_tensors(
+    path: Path, config: Mapping[str, Any], targets: Mapping[str, Tensor], verify: bool
+) -> dict[str, Tensor]:
     """New parameters and buffers for all targets; names that are one tensor in the checkpoint get one object."""
+    sources = {name: config["tied"].get(name, name) for name in targets}
+    values: dict[str, Tensor] = {}
+    parameters: dict[str, nn.Parameter] = {}
     try:
-        file = safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise CheckpointError(f"{str(path)!r} is missing; copy or save the whole checkpoint again.") from None
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{str(path)!r} is truncated or not a safetensors file: {error}. {_COPY_AGAIN}") from None
-    with file:
-        sources = {name: config["tied"].get(name, name) for name in targets}
-        _check_header(path, file.metadata(), config)
-        _check_names(path, set(file.keys()), sources, config["tied"])
-        _check_ties(targets, sources)
-        _check_shapes_and_dtypes(path, config["layers"], targets, {n: file.get_slice(s) for n, s in sources.items()})
-        values: dict[str, Tensor] = {}
-        parameters: dict[str, nn.Parameter] = {}
-        for name, source in sources.items():
-            target = targets[name]
-            if source not in values:
-                # Copy: get_tensor returns memory of the mapped file, which is not aligned as fast kernels require.
-                values[source] = file.get_tensor(source).to("cpu" if target.is_meta else target.device, copy=True)
-            if isinstance(target, nn.Parameter) and source not in parameters:
-                parameters[source] = nn.Parameter(values[source], target.requires_grad)
-        return {
-            name: parameters[source] if isinstance(targets[name], nn.Parameter) else values[source]
-            for name, source in sources.items()
-        }
-
-
-def _check_header(path: Path, metadata: Mapping[str, str] | None, config: Mapping[str, Any]) -> None:
-    try:
-        header = json.loads((metadata or {})[_METADATA_KEY])
-    except (KeyError, ValueError):
+        with open_tensors(path) as file:
+            _check_names(path, set(file.keys()), sources, config["tied"])
+            _check_ties(targets, sources)
+            stored = {name: file.get_slice(source) for name, source in sources.items()}
+            _check_shapes_and_dtypes(path, config["layers"], targets, stored)
+            for name, source in sources.items():
+                target = targets[name]
+                if source not in values:
+                    # Copy: the tensor is memory of the mapped file, which is not aligned as fast kernels require.
+                    tensor = read_tensor(file, source, config.get("checksums") if verify else None)
+                    values[source] = tensor.to("cpu" if target.is_meta else target.device, copy=True)
+                if isinstance(target, nn.Parameter) and source not in parameters:
+                    parameters[source] = nn.Parameter(values[source], target.requires_grad)
+    except CheckpointError:
+        raise
+    except ValueError as error:
         raise CheckpointError(
-            f"{str(path)!r} was not written by save_pretrained: its header has no lowrank_ops configuration. For "
-            "the weights of a dense model use model.load_state_dict."
+            f"{str(path)!r} is damaged: {error}. {_COPY_AGAIN} With verify=False it is loaded as it is."
         ) from None
-    if header != config:
-        raise CheckpointError(
-            f"{CONFIG_FILE} does not belong to {str(path)!r}, whose header has another configuration: one of the two "
-            "was edited or is from another save. Copy or save both again."
-        )
+    return {
+        name: parameters[source] if isinstance(targets[name], nn.Parameter) else values[source]
+        for name, source in sources.items()
+    }
 
 
 def _check_names(path: Path, stored: set[str], sources: Mapping[str, str], tied: Mapping[str, str]) -> None:

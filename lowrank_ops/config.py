@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from .files import parse_json, replacing
+
 FORMAT_VERSION = 2
 LATENCIES_VERSION = 1
 PROJECTIONS = ("output", "loss", "utilized", "input", "weight")
@@ -156,7 +158,8 @@ class LayerLatencies:
 
     def save(self, path: str | Path) -> None:
         """Write the times to a JSON file."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        with replacing(Path(path)) as (file,):
+            file.write(json.dumps(self.to_dict(), indent=1).encode() + b"\n")
 
     @classmethod
     def load(cls, path: str | Path) -> LayerLatencies:
@@ -166,7 +169,7 @@ class LayerLatencies:
             ValueError: no such content.
         """
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            values = parse_json(Path(path).read_bytes())
         except ValueError as error:
             raise ValueError(f"{str(path)!r} is no JSON text: {error}") from None
         if not isinstance(values, dict):
@@ -367,7 +370,7 @@ class CompressionConfig:
     @classmethod
     def from_json(cls, text: str) -> CompressionConfig:
         """The inverse of :meth:`to_json`."""
-        return cls.from_dict(json.loads(text))
+        return cls.from_dict(parse_json(text))
 
 
 def _check_names(name: str, value: object) -> None:

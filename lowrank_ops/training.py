@@ -7,7 +7,6 @@ zero gradients, so training keeps the rank.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .files import replacing
 from .models.running import call_model, device_of, move, output_tensor
 
 _FORMAT = "lowrank_ops.finetune/1"
@@ -368,7 +368,6 @@ class _Run:
 
     def save(self, path: Path) -> None:
         """Write a checkpoint; a crash leaves the old file or the new one."""
-        partial = path.with_name(path.name + ".part")
         state = {
             "format": _FORMAT,
             "settings": self.settings,
@@ -379,11 +378,14 @@ class _Run:
             "epoch_random": self.epoch_random,
             "random": self._random_states(),
         }
-        torch.save(state, partial)
-        os.replace(partial, path)
+        with replacing(path) as (file,):
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:  # torch hides the cause
+                raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
     def resume(self, path: Path) -> None:
-        """Load a checkpoint.
+        """Load a checkpoint. On an error the student is unchanged.
 
         Raises:
             ValueError: the file is damaged, or of another run or student.
@@ -395,18 +397,48 @@ class _Run:
             raise ValueError(f"checkpoint {str(path)!r} cannot be read: {error}. Delete it to start over.") from None
         if not known:
             raise ValueError(f"checkpoint {str(path)!r} was not written by finetune_. Choose another file name.")
-        if state["settings"] != self.settings:
-            raise ValueError(
-                f"checkpoint {str(path)!r} is of a run with {state['settings']}, this one has {self.settings}. Use the "
-                "same arguments to resume it, or delete it to start over."
-            )
-        try:
-            self.student.load_state_dict(state["student"])
-            self.optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError) as error:
-            raise ValueError(f"checkpoint {str(path)!r} is of another student: {error}") from None
+        problem = self._problem(state)
+        if problem is not None:
+            raise ValueError(f"checkpoint {str(path)!r} {problem}, or delete it to start over.")
+        self.student.load_state_dict(state["student"])
+        self.optimizer.load_state_dict(state["optimizer"])
         self.losses, self.taken = state["losses"], state["taken"]
         self.epoch_random, self.resumed_random = state["epoch_random"], state["random"]
+
+    def _problem(self, state: dict[str, Any]) -> str | None:
+        """Why a checkpoint cannot be resumed, to be put after its name; None if it can."""
+        try:
+            settings, student, optimizer = (dict(state[name]) for name in ("settings", "student", "optimizer"))
+            if settings != self.settings:
+                return f"is of a run with {settings}, this one has {self.settings}. Use the same arguments to resume it"
+            own = self.student.state_dict()
+            differ = [name for name in {**own, **student} if _kind(own.get(name)) != _kind(student.get(name))]
+            if differ:
+                return f"is of another student: {', '.join(differ[:5])} differ. Name another file"
+            finite = [student[name] for name in own]
+            groups = self.optimizer.state_dict()["param_groups"]
+            if [group["params"] for group in optimizer["param_groups"]] != [group["params"] for group in groups]:
+                raise ValueError("its optimizer has other parameters")
+            ordered = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+            moments = optimizer["state"]
+            for index, values in moments.items():
+                finite += [values["exp_avg"], values["exp_avg_sq"], values["step"]]
+                if any(values[name].shape != ordered[index].shape for name in ("exp_avg", "exp_avg_sq")):
+                    raise ValueError("its optimizer has moments of other shapes")
+            losses, taken = state["losses"], state["taken"]
+            if not all(type(value) is float and math.isfinite(value) for value in losses):
+                raise ValueError("its losses are not finite numbers")
+            if type(losses) is not list or not 0 < len(losses) <= self.total or type(taken) is not int or taken < 0:
+                raise ValueError("it has an impossible number of steps or batches")
+            if not all(bool(tensor.isfinite().all()) for tensor in finite if isinstance(tensor, Tensor)):
+                raise ValueError("it holds NaN or inf")
+            for states in (state["epoch_random"], state["random"]):
+                torch.Generator().set_state(states[0])
+                if not all(isinstance(part, Tensor) for part in states):
+                    raise TypeError("its random states are no tensors")
+        except (LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+            return f"is damaged: {error if isinstance(error, ValueError) else repr(error)}. Copy it again"
+        return None
 
     def _restore_random(self) -> None:
         """Once, at the place of the resumed checkpoint."""
@@ -423,6 +455,11 @@ class _Run:
         torch.set_rng_state(states[0])
         if self.device.type == "cuda" and len(states) > 1:
             torch.cuda.set_rng_state(states[1], self.device)
+
+
+def _kind(value: object) -> object:
+    """The shape and dtype of a tensor, the type of anything else."""
+    return (value.shape, value.dtype) if isinstance(value, Tensor) else type(value)
 
 
 def _schedule(step: int, total: int, warmup: float) -> float:

@@ -6,6 +6,8 @@ import copy
 import json
 import os
 import shutil
+import signal
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from torch.nn.parameter import is_lazy
 import lowrank_ops as lro
 from lowrank_ops import checkpoint
 from lowrank_ops.checkpoint import CONFIG_FILE, WEIGHTS_FILE, CheckpointError, load_pretrained, save_pretrained
+from lowrank_ops.files import digests
 from lowrank_ops.report import CompressionReport
 from tests.conv1d import Conv1D
 
@@ -254,7 +257,7 @@ class TestTies:
 class TestSaving:
     def test_the_configuration_records_every_layer(self, saved: Path) -> None:
         config = json.loads((saved / CONFIG_FILE).read_text())
-        assert (config["format"], config["version"], config["tied"]) == ("lowrank_ops.checkpoint", 1, {})
+        assert (config["format"], config["version"], config["tied"]) == ("lowrank_ops.checkpoint", 2, {})
         assert lro.CompressionConfig.from_dict(config["compression"]).projection == "utilized"
         assert config["compression"]["rank"] == {"policy": "ranks", "ranks": RANKS}
         assert config["layers"]["fc1"] == {
@@ -284,7 +287,7 @@ class TestSaving:
         assert sorted(os.listdir(saved)) == sorted([WEIGHTS_FILE, CONFIG_FILE])
         assert_same_output(load_pretrained(Net().eval(), saved), model)
 
-    @pytest.mark.parametrize("fails", ["save_file", "replace"])
+    @pytest.mark.parametrize("fails", ["write_tensors", "fsync", "replace"])
     def test_a_failed_save_keeps_the_old_checkpoint(
         self, saved: Path, monkeypatch: pytest.MonkeyPatch, fails: str
     ) -> None:
@@ -293,24 +296,32 @@ class TestSaving:
         def full(*args: object, **options: object) -> None:
             raise OSError("No space left on device")
 
-        monkeypatch.setattr(checkpoint if fails == "save_file" else checkpoint.os, fails, full)
+        monkeypatch.setattr(checkpoint if fails == "write_tensors" else os, fails, full)
         with pytest.raises(OSError, match="No space left"):
             save_pretrained(Net(), saved)
         assert {file.name: file.read_bytes() for file in saved.iterdir()} == before
 
-    def test_a_half_finished_overwrite_is_detected(self, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize("new", [False, True])
+    def test_a_save_killed_between_the_renames_loads(self, saved: Path, tmp_path: Path, new: bool) -> None:
         model, report = compressed(ranks={"fc2": 3})
-        replace = os.replace
+        folder = tmp_path / "new" if new else saved
+        process = os.fork()
+        if not process:
+            replace = os.replace
 
-        def interrupted(source: Path, target: Path) -> None:
-            if Path(target).name == CONFIG_FILE:
-                raise KeyboardInterrupt
-            replace(source, target)
+            def killed(source: Path, target: Path) -> None:
+                replace(source, target)
+                os.kill(os.getpid(), signal.SIGKILL)
 
-        monkeypatch.setattr(checkpoint.os, "replace", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            save_pretrained(model, saved, report)
-        assert_refused(Net(), saved, CONFIG_FILE, "does not belong to", "another save")
+            os.replace = killed  # type: ignore[assignment]
+            save_pretrained(model, folder, report)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
+        with pytest.warns(UserWarning, match="is missing, was edited, or is of another save"):
+            assert_same_output(load_pretrained(Net().eval(), folder), model)
+        save_pretrained(model, folder, report)
+        assert sorted(os.listdir(folder)) == sorted([WEIGHTS_FILE, CONFIG_FILE])
+        assert_same_output(load_pretrained(Net().eval(), folder), model)
 
     def test_a_report_of_another_model_is_refused(self, tmp_path: Path) -> None:
         _, report = compressed()
@@ -348,9 +359,19 @@ def foreign_weights(metadata: dict[str, str] | None) -> Callable[[Path], object]
     return lambda folder: save_file(Net().state_dict(), folder / WEIGHTS_FILE, metadata)
 
 
-def edit_one_file(folder: Path) -> None:
+def edited(folder: Path) -> None:
     text = (folder / CONFIG_FILE).read_text()
     (folder / CONFIG_FILE).write_text(text.replace('"rank": 11', '"rank": 12'))
+
+
+COPIES: dict[str, Callable[[Path], object]] = {
+    "missing": lambda folder: (folder / CONFIG_FILE).unlink(),
+    "edited": edited,
+    "cut": truncate(CONFIG_FILE, -50),
+    "binary": overwrite(CONFIG_FILE, b"\xff\xfe\x00\x80"),
+    "nested deeply": overwrite(CONFIG_FILE, b"[" * 100000 + b"]" * 100000),
+    "of transformers": overwrite(CONFIG_FILE, b'{"architectures": ["A"]}'),
+}
 
 
 def edit(change: Callable[[dict[str, Any], dict[str, Tensor]], object]) -> Callable[[Path], object]:
@@ -358,9 +379,12 @@ def edit(change: Callable[[dict[str, Any], dict[str, Tensor]], object]) -> Calla
 
     def damage(folder: Path) -> None:
         config, tensors = json.loads((folder / CONFIG_FILE).read_text()), load_file(folder / WEIGHTS_FILE)
+        checksums = config["checksums"]
         change(config, tensors)
-        (folder / CONFIG_FILE).write_text(json.dumps(config))
         tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+        if config.get("checksums") is checksums:
+            config["checksums"] = digests(tensors)
+        (folder / CONFIG_FILE).write_text(json.dumps(config))
         save_file(tensors, folder / WEIGHTS_FILE, {"lowrank_ops": json.dumps(config)})
 
     return damage
@@ -402,34 +426,31 @@ def on_meta() -> Net:
         return Net()
 
 
-TRUNCATED = f"{WEIGHTS_FILE}' is truncated or not a safetensors file"
-UNREADABLE = f"{CONFIG_FILE}' cannot be read"
-FOREIGN_CONFIG = f"{CONFIG_FILE}' was not written by save_pretrained"
-FOREIGN_WEIGHTS = f"{WEIGHTS_FILE}' was not written by save_pretrained"
-DAMAGED = f"{CONFIG_FILE}' is damaged"
+DAMAGED = f"{WEIGHTS_FILE}' is damaged"
+FOREIGN = f"{WEIGHTS_FILE}' is damaged or was not written by save_pretrained"
 RANGE = "rank must be an integer in [0, 24]"
 # fmt: off
 DAMAGES: dict[str, tuple[Any, ...]] = {
-    "no weights": (lambda folder: (folder / WEIGHTS_FILE).unlink(), f"{WEIGHTS_FILE}' is missing"),
-    "empty weights": (truncate(WEIGHTS_FILE, 0), TRUNCATED, "again"),
-    "half a header length": (truncate(WEIGHTS_FILE, 5), TRUNCATED, "again"),
-    "half a header": (truncate(WEIGHTS_FILE, 200), TRUNCATED, "again"),
-    "weights without the last byte": (truncate(WEIGHTS_FILE, -1), TRUNCATED, "again"),
-    "truncated configuration": (truncate(CONFIG_FILE, -50), UNREADABLE, "again"),
-    "binary configuration": (overwrite(CONFIG_FILE, b"\xff\xfe\x00\x80"), UNREADABLE, "again"),
-    "list as configuration": (overwrite(CONFIG_FILE, b"[]"), FOREIGN_CONFIG),
-    "configuration of transformers": (overwrite(CONFIG_FILE, b'{"architectures": ["A"]}'), FOREIGN_CONFIG),
-    "weights without metadata": (foreign_weights(None), FOREIGN_WEIGHTS, "load_state_dict"),
-    "weights of torch": (foreign_weights({"format": "pt"}), FOREIGN_WEIGHTS, "load_state_dict"),
-    "broken metadata": (foreign_weights({"lowrank_ops": "{"}), FOREIGN_WEIGHTS, "load_state_dict"),
-    "newer version": (edit_config(version=2), "format version 2", "reads version 1", "Update lowrank_ops"),
-    "version as text": (edit_config(version="1"), "format version '1'", "reads version 1"),
-    "no version": (edit_config(version=None), "format version None", "reads version 1"),
+    "no weights": (lambda folder: (folder / WEIGHTS_FILE).unlink(), f"has no {WEIGHTS_FILE}", "again"),
+    "empty weights": (truncate(WEIGHTS_FILE, 0), FOREIGN, "again"),
+    "half a header length": (truncate(WEIGHTS_FILE, 5), FOREIGN, "again"),
+    "half a header": (truncate(WEIGHTS_FILE, 200), FOREIGN, "again"),
+    "weights without the last byte": (truncate(WEIGHTS_FILE, -1), FOREIGN, "again"),
+    "weights without metadata": (foreign_weights(None), FOREIGN, "load_state_dict"),
+    "weights of torch": (foreign_weights({"format": "pt"}), FOREIGN, "load_state_dict"),
+    "broken metadata": (foreign_weights({"lowrank_ops": "{"}), FOREIGN, "load_state_dict"),
+    "newer version": (edit_config(version=3), "format version 3", "versions 1 to 2", "Update lowrank_ops"),
+    "version as bool": (edit_config(version=True), "format version True", "versions 1 to 2"),
+    "version as text": (edit_config(version="1"), "format version '1'", "versions 1 to 2"),
+    "no version": (edit_config(version=None), "format version None", "versions 1 to 2"),
     "no layers": (edit_config(layers=None), DAMAGED, "'layers'"),
     "layer that is a number": (edit_config(layers={"fc1": 3}), DAMAGED, "'layers'"),
+    "no checksums": (edit_config(checksums=None), DAMAGED, "'checksums'"),
+    "no checksum of a tensor": (edit_config(checksums={}), DAMAGED, "differ from their checksum"),
+    "header nested deeply": (foreign_weights({"lowrank_ops": "[" * 100000 + "]" * 100000}), FOREIGN, "nested too deep"),
+    "header that is a number": (foreign_weights({"lowrank_ops": "3"}), FOREIGN, "header is a int"),
     "list of ties": (edit_config(tied=[]), DAMAGED, "'tied'"),
     "tie to a number": (edit_config(tied={"a": 1}), DAMAGED, "'tied'"),
-    "one file edited": (edit_one_file, f"{CONFIG_FILE} does not belong to", "edited"),
     "missing tensors": (drop_tensors("norm.running_var", "fc1.up"), "lacks 'norm.running_var', 'fc1.up'"),
     "extra tensor": (edit(lambda _, tensors: tensors.update(extra=torch.zeros(2))), "has 'extra', which dense_model"),
     "wrong shape": (edit_tensors(norm__weight=lambda t: t[:7]), "'norm.weight' has shape (7,)", "but (8,)"),
@@ -474,9 +495,46 @@ class TestRefusals:
         build, *parts = MODELS[name]
         assert_refused(build(), saved, *parts)
 
+    @pytest.mark.parametrize("name", COPIES)
+    def test_the_header_decides_what_is_loaded(self, saved: Path, name: str) -> None:
+        expected = load_pretrained(Net().eval(), saved)
+        COPIES[name](saved)
+        with pytest.warns(UserWarning, match=rf"{CONFIG_FILE}' is missing, was edited, or is of another save"):
+            assert_same_output(load_pretrained(Net().eval(), saved), expected)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model = Net()
+            before = state_of(model)
+            with pytest.raises(UserWarning):
+                load_pretrained(model, saved)
+        assert state_of(model) == before
+
+    def test_every_flipped_bit_is_noticed(self, saved: Path) -> None:
+        content = (saved / WEIGHTS_FILE).read_bytes()
+        reference, loaded = load_pretrained(Net(), saved).state_dict(), 0
+        for position in torch.randint(len(content), (150,)).tolist():
+            changed = bytearray(content)
+            changed[position] ^= 1 << position % 8
+            (saved / WEIGHTS_FILE).write_bytes(changed)
+            model = Net()
+            try:
+                load_pretrained(model, saved)
+            except CheckpointError:
+                continue
+            loaded += 1  # a flip in what is not read, such as the padding of the header
+            assert all(torch.equal(tensor, reference[name]) for name, tensor in model.state_dict().items())
+        assert loaded < 5
+
+    def test_verification_can_be_left_out(self, saved: Path) -> None:
+        content = bytearray((saved / WEIGHTS_FILE).read_bytes())
+        content[-1] ^= 1
+        (saved / WEIGHTS_FILE).write_bytes(content)
+        assert_refused(Net(), saved, "differ from their checksum", "verify=False")
+        load_pretrained(Net(), saved, verify=False)
+
     def test_paths_without_a_checkpoint_are_refused(self, saved: Path) -> None:
         for path in (saved / "nowhere", saved / WEIGHTS_FILE):
-            assert_refused(Net(), path, path.name, f"has no {CONFIG_FILE}", "pass the folder that save_pretrained")
+            assert_refused(Net(), path, path.name, f"has no {WEIGHTS_FILE}", "pass the folder that save_pretrained")
 
     def test_a_bias_that_the_checkpoint_lacks_is_refused(self, tmp_path: Path) -> None:
         layer = lro.LowRankLinear.from_linear(nn.Linear(8, 8, bias=False), 3)

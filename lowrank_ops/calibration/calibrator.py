@@ -67,7 +67,10 @@ def calibrate(
             ``"pooled"``: the same for outputs (batch, positions, features) that are averaged over positions later,
             such as sentence embeddings. Or ``loss(output, batch)``: a scalar summed (not averaged) over samples, or a
             tensor of losses by sample. Gradients of parameters are not changed.
-        num_probes: random draws per batch for a sensitivity given by name, with one backward pass each.
+        num_probes: random draws per batch for a sensitivity given by name, with one backward pass each. Draws depend on
+            torch's seed, the batch and the rank of the process: parts of the data that are calibrated one by one and
+            merged, or in several processes, draw independently. The same batches with the same seed draw the same
+            again; for more draws of them use ``num_probes``.
         token_weights: with a sensitivity, also stream each layer's activations weighted per row (token, or position of
             an image) by |g|^2 relative to its mean over the sample, where g is the row's output gradient. Loss-aware
             ranks and factors then weight errors by row. Costs one more moment per layer, one more update per batch,

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..files import digest
 from ..models.running import output_tensor
 
 Sensitivity = str | Callable[[Any, Any], Tensor]
@@ -57,6 +58,10 @@ def objective(sensitivity: Sensitivity, output: Any, batch: Any, mask: Tensor | 
         output: of the model.
         batch: that the model was given.
         mask: (batch, positions), the real positions; drops the others from outputs (batch, positions, features).
+
+    Random draws depend on the state of torch's generator, which advances, on the batch, and on the process's rank.
+    So calibrations of several parts of the data, or in several processes, draw independently if all are seeded alike,
+    and a run with the same seed, batches and rank gives the same draws.
     """
     if callable(sensitivity):
         loss = sensitivity(output, batch)
@@ -71,19 +76,32 @@ def objective(sensitivity: Sensitivity, output: Any, batch: Any, mask: Tensor | 
             f"{tuple(values.shape)}. Pass forward= that moves the classes last, sensitivity='output', or a loss."
         )
     samples = len(values)
+    generator = _generator(batch, values.device)
     if sensitivity == "pooled":
-        return Objective(_pooled_signs(values, mask), samples)
+        return Objective(_pooled_signs(values, mask, generator), samples)
     if mask is not None and values.shape[:-1] == mask.shape:
         values = values[mask.to(values.device)]
     if sensitivity == "output":
-        signs = torch.randint(2, values.shape, device=values.device, dtype=torch.int8) * 2 - 1
+        signs = _signs(values, generator)
         return Objective((values.float() * signs).sum(), samples)
     log_likelihood = values.flatten(0, -2).float().log_softmax(-1)  # (draws, classes)
-    labels = torch.multinomial(log_likelihood.detach().exp(), 1)
+    labels = torch.multinomial(log_likelihood.detach().exp(), 1, generator=generator)
     return Objective(-log_likelihood.gather(-1, labels).sum(), len(labels))
 
 
-def _pooled_signs(values: Tensor, mask: Tensor | None) -> Tensor:
+def _generator(batch: Any, device: torch.device) -> torch.Generator:
+    """For one draw: seeded by torch's generator, the batch and the rank."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    rank = torch.distributed.get_rank() if distributed else 0
+    seed = digest([int(torch.randint(2**62, (), device="cpu")), rank, batch])
+    return torch.Generator(device).manual_seed(int(seed[:15], 16))
+
+
+def _signs(values: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randint(2, values.shape, generator=generator, device=values.device, dtype=torch.int8) * 2 - 1
+
+
+def _pooled_signs(values: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
     """Random signs times every row, plus random signs times the direction of their mean; a scalar.
 
     Calibration sums the effects of single rows on the loss. That underestimates errors which the rows of a sample have
@@ -101,8 +119,7 @@ def _pooled_signs(values: Tensor, mask: Tensor | None) -> Tensor:
     real = torch.ones_like(values[..., :1]) if mask is None else mask.to(values).unsqueeze(-1)
     total = (values * real).sum(1)  # (batch, features)
     direction = F.normalize(total, dim=-1) * (MEAN_SCALE * total.detach().norm(dim=-1, keepdim=True))
-    of_rows = torch.randint_like(values, 2) * 2 - 1
-    of_mean = torch.randint_like(direction, 2) * 2 - 1
+    of_rows, of_mean = _signs(values, generator), _signs(direction, generator)
     return (values * of_rows * real).sum() + (direction * of_mean).sum()
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from ..files import digests, open_tensors, read_header, read_tensor, replacing, write_tensors
 
 _FORMAT = "lowrank_ops.covariances/2"
 _FORMAT_1 = "lowrank_ops.covariances/1"
@@ -67,6 +67,25 @@ class Moments:
                 moment *= varies.unsqueeze(-1) & varies.unsqueeze(-2)
         return moment
 
+    def check(self) -> None:
+        """Raise ValueError for what no rows have as their sums; the message has no subject."""
+        second_moment, total, count = self.second_moment, self.total, self.count
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            raise ValueError(f"has count {count!r}, which is not a number of rows")
+        for name, sums in (("second_moment", second_moment), ("total", total)):
+            if sums.dtype not in (torch.float32, torch.float64) or sums.dtype != total.dtype:
+                raise ValueError(f"has a {name} of {sums.dtype}; both sums must be float64, or both float32")
+        if total.dim() not in (1, 2) or second_moment.shape != (*total.shape, total.shape[-1]):
+            raise ValueError(
+                f"has a second_moment of shape {tuple(second_moment.shape)} and a total of {tuple(total.shape)}; they "
+                "must be (features, features) and (features,), with groups before both"
+            )
+        for name, sums in (("second_moment", second_moment), ("total", total)):
+            if not bool(sums.isfinite().all()):
+                raise ValueError(f"has NaN or inf in its {name}")
+        if bool((second_moment.diagonal(dim1=-2, dim2=-1) < 0).any()):
+            raise ValueError("has a negative sum of squares in its second_moment")
+
     def plus(self, other: Moments) -> Moments:
         """The sums over the rows of both, in the dtype of this one."""
         return Moments(
@@ -98,6 +117,20 @@ class LayerStatistics:
         """``{field: Moments}`` of what was streamed."""
         found = {name: getattr(self, name) for name in _MOMENTS}
         return {name: moments for name, moments in found.items() if moments is not None}
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """``{field: dtype of its sums}``."""
+        return {name: moments.second_moment.dtype for name, moments in self.moments().items()}
+
+    def check(self) -> None:
+        """Raise ValueError for sums that no rows have; the message begins with the field."""
+        if self.side not in SIDES:
+            raise ValueError(f"side is {self.side!r}, not one of {', '.join(map(repr, SIDES))}")
+        for name, moments in self.moments().items():
+            try:
+                moments.check()
+            except ValueError as error:
+                raise ValueError(f"{name} {error}") from None
 
 
 _MOMENTS = tuple(field.name for field in fields(LayerStatistics) if field.name != "side")
@@ -184,12 +217,21 @@ class Covariances(Mapping[str, LayerStatistics]):
         """Sum over the processes of ``torch.distributed``, in place; every process ends with the whole.
 
         Raises:
-            ValueError: the processes hold different layers, as when one of them never reached a layer.
+            ValueError: the processes hold different layers, as when one of them never reached a layer, or sums of
+                different dtypes; raised in every process, before any sum is changed.
         """
-        layouts: list[object] = [None] * torch.distributed.get_world_size(group)
-        torch.distributed.all_gather_object(layouts, self._layout(), group=group)
+        mine = [(fqn, part, self[fqn].dtypes()) for fqn, part in self._layout().items()]
+        layouts: list[Any] = [None] * torch.distributed.get_world_size(group)
+        torch.distributed.all_gather_object(layouts, mine, group=group)
         if any(layout != layouts[0] for layout in layouts):
-            raise ValueError("all_reduce_ needs the same layers, sides and sharing in every process; they differ.")
+            # A layer counts at its place: the order decides which sums meet.
+            rows = zip_longest(*layouts, fillvalue=("(no layer)",))
+            differ = sorted({row[0] for at_place in rows for row in at_place if row != at_place[0]})
+            raise ValueError(
+                "all_reduce_ needs the same layers, sides, sharing and dtype in every process; they differ at "
+                f"{', '.join(differ)}. Calibrate every process with the same arguments, and with batches that reach "
+                "the same layers."
+            )
         for moments in self._distinct():
             count = torch.tensor(moments.count, device=moments.total.device)
             for tensor in (moments.second_moment, moments.total, count):
@@ -198,13 +240,17 @@ class Covariances(Mapping[str, LayerStatistics]):
         return self
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file."""
+        """Write one safetensors file: the whole file, or on an exception nothing.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
         distinct = self._distinct()
         index = {id(moments): i for i, moments in enumerate(distinct)}
         tensors = {}
         for i, moments in enumerate(distinct):
-            tensors[f"{i}.second_moment"] = moments.second_moment.contiguous().cpu()
-            tensors[f"{i}.total"] = moments.total.contiguous().cpu()
+            tensors[f"{i}.second_moment"] = moments.second_moment
+            tensors[f"{i}.total"] = moments.total
         header = {
             "format": _FORMAT,
             "counts": [moments.count for moments in distinct],
@@ -214,42 +260,61 @@ class Covariances(Mapping[str, LayerStatistics]):
             },
             "unreached": self.unreached,
             "skipped": self.skipped,
+            "checksums": digests(tensors),
         }
-        Path(path).touch()
-        mode = Path(path).stat().st_mode
-        save_file(tensors, path, metadata={"lowrank_ops": json.dumps(header)})
-        Path(path).chmod(mode)  # safetensors makes files private
+        with replacing(Path(path)) as (file,):
+            write_tensors(file, tensors, header)
 
     @classmethod
-    def load(cls, path: str | Path) -> Covariances:
+    def load(cls, path: str | Path, *, verify: bool = True) -> Covariances:
         """Read what :meth:`save` wrote, by this version or an earlier one.
+
+        Args:
+            path: of the file.
+            verify: compare the tensors with their checksums, which reads every byte; version 1 has none.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is truncated or was not written by :meth:`save`.
+            ValueError: the file is damaged, was not written by :meth:`save`, or holds sums that no rows have.
         """
         try:
-            with safe_open(path, framework="pt") as file:
-                header = json.loads((file.metadata() or {})["lowrank_ops"])
+            with open_tensors(path) as file:
+                header = read_header(file, verify=verify)
+                checksums = None
                 if header["format"] == _FORMAT_1:
                     header = _from_format_1(header)
                 elif header["format"] != _FORMAT:
                     raise ValueError(f"its format is {header['format']!r}, this version reads {_FORMAT!r}")
+                elif verify:
+                    checksums = header["checksums"]
+                _check_header(header)
                 moments = [
-                    Moments(file.get_tensor(f"{i}.second_moment"), file.get_tensor(f"{i}.total"), count)
+                    Moments(
+                        read_tensor(file, f"{i}.second_moment", checksums),
+                        read_tensor(file, f"{i}.total", checksums),
+                        count,
+                    )
                     for i, count in enumerate(header["counts"])
                 ]
-                layers = {
-                    fqn: LayerStatistics(
-                        entry["side"], **{name: moments[entry[name]] for name in _MOMENTS if name in entry}
-                    )
-                    for fqn, entry in header["layers"].items()
-                }
-                return cls(layers, tuple(header["unreached"]), header["skipped"])
+            layers = {
+                fqn: LayerStatistics(
+                    entry["side"], **{name: moments[entry[name]] for name in _MOMENTS if name in entry}
+                )
+                for fqn, entry in header["layers"].items()
+            }
+            for fqn, layer in layers.items():
+                try:
+                    layer.check()
+                except ValueError as error:
+                    raise ValueError(f"layer {fqn!r}: {error}") from None
         except FileNotFoundError:
             raise
-        except (SafetensorError, KeyError, IndexError, TypeError, ValueError, OSError) as error:
-            raise ValueError(f"path {str(path)!r} is not a whole file written by Covariances.save: {error}.") from None
+        except ValueError as error:
+            raise ValueError(
+                f"path {str(path)!r} is not a whole file written by Covariances.save: {error}. Copy it again, or "
+                "calibrate again."
+            ) from None
+        return cls(layers, tuple(header["unreached"]), header["skipped"])
 
     def _distinct(self) -> list[Moments]:
         """All moments, each once, in an order that equal layouts share."""
@@ -270,13 +335,37 @@ class Covariances(Mapping[str, LayerStatistics]):
         }
 
 
+def _check_header(header: Mapping[str, Any]) -> None:
+    """Raise ValueError for a header that :meth:`Covariances.save` does not write."""
+    counts, layers = header["counts"], header["layers"]
+    if not isinstance(counts, list) or not isinstance(layers, dict):
+        raise ValueError("its 'counts' or 'layers' has the wrong type")
+    for fqn, entry in layers.items():
+        if not isinstance(entry, dict) or set(entry) - {"side", *_MOMENTS} or not {"side", "activations"} <= set(entry):
+            raise ValueError(f"its entry of layer {fqn!r} is not one of {{side, activations, ...}}: {entry!r}")
+        for name in set(entry) - {"side"}:
+            index = entry[name]
+            if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(counts):
+                raise ValueError(f"layer {fqn!r} has {name} {index!r}, which is not one of its {len(counts)} moments")
+    used = {entry[name] for entry in layers.values() for name in set(entry) - {"side"}}
+    if len(used) != len(counts):
+        raise ValueError("it holds moments of no layer")
+    unreached, skipped = header["unreached"], header["skipped"]
+    if not isinstance(unreached, list) or not all(isinstance(fqn, str) for fqn in unreached):
+        raise ValueError("its 'unreached' is not a list of names")
+    if not isinstance(skipped, dict) or not all(isinstance(reason, str) for reason in skipped.values()):
+        raise ValueError("its 'skipped' is not a mapping of names to reasons")
+
+
 def _from_format_1(header: Mapping[str, Any]) -> dict[str, Any]:
     """A header of version 1, where ``side`` also said what the moments were of, in the present form."""
     fields_of = {"gradient": "output_gradients"} | {f"weighted {side}": "token_weighted" for side in SIDES}
     layers: dict[str, dict[str, Any]] = {fqn: {} for fqn in header["order"]}
     for index, entry in enumerate(header["entries"]):
         for fqn in entry["layers"]:
-            if fqn not in layers:  # a gradient of a layer that no row reached
+            if fqn not in layers:
+                if entry["side"] in SIDES or fqn not in header["unreached"]:  # a gradient may be of an unreached layer
+                    raise ValueError(f"it holds moments of layer {fqn!r}, which is not one of its layers")
                 continue
             if entry["side"] in SIDES:
                 layers[fqn] |= {"side": entry["side"], "activations": index}

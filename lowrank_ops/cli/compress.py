@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from ..config import (
     RankPolicy,
     Ranks,
 )
+from ..files import parse_json
 from ..layers.latency import measure_latency
 from ..midpoint import recalibrate
 from ..reconstruction import SequentialReconstruction
@@ -187,7 +187,7 @@ def _policy(options: argparse.Namespace) -> RankPolicy | None:
     if options.ranks is None:
         return ParameterBudget(0.5, allocation)
     try:
-        ranks = json.loads(options.ranks.read_text(encoding="utf-8"))
+        ranks = parse_json(options.ranks.read_bytes())
     except ValueError as error:
         raise Failure(2, f"--ranks: {str(options.ranks)!r} is not JSON: {error}") from None
     if not isinstance(ranks, dict):

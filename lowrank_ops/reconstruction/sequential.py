@@ -6,18 +6,13 @@ their calls, each layer corrects those errors as far as its input determines the
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -25,15 +20,17 @@ from ..calibration.call_weights import CallWeights, call_weights
 from ..calibration.objectives import Sensitivity, check_sensitivity
 from ..calibration.statistics import LayerStatistics, Moments, NonFiniteActivationError
 from ..factors.projections import Factors
+from ..files import digest, digests, open_tensors, read_header, read_tensor, replacing, write_tensors
 from ..layers import LowRankConv2d, LowRankLinear
 from ..layers.replace import replaced
-from ..models.layers import find_layers, input_rows, weight_matrix
+from ..models.layers import bias_vector, find_layers, input_rows, weight_matrix
 from ..models.masks import Mask, real_rows
 from ..models.running import call_model
 from .paired_runs import Group, PairedRuns, find_chains
 from .regression import PairedSums, reconstruct_layers
 
-_FORMAT = "lowrank_ops.reconstruction/2"
+_FORMAT = "lowrank_ops.reconstruction/3"
+_TENSORS = ("down", "up", "bias")  # of Factors
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,8 @@ class SequentialReconstruction:
             by cross-validation between the even and the odd batches (between two halves if there is one batch).
         mask, forward: as for :func:`lowrank_ops.calibrate`.
         blocks: names of the containers whose children are the blocks, such as ``"encoder.layer"``; None finds them.
-        checkpoint: file written after every block. If it exists, the run resumes from it and gives the same factors.
+        checkpoint: file written after every block. If it exists, the run resumes from it and gives the same factors,
+            provided that weights, batches and settings are the same, which is checked.
         max_state_bytes: bound on the sums of one group of layers that share their input: twice (2 in_features)^2
             float64 numbers, or less if the outputs are narrower. With token weights every layer has sums of its own.
 
@@ -126,8 +124,8 @@ def reconstruct_factors(
     found, _ = find_layers(model)
     layers = {fqn: found[fqn] for fqn in factors}
     chains = find_chains(model, layers) if settings.blocks is None else _containers(model, settings.blocks)
-    identity = _identity(layers, factors, len(batches), centered, ridge, sensitivity)
-    done = {} if checkpoint is None else _resume(Path(checkpoint), identity)
+    identity = {} if checkpoint is None else _identity(layers, factors, batches, centered, ridge, sensitivity)
+    done = {} if checkpoint is None else _resume(Path(checkpoint), identity, layers)
     new, kept = dict(factors), dict.fromkeys(layers, "the first batch did not reach it")
     by_loss = {
         fqn: layer
@@ -285,67 +283,80 @@ def _containers(model: nn.Module, blocks: str | Sequence[str]) -> list[str]:
 def _identity(
     layers: Mapping[str, nn.Module],
     factors: Mapping[str, Factors],
-    batches: int,
+    batches: Sequence[Any],
     centered: bool,
     ridge: float | None,
     sensitivity: Sensitivity | None,
 ) -> dict[str, Any]:
     """What must be equal for a checkpoint to be resumed."""
-    digest = hashlib.sha256()
-    for layer in layers.values():  # enough of every weight to identify the model
-        digest.update(weight_matrix(layer).reshape(-1)[:256].double().cpu().numpy().tobytes())
+    weights = {fqn: (weight_matrix(layer), bias_vector(layer)) for fqn, layer in layers.items()}
     return {
         "ranks": {fqn: part.rank for fqn, part in factors.items()},
         "projections": {fqn: part.projection for fqn, part in factors.items()},
-        "batches": batches,
+        "batches": [digest(batch) for batch in batches],
         "centered": centered,
         "ridge": ridge,
         "sensitivity": "a function" if callable(sensitivity) else sensitivity,
-        "weights": digest.hexdigest(),
+        "weights": digest(weights),
     }
 
 
 def _save(path: Path, identity: dict[str, Any], done: Mapping[str, Factors]) -> None:
     """Write the factors fitted so far; a crash leaves the old file or the new one."""
-    tensors, entries = {}, {}
+    tensors: dict[str, Tensor] = {}
+    entries = {}
     for fqn, part in done.items():
-        for name in ("down", "up", "bias"):
-            tensor = getattr(part, name)
-            if tensor is not None:
-                tensors[f"{fqn}.{name}"] = tensor.contiguous().cpu()
-        names = (
-            "rank", "projection", "predicted_error", "output_variance", "predicted_loss", "reconstructed",
-        )  # fmt: skip
-        entries[fqn] = {name: getattr(part, name) for name in names}
-    header = {"format": _FORMAT, "settings": identity, "layers": entries}
-    partial = path.with_name(path.name + ".part")
-    save_file(tensors, partial, metadata={"lowrank_ops": json.dumps(header)})
-    os.replace(partial, path)
+        tensors |= {f"{fqn}.{name}": value for name in _TENSORS if (value := getattr(part, name)) is not None}
+        entries[fqn] = {field.name: getattr(part, field.name) for field in fields(part) if field.name not in _TENSORS}
+    header = {"format": _FORMAT, "settings": identity, "layers": entries, "checksums": digests(tensors)}
+    with replacing(path) as (file,):
+        write_tensors(file, tensors, header)
 
 
-def _resume(path: Path, identity: dict[str, Any]) -> dict[str, Factors]:
+def _resume(path: Path, identity: dict[str, Any], layers: Mapping[str, nn.Module]) -> dict[str, Factors]:
     if not path.parent.is_dir():
         raise ValueError(f"checkpoint {str(path)!r} is in a folder that does not exist; create it first.")
     if not path.exists():
         return {}
     try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {})["lowrank_ops"])
-            known = header["format"] == _FORMAT
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+        with open_tensors(path) as file:
+            header = read_header(file)
+            if header["format"] == _FORMAT:
+                settings, checksums = dict(header["settings"]), dict(header["checksums"])
+                tensors = {name: read_tensor(file, name, checksums) for name in checksums}
+                done = {fqn: _stored(fqn, entry, tensors) for fqn, entry in header["layers"].items()}
+    except (ValueError, OSError) as error:
         raise ValueError(f"checkpoint {str(path)!r} cannot be read: {error}. Delete it to start again.") from None
-    if not known:
+    if header["format"] != _FORMAT:
         raise ValueError(
             f"checkpoint {str(path)!r} was not written by a reconstruction of this version. Name another file."
         )
-    differ = [name for name, value in identity.items() if header["settings"].get(name) != value]
+    differ = [name for name, value in identity.items() if settings.get(name) != value]
     if differ:
         raise ValueError(
             f"checkpoint {str(path)!r} is of another run: its {', '.join(differ)} differ. Use the same arguments to "
             "resume it, or delete it to start again."
         )
-    return {
-        fqn: Factors(tensors[f"{fqn}.down"], tensors[f"{fqn}.up"], tensors.get(f"{fqn}.bias"), **entry)
-        for fqn, entry in header["layers"].items()
-    }
+    for fqn, part in done.items():
+        if fqn not in layers or not _fits(part, identity["ranks"][fqn], layers[fqn]):
+            raise ValueError(
+                f"checkpoint {str(path)!r} is damaged: its factors of {fqn!r} do not fit the layer. Delete it to start "
+                "again."
+            )
+    return done
+
+
+def _stored(fqn: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Factors:
+    part = Factors(**{name: tensors.get(f"{fqn}.{name}") for name in _TENSORS}, **entry)  # type: ignore[arg-type]
+    for value in (part.down, part.up, *([] if part.bias is None else [part.bias])):
+        if not value.is_floating_point() or not bool(value.isfinite().all()):
+            raise ValueError(f"the factors of {fqn!r} are not finite numbers")
+    if not isinstance(part.output_variance, float) or not isinstance(part.predicted_error, (float, type(None))):
+        raise ValueError(f"the errors of {fqn!r} are not numbers")
+    return part
+
+
+def _fits(part: Factors, rank: int, layer: nn.Module) -> bool:
+    *groups, out_features, in_features = weight_matrix(layer).shape
+    shapes = ((*groups, part.rank, in_features), (*groups, out_features, part.rank))
+    return part.rank == rank and (part.down.shape, part.up.shape) == shapes

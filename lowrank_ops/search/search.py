@@ -15,6 +15,7 @@ from tqdm import tqdm
 from ..calibration.statistics import Covariances
 from ..compress import considered_layers, decompose, factorize_layers, resolved
 from ..config import CompressionConfig, ParameterBudget, Ranks, check_choice
+from ..files import digest
 from ..layers.replace import replaced
 from ..models.layers import FilterFn
 from ..models.running import training_flags_kept
@@ -22,7 +23,7 @@ from ..ranks.allocation import allocate
 from ..ranks.choose import ChosenRanks, Limits, limits_of
 from ..ranks.costs import PARAMETERS, Option, dense_parameters
 from ..subspaces.layer import LayerSubspaces
-from .trial_cache import TrialCache, digest
+from .trial_cache import TrialCache
 
 Measure = Callable[[ChosenRanks], float]
 

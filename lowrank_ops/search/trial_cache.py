@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor
-
+from ..files import parse_json, replacing
 from ..ranks.choose import ChosenRanks
 
 _FORMAT = "lowrank_ops.trials/1"
@@ -42,15 +42,17 @@ class TrialCache:
         return not self._path.exists() or not self._path.stat().st_size
 
     def _read(self) -> None:
-        text = self._path.read_bytes().decode("utf-8", errors="replace")
-        lines = text.split("\n")
-        whole, torn = lines[:-1], lines[-1]  # a crash may have cut the last line
+        content = self._path.read_bytes()
+        if b"\n" not in content and self._first_line().startswith(content):  # a crash has cut the first line
+            self._path.write_bytes(b"")
+            return
+        *whole, torn = content.split(b"\n")  # a crash may have cut the last line
         try:
-            head, *trials = [json.loads(line) for line in whole]
+            head, *trials = [parse_json(line) for line in whole]
             if head["format"] != _FORMAT:
                 raise KeyError("format")
             key = dict(head["key"])
-            self._accuracies = {_name(trial["ranks"]): float(trial["accuracy"]) for trial in trials}
+            self._accuracies = dict(map(_trial, trials))
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"cache={str(self._path)!r} is not a trial cache; name another file.") from None
         differing = [part for part in {**key, **self._key} if key.get(part) != self._key.get(part)]
@@ -60,7 +62,11 @@ class TrialCache:
                 "file, or delete this one. (Calibrating again can change covariances: keep them by Covariances.save.)"
             )
         if torn:
-            self._path.write_text("\n".join(whole) + "\n", encoding="utf-8")
+            with replacing(self._path) as (file,):
+                file.write(b"\n".join([*whole, b""]))
+
+    def _first_line(self) -> bytes:
+        return _line({"format": _FORMAT, "key": self._key})
 
     def __len__(self) -> int:
         return len(self._accuracies)
@@ -73,27 +79,34 @@ class TrialCache:
             if name not in self._accuracies:
                 accuracy = measure(ranks)
                 if self._is_new():
-                    self._append({"format": _FORMAT, "key": self._key})
-                self._append({"ranks": ranks, "accuracy": accuracy})
+                    self._append(self._first_line())
+                self._append(_line({"ranks": ranks, "accuracy": accuracy}))
                 self._accuracies[name] = accuracy
             return self._accuracies[name]
 
         return cached_measure
 
-    def _append(self, line: Mapping[str, object]) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+    def _append(self, line: bytes) -> None:
+        with self._path.open("ab") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _line(values: Mapping[str, object]) -> bytes:
+    return json.dumps(values).encode() + b"\n"
+
+
+def _trial(values: Mapping[str, Any]) -> tuple[str, float]:
+    """The name and accuracy of a trial; raises for what :class:`TrialCache` does not write."""
+    ranks, accuracy = values["ranks"], values["accuracy"]
+    for rank in ranks.values() if isinstance(ranks, dict) else [ranks]:
+        if rank is not None and (type(rank) is not int or rank < 0):
+            raise ValueError(f"rank {rank!r}")
+    if type(accuracy) not in (int, float) or not math.isfinite(accuracy):
+        raise ValueError(f"accuracy {accuracy!r}")
+    return _name(ranks), float(accuracy)
 
 
 def _name(ranks: Mapping[str, int | None]) -> str:
     return json.dumps(dict(ranks), sort_keys=True)
-
-
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """A hash of names, shapes, dtypes and every byte."""
-    found = hashlib.sha256()
-    for name, tensor in tensors.items():
-        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        bytes_of = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-        found.update(bytes_of.numpy().data)
-    return found.hexdigest()[:16]

@@ -207,7 +207,7 @@ class LayerSubspaces:
         input_space: the space of ``statistics.activations``, if other layers share it; made here by default.
 
     Raises:
-        ValueError: the statistics do not fit the weight.
+        ValueError: the statistics do not fit the weight, or one of them is not finite.
     """
 
     def __init__(
@@ -225,6 +225,9 @@ class LayerSubspaces:
         self._variances: Tensor | None = None
         out_features, in_features = weight.shape[-2:]
         self.dimensions = Dimensions(weight.shape[0] if weight.dim() == 3 else 1, in_features, out_features)
+        statistics.check()
+        if not bool(weight.isfinite().all()):
+            raise ValueError("the layer's weight holds NaN or inf; repair the model, or leave the layer out.")
         sides = {
             "activations": statistics.side,
             "output_gradients": "output",
@@ -436,7 +439,7 @@ def layer_subspaces(
     """The spaces of every layer that has statistics; layers with a common input share its decomposition.
 
     Raises:
-        ValueError: the statistics do not fit their layer; the message names it.
+        ValueError: the statistics do not fit their layer, or one of them is not finite; the message names it.
     """
     shared: dict[tuple[int, torch.device], InputSpace] = {}
     found = {}

@@ -1,5 +1,6 @@
 """Second moments of output gradients, against autograd sample by sample, and the losses that give them."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lowrank_ops as lro
-from lowrank_ops.calibration.objectives import MEAN_SCALE, objective
+from lowrank_ops.calibration import objectives
+from lowrank_ops.calibration.objectives import MEAN_SCALE, _generator, _signs, objective
 from tests.calibration.comparing import assert_same_statistics
 
 
@@ -290,7 +292,7 @@ def test_pooled_signs_rows_and_the_direction_of_the_mean() -> None:
     assert not gradient[~mask].any()
 
     torch.manual_seed(0)
-    of_rows = torch.randint_like(values, 2) * 2 - 1
+    of_rows = _signs(values, _generator(None, values.device))
     of_mean = gradient - of_rows * mask.unsqueeze(-1)  # the same at all rows of a sample
     for sample, real in enumerate(mask):
         shared = of_mean[sample][real]
@@ -314,15 +316,51 @@ def test_pooled_needs_positions(shape: tuple[int, ...], mask: tuple[int, ...] | 
         objective("pooled", torch.randn(shape), None, None if mask is None else torch.ones(mask).bool())
 
 
-def test_pooled_gradients_exclude_padding() -> None:
+def test_pooled_gradients_exclude_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(objectives, "_generator", lambda batch, device: torch.Generator(device).manual_seed(0))
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5))
     rows, mask = torch.randn(3, 4, 6), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]])
     other = torch.where(mask.bool().unsqueeze(-1), rows, torch.randn(3, 4, 6))
     found = []
     for x in (rows, other):
-        torch.manual_seed(0)
         found.append(lro.calibrate(model, [x], sensitivity="pooled", mask=lambda args, kwargs: mask))
     for fqn in ("0", "2"):
         ours, theirs = (each[fqn].output_gradients for each in found)
         assert theirs.count == 3
         torch.testing.assert_close(theirs.second_moment, ours.second_moment)
+
+
+def gradient_error(found: lro.Covariances, expected: lro.Covariances) -> float:
+    """The relative error of G, layer "0"."""
+    moment, target = (part["0"].output_gradients.moment(centered=False) for part in (found, expected))
+    return float((moment - target).norm() / target.norm())
+
+
+@pytest.mark.parametrize("sensitivity", ["fisher", "output"])
+@pytest.mark.parametrize("as_mapping", [False, True])
+def test_merged_parts_seeded_alike_draw_independently(sensitivity: str, as_mapping: bool) -> None:
+    model = mlp()
+    x = torch.randn(400, 6).double()
+    batches: list[object] = [{"input": part} if as_mapping else part for part in x.split(1)]
+    torch.manual_seed(9)
+    expected = lro.calibrate(model, [x], sensitivity=sensitivity, num_probes=100)
+    parts = []
+    for batch in batches:
+        torch.manual_seed(0)
+        parts.append(lro.calibrate(model, [batch], sensitivity=sensitivity))
+    assert gradient_error(functools.reduce(lro.Covariances.merge, parts), expected) < 0.25
+    torch.manual_seed(0)
+    again = lro.calibrate(model, batches[-1:], sensitivity=sensitivity)
+    assert_same_statistics(again, parts[-1], 0)
+
+
+def test_processes_seeded_alike_draw_independently(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = torch.randn(64, 40, requires_grad=True)
+    seen = []
+    for rank in (0, 1, 2, 0):
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        torch.manual_seed(0)
+        seen.append(torch.autograd.grad(objective("fisher", values, values, None).loss, values)[0])
+    assert torch.equal(seen[0], seen[3])
+    assert not any(torch.equal(seen[a], seen[b]) for a, b in ((0, 1), (0, 2), (1, 2)))

@@ -12,6 +12,7 @@ from torch import nn
 
 import lowrank_ops as lro
 from lowrank_ops.calibration import Moments
+from lowrank_ops.files import digests, open_tensors, read_header, replacing, write_tensors
 from tests.calibration.comparing import assert_same_statistics, shared_inputs
 
 
@@ -171,6 +172,109 @@ def test_unreadable_file_is_a_value_error(tmp_path, spoil):
         lro.Covariances.load(path)
 
 
+def rewritten(path, change):
+    """Write the file again after ``change(header, tensors)``, with right checksums."""
+    with open_tensors(path) as file:
+        header, tensors = read_header(file), {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    change(header, tensors)
+    header["checksums"] = digests(tensors)
+    with replacing(path) as (file,):
+        write_tensors(file, tensors, header)
+
+
+def entry(**values):
+    return lambda header, tensors: header["layers"]["a"].update(values)
+
+
+def sums(name, change):
+    return lambda header, tensors: tensors.update({name: change(tensors[name])})
+
+
+def at(value, *index):
+    def change(tensor):
+        tensor[index] = value
+        return tensor
+
+    return change
+
+
+IMPOSSIBLE = {
+    "negative count": (lambda header, tensors: header["counts"].__setitem__(1, -5), "layer 'a'.*count -5"),
+    "count as text": (lambda header, tensors: header["counts"].__setitem__(1, "7"), "count '7'"),
+    "no count": (lambda header, tensors: header["counts"].__setitem__(1, None), "count None"),
+    "half a count": (lambda header, tensors: header["counts"].__setitem__(1, 1.5), "count 1.5"),
+    "count as bool": (lambda header, tensors: header["counts"].__setitem__(1, True), "count True"),
+    "counts as mapping": (lambda header, tensors: header.update(counts={}), "'counts' or 'layers'"),
+    "layers as text": (lambda header, tensors: header.update(layers="abc"), "'counts' or 'layers'"),
+    "entry as list": (lambda header, tensors: header["layers"].update(a=[1]), "entry of layer 'a'"),
+    "index from the end": (entry(activations=-1), "'a' has activations -1"),
+    "index as bool": (entry(activations=True), "'a' has activations True"),
+    "index too large": (entry(activations=2), "'a' has activations 2"),
+    "other side": (entry(side="left"), "layer 'a': side is 'left'"),
+    "unknown field": (entry(sigma=1), "entry of layer 'a'"),
+    "moments of no layer": (lambda header, tensors: header["layers"].pop("conv"), "moments of no layer"),
+    "unreached as text": (lambda header, tensors: header.update(unreached="idle"), "'unreached'"),
+    "skipped as list": (lambda header, tensors: header.update(skipped=["attention"]), "'skipped'"),
+    "rectangular moment": (sums("1.second_moment", lambda t: t[:, :5]), r"layer 'a': activations has .*\(16, 5\)"),
+    "integers": (sums("1.second_moment", torch.Tensor.long), "second_moment of torch.int64"),
+    "complex": (sums("1.total", lambda t: t.to(torch.complex64)), "torch.complex64"),
+    "half precision": (sums("1.total", torch.Tensor.half), "torch.float16"),
+    "two dtypes": (sums("1.total", torch.Tensor.float), "both float32"),
+    "NaN beside the diagonal": (sums("1.second_moment", at(float("nan"), 2, 3)), "NaN or inf in its second_moment"),
+    "inf in the total": (sums("1.total", at(float("inf"), 2)), "NaN or inf in its total"),
+    "negative square": (sums("1.second_moment", at(-1.0, 2, 2)), "negative sum of squares"),
+}
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_sums_that_no_rows_have_are_refused(tmp_path, name):
+    change, message = IMPOSSIBLE[name]
+    path = tmp_path / "c.safetensors"
+    calibrated(images()).save(path)
+    rewritten(path, change)
+    with pytest.raises(ValueError, match=f"not a whole file written by Covariances.save: .*{message}"):
+        lro.Covariances.load(path)
+
+
+def test_every_flipped_bit_is_noticed(tmp_path):
+    path = tmp_path / "c.safetensors"
+    calibrated(images()).save(path)
+    content, expected, loaded = path.read_bytes(), lro.Covariances.load(path), 0
+    for position in torch.randint(len(content), (150,)).tolist():
+        changed = bytearray(content)
+        changed[position] ^= 1 << position % 8
+        path.write_bytes(changed)
+        try:
+            found = lro.Covariances.load(path)
+        except ValueError:
+            continue
+        loaded += 1  # a flip in what is not read
+        assert_same_statistics(found, expected, 0)
+        assert found.unreached == expected.unreached and found.skipped == expected.skipped
+    assert loaded < 5
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ValueError, match="differ from their checksum"):
+        lro.Covariances.load(path)
+    lro.Covariances.load(path, verify=False)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("where", ["second_moment", "total", "weight"])
+def test_what_is_not_finite_is_not_compressed(value, where):
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    covariances = lro.calibrate(model, [torch.randn(40, 16)], sensitivity="output")
+    before = copy.deepcopy(list(model.named_modules()))
+    with torch.no_grad():
+        if where == "weight":
+            model[2].weight[3, 3] = value
+        else:
+            getattr(covariances["2"].output_gradients, where)[..., 3] = value
+    for use in (lambda: lro.compress_(model, covariances, 8), lambda: lro.utilization(model, covariances)):
+        with pytest.raises(ValueError, match=r"covariances\['2'\]: .*NaN or inf"):
+            use()
+    assert [name for name, _ in before] == [name for name, _ in model.named_modules()]
+
+
 def test_missing_file_is_file_not_found(tmp_path):
     with pytest.raises(FileNotFoundError):
         lro.Covariances.load(tmp_path / "none.safetensors")
@@ -200,6 +304,14 @@ def _process(rank, folder):
         calibrated(x, model, side="output" if rank else "input").all_reduce_()
     except ValueError as error:
         Path(f"{folder}/{rank}.error").write_text(str(error))
+    for name, options in {"dtype": {"dtype": (torch.float64, torch.float32)[rank]}, "order": {}}.items():
+        covariances = calibrated(x, model, **options)
+        if name == "order" and rank:
+            covariances = lro.Covariances({fqn: covariances[fqn] for fqn in reversed(covariances)})
+        try:
+            covariances.all_reduce_()
+        except ValueError as error:
+            Path(f"{folder}/{rank}.{name}").write_text(str(error))
     torch.distributed.destroy_process_group()
 
 
@@ -214,3 +326,6 @@ def test_all_reduce_sums_over_processes():
             reduced = lro.Covariances.load(f"{folder}/{rank}.safetensors")
             assert_same_statistics(reduced, whole)
             assert "all_reduce_ needs the same layers" in Path(f"{folder}/{rank}.error").read_text()
+            for name, layers in {"dtype": "a, b, conv", "order": "b, conv"}.items():
+                text = Path(f"{folder}/{rank}.{name}").read_text()
+                assert "the same layers, sides, sharing and dtype" in text and f"differ at {layers}" in text

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import lowrank_ops as lro
-from lowrank_ops.search.trial_cache import TrialCache, digest
+from lowrank_ops.files import digest
+from lowrank_ops.search.trial_cache import TrialCache
 from tests.search.conftest import ParameterAccuracy
 
 

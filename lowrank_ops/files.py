@@ -1,0 +1,220 @@
+"""Files that are written whole or not at all, tensors with checksums, and JSON that may be damaged."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+_HEADER, _CHECKSUM = "lowrank_ops", "lowrank_ops.sha256"  # of safetensors metadata
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.complex64: "C64",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.bool: "BOOL",
+    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.float8_e8m0fnu: "F8_E8M0",
+}  # fmt: skip
+
+
+@contextmanager
+def replacing(*paths: Path) -> Iterator[list[BinaryIO]]:
+    """Open a temporary file beside each path; they replace the paths, in order, if the block ends without an exception.
+
+    Files and folder are flushed to the disk. A replaced file keeps its mode, a new one has the mode of the umask. On an
+    exception the temporary files are removed; those of killed processes are removed by the next call for their path.
+
+    Raises:
+        OSError: a file cannot be written; the old files are unchanged.
+    """
+    with ExitStack() as stack:
+        temporary = [stack.enter_context(_temporary(path)) for path in paths]
+        files = [file for file, _ in temporary]
+        yield files
+        for file in files:
+            file.flush()
+            os.fsync(file.fileno())
+        for path, (_, name) in zip(paths, temporary, strict=True):
+            os.replace(name, path)
+        for folder in {path.parent for path in paths}:
+            _sync_folder(folder)
+
+
+@contextmanager
+def _temporary(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
+    if path.exists() and not path.is_file():
+        raise OSError(f"{str(path)!r} is a folder or device, not a file that can be replaced.")
+    _remove_abandoned(path)
+    while True:
+        name = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+        file = os.fdopen(os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), "w+b")
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_nlink:
+            break
+        file.close()  # another process has removed it before it was locked
+    try:
+        if path.exists():
+            os.chmod(name, path.stat().st_mode & 0o777)
+        yield file, name
+    finally:
+        with contextlib.suppress(OSError):  # what could not be written fails again in close
+            file.close()
+        name.unlink(missing_ok=True)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove the temporary files for ``path`` that no living process has locked."""
+    with contextlib.suppress(OSError):
+        for other in path.parent.iterdir():
+            ours = other.name.startswith(f".{path.name}.") and other.name.endswith(".tmp")
+            if ours and other.is_file() and not other.is_symlink():
+                with contextlib.suppress(OSError), other.open("rb") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    other.unlink()
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    """Write a safetensors file whose metadata holds ``header`` as JSON, with a checksum of that JSON.
+
+    The library's own function writes to a path of its own choice, with mode 0600, and hides the cause of an OSError.
+
+    Raises:
+        ValueError: a tensor of a dtype that safetensors does not have.
+    """
+    text = json.dumps(header)
+    metadata = {"format": "pt", _HEADER: text, _CHECKSUM: hashlib.sha256(text.encode()).hexdigest()}
+    entries: dict[str, Any] = {"__metadata__": metadata}
+    # Wide dtypes first, which aligns every tensor.
+    names = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(f"{name!r} has dtype {tensor.dtype}, which safetensors files cannot hold.")
+        begin, end = end, end + tensor.numel() * tensor.dtype.itemsize
+        entries[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    head = json.dumps(entries).encode()
+    head += b" " * (-len(head) % 8)
+    file.write(len(head).to_bytes(8, "little") + head)
+    for name in names:
+        file.write(_bytes(tensors[name]))
+
+
+def read_header(file: Any, *, verify: bool = True) -> dict[str, Any]:
+    """The header of an open safetensors file that :func:`write_tensors` or an earlier version wrote.
+
+    Raises:
+        ValueError: there is none, or it differs from its checksum.
+    """
+    metadata = file.metadata() or {}
+    if _HEADER not in metadata:
+        raise ValueError("its header has no entry 'lowrank_ops'")
+    text = metadata[_HEADER]
+    if verify and _CHECKSUM in metadata and hashlib.sha256(text.encode()).hexdigest() != metadata[_CHECKSUM]:
+        raise ValueError("its header differs from the checksum of the header")
+    header = parse_json(text)
+    if not isinstance(header, dict):
+        raise ValueError(f"its header is a {type(header).__name__}")
+    return header
+
+
+def read_tensor(file: Any, name: str, checksums: Mapping[str, str] | None) -> Tensor:
+    """A tensor of an open safetensors file, compared with its checksum unless ``checksums`` is None.
+
+    Raises:
+        ValueError: they differ.
+    """
+    tensor = file.get_tensor(name)
+    if checksums is not None and checksums.get(name) != digest(tensor):
+        raise ValueError(f"the values of {name!r} differ from their checksum")
+    return tensor
+
+
+@contextmanager
+def open_tensors(path: str | Path) -> Iterator[Any]:
+    """Open a safetensors file; whatever is wrong with the file or what is read from it is a ValueError.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the reason, to be put after the name of the file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from None
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a value: of dtypes, shapes and bytes of tensors and arrays, nested in mappings, sequences and objects.
+
+    Of a function or a type only the name counts.
+    """
+    found = hashlib.sha256()
+    _update(found, value, [])
+    return found.hexdigest()
+
+
+def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """``{name: digest}``, the checksums of a header."""
+    return {name: digest(tensor) for name, tensor in tensors.items()}
+
+
+def _update(found: Any, value: Any, parents: Sequence[int]) -> None:
+    inner = [*parents, id(value)]
+    if isinstance(value, Tensor):
+        found.update(f"tensor {tuple(value.shape)} {value.dtype} ".encode())
+        found.update(_bytes(value))
+    elif isinstance(value, (str, bytes, int, float, complex, type(None))):
+        found.update(f"{value!r} ".encode())
+    elif id(value) in parents:
+        found.update(b"cycle ")
+    elif isinstance(value, (Mapping, tuple, list)):
+        parts = [part for item in value.items() for part in item] if isinstance(value, Mapping) else value
+        found.update(f"{len(parts)} parts ".encode())
+        for part in parts:
+            _update(found, part, inner)
+    elif hasattr(value, "tobytes"):  # an array
+        found.update(f"array {getattr(value, 'shape', None)} {getattr(value, 'dtype', None)} ".encode())
+        found.update(value.tobytes())
+    elif callable(value) or not isinstance(getattr(value, "__dict__", None), dict):
+        found.update(f"{getattr(value, '__qualname__', type(value).__qualname__)} ".encode())
+    else:
+        _update(found, vars(value), inner)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    tensor = tensor.detach().resolve_conj().resolve_neg()
+    return tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def parse_json(text: str | bytes) -> Any:
+    """``json.loads``; every failure is a ValueError.
+
+    Raises:
+        ValueError: the text is no JSON, or is nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("its JSON is nested too deeply") from None

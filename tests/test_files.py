@@ -1,0 +1,177 @@
+"""Files are written whole or not at all, with the user's mode, and leave nothing behind."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import lowrank_ops as lro
+from lowrank_ops.config import LayerLatencies
+from lowrank_ops.files import digest, open_tensors, parse_json, read_header, replacing, write_tensors
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+
+
+def batches() -> list[torch.Tensor]:
+    return [torch.ones(4, 64)]
+
+
+def finetune(path: Path) -> None:
+    lro.finetune_(model(), batches(), teacher=model().double().float(), steps=1, checkpoint=path)
+
+
+def reconstruct(path: Path) -> None:
+    dense = model()
+    settings = lro.SequentialReconstruction(batches(), checkpoint=path)
+    lro.compress_(dense, lro.calibrate(dense, batches()), 32, reconstruction=settings)
+
+
+def latencies(path: Path) -> None:
+    LayerLatencies("cpu", 1, {}, {f"layer {i}": {} for i in range(5000)}).save(path)
+
+
+WRITERS: dict[str, Callable[[Path], Any]] = {
+    "save_pretrained": lambda path: lro.save_pretrained(model(), path.parent),
+    "covariances": lambda path: lro.calibrate(model(), batches()).save(path),
+    "finetune_": finetune,
+    "reconstruction": reconstruct,
+    "latencies": latencies,
+}
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """No file may grow beyond 2,000 bytes, as on a disk that fills up."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_full_disk_is_an_oserror_and_leaves_nothing(tmp_path: Path, small_files: None, name: str) -> None:
+    with pytest.raises(OSError, match="File too large"):
+        WRITERS[name](tmp_path / "file")
+    assert not content(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", WRITERS)
+def test_files_are_synced_and_have_the_default_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    synced = []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (synced.append(os.fstat(descriptor).st_ino), fsync(descriptor)))
+    WRITERS[name](tmp_path / "file")
+    files = list(tmp_path.iterdir())
+    assert {file.stat().st_ino for file in [*files, tmp_path]} <= set(synced)
+    (tmp_path / "default").touch()
+    assert {file.stat().st_mode for file in files} == {(tmp_path / "default").stat().st_mode}
+
+
+@pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt])
+def test_an_exception_keeps_the_old_files(tmp_path: Path, kind: type[BaseException]) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(b"old")
+    with pytest.raises(kind), replacing(tmp_path / "a", tmp_path / "b") as files:
+        files[0].write(b"new" * 10000)
+        raise kind
+    assert content(tmp_path) == {"a": b"old", "b": b"old"}
+
+
+def test_a_killed_writer_leaves_the_old_file_and_no_litter(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"old")
+    process = os.fork()
+    if not process:
+        with replacing(tmp_path / "a") as (file,):
+            file.write(b"new" * 10000)
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(process, 0)
+    assert (tmp_path / "a").read_bytes() == b"old" and len(content(tmp_path)) == 2
+    with replacing(tmp_path / "a") as (file,):
+        file.write(b"newer")
+    assert content(tmp_path) == {"a": b"newer"}
+
+
+def test_a_living_writer_keeps_its_temporary_file(tmp_path: Path) -> None:
+    with replacing(tmp_path / "a") as (first,):
+        first.write(b"first")
+        with replacing(tmp_path / "a") as (second,):
+            second.write(b"second")
+    assert content(tmp_path) == {"a": b"first"}
+
+
+def test_a_replaced_file_keeps_its_mode(tmp_path: Path) -> None:
+    (tmp_path / "a").touch(0o600)
+    with replacing(tmp_path / "a") as (file,):
+        file.write(b"secret")
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o600
+
+
+def test_temporary_names_are_not_guessed(tmp_path: Path) -> None:
+    names = set()
+    for _ in range(3):
+        with replacing(tmp_path / "a"):
+            names |= {file.name for file in tmp_path.iterdir()} - {"a"}
+    assert len(names) == 3
+
+
+@pytest.mark.parametrize("bad", ["folder", "missing/file"])
+def test_paths_that_cannot_be_written_are_oserrors(tmp_path: Path, bad: str) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match=bad), replacing(tmp_path / bad):
+        raise AssertionError
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_tensors_of_every_dtype_are_read_back(tmp_path: Path) -> None:
+    tensors = {
+        str(dtype): torch.arange(12).view(3, 4).to(dtype)
+        for dtype in (torch.float64, torch.bfloat16, torch.float16, torch.int8, torch.bool, torch.complex64)
+    }
+    tensors |= {"transposed": torch.eye(5)[:2].T, "scalar": torch.tensor(3.0), "empty": torch.zeros(0, 4)}
+    tensors["float8"] = torch.ones(3).to(torch.float8_e4m3fn)
+    with replacing(tmp_path / "a") as (file,):
+        write_tensors(file, tensors, {"key": ["value"]})
+    found = load_file(tmp_path / "a")
+    assert {name: digest(tensor) for name, tensor in found.items()} == {n: digest(t) for n, t in tensors.items()}
+    with open_tensors(tmp_path / "a") as stored:
+        assert read_header(stored) == {"key": ["value"]}
+    with pytest.raises(ValueError, match=r"'a' has dtype torch.complex128"), replacing(tmp_path / "b") as (file,):
+        write_tensors(file, {"a": torch.zeros(2, dtype=torch.complex128)}, {})
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100000, '{"a":' * 100000, "[" * 100000 + "]" * 100000, "{", "", b"\xff\xfe\x00"]
+)
+def test_every_bad_json_is_a_value_error(text: str | bytes) -> None:
+    with pytest.raises(ValueError):
+        parse_json(text)
+
+
+def test_digests_see_values_at_any_depth() -> None:
+    class Batch:
+        def __init__(self, x: torch.Tensor) -> None:
+            self.x, self.own = x, self
+
+    x, other = torch.zeros(3), torch.tensor([0.0, 0.0, 1.0])
+    for wrap in (lambda x: {"a": [x, "b"]}, lambda x: (1, (x,)), Batch, lambda x: x.numpy(), lambda x: [x.tolist()]):
+        assert digest(wrap(x)) == digest(wrap(x.clone())) != digest(wrap(other))
+    assert digest([[x], x]) != digest([x, [x]]) and digest("1") != digest(1)
