@@ -35,7 +35,7 @@ def finetune(path: Path) -> None:
 def reconstruct(path: Path) -> None:
     dense = model()
     settings = lro.SequentialReconstruction(batches(), checkpoint=path)
-    lro.compress_(dense, lro.calibrate(dense, batches()), 32, reconstruction=settings)
+    lro.compress_(dense, lro.calibrate(dense, batches()), 8, reconstruction=settings)
 
 
 def latencies(path: Path) -> None:
@@ -136,7 +136,7 @@ def test_temporary_names_are_not_guessed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bad", ["folder", "missing/file"])
 def test_paths_that_cannot_be_written_are_oserrors(tmp_path: Path, bad: str) -> None:
     (tmp_path / "folder").mkdir()
-    with pytest.raises(OSError, match=bad), replacing(tmp_path / bad):
+    with pytest.raises(OSError, match=bad.split("/")[0]), replacing(tmp_path / bad):
         raise AssertionError
     assert os.listdir(tmp_path) == ["folder"]
 

@@ -72,9 +72,11 @@ class Moments:
         second_moment, total, count = self.second_moment, self.total, self.count
         if isinstance(count, bool) or not isinstance(count, int) or count < 0:
             raise ValueError(f"has count {count!r}, which is not a number of rows")
-        for name, sums in (("second_moment", second_moment), ("total", total)):
-            if sums.dtype not in (torch.float32, torch.float64) or sums.dtype != total.dtype:
-                raise ValueError(f"has a {name} of {sums.dtype}; both sums must be float64, or both float32")
+        if second_moment.dtype != total.dtype or total.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"has a second_moment of {second_moment.dtype} and a total of {total.dtype}; both must be float64, or "
+                "both float32"
+            )
         if total.dim() not in (1, 2) or second_moment.shape != (*total.shape, total.shape[-1]):
             raise ValueError(
                 f"has a second_moment of shape {tuple(second_moment.shape)} and a total of {tuple(total.shape)}; they "

@@ -307,7 +307,7 @@ def _process(rank, folder):
     for name, options in {"dtype": {"dtype": (torch.float64, torch.float32)[rank]}, "order": {}}.items():
         covariances = calibrated(x, model, **options)
         if name == "order" and rank:
-            covariances = lro.Covariances({fqn: covariances[fqn] for fqn in reversed(covariances)})
+            covariances = lro.Covariances({fqn: covariances[fqn] for fqn in reversed(list(covariances))})
         try:
             covariances.all_reduce_()
         except ValueError as error:
@@ -326,6 +326,6 @@ def test_all_reduce_sums_over_processes():
             reduced = lro.Covariances.load(f"{folder}/{rank}.safetensors")
             assert_same_statistics(reduced, whole)
             assert "all_reduce_ needs the same layers" in Path(f"{folder}/{rank}.error").read_text()
-            for name, layers in {"dtype": "a, b, conv", "order": "b, conv"}.items():
+            for name, layers in {"dtype": "a, b, conv", "order": "a, b, conv"}.items():
                 text = Path(f"{folder}/{rank}.{name}").read_text()
                 assert "the same layers, sides, sharing and dtype" in text and f"differ at {layers}" in text

@@ -11,6 +11,7 @@ from torch import nn
 
 import lowrank_ops as lro
 from lowrank_ops.factors import Factors
+from lowrank_ops.files import digests, open_tensors, read_header, replacing, write_tensors
 from lowrank_ops.reconstruction import SequentialReconstruction, sequential
 from lowrank_ops.reconstruction.regression import PairedSums, reconstruct_layers
 from tests.reconstruction.models import deep, one_shot, reconstruct, state_of
@@ -133,6 +134,56 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
         reconstruct(model, factors, batches, checkpoint=tmp_path / "no" / "file")
     lro.calibrate(model, batches).save(path)
     with pytest.raises(ValueError, match="was not written by a reconstruction"):
+        reconstruct(model, factors, batches, checkpoint=path)
+
+
+def test_every_value_of_weights_and_batches_counts(tmp_path: Path) -> None:
+    model, draw = deep(2)
+    batches = draw(2)
+    factors = one_shot(model, batches, None)
+    path = tmp_path / "factors.safetensors"
+    reconstruct(model, factors, batches, checkpoint=path)
+    others = copy.deepcopy(batches)
+    others[1][0][-1, -1] += 1e-6
+    with pytest.raises(ValueError, match="its batches differ"):
+        reconstruct(model, factors, others, checkpoint=path)
+    for name in ("weight", "bias"):
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            getattr(other[1][0], name).view(-1)[-1] += 1e-6
+        with pytest.raises(ValueError, match="its weights differ"):
+            reconstruct(other, factors, batches, checkpoint=path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda header, tensors: header.update(settings=[]),
+        lambda header, tensors: header.pop("layers"),
+        lambda header, tensors: header.update(layers=3),
+        lambda header, tensors: header["layers"]["0.0"].update(more=1),
+        lambda header, tensors: header["layers"]["0.0"].update(rank=99),
+        lambda header, tensors: header["layers"]["0.0"].update(output_variance="1"),
+        lambda header, tensors: header["layers"].update(other=header["layers"]["0.0"]),
+        lambda header, tensors: tensors.pop("0.0.down"),
+        lambda header, tensors: tensors.update({"0.0.down": torch.zeros(3, 3)}),
+        lambda header, tensors: tensors.update({"0.0.up": tensors["0.0.up"] * float("nan")}),
+        lambda header, tensors: tensors.update({"0.0.up": tensors["0.0.up"].long()}),
+    ],
+)
+def test_damaged_checkpoints_are_refused(tmp_path: Path, change: Any) -> None:
+    model, draw = deep(2)
+    batches = draw(2)
+    factors = one_shot(model, batches, None)
+    path = tmp_path / "factors.safetensors"
+    reconstruct(model, factors, batches, checkpoint=path)
+    with open_tensors(path) as file:
+        header, tensors = read_header(file), {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    change(header, tensors)
+    header["checksums"] = digests(tensors)
+    with replacing(path) as (file,):
+        write_tensors(file, tensors, header)
+    with pytest.raises(ValueError, match=r"factors\.safetensors' .*[Dd]elete it to start again"):
         reconstruct(model, factors, batches, checkpoint=path)
 
 

@@ -136,3 +136,35 @@ def test_digests_depend_on_every_byte() -> None:
         {"a": torch.eye(3)},
     ]
     assert plain == digest({"a": torch.zeros(3, 2).T}) and len({plain, *map(digest, others)}) == 5
+
+
+@pytest.mark.parametrize(
+    "trial",
+    [
+        '{"ranks": {"a": 8}, "accuracy": NaN}',
+        '{"ranks": {"a": 8}, "accuracy": "0.5"}',
+        '{"ranks": {"a": -8}, "accuracy": 0.5}',
+        '{"ranks": {"a": true}, "accuracy": 0.5}',
+        '{"ranks": [8], "accuracy": 0.5}',
+        "[" * 100000 + "]" * 100000,
+    ],
+)
+def test_trials_of_wrong_values_are_refused(tmp_path: Path, trial: str) -> None:
+    path = tmp_path / "trials"
+    TrialCache(path, {}).cached(lambda ranks: 0.5)({"a": 4})
+    path.write_text(path.read_text() + trial + "\n")
+    with pytest.raises(ValueError, match="is not a trial cache"):
+        TrialCache(path, {})
+
+
+def test_a_cache_that_a_kill_cut_anywhere_resumes(tmp_path: Path) -> None:
+    path = tmp_path / "trials"
+    measure = TrialCache(path, {"model": "a"}).cached(lambda ranks: 0.5)
+    measure({"a": 4}), measure({"a": 8})
+    content = path.read_bytes()
+    for end in range(len(content)):
+        path.write_bytes(content[:end])
+        cache = TrialCache(path, {"model": "a"})
+        assert len(cache) == max(content[:end].count(b"\n") - 1, 0)
+        cache.cached(lambda ranks: 0.5)({"a": 8})
+        assert len(TrialCache(path, {"model": "a"})) == len(cache)

@@ -1,8 +1,9 @@
 """Fine-tuning learns, keeps the rank, resumes exactly, and leaves the teacher unchanged."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -304,6 +305,38 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path: Path) -> None:
     torch.save({"weights": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="was not written by finetune_"):
         lro.finetune_(network(), data(2), **arguments)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state.pop("settings"),
+        lambda state: state.update(settings=None),
+        lambda state: state.pop("losses"),
+        lambda state: state.update(losses=[0.1] * 99),
+        lambda state: state.update(losses=[float("nan")] * 2),
+        lambda state: state.update(taken=-1),
+        lambda state: state.update(optimizer=None),
+        lambda state: state["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)),
+        lambda state: state["optimizer"]["state"][0].pop("step"),
+        lambda state: state.update(student=torch.zeros(2)),
+        lambda state: next(iter(state["student"].values())).fill_(float("inf")),
+        lambda state: state.update(random=[torch.zeros(3)]),
+        lambda state: state.update(epoch_random=None),
+    ],
+)
+def test_damaged_checkpoints_are_refused(tmp_path: Path, change: Callable[[Any], object]) -> None:
+    path = tmp_path / "run.pt"
+    arguments = {"loss": cross_entropy, "forward": first, "checkpoint": path}
+    lro.finetune_(network(), data(2), **arguments)
+    state = torch.load(path, weights_only=True)
+    change(state)
+    torch.save(state, path)
+    student = network()
+    before = copy.deepcopy(student.state_dict())
+    with pytest.raises(ValueError, match=r"run\.pt' is damaged: .*delete it to start over"):
+        lro.finetune_(student, data(2), **arguments)
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
 
 
 def test_mixed_precision_trains() -> None:
