@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from lowrank_ops.subspaces import Subspace
-from lowrank_ops.subspaces.principal import noise_of_sums, principal_directions, singular_directions, square_root
+from lowrank_ops.subspaces.principal import (
+    congruence,
+    lower_product,
+    noise_of_sums,
+    principal_directions,
+    singular_directions,
+    square_root,
+    times_root,
+)
 
 
 def moment_with(*spectrum: float) -> Tensor:
@@ -100,3 +108,14 @@ def test_released_directions_are_recomputed_and_spectra_kept() -> None:
     space.release()
     assert space.held_bytes() == 0 and space.spectrum is spectrum and len(calls) == 1
     assert torch.equal(space.basis, basis) and len(calls) == 2
+
+
+@pytest.mark.parametrize("n", [1, 64, 65, 600])
+@pytest.mark.parametrize("groups", [(), (2,)])
+def test_half_products_are_the_whole_ones(n: int, groups: tuple[int, ...]) -> None:
+    matrix = torch.randn(*groups, n, 5).double()
+    moment = matrix @ matrix.mT + torch.eye(n).double()
+    torch.testing.assert_close(lower_product(matrix, matrix.mT).tril(), (matrix @ matrix.mT).tril())
+    torch.testing.assert_close(congruence(moment, matrix), matrix.mT @ moment @ matrix)
+    for root in (torch.linalg.cholesky(moment), moment):  # a triangle, and a whole matrix
+        torch.testing.assert_close(times_root(matrix.mT, root), matrix.mT @ root)

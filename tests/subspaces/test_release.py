@@ -79,6 +79,28 @@ def test_other_ranks_decompose_nothing_again(
         torch.testing.assert_close(factorize(space, 8, projection).up[:, :4], first[fqn].up, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize(
+    ("projection", "inputs", "outputs"), [("output", 0, 2), ("loss", 0, 2), ("utilized", 1, 2), ("input", 1, 0)]
+)
+@pytest.mark.parametrize("policy", [3, lro.ParameterBudget(0.5, "uniform")])
+def test_each_matrix_is_decomposed_once(
+    model: Net,
+    covariances: lro.Covariances,
+    monkeypatch: pytest.MonkeyPatch,
+    policy: int | lro.ParameterBudget,
+    projection: str,
+    inputs: int,
+    outputs: int,
+) -> None:
+    """Two layers, which share their input; the third one stays dense."""
+    calls = []
+    eigh = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: calls.append(matrix.shape) or eigh(matrix))
+    report = lro.compress_(model, covariances, lro.CompressionConfig(policy, projection=projection))
+    assert [layer.fqn for layer in report.layers if layer.rank is not None] == ["a", "b"]
+    assert len(calls) == inputs + outputs
+
+
 def test_full_rank_inputs_need_no_decomposition_for_tall_layers(spaces: dict[str, LayerSubspaces]) -> None:
     factorize(spaces["b"], 4, "loss")
     assert not spaces["a"].input.is_decomposed and spaces["b"].input is spaces["a"].input
