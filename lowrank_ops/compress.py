@@ -12,6 +12,7 @@ from tqdm import tqdm
 from .calibration.statistics import Covariances
 from .config import CompressionConfig, ExplainedVariance, RankPolicy
 from .factors.projections import Factors, factorize
+from .layers import LowRankConv2d, LowRankLinear
 from .layers.replace import replace_
 from .models.layers import FilterFn, find_layers, tied_layers
 from .ranks.choose import ChosenRanks, choose_ranks
@@ -19,7 +20,7 @@ from .reconstruction.sequential import SequentialReconstruction, reconstruct_fac
 from .report import CompressionReport
 from .subspaces.layer import LayerSubspaces, layer_subspaces
 
-# Decompositions held between choosing ranks and factorizing; beyond this they are computed twice.
+# Decompositions held between choosing ranks and factorizing, and for the next call; beyond this they are recomputed.
 MAX_HELD_BYTES = 2 << 30
 
 
@@ -43,8 +44,9 @@ def compress_(
             gradients, ranks and factors by loss; without, uniform ranks and output PCA. The report says which.
         filter_fn: ``filter_fn(module, fqn) -> bool`` selects among the calibrated layers. None selects all but layers
             whose weight is tied to another module, which the report lists; selecting one of those is an error.
-        subspaces: from :func:`lowrank_ops.subspaces.layer_subspaces`, to try several configurations without
-            decomposing again; by default computed here.
+        subspaces: from :func:`lowrank_ops.subspaces.layer_subspaces`, to try several configurations on copies of a
+            model without decomposing again; they keep up to 2 GiB of decompositions. By default computed here, and for
+            layers that are not among them.
         reconstruction: refit the factors to data, layer by layer.
         progress: show a progress bar.
 
@@ -66,12 +68,13 @@ def compress_(
     """
     config = CompressionConfig.of(config)
     config = _with_reconstruction(config, reconstruction)
+    reused = subspaces is not None
     subspaces, skipped = considered_layers(model, covariances, filter_fn, subspaces, centered=config.centered)
     config = resolved(config, subspaces)
     decompose(config.rank, subspaces, progress)
     ranks = choose_ranks(config.rank, subspaces, config.overrides, bounds=config.bounds)
     with torch.inference_mode(False):  # parameters created in inference mode could not be trained
-        factors = factorize_layers(subspaces, ranks, str(config.projection), progress=progress)
+        factors = factorize_layers(subspaces, ranks, str(config.projection), keep_directions=reused, progress=progress)
         if reconstruction is not None:
             factors = reconstruct_factors(
                 model,
@@ -130,15 +133,16 @@ def considered_layers(
         raise ValueError(f"covariances name layers that model does not have: {', '.join(missing)}.")
     unreached = {fqn: "no calibration batch reached it" for fqn in layers if fqn not in covariances}
     skipped |= unreached | {fqn: covariances.skipped[fqn] for fqn in unreached if fqn in covariances.skipped}
-    for fqn, space in (subspaces or {}).items():
-        if fqn in covariances and space.statistics is not covariances[fqn]:
-            raise ValueError(
-                f"subspaces[{fqn!r}] was computed from other covariances than those given; pass "
-                "subspaces=layer_subspaces(layers, covariances) of the same calibration."
-            )
-    if subspaces is None or any(space.centered != centered for space in subspaces.values()):
-        subspaces = layer_subspaces(layers, covariances, centered=centered)
-    subspaces = {fqn: subspaces[fqn] for fqn in layers if fqn in subspaces}
+    for fqn, module in model.named_modules():
+        if fqn in covariances and isinstance(module, (LowRankLinear, LowRankConv2d)):
+            skipped[fqn] = "it is low-rank already"
+    given = _checked_subspaces(subspaces, layers, covariances)
+    if any(space.centered != centered for space in given.values()):
+        given = {}
+    new = layer_subspaces(
+        {fqn: layer for fqn, layer in layers.items() if fqn not in given}, covariances, centered=centered
+    )
+    subspaces = {fqn: given.get(fqn) or new[fqn] for fqn in layers if fqn in given or fqn in new}
     if not subspaces:
         reasons = "".join(f"\n  {fqn or '(the model)'}: {reason}" for fqn, reason in skipped.items())
         raise ValueError(
@@ -146,6 +150,30 @@ def considered_layers(
             f"first.{reasons}"
         )
     return subspaces, skipped
+
+
+def _checked_subspaces(
+    subspaces: object, layers: Mapping[str, nn.Module], covariances: Covariances
+) -> dict[str, LayerSubspaces]:
+    """The given subspaces of ``layers``, which must be of their weights and of ``covariances``."""
+    if subspaces is None:
+        return {}
+    if not isinstance(subspaces, Mapping) or not all(isinstance(space, LayerSubspaces) for space in subspaces.values()):
+        raise TypeError(
+            f"subspaces must come from layer_subspaces(layers, covariances); got {type(subspaces).__name__}."
+        )
+    for fqn, space in subspaces.items():
+        if fqn in covariances and space.statistics is not covariances[fqn]:
+            raise ValueError(
+                f"subspaces[{fqn!r}] was computed from other covariances than those given; pass "
+                "subspaces=layer_subspaces(layers, covariances) of the same calibration."
+            )
+        if fqn in layers and not space.is_of(layers[fqn]):
+            raise ValueError(
+                f"subspaces[{fqn!r}] was computed from another weight, bias, dtype or device than the layer's; pass "
+                "subspaces=layer_subspaces(layers, covariances) of this model or of a copy of it."
+            )
+    return {fqn: space for fqn, space in subspaces.items() if fqn in layers and fqn in covariances}
 
 
 def resolved(config: CompressionConfig, subspaces: Mapping[str, LayerSubspaces]) -> CompressionConfig:
@@ -183,7 +211,7 @@ def factorize_layers(
         subspaces: of the layers.
         ranks: ``{fqn: rank or None}``.
         projection: as for :func:`lowrank_ops.factors.factorize`.
-        keep_directions: keep the decompositions, for other ranks of the same layers.
+        keep_directions: keep the decompositions, up to ``MAX_HELD_BYTES``, for other ranks of the same layers.
         progress: show a progress bar.
     """
     factors = {}
@@ -196,5 +224,7 @@ def factorize_layers(
             except ValueError as error:
                 raise ValueError(f"layer {fqn!r}: {error}") from None
             left[id(space.input)] -= 1
-            space.release(directions=not keep_directions, shared=not left[id(space.input)])
+            held = sum(other.held_bytes() for other in subspaces.values()) if keep_directions else 0
+            drop = not keep_directions or held > MAX_HELD_BYTES
+            space.release(directions=drop, shared=not left[id(space.input)])
     return factors

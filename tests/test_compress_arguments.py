@@ -48,3 +48,26 @@ def test_a_compressed_model_has_nothing_to_replace(model, batches):
     lro.compress_(model, lro.calibrate(model, batches), lro.Ranks({"0": 8, "2": 8}))
     with pytest.raises(ValueError, match=r"can be replaced and that filter_fn keeps"):
         lro.compress_(model, lro.Covariances())
+
+
+def test_low_rank_layers_are_reported_as_such(model, batches):
+    covariances = lro.calibrate(model, batches)
+    lro.compress_(model, covariances, lro.Ranks({"0": 8}))
+    report = lro.compress_(model, covariances, lro.Ranks({"2": 8}))
+    assert report.skipped == {"0": "it is low-rank already"}
+    with pytest.raises(ValueError, match=r"\n  0: it is low-rank already\n  2: it is low-rank already"):
+        lro.compress_(model, covariances)
+
+
+@pytest.mark.parametrize("filter_fn", ["0", ["0", "2"]])
+def test_a_filter_is_a_function(model, batches, filter_fn):
+    with pytest.raises(TypeError, match=r"filter_fn must be a function filter_fn\(module, fqn\) -> bool"):
+        lro.compress_(model, lro.calibrate(model, batches), filter_fn=filter_fn)
+    with pytest.raises(TypeError, match=r"filter_fn must be a function filter_fn\(module, fqn\) -> bool"):
+        lro.calibrate(model, batches, filter_fn=filter_fn)
+
+
+def test_a_budget_spent_by_overrides_says_so(model, batches):
+    config = lro.CompressionConfig(lro.ParameterBudget(0.5), overrides={"re:.*": None})
+    with pytest.raises(ValueError, match=r"-1381 are left as overrides take 2762 of 1381\."):
+        lro.compress_(model, lro.calibrate(model, batches), config)

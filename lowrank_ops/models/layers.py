@@ -32,6 +32,10 @@ def find_layers(model: nn.Module, filter_fn: FilterFn | None = None) -> tuple[di
     Returns:
         ``{fqn: layer}`` in the model's order and ``{fqn: reason}`` for skipped modules.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"filter_fn must be a function filter_fn(module, fqn) -> bool, or None; got {filter_fn!r}.")
     layers: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
     attention: tuple[str, ...] = ()  # prefixes of the names of their children

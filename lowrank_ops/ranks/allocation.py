@@ -39,8 +39,9 @@ def allocate(
     Raises:
         ValueError: the cheapest choice exceeds the budget, or an allocation by loss without output gradients.
     """
-    budget = math.floor(fraction * sum(price.dense(fqn, space) for fqn, space in spaces.items()))
-    budget -= sum(price.of(fqn, spaces[fqn], rank) for fqn, rank in fixed.items())
+    total = math.floor(fraction * sum(price.dense(fqn, space) for fqn, space in spaces.items()))
+    by_hand = sum(price.of(fqn, spaces[fqn], rank) for fqn, rank in fixed.items())
+    budget = total - by_hand
     options = {
         fqn: options_of(fqn, space, price, bounds.get(fqn, UNBOUNDED))
         for fqn, space in spaces.items()
@@ -49,7 +50,8 @@ def allocate(
     minimum = sum(choices[0].cost for choices in options.values())
     if minimum > budget:
         raise ValueError(
-            f"fraction={fraction} cannot be met: the smallest ranks take {minimum} {price.unit}, {budget} are left. "
+            f"fraction={fraction} cannot be met: the smallest ranks take {minimum} {price.unit}, {budget} are left"
+            f"{f' as overrides take {by_hand} of {total}' if fixed else ''}. "
             "Use a larger fraction, lower the bounds if there are any, or leave layers out with filter_fn."
         )
     every = {fqn: list(range(len(choices))) for fqn, choices in options.items()}

@@ -245,7 +245,7 @@ def _layer_compression(
     groups, in_features, out_features = space.dimensions
     dense, macs, spectrum = dense_parameters(space), dense_macs(space), spectrum_of(space)
     output_variance = space.output_variance if factors is None else factors.output_variance
-    space.release()
+    space.release(directions=False)  # compress_ bounds what is held
     shared: dict[str, Any] = {
         "fqn": fqn,
         "in_features": in_features,

@@ -248,6 +248,11 @@ class LayerSubspaces:
         """The spaces of a Linear, Conv1D or Conv2d."""
         return cls(weight_matrix(layer), bias_vector(layer), statistics, centered=centered, input_space=input_space)
 
+    def is_of(self, layer: nn.Module) -> bool:
+        """Whether ``layer`` has the weight and bias that these are the spaces of."""
+        pairs = [(self._weight, weight_matrix(layer)), (self.bias, bias_vector(layer))]
+        return all(mine is other is None or _same(mine, other) for mine, other in pairs)
+
     @property
     def rows(self) -> int:
         """Calibration rows seen."""
@@ -421,6 +426,12 @@ class LayerSubspaces:
         """r = min(k_S, k_T); k_T alone if k_S is not measured."""
         k_t = self.output.rank_at(explained_variance)
         return k_t if self.input is None else min(self.input.rank_at(explained_variance), k_t)
+
+
+def _same(mine: Tensor | None, other: Tensor | None) -> bool:
+    if mine is None or other is None or mine.dtype != other.dtype or mine.device != other.device:
+        return False
+    return torch.equal(mine, other)
 
 
 def _cholesky_of_damped(metric: Tensor) -> Tensor:

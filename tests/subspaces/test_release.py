@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import lowrank_ops as lro
+import lowrank_ops.compress
 from lowrank_ops.factors import factorize
 from lowrank_ops.subspaces import LayerSubspaces, layer_subspaces
 
@@ -52,9 +53,14 @@ def matrices(space: LayerSubspaces) -> list[str]:
 
 
 @pytest.mark.parametrize("projection", ["output", "loss", "utilized", "input", "weight"])
-def test_compression_leaves_no_matrices(
-    model: Net, covariances: lro.Covariances, spaces: dict[str, LayerSubspaces], projection: str
+def test_compression_leaves_no_matrices_over_its_bound(
+    model: Net,
+    covariances: lro.Covariances,
+    spaces: dict[str, LayerSubspaces],
+    projection: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(lowrank_ops.compress, "MAX_HELD_BYTES", 0)
     config = lro.CompressionConfig(lro.Ranks({"a": 8, "b": 8}), projection=projection)
     lro.compress_(model, covariances, config, subspaces=spaces)
     for fqn in ("a", "b"):
