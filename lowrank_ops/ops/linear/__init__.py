@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from .._backend import Backend, Device, Impl, choose, device_facts, row_stride
 from .._backend import explain as _explain
@@ -401,3 +402,9 @@ _lib.impl("lowrank_linear", _run, "CompositeExplicitAutograd")
 torch.library.register_fake("lowrank_ops::lowrank_linear", _fake, lib=_lib)
 torch.library.register_autograd("lowrank_ops::lowrank_linear", _backward, setup_context=_setup_context, lib=_lib)
 register_autocast(_lib, "lowrank_linear", cast=True)
+
+
+@register_flop_formula(torch.ops.lowrank_ops.lowrank_linear)  # type: ignore[untyped-decorator]
+def _flops(x: Any, down: Any, up: Any, *args: Any, **kwargs: Any) -> int:
+    """Floating-point operations of two GEMMs, from shapes, for ``torch.utils.flop_counter``."""
+    return 2 * math.prod(x[:-1]) * down[0] * (down[1] + up[0])
