@@ -11,13 +11,15 @@ from tqdm import tqdm
 
 from .calibration.statistics import Covariances
 from .config import CompressionConfig, ExplainedVariance, RankPolicy
-from .factors.projections import Factors, factorize
+from .factors.projections import Factors, factorize, rounded
 from .layers import LowRankConv2d, LowRankLinear
 from .layers.replace import replace_
-from .models.layers import FilterFn, find_layers, tied_layers
+from .models.layers import FilterFn, check_not_wrapped, find_layers, tied_layers, with_values
+from .models.running import exclusive
 from .ranks.choose import ChosenRanks, choose_ranks
 from .reconstruction.sequential import SequentialReconstruction, reconstruct_factors
 from .report import CompressionReport
+from .report.text import warn_of_few_rows
 from .subspaces.layer import LayerSubspaces, layer_subspaces
 
 # Decompositions held between choosing ranks and factorizing, and for the next call; beyond this they are recomputed.
@@ -35,6 +37,10 @@ def compress_(
     progress: bool = False,
 ) -> CompressionReport:
     """Replace layers of ``model`` by low-rank ones, in place; on an error the model is unchanged.
+
+    The new layers have new parameters. So compress first, then wrap the model for distributed training, create the
+    optimizer and call ``torch.compile``: an optimizer created before would train the old parameters, which cannot be
+    detected here. No other thread may run the model meanwhile: layers are replaced one after another.
 
     Args:
         model: the model that was calibrated.
@@ -54,9 +60,10 @@ def compress_(
         What was chosen per layer, with the predicted output error.
 
     Raises:
+        RuntimeError: another thread calibrates, compresses or searches the model.
         TypeError: ``config`` or ``covariances`` of another type.
         ValueError: covariances of another model, a budget or override that cannot be met, a layer that cannot be
-            replaced; the message names it.
+            replaced, a model that is wrapped for distributed training; the message names it.
 
     Example:
         >>> import torch, lowrank_ops as lro
@@ -66,6 +73,19 @@ def compress_(
         >>> report.layer_parameters / report.layer_parameters_before <= 0.5
         True
     """
+    with exclusive(model):
+        return _compress(model, covariances, config, filter_fn, subspaces, reconstruction, progress)
+
+
+def _compress(
+    model: nn.Module,
+    covariances: Covariances,
+    config: CompressionConfig | RankPolicy | int | None,
+    filter_fn: FilterFn | None,
+    subspaces: Mapping[str, LayerSubspaces] | None,
+    reconstruction: SequentialReconstruction | None,
+    progress: bool,
+) -> CompressionReport:
     config = CompressionConfig.of(config)
     config = _with_reconstruction(config, reconstruction)
     reused = subspaces is not None
@@ -86,6 +106,7 @@ def compress_(
             )
         report = CompressionReport.build(model, config, subspaces, factors, skipped)
         replace_(model, factors)
+    warn_of_few_rows(report.few_rows())
     return report
 
 
@@ -121,7 +142,10 @@ def considered_layers(
     """
     if not isinstance(covariances, Covariances):
         raise TypeError(f"covariances must come from calibrate(model, batches); got {type(covariances).__name__}.")
+    check_not_wrapped(model)
     layers, skipped = find_layers(model, filter_fn)
+    layers, without = with_values(layers)
+    skipped |= without
     if filter_fn is None:
         tied = {fqn: f"its weight is tied to {other!r}" for fqn, other in tied_layers(model).items() if fqn in layers}
         layers = {fqn: layer for fqn, layer in layers.items() if fqn not in tied}
@@ -220,7 +244,7 @@ def factorize_layers(
         if rank is not None:
             space = subspaces[fqn]
             try:
-                factors[fqn] = factorize(space, rank, projection).to(space.dtype)
+                factors[fqn] = rounded(factorize(space, rank, projection), space, space.dtype)
             except ValueError as error:
                 raise ValueError(f"layer {fqn!r}: {error}") from None
             left[id(space.input)] -= 1

@@ -6,7 +6,6 @@ With a sensitivity, one backward pass per batch also streams the gradients at th
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -16,9 +15,18 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..models.layers import FilterFn, dimensions, find_layers, tied_layers
+from ..models.layers import FilterFn, compiled_or_scripted, dimensions, find_layers, tied_layers, with_values
 from ..models.masks import Mask
-from ..models.running import call_model, device_of, evaluating, move, random_state_kept, without_fast_path
+from ..models.running import (
+    call_model,
+    device_of,
+    evaluating,
+    exclusive,
+    move,
+    random_state_kept,
+    warn_caller,
+    without_fast_path,
+)
 from .objectives import Sensitivity, check_sensitivity
 from .recorder import Recorder
 from .statistics import Covariances
@@ -88,6 +96,7 @@ def calibrate(
 
     Raises:
         NonFiniteActivationError: NaN or inf in an activation or a gradient.
+        RuntimeError: another thread calibrates, compresses or searches the model.
         TypeError: ``batches`` is a single batch.
         ValueError: an invalid argument, no batch, no layer to calibrate, or with ``token_weights`` an input that was
             changed in place before the backward pass.
@@ -154,7 +163,8 @@ class Calibrator:
     Raises:
         TypeError: ``output_gradients`` is not a bool. Named losses such as ``"fisher"`` are for :func:`calibrate`.
         ValueError: as for :func:`calibrate`.
-        RuntimeError: a second ``with`` block of the same object.
+        RuntimeError: a second ``with`` block of the same object; another thread works on the model; or the model ran
+            in other threads only. Rows of other threads, such as requests to a model that is served, are not counted.
 
     Example:
         >>> import torch, lowrank_ops as lro
@@ -191,11 +201,11 @@ class Calibrator:
             raise ValueError(f"side must be 'auto', 'input' or 'output'; got {side!r}.")
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"dtype must be torch.float32 or torch.float64, the dtype of the sums; got {dtype}.")
-        if hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:
-            raise ValueError(
-                "model is compiled, which hides its layers; calibrate and compress it before torch.compile."
-            )
+        if (reason := compiled_or_scripted(model)) is not None:
+            raise ValueError(f"model cannot be calibrated: {reason}.")
         layers, self.skipped = find_layers(model, filter_fn)
+        layers, without = with_values(layers)
+        self.skipped |= without
         if not layers:
             reasons = "".join(f"\n  {fqn or '(the model)'}: {reason}" for fqn, reason in self.skipped.items())
             raise ValueError(f"model has no supported Linear, Conv2d or Conv1D that filter_fn keeps.{reasons}")
@@ -216,6 +226,7 @@ class Calibrator:
             raise RuntimeError("a Calibrator runs one with block; create another one, and merge the covariances.")
         self._entered = True
         with ExitStack() as stack:
+            stack.enter_context(exclusive(self._model))
             stack.enter_context(without_fast_path(self._output_gradients))
             stack.enter_context(evaluating(self._model))
             stack.enter_context(random_state_kept(self._model))
@@ -287,10 +298,7 @@ def _without_output_gradients(
 def _warn_of_skipped(skipped: Mapping[str, str], filter_fn: FilterFn | None) -> None:
     if skipped and filter_fn is None:
         reasons = "".join(f"\n  {fqn}: {reason}" for fqn, reason in skipped.items())
-        frame, level = sys._getframe(), 1  # the warning points at the first caller outside this package
-        while frame.f_back is not None and frame.f_globals["__name__"].startswith("lowrank_ops."):
-            frame, level = frame.f_back, level + 1
-        warnings.warn(f"calibration skips unsupported modules:{reasons}", stacklevel=level)
+        warn_caller(f"calibration skips unsupported modules:{reasons}")
 
 
 def _side(layer: nn.Module, side: str, dtype: torch.dtype, max_state_bytes: int) -> str:

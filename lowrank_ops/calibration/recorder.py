@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Mapping
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -47,13 +48,15 @@ class Recorder:
         self._in_forward = False
         self._in_backward = False  # gradient checkpointing calls layers again, with rows that were seen already
         self._handles: list[RemovableHandle] = []
+        self._thread = 0  # whose calls count; set by attach
+        self._other_threads = False  # called the model
 
     def attach(self, model: nn.Module, sides: Mapping[str, str], dtype: torch.dtype) -> None:
         """Hook ``model`` and the streamed side of each layer in ``sides``.
 
         The model's own hooks come first and last, because the model may itself be the layer.
         """
-        self._sides = sides
+        self._sides, self._thread = sides, get_ident()
         self._handles.append(model.register_forward_pre_hook(self._before_forward, with_kwargs=True))
         for fqn, side in sides.items():
             self._handles.append(self._hook(fqn, self._layers[fqn], side, dtype))
@@ -81,6 +84,8 @@ class Recorder:
 
     def _attach_outputs(self, save_activations: bool) -> None:
         def watch(fqn: str, x: Tensor, y: Tensor) -> Tensor | None:
+            if self._is_foreign():
+                return None
             save: Callable[[], SavedActivation] | None = None
             if save_activations and not self._in_backward:
                 save = lambda: SavedActivation(x, y, self._sides[fqn])  # noqa: E731
@@ -143,7 +148,16 @@ class Recorder:
         self._gradients = OutputGradients()
 
     def finish(self, skipped: Mapping[str, str]) -> Covariances:
-        """Mirror the triangles, subtract biases from streamed outputs, and return the sums."""
+        """Mirror the triangles, subtract biases from streamed outputs, and return the sums.
+
+        Raises:
+            RuntimeError: the model ran in other threads only, whose rows are not counted.
+        """
+        if self._other_threads and not self._batch:
+            raise RuntimeError(
+                "the model ran in other threads only, whose rows are not counted; run the batches in the thread that "
+                "opened the block."
+            )
         for sums in {id(sums): sums for sums in self._activations.values()}.values():
             sums.check_followers()
             covariance_finalize_(sums.moments.second_moment)
@@ -185,18 +199,27 @@ class Recorder:
             )
         self._touched.clear()
 
+    def _is_foreign(self) -> bool:
+        """Whether this call runs in another thread, as requests to a served model do; autograd has its own threads."""
+        return get_ident() != self._thread and not self._in_backward
+
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._is_foreign():
+            self._other_threads = True
+            return
         self._in_forward = True
         self._mask = read_mask(self._mask_source, args, kwargs)
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._is_foreign():
+            return
         self.check_finite()
         self._last_mask, self._mask = self._mask, None
         self._in_forward = False
         self._batch += 1
 
     def _see_input(self, fqn: str, layer: nn.Module, x: Tensor, dtype: torch.dtype) -> None:
-        if self._in_backward:
+        if self._in_backward or self._is_foreign():
             return
         sums = self._sums_of_input(fqn, layer, x, dtype)
         if not sums.is_repeated(fqn, x):
@@ -208,7 +231,7 @@ class Recorder:
                     sums.update(self._real_rows(fqn, x.detach()))
 
     def _see_output(self, fqn: str, layer: nn.Module, y: Tensor, dtype: torch.dtype) -> None:
-        if self._in_backward:
+        if self._in_backward or self._is_foreign():
             return
         if fqn not in self._activations:
             self._activations[fqn] = _Sums(fqn, layer, "output", dtype, "output")

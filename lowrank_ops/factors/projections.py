@@ -11,6 +11,8 @@ from ..config import PROJECTIONS, check_choice
 from ..subspaces.layer import LayerSubspaces
 from ..subspaces.principal import Subspace
 
+MAX_HIDDEN = 1024.0  # root mean square of an element of x down^T; outliers of 60 times as much fit into float16
+
 
 @dataclass(frozen=True)
 class Factors:
@@ -94,7 +96,42 @@ def factorize(spaces: LayerSubspaces, rank: int, projection: str = "output") -> 
     centered = spaces.centered and projection != "weight"
     error, increase = _predictions(spaces, down, up, left, rank, projection, centered=centered)
     bias = _bias(spaces, down, up, left, projection)
+    scale = _scale(spaces, down, up, left)
+    down, up = down * scale.unsqueeze(-1), up / scale.unsqueeze(-2)
     return Factors(down, up, bias, rank, projection, error, spaces.output_variance, increase)
+
+
+def rounded(factors: Factors, spaces: LayerSubspaces, dtype: torch.dtype) -> Factors:
+    """``factors`` of :func:`factorize` in the dtype of the layer, with the bias that makes their mean output exact."""
+    result = factors.to(dtype)
+    if factors.bias is None or not spaces.centered or factors.projection == "weight":
+        return result
+    if spaces.statistics.side != "input":  # the mean of the input is not known
+        return result
+    mean = spaces.mean.unsqueeze(-1)
+    kept = factors.up @ (factors.down @ mean), result.up.double() @ (result.down.double() @ mean)
+    bias = factors.bias + (kept[0] - kept[1]).flatten()
+    return replace(result, bias=bias.to(dtype))
+
+
+def _scale(spaces: LayerSubspaces, down: Tensor, up: Tensor, left: Tensor | None) -> Tensor:
+    """Powers of two (..., rank) to multiply ``down`` by and to divide ``up`` by: their product is exactly the same.
+
+    An orthonormal ``up`` would leave the norm of a whole output in one element of t = x down^T, which may overflow
+    float16 where no output does. So the largest elements of both factors are made equal, direction by direction; and t,
+    by its root mean square over the calibration rows, is kept well inside the range of float16, which is also that of
+    autocast.
+    """
+    largest = down.abs().amax(-1), up.abs().amax(-2)
+    balanced = (largest[1].log2() - largest[0].log2()) / 2
+    moment = spaces.statistics.activations.moment(centered=False).to(down.device)
+    reader = down if spaces.statistics.side == "input" else left
+    if reader is not None:
+        size = ((reader @ moment) * reader).sum(-1).clamp_min(0).sqrt()
+        limit = torch.where(size > 0, torch.log2(MAX_HIDDEN / size), torch.inf)  # size is NaN without rows
+        balanced = torch.minimum(balanced, limit)
+    usable = (largest[0] > 0) & (largest[1] > 0) & balanced.isfinite()
+    return torch.exp2(torch.where(usable, balanced, 0.0).floor())
 
 
 def _input_space(spaces: LayerSubspaces, projection: str) -> Subspace:

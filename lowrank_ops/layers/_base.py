@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..calibration.statistics import LayerStatistics, Moments
 from ..config import PROJECTIONS, check_choice
-from ..factors.projections import Factors, factorize
+from ..factors.projections import Factors, factorize, rounded
 from ..models.layers import dimensions, weight_matrix
 from ..ranks.costs import stored_rank
 from ..subspaces.layer import LayerSubspaces
@@ -88,7 +88,8 @@ def factorize_layer(
         )
     if projection is None:
         projection = "output" if statistics.output_gradients is None else "loss"
-    return factorize(LayerSubspaces.of_layer(layer, statistics, centered=centered), rank, projection)
+    spaces = LayerSubspaces.of_layer(layer, statistics, centered=centered)
+    return rounded(factorize(spaces, rank, projection), spaces, spaces.dtype)
 
 
 def check_rank(rank: int, in_features: int, out_features: int) -> None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..factors.projections import Factors
-from ..models.layers import find_layers, tied_layers
+from ..models.layers import check_not_wrapped, find_layers, tied_layers
 from .conv2d import LowRankConv2d
 from .linear import LowRankLinear
 
@@ -48,6 +48,7 @@ def replace_(model: nn.Module, factors: Mapping[str, Factors]) -> nn.Module:
           (1): ReLU()
         )
     """
+    check_not_wrapped(model)
     layers, skipped = find_layers(model)
     unknown = [fqn for fqn in factors if fqn not in layers]
     if unknown:

@@ -38,16 +38,13 @@ def find_layers(model: nn.Module, filter_fn: FilterFn | None = None) -> tuple[di
         raise TypeError(f"filter_fn must be a function filter_fn(module, fqn) -> bool, or None; got {filter_fn!r}.")
     layers: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
-    attention: tuple[str, ...] = ()  # prefixes of the names of their children
+    closed: tuple[str, ...] = ()  # prefixes of the names of modules that do not call their children
     for fqn, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention):
-            attention += (f"{fqn}." if fqn else "",)
-            skipped[fqn] = (
-                "nn.MultiheadAttention applies its projections without calling a Linear; "
-                "use an attention with separate Linear layers to compress them"
-            )
-        elif fqn.startswith(attention):
+        if fqn.startswith(closed):
             continue
+        if (reason := _hides_layers(module)) is not None:
+            closed += (f"{fqn}." if fqn else "",)
+            skipped[fqn] = reason
         elif isinstance(module, (nn.Linear, nn.Conv2d)) or is_conv1d(module):
             if filter_fn is not None and not filter_fn(module, fqn):
                 continue
@@ -59,7 +56,51 @@ def find_layers(model: nn.Module, filter_fn: FilterFn | None = None) -> tuple[di
     return layers, skipped
 
 
+def compiled_or_scripted(module: nn.Module) -> str | None:
+    """Why hooks on the children of ``module`` would not run: it is compiled or scripted. None if it is not."""
+    if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+        return "it is compiled, which hides its layers; calibrate and compress before torch.compile"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is a TorchScript module, which hides its layers; calibrate and compress before scripting or tracing"
+    return None
+
+
+def _hides_layers(module: nn.Module) -> str | None:
+    if isinstance(module, nn.MultiheadAttention):
+        return (
+            "nn.MultiheadAttention applies its projections without calling a Linear; "
+            "use an attention with separate Linear layers to compress them"
+        )
+    return compiled_or_scripted(module)
+
+
+def check_not_wrapped(model: nn.Module) -> None:
+    """Refuse to replace layers where other objects hold the old parameters.
+
+    Raises:
+        ValueError: a DataParallel, DistributedDataParallel or FullyShardedDataParallel module in ``model``.
+    """
+    for fqn, module in model.named_modules():
+        names = {base.__name__ for base in type(module).__mro__ if base.__module__.startswith("torch.")}
+        found = names & {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
+        if found:
+            raise ValueError(
+                f"{repr(fqn) if fqn else 'model'} is wrapped by {min(found)}, which would go on with the parameters of "
+                "the dense layers. Compress the module first, then wrap it, then create the optimizer."
+            )
+
+
 def _reason_to_skip(module: nn.Module) -> str | None:
+    if hasattr(module, "_hf_hook"):
+        return (
+            "accelerate's hooks move its weight on each call; load the model on one device, or call "
+            "accelerate.hooks.remove_hook_from_module(model, recurse=True)"
+        )
+    if type(module).__module__.startswith("bitsandbytes."):
+        return (
+            f"its weight is quantized ({type(module).__name__} of bitsandbytes); compress the float model, then "
+            "quantize it"
+        )
     base = nn.Linear if isinstance(module, nn.Linear) else nn.Conv2d if isinstance(module, nn.Conv2d) else type(module)
     if getattr(module.forward, "__func__", None) is not base.forward:
         return f"{type(module).__name__} overrides forward"
@@ -68,11 +109,30 @@ def _reason_to_skip(module: nn.Module) -> str | None:
     weight = module.weight
     if isinstance(weight, nn.parameter.UninitializedParameter):
         return "its weight is not initialized yet; run the model once"
+    if isinstance(weight, Tensor) and (reason := _not_plain(weight)) is not None:
+        return reason
     if not isinstance(weight, nn.Parameter):
         return "its weight is recomputed in each forward pass, as by pruning or weight norm; make it a parameter first"
-    if type(weight) is not nn.Parameter or weight.dtype not in _DTYPES:
-        return f"its weight is a {type(weight).__name__} of {weight.dtype}, not a plain float tensor"
     return None if weight.numel() else "its weight is empty"
+
+
+def _not_plain(weight: Tensor) -> str | None:
+    name = type(weight).__name__
+    if name == "DTensor":
+        return "its weight is a DTensor; compress the whole module before it is sharded"
+    given = f"its weight is a {name} of {weight.dtype}, not a plain float tensor"
+    if type(weight) not in (Tensor, nn.Parameter):
+        return f"{given}; if it is quantized, compress the float model first"
+    if weight.dtype not in _DTYPES:
+        return f"{given}; convert it to float32, bfloat16 or float16 first"
+    return None
+
+
+def with_values(layers: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The layers whose weights have values, and the reason for those on the meta device."""
+    reason = "its weight is on the meta device and has no values; load the weights, or call model.to_empty and load"
+    without = {fqn: reason for fqn, layer in layers.items() if layer.get_parameter("weight").is_meta}
+    return {fqn: layer for fqn, layer in layers.items() if fqn not in without}, without
 
 
 def tied_layers(model: nn.Module) -> dict[str, str]:

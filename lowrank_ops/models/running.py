@@ -2,39 +2,150 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from threading import Lock, get_ident
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+_MODES = ("train", "eval")
+
+
+def warn_caller(message: str) -> None:
+    """Warn at the first caller outside this package."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith("lowrank_ops."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
+
+
+class _ProcessState:
+    """A setting of the process that blocks change; where blocks overlap in several threads, the last restores it."""
+
+    def __init__(self, read: Callable[[], Any], write: Callable[[Any], Any]) -> None:
+        self._read, self._write = read, write
+        self._lock, self._blocks, self._before = Lock(), 0, None
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        with self._lock:
+            if not self._blocks:
+                self._before = self._read()
+            self._blocks += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._blocks -= 1
+                if not self._blocks:
+                    self._write(self._before)
+
+
+_fast_path = _ProcessState(torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled)
+_cpu_random_state = _ProcessState(torch.get_rng_state, torch.set_rng_state)
+_owners: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # the thread that works on a module
+_owners_lock = Lock()
+
 
 @contextmanager
-def training_flags_kept(*models: nn.Module) -> Iterator[None]:
-    """Every module gets its own training flag back after the block."""
-    training = [(module, module.training) for model in models for module in model.modules()]
+def exclusive(model: nn.Module) -> Iterator[None]:
+    """Reserve ``model`` for this thread inside the block.
+
+    Raises:
+        RuntimeError: another thread works on the model, or on one of its modules.
+    """
+    thread, modules = get_ident(), list(model.modules())
+    with _owners_lock:
+        if any(_owners.get(module, thread) != thread for module in modules):
+            raise RuntimeError(
+                "another thread calibrates, compresses or searches this model or shares modules with it; wait for that "
+                "thread, or work on copy.deepcopy(model)."
+            )
+        new = [module for module in modules if module not in _owners]
+        _owners.update(dict.fromkeys(new, thread))
     try:
         yield
     finally:
-        for module, flag in training:
-            module.training = flag
+        with _owners_lock:
+            for module in new:
+                _owners.pop(module, None)
+
+
+@contextmanager
+def training_flags_kept(*models: nn.Module) -> Iterator[None]:
+    """Every module is back in its own mode after the block, by its ``train()`` if it defines one.
+
+    Layers that fold an adapter into their weight in ``eval()`` unfold it in ``train()``. A warning names those whose
+    weights differ afterwards by more than rounding.
+    """
+    training = {module: module.training for model in models for module in model.modules()}
+    named = {module: fqn for model in models for fqn, module in model.named_modules() if _defines_mode(module)}
+    before = {module: _norms(module) for module in named}
+    try:
+        yield
+    finally:
+        for model in models:
+            _set_modes(model, training)
+        changed = [fqn or "(the model)" for module, fqn in named.items() if not _alike(before[module], _norms(module))]
+        if changed:
+            warn_caller(
+                f"the parameters of {', '.join(changed)} are not what they were: train() does not undo eval() there, "
+                "or the model changed them."
+            )
 
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block; every module gets its own training flag back."""
+    """Eval mode inside the block; every module is back in its own mode afterwards."""
     with training_flags_kept(*models):
         for model in models:
-            model.eval()
+            _set_modes(model, dict.fromkeys(model.modules(), False))
         yield
+
+
+def _set_modes(module: nn.Module, wanted: Mapping[nn.Module, bool]) -> None:
+    """Put every module in its mode, with the fewest calls of ``train()``: not idempotent for all modules."""
+    mode = wanted.get(module, module.training)
+    if _defines_mode(module):
+        inside = list(module.modules())
+        if any(part.training != wanted.get(part, part.training) for part in inside):
+            module.train(mode) if mode else module.eval()
+    module.training = mode
+    for child in module.children():
+        _set_modes(child, wanted)
+
+
+def _defines_mode(module: nn.Module) -> bool:
+    """Whether ``train()`` or ``eval()`` of ``module`` may do more than set flags."""
+    return any(getattr(getattr(module, name), "__func__", None) is not getattr(nn.Module, name) for name in _MODES)
+
+
+def _norms(module: nn.Module) -> list[float]:
+    """The norms of the module's own parameters."""
+    return [
+        0.0 if parameter.is_meta else float(torch.linalg.vector_norm(parameter.detach().float()))
+        for parameter in module.parameters(recurse=False)
+        if not isinstance(parameter, nn.parameter.UninitializedParameter) and parameter.is_floating_point()
+    ]
+
+
+def _alike(before: list[float], after: list[float]) -> bool:
+    return len(before) == len(after) and all(
+        math.isclose(x, y, rel_tol=1e-2) or x != x for x, y in zip(before, after, strict=True)
+    )
 
 
 @contextmanager
 def random_state_kept(model: nn.Module) -> Iterator[list[torch.Generator]]:
     """Restore the random state after the block; yields the generators of the CPU and of the model's GPUs."""
     devices = sorted({parameter.device.index for parameter in model.parameters() if parameter.is_cuda})
-    with torch.random.fork_rng(devices=devices):
+    with _cpu_random_state.kept(), torch.random.fork_rng(devices=devices):
         yield [torch.default_generator, *(torch.cuda.default_generators[device] for device in devices)]
 
 
@@ -44,12 +155,12 @@ def without_fast_path(wanted: bool = True) -> Iterator[None]:
 
     The fast path of a frozen encoder removes padding by nested tensors, which its layers do not support with gradients.
     """
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(before and not wanted)
-    try:
+    if not wanted:
         yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+        return
+    with _fast_path.kept():
+        torch.backends.mha.set_fastpath_enabled(False)
+        yield
 
 
 def call_model(model: nn.Module, batch: Any) -> Any:

@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from ..models.layers import input_of
+from ..models.layers import compiled_or_scripted, input_of
 from ..models.masks import Mask, read_mask
-from ..models.running import device_of, evaluating, move, random_state_kept, without_fast_path
+from ..models.running import device_of, evaluating, exclusive, move, random_state_kept, without_fast_path
 
+_Place = tuple[str, int]  # a chain, and the index of one of its children
 Position = dict[str, int]  # by chain: how many of its children have been passed
 
 
@@ -50,7 +52,7 @@ def find_chains(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]:
     """
     saved = {}
     for name, module in model.named_modules():
-        if isinstance(module, (nn.ModuleList, nn.Sequential)):
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and not any(map(compiled_or_scripted, module.modules())):
             prefix = f"{name}." if name else ""
             children = Counter(fqn[len(prefix) :].split(".")[0] for fqn in layers if fqn.startswith(prefix))
             if len(children) > 1:
@@ -97,6 +99,7 @@ class PairedRuns:
         self._stored: dict[tuple[str, bool, int], Any] = {}  # output of the last passed child
         self._passed: Position = {}
         self._compressed, self._batch = False, 0  # of this run
+        self._disturbed = False  # this run scales the outputs of the layers
         self._mask: Tensor | None = None  # of this run
         self._on_input: Callable[[str, Tensor], None] = lambda fqn, x: None  # a layer's input
         self._on_output: Callable[[str, int, Any], None] = lambda chain, index, output: None  # a child's output
@@ -105,6 +108,7 @@ class PairedRuns:
 
     def __enter__(self) -> PairedRuns:
         with ExitStack() as stack:
+            stack.enter_context(exclusive(self.model))
             stack.enter_context(random_state_kept(self.model))
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
@@ -150,7 +154,9 @@ class PairedRuns:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             replacement = self._replacements.get(fqn) if self._compressed else None
-            return dense(*args, **kwargs) if replacement is None else replacement(input_of(args, kwargs))
+            if replacement is not None:
+                return replacement(input_of(args, kwargs))
+            return 0.5 * dense(*args, **kwargs) if self._disturbed else dense(*args, **kwargs)
 
         # A pre-hook sees the input after other hooks have changed it.
         hook = layer.register_forward_pre_hook(
@@ -259,7 +265,11 @@ class PairedRuns:
         return events, outputs, broken[0] if broken else None
 
     def _first_broken(self, events: list[_Event], outputs: dict[tuple[str, int], Any]) -> str | None:
-        """The first chain whose stored outputs do not reproduce the inputs of layers in a run from the start."""
+        """The first chain whose stored outputs do not reproduce what a run from the start computes.
+
+        Another run comes in between, with other activations, because blocks may pass values on beside their outputs
+        (value residuals, shared keys and values): those would be of the last whole run.
+        """
         before: Position = {}
         try:
             for event in events:
@@ -267,35 +277,52 @@ class PairedRuns:
                 before = event.position
                 if not new:
                     continue
+                self._disturb()
                 self._passed = event.position
                 for chain, count in event.position.items():
                     self._stored[chain, False, 0] = outputs[chain, count - 1]
                 expected = [other for other in events if other.position == event.position]
                 try:
-                    found = self._first_inputs({other.fqn for other in expected}, len(expected))
+                    found, after = self._replay({other.fqn for other in expected}, len(expected))
                 except Exception:  # the model's code between blocks rejects outputs of later blocks in earlier places
                     return new[-1]
-                if len(found) != len(expected) or not all(
+                inputs_agree = len(found) == len(expected) and all(
                     fqn == other.fqn and _close(x, other.kept) for (fqn, x), other in zip(found, expected, strict=True)
-                ):
+                )
+                if not inputs_agree or not all(_all_close(output, outputs[place]) for place, output in after):
                     return new[-1]
         finally:
             self._passed = {}
             self._stored.clear()
         return None
 
-    def _first_inputs(self, wanted: set[str], count: int) -> list[tuple[str, Tensor]]:
-        """The first calls of some layers in a dense run of the first batch."""
+    def _disturb(self) -> None:
+        """Run another batch, if there is one, with scaled outputs of the layers."""
+        self._passed, self._disturbed = {}, True
+        try:
+            self._run(len(self.batches) - 1, False)
+        except Exception:  # the model's code rejects such activations; what ran so far has left its traces
+            pass
+        finally:
+            self._disturbed = False
+
+    def _replay(self, wanted: set[str], count: int) -> tuple[list[tuple[str, Tensor]], list[tuple[_Place, Any]]]:
+        """A dense run of the first batch: the first calls of some layers, and the outputs of blocks up to theirs."""
         found: list[tuple[str, Tensor]] = []
+        after: list[tuple[_Place, Any]] = []
 
         def on_input(fqn: str, x: Tensor) -> None:
-            if fqn in wanted:
+            if fqn in wanted and len(found) < count:
                 found.append((fqn, x if x.is_nested else x.clone()))
-                if len(found) == count:
+
+        def on_output(chain: str, index: int, output: Any) -> None:
+            if chain in self._chains:
+                after.append(((chain, index), _copied(output, torch.device("cpu"))))
+                if len(found) >= count:
                     raise _Reached
 
-        self._run(0, False, on_input)
-        return found
+        self._run(0, False, on_input, on_output)
+        return found, after
 
 
 @dataclass(frozen=True)
@@ -352,3 +379,13 @@ def _close(x: Tensor, expected: Tensor) -> bool:
     if x.shape != expected.shape:
         return False
     return not x.numel() or bool((x - expected).abs().max() <= 1e-3 * expected.abs().max())
+
+
+def _all_close(value: Any, expected: Any) -> bool:
+    """:func:`_close` for all floating-point tensors of two outputs."""
+    pairs = zip(_tensors(value), _tensors(expected), strict=True)
+    return len(_tensors(value)) == len(_tensors(expected)) and all(_close(x, other) for x, other in pairs)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.is_floating_point()]

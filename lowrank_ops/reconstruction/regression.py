@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..calibration.statistics import LayerStatistics, Moments
 from ..calibration.token_weights import add_weighted
-from ..factors.projections import Factors, factorize
+from ..factors.projections import Factors, factorize, rounded
 from ..models.layers import bias_vector, weight_matrix
 from ..ops import covariance_finalize_, covariance_update_
 from ..subspaces.layer import DAMPING, LayerSubspaces
@@ -250,7 +250,7 @@ def _fit(
     crossed = weight @ ez.mT
     variance = float((weight @ zz @ weight.mT + crossed + crossed.mT + ee).trace())
     return replace(
-        factors.to(dtype),
+        rounded(factors, spaces, dtype),
         predicted_error=max(0.0, error),
         output_variance=variance,
         predicted_loss=None,

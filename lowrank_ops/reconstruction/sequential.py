@@ -23,7 +23,7 @@ from ..factors.projections import Factors
 from ..files import digest, digests, open_tensors, read_header, read_tensor, replacing, write_tensors
 from ..layers import LowRankConv2d, LowRankLinear
 from ..layers.replace import replaced
-from ..models.layers import bias_vector, find_layers, input_rows, weight_matrix
+from ..models.layers import bias_vector, compiled_or_scripted, find_layers, input_rows, weight_matrix
 from ..models.masks import Mask, real_rows
 from ..models.running import call_model
 from .paired_runs import Group, PairedRuns, find_chains
@@ -244,8 +244,8 @@ def _checked(
     gradients: Mapping[str, Moments],
     ridge: float | None,
 ) -> list[Any]:
-    if hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:
-        raise ValueError("model is compiled, which hides its layers; reconstruct and compress it before torch.compile.")
+    if (reason := compiled_or_scripted(model)) is not None:
+        raise ValueError(f"model cannot be reconstructed: {reason}.")
     if "" in factors:
         raise ValueError("model is itself the layer to reconstruct, and has no layer before it.")
     missing = [fqn for fqn, part in factors.items() if part.projection == "loss" and fqn not in gradients]

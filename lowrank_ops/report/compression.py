@@ -30,7 +30,7 @@ from .sections import (
     spectra,
 )
 from .spectra import spectrum_of
-from .text import format_table, layer_bars, new_figure, notes
+from .text import few_rows, few_rows_note, format_table, layer_bars, new_figure, notes
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class CompressionReport:
             f"model {self.model_parameters_before:,} -> {self.model_parameters:,} "
             f"({self.model_parameters / self.model_parameters_before:.1%})"
         )
-        return "\n".join([*lines, *self.fallbacks(), *notes((), self.skipped)])
+        return "\n".join([*lines, *self.fallbacks(), *few_rows_note(self.few_rows()), *notes((), self.skipped)])
 
     def method(self) -> str:
         """How ranks and factors were chosen, in one line."""
@@ -182,7 +182,7 @@ class CompressionReport:
             spectra(self.layers, "The point is the chosen rank; layers left dense have none."),
             predicted_and_measured(self.compared(), prediction, kinds_of(self.layers)),
             compression_table(self.layers),
-            remarks([*self.fallbacks(), *notes((), self.skipped)]),
+            remarks([*self.fallbacks(), *few_rows_note(self.few_rows()), *notes((), self.skipped)]),
         ]
         write_page(path, "Compression report", f"{method[0].upper()}{method[1:]}.", cards, sections)
 
@@ -207,6 +207,10 @@ class CompressionReport:
             return None
         return sum(layer.predicted_loss or 0.0 for layer in known)
 
+    def few_rows(self) -> list[str]:
+        """The replaced layers with fewer calibration rows than min(in_features, out_features), with both numbers."""
+        return few_rows(layer for layer in self.layers if layer.rank is not None)
+
     def fallbacks(self) -> list[str]:
         """One line per layer that was not compressed as asked for."""
         replaced = [layer for layer in self.layers if layer.rank is not None]
@@ -230,6 +234,7 @@ class CompressionReport:
             "model_parameters_before": self.model_parameters_before,
             "model_parameters": self.model_parameters,
             "skipped": dict(self.skipped),
+            "few_rows": self.few_rows(),
             "allocation": self.allocation,
             "prediction": None if (prediction := self.prediction()) is None else prediction._asdict(),
         }

@@ -2,14 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from ..models.running import warn_caller
 
 
 def notes(unreached: Sequence[str], skipped: Mapping[str, str]) -> list[str]:
     """One line per layer that was left out, with the reason."""
     lines = [f"not reached by any batch: {fqn}" for fqn in unreached]
     return lines + [f"skipped: {fqn or '(the model)'}: {reason}" for fqn, reason in skipped.items()]
+
+
+def few_rows(layers: Iterable[Any]) -> list[str]:
+    """The layers with fewer calibration rows than min(in_features, out_features), with both numbers."""
+    sizes = ((layer, min(layer.in_features, layer.out_features)) for layer in layers)
+    return [f"{layer.fqn} ({layer.rows:,} of {size:,})" for layer, size in sizes if layer.rows < size]
+
+
+def few_rows_note(found: Sequence[str]) -> list[str]:
+    """One line that marks what the predicted errors are of; nothing if all layers had enough rows."""
+    line = "predicted errors are of the calibration rows only; fewer rows than min(in_features, out_features)"
+    return [f"{line}: {', '.join(found)}"] if found else []
+
+
+def warn_of_few_rows(found: Sequence[str]) -> None:
+    """One warning for all layers that :func:`few_rows` found."""
+    if found:
+        shown = ", ".join([*found[:5], *([f"and {len(found) - 5} more"] if len(found) > 5 else [])])
+        warn_caller(
+            f"fewer calibration rows than min(in_features, out_features): {shown}. Ranks and errors hold for these "
+            "rows only; calibrate with more batches."
+        )
 
 
 def percent(share: float | None) -> str:

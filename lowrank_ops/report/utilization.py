@@ -20,7 +20,7 @@ from .page import write_page
 from .per_layer import LayerUtilization, utilization_columns
 from .sections import kinds_of, remarks, spectra, utilization_by_kind, utilization_by_layer, utilization_table
 from .spectra import spectrum_of
-from .text import format_table, layer_bars, new_figure, notes
+from .text import few_rows, few_rows_note, format_table, layer_bars, new_figure, notes, warn_of_few_rows
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class UtilizationReport:
         lines.append(f"{mean} at explained variance {self.explained_variance:g}")
         if len(self.by_kind()) > 1:
             lines.append("by kind: " + ", ".join(f"{kind} {share:.1%}" for kind, share in self.by_kind().items()))
-        return "\n".join(lines + notes(self.unreached, self.skipped))
+        return "\n".join(lines + few_rows_note(few_rows(self.layers)) + notes(self.unreached, self.skipped))
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON types."""
@@ -90,7 +90,7 @@ class UtilizationReport:
                 utilization_by_layer(self.layers),
                 spectra(self.layers, "The point is the utilized rank."),
                 utilization_table(self.layers),
-                remarks(notes(self.unreached, self.skipped)),
+                remarks(few_rows_note(few_rows(self.layers)) + notes(self.unreached, self.skipped)),
             ],
         )
 
@@ -153,6 +153,7 @@ def utilization(
     rows = tuple(_layer_utilization(fqn, layers[fqn], space, explained_variance) for fqn, space in bar)
     if not rows:
         raise ValueError("covariances has none of the model's layers that filter_fn selects; calibrate them first.")
+    warn_of_few_rows(few_rows(rows))
     return UtilizationReport(explained_variance, centered, rows, covariances.unreached, covariances.skipped)
 
 

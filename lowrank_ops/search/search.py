@@ -18,7 +18,7 @@ from ..config import CompressionConfig, ParameterBudget, Ranks, check_choice
 from ..files import digest
 from ..layers.replace import replaced
 from ..models.layers import FilterFn
-from ..models.running import training_flags_kept
+from ..models.running import exclusive, training_flags_kept
 from ..ranks.allocation import allocate
 from ..ranks.choose import ChosenRanks, Limits, limits_of
 from ..ranks.costs import PARAMETERS, Option, dense_parameters
@@ -46,7 +46,8 @@ def search_ranks(
     """Search for the smallest ranks whose accuracy is at most ``max_drop`` below that of the dense model.
 
     Args:
-        model: the model that was calibrated; compressed during each trial and dense again afterwards.
+        model: the model that was calibrated; compressed during each trial and dense again afterwards. No other thread
+            may run it meanwhile; for a model that is served, pass ``copy.deepcopy(model)``.
         covariances: from :func:`lowrank_ops.calibrate`.
         evaluate: ``evaluate(model) -> float``, higher is better; called with the dense and with compressed models.
         max_drop: accepted decrease from the dense model's value, in the units of ``evaluate``.
@@ -92,7 +93,7 @@ def search_ranks(
 
     def accuracy_at(ranks: ChosenRanks) -> float:
         factors = factorize_layers(subspaces, ranks, projection, keep_directions=True)
-        with replaced(model, factors), torch.no_grad(), training_flags_kept(model):
+        with exclusive(model), replaced(model, factors), torch.no_grad(), training_flags_kept(model):
             return _finite(evaluate(model))
 
     measure: Measure = accuracy_at

@@ -212,7 +212,7 @@ def test_bad_arguments_are_refused() -> None:
         reconstruct(model, by_loss, batches)
     with pytest.raises(ValueError, match="model is itself the layer to reconstruct"):
         reconstruct(model[0][0], {"": factors["0.0"]}, batches)
-    with pytest.raises(ValueError, match="model is compiled"):
+    with pytest.raises(ValueError, match="model cannot be reconstructed: it is compiled"):
         reconstruct(torch.compile(model), factors, batches)
     with pytest.raises(ValueError, match=r"factors names layers that cannot be replaced: 'no'"):
         reconstruct(model, {"no": factors["0.0"]}, batches)

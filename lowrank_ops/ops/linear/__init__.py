@@ -7,11 +7,14 @@ considers them. ``reference`` holds the library GEMMs, ``_triton`` and ``_cuda``
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from .._backend import Backend, Device, Impl, choose, device_facts, row_stride
 from .._backend import explain as _explain
@@ -141,6 +144,8 @@ def lowrank_linear(
     if x.is_nested is True or in_transform():
         _check_activation(activation)
         return reference.two_products(x, down, up, bias, activation)
+    if not is_compiling():
+        _count_flops()
     return torch.ops.lowrank_ops.lowrank_linear(x, down, up, bias, activation=activation, backend=backend)
 
 
@@ -401,3 +406,20 @@ _lib.impl("lowrank_linear", _run, "CompositeExplicitAutograd")
 torch.library.register_fake("lowrank_ops::lowrank_linear", _fake, lib=_lib)
 torch.library.register_autograd("lowrank_ops::lowrank_linear", _backward, setup_context=_setup_context, lib=_lib)
 register_autocast(_lib, "lowrank_linear", cast=True)
+
+
+def _count_flops() -> None:
+    """Give active FlopCounterModes a formula for the op.
+
+    Not registered at import, because ``torch.utils.flop_counter`` imports Triton.
+    """
+    if "torch.utils.flop_counter" in sys.modules:
+        for mode in _get_current_dispatch_mode_stack():
+            registry = getattr(getattr(mode, "counter", mode), "flop_registry", None)
+            if registry is not None:
+                registry.setdefault(torch.ops.lowrank_ops.lowrank_linear, _flops)
+
+
+def _flops(x: Tensor, down: Tensor, up: Tensor, *args: Any, **kwargs: Any) -> int:
+    """Floating-point operations of two GEMMs."""
+    return 2 * math.prod(x.shape[:-1]) * down.shape[0] * (down.shape[1] + up.shape[0])

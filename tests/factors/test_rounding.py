@@ -1,0 +1,100 @@
+"""Factors in the layer's dtype: x down^T stays in range, the product is unchanged, the mean output exact."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import lowrank_ops as lro
+from lowrank_ops.factors import factorize
+from lowrank_ops.subspaces import layer_subspaces
+
+
+def one_wide_direction() -> tuple[nn.Module, torch.Tensor]:
+    model = nn.Sequential(nn.Linear(256, 2048))
+    with torch.no_grad():
+        model[0].weight[:, 0] = 1500 * (1 + 0.1 * torch.randn(2048))
+    x = torch.randn(600, 256)
+    x[:, 0] = 1 + 0.3 * x[:, 0]
+    return model, x
+
+
+def all_rows_along_one_direction() -> tuple[nn.Module, torch.Tensor]:
+    model = nn.Sequential(nn.Linear(1024, 512, bias=False))
+    direction = nn.functional.normalize(torch.randn(1024), dim=0)
+    with torch.no_grad():
+        model[0].weight.copy_(torch.outer(torch.randn(512).sign(), direction) * 1500)
+        model[0].weight.add_(0.02 * torch.randn(512, 1024))
+    return model, torch.randn(600, 1) * direction + 0.05 * torch.randn(600, 1024)
+
+
+def large_inputs() -> tuple[nn.Module, torch.Tensor]:
+    """Inputs near 4,000 everywhere: their norm is far beyond float16, and no output is."""
+    model = nn.Sequential(nn.Linear(1024, 1024, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.ones(1024, 1024) / 1024 + 1e-3 * torch.randn(1024, 1024))
+    return model, 4000 * (1 + 0.1 * torch.randn(600, 1024))
+
+
+def small_weights() -> tuple[nn.Module, torch.Tensor]:
+    model = nn.Sequential(nn.Linear(64, 64))
+    with torch.no_grad():
+        model[0].weight.mul_(1e-3)
+    return model, torch.randn(600, 64)
+
+
+MODELS = [one_wide_direction, all_rows_along_one_direction, large_inputs, small_weights]
+
+
+@pytest.mark.parametrize("projection", ["output", "utilized", "weight", "input"])
+@pytest.mark.parametrize("make", MODELS)
+def test_float16_layers_stay_finite_and_as_predicted(make, projection):
+    model, x = make()
+    model, x = model.half(), x.half()
+    dense = copy.deepcopy(model)
+    config = lro.CompressionConfig(lro.Ranks({"0": 40}), projection=projection)
+    report = lro.compress_(model, lro.calibrate(model, [x]), config)
+    with torch.no_grad():
+        y, z = dense(x).double(), model(x).double()
+    assert y.isfinite().all() and z.isfinite().all()
+    error = ((y - z).square().sum() / (y - y.mean(0)).square().sum()).item()
+    assert error < 1.2 * report.layers[0].relative_error + 1e-3
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_float16_autocast_of_a_float32_model_stays_finite(side):
+    model, x = one_wide_direction()
+    lro.compress_(model, lro.calibrate(model, [x], side=side), lro.Ranks({"0": 40}))
+    with torch.no_grad(), torch.autocast("cpu", torch.float16):
+        assert model(x).isfinite().all()
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_scales_are_powers_of_two(make):
+    model, x = make()
+    spaces = layer_subspaces({"0": model[0]}, lro.calibrate(model, [x]))["0"]
+    factors = factorize(spaces, 8)
+    norms = factors.up.norm(dim=0).log2()  # 1 before the scales
+    torch.testing.assert_close(norms, norms.round(), atol=1e-9, rtol=0)
+
+
+def test_directions_without_weight_keep_their_factors_finite():
+    model = nn.Sequential(nn.Linear(16, 16))
+    nn.init.zeros_(model[0].weight)
+    spaces = layer_subspaces({"0": model[0]}, lro.calibrate(model, [torch.randn(40, 16)]))["0"]
+    for projection in ("output", "weight", "input"):
+        factors = factorize(spaces, 4, projection)
+        assert factors.up.isfinite().all() and not factors.down.isnan().any()
+
+
+@pytest.mark.parametrize("projection", ["output", "utilized", "input"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_bias_makes_the_mean_exact_for_rounded_factors(dtype, projection):
+    model = nn.Sequential(nn.Linear(128, 96)).to(dtype)
+    x = (torch.randn(2000, 128) * torch.logspace(0, -1.5, 128) + 3 * torch.randn(128)).to(dtype)
+    layer = lro.LowRankLinear.from_linear(model[0], 32, lro.calibrate(model, [x])["0"], projection=projection)
+    mean = x.double().mean(0)
+    wanted = model[0].weight.double() @ mean + model[0].bias.double()
+    found = layer.up.double() @ (layer.down.double() @ mean) + layer.bias.double()
+    assert (found - wanted).abs().max() <= torch.finfo(dtype).eps * layer.bias.abs().max()

@@ -1,0 +1,200 @@
+"""Models are handed back in their own modes, and two threads do not disturb each other."""
+
+import threading
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import lowrank_ops as lro
+from lowrank_ops.models.running import (
+    evaluating,
+    exclusive,
+    random_state_kept,
+    training_flags_kept,
+    without_fast_path,
+)
+
+
+class Folds(nn.Linear):
+    """Folds an adapter into its weight in eval mode; a second call without a change of mode would fold twice."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+        self.adapter = nn.Parameter(torch.randn(8, 8))
+
+    def train(self, mode: bool = True) -> "Folds":
+        super().train(mode)
+        self.weight.data += self.adapter.data * (-1 if mode else 1)
+        return self
+
+
+class FoldsInEval(nn.Linear):
+    """Defines eval() and not train()."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+        self.calls = 0
+
+    def eval(self) -> "FoldsInEval":
+        self.calls += 1
+        return super().eval()
+
+
+class KeepsNormFrozen(nn.Sequential):
+    """train() leaves the norm in eval mode, as detection models do."""
+
+    def train(self, mode: bool = True) -> "KeepsNormFrozen":
+        super().train(mode)
+        self[1].eval()
+        return self
+
+
+class Drops(nn.Linear):
+    """eval() loses what train() cannot bring back."""
+
+    def train(self, mode: bool = True) -> "Drops":
+        if not mode:
+            self.weight.data *= 0.5
+        return super().train(mode)
+
+
+def nested(*layers: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 8), nn.Sequential(*layers, nn.Dropout(0.5)))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Folds().train(False), lambda: nested(Folds()), lambda: nested(nested(Folds()))]
+)
+def test_folding_layers_come_back_as_they_were(make):
+    model = make()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    with evaluating(model):
+        assert not any(module.training for module in model.modules())
+    assert [module.training for module in model.modules()] == modes
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name], atol=1e-6, rtol=1e-5)
+
+
+def test_calibrate_hands_a_folding_layer_back_unfolded():
+    model = nested(Folds(), nn.Linear(8, 4)).train()
+    before = model[1][0].weight.detach().clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lro.calibrate(model, [torch.randn(20, 8)])
+    torch.testing.assert_close(model[1][0].weight, before, atol=1e-6, rtol=1e-5)
+    assert all(module.training for module in model.modules())
+
+
+def test_modules_that_define_eval_are_called():
+    model = nested(FoldsInEval())
+    with evaluating(model):
+        assert model[1][0].calls == 1
+
+
+def test_modes_of_each_module_survive_a_train_of_the_parent():
+    model = KeepsNormFrozen(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout()).train()
+    model[2].eval()
+    with evaluating(model):
+        assert not model.training
+    assert [module.training for module in model] == [True, False, False] and model.training
+
+
+def test_modes_changed_inside_the_block_are_undone():
+    model = nested(Folds())
+    before = model[1][0].weight.detach().clone()
+    with training_flags_kept(model):
+        model.eval()
+    assert all(module.training for module in model.modules())
+    torch.testing.assert_close(model[1][0].weight, before, atol=1e-6, rtol=1e-5)
+
+
+def test_weights_that_train_does_not_restore_are_named():
+    model = nested(Drops(8, 8))
+    with pytest.warns(UserWarning, match=r"parameters of 1\.0 are not what they were"), evaluating(model):
+        pass
+
+
+def in_thread(function) -> object:
+    """The result of ``function`` in another thread, or the exception that it raised."""
+    results = []
+
+    def run() -> None:
+        try:
+            results.append(function())
+        except BaseException as error:
+            results.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(60)
+    return results[0]
+
+
+def small() -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+
+
+def test_a_model_in_use_by_another_thread_is_refused():
+    model, batch = small(), torch.randn(20, 8)
+    covariances = lro.calibrate(model, [batch])
+    uses = [
+        lambda: lro.calibrate(model, [batch]),
+        lambda: lro.calibrate(nn.Sequential(model[0]), [batch]),  # shares a layer
+        lambda: lro.compress_(model, covariances, 4),
+        lambda: lro.search_ranks(model, covariances, lambda m: 1.0, 0.1),
+    ]
+    with lro.Calibrator(model):
+        model(batch)
+        for use in uses:
+            found = in_thread(use)
+            assert isinstance(found, RuntimeError) and "another thread" in str(found)
+    assert isinstance(in_thread(uses[0]), lro.Covariances)
+
+
+def test_a_model_is_free_after_an_error_and_for_its_own_thread():
+    model = small()
+    with pytest.raises(KeyError), exclusive(model), exclusive(model):
+        raise KeyError
+    assert in_thread(lambda: exclusive(model).__enter__()) is None
+
+
+def test_rows_of_other_threads_are_not_counted():
+    model, batch = small(), torch.randn(20, 8)
+    alone = lro.calibrate(model, [batch], sensitivity="output", num_probes=1)["2"]
+    with lro.Calibrator(model) as calibrator:
+        model(batch)
+        served = in_thread(lambda: model(torch.full((20, 8), 1e3)))
+    assert torch.equal(served, model(torch.full((20, 8), 1e3)))
+    found = calibrator.covariances["2"]
+    assert found.activations.count == 20
+    assert torch.equal(found.activations.second_moment, alone.activations.second_moment)
+
+
+def test_a_calibration_by_other_threads_only_is_an_error():
+    model = small()
+    with pytest.raises(RuntimeError, match="in other threads only"), lro.Calibrator(model):
+        in_thread(lambda: model(torch.randn(20, 8)))
+
+
+def test_overlapping_threads_leave_the_process_as_it_was():
+    model, state = small(), torch.get_rng_state()
+    entered, left = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with without_fast_path(), random_state_kept(model):
+            torch.randn(3)
+            entered.set()
+            left.wait(60)
+
+    thread = threading.Thread(target=other)
+    with without_fast_path(), random_state_kept(model):
+        torch.randn(5)
+        thread.start()
+        entered.wait(60)
+    assert not torch.backends.mha.get_fastpath_enabled()
+    left.set()
+    thread.join(60)
+    assert torch.backends.mha.get_fastpath_enabled() and torch.equal(torch.get_rng_state(), state)

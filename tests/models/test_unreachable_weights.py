@@ -1,0 +1,99 @@
+"""Layers whose weights or calls cannot be reached are named, with the cause and the remedy."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+import lowrank_ops as lro
+from lowrank_ops.models.layers import find_layers
+
+
+class Quantized(nn.Linear):
+    pass
+
+
+Quantized.__module__ = "bitsandbytes.nn.modules"
+
+
+@pytest.fixture(scope="module")
+def process_group(tmp_path_factory):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def model_with(layer: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 8), layer)
+
+
+def with_hook() -> nn.Module:
+    layer = nn.Linear(8, 8)
+    layer._hf_hook = object()
+    return layer
+
+
+def float8() -> nn.Module:
+    layer = nn.Linear(8, 8)
+    layer.weight = nn.Parameter(layer.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: nn.Linear(8, 8, device="meta"), "on the meta device and has no values; load the weights"),
+        (lambda: nn.Linear(8, 8, bias=False, device="meta"), "on the meta device"),
+        (with_hook, r"accelerate's hooks move its weight .*remove_hook_from_module"),
+        (lambda: Quantized(8, 8), r"quantized \(Quantized of bitsandbytes\); compress the float model"),
+        (float8, "of torch.float8_e4m3fn, not a plain float tensor; convert it"),
+        (lambda: torch.compile(nn.Sequential(nn.Linear(8, 8))), "compiled, which hides its layers"),
+        (lambda: torch.jit.script(nn.Sequential(nn.Linear(8, 8))), "TorchScript module, which hides its layers"),
+        (lambda: torch.jit.trace(nn.Linear(8, 8), torch.ones(1, 8)), "TorchScript module"),
+    ],
+)
+def test_unreachable_layers_are_named_with_a_remedy(make, reason):
+    model = model_with(make())
+    with pytest.warns(UserWarning, match=rf"1: .*{reason}"):
+        calibrator = lro.Calibrator(model)
+    assert list(calibrator.skipped) == ["1"]
+
+
+def test_blocks_compiled_in_place_are_named():
+    block = nn.Sequential(nn.Linear(8, 8))
+    block.compile()
+    layers, skipped = find_layers(model_with(block))
+    assert list(layers) == ["0"] and "compiled" in skipped["1"]
+
+
+def test_sharded_weights_are_named(process_group):
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    layer = nn.Linear(8, 8)
+    layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh))
+    assert isinstance(layer.weight, DTensor)
+    assert "DTensor; compress the whole module before it is sharded" in find_layers(model_with(layer))[1]["1"]
+
+
+def test_compress_names_layers_that_lost_their_values():
+    model = model_with(nn.Linear(8, 8))
+    covariances = lro.calibrate(model, [torch.randn(20, 8)])
+    with pytest.raises(ValueError, match=r"(?s)hold none.*  0: its weight is on the meta device"):
+        lro.compress_(model.to("meta"), covariances, 4)
+
+
+def test_compress_refuses_models_wrapped_for_parallel_training(process_group):
+    inner = model_with(nn.Linear(8, 8))
+    wraps = {
+        "DataParallel": nn.DataParallel,
+        "DistributedDataParallel": nn.parallel.DistributedDataParallel,
+    }
+    for name, wrap in wraps.items():
+        for model in (wrap(copy.deepcopy(inner)), nn.Sequential(wrap(copy.deepcopy(inner)))):
+            before = dict(model.named_modules())
+            covariances = lro.calibrate(model, [torch.randn(20, 8)])
+            with pytest.raises(ValueError, match=rf"is wrapped by {name}.* Compress the module first, then wrap it"):
+                lro.compress_(model, covariances, 4)
+            assert dict(model.named_modules()) == before
