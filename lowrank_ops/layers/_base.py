@@ -60,6 +60,10 @@ class LowRankLayer(nn.Module):
         """The product of the factors in the shape of the dense layer's weight, computed in every call."""
         raise NotImplementedError
 
+    def to_dense(self) -> nn.Module:
+        """The dense layer with the product as its weight and the same dtype, device and flags."""
+        raise NotImplementedError
+
     @classmethod
     def empty_like(cls: type[LowRank], dense: nn.Module, rank: int, bias: bool) -> LowRank:
         """A layer with uninitialized factors and the sizes, dtype, device, training and gradient flags of ``dense``."""
