@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -69,6 +69,25 @@ def _reason_to_skip(module: nn.Module) -> str | None:
     if type(weight) is not nn.Parameter or weight.dtype not in _DTYPES:
         return f"its weight is a {type(weight).__name__} of {weight.dtype}, not a plain float tensor"
     return None if weight.numel() else "its weight is empty"
+
+
+def unsupported_weights(model: nn.Module, known: Collection[str]) -> dict[str, str]:
+    """``{fqn: reason}`` of modules of other kinds that hold matrices of their own: Embedding, LSTM, fused experts.
+
+    Args:
+        model: any module.
+        known: names of modules that are reported already, with all that is in them.
+    """
+    total = sum(parameter.numel() for parameter in model.parameters()) or 1
+    found = {}
+    inside = tuple(f"{fqn}." for fqn in known if fqn)
+    for fqn, module in model.named_modules():
+        own = list(module.parameters(recurse=False))
+        supported = isinstance(module, (nn.Linear, nn.Conv2d)) or is_conv1d(module)
+        if not supported and fqn not in known and not fqn.startswith(inside) and any(p.dim() > 1 for p in own):
+            share = sum(parameter.numel() for parameter in own) / total
+            found[fqn] = f"{type(module).__name__} is not supported; it holds {share:.1%} of the model's parameters"
+    return found
 
 
 def tied_layers(model: nn.Module) -> dict[str, str]:
