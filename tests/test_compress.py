@@ -250,7 +250,8 @@ def test_tied_weights_stay_tied_and_are_reported():
     report = lro.compress_(model, covariances, lro.CompressionConfig(lro.Ranks({"fc": 4})))
     assert names(model, lro.LowRankLinear) == ["fc"]
     assert model.lm_head.weight is model.embedding.weight
-    assert report.skipped == {"lm_head": "its weight is tied to 'embedding'"}
+    assert report.skipped["lm_head"] == "its weight is tied to 'embedding'"
+    assert list(report.skipped) == ["lm_head", "embedding"]
     assert report.model_parameters == sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -14,7 +14,7 @@ NAMES = {
 }  # fmt: skip
 OPS = {
     "Backend", "BackendUnavailableError", "conv_covariance_update_", "covariance_finalize_", "covariance_update_",
-    "explain", "lowrank_linear",
+    "decompositions", "explain", "lowrank_linear",
 }  # fmt: skip
 DOCUMENTED = sorted(NAMES - {"ops"})
 FUNCTIONS = [name for name in DOCUMENTED if not inspect.isclass(getattr(lro, name))]

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from ..calibration.statistics import LayerStatistics, Moments
 from ..config import PROJECTIONS, check_choice
@@ -15,6 +16,7 @@ from ..factors.projections import Factors, factorize, rounded
 from ..models.layers import dimensions, weight_matrix
 from ..ranks.costs import stored_rank
 from ..subspaces.layer import LayerSubspaces
+from .weight import ProductWeight, lost_write
 
 Layer = TypeVar("Layer", bound=nn.Module)
 LowRank = TypeVar("LowRank", bound="LowRankLayer")
@@ -35,7 +37,31 @@ class LowRankLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The product of the factors in the shape of the dense layer's weight, recomputed on every access."""
+        """The product of the factors in the shape of the dense layer's weight, for code that reads a dense layer's.
+
+        Shape, dtype and device cost nothing; an operation on the values multiplies the factors. Writes raise.
+        """
+        down, up = self._parameters.get("down"), self._parameters.get("up")
+        # Dynamo drops a product that is not used. torch.fx has no tensors, parametrized factors are no parameters.
+        if is_dynamo_compiling() or down is None or up is None or not isinstance(down, Tensor):
+            return self.product()
+        return ProductWeight((up.shape[0], *down.shape[1:]), up, self.product)
+
+    @weight.setter
+    def weight(self, value: object) -> None:
+        raise lost_write("setting a tensor")
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name == "weight" or isinstance(param, ProductWeight):  # pruning registers the old weight by another name
+            raise lost_write(f"registering the parameter {name!r}")
+        super().register_parameter(name, param)
+
+    def product(self) -> Tensor:
+        """The product of the factors in the shape of the dense layer's weight, computed in every call."""
+        raise NotImplementedError
+
+    def to_dense(self) -> nn.Module:
+        """The dense layer with the product as its weight and the same dtype, device and flags."""
         raise NotImplementedError
 
     @classmethod
@@ -64,7 +90,7 @@ class LowRankLayer(nn.Module):
     @torch.no_grad()
     def _fill_dense(self, dense: Layer) -> Layer:
         """Copy the product of the factors, the bias and the flags into ``dense``."""
-        dense.get_parameter("weight").copy_(self.weight)
+        dense.get_parameter("weight").copy_(self.product())
         if self.bias is not None:
             dense.get_parameter("bias").copy_(self.bias)
         return copy_flags(dense, self)

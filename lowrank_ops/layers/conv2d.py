@@ -135,9 +135,8 @@ class LowRankConv2d(LowRankLayer):
         reduced = F.conv2d(x, self.down, None, self.stride, padding, self.dilation, self.groups)
         return F.conv2d(reduced, self.up, self.bias, groups=self.groups)
 
-    @property
-    def weight(self) -> Tensor:
-        """The product in the shape of a Conv2d's weight, recomputed on every access."""
+    def product(self) -> Tensor:
+        """The product in the shape of a Conv2d's weight, computed in every call."""
         down = self.down.reshape(self.groups, self.stored_rank, -1)
         up = self.up.reshape(self.groups, -1, self.stored_rank)
         return (up @ down).reshape(self.out_channels, *self.down.shape[1:])

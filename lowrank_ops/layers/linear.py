@@ -121,9 +121,8 @@ class LowRankLinear(LowRankLayer):
             return lowrank_linear(x, parameters["down"], parameters["up"], parameters["bias"])  # type: ignore[arg-type]
         return lowrank_linear(x, self.down, self.up, self.bias)  # parametrized, pruned or sharded
 
-    @property
-    def weight(self) -> Tensor:
-        """The product (out_features, in_features), for code that reads a Linear's weight; recomputed on each access."""
+    def product(self) -> Tensor:
+        """The product (out_features, in_features), computed in every call."""
         return self.up @ self.down
 
     def to_dense(self) -> nn.Linear:

@@ -85,7 +85,7 @@ def swap_(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None
     """Put each new module in every place of its old one; on an error or an interrupt, in none.
 
     The fast path of ``nn.TransformerEncoderLayer`` reads the weights of its Linears and does not call them. With
-    low-rank layers it would multiply the factors out in every forward, so it is disabled while the layer holds one.
+    low-rank layers it would multiply the factors out in every forward, so it is disabled unless both are nn.Linear.
     """
     try:
         _set_children(model, replacements)
@@ -110,7 +110,7 @@ def _set_children(model: nn.Module, replacements: Mapping[nn.Module, nn.Module])
         for name in names:
             setattr(parent, name, replacements[parent.get_submodule(name)])
         if names and isinstance(parent, nn.TransformerEncoderLayer):
-            _allow_fast_path(parent, not any(isinstance(child, LowRankLinear) for child in parent.children()))
+            _allow_fast_path(parent, all(isinstance(layer, nn.Linear) for layer in (parent.linear1, parent.linear2)))
 
 
 def _allow_fast_path(layer: nn.TransformerEncoderLayer, allowed: bool) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -133,6 +133,25 @@ def with_values(layers: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Module], 
     reason = "its weight is on the meta device and has no values; load the weights, or call model.to_empty and load"
     without = {fqn: reason for fqn, layer in layers.items() if layer.get_parameter("weight").is_meta}
     return {fqn: layer for fqn, layer in layers.items() if fqn not in without}, without
+
+
+def unsupported_weights(model: nn.Module, known: Collection[str]) -> dict[str, str]:
+    """``{fqn: reason}`` of modules of other kinds that hold matrices of their own: Embedding, LSTM, fused experts.
+
+    Args:
+        model: any module.
+        known: names of modules that are reported already, with all that is in them.
+    """
+    total = sum(parameter.numel() for parameter in model.parameters()) or 1
+    found = {}
+    inside = tuple(f"{fqn}." for fqn in known if fqn)
+    for fqn, module in model.named_modules():
+        own = list(module.parameters(recurse=False))
+        supported = isinstance(module, (nn.Linear, nn.Conv2d)) or is_conv1d(module)
+        if not supported and fqn not in known and not fqn.startswith(inside) and any(p.dim() > 1 for p in own):
+            share = sum(parameter.numel() for parameter in own) / total
+            found[fqn] = f"{type(module).__name__} is not supported; it holds {share:.1%} of the model's parameters"
+    return found
 
 
 def tied_layers(model: nn.Module) -> dict[str, str]:

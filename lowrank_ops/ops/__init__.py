@@ -13,7 +13,7 @@ from . import covariance as _covariance
 from . import linear as _linear
 from ._backend import Backend, BackendUnavailableError
 from .covariance import conv_covariance_update_, covariance_finalize_, covariance_update_
-from .linear import lowrank_linear
+from .linear import decompositions, lowrank_linear
 
 _EXPLAIN: dict[str, Callable[..., str]] = {
     "covariance_update_": _covariance.explain,
@@ -57,6 +57,7 @@ __all__ = [
     "conv_covariance_update_",
     "covariance_finalize_",
     "covariance_update_",
+    "decompositions",
     "explain",
     "lowrank_linear",
 ]

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..config import CompressionConfig, LatencyBudget, LayerLatencies, Ranks
 from ..factors.projections import Factors
+from ..models.layers import unsupported_weights
 from ..ranks.costs import dense_macs, dense_parameters, lowrank_macs, stored_rank
 from ..subspaces.layer import LayerSubspaces
 from .kinds import kind_of
@@ -41,7 +42,8 @@ class CompressionReport:
         config: the configuration, with the choices that were left open filled in.
         layers: the considered layers, in the model's order.
         model_parameters_before, model_parameters: of the whole model.
-        skipped: ``{fqn: reason}`` of the layers that were not considered.
+        skipped: ``{fqn: reason}`` of the layers that were not considered, and of modules of other kinds that hold
+            matrices, with their share of the model's parameters.
     """
 
     config: CompressionConfig
@@ -68,7 +70,8 @@ class CompressionReport:
         )
         before = sum(parameter.numel() for parameter in model.parameters())
         saved = sum(layer.dense_parameters - layer.parameters for layer in layers)
-        return cls(config, layers, before, before - saved, dict(skipped))
+        others = unsupported_weights(model, {*subspaces, *skipped})
+        return cls(config, layers, before, before - saved, {**skipped, **others})
 
     @property
     def allocation(self) -> str | None:
@@ -141,7 +144,16 @@ class CompressionReport:
             f"model {self.model_parameters_before:,} -> {self.model_parameters:,} "
             f"({self.model_parameters / self.model_parameters_before:.1%})"
         )
-        return "\n".join([*lines, *self.fallbacks(), *few_rows_note(self.few_rows()), *notes((), self.skipped)])
+        few = few_rows_note(self.few_rows())
+        return "\n".join([*lines, *self.fallbacks(), *few, *notes((), self.skipped), self.considered()])
+
+    def considered(self) -> str:
+        """The share of the whole model's parameters that compression considered, in one line."""
+        share = self.layer_parameters_before / self.model_parameters_before
+        return (
+            f"considered {self.layer_parameters_before:,} of the model's {self.model_parameters_before:,} parameters "
+            f"({share:.1%})"
+        )
 
     def method(self) -> str:
         """How ranks and factors were chosen, in one line."""
@@ -182,7 +194,7 @@ class CompressionReport:
             spectra(self.layers, "The point is the chosen rank; layers left dense have none."),
             predicted_and_measured(self.compared(), prediction, kinds_of(self.layers)),
             compression_table(self.layers),
-            remarks([*self.fallbacks(), *few_rows_note(self.few_rows()), *notes((), self.skipped)]),
+            remarks([*self.fallbacks(), *few_rows_note(self.few_rows()), *notes((), self.skipped), self.considered()]),
         ]
         write_page(path, "Compression report", f"{method[0].upper()}{method[1:]}.", cards, sections)
 

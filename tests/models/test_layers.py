@@ -5,7 +5,15 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from lowrank_ops.models.layers import Dimensions, bias_vector, dimensions, find_layers, pad_input, weight_matrix
+from lowrank_ops.models.layers import (
+    Dimensions,
+    bias_vector,
+    dimensions,
+    find_layers,
+    pad_input,
+    unsupported_weights,
+    weight_matrix,
+)
 from tests.conv1d import Conv1D
 
 
@@ -121,3 +129,34 @@ def test_pad_input_equals_the_padding_of_conv2d(mode, padding, kernel):
     torch.testing.assert_close(nn.functional.conv2d(padded, conv.weight, conv.bias, padding=rest), conv(x))
     if mode == "zeros" and padding != "same":
         assert padded is x  # F.conv2d pads; nothing is copied
+
+
+class FusedExperts(nn.Module):
+    """Experts as one parameter of three dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate_up_proj, self.bias = nn.Parameter(torch.zeros(2, 4, 6)), nn.Parameter(torch.zeros(2, 6))
+
+
+OTHERS = [
+    nn.Embedding(5, 4), nn.LSTM(4, 3), nn.GRU(4, 3), nn.Bilinear(3, 4, 5), nn.ConvTranspose2d(2, 3, 2),
+    nn.Conv3d(1, 2, 2), nn.Conv1d(3, 4, 2), FusedExperts(),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("other", OTHERS, ids=lambda module: type(module).__name__)
+def test_other_modules_with_matrices_are_named_with_their_share(other):
+    model = nn.ModuleDict({"linear": nn.Linear(4, 4), "norm": nn.LayerNorm(4), "other": other})
+    own = sum(parameter.numel() for parameter in other.parameters())
+    share = own / (own + 28)
+    assert unsupported_weights(model, ()) == {
+        "other": f"{type(other).__name__} is not supported; it holds {share:.1%} of the model's parameters"
+    }
+    assert unsupported_weights(nn.ModuleDict({"outer": model}), {"outer.other"}) == {}
+
+
+def test_what_lies_in_a_reported_module_is_not_named_again():
+    model = nn.ModuleDict({"a": nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), "ab": nn.Embedding(5, 4)})
+    layers, skipped = find_layers(model)
+    assert list(unsupported_weights(model, {*layers, *skipped})) == ["ab"]

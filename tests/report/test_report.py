@@ -123,7 +123,10 @@ def test_compression_report_has_counts_and_errors(small_net):
     assert lines[3].endswith(f"{fc.predicted_error / fc.output_variance:.3%}")
     assert lines[4] == "ranks by layer name; projection output"
     assert lines[5] == "layer parameters 4,208 -> 1,392 (33.1%), model 5,264 -> 2,448 (46.5%)"
-    assert lines[6:] == ["skipped: idle: no calibration batch reached it"]
+    assert lines[6:] == [
+        "skipped: idle: no calibration batch reached it",
+        "considered 4,208 of the model's 5,264 parameters (79.9%)",
+    ]
     values = json.loads(report.to_json())
     assert lro.CompressionConfig.from_dict(values["config"]) == config
     assert values["layer_parameters"] == 1392 and values["layers"][1]["rank"] == 2 and values["allocation"] is None

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._decomp import register_decomposition
 from torch.compiler import is_compiling
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
@@ -402,10 +403,41 @@ def _matrix(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
+def _decomposed(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str = "none",
+    backend: str = "auto",
+) -> Tensor:
+    return reference.two_products(x, down, up, bias, activation)
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """torch.export's default decompositions and that of ``lowrank_linear`` into two matrix products.
+
+    For consumers that do not know the op. ``torch.onnx.export(..., dynamo=True)`` uses it by itself.
+
+    Example:
+        >>> import torch, lowrank_ops as lro
+        >>> exported = torch.export.export(lro.LowRankLinear(64, 32, rank=8), (torch.randn(4, 64),))
+        >>> exported = exported.run_decompositions(lro.ops.decompositions())
+        >>> "lowrank" in exported.graph_module.code
+        False
+    """
+    table = torch.export.default_decompositions()
+    table[torch.ops.lowrank_ops.lowrank_linear.default] = _decomposed
+    return table
+
+
 _lib.impl("lowrank_linear", _run, "CompositeExplicitAutograd")
 torch.library.register_fake("lowrank_ops::lowrank_linear", _fake, lib=_lib)
 torch.library.register_autograd("lowrank_ops::lowrank_linear", _backward, setup_context=_setup_context, lib=_lib)
 register_autocast(_lib, "lowrank_linear", cast=True)
+# torch.compile does not use this table and keeps one op; torch.onnx.export does.
+register_decomposition(torch.ops.lowrank_ops.lowrank_linear.default)(_decomposed)
 
 
 def _count_flops() -> None:

@@ -1,0 +1,97 @@
+"""Copies of a compressed model that hold torch's own layers only, and need no lowrank_ops to load and run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+from torch import nn
+
+from ._base import LowRankLayer
+from .conv2d import GEOMETRY, LowRankConv2d
+from .replace import has_hooks, swap_
+
+
+def to_dense_layers(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` whose low-rank layers are dense ones with the product as their weight.
+
+    Args:
+        model: any module; not changed.
+
+    Returns:
+        The copy, with the layer kinds and state dict of the model before compression, as large as that one.
+
+    Raises:
+        ValueError: a low-rank layer has hooks, which would be lost, or parametrized factors.
+
+    Example:
+        >>> import torch, lowrank_ops as lro
+        >>> model = torch.nn.Sequential(lro.LowRankLinear(64, 32, rank=8), torch.nn.ReLU())
+        >>> lro.layers.to_dense_layers(model)
+        Sequential(
+          (0): Linear(in_features=64, out_features=32, bias=True)
+          (1): ReLU()
+        )
+    """
+    return _converted(model, lambda layer: layer.to_dense())
+
+
+def to_plain_layers(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` whose low-rank layers are ``nn.Sequential`` of two Linears or two Conv2d.
+
+    The copy has the size of ``model`` and holds torch's layers only: it can be pickled and loaded without lowrank_ops,
+    scripted, quantized, and exported by tools that know no custom op. Code that reads ``layer.weight`` of such a layer,
+    as transformers' T5 does, fails: use :func:`to_dense_layers` there.
+
+    Args:
+        model: any module; not changed.
+
+    Returns:
+        The copy. State dict keys ``down`` and ``up`` become ``0.weight`` and ``1.weight``, ``bias`` becomes ``1.bias``.
+
+    Raises:
+        ValueError: a low-rank layer has hooks, which would be lost, or parametrized factors.
+
+    Example:
+        >>> import torch, lowrank_ops as lro
+        >>> model = torch.nn.Sequential(lro.LowRankLinear(64, 32, rank=8))
+        >>> lro.layers.to_plain_layers(model)
+        Sequential(
+          (0): Sequential(
+            (0): Linear(in_features=64, out_features=8, bias=False)
+            (1): Linear(in_features=8, out_features=32, bias=True)
+          )
+        )
+    """
+    return _converted(model, _two_layers)
+
+
+def _converted(model: nn.Module, convert: Callable[[LowRankLayer], nn.Module]) -> nn.Module:
+    for fqn, module in model.named_modules():
+        if isinstance(module, LowRankLayer) and has_hooks(module):
+            raise ValueError(f"layer {fqn!r} has hooks, which its replacement would drop; remove them first.")
+        if isinstance(module, LowRankLayer) and not {"down", "up", "bias"} <= module._parameters.keys():
+            raise ValueError(
+                f"layer {fqn!r} has parametrized factors; "
+                "call torch.nn.utils.parametrize.remove_parametrizations first."
+            )
+    converted = copy.deepcopy(model)
+    replacements = {layer: convert(layer) for layer in converted.modules() if isinstance(layer, LowRankLayer)}
+    swap_(converted, replacements)  # type: ignore[arg-type]
+    return replacements.get(converted, converted)  # type: ignore[call-overload, no-any-return]
+
+
+def _two_layers(layer: LowRankLayer) -> nn.Sequential:
+    """Two layers that hold the parameters of ``layer`` itself."""
+    has_bias, middle = layer.bias is not None, len(layer.down)
+    first: nn.Module
+    second: nn.Module
+    if isinstance(layer, LowRankConv2d):
+        geometry = {name: getattr(layer, name) for name in GEOMETRY} | {"out_channels": middle}
+        first = nn.Conv2d(**geometry, bias=False, device="meta")
+        second = nn.Conv2d(middle, layer.out_channels, 1, groups=layer.groups, bias=has_bias, device="meta")
+    else:
+        first = nn.Linear(layer.down.shape[1], middle, bias=False, device="meta")
+        second = nn.Linear(middle, len(layer.up), bias=has_bias, device="meta")
+    first.weight, second.weight, second.bias = layer.down, layer.up, layer.bias
+    return nn.Sequential(first, second).train(layer.training)
