@@ -49,6 +49,11 @@ def product(factors: Factors) -> Tensor:
     return factors.up @ factors.down
 
 
+def directions(factors: Factors) -> Tensor:
+    """The columns of ``up``, which are scaled, at length 1."""
+    return factors.up / factors.up.norm(dim=-2, keepdim=True)
+
+
 @pytest.mark.parametrize("centered", [True, False])
 @pytest.mark.parametrize("rank", [0, 1, 3, 5, 8])
 def test_output_factors_are_those_of_the_output_moment(x: Tensor, centered: bool, rank: int) -> None:
@@ -60,11 +65,12 @@ def test_output_factors_are_those_of_the_output_moment(x: Tensor, centered: bool
     values = torch.linalg.eigvalsh(y.mT @ y / ROWS).flip(-1).clamp_min(0)
     total = float(values.sum())
     optimum = float(values[..., rank:].sum())
-    error = float((y - (y @ factors.up) @ factors.up.mT).square().sum() / ROWS)
+    basis = directions(factors)
+    error = float((y - (y @ basis) @ basis.mT).square().sum() / ROWS)
     assert factors.predicted_error == pytest.approx(optimum, rel=1e-10, abs=1e-10 * total)
     assert error == pytest.approx(optimum, rel=1e-10, abs=1e-10 * total)
     assert factors.output_variance == pytest.approx(total, rel=1e-10)
-    torch.testing.assert_close(product(factors), factors.up @ (factors.up.mT @ weight))
+    torch.testing.assert_close(product(factors), basis @ (basis.mT @ weight))
 
 
 @pytest.mark.parametrize("weights", [True, False], ids=["token weights", "unweighted"])
@@ -100,7 +106,8 @@ def test_float32_sums_are_near_the_optimum(x: Tensor, centered: bool, rank: int)
     factors = factorize(LayerSubspaces(weight, None, statistics, centered=centered), rank, "output")
     y = (x - (x.mean(-2, keepdim=True) if centered else 0)) @ weight.mT
     squares = torch.linalg.svdvals(y).square() / ROWS
-    error = float((y - y @ factors.up @ factors.up.mT).square().sum() / ROWS)
+    basis = directions(factors)
+    error = float((y - y @ basis @ basis.mT).square().sum() / ROWS)
     assert error == pytest.approx(float(squares[..., rank:].sum()), rel=1e-6, abs=1e-5 * float(squares.sum()))
 
 
