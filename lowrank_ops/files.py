@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import secrets
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,6 +16,9 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+if sys.platform != "win32":  # there abandoned temporary files stay
+    import fcntl
 
 _HEADER, _CHECKSUM = "lowrank_ops", "lowrank_ops.sha256"  # of safetensors metadata
 _DTYPES = {
@@ -43,6 +46,8 @@ def replacing(*paths: Path) -> Iterator[list[BinaryIO]]:
         for file in files:
             file.flush()
             os.fsync(file.fileno())
+            if sys.platform == "win32":  # cannot replace open files
+                file.close()
         for path, (_, name) in zip(paths, temporary, strict=True):
             os.replace(name, path)
         for folder in {path.parent for path in paths}:
@@ -57,8 +62,9 @@ def _temporary(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
     while True:
         name = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
         file = os.fdopen(os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), "w+b")
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(file, fcntl.LOCK_EX)
+        if sys.platform != "win32":
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
         if os.fstat(file.fileno()).st_nlink:
             break
         file.close()  # another process has removed it before it was locked
@@ -74,6 +80,8 @@ def _temporary(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
 
 def _remove_abandoned(path: Path) -> None:
     """Remove the temporary files for ``path`` that no living process has locked."""
+    if sys.platform == "win32":
+        return
     with contextlib.suppress(OSError):
         for other in path.parent.iterdir():
             ours = other.name.startswith(f".{path.name}.") and other.name.endswith(".tmp")
@@ -84,6 +92,8 @@ def _remove_abandoned(path: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
+    if sys.platform == "win32":  # folders cannot be opened
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
