@@ -224,7 +224,7 @@ def test_report_without_output_gradients_shows_no_loss() -> None:
     assert "loss" not in report.table()
 
 
-def test_loss_aware_factors_lose_less_where_outputs_do_not_matter() -> None:
+def test_loss_aware_factors_spare_the_outputs_that_matter() -> None:
     """A layer whose largest outputs are ignored: output PCA keeps the wrong ones."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 4)).double()

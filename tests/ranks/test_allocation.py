@@ -87,7 +87,7 @@ def test_budgets_are_met_from_below(spaces, fraction, allocation):
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "variance"])
-def test_budgets_are_met_within_one_percent_where_steps_are_small(allocation):
+def test_budgets_are_met_to_one_percent_where_steps_are_small(allocation):
     model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(12)))
     covariances = lro.calibrate(model, [torch.randn(300, 256)])
     spaces = layer_subspaces(dict(model.named_children()), covariances)
