@@ -129,7 +129,7 @@ def test_a_policy_or_an_int_stands_for_a_config(config):
     assert names(first, lro.LowRankLinear) == names(second, lro.LowRankLinear) != []
 
 
-def test_an_int_is_the_rank_of_every_layer_that_it_makes_smaller():
+def test_an_int_is_the_rank_of_all_layers_it_makes_smaller():
     model, x = Model(), low_rank_images()
     report = lro.compress_(model, lro.calibrate(model, [x]), 8)
     ranks = {layer.fqn: layer.rank for layer in report.layers}

@@ -24,7 +24,7 @@ Description-en: Short
 """
 
 
-def test_descriptions_are_paragraphs_and_short_ones_are_left_out() -> None:
+def test_descriptions_are_paragraphs_without_the_short_ones() -> None:
     found = list(corpora.descriptions(LISTING))
     assert len(found) == 1
     summary, first, second = found[0].split("\n\n")

@@ -114,7 +114,7 @@ def test_float32_sums_are_near_the_optimum(x: Tensor, centered: bool, rank: int)
 @pytest.mark.parametrize("deficient", [True, False])
 @pytest.mark.parametrize("projection", ["output", "loss"])
 @pytest.mark.parametrize("token_weights", [True, False])
-def test_an_outlier_channel_folded_into_the_weight_costs_nothing(
+def test_an_outlier_channel_folded_into_the_weight_is_free(
     deficient: bool, projection: str, token_weights: bool
 ) -> None:
     """Scaling a channel up and its weight down is the same function: the same ranks and the same errors."""
