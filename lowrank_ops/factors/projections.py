@@ -124,10 +124,12 @@ def _scale(spaces: LayerSubspaces, down: Tensor, up: Tensor, left: Tensor | None
     """
     largest = down.abs().amax(-1), up.abs().amax(-2)
     balanced = (largest[1].log2() - largest[0].log2()) / 2
-    moment = spaces.statistics.activations.moment(centered=False).to(down.device)
     reader = down if spaces.statistics.side == "input" else left
     if reader is not None:
-        size = ((reader @ moment) * reader).sum(-1).clamp_min(0).sqrt()
+        square = ((reader @ spaces.moment) * reader).sum(-1).clamp_min(0)
+        if spaces.centered:
+            square = square + (reader @ spaces.mean.unsqueeze(-1)).squeeze(-1).square()
+        size = square.sqrt()
         limit = torch.where(size > 0, torch.log2(MAX_HIDDEN / size), torch.inf)  # size is NaN without rows
         balanced = torch.minimum(balanced, limit)
     usable = (largest[0] > 0) & (largest[1] > 0) & balanced.isfinite()
