@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -124,7 +125,7 @@ def _with_reconstruction(
         raise TypeError(
             f"reconstruction must be a SequentialReconstruction(batches); got {type(reconstruction).__name__}."
         )
-    return config.with_reconstruction("sequential")
+    return replace(config, reconstruction="sequential")
 
 
 def considered_layers(

@@ -316,10 +316,6 @@ class CompressionConfig:
             rank = replace(rank, allocation="loss" if all_gradients else "uniform")
         return replace(self, rank=rank, projection=projection)
 
-    def with_reconstruction(self, reconstruction: str) -> CompressionConfig:
-        """The same configuration with a reconstruction."""
-        return replace(self, reconstruction=reconstruction)
-
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain JSON types."""
         name = next(name for name, policy in _POLICIES.items() if type(self.rank) is policy)

@@ -6,7 +6,7 @@ A policy is a frozen dataclass of ``config`` and one function here, registered b
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import singledispatch
 from typing import NamedTuple
 
@@ -90,26 +90,23 @@ def _choose(policy: object, spaces: Spaces, limits: Limits) -> ChosenRanks:
 
 @_choose.register
 def _(policy: ExplainedVariance, spaces: Spaces, limits: Limits) -> ChosenRanks:
-    chosen: ChosenRanks = {}
-    for fqn, space in spaces.items():
-        if fqn in limits.fixed:
-            continue
-        low, high = limits.bounds.get(fqn, UNBOUNDED)
-        rank = max(space.utilized_rank(policy.threshold), low)
-        rank = rank if high is None else min(rank, high)
-        saves = lowrank_parameters(space, rank) < dense_parameters(space)
-        chosen[fqn] = rank if saves else limits.options(fqn, space)[-1].rank
-    return chosen
+    return _layer_by_layer(lambda space: space.utilized_rank(policy.threshold), spaces, limits)
 
 
 @_choose.register
 def _(policy: UniformRank, spaces: Spaces, limits: Limits) -> ChosenRanks:
+    return _layer_by_layer(lambda space: policy.rank, spaces, limits)
+
+
+def _layer_by_layer(rank_of: Callable[[LayerSubspaces], int], spaces: Spaces, limits: Limits) -> ChosenRanks:
+    """The rank of each layer within its bounds; where it saves no parameters, the largest size allowed."""
     chosen: ChosenRanks = {}
     for fqn, space in spaces.items():
         if fqn in limits.fixed:
             continue
         low, high = limits.bounds.get(fqn, UNBOUNDED)
-        rank = max(policy.rank, low) if high is None else min(max(policy.rank, low), high)
+        rank = max(rank_of(space), low)
+        rank = rank if high is None else min(rank, high)
         fits = rank <= min(space.dimensions[1:]) and lowrank_parameters(space, rank) < dense_parameters(space)
         chosen[fqn] = rank if fits else limits.options(fqn, space)[-1].rank
     return chosen
