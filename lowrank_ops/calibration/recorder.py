@@ -9,6 +9,7 @@ from threading import get_ident
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -20,6 +21,11 @@ from .gradients import OutputGradient, OutputGradients
 from .objectives import Sensitivity, objective
 from .statistics import Covariances, LayerStatistics, Moments, NonFiniteActivationError
 from .token_weights import SavedActivation
+
+# Sums are about a shift for features whose mean is more than SHIFT_RATIO of their standard deviations; others lose at
+# most log2(1 + SHIFT_RATIO^2) bits. Both are estimated from about SHIFT_ROWS rows of a layer's first call.
+SHIFT_RATIO = 2
+SHIFT_ROWS = 4096
 
 
 class Recorder:
@@ -124,6 +130,8 @@ class Recorder:
                 if saved is not None:
                     side = self._sides[fqn]
                     weighted = self._sums_of_loss(self._token_weighted, fqn, side, f"token-weighted {side}")
+                    if not weighted.moments.count:
+                        weighted.moments.shift = self._activations[fqn].moments.shift
                     saved.add_to(weighted.moments, fqn, layer, values, mask)
         self._samples += samples
         self.check_finite()
@@ -161,6 +169,7 @@ class Recorder:
         for sums in {id(sums): sums for sums in self._activations.values()}.values():
             sums.check_followers()
             covariance_finalize_(sums.moments.second_moment)
+        for sums in [*self._activations.values(), *self._token_weighted.values()]:
             if self._sides[sums.leader] == "output":
                 _remove_bias(sums.moments, self._layers[sums.leader])
         for sums in [*self._output_gradients.values(), *self._token_weighted.values()]:
@@ -327,6 +336,10 @@ class _Sums:
                 f"layer {self.leader!r} has an {self.what} of {total.numel()} features; a batch has "
                 f"{rows.shape[-1]}. Check the shape of the batches."
             )
+        if not self.moments.count and not self.of_loss:  # gradients are never centered
+            self.moments.shift = shift_of(rows.reshape(-1, *total.shape), total.dtype)
+        if self.moments.shift is not None:
+            rows = rows - self.moments.shift.flatten()
         groups = zip(second_moment.view(-1, features, features), total.view(-1, features), strict=True)
         for (group_moment, group_total), part in zip(groups, rows.split(features, dim=-1), strict=True):
             covariance_update_(group_moment, group_total, part)
@@ -335,8 +348,17 @@ class _Sums:
     def update_conv(self, layer: nn.Conv2d, x: Tensor) -> None:
         """Add the patches of a convolution's input."""
         x, padding = pad_input(layer, x if x.dim() == 4 else x.unsqueeze(0))
+        positions = output_size(x.shape[2:], layer.kernel_size, layer.stride, padding, layer.dilation)
         second_moment, total = self.moments.second_moment, self.moments.total
-        features = total.shape[-1]
+        features, kernel = total.shape[-1], math.prod(layer.kernel_size)
+        if not self.moments.count:
+            pixels = x.flatten(2)[..., :: max(1, x.shape[0] * x.shape[2:].numel() // SHIFT_ROWS)]
+            shift = shift_of(pixels.movedim(1, -1).flatten(0, 1), total.dtype)  # the same at all places of the kernel
+            self.moments.shift = None if shift is None else shift.repeat_interleave(kernel).view_as(total)
+        if self.moments.shift is not None:
+            vertical, horizontal = padding
+            x = F.pad(x, (horizontal, horizontal, vertical, vertical))  # zeros are shifted as well
+            x, padding = x - self.moments.shift.view(-1, kernel)[:, :1].unsqueeze(-1), (0, 0)
         conv_covariance_update_(
             second_moment.view(-1, features, features),
             total.view(-1, features),
@@ -346,7 +368,6 @@ class _Sums:
             padding=padding,
             dilation=layer.dilation,
         )
-        positions = output_size(x.shape[2:], layer.kernel_size, layer.stride, padding, layer.dilation)
         self.moments.count += x.shape[0] * math.prod(positions)
 
     def is_finite(self) -> Tensor:
@@ -366,18 +387,25 @@ class _Sums:
         )
 
 
+@torch.inference_mode(False)
+def shift_of(rows: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The means of the features that need a shift, 0 for the others, in the dtype of ``rows``; None if no feature does.
+
+    Args:
+        rows: (rows, ...), the first ones of a layer.
+        dtype: of the sums.
+    """
+    deviation, mean = torch.std_mean(rows[:: max(1, len(rows) // SHIFT_ROWS)].to(dtype), 0, correction=0)
+    large = mean.abs() > SHIFT_RATIO * deviation  # false for NaN
+    return torch.where(large, mean, 0).to(rows.dtype) if bool(large.any()) else None
+
+
 def _remove_bias(moments: Moments, layer: nn.Module) -> None:
-    """Turn the sums of y = W x + b into those of W x."""
+    """Turn the sums of y = W x + b into those of W x: about a shift that is smaller by b."""
     bias = bias_vector(layer)
-    if bias is None:
-        return
-    total = moments.total.double()
-    bias = bias.double().view_as(total)
-    cross = bias.unsqueeze(-1) * total.unsqueeze(-2)
-    own = bias.unsqueeze(-1) * bias.unsqueeze(-2)
-    corrected = moments.second_moment.double() - cross - cross.mT + moments.count * own
-    moments.second_moment.copy_(corrected)
-    moments.total.copy_(total - moments.count * bias)
+    if bias is not None:
+        bias = bias.to(moments.total).view_as(moments.total)
+        moments.shift = -bias if moments.shift is None else moments.shift - bias
 
 
 def _geometry(layer: nn.Module) -> object:

@@ -49,7 +49,7 @@ def test_moments_are_means_over_the_rows():
     torch.testing.assert_close(moments.mean, rows.mean(0))
     torch.testing.assert_close(moments.moment(centered=False), rows.T @ rows / 50)
     torch.testing.assert_close(moments.moment(centered=True), torch.cov(rows.T, correction=0))
-    torch.testing.assert_close(moments.second_moment, rows.T @ rows)  # moment() changed nothing
+    torch.testing.assert_close(moments.about(None).second_moment, rows.T @ rows)  # moment() changed nothing
 
 
 def test_moments_without_rows_are_zero():
@@ -215,14 +215,16 @@ IMPOSSIBLE = {
     "moments of no layer": (lambda header, tensors: header["layers"].pop("conv"), "moments of no layer"),
     "unreached as text": (lambda header, tensors: header.update(unreached="idle"), "'unreached'"),
     "skipped as list": (lambda header, tensors: header.update(skipped=["attention"]), "'skipped'"),
-    "rectangular moment": (sums("1.second_moment", lambda t: t[:, :5]), r"layer 'a': activations has .*\(16, 5\)"),
+    "rectangular moment": (sums("1.second_moment", lambda t: t[:5]), r"a second_moment has shape \(5,\)"),
     "integers": (sums("1.second_moment", torch.Tensor.long), "second_moment of torch.int64"),
     "complex": (sums("1.total", lambda t: t.to(torch.complex64)), "torch.complex64"),
     "half precision": (sums("1.total", torch.Tensor.half), "torch.float16"),
     "two dtypes": (sums("1.total", torch.Tensor.float), "both float32"),
-    "NaN beside the diagonal": (sums("1.second_moment", at(float("nan"), 2, 3)), "NaN or inf in its second_moment"),
+    "NaN beside the diagonal": (sums("1.second_moment", at(float("nan"), 8)), "NaN or inf in its second_moment"),
+    "short shift": (sums("1.shift", lambda t: t[:5]), r"a shift of shape \(5,\)"),
+    "NaN in the shift": (sums("1.shift", at(float("nan"), 2)), "NaN or inf in its shift"),
     "inf in the total": (sums("1.total", at(float("inf"), 2)), "NaN or inf in its total"),
-    "negative square": (sums("1.second_moment", at(-1.0, 2, 2)), "negative sum of squares"),
+    "negative square": (sums("1.second_moment", at(-1.0, 5)), "negative sum of squares"),
 }
 
 
@@ -230,7 +232,9 @@ IMPOSSIBLE = {
 def test_sums_that_no_rows_have_are_refused(tmp_path, name):
     change, message = IMPOSSIBLE[name]
     path = tmp_path / "c.safetensors"
-    calibrated(images()).save(path)
+    covariances = calibrated(images())
+    covariances["a"].activations.shift = torch.zeros(16)
+    covariances.save(path)
     rewritten(path, change)
     with pytest.raises(ValueError, match=f"not a whole file written by Covariances.save: .*{message}"):
         lro.Covariances.load(path)
@@ -299,7 +303,9 @@ def _process(rank, folder):
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.manual_seed(0)
     model, x = Model(), images(10)
-    calibrated(x[:4] if rank else x[4:], model).all_reduce_().save(f"{folder}/{rank}.safetensors")
+    part = x[:4] if rank else x[4:]
+    calibrated(part, model).all_reduce_().save(f"{folder}/{rank}.safetensors")
+    calibrated(part + 100 * rank, model).all_reduce_().save(f"{folder}/{rank}.shifted")
     try:
         calibrated(x, model, side="output" if rank else "input").all_reduce_()
     except ValueError as error:
@@ -321,10 +327,13 @@ def test_all_reduce_sums_over_processes():
         torch.multiprocessing.spawn(_process, (folder,), nprocs=2)
         torch.manual_seed(0)
         model = Model()
-        whole = calibrated(images(10), model)
+        x = images(10)
+        whole = calibrated(x, model)
         for rank in (0, 1):
             reduced = lro.Covariances.load(f"{folder}/{rank}.safetensors")
             assert_same_statistics(reduced, whole)
+            shifted = lro.Covariances.load(f"{folder}/{rank}.shifted")
+            assert_same_statistics(shifted, calibrated(torch.cat([x[4:], x[:4] + 100]), model), 1e-9)
             assert "all_reduce_ needs the same layers" in Path(f"{folder}/{rank}.error").read_text()
             for name, layers in {"dtype": "a, b, conv", "order": "a, b, conv"}.items():
                 text = Path(f"{folder}/{rank}.{name}").read_text()
