@@ -20,7 +20,7 @@ from ..ops.covariance import output_size
 from .gradients import OutputGradient, OutputGradients
 from .objectives import Sensitivity, objective
 from .statistics import Covariances, LayerStatistics, Moments, NonFiniteActivationError
-from .token_weights import SavedActivation
+from .token_weights import MAX_ELEMENTS, SavedActivation
 
 # Sums are about a shift for features whose mean is more than SHIFT_RATIO of their standard deviations; others lose at
 # most log2(1 + SHIFT_RATIO^2) bits. Both are estimated from about SHIFT_ROWS rows of a layer's first call.
@@ -338,11 +338,14 @@ class _Sums:
             )
         if not self.moments.count and not self.of_loss:  # gradients are never centered
             self.moments.shift = shift_of(rows.reshape(-1, *total.shape), total.dtype)
-        if self.moments.shift is not None:
-            rows = rows - self.moments.shift.flatten()
-        groups = zip(second_moment.view(-1, features, features), total.view(-1, features), strict=True)
-        for (group_moment, group_total), part in zip(groups, rows.split(features, dim=-1), strict=True):
-            covariance_update_(group_moment, group_total, part)
+        shift, parts = self.moments.shift, (rows,)
+        if shift is not None:
+            parts = rows.reshape(-1, total.numel()).split(max(1, MAX_ELEMENTS // total.numel()))
+        groups = list(zip(second_moment.view(-1, features, features), total.view(-1, features), strict=True))
+        for part in parts:
+            shifted = part if shift is None else part - shift.flatten()
+            for (group_moment, group_total), of_group in zip(groups, shifted.split(features, dim=-1), strict=True):
+                covariance_update_(group_moment, group_total, of_group)
         self.moments.count += rows.numel() // total.numel()
 
     def update_conv(self, layer: nn.Conv2d, x: Tensor) -> None:
@@ -389,7 +392,10 @@ class _Sums:
 
 @torch.inference_mode(False)
 def shift_of(rows: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """The means of the features that need a shift, 0 for the others, in the dtype of ``rows``; None if no feature does.
+    """The means of the features that need a shift, 0 for the others; None if no feature does.
+
+    Subtracting them is exact on CPUs, where rows are converted to the dtype of the sums anyway. Elsewhere it is exact
+    within a factor of two of the shift, and rounds as the rows were rounded beyond.
 
     Args:
         rows: (rows, ...), the first ones of a layer.
@@ -397,7 +403,8 @@ def shift_of(rows: Tensor, dtype: torch.dtype) -> Tensor | None:
     """
     deviation, mean = torch.std_mean(rows[:: max(1, len(rows) // SHIFT_ROWS)].to(dtype), 0, correction=0)
     large = mean.abs() > SHIFT_RATIO * deviation  # false for NaN
-    return torch.where(large, mean, 0).to(rows.dtype) if bool(large.any()) else None
+    mean = torch.where(large, mean, 0).to(rows.dtype)
+    return mean.to(dtype if rows.device.type == "cpu" else rows.dtype) if bool(large.any()) else None
 
 
 def _remove_bias(moments: Moments, layer: nn.Module) -> None:

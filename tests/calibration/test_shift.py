@@ -72,7 +72,7 @@ def test_only_features_far_from_zero_are_shifted() -> None:
     assert of_rows(rows).shift is None
     rows[:, 3] += 2 * SHIFT_RATIO
     shift = of_rows(rows).shift
-    assert shift is not None and shift.dtype == rows.dtype and torch.nonzero(shift).flatten().tolist() == [3]
+    assert shift is not None and shift.dtype == torch.float64 and torch.nonzero(shift).flatten().tolist() == [3]
 
 
 def test_narrow_rows_of_other_dtypes_than_the_first() -> None:
