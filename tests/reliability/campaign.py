@@ -1,8 +1,7 @@
 """The size of a campaign, and the figures of the long ones.
 
-``make test`` runs every campaign in a few seconds. ``make reliability`` sets LOWRANK_OPS_CAMPAIGN=long, runs them all at
-full size, and writes what they counted to figures.json, from which ``figures.py`` makes the tables of
-``docs/reliability.md``.
+``make test`` runs every campaign in a few seconds. ``make reliability`` sets LOWRANK_OPS_CAMPAIGN=long, runs them all
+at full size, and writes what they counted to figures.json; ``figures.py`` makes the tables of ``docs/reliability.md``.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ def assert_within(y: Tensor, x: Tensor, down: Tensor, up: Tensor, bias: Tensor |
 def test_lowrank_linear_is_right_on_any_tensor() -> None:
     seen: Counter[str] = Counter()
 
-    @examples(60, 20000)
+    @examples(60, 2000)
     @given(st.data())
     def check(data: st.DataObject) -> None:
         torch.manual_seed(data.draw(SEEDS))
@@ -139,7 +139,7 @@ def test_lowrank_linear_is_right_on_any_tensor() -> None:
 def test_gradients_are_those_of_two_products() -> None:
     seen: Counter[str] = Counter()
 
-    @examples(20, 5000)
+    @examples(20, 1000)
     @given(st.data())
     def check(data: st.DataObject) -> None:
         torch.manual_seed(data.draw(SEEDS))
@@ -172,7 +172,10 @@ def test_gradients_are_those_of_two_products() -> None:
 STATES: dict[str, Callable[[int, torch.dtype], tuple[Tensor, Tensor]]] = {
     "plain": lambda n, dtype: (torch.randn(n, n).to(dtype), torch.randn(n).to(dtype)),
     "transposed": lambda n, dtype: (torch.randn(n, n).to(dtype).T, torch.randn(n).to(dtype)),
-    "part of a wider one": lambda n, dtype: (torch.randn(n, n + 3).to(dtype)[:, 1:-2], torch.randn(2 * n).to(dtype)[::2]),
+    "part of a wider one": lambda n, dtype: (
+        torch.randn(n, n + 3).to(dtype)[:, 1:-2],
+        torch.randn(2 * n).to(dtype)[::2],
+    ),
     "one storage": lambda n, dtype: _packed(torch.randn(n * n + n).to(dtype), n),
 }
 
@@ -184,7 +187,7 @@ def _packed(memory: Tensor, n: int) -> tuple[Tensor, Tensor]:
 def test_covariance_updates_are_right_on_any_tensor() -> None:
     seen: Counter[str] = Counter()
 
-    @examples(60, 20000)
+    @examples(60, 2000)
     @given(st.data())
     def check(data: st.DataObject) -> None:
         torch.manual_seed(data.draw(SEEDS))
@@ -217,14 +220,19 @@ def test_convolutions_are_covariances_of_their_patches() -> None:
     seen: Counter[str] = Counter()
     pairs = st.tuples(st.integers(1, 3), st.integers(1, 3))
 
-    @examples(20, 5000)
+    @examples(20, 1000)
     @given(st.data())
     def check(data: st.DataObject) -> None:
         torch.manual_seed(data.draw(SEEDS))
         groups, width = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
         size, padding = data.draw(pairs), data.draw(st.tuples(st.integers(0, 2), st.integers(0, 2)))
         stride, dilation = data.draw(pairs), data.draw(pairs)
-        shape = (data.draw(st.integers(0, 3)), groups * width, data.draw(st.integers(0, 7)), data.draw(st.integers(0, 7)))
+        shape = (
+            data.draw(st.integers(0, 3)),
+            groups * width,
+            data.draw(st.integers(0, 7)),
+            data.draw(st.integers(0, 7)),
+        )
         x = data.draw(tensors(shape, torch.float64))
         geometry = {"stride": stride, "padding": padding, "dilation": dilation}
         d = width * size[0] * size[1]
@@ -257,7 +265,7 @@ def test_unfit_arguments_are_documented_errors() -> None:
         st.sampled_from([None, 3.0, [1.0], "x", torch.ones(2, 4).to_sparse(), torch.ones(4, device="meta")]),
     )
 
-    @examples(60, 20000)
+    @examples(60, 2000)
     @given(st.data())
     def check(data: st.DataObject) -> None:
         parts = data.draw(st.lists(anything, min_size=4, max_size=4))
@@ -308,10 +316,13 @@ def test_every_problem_has_an_implementation() -> None:
     sizes = st.sampled_from([0, 1, 7, 8, 16, 64, 100, 256, 257, 1000, 4096, 65536, 2**31, 2**40])
     devices = [Device("cuda", 0, cc, 100, 232448) for cc in ((7, 5), (8, 0), (9, 0), (10, 0), (12, 0))]
 
-    @examples(40, 20000)
+    @examples(40, 2000)
     @given(st.data())
     def check(data: st.DataObject) -> None:
-        device, dtype = data.draw(st.sampled_from([*devices, Device("cpu", 0, (0, 0), 0, 0)])), data.draw(st.sampled_from(DTYPES))
+        device, dtype = (
+            data.draw(st.sampled_from([*devices, Device("cpu", 0, (0, 0), 0, 0)])),
+            data.draw(st.sampled_from(DTYPES)),
+        )
         tokens, n, rank, m = (data.draw(sizes) for _ in range(4))
         strides = [(data.draw(sizes), data.draw(st.sampled_from([0, 1, 2]))) for _ in range(2)]
         aligned, flag = data.draw(st.booleans()), data.draw(st.booleans())

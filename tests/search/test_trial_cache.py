@@ -143,9 +143,7 @@ def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
 
 def test_trials_of_version_1_are_read(tmp_path: Path) -> None:
     path = tmp_path / "trials"
-    path.write_text(
-        '{"format": "lowrank_ops.trials/1", "key": {"model": "a"}}\n{"ranks": {"a": 8}, "accuracy": 0.5}\n'
-    )
+    path.write_text('{"format": "lowrank_ops.trials/1", "key": {"model": "a"}}\n{"ranks": {"a": 8}, "accuracy": 0.5}\n')
     cache = TrialCache(path, {"model": "a"})
     assert len(cache) == 1
     cache.cached(lambda ranks: 0.25)({"a": 4})

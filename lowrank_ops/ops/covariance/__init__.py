@@ -291,9 +291,10 @@ def _check_types(second_moment: Tensor, total: Tensor, x: Tensor) -> None:
     for name, tensor in (("second_moment", second_moment), ("total", total), ("x", x)):
         if not hasattr(type(tensor), "__torch_function__"):  # which proxies of torch.fx have as well
             raise TypeError(f"{name} must be a tensor; got {type(tensor).__name__}.")
-        if name != "x" and not is_compiling() and isinstance(tensor, Tensor):
-            if tensor.is_neg() or (tensor.requires_grad and torch.is_grad_enabled()):
-                raise ValueError(f"{name} is updated in place: it must need no gradient and be no lazy negation.")
+        if name == "x" or is_compiling() or not isinstance(tensor, Tensor):
+            continue
+        if tensor.is_neg() or (tensor.requires_grad and torch.is_grad_enabled()):
+            raise ValueError(f"{name} is updated in place: it must need no gradient and be no lazy negation.")
 
 
 def _pair(name: str, value: Sequence[int]) -> list[int]:
@@ -349,7 +350,11 @@ def _check_memory(second_moment: Tensor, total: Tensor, x: Tensor) -> None:
             extent = 1 + sum(stride * (size - 1) for stride, size in sizes)
             spans[name] = tensor.data_ptr(), tensor.data_ptr() + extent * tensor.element_size()
     for one, other in (("second_moment", "total"), ("second_moment", "x"), ("total", "x")):
-        if one in spans and other in spans and max(spans[one][0], spans[other][0]) < min(spans[one][1], spans[other][1]):
+        if (
+            one in spans
+            and other in spans
+            and max(spans[one][0], spans[other][0]) < min(spans[one][1], spans[other][1])
+        ):
             raise ValueError(f"{one} and {other} share memory; pass a clone of {other}.")
 
 
