@@ -43,4 +43,5 @@ __all__ = [
     "load_pretrained",
     "CheckpointError",
 ]
+from . import integrations as integrations
 from .version import __version__ as __version__
