@@ -15,7 +15,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..models.layers import FilterFn, compiled_or_scripted, dimensions, find_layers, tied_layers, with_values
+from ..models.layers import (
+    FilterFn,
+    check_no_adapters,
+    compiled_or_scripted,
+    dimensions,
+    find_layers,
+    tied_layers,
+    with_values,
+)
 from ..models.masks import Mask
 from ..models.running import (
     call_model,
@@ -203,6 +211,7 @@ class Calibrator:
             raise ValueError(f"dtype must be torch.float32 or torch.float64, the dtype of the sums; got {dtype}.")
         if (reason := compiled_or_scripted(model)) is not None:
             raise ValueError(f"model cannot be calibrated: {reason}.")
+        check_no_adapters(model)
         layers, self.skipped = find_layers(model, filter_fn)
         layers, without = with_values(layers)
         self.skipped |= without
