@@ -171,7 +171,7 @@ class LayerLatencies:
         try:
             values = parse_json(Path(path).read_bytes())
         except ValueError as error:
-            raise ValueError(f"{str(path)!r} is no JSON text: {error}") from None
+            raise ValueError(f"{str(path)!r} does not hold the latencies of layers: {error}.") from None
         if not isinstance(values, dict):
             raise ValueError(f"{str(path)!r} does not hold the latencies of layers.")
         return cls.from_dict(values)
@@ -366,8 +366,16 @@ class CompressionConfig:
 
     @classmethod
     def from_json(cls, text: str) -> CompressionConfig:
-        """The inverse of :meth:`to_json`."""
-        return cls.from_dict(parse_json(text))
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            ValueError: as for :meth:`from_dict`, or the text is no JSON.
+        """
+        try:
+            values = parse_json(text)
+        except ValueError as error:
+            raise ValueError(f"not a compression configuration: {error}.") from None
+        return cls.from_dict(values)
 
 
 def _check_names(name: str, value: object) -> None:
