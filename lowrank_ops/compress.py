@@ -15,6 +15,7 @@ from .config import CompressionConfig, ExplainedVariance, RankPolicy
 from .factors.projections import Factors, factorize, rounded
 from .layers import LowRankConv2d, LowRankLinear
 from .layers.replace import replace_
+from .models.experts import on_listed_experts
 from .models.layers import FilterFn, check_not_wrapped, find_layers, tied_layers, with_values
 from .models.running import exclusive
 from .ranks.choose import ChosenRanks, choose_ranks
@@ -28,6 +29,7 @@ MAX_HELD_BYTES = 2 << 30
 _RECONSTRUCTIONS: dict[type, str] = {SequentialReconstruction: "sequential", BlockReconstruction: "blocks"}
 
 
+@on_listed_experts
 def compress_(
     model: nn.Module,
     covariances: Covariances,

@@ -7,7 +7,6 @@ their block to the dense model's output of it, they correct each other's errors 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from ..factors.projections import Factors
 from ..files import digest
 from ..layers._base import LowRankLayer
 from ..layers.replace import lowrank_type, replaced
+from ..models.experts import on_listed_experts
 from ..models.layers import find_layers
 from ..models.masks import Mask, read_mask, real_rows
 from ..models.running import (
@@ -35,6 +35,8 @@ from ..models.running import (
     move,
     output_tensor,
     random_state_kept,
+    shortened,
+    warn_caller,
     without_fast_path,
 )
 from .checkpoint import resume_checkpoint, run_identity, save_checkpoint
@@ -99,6 +101,7 @@ class BlockReconstruction:
                 raise ValueError(f"{name} must be a number in (0, {high}); got {value!r}.")
 
 
+@on_listed_experts
 def reconstruct_blocks(
     model: nn.Module, factors: Mapping[str, Factors], settings: BlockReconstruction, *, progress: bool = False
 ) -> dict[str, Factors]:
@@ -183,7 +186,7 @@ def reconstruct_blocks(
                     save_checkpoint(checkpoint, identity, ready)
     outside = [fqn for fqn in layers if not any(fqn in inside for inside in members.values())]
     if outside:
-        warnings.warn(f"these layers are in no block and are not reconstructed: {', '.join(outside)}", stacklevel=2)
+        warn_caller(f"these layers are in no block and are not reconstructed: {shortened(outside)}")
     return new
 
 

@@ -6,7 +6,6 @@ their calls, each layer corrects those errors as far as its input determines the
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +20,10 @@ from ..calibration.objectives import Sensitivity, check_sensitivity
 from ..calibration.statistics import LayerStatistics, NonFiniteActivationError
 from ..factors.projections import Factors
 from ..layers.replace import lowrank_type, replaced
+from ..models.experts import ExpertLinear, on_listed_experts
 from ..models.layers import compiled_or_scripted, find_layers, input_rows
 from ..models.masks import Mask, real_rows
-from ..models.running import call_model
+from ..models.running import call_model, warn_caller
 from .checkpoint import resume_checkpoint, run_identity, save_checkpoint
 from .paired_runs import Group, PairedRuns, find_chains
 from .regression import PairedSums, reconstruct_layers
@@ -71,6 +71,7 @@ class SequentialReconstruction:
     max_state_bytes: int = 4 << 30
 
 
+@on_listed_experts
 def reconstruct_factors(
     model: nn.Module,
     factors: Mapping[str, Factors],
@@ -152,6 +153,8 @@ def reconstruct_factors(
         folds = 2 if ridge is None else 1
         if any(getattr(layer, "groups", 1) > 1 for layer in members.values()):
             return "it is a convolution with groups"
+        if any(isinstance(layer, ExpertLinear) for layer in members.values()):
+            return "a router chooses its rows, and not the same ones in the dense and in the compressed model"
         # Layers without token weights share one sum; each layer with token weights has its own.
         unweighted = {fqn: layer for fqn, layer in members.items() if fqn not in weights}
         parts = [*([unweighted] if unweighted else []), *({fqn: members[fqn]} for fqn in members if fqn in weights)]
@@ -191,12 +194,11 @@ def reconstruct_factors(
                 save_checkpoint(Path(checkpoint), identity, ready)
     if kept:
         reasons = "".join(f"\n  {fqn}: {reason}" for fqn, reason in kept.items())
-        warnings.warn(f"these layers are not reconstructed:{reasons}", stacklevel=2)
+        warn_caller(f"these layers are not reconstructed:{reasons}")
     if unweighted := [fqn for fqn in weights.missing if fqn not in kept]:
-        warnings.warn(
+        warn_caller(
             "output gradients do not correspond row by row to the inputs of these layers, so some or all of their rows "
-            f"are unweighted: {', '.join(unweighted)}",
-            stacklevel=2,
+            f"are unweighted: {', '.join(unweighted)}"
         )
     return new
 
