@@ -15,7 +15,7 @@ FORMAT_VERSION = 2
 LATENCIES_VERSION = 1
 PROJECTIONS = ("output", "loss", "utilized", "input", "weight")
 ALLOCATIONS = ("uniform", "variance", "loss")
-RECONSTRUCTIONS = (None, "sequential")
+RECONSTRUCTIONS = (None, "sequential", "blocks")
 
 
 @dataclass(frozen=True)
@@ -255,7 +255,8 @@ class CompressionConfig:
         overrides: ``{fqn or "re:pattern": rank}``, which takes precedence over the policy; None keeps a layer dense.
         reconstruction: ``"sequential"`` refits the factors, layer by layer, to the dense model's outputs from the
             compressed model's inputs; needs ``compress_(..., reconstruction=SequentialReconstruction(batches))``,
-            which also sets it.
+            which also sets it. ``"blocks"`` trains the factors of one block at a time, by
+            ``BlockReconstruction(batches)``.
         bounds: ``{fqn or "re:pattern": (min, max)}``, ranks that the policy stays within; a ``max`` of None is no
             bound, and the layer may stay dense. ``overrides`` and ``Ranks`` are not bounded.
 
