@@ -100,7 +100,7 @@ def config(path: Path) -> str:
     if not path.exists():
         made = lro.CompressionConfig(lro.ParameterBudget(0.5), overrides={"0": None}, bounds={"re:.*": (1, 8)})
         path.write_text(made.to_json())
-    loaded = lro.CompressionConfig.from_json(path.read_bytes())  # type: ignore[arg-type]
+    loaded = lro.CompressionConfig.from_json(path.read_bytes().decode(errors="surrogateescape"))
     assert lro.CompressionConfig.from_json(loaded.to_json()) == loaded
     return ""
 
@@ -157,9 +157,8 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
         seen.append(f"{event} {arguments!r:.100}")
     elif event == "open" and isinstance(arguments[0], (str, bytes)):
         path = Path(arguments[0] if isinstance(arguments[0], str) else arguments[0].decode()).absolute()
-        if folder not in (path, *path.parents) and not str(path).startswith(
-            (sys.prefix, sys.base_prefix, "/proc", "/sys")
-        ):
+        known = path.suffix == ".py" or str(path).startswith((sys.prefix, sys.base_prefix, "/proc", "/sys"))
+        if folder not in (path, *path.parents) and not known:  # sources are read for tracebacks
             seen.append(f"open {path}")
 
 
