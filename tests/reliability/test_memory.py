@@ -55,8 +55,8 @@ def calibrations(call: int) -> None:
 STATE = torch.zeros(64, 64), torch.zeros(64)
 FACTORS = torch.randn(8, 16), torch.randn(24, 8)
 MODEL = nn.Sequential(nn.Linear(32, 48), nn.Tanh(), nn.Linear(48, 32))
-WORKS = {"updates": (updates, 3000, 10000), "forwards": (forwards, 3000, 10000), "backwards": (backwards, 600, 10000)}
-WORKS["calibrations and compressions"] = (calibrations, 15, 100)
+WORKS = {"updates": (updates, 600, 10000), "forwards": (forwards, 600, 10000), "backwards": (backwards, 200, 10000)}
+WORKS["calibrations and compressions"] = (calibrations, 5, 100)
 
 
 @pytest.mark.parametrize("name", WORKS)
