@@ -402,6 +402,8 @@ def shift_of(rows: Tensor, dtype: torch.dtype) -> Tensor | None:
         rows: (rows, ...), the first ones of a layer.
         dtype: of the sums.
     """
+    if not len(rows):
+        return None
     deviation, mean = torch.std_mean(rows[:: max(1, len(rows) // SHIFT_ROWS)].to(dtype), 0, correction=0)
     large = mean.abs() > SHIFT_RATIO * deviation  # false for NaN
     mean = torch.where(large, mean, 0).to(rows.dtype)

@@ -317,8 +317,8 @@ class Covariances(Mapping[str, LayerStatistics]):
         mine = [(fqn, part, self[fqn].dtypes()) for fqn, part in self._layout().items()]
         distinct = self._distinct()
         gathered: list[Any] = [None] * torch.distributed.get_world_size(group)
-        shifted = [moments.shift is not None for moments in distinct]
-        torch.distributed.all_gather_object(gathered, (mine, shifted), group=group)
+        has_shift = [moments.shift is not None for moments in distinct]
+        torch.distributed.all_gather_object(gathered, (mine, has_shift), group=group)
         layouts, shifts = zip(*gathered, strict=True)
         if any(layout != layouts[0] for layout in layouts):
             # A layer counts at its place: the order decides which sums meet.
@@ -397,7 +397,11 @@ class Covariances(Mapping[str, LayerStatistics]):
                 _check_header(header)
                 moments = []
                 for i, count in enumerate(header["counts"]):
-                    names = ["second_moment", "total", *(["shift"] if f"{i}.shift" in header.get("checksums", {}) else [])]
+                    names = [
+                        "second_moment",
+                        "total",
+                        *(["shift"] if f"{i}.shift" in header.get("checksums", {}) else []),
+                    ]
                     read = {name: read_tensor(file, f"{i}.{name}", checksums) for name in names}
                     if form == _FORMAT:
                         read["second_moment"] = from_lower_triangle(read["second_moment"], read["total"].shape[-1])

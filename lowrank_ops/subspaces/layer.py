@@ -395,12 +395,14 @@ class LayerSubspaces:
         """The noise of the outputs with these variances."""
         if activations is self.statistics.activations:
             self._variances = variances.clone()
-        offset = self.statistics.activations.offset.to(variances)
+        mean_square = activations.mean_square.to(variances)
         if self.statistics.side == "input":
-            offset = (self.weight @ offset.unsqueeze(-1)).squeeze(-1)
-        if not self.centered:
-            variances = (variances - self.output_mean.square()).clamp_min(0)
-        return noise_of_sums(variances + offset.square(), activations.rounding)
+            # W C W^T may cancel: it has the rounding of its terms as well.
+            terms = (self.weight.square() @ mean_square.unsqueeze(-1)).squeeze(-1)
+            offset = (self.weight @ activations.offset.to(variances).unsqueeze(-1)).squeeze(-1)
+            spread = variances if self.centered else (variances - self.output_mean.square()).clamp_min(0)
+            mean_square = spread + offset.square() + terms
+        return noise_of_sums(mean_square, activations.rounding)
 
     def _spaces(self) -> list[Subspace | LossSpace]:
         found = [self.__dict__.get(name) for name in ("input", "output", "loss", "weight_output")]

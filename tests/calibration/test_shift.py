@@ -57,7 +57,9 @@ def test_no_direction_is_taken_for_noise(
     x = far_rows(mean, deviation, rows, dtype)
     model = nn.Sequential(nn.Linear(FEATURES, FEATURES)).to(dtype)
     covariances = lro.calibrate(model, list(x.split(50_000)), dtype=dtype)
-    assert lro.utilization(model, covariances, centered=centered, explained_variance=1.0).layers[0].input_rank == FEATURES
+    assert (
+        lro.utilization(model, covariances, centered=centered, explained_variance=1.0).layers[0].input_rank == FEATURES
+    )
     dense, inputs = copy.deepcopy(model).double(), x[:2000].double()
     report = lro.compress_(model, covariances, lro.CompressionConfig(lro.Ranks({"0": 8}), centered=centered))
     with torch.no_grad():
@@ -86,11 +88,13 @@ def test_narrow_rows_of_other_dtypes_than_the_first() -> None:
     torch.testing.assert_close(found, exact, rtol=0, atol=2e-3 * float(exact.diagonal().max()))
 
 
-@pytest.mark.parametrize("options", [{"padding": 1}, {"padding": 1, "padding_mode": "reflect"}, {"groups": 2}, {"stride": 2}])
+@pytest.mark.parametrize(
+    "options", [{"padding": 1}, {"padding": 1, "padding_mode": "reflect"}, {"groups": 2}, {"stride": 2}]
+)
 def test_patches_far_from_zero(options: dict[str, object]) -> None:
     images = torch.randn(6, 4, 9, 8) + torch.tensor([200.0, 0, -90, 0.1]).view(4, 1, 1)
     layer = nn.Conv2d(4, 6, 3, **options)
-    exact = lro.calibrate(layer.double(), [images.double() - 0], side="input")[""].activations
+    exact = lro.calibrate(layer.double(), [images.double()], side="input")[""].activations
     layer.float()
     found = lro.calibrate(layer, list(images.split(2)), dtype=torch.float32)[""].activations
     assert found.shift is not None and found.count == exact.count
