@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..models.layers import compiled_or_scripted, input_of
-from ..models.masks import Mask, read_mask
+from ..models.masks import Masks
 from ..models.running import device_of, evaluating, exclusive, move, random_state_kept, without_fast_path
 
 _Place = tuple[str, int]  # a chain, and the index of one of its children
@@ -76,7 +76,7 @@ class PairedRuns:
         layers: ``{fqn: layer}``, those that may be replaced.
         batches: each is run many times.
         forward: ``forward(model, batch)``.
-        mask: as for :func:`lowrank_ops.calibrate`.
+        masks: of the model.
         chains: names of containers of blocks, for instance from :func:`find_chains`.
         strict: raise ValueError if a chain cannot be run block by block, instead of ignoring the chain.
     """
@@ -87,12 +87,12 @@ class PairedRuns:
         layers: Mapping[str, nn.Module],
         batches: Sequence[Any],
         forward: Callable[[nn.Module, Any], Any],
-        mask: Mask | None,
+        masks: Masks,
         chains: Sequence[str],
         strict: bool = False,
     ) -> None:
         self.model, self.layers, self.batches = model, layers, batches
-        self._forward, self._mask_source, self._strict = forward, mask, strict
+        self._forward, self._masks, self._strict = forward, masks, strict
         self._device = device_of(model)
         self._chains = list(chains)
         self._replacements: dict[str, nn.Module] = {}
@@ -100,7 +100,6 @@ class PairedRuns:
         self._passed: Position = {}
         self._compressed, self._batch = False, 0  # of this run
         self._disturbed = False  # this run scales the outputs of the layers
-        self._mask: Tensor | None = None  # of this run
         self._on_input: Callable[[str, Tensor], None] = lambda fqn, x: None  # a layer's input
         self._on_output: Callable[[str, int, Any], None] = lambda chain, index, output: None  # a child's output
         self._stack = ExitStack()
@@ -114,8 +113,8 @@ class PairedRuns:
             stack.enter_context(torch.no_grad())
             stack.enter_context(evaluating(self.model))
             stack.enter_context(without_fast_path())
-            hook = self.model.register_forward_pre_hook(self._begin, with_kwargs=True)
-            stack.callback(hook.remove)
+            for hook in self._masks.attach():
+                stack.callback(hook.remove)
             for fqn, layer in self.layers.items():
                 self._attach(stack, fqn, layer)
             for chain in self._chains:
@@ -177,9 +176,6 @@ class PairedRuns:
 
         _override(stack, child, forward)
 
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._mask = read_mask(self._mask_source, args, kwargs)
-
     def _run(
         self,
         batch: int,
@@ -187,7 +183,7 @@ class PairedRuns:
         on_input: Callable[[str, Tensor], None] | None = None,
         on_output: Callable[[str, int, Any], None] | None = None,
     ) -> None:
-        self._batch, self._compressed, self._mask = batch, compressed, None
+        self._batch, self._compressed = batch, compressed
         self._on_input = on_input or (lambda fqn, x: None)
         self._on_output = on_output or (lambda chain, index, output: None)
         try:
@@ -204,7 +200,8 @@ class PairedRuns:
 
         def on_input(fqn: str, x: Tensor) -> None:
             if fqn == group.layers[0]:
-                masks.append(self._mask)
+                layer = self.layers[fqn]
+                masks.append(None if isinstance(layer, nn.Conv2d) else self._masks.of(fqn, layer, x))
                 found.append(x if group.calls == 1 else x.clone())  # the run continues and may change it in place
                 if group.calls == 1:
                     raise _Reached

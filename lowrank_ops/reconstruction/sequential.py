@@ -24,8 +24,8 @@ from ..files import digest, digests, open_tensors, read_header, read_tensor, rep
 from ..layers import LowRankConv2d, LowRankLinear
 from ..layers.replace import replaced
 from ..models.layers import bias_vector, compiled_or_scripted, find_layers, input_rows, weight_matrix
-from ..models.masks import Mask, real_rows
-from ..models.running import call_model
+from ..models.masks import Mask, Masks, real_rows
+from ..models.running import call_model, warn_caller
 from .paired_runs import Group, PairedRuns, find_chains
 from .regression import PairedSums, reconstruct_layers
 
@@ -48,7 +48,7 @@ class SequentialReconstruction:
         ridge: added to the variance of every input direction, relative to the mean variance. 0 is plain least squares;
             infinity keeps the dense weight and uses only the new input's subspace. None chooses a value for each layer
             by cross-validation between the even and the odd batches (between two halves if there is one batch).
-        mask, forward: as for :func:`lowrank_ops.calibrate`.
+        mask, unmasked_rows, forward: as for :func:`lowrank_ops.calibrate`.
         blocks: names of the containers whose children are the blocks, such as ``"encoder.layer"``; None finds them.
         checkpoint: file written after every block. If it exists, the run resumes from it and gives the same factors,
             provided that weights, batches and settings are the same, which is checked.
@@ -73,6 +73,7 @@ class SequentialReconstruction:
     blocks: str | Sequence[str] | None = None
     checkpoint: str | Path | None = None
     max_state_bytes: int = 4 << 30
+    unmasked_rows: str = "count"
 
 
 def reconstruct_factors(
@@ -135,7 +136,16 @@ def reconstruct_factors(
     run = settings.forward or call_model
     weights = CallWeights()
     if sensitivity is not None and by_loss:
-        weights = call_weights(model, by_loss, batches, sensitivity, mask=mask, forward=run, progress=progress)
+        weights = call_weights(
+            model,
+            by_loss,
+            batches,
+            sensitivity,
+            mask=mask,
+            unmasked_rows=settings.unmasked_rows,
+            forward=run,
+            progress=progress,
+        )
 
     def reconstructed(runs: PairedRuns, group: Group) -> dict[str, Factors] | str:
         """New factors of a group, or the reason why it keeps its own."""
@@ -160,8 +170,9 @@ def reconstruct_factors(
             fitted |= reconstruct_layers(pairs, old, gradients, centered=centered, ridge=ridge)
         return fitted
 
+    masks = Masks(model, mask, settings.unmasked_rows)
     with (
-        PairedRuns(model, layers, batches, run, mask, chains, strict=settings.blocks is not None) as runs,
+        PairedRuns(model, layers, batches, run, masks, chains, strict=settings.blocks is not None) as runs,
         tqdm(total=len(layers), desc="reconstructing", unit="layer", disable=not progress) as bar,
     ):
         called_once = {fqn for group in runs.groups if group.calls == 1 for fqn in group.layers}
@@ -182,6 +193,8 @@ def reconstruct_factors(
             bar.update(len(group.layers))
             if checkpoint is not None and (following is None or following.position != group.position):
                 _save(Path(checkpoint), identity, ready)
+    if (warning := masks.finish()) is not None:
+        warn_caller(warning)
     if kept:
         reasons = "".join(f"\n  {fqn}: {reason}" for fqn, reason in kept.items())
         warnings.warn(f"these layers are not reconstructed:{reasons}", stacklevel=2)
@@ -204,8 +217,7 @@ def _stream(runs: PairedRuns, group: Group, sums: Sequence[PairedSums], call_wei
         if [x.shape for x in dense] != [z.shape for z in compressed]:
             return "its inputs in the dense and in the compressed model do not correspond row by row"
         for call, (x, z, mask) in enumerate(zip(dense, compressed, masks, strict=True)):
-            mask = None if isinstance(layer, nn.Conv2d) else mask
-            x, z = (input_rows(layer, real_rows(leader, part, mask)) for part in (x, z))
+            x, z = (input_rows(layer, real_rows(part, mask)) for part in (x, z))
             halves = last > 0 and len(runs.batches) == 1
             for pairs in sums:
                 weights = call_weights.of_call(next(iter(pairs.layers)), batch, call, len(dense), len(x))
