@@ -334,7 +334,7 @@ class _Sums:
     def of_its_own(self, fqn: str, layer: nn.Module) -> _Sums:
         """Take a follower out, with what it has received."""
         calls = self._calls.pop(fqn)
-        moments = self._before if calls < self._calls[self.leader] else self.moments
+        moments = self.moments if self._before is None or calls == self._calls[self.leader] else self._before
         own = _Sums(fqn, layer, "input", self.moments.total.dtype, self.what)
         own.moments, own._calls = copy.deepcopy(moments), {fqn: calls}
         return own

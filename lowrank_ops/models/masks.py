@@ -132,6 +132,10 @@ class Masks:
             return None
         return None if known is None else known.real
 
+    def of_block(self, fqn: str, block: nn.Module, x: Tensor | None) -> Tensor | None:
+        """As :meth:`of`, for a tensor (batch, positions, features) that a block receives or returns; else None."""
+        return None if x is None or x.dim() != 3 else self.of(fqn, block, x)
+
     def of_output(self) -> Tensor | None:
         """The mask of the last forward's output (batch, positions, ...); None if all rows count."""
         if isinstance(self._output, _Unknown):

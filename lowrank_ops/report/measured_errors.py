@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..layers import LowRankConv2d, LowRankLinear
+from ..models.experts import experts_listed
 from ..models.layers import bias_vector, output_rows
 from ..models.masks import Mask, Masks, real_rows
 from ..models.running import call_model, device_of, evaluating, move, warn_caller
@@ -82,6 +83,21 @@ def measure_errors(
     }
     if not replaced:
         raise ValueError("compressed has no replaced layer; pass the model that compress_ changed.")
+    with experts_listed(dense, names=replaced):
+        return _measured(dense, compressed, replaced, batches, mask, unmasked_rows, forward, centered, progress)
+
+
+def _measured(
+    dense: nn.Module,
+    compressed: nn.Module,
+    replaced: Mapping[str, nn.Module],
+    batches: Iterable[Any],
+    mask: Mask | None,
+    unmasked_rows: str,
+    forward: Callable[[nn.Module, Any], Any] | None,
+    centered: bool,
+    progress: bool,
+) -> dict[str, float]:
     originals = dict(dense.named_modules())
     for fqn in replaced:
         if fqn not in originals or isinstance(originals[fqn], (LowRankLinear, LowRankConv2d)):
