@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..models.layers import compiled_or_scripted, input_of
+from ..models.layers import compiled_or_scripted, input_of, is_conv
 from ..models.masks import Mask, read_mask
 from ..models.running import device_of, evaluating, exclusive, move, random_state_kept, without_fast_path
 
@@ -344,7 +344,7 @@ def _grouped(events: list[_Event], layers: Mapping[str, nn.Module]) -> list[Grou
     calls = Counter(event.fqn for event in events)
     groups: dict[object, list[_Event]] = {}
     for event in _first_calls(events):
-        shares = calls[event.fqn] == 1 and not isinstance(layers[event.fqn], nn.Conv2d)
+        shares = calls[event.fqn] == 1 and not is_conv(layers[event.fqn])
         groups.setdefault((id(event.x), event.version) if shares else event.fqn, []).append(event)
     return [
         Group(tuple(event.fqn for event in group), calls[group[0].fqn], group[0].position) for group in groups.values()

@@ -21,9 +21,8 @@ from ..calibration.objectives import Sensitivity, check_sensitivity
 from ..calibration.statistics import LayerStatistics, Moments, NonFiniteActivationError
 from ..factors.projections import Factors
 from ..files import digest, digests, open_tensors, read_header, read_tensor, replacing, write_tensors
-from ..layers import LowRankConv2d, LowRankLinear
-from ..layers.replace import replaced
-from ..models.layers import bias_vector, compiled_or_scripted, find_layers, input_rows, weight_matrix
+from ..layers.replace import lowrank_type, replaced
+from ..models.layers import bias_vector, compiled_or_scripted, find_layers, input_rows, is_conv, weight_matrix
 from ..models.masks import Mask, real_rows
 from ..models.running import call_model
 from .paired_runs import Group, PairedRuns, find_chains
@@ -204,7 +203,7 @@ def _stream(runs: PairedRuns, group: Group, sums: Sequence[PairedSums], call_wei
         if [x.shape for x in dense] != [z.shape for z in compressed]:
             return "its inputs in the dense and in the compressed model do not correspond row by row"
         for call, (x, z, mask) in enumerate(zip(dense, compressed, masks, strict=True)):
-            mask = None if isinstance(layer, nn.Conv2d) else mask
+            mask = None if is_conv(layer) else mask
             x, z = (input_rows(layer, real_rows(leader, part, mask)) for part in (x, z))
             halves = last > 0 and len(runs.batches) == 1
             for pairs in sums:
@@ -233,8 +232,7 @@ def _of_mean_one(weights: Tensor) -> Tensor:
 
 
 def _layer(dense: nn.Module, factors: Factors) -> nn.Module:
-    make = LowRankConv2d.from_factors if isinstance(dense, nn.Conv2d) else LowRankLinear.from_factors
-    return make(dense, factors)  # type: ignore[arg-type]
+    return lowrank_type(dense).from_factors(dense, factors)
 
 
 def _checked(

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..layers import LowRankConv2d, LowRankLinear
-from ..models.layers import bias_vector, output_rows
+from ..layers import LowRankLayer
+from ..models.layers import bias_vector, is_conv, output_rows
 from ..models.masks import Mask, read_mask, real_rows
 from ..models.running import call_model, device_of, evaluating, move
 
@@ -76,14 +76,12 @@ def measure_errors(
         >>> sorted(lro.measure_errors(dense, model, [torch.randn(128, 64)]))
         ['0', '2']
     """
-    replaced = {
-        fqn: layer for fqn, layer in compressed.named_modules() if isinstance(layer, (LowRankLinear, LowRankConv2d))
-    }
+    replaced = {fqn: layer for fqn, layer in compressed.named_modules() if isinstance(layer, LowRankLayer)}
     if not replaced:
         raise ValueError("compressed has no replaced layer; pass the model that compress_ changed.")
     originals = dict(dense.named_modules())
     for fqn in replaced:
-        if fqn not in originals or isinstance(originals[fqn], (LowRankLinear, LowRankConv2d)):
+        if fqn not in originals or isinstance(originals[fqn], LowRankLayer):
             raise ValueError(
                 f"dense has no dense layer {fqn!r}; pass a copy (copy.deepcopy) of the model from before compress_."
             )
@@ -93,7 +91,7 @@ def measure_errors(
     def record(fqn: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
         error = y - replaced[fqn](x)
         bias = None if centered else bias_vector(layer)
-        if isinstance(layer, nn.Conv2d):
+        if is_conv(layer):
             y, error = (output_rows(layer, part) for part in (y, error))
         else:
             real = masks[-1] if masks else None
