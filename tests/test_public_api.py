@@ -9,7 +9,7 @@ import lowrank_ops as lro
 NAMES = {
     "calibrate", "Calibrator", "CheckpointError", "compress_", "CompressionConfig", "Covariances", "ExplainedVariance",
     "finetune_", "FlopBudget", "LatencyBudget", "load_pretrained", "LowRankConv2d", "LowRankLinear", "measure_errors",
-    "measure_latency", "NonFiniteActivationError", "ops", "ParameterBudget", "Ranks", "recalibrate", "save_pretrained",
+    "measure_latency", "NonFiniteActivationError", "ops", "ParameterBudget", "plan_calibration", "Ranks", "recalibrate", "save_pretrained",
     "search_ranks", "SequentialReconstruction", "utilization",
 }  # fmt: skip
 OPS = {

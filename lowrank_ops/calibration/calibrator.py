@@ -6,9 +6,12 @@ With a sensitivity, one backward pass per batch also streams the gradients at th
 
 from __future__ import annotations
 
+import copy
+import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,8 +39,10 @@ from ..models.running import (
     warn_caller,
     without_fast_path,
 )
-from .experts import pooling, pools_of, with_pooled_rows
+from .experts import pooling, pools_of, twin_name, with_pooled_rows
+from .gradients import NO_GRADIENTS
 from .objectives import Sensitivity, check_sensitivity
+from .plan import CalibrationPlan, make_plan
 from .recorder import Recorder
 from .statistics import Covariances
 
@@ -62,6 +67,8 @@ def calibrate(
     token_weights: bool = True,
     max_state_bytes: int = 2 << 30,
     share_inputs: bool = True,
+    max_memory: int | str | None = None,
+    offload: str | None = None,
     progress: bool = False,
 ) -> Covariances:
     """Run ``batches`` through ``model`` and collect the second moments of its layers' activations.
@@ -107,6 +114,13 @@ def calibrate(
             skipped and stays dense; so is a layer whose weight is tied, unless ``filter_fn`` selects it.
         share_inputs: keep one moment for layers that receive the same tensor (q, k, v; gate, up). Tensors created
             under ``torch.inference_mode`` are not shared, because in-place changes to them cannot be detected.
+        max_memory: bytes of the sums on each device, a number or text such as ``"8GB"``; half of the free memory by
+            default. If they need more, the batches are run several times, for some of the layers each; the result
+            is the same to rounding. One line on stderr says what that takes, and :func:`plan_calibration` says it
+            before.
+        offload: where finished sums are kept, as lower triangles: ``"cpu"``, in the CPU's memory, or ``"disk"``, in a
+            file in the folder of temporary files (TMPDIR). None leaves them on their device; if that does not fit in
+            ``max_memory``, they go to the CPU, or if it cannot hold them to the disk.
         progress: show a progress bar.
 
     Returns:
@@ -117,8 +131,10 @@ def calibrate(
         NonFiniteActivationError: NaN or inf in an activation or a gradient.
         RuntimeError: another thread calibrates, compresses or searches the model.
         TypeError: ``batches`` is a single batch.
-        ValueError: an invalid argument, no batch, no layer to calibrate, or with ``token_weights`` an input that was
-            changed in place before the backward pass.
+        OSError: the disk is full (``offload="disk"``).
+        ValueError: an invalid argument, no batch, no layer to calibrate, with ``token_weights`` an input that was
+            changed in place before the backward pass, a layer whose sums exceed ``max_memory``, or batches that can
+            be iterated only once where several passes are needed.
 
     Example:
         >>> import torch, lowrank_ops as lro
@@ -135,36 +151,129 @@ def calibrate(
         check_sensitivity(sensitivity)
     if isinstance(num_probes, bool) or not isinstance(num_probes, int) or num_probes < 1:
         raise ValueError(f"num_probes must be a positive integer, the number of draws per batch; got {num_probes!r}.")
-    run, device, seen = forward or call_model, device_of(model), 0
+    calibrator = Calibrator(
+        model,
+        output_gradients=sensitivity is not None,
+        filter_fn=filter_fn,
+        mask=mask,
+        unmasked_rows=unmasked_rows,
+        side=side,
+        dtype=dtype,
+        token_weights=token_weights,
+        max_state_bytes=max_state_bytes,
+        share_inputs=share_inputs,
+    )
+    plan = calibrator._plan(max_memory, offload)
+    if plan.passes > 1 and iter(batches) is batches:
+        raise ValueError(
+            f"batches can be iterated only once, but the sums need {plan.passes} passes: {plan}. Pass a list or a "
+            "DataLoader, or a larger max_memory."
+        )
+    if progress or plan.passes > 1:
+        tqdm.write(str(plan), file=sys.stderr)
+    parts: list[Covariances] = []
+    counts: list[int] = []
+    for number in range(plan.passes):
+        part = calibrator
+        if plan.passes > 1:
+            part = calibrator._over([layer.fqn for layer in plan.layers if layer.number == number])
+        counts.append(
+            _run(part, batches, forward or call_model, sensitivity, num_probes, f"pass {number + 1}", progress)
+        )
+        if counts[-1] != counts[0]:
+            raise ValueError(
+                f"batches gave {counts[0]} batches in the first pass and {counts[-1]} in pass {number + 1} of "
+                f"{plan.passes}; pass a collection that gives the same ones each time, or a larger max_memory."
+            )
+        if plan.offload is not None or plan.passes > 1:
+            part.covariances.pack_(plan.offload)
+        if share_inputs:
+            part.covariances.share_equal_(parts)
+        parts.append(part.covariances)
+    if plan.passes == 1:
+        return parts[0]
+    layers = {fqn: layer for part in parts for fqn, layer in part.items()}
+    found = Covariances(layers, tuple(fqn for fqn in calibrator._layers if fqn not in layers), calibrator.skipped)
+    if sensitivity is not None and not found.has_output_gradients:
+        raise ValueError(NO_GRADIENTS)
+    return found
+
+
+def _run(
+    calibrator: Calibrator,
+    batches: Iterable[Any],
+    forward: Callable[[nn.Module, Any], Any],
+    sensitivity: Sensitivity | None,
+    num_probes: int,
+    name: str,
+    progress: bool,
+) -> int:
+    """Run the batches inside the calibrator's block, and return their number."""
+    model = calibrator._model
+    device, seen = device_of(model), 0
     with ExitStack() as stack:
         if sensitivity is not None:
             stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.set_grad_enabled(sensitivity is not None))
-        calibrator = stack.enter_context(
-            Calibrator(
-                model,
-                output_gradients=sensitivity is not None,
-                filter_fn=filter_fn,
-                mask=mask,
-                unmasked_rows=unmasked_rows,
-                side=side,
-                dtype=dtype,
-                token_weights=token_weights,
-                max_state_bytes=max_state_bytes,
-                share_inputs=share_inputs,
-            )
-        )
-        for batch in tqdm(batches, desc="calibrating", unit="batch", disable=not progress):
+        stack.enter_context(calibrator)
+        for batch in tqdm(batches, desc=f"calibrating, {name}", unit="batch", disable=not progress):
             moved = move(batch, device)
-            output = run(model, moved)
+            output = forward(model, moved)
             if sensitivity is not None:
                 for probe in range(num_probes):
-                    retain_graph = probe + 1 < num_probes
-                    calibrator._recorder.add_loss(sensitivity, output, moved, retain_graph)
+                    calibrator._recorder.add_loss(sensitivity, output, moved, retain_graph=probe + 1 < num_probes)
             seen += 1
         if not seen:
             raise ValueError("batches was empty; pass at least one batch.")
-    return calibrator.covariances
+    return seen
+
+
+def plan_calibration(
+    model: nn.Module,
+    *,
+    filter_fn: FilterFn | None = None,
+    side: str = "auto",
+    dtype: torch.dtype = torch.float64,
+    sensitivity: Sensitivity | None = None,
+    token_weights: bool = True,
+    max_state_bytes: int = 2 << 30,
+    max_memory: int | str | None = None,
+    offload: str | None = None,
+) -> CalibrationPlan:
+    """What :func:`calibrate` will need with these arguments: bytes per layer and device, and passes over the batches.
+
+    Layers that share their input take less than planned, since sharing is known only when the model runs. Activations
+    of the model itself are not counted.
+
+    Args:
+        model: as for :func:`calibrate`; may be on the meta device, where no memory bound is known.
+        filter_fn, side, dtype, sensitivity, token_weights, max_state_bytes, max_memory, offload: as for
+            :func:`calibrate`.
+
+    Raises:
+        ValueError: as for :func:`calibrate`.
+
+    Example:
+        >>> import torch, lowrank_ops as lro
+        >>> model = torch.nn.Sequential(torch.nn.Linear(1024, 64), torch.nn.ReLU(), torch.nn.Linear(64, 1024))
+        >>> print(lro.plan_calibration(model, sensitivity="fisher", max_memory="24MB").table())
+        layer  device  side   activations  output_gradients  token_weighted  pass
+        0      cpu     input  8.0 MiB      33.0 KiB          8.0 MiB         1
+        2      cpu     input  33.0 KiB     8.0 MiB           33.0 KiB        2
+        calibration: 2 passes over the batches, sums of at most 20.4 MiB on cpu; 12.4 MiB packed in the CPU's memory
+    """
+    if sensitivity is not None:
+        check_sensitivity(sensitivity)
+    calibrator = _Planner(
+        model,
+        output_gradients=sensitivity is not None,
+        filter_fn=filter_fn,
+        side=side,
+        dtype=dtype,
+        token_weights=token_weights,
+        max_state_bytes=max_state_bytes,
+    )
+    return calibrator._plan(max_memory, offload)
 
 
 class Calibrator:
@@ -199,6 +308,7 @@ class Calibrator:
     """
 
     covariances: Covariances
+    _needs_values = True
 
     def __init__(
         self,
@@ -230,8 +340,9 @@ class Calibrator:
         with experts_listed(model, listed=self._listed):
             layers, self.skipped = find_layers(model, filter_fn)
             self._pools, twins = pools_of(model, layers)
-        layers, without = with_values(layers)
-        self.skipped |= without
+        if self._needs_values:
+            layers, without = with_values(layers)
+            self.skipped |= without
         if not layers:
             reasons = "".join(f"\n  {fqn or '(the model)'}: {reason}" for fqn, reason in self.skipped.items())
             raise ValueError(f"model has no supported Linear, Conv1d, Conv2d or Conv1D that filter_fn keeps.{reasons}")
@@ -240,15 +351,37 @@ class Calibrator:
             without = _without_output_gradients(model, layers, dtype, max_state_bytes, filter_fn)
             layers = {fqn: layer for fqn, layer in layers.items() if fqn not in without}
             self.skipped |= without
-        self._model, self._dtype = model, dtype
+        self._model, self._dtype, self._modules = model, dtype, layers | twins
         self._output_gradients, self._token_weights = output_gradients, token_weights
         self._layers = tuple(layers)
-        layers |= twins
-        self._sides = {fqn: _side(layer, side, dtype, max_state_bytes) for fqn, layer in layers.items()}
-        self._masks = Masks(model, mask, unmasked_rows)
-        self._recorder = Recorder(layers, self._masks, share_inputs)
+        self._sides = {fqn: _side(layer, side, dtype, max_state_bytes) for fqn, layer in self._modules.items()}
+        self._new_masks, self._share = partial(Masks, model, mask, unmasked_rows), share_inputs
+        self._masks = self._new_masks()
+        self._recorder = Recorder(self._modules, self._masks, share_inputs)
         self._stack: ExitStack | None = None  # while the block runs
         self._entered = False
+
+    def _plan(self, max_memory: int | str | None, offload: str | None) -> CalibrationPlan:
+        return make_plan(
+            {fqn: self._modules[fqn] for fqn in self._layers},
+            self._sides,
+            self._dtype,
+            output_gradients=self._output_gradients,
+            token_weights=self._token_weights,
+            max_memory=max_memory,
+            offload=offload,
+        )
+
+    def _over(self, layers: Sequence[str]) -> Calibrator:
+        """A calibrator of some of the layers, for one of several passes."""
+        part = copy.copy(self)
+        part._layers = tuple(layers)
+        wanted = {*layers, *map(twin_name, layers)}
+        part._modules = {fqn: layer for fqn, layer in self._modules.items() if fqn in wanted}
+        part._sides = {fqn: self._sides[fqn] for fqn in part._modules}
+        part._masks = self._new_masks()
+        part._recorder = Recorder(part._modules, part._masks, self._share, partial=True)
+        return part
 
     def __enter__(self) -> Calibrator:
         if self._entered:
@@ -278,7 +411,7 @@ class Calibrator:
             self.covariances = with_pooled_rows(self._recorder.finish(self.skipped), self._layers)
             if (warning := self._masks.finish()) is not None:
                 warn_caller(warning)
-            if self._output_gradients and not self.covariances.has_output_gradients:
+            if self._output_gradients and not self._recorder.partial and not self.covariances.has_output_gradients:
                 warnings.warn(
                     "Calibrator(output_gradients=True) received no loss; call observe inside its block.", stacklevel=2
                 )
@@ -303,6 +436,12 @@ class Calibrator:
         if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
             raise ValueError(f"samples must be a positive integer; got {samples!r}.")
         self._recorder.add_gradients(loss.sum(), samples, retain_graph)
+
+
+class _Planner(Calibrator):
+    """Chooses layers and sides as a Calibrator does, of a model that may be on the meta device."""
+
+    _needs_values = False
 
 
 def _without_output_gradients(

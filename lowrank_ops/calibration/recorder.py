@@ -46,10 +46,11 @@ class Recorder:
         layers: ``{fqn: layer}``.
         masks: of the model.
         share: layers that receive the same tensor share its sums.
+        partial: other layers are recorded elsewhere, so a loss need not depend on these.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module], masks: Masks, share: bool) -> None:
-        self._layers = layers
+    def __init__(self, layers: Mapping[str, nn.Module], masks: Masks, share: bool, partial: bool = False) -> None:
+        self._layers, self.partial = layers, partial
         self._masks = masks
         self._share = share
         self._sides: Mapping[str, str] = {}
@@ -153,7 +154,7 @@ class Recorder:
     def _differentiate(self, loss: Tensor, retain_graph: bool) -> list[OutputGradient]:
         self._in_backward = True
         try:
-            return self._gradients.of(loss, retain_graph)
+            return self._gradients.of(loss, retain_graph, required=not self.partial)
         finally:
             self._in_backward = False
 
@@ -239,6 +240,8 @@ class Recorder:
         self.check_finite()
         if not self._batch:
             self._part_lagging()
+            for sums in self._activations.values():
+                sums.forget_before()
         self._in_forward = False
         self._batch += 1
 
@@ -363,6 +366,10 @@ class _Sums:
         if fqn == self.leader:
             shared = len(self._calls) > 1 and self._calls[fqn] > 0
             self._before = copy.deepcopy(self.moments) if shared else None
+
+    def forget_before(self) -> None:
+        """End of the first forward: layers part no more."""
+        self._before = None
 
     def is_repeated(self, fqn: str, x: Tensor) -> bool:
         """Count the call; True if the leader has added this tensor already.
