@@ -9,15 +9,17 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..files import digest
 from ..models.experts import experts_listed, list_experts
 from ..models.layers import (
     FilterFn,
@@ -44,6 +46,7 @@ from .gradients import NO_GRADIENTS
 from .objectives import Sensitivity, check_sensitivity
 from .plan import CalibrationPlan, make_plan
 from .recorder import Recorder
+from .resume import CalibrationCheckpoint
 from .statistics import Covariances
 
 # ``side="auto"`` streams the output, whose moment is (ratio)^2 smaller, where in_features / out_features exceeds the
@@ -69,6 +72,7 @@ def calibrate(
     share_inputs: bool = True,
     max_memory: int | str | None = None,
     offload: str | None = None,
+    checkpoint: str | Path | None = None,
     progress: bool = False,
 ) -> Covariances:
     """Run ``batches`` through ``model`` and collect the second moments of its layers' activations.
@@ -90,7 +94,8 @@ def calibrate(
         unmasked_rows: what to do with rows whose mask cannot be told, such as relative positions, or images beside
             text: ``"count"`` counts all of them, with a warning that names the layers; ``"error"`` refuses.
         side: ``"input"`` streams layer inputs, which every projection and measure can use; ``"output"`` streams
-            outputs, which is enough for ``projection="output"`` and ``"loss"``. ``"auto"`` streams the input unless
+            outputs, which is enough for ``projection="output"`` and ``"loss"``. ``"smaller"`` streams the narrower one
+            of each layer, for compression by these two in the least memory. ``"auto"`` streams the input unless
             the output is narrower and the input's moment is too large: over ``max_state_bytes``, or over 64 MiB if
             the input is more than 16 times as wide as the output.
         dtype: of the sums, torch.float64 or torch.float32.
@@ -121,6 +126,9 @@ def calibrate(
         offload: where finished sums are kept, as lower triangles: ``"cpu"``, in the CPU's memory, or ``"disk"``, in a
             file in the folder of temporary files (TMPDIR). None leaves them on their device; if that does not fit in
             ``max_memory``, they go to the CPU, or if it cannot hold them to the disk.
+        checkpoint: a folder for what was added so far, written about every minute. If it holds a calibration of the
+            same model, batches and arguments, that goes on: batches that were added are skipped, the result is equal to
+            the bit, and a finished one is read at once. Delete the folder when it is not needed any more.
         progress: show a progress bar.
 
     Returns:
@@ -131,10 +139,10 @@ def calibrate(
         NonFiniteActivationError: NaN or inf in an activation or a gradient.
         RuntimeError: another thread calibrates, compresses or searches the model.
         TypeError: ``batches`` is a single batch.
-        OSError: the disk is full (``offload="disk"``).
+        OSError: the disk is full (``offload="disk"``, ``checkpoint``).
         ValueError: an invalid argument, no batch, no layer to calibrate, with ``token_weights`` an input that was
-            changed in place before the backward pass, a layer whose sums exceed ``max_memory``, or batches that can
-            be iterated only once where several passes are needed.
+            changed in place before the backward pass, a layer whose sums exceed ``max_memory``, batches that can
+            be iterated only once where several passes are needed, or a ``checkpoint`` of another calibration.
 
     Example:
         >>> import torch, lowrank_ops as lro
@@ -164,39 +172,56 @@ def calibrate(
         share_inputs=share_inputs,
     )
     plan = calibrator._plan(max_memory, offload)
-    if plan.passes > 1 and iter(batches) is batches:
-        raise ValueError(
-            f"batches can be iterated only once, but the sums need {plan.passes} passes: {plan}. Pass a list or a "
-            "DataLoader, or a larger max_memory."
-        )
     if progress or plan.passes > 1:
         tqdm.write(str(plan), file=sys.stderr)
-    parts: list[Covariances] = []
-    counts: list[int] = []
-    for number in range(plan.passes):
-        part = calibrator
-        if plan.passes > 1:
-            part = calibrator._over([layer.fqn for layer in plan.layers if layer.number == number])
-        counts.append(
-            _run(part, batches, forward or call_model, sensitivity, num_probes, f"pass {number + 1}", progress)
+    passes = [[layer.fqn for layer in plan.layers if layer.number == number] for number in range(plan.passes)]
+    saved = None
+    if checkpoint is not None:
+        identity = calibrator._identity() | {
+            "sensitivity": sensitivity if isinstance(sensitivity, str) else digest(sensitivity),
+            "num_probes": num_probes,
+            "mask": digest([mask, unmasked_rows]),
+            "forward": digest(forward),
+        }
+        saved = CalibrationCheckpoint(checkpoint, identity, passes)
+        passes = saved.passes
+    if len(passes) > 1 and isinstance(batches, Iterator):
+        raise ValueError(
+            f"batches can be iterated only once, but the sums need {len(passes)} passes: {plan}. Pass a list or a "
+            "DataLoader, or a larger max_memory."
         )
-        if counts[-1] != counts[0]:
-            raise ValueError(
-                f"batches gave {counts[0]} batches in the first pass and {counts[-1]} in pass {number + 1} of "
-                f"{plan.passes}; pass a collection that gives the same ones each time, or a larger max_memory."
-            )
-        if plan.offload is not None or plan.passes > 1:
-            part.covariances.pack_(plan.offload)
+    parts: list[Covariances] = []
+    seen = 0
+    for number, layers in enumerate(passes):
+        found = None if saved is None else saved.finished(number)
+        if found is None:
+            part = calibrator if len(passes) == 1 else calibrator._over(layers)
+            name = f"calibrating, pass {number + 1} of {len(passes)}" if len(passes) > 1 else "calibrating"
+            bar = tqdm(batches, desc=name, unit="batch", disable=not progress)
+            count = _run(part, bar, forward or call_model, sensitivity, num_probes, saved)
+            if seen and count != seen:
+                raise ValueError(
+                    f"batches gave {seen} batches in one pass and {count} in another; pass a collection that gives the "
+                    "same ones each time, or a larger max_memory."
+                )
+            seen, found = count, part.covariances
+            if saved is not None:
+                saved.end(number, found)
+        if plan.offload is not None or len(passes) > 1:
+            found.pack_(plan.offload)
         if share_inputs:
-            part.covariances.share_equal_(parts)
-        parts.append(part.covariances)
-    if plan.passes == 1:
+            found.share_equal_(parts)
+        parts.append(found)
+    if len(parts) == 1:
         return parts[0]
-    layers = {fqn: layer for part in parts for fqn, layer in part.items()}
-    found = Covariances(layers, tuple(fqn for fqn in calibrator._layers if fqn not in layers), calibrator.skipped)
-    if sensitivity is not None and not found.has_output_gradients:
+    statistics = {fqn: layer for part in parts for fqn, layer in part.items()}
+    unreached = tuple(fqn for fqn in calibrator._layers if fqn not in statistics)
+    whole = Covariances(
+        {fqn: statistics[fqn] for fqn in calibrator._layers if fqn in statistics}, unreached, parts[0].skipped
+    )
+    if sensitivity is not None and not whole.has_output_gradients:
         raise ValueError(NO_GRADIENTS)
-    return found
+    return whole
 
 
 def _run(
@@ -205,8 +230,7 @@ def _run(
     forward: Callable[[nn.Module, Any], Any],
     sensitivity: Sensitivity | None,
     num_probes: int,
-    name: str,
-    progress: bool,
+    saved: CalibrationCheckpoint | None,
 ) -> int:
     """Run the batches inside the calibrator's block, and return their number."""
     model = calibrator._model
@@ -215,16 +239,24 @@ def _run(
         if sensitivity is not None:
             stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.set_grad_enabled(sensitivity is not None))
-        stack.enter_context(calibrator)
-        for batch in tqdm(batches, desc=f"calibrating, {name}", unit="batch", disable=not progress):
+        recorder, generators = stack.enter_context(calibrator)._recorder, calibrator._generators
+        done = 0 if saved is None else saved.begin(recorder, generators)
+        for batch in batches:
+            seen += 1
+            if saved is not None and seen <= done:
+                saved.skip(seen - 1, batch, generators)
+                continue
             moved = move(batch, device)
             output = forward(model, moved)
             if sensitivity is not None:
                 for probe in range(num_probes):
-                    calibrator._recorder.add_loss(sensitivity, output, moved, retain_graph=probe + 1 < num_probes)
-            seen += 1
+                    recorder.add_loss(sensitivity, output, moved, retain_graph=probe + 1 < num_probes)
+            if saved is not None:
+                saved.add(batch, recorder, generators)
         if not seen:
             raise ValueError("batches was empty; pass at least one batch.")
+        if seen < done:
+            raise ValueError(f"checkpoint has added {done} batches, more than the {seen} that batches gave now.")
     return seen
 
 
@@ -329,8 +361,8 @@ class Calibrator:
                 f"output_gradients must be True or False; got {output_gradients!r}. Pass your losses to observe, or "
                 "use calibrate(model, batches, sensitivity=...)."
             )
-        if side not in ("auto", "input", "output"):
-            raise ValueError(f"side must be 'auto', 'input' or 'output'; got {side!r}.")
+        if side not in ("auto", "input", "output", "smaller"):
+            raise ValueError(f"side must be 'auto', 'input', 'output' or 'smaller'; got {side!r}.")
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"dtype must be torch.float32 or torch.float64, the dtype of the sums; got {dtype}.")
         if (reason := compiled_or_scripted(model)) is not None:
@@ -372,6 +404,12 @@ class Calibrator:
             offload=offload,
         )
 
+    def _identity(self) -> dict[str, str]:
+        """What the sums depend on besides the batches, for a checkpoint."""
+        arguments = [self._sides, self._dtype, self._output_gradients, self._token_weights, self._share]
+        tensors = {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
+        return {"arguments": digest([str(one) for one in arguments]), "weights": digest(tensors)}
+
     def _over(self, layers: Sequence[str]) -> Calibrator:
         """A calibrator of some of the layers, for one of several passes."""
         part = copy.copy(self)
@@ -393,7 +431,7 @@ class Calibrator:
             stack.enter_context(pooling(self._pools))
             stack.enter_context(without_fast_path(self._output_gradients))
             stack.enter_context(evaluating(self._model))
-            stack.enter_context(random_state_kept(self._model))
+            self._generators = stack.enter_context(random_state_kept(self._model))
             stack.callback(self._recorder.detach)
             self._recorder.attach(self._model, self._sides, self._dtype)
             if self._output_gradients:
@@ -474,11 +512,11 @@ def _warn_of_skipped(skipped: Mapping[str, str], filter_fn: FilterFn | None) -> 
 
 
 def _side(layer: nn.Module, side: str, dtype: torch.dtype, max_state_bytes: int) -> str:
-    if side != "auto":
+    if side in ("input", "output"):
         return side
     groups, in_features, out_features = dimensions(layer)
     state_bytes = groups * in_features**2 * dtype.itemsize
-    if out_features >= in_features:
-        return "input"
+    if out_features >= in_features or side == "smaller":
+        return "input" if out_features >= in_features else "output"
     much_wider = in_features > OUTPUT_SIDE_RATIO * out_features and state_bytes > SMALL_STATE_BYTES
     return "output" if much_wider or state_bytes > max_state_bytes else "input"

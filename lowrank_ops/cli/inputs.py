@@ -47,14 +47,25 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
         help="keyword argument of the model that is nonzero at real tokens, such as attention_mask",
     )
     parser.add_argument(
-        "--side", choices=["auto", "input", "output"], default="auto",
-        help="record the layers' inputs, their outputs, or (auto) the inputs of all but wide layers (default: auto)",
+        "--side", choices=["auto", "input", "output", "smaller"], default="auto",
+        help="record the layers' inputs, their outputs, the narrower of both, enough for compression by output or "
+        "loss, or (auto) the inputs of all but wide layers (default: auto)",
     )  # fmt: skip
     parser.add_argument(
         "--sensitivity", choices=["fisher", "output", "pooled"],
         help="also record output gradients, which make loss-aware compression the default: fisher, with labels drawn "
         "from the logits; output, for models without logits; pooled, for outputs that are averaged over the positions",
     )  # fmt: skip
+
+
+    parser.add_argument(
+        "--max-memory", metavar="BYTES",
+        help="of the sums on each device, such as 8GB; more take several runs of the batches (default: half of the "
+        "free memory)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--offload", choices=["cpu", "disk"], help="where finished sums are kept (default: where they fit)"
+    )
 
 
 def calibrated(options: argparse.Namespace) -> tuple[nn.Module, Covariances]:
@@ -70,7 +81,14 @@ def calibrated(options: argparse.Namespace) -> tuple[nn.Module, Covariances]:
         batches = load_batches(options.batches)
         with failing_as("calibration"):
             covariances = calibrate(
-                model, batches, mask=options.mask, side=options.side, sensitivity=options.sensitivity, progress=True
+                model,
+                batches,
+                mask=options.mask,
+                side=options.side,
+                sensitivity=options.sensitivity,
+                max_memory=options.max_memory,
+                offload=options.offload,
+                progress=True,
             )
     if options.save_covariances is not None:
         covariances.save(options.save_covariances)

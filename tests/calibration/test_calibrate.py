@@ -362,7 +362,7 @@ def test_encoder_with_fast_path_is_calibrated(padded, mode):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"side": "left"}, "side must be 'auto', 'input' or 'output'; got 'left'"),
+        ({"side": "left"}, "side must be 'auto', 'input', 'output' or 'smaller'; got 'left'"),
         ({"dtype": torch.bfloat16}, "dtype must be torch.float32 or torch.float64.*got torch.bfloat16"),
         (
             {"filter_fn": lambda module, fqn: False},
