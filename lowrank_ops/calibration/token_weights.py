@@ -56,7 +56,7 @@ class SavedActivation:
         values, bias = self._values.detach(), bias_vector(layer) if self._side == "output" else None
         if not is_conv(layer):
             weights = token_weights(layer, gradient, mask)
-            add_weighted(moments, real_rows(fqn, values, mask), weights.unsqueeze(-1), bias)
+            add_weighted(moments, real_rows(values, mask), weights.unsqueeze(-1), bias)
             return
         weights = _conv_weights(images(layer, gradient), layer.groups)  # (samples, height, width, groups)
         values = images(layer, _padded(layer, values) if self._side == "input" else values)
