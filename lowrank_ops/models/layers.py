@@ -86,8 +86,10 @@ def check_not_wrapped(model: nn.Module) -> None:
     """Refuse to replace layers where other objects hold the old parameters.
 
     Raises:
-        ValueError: a DataParallel, DistributedDataParallel or FullyShardedDataParallel module in ``model``.
+        ValueError: an adapter of PEFT, or a DataParallel, DistributedDataParallel or FullyShardedDataParallel module in
+            ``model``.
     """
+    check_no_adapters(model)
     for fqn, module in model.named_modules():
         names = {base.__name__ for base in type(module).__mro__ if base.__module__.startswith("torch.")}
         found = names & {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
@@ -95,6 +97,22 @@ def check_not_wrapped(model: nn.Module) -> None:
             raise ValueError(
                 f"{repr(fqn) if fqn else 'model'} is wrapped by {min(found)}, which would go on with the parameters of "
                 "the dense layers. Compress the module first, then wrap it, then create the optimizer."
+            )
+
+
+def check_no_adapters(model: nn.Module) -> None:
+    """Refuse a model whose layers PEFT has wrapped: their weights are not what they compute.
+
+    Raises:
+        ValueError: a layer with an adapter; the message names it.
+    """
+    for fqn, module in model.named_modules():
+        if any(
+            base.__name__ == "BaseTunerLayer" and base.__module__.startswith("peft.") for base in type(module).__mro__
+        ):
+            raise ValueError(
+                f"layer {fqn!r} has an adapter of PEFT. Merge it into the weights first, model = "
+                "model.merge_and_unload(), and go on with the model that this returns."
             )
 
 
