@@ -7,7 +7,7 @@ from .compress import compress_
 from .config import CompressionConfig, ExplainedVariance, FlopBudget, LatencyBudget, ParameterBudget, Ranks
 from .layers import LowRankConv2d, LowRankLinear, measure_latency
 from .midpoint import recalibrate
-from .reconstruction import SequentialReconstruction
+from .reconstruction import BlockReconstruction, SequentialReconstruction
 from .report import utilization
 from .report.measured_errors import measure_errors
 from .search import search_ranks
@@ -34,6 +34,7 @@ __all__ = [
     "CompressionConfig",
     "compress_",
     "SequentialReconstruction",
+    "BlockReconstruction",
     "measure_errors",
     "LowRankLinear",
     "LowRankConv2d",

@@ -7,7 +7,6 @@ people and tools. So one file alone decides which checkpoint a folder holds, als
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,9 @@ from .files import digests, open_tensors, parse_json, read_header, read_tensor, 
 from .layers import LowRankConv2d, LowRankLinear
 from .layers.conv2d import GEOMETRY
 from .layers.replace import has_hooks, lowrank_type, swap_
+from .models.experts import experts_listed
 from .models.layers import dimensions, find_layers, tied_layers
+from .models.running import warn_caller
 from .report import CompressionReport
 
 WEIGHTS_FILE = "model.safetensors"
@@ -116,6 +117,11 @@ def load_pretrained(dense_model: nn.Module, path: str | Path, *, verify: bool = 
     """
     file = Path(path) / WEIGHTS_FILE
     config = _read_config(file, verify)
+    with experts_listed(dense_model, names=config["layers"]):
+        return _load(dense_model, file, config, verify)
+
+
+def _load(dense_model: nn.Module, file: Path, config: dict[str, Any], verify: bool) -> nn.Module:
     layers = empty_layers(dense_model, config["layers"])
     targets = _targets(dense_model, layers)
     with torch.inference_mode(False):  # parameters created in inference mode cannot be trained
@@ -246,10 +252,9 @@ def _warn_of_another_copy(file: Path, config: Mapping[str, Any]) -> None:
     except (OSError, ValueError):
         same = False
     if not same:
-        warnings.warn(
+        warn_caller(
             f"{str(file)!r} is missing, was edited, or is of another save. The configuration in the header of "
-            f"{WEIGHTS_FILE} is loaded instead; save the model again to write both.",
-            stacklevel=3,
+            f"{WEIGHTS_FILE} is loaded instead; save the model again to write both."
         )
 
 

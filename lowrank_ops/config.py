@@ -15,7 +15,7 @@ FORMAT_VERSION = 2
 LATENCIES_VERSION = 1
 PROJECTIONS = ("output", "loss", "utilized", "input", "weight")
 ALLOCATIONS = ("uniform", "variance", "loss")
-RECONSTRUCTIONS = (None, "sequential")
+RECONSTRUCTIONS = (None, "sequential", "blocks")
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class LayerLatencies:
         try:
             values = parse_json(Path(path).read_bytes())
         except ValueError as error:
-            raise ValueError(f"{str(path)!r} is no JSON text: {error}") from None
+            raise ValueError(f"{str(path)!r} does not hold the latencies of layers: {error}.") from None
         if not isinstance(values, dict):
             raise ValueError(f"{str(path)!r} does not hold the latencies of layers.")
         return cls.from_dict(values)
@@ -255,7 +255,8 @@ class CompressionConfig:
         overrides: ``{fqn or "re:pattern": rank}``, which takes precedence over the policy; None keeps a layer dense.
         reconstruction: ``"sequential"`` refits the factors, layer by layer, to the dense model's outputs from the
             compressed model's inputs; needs ``compress_(..., reconstruction=SequentialReconstruction(batches))``,
-            which also sets it.
+            which also sets it. ``"blocks"`` trains the factors of one block at a time, by
+            ``BlockReconstruction(batches)``.
         bounds: ``{fqn or "re:pattern": (min, max)}``, ranks that the policy stays within; a ``max`` of None is no
             bound, and the layer may stay dense. ``overrides`` and ``Ranks`` are not bounded.
 
@@ -365,8 +366,16 @@ class CompressionConfig:
 
     @classmethod
     def from_json(cls, text: str) -> CompressionConfig:
-        """The inverse of :meth:`to_json`."""
-        return cls.from_dict(parse_json(text))
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            ValueError: as for :meth:`from_dict`, or the text is no JSON.
+        """
+        try:
+            values = parse_json(text)
+        except ValueError as error:
+            raise ValueError(f"not a compression configuration: {error}.") from None
+        return cls.from_dict(values)
 
 
 def _check_names(name: str, value: object) -> None:

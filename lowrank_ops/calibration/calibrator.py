@@ -15,7 +15,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..models.layers import FilterFn, compiled_or_scripted, dimensions, find_layers, tied_layers, with_values
+from ..models.experts import experts_listed, list_experts
+from ..models.layers import (
+    FilterFn,
+    check_no_adapters,
+    compiled_or_scripted,
+    dimensions,
+    find_layers,
+    tied_layers,
+    with_values,
+)
 from ..models.masks import Mask
 from ..models.running import (
     call_model,
@@ -27,6 +36,7 @@ from ..models.running import (
     warn_caller,
     without_fast_path,
 )
+from .experts import pooling, pools_of, with_pooled_rows
 from .objectives import Sensitivity, check_sensitivity
 from .recorder import Recorder
 from .statistics import Covariances
@@ -203,7 +213,11 @@ class Calibrator:
             raise ValueError(f"dtype must be torch.float32 or torch.float64, the dtype of the sums; got {dtype}.")
         if (reason := compiled_or_scripted(model)) is not None:
             raise ValueError(f"model cannot be calibrated: {reason}.")
-        layers, self.skipped = find_layers(model, filter_fn)
+        check_no_adapters(model)
+        self._listed = list_experts(model)
+        with experts_listed(model, listed=self._listed):
+            layers, self.skipped = find_layers(model, filter_fn)
+            self._pools, twins = pools_of(model, layers)
         layers, without = with_values(layers)
         self.skipped |= without
         if not layers:
@@ -216,6 +230,8 @@ class Calibrator:
             self.skipped |= without
         self._model, self._dtype = model, dtype
         self._output_gradients, self._token_weights = output_gradients, token_weights
+        self._layers = tuple(layers)
+        layers |= twins
         self._sides = {fqn: _side(layer, side, dtype, max_state_bytes) for fqn, layer in layers.items()}
         self._recorder = Recorder(layers, mask, share_inputs)
         self._stack: ExitStack | None = None  # while the block runs
@@ -227,6 +243,8 @@ class Calibrator:
         self._entered = True
         with ExitStack() as stack:
             stack.enter_context(exclusive(self._model))
+            stack.enter_context(experts_listed(self._model, listed=self._listed))
+            stack.enter_context(pooling(self._pools))
             stack.enter_context(without_fast_path(self._output_gradients))
             stack.enter_context(evaluating(self._model))
             stack.enter_context(random_state_kept(self._model))
@@ -244,7 +262,7 @@ class Calibrator:
             if kind is None:
                 self._recorder.check_finite()
         if kind is None:
-            self.covariances = self._recorder.finish(self.skipped)
+            self.covariances = with_pooled_rows(self._recorder.finish(self.skipped), self._layers)
             if self._output_gradients and not self.covariances.has_output_gradients:
                 warnings.warn(
                     "Calibrator(output_gradients=True) received no loss; call observe inside its block.", stacklevel=2

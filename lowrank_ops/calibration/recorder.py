@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..models.layers import bias_vector, dimensions, input_of, output_rows, pad_input
-from ..models.masks import Mask, read_mask, real_rows
+from ..models.masks import Mask, mask_of_rows, read_mask, real_rows
 from ..ops import conv_covariance_update_, covariance_finalize_, covariance_update_
 from ..ops.covariance import output_size
 from .gradients import OutputGradient, OutputGradients
@@ -89,7 +89,7 @@ class Recorder:
             save: Callable[[], SavedActivation] | None = None
             if save_activations and not self._in_backward:
                 save = lambda: SavedActivation(x, y, self._sides[fqn])  # noqa: E731
-            return self._gradients.watch(fqn, y, self._mask, save)
+            return self._gradients.watch(fqn, y, mask_of_rows(self._layers[fqn], self._mask), save)
 
         for fqn, layer in self._layers.items():
             self._handles.append(
@@ -244,7 +244,8 @@ class Recorder:
 
     def _real_rows(self, fqn: str, x: Tensor) -> Tensor:
         """The rows of ``x`` (..., features) where the mask (batch, positions) of this forward is true."""
-        return real_rows(fqn, x, self._mask, known=self._mask_source is None or self._in_forward)
+        mask = mask_of_rows(self._layers[fqn], self._mask)
+        return real_rows(fqn, x, mask, known=self._mask_source is None or self._in_forward)
 
     def _sums_of_input(self, fqn: str, layer: nn.Module, x: Tensor, dtype: torch.dtype) -> _Sums:
         if fqn not in self._activations:

@@ -1,4 +1,4 @@
-"""Other libraries that handle low-rank layers: transformers.
+"""Other libraries that handle low-rank layers: transformers and PEFT.
 
 In: a library that the user imports. Out: its own registration of our layers; nothing is imported for it.
 """
@@ -59,3 +59,4 @@ class _AfterImport(MetaPathFinder):
 
 
 _AfterImport("transformers", "transformers.modeling_utils")  # the module of save_pretrained and from_pretrained
+_AfterImport("peft", "peft")

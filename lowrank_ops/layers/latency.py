@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..config import LatencyCurve, LayerLatencies
+from ..models.experts import on_listed_experts
 from ..models.layers import FilterFn, dimensions, find_layers, input_of
 from ..models.running import call_model, device_of, evaluating, move
 from ..ranks.costs import RANK_ALIGNMENT
@@ -44,6 +45,7 @@ class _Call(NamedTuple):
         return f"{type(layer).__name__} {geometry}, {size}, {dtype}"
 
 
+@on_listed_experts
 def measure_latency(
     model: nn.Module,
     batch: Any,

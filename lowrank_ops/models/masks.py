@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 Mask = str | Callable[[tuple[Any, ...], dict[str, Any]], Tensor | None]
 
@@ -32,6 +33,23 @@ def read_mask(source: Mask | None, args: tuple[Any, ...], kwargs: Mapping[str, A
     if mask is not None and mask.dim() != 2:
         raise ValueError(f"mask must have shape (batch, positions); got {tuple(mask.shape)}.")
     return None if mask is None else mask.bool()
+
+
+def mask_of_rows(layer: Module, mask: Tensor | None) -> Tensor | None:
+    """The mask of the rows that ``layer`` is being called with, which for an expert are some of the tokens.
+
+    Raises:
+        ValueError: the mask is not one of these tokens.
+    """
+    routed = getattr(layer, "routed", None)
+    if mask is None or routed is None:
+        return mask
+    if mask.numel() != routed.total:
+        raise ValueError(
+            f"mask of shape {tuple(mask.shape)} does not fit the {routed.total} tokens that the router of an expert "
+            "has seen. Leave the experts out with filter_fn."
+        )
+    return mask.flatten()[routed.tokens.to(mask.device)].unsqueeze(1)  # (rows, 1): samples of one position
 
 
 def real_rows(fqn: str, x: Tensor, mask: Tensor | None, known: bool = True) -> Tensor:

@@ -7,6 +7,7 @@ about the arguments of blocks.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -21,7 +22,8 @@ from ..models.layers import compiled_or_scripted, input_of
 from ..models.masks import Mask, read_mask
 from ..models.running import device_of, evaluating, exclusive, move, random_state_kept, without_fast_path
 
-_Place = tuple[str, int]  # a chain, and the index of one of its children
+Block = tuple[str, int]  # a chain, and the index of one of its children
+_CPU = torch.device("cpu")
 Position = dict[str, int]  # by chain: how many of its children have been passed
 
 
@@ -42,6 +44,20 @@ class Group:
     layers: tuple[str, ...]
     calls: int
     position: Position
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """One call of a block.
+
+    Attributes:
+        args, kwargs: what it was called with, tensors on the CPU.
+        mask: of that forward of the model.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    mask: Tensor | None
 
 
 def find_chains(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]:
@@ -93,7 +109,7 @@ class PairedRuns:
     ) -> None:
         self.model, self.layers, self.batches = model, layers, batches
         self._forward, self._mask_source, self._strict = forward, mask, strict
-        self._device = device_of(model)
+        self.device = device_of(model)
         self._chains = list(chains)
         self._replacements: dict[str, nn.Module] = {}
         self._stored: dict[tuple[str, bool, int], Any] = {}  # output of the last passed child
@@ -103,8 +119,11 @@ class PairedRuns:
         self._mask: Tensor | None = None  # of this run
         self._on_input: Callable[[str, Tensor], None] = lambda fqn, x: None  # a layer's input
         self._on_output: Callable[[str, int, Any], None] = lambda chain, index, output: None  # a child's output
+        self._on_block: Callable[[Block, tuple[Any, ...], dict[str, Any]], None] = lambda block, args, kwargs: None
+        self._block_runs: dict[Block, Callable[..., Any]] = {}  # a child's own forward
         self._stack = ExitStack()
         self.groups: list[Group] = []
+        self.blocks: list[Block] = []  # children of chains, in the order of their calls
 
     def __enter__(self) -> PairedRuns:
         with ExitStack() as stack:
@@ -149,6 +168,38 @@ class PairedRuns:
             z, masks = self._inputs_of(group, batch, compressed=True)
             yield batch, x, z, masks
 
+    def block_calls(self, block: Block) -> Iterator[tuple[int, BlockCall]]:
+        """Per batch: its index, and the call of a block in the compressed run, after all blocks before it."""
+        for batch in range(len(self.batches)):
+            calls: list[BlockCall] = []
+
+            def on_block(called: Block, args: tuple[Any, ...], kwargs: dict[str, Any], calls: Any = calls) -> None:
+                if called == block:
+                    calls.append(BlockCall(move(_snapshot(args), _CPU), move(_snapshot(kwargs), _CPU), self._mask))
+                    raise _Reached
+
+            self._on_block = on_block
+            try:
+                self._run(batch, True)
+            finally:
+                self._on_block = lambda block, args, kwargs: None
+            if not calls:
+                raise self._missed(block, batch)
+            yield batch, calls[0]
+
+    def dense_output(self, block: Block, batch: int) -> Any:
+        """The output of a block in the dense run, on the CPU."""
+        return self._output_of(*block, batch, compressed=False)
+
+    def run_block(self, block: Block, call: BlockCall) -> Any:
+        """Call one block with the replacements so far; gradients flow if they are enabled."""
+        self._compressed = True
+        try:
+            args, kwargs = (move(_snapshot(part), self.device) for part in (call.args, call.kwargs))
+            return self._block_runs[block](*args, **kwargs)
+        finally:
+            self._compressed = False
+
     def _attach(self, stack: ExitStack, fqn: str, layer: nn.Module) -> None:
         dense = layer.forward
 
@@ -166,11 +217,12 @@ class PairedRuns:
         _override(stack, layer, forward)
 
     def _route_child(self, stack: ExitStack, chain: str, index: int, child: nn.Module) -> None:
-        run = child.forward
+        run = self._block_runs[chain, index] = child.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if index < self._passed.get(chain, 0):
-                return _copied(self._stored[chain, self._compressed, self._batch], self._device)
+                return _copied(self._stored[chain, self._compressed, self._batch], self.device)
+            self._on_block((chain, index), args, kwargs)
             output = run(*args, **kwargs)
             self._on_output(chain, index, output)
             return output
@@ -191,7 +243,7 @@ class PairedRuns:
         self._on_input = on_input or (lambda fqn, x: None)
         self._on_output = on_output or (lambda chain, index, output: None)
         try:
-            self._forward(self.model, move(self.batches[batch], self._device))
+            self._forward(self.model, move(self.batches[batch], self.device))
         except _Reached:
             pass
         finally:
@@ -217,16 +269,19 @@ class PairedRuns:
 
         def on_output(name: str, child: int, output: Any) -> None:
             if (name, child) == (chain, index):
-                found.append(_copied(output, torch.device("cpu")))
+                found.append(_copied(output, _CPU))
                 raise _Reached
 
         self._run(batch, compressed, on_output=on_output)
         if not found:
-            raise ValueError(
-                f"block {index} of {chain!r} was called for the first batch but not for batch {batch} (counted from "
-                "0); batches must run through the same blocks."
-            )
+            raise self._missed((chain, index), batch)
         return found[0]
+
+    def _missed(self, block: Block, batch: int) -> ValueError:
+        return ValueError(
+            f"block {block[1]} of {block[0]!r} was called for the first batch but not for batch {batch} (counted from "
+            "0); batches must run through the same blocks."
+        )
 
     def _trace(self) -> None:
         """Find the groups in the order of their calls, on the first batch, and drop chains that do not work as such."""
@@ -242,6 +297,7 @@ class PairedRuns:
                 )
             self._chains.remove(broken)
         self.groups = _grouped(events, self.layers)
+        self.blocks = list(outputs)
 
     def _observe(self) -> tuple[list[_Event], dict[tuple[str, int], Any], str | None]:
         """All calls of layers, the outputs of all children, and a chain that is not called in order, if any."""
@@ -259,7 +315,7 @@ class PairedRuns:
                 if index < passed.get(chain, 0):
                     broken.append(chain)
                 passed[chain] = index + 1
-                outputs[chain, index] = _copied(output, torch.device("cpu"))
+                outputs[chain, index] = _copied(output, _CPU)
 
         self._run(0, False, on_input, on_output)
         return events, outputs, broken[0] if broken else None
@@ -306,10 +362,10 @@ class PairedRuns:
         finally:
             self._disturbed = False
 
-    def _replay(self, wanted: set[str], count: int) -> tuple[list[tuple[str, Tensor]], list[tuple[_Place, Any]]]:
+    def _replay(self, wanted: set[str], count: int) -> tuple[list[tuple[str, Tensor]], list[tuple[Block, Any]]]:
         """A dense run of the first batch: the first calls of some layers, and the outputs of blocks up to theirs."""
         found: list[tuple[str, Tensor]] = []
-        after: list[tuple[_Place, Any]] = []
+        after: list[tuple[Block, Any]] = []
 
         def on_input(fqn: str, x: Tensor) -> None:
             if fqn in wanted and len(found) < count:
@@ -317,7 +373,7 @@ class PairedRuns:
 
         def on_output(chain: str, index: int, output: Any) -> None:
             if chain in self._chains:
-                after.append(((chain, index), _copied(output, torch.device("cpu"))))
+                after.append(((chain, index), _copied(output, _CPU)))
                 if len(found) >= count:
                     raise _Reached
 
@@ -371,6 +427,18 @@ def _copied(value: Any, device: torch.device) -> Any:
     if type(value) is dict:
         return {key: _copied(part, device) for key, part in value.items()}
     return value
+
+
+def _snapshot(value: Any) -> Any:
+    """A copy of a call's arguments, objects included: caches of keys and values grow with every call."""
+    if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
+        return type(value)(_snapshot(part) for part in value)
+    if type(value) is dict:
+        return {key: _snapshot(part) for key, part in value.items()}
+    if isinstance(value, nn.Module) or callable(value):
+        return value
+    with torch.no_grad():
+        return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
 def _close(x: Tensor, expected: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..layers import LowRankConv2d, LowRankLinear
+from ..models.experts import experts_listed
 from ..models.layers import bias_vector, output_rows
-from ..models.masks import Mask, read_mask, real_rows
+from ..models.masks import Mask, mask_of_rows, read_mask, real_rows
 from ..models.running import call_model, device_of, evaluating, move
 
 
@@ -81,6 +82,20 @@ def measure_errors(
     }
     if not replaced:
         raise ValueError("compressed has no replaced layer; pass the model that compress_ changed.")
+    with experts_listed(dense, names=replaced):
+        return _measured(dense, compressed, replaced, batches, mask, forward, centered, progress)
+
+
+def _measured(
+    dense: nn.Module,
+    compressed: nn.Module,
+    replaced: Mapping[str, nn.Module],
+    batches: Iterable[Any],
+    mask: Mask | None,
+    forward: Callable[[nn.Module, Any], Any] | None,
+    centered: bool,
+    progress: bool,
+) -> dict[str, float]:
     originals = dict(dense.named_modules())
     for fqn in replaced:
         if fqn not in originals or isinstance(originals[fqn], (LowRankLinear, LowRankConv2d)):
@@ -96,7 +111,7 @@ def measure_errors(
         if isinstance(layer, nn.Conv2d):
             y, error = (output_rows(layer, part) for part in (y, error))
         else:
-            real = masks[-1] if masks else None
+            real = mask_of_rows(layer, masks[-1]) if masks else None
             y, error = (real_rows(fqn, part, real, known=mask is None or bool(masks)) for part in (y, error))
         y, error = (part.reshape(-1, part.shape[-1]) for part in (y, error))
         if fqn not in sums:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from ..calibration.statistics import Covariances
 from ..config import check_share
+from ..models.experts import on_listed_experts
 from ..models.layers import FilterFn, find_layers
 from ..subspaces.layer import LayerSubspaces, layer_subspaces
 from .kinds import kind_of
@@ -113,6 +114,7 @@ class UtilizationReport:
         axes.set_title(f"Utilization at explained variance {self.explained_variance:g}")
 
 
+@on_listed_experts
 def utilization(
     model: nn.Module,
     covariances: Covariances,

@@ -17,6 +17,7 @@ from ..compress import considered_layers, decompose, factorize_layers, resolved
 from ..config import CompressionConfig, ParameterBudget, Ranks, check_choice
 from ..files import digest
 from ..layers.replace import replaced
+from ..models.experts import on_listed_experts
 from ..models.layers import FilterFn
 from ..models.running import exclusive, training_flags_kept
 from ..ranks.allocation import allocate
@@ -28,6 +29,7 @@ from .trial_cache import TrialCache
 Measure = Callable[[ChosenRanks], float]
 
 
+@on_listed_experts
 def search_ranks(
     model: nn.Module,
     covariances: Covariances,

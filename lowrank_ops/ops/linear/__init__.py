@@ -121,6 +121,7 @@ def lowrank_linear(
         (..., out_features), the dtype of ``x``.
 
     Raises:
+        TypeError: an argument is not a tensor.
         ValueError: a shape, dtype, device or name does not fit; the message names the argument.
         BackendUnavailableError: the requested backend cannot run this call.
 
@@ -140,6 +141,8 @@ def lowrank_linear(
             return run(x, down, up, bias)
         if not has_functorch_wrapper(x, down, up, bias):
             return _record(run, activation, backend, x, down, up, bias)
+    if not is_compiling():
+        _check_types(x, down, up, bias)
     # nn.TransformerEncoder passes nested tensors. The comparison is explicit because is_nested of a torch.fx proxy is
     # not a bool.
     if x.is_nested is True or in_transform():
@@ -181,6 +184,13 @@ def describe(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activatio
         activation,
         device_facts(x.device),
     )
+
+
+def _check_types(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> None:
+    for name, tensor in (("x", x), ("down", down), ("up", up), ("bias", bias)):
+        known = tensor is None and name == "bias"
+        if not known and not hasattr(type(tensor), "__torch_function__"):  # which proxies of torch.fx have as well
+            raise TypeError(f"{name} must be a tensor; got {type(tensor).__name__}.")
 
 
 def _check(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: str) -> None:
