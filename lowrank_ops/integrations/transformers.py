@@ -23,6 +23,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..checkpoint import CheckpointError, check_format, describe_layers, empty_layers
 from ..layers._base import LowRankLayer
 from ..layers.replace import swap_
+from ..layers.weight import ProductWeight
+from ..models.experts import experts_listed
 from ..version import __version__
 
 METHOD = "lowrank"
@@ -66,8 +68,8 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        entries = _names_in(model, self.quantization_config.layers)
-        swap_(model, empty_layers(model, entries))
+        with experts_listed(model):
+            swap_(model, empty_layers(model, _names_in(model, self.quantization_config.layers)))
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         unloaded = [
@@ -136,6 +138,9 @@ def _register() -> None:
         pass  # a transformers without fusions ignores the entry
     else:
         _FUSION_REGISTRY[REQUIRED] = ModuleFusionSpec()
+
+    # Initializers run after loading, on every tensor without this flag; some write to the weights of child modules.
+    ProductWeight._is_hf_initialized = True  # type: ignore[attr-defined]
 
     save_pretrained = PreTrainedModel.save_pretrained
 

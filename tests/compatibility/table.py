@@ -193,8 +193,8 @@ def page(rows: list[Row]) -> str:
     lines = [
         "# Compatibility with transformers",
         "",
-        "`make compatibility` writes this page. Each row is a small model of random weights that runs transformers' own "
-        f"code ({versions}). It is calibrated, compressed to {BUDGET:.0%} of its layers' parameters, and then checked:",
+        "`make compatibility` writes this page. Each row is a small model of random weights that runs transformers' "
+        f"own code ({versions}). It is calibrated, compressed to {BUDGET:.0%} of its layers' parameters, then checked:",
         "",
         "- layers: how many were replaced, of those that were calibrated",
         "- considered: the share of the model's parameters that these layers hold",
