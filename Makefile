@@ -37,7 +37,6 @@ demo-llm: $(VENV)/ready-llm
 	$(BIN)/python demo/language_model.py
 
 compatibility: $(VENV)/ready-dev
-	$(PIP) peft
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.compatibility.table
 
 test: lint test-unit test-interpreter test-compile coverage test-native
