@@ -10,7 +10,7 @@ from .midpoint import recalibrate
 from .reconstruction import BlockReconstruction, SequentialReconstruction
 from .report import utilization
 from .report.measured_errors import measure_errors
-from .search import search_ranks
+from .search import measured_ranks, search_ranks
 from .training import finetune_
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "measure_latency",
     "Ranks",
     "search_ranks",
+    "measured_ranks",
     # compression
     "CompressionConfig",
     "compress_",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -152,6 +153,7 @@ class LayerLatencies:
             unknown = {name for calls in layers.values() for name in calls} - set(curves)
             if unknown or any(not 0 < len(curve.ranks) == len(curve.seconds) for curve in curves.values()):
                 raise ValueError("not the latencies of layers: curves and layers do not belong together.")
+            _check_latencies(curves, layers)
             return cls(values["device"], values["threads"], curves, layers)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not the latencies of layers: {type(error).__name__} {error}.") from None
@@ -376,6 +378,19 @@ class CompressionConfig:
         except ValueError as error:
             raise ValueError(f"not a compression configuration: {error}.") from None
         return cls.from_dict(values)
+
+
+def _check_latencies(curves: Mapping[str, LatencyCurve], layers: Mapping[str, Mapping[str, int]]) -> None:
+    """Raise ValueError for times, ranks and numbers of calls that :func:`lowrank_ops.measure_latency` does not give."""
+    for name, curve in curves.items():
+        times, ranks = (curve.dense, *curve.seconds), curve.ranks
+        if not all(type(value) in (int, float) and 0 <= value < math.inf for value in times):
+            raise ValueError(f"not the latencies of layers: {name!r} has times {times!r}.")
+        if not all(type(rank) is int and rank >= 0 for rank in ranks) or list(ranks) != sorted(set(ranks)):
+            raise ValueError(f"not the latencies of layers: {name!r} has ranks {ranks!r}, which must be rising.")
+    for fqn, calls in layers.items():
+        if not all(type(count) is int and count > 0 for count in calls.values()):
+            raise ValueError(f"not the latencies of layers: {fqn!r} has calls {calls!r}.")
 
 
 def _check_names(name: str, value: object) -> None:

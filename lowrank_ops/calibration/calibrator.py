@@ -25,7 +25,7 @@ from ..models.layers import (
     tied_layers,
     with_values,
 )
-from ..models.masks import Mask
+from ..models.masks import Mask, Masks
 from ..models.running import (
     call_model,
     device_of,
@@ -53,6 +53,7 @@ def calibrate(
     *,
     filter_fn: FilterFn | None = None,
     mask: Mask | None = None,
+    unmasked_rows: str = "count",
     side: str = "auto",
     dtype: torch.dtype = torch.float64,
     forward: Callable[[nn.Module, Any], Any] | None = None,
@@ -70,9 +71,17 @@ def calibrate(
         batches: each batch is passed to the model: a tensor, a tuple or list of positional arguments, or a mapping of
             keyword arguments. Tensors are moved to the device of the model's first parameter.
         filter_fn: ``filter_fn(module, fqn) -> bool`` selects layers; None selects all that can be compressed.
-        mask: which positions count, for padded sequences: the name of a keyword argument of the model's forward
-            (``"attention_mask"``) or ``mask(args, kwargs) -> Tensor | None``; shape (batch, positions), true or
-            non-zero for real tokens. Does not apply to convolutions.
+        mask: which positions count, for padded sequences: the name of an argument of the model's forward, or
+            ``mask(args, kwargs) -> Tensor | None``, shape (batch, positions), true or non-zero for real tokens. Names
+            that end in ``key_padding_mask`` are true for padding, as in torch. With ``"attention_mask"``, the models
+            of transformers use the mask that each of their parts is called with: an encoder its own, a decoder its own,
+            a vision tower none. For other models of several sequences pass a mask per module,
+            ``{"encoder": "attention_mask", "decoder": "decoder_attention_mask"}``: a key is the name of a module or a
+            ``"re:pattern"`` of names, and holds for all in it, unless a key names something inside; a value of None
+            means no padding. Keys and values of a cross-attention have the mask of the sequence that they are of. Does
+            not apply to convolutions.
+        unmasked_rows: what to do with rows whose mask cannot be told, such as relative positions, or images beside
+            text: ``"count"`` counts all of them, with a warning that names the layers; ``"error"`` refuses.
         side: ``"input"`` streams layer inputs, which every projection and measure can use; ``"output"`` streams
             outputs, which is enough for ``projection="output"`` and ``"loss"``. ``"auto"`` streams the input unless
             the output is narrower and the input's moment is too large: over ``max_state_bytes``, or over 64 MiB if
@@ -137,6 +146,7 @@ def calibrate(
                 output_gradients=sensitivity is not None,
                 filter_fn=filter_fn,
                 mask=mask,
+                unmasked_rows=unmasked_rows,
                 side=side,
                 dtype=dtype,
                 token_weights=token_weights,
@@ -164,7 +174,8 @@ class Calibrator:
         model: the model that the block runs; in eval mode inside the block.
         output_gradients: also stream output gradients. Run each forward with gradients enabled, and then pass its loss
             to :meth:`observe`; the forward's graph is kept until then.
-        filter_fn, mask, side, dtype, token_weights, max_state_bytes, share_inputs: as for :func:`calibrate`.
+        filter_fn, mask, unmasked_rows, side, dtype, token_weights, max_state_bytes, share_inputs: as for
+            :func:`calibrate`.
 
     Attributes:
         covariances: the result; set when the block ends without an exception.
@@ -196,6 +207,7 @@ class Calibrator:
         output_gradients: bool = False,
         filter_fn: FilterFn | None = None,
         mask: Mask | None = None,
+        unmasked_rows: str = "count",
         side: str = "auto",
         dtype: torch.dtype = torch.float64,
         token_weights: bool = True,
@@ -222,7 +234,7 @@ class Calibrator:
         self.skipped |= without
         if not layers:
             reasons = "".join(f"\n  {fqn or '(the model)'}: {reason}" for fqn, reason in self.skipped.items())
-            raise ValueError(f"model has no supported Linear, Conv2d or Conv1D that filter_fn keeps.{reasons}")
+            raise ValueError(f"model has no supported Linear, Conv1d, Conv2d or Conv1D that filter_fn keeps.{reasons}")
         _warn_of_skipped(self.skipped, filter_fn)
         if output_gradients:
             without = _without_output_gradients(model, layers, dtype, max_state_bytes, filter_fn)
@@ -233,7 +245,8 @@ class Calibrator:
         self._layers = tuple(layers)
         layers |= twins
         self._sides = {fqn: _side(layer, side, dtype, max_state_bytes) for fqn, layer in layers.items()}
-        self._recorder = Recorder(layers, mask, share_inputs)
+        self._masks = Masks(model, mask, unmasked_rows)
+        self._recorder = Recorder(layers, self._masks, share_inputs)
         self._stack: ExitStack | None = None  # while the block runs
         self._entered = False
 
@@ -263,6 +276,8 @@ class Calibrator:
                 self._recorder.check_finite()
         if kind is None:
             self.covariances = with_pooled_rows(self._recorder.finish(self.skipped), self._layers)
+            if (warning := self._masks.finish()) is not None:
+                warn_caller(warning)
             if self._output_gradients and not self.covariances.has_output_gradients:
                 warnings.warn(
                     "Calibrator(output_gradients=True) received no loss; call observe inside its block.", stacklevel=2

@@ -23,11 +23,11 @@ from ..calibration.objectives import Sensitivity, check_sensitivity, objective
 from ..calibration.statistics import NonFiniteActivationError
 from ..factors.projections import Factors
 from ..files import digest
-from ..layers._base import LowRankLayer
+from ..layers import LowRankConv1d, LowRankLayer
 from ..layers.replace import lowrank_type, replaced
 from ..models.experts import on_listed_experts
-from ..models.layers import find_layers
-from ..models.masks import Mask, read_mask, real_rows
+from ..models.layers import find_layers, is_supported
+from ..models.masks import Mask, Masks, real_rows
 from ..models.running import (
     call_model,
     device_of,
@@ -40,7 +40,7 @@ from ..models.running import (
     without_fast_path,
 )
 from .checkpoint import resume_checkpoint, run_identity, save_checkpoint
-from .paired_runs import Block, BlockCall, PairedRuns, Position, find_chains
+from .paired_runs import Block, BlockCall, PairedRuns, Position, block_name, find_chains
 from .sequential import chains_named, checked_batches
 
 DAMPING = 1e-3  # of the output metric, relative to its mean diagonal
@@ -63,7 +63,7 @@ class BlockReconstruction:
         lr: peak learning rate of Adam relative to the root mean square of each factor.
         held_out: share of the batches, from the end, that are not trained on. The factors of the epoch with the lowest
             error on them are used; a block that gets no better keeps its factors.
-        mask, forward: as for :func:`lowrank_ops.calibrate`.
+        mask, unmasked_rows, forward: as for :func:`lowrank_ops.calibrate`.
         blocks: names of the containers whose children are the blocks, such as ``"model.layers"``; None finds them.
         checkpoint: file written after every block. If it exists, the run resumes from it and gives the same factors,
             provided that weights, factors, batches and settings are the same, which is checked.
@@ -89,6 +89,7 @@ class BlockReconstruction:
     forward: Callable[[nn.Module, Any], Any] | None = None
     blocks: str | Sequence[str] | None = None
     checkpoint: str | Path | None = None
+    unmasked_rows: str = "count"
 
     def check(self) -> None:
         """Raise TypeError or ValueError for a setting that is out of range."""
@@ -144,7 +145,8 @@ def reconstruct_blocks(
         identity = run_identity(layers, factors, batches, kind="blocks", start=given, chains=chains, **own)
         done = resume_checkpoint(checkpoint, identity, layers)
 
-    with PairedRuns(model, layers, batches, run, settings.mask, chains, strict=settings.blocks is not None) as runs:
+    masks = Masks(model, settings.mask, settings.unmasked_rows)
+    with PairedRuns(model, layers, batches, run, masks, chains, strict=settings.blocks is not None) as runs:
         members = {block: _layers_in(block_name(model, block), layers) for block in runs.blocks}
         trained = [block for block in runs.blocks if members[block]]
         if not trained:
@@ -158,7 +160,7 @@ def reconstruct_blocks(
 
     new = dict(factors)
     with (
-        PairedRuns(model, layers, batches, run, settings.mask, chains, strict=settings.blocks is not None) as runs,
+        PairedRuns(model, layers, batches, run, masks, chains, strict=settings.blocks is not None) as runs,
         tqdm(total=len(trained), desc="reconstructing", unit="block", disable=not progress) as bar,
     ):
         for fqn, layer in layers.items():
@@ -184,17 +186,12 @@ def reconstruct_blocks(
                 bar.update()
                 if checkpoint is not None:
                     save_checkpoint(checkpoint, identity, ready)
+    if (warning := masks.finish()) is not None:
+        warn_caller(warning)
     outside = [fqn for fqn in layers if not any(fqn in inside for inside in members.values())]
     if outside:
         warn_caller(f"these layers are in no block and are not reconstructed: {shortened(outside)}")
     return new
-
-
-def block_name(model: nn.Module, block: Block) -> str:
-    """The name of a chain's child in the model."""
-    chain, index = block
-    child = list(model.get_submodule(chain)._modules)[index]
-    return f"{chain}.{child}" if chain else child
 
 
 def _start(rows: Callable[[Any, BlockCall], Tensor], call: BlockCall, target: Tensor) -> Tensor:
@@ -322,9 +319,11 @@ def _factors_of(layer: LowRankLayer, old: Factors) -> Factors:
 
 def _rows(name: str, module: nn.Module, output: Tensor, mask: Tensor | None) -> Tensor:
     """The real rows (rows, features) of a block's output; the features of convolutional blocks are channels."""
-    if output.dim() == 4 and any(isinstance(part, nn.Conv2d) for part in module.modules()):
+    *_, last = [None, *(part for part in module.modules() if is_supported(part) or isinstance(part, LowRankLayer))]
+    line = output.dim() == 3 and isinstance(last, (nn.Conv1d, LowRankConv1d))
+    if line or (output.dim() == 4 and any(isinstance(part, nn.Conv2d) for part in module.modules())):
         output, mask = output.movedim(1, -1), None
-    return real_rows(name, output, mask).flatten(0, -2)
+    return real_rows(output, mask).flatten(0, -2)
 
 
 def _relative_metric(added: Sequence[Tensor]) -> Tensor:
@@ -344,7 +343,7 @@ def _output_metrics(
     assert settings.sensitivity is not None
     device, run = device_of(model), settings.forward or call_model
     gradients = OutputGradients()
-    masks: list[Tensor | None] = [None]
+    masks = Masks(model, settings.mask, settings.unmasked_rows)
     sums: dict[str, Tensor] = {}
     modules = {block_name(model, block): model.get_submodule(block_name(model, block)) for block in blocks}
     with ExitStack() as stack:
@@ -355,17 +354,15 @@ def _output_metrics(
         stack.enter_context(evaluating(model))
         stack.enter_context(without_fast_path())
 
-        def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            masks[0] = read_mask(settings.mask, args, kwargs)
-
-        stack.callback(model.register_forward_pre_hook(begin, with_kwargs=True).remove)
+        for handle in masks.attach():
+            stack.callback(handle.remove)
         for name, module in modules.items():
 
             def watch(module: nn.Module, args: Any, output: Any, name: str = name) -> Any:
                 found = output_tensor(output, _FIELDS)
                 if found is None:
                     return None
-                start = gradients.watch(name, found, masks[0], None)
+                start = gradients.watch(name, found, masks.of_block(name, module, found), None)
                 if start is None:
                     return None
                 return start if found is output else type(output)(start if part is found else part for part in output)
@@ -374,7 +371,7 @@ def _output_metrics(
         for batch in tqdm(batches, desc="output gradients", unit="batch", disable=not progress):
             moved = move(batch, device)
             # The output is not bound to a name, which would keep this batch's graph during the next forward.
-            loss = objective(settings.sensitivity, run(model, moved), moved, masks[0]).loss
+            loss = objective(settings.sensitivity, run(model, moved), moved, masks.of_output()).loss
             for name, values, mask, _ in gradients.of(loss):
                 rows = _rows(name, modules[name], values, mask).double()
                 sums[name] = sums.get(name, torch.zeros(())) + rows.mT @ rows

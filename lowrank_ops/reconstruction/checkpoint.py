@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -94,4 +95,5 @@ def _stored(fqn: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
 def _fits(part: Factors, rank: int, layer: nn.Module) -> bool:
     *groups, out_features, in_features = weight_matrix(layer).shape
     shapes = ((*groups, part.rank, in_features), (*groups, out_features, part.rank))
-    return part.rank == rank and (part.down.shape, part.up.shape) == shapes
+    bias = part.bias is None or part.bias.shape == (math.prod(groups) * out_features,)
+    return part.rank == rank and (part.down.shape, part.up.shape) == shapes and bias

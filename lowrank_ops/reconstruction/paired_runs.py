@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..models.layers import compiled_or_scripted, input_of
-from ..models.masks import Mask, read_mask
-from ..models.running import device_of, evaluating, exclusive, move, random_state_kept, without_fast_path
+from ..models.layers import compiled_or_scripted, input_of, is_conv
+from ..models.masks import Masks
+from ..models.running import device_of, evaluating, exclusive, move, output_tensor, random_state_kept, without_fast_path
 
 Block = tuple[str, int]  # a chain, and the index of one of its children
 _CPU = torch.device("cpu")
@@ -52,7 +52,7 @@ class BlockCall:
 
     Attributes:
         args, kwargs: what it was called with, tensors on the CPU.
-        mask: of that forward of the model.
+        mask: of the rows of its first tensor.
     """
 
     args: tuple[Any, ...]
@@ -84,6 +84,13 @@ def _inside(name: str, other: str) -> bool:
     return not other or name == other or name.startswith(f"{other}.")
 
 
+def block_name(model: nn.Module, block: Block) -> str:
+    """The name of a chain's child in the model."""
+    chain, index = block
+    child = list(model.get_submodule(chain)._modules)[index]
+    return f"{chain}.{child}" if chain else child
+
+
 class PairedRuns:
     """The two runs of a model, as a context manager that restores the model.
 
@@ -92,7 +99,7 @@ class PairedRuns:
         layers: ``{fqn: layer}``, those that may be replaced.
         batches: each is run many times.
         forward: ``forward(model, batch)``.
-        mask: as for :func:`lowrank_ops.calibrate`.
+        masks: of the model.
         chains: names of containers of blocks, for instance from :func:`find_chains`.
         strict: raise ValueError if a chain cannot be run block by block, instead of ignoring the chain.
     """
@@ -103,12 +110,12 @@ class PairedRuns:
         layers: Mapping[str, nn.Module],
         batches: Sequence[Any],
         forward: Callable[[nn.Module, Any], Any],
-        mask: Mask | None,
+        masks: Masks,
         chains: Sequence[str],
         strict: bool = False,
     ) -> None:
         self.model, self.layers, self.batches = model, layers, batches
-        self._forward, self._mask_source, self._strict = forward, mask, strict
+        self._forward, self._masks, self._strict = forward, masks, strict
         self.device = device_of(model)
         self._chains = list(chains)
         self._replacements: dict[str, nn.Module] = {}
@@ -116,7 +123,6 @@ class PairedRuns:
         self._passed: Position = {}
         self._compressed, self._batch = False, 0  # of this run
         self._disturbed = False  # this run scales the outputs of the layers
-        self._mask: Tensor | None = None  # of this run
         self._on_input: Callable[[str, Tensor], None] = lambda fqn, x: None  # a layer's input
         self._on_output: Callable[[str, int, Any], None] = lambda chain, index, output: None  # a child's output
         self._on_block: Callable[[Block, tuple[Any, ...], dict[str, Any]], None] = lambda block, args, kwargs: None
@@ -133,8 +139,8 @@ class PairedRuns:
             stack.enter_context(torch.no_grad())
             stack.enter_context(evaluating(self.model))
             stack.enter_context(without_fast_path())
-            hook = self.model.register_forward_pre_hook(self._begin, with_kwargs=True)
-            stack.callback(hook.remove)
+            for hook in self._masks.attach():
+                stack.callback(hook.remove)
             for fqn, layer in self.layers.items():
                 self._attach(stack, fqn, layer)
             for chain in self._chains:
@@ -175,7 +181,10 @@ class PairedRuns:
 
             def on_block(called: Block, args: tuple[Any, ...], kwargs: dict[str, Any], calls: Any = calls) -> None:
                 if called == block:
-                    calls.append(BlockCall(move(_snapshot(args), _CPU), move(_snapshot(kwargs), _CPU), self._mask))
+                    name = block_name(self.model, block)
+                    x = output_tensor([*args, *kwargs.values()], ())
+                    mask = self._masks.of_block(name, self.model.get_submodule(name), x)
+                    calls.append(BlockCall(move(_snapshot(args), _CPU), move(_snapshot(kwargs), _CPU), mask))
                     raise _Reached
 
             self._on_block = on_block
@@ -229,9 +238,6 @@ class PairedRuns:
 
         _override(stack, child, forward)
 
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._mask = read_mask(self._mask_source, args, kwargs)
-
     def _run(
         self,
         batch: int,
@@ -239,7 +245,7 @@ class PairedRuns:
         on_input: Callable[[str, Tensor], None] | None = None,
         on_output: Callable[[str, int, Any], None] | None = None,
     ) -> None:
-        self._batch, self._compressed, self._mask = batch, compressed, None
+        self._batch, self._compressed = batch, compressed
         self._on_input = on_input or (lambda fqn, x: None)
         self._on_output = on_output or (lambda chain, index, output: None)
         try:
@@ -256,7 +262,8 @@ class PairedRuns:
 
         def on_input(fqn: str, x: Tensor) -> None:
             if fqn == group.layers[0]:
-                masks.append(self._mask)
+                layer = self.layers[fqn]
+                masks.append(None if is_conv(layer) else self._masks.of(fqn, layer, x))
                 found.append(x if group.calls == 1 else x.clone())  # the run continues and may change it in place
                 if group.calls == 1:
                     raise _Reached
@@ -400,7 +407,7 @@ def _grouped(events: list[_Event], layers: Mapping[str, nn.Module]) -> list[Grou
     calls = Counter(event.fqn for event in events)
     groups: dict[object, list[_Event]] = {}
     for event in _first_calls(events):
-        shares = calls[event.fqn] == 1 and not isinstance(layers[event.fqn], nn.Conv2d)
+        shares = calls[event.fqn] == 1 and not is_conv(layers[event.fqn])
         groups.setdefault((id(event.x), event.version) if shares else event.fqn, []).append(event)
     return [
         Group(tuple(event.fqn for event in group), calls[group[0].fqn], group[0].position) for group in groups.values()

@@ -22,7 +22,7 @@ from ..factors.projections import Factors
 from ..layers.replace import lowrank_type, replaced
 from ..models.experts import ExpertLinear, on_listed_experts
 from ..models.layers import compiled_or_scripted, find_layers, input_rows
-from ..models.masks import Mask, real_rows
+from ..models.masks import Mask, Masks, real_rows
 from ..models.running import call_model, warn_caller
 from .checkpoint import resume_checkpoint, run_identity, save_checkpoint
 from .paired_runs import Group, PairedRuns, find_chains
@@ -44,7 +44,7 @@ class SequentialReconstruction:
         ridge: added to the variance of every input direction, relative to the mean variance. 0 is plain least squares;
             infinity keeps the dense weight and uses only the new input's subspace. None chooses a value for each layer
             by cross-validation between the even and the odd batches (between two halves if there is one batch).
-        mask, forward: as for :func:`lowrank_ops.calibrate`.
+        mask, unmasked_rows, forward: as for :func:`lowrank_ops.calibrate`.
         blocks: names of the containers whose children are the blocks, such as ``"encoder.layer"``; None finds them.
         checkpoint: file written after every block. If it exists, the run resumes from it and gives the same factors,
             provided that weights, batches and settings are the same, which is checked.
@@ -69,6 +69,7 @@ class SequentialReconstruction:
     blocks: str | Sequence[str] | None = None
     checkpoint: str | Path | None = None
     max_state_bytes: int = 4 << 30
+    unmasked_rows: str = "count"
 
 
 @on_listed_experts
@@ -143,7 +144,16 @@ def reconstruct_factors(
     run = settings.forward or call_model
     weights = CallWeights()
     if sensitivity is not None and by_loss:
-        weights = call_weights(model, by_loss, batches, sensitivity, mask=mask, forward=run, progress=progress)
+        weights = call_weights(
+            model,
+            by_loss,
+            batches,
+            sensitivity,
+            mask=mask,
+            unmasked_rows=settings.unmasked_rows,
+            forward=run,
+            progress=progress,
+        )
 
     def reconstructed(runs: PairedRuns, group: Group) -> dict[str, Factors] | str:
         """New factors of a group, or the reason why it keeps its own."""
@@ -170,8 +180,9 @@ def reconstruct_factors(
             fitted |= reconstruct_layers(pairs, old, gradients, centered=centered, ridge=ridge)
         return fitted
 
+    masks = Masks(model, mask, settings.unmasked_rows)
     with (
-        PairedRuns(model, layers, batches, run, mask, chains, strict=settings.blocks is not None) as runs,
+        PairedRuns(model, layers, batches, run, masks, chains, strict=settings.blocks is not None) as runs,
         tqdm(total=len(layers), desc="reconstructing", unit="layer", disable=not progress) as bar,
     ):
         called_once = {fqn for group in runs.groups if group.calls == 1 for fqn in group.layers}
@@ -192,6 +203,8 @@ def reconstruct_factors(
             bar.update(len(group.layers))
             if checkpoint is not None and (following is None or following.position != group.position):
                 save_checkpoint(Path(checkpoint), identity, ready)
+    if (warning := masks.finish()) is not None:
+        warn_caller(warning)
     if kept:
         reasons = "".join(f"\n  {fqn}: {reason}" for fqn, reason in kept.items())
         warn_caller(f"these layers are not reconstructed:{reasons}")
@@ -213,8 +226,7 @@ def _stream(runs: PairedRuns, group: Group, sums: Sequence[PairedSums], call_wei
         if [x.shape for x in dense] != [z.shape for z in compressed]:
             return "its inputs in the dense and in the compressed model do not correspond row by row"
         for call, (x, z, mask) in enumerate(zip(dense, compressed, masks, strict=True)):
-            mask = None if isinstance(layer, nn.Conv2d) else mask
-            x, z = (input_rows(layer, real_rows(leader, part, mask)) for part in (x, z))
+            x, z = (input_rows(layer, real_rows(part, mask)) for part in (x, z))
             halves = last > 0 and len(runs.batches) == 1
             for pairs in sums:
                 weights = call_weights.of_call(next(iter(pairs.layers)), batch, call, len(dense), len(x))

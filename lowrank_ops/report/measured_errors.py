@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..layers import LowRankConv2d, LowRankLinear
+from ..layers import LowRankLayer
 from ..models.experts import experts_listed
-from ..models.layers import bias_vector, output_rows
-from ..models.masks import Mask, mask_of_rows, read_mask, real_rows
-from ..models.running import call_model, device_of, evaluating, move
+from ..models.layers import bias_vector, is_conv, output_rows
+from ..models.masks import Mask, Masks, real_rows
+from ..models.running import call_model, device_of, evaluating, move, warn_caller
 
 
 class _Sums:
@@ -43,6 +43,7 @@ def measure_errors(
     batches: Iterable[Any],
     *,
     mask: Mask | None = None,
+    unmasked_rows: str = "count",
     forward: Callable[[nn.Module, Any], Any] | None = None,
     centered: bool = True,
     progress: bool = False,
@@ -56,7 +57,7 @@ def measure_errors(
     Args:
         dense: a copy of the model from before compression. It runs in eval mode; its training flags are restored.
         compressed: the same model after :func:`lowrank_ops.compress_`, on the same device and in the same dtype.
-        batches, mask, forward: as for :func:`lowrank_ops.calibrate`.
+        batches, mask, unmasked_rows, forward: as for :func:`lowrank_ops.calibrate`.
         centered: True takes the outputs' variance about their mean; False takes it about zero and without the bias, as
             ``CompressionConfig(centered=False)`` does.
         progress: show a progress bar.
@@ -67,7 +68,7 @@ def measure_errors(
 
     Raises:
         ValueError: ``compressed`` has no replaced layer, or one that ``dense`` does not have; ``batches`` is empty;
-            the mask does not fit, or a layer was called outside the forward of ``dense``, where the mask is unknown.
+            the mask fits no layer, or cannot be told and ``unmasked_rows="error"``.
 
     Example:
         >>> import copy, torch, lowrank_ops as lro
@@ -77,13 +78,11 @@ def measure_errors(
         >>> sorted(lro.measure_errors(dense, model, [torch.randn(128, 64)]))
         ['0', '2']
     """
-    replaced = {
-        fqn: layer for fqn, layer in compressed.named_modules() if isinstance(layer, (LowRankLinear, LowRankConv2d))
-    }
+    replaced = {fqn: layer for fqn, layer in compressed.named_modules() if isinstance(layer, LowRankLayer)}
     if not replaced:
         raise ValueError("compressed has no replaced layer; pass the model that compress_ changed.")
     with experts_listed(dense, names=replaced):
-        return _measured(dense, compressed, replaced, batches, mask, forward, centered, progress)
+        return _measured(dense, compressed, replaced, batches, mask, unmasked_rows, forward, centered, progress)
 
 
 def _measured(
@@ -92,42 +91,34 @@ def _measured(
     replaced: Mapping[str, nn.Module],
     batches: Iterable[Any],
     mask: Mask | None,
+    unmasked_rows: str,
     forward: Callable[[nn.Module, Any], Any] | None,
     centered: bool,
     progress: bool,
 ) -> dict[str, float]:
     originals = dict(dense.named_modules())
     for fqn in replaced:
-        if fqn not in originals or isinstance(originals[fqn], (LowRankLinear, LowRankConv2d)):
+        if fqn not in originals or isinstance(originals[fqn], LowRankLayer):
             raise ValueError(
                 f"dense has no dense layer {fqn!r}; pass a copy (copy.deepcopy) of the model from before compress_."
             )
     sums: dict[str, _Sums] = {}
-    masks: list[Tensor | None] = []  # the mask of the running forward; empty outside of it
+    masks = Masks(dense, mask, unmasked_rows)
 
     def record(fqn: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
         error = y - replaced[fqn](x)
         bias = None if centered else bias_vector(layer)
-        if isinstance(layer, nn.Conv2d):
+        if is_conv(layer):
             y, error = (output_rows(layer, part) for part in (y, error))
         else:
-            real = mask_of_rows(layer, masks[-1]) if masks else None
-            y, error = (real_rows(fqn, part, real, known=mask is None or bool(masks)) for part in (y, error))
+            real = masks.of(fqn, layer, x)
+            y, error = (real_rows(part, real) for part in (y, error))
         y, error = (part.reshape(-1, part.shape[-1]) for part in (y, error))
         if fqn not in sums:
             sums[fqn] = _Sums(y.shape[-1], y.device)
         sums[fqn].add(y if bias is None else y - bias, error)
 
-    def set_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        masks.append(read_mask(mask, args, kwargs))
-
-    def clear_mask(module: nn.Module, args: Any, output: Any) -> None:
-        masks.clear()
-
-    handles = [
-        dense.register_forward_pre_hook(set_mask, with_kwargs=True),
-        dense.register_forward_hook(clear_mask),
-    ]
+    handles = masks.attach()
     handles += [
         originals[fqn].register_forward_hook(
             lambda module, args, kwargs, y, fqn=fqn: record(
@@ -149,4 +140,6 @@ def _measured(
             handle.remove()
     if not count:
         raise ValueError("batches was empty; pass at least one batch.")
+    if (warning := masks.finish()) is not None:
+        warn_caller(warning)
     return {fqn: sums[fqn].relative(centered) for fqn in replaced if fqn in sums}

@@ -88,19 +88,12 @@ def search_ranks(
     config = replace(CompressionConfig.of(config), rank=ParameterBudget(1.0, allocation))
     subspaces, _ = considered_layers(model, covariances, filter_fn, subspaces, centered=config.centered)
     config = resolved(config, subspaces)
-    policy, projection = config.rank, str(config.projection)
+    policy = config.rank
     assert isinstance(policy, ParameterBudget)
     if by == "budget":  # layer by layer, no spectra are used
         decompose(policy, subspaces, progress)
 
-    def accuracy_at(ranks: ChosenRanks) -> float:
-        factors = factorize_layers(subspaces, ranks, projection, keep_directions=True)
-        with exclusive(model), replaced(model, factors), torch.no_grad(), training_flags_kept(model):
-            return _finite(evaluate(model))
-
-    measure: Measure = accuracy_at
-    if cache is not None:
-        measure = TrialCache(cache, _key(model, subspaces, projection, config.centered)).cached(measure)
+    measure = accuracy_of(model, evaluate, subspaces, config, cache)
     limits = limits_of(subspaces, config.overrides, config.bounds)
     free = {fqn: limits.options(fqn, space) for fqn, space in subspaces.items() if fqn not in limits.fixed}
     trials = num_evaluations if by == "budget" else 1 + sum(len(options).bit_length() for options in free.values())
@@ -126,14 +119,38 @@ def search_ranks(
     return Ranks({fqn: rank for fqn, rank in ranks.items() if rank is not None})
 
 
+def accuracy_of(
+    model: nn.Module,
+    evaluate: Callable[[nn.Module], float],
+    subspaces: Mapping[str, LayerSubspaces],
+    config: CompressionConfig,
+    cache: str | Path | None,
+) -> Measure:
+    """A function from ranks to the accuracy of the model compressed to them; stored trials are not repeated."""
+
+    def accuracy_at(ranks: ChosenRanks) -> float:
+        factors = factorize_layers(subspaces, ranks, str(config.projection), keep_directions=True)
+        with exclusive(model), replaced(model, factors), torch.no_grad(), training_flags_kept(model):
+            return _finite(evaluate(model))
+
+    if cache is None:
+        return accuracy_at
+    return TrialCache(cache, _key(model, subspaces, str(config.projection), config.centered)).cached(accuracy_at)
+
+
 def _check(evaluate: object, max_drop: object, by: str, num_evaluations: object, cache: object) -> None:
-    if not callable(evaluate):
-        raise TypeError(f"evaluate must be a function of the model that returns a number; got {evaluate!r}.")
+    check_evaluate(evaluate, cache)
     if isinstance(max_drop, bool) or not isinstance(max_drop, (int, float)) or not max_drop >= 0:
         raise ValueError(f"max_drop must be a non-negative number; got {max_drop!r}.")
     check_choice("by", by, ("budget", "layers"))
     if isinstance(num_evaluations, bool) or not isinstance(num_evaluations, int) or num_evaluations < 2:
         raise ValueError(f"num_evaluations must be an integer of at least 2; got {num_evaluations!r}.")
+
+
+def check_evaluate(evaluate: object, cache: object) -> None:
+    """Raise TypeError for what is no function, or no path."""
+    if not callable(evaluate):
+        raise TypeError(f"evaluate must be a function of the model that returns a number; got {evaluate!r}.")
     if cache is not None and not isinstance(cache, (str, Path)):
         raise TypeError(f"cache must be the path of a file, or None; got {cache!r}.")
 

@@ -161,6 +161,8 @@ def test_every_value_of_weights_and_batches_counts(tmp_path: Path) -> None:
         lambda header, tensors: header.update(settings=[]),
         lambda header, tensors: header.pop("layers"),
         lambda header, tensors: header.update(layers=3),
+        lambda header, tensors: tensors.update({"0.0.bias": torch.zeros(3)}),
+        lambda header, tensors: tensors.update({"0.0.bias": torch.zeros(())}),
         lambda header, tensors: header["layers"]["0.0"].update(more=1),
         lambda header, tensors: header["layers"]["0.0"].update(rank=99),
         lambda header, tensors: header["layers"]["0.0"].update(output_variance="1"),

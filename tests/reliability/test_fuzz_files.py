@@ -100,7 +100,7 @@ def config(path: Path) -> str:
     if not path.exists():
         made = lro.CompressionConfig(lro.ParameterBudget(0.5), overrides={"0": None}, bounds={"re:.*": (1, 8)})
         path.write_text(made.to_json())
-    loaded = lro.CompressionConfig.from_json(path.read_bytes())  # type: ignore[arg-type]
+    loaded = lro.CompressionConfig.from_json(path.read_bytes().decode(errors="surrogateescape"))
     assert lro.CompressionConfig.from_json(loaded.to_json()) == loaded
     return ""
 
@@ -157,9 +157,8 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
         seen.append(f"{event} {arguments!r:.100}")
     elif event == "open" and isinstance(arguments[0], (str, bytes)):
         path = Path(arguments[0] if isinstance(arguments[0], str) else arguments[0].decode()).absolute()
-        if folder not in (path, *path.parents) and not str(path).startswith(
-            (sys.prefix, sys.base_prefix, "/proc", "/sys")
-        ):
+        known = path.suffix == ".py" or str(path).startswith((sys.prefix, sys.base_prefix, "/proc", "/sys"))
+        if folder not in (path, *path.parents) and not known:  # sources are read for tracebacks
             seen.append(f"open {path}")
 
 
@@ -279,7 +278,7 @@ def test_mutated_bytes_are_refused_or_harmless(name: str, originals: dict[str, t
     content = path.read_bytes()
     seen: Counter[str] = Counter()
 
-    @examples(25, 1500)
+    @examples(8, 1500)
     @given(mutated(content))
     def check(changed: bytes) -> None:
         path.write_bytes(changed)
@@ -306,7 +305,7 @@ def test_forged_headers_are_documented_errors(name: str, originals: dict[str, tu
         header, tensors = read_header(file), {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
     seen: Counter[str] = Counter()
 
-    @examples(25, 1500)
+    @examples(8, 1500)
     @given(edited(header), st.sampled_from([*tensors, None]), st.sampled_from(["drop", "int", "empty", "nan", "big"]))
     def check(changed: Any, key: str | None, change: str) -> None:
         parts = dict(tensors)
@@ -343,7 +342,7 @@ def test_edited_json_is_a_value_or_a_value_error(kind: str, originals: dict[str,
     document = json.loads(content)
     seen: Counter[str] = Counter()
 
-    @examples(60, 3000)
+    @examples(20, 3000)
     @given(edited(document))
     def check(changed: Any) -> None:
         path.write_text(json.dumps(changed))

@@ -113,7 +113,7 @@ def assert_within(y: Tensor, x: Tensor, down: Tensor, up: Tensor, bias: Tensor |
 def test_lowrank_linear_is_right_on_any_tensor() -> None:
     seen: Counter[str] = Counter()
 
-    @examples(60, 2000)
+    @examples(25, 2000)
     @given(st.data())
     def check(data: st.DataObject) -> None:
         torch.manual_seed(data.draw(SEEDS))
@@ -139,7 +139,7 @@ def test_lowrank_linear_is_right_on_any_tensor() -> None:
 def test_gradients_are_those_of_two_products() -> None:
     seen: Counter[str] = Counter()
 
-    @examples(20, 1000)
+    @examples(10, 1000)
     @given(st.data())
     def check(data: st.DataObject) -> None:
         torch.manual_seed(data.draw(SEEDS))
@@ -187,7 +187,7 @@ def _packed(memory: Tensor, n: int) -> tuple[Tensor, Tensor]:
 def test_covariance_updates_are_right_on_any_tensor() -> None:
     seen: Counter[str] = Counter()
 
-    @examples(60, 2000)
+    @examples(25, 2000)
     @given(st.data())
     def check(data: st.DataObject) -> None:
         torch.manual_seed(data.draw(SEEDS))
@@ -220,7 +220,7 @@ def test_convolutions_are_covariances_of_their_patches() -> None:
     seen: Counter[str] = Counter()
     pairs = st.tuples(st.integers(1, 3), st.integers(1, 3))
 
-    @examples(20, 1000)
+    @examples(10, 1000)
     @given(st.data())
     def check(data: st.DataObject) -> None:
         torch.manual_seed(data.draw(SEEDS))
@@ -265,7 +265,7 @@ def test_unfit_arguments_are_documented_errors() -> None:
         st.sampled_from([None, 3.0, [1.0], "x", torch.ones(2, 4).to_sparse(), torch.ones(4, device="meta")]),
     )
 
-    @examples(60, 2000)
+    @examples(25, 2000)
     @given(st.data())
     def check(data: st.DataObject) -> None:
         parts = data.draw(st.lists(anything, min_size=4, max_size=4))
@@ -316,7 +316,7 @@ def test_every_problem_has_an_implementation() -> None:
     sizes = st.sampled_from([0, 1, 7, 8, 16, 64, 100, 256, 257, 1000, 4096, 65536, 2**31, 2**40])
     devices = [Device("cuda", 0, cc, 100, 232448) for cc in ((7, 5), (8, 0), (9, 0), (10, 0), (12, 0))]
 
-    @examples(40, 2000)
+    @examples(15, 2000)
     @given(st.data())
     def check(data: st.DataObject) -> None:
         device, dtype = (

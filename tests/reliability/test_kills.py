@@ -179,7 +179,7 @@ def test_a_kill_loses_nothing(name: str, tmp_path: Path) -> None:
     seconds = time.perf_counter() - started
     every = range(1, steps + 1)
     generator = random.Random(0)
-    moments: list[tuple[str, float]] = [("step", step) for step in (every if LONG else generator.sample(every, 4))]
+    moments: list[tuple[str, float]] = [("step", step) for step in (every if LONG else generator.sample(every, 2))]
     moments += [("time", generator.uniform(0, 1.05 * seconds)) for _ in range(sized(0, 100))]
     seen: Counter[str] = Counter()
     with figures(f"killed: {name}") as counts:

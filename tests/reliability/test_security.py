@@ -91,7 +91,7 @@ LOADERS: dict[str, Callable[[Path], Any]] = {
     "search": lambda path: lro.search_ranks(
         model := network(), lro.calibrate(model, [torch.ones(2, 8)]), lambda m: 0.0, 1.0, cache=path
     ),
-    "configuration": lambda path: lro.CompressionConfig.from_json(path.read_bytes()),  # type: ignore[arg-type]
+    "configuration": lambda path: lro.CompressionConfig.from_json(path.read_bytes().decode(errors="replace")),
 }
 
 
