@@ -195,8 +195,8 @@ def page(rows: list[Row]) -> str:
     lines = [
         "# Compatibility with transformers",
         "",
-        "`make compatibility` writes this page. Each row is a small model of random weights that runs transformers' code",
-        f"({versions}).",
+        "`make compatibility` writes this page.",
+        f"Each row is a small model of random weights that runs transformers' code ({versions}).",
         f"It is calibrated, compressed to {BUDGET:.0%} of its layers' parameters, and then checked:",
         "",
         "- layers: how many were replaced, of those that were calibrated",
