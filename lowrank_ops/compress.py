@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from .arguments import checked
 from .calibration.statistics import Covariances
 from .config import CompressionConfig, ExplainedVariance, RankPolicy
 from .factors.projections import Factors, factorize, rounded
@@ -27,6 +28,7 @@ from .subspaces.layer import LayerSubspaces, layer_subspaces
 MAX_HELD_BYTES = 2 << 30
 
 
+@checked()
 def compress_(
     model: nn.Module,
     covariances: Covariances,
@@ -121,10 +123,6 @@ def _with_reconstruction(
         )
     if reconstruction is None:
         return config
-    if not isinstance(reconstruction, SequentialReconstruction):
-        raise TypeError(
-            f"reconstruction must be a SequentialReconstruction(batches); got {type(reconstruction).__name__}."
-        )
     return replace(config, reconstruction="sequential")
 
 
@@ -139,10 +137,8 @@ def considered_layers(
     """The subspaces of the layers that may be replaced, and ``{fqn: reason}`` of those that may not.
 
     Raises:
-        TypeError, ValueError: as for :func:`compress_`.
+        ValueError: as for :func:`compress_`.
     """
-    if not isinstance(covariances, Covariances):
-        raise TypeError(f"covariances must come from calibrate(model, batches); got {type(covariances).__name__}.")
     check_not_wrapped(model)
     layers, skipped = find_layers(model, filter_fn)
     layers, without = with_values(layers)
@@ -178,15 +174,11 @@ def considered_layers(
 
 
 def _checked_subspaces(
-    subspaces: object, layers: Mapping[str, nn.Module], covariances: Covariances
+    subspaces: Mapping[str, LayerSubspaces] | None, layers: Mapping[str, nn.Module], covariances: Covariances
 ) -> dict[str, LayerSubspaces]:
     """The given subspaces of ``layers``, which must be of their weights and of ``covariances``."""
     if subspaces is None:
         return {}
-    if not isinstance(subspaces, Mapping) or not all(isinstance(space, LayerSubspaces) for space in subspaces.values()):
-        raise TypeError(
-            f"subspaces must come from layer_subspaces(layers, covariances); got {type(subspaces).__name__}."
-        )
     for fqn, space in subspaces.items():
         if fqn in covariances and space.statistics is not covariances[fqn]:
             raise ValueError(

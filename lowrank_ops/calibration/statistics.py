@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import checked
 from ..files import digests, open_tensors, read_header, read_tensor, replacing, write_tensors
 
 _FORMAT = "lowrank_ops.covariances/2"
@@ -155,6 +156,7 @@ class Covariances(Mapping[str, LayerStatistics]):
         torch.Size([16, 16])
     """
 
+    @checked()
     def __init__(
         self,
         layers: Mapping[str, LayerStatistics] | None = None,
@@ -193,6 +195,7 @@ class Covariances(Mapping[str, LayerStatistics]):
         tensors = (tensor for moments in self._distinct() for tensor in (moments.second_moment, moments.total))
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
+    @checked()
     def merge(self, other: Covariances) -> Covariances:
         """The statistics of both, as if one run had seen all rows.
 
@@ -241,6 +244,7 @@ class Covariances(Mapping[str, LayerStatistics]):
             moments.count = int(count)
         return self
 
+    @checked()
     def save(self, path: str | Path) -> None:
         """Write one safetensors file: the whole file, or on an exception nothing.
 
@@ -268,6 +272,7 @@ class Covariances(Mapping[str, LayerStatistics]):
             write_tensors(file, tensors, header)
 
     @classmethod
+    @checked()
     def load(cls, path: str | Path, *, verify: bool = True) -> Covariances:
         """Read what :meth:`save` wrote, by this version or an earlier one.
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..arguments import checked
 from ..calibration.statistics import LayerStatistics
 from ..models.layers import dimensions, pad_input
 from ._base import LowRankLayer, check_rank, copy_flags, factorize_layer, initialize
@@ -49,6 +50,7 @@ class LowRankConv2d(LowRankLayer):
     groups: int
     padding_mode: str
 
+    @checked()
     def __init__(
         self,
         in_channels: int,
@@ -87,6 +89,7 @@ class LowRankConv2d(LowRankLayer):
         initialize(down, self.up.flatten(1), self.bias, self.rank, fan_in)
 
     @classmethod
+    @checked()
     def from_conv2d(
         cls,
         conv: nn.Conv2d,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..arguments import check_arguments, check_positive
 from ..calibration.call_weights import CallWeights, call_weights
 from ..calibration.objectives import Sensitivity, check_sensitivity
 from ..calibration.statistics import LayerStatistics, Moments, NonFiniteActivationError
@@ -25,7 +26,7 @@ from ..layers import LowRankConv2d, LowRankLinear
 from ..layers.replace import replaced
 from ..models.layers import bias_vector, compiled_or_scripted, find_layers, input_rows, weight_matrix
 from ..models.masks import Mask, real_rows
-from ..models.running import call_model
+from ..models.running import EMPTY, call_model
 from .paired_runs import Group, PairedRuns, find_chains
 from .regression import PairedSums, reconstruct_layers
 
@@ -74,6 +75,14 @@ class SequentialReconstruction:
     checkpoint: str | Path | None = None
     max_state_bytes: int = 4 << 30
 
+    def __post_init__(self) -> None:
+        check_arguments(type(self), vars(self))
+        check_positive(max_state_bytes=self.max_state_bytes)
+        if self.ridge is not None and not self.ridge >= 0:
+            raise ValueError(f"ridge must be None or a non-negative number; got {self.ridge!r}.")
+        if self.sensitivity is not None:
+            check_sensitivity(self.sensitivity)
+
 
 def reconstruct_factors(
     model: nn.Module,
@@ -116,9 +125,7 @@ def reconstruct_factors(
     gradients = {
         fqn: layer.output_gradients for fqn, layer in (statistics or {}).items() if layer.output_gradients is not None
     }
-    if sensitivity is not None:
-        check_sensitivity(sensitivity)
-    batches = _checked(model, factors, settings.batches, gradients, ridge)
+    batches = _checked(model, factors, settings.batches, gradients)
     with replaced(model, factors):  # raises now for layers that could not be replaced in the end
         pass
     found, _ = find_layers(model)
@@ -242,7 +249,6 @@ def _checked(
     factors: Mapping[str, Factors],
     batches: Iterable[Any],
     gradients: Mapping[str, Moments],
-    ridge: float | None,
 ) -> list[Any]:
     if (reason := compiled_or_scripted(model)) is not None:
         raise ValueError(f"model cannot be reconstructed: {reason}.")
@@ -254,15 +260,9 @@ def _checked(
             f"factors of projection='loss' need output gradients, which {', '.join(missing)} lack; pass the "
             "covariances of a calibration with a sensitivity as statistics=."
         )
-    if isinstance(batches, (Tensor, Mapping, str)):
-        raise TypeError(
-            f"batches must be a collection of batches; got one {type(batches).__name__}. Pass [batch] for a single one."
-        )
-    if ridge is not None and (isinstance(ridge, bool) or not isinstance(ridge, (int, float)) or not ridge >= 0):
-        raise ValueError(f"ridge must be None or a non-negative number; got {ridge!r}.")
     held = list(batches)
     if not held:
-        raise ValueError("batches was empty; pass at least one batch.")
+        raise ValueError(EMPTY)
     return held
 
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..arguments import checked
 from ..layers import LowRankConv2d, LowRankLinear
 from ..models.layers import bias_vector, output_rows
 from ..models.masks import Mask, read_mask, real_rows
-from ..models.running import call_model, device_of, evaluating, move
+from ..models.running import EMPTY, call_model, device_of, evaluating, in_batch, move
 
 
 class _Sums:
@@ -36,6 +37,7 @@ class _Sums:
         return float(self.error / variance) if bool(variance > 0) else (0.0 if bool(self.error == 0) else float("inf"))
 
 
+@checked()
 def measure_errors(
     dense: nn.Module,
     compressed: nn.Module,
@@ -65,7 +67,8 @@ def measure_errors(
         the error is not zero.
 
     Raises:
-        ValueError: ``compressed`` has no replaced layer, or one that ``dense`` does not have; ``batches`` is empty;
+        TypeError: an argument of another type.
+        ValueError: ``compressed`` has no replaced layer, or one that ``dense`` does not have; ``batches`` has no rows;
             the mask does not fit, or a layer was called outside the forward of ``dense``, where the mask is unknown.
 
     Example:
@@ -127,11 +130,15 @@ def measure_errors(
     try:
         with evaluating(dense, compressed), torch.no_grad():
             for batch in tqdm(batches, desc="measuring errors", unit="batch", disable=not progress):
-                (forward or call_model)(dense, move(batch, device_of(dense)))
+                with in_batch(count):
+                    (forward or call_model)(dense, move(batch, device_of(dense)))
                 count += 1
     finally:
         for handle in handles:
             handle.remove()
     if not count:
-        raise ValueError("batches was empty; pass at least one batch.")
-    return {fqn: sums[fqn].relative(centered) for fqn in replaced if fqn in sums}
+        raise ValueError(EMPTY)
+    errors = {fqn: sums[fqn].relative(centered) for fqn in replaced if fqn in sums and sums[fqn].rows}
+    if not errors:
+        raise ValueError("no row reached a replaced layer: the batches are empty, or the mask leaves no position.")
+    return errors

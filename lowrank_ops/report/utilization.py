@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
+from ..arguments import checked
 from ..calibration.statistics import Covariances
 from ..config import check_share
 from ..models.layers import FilterFn, find_layers
@@ -72,6 +73,7 @@ class UtilizationReport:
         """The report as a JSON text."""
         return json.dumps(self.to_dict(), indent=2)
 
+    @checked()
     def to_html(self, path: str | Path) -> None:
         """Write a self-contained HTML page with charts and tables."""
         lowest, highest = (extreme(self.layers, key=lambda layer: layer.utilization) for extreme in (min, max))
@@ -94,6 +96,7 @@ class UtilizationReport:
             ],
         )
 
+    @checked()
     def plot(self, path: str | Path) -> None:
         """Write a bar chart of the layers' utilization; the suffix of ``path`` decides the format.
 
@@ -113,6 +116,7 @@ class UtilizationReport:
         axes.set_title(f"Utilization at explained variance {self.explained_variance:g}")
 
 
+@checked()
 def utilization(
     model: nn.Module,
     covariances: Covariances,

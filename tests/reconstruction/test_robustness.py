@@ -194,13 +194,13 @@ def test_bad_arguments_are_refused() -> None:
     config = lro.CompressionConfig(reconstruction="sequential")
     with pytest.raises(ValueError, match=r"reconstruction='sequential' runs the model: pass compress_\(\.\.\., recon"):
         lro.compress_(model, covariances, config)
-    with pytest.raises(TypeError, match=r"reconstruction must be a SequentialReconstruction\(batches\); got list"):
+    with pytest.raises(TypeError, match=r"reconstruction must be a SequentialReconstruction\(batches\), or None"):
         lro.compress_(model, covariances, reconstruction=batches)
     with pytest.raises(ValueError, match="reconstruction must be one of None, 'sequential'; got 'blockwise'"):
         lro.CompressionConfig(reconstruction="blockwise")
     with pytest.raises(ValueError, match="projection='weight' ignores it"):
         lro.CompressionConfig(projection="weight", reconstruction="sequential")
-    with pytest.raises(TypeError, match="batches must be a collection of batches; got one Tensor"):
+    with pytest.raises(TypeError, match=r"batches must be a collection of batches, .*; got one Tensor"):
         reconstruct(model, factors, batches[0][0])
     with pytest.raises(ValueError, match="batches was empty"):
         reconstruct(model, factors, iter([]))

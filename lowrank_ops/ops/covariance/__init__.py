@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...arguments import checked
 from .._backend import Backend, Device, Impl, choose, device_facts, row_stride
 from .._backend import explain as _explain
 from .._dispatcher import register_autocast
@@ -67,6 +68,7 @@ CONV_TABLE: tuple[Impl, ...] = (
 )
 
 
+@checked()
 def covariance_update_(
     second_moment: Tensor,  # (features, features)
     total: Tensor,  # (features,)
@@ -94,6 +96,7 @@ def covariance_update_(
         backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"cuda"``.
 
     Raises:
+        TypeError: an argument of another type.
         ValueError: a shape, dtype or device does not fit; the message names the argument.
         BackendUnavailableError: the requested backend cannot run this call.
 
@@ -115,6 +118,7 @@ def covariance_update_(
     )
 
 
+@checked()
 def conv_covariance_update_(
     second_moment: Tensor,  # (groups, d, d), d = channels / groups * kernel height * kernel width
     total: Tensor,  # (groups, d)
@@ -142,6 +146,7 @@ def conv_covariance_update_(
         deterministic, allow_tf32, backend: as for :func:`covariance_update_`.
 
     Raises:
+        TypeError: an argument of another type.
         ValueError: a shape, dtype or device does not fit; the message names the argument.
         BackendUnavailableError: the requested backend cannot run this call.
 
@@ -168,6 +173,7 @@ def conv_covariance_update_(
     )
 
 
+@checked()
 def covariance_finalize_(second_moment: Tensor) -> Tensor:
     """Mirror the lower triangle of ``second_moment`` to the upper one, in place.
 
@@ -177,6 +183,10 @@ def covariance_finalize_(second_moment: Tensor) -> Tensor:
     Returns:
         ``second_moment``.
 
+    Raises:
+        TypeError: no tensor.
+        ValueError: no square matrices.
+
     Example:
         >>> import torch
         >>> import lowrank_ops as lro
@@ -184,6 +194,8 @@ def covariance_finalize_(second_moment: Tensor) -> Tensor:
         tensor([[1., 2.],
                 [2., 3.]])
     """
+    if second_moment.dim() < 2 or second_moment.shape[-1] != second_moment.shape[-2]:
+        raise ValueError(f"second_moment must have shape (..., features, features); got {tuple(second_moment.shape)}.")
     rows = 4096  # bounds the temporary memory
     features = second_moment.shape[-1]
     for start in range(0, features, rows):

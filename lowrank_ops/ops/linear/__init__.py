@@ -17,6 +17,7 @@ from torch._decomp import register_decomposition
 from torch.compiler import is_compiling
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from ...arguments import check_arguments
 from .._backend import Backend, Device, Impl, choose, device_facts, row_stride
 from .._backend import explain as _explain
 from .._dispatcher import (
@@ -121,6 +122,7 @@ def lowrank_linear(
         (..., out_features), the dtype of ``x``.
 
     Raises:
+        TypeError: an argument of another type.
         ValueError: a shape, dtype, device or name does not fit; the message names the argument.
         BackendUnavailableError: the requested backend cannot run this call.
 
@@ -140,6 +142,8 @@ def lowrank_linear(
             return run(x, down, up, bias)
         if not has_functorch_wrapper(x, down, up, bias):
             return _record(run, activation, backend, x, down, up, bias)
+    if not all(map(_is_tensor, (x, down, up, bias) if bias is not None else (x, down, up))):
+        _check_types(x, down, up, bias, activation, backend)
     # nn.TransformerEncoder passes nested tensors. The comparison is explicit because is_nested of a torch.fx proxy is
     # not a bool.
     if x.is_nested is True or in_transform():
@@ -208,6 +212,17 @@ def _check(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation:
         raise ValueError(f"x must be a floating-point tensor; got {x.dtype}.")
 
 
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, Tensor) or hasattr(type(value), "__torch_function__")  # a proxy of torch.fx
+
+
+def _check_types(
+    x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None, activation: str = "none", backend: str = "auto"
+) -> None:
+    """Raise TypeError for the first argument of another type."""
+    check_arguments(lowrank_linear, locals())
+
+
 def _check_activation(activation: str) -> None:
     if activation not in reference.ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(reference.ACTIVATIONS)}; got {activation!r}.")
@@ -229,7 +244,11 @@ def _decision(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activati
     )
     # The key must contain everything that a check or a choice depends on: cached decisions are not checked again.
     key = x.shape, dtype, device, down.shape, up.shape, None if bias is None else bias.shape, activation, backend
-    bound = _decisions.get(key) if alike else None
+    try:
+        bound = _decisions.get(key) if alike else None
+    except TypeError:  # no hash
+        _check_types(x, down, up, bias, activation, backend)
+        raise
     if bound is None:
         _check(x, down, up, bias, activation)
         if not all_strided(x, down, up, bias):  # no strides to describe; not cached, as strided tensors share the key
