@@ -29,6 +29,7 @@ _BY_TYPE: dict[Any, str] = {
     int: "an integer",
     float: "a number",
     str: "a string",
+    Path: "a pathlib.Path",
     Tensor: "a tensor",
     nn.Module: "a torch.nn.Module",
     torch.dtype: "a torch.dtype",
@@ -36,10 +37,11 @@ _BY_TYPE: dict[Any, str] = {
 }
 # What follows "must" where the type does not say it. An argument of one name means the same in all functions.
 _BY_NAME = {
+    "backend": "be 'auto', 'reference', 'triton' or 'cuda'",
     "batches": "be a collection of batches, such as a list or a DataLoader",
     "blocks": "be the name of a module, a sequence of such names, or None",
-    "config": "be a CompressionConfig, a rank policy such as ParameterBudget(0.5), an int (one rank), or None",
-    "covariances": "come from calibrate(model, batches)",
+    "by": "be 'budget' or 'layers'",
+    "covariances": "come from calibrate(model, batches) or Covariances.load(path)",
     "errors": "come from measure_errors: a mapping {fqn: relative error}",
     "evaluate": "be a function evaluate(model) that returns a number",
     "filter_fn": "be a function filter_fn(module, fqn) -> bool, or None",
@@ -47,10 +49,11 @@ _BY_NAME = {
     "loss": "be a function loss(output, batch), or None",
     "mask": "be the name of a keyword argument of the model's forward, a function mask(args, kwargs), or None",
     "match": "be a sequence of module names, such as ['blocks.0']",
-    "other": "come from calibrate(model, batches)",
+    "other": "come from calibrate(model, batches) or Covariances.load(path)",
     "reconstruction": "be a SequentialReconstruction(batches), or None",
     "report": "come from compress_, or be None",
     "sensitivity": "be 'fisher', 'output', 'pooled', a function loss(output, batch), or None",
+    "side": "be 'auto', 'input' or 'output'",
     "statistics": "be the LayerStatistics of this layer, such as covariances['name'], or None",
     "subspaces": "come from layer_subspaces(layers, covariances), or be None",
 }  # fmt: skip
@@ -164,23 +167,25 @@ def _message(name: str, value: Any, hint: Any) -> str:
         given = f"one {type(value).__name__}. Pass [batch] for a single one"
     elif isinstance(value, type) or (callable(value) and name == "batches"):
         given = f"{given}. Call it, and pass the result"
-    return f"{name} must {_BY_NAME.get(name) or f'be {_described(hint)}'}; got {given}."
+    accepted = _BY_NAME.get(name) if hint is not Tensor else None  # a loss may be a function or its value
+    return f"{name} must {accepted or f'be {_described(hint)}'}; got {given}."
 
 
 def _described(hint: Any) -> str:
     origin, args = get_origin(hint), get_args(hint)
     if origin in _Union:
-        words = ["a path", *map(_described, set(args) - {str, Path})] if Path in args else list(map(_described, args))
-        return " or ".join([", ".join(words[:-1]), words[-1]] if words[1:] else words)
+        words = list(map(_described, args))
+        return f"{', '.join(words[:-1])} or {words[-1]}"
     if hint in _BY_TYPE:
         return _BY_TYPE[hint]
     if origin is Callable:
         return "a function"
     if origin is Mapping:
-        return f"a mapping from {_described(args[0])} to {_described(args[1])}"
+        return f"a mapping {{name: {_described(args[1])}}}"
     if origin is Sequence:
         return f"a sequence, each {_described(args[0])}"
-    return f"a {(origin or hint).__name__}"
+    name = f"torch.nn.{hint.__name__}" if issubclass(hint, nn.Module) else str(hint.__name__)
+    return f"{'an' if name[0] in 'AEIO' else 'a'} {name}"
 
 
 def _shown(value: Any) -> str:

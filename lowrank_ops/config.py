@@ -407,9 +407,12 @@ def check_share(name: str, value: float) -> None:
 
 
 def check_choice(name: str, value: object, accepted: Sequence[object]) -> None:
-    """Raise ValueError unless ``value`` is among the accepted names."""
-    if value not in accepted:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}; got {value!r}.")
+    """Raise TypeError unless ``value`` is a string or None, ValueError unless it is among the accepted names."""
+    named = value is None or isinstance(value, str)
+    if not named or value not in accepted:
+        raise (ValueError if named else TypeError)(
+            f"{name} must be one of {', '.join(map(repr, accepted))}; got {value!r}."
+        )
 
 
 def check_allocation(allocation: object) -> None:

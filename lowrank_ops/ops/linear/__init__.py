@@ -190,6 +190,8 @@ def describe(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activatio
 def _check(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: str) -> None:
     if x.dim() == 0:
         raise ValueError("x must have shape (..., in_features); got a scalar.")
+    if not x.is_floating_point():
+        raise ValueError(f"x must be a floating-point tensor; got {x.dtype}.")
     if down.dim() != 2 or down.shape[1] != x.shape[-1]:
         raise ValueError(
             f"down must have shape (rank, {x.shape[-1]}) to take x with {x.shape[-1]} features; "
@@ -208,8 +210,6 @@ def _check(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation:
                 f"{name} must have the dtype and device of x, {x.dtype} on {x.device}; "
                 f"got {tensor.dtype} on {tensor.device}."
             )
-    if not x.is_floating_point():
-        raise ValueError(f"x must be a floating-point tensor; got {x.dtype}.")
 
 
 def _is_tensor(value: object) -> bool:
@@ -224,8 +224,11 @@ def _check_types(
 
 
 def _check_activation(activation: str) -> None:
-    if activation not in reference.ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(reference.ACTIVATIONS)}; got {activation!r}.")
+    named = isinstance(activation, str)
+    if not named or activation not in reference.ACTIVATIONS:
+        raise (ValueError if named else TypeError)(
+            f"activation must be one of {', '.join(reference.ACTIVATIONS)}; got {activation!r}."
+        )
 
 
 _Bound = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
