@@ -7,10 +7,10 @@ from .compress import compress_
 from .config import CompressionConfig, ExplainedVariance, FlopBudget, LatencyBudget, ParameterBudget, Ranks
 from .layers import LowRankConv2d, LowRankLinear, measure_latency
 from .midpoint import recalibrate
-from .reconstruction import SequentialReconstruction
+from .reconstruction import BlockReconstruction, SequentialReconstruction
 from .report import utilization
 from .report.measured_errors import measure_errors
-from .search import search_ranks
+from .search import measured_ranks, search_ranks
 from .training import finetune_
 
 __all__ = [
@@ -30,10 +30,12 @@ __all__ = [
     "measure_latency",
     "Ranks",
     "search_ranks",
+    "measured_ranks",
     # compression
     "CompressionConfig",
     "compress_",
     "SequentialReconstruction",
+    "BlockReconstruction",
     "measure_errors",
     "LowRankLinear",
     "LowRankConv2d",
@@ -43,4 +45,5 @@ __all__ = [
     "load_pretrained",
     "CheckpointError",
 ]
+from . import integrations as integrations
 from .version import __version__ as __version__

@@ -47,10 +47,11 @@ _BY_NAME = {
     "filter_fn": "be a function filter_fn(module, fqn) -> bool, or None",
     "forward": "be a function forward(model, batch), or None",
     "loss": "be a function loss(output, batch), or None",
-    "mask": "be the name of a keyword argument of the model's forward, a function mask(args, kwargs), or None",
+    "mask": "be the name of an argument of the model's forward, a function mask(args, kwargs), a mapping of these by "
+    "the names of modules, or None",
     "match": "be a sequence of module names, such as ['blocks.0']",
     "other": "come from calibrate(model, batches) or Covariances.load(path)",
-    "reconstruction": "be a SequentialReconstruction(batches), or None",
+    "reconstruction": "be a SequentialReconstruction(batches), a BlockReconstruction(batches), or None",
     "report": "come from compress_, or be None",
     "sensitivity": "be 'fisher', 'output', 'pooled', a function loss(output, batch), or None",
     "side": "be 'auto', 'input' or 'output'",
@@ -132,7 +133,8 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin in _Union:
         return any(_fits(value, part) for part in args)
     if hint is int or hint is float:
-        return isinstance(value, int if hint is int else (int, float)) and not isinstance(value, bool)
+        numbers = (int, torch.SymInt) if hint is int else (int, float)
+        return isinstance(value, numbers) and not isinstance(value, bool)
     if hint is Path:
         return isinstance(value, os.PathLike)
     if hint is Tensor:
@@ -143,7 +145,9 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is Iterable:
         return _is_collection(value)
     if origin is Mapping:
-        return isinstance(value, Mapping) and all(_fits(k, args[0]) and _fits(v, args[1]) for k, v in value.items())
+        plain = not get_args(args[1])  # else the function says which item is wrong
+        fits = isinstance(value, Mapping)
+        return fits and (not plain or all(_fits(k, args[0]) and _fits(v, args[1]) for k, v in value.items()))
     if origin is Sequence:
         return isinstance(value, Sequence) and not isinstance(value, str) and all(_fits(v, args[0]) for v in value)
     if origin is tuple:

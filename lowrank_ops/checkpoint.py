@@ -7,7 +7,6 @@ people and tools. So one file alone decides which checkpoint a folder holds, als
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,9 @@ from .files import digests, open_tensors, parse_json, read_header, read_tensor, 
 from .layers import LowRankConv2d, LowRankLinear
 from .layers.conv2d import GEOMETRY
 from .layers.replace import has_hooks, lowrank_type, swap_
+from .models.experts import experts_listed
 from .models.layers import dimensions, find_layers, tied_layers
+from .models.running import warn_caller
 from .report import CompressionReport
 
 WEIGHTS_FILE = "model.safetensors"
@@ -71,10 +72,8 @@ def save_pretrained(model: nn.Module, path: str | Path, report: CompressionRepor
     folder = Path(path)
     tensors, tied = _distinct_tensors(model)
     config = {
-        "format": FORMAT,
-        "version": FORMAT_VERSION,
+        **describe_layers(model, report),
         "compression": None if report is None else report.config.to_dict(),
-        "layers": _layer_entries(model, report),
         "tied": tied,
         "checksums": digests(tensors),
     }
@@ -123,7 +122,12 @@ def load_pretrained(dense_model: nn.Module, path: str | Path, *, verify: bool = 
     """
     file = Path(path) / WEIGHTS_FILE
     config = _read_config(file, verify)
-    layers = _empty_layers(dense_model, config["layers"])
+    with experts_listed(dense_model, names=config["layers"]):
+        return _load(dense_model, file, config, verify)
+
+
+def _load(dense_model: nn.Module, file: Path, config: dict[str, Any], verify: bool) -> nn.Module:
+    layers = empty_layers(dense_model, config["layers"])
     targets = _targets(dense_model, layers)
     with torch.inference_mode(False):  # parameters created in inference mode cannot be trained
         tensors = _read_tensors(file, config, targets, verify)
@@ -165,7 +169,12 @@ def _distinct_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, st
     return stored, tied
 
 
-def _layer_entries(model: nn.Module, report: CompressionReport | None) -> dict[str, dict[str, Any]]:
+def describe_layers(model: nn.Module, report: CompressionReport | None = None) -> dict[str, Any]:
+    """Format, version and ``layers``, as plain JSON types: per low-rank layer its kind, rank, bias and sizes.
+
+    Raises:
+        ValueError: ``report`` is of another model.
+    """
     rows = {} if report is None else {row.fqn: row for row in report.layers if row.rank is not None}
     entries = {
         fqn: {
@@ -183,7 +192,7 @@ def _layer_entries(model: nn.Module, report: CompressionReport | None) -> dict[s
                 f"report does not describe model: it has layer {fqn!r} at rank {row.rank}, and model does not. Pass "
                 "the report that compress_ returned for this model, or none."
             )
-    return entries
+    return {"format": FORMAT, "version": FORMAT_VERSION, "layers": entries}
 
 
 def _sizes(layer: nn.Module) -> dict[str, Any]:
@@ -210,22 +219,36 @@ def _read_config(file: Path, verify: bool) -> dict[str, Any]:
             config = read_header(stored, verify=verify)
     except (ValueError, OSError) as error:
         raise CheckpointError(
-            f"{str(file)!r} is damaged or was not written by save_pretrained: {error}. {_COPY_AGAIN} For the weights "
-            "of a dense model use model.load_state_dict."
+            f"{str(file)!r} is damaged or was not written by save_pretrained: {error}. {_COPY_AGAIN} For a folder "
+            "that transformers wrote use from_pretrained, for the weights of a dense model model.load_state_dict."
         ) from None
+    check_format(str(file), config)
+    for field in ("tied", *(["checksums"] if config["version"] > 1 else [])):
+        _check_field(str(file), config, field, str)
+    return config
+
+
+def check_format(file: str, config: Mapping[str, Any]) -> None:
+    """Refuse what :func:`describe_layers` of this or an earlier version has not written.
+
+    Raises:
+        CheckpointError: another format, a newer version, or ``layers`` of another type.
+    """
     version = config.get("version")
     if config.get("format") != FORMAT:
-        raise CheckpointError(f"{str(file)!r} was not written by save_pretrained: its format is not {FORMAT!r}.")
+        raise CheckpointError(f"{file!r} was not written by save_pretrained: its format is not {FORMAT!r}.")
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise CheckpointError(
-            f"{str(file)!r} has format version {version!r}; this lowrank_ops reads versions 1 to {FORMAT_VERSION}. "
+            f"{file!r} has format version {version!r}; this lowrank_ops reads versions 1 to {FORMAT_VERSION}. "
             "Update lowrank_ops, or save the checkpoint again with this version."
         )
-    for field, kind in (("layers", dict), ("tied", str), *([("checksums", str)] if version > 1 else [])):
-        values = config.get(field)
-        if not isinstance(values, dict) or not all(isinstance(value, kind) for value in values.values()):
-            raise CheckpointError(f"{str(file)!r} is damaged: {field!r} has the wrong type. {_COPY_AGAIN}")
-    return config
+    _check_field(file, config, "layers", dict)
+
+
+def _check_field(file: str, config: Mapping[str, Any], field: str, kind: type) -> None:
+    values = config.get(field)
+    if not isinstance(values, dict) or not all(isinstance(value, kind) for value in values.values()):
+        raise CheckpointError(f"{file!r} is damaged: {field!r} has the wrong type. {_COPY_AGAIN}")
 
 
 def _warn_of_another_copy(file: Path, config: Mapping[str, Any]) -> None:
@@ -234,15 +257,18 @@ def _warn_of_another_copy(file: Path, config: Mapping[str, Any]) -> None:
     except (OSError, ValueError):
         same = False
     if not same:
-        warnings.warn(
+        warn_caller(
             f"{str(file)!r} is missing, was edited, or is of another save. The configuration in the header of "
-            f"{WEIGHTS_FILE} is loaded instead; save the model again to write both.",
-            stacklevel=3,
+            f"{WEIGHTS_FILE} is loaded instead; save the model again to write both."
         )
 
 
-def _empty_layers(model: nn.Module, entries: Mapping[str, Mapping[str, Any]]) -> dict[nn.Module, nn.Module]:
-    """``{dense layer: its replacement with uninitialized values}``."""
+def empty_layers(model: nn.Module, entries: Mapping[str, Mapping[str, Any]]) -> dict[nn.Module, nn.Module]:
+    """``{dense layer: its replacement with uninitialized values}`` for the ``layers`` of a description.
+
+    Raises:
+        CheckpointError: a layer that ``model`` does not have, or has in another form.
+    """
     modules = dict(model.named_modules(remove_duplicate=False))
     for fqn, module in modules.items():
         if isinstance(module, (LowRankLinear, LowRankConv2d)):

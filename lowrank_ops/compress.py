@@ -16,19 +16,22 @@ from .config import CompressionConfig, ExplainedVariance, RankPolicy
 from .factors.projections import Factors, factorize, rounded
 from .layers import LowRankConv2d, LowRankLinear
 from .layers.replace import replace_
+from .models.experts import on_listed_experts
 from .models.layers import FilterFn, check_not_wrapped, find_layers, tied_layers, with_values
 from .models.running import exclusive
 from .ranks.choose import ChosenRanks, choose_ranks
-from .reconstruction.sequential import SequentialReconstruction, reconstruct_factors
+from .reconstruction import BlockReconstruction, SequentialReconstruction, reconstruct_blocks, reconstruct_factors
 from .report import CompressionReport
 from .report.text import warn_of_few_rows
 from .subspaces.layer import LayerSubspaces, layer_subspaces
 
 # Decompositions held between choosing ranks and factorizing, and for the next call; beyond this they are recomputed.
 MAX_HELD_BYTES = 2 << 30
+_RECONSTRUCTIONS: dict[type, str] = {SequentialReconstruction: "sequential", BlockReconstruction: "blocks"}
 
 
 @checked()
+@on_listed_experts
 def compress_(
     model: nn.Module,
     covariances: Covariances,
@@ -36,7 +39,7 @@ def compress_(
     filter_fn: FilterFn | None = None,
     *,
     subspaces: Mapping[str, LayerSubspaces] | None = None,
-    reconstruction: SequentialReconstruction | None = None,
+    reconstruction: SequentialReconstruction | BlockReconstruction | None = None,
     progress: bool = False,
 ) -> CompressionReport:
     """Replace layers of ``model`` by low-rank ones, in place; on an error the model is unchanged.
@@ -56,7 +59,7 @@ def compress_(
         subspaces: from :func:`lowrank_ops.subspaces.layer_subspaces`, to try several configurations on copies of a
             model without decomposing again; they keep up to 2 GiB of decompositions. By default computed here, and for
             layers that are not among them.
-        reconstruction: refit the factors to data, layer by layer.
+        reconstruction: refit the factors to data, layer by layer or block by block.
         progress: show a progress bar.
 
     Returns:
@@ -86,7 +89,7 @@ def _compress(
     config: CompressionConfig | RankPolicy | int | None,
     filter_fn: FilterFn | None,
     subspaces: Mapping[str, LayerSubspaces] | None,
-    reconstruction: SequentialReconstruction | None,
+    reconstruction: SequentialReconstruction | BlockReconstruction | None,
     progress: bool,
 ) -> CompressionReport:
     config = CompressionConfig.of(config)
@@ -98,7 +101,9 @@ def _compress(
     ranks = choose_ranks(config.rank, subspaces, config.overrides, bounds=config.bounds)
     with torch.inference_mode(False):  # parameters created in inference mode could not be trained
         factors = factorize_layers(subspaces, ranks, str(config.projection), keep_directions=reused, progress=progress)
-        if reconstruction is not None:
+        if isinstance(reconstruction, BlockReconstruction):
+            factors = reconstruct_blocks(model, factors, reconstruction, progress=progress)
+        elif reconstruction is not None:
             factors = reconstruct_factors(
                 model,
                 factors,
@@ -114,16 +119,17 @@ def _compress(
 
 
 def _with_reconstruction(
-    config: CompressionConfig, reconstruction: SequentialReconstruction | None
+    config: CompressionConfig, reconstruction: SequentialReconstruction | BlockReconstruction | None
 ) -> CompressionConfig:
     if reconstruction is None and config.reconstruction is not None:
+        name = next(kind.__name__ for kind, value in _RECONSTRUCTIONS.items() if value == config.reconstruction)
         raise ValueError(
-            "config.reconstruction='sequential' runs the model: pass "
-            "compress_(..., reconstruction=SequentialReconstruction(batches))."
+            f"config.reconstruction={config.reconstruction!r} runs the model: pass "
+            f"compress_(..., reconstruction={name}(batches))."
         )
     if reconstruction is None:
         return config
-    return replace(config, reconstruction="sequential")
+    return replace(config, reconstruction=_RECONSTRUCTIONS[type(reconstruction)])
 
 
 def considered_layers(

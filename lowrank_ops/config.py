@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -16,7 +17,7 @@ FORMAT_VERSION = 2
 LATENCIES_VERSION = 1
 PROJECTIONS = ("output", "loss", "utilized", "input", "weight")
 ALLOCATIONS = ("uniform", "variance", "loss")
-RECONSTRUCTIONS = (None, "sequential")
+RECONSTRUCTIONS = (None, "sequential", "blocks")
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,7 @@ class LayerLatencies:
             unknown = {name for calls in layers.values() for name in calls} - set(curves)
             if unknown or any(not 0 < len(curve.ranks) == len(curve.seconds) for curve in curves.values()):
                 raise ValueError("not the latencies of layers: curves and layers do not belong together.")
+            _check_latencies(curves, layers)
             return cls(values["device"], values["threads"], curves, layers)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not the latencies of layers: {type(error).__name__} {error}.") from None
@@ -257,7 +259,8 @@ class CompressionConfig:
         overrides: ``{fqn or "re:pattern": rank}``, which takes precedence over the policy; None keeps a layer dense.
         reconstruction: ``"sequential"`` refits the factors, layer by layer, to the dense model's outputs from the
             compressed model's inputs; needs ``compress_(..., reconstruction=SequentialReconstruction(batches))``,
-            which also sets it.
+            which also sets it. ``"blocks"`` trains the factors of one block at a time, by
+            ``BlockReconstruction(batches)``.
         bounds: ``{fqn or "re:pattern": (min, max)}``, ranks that the policy stays within; a ``max`` of None is no
             bound, and the layer may stay dense. ``overrides`` and ``Ranks`` are not bounded.
 
@@ -371,13 +374,26 @@ class CompressionConfig:
         """The inverse of :meth:`to_json`.
 
         Raises:
-            ValueError: no JSON, or as for :meth:`from_dict`.
+            ValueError: as for :meth:`from_dict`, or the text is no JSON.
         """
         try:
             values = parse_json(text)
         except ValueError as error:
-            raise ValueError(f"text is no JSON: {error}.") from None
+            raise ValueError(f"not a compression configuration: {error}.") from None
         return cls.from_dict(values)
+
+
+def _check_latencies(curves: Mapping[str, LatencyCurve], layers: Mapping[str, Mapping[str, int]]) -> None:
+    """Raise ValueError for times, ranks and numbers of calls that :func:`lowrank_ops.measure_latency` does not give."""
+    for name, curve in curves.items():
+        times, ranks = (curve.dense, *curve.seconds), curve.ranks
+        if not all(type(value) in (int, float) and 0 <= value < math.inf for value in times):
+            raise ValueError(f"not the latencies of layers: {name!r} has times {times!r}.")
+        if not all(type(rank) is int and rank >= 0 for rank in ranks) or list(ranks) != sorted(set(ranks)):
+            raise ValueError(f"not the latencies of layers: {name!r} has ranks {ranks!r}, which must be rising.")
+    for fqn, calls in layers.items():
+        if not all(type(count) is int and count > 0 for count in calls.values()):
+            raise ValueError(f"not the latencies of layers: {fqn!r} has calls {calls!r}.")
 
 
 def _check_names(name: str, value: object) -> None:

@@ -230,3 +230,5 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError:
         raise ValueError("its JSON is nested too deeply") from None
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are subclasses
+        raise ValueError(f"it is no JSON: {error}") from None

@@ -22,11 +22,13 @@ from .compress import compress_
 from .config import CompressionConfig, RankPolicy
 from .layers import LowRankConv2d, LowRankLinear
 from .layers.replace import swap_
+from .models.experts import on_listed_experts
 from .models.layers import bias_vector, find_layers, weight_matrix
 from .models.running import random_state_kept
 
 
 @checked()
+@on_listed_experts
 def recalibrate(
     model: nn.Module,
     covariances: Covariances,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .arguments import check_positive, checked
-from .files import replacing
+from .files import digests, open_tensors, read_header, read_tensor, replacing, write_tensors
 from .models.running import EMPTY, call_model, device_of, in_batch, move, output_tensor
 
-_FORMAT = "lowrank_ops.finetune/1"
+_FORMAT = "lowrank_ops.finetune/2"  # 1 was a pickle
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,9 @@ def finetune_(
         The losses and the duration.
 
     Raises:
-        ValueError: a bad argument, no batch, a loss or gradient that is not finite, a checkpoint of another run,
-            float16 parameters, or outputs to match that have no common shape.
+        ValueError: a bad argument, no batch, a loss or gradient that is not finite, a checkpoint that is damaged or of
+            another run, float16 parameters, or outputs to match that have no common shape.
+        OSError: the checkpoint cannot be written.
 
     Example:
         >>> import copy
@@ -127,8 +128,10 @@ def finetune_(
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and not path.parent.is_dir():
         raise ValueError(f"checkpoint {str(checkpoint)!r} is in a folder that does not exist; create it first.")
-    if path is not None and path.exists():
-        run.resume(path)
+    if path is not None:
+        run.tensors()  # raises now for what could not be stored later
+        if path.exists():
+            run.resume(path)
 
     started = time.perf_counter()
     with (
@@ -366,23 +369,33 @@ class _Run:
             self._restore_random()  # for a checkpoint that was saved after an epoch's last batch
             skip = 0
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of a checkpoint.
+
+        Raises:
+            ValueError: the student's state dict holds something else.
+        """
+        student = self.student.state_dict()
+        for name, value in student.items():
+            if not isinstance(value, Tensor):
+                raise ValueError(
+                    f"student has a {type(value).__name__} in its state dict at {name!r}; checkpoints hold only "
+                    "tensors. Leave it out of get_extra_state, or train without a checkpoint."
+                )
+        moments = self.optimizer.state_dict()["state"]
+        random = {"epoch_random": self.epoch_random, "random": self._random_states()}
+        return {
+            **{f"student.{name}": value for name, value in student.items()},
+            **{f"optimizer.{i}.{name}": value for i, values in moments.items() for name, value in values.items()},
+            **{f"{part}.{i}": value for part, states in random.items() for i, value in enumerate(states)},
+        }
+
     def save(self, path: Path) -> None:
         """Write a checkpoint; a crash leaves the old file or the new one."""
-        state = {
-            "format": _FORMAT,
-            "settings": self.settings,
-            "student": self.student.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "losses": self.losses,
-            "taken": self.taken,
-            "epoch_random": self.epoch_random,
-            "random": self._random_states(),
-        }
+        tensors = self.tensors()
+        header = {"format": _FORMAT, "settings": self.settings, "losses": self.losses, "taken": self.taken}
         with replacing(path) as (file,):
-            try:
-                torch.save(state, file)
-            except RuntimeError as error:  # torch hides the cause
-                raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+            write_tensors(file, tensors, {**header, "checksums": digests(tensors)})
 
     def resume(self, path: Path) -> None:
         """Load a checkpoint. On an error the student is unchanged.
@@ -391,51 +404,52 @@ class _Run:
             ValueError: the file is damaged, or of another run or student.
         """
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            known = isinstance(state, dict) and state.get("format") == _FORMAT
-        except Exception as error:  # the type that torch.load raises depends on where the file is cut
+            with open_tensors(path) as file:
+                header, tensors = read_header(file), {}
+                if known := header.get("format") == _FORMAT:
+                    checksums = dict(header["checksums"])
+                    tensors = {name: read_tensor(file, name, checksums) for name in checksums}
+        except ValueError as error:
             raise ValueError(f"checkpoint {str(path)!r} cannot be read: {error}. Delete it to start over.") from None
         if not known:
             raise ValueError(f"checkpoint {str(path)!r} was not written by finetune_. Choose another file name.")
-        problem = self._problem(state)
+        problem = self._problem(header, tensors)
         if problem is not None:
             raise ValueError(f"checkpoint {str(path)!r} {problem}, or delete it to start over.")
-        self.student.load_state_dict(state["student"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.losses, self.taken = state["losses"], state["taken"]
-        self.epoch_random, self.resumed_random = state["epoch_random"], state["random"]
+        self.student.load_state_dict(_part(tensors, "student."))
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": _moments(tensors), "param_groups": groups})
+        self.losses, self.taken = header["losses"], header["taken"]
+        self.epoch_random = [*_part(tensors, "epoch_random.").values()]
+        self.resumed_random = [*_part(tensors, "random.").values()]
 
-    def _problem(self, state: dict[str, Any]) -> str | None:
+    def _problem(self, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str | None:
         """Why a checkpoint cannot be resumed, to be put after its name; None if it can."""
         try:
-            settings, student, optimizer = (dict(state[name]) for name in ("settings", "student", "optimizer"))
+            settings = header["settings"]
             if settings != self.settings:
                 return f"is of a run with {settings}, this one has {self.settings}. Use the same arguments to resume it"
-            own = self.student.state_dict()
+            own, student = self.student.state_dict(), _part(tensors, "student.")
             differ = [name for name in {**own, **student} if _kind(own.get(name)) != _kind(student.get(name))]
             if differ:
                 return f"is of another student: {', '.join(differ[:5])} differ. Name another file"
-            finite = [student[name] for name in own]
-            groups = self.optimizer.state_dict()["param_groups"]
-            if [group["params"] for group in optimizer["param_groups"]] != [group["params"] for group in groups]:
-                raise ValueError("its optimizer has other parameters")
             ordered = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-            moments = optimizer["state"]
-            for index, values in moments.items():
-                finite += [values["exp_avg"], values["exp_avg_sq"], values["step"]]
+            for index, values in _moments(tensors).items():
                 if any(values[name].shape != ordered[index].shape for name in ("exp_avg", "exp_avg_sq")):
                     raise ValueError("its optimizer has moments of other shapes")
-            losses, taken = state["losses"], state["taken"]
+                if not values["step"].numel() == 1 <= float(values["step"]):
+                    raise ValueError("its optimizer has an impossible number of steps")
+            losses, taken = header["losses"], header["taken"]
             if not all(type(value) is float and math.isfinite(value) for value in losses):
                 raise ValueError("its losses are not finite numbers")
             if type(losses) is not list or not 0 < len(losses) <= self.total or type(taken) is not int or taken < 0:
                 raise ValueError("it has an impossible number of steps or batches")
-            if not all(bool(tensor.isfinite().all()) for tensor in finite if isinstance(tensor, Tensor)):
+            trained = [f"student.{name}" for name, part in self.student.named_parameters() if part.requires_grad]
+            moments = [name for name in tensors if name.startswith("optimizer.")]
+            if not all(bool(tensors[name].isfinite().all()) for name in [*trained, *moments]):
                 raise ValueError("it holds NaN or inf")
-            for states in (state["epoch_random"], state["random"]):
-                torch.Generator().set_state(states[0])
-                if not all(isinstance(part, Tensor) for part in states):
-                    raise TypeError("its random states are no tensors")
+            for part in ("epoch_random.", "random."):
+                torch.Generator().set_state(_part(tensors, part)["0"])
         except (LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
             return f"is damaged: {error if isinstance(error, ValueError) else repr(error)}. Copy it again"
         return None
@@ -455,6 +469,20 @@ class _Run:
         torch.set_rng_state(states[0])
         if self.device.type == "cuda" and len(states) > 1:
             torch.cuda.set_rng_state(states[1], self.device)
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with ``prefix``, without it, by rising name."""
+    return {name.removeprefix(prefix): tensors[name] for name in sorted(tensors) if name.startswith(prefix)}
+
+
+def _moments(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+    """The optimizer's state in a checkpoint, by the parameter's index."""
+    found: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in _part(tensors, "optimizer.").items():
+        index, _, key = name.partition(".")
+        found.setdefault(int(index), {})[key] = tensor
+    return found
 
 
 def _kind(value: object) -> object:

@@ -1,7 +1,7 @@
 """The examples in docstrings run and print what they show."""
 
 import doctest
-import importlib
+import importlib.util
 import pkgutil
 from pathlib import Path
 
@@ -13,6 +13,8 @@ import lowrank_ops
 # Modules that run something, and the native library, which is no Python module.
 NOT_IMPORTED = {"lowrank_ops.cli.__main__", "lowrank_ops.liblowrank_ops"}
 GPU_MODULES = "_triton"  # these import triton, which a CPU build of torch lacks
+if importlib.util.find_spec("peft") is None:
+    NOT_IMPORTED |= {"lowrank_ops.integrations.peft"}
 
 
 def _examples() -> list[doctest.DocTest]:

@@ -14,7 +14,8 @@ ROOT = Path(lowrank_ops.__file__).parent
 # The rooms, bottom first: each may import only those before it.
 ORDER = [
     "version", "files", "arguments", "ops", "config", "models", "calibration", "subspaces", "ranks", "factors",
-    "layers", "reconstruction", "report", "compress", "search", "midpoint", "training", "checkpoint", "demo", "cli",
+    "layers", "reconstruction", "report", "compress", "search", "midpoint", "training", "checkpoint", "integrations",
+    "demo", "cli",
 ]  # fmt: skip
 OP_LEAVES = {"_backend", "_dispatcher", "_native", "_triton_device", "_tuning"}
 
@@ -79,7 +80,8 @@ def test_import_is_cheap_and_does_not_initialize_cuda() -> None:
     code = (
         "import sys, lowrank_ops, torch\n"
         "assert not torch.cuda.is_initialized()\n"
-        "assert 'triton' not in sys.modules and 'matplotlib' not in sys.modules and 'transformers' not in sys.modules"
+        "assert 'triton' not in sys.modules and 'matplotlib' not in sys.modules\n"
+        "assert not {'transformers', 'peft', 'onnx'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     assert seconds("import torch, lowrank_ops") < 1.5 * seconds("import torch")

@@ -13,11 +13,15 @@ import subprocess
 import sysconfig
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import NamedTuple
 
+_LEFT_OUT = ("head", "script", "style", "nav")
+_BLOCKS = ("p", "div", "li", "h1", "h2", "h3", "h4", "td", "dt", "dd", "pre")
 SHORTEST = 100  # characters; shorter texts say little
 APT_LISTS = Path("/var/lib/apt/lists")
+HANDBOOK = Path("/usr/share/doc/debian-handbook/html/en-US")
 APT_READER = "/usr/lib/apt/apt-helper"  # the lists are compressed as apt likes
 
 
@@ -107,8 +111,60 @@ def documented(sources: Iterable[str]) -> Iterator[str]:
                     yield text
 
 
+def python_reference() -> Iterator[str]:
+    """The topics of Python's language reference that ``help()`` knows."""
+    from pydoc_data.topics import topics
+
+    yield from (text for text in topics.values() if len(text) >= SHORTEST)
+
+
+def debian_handbook() -> Iterator[str]:
+    """The English pages of the Debian handbook, without markup.
+
+    Raises:
+        RuntimeError: the package is not installed.
+    """
+    pages = sorted(HANDBOOK.glob("*.html"))
+    if not pages:
+        raise RuntimeError(f"no pages in {HANDBOOK}: apt-get install debian-handbook")
+    for page in pages:
+        text = html_text(page.read_text(encoding="utf-8"))
+        if len(text) >= SHORTEST:
+            yield text
+
+
+class _Text(HTMLParser):
+    """Collects the text of a page, without its head, scripts and navigation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+        self._left_out = 0
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        self._left_out += tag in _LEFT_OUT
+        if tag in _BLOCKS or not self.lines:
+            self.lines.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._left_out -= tag in _LEFT_OUT
+
+    def handle_data(self, data: str) -> None:
+        if not self._left_out and self.lines:
+            self.lines[-1] += data
+
+
+def html_text(page: str) -> str:
+    """The text of an HTML page, one paragraph, heading or item per line, with single spaces."""
+    parser = _Text()
+    parser.feed(page)
+    return "\n".join(" ".join(line.split()) for line in parser.lines if line.strip())
+
+
 SOURCES: dict[str, Callable[[], Iterator[str]]] = {
     "debian": debian,
     "debian-with-near-copies": debian_with_near_copies,
     "docstrings": docstrings,
+    "python": python_reference,
+    "handbook": debian_handbook,
 }

@@ -16,8 +16,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..arguments import check_positive, checked
-from ..models.layers import FilterFn, compiled_or_scripted, dimensions, find_layers, tied_layers, with_values
-from ..models.masks import Mask
+from ..models.experts import experts_listed, list_experts
+from ..models.layers import (
+    FilterFn,
+    check_no_adapters,
+    compiled_or_scripted,
+    dimensions,
+    find_layers,
+    tied_layers,
+    with_values,
+)
+from ..models.masks import Mask, Masks
 from ..models.running import (
     EMPTY,
     call_model,
@@ -30,6 +39,7 @@ from ..models.running import (
     warn_caller,
     without_fast_path,
 )
+from .experts import pooling, pools_of, with_pooled_rows
 from .objectives import Sensitivity, check_sensitivity
 from .recorder import Recorder
 from .statistics import Covariances
@@ -47,6 +57,7 @@ def calibrate(
     *,
     filter_fn: FilterFn | None = None,
     mask: Mask | None = None,
+    unmasked_rows: str = "count",
     side: str = "auto",
     dtype: torch.dtype = torch.float64,
     forward: Callable[[nn.Module, Any], Any] | None = None,
@@ -64,9 +75,17 @@ def calibrate(
         batches: each batch is passed to the model: a tensor, a tuple or list of positional arguments, or a mapping of
             keyword arguments. Tensors are moved to the device of the model's first parameter.
         filter_fn: ``filter_fn(module, fqn) -> bool`` selects layers; None selects all that can be compressed.
-        mask: which positions count, for padded sequences: the name of a keyword argument of the model's forward
-            (``"attention_mask"``) or ``mask(args, kwargs) -> Tensor | None``; shape (batch, positions), true or
-            non-zero for real tokens. Does not apply to convolutions.
+        mask: which positions count, for padded sequences: the name of an argument of the model's forward, or
+            ``mask(args, kwargs) -> Tensor | None``, shape (batch, positions), true or non-zero for real tokens. Names
+            that end in ``key_padding_mask`` are true for padding, as in torch. With ``"attention_mask"``, the models
+            of transformers use the mask that each of their parts is called with: an encoder its own, a decoder its own,
+            a vision tower none. For other models of several sequences pass a mask per module,
+            ``{"encoder": "attention_mask", "decoder": "decoder_attention_mask"}``: a key is the name of a module or a
+            ``"re:pattern"`` of names, and holds for all in it, unless a key names something inside; a value of None
+            means no padding. Keys and values of a cross-attention have the mask of the sequence that they are of. Does
+            not apply to convolutions.
+        unmasked_rows: what to do with rows whose mask cannot be told, such as relative positions, or images beside
+            text: ``"count"`` counts all of them, with a warning that names the layers; ``"error"`` refuses.
         side: ``"input"`` streams layer inputs, which every projection and measure can use; ``"output"`` streams
             outputs, which is enough for ``projection="output"`` and ``"loss"``. ``"auto"`` streams the input unless
             the output is narrower and the input's moment is too large: over ``max_state_bytes``, or over 64 MiB if
@@ -126,6 +145,7 @@ def calibrate(
                 output_gradients=sensitivity is not None,
                 filter_fn=filter_fn,
                 mask=mask,
+                unmasked_rows=unmasked_rows,
                 side=side,
                 dtype=dtype,
                 token_weights=token_weights,
@@ -154,7 +174,8 @@ class Calibrator:
         model: the model that the block runs; in eval mode inside the block.
         output_gradients: also stream output gradients. Run each forward with gradients enabled, and then pass its loss
             to :meth:`observe`; the forward's graph is kept until then.
-        filter_fn, mask, side, dtype, token_weights, max_state_bytes, share_inputs: as for :func:`calibrate`.
+        filter_fn, mask, unmasked_rows, side, dtype, token_weights, max_state_bytes, share_inputs: as for
+            :func:`calibrate`.
 
     Attributes:
         skipped: ``{fqn: reason}`` of the layers that are left out.
@@ -183,6 +204,7 @@ class Calibrator:
         output_gradients: bool = False,
         filter_fn: FilterFn | None = None,
         mask: Mask | None = None,
+        unmasked_rows: str = "count",
         side: str = "auto",
         dtype: torch.dtype = torch.float64,
         token_weights: bool = True,
@@ -196,7 +218,11 @@ class Calibrator:
         check_positive(max_state_bytes=max_state_bytes)
         if (reason := compiled_or_scripted(model)) is not None:
             raise ValueError(f"model cannot be calibrated: {reason}.")
-        layers, self.skipped = find_layers(model, filter_fn)
+        check_no_adapters(model)
+        self._listed = list_experts(model)
+        with experts_listed(model, listed=self._listed):
+            layers, self.skipped = find_layers(model, filter_fn)
+            self._pools, twins = pools_of(model, layers)
         layers, without = with_values(layers)
         self.skipped |= without
         tied_or_large = {}
@@ -211,8 +237,11 @@ class Calibrator:
         self.skipped |= tied_or_large
         self._model, self._dtype = model, dtype
         self._output_gradients, self._token_weights = output_gradients, token_weights
+        self._layers = tuple(layers)
+        layers |= twins
         self._sides = {fqn: _side(layer, side, dtype, max_state_bytes) for fqn, layer in layers.items()}
-        self._recorder = Recorder(layers, mask, share_inputs)
+        self._masks = Masks(model, mask, unmasked_rows)
+        self._recorder = Recorder(layers, self._masks, share_inputs)
         self._stack: ExitStack | None = None  # while the block runs
         self._entered = False
         self._covariances: Covariances | None = None
@@ -237,6 +266,8 @@ class Calibrator:
         self._entered = True
         with ExitStack() as stack:
             stack.enter_context(exclusive(self._model))
+            stack.enter_context(experts_listed(self._model, listed=self._listed))
+            stack.enter_context(pooling(self._pools))
             stack.enter_context(without_fast_path(self._output_gradients))
             stack.enter_context(evaluating(self._model))
             stack.enter_context(random_state_kept(self._model))
@@ -254,7 +285,9 @@ class Calibrator:
             if kind is None:
                 self._recorder.check_finite()
         if kind is None:
-            self._covariances = self._recorder.finish(self.skipped)
+            self._covariances = with_pooled_rows(self._recorder.finish(self.skipped), self._layers)
+            if (warning := self._masks.finish()) is not None:
+                warn_caller(warning)
             if self._output_gradients and not self.covariances.has_output_gradients:
                 warnings.warn(
                     "Calibrator(output_gradients=True) received no loss; call observe inside its block.", stacklevel=2

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..models.layers import find_layers
-from ..models.masks import Mask
+from ..models.masks import Mask, Masks
 from ..models.running import device_of, evaluating, move, random_state_kept, without_fast_path
 from .objectives import Sensitivity
 from .recorder import Recorder
@@ -59,13 +59,14 @@ def call_weights(
     mask: Mask | None,
     forward: Callable[[nn.Module, Any], Any],
     progress: bool,
+    unmasked_rows: str = "count",
 ) -> CallWeights:
     """The token weights that :func:`lowrank_ops.calibrate` would use, for each call of each layer.
 
     Args:
         model: the dense model; run in eval mode and returned to its previous state.
         layers: ``{fqn: layer}``, Linear, Conv1D, or Conv2d without groups.
-        batches, sensitivity, mask, forward, progress: as for :func:`lowrank_ops.calibrate`.
+        batches, sensitivity, mask, forward, progress, unmasked_rows: as for :func:`lowrank_ops.calibrate`.
 
     Returns:
         The weights of the real rows, on the CPU, without those of calls that the loss does not depend on.
@@ -76,7 +77,7 @@ def call_weights(
     """
     device, found = device_of(model), CallWeights(layers, len(batches))
     # All layers of the model, as in a calibration: a batch may reach others than the given ones.
-    recorder = Recorder(find_layers(model)[0], mask, share=False)
+    recorder = Recorder(find_layers(model)[0], Masks(model, mask, unmasked_rows), share=False)
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from threading import get_ident
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..models.layers import bias_vector, dimensions, input_of, output_rows, pad_input
-from ..models.masks import Mask, read_mask, real_rows
+from ..models.masks import Masks, real_rows
 from ..ops import conv_covariance_update_, covariance_finalize_, covariance_update_
 from ..ops.covariance import output_size
 from .gradients import OutputGradient, OutputGradients
@@ -27,15 +28,13 @@ class Recorder:
 
     Args:
         layers: ``{fqn: layer}``.
-        mask: as for :func:`lowrank_ops.calibrate`.
+        masks: of the model.
         share: layers that receive the same tensor share its sums.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module], mask: Mask | None, share: bool) -> None:
+    def __init__(self, layers: Mapping[str, nn.Module], masks: Masks, share: bool) -> None:
         self._layers = layers
-        self._mask_source = mask
-        self._mask: Tensor | None = None  # of this forward
-        self._last_mask: Tensor | None = None  # of the forward that a loss belongs to
+        self._masks = masks
         self._share = share
         self._sides: Mapping[str, str] = {}
         self._activations: dict[str, _Sums] = {}  # by layer; a layer that shares its input has its leader's
@@ -58,6 +57,7 @@ class Recorder:
         """
         self._sides, self._thread = sides, get_ident()
         self._handles.append(model.register_forward_pre_hook(self._before_forward, with_kwargs=True))
+        self._handles += self._masks.attach()
         for fqn, side in sides.items():
             self._handles.append(self._hook(fqn, self._layers[fqn], side, dtype))
         self._handles.append(model.register_forward_hook(self._after_forward))
@@ -66,7 +66,9 @@ class Recorder:
         """See the input after all hooks that change it, or the output before any of them."""
         if side == "output":
             return layer.register_forward_hook(
-                lambda module, args, y: self._see_output(fqn, module, y, dtype), prepend=True
+                lambda module, args, kwargs, y: self._see_output(fqn, module, input_of(args, kwargs), y, dtype),
+                prepend=True,
+                with_kwargs=True,
             )
         return layer.register_forward_pre_hook(
             lambda module, args, kwargs: self._see_input(fqn, module, input_of(args, kwargs), dtype),
@@ -89,7 +91,7 @@ class Recorder:
             save: Callable[[], SavedActivation] | None = None
             if save_activations and not self._in_backward:
                 save = lambda: SavedActivation(x, y, self._sides[fqn])  # noqa: E731
-            return self._gradients.watch(fqn, y, self._mask, save)
+            return self._gradients.watch(fqn, y, None if self._in_backward else self._mask_of(fqn, x), save)
 
         for fqn, layer in self._layers.items():
             self._handles.append(
@@ -102,11 +104,13 @@ class Recorder:
 
     def gradients_of(self, sensitivity: Sensitivity, output: Any, batch: Any) -> list[OutputGradient]:
         """The gradients of the last forward's objective at the layers' outputs, call by call."""
-        return self._differentiate(objective(sensitivity, output, batch, self._last_mask).loss, retain_graph=False)
+        return self._differentiate(
+            objective(sensitivity, output, batch, self._masks.of_output()).loss, retain_graph=False
+        )
 
     def add_loss(self, sensitivity: Sensitivity, output: Any, batch: Any, retain_graph: bool) -> None:
         """Add the output gradients of a batch's objective."""
-        loss, samples = objective(sensitivity, output, batch, self._last_mask)
+        loss, samples = objective(sensitivity, output, batch, self._masks.of_output())
         self.add_gradients(loss, samples, retain_graph)
 
     def add_gradients(self, loss: Tensor, samples: int, retain_graph: bool) -> None:
@@ -120,7 +124,7 @@ class Recorder:
             sums = self._sums_of_loss(self._output_gradients, fqn, "output", "output gradient")
             rows = output_rows(layer, values)
             with torch.no_grad():
-                sums.update(rows if isinstance(layer, nn.Conv2d) else real_rows(fqn, rows, mask))
+                sums.update(rows if isinstance(layer, nn.Conv2d) else real_rows(rows, mask))
                 if saved is not None:
                     side = self._sides[fqn]
                     weighted = self._sums_of_loss(self._token_weighted, fqn, side, f"token-weighted {side}")
@@ -154,6 +158,7 @@ class Recorder:
             RuntimeError: the model ran in other threads only, whose rows are not counted.
             ValueError: no row reached a layer.
         """
+        self._part_lagging()
         if self._other_threads and not self._batch:
             raise RuntimeError(
                 "the model ran in other threads only, whose rows are not counted; run the batches in the thread that "
@@ -214,13 +219,13 @@ class Recorder:
             self._other_threads = True
             return
         self._in_forward = True
-        self._mask = read_mask(self._mask_source, args, kwargs)
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._is_foreign():
             return
         self.check_finite()
-        self._last_mask, self._mask = self._mask, None
+        if not self._batch:
+            self._part_lagging()
         self._in_forward = False
         self._batch += 1
 
@@ -228,15 +233,27 @@ class Recorder:
         if self._in_backward or self._is_foreign() or not isinstance(x, Tensor):  # the layer raises
             return
         sums = self._sums_of_input(fqn, layer, x, dtype)
+        if not self._batch:  # in the first forward layers may turn out to share some of their inputs only
+            self._part(sums, sums.parting(fqn, x))
+            sums = self._activations[fqn]
+            sums.keep_before(fqn)
         if not sums.is_repeated(fqn, x):
             self._touched[sums.leader] = sums
             with torch.no_grad():
                 if isinstance(layer, nn.Conv2d):
                     sums.update_conv(layer, x.detach())
                 else:
-                    sums.update(self._real_rows(fqn, x.detach()))
+                    sums.update(real_rows(x.detach(), self._mask_of(fqn, x)))
 
-    def _see_output(self, fqn: str, layer: nn.Module, y: Tensor, dtype: torch.dtype) -> None:
+    def _part(self, sums: _Sums, layers: Iterable[str]) -> None:
+        for fqn in layers:
+            self._activations[fqn] = sums.of_its_own(fqn, self._layers[fqn])
+
+    def _part_lagging(self) -> None:
+        for sums in {id(sums): sums for sums in self._activations.values()}.values():
+            self._part(sums, sums.lagging())
+
+    def _see_output(self, fqn: str, layer: nn.Module, x: Tensor, y: Tensor, dtype: torch.dtype) -> None:
         if self._in_backward or self._is_foreign():
             return
         if fqn not in self._activations:
@@ -246,15 +263,16 @@ class Recorder:
             if isinstance(layer, nn.Conv2d):
                 sums.update(output_rows(layer, y.detach()))
             else:
-                sums.update(self._real_rows(fqn, y.detach()))
+                sums.update(real_rows(y.detach(), self._mask_of(fqn, x)))
 
-    def _real_rows(self, fqn: str, x: Tensor) -> Tensor:
-        """The rows of ``x`` (..., features) where the mask (batch, positions) of this forward is true."""
-        return real_rows(fqn, x, self._mask, known=self._mask_source is None or self._in_forward)
+    def _mask_of(self, fqn: str, x: Tensor) -> Tensor | None:
+        """The mask of the rows of a layer's input and output; None where all count."""
+        layer = self._layers[fqn]
+        return None if isinstance(layer, nn.Conv2d) else self._masks.of(fqn, layer, x)
 
     def _sums_of_input(self, fqn: str, layer: nn.Module, x: Tensor, dtype: torch.dtype) -> _Sums:
         if fqn not in self._activations:
-            leader = self._leader_of(layer, x) if self._share else None
+            leader = self._leader_of(fqn, layer, x) if self._share else None
             if leader is None:
                 leader = _Sums(fqn, layer, "input", dtype, "input")
             else:
@@ -262,10 +280,10 @@ class Recorder:
             self._activations[fqn] = leader
         return self._activations[fqn]
 
-    def _leader_of(self, layer: nn.Module, x: Tensor) -> _Sums | None:
+    def _leader_of(self, fqn: str, layer: nn.Module, x: Tensor) -> _Sums | None:
         """The sums of an earlier layer that has received this very tensor, in its one call so far."""
         for sums in self._touched.values():
-            if sums.has_only_seen(x) and sums.geometry == _geometry(layer):
+            if sums.has_only_seen(x) and sums.geometry == _geometry(layer) and self._masks.same(fqn, sums.leader):
                 return sums
         return None
 
@@ -295,6 +313,7 @@ class _Sums:
         self._calls = {leader: 0}
         self._last: weakref.ref[Tensor] | None = None
         self._last_version = 0
+        self._before: Moments | None = None  # the leader's latest call, if it had called before in the first forward
 
     def join(self, fqn: str) -> None:
         """Add ``fqn`` to the consumers."""
@@ -303,6 +322,34 @@ class _Sums:
     def has_only_seen(self, x: Tensor) -> bool:
         """Whether the leader was called once so far, with ``x``."""
         return self._calls[self.leader] == 1 and self._is_last(x)
+
+    def parting(self, fqn: str, x: Tensor) -> list[str]:
+        """The layers that receive other tensors from this call of ``fqn`` on."""
+        if fqn == self.leader:
+            return self.lagging()
+        calls, leader_calls = self._calls[fqn], self._calls[self.leader]
+        if self._is_last(x) and calls + 1 == leader_calls:
+            return []
+        return [fqn] if calls == leader_calls or fqn in self.lagging() else []
+
+    def lagging(self) -> list[str]:
+        """The layers that did not receive the leader's latest tensor, where the moments before it are known."""
+        behind = [fqn for fqn, calls in self._calls.items() if calls == self._calls[self.leader] - 1]
+        return behind if self._before is not None else []
+
+    def of_its_own(self, fqn: str, layer: nn.Module) -> _Sums:
+        """Take a follower out, with what it has received."""
+        calls = self._calls.pop(fqn)
+        moments = self.moments if self._before is None or calls == self._calls[self.leader] else self._before
+        own = _Sums(fqn, layer, "input", self.moments.total.dtype, self.what)
+        own.moments, own._calls = copy.deepcopy(moments), {fqn: calls}
+        return own
+
+    def keep_before(self, fqn: str) -> None:
+        """Keep the moments before another call of the leader until all followers have received its tensor."""
+        if fqn == self.leader:
+            shared = len(self._calls) > 1 and self._calls[fqn] > 0
+            self._before = copy.deepcopy(self.moments) if shared else None
 
     def is_repeated(self, fqn: str, x: Tensor) -> bool:
         """Count the call; True if the leader has added this tensor already.

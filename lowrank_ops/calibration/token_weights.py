@@ -56,7 +56,7 @@ class SavedActivation:
         values, bias = self._values.detach(), bias_vector(layer) if self._side == "output" else None
         if not isinstance(layer, nn.Conv2d):
             weights = token_weights(layer, gradient, mask)
-            add_weighted(moments, real_rows(fqn, values, mask), weights.unsqueeze(-1), bias)
+            add_weighted(moments, real_rows(values, mask), weights.unsqueeze(-1), bias)
             return
         values, gradient = (part if part.dim() == 4 else part.unsqueeze(0) for part in (values, gradient))
         weights = _conv_weights(gradient, layer.groups)  # (images, height, width, groups)

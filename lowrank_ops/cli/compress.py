@@ -26,7 +26,7 @@ from ..config import (
 from ..files import parse_json
 from ..layers.latency import measure_latency
 from ..midpoint import recalibrate
-from ..reconstruction import SequentialReconstruction
+from ..reconstruction import BlockReconstruction, SequentialReconstruction
 from .command import Failure, Result, add_command, add_output, check_folder, document, failing_as, share
 from .inputs import add_calibration, calibrated, load_batches
 
@@ -48,6 +48,9 @@ examples:
     lowrank-ops compress my_project:build_model --batches my_project:batches --ranks ranks.json --out smaller"""
 
 # {name: what the configuration calls it}
+
+
+_RECONSTRUCTIONS = {"sequential": SequentialReconstruction, "blocks": BlockReconstruction}
 
 
 def add(commands: Any) -> None:
@@ -94,8 +97,9 @@ def _add_compression(parser: argparse.ArgumentParser) -> None:
         "(default: loss if the covariances hold output gradients, else output)",
     )  # fmt: skip
     parser.add_argument(
-        "--reconstruct", choices=["sequential"],
-        help="then fit the factors layer by layer to the dense model's outputs at the compressed model's inputs",
+        "--reconstruct", choices=list(_RECONSTRUCTIONS),
+        help="then fit the factors to the dense model's outputs at the compressed model's inputs: layer by layer by "
+        "regression (sequential), or one block at a time by training (blocks)",
     )  # fmt: skip
     parser.add_argument(
         "--recalibrate", action="store_true",
@@ -144,8 +148,8 @@ def run(options: argparse.Namespace) -> Result:
             )
     reconstruction = None
     if options.reconstruct:
-        batches = load_batches(options.batches)
-        reconstruction = SequentialReconstruction(batches, sensitivity=options.sensitivity, mask=options.mask)
+        make = _RECONSTRUCTIONS[options.reconstruct]
+        reconstruction = make(load_batches(options.batches), sensitivity=options.sensitivity, mask=options.mask)
     report = compress_(model, covariances, config, reconstruction=reconstruction, progress=True)
     if all(layer.rank is None for layer in report.layers):
         raise Failure(1, "every layer stays dense at these ranks, so nothing was written; allow smaller ranks")

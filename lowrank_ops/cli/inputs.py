@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -117,6 +119,10 @@ def import_callable(spec: str, argument: str) -> Callable[[], Any]:
         raise Failure(2, f"{argument} must be package.module:callable; got {spec!r}")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
+    package = name.partition(".")[0]  # finding a submodule would run its package
+    with contextlib.suppress(ImportError, ValueError):
+        if (found := importlib.util.find_spec(package)) is not None:
+            print(f"lowrank-ops: {argument} runs {name}:{path}, code of {found.origin}", file=sys.stderr)
     try:
         with failing_as(f"{argument}: importing {name}", but=ModuleNotFoundError):
             thing: Any = importlib.import_module(name)

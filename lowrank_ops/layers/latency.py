@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from ..arguments import checked
 from ..config import LatencyCurve, LayerLatencies
+from ..models.experts import on_listed_experts
 from ..models.layers import FilterFn, dimensions, find_layers, input_of
 from ..models.running import call_model, device_of, evaluating, in_batch, move
 from ..ranks.costs import RANK_ALIGNMENT
@@ -46,6 +47,7 @@ class _Call(NamedTuple):
 
 
 @checked()
+@on_listed_experts
 def measure_latency(
     model: nn.Module,
     batch: Any,

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from torch import nn
 
 from ..arguments import checked
+from ..models.layers import check_no_adapters
 from ._base import LowRankLayer
 from .conv2d import GEOMETRY, LowRankConv2d
 from .replace import has_hooks, swap_
@@ -24,7 +25,7 @@ def to_dense_layers(model: nn.Module) -> nn.Module:
         The copy, with the layer kinds and state dict of the model before compression, as large as that one.
 
     Raises:
-        ValueError: a low-rank layer has hooks, which would be lost, or parametrized factors.
+        ValueError: a low-rank layer has hooks, which would be lost, parametrized factors, or an adapter of PEFT.
 
     Example:
         >>> import torch, lowrank_ops as lro
@@ -53,7 +54,7 @@ def to_plain_layers(model: nn.Module) -> nn.Module:
         The copy. State dict keys ``down`` and ``up`` become ``0.weight`` and ``1.weight``, ``bias`` becomes ``1.bias``.
 
     Raises:
-        ValueError: a low-rank layer has hooks, which would be lost, or parametrized factors.
+        ValueError: a low-rank layer has hooks, which would be lost, parametrized factors, or an adapter of PEFT.
 
     Example:
         >>> import torch, lowrank_ops as lro
@@ -70,6 +71,7 @@ def to_plain_layers(model: nn.Module) -> nn.Module:
 
 
 def _converted(model: nn.Module, convert: Callable[[LowRankLayer], nn.Module]) -> nn.Module:
+    check_no_adapters(model)
     for fqn, module in model.named_modules():
         if isinstance(module, LowRankLayer) and has_hooks(module):
             raise ValueError(f"layer {fqn!r} has hooks, which its replacement would drop; remove them first.")

@@ -9,11 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..factors.projections import Factors
-from ..models.layers import check_not_wrapped, find_layers, tied_layers
+from ..models.experts import experts_listed
+from ..models.layers import HOOKS, check_not_wrapped, find_layers, tied_layers
 from .conv2d import LowRankConv2d
 from .linear import LowRankLinear
-
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def replace_(model: nn.Module, factors: Mapping[str, Factors]) -> nn.Module:
@@ -48,6 +47,11 @@ def replace_(model: nn.Module, factors: Mapping[str, Factors]) -> nn.Module:
           (1): ReLU()
         )
     """
+    with experts_listed(model, names=factors):
+        return _replace(model, factors)
+
+
+def _replace(model: nn.Module, factors: Mapping[str, Factors]) -> nn.Module:
     check_not_wrapped(model)
     layers, skipped = find_layers(model)
     unknown = [fqn for fqn in factors if fqn not in layers]
@@ -72,13 +76,14 @@ def replace_(model: nn.Module, factors: Mapping[str, Factors]) -> nn.Module:
 @contextmanager
 def replaced(model: nn.Module, factors: Mapping[str, Factors]) -> Iterator[None]:
     """Compress ``model`` inside the ``with`` block only; arguments and errors as for :func:`replace_`."""
-    dense = dict(model.named_modules())
-    replace_(model, factors)
-    compressed = dict(model.named_modules())
-    try:
-        yield
-    finally:
-        swap_(model, {compressed[fqn]: dense[fqn] for fqn in factors})
+    with experts_listed(model, names=factors):
+        dense = dict(model.named_modules())
+        replace_(model, factors)
+        compressed = dict(model.named_modules())
+        try:
+            yield
+        finally:
+            swap_(model, {compressed[fqn]: dense[fqn] for fqn in factors})
 
 
 def swap_(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
@@ -101,7 +106,7 @@ def lowrank_type(dense: nn.Module) -> type[LowRankLinear] | type[LowRankConv2d]:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether a replacement of ``module`` would lose hooks."""
-    return any(getattr(module, kind) for kind in _HOOKS)
+    return any(getattr(module, kind) for kind in HOOKS)
 
 
 def _set_children(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:

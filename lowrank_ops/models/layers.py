@@ -11,6 +11,12 @@ from torch import Tensor, nn
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
+_OFFLOADED = (
+    "accelerate's hooks move its weight on each call; load the model on one device, or call "
+    "accelerate.hooks.remove_hook_from_module(model, recurse=True)"
+)
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
 FilterFn = Callable[[nn.Module, str], bool]
 
 
@@ -53,6 +59,8 @@ def find_layers(model: nn.Module, filter_fn: FilterFn | None = None) -> tuple[di
                 layers[fqn] = module
             else:
                 skipped[fqn] = reason
+        elif fused_projections(module) and (reason := reason_to_stay_fused(module)) is not None:
+            skipped[fqn] = reason
     return layers, skipped
 
 
@@ -78,8 +86,10 @@ def check_not_wrapped(model: nn.Module) -> None:
     """Refuse to replace layers where other objects hold the old parameters.
 
     Raises:
-        ValueError: a DataParallel, DistributedDataParallel or FullyShardedDataParallel module in ``model``.
+        ValueError: an adapter of PEFT, or a DataParallel, DistributedDataParallel or FullyShardedDataParallel module in
+            ``model``.
     """
+    check_no_adapters(model)
     for fqn, module in model.named_modules():
         names = {base.__name__ for base in type(module).__mro__ if base.__module__.startswith("torch.")}
         found = names & {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
@@ -90,12 +100,25 @@ def check_not_wrapped(model: nn.Module) -> None:
             )
 
 
+def check_no_adapters(model: nn.Module) -> None:
+    """Refuse a model whose layers PEFT has wrapped: their weights are not what they compute.
+
+    Raises:
+        ValueError: a layer with an adapter; the message names it.
+    """
+    for fqn, module in model.named_modules():
+        if any(
+            base.__name__ == "BaseTunerLayer" and base.__module__.startswith("peft.") for base in type(module).__mro__
+        ):
+            raise ValueError(
+                f"layer {fqn!r} has an adapter of PEFT. Merge it into the weights first, model = "
+                "model.merge_and_unload(), and go on with the model that this returns."
+            )
+
+
 def _reason_to_skip(module: nn.Module) -> str | None:
     if hasattr(module, "_hf_hook"):
-        return (
-            "accelerate's hooks move its weight on each call; load the model on one device, or call "
-            "accelerate.hooks.remove_hook_from_module(model, recurse=True)"
-        )
+        return _OFFLOADED
     if type(module).__module__.startswith("bitsandbytes."):
         return (
             f"its weight is quantized ({type(module).__name__} of bitsandbytes); compress the float model, then "
@@ -125,6 +148,39 @@ def _not_plain(weight: Tensor) -> str | None:
         return f"{given}; if it is quantized, compress the float model first"
     if weight.dtype not in _DTYPES:
         return f"{given}; convert it to float32, bfloat16 or float16 first"
+    return None
+
+
+def fused_projections(module: nn.Module) -> tuple[str, str] | None:
+    """The names of the two parameters (experts, ...) of an experts module of transformers; None for other modules.
+
+    All its families have one contract: the decorator ``use_experts_implementation`` sets these attributes, and any of
+    its implementations may run the module. A module with other parameters of its own is not known.
+    """
+    flags = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "num_experts", "_apply_gate")
+    if not all(hasattr(module, flag) for flag in flags):
+        return None
+    names = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
+    biases = [f"{name}_bias" for name in names if module.has_bias]
+    own = dict(module.named_parameters(recurse=False))
+    known = own.keys() == {*names, *biases} and not list(module.buffers(recurse=False))
+    shaped = known and all(own[name].dim() == 3 and len(own[name]) == module.num_experts for name in names)
+    return names if shaped else None
+
+
+def reason_to_stay_fused(module: nn.Module) -> str | None:
+    """Why experts that :func:`fused_projections` knows cannot be run one by one; None if they can."""
+    if hasattr(module, "_hf_hook"):
+        return _OFFLOADED
+    if getattr(module, "_is_expert_parallel", False):
+        return "its experts are distributed over processes; compress the whole module first"
+    if "forward" in vars(module):
+        return f"forward of this {type(module).__name__} was replaced"
+    if any(getattr(module, kind) for kind in HOOKS):
+        return "it has hooks, which would not see its experts run one by one; remove them first"
+    for parameter in module.parameters(recurse=False):
+        if (reason := _not_plain(parameter)) is not None:
+            return reason
     return None
 
 

@@ -21,9 +21,14 @@ _MODES = ("train", "eval")
 def warn_caller(message: str) -> None:
     """Warn at the first caller outside this package."""
     frame, level = sys._getframe(), 1
-    while frame.f_back is not None and frame.f_globals["__name__"].startswith("lowrank_ops."):
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith(("lowrank_ops.", "contextlib")):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)
+
+
+def shortened(names: Sequence[str]) -> str:
+    """The first five, and how many more there are."""
+    return ", ".join([*names[:5], *([f"and {len(names) - 5} more"] if len(names) > 5 else [])])
 
 
 class _ProcessState:

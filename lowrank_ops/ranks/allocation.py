@@ -24,6 +24,7 @@ def allocate(
     bounds: Mapping[str, Bounds],
     *,
     exactly: bool = False,
+    weights: Mapping[str, float] | None = None,
 ) -> dict[str, int | None]:
     """Ranks that cost at most ``fraction`` of the dense layers.
 
@@ -35,6 +36,7 @@ def allocate(
         fixed: ranks of layers that are not chosen here; they count in the budget.
         bounds: of the ranks of single layers.
         exactly: solve a multiple-choice knapsack instead of taking the largest gains first.
+        weights: factors of the layers' gains, for allocations by gain; by default 1.
 
     Raises:
         ValueError: the cheapest choice exceeds the budget, or an allocation by loss without output gradients.
@@ -60,7 +62,10 @@ def allocate(
         # the layer that keeps the smallest share of itself first
         _spend(taken, every, options, budget, lambda fqn, now, then: -options[fqn][now].cost / options[fqn][-1].cost)
     else:
-        worth = {fqn: _worth(fqn, spaces[fqn], choices, allocation) for fqn, choices in options.items()}
+        worth = {
+            fqn: [(weights or {}).get(fqn, 1.0) * value for value in _worth(fqn, spaces[fqn], choices, allocation)]
+            for fqn, choices in options.items()
+        }
 
         def gain(fqn: str, now: int, then: int) -> float:
             return (worth[fqn][then] - worth[fqn][now]) / (options[fqn][then].cost - options[fqn][now].cost)

@@ -7,6 +7,7 @@ about the arguments of blocks.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -18,10 +19,20 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..models.layers import compiled_or_scripted, input_of
-from ..models.masks import Mask, read_mask
-from ..models.running import device_of, evaluating, exclusive, in_batch, move, random_state_kept, without_fast_path
+from ..models.masks import Masks
+from ..models.running import (
+    device_of,
+    evaluating,
+    exclusive,
+    in_batch,
+    move,
+    output_tensor,
+    random_state_kept,
+    without_fast_path,
+)
 
-_Place = tuple[str, int]  # a chain, and the index of one of its children
+Block = tuple[str, int]  # a chain, and the index of one of its children
+_CPU = torch.device("cpu")
 Position = dict[str, int]  # by chain: how many of its children have been passed
 
 
@@ -42,6 +53,20 @@ class Group:
     layers: tuple[str, ...]
     calls: int
     position: Position
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """One call of a block.
+
+    Attributes:
+        args, kwargs: what it was called with, tensors on the CPU.
+        mask: of the rows of its first tensor.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    mask: Tensor | None
 
 
 def find_chains(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]:
@@ -68,6 +93,13 @@ def _inside(name: str, other: str) -> bool:
     return not other or name == other or name.startswith(f"{other}.")
 
 
+def block_name(model: nn.Module, block: Block) -> str:
+    """The name of a chain's child in the model."""
+    chain, index = block
+    child = list(model.get_submodule(chain)._modules)[index]
+    return f"{chain}.{child}" if chain else child
+
+
 class PairedRuns:
     """The two runs of a model, as a context manager that restores the model.
 
@@ -76,7 +108,7 @@ class PairedRuns:
         layers: ``{fqn: layer}``, those that may be replaced.
         batches: each is run many times.
         forward: ``forward(model, batch)``.
-        mask: as for :func:`lowrank_ops.calibrate`.
+        masks: of the model.
         chains: names of containers of blocks, for instance from :func:`find_chains`.
         strict: raise ValueError if a chain cannot be run block by block, instead of ignoring the chain.
     """
@@ -87,24 +119,26 @@ class PairedRuns:
         layers: Mapping[str, nn.Module],
         batches: Sequence[Any],
         forward: Callable[[nn.Module, Any], Any],
-        mask: Mask | None,
+        masks: Masks,
         chains: Sequence[str],
         strict: bool = False,
     ) -> None:
         self.model, self.layers, self.batches = model, layers, batches
-        self._forward, self._mask_source, self._strict = forward, mask, strict
-        self._device = device_of(model)
+        self._forward, self._masks, self._strict = forward, masks, strict
+        self.device = device_of(model)
         self._chains = list(chains)
         self._replacements: dict[str, nn.Module] = {}
         self._stored: dict[tuple[str, bool, int], Any] = {}  # output of the last passed child
         self._passed: Position = {}
         self._compressed, self._batch = False, 0  # of this run
         self._disturbed = False  # this run scales the outputs of the layers
-        self._mask: Tensor | None = None  # of this run
         self._on_input: Callable[[str, Tensor], None] = lambda fqn, x: None  # a layer's input
         self._on_output: Callable[[str, int, Any], None] = lambda chain, index, output: None  # a child's output
+        self._on_block: Callable[[Block, tuple[Any, ...], dict[str, Any]], None] = lambda block, args, kwargs: None
+        self._block_runs: dict[Block, Callable[..., Any]] = {}  # a child's own forward
         self._stack = ExitStack()
         self.groups: list[Group] = []
+        self.blocks: list[Block] = []  # children of chains, in the order of their calls
 
     def __enter__(self) -> PairedRuns:
         with ExitStack() as stack:
@@ -114,8 +148,8 @@ class PairedRuns:
             stack.enter_context(torch.no_grad())
             stack.enter_context(evaluating(self.model))
             stack.enter_context(without_fast_path())
-            hook = self.model.register_forward_pre_hook(self._begin, with_kwargs=True)
-            stack.callback(hook.remove)
+            for hook in self._masks.attach():
+                stack.callback(hook.remove)
             for fqn, layer in self.layers.items():
                 self._attach(stack, fqn, layer)
             for chain in self._chains:
@@ -149,6 +183,41 @@ class PairedRuns:
             z, masks = self._inputs_of(group, batch, compressed=True)
             yield batch, x, z, masks
 
+    def block_calls(self, block: Block) -> Iterator[tuple[int, BlockCall]]:
+        """Per batch: its index, and the call of a block in the compressed run, after all blocks before it."""
+        for batch in range(len(self.batches)):
+            calls: list[BlockCall] = []
+
+            def on_block(called: Block, args: tuple[Any, ...], kwargs: dict[str, Any], calls: Any = calls) -> None:
+                if called == block:
+                    name = block_name(self.model, block)
+                    x = output_tensor([*args, *kwargs.values()], ())
+                    mask = self._masks.of_block(name, self.model.get_submodule(name), x)
+                    calls.append(BlockCall(move(_snapshot(args), _CPU), move(_snapshot(kwargs), _CPU), mask))
+                    raise _Reached
+
+            self._on_block = on_block
+            try:
+                self._run(batch, True)
+            finally:
+                self._on_block = lambda block, args, kwargs: None
+            if not calls:
+                raise self._missed(block, batch)
+            yield batch, calls[0]
+
+    def dense_output(self, block: Block, batch: int) -> Any:
+        """The output of a block in the dense run, on the CPU."""
+        return self._output_of(*block, batch, compressed=False)
+
+    def run_block(self, block: Block, call: BlockCall) -> Any:
+        """Call one block with the replacements so far; gradients flow if they are enabled."""
+        self._compressed = True
+        try:
+            args, kwargs = (move(_snapshot(part), self.device) for part in (call.args, call.kwargs))
+            return self._block_runs[block](*args, **kwargs)
+        finally:
+            self._compressed = False
+
     def _attach(self, stack: ExitStack, fqn: str, layer: nn.Module) -> None:
         dense = layer.forward
 
@@ -168,19 +237,17 @@ class PairedRuns:
         _override(stack, layer, forward)
 
     def _route_child(self, stack: ExitStack, chain: str, index: int, child: nn.Module) -> None:
-        run = child.forward
+        run = self._block_runs[chain, index] = child.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if index < self._passed.get(chain, 0):
-                return _copied(self._stored[chain, self._compressed, self._batch], self._device)
+                return _copied(self._stored[chain, self._compressed, self._batch], self.device)
+            self._on_block((chain, index), args, kwargs)
             output = run(*args, **kwargs)
             self._on_output(chain, index, output)
             return output
 
         _override(stack, child, forward)
-
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._mask = read_mask(self._mask_source, args, kwargs)
 
     def _run(
         self,
@@ -189,12 +256,12 @@ class PairedRuns:
         on_input: Callable[[str, Tensor], None] | None = None,
         on_output: Callable[[str, int, Any], None] | None = None,
     ) -> None:
-        self._batch, self._compressed, self._mask = batch, compressed, None
+        self._batch, self._compressed = batch, compressed
         self._on_input = on_input or (lambda fqn, x: None)
         self._on_output = on_output or (lambda chain, index, output: None)
         try:
             with in_batch(batch):
-                self._forward(self.model, move(self.batches[batch], self._device))
+                self._forward(self.model, move(self.batches[batch], self.device))
         except _Reached:
             pass
         finally:
@@ -207,7 +274,8 @@ class PairedRuns:
 
         def on_input(fqn: str, x: Tensor) -> None:
             if fqn == group.layers[0]:
-                masks.append(self._mask)
+                layer = self.layers[fqn]
+                masks.append(None if isinstance(layer, nn.Conv2d) else self._masks.of(fqn, layer, x))
                 found.append(x if group.calls == 1 else x.clone())  # the run continues and may change it in place
                 if group.calls == 1:
                     raise _Reached
@@ -220,16 +288,19 @@ class PairedRuns:
 
         def on_output(name: str, child: int, output: Any) -> None:
             if (name, child) == (chain, index):
-                found.append(_copied(output, torch.device("cpu")))
+                found.append(_copied(output, _CPU))
                 raise _Reached
 
         self._run(batch, compressed, on_output=on_output)
         if not found:
-            raise ValueError(
-                f"block {index} of {chain!r} was called for the first batch but not for batch {batch} (counted from "
-                "0); batches must run through the same blocks."
-            )
+            raise self._missed((chain, index), batch)
         return found[0]
+
+    def _missed(self, block: Block, batch: int) -> ValueError:
+        return ValueError(
+            f"block {block[1]} of {block[0]!r} was called for the first batch but not for batch {batch} (counted from "
+            "0); batches must run through the same blocks."
+        )
 
     def _trace(self) -> None:
         """Find the groups in the order of their calls, on the first batch, and drop chains that do not work as such."""
@@ -245,6 +316,7 @@ class PairedRuns:
                 )
             self._chains.remove(broken)
         self.groups = _grouped(events, self.layers)
+        self.blocks = list(outputs)
 
     def _observe(self) -> tuple[list[_Event], dict[tuple[str, int], Any], str | None]:
         """All calls of layers, the outputs of all children, and a chain that is not called in order, if any."""
@@ -262,7 +334,7 @@ class PairedRuns:
                 if index < passed.get(chain, 0):
                     broken.append(chain)
                 passed[chain] = index + 1
-                outputs[chain, index] = _copied(output, torch.device("cpu"))
+                outputs[chain, index] = _copied(output, _CPU)
 
         self._run(0, False, on_input, on_output)
         return events, outputs, broken[0] if broken else None
@@ -309,10 +381,10 @@ class PairedRuns:
         finally:
             self._disturbed = False
 
-    def _replay(self, wanted: set[str], count: int) -> tuple[list[tuple[str, Tensor]], list[tuple[_Place, Any]]]:
+    def _replay(self, wanted: set[str], count: int) -> tuple[list[tuple[str, Tensor]], list[tuple[Block, Any]]]:
         """A dense run of the first batch: the first calls of some layers, and the outputs of blocks up to theirs."""
         found: list[tuple[str, Tensor]] = []
-        after: list[tuple[_Place, Any]] = []
+        after: list[tuple[Block, Any]] = []
 
         def on_input(fqn: str, x: Tensor) -> None:
             if fqn in wanted and len(found) < count:
@@ -320,7 +392,7 @@ class PairedRuns:
 
         def on_output(chain: str, index: int, output: Any) -> None:
             if chain in self._chains:
-                after.append(((chain, index), _copied(output, torch.device("cpu"))))
+                after.append(((chain, index), _copied(output, _CPU)))
                 if len(found) >= count:
                     raise _Reached
 
@@ -374,6 +446,18 @@ def _copied(value: Any, device: torch.device) -> Any:
     if type(value) is dict:
         return {key: _copied(part, device) for key, part in value.items()}
     return value
+
+
+def _snapshot(value: Any) -> Any:
+    """A copy of a call's arguments, objects included: caches of keys and values grow with every call."""
+    if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
+        return type(value)(_snapshot(part) for part in value)
+    if type(value) is dict:
+        return {key: _snapshot(part) for key, part in value.items()}
+    if isinstance(value, nn.Module) or callable(value):
+        return value
+    with torch.no_grad():
+        return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
 def _close(x: Tensor, expected: Tensor) -> bool:

@@ -6,9 +6,8 @@ their calls, each layer corrects those errors as far as its input determines the
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +18,16 @@ from tqdm import tqdm
 from ..arguments import check_arguments, check_positive
 from ..calibration.call_weights import CallWeights, call_weights
 from ..calibration.objectives import Sensitivity, check_sensitivity
-from ..calibration.statistics import LayerStatistics, Moments, NonFiniteActivationError
+from ..calibration.statistics import LayerStatistics, NonFiniteActivationError
 from ..factors.projections import Factors
-from ..files import digest, digests, open_tensors, read_header, read_tensor, replacing, write_tensors
-from ..layers import LowRankConv2d, LowRankLinear
-from ..layers.replace import replaced
-from ..models.layers import bias_vector, compiled_or_scripted, find_layers, input_rows, weight_matrix
-from ..models.masks import Mask, real_rows
-from ..models.running import EMPTY, call_model
+from ..layers.replace import lowrank_type, replaced
+from ..models.experts import ExpertLinear, on_listed_experts
+from ..models.layers import compiled_or_scripted, find_layers, input_rows
+from ..models.masks import Mask, Masks, real_rows
+from ..models.running import EMPTY, call_model, warn_caller
+from .checkpoint import resume_checkpoint, run_identity, save_checkpoint
 from .paired_runs import Group, PairedRuns, find_chains
 from .regression import PairedSums, reconstruct_layers
-
-_FORMAT = "lowrank_ops.reconstruction/3"
-_TENSORS = ("down", "up", "bias")  # of Factors
 
 
 @dataclass(frozen=True)
@@ -49,7 +45,7 @@ class SequentialReconstruction:
         ridge: added to the variance of every input direction, relative to the mean variance. 0 is plain least squares;
             infinity keeps the dense weight and uses only the new input's subspace. None chooses a value for each layer
             by cross-validation between the even and the odd batches (between two halves if there is one batch).
-        mask, forward: as for :func:`lowrank_ops.calibrate`.
+        mask, unmasked_rows, forward: as for :func:`lowrank_ops.calibrate`.
         blocks: names of the containers whose children are the blocks, such as ``"encoder.layer"``; None finds them.
         checkpoint: file written after every block. If it exists, the run resumes from it and gives the same factors,
             provided that weights, batches and settings are the same, which is checked.
@@ -74,6 +70,7 @@ class SequentialReconstruction:
     blocks: str | Sequence[str] | None = None
     checkpoint: str | Path | None = None
     max_state_bytes: int = 4 << 30
+    unmasked_rows: str = "count"
 
     def __post_init__(self) -> None:
         check_arguments(type(self), vars(self))
@@ -84,6 +81,7 @@ class SequentialReconstruction:
             check_sensitivity(self.sensitivity)
 
 
+@on_listed_experts
 def reconstruct_factors(
     model: nn.Module,
     factors: Mapping[str, Factors],
@@ -125,14 +123,23 @@ def reconstruct_factors(
     gradients = {
         fqn: layer.output_gradients for fqn, layer in (statistics or {}).items() if layer.output_gradients is not None
     }
-    batches = _checked(model, factors, settings.batches, gradients)
+    batches = checked_batches(model, factors, settings.batches)
+    missing = [fqn for fqn, part in factors.items() if part.projection == "loss" and fqn not in gradients]
+    if missing:
+        raise ValueError(
+            f"factors of projection='loss' need output gradients, which {', '.join(missing)} lack; pass the "
+            "covariances of a calibration with a sensitivity as statistics=."
+        )
     with replaced(model, factors):  # raises now for layers that could not be replaced in the end
         pass
     found, _ = find_layers(model)
     layers = {fqn: found[fqn] for fqn in factors}
-    chains = find_chains(model, layers) if settings.blocks is None else _containers(model, settings.blocks)
-    identity = {} if checkpoint is None else _identity(layers, factors, batches, centered, ridge, sensitivity)
-    done = {} if checkpoint is None else _resume(Path(checkpoint), identity, layers)
+    chains = find_chains(model, layers) if settings.blocks is None else chains_named(model, settings.blocks)
+    identity: dict[str, Any] = {}
+    done: dict[str, Factors] = {}
+    if checkpoint is not None:
+        identity = run_identity(layers, factors, batches, centered=centered, ridge=ridge, sensitivity=sensitivity)
+        done = resume_checkpoint(Path(checkpoint), identity, layers)
     new, kept = dict(factors), dict.fromkeys(layers, "the first batch did not reach it")
     by_loss = {
         fqn: layer
@@ -142,7 +149,16 @@ def reconstruct_factors(
     run = settings.forward or call_model
     weights = CallWeights()
     if sensitivity is not None and by_loss:
-        weights = call_weights(model, by_loss, batches, sensitivity, mask=mask, forward=run, progress=progress)
+        weights = call_weights(
+            model,
+            by_loss,
+            batches,
+            sensitivity,
+            mask=mask,
+            unmasked_rows=settings.unmasked_rows,
+            forward=run,
+            progress=progress,
+        )
 
     def reconstructed(runs: PairedRuns, group: Group) -> dict[str, Factors] | str:
         """New factors of a group, or the reason why it keeps its own."""
@@ -152,6 +168,8 @@ def reconstruct_factors(
         folds = 2 if ridge is None else 1
         if any(getattr(layer, "groups", 1) > 1 for layer in members.values()):
             return "it is a convolution with groups"
+        if any(isinstance(layer, ExpertLinear) for layer in members.values()):
+            return "a router chooses its rows, and not the same ones in the dense and in the compressed model"
         # Layers without token weights share one sum; each layer with token weights has its own.
         unweighted = {fqn: layer for fqn, layer in members.items() if fqn not in weights}
         parts = [*([unweighted] if unweighted else []), *({fqn: members[fqn]} for fqn in members if fqn in weights)]
@@ -167,13 +185,14 @@ def reconstruct_factors(
             fitted |= reconstruct_layers(pairs, old, gradients, centered=centered, ridge=ridge)
         return fitted
 
+    masks = Masks(model, mask, settings.unmasked_rows)
     with (
-        PairedRuns(model, layers, batches, run, mask, chains, strict=settings.blocks is not None) as runs,
+        PairedRuns(model, layers, batches, run, masks, chains, strict=settings.blocks is not None) as runs,
         tqdm(total=len(layers), desc="reconstructing", unit="layer", disable=not progress) as bar,
     ):
         called_once = {fqn for group in runs.groups if group.calls == 1 for fqn in group.layers}
         for fqn in layers.keys() - called_once:  # later calls depend on the outputs of earlier ones
-            runs.replace(fqn, _layer(layers[fqn], new[fqn]))
+            runs.replace(fqn, lowrank_type(layers[fqn]).from_factors(layers[fqn], new[fqn]))
         ready: dict[str, Factors] = {}
         for group, following in zip(runs.groups, [*runs.groups[1:], None], strict=False):
             runs.advance(group.position)
@@ -185,18 +204,19 @@ def reconstruct_factors(
                     new[fqn] = result[fqn]
                     del kept[fqn]
                 ready[fqn] = new[fqn]
-                runs.replace(fqn, _layer(layers[fqn], new[fqn]))
+                runs.replace(fqn, lowrank_type(layers[fqn]).from_factors(layers[fqn], new[fqn]))
             bar.update(len(group.layers))
             if checkpoint is not None and (following is None or following.position != group.position):
-                _save(Path(checkpoint), identity, ready)
+                save_checkpoint(Path(checkpoint), identity, ready)
+    if (warning := masks.finish()) is not None:
+        warn_caller(warning)
     if kept:
         reasons = "".join(f"\n  {fqn}: {reason}" for fqn, reason in kept.items())
-        warnings.warn(f"these layers are not reconstructed:{reasons}", stacklevel=2)
+        warn_caller(f"these layers are not reconstructed:{reasons}")
     if unweighted := [fqn for fqn in weights.missing if fqn not in kept]:
-        warnings.warn(
+        warn_caller(
             "output gradients do not correspond row by row to the inputs of these layers, so some or all of their rows "
-            f"are unweighted: {', '.join(unweighted)}",
-            stacklevel=2,
+            f"are unweighted: {', '.join(unweighted)}"
         )
     return new
 
@@ -211,8 +231,7 @@ def _stream(runs: PairedRuns, group: Group, sums: Sequence[PairedSums], call_wei
         if [x.shape for x in dense] != [z.shape for z in compressed]:
             return "its inputs in the dense and in the compressed model do not correspond row by row"
         for call, (x, z, mask) in enumerate(zip(dense, compressed, masks, strict=True)):
-            mask = None if isinstance(layer, nn.Conv2d) else mask
-            x, z = (input_rows(layer, real_rows(leader, part, mask)) for part in (x, z))
+            x, z = (input_rows(layer, real_rows(part, mask)) for part in (x, z))
             halves = last > 0 and len(runs.batches) == 1
             for pairs in sums:
                 weights = call_weights.of_call(next(iter(pairs.layers)), batch, call, len(dense), len(x))
@@ -239,34 +258,24 @@ def _of_mean_one(weights: Tensor) -> Tensor:
     return weights / weights.mean() if bool(weights.any()) else torch.ones_like(weights)
 
 
-def _layer(dense: nn.Module, factors: Factors) -> nn.Module:
-    make = LowRankConv2d.from_factors if isinstance(dense, nn.Conv2d) else LowRankLinear.from_factors
-    return make(dense, factors)  # type: ignore[arg-type]
+def checked_batches(model: nn.Module, factors: Mapping[str, Factors], batches: Iterable[Any]) -> list[Any]:
+    """The batches as a list.
 
-
-def _checked(
-    model: nn.Module,
-    factors: Mapping[str, Factors],
-    batches: Iterable[Any],
-    gradients: Mapping[str, Moments],
-) -> list[Any]:
+    Raises:
+        ValueError: no batches, or a model that cannot be run layer by layer.
+    """
     if (reason := compiled_or_scripted(model)) is not None:
         raise ValueError(f"model cannot be reconstructed: {reason}.")
     if "" in factors:
         raise ValueError("model is itself the layer to reconstruct, and has no layer before it.")
-    missing = [fqn for fqn, part in factors.items() if part.projection == "loss" and fqn not in gradients]
-    if missing:
-        raise ValueError(
-            f"factors of projection='loss' need output gradients, which {', '.join(missing)} lack; pass the "
-            "covariances of a calibration with a sensitivity as statistics=."
-        )
     held = list(batches)
     if not held:
         raise ValueError(EMPTY)
     return held
 
 
-def _containers(model: nn.Module, blocks: str | Sequence[str]) -> list[str]:
+def chains_named(model: nn.Module, blocks: str | Sequence[str]) -> list[str]:
+    """The names in ``blocks``; ValueError for one that is no container."""
     names = [blocks] if isinstance(blocks, str) else list(blocks)
     modules = dict(model.named_modules())
     for name in names:
@@ -278,85 +287,3 @@ def _containers(model: nn.Module, blocks: str | Sequence[str]) -> list[str]:
                 f"There are: {', '.join(map(repr, known)) or 'none'}."
             )
     return names
-
-
-def _identity(
-    layers: Mapping[str, nn.Module],
-    factors: Mapping[str, Factors],
-    batches: Sequence[Any],
-    centered: bool,
-    ridge: float | None,
-    sensitivity: Sensitivity | None,
-) -> dict[str, Any]:
-    """What must be equal for a checkpoint to be resumed."""
-    weights = {fqn: (weight_matrix(layer), bias_vector(layer)) for fqn, layer in layers.items()}
-    return {
-        "ranks": {fqn: part.rank for fqn, part in factors.items()},
-        "projections": {fqn: part.projection for fqn, part in factors.items()},
-        "batches": [digest(batch) for batch in batches],
-        "centered": centered,
-        "ridge": ridge,
-        "sensitivity": "a function" if callable(sensitivity) else sensitivity,
-        "weights": digest(weights),
-    }
-
-
-def _save(path: Path, identity: dict[str, Any], done: Mapping[str, Factors]) -> None:
-    """Write the factors fitted so far; a crash leaves the old file or the new one."""
-    tensors: dict[str, Tensor] = {}
-    entries = {}
-    for fqn, part in done.items():
-        tensors |= {f"{fqn}.{name}": value for name in _TENSORS if (value := getattr(part, name)) is not None}
-        entries[fqn] = {field.name: getattr(part, field.name) for field in fields(part) if field.name not in _TENSORS}
-    header = {"format": _FORMAT, "settings": identity, "layers": entries, "checksums": digests(tensors)}
-    with replacing(path) as (file,):
-        write_tensors(file, tensors, header)
-
-
-def _resume(path: Path, identity: dict[str, Any], layers: Mapping[str, nn.Module]) -> dict[str, Factors]:
-    if not path.parent.is_dir():
-        raise ValueError(f"checkpoint {str(path)!r} is in a folder that does not exist; create it first.")
-    if not path.exists():
-        return {}
-    try:
-        with open_tensors(path) as file:
-            header = read_header(file)
-            if header["format"] == _FORMAT:
-                settings, checksums = dict(header["settings"]), dict(header["checksums"])
-                tensors = {name: read_tensor(file, name, checksums) for name in checksums}
-                done = {fqn: _stored(fqn, entry, tensors) for fqn, entry in header["layers"].items()}
-    except (ValueError, OSError) as error:
-        raise ValueError(f"checkpoint {str(path)!r} cannot be read: {error}. Delete it to start again.") from None
-    if header["format"] != _FORMAT:
-        raise ValueError(
-            f"checkpoint {str(path)!r} was not written by a reconstruction of this version. Name another file."
-        )
-    differ = [name for name, value in identity.items() if settings.get(name) != value]
-    if differ:
-        raise ValueError(
-            f"checkpoint {str(path)!r} is of another run: its {', '.join(differ)} differ. Use the same arguments to "
-            "resume it, or delete it to start again."
-        )
-    for fqn, part in done.items():
-        if fqn not in layers or not _fits(part, identity["ranks"][fqn], layers[fqn]):
-            raise ValueError(
-                f"checkpoint {str(path)!r} is damaged: its factors of {fqn!r} do not fit the layer. Delete it to start "
-                "again."
-            )
-    return done
-
-
-def _stored(fqn: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Factors:
-    part = Factors(**{name: tensors.get(f"{fqn}.{name}") for name in _TENSORS}, **entry)  # type: ignore[arg-type]
-    for value in (part.down, part.up, *([] if part.bias is None else [part.bias])):
-        if not value.is_floating_point() or not bool(value.isfinite().all()):
-            raise ValueError(f"the factors of {fqn!r} are not finite numbers")
-    if not isinstance(part.output_variance, float) or not isinstance(part.predicted_error, (float, type(None))):
-        raise ValueError(f"the errors of {fqn!r} are not numbers")
-    return part
-
-
-def _fits(part: Factors, rank: int, layer: nn.Module) -> bool:
-    *groups, out_features, in_features = weight_matrix(layer).shape
-    shapes = ((*groups, part.rank, in_features), (*groups, out_features, part.rank))
-    return part.rank == rank and (part.down.shape, part.up.shape) == shapes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,9 +11,10 @@ from tqdm import tqdm
 
 from ..arguments import checked
 from ..layers import LowRankConv2d, LowRankLinear
+from ..models.experts import experts_listed
 from ..models.layers import bias_vector, output_rows
-from ..models.masks import Mask, read_mask, real_rows
-from ..models.running import EMPTY, call_model, device_of, evaluating, in_batch, move
+from ..models.masks import Mask, Masks, real_rows
+from ..models.running import EMPTY, call_model, device_of, evaluating, in_batch, move, warn_caller
 
 
 class _Sums:
@@ -44,6 +45,7 @@ def measure_errors(
     batches: Iterable[Any],
     *,
     mask: Mask | None = None,
+    unmasked_rows: str = "count",
     forward: Callable[[nn.Module, Any], Any] | None = None,
     centered: bool = True,
     progress: bool = False,
@@ -57,7 +59,7 @@ def measure_errors(
     Args:
         dense: a copy of the model from before compression. It runs in eval mode; its training flags are restored.
         compressed: the same model after :func:`lowrank_ops.compress_`, on the same device and in the same dtype.
-        batches, mask, forward: as for :func:`lowrank_ops.calibrate`.
+        batches, mask, unmasked_rows, forward: as for :func:`lowrank_ops.calibrate`.
         centered: True takes the outputs' variance about their mean; False takes it about zero and without the bias, as
             ``CompressionConfig(centered=False)`` does.
         progress: show a progress bar.
@@ -69,7 +71,7 @@ def measure_errors(
     Raises:
         TypeError: an argument of another type.
         ValueError: ``compressed`` has no replaced layer, or one that ``dense`` does not have; ``batches`` has no rows;
-            the mask does not fit, or a layer was called outside the forward of ``dense``, where the mask is unknown.
+            the mask fits no layer, or cannot be told and ``unmasked_rows="error"``.
 
     Example:
         >>> import copy, torch, lowrank_ops as lro
@@ -84,6 +86,21 @@ def measure_errors(
     }
     if not replaced:
         raise ValueError("compressed has no replaced layer; pass the model that compress_ changed.")
+    with experts_listed(dense, names=replaced):
+        return _measured(dense, compressed, replaced, batches, mask, unmasked_rows, forward, centered, progress)
+
+
+def _measured(
+    dense: nn.Module,
+    compressed: nn.Module,
+    replaced: Mapping[str, nn.Module],
+    batches: Iterable[Any],
+    mask: Mask | None,
+    unmasked_rows: str,
+    forward: Callable[[nn.Module, Any], Any] | None,
+    centered: bool,
+    progress: bool,
+) -> dict[str, float]:
     originals = dict(dense.named_modules())
     for fqn in replaced:
         if fqn not in originals or isinstance(originals[fqn], (LowRankLinear, LowRankConv2d)):
@@ -91,7 +108,7 @@ def measure_errors(
                 f"dense has no dense layer {fqn!r}; pass a copy (copy.deepcopy) of the model from before compress_."
             )
     sums: dict[str, _Sums] = {}
-    masks: list[Tensor | None] = []  # the mask of the running forward; empty outside of it
+    masks = Masks(dense, mask, unmasked_rows)
 
     def record(fqn: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
         error = y - replaced[fqn](x)
@@ -99,23 +116,14 @@ def measure_errors(
         if isinstance(layer, nn.Conv2d):
             y, error = (output_rows(layer, part) for part in (y, error))
         else:
-            real = masks[-1] if masks else None
-            y, error = (real_rows(fqn, part, real, known=mask is None or bool(masks)) for part in (y, error))
+            real = masks.of(fqn, layer, x)
+            y, error = (real_rows(part, real) for part in (y, error))
         y, error = (part.reshape(-1, part.shape[-1]) for part in (y, error))
         if fqn not in sums:
             sums[fqn] = _Sums(y.shape[-1], y.device)
         sums[fqn].add(y if bias is None else y - bias, error)
 
-    def set_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        masks.append(read_mask(mask, args, kwargs))
-
-    def clear_mask(module: nn.Module, args: Any, output: Any) -> None:
-        masks.clear()
-
-    handles = [
-        dense.register_forward_pre_hook(set_mask, with_kwargs=True),
-        dense.register_forward_hook(clear_mask),
-    ]
+    handles = masks.attach()
     handles += [
         originals[fqn].register_forward_hook(
             lambda module, args, kwargs, y, fqn=fqn: record(
@@ -138,6 +146,8 @@ def measure_errors(
             handle.remove()
     if not count:
         raise ValueError(EMPTY)
+    if (warning := masks.finish()) is not None:
+        warn_caller(warning)
     errors = {fqn: sums[fqn].relative(centered) for fqn in replaced if fqn in sums and sums[fqn].rows}
     if not errors:
         raise ValueError("no row reached a replaced layer: the batches are empty, or the mask leaves no position.")

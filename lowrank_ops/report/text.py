@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..models.running import warn_caller
+from ..models.running import shortened, warn_caller
 
 
 def notes(unreached: Sequence[str], skipped: Mapping[str, str]) -> list[str]:
@@ -29,10 +29,9 @@ def few_rows_note(found: Sequence[str]) -> list[str]:
 def warn_of_few_rows(found: Sequence[str]) -> None:
     """One warning for all layers that :func:`few_rows` found."""
     if found:
-        shown = ", ".join([*found[:5], *([f"and {len(found) - 5} more"] if len(found) > 5 else [])])
         warn_caller(
-            f"fewer calibration rows than min(in_features, out_features): {shown}. Ranks and errors hold for these "
-            "rows only; calibrate with more batches."
+            f"fewer calibration rows than min(in_features, out_features): {shortened(found)}. "
+            "Ranks and errors hold for these rows only; calibrate with more batches."
         )
 
 

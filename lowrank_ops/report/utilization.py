@@ -14,6 +14,7 @@ from tqdm import tqdm
 from ..arguments import checked
 from ..calibration.statistics import Covariances
 from ..config import check_share
+from ..models.experts import on_listed_experts
 from ..models.layers import FilterFn, find_layers
 from ..subspaces.layer import LayerSubspaces, layer_subspaces
 from .kinds import kind_of
@@ -117,6 +118,7 @@ class UtilizationReport:
 
 
 @checked()
+@on_listed_experts
 def utilization(
     model: nn.Module,
     covariances: Covariances,

@@ -1,6 +1,7 @@
-"""Rank search by trial compressions.
+"""Ranks by trial compressions.
 
 In: a model, Covariances and a function that evaluates a model. Out: Ranks.
 """
 
+from .measured import measured_ranks as measured_ranks
 from .search import search_ranks as search_ranks

@@ -18,6 +18,7 @@ from ..compress import considered_layers, decompose, factorize_layers, resolved
 from ..config import CompressionConfig, ParameterBudget, Ranks, check_choice
 from ..files import digest
 from ..layers.replace import replaced
+from ..models.experts import on_listed_experts
 from ..models.layers import FilterFn
 from ..models.running import exclusive, training_flags_kept
 from ..ranks.allocation import allocate
@@ -30,6 +31,7 @@ Measure = Callable[[ChosenRanks], float]
 
 
 @checked()
+@on_listed_experts
 def search_ranks(
     model: nn.Module,
     covariances: Covariances,
@@ -89,19 +91,12 @@ def search_ranks(
     config = replace(CompressionConfig.of(config), rank=ParameterBudget(1.0, allocation))
     subspaces, _ = considered_layers(model, covariances, filter_fn, subspaces, centered=config.centered)
     config = resolved(config, subspaces)
-    policy, projection = config.rank, str(config.projection)
+    policy = config.rank
     assert isinstance(policy, ParameterBudget)
     if by == "budget":  # layer by layer, no spectra are used
         decompose(policy, subspaces, progress)
 
-    def accuracy_at(ranks: ChosenRanks) -> float:
-        factors = factorize_layers(subspaces, ranks, projection, keep_directions=True)
-        with exclusive(model), replaced(model, factors), torch.no_grad(), training_flags_kept(model):
-            return _finite(evaluate(model))
-
-    measure: Measure = accuracy_at
-    if cache is not None:
-        measure = TrialCache(cache, _key(model, subspaces, projection, config.centered)).cached(measure)
+    measure = accuracy_of(model, evaluate, subspaces, config, cache)
     limits = limits_of(subspaces, config.overrides, config.bounds)
     free = {fqn: limits.options(fqn, space) for fqn, space in subspaces.items() if fqn not in limits.fixed}
     trials = num_evaluations if by == "budget" else 1 + sum(len(options).bit_length() for options in free.values())
@@ -125,6 +120,25 @@ def search_ranks(
             found = _bisect_layers(max_drop, free, dense, trial)
     ranks = {fqn: {**found, **limits.fixed}[fqn] for fqn in subspaces}
     return Ranks({fqn: rank for fqn, rank in ranks.items() if rank is not None})
+
+
+def accuracy_of(
+    model: nn.Module,
+    evaluate: Callable[[nn.Module], float],
+    subspaces: Mapping[str, LayerSubspaces],
+    config: CompressionConfig,
+    cache: str | Path | None,
+) -> Measure:
+    """A function from ranks to the accuracy of the model compressed to them; stored trials are not repeated."""
+
+    def accuracy_at(ranks: ChosenRanks) -> float:
+        factors = factorize_layers(subspaces, ranks, str(config.projection), keep_directions=True)
+        with exclusive(model), replaced(model, factors), torch.no_grad(), training_flags_kept(model):
+            return _finite(evaluate(model))
+
+    if cache is None:
+        return accuracy_at
+    return TrialCache(cache, _key(model, subspaces, str(config.projection), config.centered)).cached(accuracy_at)
 
 
 def _check(max_drop: float, by: str, of_budget: Mapping[str, Any]) -> None:

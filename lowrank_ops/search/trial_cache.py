@@ -9,14 +9,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..files import parse_json, replacing
+from ..files import digest, parse_json, replacing
 from ..ranks.choose import ChosenRanks
 
-_FORMAT = "lowrank_ops.trials/1"
+_FORMAT = "lowrank_ops.trials/2"
+_FORMAT_1 = "lowrank_ops.trials/1"  # without checksums
+_CHECKSUM = "sha256"
 
 
 class TrialCache:
-    """Accuracies by ranks, one JSON line per trial, appended as they are measured.
+    """Accuracies by ranks, one JSON line with a checksum per trial, appended as they are measured.
 
     Args:
         path: of the file; created with the first trial.
@@ -48,13 +50,17 @@ class TrialCache:
             return
         *whole, torn = content.split(b"\n")  # a crash may have cut the last line
         try:
-            head, *trials = [parse_json(line) for line in whole]
-            if head["format"] != _FORMAT:
+            head, *trials = [_parsed(line) for line in whole]
+            if head["format"] not in (_FORMAT, _FORMAT_1):
                 raise KeyError("format")
+            if head["format"] == _FORMAT and not all(_CHECKSUM in line for line in (head, *trials)):
+                raise KeyError(_CHECKSUM)
             key = dict(head["key"])
             self._accuracies = dict(map(_trial, trials))
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"cache={str(self._path)!r} is not a trial cache; name another file.") from None
+            raise ValueError(
+                f"cache={str(self._path)!r} is damaged or is not a trial cache; name another file."
+            ) from None
         differing = [part for part in {**key, **self._key} if key.get(part) != self._key.get(part)]
         if differing:
             raise ValueError(
@@ -94,7 +100,16 @@ class TrialCache:
 
 
 def _line(values: Mapping[str, object]) -> bytes:
-    return json.dumps(values).encode() + b"\n"
+    return json.dumps({**values, _CHECKSUM: digest(json.dumps(values))}).encode() + b"\n"
+
+
+def _parsed(line: bytes) -> dict[str, Any]:
+    """The values of a line; raises for one that differs from its checksum."""
+    values = dict(parse_json(line))
+    rest = {name: value for name, value in values.items() if name != _CHECKSUM}
+    if _CHECKSUM in values and values[_CHECKSUM] != digest(json.dumps(rest)):
+        raise ValueError("checksum")
+    return values
 
 
 def _trial(values: Mapping[str, Any]) -> tuple[str, float]:

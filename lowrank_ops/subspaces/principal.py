@@ -85,7 +85,8 @@ class Subspace:
     def explained(self, rank: int) -> Tensor:
         """The share of the variance in the first ``rank`` directions, (...,); 1 if there is no variance."""
         total = self.total
-        return torch.where(total > 0, self.spectrum[..., :rank].sum(-1) / total.clamp_min(1e-300), 1.0)
+        share = (self.spectrum[..., :rank].sum(-1) / total.clamp_min(1e-300)).clamp_max(1.0)  # of two roundings
+        return torch.where(total > 0, share, 1.0)
 
     def dropped(self, rank: int) -> Tensor:
         """The variance outside the first ``rank`` directions, (...,): the error of a projection on them."""

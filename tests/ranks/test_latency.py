@@ -192,12 +192,16 @@ def test_latencies_survive_a_round_trip_by_file(calibrated, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("text", "error"),
     [
-        ("{", "does not hold the latencies of layers: Expecting"),
+        ("{", "does not hold the latencies of layers: it is no JSON"),
         ("[]", "values must be a JSON object; got list"),
         ('{"version": 2}', "version must be 1; got 2"),
         ('{"curves": {}}', "not the latencies of layers: KeyError 'layers'"),
         ('{"curves": {}, "layers": {"a": {"b": 1}}}', "do not belong together"),
         ('{"curves": {"b": {"dense": 1, "ranks": [8], "seconds": []}}, "layers": {}}', "do not belong together"),
+        ('{"curves": {"b": {"dense": NaN, "ranks": [8], "seconds": [1]}}, "layers": {}}', "'b' has times"),
+        ('{"curves": {"b": {"dense": 1, "ranks": [8], "seconds": ["1"]}}, "layers": {}}', "'b' has times"),
+        ('{"curves": {"b": {"dense": 1, "ranks": [8, 4], "seconds": [1, 2]}}, "layers": {}}', "must be rising"),
+        ('{"curves": {"b": {"dense": 1, "ranks": [8], "seconds": [1]}}, "layers": {"a": {"b": null}}}', "has calls"),
     ],
 )
 def test_other_files_are_refused(tmp_path, text, error) -> None:

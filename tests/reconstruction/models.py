@@ -137,7 +137,13 @@ def padded(count: int = 3, decoder: bool = False) -> list[Any]:
     for _ in range(count):
         mask = (torch.arange(9) < torch.randint(3, 10, (6, 1))).long()
         ids = torch.randint(1, 50, (6, 9)) * mask
-        found.append({"input_ids": ids, "attention_mask": mask, **({"decoder_input_ids": ids} if decoder else {})})
+        found.append(
+            {
+                "input_ids": ids,
+                "attention_mask": mask,
+                **({"decoder_input_ids": ids, "decoder_attention_mask": mask} if decoder else {}),
+            }
+        )
     return found
 
 

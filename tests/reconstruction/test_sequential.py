@@ -12,6 +12,7 @@ import lowrank_ops as lro
 from lowrank_ops.factors import Factors, factorize
 from lowrank_ops.layers.replace import replace_
 from lowrank_ops.models.layers import find_layers, input_rows
+from lowrank_ops.models.masks import Masks
 from lowrank_ops.reconstruction import SequentialReconstruction
 from lowrank_ops.reconstruction.paired_runs import PairedRuns, find_chains
 from lowrank_ops.reconstruction.regression import PairedSums, reconstruct_layers
@@ -68,7 +69,7 @@ def test_same_as_running_whole_models(name: str) -> None:
 def test_passed_blocks_are_not_run_again(name: str) -> None:
     model, batches, mask = made(name)
     layers, _ = find_layers(model)
-    with PairedRuns(model, layers, batches, call, mask, find_chains(model, layers)) as runs:
+    with PairedRuns(model, layers, batches, call, Masks(model, mask), find_chains(model, layers)) as runs:
         chains = {chain for group in runs.groups for chain in group.position}
         assert chains == set(MODELS[name][2])
         calls: list[str] = []
@@ -110,7 +111,7 @@ def test_layers_of_one_input_are_one_group() -> None:
     }.items():
         model, batches, mask = made(name)
         layers, _ = find_layers(model)
-        with PairedRuns(model, layers, batches, call, mask, find_chains(model, layers)) as runs:
+        with PairedRuns(model, layers, batches, call, Masks(model, mask), find_chains(model, layers)) as runs:
             assert any(set(expected) <= set(group.layers) for group in runs.groups)
 
 

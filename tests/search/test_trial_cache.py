@@ -93,12 +93,13 @@ def test_trials_of_another_model_are_refused(tmp_path: Path, covariances: lro.Co
         "[1]\n",
         '{"format": "lowrank_ops.trials/9", "key": {}}\n',
         '{"format": "lowrank_ops.trials/1"}\n',
+        '{"format": "lowrank_ops.trials/2", "key": {}}\n',
     ],
 )
 def test_other_files_are_not_changed(tmp_path: Path, covariances: lro.Covariances, text: str) -> None:
     path = tmp_path / "file"
     path.write_text(text)
-    with pytest.raises(ValueError, match="is not a trial cache; name another file"):
+    with pytest.raises(ValueError, match="is damaged or is not a trial cache; name another file"):
         search(counter(), path, covariances)
     assert path.read_text() == text
 
@@ -124,7 +125,29 @@ def test_lines_are_plain_json(tmp_path: Path) -> None:
     measure = cache.cached(lambda ranks: 0.5)
     assert measure({"a": 8, "b": None}) == measure({"b": None, "a": 8}) == 0.5 and len(cache) == 1
     lines = [json.loads(line) for line in (tmp_path / "trials").read_text().splitlines()]
-    assert lines[1] == {"ranks": {"a": 8, "b": None}, "accuracy": 0.5}
+    assert lines[1].pop("sha256") and lines[1] == {"ranks": {"a": 8, "b": None}, "accuracy": 0.5}
+
+
+def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "trials"
+    measure = TrialCache(path, {"model": "a"}).cached(lambda ranks: 0.8125)
+    measure({"a": 4}), measure({"a": None, "b": 12})
+    content = path.read_bytes()
+    for position in range(content.rindex(b"}")):  # a torn last line is measured again
+        changed = bytearray(content)
+        changed[position] ^= 1 << position % 7
+        path.write_bytes(changed)
+        with pytest.raises(ValueError, match="is damaged or is not a trial cache"):
+            TrialCache(path, {"model": "a"})
+
+
+def test_trials_of_version_1_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "trials"
+    path.write_text('{"format": "lowrank_ops.trials/1", "key": {"model": "a"}}\n{"ranks": {"a": 8}, "accuracy": 0.5}\n')
+    cache = TrialCache(path, {"model": "a"})
+    assert len(cache) == 1
+    cache.cached(lambda ranks: 0.25)({"a": 4})
+    assert len(TrialCache(path, {"model": "a"})) == 2
 
 
 def test_digests_depend_on_every_byte() -> None:
@@ -151,8 +174,7 @@ def test_digests_depend_on_every_byte() -> None:
 )
 def test_trials_of_wrong_values_are_refused(tmp_path: Path, trial: str) -> None:
     path = tmp_path / "trials"
-    TrialCache(path, {}).cached(lambda ranks: 0.5)({"a": 4})
-    path.write_text(path.read_text() + trial + "\n")
+    path.write_text('{"format": "lowrank_ops.trials/1", "key": {}}\n' + trial + "\n")  # has no checksums
     with pytest.raises(ValueError, match="is not a trial cache"):
         TrialCache(path, {})
 

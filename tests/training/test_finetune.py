@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lowrank_ops as lro
+from lowrank_ops.files import digests, open_tensors, read_header, replacing, write_tensors
 
 Batch = tuple[Tensor, Tensor]
 
@@ -303,41 +304,67 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path: Path) -> None:
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match="cannot be read"):
         lro.finetune_(network(), data(2), **arguments)
-    torch.save({"weights": torch.zeros(1)}, path)
+    lro.calibrate(network(), [torch.randn(4, 12)]).save(path)
     with pytest.raises(ValueError, match="was not written by finetune_"):
         lro.finetune_(network(), data(2), **arguments)
+    torch.save({"format": "lowrank_ops.finetune/1"}, path)  # as version 0.1 wrote; a pickle is not opened
+    with pytest.raises(ValueError, match="cannot be read"):
+        lro.finetune_(network(), data(2), **arguments)
+
+
+def test_a_state_that_is_no_tensor_is_refused_at_the_start(tmp_path: Path) -> None:
+    class WithState(nn.Linear):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"a": 1}
+
+    student = nn.Sequential(WithState(12, 5))
+    with pytest.raises(ValueError, match=r"student has a dict in its state dict at '0\._extra_state'"):
+        lro.finetune_(student, data(2), loss=interrupted_after(0), forward=first, checkpoint=tmp_path / "run")
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        lambda state: state.pop("settings"),
-        lambda state: state.update(settings=None),
-        lambda state: state.pop("losses"),
-        lambda state: state.update(losses=[0.1] * 99),
-        lambda state: state.update(losses=[float("nan")] * 2),
-        lambda state: state.update(taken=-1),
-        lambda state: state.update(optimizer=None),
-        lambda state: state["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)),
-        lambda state: state["optimizer"]["state"][0].pop("step"),
-        lambda state: state.update(student=torch.zeros(2)),
-        lambda state: next(iter(state["student"].values())).fill_(float("inf")),
-        lambda state: state.update(random=[torch.zeros(3)]),
-        lambda state: state.update(epoch_random=None),
+        lambda header, tensors: header.pop("settings"),
+        lambda header, tensors: header.pop("losses"),
+        lambda header, tensors: header.update(losses=[0.1] * 99),
+        lambda header, tensors: header.update(losses=[float("nan")] * 2),
+        lambda header, tensors: header.update(losses=5),
+        lambda header, tensors: header.update(taken=-1),
+        lambda header, tensors: header.update(taken=True),
+        lambda header, tensors: tensors.update({"optimizer.0.exp_avg": torch.zeros(3)}),
+        lambda header, tensors: tensors.update({"optimizer.0.step": torch.zeros(())}),
+        lambda header, tensors: tensors.pop("optimizer.0.step"),
+        lambda header, tensors: tensors.update({"optimizer.x.step": torch.zeros(())}),
+        lambda header, tensors: tensors.update({"optimizer.99.exp_avg": torch.zeros(3)}),
+        lambda header, tensors: tensors["student.0.weight"].fill_(float("inf")),
+        lambda header, tensors: tensors.update({"random.0": torch.zeros(3)}),
+        lambda header, tensors: tensors.pop("epoch_random.0"),
     ],
 )
-def test_damaged_checkpoints_are_refused(tmp_path: Path, change: Callable[[Any], object]) -> None:
+def test_damaged_checkpoints_are_refused(tmp_path: Path, change: Callable[[Any, Any], object]) -> None:
     path = tmp_path / "run.pt"
     arguments = {"loss": cross_entropy, "forward": first, "checkpoint": path}
     lro.finetune_(network(), data(2), **arguments)
-    state = torch.load(path, weights_only=True)
-    change(state)
-    torch.save(state, path)
+    with open_tensors(path) as file:
+        header, tensors = read_header(file), {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    change(header, tensors)
+    with replacing(path) as (file,):
+        write_tensors(file, tensors, {**header, "checksums": digests(tensors)})
     student = network()
     before = copy.deepcopy(student.state_dict())
     with pytest.raises(ValueError, match=r"run\.pt' is damaged: .*delete it to start over"):
         lro.finetune_(student, data(2), **arguments)
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+
+
+def test_a_mask_of_infinities_is_no_damage(tmp_path: Path) -> None:
+    student = network()
+    student.register_buffer("mask", torch.full((2, 2), -torch.inf).triu(1))
+    arguments = {"loss": cross_entropy, "forward": lambda model, batch: nn.Sequential.forward(model, batch[0])}
+    first = lro.finetune_(copy.deepcopy(student), data(2), checkpoint=tmp_path / "run", **arguments)
+    assert lro.finetune_(student, data(2), checkpoint=tmp_path / "run", **arguments).losses == first.losses
 
 
 def test_mixed_precision_trains() -> None:

@@ -6,11 +6,12 @@ Schema, validation, fake kernels, autocast, and ``TABLE`` and ``CONV_TABLE``, th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from ...arguments import checked
 from .._backend import Backend, Device, Impl, choose, device_facts, row_stride
@@ -97,7 +98,7 @@ def covariance_update_(
 
     Raises:
         TypeError: an argument of another type.
-        ValueError: a shape, dtype or device does not fit; the message names the argument.
+        ValueError: a shape, dtype or device does not fit, or arguments share memory; the message names the argument.
         BackendUnavailableError: the requested backend cannot run this call.
 
     Example:
@@ -113,6 +114,7 @@ def covariance_update_(
         >>> total
         tensor([18., 22., 26.])
     """
+    _check_in_place(second_moment, total)
     torch.ops.lowrank_ops.covariance_update_(
         second_moment, total, x, deterministic=deterministic, allow_tf32=allow_tf32, backend=backend
     )
@@ -147,7 +149,7 @@ def conv_covariance_update_(
 
     Raises:
         TypeError: an argument of another type.
-        ValueError: a shape, dtype or device does not fit; the message names the argument.
+        ValueError: a shape, dtype or device does not fit, or arguments share memory; the message names the argument.
         BackendUnavailableError: the requested backend cannot run this call.
 
     Example:
@@ -159,14 +161,15 @@ def conv_covariance_update_(
         >>> int(total[0, 0])  # 2 images x 6 x 6 patches
         72
     """
+    _check_in_place(second_moment, total)
     torch.ops.lowrank_ops.conv_covariance_update_(
         second_moment,
         total,
         x,
-        list(kernel_size),
-        list(stride),
-        list(padding),
-        list(dilation),
+        _pair("kernel_size", kernel_size),
+        _pair("stride", stride),
+        _pair("padding", padding),
+        _pair("dilation", dilation),
         deterministic=deterministic,
         allow_tf32=allow_tf32,
         backend=backend,
@@ -185,7 +188,7 @@ def covariance_finalize_(second_moment: Tensor) -> Tensor:
 
     Raises:
         TypeError: no tensor.
-        ValueError: no square matrices.
+        ValueError: it is not square, or its elements share memory.
 
     Example:
         >>> import torch
@@ -195,7 +198,9 @@ def covariance_finalize_(second_moment: Tensor) -> Tensor:
                 [2., 3.]])
     """
     if second_moment.dim() < 2 or second_moment.shape[-1] != second_moment.shape[-2]:
-        raise ValueError(f"second_moment must have shape (..., features, features); got {tuple(second_moment.shape)}.")
+        raise ValueError(f"second_moment must be (..., features, features); got {tuple(second_moment.shape)}.")
+    if any(stride == 0 for stride, size in zip(second_moment.stride(), second_moment.shape, strict=True) if size > 1):
+        raise ValueError("second_moment is expanded, so its elements share memory; pass a clone.")
     rows = 4096  # bounds the temporary memory
     features = second_moment.shape[-1]
     for start in range(0, features, rows):
@@ -287,6 +292,22 @@ def describe_conv(
     )
 
 
+def _check_in_place(second_moment: Tensor, total: Tensor) -> None:
+    for name, tensor in (("second_moment", second_moment), ("total", total)):
+        if is_compiling() or not isinstance(tensor, Tensor):  # a proxy of torch.fx
+            continue
+        if tensor.is_neg() or (tensor.requires_grad and torch.is_grad_enabled()):
+            raise ValueError(f"{name} is updated in place: it must need no gradient and be no lazy negation.")
+
+
+def _pair(name: str, value: Sequence[int]) -> list[int]:
+    minimum = 0 if name == "padding" else 1
+    pair = list(value) if isinstance(value, Sequence) else []
+    if len(pair) != 2 or not all(isinstance(part, (int, torch.SymInt)) and part >= minimum for part in pair):
+        raise ValueError(f"{name} must be two integers (height, width) of at least {minimum}; got {pair or value!r}.")
+    return pair
+
+
 def _check(second_moment: Tensor, total: Tensor, x: Tensor) -> None:
     if x.dim() == 0:
         raise ValueError("x must have shape (..., features); got a scalar.")
@@ -318,13 +339,41 @@ def _check_dtypes(second_moment: Tensor, total: Tensor, x: Tensor) -> None:
         )
 
 
+def _check_memory(second_moment: Tensor, total: Tensor, x: Tensor) -> None:
+    """Refuse memory that would be written while it is read, or twice; a fake tensor has none."""
+    spans = {}
+    for name, tensor in (("second_moment", second_moment), ("total", total), ("x", x)):
+        state = name != "x"
+        if tensor.layout is not torch.strided:
+            raise ValueError(f"{name} must be a dense tensor; got {tensor.layout}.")
+        sizes = sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1)
+        if state and any(stride < inner for (stride, _), inner in zip(sizes, _extents(sizes), strict=True)):
+            raise ValueError(f"{name} has elements that share memory (strides {tensor.stride()}); pass a clone.")
+        if tensor.numel():
+            extent = 1 + sum(stride * (size - 1) for stride, size in sizes)
+            spans[name] = tensor.data_ptr(), tensor.data_ptr() + extent * tensor.element_size()
+    for one, other in (("second_moment", "total"), ("second_moment", "x"), ("total", "x")):
+        if (
+            one in spans
+            and other in spans
+            and max(spans[one][0], spans[other][0]) < min(spans[one][1], spans[other][1])
+        ):
+            raise ValueError(f"{one} and {other} share memory; pass a clone of {other}.")
+
+
+def _extents(sizes: Sequence[tuple[int, int]]) -> Iterator[int]:
+    """By rising stride, the elements that the dimensions before each one span."""
+    extent = 1
+    for stride, size in sizes:
+        yield extent
+        extent += stride * (size - 1)
+
+
 def _check_conv(
     second_moment: Tensor, total: Tensor, x: Tensor, kernel_size: Sequence[int], geometry: dict[str, Sequence[int]]
 ) -> None:
     for name, value in {"kernel_size": kernel_size, **geometry}.items():
-        minimum = 0 if name == "padding" else 1
-        if len(value) != 2 or min(value) < minimum:
-            raise ValueError(f"{name} must be two integers (height, width) of at least {minimum}; got {list(value)}.")
+        _pair(name, value)
     if x.dim() != 4:
         raise ValueError(f"x must have shape (batch, channels, height, width); got {tuple(x.shape)}.")
     if total.dim() != 2 or second_moment.shape != (*total.shape, total.shape[-1]):
@@ -333,7 +382,7 @@ def _check_conv(
             f"got {tuple(second_moment.shape)} and {tuple(total.shape)}."
         )
     groups, features = total.shape
-    if groups * features != x.shape[1] * kernel_size[0] * kernel_size[1] or x.shape[1] % groups:
+    if groups * features != x.shape[1] * kernel_size[0] * kernel_size[1] or x.shape[1] % max(groups, 1) or not groups:
         raise ValueError(
             f"total with {groups} groups of {features} features does not fit x with {x.shape[1]} channels and a "
             f"kernel of {kernel_size[0]} x {kernel_size[1]}: d must be channels / groups * height * width."
@@ -368,6 +417,7 @@ def _run(
     backend: str = "auto",
 ) -> None:
     _check(second_moment, total, x)
+    _check_memory(second_moment, total, x)
     problem = describe(second_moment, x, deterministic, allow_tf32)
     impl = choose(TABLE, problem, backend)
     if not x.numel():
@@ -391,6 +441,7 @@ def _run_conv(
     backend: str = "auto",
 ) -> None:
     _check_conv(second_moment, total, x, kernel_size, {"stride": stride, "padding": padding, "dilation": dilation})
+    _check_memory(second_moment, total, x)
     problem = describe_conv(second_moment, total, x, kernel_size, stride, padding, dilation, deterministic, allow_tf32)
     impl = choose(CONV_TABLE, problem, backend)
     if x.numel():

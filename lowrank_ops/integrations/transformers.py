@@ -1,0 +1,180 @@
+"""transformers: ``save_pretrained`` and ``from_pretrained`` of models with low-rank layers, and their model card.
+
+``config.json`` gets the description of the layers that this package's own checkpoints have, as a
+``quantization_config`` of the method "lowrank". When it is loaded, the dense layers of the model, still without values,
+are replaced by low-rank ones, and transformers reads their tensors as it reads all others: sharded, offloaded, in any
+dtype. The loaded model is an ordinary float model; transformers' restrictions of quantized models do not apply to it.
+
+Importing this module registers it with transformers; ``lowrank_ops`` does so when transformers is imported.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from transformers.modeling_utils import PreTrainedModel
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..checkpoint import CheckpointError, check_format, describe_layers, empty_layers
+from ..layers._base import LowRankLayer
+from ..layers.replace import swap_
+from ..version import __version__
+
+METHOD = "lowrank"
+# transformers only warns of an unknown quantization method, then loads random weights. An unknown fusion is an error.
+REQUIRED = "lowrank_ops (install this package, and import it before the model is loaded)"
+
+
+@register_quantization_config(METHOD)
+class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """The ``quantization_config`` of a saved model: the layers as ``lowrank_config.json`` describes them.
+
+    Args:
+        layers: ``{fqn: kind, sizes, rank and bias}`` of the low-rank layers.
+        format, version: of the description, as in ``lowrank_config.json``.
+        quant_method: "lowrank".
+
+    Raises:
+        CheckpointError: a description of another format or of a newer version.
+    """
+
+    layers: Mapping[str, Any]
+
+    def __init__(
+        self, layers: Mapping[str, Any], format: str, version: int, quant_method: str = METHOD, **other: Any
+    ) -> None:
+        vars(self).update(other, layers=layers, format=format, version=version, quant_method=quant_method)
+        check_format("config.json", self.to_dict())
+
+
+@register_quantizer(METHOD)
+class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Puts the low-rank layers of a saved model in place of the dense ones, before their tensors are loaded."""
+
+    quantization_config: LowRankConfig
+    requires_calibration = True  # from_pretrained refuses to apply a LowRankConfig to a dense checkpoint
+    is_trainable = True
+    is_qat_trainable = True
+    is_compileable = True
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        entries = _names_in(model, self.quantization_config.layers)
+        swap_(model, empty_layers(model, entries))
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        unloaded = [
+            f"{fqn}.{name}"
+            for fqn in _names_in(model, self.quantization_config.layers)
+            for name, parameter in model.get_submodule(fqn).named_parameters()
+            if not parameter.is_meta and not getattr(parameter, "_is_hf_initialized", False)
+        ]
+        if unloaded:
+            raise CheckpointError(f"the checkpoint lacks {', '.join(unloaded)}; save the model again.")
+        # An ordinary float model, which may be cast, trained and saved as such.
+        del model.hf_quantizer, model.quantization_method
+        model.is_quantized = False
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                vars(module.config).pop("_is_quantized", None)
+        return model
+
+
+def _names_in(model: Any, entries: Mapping[str, Any]) -> dict[str, Any]:
+    """The layers by their names in ``model``, which may be the base of the saved model or have it as its base."""
+    modules = dict(model.named_modules())
+    prefix = f"{model.base_model_prefix}."
+    same_class = type(model).__name__ in (model.config.architectures or [])
+    names = {}
+    for fqn, entry in entries.items():
+        choices = (fqn, prefix + fqn, fqn.removeprefix(prefix))
+        name = next((name for name in choices if name in modules), fqn)
+        if name in modules or same_class:
+            names[name] = entry  # a missing layer of another class, such as its head, is listed by transformers
+    return names
+
+
+def _lowrank_layers(model: nn.Module) -> dict[str, LowRankLayer]:
+    return {fqn: module for fqn, module in model.named_modules() if isinstance(module, LowRankLayer)}
+
+
+def _describe(model: PreTrainedModel) -> None:
+    """Write the low-rank layers that ``model`` has now into its configuration, or remove an old description."""
+    config = model.config
+    given = getattr(config, "quantization_config", None)
+    method = given.get("quant_method") if isinstance(given, dict) else getattr(given, "quant_method", None)
+    fusions = dict(getattr(config, "fusion_config", None) or {})
+    fusions.pop(REQUIRED, None)
+    description = describe_layers(model)
+    if description["layers"]:
+        if method not in (None, METHOD):
+            raise ValueError(
+                f"the model has low-rank layers and is quantized by {method}; transformers saves one of the two. Save "
+                "it by lowrank_ops.save_pretrained, or save it before it is quantized."
+            )
+        config.quantization_config = LowRankConfig(**description)
+        fusions[REQUIRED] = False
+    elif method == METHOD:
+        del config.quantization_config
+    if fusions:
+        config.fusion_config = fusions
+    elif hasattr(config, "fusion_config"):
+        del config.fusion_config
+
+
+def _register() -> None:
+    try:
+        from transformers.fusion_mapping import _FUSION_REGISTRY, ModuleFusionSpec
+    except ImportError:
+        pass  # a transformers without fusions ignores the entry
+    else:
+        _FUSION_REGISTRY[REQUIRED] = ModuleFusionSpec()
+
+    save_pretrained = PreTrainedModel.save_pretrained
+
+    @functools.wraps(save_pretrained)
+    def save(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        _describe(self)
+        return save_pretrained(self, *args, **kwargs)
+
+    # No hook of transformers sees a model that was not loaded as quantized before its configuration is written.
+    PreTrainedModel.save_pretrained = save  # type: ignore[method-assign]
+
+
+def model_card(model: nn.Module) -> str:
+    """The section of a model card that describes the low-rank layers of ``model``, in Markdown.
+
+    Raises:
+        ValueError: ``model`` has no low-rank layers.
+    """
+    layers = _lowrank_layers(model)
+    if not layers:
+        raise ValueError("model has no low-rank layers to describe; call compress_ first.")
+    held = sum(parameter.numel() for layer in layers.values() for parameter in layer.parameters(recurse=False))
+    dense = sum(layer.weight.numel() + (0 if layer.bias is None else layer.bias.numel()) for layer in layers.values())
+    ranks = sorted(layer.rank for layer in layers.values())
+    return f"""\
+## Low-rank layers
+
+{len(layers)} layers of this model are products of two low-rank factors, computed by `lowrank_ops` {__version__}.
+They hold {held:,} parameters, {held / dense:.1%} of the {dense:,} of the dense layers.
+Ranks are {ranks[0]} to {ranks[-1]}, median {ranks[len(ranks) // 2]}; `config.json` lists them.
+Loading needs the package:
+
+```python
+import lowrank_ops
+from transformers import {type(model).__name__}
+
+model = {type(model).__name__}.from_pretrained("...")
+```
+"""
+
+
+_register()

@@ -1,0 +1,234 @@
+"""Fused experts of transformers as experts of Linears, so that every projection of every expert is a layer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .layers import fused_projections, reason_to_stay_fused, tied_layers
+
+MIN_ROWS = 256  # an expert with fewer rows of its own is also calibrated on rows that went to others
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class RoutedRows(NamedTuple):
+    """Which tokens a router sent to an expert."""
+
+    tokens: Tensor  # (rows,), indices
+    total: int  # the tokens of the forward
+
+
+class ExpertLinear(nn.Linear):
+    """One projection of one expert, a view of the fused parameters."""
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None, requires_grad: bool) -> ExpertLinear:
+        """A layer with these very tensors, weight (out_features, in_features) and bias (out_features,)."""
+        linear = nn.utils.skip_init(cls, weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad)
+        if bias is not None:
+            linear.bias = nn.Parameter(bias, requires_grad)
+        return linear
+
+
+class ListedExperts(nn.Module):
+    """The experts of a fused module, each an ``nn.ModuleDict`` of its Linears: ``experts.3.gate_up_proj``.
+
+    A drop-in for the fused module, with the function of its eager implementation: one expert after another computes the
+    rows that the router sends to it. Its Linears are views of the fused parameters.
+
+    Args:
+        fused: an experts module of transformers, for which :func:`reason_to_stay_fused` is None; not changed.
+    """
+
+    def __init__(self, fused: nn.Module) -> None:
+        super().__init__()
+        names = fused_projections(fused)
+        assert names is not None
+        # Without its parameters: it holds the activation and the constants that its gate needs. Not a child, because
+        # the children of this module are what state dicts and initializers should see.
+        shell: Any = copy.copy(fused)
+        vars(shell)["_parameters"] = {}
+        vars(self)["_shell"] = shell
+        self.num_experts = len(fused.get_parameter(names[0]))
+        for name, child in fused.named_children():
+            self.add_module(name, child)
+        for index in range(self.num_experts):
+            self.add_module(str(index), nn.ModuleDict({name: _linear(fused, name, index) for name in names}))
+        self.training = fused.training
+        self.pool: Pool | None = None
+
+    def projections(self, expert: int) -> dict[str, nn.Module]:
+        """``{name: layer}`` of one expert, in the order of their calls."""
+        return dict(self.get_submodule(str(expert)).named_children())
+
+    def is_dense(self) -> bool:
+        """Whether all projections are still those of the fused module."""
+        experts = map(self.projections, range(self.num_experts))
+        return all(isinstance(layer, ExpertLinear) for layers in experts for layer in layers.values())
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """As the fused module: hidden_states (tokens, features), the others (tokens, k); returns (tokens, features)."""
+        output = torch.zeros_like(hidden_states)
+        by_slot = top_k_index.T
+        for expert in by_slot.unique().tolist():
+            if expert < self.num_experts:  # a larger index means no expert
+                slots, tokens = torch.where(by_slot == expert)
+                y = self._run(self.projections(expert), hidden_states, tokens)
+                y = y * top_k_weights[tokens, slots, None]
+                output.index_add_(0, tokens, y.to(output.dtype))
+        if self.pool is not None:
+            for expert, tokens in self.pool.missing_rows(top_k_index):
+                # The output is unchanged, and its gradient reaches the twin as if the router had sent the rows there.
+                y = self._run(self.pool.twins[expert], hidden_states.detach(), tokens) * top_k_weights[tokens].mean()
+                output = output.index_add(0, tokens, (y - y.detach()).to(output.dtype))
+        return output
+
+    def _run(self, projections: Mapping[str, nn.Module], hidden_states: Tensor, tokens: Tensor) -> Tensor:
+        shell: Any = self._shell
+        first, down = projections.values()
+        routed = RoutedRows(tokens, len(hidden_states))
+        y = _call(first, hidden_states[tokens], routed)
+        y = _call(down, shell._apply_gate(y) if shell.has_gate else shell.act_fn(y), routed)
+        return shell.post_expert_norm(y) if shell.has_post_expert_norm else y
+
+    def unshare_(self) -> None:
+        """Give the Linears that are left memory of their own, so that the fused parameters can be freed."""
+        for layers in map(self.projections, range(self.num_experts)):
+            for layer in layers.values():
+                for name, old in layer.named_parameters() if isinstance(layer, ExpertLinear) else ():
+                    if old.untyped_storage().nbytes() > old.numel() * old.element_size():
+                        values = old.detach().clone(memory_format=torch.contiguous_format)
+                        setattr(layer, name, nn.Parameter(values, old.requires_grad))
+
+    def extra_repr(self) -> str:
+        return f"num_experts={self.num_experts}"
+
+
+class Pool:
+    """Rows of other tokens for experts to which a calibration has sent few.
+
+    Args:
+        experts: whose projections get twins: other layers with the same parameters, which see these rows only.
+    """
+
+    def __init__(self, experts: ListedExperts) -> None:
+        self.twins = [
+            {
+                name: _twin(layer) if isinstance(layer, nn.Linear) else layer
+                for name, layer in experts.projections(expert).items()
+            }
+            for expert in range(experts.num_experts)
+        ]
+        self._routed, self._pooled = [0] * experts.num_experts, [0] * experts.num_experts
+
+    def missing_rows(self, top_k_index: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Count a call. For each expert that has received fewer rows than ``MIN_ROWS``, some tokens sent to others."""
+        for expert, before in enumerate(self._routed):
+            mine = (top_k_index == expert).any(1)
+            self._routed[expert] = before + int(mine.sum())
+            wanted = MIN_ROWS - self._pooled[expert]
+            if self._routed[expert] < MIN_ROWS and wanted > 0:
+                others = (~mine).nonzero().squeeze(1)
+                chosen = others[:: max(1, len(others) // wanted)][:wanted]
+                self._pooled[expert] += len(chosen)
+                if len(chosen):
+                    yield expert, chosen
+
+
+def list_experts(model: nn.Module, names: Collection[str] | None = None) -> dict[nn.Module, ListedExperts]:
+    """``{fused module: the same experts as Linears}`` for the fused experts inside ``model``, which is not changed.
+
+    Args:
+        model: any module.
+        names: of layers; only modules that one of them is in. None takes all.
+    """
+    tied = tied_layers(model)
+    return {
+        module: ListedExperts(module)
+        for fqn, module in model.named_modules()
+        if fqn
+        and fqn not in tied
+        and fused_projections(module)
+        and reason_to_stay_fused(module) is None
+        and (names is None or any(name.startswith(f"{fqn}.") for name in names))
+    }
+
+
+@contextmanager
+def experts_listed(
+    model: nn.Module, names: Collection[str] | None = None, listed: Mapping[nn.Module, ListedExperts] | None = None
+) -> Iterator[None]:
+    """Fused experts of ``model`` are :class:`ListedExperts` inside the block.
+
+    After the block they are fused again, as before; but those of which a Linear was replaced stay listed.
+
+    Args:
+        model: any module.
+        names: as for :func:`list_experts`.
+        listed: what :func:`list_experts` has returned; by default it is called.
+    """
+    with torch.inference_mode(False):  # parameters created in inference mode could not be trained
+        listed = list_experts(model, names) if listed is None else listed
+    try:
+        _put_in(model, listed)
+        yield
+    finally:
+        _put_in(model, {experts: fused for fused, experts in listed.items() if experts.is_dense()})
+        with torch.inference_mode(False):
+            for experts in listed.values():
+                if not experts.is_dense():
+                    experts.unshare_()
+
+
+def on_listed_experts(function: Callable[Concatenate[nn.Module, P], T]) -> Callable[Concatenate[nn.Module, P], T]:
+    """Call a function of a model inside :func:`experts_listed`."""
+
+    @wraps(function)
+    def wrapper(model: nn.Module, *args: P.args, **kwargs: P.kwargs) -> T:
+        if not isinstance(model, nn.Module):
+            return function(model, *args, **kwargs)  # type: ignore[unreachable]  # it raises
+        with experts_listed(model):
+            return function(model, *args, **kwargs)
+
+    return wrapper
+
+
+def _put_in(model: nn.Module, replacements: Mapping[Any, nn.Module]) -> None:
+    for parent in list(model.modules()) if replacements else ():
+        for name, child in parent._modules.items():
+            if child in replacements:
+                parent._modules[name] = replacements[child]
+
+
+def _linear(fused: nn.Module, name: str, expert: int) -> ExpertLinear:
+    """Views of the fused parameters (experts, out_features, in_features) or transposed, and (experts, out_features)."""
+    weights = fused.get_parameter(name)
+    weight = weights.detach()[expert]
+    bias = fused.get_parameter(f"{name}_bias").detach()[expert] if fused.has_bias else None
+    return ExpertLinear.of(weight.T if fused.is_transposed else weight, bias, weights.requires_grad)
+
+
+def _call(layer: nn.Module, x: Tensor, routed: RoutedRows) -> Tensor:
+    """Call a projection. Hooks of a dense one find in ``layer.routed`` which rows these are."""
+    if not isinstance(layer, nn.Linear):
+        return layer(x)
+    layer.routed = routed  # type: ignore[assignment]
+    try:
+        return layer(x)
+    finally:
+        del layer.routed
+
+
+def _twin(layer: nn.Linear) -> nn.Linear:
+    twin = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+    twin.weight, twin.bias = layer.weight, layer.bias
+    return twin

@@ -1,0 +1,99 @@
+"""The checkpoint of a reconstruction: the factors made so far, and what must be equal for them to be used."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..factors.projections import Factors
+from ..files import digest, digests, open_tensors, read_header, read_tensor, replacing, write_tensors
+from ..models.layers import bias_vector, weight_matrix
+
+_FORMAT = "lowrank_ops.reconstruction/3"
+_TENSORS = ("down", "up", "bias")  # of Factors
+
+
+def run_identity(
+    layers: Mapping[str, nn.Module], factors: Mapping[str, Factors], batches: Sequence[Any], **settings: Any
+) -> dict[str, Any]:
+    """What must be equal for a checkpoint to be resumed."""
+    weights = {fqn: (weight_matrix(layer), bias_vector(layer)) for fqn, layer in layers.items()}
+    return {
+        "ranks": {fqn: part.rank for fqn, part in factors.items()},
+        "projections": {fqn: part.projection for fqn, part in factors.items()},
+        "batches": [digest(batch) for batch in batches],
+        "weights": digest(weights),
+        **{name: "a function" if callable(value) else value for name, value in settings.items()},
+    }
+
+
+def save_checkpoint(path: Path, identity: dict[str, Any], done: Mapping[str, Factors]) -> None:
+    """Write the factors fitted so far; a crash leaves the old file or the new one."""
+    tensors: dict[str, Tensor] = {}
+    entries = {}
+    for fqn, part in done.items():
+        tensors |= {f"{fqn}.{name}": value for name in _TENSORS if (value := getattr(part, name)) is not None}
+        entries[fqn] = {field.name: getattr(part, field.name) for field in fields(part) if field.name not in _TENSORS}
+    header = {"format": _FORMAT, "settings": identity, "layers": entries, "checksums": digests(tensors)}
+    with replacing(path) as (file,):
+        write_tensors(file, tensors, header)
+
+
+def resume_checkpoint(path: Path, identity: dict[str, Any], layers: Mapping[str, nn.Module]) -> dict[str, Factors]:
+    """The factors that a checkpoint holds; none if it does not exist.
+
+    Raises:
+        ValueError: the file cannot be read, or is of another run.
+    """
+    if not path.parent.is_dir():
+        raise ValueError(f"checkpoint {str(path)!r} is in a folder that does not exist; create it first.")
+    if not path.exists():
+        return {}
+    try:
+        with open_tensors(path) as file:
+            header = read_header(file)
+            if header["format"] == _FORMAT:
+                settings, checksums = dict(header["settings"]), dict(header["checksums"])
+                tensors = {name: read_tensor(file, name, checksums) for name in checksums}
+                done = {fqn: _stored(fqn, entry, tensors) for fqn, entry in header["layers"].items()}
+    except (ValueError, OSError) as error:
+        raise ValueError(f"checkpoint {str(path)!r} cannot be read: {error}. Delete it to start again.") from None
+    if header["format"] != _FORMAT:
+        raise ValueError(
+            f"checkpoint {str(path)!r} was not written by a reconstruction of this version. Name another file."
+        )
+    differ = [name for name, value in identity.items() if settings.get(name) != value]
+    if differ:
+        raise ValueError(
+            f"checkpoint {str(path)!r} is of another run: its {', '.join(differ)} differ. Use the same arguments to "
+            "resume it, or delete it to start again."
+        )
+    for fqn, part in done.items():
+        if fqn not in layers or not _fits(part, identity["ranks"][fqn], layers[fqn]):
+            raise ValueError(
+                f"checkpoint {str(path)!r} is damaged: its factors of {fqn!r} do not fit the layer. Delete it to start "
+                "again."
+            )
+    return done
+
+
+def _stored(fqn: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Factors:
+    part = Factors(**{name: tensors.get(f"{fqn}.{name}") for name in _TENSORS}, **entry)  # type: ignore[arg-type]
+    for value in (part.down, part.up, *([] if part.bias is None else [part.bias])):
+        if not value.is_floating_point() or not bool(value.isfinite().all()):
+            raise ValueError(f"the factors of {fqn!r} are not finite numbers")
+    if not isinstance(part.output_variance, float) or not isinstance(part.predicted_error, (float, type(None))):
+        raise ValueError(f"the errors of {fqn!r} are not numbers")
+    return part
+
+
+def _fits(part: Factors, rank: int, layer: nn.Module) -> bool:
+    *groups, out_features, in_features = weight_matrix(layer).shape
+    shapes = ((*groups, part.rank, in_features), (*groups, out_features, part.rank))
+    bias = part.bias is None or part.bias.shape == (math.prod(groups) * out_features,)
+    return part.rank == rank and (part.down.shape, part.up.shape) == shapes and bias

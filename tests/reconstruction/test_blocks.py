@@ -1,0 +1,206 @@
+"""Block-wise reconstruction lowers the error of the whole model, counts real rows only, and does no harm."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lowrank_ops as lro
+from lowrank_ops.factors import Factors
+from lowrank_ops.layers.replace import replace_
+from lowrank_ops.reconstruction import BlockReconstruction, blocks, reconstruct_blocks
+from tests.reconstruction.models import MODELS, Residual, call, deep, made, one_shot, state_of
+
+
+def trained(model: nn.Module, factors: dict[str, Factors], batches: Any, **settings: Any) -> dict[str, Factors]:
+    return reconstruct_blocks(model, factors, BlockReconstruction(batches, **settings))
+
+
+@torch.no_grad()
+def error(model: nn.Module, factors: dict[str, Factors], batches: Any) -> float:
+    """Of the whole model's output."""
+    compressed = replace_(copy.deepcopy(model), factors)
+    return float(sum((call(model, batch) - call(compressed, batch)).square().mean() for batch in batches))
+
+
+@pytest.mark.parametrize("sensitivity", [None, "output"])
+def test_lowers_the_error_on_other_batches(sensitivity: str | None) -> None:
+    model, draw = deep(4)
+    batches, others = draw(8), draw(4)
+    factors = one_shot(model, batches, None, rank=6)
+    found = trained(model, factors, batches, sensitivity=sensitivity, lr=1e-2)
+    before, after = (error(model, part, others) for part in (factors, found))
+    assert after < 0.95 * before, (before, after)
+    assert list(found) == list(factors)
+    for fqn, part in found.items():
+        assert part.down.shape == factors[fqn].down.shape and part.up.shape == factors[fqn].up.shape
+        assert not part.reconstructed or (part.predicted_error is None and part.predicted_loss is None)
+
+
+@pytest.mark.parametrize(
+    "name", sorted(name for name, (_, _, chains) in MODELS.items() if chains and name != "two towers")
+)
+def test_every_architecture_is_left_as_it_was(name: str) -> None:
+    model, batches, mask = made(name)
+    factors = one_shot(model, batches, mask)
+    before, values = state_of(model), copy.deepcopy(model.state_dict())
+    found = trained(model, factors, batches, mask=mask, lr=1e-2, sensitivity="output")
+    assert any(part.reconstructed for part in found.values())
+    assert state_of(model) == before
+    assert all(torch.equal(values[key], value) for key, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    replace_(model, found)
+    call(model, batches[0])
+
+
+def test_blocks_that_write_to_their_input_are_refused() -> None:
+    model, batches, _ = made("two towers")
+    with pytest.raises(ValueError, match=r"block 'decoder\.0' cannot be trained: .*inplace operation"):
+        trained(model, one_shot(model, batches, None), batches)
+
+
+def test_a_model_without_blocks_is_refused() -> None:
+    model, batches, _ = made("skips")
+    with pytest.raises(ValueError, match="the model has no blocks to reconstruct"):
+        trained(model, one_shot(model, batches, None), batches)
+
+
+def test_a_block_that_gets_no_better_keeps_its_factors() -> None:
+    model, draw = deep(2)
+    batches = draw(4)
+    factors = one_shot(model, batches, None, rank=6)
+    found = trained(model, factors, batches, lr=100.0)
+    assert all(found[fqn] is part for fqn, part in factors.items())
+
+
+def test_padding_does_not_count() -> None:
+    model, batches, mask = made("bert")
+    factors = one_shot(model, batches, mask)
+    others = [{**batch, "input_ids": batch["input_ids"] + 7 * (1 - batch[mask])} for batch in batches]
+    found = [trained(model, factors, part, mask=mask, lr=1e-2) for part in (batches, others)]
+    for fqn, part in found[0].items():
+        torch.testing.assert_close(found[1][fqn].down, part.down)
+        torch.testing.assert_close(found[1][fqn].up, part.up)
+
+
+def test_the_metric_is_the_damped_moment_of_the_gradients() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Residual(), Residual(), nn.Linear(8, 3)).double()
+    batches = [torch.randn(20, 8).double() for _ in range(3)]
+
+    def loss(output: Tensor, batch: Any) -> Tensor:
+        return output.pow(3).sum(-1)
+
+    found = blocks._output_metrics(model, [("", 0)], batches, BlockReconstruction(batches, sensitivity=loss), False)
+    moment = torch.zeros(8, 8).double()
+    for batch in batches:
+        y = model[0](batch).detach().requires_grad_()
+        gradient = torch.autograd.grad(loss(model[2](model[1](y)), None).sum(), y)[0]
+        moment += gradient.mT @ gradient
+    metric = found["", 0].double()
+    expected = moment / moment.diagonal().mean() + blocks.DAMPING * torch.eye(8)
+    torch.testing.assert_close(metric @ metric.mT, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_frozen_models_have_a_metric_as_well() -> None:
+    model, batches, mask = made("llama")
+    settings = BlockReconstruction(batches, sensitivity="fisher", mask=mask)
+    places = [("model.layers", 0), ("model.layers", 1)]
+    expected = blocks._output_metrics(model, places, batches, settings, False)
+    frozen = blocks._output_metrics(model.requires_grad_(False), places, batches, settings, False)
+    for place in places:
+        torch.testing.assert_close(frozen[place], expected[place])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_models_are_trained_in_float32(dtype: torch.dtype) -> None:
+    model, draw = deep(2)
+    model, batches = model.to(dtype), [(batch[0].to(dtype),) for batch in draw(8)]
+    factors = {fqn: part.to(dtype) for fqn, part in one_shot(model, batches, None, rank=6).items()}
+    found = trained(model, factors, batches, lr=1e-3, epochs=8)
+    assert any(part.reconstructed for part in found.values())
+    assert all(part.down.dtype == dtype for part in found.values())
+
+
+class Interrupt(Exception):
+    pass
+
+
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, draw = deep(3)
+    batches = draw(4)
+    factors = one_shot(model, batches, None, rank=6)
+    unbroken = trained(model, factors, batches)
+    run, done = blocks._train, []
+
+    def interrupted(runs: Any, block: Any, *args: Any) -> Any:
+        done.append(block[1])
+        if done == [0, 1]:
+            raise Interrupt
+        return run(runs, block, *args)
+
+    monkeypatch.setattr(blocks, "_train", interrupted)
+    path = tmp_path / "factors.safetensors"
+    with pytest.raises(Interrupt):
+        trained(model, factors, batches, checkpoint=path)
+    found = trained(model, factors, batches, checkpoint=path)
+    assert done == [0, 1, 1, 2]
+    for fqn, part in unbroken.items():
+        assert torch.equal(found[fqn].down, part.down) and torch.equal(found[fqn].up, part.up)
+        assert found[fqn].reconstructed == part.reconstructed
+    with pytest.raises(ValueError, match="is of another run: its epochs differ"):
+        trained(model, factors, batches, epochs=2, checkpoint=path)
+    with pytest.raises(ValueError, match="is of another run: its start differ"):
+        trained(model, {fqn: part.to(torch.float32) for fqn, part in factors.items()}, batches, checkpoint=path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"epochs": 0}, "epochs must be a positive integer; got 0"),
+        ({"lr": -1.0}, "lr must be a number in"),
+        ({"held_out": 1.0}, "held_out must be a number in"),
+        ({"sensitivity": "labels"}, "sensitivity must be None"),
+        ({"blocks": "nowhere"}, "blocks must name ModuleLists or Sequentials"),
+    ],
+)
+def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+    model, draw = deep(2)
+    batches = draw(2)
+    with pytest.raises(ValueError, match=message):
+        trained(model, one_shot(model, batches, None), batches, **settings)
+
+
+def test_one_batch_is_refused() -> None:
+    model, draw = deep(2)
+    batches = draw(1)
+    with pytest.raises(ValueError, match="needs at least 2 batches"):
+        trained(model, one_shot(model, batches, None), batches)
+
+
+def test_nan_names_the_block() -> None:
+    model, draw = deep(2)
+    batches = draw(3)
+    factors = one_shot(model, batches, None)
+    bad = [*batches, (torch.full((4, 32), float("nan")).double(),)]
+    before = state_of(model)
+    for sensitivity in (None, "output"):
+        with pytest.raises(lro.NonFiniteActivationError, match=r"block '(0|1)'"):
+            trained(model, factors, bad, sensitivity=sensitivity)
+    assert state_of(model) == before
+
+
+def test_compress_reports_what_was_reconstructed() -> None:
+    model, draw = deep(3)
+    batches = draw(8)
+    covariances = lro.calibrate(model, batches)
+    ranks = lro.Ranks({"0.0": 6, "1.0": 6, "2.0": 6})
+    report = lro.compress_(model, covariances, ranks, reconstruction=BlockReconstruction(batches, lr=1e-2))
+    assert report.config.reconstruction == "blocks"
+    assert any(layer.reconstructed for layer in report.layers)
+    assert lro.CompressionConfig.from_json(report.config.to_json()) == report.config
+    with pytest.raises(ValueError, match=r"pass compress_\(\.\.\., reconstruction=BlockReconstruction\(batches\)\)"):
+        lro.compress_(deep(3)[0], covariances, lro.CompressionConfig(ranks, reconstruction="blocks"))

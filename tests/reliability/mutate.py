@@ -1,0 +1,186 @@
+"""Mutation testing: how many small changes of the source does a test notice?
+
+    python -m tests.reliability.mutate --mutants 150 --out mutants.json
+
+Draws mutants at random from the modules below, all places alike, and runs the tests beside the module on each, in a
+forked process that has torch imported already. A mutant is killed if a test fails or the time is up. The existing tools
+import the package once per mutant, which takes longer than the tests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import copy
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[2]
+TESTS = {
+    "subspaces": ["tests/subspaces", "tests/factors"],
+    "ranks": ["tests/ranks", "tests/search/test_search.py"],
+    "factors": ["tests/factors", "tests/subspaces"],
+    "layers": ["tests/layers"],
+    "checkpoint.py": ["tests/test_checkpoint.py"],
+}
+LIMIT = 240  # seconds of CPU for the tests of one mutant
+
+COMPARISONS = {
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
+}  # fmt: skip
+OPERATORS = {
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult,
+    ast.Pow: ast.Mult, ast.MatMult: ast.Mult, ast.BitOr: ast.BitAnd, ast.BitAnd: ast.BitOr,
+}  # fmt: skip
+
+
+class Mutant(NamedTuple):
+    """One change of one file."""
+
+    file: str  # relative to the package
+    line: int
+    before: str
+    after: str
+    source: str
+
+
+def mutated(node: ast.AST) -> Iterator[ast.AST]:
+    """Other nodes in place of ``node``."""
+    new = copy.deepcopy(node)
+    if isinstance(new, ast.Compare):
+        for i, operator in enumerate(new.ops):
+            yield ast.Compare(
+                new.left, [*new.ops[:i], COMPARISONS[type(operator)](), *new.ops[i + 1 :]], new.comparators
+            )
+    elif isinstance(new, ast.BinOp) and type(new.op) in OPERATORS:
+        yield ast.BinOp(new.left, OPERATORS[type(new.op)](), new.right)
+    elif isinstance(new, ast.BoolOp):
+        yield ast.BoolOp(ast.Or() if isinstance(new.op, ast.And) else ast.And(), new.values)
+    elif isinstance(new, ast.UnaryOp):
+        yield new.operand
+    elif isinstance(new, ast.IfExp):
+        yield ast.IfExp(ast.UnaryOp(ast.Not(), new.test), new.body, new.orelse)
+    elif isinstance(new, (ast.If, ast.While)):
+        new.test = ast.UnaryOp(ast.Not(), new.test)
+        yield new
+    elif isinstance(new, ast.Constant) and isinstance(new.value, bool):
+        yield ast.Constant(not new.value)
+    elif isinstance(new, ast.Constant) and isinstance(new.value, (int, float)):
+        yield ast.Constant(new.value + 1)
+    elif isinstance(new, ast.Return) and new.value is not None:
+        yield ast.Return(ast.Constant(None))
+    elif isinstance(new, ast.Expr) and isinstance(new.value, ast.Call):
+        yield ast.Pass()
+
+
+def places(node: ast.AST) -> Iterator[tuple[ast.AST, str, int | None, ast.AST]]:
+    """Parent, field, index and child of every node whose change a test could notice: no annotations and messages."""
+    for field, value in ast.iter_fields(node):
+        if field in ("annotation", "returns", "decorator_list") or isinstance(node, (ast.Raise, ast.JoinedStr)):
+            continue
+        for index, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
+            if isinstance(child, ast.AST):
+                yield node, field, index, child
+                yield from places(child)
+
+
+def mutants_of(file: Path) -> Iterator[Mutant]:
+    tree = ast.parse(file.read_text())
+    for parent, field, index, child in list(places(tree)):
+        for new in mutated(child):
+            holder = getattr(parent, field)
+            setattr(parent, field, new) if index is None else holder.__setitem__(index, new)
+            source = ast.unparse(ast.fix_missing_locations(tree))
+            setattr(parent, field, child) if index is None else holder.__setitem__(index, child)
+            before, after = (ast.unparse(part).split("\n")[0] for part in (child, new))
+            yield Mutant(str(file.relative_to(ROOT / "lowrank_ops")), child.lineno, before, after, source)
+
+
+def run_tests(folder: Path, tests: list[str]) -> tuple[bool, float]:
+    """Whether the tests pass in a forked process, and its CPU seconds."""
+    started = os.times()
+    process = os.fork()
+    if not process:
+        import pytest
+
+        os.chdir(folder)
+        os.setpgid(0, 0)
+        sys.path.insert(0, str(folder))
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            signal.setitimer(signal.ITIMER_PROF, LIMIT)  # its signal ends the process
+            code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-W", "ignore", *tests])
+        (folder / "output.txt").write_text(output.getvalue())
+        os._exit(min(int(code), 1))
+    _, status = os.waitpid(process, 0)
+    ended = os.times()
+    seconds = ended.children_user - started.children_user + ended.children_system - started.children_system
+    return status == 0, seconds
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--mutants", type=int, default=150)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", help="a room, such as ranks")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    import hypothesis  # noqa: F401  # once, not in every process
+    import torch
+    import torch._dynamo
+
+    torch.set_num_threads(1)
+    sys.dont_write_bytecode = True
+    folder = Path(tempfile.mkdtemp(prefix="mutants"))
+    for part in ROOT.iterdir():
+        if part.name in ("lowrank_ops", "tests"):
+            shutil.copytree(part, folder / part.name, ignore=shutil.ignore_patterns("__pycache__"))
+        elif not part.name.startswith("."):
+            (folder / part.name).symlink_to(part)
+    tests = {room: paths for room, paths in TESTS.items() if options.only in (None, room)}
+    found = []
+    for room, paths in tests.items():
+        files = [ROOT / "lowrank_ops" / room] if room.endswith(".py") else (ROOT / "lowrank_ops" / room).glob("*.py")
+        found += [(room, mutant) for file in sorted(files) for mutant in mutants_of(file)]
+        passed, seconds = run_tests(folder, paths)
+        print(f"{room}: tests pass {passed}, {seconds:.0f} s", flush=True)
+        if not passed:
+            print((folder / "output.txt").read_text()[-3000:])
+            return 1
+    random.Random(options.seed).shuffle(found)
+    rows = []
+    for room, mutant in found[: options.mutants]:
+        target = folder / "lowrank_ops" / mutant.file
+        original = target.read_text()
+        target.write_text(mutant.source)
+        survived, seconds = run_tests(folder, tests[room])
+        target.write_text(original)
+        rows.append({**mutant._asdict(), "survived": survived, "seconds": round(seconds, 1)})
+        del rows[-1]["source"]
+        killed = sum(not row["survived"] for row in rows)
+        print(
+            f"{killed}/{len(rows)} {'SURVIVED' if survived else 'killed'} {mutant.file}:{mutant.line} "
+            f"{mutant.before} -> {mutant.after} ({seconds:.0f} s)",
+            flush=True,
+        )
+        options.out.write_text(
+            json.dumps({"places": len(found), "seed": options.seed, "mutants": rows, "time": time.ctime()}, indent=1)
+        )
+    shutil.rmtree(folder)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

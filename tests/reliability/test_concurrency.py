@@ -1,0 +1,259 @@
+"""Threads, data loaders and Ctrl-C: right values, and a model that is as it was."""
+
+from __future__ import annotations
+
+import copy
+import random
+import signal
+import threading
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+import lowrank_ops as lro
+from lowrank_ops.files import digest
+from lowrank_ops.ops import lowrank_linear
+from lowrank_ops.report.measured_errors import measure_errors
+from tests.reliability.campaign import LONG, figures, sized
+
+HOOKS = [
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks",
+    "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
+]  # fmt: skip
+
+
+def network(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Linear(24, 48), nn.Dropout(0.1), nn.Tanh(), nn.Sequential(nn.Linear(48, 48), nn.Tanh()), nn.Linear(48, 16)
+    )
+
+
+def batches(seed: int = 1) -> list[Tensor]:
+    torch.manual_seed(seed)
+    return [torch.randn(40, 24) for _ in range(4)]
+
+
+RANKS = lro.Ranks({"0": 8, "3.0": 16, "4": 4})
+
+
+def state_of(*models: nn.Module) -> list[Any]:
+    """All that a caller can see of models and of the process."""
+    found: list[Any] = [
+        torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.backends.mha.get_fastpath_enabled(),
+        torch.get_num_threads(), torch.get_default_dtype(),
+    ]  # fmt: skip
+    for model in models:
+        for module in model.modules():
+            found += [id(module), type(module), module.training, [len(getattr(module, kind)) for kind in HOOKS]]
+            found.append(
+                [(name, id(part), part.requires_grad) for name, part in module.named_parameters(recurse=False)]
+            )
+        found += [digest(model.state_dict()), [parameter.grad for parameter in model.parameters()]]
+    return found
+
+
+def reconstruct(model: nn.Module, covariances: lro.Covariances) -> None:
+    reconstruction = lro.SequentialReconstruction(batches(), sensitivity="output")
+    lro.compress_(model, covariances, RANKS, reconstruction=reconstruction)
+
+
+def finetune(model: nn.Module, teacher: nn.Module) -> None:
+    lro.finetune_(model, batches(), teacher=teacher, match=["3"], epochs=2)
+
+
+def search(model: nn.Module, covariances: lro.Covariances) -> None:
+    lro.search_ranks(model, covariances, lambda m: -float(m(batches()[0]).square().mean()), 0.1, num_evaluations=4)
+
+
+def prepared() -> tuple[nn.Module, nn.Module, lro.Covariances, nn.Module]:
+    model, other = network(), network(3)
+    model[3].eval()
+    covariances = lro.calibrate(model, batches(), sensitivity="output")
+    compressed = copy.deepcopy(model)
+    lro.compress_(compressed, covariances, RANKS)
+    return model, other, covariances, compressed
+
+
+# What is interrupted; fine-tuning may leave other values, and compress_ that ends in time other layers.
+INTERRUPTED: dict[str, Callable[..., Any]] = {
+    "calibrate": lambda model, other, covariances, compressed: lro.calibrate(model, batches(), sensitivity="output"),
+    "compress_ with a reconstruction": lambda model, other, covariances, compressed: reconstruct(model, covariances),
+    "search_ranks": lambda model, other, covariances, compressed: search(model, covariances),
+    "measure_errors": lambda model, other, covariances, compressed: measure_errors(model, compressed, batches()),
+    "finetune_": lambda model, other, covariances, compressed: finetune(other, model),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", INTERRUPTED)
+def test_an_interrupt_leaves_the_model_as_it_was(name: str) -> None:
+    work = INTERRUPTED[name]
+    parts = prepared()
+    started = time.perf_counter()
+    work(*copy.deepcopy(parts))
+    seconds = time.perf_counter() - started
+    generator, seen = random.Random(0), Counter[str]()
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    old = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with figures(f"interrupted: {name}") as counts:
+            for _ in range(sized(1, 100)):
+                parts = prepared()
+                watched = [parts[0], parts[3]]
+                before = state_of(*watched)
+                hooks = [[len(getattr(module, kind)) for kind in HOOKS] for module in parts[1].modules()]
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, max(1e-4, generator.uniform(0, seconds)))
+                    work(*parts)
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+                    seen["ended"] += 1
+                except KeyboardInterrupt:
+                    seen["interrupted"] += 1
+                    assert state_of(*watched) == before
+                    assert [[len(getattr(module, kind)) for kind in HOOKS] for module in parts[1].modules()] == hooks
+                    work(*parts)  # nothing is locked
+                seen["cases"] += 1
+            counts.update(seen)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
+
+
+class Failing(nn.Module):
+    """Raises in its n-th call."""
+
+    def __init__(self, at: int, kind: type[BaseException]) -> None:
+        super().__init__()
+        self.left, self.kind = at, kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.left -= 1
+        if not self.left:
+            raise self.kind("on purpose")
+        return x
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt], ids=lambda kind: kind.__name__)
+def test_hooks_are_removed_once_on_every_path(kind: type[BaseException]) -> None:
+    """The model raises in any of its calls, in calibration, reconstruction, and a search."""
+    works: list[Callable[[nn.Module, lro.Covariances], Any]] = [
+        lambda model, covariances: lro.calibrate(model, batches(), sensitivity="output"),
+        reconstruct,
+        search,
+    ]
+    covariances = lro.calibrate(nn.Sequential(*network(), nn.Identity()), batches(), sensitivity="output")
+    for work in works:
+        for at in (1, 3):
+            model = nn.Sequential(*network(), Failing(at, kind))
+            mine: list[int] = []
+            model[0].register_forward_hook(lambda *args, seen=mine: seen.append(1)) if work is works[0] else None
+            before = state_of(model)
+            with pytest.raises(kind):
+                work(model, covariances)
+            assert state_of(model) == before
+            model[5].left = 10**6
+            mine.clear()
+            model(batches()[0])
+            assert len(mine) == (work is works[0])
+
+
+def in_threads(count: int, work: Callable[[int], None]) -> None:
+    errors: list[BaseException] = []
+
+    def guarded(index: int) -> None:
+        try:
+            work(index)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(index,)) for index in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+        assert not thread.is_alive(), "hangs"
+    if errors:
+        raise errors[0]
+
+
+def test_models_in_threads_are_calibrated_and_compressed_as_alone() -> None:
+    fixed, threads = batches(), sized(3, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        models = [copy.deepcopy(network()) for _ in range(threads)]
+        for index, model in enumerate(models):
+            for parameter in model.parameters():
+                parameter.data += 0.1 * index
+        alone, together = copy.deepcopy(models), models
+
+        def compress(model: nn.Module) -> str:
+            lro.compress_(model, lro.calibrate(model, fixed), RANKS)
+            return digest(model.state_dict())
+
+        expected, found = [compress(model) for model in alone], [""] * threads
+
+        def one(index: int) -> None:
+            found[index] = compress(together[index])
+
+        with figures("models in threads") as counts:
+            in_threads(threads, one)
+            assert found == expected
+            counts["cases"] = threads
+
+
+def test_one_layer_serves_many_threads() -> None:
+    """Shapes that no thread has seen before, while other threads fill and empty the cache of decisions."""
+    layer, calls = lro.LowRankLinear(16, 12, rank=5).requires_grad_(False), sized(100, 20000)
+
+    def work(index: int) -> None:
+        generator = torch.Generator().manual_seed(index)
+        for call in range(calls):
+            x = torch.randn(1 + (call * 7 + index) % 61, 16, generator=generator)
+            torch.testing.assert_close(
+                lowrank_linear(x, layer.down, layer.up, layer.bias), x @ layer.product().T + layer.bias
+            )
+
+    with figures("one layer in threads") as counts:
+        in_threads(4, work)
+        counts["cases"] = 4 * calls
+
+
+class Compressed(Dataset[Tensor]):
+    """Items that a low-rank layer computes in the loader's process."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.layer = lro.LowRankLinear(24, 24, rank=6).requires_grad_(False)
+        self.x = torch.randn(32, 24)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.layer(self.x[index])
+
+
+@pytest.mark.parametrize("start", ["fork", *(["spawn", "forkserver"] if LONG else [])])  # the others import torch anew
+def test_data_loaders_feed_calibration(start: str, tmp_path: Path) -> None:
+    data, model = Compressed(), network()
+    loader = DataLoader(data, 8, num_workers=2, multiprocessing_context=start)
+    with figures(f"data loader by {start}") as counts:
+        found = lro.calibrate(model, loader)
+        expected = lro.calibrate(model, DataLoader(data, 8))
+        assert digest({k: v.moments() for k, v in found.items()}) == digest(
+            {k: v.moments() for k, v in expected.items()}
+        )
+        counts["cases"] = 1

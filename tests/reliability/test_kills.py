@@ -1,0 +1,202 @@
+"""SIGKILL at any moment: the old file or the new one, resumed runs end with the same bits, and nothing is left over."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import nn
+
+import lowrank_ops as lro
+from lowrank_ops.files import digest
+from tests.reliability.campaign import LONG, figures, sized
+
+
+def network(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 16))
+
+
+def batches(seed: int = 1) -> list[torch.Tensor]:
+    torch.manual_seed(seed)
+    return [torch.randn(40, 32) for _ in range(4)]
+
+
+RANKS = lro.Ranks({"0": 8, "2": 16, "4": 4})
+
+
+def compress(folder: Path, seed: int) -> None:
+    model = network(seed)
+    report = lro.compress_(model, lro.calibrate(model, batches(), sensitivity="output"), RANKS)
+    lro.save_pretrained(model, folder, report)
+
+
+def loaded(folder: Path) -> str:
+    return digest(lro.load_pretrained(network(), folder).state_dict())
+
+
+def calibrate(folder: Path, seed: int) -> None:
+    lro.calibrate(network(seed), batches(), sensitivity="output").save(folder / "file")
+
+
+def covariances(folder: Path) -> str:
+    if not (folder / "file").exists():
+        return "nothing"
+    return digest({fqn: layer.moments() for fqn, layer in lro.Covariances.load(folder / "file").items()})
+
+
+def reconstruct(folder: Path, seed: int = 0) -> None:
+    model = network()
+    settings = lro.SequentialReconstruction(batches(), checkpoint=folder / "file")
+    lro.compress_(model, lro.calibrate(model, batches()), RANKS, reconstruction=settings)
+    lro.save_pretrained(model, folder / "result")
+
+
+def finetune(folder: Path, seed: int = 0) -> None:
+    model = network()
+    loader = torch.utils.data.DataLoader(torch.cat(batches()), batch_size=20, shuffle=True)
+    torch.manual_seed(3)
+    lro.finetune_(
+        model,
+        loader,
+        loss=lambda y, x: (y - 1).square().mean(),
+        epochs=3,
+        checkpoint=folder / "file",
+        checkpoint_every=2,
+    )
+    lro.save_pretrained(model, folder / "result")
+
+
+def search(folder: Path, seed: int = 0) -> None:
+    model, inputs = network(), torch.cat(batches())
+    expected = model(inputs).detach()
+    ranks = lro.search_ranks(
+        model,
+        lro.calibrate(model, batches()),
+        lambda m: -float((m(inputs) - expected).square().mean()),
+        max_drop=0.02,
+        num_evaluations=6,
+        cache=folder / "file",
+    )
+    lro.compress_(model, lro.calibrate(model, batches()), ranks)
+    lro.save_pretrained(model, folder / "result")
+
+
+def result(folder: Path) -> str:
+    return loaded(folder / "result") if (folder / "result" / "model.safetensors").exists() else "nothing"
+
+
+class Work(NamedTuple):
+    """What is killed: it writes into a folder that holds an older result or nothing, and ``state`` reads it."""
+
+    run: Callable[[Path, int], Any]
+    state: Callable[[Path], str]
+    over_old: bool
+
+
+WORKS = {
+    "compress_ and save_pretrained over a good checkpoint": Work(compress, loaded, True),
+    "calibrate and Covariances.save over a good file": Work(calibrate, covariances, True),
+    "calibrate and Covariances.save to a new file": Work(calibrate, covariances, False),
+    "compress_ with a reconstruction, resumed": Work(reconstruct, result, False),
+    "finetune_, resumed": Work(finetune, result, False),
+    "search_ranks with a cache, resumed": Work(search, result, False),
+}
+
+
+def in_a_child(work: Callable[[], object], after: float | None = None) -> bool:
+    """Run ``work`` in a forked process and kill that after so many seconds; whether it was killed."""
+    process = os.fork()
+    if not process:
+        try:
+            os.setpgid(0, 0)
+            warnings.simplefilter("ignore")
+            work()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    if after is not None:
+        time.sleep(after)
+        os.kill(process, signal.SIGKILL)
+    _, status = os.waitpid(process, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the work itself failed"
+    return os.WIFSIGNALED(status)
+
+
+def at_step(step: int | None, folder: Path, work: Callable[[], object]) -> int:
+    """Run ``work`` in this process and kill it at its n-th operation on a file; the number of operations."""
+    count = 0
+
+    def see(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal count
+        if event in ("open", "os.rename", "os.remove", "os.chmod", "os.mkdir", "fcntl.flock", "fsync"):
+            if event == "open" and str(folder) not in str(arguments[0]):
+                return
+            count += 1
+            if count == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    fsync = os.fsync
+    sys.addaudithook(see)
+    os.fsync = lambda descriptor: (see("fsync", ()), fsync(descriptor))[1]
+    work()
+    return count
+
+
+def steps_of(folder: Path, work: Callable[[], object]) -> int:
+    """The number of operations on files that ``work`` takes."""
+    read, write = os.pipe()
+    in_a_child(lambda: os.write(write, str(at_step(None, folder, work)).encode()))
+    return int(os.read(read, 100))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", WORKS)
+def test_a_kill_loses_nothing(name: str, tmp_path: Path) -> None:
+    work = WORKS[name]
+    old, new, place = tmp_path / "old", tmp_path / "new", tmp_path / "place"
+    old.mkdir(), new.mkdir()
+    if work.over_old:
+        work.run(old, 5)
+    work.run(new, 0)
+    before, after = work.state(old), work.state(new)
+    names = sorted(str(path.relative_to(new)) for path in new.rglob("*"))
+    assert before != after
+    shutil.copytree(old, place)
+    started = time.perf_counter()
+    steps = steps_of(place, lambda: work.run(place, 0))
+    seconds = time.perf_counter() - started
+    every = range(1, steps + 1)
+    generator = random.Random(0)
+    moments: list[tuple[str, float]] = [("step", step) for step in (every if LONG else generator.sample(every, 2))]
+    moments += [("time", generator.uniform(0, 1.05 * seconds)) for _ in range(sized(0, 100))]
+    seen: Counter[str] = Counter()
+    with figures(f"killed: {name}") as counts:
+        for kind, moment in moments:
+            shutil.rmtree(place)
+            shutil.copytree(old, place)
+            if kind == "step":
+                killed = in_a_child(lambda m=moment: at_step(m, place, lambda: work.run(place, 0)))
+                assert killed
+            else:
+                killed = in_a_child(lambda: work.run(place, 0), after=moment)
+            seen["killed"] += killed
+            found = work.state(place)
+            assert found in (before, after), f"torn at {kind} {moment}"
+            seen["new"] += found == after
+            work.run(place, 0)
+            assert work.state(place) == after, f"another result after {kind} {moment}"
+            assert sorted(str(path.relative_to(place)) for path in place.rglob("*")) == names, "left over"
+            seen["cases"] += 1
+        counts.update(seen)
