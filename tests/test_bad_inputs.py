@@ -109,6 +109,8 @@ CALLS = {
     "lro.LowRankLinear.from_linear": "linear=model[0], rank=4",
     "lro.LowRankConv2d": "in_channels=4, out_channels=8, kernel_size=3, rank=4",
     "lro.LowRankConv2d.from_conv2d": "conv=convolution, rank=4",
+    "lro.layers.LowRankConv1d": "in_channels=4, out_channels=8, kernel_size=3, rank=4",
+    "lro.layers.LowRankConv1d.from_conv1d": "conv=nn.Conv1d(4, 8, 3), rank=4",
     "layer": "x=batches[0]",
     "lro.finetune_": "student=compressed, batches=batches, teacher=model",
     "lro.save_pretrained": "model=compressed, path='new'",

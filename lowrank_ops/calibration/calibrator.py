@@ -50,7 +50,7 @@ OUTPUT_SIDE_RATIO = 16
 SMALL_STATE_BYTES = 64 << 20
 
 
-@checked(num_probes="sensitivity")
+@checked(unmasked_rows="mask", num_probes="sensitivity")
 def calibrate(
     model: nn.Module,
     batches: Iterable[Any],
@@ -196,7 +196,7 @@ class Calibrator:
         32
     """
 
-    @checked()
+    @checked(unmasked_rows="mask")
     def __init__(
         self,
         model: nn.Module,
@@ -232,7 +232,7 @@ class Calibrator:
         if not layers:
             self.skipped |= tied_or_large
             reasons = "".join(f"\n  {fqn or '(the model)'}: {reason}" for fqn, reason in self.skipped.items())
-            raise ValueError(f"model has no supported Linear, Conv2d or Conv1D that filter_fn keeps.{reasons}")
+            raise ValueError(f"model has no supported Linear, Conv1d, Conv2d or Conv1D that filter_fn keeps.{reasons}")
         _warn_of_skipped(self.skipped, filter_fn)
         self.skipped |= tied_or_large
         self._model, self._dtype = model, dtype
