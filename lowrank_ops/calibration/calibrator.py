@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..arguments import check_positive, checked
 from ..files import digest
 from ..models.experts import experts_listed, list_experts
 from ..models.layers import (
@@ -32,20 +32,23 @@ from ..models.layers import (
 )
 from ..models.masks import Mask, Masks
 from ..models.running import (
+    EMPTY,
     call_model,
     device_of,
     evaluating,
     exclusive,
+    in_batch,
     move,
     random_state_kept,
     warn_caller,
     without_fast_path,
 )
+from .distributed import failures_posted, post_failure
 from .experts import pooling, pools_of, twin_name, with_pooled_rows
 from .gradients import NO_GRADIENTS
 from .objectives import Sensitivity, check_sensitivity
 from .plan import CalibrationPlan, make_plan
-from .recorder import Recorder
+from .recorder import NO_ROWS, Recorder
 from .resume import CalibrationCheckpoint
 from .statistics import Covariances
 
@@ -55,6 +58,8 @@ OUTPUT_SIDE_RATIO = 16
 SMALL_STATE_BYTES = 64 << 20
 
 
+@failures_posted()
+@checked(unmasked_rows="mask", num_probes="sensitivity")
 def calibrate(
     model: nn.Module,
     batches: Iterable[Any],
@@ -138,11 +143,12 @@ def calibrate(
     Raises:
         NonFiniteActivationError: NaN or inf in an activation or a gradient.
         RuntimeError: another thread calibrates, compresses or searches the model.
-        TypeError: ``batches`` is a single batch.
         OSError: the disk is full (``offload="disk"``, ``checkpoint``).
-        ValueError: an invalid argument, no batch, no layer to calibrate, with ``token_weights`` an input that was
-            changed in place before the backward pass, a layer whose sums exceed ``max_memory``, batches that can
-            be iterated only once where several passes are needed, or a ``checkpoint`` of another calibration.
+        TypeError: an argument of another type, such as a single batch for ``batches``.
+        ValueError: an invalid argument, no batch, no layer to calibrate, no row that reaches one, with
+            ``token_weights`` an input that was changed in place before the backward pass, a layer whose sums exceed
+            ``max_memory``, batches that can be iterated only once where several passes are needed, or a ``checkpoint``
+            of another calibration.
 
     Example:
         >>> import torch, lowrank_ops as lro
@@ -151,14 +157,9 @@ def calibrate(
         >>> covariances["0"].activations.count, covariances.has_output_gradients
         (128, True)
     """
-    if isinstance(batches, (Tensor, Mapping, str)):
-        raise TypeError(
-            f"batches must be a collection of batches; got one {type(batches).__name__}. Pass [batch] for a single one."
-        )
     if sensitivity is not None:
         check_sensitivity(sensitivity)
-    if isinstance(num_probes, bool) or not isinstance(num_probes, int) or num_probes < 1:
-        raise ValueError(f"num_probes must be a positive integer, the number of draws per batch; got {num_probes!r}.")
+    check_positive(num_probes=num_probes)
     calibrator = Calibrator(
         model,
         output_gradients=sensitivity is not None,
@@ -219,8 +220,8 @@ def calibrate(
     whole = Covariances(
         {fqn: statistics[fqn] for fqn in calibrator._layers if fqn in statistics}, unreached, parts[0].skipped
     )
-    if sensitivity is not None and not whole.has_output_gradients:
-        raise ValueError(NO_GRADIENTS)
+    if not whole or (sensitivity is not None and not whole.has_output_gradients):
+        raise ValueError(NO_GRADIENTS if whole else NO_ROWS)
     return whole
 
 
@@ -247,19 +248,21 @@ def _run(
                 saved.skip(seen - 1, batch, generators)
                 continue
             moved = move(batch, device)
-            output = forward(model, moved)
-            if sensitivity is not None:
-                for probe in range(num_probes):
-                    recorder.add_loss(sensitivity, output, moved, retain_graph=probe + 1 < num_probes)
+            with in_batch(seen - 1):
+                output = forward(model, moved)
+                if sensitivity is not None:
+                    for probe in range(num_probes):
+                        recorder.add_loss(sensitivity, output, moved, retain_graph=probe + 1 < num_probes)
             if saved is not None:
                 saved.add(batch, recorder, generators)
         if not seen:
-            raise ValueError("batches was empty; pass at least one batch.")
+            raise ValueError(EMPTY)
         if seen < done:
             raise ValueError(f"checkpoint has added {done} batches, more than the {seen} that batches gave now.")
     return seen
 
 
+@checked()
 def plan_calibration(
     model: nn.Module,
     *,
@@ -319,12 +322,10 @@ class Calibrator:
             :func:`calibrate`.
 
     Attributes:
-        covariances: the result; set when the block ends without an exception.
         skipped: ``{fqn: reason}`` of the layers that are left out.
 
     Raises:
-        TypeError: ``output_gradients`` is not a bool. Named losses such as ``"fisher"`` are for :func:`calibrate`.
-        ValueError: as for :func:`calibrate`.
+        TypeError, ValueError: as for :func:`calibrate`. Losses by name, such as ``"fisher"``, are for that function.
         RuntimeError: a second ``with`` block of the same object; another thread works on the model; or the model ran
             in other threads only. Rows of other threads, such as requests to a model that is served, are not counted.
 
@@ -339,9 +340,9 @@ class Calibrator:
         32
     """
 
-    covariances: Covariances
     _needs_values = True
 
+    @checked(unmasked_rows="mask")
     def __init__(
         self,
         model: nn.Module,
@@ -356,15 +357,11 @@ class Calibrator:
         max_state_bytes: int = 2 << 30,
         share_inputs: bool = True,
     ) -> None:
-        if not isinstance(output_gradients, bool):
-            raise TypeError(
-                f"output_gradients must be True or False; got {output_gradients!r}. Pass your losses to observe, or "
-                "use calibrate(model, batches, sensitivity=...)."
-            )
         if side not in ("auto", "input", "output", "smaller"):
             raise ValueError(f"side must be 'auto', 'input', 'output' or 'smaller'; got {side!r}.")
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"dtype must be torch.float32 or torch.float64, the dtype of the sums; got {dtype}.")
+        check_positive(max_state_bytes=max_state_bytes)
         if (reason := compiled_or_scripted(model)) is not None:
             raise ValueError(f"model cannot be calibrated: {reason}.")
         check_no_adapters(model)
@@ -375,14 +372,16 @@ class Calibrator:
         if self._needs_values:
             layers, without = with_values(layers)
             self.skipped |= without
+        tied_or_large = {}
+        if output_gradients:
+            tied_or_large = _without_output_gradients(model, layers, dtype, max_state_bytes, filter_fn)
+            layers = {fqn: layer for fqn, layer in layers.items() if fqn not in tied_or_large}
         if not layers:
+            self.skipped |= tied_or_large
             reasons = "".join(f"\n  {fqn or '(the model)'}: {reason}" for fqn, reason in self.skipped.items())
             raise ValueError(f"model has no supported Linear, Conv1d, Conv2d or Conv1D that filter_fn keeps.{reasons}")
         _warn_of_skipped(self.skipped, filter_fn)
-        if output_gradients:
-            without = _without_output_gradients(model, layers, dtype, max_state_bytes, filter_fn)
-            layers = {fqn: layer for fqn, layer in layers.items() if fqn not in without}
-            self.skipped |= without
+        self.skipped |= tied_or_large
         self._model, self._dtype, self._modules = model, dtype, layers | twins
         self._output_gradients, self._token_weights = output_gradients, token_weights
         self._layers = tuple(layers)
@@ -392,6 +391,21 @@ class Calibrator:
         self._recorder = Recorder(self._modules, self._masks, share_inputs)
         self._stack: ExitStack | None = None  # while the block runs
         self._entered = False
+        self._covariances: Covariances | None = None
+
+    @property
+    def covariances(self) -> Covariances:
+        """The result, once the block has ended.
+
+        Raises:
+            AttributeError: it has not ended, or ended with an exception.
+        """
+        if self._covariances is None:
+            raise AttributeError(
+                "covariances exist when the with block of the Calibrator has ended without an exception; read them "
+                "after the block."
+            )
+        return self._covariances
 
     def _plan(self, max_memory: int | str | None, offload: str | None) -> CalibrationPlan:
         return make_plan(
@@ -439,21 +453,23 @@ class Calibrator:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *trace: object) -> None:
         stack, self._stack = self._stack, None
         assert stack is not None
-        with stack:
-            if kind is None:
+        if kind is not None:
+            stack.close()
+            post_failure(error or kind())
+            return
+        with failures_posted():
+            with stack:
                 self._recorder.check_finite()
-        if kind is None:
-            self.covariances = with_pooled_rows(self._recorder.finish(self.skipped), self._layers)
+            self._covariances = with_pooled_rows(self._recorder.finish(self.skipped), self._layers)
             if (warning := self._masks.finish()) is not None:
                 warn_caller(warning)
             if self._output_gradients and not self._recorder.partial and not self.covariances.has_output_gradients:
-                warnings.warn(
-                    "Calibrator(output_gradients=True) received no loss; call observe inside its block.", stacklevel=2
-                )
+                warn_caller("Calibrator(output_gradients=True) received no loss; call observe inside its block.")
 
+    @checked()
     def observe(self, loss: Tensor, samples: int, *, retain_graph: bool = False) -> None:
         """Add the gradients of a loss at the layers' outputs, by one backward pass that does not change ``.grad``.
 
@@ -468,11 +484,11 @@ class Calibrator:
         """
         if self._stack is None or not self._output_gradients:
             raise RuntimeError("observe works inside a with block of Calibrator(model, output_gradients=True).")
-        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
-            given = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(f"loss must be a scalar tensor, summed over samples; got {given}.")
-        if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
-            raise ValueError(f"samples must be a positive integer; got {samples!r}.")
+        if loss.numel() != 1 or not loss.is_floating_point():
+            raise ValueError(
+                f"loss must be a scalar tensor, summed over samples; got {loss.dtype} of shape {tuple(loss.shape)}."
+            )
+        check_positive(samples=samples)
         self._recorder.add_gradients(loss.sum(), samples, retain_graph)
 
 

@@ -44,6 +44,10 @@ from .token_weights import MAX_ELEMENTS, SavedActivation
 # most log2(1 + SHIFT_RATIO^2) bits. Both are estimated from about SHIFT_ROWS rows of a layer's first call.
 SHIFT_RATIO = 2
 SHIFT_ROWS = 4096
+NO_ROWS = (
+    "no row reached a layer: the batches are empty, the mask leaves no position, or the model calls none of the layers "
+    "that filter_fn keeps."
+)
 
 
 class Recorder:
@@ -222,6 +226,7 @@ class Recorder:
 
         Raises:
             RuntimeError: the model ran in other threads only, whose rows are not counted.
+            ValueError: no row reached a layer.
         """
         self._part_lagging()
         if self._other_threads and not self._batch:
@@ -253,6 +258,8 @@ class Recorder:
             for fqn in self._layers
             if fqn in self._activations and self._activations[fqn].moments.count
         }
+        if not layers and not self.partial:
+            raise ValueError(NO_ROWS)
         return Covariances(layers, tuple(fqn for fqn in self._layers if fqn not in layers), skipped)
 
     def check_finite(self) -> None:
@@ -293,7 +300,7 @@ class Recorder:
         self._batch += 1
 
     def _see_input(self, fqn: str, layer: nn.Module, x: Tensor, dtype: torch.dtype) -> None:
-        if self._in_backward or self._is_foreign():
+        if self._in_backward or self._is_foreign() or not isinstance(x, Tensor):  # the layer raises
             return
         sums = self._sums_of_input(fqn, layer, x, dtype)
         if not self._batch:  # in the first forward layers may turn out to share some of their inputs only

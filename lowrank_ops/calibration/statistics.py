@@ -6,17 +6,18 @@ import contextlib
 import copy
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..arguments import checked
 from ..files import digests, open_tensors, read_header, read_tensor, replacing, write_tensors
 from ..ops import covariance_finalize_
+from .distributed import wait_for_all
 
 _FORMAT = "lowrank_ops.covariances/3"
 _FORMAT_1, _FORMAT_2 = "lowrank_ops.covariances/1", "lowrank_ops.covariances/2"
@@ -326,6 +327,7 @@ class Covariances(Mapping[str, LayerStatistics]):
         torch.Size([16, 16])
     """
 
+    @checked()
     def __init__(
         self,
         layers: Mapping[str, LayerStatistics] | None = None,
@@ -376,67 +378,74 @@ class Covariances(Mapping[str, LayerStatistics]):
         for moments in self._distinct():
             moments.pack_(place)
 
+    @checked()
     def merge(self, other: Covariances) -> Covariances:
-        """The statistics of both, as if one run had seen all rows.
+        """The statistics of both, as if one run had seen all rows; a layer that one never reached has no rows there.
 
         Raises:
-            ValueError: the two hold other layers, sides or sharing.
+            ValueError: the two are of other layers, sides or shapes, or only one has output gradients.
         """
-        mine, others = self._layout(), other._layout()
-        if mine != others:
-            differ = [fqn for fqn in {**mine, **others} if mine.get(fqn) != others.get(fqn)]
+        parts, mine = [self._distinct(), other._distinct()], [self._contents(), other._contents()]
+        try:
+            union = _Union(mine)
+        except ValueError as error:
             raise ValueError(
-                f"other must hold the same layers, shapes, sides and sharing; it differs at {', '.join(differ)}. "
-                "Calibrate both with the same model, filter_fn, side, sensitivity and token_weights."
-            )
-        merged: dict[int, Moments] = {}  # shared moments stay shared
-        layers = {}
-        for fqn, layer in self.items():
-            for name, moments in layer.moments().items():
-                if id(moments) not in merged:
-                    merged[id(moments)] = moments.plus(other[fqn].moments()[name])
-            layers[fqn] = LayerStatistics(layer.side, **{name: merged[id(m)] for name, m in layer.moments().items()})
-        return Covariances(layers, self.unreached, self.skipped)
+                f"other {error}. Calibrate both with the same model, filter_fn, side, sensitivity and token_weights."
+            ) from None
+        merged = {}
+        for key, count in union.counts.items():
+            found = [part[index] for part, index in zip(parts, key.indices, strict=True) if index is not None]
+            total = found[0] if len(found) == 1 else found[0].plus(found[1])
+            merged[key] = total.with_count(count)
+        return Covariances(union.layers(merged), union.unreached, self.skipped)
 
     def all_reduce_(self, group: torch.distributed.ProcessGroup | None = None) -> Covariances:
         """Sum over the processes of ``torch.distributed``, in place; every process ends with the whole.
 
+        The processes may have different numbers of batches, and a layer that one of them never reached has no rows
+        there. A process in which :func:`lowrank_ops.calibrate` or a ``Calibrator`` fails ends the wait of the others.
+
         Raises:
-            ValueError: the processes hold different layers, as when one of them never reached a layer, or sums of
-                different dtypes; raised in every process, before any sum is changed.
+            RuntimeError: calibration failed in another process, which is named; raised in every process.
+            ValueError: the processes hold other layers, sides or shapes, sums of different dtypes, or output gradients
+                in some processes only; raised in every process, before any sum is changed.
         """
-        mine = [(fqn, part, self[fqn].dtypes()) for fqn, part in self._layout().items()]
-        distinct = self._distinct()
-        gathered: list[Any] = [None] * torch.distributed.get_world_size(group)
-        has_shift = [moments.shift is not None for moments in distinct]
-        torch.distributed.all_gather_object(gathered, (mine, has_shift), group=group)
-        layouts, shifts = zip(*gathered, strict=True)
-        if any(layout != layouts[0] for layout in layouts):
-            # A layer counts at its place: the order decides which sums meet.
-            rows = zip_longest(*layouts, fillvalue=("(no layer)",))
-            differ = sorted({row[0] for at_place in rows for row in at_place if row != at_place[0]})
+        wait_for_all(group)
+        contents: list[Any] = [None] * torch.distributed.get_world_size(group)
+        torch.distributed.all_gather_object(contents, self._contents(), group=group)
+        try:
+            union = _Union(contents, same_dtype=True)
+        except ValueError as error:
             raise ValueError(
-                "all_reduce_ needs the same layers, sides, sharing and dtype in every process; they differ at "
-                f"{', '.join(differ)}. Calibrate every process with the same arguments, and with batches that reach "
-                "the same layers."
-            )
-        for moments, shifted in zip(distinct, map(any, zip(*shifts, strict=True)), strict=True):
-            count = torch.tensor(moments.count, device=moments.total.device)
-            torch.distributed.all_reduce(count, group=group)
-            if shifted:
-                common = torch.zeros_like(moments.total, dtype=torch.float64)
-                if moments.shift is not None:
-                    common += moments.shift.double() * (moments.count / max(int(count), 1))
+                f"all_reduce_: a process {error}. Calibrate every process with the same arguments."
+            ) from None
+        distinct, rank = self._distinct(), torch.distributed.get_rank(group)
+        device = distinct[0].total.device if distinct else _device_of(group)
+        reduced: dict[_Key, Moments] = {}
+        used: set[int] = set()
+        for key, count in union.counts.items():
+            index = key.indices[rank]
+            if index is None:
+                mine = Moments.zeros(*union.shape_and_dtype(key), device)
+            else:
+                mine = copy.deepcopy(distinct[index]) if index in used else distinct[index]
+                used.add(index)
+            if union.is_shifted(key):
+                common = torch.zeros_like(mine.total, dtype=torch.float64)
+                if mine.shift is not None:
+                    common += mine.shift.double() * (mine.count / max(count, 1))
                 torch.distributed.all_reduce(common, group=group)
-                about = moments.about(common)
-                moments.second_moment, moments.total, moments.shift = about.second_moment, about.total, about.shift
-            second_moment = moments.second_moment
-            for tensor in (second_moment, moments.total):
+                about = mine.about(common)
+                mine.second_moment, mine.total, mine.shift = about.second_moment, about.total, about.shift
+            second_moment = mine.second_moment
+            for tensor in (second_moment, mine.total):
                 torch.distributed.all_reduce(tensor, group=group)
-            moments.second_moment = second_moment
-            moments.count = int(count)
+            mine.second_moment, mine.count = second_moment, count
+            reduced[key] = mine
+        self._layers, self.unreached = union.layers(reduced), union.unreached
         return self
 
+    @checked()
     def save(self, path: str | Path) -> None:
         """Write one safetensors file: the whole file, or on an exception nothing.
 
@@ -465,6 +474,7 @@ class Covariances(Mapping[str, LayerStatistics]):
             write_tensors(file, tensors, header)
 
     @classmethod
+    @checked()
     def load(cls, path: str | Path, *, verify: bool = True) -> Covariances:
         """Read what :meth:`save` wrote, by this version or an earlier one.
 
@@ -523,19 +533,120 @@ class Covariances(Mapping[str, LayerStatistics]):
         """All moments, each once, in an order that equal layouts share."""
         return list({id(part): part for layer in self.values() for part in layer.moments().values()}.values())
 
-    def _layout(self) -> dict[str, object]:
-        """What two objects must have in common to be added, by layer."""
-        sharing: dict[int, list[str]] = {}
-        for fqn, layer in self.items():
-            sharing.setdefault(id(layer.activations), []).append(fqn)
+    def _contents(self) -> _Contents:
+        """What is held, without the sums."""
+        distinct = self._distinct()
+        index = {id(moments): i for i, moments in enumerate(distinct)}
+        return _Contents(
+            {
+                fqn: (layer.side, {name: index[id(part)] for name, part in layer.moments().items()})
+                for fqn, layer in self.items()
+            },
+            [(tuple(part.total.shape), part.total.dtype, part.count, part.shift is not None) for part in distinct],
+            self.unreached,
+            next((layer.output_gradients.count for layer in self.values() if layer.output_gradients is not None), None),
+            self.has_token_weights,
+        )
+
+
+class _Contents(NamedTuple):
+    """What one :class:`Covariances` holds, without the sums."""
+
+    layers: dict[str, tuple[str, dict[str, int]]]  # side, and the index of each field's moments
+    moments: list[tuple[tuple[int, ...], torch.dtype, int, bool]]  # shape of the total, dtype, count, has a shift
+    unreached: tuple[str, ...]
+    samples: int | None  # of the output gradients; None without
+    token_weights: bool
+
+
+class _Key(NamedTuple):
+    """Moments that are summed."""
+
+    field: str
+    indices: tuple[int | None, ...]  # in each part
+
+
+class _Union:
+    """The layers of several parts of a calibration, and which of their moments are to be summed.
+
+    Moments that are shared in every part stay shared. Output gradients are counted in samples, in all of which a layer
+    that is not reached has the gradient 0.
+
+    Raises:
+        ValueError: the parts do not fit together; the message has no subject.
+    """
+
+    def __init__(self, parts: Sequence[_Contents], same_dtype: bool = False) -> None:
+        self._parts = parts
+        self._keys: dict[str, tuple[str, dict[str, _Key]]] = {}
+        self.counts: dict[_Key, int] = {}
+        for what in ("samples", "token_weights"):
+            if len({getattr(part, what) in (None, False) for part in parts if part.layers}) > 1:
+                name = "output gradients" if what == "samples" else "token weights"
+                raise ValueError(f"holds no {name}, and another one does")
+        samples = sum(part.samples or 0 for part in parts)
+        wrong = []
+        for fqn in _merged_order([list(part.layers) for part in parts]):
+            found = [part.layers[fqn] for part in parts if fqn in part.layers]
+            known = all(fqn in part.layers or fqn in part.unreached for part in parts)
+            fields = [name for name in _MOMENTS if any(name in indices for _, indices in found)]
+            keys = {
+                name: _Key(name, tuple(part.layers.get(fqn, ("", {}))[1].get(name) for part in parts))
+                for name in fields
+            }
+            kinds = [self._kinds(key, same_dtype) for key in keys.values()]
+            if not known or len({side for side, _ in found}) > 1 or any(len(kind) > 1 for kind in kinds):
+                wrong.append(fqn)
+                continue
+            self._keys[fqn] = (found[0][0], keys)
+            for name, key in keys.items():
+                rows = sum(parts[i].moments[index][2] for i, index in enumerate(key.indices) if index is not None)
+                self.counts[key] = samples if name == "output_gradients" else rows
+        if wrong:
+            dtypes = ", dtypes" if same_dtype else ""
+            raise ValueError(f"must hold the same layers, sides, shapes{dtypes}; they differ at {', '.join(wrong)}")
+        reached = self._keys.keys()
+        self.unreached = tuple(
+            fqn for fqn in _merged_order([list(part.unreached) for part in parts]) if fqn not in reached
+        )
+
+    def _kinds(self, key: _Key, same_dtype: bool) -> set[Any]:
+        found = [part.moments[index] for part, index in zip(self._parts, key.indices, strict=True) if index is not None]
+        return {(shape, dtype if same_dtype else None) for shape, dtype, *_ in found}
+
+    def shape_and_dtype(self, key: _Key) -> tuple[tuple[int, ...], torch.dtype]:
+        """Of the total of summed moments."""
+        part, index = next((part, i) for part, i in zip(self._parts, key.indices, strict=True) if i is not None)
+        shape, dtype, *_ = part.moments[index]
+        return shape, dtype
+
+    def is_shifted(self, key: _Key) -> bool:
+        """Whether the sums of some part are about a shift."""
+        indexed = zip(self._parts, key.indices, strict=True)
+        return any(part.moments[index][3] for part, index in indexed if index is not None)
+
+    def layers(self, moments: Mapping[_Key, Moments]) -> dict[str, LayerStatistics]:
+        """The statistics of every layer, from the summed moments."""
         return {
-            fqn: (
-                layer.side,
-                sharing[id(layer.activations)],
-                {name: (*part.total.shape, part.total.shape[-1]) for name, part in layer.moments().items()},
-            )
-            for fqn, layer in self.items()
+            fqn: LayerStatistics(side, **{name: moments[key] for name, key in keys.items()})
+            for fqn, (side, keys) in self._keys.items()
         }
+
+
+def _merged_order(orders: Sequence[Sequence[str]]) -> list[str]:
+    """All names, each behind the one that it follows in its own order."""
+    merged = list(orders[0])
+    for order in orders[1:]:
+        known = set(merged)
+        for before, name in zip([None, *order], order, strict=False):
+            if name not in known:
+                merged.insert(0 if before is None else merged.index(before) + 1, name)
+    return merged
+
+
+def _device_of(group: torch.distributed.ProcessGroup | None) -> torch.device:
+    cuda = "nccl" in torch.distributed.get_backend(group)
+    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
 
 def _check_header(header: Mapping[str, Any]) -> None:
