@@ -43,7 +43,7 @@ from ..models.running import (
     warn_caller,
     without_fast_path,
 )
-from .distributed import failures_posted, post_failure
+from .distributed import failures_posted, post_failure, rank_and_world
 from .experts import pooling, pools_of, twin_name, with_pooled_rows
 from .gradients import NO_GRADIENTS
 from .objectives import Sensitivity, check_sensitivity
@@ -220,7 +220,7 @@ def calibrate(
     whole = Covariances(
         {fqn: statistics[fqn] for fqn in calibrator._layers if fqn in statistics}, unreached, parts[0].skipped
     )
-    if not whole or (sensitivity is not None and not whole.has_output_gradients):
+    if rank_and_world()[1] == 1 and (not whole or (sensitivity is not None and not whole.has_output_gradients)):
         raise ValueError(NO_GRADIENTS if whole else NO_ROWS)
     return whole
 

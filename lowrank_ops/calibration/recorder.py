@@ -28,6 +28,7 @@ from ..models.layers import (
 from ..models.masks import Masks, real_rows
 from ..ops import conv_covariance_update_, covariance_finalize_, covariance_update_
 from ..ops.covariance import output_size
+from .distributed import rank_and_world
 from .gradients import OutputGradient, OutputGradients
 from .objectives import Sensitivity, objective
 from .statistics import (
@@ -258,7 +259,7 @@ class Recorder:
             for fqn in self._layers
             if fqn in self._activations and self._activations[fqn].moments.count
         }
-        if not layers and not self.partial:
+        if not layers and not self.partial and rank_and_world()[1] == 1:  # other processes may have rows
             raise ValueError(NO_ROWS)
         return Covariances(layers, tuple(fqn for fqn in self._layers if fqn not in layers), skipped)
 

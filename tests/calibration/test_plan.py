@@ -149,7 +149,6 @@ def test_batches_that_come_once_are_refused() -> None:
     [
         ({"max_memory": "8 apples"}, "max_memory must be .*'8 apples'"),
         ({"max_memory": 0}, "max_memory must be .*0"),
-        ({"max_memory": True}, "max_memory must be .*True"),
         ({"offload": "gpu"}, "offload must be None, 'cpu' or 'disk'; got 'gpu'"),
         ({"max_memory": "1kB"}, "the sums of layer 'conv' take .* on cpu .*larger max_memory"),
         ({"max_memory": "75kB", "offload": "cpu"}, "beside what is kept there"),
