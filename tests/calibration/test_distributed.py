@@ -46,6 +46,11 @@ def error_of(function):
     return "", time.monotonic() - started
 
 
+def shifted(batches, rank):
+    """Means that are large beside the spread, and differ between the processes."""
+    return [(x + 1000 * (1 + rank), expert) for x, expert in batches]
+
+
 def _process(rank, folder):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
@@ -54,6 +59,7 @@ def _process(rank, folder):
     mine = batches[:1] if rank else batches[1:]
     for name, options in OPTIONS.items():
         calibrated(model, mine, **options).all_reduce_().save(f"{folder}/{name}{rank}")
+    calibrated(model, shifted(mine, rank)).all_reduce_().save(f"{folder}/shifted{rank}")
     nothing = {"forward": lambda model, batch: None} if rank else {}
     calibrated(model, batches, **nothing).all_reduce_().save(f"{folder}/nothing reached{rank}")
 
@@ -111,6 +117,13 @@ def test_sums_are_those_of_one_process(folder, name, rank):
     )
     assert_same_statistics(merged, whole)
     assert not whole.unreached
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_sums_about_different_shifts_are_one(folder, rank):
+    model, batches = setting()
+    whole = calibrated(model, shifted(batches[1:], 0) + shifted(batches[:1], 1))
+    assert_same_statistics(lro.Covariances.load(folder / f"shifted{rank}"), whole, 1e-9)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
