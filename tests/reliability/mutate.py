@@ -34,7 +34,8 @@ TESTS = {
     "layers": ["tests/layers"],
     "checkpoint.py": ["tests/test_checkpoint.py"],
 }
-LIMIT = 240  # seconds of CPU for the tests of one mutant
+LEFT_OUT = "not demo_model and not autocast"  # take as long as all others together
+LIMIT = 120  # seconds of CPU for the tests of one mutant
 
 COMPARISONS = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
@@ -121,7 +122,7 @@ def run_tests(folder: Path, tests: list[str]) -> tuple[bool, float]:
         output = io.StringIO()
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             signal.setitimer(signal.ITIMER_PROF, LIMIT)  # its signal ends the process
-            code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-W", "ignore", *tests])
+            code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-W", "ignore", "-k", LEFT_OUT, *tests])
         (folder / "output.txt").write_text(output.getvalue())
         os._exit(min(int(code), 1))
     _, status = os.waitpid(process, 0)

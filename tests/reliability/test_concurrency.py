@@ -146,9 +146,7 @@ class Failing(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    "kind", [ValueError, KeyboardInterrupt], ids=lambda kind: kind.__name__
-)
+@pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt], ids=lambda kind: kind.__name__)
 def test_hooks_are_removed_once_on_every_path(kind: type[BaseException]) -> None:
     """The model raises in any of its calls, in calibration, reconstruction, and a search."""
     works: list[Callable[[nn.Module, lro.Covariances], Any]] = [
