@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .files import digests, open_tensors, parse_json, read_header, read_tensor, replacing, write_tensors
-from .layers import LowRankConv2d, LowRankLinear
-from .layers.conv2d import GEOMETRY
+from .layers import LowRankLayer, LowRankLinear
+from .layers.conv import GEOMETRY, LowRankConv
 from .layers.replace import has_hooks, lowrank_type, swap_
 from .models.experts import experts_listed
-from .models.layers import dimensions, find_layers, tied_layers
+from .models.layers import dimensions, find_layers, is_conv, tied_layers
 from .models.running import warn_caller
 from .report import CompressionReport
 
@@ -47,7 +47,7 @@ def save_pretrained(model: nn.Module, path: str | Path, report: CompressionRepor
     renamed at the end: after a failed or killed save the folder holds the previous checkpoint or the new one.
 
     Args:
-        model: any module; LowRankLinear and LowRankConv2d layers are recorded.
+        model: any module; its low-rank layers are recorded.
         path: a folder; existing files of the two names are replaced.
         report: from :func:`lowrank_ops.compress_`; adds its configuration and each layer's number of calibration rows,
             which are null without it.
@@ -179,7 +179,7 @@ def describe_layers(model: nn.Module, report: CompressionReport | None = None) -
             "calibration_rows": rows[fqn].rows if fqn in rows else None,
         }
         for fqn, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, (LowRankLinear, LowRankConv2d))
+        if isinstance(module, LowRankLayer)
     }
     for fqn, row in rows.items():
         if fqn not in entries or entries[fqn]["rank"] != row.rank:
@@ -192,10 +192,10 @@ def describe_layers(model: nn.Module, report: CompressionReport | None = None) -
 
 def _sizes(layer: nn.Module) -> dict[str, Any]:
     """Kind and sizes of a dense or low-rank layer, as plain JSON types."""
-    if isinstance(layer, (nn.Conv2d, LowRankConv2d)):
+    if is_conv(layer) or isinstance(layer, LowRankConv):
         values = {name: getattr(layer, name) for name in GEOMETRY}
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-        return {"kind": "conv2d", **plain}
+        return {"kind": f"conv{len(layer.kernel_size)}d", **plain}
     if isinstance(layer, LowRankLinear):
         in_features, out_features = layer.in_features, layer.out_features
     else:
@@ -266,7 +266,7 @@ def empty_layers(model: nn.Module, entries: Mapping[str, Mapping[str, Any]]) -> 
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     for fqn, module in modules.items():
-        if isinstance(module, (LowRankLinear, LowRankConv2d)):
+        if isinstance(module, LowRankLayer):
             raise CheckpointError(
                 f"dense_model is already compressed: {fqn or 'the model'} is a {type(module).__name__}. Build the "
                 "original architecture and load into that."

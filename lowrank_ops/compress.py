@@ -13,7 +13,7 @@ from tqdm import tqdm
 from .calibration.statistics import Covariances
 from .config import CompressionConfig, ExplainedVariance, RankPolicy
 from .factors.projections import Factors, factorize, rounded
-from .layers import LowRankConv2d, LowRankLinear
+from .layers import LowRankLayer
 from .layers.replace import replace_
 from .models.experts import on_listed_experts
 from .models.layers import FilterFn, check_not_wrapped, find_layers, tied_layers, with_values
@@ -166,7 +166,7 @@ def considered_layers(
     unreached = {fqn: "no calibration batch reached it" for fqn in layers if fqn not in covariances}
     skipped |= unreached | {fqn: covariances.skipped[fqn] for fqn in unreached if fqn in covariances.skipped}
     for fqn, module in model.named_modules():
-        if fqn in covariances and isinstance(module, (LowRankLinear, LowRankConv2d)):
+        if fqn in covariances and isinstance(module, LowRankLayer):
             skipped[fqn] = "it is low-rank already"
     given = _checked_subspaces(subspaces, layers, covariances)
     if any(space.centered != centered for space in given.values()):

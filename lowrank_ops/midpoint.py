@@ -19,7 +19,7 @@ from .calibration.calibrator import calibrate
 from .calibration.statistics import Covariances, LayerStatistics
 from .compress import compress_
 from .config import CompressionConfig, RankPolicy
-from .layers import LowRankConv2d, LowRankLinear
+from .layers import LowRankLayer
 from .layers.replace import swap_
 from .models.experts import on_listed_experts
 from .models.layers import bias_vector, find_layers, weight_matrix
@@ -127,12 +127,13 @@ def _midpoint(model: nn.Module, covariances: Covariances, config: CompressionCon
 
 @torch.no_grad()
 def _between(module: nn.Module, dense: nn.Module) -> nn.Module:
-    assert isinstance(module, (LowRankLinear, LowRankConv2d))
+    assert isinstance(module, LowRankLayer)
     middle = module.to_dense()
-    middle.weight.lerp_(weight_matrix(dense).reshape(middle.weight.shape), 0.5)
-    if middle.bias is not None:
-        bias = bias_vector(dense)
-        middle.bias.lerp_(torch.zeros_like(middle.bias) if bias is None else bias, 0.5)
+    weight = middle.get_parameter("weight")
+    weight.lerp_(weight_matrix(dense).reshape(weight.shape), 0.5)
+    if module.bias is not None:
+        middle_bias, bias = middle.get_parameter("bias"), bias_vector(dense)
+        middle_bias.lerp_(torch.zeros_like(middle_bias) if bias is None else bias, 0.5)
     return middle
 
 

@@ -234,7 +234,7 @@ class Calibrator:
         self.skipped |= without
         if not layers:
             reasons = "".join(f"\n  {fqn or '(the model)'}: {reason}" for fqn, reason in self.skipped.items())
-            raise ValueError(f"model has no supported Linear, Conv2d or Conv1D that filter_fn keeps.{reasons}")
+            raise ValueError(f"model has no supported Linear, Conv1d, Conv2d or Conv1D that filter_fn keeps.{reasons}")
         _warn_of_skipped(self.skipped, filter_fn)
         if output_gradients:
             without = _without_output_gradients(model, layers, dtype, max_state_bytes, filter_fn)

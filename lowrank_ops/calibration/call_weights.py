@@ -65,7 +65,7 @@ def call_weights(
 
     Args:
         model: the dense model; run in eval mode and returned to its previous state.
-        layers: ``{fqn: layer}``, Linear, Conv1D, or Conv2d without groups.
+        layers: ``{fqn: layer}``, Linear, Conv1D, or Conv1d or Conv2d without groups.
         batches, sensitivity, mask, forward, progress, unmasked_rows: as for :func:`lowrank_ops.calibrate`.
 
     Returns:

@@ -13,7 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..models.layers import bias_vector, dimensions, input_of, output_rows, pad_input
+from ..models.layers import (
+    Conv,
+    bias_vector,
+    dimensions,
+    images,
+    input_of,
+    is_conv,
+    output_rows,
+    over_images,
+    pad_input,
+)  # fmt: skip
 from ..models.masks import Masks, real_rows
 from ..ops import conv_covariance_update_, covariance_finalize_, covariance_update_
 from ..ops.covariance import output_size
@@ -124,7 +134,7 @@ class Recorder:
             sums = self._sums_of_loss(self._output_gradients, fqn, "output", "output gradient")
             rows = output_rows(layer, values)
             with torch.no_grad():
-                sums.update(rows if isinstance(layer, nn.Conv2d) else real_rows(rows, mask))
+                sums.update(rows if is_conv(layer) else real_rows(rows, mask))
                 if saved is not None:
                     side = self._sides[fqn]
                     weighted = self._sums_of_loss(self._token_weighted, fqn, side, f"token-weighted {side}")
@@ -234,7 +244,7 @@ class Recorder:
         if not sums.is_repeated(fqn, x):
             self._touched[sums.leader] = sums
             with torch.no_grad():
-                if isinstance(layer, nn.Conv2d):
+                if is_conv(layer):
                     sums.update_conv(layer, x.detach())
                 else:
                     sums.update(real_rows(x.detach(), self._mask_of(fqn, x)))
@@ -254,7 +264,7 @@ class Recorder:
             self._activations[fqn] = _Sums(fqn, layer, "output", dtype, "output")
         sums = self._touched[fqn] = self._activations[fqn]
         with torch.no_grad():
-            if isinstance(layer, nn.Conv2d):
+            if is_conv(layer):
                 sums.update(output_rows(layer, y.detach()))
             else:
                 sums.update(real_rows(y.detach(), self._mask_of(fqn, x)))
@@ -262,7 +272,7 @@ class Recorder:
     def _mask_of(self, fqn: str, x: Tensor) -> Tensor | None:
         """The mask of the rows of a layer's input and output; None where all count."""
         layer = self._layers[fqn]
-        return None if isinstance(layer, nn.Conv2d) else self._masks.of(fqn, layer, x)
+        return None if is_conv(layer) else self._masks.of(fqn, layer, x)
 
     def _sums_of_input(self, fqn: str, layer: nn.Module, x: Tensor, dtype: torch.dtype) -> _Sums:
         if fqn not in self._activations:
@@ -379,22 +389,20 @@ class _Sums:
             covariance_update_(group_moment, group_total, part)
         self.moments.count += rows.numel() // total.numel()
 
-    def update_conv(self, layer: nn.Conv2d, x: Tensor) -> None:
+    def update_conv(self, layer: Conv, x: Tensor) -> None:
         """Add the patches of a convolution's input."""
-        x, padding = pad_input(layer, x if x.dim() == 4 else x.unsqueeze(0))
+        x, padding = pad_input(layer, x)
+        x = images(layer, x)
+        settings: dict[str, Any] = {
+            "kernel_size": over_images(layer.kernel_size, 1),
+            "stride": over_images(layer.stride, 1),
+            "padding": over_images(padding, 0),
+            "dilation": over_images(layer.dilation, 1),
+        }
         second_moment, total = self.moments.second_moment, self.moments.total
         features = total.shape[-1]
-        conv_covariance_update_(
-            second_moment.view(-1, features, features),
-            total.view(-1, features),
-            x,
-            kernel_size=layer.kernel_size,
-            stride=layer.stride,
-            padding=padding,
-            dilation=layer.dilation,
-        )
-        positions = output_size(x.shape[2:], layer.kernel_size, layer.stride, padding, layer.dilation)
-        self.moments.count += x.shape[0] * math.prod(positions)
+        conv_covariance_update_(second_moment.view(-1, features, features), total.view(-1, features), x, **settings)
+        self.moments.count += x.shape[0] * math.prod(output_size(x.shape[2:], **settings))
 
     def is_finite(self) -> Tensor:
         """A boolean scalar on the device of the sums."""
@@ -429,6 +437,6 @@ def _remove_bias(moments: Moments, layer: nn.Module) -> None:
 
 def _geometry(layer: nn.Module) -> object:
     """What besides the input tensor decides the rows: two layers may share sums only if this is equal."""
-    if isinstance(layer, nn.Conv2d):
+    if is_conv(layer):
         return (layer.kernel_size, layer.stride, layer.padding, layer.padding_mode, layer.dilation, layer.groups)
     return "linear"

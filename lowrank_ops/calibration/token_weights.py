@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models.layers import bias_vector, pad_input, patches
+from ..models.layers import Conv, bias_vector, images, is_conv, pad_input, patches
 from ..models.masks import real_rows
 from ..ops import covariance_update_
 from .statistics import Moments
@@ -54,17 +54,16 @@ class SavedActivation:
         if not gradient.numel():
             return
         values, bias = self._values.detach(), bias_vector(layer) if self._side == "output" else None
-        if not isinstance(layer, nn.Conv2d):
+        if not is_conv(layer):
             weights = token_weights(layer, gradient, mask)
             add_weighted(moments, real_rows(values, mask), weights.unsqueeze(-1), bias)
             return
-        values, gradient = (part if part.dim() == 4 else part.unsqueeze(0) for part in (values, gradient))
-        weights = _conv_weights(gradient, layer.groups)  # (images, height, width, groups)
-        values = _padded(layer, values) if self._side == "input" else values
+        weights = _conv_weights(images(layer, gradient), layer.groups)  # (samples, height, width, groups)
+        values = images(layer, _padded(layer, values) if self._side == "input" else values)
         height, line = weights.shape[1], weights.shape[2] * moments.total.numel()
         lines = min(height, max(1, MAX_ELEMENTS // line))
-        images = max(1, MAX_ELEMENTS // (line * lines))
-        for part, part_weights in zip(values.split(images), weights.split(images), strict=True):
+        samples = max(1, MAX_ELEMENTS // (line * lines))
+        for part, part_weights in zip(values.split(samples), weights.split(samples), strict=True):
             for first, band in zip(range(0, height, lines), part_weights.split(lines, 1), strict=True):
                 if self._side == "input":
                     rows = _patches(layer, part, first, band.shape[1])
@@ -73,12 +72,12 @@ class SavedActivation:
                 add_weighted(moments, rows, band.flatten(0, -2), bias)
 
 
-def _padded(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    x, (vertical, horizontal) = pad_input(layer, x)
-    return F.pad(x, (horizontal, horizontal, vertical, vertical)) if vertical or horizontal else x
+def _padded(layer: Conv, x: Tensor) -> Tensor:
+    x, padding = pad_input(layer, x)
+    return F.pad(x, [size for size in reversed(padding) for _ in range(2)]) if any(padding) else x
 
 
-def _patches(layer: nn.Conv2d, x: Tensor, first: int, lines: int) -> Tensor:
+def _patches(layer: Conv, x: Tensor, first: int, lines: int) -> Tensor:
     """The patches (rows, in_features) of some lines of a convolution's output, from its padded input."""
     top, reach = first * layer.stride[0], layer.dilation[0] * (layer.kernel_size[0] - 1) + 1
     x = x[:, :, top : top + (lines - 1) * layer.stride[0] + reach]
@@ -89,12 +88,12 @@ def token_weights(layer: nn.Module, gradient: Tensor, mask: Tensor | None) -> Te
     """Token weights (rows,) of the real rows of one call of a layer, in their order.
 
     Args:
-        layer: Linear, Conv1D, or Conv2d without groups.
+        layer: Linear, Conv1D, or Conv1d or Conv2d without groups.
         gradient: at the layer's output, in the output's shape.
         mask: of the forward, or None.
     """
-    if isinstance(layer, nn.Conv2d):
-        return _conv_weights(gradient if gradient.dim() == 4 else gradient.unsqueeze(0), 1).flatten()
+    if is_conv(layer):
+        return _conv_weights(images(layer, gradient), 1).flatten()
     if gradient.is_nested:
         return torch.cat([relative_squares(part.unsqueeze(0)).flatten() for part in gradient.unbind()])
     if mask is not None and gradient.shape[:-1] in (mask.shape, (mask.numel(),)):

@@ -17,8 +17,8 @@ from peft.tuners import lora, tuners_utils
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import Tensor, nn
 
-from ..layers import LowRankConv2d, LowRankLinear
-from ..layers._base import LowRankLayer
+from ..layers import LowRankConv1d, LowRankConv2d, LowRankLayer, LowRankLinear
+from ..layers.conv import LowRankConv
 from ..ranks.costs import stored_rank
 
 _INITIALIZATIONS = (True, False, "gaussian", "orthogonal")  # the others write to the base layer's weight
@@ -30,7 +30,7 @@ class _Adapter(lora.LoraLayer):
     _unmerged: tuple[int, Tensor, Tensor, Tensor | None] | None = None  # rank, down, up, bias of the base layer
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
-        if isinstance(module, LowRankConv2d):
+        if isinstance(module, LowRankConv):
             return module.in_channels, module.out_channels
         return module.in_features, module.out_features  # type: ignore[return-value]
 
@@ -106,9 +106,7 @@ class LowRankLoraLinear(_Adapter, lora.Linear):
         super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
 
 
-class LowRankLoraConv2d(_Adapter, lora.Conv2d):
-    """PEFT's LoRA layer around a LowRankConv2d."""
-
+class _ConvAdapter(_Adapter):
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         """Add an adapter; arguments as in PEFT, which creates layers of the type of the base layer."""
         dense = super().get_base_layer().to_dense()
@@ -117,6 +115,14 @@ class LowRankLoraConv2d(_Adapter, lora.Conv2d):
             super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
         finally:
             del self.get_base_layer
+
+
+class LowRankLoraConv1d(_ConvAdapter, lora.layer.Conv1d):
+    """PEFT's LoRA layer around a LowRankConv1d."""
+
+
+class LowRankLoraConv2d(_ConvAdapter, lora.Conv2d):
+    """PEFT's LoRA layer around a LowRankConv2d."""
 
 
 def _set_factors(layer: LowRankLayer, down: Tensor, up: Tensor) -> None:
@@ -145,8 +151,8 @@ def _check(config: PeftConfig, model: nn.Module) -> None:
                 f"init_lora_weights={config.init_lora_weights!r} computes or writes the dense weight of layer {fqn!r}, "
                 f"which is low-rank; use one of {', '.join(map(repr, _INITIALIZATIONS))}."
             )
-        if isinstance(layer, LowRankConv2d) and (
-            layer.groups > 1 or layer.dilation != (1, 1) or layer.padding_mode != "zeros"
+        if isinstance(layer, LowRankConv) and (
+            layer.groups > 1 or max(layer.dilation) > 1 or layer.padding_mode != "zeros"
         ):
             raise ValueError(
                 f"layer {fqn!r} has groups={layer.groups}, dilation={layer.dilation} and "
@@ -183,7 +189,11 @@ def _register() -> None:
         if isinstance(config, LoraConfig):
             _check(config, model)
             given = config._custom_modules or {}
-            ours = {LowRankLinear: LowRankLoraLinear, LowRankConv2d: LowRankLoraConv2d}
+            ours = {
+                LowRankLinear: LowRankLoraLinear,
+                LowRankConv1d: LowRankLoraConv1d,
+                LowRankConv2d: LowRankLoraConv2d,
+            }
             config._register_custom_module(
                 {kind: adapter for kind, adapter in ours.items() if issubclass(adapter, given.get(kind, adapter))}
             )

@@ -1,9 +1,11 @@
 """Low-rank layers, how they replace a model's dense layers, and how long both take.
 
-In: dense layers and their Factors. Out: LowRankLinear and LowRankConv2d in the model, or LayerLatencies.
+In: dense layers and their Factors. Out: LowRankLinear, LowRankConv1d and LowRankConv2d in the model, or LayerLatencies.
 """
 
-from .conv2d import LowRankConv2d as LowRankConv2d
+from ._base import LowRankLayer as LowRankLayer
+from .conv import LowRankConv1d as LowRankConv1d
+from .conv import LowRankConv2d as LowRankConv2d
 from .latency import measure_latency as measure_latency
 from .linear import LowRankLinear as LowRankLinear
 from .plain import to_dense_layers as to_dense_layers

@@ -1,4 +1,4 @@
-"""What LowRankLinear and LowRankConv2d share: padded factors, initialization, conversion from and to dense layers."""
+"""What the low-rank layers share: padded factors, initialization, conversion from and to dense layers."""
 
 from __future__ import annotations
 
@@ -55,6 +55,10 @@ class LowRankLayer(nn.Module):
         if name == "weight" or isinstance(param, ProductWeight):  # pruning registers the old weight by another name
             raise lost_write(f"registering the parameter {name!r}")
         super().register_parameter(name, param)
+
+    def reset_parameters(self) -> None:
+        """Draw random factors; the entries of their product have the variance of a new dense layer's weight."""
+        raise NotImplementedError
 
     def product(self) -> Tensor:
         """The product of the factors in the shape of the dense layer's weight, computed in every call."""

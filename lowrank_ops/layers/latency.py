@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ..config import LatencyCurve, LayerLatencies
 from ..models.experts import on_listed_experts
-from ..models.layers import FilterFn, dimensions, find_layers, input_of
+from ..models.layers import FilterFn, dimensions, find_layers, input_of, is_conv
 from ..models.running import call_model, device_of, evaluating, move
 from ..ranks.costs import RANK_ALIGNMENT
 from .replace import lowrank_type
@@ -34,7 +34,7 @@ class _Call(NamedTuple):
     def name(self) -> str:
         layer, size = self.layer, " x ".join(map(str, self.shape))
         _, in_features, out_features = dimensions(layer)
-        if isinstance(layer, nn.Conv2d):
+        if is_conv(layer):
             kernel = " x ".join(map(str, layer.kernel_size))
             geometry = f"{layer.in_channels} -> {layer.out_channels}, kernel {kernel}, stride {layer.stride}"
             geometry += f", padding {layer.padding} {layer.padding_mode}, dilation {layer.dilation}"

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.statistics import LayerStatistics
-from ..models.layers import dimensions, is_conv1d
+from ..models.layers import dimensions, has_transposed_weight
 from ..ops import lowrank_linear
 from ._base import LowRankLayer, check_rank, copy_flags, factorize_layer, initialize
 
@@ -101,7 +101,7 @@ class LowRankLinear(LowRankLayer):
             >>> layer = lro.LowRankLinear.from_linear(model[0], 4, covariances["0"])
             >>> torch.testing.assert_close(layer(x), model[0](x), atol=1e-4, rtol=1e-4)
         """
-        if not isinstance(linear, nn.Linear) and not is_conv1d(linear):
+        if not isinstance(linear, nn.Linear) and not has_transposed_weight(linear):
             raise TypeError(f"linear must be a torch.nn.Linear; got {type(linear).__name__}.")
         return cls.from_factors(linear, factorize_layer(linear, rank, statistics, projection, centered))
 

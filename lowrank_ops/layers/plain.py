@@ -9,7 +9,7 @@ from torch import nn
 
 from ..models.layers import check_no_adapters
 from ._base import LowRankLayer
-from .conv2d import GEOMETRY, LowRankConv2d
+from .conv import GEOMETRY, LowRankConv
 from .replace import has_hooks, swap_
 
 
@@ -38,7 +38,7 @@ def to_dense_layers(model: nn.Module) -> nn.Module:
 
 
 def to_plain_layers(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` whose low-rank layers are ``nn.Sequential`` of two Linears or two Conv2d.
+    """A copy of ``model`` whose low-rank layers are ``nn.Sequential`` of two Linears or two convolutions.
 
     The copy has the size of ``model`` and holds torch's layers only: it can be pickled and loaded without lowrank_ops,
     scripted, quantized, and exported by tools that know no custom op. Code that reads ``layer.weight`` of such a layer,
@@ -88,10 +88,10 @@ def _two_layers(layer: LowRankLayer) -> nn.Sequential:
     has_bias, middle = layer.bias is not None, len(layer.down)
     first: nn.Module
     second: nn.Module
-    if isinstance(layer, LowRankConv2d):
+    if isinstance(layer, LowRankConv):
         geometry = {name: getattr(layer, name) for name in GEOMETRY} | {"out_channels": middle}
-        first = nn.Conv2d(**geometry, bias=False, device="meta")
-        second = nn.Conv2d(middle, layer.out_channels, 1, groups=layer.groups, bias=has_bias, device="meta")
+        first = layer.dense_type(**geometry, bias=False, device="meta")
+        second = layer.dense_type(middle, layer.out_channels, 1, groups=layer.groups, bias=has_bias, device="meta")
     else:
         first = nn.Linear(layer.down.shape[1], middle, bias=False, device="meta")
         second = nn.Linear(middle, len(layer.up), bias=has_bias, device="meta")

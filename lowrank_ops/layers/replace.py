@@ -11,7 +11,8 @@ from torch import nn
 from ..factors.projections import Factors
 from ..models.experts import experts_listed
 from ..models.layers import HOOKS, check_not_wrapped, find_layers, tied_layers
-from .conv2d import LowRankConv2d
+from ._base import LowRankLayer
+from .conv import LowRankConv1d, LowRankConv2d
 from .linear import LowRankLinear
 
 
@@ -99,9 +100,10 @@ def swap_(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None
         raise
 
 
-def lowrank_type(dense: nn.Module) -> type[LowRankLinear] | type[LowRankConv2d]:
+def lowrank_type(dense: nn.Module) -> type[LowRankLayer]:
     """The class that replaces a dense layer."""
-    return LowRankConv2d if isinstance(dense, nn.Conv2d) else LowRankLinear
+    kinds = (LowRankConv1d, LowRankConv2d)
+    return next((kind for kind in kinds if isinstance(dense, kind.dense_type)), LowRankLinear)
 
 
 def has_hooks(module: nn.Module) -> bool:

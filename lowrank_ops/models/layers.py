@@ -1,9 +1,10 @@
-"""The dense layers that can be compressed, as matrices: Linear, Conv2d and transformers' Conv1D."""
+"""The dense layers that can be compressed, as matrices: Linear, Conv1d, Conv2d and transformers' Conv1D."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from typing import Any, NamedTuple
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
+_KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 _OFFLOADED = (
     "accelerate's hooks move its weight on each call; load the model on one device, or call "
     "accelerate.hooks.remove_hook_from_module(model, recurse=True)"
@@ -18,6 +20,7 @@ _OFFLOADED = (
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 FilterFn = Callable[[nn.Module, str], bool]
+Conv = nn.Conv1d | nn.Conv2d
 
 
 class Dimensions(NamedTuple):
@@ -51,7 +54,7 @@ def find_layers(model: nn.Module, filter_fn: FilterFn | None = None) -> tuple[di
         if (reason := _hides_layers(module)) is not None:
             closed += (f"{fqn}." if fqn else "",)
             skipped[fqn] = reason
-        elif isinstance(module, (nn.Linear, nn.Conv2d)) or is_conv1d(module):
+        elif is_supported(module):
             if filter_fn is not None and not filter_fn(module, fqn):
                 continue
             reason = _reason_to_skip(module)
@@ -124,7 +127,7 @@ def _reason_to_skip(module: nn.Module) -> str | None:
             f"its weight is quantized ({type(module).__name__} of bitsandbytes); compress the float model, then "
             "quantize it"
         )
-    base = nn.Linear if isinstance(module, nn.Linear) else nn.Conv2d if isinstance(module, nn.Conv2d) else type(module)
+    base = next((kind for kind in _KINDS if isinstance(module, kind)), type(module))
     if getattr(module.forward, "__func__", None) is not base.forward:
         return f"{type(module).__name__} overrides forward"
     if hasattr(module, "parametrizations"):
@@ -203,8 +206,8 @@ def unsupported_weights(model: nn.Module, known: Collection[str]) -> dict[str, s
     inside = tuple(f"{fqn}." for fqn in known if fqn)
     for fqn, module in model.named_modules():
         own = list(module.parameters(recurse=False))
-        supported = isinstance(module, (nn.Linear, nn.Conv2d)) or is_conv1d(module)
-        if not supported and fqn not in known and not fqn.startswith(inside) and any(p.dim() > 1 for p in own):
+        named = fqn in known or fqn.startswith(inside)
+        if not is_supported(module) and not named and any(p.dim() > 1 for p in own):
             share = sum(parameter.numel() for parameter in own) / total
             found[fqn] = f"{type(module).__name__} is not supported; it holds {share:.1%} of the model's parameters"
     return found
@@ -224,7 +227,17 @@ def tied_layers(model: nn.Module) -> dict[str, str]:
     }
 
 
-def is_conv1d(module: nn.Module) -> bool:
+def is_supported(module: nn.Module) -> bool:
+    """Whether layers of this kind can be compressed."""
+    return isinstance(module, _KINDS) or has_transposed_weight(module)
+
+
+def is_conv(module: nn.Module) -> TypeGuard[Conv]:
+    """Whether ``module`` is a convolution, whose rows are the patches of its input."""
+    return isinstance(module, (nn.Conv1d, nn.Conv2d))
+
+
+def has_transposed_weight(module: nn.Module) -> bool:
     """Whether ``module`` is transformers' Conv1D, a linear layer with a transposed weight."""
     bases = type(module).__mro__
     return any(base.__name__ == "Conv1D" and base.__module__.startswith("transformers.") for base in bases)
@@ -232,8 +245,8 @@ def is_conv1d(module: nn.Module) -> bool:
 
 def dimensions(module: nn.Module) -> Dimensions:
     """The layer's groups and the features of one group."""
-    if isinstance(module, nn.Conv2d):
-        in_features = module.in_channels // module.groups * module.kernel_size[0] * module.kernel_size[1]
+    if is_conv(module):
+        in_features = module.in_channels // module.groups * math.prod(module.kernel_size)
         return Dimensions(module.groups, in_features, module.out_channels // module.groups)
     out_features, in_features = weight_matrix(module).shape[-2:]
     return Dimensions(1, in_features, out_features)
@@ -242,10 +255,10 @@ def dimensions(module: nn.Module) -> Dimensions:
 def weight_matrix(module: nn.Module) -> Tensor:
     """The weight as (out_features, in_features), or (groups, out_features, in_features) where groups > 1."""
     weight = module.get_parameter("weight").detach()
-    if isinstance(module, nn.Conv2d):
+    if is_conv(module):
         groups, in_features, out_features = dimensions(module)
         return weight.reshape(groups, out_features, in_features) if groups > 1 else weight.flatten(1)
-    return weight.T if is_conv1d(module) else weight
+    return weight.T if has_transposed_weight(module) else weight
 
 
 def bias_vector(module: nn.Module) -> Tensor | None:
@@ -254,17 +267,17 @@ def bias_vector(module: nn.Module) -> Tensor | None:
     return bias.detach() if isinstance(bias, Tensor) else None
 
 
-def pad_input(module: nn.Conv2d, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """Apply the padding that ``F.conv2d`` cannot: circular, reflect, replicate, and "same" with an even kernel.
+def pad_input(module: Conv, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """Apply the padding that ``F.conv1d`` and ``F.conv2d`` cannot: circular, reflect, replicate, and uneven.
 
     Returns:
-        The padded input, and the (vertical, horizontal) zero padding that is left for ``F.conv2d``.
+        The padded input, and the zero padding per dimension that is left for the convolution.
     """
-    left, right, top, bottom = _padding_by_side(module)
-    if module.padding_mode == "zeros" and left == right and top == bottom:
-        return x, (top, left)
+    sides = _padding_by_side(module)
+    if module.padding_mode == "zeros" and all(before == after for before, after in sides):
+        return x, tuple(before for before, _ in sides)
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    return F.pad(x, (left, right, top, bottom), mode=mode), (0, 0)
+    return F.pad(x, [size for side in reversed(sides) for size in side], mode=mode), (0,) * len(sides)
 
 
 def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -274,28 +287,42 @@ def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 
 def input_rows(layer: nn.Module, x: Tensor) -> Tensor:
     """The rows (rows, in_features) that a layer multiplies by its weight; for a convolution, patches of its input."""
-    if not isinstance(layer, nn.Conv2d):
+    if not is_conv(layer):
         return x.reshape(-1, x.shape[-1])
-    return patches(layer, *pad_input(layer, x if x.dim() == 4 else x.unsqueeze(0)))
+    x, padding = pad_input(layer, x)
+    return patches(layer, images(layer, x), over_images(padding, 0))
 
 
-def patches(layer: nn.Conv2d, x: Tensor, padding: tuple[int, int]) -> Tensor:
+def images(layer: Conv, x: Tensor) -> Tensor:
+    """A convolution's input or output as (batch, channels, height, width); of a Conv1d the width is 1."""
+    x = x if x.dim() == layer.weight.dim() else x.unsqueeze(0)
+    return x.unsqueeze(-1) if x.dim() == 3 else x
+
+
+def over_images(sizes: Sequence[int], missing: int) -> tuple[int, int]:
+    """A setting of a convolution as (height, width), with ``missing`` as that of the width that a Conv1d has not."""
+    height, width = (*sizes, missing)[:2]
+    return height, width
+
+
+def patches(layer: Conv, x: Tensor, padding: tuple[int, int]) -> Tensor:
     """The patches (positions, in_features) of images (batch, channels, height, width)."""
-    return F.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride).mT.flatten(0, 1)
+    kernel, dilation, stride = (over_images(sizes, 1) for sizes in (layer.kernel_size, layer.dilation, layer.stride))
+    return F.unfold(x, kernel, dilation, padding, stride).mT.flatten(0, 1)
 
 
 def output_rows(layer: nn.Module, y: Tensor) -> Tensor:
     """A layer's output, or its gradient, with the features last; of a convolution (positions, channels)."""
-    if not isinstance(layer, nn.Conv2d):
+    if not is_conv(layer):
         return y
-    return y.movedim(-3, -1).flatten(0, -2)
+    return images(layer, y).movedim(1, -1).flatten(0, -2)
 
 
-def _padding_by_side(module: nn.Conv2d) -> tuple[int, int, int, int]:
+def _padding_by_side(module: Conv) -> list[tuple[int, int]]:
+    """Sizes before and after, per dimension of the positions."""
     if module.padding == "valid":
-        return 0, 0, 0, 0
+        return [(0, 0)] * len(module.kernel_size)
     if module.padding == "same":
         reach = [dilation * (size - 1) for dilation, size in zip(module.dilation, module.kernel_size, strict=True)]
-        return reach[1] // 2, reach[1] - reach[1] // 2, reach[0] // 2, reach[0] - reach[0] // 2
-    height, width = (int(size) for size in module.padding)
-    return width, width, height, height
+        return [(size // 2, size - size // 2) for size in reach]
+    return [(int(size), int(size)) for size in module.padding]

@@ -23,10 +23,10 @@ from ..calibration.objectives import Sensitivity, check_sensitivity, objective
 from ..calibration.statistics import NonFiniteActivationError
 from ..factors.projections import Factors
 from ..files import digest
-from ..layers._base import LowRankLayer
+from ..layers import LowRankConv1d, LowRankLayer
 from ..layers.replace import lowrank_type, replaced
 from ..models.experts import on_listed_experts
-from ..models.layers import find_layers
+from ..models.layers import find_layers, is_supported
 from ..models.masks import Mask, Masks, real_rows
 from ..models.running import (
     call_model,
@@ -319,7 +319,9 @@ def _factors_of(layer: LowRankLayer, old: Factors) -> Factors:
 
 def _rows(name: str, module: nn.Module, output: Tensor, mask: Tensor | None) -> Tensor:
     """The real rows (rows, features) of a block's output; the features of convolutional blocks are channels."""
-    if output.dim() == 4 and any(isinstance(part, nn.Conv2d) for part in module.modules()):
+    *_, last = [None, *(part for part in module.modules() if is_supported(part) or isinstance(part, LowRankLayer))]
+    line = output.dim() == 3 and isinstance(last, (nn.Conv1d, LowRankConv1d))
+    if line or (output.dim() == 4 and any(isinstance(part, nn.Conv2d) for part in module.modules())):
         output, mask = output.movedim(1, -1), None
     return real_rows(output, mask).flatten(0, -2)
 

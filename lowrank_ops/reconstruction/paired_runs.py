@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..models.layers import compiled_or_scripted, input_of
+from ..models.layers import compiled_or_scripted, input_of, is_conv
 from ..models.masks import Masks
 from ..models.running import device_of, evaluating, exclusive, move, output_tensor, random_state_kept, without_fast_path
 
@@ -263,7 +263,7 @@ class PairedRuns:
         def on_input(fqn: str, x: Tensor) -> None:
             if fqn == group.layers[0]:
                 layer = self.layers[fqn]
-                masks.append(None if isinstance(layer, nn.Conv2d) else self._masks.of(fqn, layer, x))
+                masks.append(None if is_conv(layer) else self._masks.of(fqn, layer, x))
                 found.append(x if group.calls == 1 else x.clone())  # the run continues and may change it in place
                 if group.calls == 1:
                     raise _Reached
@@ -407,7 +407,7 @@ def _grouped(events: list[_Event], layers: Mapping[str, nn.Module]) -> list[Grou
     calls = Counter(event.fqn for event in events)
     groups: dict[object, list[_Event]] = {}
     for event in _first_calls(events):
-        shares = calls[event.fqn] == 1 and not isinstance(layers[event.fqn], nn.Conv2d)
+        shares = calls[event.fqn] == 1 and not is_conv(layers[event.fqn])
         groups.setdefault((id(event.x), event.version) if shares else event.fqn, []).append(event)
     return [
         Group(tuple(event.fqn for event in group), calls[group[0].fqn], group[0].position) for group in groups.values()

@@ -35,7 +35,7 @@ class PairedSums:
     e = W (x - z), of all the layers side by side, or x - z itself if that is narrower.
 
     Args:
-        layers: ``{fqn: layer}``, Linear, Conv1D or Conv2d without groups.
+        layers: ``{fqn: layer}``, Linear, Conv1D, or Conv1d or Conv2d without groups.
         folds: 1 or 2.
     """
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from ..models.layers import is_conv
+
 KINDS = ("qkv", "proj", "mlp", "conv", "other")
 
 _QKV = {
@@ -27,7 +29,7 @@ def kind_of(fqn: str, layer: nn.Module) -> str:
       BERT's ``output.dense`` outside attention.
     - ``"other"``: heads, poolers, and everything else.
     """
-    if isinstance(layer, nn.Conv2d):
+    if is_conv(layer):
         return "conv"
     parts = [part for part in fqn.lower().split(".") if not part.isdigit()]
     name, around = (parts[-1], parts[:-1]) if parts else ("", [])

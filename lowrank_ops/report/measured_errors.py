@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..layers import LowRankConv2d, LowRankLinear
+from ..layers import LowRankLayer
 from ..models.experts import experts_listed
-from ..models.layers import bias_vector, output_rows
+from ..models.layers import bias_vector, is_conv, output_rows
 from ..models.masks import Mask, Masks, real_rows
 from ..models.running import call_model, device_of, evaluating, move, warn_caller
 
@@ -78,9 +78,7 @@ def measure_errors(
         >>> sorted(lro.measure_errors(dense, model, [torch.randn(128, 64)]))
         ['0', '2']
     """
-    replaced = {
-        fqn: layer for fqn, layer in compressed.named_modules() if isinstance(layer, (LowRankLinear, LowRankConv2d))
-    }
+    replaced = {fqn: layer for fqn, layer in compressed.named_modules() if isinstance(layer, LowRankLayer)}
     if not replaced:
         raise ValueError("compressed has no replaced layer; pass the model that compress_ changed.")
     with experts_listed(dense, names=replaced):
@@ -100,7 +98,7 @@ def _measured(
 ) -> dict[str, float]:
     originals = dict(dense.named_modules())
     for fqn in replaced:
-        if fqn not in originals or isinstance(originals[fqn], (LowRankLinear, LowRankConv2d)):
+        if fqn not in originals or isinstance(originals[fqn], LowRankLayer):
             raise ValueError(
                 f"dense has no dense layer {fqn!r}; pass a copy (copy.deepcopy) of the model from before compress_."
             )
@@ -110,7 +108,7 @@ def _measured(
     def record(fqn: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
         error = y - replaced[fqn](x)
         bias = None if centered else bias_vector(layer)
-        if isinstance(layer, nn.Conv2d):
+        if is_conv(layer):
             y, error = (output_rows(layer, part) for part in (y, error))
         else:
             real = masks.of(fqn, layer, x)

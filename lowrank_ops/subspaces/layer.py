@@ -245,7 +245,7 @@ class LayerSubspaces:
     def of_layer(
         cls, layer: nn.Module, statistics: LayerStatistics, *, centered: bool, input_space: Subspace | None = None
     ) -> LayerSubspaces:
-        """The spaces of a Linear, Conv1D or Conv2d."""
+        """The spaces of a Linear, Conv1D, Conv1d or Conv2d."""
         return cls(weight_matrix(layer), bias_vector(layer), statistics, centered=centered, input_space=input_space)
 
     def is_of(self, layer: nn.Module) -> bool:

@@ -366,7 +366,7 @@ def test_encoder_with_fast_path_is_calibrated(padded, mode):
         ({"dtype": torch.bfloat16}, "dtype must be torch.float32 or torch.float64.*got torch.bfloat16"),
         (
             {"filter_fn": lambda module, fqn: False},
-            "model has no supported Linear, Conv2d or Conv1D that filter_fn keeps",
+            "model has no supported Linear, Conv1d, Conv2d or Conv1D that filter_fn keeps",
         ),
         ({"batches": []}, "batches was empty"),
     ],

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lowrank_ops as lro
-from lowrank_ops.layers import to_dense_layers, to_plain_layers
+from lowrank_ops.layers import LowRankConv1d, to_dense_layers, to_plain_layers
 
 pytest.importorskip("peft")
 import peft
@@ -21,11 +21,13 @@ class Net(nn.Module):
         super().__init__()
         self.conv = lro.LowRankConv2d(3, 8, 3, rank=5, padding=1, stride=2)
         self.norm = nn.BatchNorm2d(8)
+        self.line = LowRankConv1d(8, 8, 3, rank=5, padding=1)
         self.wide = lro.LowRankLinear(32, 24, rank=5)
         self.head = nn.Linear(24, 4)
 
     def forward(self, x):
-        return self.head(self.wide(self.norm(self.conv(x)).flatten(1)).relu())
+        x = self.norm(self.conv(x)).flatten(2)
+        return self.head(self.wide((x + self.line(x)).flatten(1)).relu())
 
 
 @pytest.fixture
@@ -38,8 +40,8 @@ X = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(1))
 
 
 def adapted(model, adapters=1, **options):
-    """A PEFT model with random adapters on both low-rank layers."""
-    options = {"target_modules": ["conv", "wide"], "r": 4, "init_lora_weights": False, **options}
+    """A PEFT model with random adapters on the low-rank layers."""
+    options = {"target_modules": ["conv", "line", "wide"], "r": 4, "init_lora_weights": False, **options}
     result = peft.get_peft_model(model, peft.LoraConfig(**options))
     for index in range(1, adapters):
         result.add_adapter(str(index), peft.LoraConfig(**{**options, "r": 4 + index}))
@@ -100,7 +102,7 @@ def test_merged_model_is_compressed_and_saves_and_loads(net, tmp_path):
     merged = adapted(net).merge_and_unload()
     assert type(merged.conv) is lro.LowRankConv2d and type(merged.wide) is lro.LowRankLinear
     lro.save_pretrained(merged, tmp_path)
-    loaded = lro.load_pretrained(to_dense_layers(net), tmp_path)
+    loaded = lro.load_pretrained(to_dense_layers(Net().eval()), tmp_path)
     assert loaded.wide.rank == 9 and torch.equal(loaded(X), merged(X))
 
 
@@ -132,7 +134,11 @@ def test_training_changes_only_the_adapter(net):
     optimizer.step()
     changed = {name for name, tensor in state(model).items() if not torch.equal(tensor, before[name])}
     assert {name for name in changed if "lora_" not in name and "norm" not in name} == set()
-    assert {name.split(".")[-3] for name in changed if "conv" in name} == {"lora_A", "lora_B", "lora_magnitude_vector"}
+    assert {name.split(".")[-3] for name in changed if "conv" in name or "line" in name} == {
+        "lora_A",
+        "lora_B",
+        "lora_magnitude_vector",
+    }
 
 
 def test_disabled_and_second_adapters_work_as_in_peft(net):

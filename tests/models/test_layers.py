@@ -54,7 +54,7 @@ def test_layers_are_found_in_the_order_of_the_model():
         nn.Linear(4, 4), nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU()), OtherConv1D(2, 3), nn.Conv1d(1, 1, 1)
     )
     layers, skipped = find_layers(model)
-    assert list(layers) == ["0", "1.0", "2"] and not skipped
+    assert list(layers) == ["0", "1.0", "2", "3"] and not skipped
     assert list(find_layers(model, lambda module, fqn: fqn.startswith("1"))[0]) == ["1.0"]
 
 
@@ -141,7 +141,7 @@ class FusedExperts(nn.Module):
 
 OTHERS = [
     nn.Embedding(5, 4), nn.LSTM(4, 3), nn.GRU(4, 3), nn.Bilinear(3, 4, 5), nn.ConvTranspose2d(2, 3, 2),
-    nn.Conv3d(1, 2, 2), nn.Conv1d(3, 4, 2), FusedExperts(),
+    nn.Conv3d(1, 2, 2), nn.ConvTranspose1d(3, 4, 2), FusedExperts(),
 ]  # fmt: skip
 
 
