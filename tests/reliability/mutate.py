@@ -1,6 +1,6 @@
 """Mutation testing: how many small changes of the source does a test notice?
 
-    python -m tests.reliability.mutate --mutants 150 --out mutants.json
+    python -m tests.reliability.mutate --mutants 150
 
 Draws mutants at random from the modules below, all places alike, and runs the tests beside the module on each, in a
 forked process that has torch imported already. A mutant is killed if a test fails or the time is up. The existing tools
@@ -136,7 +136,7 @@ def main() -> int:
     parser.add_argument("--mutants", type=int, default=150)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", help="a room, such as ranks")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("mutants.json"))
     options = parser.parse_args()
     import hypothesis  # noqa: F401  # once, not in every process
     import torch
