@@ -6,7 +6,6 @@ With a sensitivity, one backward pass per batch also streams the gradients at th
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -36,6 +35,7 @@ from ..models.running import (
     warn_caller,
     without_fast_path,
 )
+from .distributed import failures_posted, post_failure
 from .experts import pooling, pools_of, with_pooled_rows
 from .objectives import Sensitivity, check_sensitivity
 from .recorder import Recorder
@@ -127,16 +127,20 @@ def calibrate(
         >>> covariances["0"].activations.count, covariances.has_output_gradients
         (128, True)
     """
-    if isinstance(batches, (Tensor, Mapping, str)):
-        raise TypeError(
-            f"batches must be a collection of batches; got one {type(batches).__name__}. Pass [batch] for a single one."
-        )
-    if sensitivity is not None:
-        check_sensitivity(sensitivity)
-    if isinstance(num_probes, bool) or not isinstance(num_probes, int) or num_probes < 1:
-        raise ValueError(f"num_probes must be a positive integer, the number of draws per batch; got {num_probes!r}.")
-    run, device, seen = forward or call_model, device_of(model), 0
     with ExitStack() as stack:
+        stack.enter_context(failures_posted())
+        if isinstance(batches, (Tensor, Mapping, str)):
+            raise TypeError(
+                f"batches must be a collection of batches; got one {type(batches).__name__}. Pass [batch] for a single "
+                "one."
+            )
+        if sensitivity is not None:
+            check_sensitivity(sensitivity)
+        if isinstance(num_probes, bool) or not isinstance(num_probes, int) or num_probes < 1:
+            raise ValueError(
+                f"num_probes must be a positive integer, the number of draws per batch; got {num_probes!r}."
+            )
+        run, device, seen = forward or call_model, device_of(model), 0
         if sensitivity is not None:
             stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.set_grad_enabled(sensitivity is not None))
@@ -268,20 +272,21 @@ class Calibrator:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *trace: object) -> None:
         stack, self._stack = self._stack, None
         assert stack is not None
-        with stack:
-            if kind is None:
+        if kind is not None:
+            stack.close()
+            post_failure(error or kind())
+            return
+        with failures_posted():
+            with stack:
                 self._recorder.check_finite()
-        if kind is None:
             self.covariances = with_pooled_rows(self._recorder.finish(self.skipped), self._layers)
             if (warning := self._masks.finish()) is not None:
                 warn_caller(warning)
             if self._output_gradients and not self.covariances.has_output_gradients:
-                warnings.warn(
-                    "Calibrator(output_gradients=True) received no loss; call observe inside its block.", stacklevel=2
-                )
+                warn_caller("Calibrator(output_gradients=True) received no loss; call observe inside its block.")
 
     def observe(self, loss: Tensor, samples: int, *, retain_graph: bool = False) -> None:
         """Add the gradients of a loss at the layers' outputs, by one backward pass that does not change ``.grad``.

@@ -173,6 +173,8 @@ def _key(model: nn.Module, subspaces: Mapping[str, LayerSubspaces], projection: 
             if name == "activations" or projection == "loss":
                 sums[f"{fqn} {name} total"] = moments.total
                 sums[f"{fqn} {name} squares"] = moments.second_moment.diagonal(dim1=-2, dim2=-1)
+                if moments.shift is not None:
+                    sums[f"{fqn} {name} shift"] = moments.shift
     return {
         "model": digest({**dict(model.named_parameters()), **dict(model.named_buffers())}),
         "covariances": digest(sums),

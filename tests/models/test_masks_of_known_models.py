@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import lowrank_ops as lro
+from lowrank_ops.models.layers import is_conv
 from tests.sums import assert_sums
 
 transformers = pytest.importorskip("transformers")
@@ -62,16 +63,15 @@ def check(model, batches, real, mask="attention_mask", forward=None, dtype=torch
     handles = [
         model.get_submodule(fqn).register_forward_pre_hook(lambda m, args, fqn=fqn: record(fqn, args[0]))
         for fqn in covariances
+        if not is_conv(model.get_submodule(fqn))  # all their patches count
     ]
     for batch in batches:  # with gradients, without which torch's encoder removes the padding
         forward(model, batch) if forward else model(**batch)
     for handle in handles:
         handle.remove()
-    for fqn, layer in covariances.items():
-        if not isinstance(model.get_submodule(fqn), nn.Conv2d):
-            rows = torch.cat(seen[fqn]).detach()
-            assert layer.activations.count == len(rows), fqn
-            assert_sums(layer.activations, rows)
+    for fqn, rows in seen.items():
+        assert covariances[fqn].activations.count == sum(map(len, rows)), fqn
+        assert_sums(covariances[fqn].activations, torch.cat(rows).detach())
     assert covariances
     return covariances, "\n".join(str(one.message) for one in caught if "mask" in str(one.message))
 
