@@ -46,8 +46,8 @@ def rows(kind: str, count: int) -> Tensor:
 
 
 KINDS = [
-    "plain", "outlier channels", "means of 1,000 times the spread", "means of a million times the spread", "scale 1e-20", "scale 1e20", "constant",
-    "some constant features", "zeros", "one direction",
+    "plain", "outlier channels", "means of 1,000 times the spread", "means of a million times the spread",
+    "scale 1e-20", "scale 1e20", "constant", "some constant features", "zeros", "one direction",
 ]  # fmt: skip
 COUNTS = (1, 2, IN // 2, IN, 400) if LONG else (1, IN // 2, 400)
 
