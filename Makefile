@@ -8,6 +8,7 @@
 #   make sdist     the source distribution, and a wheel from it; needs nvcc
 #   make test-gpu  the tests that need a CUDA device, with the torch and Triton that are installed
 #   make docs      the documentation site, into site/
+#   make reliability  the long campaigns of docs/reliability.md
 #
 # On a machine whose package index serves a CUDA build of torch, a CPU build comes with
 #   make demo PIP_TORCH="--index-url https://download.pytorch.org/whl/cpu"
@@ -27,7 +28,7 @@ WITH_CUDA := LOWRANK_OPS_CUDA=ON LOWRANK_OPS_WERROR=ON
 HAS_NVCC := { command -v nvcc || test -x "$${CUDA_HOME:-/usr/local/cuda}/bin/nvcc"; } > /dev/null
 
 .PHONY: demo demo-llm compatibility test lint test-unit test-interpreter test-compile test-native coverage test-triton36 \
-  test-gpu wheel sdist bench docs bad-inputs clean
+  test-gpu wheel sdist bench docs bad-inputs reliability clean
 
 demo: $(VENV)/ready
 	$(BIN)/lowrank-ops demo
@@ -114,6 +115,12 @@ bench: $(VENV)/ready
 	else \
 	  echo "no CUDA device: the GPU suites were not run"; \
 	fi
+
+# The long campaigns, about an hour and a half on one core, and the tables of docs/reliability.md.
+reliability: $(VENV)/ready-dev
+	OMP_NUM_THREADS=1 LOWRANK_OPS_CAMPAIGN=long $(PYTEST) tests/reliability
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.reliability.mutate --mutants 150
+	$(BIN)/python -m tests.reliability.figures
 
 # Warnings are errors. Sources are read, not imported.
 docs: $(VENV)/ready-docs
