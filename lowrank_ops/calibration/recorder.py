@@ -26,6 +26,7 @@ from ..models.layers import (
     pad_input,
 )  # fmt: skip
 from ..models.masks import Masks, real_rows
+from ..models.running import has_float64
 from ..ops import conv_covariance_update_, covariance_finalize_, covariance_update_
 from ..ops.covariance import output_size
 from .distributed import rank_and_world
@@ -245,6 +246,9 @@ class Recorder:
             covariance_finalize_(sums.moments.second_moment)
         for sums in self._output_gradients.values():
             sums.moments.count = self._samples
+        for _, sums in self._all_sums():
+            if not has_float64(sums.moments.total.device):
+                sums.moments.to_cpu_()
 
         def moments(of: Mapping[str, _Sums], fqn: str) -> Moments | None:
             return of[fqn].moments if fqn in of else None
@@ -379,6 +383,7 @@ class _Sums:
         groups, in_features, out_features = dimensions(layer)
         features = in_features if side == "input" else out_features
         device = layer.get_parameter("weight").device
+        dtype = dtype if has_float64(device) else torch.float32
         with torch.inference_mode(False):  # sums created in inference mode could not be updated outside it
             self.moments = Moments.zeros((features,) if groups == 1 else (groups, features), dtype, device)
         self.calls = {leader: 0}
