@@ -87,9 +87,11 @@ class ListedExperts(nn.Module):
                 output.index_add_(0, tokens, y.to(output.dtype))
         if self.pool is not None:
             for expert, tokens in self.pool.missing_rows(top_k_index):
-                # The output is unchanged, and its gradient reaches the twin as if the router had sent the rows there.
-                y = self._run(self.pool.twins[expert], hidden_states.detach(), tokens) * top_k_weights[tokens].mean()
-                output = output.index_add(0, tokens, (y - y.detach()).to(output.dtype))
+                y = self._run(self.pool.twins[expert], hidden_states.detach(), tokens)
+                if torch.is_grad_enabled():
+                    # The output stays as it is, and its gradient reaches the twin as if the router had sent the rows.
+                    y = y * top_k_weights[tokens].mean()
+                    output = output.index_add(0, tokens, (y - y.detach()).to(output.dtype))
         return output
 
     def _run(self, projections: Mapping[str, nn.Module], hidden_states: Tensor, tokens: Tensor) -> Tensor:

@@ -96,6 +96,12 @@ class TestListing:
         _, skipped = find_layers(model)
         assert words in skipped[name] and not list_experts(model)
 
+    def test_the_model_cannot_be_the_experts_themselves(self) -> None:
+        experts = experts_of(mixture(layers=1))[0][1]
+        batch = (torch.randn(8, 32), torch.zeros(8, 2, dtype=torch.long), torch.rand(8, 2))
+        with pytest.raises(ValueError, match="pass a module that contains it"):
+            lro.calibrate(experts, [batch])
+
     def test_tied_experts_stay_fused(self) -> None:
         model = mixture(layers=2)
         first, second = (module for _, module in experts_of(model))
