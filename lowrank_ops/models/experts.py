@@ -1,4 +1,4 @@
-"""Fused experts of transformers as experts of Linears, so that every projection of every expert is a layer."""
+"""Fused experts of transformers as lists of Linears, so that every projection of every expert is a layer."""
 
 from __future__ import annotations
 
@@ -62,7 +62,8 @@ class ListedExperts(nn.Module):
         for name, child in fused.named_children():
             self.add_module(name, child)
         for index in range(self.num_experts):
-            self.add_module(str(index), nn.ModuleDict({name: _linear(fused, name, index) for name in names}))
+            layers = nn.ModuleDict({name: _linear(fused, name, index) for name in names})
+            self.add_module(str(index), layers.train(fused.training))
         self.training = fused.training
         self.pool: Pool | None = None
 

@@ -52,6 +52,7 @@ class TestListing:
                 f"{name}.{expert}.{part}" for name in names for expert in range(4) for part in parts
             ]
             assert torch.equal(logits(model, x), expected)
+            assert not any(module.training for module in model.modules())
         assert dict(model.named_modules()) == before
 
     @pytest.mark.parametrize("family", ["Mixtral", "GptOss"])
