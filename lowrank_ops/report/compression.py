@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..arguments import checked
 from ..config import CompressionConfig, LatencyBudget, LayerLatencies, Ranks
 from ..factors.projections import Factors
 from ..models.layers import unsupported_weights
 from ..ranks.costs import dense_macs, dense_parameters, lowrank_macs, stored_rank
 from ..subspaces.layer import LayerSubspaces
 from .kinds import kind_of
-from .page import write_page
+from .page import framed, page
 from .per_layer import LayerCompression, Prediction, compression_columns
 from .sections import (
     compression_by_kind,
@@ -88,6 +89,7 @@ class CompressionReport:
         """Parameters of the considered layers after compression."""
         return sum(layer.parameters for layer in self.layers)
 
+    @checked()
     def with_measured(self, errors: Mapping[str, float]) -> CompressionReport:
         """A copy of the report that also holds the relative errors from :func:`lowrank_ops.measure_errors`.
 
@@ -168,8 +170,16 @@ class CompressionReport:
         )
         return f"ranks {ranks}{allocation}; projection {projections or '-'}"
 
+    @checked()
     def to_html(self, path: str | Path) -> None:
         """Write a self-contained HTML page with charts and tables."""
+        Path(path).write_text(self._page(), encoding="utf-8")
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return framed(self._page())
+
+    def _page(self) -> str:
         kept = self.layer_parameters / self.layer_parameters_before
         model_kept = self.model_parameters / self.model_parameters_before
         cards = [
@@ -196,8 +206,9 @@ class CompressionReport:
             compression_table(self.layers),
             remarks([*self.fallbacks(), *few_rows_note(self.few_rows()), *notes((), self.skipped), self.considered()]),
         ]
-        write_page(path, "Compression report", f"{method[0].upper()}{method[1:]}.", cards, sections)
+        return page("Compression report", f"{method[0].upper()}{method[1:]}.", cards, sections)
 
+    @checked()
     def plot(self, path: str | Path) -> None:
         """Write a bar chart of the parameters left in each layer; the suffix of ``path`` decides the format.
 

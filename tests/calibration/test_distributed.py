@@ -46,6 +46,11 @@ def error_of(function):
     return "", time.monotonic() - started
 
 
+def shifted(batches, rank):
+    """Means that are large beside the spread, and differ between the processes."""
+    return [(x + 1000 * (1 + rank), expert) for x, expert in batches]
+
+
 def _process(rank, folder):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
@@ -54,8 +59,7 @@ def _process(rank, folder):
     mine = batches[:1] if rank else batches[1:]
     for name, options in OPTIONS.items():
         calibrated(model, mine, **options).all_reduce_().save(f"{folder}/{name}{rank}")
-    nothing = {"forward": lambda model, batch: None} if rank else {}
-    calibrated(model, batches, **nothing).all_reduce_().save(f"{folder}/nothing reached{rank}")
+    calibrated(model, shifted(mine, rank)).all_reduce_().save(f"{folder}/shifted{rank}")
 
     def fails_in_a_block():
         with lro.Calibrator(model) as calibrator:
@@ -74,6 +78,9 @@ def _process(rank, folder):
 
     attempts = {
         "no batches": lambda: calibrated(model, [] if rank else batches).all_reduce_(),
+        "no rows": lambda: calibrated(
+            model, batches, **({"forward": lambda model, batch: None} if rank else {})
+        ).all_reduce_(),
         "no collection": lambda: calibrated(model, batches[0][0] if rank else batches).all_reduce_(),
         "block": fails_in_a_block,
         "side": lambda: refused(side="output" if rank else "input"),
@@ -114,9 +121,10 @@ def test_sums_are_those_of_one_process(folder, name, rank):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_process_that_reached_no_layer_adds_nothing(folder, rank):
+def test_sums_about_different_shifts_are_one(folder, rank):
     model, batches = setting()
-    assert_same_statistics(lro.Covariances.load(folder / f"nothing reached{rank}"), calibrated(model, batches))
+    whole = calibrated(model, shifted(batches[1:], 0) + shifted(batches[:1], 1))
+    assert_same_statistics(lro.Covariances.load(folder / f"shifted{rank}"), whole, 1e-9)
 
 
 FAILED = "RuntimeError: the statistics of all processes cannot be summed, because calibration failed on rank 1: "
@@ -127,6 +135,7 @@ DIFFER = "ValueError: all_reduce_: a process must hold the same layers, sides, s
     ("name", "first", "second"),
     [
         ("no batches", f"{FAILED}ValueError: batches was empty", "ValueError: batches was empty"),
+        ("no rows", f"{FAILED}ValueError: no row reached a layer", "ValueError: no row reached a layer"),
         ("no collection", f"{FAILED}TypeError: batches must be", "TypeError: batches must be a collection"),
         ("block", f"{FAILED}RuntimeError: bad label in sample 7", "RuntimeError: bad label in sample 7"),
         ("side", f"{DIFFER}a, b, experts.0, experts.1", None),

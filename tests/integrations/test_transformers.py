@@ -160,6 +160,8 @@ def test_bad_checkpoints_are_refused(model: LlamaForCausalLM, tmp_path: Path) ->
         ({"version": 99}, "format version 99"),
         ({"format": "other"}, "its format is not"),
         ({"layers": []}, "'layers' has the wrong type"),
+        ({"layers": None}, "'layers' has the wrong type"),
+        ({"layers": layers | {"lm_head": {}}}, "has kind None"),
         ({"layers": layers | {"model.other": layers["lm_head"]}}, "has no module of that name"),
         ({"layers": layers | {"lm_head": layers["lm_head"] | {"in_features": 7}}}, "has in_features 7"),
     ):
