@@ -19,7 +19,8 @@ PIP_TORCH ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Not compiled: Python does that for the modules that are imported, a third of what is installed.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 PYTEST := $(BIN)/python -m pytest
 # The environments here hold a CPU build of torch, for which compiling CUDA kernels would be minutes in vain.
 WITHOUT_CUDA := LOWRANK_OPS_CUDA=OFF
@@ -27,13 +28,8 @@ WITHOUT_CUDA := LOWRANK_OPS_CUDA=OFF
 WITH_CUDA := LOWRANK_OPS_CUDA=ON LOWRANK_OPS_WERROR=ON
 HAS_NVCC := { command -v nvcc || test -x "$${CUDA_HOME:-/usr/local/cuda}/bin/nvcc"; } > /dev/null
 
-<<<<<<< HEAD
-.PHONY: demo test lint test-unit test-interpreter test-compile test-native coverage test-triton36 test-gpu wheel sdist \
-  bench docs reliability clean
-=======
 .PHONY: demo demo-llm compatibility test lint test-unit test-interpreter test-compile test-native coverage test-triton36 \
-  test-gpu wheel sdist bench docs clean
->>>>>>> main
+  test-gpu wheel sdist bench docs bad-inputs reliability clean
 
 demo: $(VENV)/ready
 	$(BIN)/lowrank-ops demo
@@ -63,12 +59,13 @@ test-interpreter: $(VENV)/ready-dev
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) tests/interpreter -n 2 --cov --cov-append --cov-report=
 
 test-compile: $(VENV)/ready-dev
-	$(PYTEST) tests/compile_gate -n 2
+	$(PYTEST) tests/compile_gate -n 2 --dist worksteal
 
 # The CUDA library, built with every warning an error, and all that can be checked of it without a GPU.
 test-native: $(VENV)/ready-dev
 	if $(HAS_NVCC); then \
-	  $(WITH_CUDA) $(PIP) --no-deps --editable . && $(PYTEST) tests/native -n 2 --dist loadfile && OMP_NUM_THREADS=1 $(PYTEST) tests/simulator -n 2; \
+	  $(WITH_CUDA) $(PIP) --no-deps --editable . && $(PYTEST) tests/native -n 2 --dist loadfile \
+	    && OMP_NUM_THREADS=1 $(PYTEST) tests/simulator -n 2 --dist worksteal; \
 	else \
 	  echo "no nvcc: the CUDA library was not built and its tests were not run"; \
 	fi
@@ -130,6 +127,10 @@ reliability: $(VENV)/ready-dev
 # Warnings are errors. Sources are read, not imported.
 docs: $(VENV)/ready-docs
 	$(BIN)/mkdocs build --strict
+
+# docs/bad-inputs.md, from the list in tests/bad_inputs.py.
+bad-inputs: $(VENV)/ready-dev
+	$(BIN)/python -m tests.bad_inputs
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -174,6 +174,7 @@ class Recorder:
 
         Raises:
             RuntimeError: the model ran in other threads only, whose rows are not counted.
+            ValueError: no row reached a layer.
         """
         self._part_lagging()
         if self._other_threads and not self._batch:
@@ -205,6 +206,11 @@ class Recorder:
             for fqn in self._layers
             if fqn in self._activations and self._activations[fqn].moments.count
         }
+        if not layers:
+            raise ValueError(
+                "no row reached a layer: the batches are empty, the mask leaves no position, or the model calls none "
+                "of the layers that filter_fn keeps."
+            )
         return Covariances(layers, tuple(fqn for fqn in self._layers if fqn not in layers), skipped)
 
     def check_finite(self) -> None:
@@ -243,7 +249,7 @@ class Recorder:
         self._batch += 1
 
     def _see_input(self, fqn: str, layer: nn.Module, x: Tensor, dtype: torch.dtype) -> None:
-        if self._in_backward or self._is_foreign():
+        if self._in_backward or self._is_foreign() or not isinstance(x, Tensor):  # the layer raises
             return
         sums = self._sums_of_input(fqn, layer, x, dtype)
         if not self._batch:  # in the first forward layers may turn out to share some of their inputs only

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..arguments import checked
 from ..files import digests, open_tensors, read_header, read_tensor, replacing, write_tensors
 from ..ops import covariance_finalize_
 from .distributed import wait_for_all
@@ -248,6 +249,7 @@ class Covariances(Mapping[str, LayerStatistics]):
         torch.Size([16, 16])
     """
 
+    @checked()
     def __init__(
         self,
         layers: Mapping[str, LayerStatistics] | None = None,
@@ -286,6 +288,7 @@ class Covariances(Mapping[str, LayerStatistics]):
         tensors = (tensor for moments in self._distinct() for tensor in (moments.second_moment, moments.total))
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
+    @checked()
     def merge(self, other: Covariances) -> Covariances:
         """The statistics of both, as if one run had seen all rows; a layer that one never reached has no rows there.
 
@@ -350,6 +353,7 @@ class Covariances(Mapping[str, LayerStatistics]):
         self._layers, self.unreached = union.layers(reduced), union.unreached
         return self
 
+    @checked()
     def save(self, path: str | Path) -> None:
         """Write one safetensors file: the whole file, or on an exception nothing.
 
@@ -379,6 +383,7 @@ class Covariances(Mapping[str, LayerStatistics]):
             write_tensors(file, tensors, header)
 
     @classmethod
+    @checked()
     def load(cls, path: str | Path, *, verify: bool = True) -> Covariances:
         """Read what :meth:`save` wrote, by this version or an earlier one.
 

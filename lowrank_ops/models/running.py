@@ -7,14 +7,26 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from threading import Lock, get_ident
+from threading import Lock, RLock, get_ident
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
+EMPTY = "batches was empty; pass at least one batch, and no generator that was used before."
 _MODES = ("train", "eval")
+
+
+class ProgressBar(tqdm):  # type: ignore[type-arg]
+    """tqdm with a lock of this process.
+
+    tqdm's own lock is shared with forked processes: one that is killed while it holds the lock leaves all others
+    waiting for ever. Making it also fixes the start method of multiprocessing.
+    """
+
+    _lock = RLock()
 
 
 def warn_caller(message: str) -> None:
@@ -175,6 +187,21 @@ def call_model(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, (tuple, list)) and not hasattr(batch, "_fields"):  # a named tuple is one argument
         return model(*batch)
     return model(batch)
+
+
+@contextmanager
+def in_batch(index: int) -> Iterator[None]:
+    """Add a batch's index to exceptions of the user's code, where Python has notes (3.11 or newer)."""
+    try:
+        yield
+    except Exception as error:
+        if hasattr(error, "add_note"):
+            error.add_note(
+                f"lowrank_ops: in batch {index} (counted from 0). A batch is passed to the model as keyword arguments "
+                "if it is a mapping, as positional ones if it is a tuple or list, else as one argument; forward= "
+                "replaces that call."
+            )
+        raise
 
 
 def move(batch: Any, device: torch.device) -> Any:

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from ..arguments import check_arguments, check_positive
 from ..calibration.call_weights import SEED
 from ..calibration.gradients import OutputGradients
 from ..calibration.objectives import Sensitivity, check_sensitivity, objective
@@ -29,6 +29,7 @@ from ..models.experts import on_listed_experts
 from ..models.layers import find_layers, is_supported
 from ..models.masks import Mask, Masks, real_rows
 from ..models.running import (
+    ProgressBar,
     call_model,
     device_of,
     evaluating,
@@ -91,15 +92,13 @@ class BlockReconstruction:
     checkpoint: str | Path | None = None
     unmasked_rows: str = "count"
 
-    def check(self) -> None:
-        """Raise TypeError or ValueError for a setting that is out of range."""
+    def __post_init__(self) -> None:
+        check_arguments(type(self), vars(self))
         if self.sensitivity is not None:
             check_sensitivity(self.sensitivity)
-        if isinstance(self.epochs, bool) or not isinstance(self.epochs, int) or self.epochs < 1:
-            raise ValueError(f"epochs must be a positive integer; got {self.epochs!r}.")
-        for name, value, high in (("lr", self.lr, math.inf), ("held_out", self.held_out, 1.0)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < high:
-                raise ValueError(f"{name} must be a number in (0, {high}); got {value!r}.")
+        check_positive(epochs=self.epochs, lr=self.lr)
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"held_out must be a number in (0, 1); got {self.held_out!r}.")
 
 
 @on_listed_experts
@@ -126,7 +125,6 @@ def reconstruct_blocks(
         ValueError: an invalid setting, fewer than 2 batches, no blocks, layers that cannot be replaced, a checkpoint of
             another run, a batch whose loss depends on no block.
     """
-    settings.check()
     batches = checked_batches(model, factors, settings.batches)
     if len(batches) < 2:
         raise ValueError("a block-wise reconstruction needs at least 2 batches, one of them held out; split the batch.")
@@ -161,7 +159,7 @@ def reconstruct_blocks(
     new = dict(factors)
     with (
         PairedRuns(model, layers, batches, run, masks, chains, strict=settings.blocks is not None) as runs,
-        tqdm(total=len(trained), desc="reconstructing", unit="block", disable=not progress) as bar,
+        ProgressBar(total=len(trained), desc="reconstructing", unit="block", disable=not progress) as bar,
     ):
         for fqn, layer in layers.items():
             runs.replace(fqn, lowrank_type(layer).from_factors(layer, new[fqn]))
@@ -368,7 +366,7 @@ def _output_metrics(
                 return start if found is output else type(output)(start if part is found else part for part in output)
 
             stack.callback(module.register_forward_hook(watch).remove)
-        for batch in tqdm(batches, desc="output gradients", unit="batch", disable=not progress):
+        for batch in ProgressBar(batches, desc="output gradients", unit="batch", disable=not progress):
             moved = move(batch, device)
             # The output is not bound to a name, which would keep this batch's graph during the next forward.
             loss = objective(settings.sensitivity, run(model, moved), moved, masks.of_output()).loss

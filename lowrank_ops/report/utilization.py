@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from tqdm import tqdm
 
+from ..arguments import checked
 from ..calibration.statistics import Covariances
 from ..config import check_share
 from ..models.experts import on_listed_experts
 from ..models.layers import FilterFn, find_layers
+from ..models.running import ProgressBar
 from ..subspaces.layer import LayerSubspaces, layer_subspaces
 from .kinds import kind_of
 from .page import write_page
@@ -73,6 +74,7 @@ class UtilizationReport:
         """The report as a JSON text."""
         return json.dumps(self.to_dict(), indent=2)
 
+    @checked()
     def to_html(self, path: str | Path) -> None:
         """Write a self-contained HTML page with charts and tables."""
         lowest, highest = (extreme(self.layers, key=lambda layer: layer.utilization) for extreme in (min, max))
@@ -95,6 +97,7 @@ class UtilizationReport:
             ],
         )
 
+    @checked()
     def plot(self, path: str | Path) -> None:
         """Write a bar chart of the layers' utilization; the suffix of ``path`` decides the format.
 
@@ -114,6 +117,7 @@ class UtilizationReport:
         axes.set_title(f"Utilization at explained variance {self.explained_variance:g}")
 
 
+@checked()
 @on_listed_experts
 def utilization(
     model: nn.Module,
@@ -151,7 +155,7 @@ def utilization(
     if subspaces is None or any(space.centered != centered for space in subspaces.values()):
         subspaces = layer_subspaces(layers, covariances, centered=centered)
     subspaces = {fqn: space for fqn, space in subspaces.items() if fqn in layers}
-    bar = tqdm(subspaces.items(), desc="decomposing", unit="layer", disable=not progress)
+    bar = ProgressBar(subspaces.items(), desc="decomposing", unit="layer", disable=not progress)
     rows = tuple(_layer_utilization(fqn, layers[fqn], space, explained_variance) for fqn, space in bar)
     if not rows:
         raise ValueError("covariances has none of the model's layers that filter_fn selects; calibrate them first.")
