@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from .arguments import checked
 from .calibration.statistics import Covariances
@@ -18,7 +17,7 @@ from .layers import LowRankLayer
 from .layers.replace import replace_
 from .models.experts import on_listed_experts
 from .models.layers import FilterFn, check_not_wrapped, find_layers, tied_layers, with_values
-from .models.running import exclusive
+from .models.running import ProgressBar, exclusive
 from .ranks.choose import ChosenRanks, choose_ranks
 from .reconstruction import BlockReconstruction, SequentialReconstruction, reconstruct_blocks, reconstruct_factors
 from .report import CompressionReport
@@ -209,7 +208,7 @@ def decompose(policy: RankPolicy, subspaces: Mapping[str, LayerSubspaces], progr
     """Compute the spectra that ``policy`` will use, with a progress bar and in bounded memory."""
     allocation = getattr(policy, "allocation", None)
     held = 0
-    for space in tqdm(subspaces.values(), desc="decomposing", unit="layer", disable=not progress):
+    for space in ProgressBar(subspaces.values(), desc="decomposing", unit="layer", disable=not progress):
         if isinstance(policy, ExplainedVariance):
             space.utilized_rank(policy.threshold)
         elif allocation == "variance":
@@ -239,7 +238,7 @@ def factorize_layers(
     """
     factors = {}
     left = Counter(id(subspaces[fqn].input) for fqn, rank in ranks.items() if rank is not None)
-    for fqn, rank in tqdm(ranks.items(), desc="factorizing", unit="layer", disable=not progress):
+    for fqn, rank in ProgressBar(ranks.items(), desc="factorizing", unit="layer", disable=not progress):
         if rank is not None:
             space = subspaces[fqn]
             try:

@@ -16,12 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from .arguments import check_positive, checked
 from .files import digest, digests, open_tensors, read_header, read_tensor, replacing, write_tensors
 from .models.masks import Mask, Masks, real_rows
-from .models.running import EMPTY, call_model, device_of, in_batch, move, output_tensor, warn_caller
+from .models.running import EMPTY, ProgressBar, call_model, device_of, in_batch, move, output_tensor, warn_caller
 
 _FORMAT = "lowrank_ops.finetune/2"  # 1 was a pickle
 _FIELDS = ("last_hidden_state", "logits")  # of a matched output that is an object or a mapping
@@ -147,7 +146,7 @@ def finetune_(
         _modes(student, teacher),
         objective.recording(),
         torch.enable_grad(),
-        tqdm(total=total, initial=run.step, desc="fine-tuning", unit="step", disable=not progress) as bar,
+        ProgressBar(total=total, initial=run.step, desc="fine-tuning", unit="step", disable=not progress) as bar,
     ):
         stream = run.stream(batches)
         while run.step < total:

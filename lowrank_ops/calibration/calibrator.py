@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..arguments import check_positive, checked
 from ..models.experts import experts_listed, list_experts
@@ -28,6 +27,7 @@ from ..models.layers import (
 from ..models.masks import Mask, Masks
 from ..models.running import (
     EMPTY,
+    ProgressBar,
     call_model,
     device_of,
     evaluating,
@@ -154,7 +154,7 @@ def calibrate(
                 share_inputs=share_inputs,
             )
         )
-        for batch in tqdm(batches, desc="calibrating", unit="batch", disable=not progress):
+        for batch in ProgressBar(batches, desc="calibrating", unit="batch", disable=not progress):
             moved = move(batch, device)
             with in_batch(seen):
                 output = run(model, moved)
