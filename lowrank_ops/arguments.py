@@ -54,7 +54,7 @@ _BY_NAME = {
     "reconstruction": "be a SequentialReconstruction(batches), a BlockReconstruction(batches), or None",
     "report": "come from compress_, or be None",
     "sensitivity": "be 'fisher', 'output', 'pooled', a function loss(output, batch), or None",
-    "side": "be 'auto', 'input' or 'output'",
+    "side": "be 'auto', 'input', 'output' or 'smaller'",
     "statistics": "be the LayerStatistics of this layer, such as covariances['name'], or None",
     "subspaces": "come from layer_subspaces(layers, covariances), or be None",
 }  # fmt: skip

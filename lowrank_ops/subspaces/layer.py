@@ -95,8 +95,7 @@ class LossSpace:
     @property
     def scale(self) -> Tensor:
         """The mean eigenvalue of G, (...,)."""
-        diagonal = self._gradients.second_moment.diagonal(dim1=-2, dim2=-1).double()
-        return (diagonal.mean(-1) / max(self._gradients.count, 1)).clamp_min(0).to(self._device)
+        return self._gradients.mean_square.mean(-1).clamp_min(0).to(self._device)
 
     @property
     def metric(self) -> Tensor:
