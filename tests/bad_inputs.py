@@ -50,6 +50,9 @@ with_nan = copy.deepcopy(model)
 with_nan[2].weight.data[3, 4] = nan
 
 lro.save_pretrained(compressed, "folder", report)
+diverged = copy.deepcopy(compressed)
+diverged[0].up.data[3, 4] = nan
+lro.save_pretrained(diverged, "with_nan")
 covariances.save("covariances.safetensors")
 Path("text.txt").write_text("text")
 Path("list.json").write_text("[1, 2]")
@@ -89,6 +92,7 @@ BAD: dict[str, list[tuple[str, str]]] = {
         ("lro.calibrate(model, [torch.ones(0, 16)])", "ValueError"),
         ("lro.calibrate(model, [torch.ones(40, 12)])", "ValueError"),
         ("lro.calibrate(model, [torch.full((40, 16), nan)])", "NonFiniteActivationError"),
+        ("lro.calibrate(with_nan, batches)", "ValueError"),
         ("lro.calibrate(model, batches, dtype=torch.float16)", "ValueError"),
         ("lro.calibrate(model, batches, dtype='float64')", "TypeError"),
         ("lro.calibrate(model, batches, side='both')", "ValueError"),
@@ -310,6 +314,7 @@ BAD: dict[str, list[tuple[str, str]]] = {
         ("lro.load_pretrained(model, 'missing')", "CheckpointError"),
         ("lro.load_pretrained(other, 'folder')", "CheckpointError"),
         ("lro.load_pretrained(compressed, 'folder')", "CheckpointError"),
+        ("lro.load_pretrained(model, 'with_nan')", "CheckpointError"),
         ("lro.load_pretrained(model, 'folder', verify=None)", "TypeError"),
     ],
     "Ops": [
