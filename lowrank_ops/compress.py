@@ -201,6 +201,11 @@ def _checked_subspaces(
 def resolved(config: CompressionConfig, subspaces: Mapping[str, LayerSubspaces]) -> CompressionConfig:
     """``config`` with its open choices made by what the statistics of these layers hold."""
     gradients = [space.statistics.output_gradients is not None for space in subspaces.values()]
+    if config.projection == "loss" and not any(gradients):
+        raise ValueError(
+            "projection='loss' needs output gradients, which covariances lack; use calibrate(..., sensitivity=...), or "
+            "projection='output'."
+        )
     return config.resolved(some_gradients=any(gradients), all_gradients=all(gradients))
 
 

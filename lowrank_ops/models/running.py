@@ -32,7 +32,7 @@ class ProgressBar(tqdm):  # type: ignore[type-arg]
 def warn_caller(message: str) -> None:
     """Warn at the first caller outside this package."""
     frame, level = sys._getframe(), 1
-    while frame.f_back is not None and frame.f_globals["__name__"].startswith(("lowrank_ops.", "contextlib")):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("lowrank_ops.", "contextlib")):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)
 

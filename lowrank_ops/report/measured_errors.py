@@ -108,7 +108,13 @@ def _measured(
     masks = Masks(dense, mask, unmasked_rows)
 
     def record(fqn: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
-        error = y - replaced[fqn](x)
+        other = replaced[fqn](x)
+        if other.shape != y.shape:
+            raise ValueError(
+                f"layer {fqn!r} gives {tuple(y.shape)} in dense and {tuple(other.shape)} in compressed; pass a copy of "
+                "the model from before compress_."
+            )
+        error = y - other
         bias = None if centered else bias_vector(layer)
         if is_conv(layer):
             y, error = (output_rows(layer, part) for part in (y, error))
