@@ -27,7 +27,7 @@ WITH_CUDA := LOWRANK_OPS_CUDA=ON LOWRANK_OPS_WERROR=ON
 HAS_NVCC := { command -v nvcc || test -x "$${CUDA_HOME:-/usr/local/cuda}/bin/nvcc"; } > /dev/null
 
 .PHONY: demo demo-llm compatibility test lint test-unit test-interpreter test-compile test-native coverage test-triton36 \
-  test-gpu wheel sdist bench docs clean
+  test-gpu wheel sdist bench docs bad-inputs clean
 
 demo: $(VENV)/ready
 	$(BIN)/lowrank-ops demo
@@ -118,6 +118,10 @@ bench: $(VENV)/ready
 # Warnings are errors. Sources are read, not imported.
 docs: $(VENV)/ready-docs
 	$(BIN)/mkdocs build --strict
+
+# docs/bad-inputs.md, from the list in tests/bad_inputs.py.
+bad-inputs: $(VENV)/ready-dev
+	$(BIN)/python -m tests.bad_inputs
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

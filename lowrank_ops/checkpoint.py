@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from .arguments import checked
 from .files import digests, open_tensors, parse_json, read_header, read_tensor, replacing, write_tensors
 from .layers import LowRankLayer, LowRankLinear
 from .layers.conv import GEOMETRY, LowRankConv
@@ -37,6 +38,7 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be loaded. The message gives the reason; the model is unchanged."""
 
 
+@checked()
 def save_pretrained(model: nn.Module, path: str | Path, report: CompressionReport | None = None) -> None:
     """Write a model with low-rank layers to the folder ``path``, which is created if it is missing.
 
@@ -67,6 +69,7 @@ def save_pretrained(model: nn.Module, path: str | Path, report: CompressionRepor
         ...     sorted(file.name for file in Path(folder).iterdir())
         ['lowrank_config.json', 'model.safetensors']
     """
+    folder = Path(path)
     tensors, tied = _distinct_tensors(model)
     config = {
         **describe_layers(model, report),
@@ -74,13 +77,15 @@ def save_pretrained(model: nn.Module, path: str | Path, report: CompressionRepor
         "tied": tied,
         "checksums": digests(tensors),
     }
-    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"path {str(path)!r} is a file; name a folder.")
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / WEIGHTS_FILE, folder / CONFIG_FILE) as (weights_file, config_file):
         write_tensors(weights_file, tensors, config)
         config_file.write(json.dumps(config, indent=2).encode() + b"\n")
 
 
+@checked()
 def load_pretrained(dense_model: nn.Module, path: str | Path, *, verify: bool = True) -> nn.Module:
     """Change ``dense_model`` in place into the saved model and return it.
 
@@ -313,7 +318,7 @@ def _empty_layer(fqn: str, dense: nn.Module, entry: Mapping[str, Any]) -> nn.Mod
         )
     try:
         return lowrank_type(dense).empty_like(dense, entry.get("rank"), bias)  # type: ignore[arg-type]
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise CheckpointError(f"layer {fqn!r} of {CONFIG_FILE}: {error}") from None
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from .arguments import checked
 from .calibration.statistics import Covariances
 from .config import CompressionConfig, ExplainedVariance, RankPolicy
 from .factors.projections import Factors, factorize, rounded
@@ -29,6 +30,7 @@ MAX_HELD_BYTES = 2 << 30
 _RECONSTRUCTIONS: dict[type, str] = {SequentialReconstruction: "sequential", BlockReconstruction: "blocks"}
 
 
+@checked()
 @on_listed_experts
 def compress_(
     model: nn.Module,
@@ -127,11 +129,6 @@ def _with_reconstruction(
         )
     if reconstruction is None:
         return config
-    if type(reconstruction) not in _RECONSTRUCTIONS:
-        raise TypeError(
-            "reconstruction must be a SequentialReconstruction(batches) or BlockReconstruction(batches); got "
-            f"{type(reconstruction).__name__}."
-        )
     return replace(config, reconstruction=_RECONSTRUCTIONS[type(reconstruction)])
 
 
@@ -146,10 +143,8 @@ def considered_layers(
     """The subspaces of the layers that may be replaced, and ``{fqn: reason}`` of those that may not.
 
     Raises:
-        TypeError, ValueError: as for :func:`compress_`.
+        ValueError: as for :func:`compress_`.
     """
-    if not isinstance(covariances, Covariances):
-        raise TypeError(f"covariances must come from calibrate(model, batches); got {type(covariances).__name__}.")
     check_not_wrapped(model)
     layers, skipped = find_layers(model, filter_fn)
     layers, without = with_values(layers)
@@ -185,15 +180,11 @@ def considered_layers(
 
 
 def _checked_subspaces(
-    subspaces: object, layers: Mapping[str, nn.Module], covariances: Covariances
+    subspaces: Mapping[str, LayerSubspaces] | None, layers: Mapping[str, nn.Module], covariances: Covariances
 ) -> dict[str, LayerSubspaces]:
     """The given subspaces of ``layers``, which must be of their weights and of ``covariances``."""
     if subspaces is None:
         return {}
-    if not isinstance(subspaces, Mapping) or not all(isinstance(space, LayerSubspaces) for space in subspaces.values()):
-        raise TypeError(
-            f"subspaces must come from layer_subspaces(layers, covariances); got {type(subspaces).__name__}."
-        )
     for fqn, space in subspaces.items():
         if fqn in covariances and space.statistics is not covariances[fqn]:
             raise ValueError(

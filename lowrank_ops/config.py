@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from .arguments import checked
 from .files import parse_json, replacing
 
 FORMAT_VERSION = 2
@@ -142,6 +143,8 @@ class LayerLatencies:
         Raises:
             ValueError: values of another version, or no times of layers at all.
         """
+        if not isinstance(values, Mapping):
+            raise ValueError(f"values must be a JSON object; got {type(values).__name__}.")
         if values.get("version", LATENCIES_VERSION) != LATENCIES_VERSION:
             raise ValueError(f"version must be {LATENCIES_VERSION}; got {values['version']!r}. Update lowrank_ops.")
         try:
@@ -158,12 +161,14 @@ class LayerLatencies:
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not the latencies of layers: {type(error).__name__} {error}.") from None
 
+    @checked()
     def save(self, path: str | Path) -> None:
         """Write the times to a JSON file."""
         with replacing(Path(path)) as (file,):
             file.write(json.dumps(self.to_dict(), indent=1).encode() + b"\n")
 
     @classmethod
+    @checked()
     def load(cls, path: str | Path) -> LayerLatencies:
         """Read what :meth:`save` wrote.
 
@@ -171,12 +176,9 @@ class LayerLatencies:
             ValueError: no such content.
         """
         try:
-            values = parse_json(Path(path).read_bytes())
+            return cls.from_dict(parse_json(Path(path).read_bytes()))
         except ValueError as error:
-            raise ValueError(f"{str(path)!r} does not hold the latencies of layers: {error}.") from None
-        if not isinstance(values, dict):
-            raise ValueError(f"{str(path)!r} does not hold the latencies of layers.")
-        return cls.from_dict(values)
+            raise ValueError(f"{str(path)!r} does not hold the latencies of layers: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -367,6 +369,7 @@ class CompressionConfig:
         return json.dumps(self.to_dict(), indent=2)
 
     @classmethod
+    @checked()
     def from_json(cls, text: str) -> CompressionConfig:
         """The inverse of :meth:`to_json`.
 
@@ -413,15 +416,19 @@ def check_bound(name: str, pair: Any) -> tuple[int, int | None]:
 
 
 def check_share(name: str, value: float) -> None:
-    """Raise ValueError unless ``value`` is a number in (0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
-        raise ValueError(f"{name} must be a number in (0, 1]; got {value!r}.")
+    """Raise TypeError unless ``value`` is a number, ValueError unless it is in (0, 1]."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 < value <= 1:
+        raise (ValueError if number else TypeError)(f"{name} must be a number in (0, 1]; got {value!r}.")
 
 
 def check_choice(name: str, value: object, accepted: Sequence[object]) -> None:
-    """Raise ValueError unless ``value`` is among the accepted names."""
-    if value not in accepted:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}; got {value!r}.")
+    """Raise TypeError unless ``value`` is a string or None, ValueError unless it is among the accepted names."""
+    named = value is None or isinstance(value, str)
+    if not named or value not in accepted:
+        raise (ValueError if named else TypeError)(
+            f"{name} must be one of {', '.join(map(repr, accepted))}; got {value!r}."
+        )
 
 
 def check_allocation(allocation: object) -> None:

@@ -58,6 +58,8 @@ def replacing(*paths: Path) -> Iterator[list[BinaryIO]]:
 def _temporary(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
     if path.exists() and not path.is_file():
         raise OSError(f"{str(path)!r} is a folder or device, not a file that can be replaced.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{str(path)!r} is in a folder that does not exist; create it first.")
     _remove_abandoned(path)
     while True:
         name = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .arguments import check_arguments, checked
 from .calibration.calibrator import calibrate
 from .calibration.statistics import Covariances, LayerStatistics
 from .compress import compress_
@@ -26,6 +27,7 @@ from .models.layers import bias_vector, find_layers, weight_matrix
 from .models.running import random_state_kept
 
 
+@checked()
 @on_listed_experts
 def recalibrate(
     model: nn.Module,
@@ -67,8 +69,6 @@ def recalibrate(
         >>> covariances = lro.recalibrate(model, covariances, batches, lro.ParameterBudget(0.5), sensitivity="fisher")
         >>> report = lro.compress_(model, covariances, lro.ParameterBudget(0.5))
     """
-    if not isinstance(covariances, Covariances):
-        raise TypeError(f"covariances must come from calibrate(model, batches); got {type(covariances).__name__}.")
     if not covariances.has_output_gradients:
         raise ValueError("covariances hold no output gradients to add to; use calibrate(..., sensitivity=...) first.")
     if options.get("sensitivity") is None:
@@ -80,9 +80,10 @@ def recalibrate(
         raise ValueError(
             f"token_weights must be {weighted}, as in the first calibrate; got {options['token_weights']!r}."
         )
-    accepted = inspect.signature(calibrate).parameters
+    accepted = inspect.signature(calibrate).parameters.keys() - {"model", "batches"}
     if unknown := [name for name in options if name not in accepted]:  # before the long work
         raise TypeError(f"options must be keyword arguments of calibrate; it has no {', '.join(unknown)}.")
+    check_arguments(calibrate, options)
     # Apply the filter to the dense layers: it may go by their type or identity.
     layers, _ = find_layers(model, options.pop("filter_fn", None))
     if missing := [fqn for fqn in covariances if fqn not in layers]:

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .arguments import check_positive, checked
 from .files import digests, open_tensors, read_header, read_tensor, replacing, write_tensors
-from .models.running import call_model, device_of, move, output_tensor
+from .models.running import EMPTY, call_model, device_of, in_batch, move, output_tensor
 
 _FORMAT = "lowrank_ops.finetune/2"  # 1 was a pickle
 
@@ -42,6 +43,7 @@ class FinetuneReport:
         return len(self.losses)
 
 
+@checked(soft_weight="teacher", temperature="teacher", match_weight="match")
 def finetune_(
     student: nn.Module,
     batches: Iterable[Any],
@@ -121,7 +123,7 @@ def finetune_(
     total = _total_steps(batches, epochs, steps, accumulate)
     objective = _Objective(student, teacher, loss, soft_weight, temperature, match, match_weight, autocast, forward)
     objective.check()
-    _check(student, lr, warmup, clip, checkpoint_every)
+    _check(student, lr, weight_decay, warmup, clip, checkpoint_every)
     run = _Run(student, total, lr, weight_decay, warmup, accumulate, clip, objective.settings())
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and not path.parent.is_dir():
@@ -221,15 +223,12 @@ class _Objective:
             raise ValueError("teacher is the student itself; keep a copy of the dense model before compress_.")
         if not 0 <= self.soft_weight <= 1:
             raise ValueError(f"soft_weight must be in [0, 1]; got {self.soft_weight!r}.")
-        _check_positive(temperature=self.temperature)
+        check_positive(temperature=self.temperature)
         if self.autocast not in (None, torch.bfloat16):
             raise ValueError(f"autocast must be None or torch.bfloat16; got {self.autocast!r}.")
-        if isinstance(self.match, str) or not isinstance(self.match, Sequence):
-            raise ValueError(f"match must be a sequence of module names, such as ['blocks.0']; got {self.match!r}.")
         if self.match and self.teacher is None:
             raise ValueError("match needs a teacher, whose outputs the student is trained to match.")
-        if not self.match_weight > 0:
-            raise ValueError(f"match_weight must be positive; got {self.match_weight!r}. To match nothing, omit match.")
+        check_positive(match_weight=self.match_weight)
         if self.loss is None and not self.match and not self.soft_weight:
             raise ValueError("soft_weight=0 leaves nothing to train by; pass a loss, or module names in match.")
         for role, model in {"student": self.student, "teacher": self.teacher}.items():
@@ -332,8 +331,9 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         mean = 0.0
         for _ in range(self.accumulate):
-            value = objective(move(next(stream), self.device))
-            (value / self.accumulate).backward()
+            with in_batch(self.taken):
+                value = objective(move(next(stream), self.device))
+                (value / self.accumulate).backward()
             mean += float(value.detach()) / self.accumulate
         if not math.isfinite(mean):
             self.optimizer.zero_grad(set_to_none=True)
@@ -515,18 +515,22 @@ def _modes(student: nn.Module, teacher: nn.Module | None) -> Iterator[None]:
 
 def _total_steps(batches: Iterable[Any], epochs: int, steps: int | None, accumulate: int) -> int:
     for name, value in {"epochs": epochs, "steps": steps, "accumulate": accumulate}.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name} must be a positive integer; got {value!r}.")
+        if value is not None:
+            check_positive(**{name: value})
     if steps is not None:
+        if epochs != 1:
+            raise ValueError("epochs has no effect where steps is given; leave one of them out.")
         return steps
     if not isinstance(batches, Sized):
         raise ValueError("batches has no length, which the schedule needs; pass steps.")
     if not len(batches):
-        raise ValueError("batches was empty; pass at least one batch.")
+        raise ValueError(EMPTY)
     return math.ceil(epochs * len(batches) / accumulate)
 
 
-def _check(student: nn.Module, lr: float, warmup: float, clip: float, checkpoint_every: int) -> None:
+def _check(
+    student: nn.Module, lr: float, weight_decay: float, warmup: float, clip: float, checkpoint_every: int
+) -> None:
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     if not trained:
         raise ValueError("student has no parameter that requires gradients; call student.requires_grad_(True).")
@@ -537,10 +541,8 @@ def _check(student: nn.Module, lr: float, warmup: float, clip: float, checkpoint
         )
     if not 0 <= warmup < 1:
         raise ValueError(f"warmup must be a fraction of the steps in [0, 1); got {warmup!r}.")
-    _check_positive(lr=lr, clip=clip, checkpoint_every=checkpoint_every)
-
-
-def _check_positive(**values: float) -> None:
-    for name, value in values.items():
-        if not value > 0:
-            raise ValueError(f"{name} must be positive; got {value!r}.")
+    if not 0 <= weight_decay < math.inf:
+        raise ValueError(f"weight_decay must be a non-negative number; got {weight_decay!r}.")
+    if clip != math.inf:
+        check_positive(clip=clip)
+    check_positive(lr=lr, checkpoint_every=checkpoint_every)

@@ -5,7 +5,7 @@ import torch
 
 def assert_sums(covariance, rows, rtol=1e-12):
     """``covariance`` holds the sums over ``rows`` (tokens, features)."""
-    rows = rows.double()
+    rows, covariance = rows.double(), covariance.about(None)
     moment = rows.T @ rows
     assert covariance.count == len(rows)
     torch.testing.assert_close(

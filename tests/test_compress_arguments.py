@@ -27,12 +27,12 @@ def test_parameters_made_in_inference_mode_can_be_trained(model, batches):
 
 
 def test_config_of_another_type(model, batches):
-    with pytest.raises(TypeError, match=r"config must be a CompressionConfig, a rank policy .*; got str"):
+    with pytest.raises(TypeError, match=r"config must be a CompressionConfig, .*; got '0.5'"):
         lro.compress_(model, lro.calibrate(model, batches), "0.5")
 
 
 def test_covariances_of_another_type(model, batches):
-    with pytest.raises(TypeError, match=r"must come from calibrate\(model, batches\); got list"):
+    with pytest.raises(TypeError, match=r"must come from calibrate\(model, batches\) .*; got a list of Tensor"):
         lro.compress_(model, batches)
 
 

@@ -93,9 +93,10 @@ def test_text_that_is_not_json_is_a_value_error():
 
 @pytest.mark.parametrize("share", [0, -0.1, 1.1, float("nan"), "0.5", None, True])
 def test_shares_lie_between_0_and_1(share):
-    with pytest.raises(ValueError, match=r"threshold must be a number in \(0, 1\]; got "):
+    error = ValueError if type(share) in (int, float) else TypeError
+    with pytest.raises(error, match=r"threshold must be a number in \(0, 1\]; got "):
         lro.ExplainedVariance(share)
-    with pytest.raises(ValueError, match=r"fraction must be a number in \(0, 1\]; got "):
+    with pytest.raises(error, match=r"fraction must be a number in \(0, 1\]; got "):
         lro.ParameterBudget(share)
 
 

@@ -26,7 +26,11 @@ import lowrank_ops as lro
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-WITH_COMMANDS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "demo" / "README.md"]
+WITH_COMMANDS = [
+    *(page for page in PAGES if page.name != "bad-inputs.md"),
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "demo" / "README.md",
+]
 BLOCK = re.compile(r"^<!-- before the blocks:\n(?P<hidden>.*?)^-->$|^```python\n(?P<shown>.*?)^```$", re.M | re.S)
 COMMAND = re.compile(
     r"(?:^|`)(?:[A-Z_]+=\S+ )*(?P<run>(?:lowrank-ops|(?:\.venv/bin/)?python -m benchmarks\.[\w.]+) [^`\n]*)", re.M

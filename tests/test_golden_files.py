@@ -1,6 +1,6 @@
-"""Files of format version 1, written once and never again: every later version must read the same values from them.
+"""Files of earlier format versions, written once and never again: later versions must read the same values from them.
 
-tests/golden/README.md holds the script that wrote them.
+tests/golden/README.md holds the scripts that wrote them.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def share_activations(covariances: lro.Covariances, first: str, second: str) -> 
 
 
 def sums(moments: Any) -> dict[str, Any]:
-    return {
+    shift = {} if moments.shift is None else {"shift": moments.shift.tolist()}
+    return shift | {
         "dtype": str(moments.second_moment.dtype),
         "count": moments.count,
         "total": moments.total.tolist(),
@@ -116,6 +117,16 @@ def test_covariances_of_version_1_load(expected: dict[str, Any], kind: str) -> N
     assert covariances.skipped == expected[name]["skipped"]
     for fqn in covariances:
         assert layer_values(covariances, fqn) == expected[name]["layers"][fqn], fqn
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_covariances_of_later_versions_load(version: int) -> None:
+    values = json.loads((GOLDEN / f"expected_covariances_v{version}.json").read_text())
+    covariances = lro.Covariances.load(GOLDEN / f"covariances_v{version}.safetensors")
+    assert {fqn: layer_values(covariances, fqn) for fqn in covariances} == values
+    shifted = [fqn for fqn, layer in covariances.items() if layer.activations.shift is not None]
+    assert ("conv" in shifted) == (version == 3)
+    assert share_activations(covariances, "left", "right")
 
 
 def test_golden_covariances_hold_what_their_names_say(expected: dict[str, Any]) -> None:

@@ -6,7 +6,6 @@ With a sensitivity, one backward pass per batch also streams the gradients at th
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..arguments import check_positive, checked
 from ..models.experts import experts_listed, list_experts
 from ..models.layers import (
     FilterFn,
@@ -27,15 +27,18 @@ from ..models.layers import (
 )
 from ..models.masks import Mask, Masks
 from ..models.running import (
+    EMPTY,
     call_model,
     device_of,
     evaluating,
     exclusive,
+    in_batch,
     move,
     random_state_kept,
     warn_caller,
     without_fast_path,
 )
+from .distributed import failures_posted, post_failure
 from .experts import pooling, pools_of, with_pooled_rows
 from .objectives import Sensitivity, check_sensitivity
 from .recorder import Recorder
@@ -47,6 +50,8 @@ OUTPUT_SIDE_RATIO = 16
 SMALL_STATE_BYTES = 64 << 20
 
 
+@failures_posted()
+@checked(unmasked_rows="mask", num_probes="sensitivity")
 def calibrate(
     model: nn.Module,
     batches: Iterable[Any],
@@ -116,9 +121,9 @@ def calibrate(
     Raises:
         NonFiniteActivationError: NaN or inf in an activation or a gradient.
         RuntimeError: another thread calibrates, compresses or searches the model.
-        TypeError: ``batches`` is a single batch.
-        ValueError: an invalid argument, no batch, no layer to calibrate, or with ``token_weights`` an input that was
-            changed in place before the backward pass.
+        TypeError: an argument of another type, such as a single batch for ``batches``.
+        ValueError: an invalid argument, no batch, no layer to calibrate, no row that reaches one, or with
+            ``token_weights`` an input that was changed in place before the backward pass.
 
     Example:
         >>> import torch, lowrank_ops as lro
@@ -127,14 +132,9 @@ def calibrate(
         >>> covariances["0"].activations.count, covariances.has_output_gradients
         (128, True)
     """
-    if isinstance(batches, (Tensor, Mapping, str)):
-        raise TypeError(
-            f"batches must be a collection of batches; got one {type(batches).__name__}. Pass [batch] for a single one."
-        )
     if sensitivity is not None:
         check_sensitivity(sensitivity)
-    if isinstance(num_probes, bool) or not isinstance(num_probes, int) or num_probes < 1:
-        raise ValueError(f"num_probes must be a positive integer, the number of draws per batch; got {num_probes!r}.")
+    check_positive(num_probes=num_probes)
     run, device, seen = forward or call_model, device_of(model), 0
     with ExitStack() as stack:
         if sensitivity is not None:
@@ -156,14 +156,15 @@ def calibrate(
         )
         for batch in tqdm(batches, desc="calibrating", unit="batch", disable=not progress):
             moved = move(batch, device)
-            output = run(model, moved)
-            if sensitivity is not None:
-                for probe in range(num_probes):
-                    retain_graph = probe + 1 < num_probes
-                    calibrator._recorder.add_loss(sensitivity, output, moved, retain_graph)
+            with in_batch(seen):
+                output = run(model, moved)
+                if sensitivity is not None:
+                    for probe in range(num_probes):
+                        retain_graph = probe + 1 < num_probes
+                        calibrator._recorder.add_loss(sensitivity, output, moved, retain_graph)
             seen += 1
         if not seen:
-            raise ValueError("batches was empty; pass at least one batch.")
+            raise ValueError(EMPTY)
     return calibrator.covariances
 
 
@@ -178,12 +179,10 @@ class Calibrator:
             :func:`calibrate`.
 
     Attributes:
-        covariances: the result; set when the block ends without an exception.
         skipped: ``{fqn: reason}`` of the layers that are left out.
 
     Raises:
-        TypeError: ``output_gradients`` is not a bool. Named losses such as ``"fisher"`` are for :func:`calibrate`.
-        ValueError: as for :func:`calibrate`.
+        TypeError, ValueError: as for :func:`calibrate`. Losses by name, such as ``"fisher"``, are for that function.
         RuntimeError: a second ``with`` block of the same object; another thread works on the model; or the model ran
             in other threads only. Rows of other threads, such as requests to a model that is served, are not counted.
 
@@ -198,8 +197,7 @@ class Calibrator:
         32
     """
 
-    covariances: Covariances
-
+    @checked(unmasked_rows="mask")
     def __init__(
         self,
         model: nn.Module,
@@ -214,15 +212,11 @@ class Calibrator:
         max_state_bytes: int = 2 << 30,
         share_inputs: bool = True,
     ) -> None:
-        if not isinstance(output_gradients, bool):
-            raise TypeError(
-                f"output_gradients must be True or False; got {output_gradients!r}. Pass your losses to observe, or "
-                "use calibrate(model, batches, sensitivity=...)."
-            )
         if side not in ("auto", "input", "output"):
             raise ValueError(f"side must be 'auto', 'input' or 'output'; got {side!r}.")
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"dtype must be torch.float32 or torch.float64, the dtype of the sums; got {dtype}.")
+        check_positive(max_state_bytes=max_state_bytes)
         if (reason := compiled_or_scripted(model)) is not None:
             raise ValueError(f"model cannot be calibrated: {reason}.")
         check_no_adapters(model)
@@ -232,14 +226,16 @@ class Calibrator:
             self._pools, twins = pools_of(model, layers)
         layers, without = with_values(layers)
         self.skipped |= without
+        tied_or_large = {}
+        if output_gradients:
+            tied_or_large = _without_output_gradients(model, layers, dtype, max_state_bytes, filter_fn)
+            layers = {fqn: layer for fqn, layer in layers.items() if fqn not in tied_or_large}
         if not layers:
+            self.skipped |= tied_or_large
             reasons = "".join(f"\n  {fqn or '(the model)'}: {reason}" for fqn, reason in self.skipped.items())
             raise ValueError(f"model has no supported Linear, Conv1d, Conv2d or Conv1D that filter_fn keeps.{reasons}")
         _warn_of_skipped(self.skipped, filter_fn)
-        if output_gradients:
-            without = _without_output_gradients(model, layers, dtype, max_state_bytes, filter_fn)
-            layers = {fqn: layer for fqn, layer in layers.items() if fqn not in without}
-            self.skipped |= without
+        self.skipped |= tied_or_large
         self._model, self._dtype = model, dtype
         self._output_gradients, self._token_weights = output_gradients, token_weights
         self._layers = tuple(layers)
@@ -249,6 +245,21 @@ class Calibrator:
         self._recorder = Recorder(layers, self._masks, share_inputs)
         self._stack: ExitStack | None = None  # while the block runs
         self._entered = False
+        self._covariances: Covariances | None = None
+
+    @property
+    def covariances(self) -> Covariances:
+        """The result, once the block has ended.
+
+        Raises:
+            AttributeError: it has not ended, or ended with an exception.
+        """
+        if self._covariances is None:
+            raise AttributeError(
+                "covariances exist when the with block of the Calibrator has ended without an exception; read them "
+                "after the block."
+            )
+        return self._covariances
 
     def __enter__(self) -> Calibrator:
         if self._entered:
@@ -268,21 +279,23 @@ class Calibrator:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *trace: object) -> None:
         stack, self._stack = self._stack, None
         assert stack is not None
-        with stack:
-            if kind is None:
+        if kind is not None:
+            stack.close()
+            post_failure(error or kind())
+            return
+        with failures_posted():
+            with stack:
                 self._recorder.check_finite()
-        if kind is None:
-            self.covariances = with_pooled_rows(self._recorder.finish(self.skipped), self._layers)
+            self._covariances = with_pooled_rows(self._recorder.finish(self.skipped), self._layers)
             if (warning := self._masks.finish()) is not None:
                 warn_caller(warning)
             if self._output_gradients and not self.covariances.has_output_gradients:
-                warnings.warn(
-                    "Calibrator(output_gradients=True) received no loss; call observe inside its block.", stacklevel=2
-                )
+                warn_caller("Calibrator(output_gradients=True) received no loss; call observe inside its block.")
 
+    @checked()
     def observe(self, loss: Tensor, samples: int, *, retain_graph: bool = False) -> None:
         """Add the gradients of a loss at the layers' outputs, by one backward pass that does not change ``.grad``.
 
@@ -297,11 +310,11 @@ class Calibrator:
         """
         if self._stack is None or not self._output_gradients:
             raise RuntimeError("observe works inside a with block of Calibrator(model, output_gradients=True).")
-        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
-            given = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(f"loss must be a scalar tensor, summed over samples; got {given}.")
-        if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
-            raise ValueError(f"samples must be a positive integer; got {samples!r}.")
+        if loss.numel() != 1 or not loss.is_floating_point():
+            raise ValueError(
+                f"loss must be a scalar tensor, summed over samples; got {loss.dtype} of shape {tuple(loss.shape)}."
+            )
+        check_positive(samples=samples)
         self._recorder.add_gradients(loss.sum(), samples, retain_graph)
 
 

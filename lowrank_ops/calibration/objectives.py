@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..files import digest
 from ..models.running import output_tensor
+from .distributed import rank_and_world
 
 Sensitivity = str | Callable[[Any, Any], Tensor]
 # Scale of the mean's term of "pooled" beside the rows' term. Deep in a model the mean's gradients, equal at all rows,
@@ -91,8 +92,7 @@ def objective(sensitivity: Sensitivity, output: Any, batch: Any, mask: Tensor | 
 
 def _generator(batch: Any, device: torch.device) -> torch.Generator:
     """For one draw: seeded by torch's generator, the batch and the rank."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    rank = torch.distributed.get_rank() if distributed else 0
+    rank, _ = rank_and_world()
     seed = digest([int(torch.randint(2**62, (), device="cpu")), rank, batch])
     return torch.Generator(device).manual_seed(int(seed[:15], 16))
 

@@ -10,6 +10,7 @@ from threading import get_ident
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -30,7 +31,12 @@ from ..ops.covariance import output_size
 from .gradients import OutputGradient, OutputGradients
 from .objectives import Sensitivity, objective
 from .statistics import Covariances, LayerStatistics, Moments, NonFiniteActivationError
-from .token_weights import SavedActivation
+from .token_weights import MAX_ELEMENTS, SavedActivation
+
+# Sums are about a shift for features whose mean is more than SHIFT_RATIO of their standard deviations; others lose at
+# most log2(1 + SHIFT_RATIO^2) bits. Both are estimated from about SHIFT_ROWS rows of a layer's first call.
+SHIFT_RATIO = 2
+SHIFT_ROWS = 4096
 
 
 class Recorder:
@@ -138,6 +144,8 @@ class Recorder:
                 if saved is not None:
                     side = self._sides[fqn]
                     weighted = self._sums_of_loss(self._token_weighted, fqn, side, f"token-weighted {side}")
+                    if not weighted.moments.count:
+                        weighted.moments.shift = self._activations[fqn].moments.shift
                     saved.add_to(weighted.moments, fqn, layer, values, mask)
         self._samples += samples
         self.check_finite()
@@ -166,6 +174,7 @@ class Recorder:
 
         Raises:
             RuntimeError: the model ran in other threads only, whose rows are not counted.
+            ValueError: no row reached a layer.
         """
         self._part_lagging()
         if self._other_threads and not self._batch:
@@ -176,6 +185,7 @@ class Recorder:
         for sums in {id(sums): sums for sums in self._activations.values()}.values():
             sums.check_followers()
             covariance_finalize_(sums.moments.second_moment)
+        for sums in [*self._activations.values(), *self._token_weighted.values()]:
             if self._sides[sums.leader] == "output":
                 _remove_bias(sums.moments, self._layers[sums.leader])
         for sums in [*self._output_gradients.values(), *self._token_weighted.values()]:
@@ -196,6 +206,11 @@ class Recorder:
             for fqn in self._layers
             if fqn in self._activations and self._activations[fqn].moments.count
         }
+        if not layers:
+            raise ValueError(
+                "no row reached a layer: the batches are empty, the mask leaves no position, or the model calls none "
+                "of the layers that filter_fn keeps."
+            )
         return Covariances(layers, tuple(fqn for fqn in self._layers if fqn not in layers), skipped)
 
     def check_finite(self) -> None:
@@ -234,7 +249,7 @@ class Recorder:
         self._batch += 1
 
     def _see_input(self, fqn: str, layer: nn.Module, x: Tensor, dtype: torch.dtype) -> None:
-        if self._in_backward or self._is_foreign():
+        if self._in_backward or self._is_foreign() or not isinstance(x, Tensor):  # the layer raises
             return
         sums = self._sums_of_input(fqn, layer, x, dtype)
         if not self._batch:  # in the first forward layers may turn out to share some of their inputs only
@@ -384,9 +399,16 @@ class _Sums:
                 f"layer {self.leader!r} has an {self.what} of {total.numel()} features; a batch has "
                 f"{rows.shape[-1]}. Check the shape of the batches."
             )
-        groups = zip(second_moment.view(-1, features, features), total.view(-1, features), strict=True)
-        for (group_moment, group_total), part in zip(groups, rows.split(features, dim=-1), strict=True):
-            covariance_update_(group_moment, group_total, part)
+        if not self.moments.count and not self.of_loss:  # gradients are never centered
+            self.moments.shift = shift_of(rows.reshape(-1, *total.shape), total.dtype)
+        shift, parts = self.moments.shift, (rows,)
+        if shift is not None:
+            parts = rows.reshape(-1, total.numel()).split(max(1, MAX_ELEMENTS // total.numel()))
+        groups = list(zip(second_moment.view(-1, features, features), total.view(-1, features), strict=True))
+        for part in parts:
+            shifted = part if shift is None else part - shift.flatten()
+            for (group_moment, group_total), of_group in zip(groups, shifted.split(features, dim=-1), strict=True):
+                covariance_update_(group_moment, group_total, of_group)
         self.moments.count += rows.numel() // total.numel()
 
     def update_conv(self, layer: Conv, x: Tensor) -> None:
@@ -399,10 +421,20 @@ class _Sums:
             "padding": over_images(padding, 0),
             "dilation": over_images(layer.dilation, 1),
         }
+        positions = math.prod(output_size(x.shape[2:], **settings))
         second_moment, total = self.moments.second_moment, self.moments.total
-        features = total.shape[-1]
+        features, kernel = total.shape[-1], math.prod(layer.kernel_size)
+        if not self.moments.count:
+            pixels = x.flatten(2)[..., :: max(1, x.shape[0] * x.shape[2:].numel() // SHIFT_ROWS)]
+            shift = shift_of(pixels.movedim(1, -1).flatten(0, 1), total.dtype)  # the same at all places of the kernel
+            self.moments.shift = None if shift is None else shift.repeat_interleave(kernel).view_as(total)
+        if self.moments.shift is not None:
+            vertical, horizontal = settings["padding"]
+            x = F.pad(x, (horizontal, horizontal, vertical, vertical))  # zeros are shifted as well
+            x = x - self.moments.shift.view(-1, kernel)[:, :1].unsqueeze(-1)
+            settings["padding"] = (0, 0)
         conv_covariance_update_(second_moment.view(-1, features, features), total.view(-1, features), x, **settings)
-        self.moments.count += x.shape[0] * math.prod(output_size(x.shape[2:], **settings))
+        self.moments.count += x.shape[0] * positions
 
     def is_finite(self) -> Tensor:
         """A boolean scalar on the device of the sums."""
@@ -421,18 +453,31 @@ class _Sums:
         )
 
 
+@torch.inference_mode(False)
+def shift_of(rows: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The means of the features that need a shift, 0 for the others; None if no feature does.
+
+    Subtracting them is exact on CPUs, where rows are converted to the dtype of the sums anyway. Elsewhere it is exact
+    within a factor of two of the shift, and rounds as the rows were rounded beyond.
+
+    Args:
+        rows: (rows, ...), the first ones of a layer.
+        dtype: of the sums.
+    """
+    if not len(rows):
+        return None
+    deviation, mean = torch.std_mean(rows[:: max(1, len(rows) // SHIFT_ROWS)].to(dtype), 0, correction=0)
+    large = mean.abs() > SHIFT_RATIO * deviation  # false for NaN
+    mean = torch.where(large, mean, 0).to(rows.dtype)
+    return mean.to(dtype if rows.device.type == "cpu" else rows.dtype) if bool(large.any()) else None
+
+
 def _remove_bias(moments: Moments, layer: nn.Module) -> None:
-    """Turn the sums of y = W x + b into those of W x."""
+    """Turn the sums of y = W x + b into those of W x: about a shift that is smaller by b."""
     bias = bias_vector(layer)
-    if bias is None:
-        return
-    total = moments.total.double()
-    bias = bias.double().view_as(total)
-    cross = bias.unsqueeze(-1) * total.unsqueeze(-2)
-    own = bias.unsqueeze(-1) * bias.unsqueeze(-2)
-    corrected = moments.second_moment.double() - cross - cross.mT + moments.count * own
-    moments.second_moment.copy_(corrected)
-    moments.total.copy_(total - moments.count * bias)
+    if bias is not None:
+        bias = bias.to(moments.total).view_as(moments.total)
+        moments.shift = -bias if moments.shift is None else moments.shift - bias
 
 
 def _geometry(layer: nn.Module) -> object:

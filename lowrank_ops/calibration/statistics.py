@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
-from itertools import zip_longest
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..arguments import checked
 from ..files import digests, open_tensors, read_header, read_tensor, replacing, write_tensors
+from ..ops import covariance_finalize_
+from .distributed import wait_for_all
 
-_FORMAT = "lowrank_ops.covariances/2"
-_FORMAT_1 = "lowrank_ops.covariances/1"
+_FORMAT = "lowrank_ops.covariances/3"
+_FORMAT_1, _FORMAT_2 = "lowrank_ops.covariances/1", "lowrank_ops.covariances/2"
 SIDES = ("input", "output")
 
 
@@ -24,17 +27,23 @@ class NonFiniteActivationError(ValueError):
 
 @dataclass
 class Moments:
-    """First and second moments of rows, as sums.
+    """First and second moments of rows, as sums about a shift.
+
+    Rows whose mean is large beside their spread would lose the spread in sums about zero. :attr:`mean` and
+    :meth:`moment` do not depend on the shift.
 
     Attributes:
-        second_moment: sum of x x^T, (features, features), or (groups, features, features) for grouped convolutions.
-        total: sum of x, (features,) or (groups, features).
+        second_moment: sum of (x - shift) (x - shift)^T, (features, features), or (groups, features, features) for
+            grouped convolutions.
+        total: sum of x - shift, (features,) or (groups, features).
         count: number of rows.
+        shift: of the shape of ``total``, any float dtype; None is zero.
     """
 
     second_moment: Tensor
     total: Tensor
     count: int = 0
+    shift: Tensor | None = None
 
     @classmethod
     def zeros(cls, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Moments:
@@ -43,29 +52,58 @@ class Moments:
         return cls(second_moment, torch.zeros(shape, dtype=dtype, device=device))
 
     @property
-    def mean(self) -> Tensor:
-        """E[x], float64; zero if there are no rows."""
+    def offset(self) -> Tensor:
+        """E[x - shift], float64; zero if there are no rows."""
         return self.total.double() / max(self.count, 1)
 
     @property
+    def mean(self) -> Tensor:
+        """E[x], float64; zero if there are no rows."""
+        return self.offset if self.shift is None or not self.count else self.offset + self.shift.double()
+
+    @property
+    def mean_square(self) -> Tensor:
+        """E[(x - shift)^2], float64: what the rounding of the sums is relative to."""
+        return self.second_moment.diagonal(dim1=-2, dim2=-1).double() / max(self.count, 1)
+
+    @property
     def rounding(self) -> float:
-        """Relative rounding error of the sums: at most n eps for n equal rows, less with blocked summation."""
-        return min(self.count * torch.finfo(self.second_moment.dtype).eps, 1e-5)
+        """Relative rounding error of the sums.
+
+        At most n eps for n equal rows. The errors of sums over blocks of rows are of either sign: they grow with the
+        square root of the number of blocks.
+        """
+        return min(torch.finfo(self.total.dtype).eps * min(self.count, max(84, self.count**0.5)), 1e-5)
 
     def moment(self, *, centered: bool) -> Tensor:
         """E[x x^T], about the mean if ``centered``, float64.
 
-        A feature whose variance is below the rounding error of its squared mean is constant: its variance is 0.
+        A feature whose variance is below the rounding error of its squared offset is constant: its variance is 0.
         """
         moment = self.second_moment.double() / max(self.count, 1)
         if centered:
-            mean = self.mean
-            for matrix, row in [(moment, mean)] if mean.dim() == 1 else zip(moment, mean, strict=True):
-                matrix.addr_(row, row, alpha=-1)
-            varies = moment.diagonal(dim1=-2, dim2=-1) > self.rounding * mean.square()
+            _add_outer(moment, self.offset, -1)
+            varies = moment.diagonal(dim1=-2, dim2=-1) > self.rounding * self.offset.square()
             if not bool(varies.all()):
                 moment *= varies.unsqueeze(-1) & varies.unsqueeze(-2)
+        elif self.shift is not None:
+            _add_outer(moment, self.offset, -1)
+            _add_outer(moment, self.mean, 1)
         return moment
+
+    def about(self, shift: Tensor | None) -> Moments:
+        """The same rows as sums about another shift; ``count`` must be the number of rows."""
+        if _equal(shift, self.shift):
+            return self
+        shift = None if shift is None else shift.to(self.total.device)
+        change = torch.zeros_like(self.total, dtype=torch.float64)
+        change += 0 if self.shift is None else self.shift
+        change -= 0 if shift is None else shift
+        second_moment = self.second_moment.to(torch.float64, copy=True)
+        _add_outer(second_moment, self.offset, -self.count)
+        _add_outer(second_moment, self.offset + change, self.count)
+        total = self.total.double() + self.count * change
+        return Moments(second_moment.to(self.total.dtype), total.to(self.total.dtype), self.count, shift)
 
     def check(self) -> None:
         """Raise ValueError for what no rows have as their sums; the message has no subject."""
@@ -82,7 +120,13 @@ class Moments:
                 f"has a second_moment of shape {tuple(second_moment.shape)} and a total of {tuple(total.shape)}; they "
                 "must be (features, features) and (features,), with groups before both"
             )
-        for name, sums in (("second_moment", second_moment), ("total", total)):
+        shift = total if self.shift is None else self.shift
+        if shift.shape != total.shape or not shift.is_floating_point():
+            raise ValueError(
+                f"has a shift of shape {tuple(shift.shape)} and {shift.dtype}; it must be a float tensor of shape "
+                f"{tuple(total.shape)}"
+            )
+        for name, sums in (("second_moment", second_moment), ("total", total), ("shift", shift)):
             if not bool(sums.isfinite().all()):
                 raise ValueError(f"has NaN or inf in its {name}")
         if bool((second_moment.diagonal(dim1=-2, dim2=-1) < 0).any()):
@@ -90,11 +134,61 @@ class Moments:
 
     def plus(self, other: Moments) -> Moments:
         """The sums over the rows of both, in the dtype of this one."""
+        shift = _common_shift([self, other])
+        mine, others = self.about(shift), other.about(shift)
         return Moments(
-            self.second_moment + other.second_moment.to(self.second_moment),
-            self.total + other.total.to(self.total),
+            mine.second_moment + others.second_moment.to(self.second_moment),
+            mine.total + others.total.to(self.total),
             self.count + other.count,
+            shift,
         )
+
+
+def _add_outer(matrices: Tensor, rows: Tensor, alpha: float) -> None:
+    """Add alpha x x^T of each row x to each matrix, in place."""
+    for matrix, row in [(matrices, rows)] if rows.dim() == 1 else zip(matrices, rows, strict=True):
+        matrix.addr_(row, row, alpha=alpha)
+
+
+def lower_triangle(matrices: Tensor) -> Tensor:
+    """The lower triangles of (..., n, n), row by row, (..., n (n + 1) / 2)."""
+    rows = [matrices[..., i, : i + 1] for i in range(matrices.shape[-1])]
+    return torch.cat(rows, -1) if rows else matrices.flatten(-2)
+
+
+def from_lower_triangle(packed: Tensor, n: int) -> Tensor:
+    """The symmetric matrices (..., n, n) of :func:`lower_triangle`.
+
+    Raises:
+        ValueError: ``packed`` has another size.
+    """
+    if packed.dim() == 0 or packed.shape[-1] != n * (n + 1) // 2:
+        raise ValueError(
+            f"a second_moment has shape {tuple(packed.shape)}, not (..., {n * (n + 1) // 2}), the lower triangle of "
+            f"{n} features"
+        )
+    matrices = packed.new_empty(*packed.shape[:-1], n, n)
+    for i, row in enumerate(packed.split(list(range(1, n + 1)), -1)):
+        matrices[..., i, : i + 1] = row
+    return covariance_finalize_(matrices)
+
+
+def _equal(shift: Tensor | None, other: Tensor | None) -> bool:
+    if shift is None or other is None:
+        return shift is other
+    return shift.dtype == other.dtype and torch.equal(shift, other.to(shift.device))
+
+
+def _common_shift(parts: list[Moments]) -> Tensor | None:
+    """The mean of the shifts by rows, or the shift that all parts have."""
+    if all(_equal(part.shift, parts[0].shift) for part in parts):
+        return parts[0].shift
+    rows = max(sum(part.count for part in parts), 1)
+    common = torch.zeros_like(parts[0].total, dtype=torch.float64)
+    for part in parts:
+        if part.shift is not None:
+            common += part.shift.to(common) * (part.count / rows)
+    return common
 
 
 @dataclass(frozen=True)
@@ -155,6 +249,7 @@ class Covariances(Mapping[str, LayerStatistics]):
         torch.Size([16, 16])
     """
 
+    @checked()
     def __init__(
         self,
         layers: Mapping[str, LayerStatistics] | None = None,
@@ -193,54 +288,72 @@ class Covariances(Mapping[str, LayerStatistics]):
         tensors = (tensor for moments in self._distinct() for tensor in (moments.second_moment, moments.total))
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
+    @checked()
     def merge(self, other: Covariances) -> Covariances:
-        """The statistics of both, as if one run had seen all rows.
+        """The statistics of both, as if one run had seen all rows; a layer that one never reached has no rows there.
 
         Raises:
-            ValueError: the two hold other layers, sides or sharing.
+            ValueError: the two are of other layers, sides or shapes, or only one has output gradients.
         """
-        mine, others = self._layout(), other._layout()
-        if mine != others:
-            differ = [fqn for fqn in {**mine, **others} if mine.get(fqn) != others.get(fqn)]
+        parts, mine = [self._distinct(), other._distinct()], [self._contents(), other._contents()]
+        try:
+            union = _Union(mine)
+        except ValueError as error:
             raise ValueError(
-                f"other must hold the same layers, shapes, sides and sharing; it differs at {', '.join(differ)}. "
-                "Calibrate both with the same model, filter_fn, side, sensitivity and token_weights."
-            )
-        merged: dict[int, Moments] = {}  # shared moments stay shared
-        layers = {}
-        for fqn, layer in self.items():
-            for name, moments in layer.moments().items():
-                if id(moments) not in merged:
-                    merged[id(moments)] = moments.plus(other[fqn].moments()[name])
-            layers[fqn] = LayerStatistics(layer.side, **{name: merged[id(m)] for name, m in layer.moments().items()})
-        return Covariances(layers, self.unreached, self.skipped)
+                f"other {error}. Calibrate both with the same model, filter_fn, side, sensitivity and token_weights."
+            ) from None
+        merged = {}
+        for key, count in union.counts.items():
+            found = [part[index] for part, index in zip(parts, key.indices, strict=True) if index is not None]
+            total = found[0] if len(found) == 1 else found[0].plus(found[1])
+            merged[key] = replace(total, count=count)
+        return Covariances(union.layers(merged), union.unreached, self.skipped)
 
     def all_reduce_(self, group: torch.distributed.ProcessGroup | None = None) -> Covariances:
         """Sum over the processes of ``torch.distributed``, in place; every process ends with the whole.
 
+        The processes may have different numbers of batches, and a layer that one of them never reached has no rows
+        there. A process in which :func:`lowrank_ops.calibrate` or a ``Calibrator`` fails ends the wait of the others.
+
         Raises:
-            ValueError: the processes hold different layers, as when one of them never reached a layer, or sums of
-                different dtypes; raised in every process, before any sum is changed.
+            RuntimeError: calibration failed in another process, which is named; raised in every process.
+            ValueError: the processes hold other layers, sides or shapes, sums of different dtypes, or output gradients
+                in some processes only; raised in every process, before any sum is changed.
         """
-        mine = [(fqn, part, self[fqn].dtypes()) for fqn, part in self._layout().items()]
-        layouts: list[Any] = [None] * torch.distributed.get_world_size(group)
-        torch.distributed.all_gather_object(layouts, mine, group=group)
-        if any(layout != layouts[0] for layout in layouts):
-            # A layer counts at its place: the order decides which sums meet.
-            rows = zip_longest(*layouts, fillvalue=("(no layer)",))
-            differ = sorted({row[0] for at_place in rows for row in at_place if row != at_place[0]})
+        wait_for_all(group)
+        contents: list[Any] = [None] * torch.distributed.get_world_size(group)
+        torch.distributed.all_gather_object(contents, self._contents(), group=group)
+        try:
+            union = _Union(contents, same_dtype=True)
+        except ValueError as error:
             raise ValueError(
-                "all_reduce_ needs the same layers, sides, sharing and dtype in every process; they differ at "
-                f"{', '.join(differ)}. Calibrate every process with the same arguments, and with batches that reach "
-                "the same layers."
-            )
-        for moments in self._distinct():
-            count = torch.tensor(moments.count, device=moments.total.device)
-            for tensor in (moments.second_moment, moments.total, count):
+                f"all_reduce_: a process {error}. Calibrate every process with the same arguments."
+            ) from None
+        distinct, rank = self._distinct(), torch.distributed.get_rank(group)
+        device = distinct[0].total.device if distinct else _device_of(group)
+        reduced: dict[_Key, Moments] = {}
+        used: set[int] = set()
+        for key, count in union.counts.items():
+            index = key.indices[rank]
+            if index is None:
+                mine = Moments.zeros(*union.shape_and_dtype(key), device)
+            else:
+                mine = deepcopy(distinct[index]) if index in used else distinct[index]
+                used.add(index)
+            if union.is_shifted(key):
+                common = torch.zeros_like(mine.total, dtype=torch.float64)
+                if mine.shift is not None:
+                    common += mine.shift.double() * (mine.count / max(count, 1))
+                torch.distributed.all_reduce(common, group=group)
+                vars(mine).update(vars(mine.about(common)))
+            for tensor in (mine.second_moment, mine.total):
                 torch.distributed.all_reduce(tensor, group=group)
-            moments.count = int(count)
+            mine.count = count
+            reduced[key] = mine
+        self._layers, self.unreached = union.layers(reduced), union.unreached
         return self
 
+    @checked()
     def save(self, path: str | Path) -> None:
         """Write one safetensors file: the whole file, or on an exception nothing.
 
@@ -251,8 +364,10 @@ class Covariances(Mapping[str, LayerStatistics]):
         index = {id(moments): i for i, moments in enumerate(distinct)}
         tensors = {}
         for i, moments in enumerate(distinct):
-            tensors[f"{i}.second_moment"] = moments.second_moment
+            tensors[f"{i}.second_moment"] = lower_triangle(moments.second_moment)
             tensors[f"{i}.total"] = moments.total
+            if moments.shift is not None:
+                tensors[f"{i}.shift"] = moments.shift
         header = {
             "format": _FORMAT,
             "counts": [moments.count for moments in distinct],
@@ -268,6 +383,7 @@ class Covariances(Mapping[str, LayerStatistics]):
             write_tensors(file, tensors, header)
 
     @classmethod
+    @checked()
     def load(cls, path: str | Path, *, verify: bool = True) -> Covariances:
         """Read what :meth:`save` wrote, by this version or an earlier one.
 
@@ -283,21 +399,25 @@ class Covariances(Mapping[str, LayerStatistics]):
             with open_tensors(path) as file:
                 header = read_header(file, verify=verify)
                 checksums = None
-                if header["format"] == _FORMAT_1:
+                form = header["format"]
+                if form not in (_FORMAT, _FORMAT_2, _FORMAT_1):
+                    raise ValueError(f"its format is {form!r}, this version reads {_FORMAT!r} and earlier ones")
+                if form == _FORMAT_1:
                     header = _from_format_1(header)
-                elif header["format"] != _FORMAT:
-                    raise ValueError(f"its format is {header['format']!r}, this version reads {_FORMAT!r}")
                 elif verify:
                     checksums = header["checksums"]
                 _check_header(header)
-                moments = [
-                    Moments(
-                        read_tensor(file, f"{i}.second_moment", checksums),
-                        read_tensor(file, f"{i}.total", checksums),
-                        count,
-                    )
-                    for i, count in enumerate(header["counts"])
-                ]
+                moments = []
+                for i, count in enumerate(header["counts"]):
+                    names = [
+                        "second_moment",
+                        "total",
+                        *(["shift"] if f"{i}.shift" in header.get("checksums", {}) else []),
+                    ]
+                    read = {name: read_tensor(file, f"{i}.{name}", checksums) for name in names}
+                    if form == _FORMAT:
+                        read["second_moment"] = from_lower_triangle(read["second_moment"], read["total"].shape[-1])
+                    moments.append(Moments(**read, count=count))
             layers = {
                 fqn: LayerStatistics(
                     entry["side"], **{name: moments[entry[name]] for name in _MOMENTS if name in entry}
@@ -322,19 +442,120 @@ class Covariances(Mapping[str, LayerStatistics]):
         """All moments, each once, in an order that equal layouts share."""
         return list({id(part): part for layer in self.values() for part in layer.moments().values()}.values())
 
-    def _layout(self) -> dict[str, object]:
-        """What two objects must have in common to be added, by layer."""
-        sharing: dict[int, list[str]] = {}
-        for fqn, layer in self.items():
-            sharing.setdefault(id(layer.activations), []).append(fqn)
+    def _contents(self) -> _Contents:
+        """What is held, without the sums."""
+        distinct = self._distinct()
+        index = {id(moments): i for i, moments in enumerate(distinct)}
+        return _Contents(
+            {
+                fqn: (layer.side, {name: index[id(part)] for name, part in layer.moments().items()})
+                for fqn, layer in self.items()
+            },
+            [(tuple(part.total.shape), part.total.dtype, part.count, part.shift is not None) for part in distinct],
+            self.unreached,
+            next((layer.output_gradients.count for layer in self.values() if layer.output_gradients is not None), None),
+            self.has_token_weights,
+        )
+
+
+class _Contents(NamedTuple):
+    """What one :class:`Covariances` holds, without the sums."""
+
+    layers: dict[str, tuple[str, dict[str, int]]]  # side, and the index of each field's moments
+    moments: list[tuple[tuple[int, ...], torch.dtype, int, bool]]  # shape of the total, dtype, count, has a shift
+    unreached: tuple[str, ...]
+    samples: int | None  # of the output gradients; None without
+    token_weights: bool
+
+
+class _Key(NamedTuple):
+    """Moments that are summed."""
+
+    field: str
+    indices: tuple[int | None, ...]  # in each part
+
+
+class _Union:
+    """The layers of several parts of a calibration, and which of their moments are to be summed.
+
+    Moments that are shared in every part stay shared. Output gradients are counted in samples, in all of which a layer
+    that is not reached has the gradient 0.
+
+    Raises:
+        ValueError: the parts do not fit together; the message has no subject.
+    """
+
+    def __init__(self, parts: Sequence[_Contents], same_dtype: bool = False) -> None:
+        self._parts = parts
+        self._keys: dict[str, tuple[str, dict[str, _Key]]] = {}
+        self.counts: dict[_Key, int] = {}
+        for what in ("samples", "token_weights"):
+            if len({getattr(part, what) in (None, False) for part in parts if part.layers}) > 1:
+                name = "output gradients" if what == "samples" else "token weights"
+                raise ValueError(f"holds no {name}, and another one does")
+        samples = sum(part.samples or 0 for part in parts)
+        wrong = []
+        for fqn in _merged_order([list(part.layers) for part in parts]):
+            found = [part.layers[fqn] for part in parts if fqn in part.layers]
+            known = all(fqn in part.layers or fqn in part.unreached for part in parts)
+            fields = [name for name in _MOMENTS if any(name in indices for _, indices in found)]
+            keys = {
+                name: _Key(name, tuple(part.layers.get(fqn, ("", {}))[1].get(name) for part in parts))
+                for name in fields
+            }
+            kinds = [self._kinds(key, same_dtype) for key in keys.values()]
+            if not known or len({side for side, _ in found}) > 1 or any(len(kind) > 1 for kind in kinds):
+                wrong.append(fqn)
+                continue
+            self._keys[fqn] = (found[0][0], keys)
+            for name, key in keys.items():
+                rows = sum(parts[i].moments[index][2] for i, index in enumerate(key.indices) if index is not None)
+                self.counts[key] = samples if name == "output_gradients" else rows
+        if wrong:
+            dtypes = ", dtypes" if same_dtype else ""
+            raise ValueError(f"must hold the same layers, sides, shapes{dtypes}; they differ at {', '.join(wrong)}")
+        reached = self._keys.keys()
+        self.unreached = tuple(
+            fqn for fqn in _merged_order([list(part.unreached) for part in parts]) if fqn not in reached
+        )
+
+    def _kinds(self, key: _Key, same_dtype: bool) -> set[Any]:
+        found = [part.moments[index] for part, index in zip(self._parts, key.indices, strict=True) if index is not None]
+        return {(shape, dtype if same_dtype else None) for shape, dtype, *_ in found}
+
+    def shape_and_dtype(self, key: _Key) -> tuple[tuple[int, ...], torch.dtype]:
+        """Of the total of summed moments."""
+        part, index = next((part, i) for part, i in zip(self._parts, key.indices, strict=True) if i is not None)
+        shape, dtype, *_ = part.moments[index]
+        return shape, dtype
+
+    def is_shifted(self, key: _Key) -> bool:
+        """Whether the sums of some part are about a shift."""
+        indexed = zip(self._parts, key.indices, strict=True)
+        return any(part.moments[index][3] for part, index in indexed if index is not None)
+
+    def layers(self, moments: Mapping[_Key, Moments]) -> dict[str, LayerStatistics]:
+        """The statistics of every layer, from the summed moments."""
         return {
-            fqn: (
-                layer.side,
-                sharing[id(layer.activations)],
-                {name: tuple(part.second_moment.shape) for name, part in layer.moments().items()},
-            )
-            for fqn, layer in self.items()
+            fqn: LayerStatistics(side, **{name: moments[key] for name, key in keys.items()})
+            for fqn, (side, keys) in self._keys.items()
         }
+
+
+def _merged_order(orders: Sequence[Sequence[str]]) -> list[str]:
+    """All names, each behind the one that it follows in its own order."""
+    merged = list(orders[0])
+    for order in orders[1:]:
+        known = set(merged)
+        for before, name in zip([None, *order], order, strict=False):
+            if name not in known:
+                merged.insert(0 if before is None else merged.index(before) + 1, name)
+    return merged
+
+
+def _device_of(group: torch.distributed.ProcessGroup | None) -> torch.device:
+    cuda = "nccl" in torch.distributed.get_backend(group)
+    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
 
 def _check_header(header: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models.layers import Conv, bias_vector, images, is_conv, pad_input, patches
+from ..models.layers import Conv, images, is_conv, pad_input, patches
 from ..models.masks import real_rows
 from ..ops import covariance_update_
 from .statistics import Moments
@@ -37,7 +37,7 @@ class SavedActivation:
         """Add the rows to ``moments``, with token weights from their gradients.
 
         Args:
-            moments: sums of w x x^T and w x.
+            moments: sums of w (x - shift) (x - shift)^T and w (x - shift).
             fqn: the layer's name, for messages.
             layer: the layer that was called.
             gradient: of its output, in the output's shape.
@@ -53,10 +53,10 @@ class SavedActivation:
             )
         if not gradient.numel():
             return
-        values, bias = self._values.detach(), bias_vector(layer) if self._side == "output" else None
+        values = self._values.detach()
         if not is_conv(layer):
             weights = token_weights(layer, gradient, mask)
-            add_weighted(moments, real_rows(values, mask), weights.unsqueeze(-1), bias)
+            add_weighted(moments, real_rows(values, mask), weights.unsqueeze(-1))
             return
         weights = _conv_weights(images(layer, gradient), layer.groups)  # (samples, height, width, groups)
         values = images(layer, _padded(layer, values) if self._side == "input" else values)
@@ -69,7 +69,7 @@ class SavedActivation:
                     rows = _patches(layer, part, first, band.shape[1])
                 else:
                     rows = part[:, :, first : first + lines].movedim(1, -1)
-                add_weighted(moments, rows, band.flatten(0, -2), bias)
+                add_weighted(moments, rows, band.flatten(0, -2))
 
 
 def _padded(layer: Conv, x: Tensor) -> Tensor:
@@ -134,13 +134,13 @@ def relative_squares(gradient: Tensor, mask: Tensor | None = None) -> Tensor:
     return torch.where(nonzero.unsqueeze(1), squares / mean, 1.0).view(gradient.shape[:-1])
 
 
-def add_weighted(moments: Moments, rows: Tensor, weights: Tensor, bias: Tensor | None = None) -> None:
-    """Add rows (..., groups * features), less a bias, with weights (rows, groups)."""
+def add_weighted(moments: Moments, rows: Tensor, weights: Tensor) -> None:
+    """Add rows (..., groups * features) with weights (rows, groups), whose mean is 1."""
     moment, total = moments.second_moment, moments.total
     groups, features = total.numel() // total.shape[-1], total.shape[-1]
     dtype = rows.dtype
     length = weights.to(torch.promote_types(dtype, torch.float32)).sqrt()
-    rows = rows if bias is None else rows - bias.to(length)
+    rows = rows if moments.shift is None else rows - moments.shift.flatten()
     scaled = rows.reshape(-1, groups, features) * length.unsqueeze(-1)  # in the dtype of ``length``
     by_group = scaled.movedim(1, 0)  # (groups, rows, features)
     with torch.autocast(total.device.type, enabled=False):  # sums must not be rounded

@@ -73,8 +73,9 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        with experts_listed(model):
-            swap_(model, empty_layers(model, _names_in(model, self.quantization_config.layers)))
+        layers = self.quantization_config.layers
+        with experts_listed(model, {name for fqn in layers for name in _choices(model, fqn)}):
+            swap_(model, empty_layers(model, _names_in(model, layers)))
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         unloaded = [
@@ -97,15 +98,18 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
 def _names_in(model: Any, entries: Mapping[str, Any]) -> dict[str, Any]:
     """The layers by their names in ``model``, which may be the base of the saved model or have it as its base."""
     modules = dict(model.named_modules())
-    prefix = f"{model.base_model_prefix}."
     same_class = type(model).__name__ in (model.config.architectures or [])
     names = {}
     for fqn, entry in entries.items():
-        choices = (fqn, prefix + fqn, fqn.removeprefix(prefix))
-        name = next((name for name in choices if name in modules), fqn)
+        name = next((name for name in _choices(model, fqn) if name in modules), fqn)
         if name in modules or same_class:
             names[name] = entry  # a missing layer of another class, such as its head, is listed by transformers
     return names
+
+
+def _choices(model: Any, fqn: str) -> tuple[str, str, str]:
+    prefix = f"{model.base_model_prefix}."
+    return fqn, prefix + fqn, fqn.removeprefix(prefix)
 
 
 def _describe(model: PreTrainedModel) -> None:

@@ -4,6 +4,7 @@ In: dense layers and their Factors. Out: LowRankLinear, LowRankConv1d and LowRan
 """
 
 from ._base import LowRankLayer as LowRankLayer
+from .attention import convert_attention_ as convert_attention_
 from .conv import LowRankConv1d as LowRankConv1d
 from .conv import LowRankConv2d as LowRankConv2d
 from .latency import measure_latency as measure_latency

@@ -107,15 +107,20 @@ def factorize_layer(
     _, in_features, out_features = dimensions(layer)
     check_rank(rank, in_features, out_features)
     check_choice("projection", projection, (None, *PROJECTIONS))
+    if statistics is None and projection not in (None, "weight"):
+        raise ValueError(
+            f"projection={projection!r} needs statistics, such as covariances['name']; without them the factors are "
+            "the truncated SVD, projection='weight'."
+        )
+    if projection == "loss" and statistics is not None and statistics.output_gradients is None:
+        raise ValueError(
+            "projection='loss' needs output gradients, which statistics lack; use calibrate(..., sensitivity=...), or "
+            "projection='output'."
+        )
     if statistics is None:
         weight = weight_matrix(layer)
         none = Moments.zeros((*weight.shape[:-2], in_features), torch.float64, weight.device)
         statistics, projection, centered = LayerStatistics("input", none), "weight", False
-    elif not isinstance(statistics, LayerStatistics):
-        raise TypeError(
-            f"statistics must be the LayerStatistics of this layer, such as covariances['name']; got "
-            f"{type(statistics).__name__}."
-        )
     if projection is None:
         projection = "output" if statistics.output_gradients is None else "loss"
     spaces = LayerSubspaces.of_layer(layer, statistics, centered=centered)
@@ -125,6 +130,8 @@ def factorize_layer(
 def check_rank(rank: int, in_features: int, out_features: int) -> None:
     """Raise ValueError unless ``rank`` is an integer in [0, min(in_features, out_features)]."""
     largest = min(in_features, out_features)
+    if largest < 0:
+        raise ValueError(f"in_features and out_features must not be negative; got {in_features} and {out_features}.")
     if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank <= largest:
         raise ValueError(
             f"rank must be an integer in [0, {largest}] for {in_features} -> {out_features} features; got {rank!r}."

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..arguments import checked
 from ..calibration.statistics import LayerStatistics
 from ..models.layers import dimensions, pad_input
 from ._base import LowRankLayer, check_rank, copy_flags, factorize_layer, initialize
@@ -36,6 +37,7 @@ class LowRankConv(LowRankLayer):
     groups: int
     padding_mode: str
 
+    @checked()
     def __init__(
         self,
         in_channels: int,
@@ -149,6 +151,7 @@ class LowRankConv1d(LowRankConv):
     convolve = staticmethod(F.conv1d)
 
     @classmethod
+    @checked()
     def from_conv1d(
         cls,
         conv: nn.Conv1d,
@@ -210,6 +213,7 @@ class LowRankConv2d(LowRankConv):
     convolve = staticmethod(F.conv2d)
 
     @classmethod
+    @checked()
     def from_conv2d(
         cls,
         conv: nn.Conv2d,

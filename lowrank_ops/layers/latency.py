@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..arguments import checked
 from ..config import LatencyCurve, LayerLatencies
 from ..models.experts import on_listed_experts
 from ..models.layers import FilterFn, dimensions, find_layers, input_of, is_conv
-from ..models.running import call_model, device_of, evaluating, move
+from ..models.running import call_model, device_of, evaluating, in_batch, move
 from ..ranks.costs import RANK_ALIGNMENT
 from .replace import lowrank_type
 
@@ -45,6 +46,7 @@ class _Call(NamedTuple):
         return f"{type(layer).__name__} {geometry}, {size}, {dtype}"
 
 
+@checked()
 @on_listed_experts
 def measure_latency(
     model: nn.Module,
@@ -90,14 +92,18 @@ def measure_latency(
         >>> policy = lro.LatencyBudget(0.8, latencies)
     """
     for name, value, minimum in (("points", points, 2), ("rounds", rounds, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        if value < minimum:
             raise ValueError(f"{name} must be an integer of at least {minimum}; got {value!r}.")
     device = device_of(model)
     calls: dict[str, Counter[str]] = {}
     distinct: dict[str, _Call] = {}
     layers, _ = find_layers(model, filter_fn)
 
-    def record(fqn: str, x: Tensor) -> None:
+    def record(fqn: str, x: Any) -> None:
+        if not isinstance(x, Tensor):
+            return  # the layer raises
+        if not x.numel():
+            raise ValueError(f"batch is empty: layer {fqn!r} has an input of shape {tuple(x.shape)}.")
         # nn.TransformerEncoder removes padding by nested tensors; a Linear multiplies the remaining rows as one matrix.
         call = _Call(layers[fqn], torch.cat(x.unbind()).shape if x.is_nested else x.shape)
         distinct.setdefault(call.name, call)
@@ -110,7 +116,7 @@ def measure_latency(
         for fqn, layer in layers.items()
     ]
     try:
-        with evaluating(model), torch.no_grad():
+        with evaluating(model), torch.no_grad(), in_batch(0):
             (forward or call_model)(model, move(batch, device))
     finally:
         for handle in handles:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..arguments import checked
 from ..calibration.statistics import LayerStatistics
 from ..models.layers import dimensions, has_transposed_weight
 from ..ops import lowrank_linear
@@ -40,6 +41,7 @@ class LowRankLinear(LowRankLayer):
         torch.Size([2, 5, 32])
     """
 
+    @checked()
     def __init__(
         self,
         in_features: int,
@@ -63,6 +65,7 @@ class LowRankLinear(LowRankLayer):
         initialize(self.down, self.up, self.bias, self.rank, self.in_features)
 
     @classmethod
+    @checked()
     def from_linear(
         cls,
         linear: nn.Module,

@@ -7,12 +7,14 @@ from collections.abc import Callable
 
 from torch import nn
 
+from ..arguments import checked
 from ..models.layers import check_no_adapters
 from ._base import LowRankLayer
 from .conv import GEOMETRY, LowRankConv
 from .replace import has_hooks, swap_
 
 
+@checked()
 def to_dense_layers(model: nn.Module) -> nn.Module:
     """A copy of ``model`` whose low-rank layers are dense ones with the product as their weight.
 
@@ -37,6 +39,7 @@ def to_dense_layers(model: nn.Module) -> nn.Module:
     return _converted(model, lambda layer: layer.to_dense())
 
 
+@checked()
 def to_plain_layers(model: nn.Module) -> nn.Module:
     """A copy of ``model`` whose low-rank layers are ``nn.Sequential`` of two Linears or two convolutions.
 

@@ -80,7 +80,7 @@ def _hides_layers(module: nn.Module) -> str | None:
     if isinstance(module, nn.MultiheadAttention):
         return (
             "nn.MultiheadAttention applies its projections without calling a Linear; "
-            "use an attention with separate Linear layers to compress them"
+            "call lowrank_ops.layers.convert_attention_(model) first to compress them"
         )
     return compiled_or_scripted(module)
 

@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+EMPTY = "batches was empty; pass at least one batch, and no generator that was used before."
 _MODES = ("train", "eval")
 
 
@@ -175,6 +176,21 @@ def call_model(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, (tuple, list)) and not hasattr(batch, "_fields"):  # a named tuple is one argument
         return model(*batch)
     return model(batch)
+
+
+@contextmanager
+def in_batch(index: int) -> Iterator[None]:
+    """Add a batch's index to exceptions of the user's code, where Python has notes (3.11 or newer)."""
+    try:
+        yield
+    except Exception as error:
+        if hasattr(error, "add_note"):
+            error.add_note(
+                f"lowrank_ops: in batch {index} (counted from 0). A batch is passed to the model as keyword arguments "
+                "if it is a mapping, as positional ones if it is a tuple or list, else as one argument; forward= "
+                "replaces that call."
+            )
+        raise
 
 
 def move(batch: Any, device: torch.device) -> Any:

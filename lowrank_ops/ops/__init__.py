@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ..arguments import checked
 from . import covariance as _covariance
 from . import linear as _linear
 from ._backend import Backend, BackendUnavailableError
@@ -22,6 +23,7 @@ _EXPLAIN: dict[str, Callable[..., str]] = {
 }
 
 
+@checked()
 def explain(op: str, *args: Any, **options: Any) -> str:
     """Explain which implementation runs a call, and why each other one does not.
 

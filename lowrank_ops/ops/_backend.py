@@ -91,7 +91,7 @@ def choose(table: Sequence[Impl], problem: Hashable, backend: str) -> Impl:
     """The implementation that runs ``problem``: the first in the table that supports and prefers it.
 
     Raises:
-        ValueError: ``backend`` is not the name of a backend.
+        TypeError, ValueError: ``backend`` is not the name of a backend.
         BackendUnavailableError: no implementation of the requested backend supports the problem.
     """
     wanted = _parse(backend)
@@ -135,4 +135,5 @@ def _parse(backend: str) -> Backend:
         return Backend(backend)
     except ValueError:
         accepted = ", ".join(repr(member.value) for member in Backend)
-        raise ValueError(f"backend must be one of {accepted}; got {backend!r}.") from None
+        error = ValueError if isinstance(backend, str) else TypeError
+        raise error(f"backend must be one of {accepted}; got {backend!r}.") from None

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..arguments import check_arguments, check_positive
 from ..calibration.call_weights import SEED
 from ..calibration.gradients import OutputGradients
 from ..calibration.objectives import Sensitivity, check_sensitivity, objective
@@ -91,15 +92,13 @@ class BlockReconstruction:
     checkpoint: str | Path | None = None
     unmasked_rows: str = "count"
 
-    def check(self) -> None:
-        """Raise TypeError or ValueError for a setting that is out of range."""
+    def __post_init__(self) -> None:
+        check_arguments(type(self), vars(self))
         if self.sensitivity is not None:
             check_sensitivity(self.sensitivity)
-        if isinstance(self.epochs, bool) or not isinstance(self.epochs, int) or self.epochs < 1:
-            raise ValueError(f"epochs must be a positive integer; got {self.epochs!r}.")
-        for name, value, high in (("lr", self.lr, math.inf), ("held_out", self.held_out, 1.0)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < high:
-                raise ValueError(f"{name} must be a number in (0, {high}); got {value!r}.")
+        check_positive(epochs=self.epochs, lr=self.lr)
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"held_out must be a number in (0, 1); got {self.held_out!r}.")
 
 
 @on_listed_experts
@@ -126,7 +125,6 @@ def reconstruct_blocks(
         ValueError: an invalid setting, fewer than 2 batches, no blocks, layers that cannot be replaced, a checkpoint of
             another run, a batch whose loss depends on no block.
     """
-    settings.check()
     batches = checked_batches(model, factors, settings.batches)
     if len(batches) < 2:
         raise ValueError("a block-wise reconstruction needs at least 2 batches, one of them held out; split the batch.")

@@ -20,7 +20,16 @@ from torch.utils._pytree import tree_leaves
 
 from ..models.layers import compiled_or_scripted, input_of, is_conv
 from ..models.masks import Masks
-from ..models.running import device_of, evaluating, exclusive, move, output_tensor, random_state_kept, without_fast_path
+from ..models.running import (
+    device_of,
+    evaluating,
+    exclusive,
+    in_batch,
+    move,
+    output_tensor,
+    random_state_kept,
+    without_fast_path,
+)
 
 Block = tuple[str, int]  # a chain, and the index of one of its children
 _CPU = torch.device("cpu")
@@ -218,10 +227,12 @@ class PairedRuns:
                 return replacement(input_of(args, kwargs))
             return 0.5 * dense(*args, **kwargs) if self._disturbed else dense(*args, **kwargs)
 
+        def see(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if isinstance(x := input_of(args, kwargs), Tensor):  # else the layer raises
+                self._on_input(fqn, x)
+
         # A pre-hook sees the input after other hooks have changed it.
-        hook = layer.register_forward_pre_hook(
-            lambda module, args, kwargs: self._on_input(fqn, input_of(args, kwargs)), with_kwargs=True
-        )
+        hook = layer.register_forward_pre_hook(see, with_kwargs=True)
         stack.callback(hook.remove)
         _override(stack, layer, forward)
 
@@ -249,7 +260,8 @@ class PairedRuns:
         self._on_input = on_input or (lambda fqn, x: None)
         self._on_output = on_output or (lambda chain, index, output: None)
         try:
-            self._forward(self.model, move(self.batches[batch], self.device))
+            with in_batch(batch):
+                self._forward(self.model, move(self.batches[batch], self.device))
         except _Reached:
             pass
         finally:

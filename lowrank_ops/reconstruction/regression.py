@@ -180,7 +180,8 @@ def reconstruct_layers(
 
 
 def _space(moment: Tensor, mean: Tensor | None, rounding: float) -> Subspace:
-    noise = noise_of_sums(moment.diagonal(), mean, rounding)
+    mean_square = moment.diagonal() if mean is None else moment.diagonal() + mean.square()
+    noise = noise_of_sums(mean_square, rounding)
     return Subspace(lambda: principal_directions(moment, noise))
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..arguments import check_arguments, check_positive
 from ..calibration.call_weights import CallWeights, call_weights
 from ..calibration.objectives import Sensitivity, check_sensitivity
 from ..calibration.statistics import LayerStatistics, NonFiniteActivationError
@@ -23,7 +24,7 @@ from ..layers.replace import lowrank_type, replaced
 from ..models.experts import ExpertLinear, on_listed_experts
 from ..models.layers import compiled_or_scripted, find_layers, input_rows
 from ..models.masks import Mask, Masks, real_rows
-from ..models.running import call_model, warn_caller
+from ..models.running import EMPTY, call_model, warn_caller
 from .checkpoint import resume_checkpoint, run_identity, save_checkpoint
 from .paired_runs import Group, PairedRuns, find_chains
 from .regression import PairedSums, reconstruct_layers
@@ -71,6 +72,14 @@ class SequentialReconstruction:
     max_state_bytes: int = 4 << 30
     unmasked_rows: str = "count"
 
+    def __post_init__(self) -> None:
+        check_arguments(type(self), vars(self))
+        check_positive(max_state_bytes=self.max_state_bytes)
+        if self.ridge is not None and not self.ridge >= 0:
+            raise ValueError(f"ridge must be None or a non-negative number; got {self.ridge!r}.")
+        if self.sensitivity is not None:
+            check_sensitivity(self.sensitivity)
+
 
 @on_listed_experts
 def reconstruct_factors(
@@ -114,8 +123,6 @@ def reconstruct_factors(
     gradients = {
         fqn: layer.output_gradients for fqn, layer in (statistics or {}).items() if layer.output_gradients is not None
     }
-    if sensitivity is not None:
-        check_sensitivity(sensitivity)
     batches = checked_batches(model, factors, settings.batches)
     missing = [fqn for fqn, part in factors.items() if part.projection == "loss" and fqn not in gradients]
     if missing:
@@ -123,8 +130,6 @@ def reconstruct_factors(
             f"factors of projection='loss' need output gradients, which {', '.join(missing)} lack; pass the "
             "covariances of a calibration with a sensitivity as statistics=."
         )
-    if ridge is not None and (isinstance(ridge, bool) or not isinstance(ridge, (int, float)) or not ridge >= 0):
-        raise ValueError(f"ridge must be None or a non-negative number; got {ridge!r}.")
     with replaced(model, factors):  # raises now for layers that could not be replaced in the end
         pass
     found, _ = find_layers(model)
@@ -257,20 +262,15 @@ def checked_batches(model: nn.Module, factors: Mapping[str, Factors], batches: I
     """The batches as a list.
 
     Raises:
-        TypeError: one batch where a collection is meant.
         ValueError: no batches, or a model that cannot be run layer by layer.
     """
     if (reason := compiled_or_scripted(model)) is not None:
         raise ValueError(f"model cannot be reconstructed: {reason}.")
     if "" in factors:
         raise ValueError("model is itself the layer to reconstruct, and has no layer before it.")
-    if isinstance(batches, (Tensor, Mapping, str)):
-        raise TypeError(
-            f"batches must be a collection of batches; got one {type(batches).__name__}. Pass [batch] for a single one."
-        )
     held = list(batches)
     if not held:
-        raise ValueError("batches was empty; pass at least one batch.")
+        raise ValueError(EMPTY)
     return held
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..arguments import checked
 from ..config import CompressionConfig, LatencyBudget, LayerLatencies, Ranks
 from ..factors.projections import Factors
 from ..models.layers import unsupported_weights
@@ -88,6 +89,7 @@ class CompressionReport:
         """Parameters of the considered layers after compression."""
         return sum(layer.parameters for layer in self.layers)
 
+    @checked()
     def with_measured(self, errors: Mapping[str, float]) -> CompressionReport:
         """A copy of the report that also holds the relative errors from :func:`lowrank_ops.measure_errors`.
 
@@ -168,6 +170,7 @@ class CompressionReport:
         )
         return f"ranks {ranks}{allocation}; projection {projections or '-'}"
 
+    @checked()
     def to_html(self, path: str | Path) -> None:
         """Write a self-contained HTML page with charts and tables."""
         kept = self.layer_parameters / self.layer_parameters_before
@@ -198,6 +201,7 @@ class CompressionReport:
         ]
         write_page(path, "Compression report", f"{method[0].upper()}{method[1:]}.", cards, sections)
 
+    @checked()
     def plot(self, path: str | Path) -> None:
         """Write a bar chart of the parameters left in each layer; the suffix of ``path`` decides the format.
 

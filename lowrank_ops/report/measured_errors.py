@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..arguments import checked
 from ..layers import LowRankLayer
 from ..models.experts import experts_listed
 from ..models.layers import bias_vector, is_conv, output_rows
 from ..models.masks import Mask, Masks, real_rows
-from ..models.running import call_model, device_of, evaluating, move, warn_caller
+from ..models.running import EMPTY, call_model, device_of, evaluating, in_batch, move, warn_caller
 
 
 class _Sums:
@@ -37,6 +38,7 @@ class _Sums:
         return float(self.error / variance) if bool(variance > 0) else (0.0 if bool(self.error == 0) else float("inf"))
 
 
+@checked(unmasked_rows="mask")
 def measure_errors(
     dense: nn.Module,
     compressed: nn.Module,
@@ -67,7 +69,8 @@ def measure_errors(
         the error is not zero.
 
     Raises:
-        ValueError: ``compressed`` has no replaced layer, or one that ``dense`` does not have; ``batches`` is empty;
+        TypeError: an argument of another type.
+        ValueError: ``compressed`` has no replaced layer, or one that ``dense`` does not have; ``batches`` has no rows;
             the mask fits no layer, or cannot be told and ``unmasked_rows="error"``.
 
     Example:
@@ -133,13 +136,17 @@ def _measured(
     try:
         with evaluating(dense, compressed), torch.no_grad():
             for batch in tqdm(batches, desc="measuring errors", unit="batch", disable=not progress):
-                (forward or call_model)(dense, move(batch, device_of(dense)))
+                with in_batch(count):
+                    (forward or call_model)(dense, move(batch, device_of(dense)))
                 count += 1
     finally:
         for handle in handles:
             handle.remove()
     if not count:
-        raise ValueError("batches was empty; pass at least one batch.")
+        raise ValueError(EMPTY)
     if (warning := masks.finish()) is not None:
         warn_caller(warning)
-    return {fqn: sums[fqn].relative(centered) for fqn in replaced if fqn in sums}
+    errors = {fqn: sums[fqn].relative(centered) for fqn in replaced if fqn in sums and sums[fqn].rows}
+    if not errors:
+        raise ValueError("no row reached a replaced layer: the batches are empty, or the mask leaves no position.")
+    return errors

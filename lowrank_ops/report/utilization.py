@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
+from ..arguments import checked
 from ..calibration.statistics import Covariances
 from ..config import check_share
 from ..models.experts import on_listed_experts
@@ -73,6 +74,7 @@ class UtilizationReport:
         """The report as a JSON text."""
         return json.dumps(self.to_dict(), indent=2)
 
+    @checked()
     def to_html(self, path: str | Path) -> None:
         """Write a self-contained HTML page with charts and tables."""
         lowest, highest = (extreme(self.layers, key=lambda layer: layer.utilization) for extreme in (min, max))
@@ -95,6 +97,7 @@ class UtilizationReport:
             ],
         )
 
+    @checked()
     def plot(self, path: str | Path) -> None:
         """Write a bar chart of the layers' utilization; the suffix of ``path`` decides the format.
 
@@ -114,6 +117,7 @@ class UtilizationReport:
         axes.set_title(f"Utilization at explained variance {self.explained_variance:g}")
 
 
+@checked()
 @on_listed_experts
 def utilization(
     model: nn.Module,

@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import nn
 from tqdm import tqdm
 
+from ..arguments import check_positive, checked
 from ..calibration.statistics import Covariances
 from ..compress import considered_layers, decompose, resolved
 from ..config import CompressionConfig, ParameterBudget, Ranks
@@ -20,11 +21,12 @@ from ..ranks.allocation import allocate
 from ..ranks.choose import ChosenRanks, limits_of
 from ..ranks.costs import PARAMETERS
 from ..subspaces.layer import LayerSubspaces
-from .search import accuracy_of, check_evaluate
+from .search import accuracy_of
 
 MAX_CORRECTION = 10.0  # of a predicted loss in one round, in either direction
 
 
+@checked()
 @on_listed_experts
 def measured_ranks(
     model: nn.Module,
@@ -76,10 +78,8 @@ def measured_ranks(
         >>> ranks = lro.measured_ranks(model, covariances, accuracy, 0.5, num_evaluations=8)
         >>> report = lro.compress_(model, covariances, ranks)
     """
-    check_evaluate(evaluate, cache)
-    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
-        raise ValueError(f"rounds must be a positive integer; got {rounds!r}.")
-    if isinstance(num_evaluations, bool) or not isinstance(num_evaluations, int) or num_evaluations < 2 * rounds + 3:
+    check_positive(rounds=rounds)
+    if num_evaluations < 2 * rounds + 3:
         raise ValueError(f"num_evaluations must be an integer of at least {2 * rounds + 3}; got {num_evaluations!r}.")
     config = replace(CompressionConfig.of(config), rank=ParameterBudget(fraction, "loss"))
     subspaces, _ = considered_layers(model, covariances, filter_fn, subspaces, centered=config.centered)

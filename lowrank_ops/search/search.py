@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from ..arguments import checked
 from ..calibration.statistics import Covariances
 from ..compress import considered_layers, decompose, factorize_layers, resolved
 from ..config import CompressionConfig, ParameterBudget, Ranks, check_choice
@@ -29,6 +30,7 @@ from .trial_cache import TrialCache
 Measure = Callable[[ChosenRanks], float]
 
 
+@checked()
 @on_listed_experts
 def search_ranks(
     model: nn.Module,
@@ -38,7 +40,7 @@ def search_ranks(
     *,
     by: str = "budget",
     allocation: str | None = None,
-    num_evaluations: int = 10,
+    num_evaluations: int | None = None,
     config: CompressionConfig | None = None,
     filter_fn: FilterFn | None = None,
     subspaces: Mapping[str, LayerSubspaces] | None = None,
@@ -57,8 +59,8 @@ def search_ranks(
             largest layer first. Each trial keeps the layers before it compressed, and each layer may use a share of
             ``max_drop``. It takes up to log2(ranks) evaluations per layer (Garg et al. 2024 choose a threshold per
             layer).
-        allocation: how layers share the budget, as in :class:`lowrank_ops.ParameterBudget`.
-        num_evaluations: at most this many for ``"budget"``, the dense model's included; at least 2.
+        allocation: how layers share the budget, as in :class:`lowrank_ops.ParameterBudget`; for ``"budget"`` only.
+        num_evaluations: for ``"budget"`` only: at most this many, the dense model's included; at least 2. None: 10.
         config: projection, centering, overrides and bounds of the trials; its rank policy is not used. Bounds take
             precedence over the tolerance.
         filter_fn, subspaces: as for :func:`lowrank_ops.compress_`.
@@ -84,7 +86,8 @@ def search_ranks(
         >>> ranks = lro.search_ranks(model, covariances, lambda m: -float((m(x) - y).square().mean()), max_drop=0.01)
         >>> report = lro.compress_(model, covariances, ranks)
     """
-    _check(evaluate, max_drop, by, num_evaluations, cache)
+    _check(max_drop, by, {"allocation": allocation, "num_evaluations": num_evaluations})
+    num_evaluations = num_evaluations or 10
     config = replace(CompressionConfig.of(config), rank=ParameterBudget(1.0, allocation))
     subspaces, _ = considered_layers(model, covariances, filter_fn, subspaces, centered=config.centered)
     config = resolved(config, subspaces)
@@ -138,21 +141,15 @@ def accuracy_of(
     return TrialCache(cache, _key(model, subspaces, str(config.projection), config.centered)).cached(accuracy_at)
 
 
-def _check(evaluate: object, max_drop: object, by: str, num_evaluations: object, cache: object) -> None:
-    check_evaluate(evaluate, cache)
-    if isinstance(max_drop, bool) or not isinstance(max_drop, (int, float)) or not max_drop >= 0:
+def _check(max_drop: float, by: str, of_budget: Mapping[str, Any]) -> None:
+    if not max_drop >= 0:
         raise ValueError(f"max_drop must be a non-negative number; got {max_drop!r}.")
     check_choice("by", by, ("budget", "layers"))
-    if isinstance(num_evaluations, bool) or not isinstance(num_evaluations, int) or num_evaluations < 2:
-        raise ValueError(f"num_evaluations must be an integer of at least 2; got {num_evaluations!r}.")
-
-
-def check_evaluate(evaluate: object, cache: object) -> None:
-    """Raise TypeError for what is no function, or no path."""
-    if not callable(evaluate):
-        raise TypeError(f"evaluate must be a function of the model that returns a number; got {evaluate!r}.")
-    if cache is not None and not isinstance(cache, (str, Path)):
-        raise TypeError(f"cache must be the path of a file, or None; got {cache!r}.")
+    for name, value in of_budget.items():
+        if by == "layers" and value is not None:
+            raise ValueError(f"{name} has no effect with by='layers'; leave it out, or use by='budget'.")
+    if of_budget["num_evaluations"] is not None and of_budget["num_evaluations"] < 2:
+        raise ValueError(f"num_evaluations must be an integer of at least 2; got {of_budget['num_evaluations']!r}.")
 
 
 def _finite(accuracy: Any) -> float:
@@ -173,6 +170,8 @@ def _key(model: nn.Module, subspaces: Mapping[str, LayerSubspaces], projection: 
             if name == "activations" or projection == "loss":
                 sums[f"{fqn} {name} total"] = moments.total
                 sums[f"{fqn} {name} squares"] = moments.second_moment.diagonal(dim1=-2, dim2=-1)
+                if moments.shift is not None:
+                    sums[f"{fqn} {name} shift"] = moments.shift
     return {
         "model": digest({**dict(model.named_parameters()), **dict(model.named_buffers())}),
         "covariances": digest(sums),

@@ -49,8 +49,7 @@ class InputSpace(Subspace):
 
     def _directions(self) -> tuple[Tensor, Tensor]:
         moment = self._moment()
-        mean = self._activations.mean.to(self._device) if self._centered else None
-        noise = noise_of_sums(moment.diagonal(dim1=-2, dim2=-1), mean, self._activations.rounding)
+        noise = noise_of_sums(self._activations.mean_square.to(self._device), self._activations.rounding)
         return principal_directions(moment, noise)
 
     def _moment(self) -> Tensor:
@@ -322,9 +321,7 @@ class LayerSubspaces:
                 (self.weighted_moment * self.weight).sum(-1) if by_input else self.moment.diagonal(dim1=-2, dim2=-1)
             )
         variances = self._variances
-        noise = self.statistics.activations.rounding * variances.shape[-1] ** 0.5
-        mean_square = variances + self.output_mean.square() if self.centered else variances
-        return float(torch.where(variances > noise * mean_square, variances, 0.0).sum())
+        return float(torch.where(variances > self.noise(variances, self.statistics.activations), variances, 0.0).sum())
 
     @cached_property
     def weighted_moment(self) -> Tensor:
@@ -398,7 +395,14 @@ class LayerSubspaces:
         """The noise of the outputs with these variances."""
         if activations is self.statistics.activations:
             self._variances = variances.clone()
-        return noise_of_sums(variances, self.output_mean if self.centered else None, activations.rounding)
+        mean_square = activations.mean_square.to(variances)
+        if self.statistics.side == "input":
+            # W C W^T may cancel: it has the rounding of its terms as well.
+            terms = (self.weight.square() @ mean_square.unsqueeze(-1)).squeeze(-1)
+            offset = (self.weight @ activations.offset.to(variances).unsqueeze(-1)).squeeze(-1)
+            spread = variances if self.centered else (variances - self.output_mean.square()).clamp_min(0)
+            mean_square = spread + offset.square() + terms
+        return noise_of_sums(mean_square, activations.rounding)
 
     def _spaces(self) -> list[Subspace | LossSpace]:
         found = [self.__dict__.get(name) for name in ("input", "output", "loss", "weight_output")]

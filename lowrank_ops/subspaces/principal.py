@@ -211,19 +211,17 @@ def square_root(moment: Tensor) -> Tensor:
     return scale.unsqueeze(-1) * vectors * values.sqrt().unsqueeze(-2)
 
 
-def noise_of_sums(moment_diagonal: Tensor, mean: Tensor | None, rounding: float) -> Tensor:
+def noise_of_sums(mean_square: Tensor, rounding: float) -> Tensor:
     """The variance that rounding of streamed sums may add along a direction v, as weights of its squared entries.
 
     Sums with relative rounding error ``rounding`` shift it by up to rounding * sqrt(features) * sum_i v_i^2 m_i, where
     m_i is the mean square of feature i.
 
     Args:
-        moment_diagonal: (..., features), variances of the features.
-        mean: (..., features), what was subtracted from the features, or None.
+        mean_square: (..., features), of the features about the shift of the sums.
         rounding: relative rounding error of the sums.
     """
-    mean_square = moment_diagonal if mean is None else moment_diagonal + mean.square()
-    return rounding * moment_diagonal.shape[-1] ** 0.5 * mean_square
+    return rounding * mean_square.shape[-1] ** 0.5 * mean_square
 
 
 def noise_along(noise: Tensor | None, vectors: Tensor) -> Tensor:

@@ -62,9 +62,14 @@ def test_empty_batches_add_nothing():
         assert ours.count == theirs.count and torch.equal(ours.second_moment, theirs.second_moment)
 
 
-def test_layer_without_rows_is_unreached():
-    covariances = lro.calibrate(nn.Sequential(nn.Linear(4, 4)), [torch.randn(0, 4)])
-    assert covariances.unreached == ("0",) and len(covariances) == 0
+@pytest.mark.parametrize("rows", [(0,), (0, 0), (0, 3)], ids=str)
+def test_batches_without_any_row_are_refused(rows):
+    model = nn.Sequential(nn.Linear(4, 4))
+    mask = lambda args, kwargs: torch.zeros(args[0].shape[:-1]) if args[0].dim() == 3 else None  # noqa: E731
+    with pytest.raises(ValueError, match="no row reached a layer"):
+        lro.calibrate(model, [torch.randn(*rows, 4)], mask=mask)
+    with pytest.raises(ValueError, match="no row reached a layer"), lro.Calibrator(model):
+        pass
 
 
 @pytest.mark.parametrize(

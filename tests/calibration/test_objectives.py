@@ -244,7 +244,7 @@ def test_merge_without_output_gradients_names_the_layers() -> None:
     ("arguments", "message"),
     [
         ({"sensitivity": "hessian"}, "'fisher', 'output', 'pooled'"),
-        ({"sensitivity": "fisher", "num_probes": 0}, "num_probes must be a positive integer"),
+        ({"sensitivity": "fisher", "num_probes": 0}, "num_probes must be positive"),
         ({"sensitivity": lambda output, batch: 1.0}, "returned float"),
         ({"sensitivity": lambda output, batch: output.detach().sum()}, "depends on no layer"),
         ({"sensitivity": "fisher", "forward": lambda model, batch: (model(batch[0]), 3)[1]}, "found no tensor"),

@@ -228,7 +228,7 @@ class TestCompress:
             (["--flops", "0.5", "--latencies", "times.json"], "--latencies needs --latency"),
             (["--save-latencies", "times.json"], "--save-latencies needs --latency"),
             (["--latency", "0.5", "--latencies", "none.json"], "none.json"),
-            (["--latency", "0.5", "--latencies", "ranks.json"], "--latencies: not the latencies of layers"),
+            (["--latency", "0.5", "--latencies", "ranks.json"], "'ranks.json' does not hold the latencies of layers"),
             (["--latency", "0.5", "--save-latencies", "no/times.json"], "--save-latencies: no such folder"),
         ],
     )

@@ -26,5 +26,5 @@ def test_unknown_projection(calibrated, linear, covariances):
 
 
 def test_covariances_of_a_model_are_a_type_error(linear, covariances):
-    with pytest.raises(TypeError, match=r"covariances\['name'\]; got Covariances"):
+    with pytest.raises(TypeError, match=r"covariances\['name'\], or None; got Covariances"):
         lro.LowRankLinear.from_linear(linear, 8, covariances)

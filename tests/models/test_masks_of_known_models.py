@@ -389,7 +389,7 @@ def test_bad_masks_are_named(mask, error, message):
     with pytest.raises(error, match=message):
         lro.calibrate(t5(), [TWO_SIDES], mask=mask)
     with pytest.raises(ValueError, match=r"unmasked_rows must be 'count' or 'error'; got 'skip'"):
-        lro.calibrate(t5(), [TWO_SIDES], unmasked_rows="skip")
+        lro.calibrate(t5(), [TWO_SIDES], mask="attention_mask", unmasked_rows="skip")
 
 
 def test_all_steps_take_masks_by_module():

@@ -160,8 +160,8 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"epochs": 0}, "epochs must be a positive integer; got 0"),
-        ({"lr": -1.0}, "lr must be a number in"),
+        ({"epochs": 0}, "epochs must be positive; got 0"),
+        ({"lr": -1.0}, "lr must be positive; got -1"),
         ({"held_out": 1.0}, "held_out must be a number in"),
         ({"sensitivity": "labels"}, "sensitivity must be None"),
         ({"blocks": "nowhere"}, "blocks must name ModuleLists or Sequentials"),

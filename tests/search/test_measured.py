@@ -93,7 +93,7 @@ def test_bad_arguments_are_refused(calibrated: Calibrated, model: nn.Module) -> 
 
     with pytest.raises(ValueError, match="num_evaluations must be an integer of at least 7; got 6"):
         lro.measured_ranks(model, calibrated.covariances, accuracy, 0.5, num_evaluations=6)
-    with pytest.raises(ValueError, match="rounds must be a positive integer; got 0"):
+    with pytest.raises(ValueError, match="rounds must be positive; got 0"):
         lro.measured_ranks(model, calibrated.covariances, accuracy, 0.5, rounds=0)
     with pytest.raises(ValueError, match="output gradients"):
         plain = lro.calibrate(model, [torch.randn(8, 8, 4, 4).double()])

@@ -136,7 +136,7 @@ def test_bounds_take_precedence_over_the_tolerance(
         ({"by": "random"}, "by must be one of 'budget', 'layers'"),
         ({"allocation": "greedy"}, "allocation must be one of None, 'uniform', 'variance', 'loss'"),
         ({"num_evaluations": 1}, "num_evaluations must be an integer of at least 2"),
-        ({"cache": 3}, "cache must be the path of a file, or None; got 3"),
+        ({"cache": 3}, "cache must be a string, a pathlib.Path or None; got 3"),
     ],
 )
 def test_invalid_arguments_are_explained(

@@ -218,7 +218,7 @@ def test_one_varying_feature_among_constant_ones(out_features):
 
 @pytest.mark.parametrize("out_features", [12, 40])
 def test_a_constant_output_has_rank_0(out_features):
-    rows = torch.rand(5000, 10).softmax(-1).double()
+    rows = torch.rand(5000, 10).double().softmax(-1)
     space = calibrated(rows, out_features, weight=torch.full((out_features, 10), 3.0))
     assert space.input.rank_at(1) == 9 and space.output.rank_at(1) == 0 and space.utilized_rank(1) == 0
 

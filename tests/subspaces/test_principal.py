@@ -37,7 +37,7 @@ def test_noise_is_bounded_along_each_direction() -> None:
     moment, mean = torch.diag(torch.tensor([1.0, 1e-6]).double()), torch.tensor([10.0, 0.0]).double()
 
     def rank(moment: Tensor, rounding: float) -> int:
-        noise = noise_of_sums(moment.diagonal(), mean, rounding)
+        noise = noise_of_sums(moment.diagonal() + mean.square(), rounding)
         return int((principal_directions(moment, noise)[1] > 0).sum())
 
     assert rank(moment, 1e-7) == 2

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from ...arguments import checked
 from .._backend import Backend, Device, Impl, choose, device_facts, row_stride
 from .._backend import explain as _explain
 from .._dispatcher import register_autocast
@@ -68,6 +69,7 @@ CONV_TABLE: tuple[Impl, ...] = (
 )
 
 
+@checked()
 def covariance_update_(
     second_moment: Tensor,  # (features, features)
     total: Tensor,  # (features,)
@@ -95,7 +97,7 @@ def covariance_update_(
         backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"cuda"``.
 
     Raises:
-        TypeError: an argument is not a tensor.
+        TypeError: an argument of another type.
         ValueError: a shape, dtype or device does not fit, or arguments share memory; the message names the argument.
         BackendUnavailableError: the requested backend cannot run this call.
 
@@ -112,12 +114,13 @@ def covariance_update_(
         >>> total
         tensor([18., 22., 26.])
     """
-    _check_types(second_moment, total, x)
+    _check_in_place(second_moment, total)
     torch.ops.lowrank_ops.covariance_update_(
         second_moment, total, x, deterministic=deterministic, allow_tf32=allow_tf32, backend=backend
     )
 
 
+@checked()
 def conv_covariance_update_(
     second_moment: Tensor,  # (groups, d, d), d = channels / groups * kernel height * kernel width
     total: Tensor,  # (groups, d)
@@ -145,7 +148,7 @@ def conv_covariance_update_(
         deterministic, allow_tf32, backend: as for :func:`covariance_update_`.
 
     Raises:
-        TypeError: an argument is not a tensor.
+        TypeError: an argument of another type.
         ValueError: a shape, dtype or device does not fit, or arguments share memory; the message names the argument.
         BackendUnavailableError: the requested backend cannot run this call.
 
@@ -158,7 +161,7 @@ def conv_covariance_update_(
         >>> int(total[0, 0])  # 2 images x 6 x 6 patches
         72
     """
-    _check_types(second_moment, total, x)
+    _check_in_place(second_moment, total)
     torch.ops.lowrank_ops.conv_covariance_update_(
         second_moment,
         total,
@@ -173,6 +176,7 @@ def conv_covariance_update_(
     )
 
 
+@checked()
 def covariance_finalize_(second_moment: Tensor) -> Tensor:
     """Mirror the lower triangle of ``second_moment`` to the upper one, in place.
 
@@ -183,6 +187,7 @@ def covariance_finalize_(second_moment: Tensor) -> Tensor:
         ``second_moment``.
 
     Raises:
+        TypeError: no tensor.
         ValueError: it is not square, or its elements share memory.
 
     Example:
@@ -287,11 +292,9 @@ def describe_conv(
     )
 
 
-def _check_types(second_moment: Tensor, total: Tensor, x: Tensor) -> None:
-    for name, tensor in (("second_moment", second_moment), ("total", total), ("x", x)):
-        if not hasattr(type(tensor), "__torch_function__"):  # which proxies of torch.fx have as well
-            raise TypeError(f"{name} must be a tensor; got {type(tensor).__name__}.")
-        if name == "x" or is_compiling() or not isinstance(tensor, Tensor):
+def _check_in_place(second_moment: Tensor, total: Tensor) -> None:
+    for name, tensor in (("second_moment", second_moment), ("total", total)):
+        if is_compiling() or not isinstance(tensor, Tensor):  # a proxy of torch.fx
             continue
         if tensor.is_neg() or (tensor.requires_grad and torch.is_grad_enabled()):
             raise ValueError(f"{name} is updated in place: it must need no gradient and be no lazy negation.")

@@ -17,6 +17,7 @@ from torch._decomp import register_decomposition
 from torch.compiler import is_compiling
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from ...arguments import check_arguments
 from .._backend import Backend, Device, Impl, choose, device_facts, row_stride
 from .._backend import explain as _explain
 from .._dispatcher import (
@@ -121,7 +122,7 @@ def lowrank_linear(
         (..., out_features), the dtype of ``x``.
 
     Raises:
-        TypeError: an argument is not a tensor.
+        TypeError: an argument of another type.
         ValueError: a shape, dtype, device or name does not fit; the message names the argument.
         BackendUnavailableError: the requested backend cannot run this call.
 
@@ -196,6 +197,8 @@ def _check_types(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> No
 def _check(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: str) -> None:
     if x.dim() == 0:
         raise ValueError("x must have shape (..., in_features); got a scalar.")
+    if not x.is_floating_point():
+        raise ValueError(f"x must be a floating-point tensor; got {x.dtype}.")
     if down.dim() != 2 or down.shape[1] != x.shape[-1]:
         raise ValueError(
             f"down must have shape (rank, {x.shape[-1]}) to take x with {x.shape[-1]} features; "
@@ -214,13 +217,14 @@ def _check(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation:
                 f"{name} must have the dtype and device of x, {x.dtype} on {x.device}; "
                 f"got {tensor.dtype} on {tensor.device}."
             )
-    if not x.is_floating_point():
-        raise ValueError(f"x must be a floating-point tensor; got {x.dtype}.")
 
 
 def _check_activation(activation: str) -> None:
-    if activation not in reference.ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(reference.ACTIVATIONS)}; got {activation!r}.")
+    named = isinstance(activation, str)
+    if not named or activation not in reference.ACTIVATIONS:
+        raise (ValueError if named else TypeError)(
+            f"activation must be one of {', '.join(reference.ACTIVATIONS)}; got {activation!r}."
+        )
 
 
 _Bound = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
@@ -239,7 +243,11 @@ def _decision(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activati
     )
     # The key must contain everything that a check or a choice depends on: cached decisions are not checked again.
     key = x.shape, dtype, device, down.shape, up.shape, None if bias is None else bias.shape, activation, backend
-    bound = _decisions.get(key) if alike else None
+    try:
+        bound = _decisions.get(key) if alike else None
+    except TypeError:  # no hash
+        check_arguments(lowrank_linear, {"activation": activation, "backend": backend})
+        raise
     if bound is None:
         _check(x, down, up, bias, activation)
         if not all_strided(x, down, up, bias):  # no strides to describe; not cached, as strided tensors share the key
