@@ -8,6 +8,7 @@
 #   make sdist     the source distribution, and a wheel from it; needs nvcc
 #   make test-gpu  the tests that need a CUDA device, with the torch and Triton that are installed
 #   make docs      the documentation site, into site/
+#   make reliability  the long campaigns of docs/reliability.md
 #
 # On a machine whose package index serves a CUDA build of torch, a CPU build comes with
 #   make demo PIP_TORCH="--index-url https://download.pytorch.org/whl/cpu"
@@ -18,7 +19,8 @@ PIP_TORCH ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Not compiled: Python does that for the modules that are imported, a third of what is installed.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 PYTEST := $(BIN)/python -m pytest
 # The environments here hold a CPU build of torch, for which compiling CUDA kernels would be minutes in vain.
 WITHOUT_CUDA := LOWRANK_OPS_CUDA=OFF
@@ -27,7 +29,7 @@ WITH_CUDA := LOWRANK_OPS_CUDA=ON LOWRANK_OPS_WERROR=ON
 HAS_NVCC := { command -v nvcc || test -x "$${CUDA_HOME:-/usr/local/cuda}/bin/nvcc"; } > /dev/null
 
 .PHONY: demo demo-llm compatibility test lint test-unit test-interpreter test-compile test-native coverage test-triton36 \
-  test-gpu wheel sdist bench docs bad-inputs clean
+  test-gpu wheel sdist bench docs bad-inputs reliability clean
 
 demo: $(VENV)/ready
 	$(BIN)/lowrank-ops demo
@@ -57,12 +59,13 @@ test-interpreter: $(VENV)/ready-dev
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) tests/interpreter -n 2 --cov --cov-append --cov-report=
 
 test-compile: $(VENV)/ready-dev
-	$(PYTEST) tests/compile_gate -n 2
+	$(PYTEST) tests/compile_gate -n 2 --dist worksteal
 
 # The CUDA library, built with every warning an error, and all that can be checked of it without a GPU.
 test-native: $(VENV)/ready-dev
 	if $(HAS_NVCC); then \
-	  $(WITH_CUDA) $(PIP) --no-deps --editable . && $(PYTEST) tests/native -n 2 --dist loadfile && OMP_NUM_THREADS=1 $(PYTEST) tests/simulator -n 2; \
+	  $(WITH_CUDA) $(PIP) --no-deps --editable . && $(PYTEST) tests/native -n 2 --dist loadfile \
+	    && OMP_NUM_THREADS=1 $(PYTEST) tests/simulator -n 2 --dist worksteal; \
 	else \
 	  echo "no nvcc: the CUDA library was not built and its tests were not run"; \
 	fi
@@ -114,6 +117,12 @@ bench: $(VENV)/ready
 	else \
 	  echo "no CUDA device: the GPU suites were not run"; \
 	fi
+
+# The long campaigns, about an hour and a half on one core, and the tables of docs/reliability.md.
+reliability: $(VENV)/ready-dev
+	OMP_NUM_THREADS=1 LOWRANK_OPS_CAMPAIGN=long $(PYTEST) tests/reliability
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.reliability.mutate --mutants 150
+	$(BIN)/python -m tests.reliability.figures
 
 # Warnings are errors. Sources are read, not imported.
 docs: $(VENV)/ready-docs

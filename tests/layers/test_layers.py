@@ -240,3 +240,22 @@ def test_layers_can_be_created_on_meta():
     with torch.device("meta"):
         layer = lro.LowRankLinear(20, 12, 5)
     assert layer.down.is_meta and layer(torch.empty(3, 20, device="meta")).shape == (3, 12)
+
+
+# --- initialization -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [1, 2, 16])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_new_layers_have_the_variance_of_dense_ones(kind, rank):
+    """Entries of the product have variance 1 / (3 fan_in), and biases are uniform up to fan_in^-1/2, as torch's are."""
+    if kind == "linear":
+        layers, dense = [lro.LowRankLinear(64, 128, rank=rank) for _ in range(40)], nn.Linear(64, 128)
+    else:
+        layers, dense = [lro.LowRankConv2d(16, 128, 2, rank=rank) for _ in range(40)], nn.Conv2d(16, 128, 2)
+    products = torch.stack([layer.product().flatten() for layer in layers])
+    assert float(products.square().mean()) == pytest.approx(1 / (3 * 64), rel=0.1)
+    assert float(products.square().mean()) == pytest.approx(float(dense.weight.square().mean()), rel=0.15)
+    biases = torch.stack([layer.bias for layer in layers])
+    assert 0.97 / 8 < float(biases.max()) <= 1 / 8 and -1 / 8 <= float(biases.min()) < -0.97 / 8
+    assert all(not layer.down[rank:].any() and not layer.up[:, rank:].any() for layer in layers)

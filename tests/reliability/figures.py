@@ -11,6 +11,7 @@ from typing import Any
 
 from tests.reliability.campaign import FIGURES
 
+MUTANTS = FIGURES.with_name("mutants.json")
 PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
 MARK = re.compile(r"(<!-- figures: (?P<name>[\w ]+) -->\n).*?(<!-- end -->)", re.S)
 # Campaigns by table, by the beginning of their names.
@@ -24,7 +25,6 @@ CAMPAIGNS = {
     "concurrency": ("models in threads", "one layer in threads", "data loader"),
     "memory": ("memory over", "more than 2^31 elements"),
 }  # fmt: skip
-LISTS = ("mutants", "matrix", "bad inputs")
 
 
 def table(rows: list[list[str]]) -> str:
@@ -61,8 +61,10 @@ def mutants(found: dict[str, Any]) -> Iterator[list[str]]:
 
 def rendered(name: str, known: dict[str, Any]) -> str:
     if name == "mutants":
-        return table([*mutants(known[name])])
-    if name in LISTS:
+        return table([*mutants(json.loads(MUTANTS.read_text()))])
+    if name == "bad inputs":
+        return table(known[name]["rows"])
+    if name == "matrix":
         return table(known[name])
     return table([*campaigns(known, CAMPAIGNS[name])])
 

@@ -109,7 +109,7 @@ def test_an_interrupt_leaves_the_model_as_it_was(name: str) -> None:
     old = signal.signal(signal.SIGALRM, interrupt)
     try:
         with figures(f"interrupted: {name}") as counts:
-            for _ in range(sized(1, 100)):
+            for _ in range(sized(1, 40)):
                 parts = prepared()
                 watched = [parts[0], parts[3]]
                 before = state_of(*watched)
@@ -216,7 +216,7 @@ def test_models_in_threads_are_calibrated_and_compressed_as_alone() -> None:
 
 def test_one_layer_serves_many_threads() -> None:
     """Shapes that no thread has seen before, while other threads fill and empty the cache of decisions."""
-    layer, calls = lro.LowRankLinear(16, 12, rank=5).requires_grad_(False), sized(100, 20000)
+    layer, calls = lro.LowRankLinear(16, 12, rank=5).requires_grad_(False), sized(100, 3000)
 
     def work(index: int) -> None:
         generator = torch.Generator().manual_seed(index)

@@ -278,7 +278,7 @@ def test_mutated_bytes_are_refused_or_harmless(name: str, originals: dict[str, t
     content = path.read_bytes()
     seen: Counter[str] = Counter()
 
-    @examples(8, 1500)
+    @examples(8, 1000)
     @given(mutated(content))
     def check(changed: bytes) -> None:
         path.write_bytes(changed)
@@ -305,7 +305,7 @@ def test_forged_headers_are_documented_errors(name: str, originals: dict[str, tu
         header, tensors = read_header(file), {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
     seen: Counter[str] = Counter()
 
-    @examples(8, 1500)
+    @examples(8, 1000)
     @given(edited(header), st.sampled_from([*tensors, None]), st.sampled_from(["drop", "int", "empty", "nan", "big"]))
     def check(changed: Any, key: str | None, change: str) -> None:
         parts = dict(tensors)
@@ -342,7 +342,7 @@ def test_edited_json_is_a_value_or_a_value_error(kind: str, originals: dict[str,
     document = json.loads(content)
     seen: Counter[str] = Counter()
 
-    @examples(20, 3000)
+    @examples(20, 1500)
     @given(edited(document))
     def check(changed: Any) -> None:
         path.write_text(json.dumps(changed))
