@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..arguments import check_positive, checked
 from ..files import digest
 from ..models.experts import experts_listed, list_experts
 from ..models.layers import (
     FilterFn,
+    check_finite,
     check_no_adapters,
     compiled_or_scripted,
     dimensions,
@@ -33,6 +33,7 @@ from ..models.layers import (
 from ..models.masks import Mask, Masks
 from ..models.running import (
     EMPTY,
+    ProgressBar,
     call_model,
     device_of,
     evaluating,
@@ -174,7 +175,7 @@ def calibrate(
     )
     plan = calibrator._plan(max_memory, offload)
     if progress or plan.passes > 1:
-        tqdm.write(str(plan), file=sys.stderr)
+        ProgressBar.write(str(plan), file=sys.stderr)
     passes = [[layer.fqn for layer in plan.layers if layer.number == number] for number in range(plan.passes)]
     saved = None
     if checkpoint is not None:
@@ -198,7 +199,7 @@ def calibrate(
         if found is None:
             part = calibrator if len(passes) == 1 else calibrator._over(layers)
             name = f"calibrating, pass {number + 1} of {len(passes)}" if len(passes) > 1 else "calibrating"
-            bar = tqdm(batches, desc=name, unit="batch", disable=not progress)
+            bar = ProgressBar(batches, desc=name, unit="batch", disable=not progress)
             count = _run(part, bar, forward or call_model, sensitivity, num_probes, saved)
             if seen and count != seen:
                 raise ValueError(
@@ -380,6 +381,7 @@ class Calibrator:
             self.skipped |= tied_or_large
             reasons = "".join(f"\n  {fqn or '(the model)'}: {reason}" for fqn, reason in self.skipped.items())
             raise ValueError(f"model has no supported Linear, Conv1d, Conv2d or Conv1D that filter_fn keeps.{reasons}")
+        check_finite(layers)
         _warn_of_skipped(self.skipped, filter_fn)
         self.skipped |= tied_or_large
         self._model, self._dtype, self._modules = model, dtype, layers | twins

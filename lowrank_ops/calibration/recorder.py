@@ -307,6 +307,7 @@ class Recorder:
     def _see_input(self, fqn: str, layer: nn.Module, x: Tensor, dtype: torch.dtype) -> None:
         if self._in_backward or self._is_foreign() or not isinstance(x, Tensor):  # the layer raises
             return
+        _check_activation(fqn, x)
         sums = self._sums_of_input(fqn, layer, x, dtype)
         if not self._batch:  # in the first forward layers may turn out to share some of their inputs only
             self._part(sums, sums.parting(fqn, x))
@@ -531,6 +532,16 @@ def shift_of(rows: Tensor, dtype: torch.dtype) -> Tensor | None:
     large = mean.abs() > SHIFT_RATIO * deviation  # false for NaN
     mean = torch.where(large, mean, 0).to(rows.dtype)
     return mean.to(dtype if rows.device.type == "cpu" else rows.dtype) if bool(large.any()) else None
+
+
+def _check_activation(fqn: str, x: Tensor) -> None:
+    """Raise ValueError for the input of a layer that no rows can be read from."""
+    dense = x.layout in (torch.strided, torch.jagged)
+    if not dense or not x.dim() or x.is_meta or not x.is_floating_point():
+        raise ValueError(
+            f"layer {fqn!r} received a tensor of {x.dtype} and shape {tuple(x.shape)}, {x.layout}, on {x.device}; it "
+            "must be a dense float tensor with values, of at least one dimension. Check the batches."
+        )
 
 
 def _remove_bias(moments: Moments, layer: nn.Module) -> None:

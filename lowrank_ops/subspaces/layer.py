@@ -228,8 +228,9 @@ class LayerSubspaces:
         out_features, in_features = weight.shape[-2:]
         self.dimensions = Dimensions(weight.shape[0] if weight.dim() == 3 else 1, in_features, out_features)
         statistics.check()
-        if not bool(weight.isfinite().all()):
-            raise ValueError("the layer's weight holds NaN or inf; repair the model, or leave the layer out.")
+        for name, values in (("weight", weight), ("bias", bias)):
+            if values is not None and not bool(values.isfinite().all()):
+                raise ValueError(f"the layer's {name} holds NaN or inf; repair the model, or leave the layer out.")
         sides = {
             "activations": statistics.side,
             "output_gradients": "output",
