@@ -390,7 +390,8 @@ class Calibrator:
             self.skipped |= tied_or_large
             reasons = "".join(f"\n  {fqn or '(the model)'}: {reason}" for fqn, reason in self.skipped.items())
             raise ValueError(f"model has no supported Linear, Conv1d, Conv2d or Conv1D that filter_fn keeps.{reasons}")
-        check_finite(layers)
+        if self._needs_values:
+            check_finite(layers)
         _warn_of_skipped(self.skipped, filter_fn)
         self.skipped |= tied_or_large
         self._model, self._dtype, self._modules = model, dtype, layers | twins
