@@ -19,7 +19,7 @@ from .arguments import checked
 from .files import digests, open_tensors, parse_json, read_header, read_tensor, replacing, write_tensors
 from .layers import LowRankLayer, LowRankLinear
 from .layers.conv import GEOMETRY, LowRankConv
-from .layers.replace import has_hooks, lowrank_type, swap_
+from .layers.replace import has_hooks, lowrank_type, note_replaced, swap_
 from .models.experts import experts_listed
 from .models.layers import dimensions, find_layers, is_conv, tied_layers
 from .models.running import warn_caller
@@ -138,6 +138,7 @@ def _load(dense_model: nn.Module, file: Path, config: dict[str, Any], verify: bo
             if id(old) in new:
                 setattr(module, name, new[id(old)])
     swap_(dense_model, layers)
+    note_replaced([target for target in targets.values() if isinstance(target, nn.Parameter)])
     return layers.get(dense_model, dense_model)
 
 
