@@ -73,6 +73,7 @@ class CalibrationCheckpoint:
         self._start = self._start or [generator.get_state() for generator in generators]
         for generator, state in zip(generators, self._start, strict=True):
             generator.set_state(state)  # every pass draws the same labels, also in another process
+        recorder.seed = digest(self._start[0])
         if self._state is not None:
             header, tensors = self._state
             recorder.restore(header["recorder"], tensors)

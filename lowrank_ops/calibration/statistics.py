@@ -88,11 +88,15 @@ class Moments:
         Raises:
             OSError: the disk is full.
         """
-        packed = self._stored if self.is_packed else lower_triangle(self._stored)
+        self._stored = self._stored if self.is_packed else lower_triangle(self._stored)
         if place is not None:
-            packed, self.total = packed.cpu(), self.total.cpu()
-            self.shift = None if self.shift is None else self.shift.cpu()
-        self._stored, self._place = _in_file(packed) if place == "disk" else packed, place
+            self.to_cpu_()
+        self._stored, self._place = _in_file(self._stored) if place == "disk" else self._stored, place
+
+    def to_cpu_(self) -> None:
+        """Move the sums to the CPU."""
+        self._stored, self.total = self._stored.cpu(), self.total.cpu()
+        self.shift = None if self.shift is None else self.shift.cpu()
 
     def equals(self, other: Moments) -> bool:
         """Whether both hold the same sums, in the same form."""
