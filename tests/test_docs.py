@@ -36,7 +36,7 @@ COMMAND = re.compile(
     r"(?:^|`)(?:[A-Z_]+=\S+ )*(?P<run>(?:lowrank-ops|(?:\.venv/bin/)?python -m benchmarks\.[\w.]+) [^`\n]*)", re.M
 )
 TARGET = re.compile(r"(?:^|`)make (?P<names>[a-z][\w -]*)", re.M)
-PLACEHOLDERS = "my:model --batches my:batches --out folder"  # what "lowrank-ops compress ..." leaves out
+PLACEHOLDERS = "--model my:model --calibration my:batches --out folder"  # what "lowrank-ops compress ..." leaves out
 LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
 
 

@@ -28,6 +28,7 @@ from ..models.layers import (
 from ..models.masks import Masks, real_rows
 from ..ops import conv_covariance_update_, covariance_finalize_, covariance_update_
 from ..ops.covariance import output_size
+from .distributed import rank_and_world
 from .gradients import OutputGradient, OutputGradients
 from .objectives import Sensitivity, objective
 from .statistics import Covariances, LayerStatistics, Moments, NonFiniteActivationError
@@ -206,7 +207,7 @@ class Recorder:
             for fqn in self._layers
             if fqn in self._activations and self._activations[fqn].moments.count
         }
-        if not layers:
+        if not layers and rank_and_world()[1] == 1:  # other processes may hold all rows
             raise ValueError(
                 "no row reached a layer: the batches are empty, the mask leaves no position, or the model calls none "
                 "of the layers that filter_fn keeps."

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
 import os
 import sys
@@ -28,12 +29,15 @@ To begin:
   lowrank-ops demo          compress a trained model on real images (in a checkout of the repository)
   lowrank-ops doctor        show what can run on this machine
 
-For your own model, write a module with two functions, for example my_project.py:
+A model that transformers has saved, and a file of texts:
+  lowrank-ops compress --model hf:my-model --calibration text:texts.txt --budget 0.7 --out smaller
+
+For a model of your own, write a module with two functions, for example my_project.py:
   def build_model():        returns the trained torch.nn.Module
   def batches():            returns an iterable of batches. Each batch is passed to the model: a tensor,
                             a tuple or list of positional arguments, or a dict of keyword arguments
 and run
-  lowrank-ops analyze my_project:build_model --batches my_project:batches"""
+  lowrank-ops analyze --model my_project:build_model --calibration my_project:batches"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     show_traceback = "--traceback" in arguments
     try:
-        options = _parser(arguments).parse_args(arguments)
+        parser = _parser(arguments)
+        _complete(parser)
+        options = parser.parse_args(arguments)
         if options.command in _PRINTING:
             return int(options.run(options))
         with contextlib.redirect_stdout(sys.stderr):
@@ -66,6 +72,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # as with `| head`; Python must not flush the rest again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return result.code
+
+
+def _complete(parser: argparse.ArgumentParser) -> None:
+    """Answer a shell that asks for completions, if argcomplete is installed."""
+    if "_ARGCOMPLETE" in os.environ:
+        with contextlib.suppress(ImportError):
+            importlib.import_module("argcomplete").autocomplete(parser)
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:

@@ -18,8 +18,8 @@ one. Also print the mean over the layers. The model is not changed."""
 
 _ANALYZE_EXAMPLE = """\
 example:
-  lowrank-ops analyze my_project:build_model --checkpoint weights.safetensors \\
-      --batches my_project:batches --save-covariances covariances.safetensors --plot utilization.png"""
+  lowrank-ops analyze --model my_project:build_model --checkpoint weights.safetensors \\
+      --calibration my_project:batches --save-covariances covariances.safetensors --plot utilization.png"""
 
 
 def add(commands: Any) -> None:

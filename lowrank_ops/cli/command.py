@@ -71,16 +71,24 @@ def share(text: str) -> float:
     return value
 
 
+def whole(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1; got {text!r}")
+    return int(text)
+
+
 @contextlib.contextmanager
-def failing_as(what: str, but: type[Exception] | tuple[()] = ()) -> Iterator[None]:
+def failing_as(what: str, but: type[Exception] | tuple[()] = (), code: int = 1) -> Iterator[None]:
     """Report an error raised by the user's code or by its data in one line."""
     try:
         yield
+    except Failure:
+        raise
     except but:
         raise
     except Exception as error:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise Failure(1, f"{what} failed: {kind}{one_line(error)} (--traceback shows where)") from error
+        raise Failure(code, f"{what} failed: {kind}{one_line(error)} (--traceback shows where)") from error
 
 
 def check_folder(path: Path, argument: str) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from ..calibration.statistics import Covariances
 from ..checkpoint import save_pretrained
 from ..compress import compress_
 from ..config import (
@@ -27,28 +29,35 @@ from ..files import parse_json
 from ..layers.latency import measure_latency
 from ..midpoint import recalibrate
 from ..reconstruction import BlockReconstruction, SequentialReconstruction
+from ..report.compression import CompressionReport
 from .command import Failure, Result, add_command, add_output, check_folder, document, failing_as, share
 from .inputs import add_calibration, calibrated, load_batches
+from .resume import Progress
+from .sources import save_processors
 
 _COMPRESS = """\
-Replace layers of the model by low-rank ones and write model.safetensors and lowrank_config.json to a folder. In Python,
-lowrank_ops.load_pretrained(build_model(), folder) loads the compressed model."""
+Replace layers of the model by low-rank ones and write the model to a folder. For --model hf: it is a folder of
+transformers, which from_pretrained loads once lowrank_ops is imported; for other models it holds model.safetensors and
+lowrank_config.json, which lowrank_ops.load_pretrained(build_model(), folder) loads."""
 
 _COMPRESS_EXAMPLE = """\
 examples:
+  a language model of transformers, on texts with empty lines between them
+    lowrank-ops compress --model hf:my-model --calibration text:texts.txt --sensitivity fisher --budget 0.7 \\
+        --out smaller
+  a vision model of timm, on a folder of images; after an interruption, the same command goes on
+    lowrank-ops compress --model timm:vit_small_patch16_224 --calibration images:photos --out smaller --resume
   keep half of the layers' parameters, loss-aware
-    lowrank-ops compress my_project:build_model --batches my_project:batches --sensitivity fisher \\
+    lowrank-ops compress --model my_project:build_model --calibration my_project:batches --sensitivity fisher \\
         --budget 0.5 --out smaller
   use the covariances of an earlier analysis, keep 99% of each layer's variance, leave the classifier dense
-    lowrank-ops compress my_project:build_model --covariances covariances.safetensors \\
+    lowrank-ops compress --model my_project:build_model --covariances covariances.safetensors \\
         --explained-variance 0.99 --keep-dense head --out smaller
   halve the layers' time on this machine, as measured now with the first batch
-    lowrank-ops compress my_project:build_model --batches my_project:batches --latency 0.5 --out faster
+    lowrank-ops compress --model my_project:build_model --calibration my_project:batches --latency 0.5 --out faster
   choose ranks by hand, {"layer name or re:pattern": rank, ...}; unnamed layers stay dense
-    lowrank-ops compress my_project:build_model --batches my_project:batches --ranks ranks.json --out smaller"""
-
-# {name: what the configuration calls it}
-
+    lowrank-ops compress --model my_project:build_model --calibration my_project:batches --ranks ranks.json \\
+        --out smaller"""
 
 _RECONSTRUCTIONS = {"sequential": SequentialReconstruction, "blocks": BlockReconstruction}
 
@@ -60,6 +69,10 @@ def add(commands: Any) -> None:
     )
     add_calibration(compress)
     _add_compression(compress)
+    compress.add_argument(
+        "--resume", action="store_true",
+        help="store covariances and the reconstruction's progress in FOLDER.resume, and go on from what is there",
+    )  # fmt: skip
     compress.add_argument("--html", type=Path, metavar="FILE", help="also write an HTML page with charts and tables")
     add_output(compress)
 
@@ -103,7 +116,7 @@ def _add_compression(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--recalibrate", action="store_true",
-        help="run --batches again at the midpoint between the dense and the compressed model, and use both gradients",
+        help="run --calibration again at the midpoint of the dense and the compressed model, and use both gradients",
     )  # fmt: skip
     parser.add_argument(
         "--keep-dense", action="append", default=[], metavar="LAYER",
@@ -119,7 +132,7 @@ def run(options: argparse.Namespace) -> Result:
         check_folder(options.html, "--html")
     for flag, given in (("--reconstruct", options.reconstruct), ("--recalibrate", options.recalibrate)):
         if given and options.batches is None:
-            raise Failure(2, f"{flag} runs the model on --batches; it cannot be combined with --covariances")
+            raise Failure(2, f"{flag} runs the model on --calibration; it cannot be combined with --covariances")
     if options.recalibrate and options.sensitivity is None:
         raise Failure(2, "--recalibrate records output gradients again; it needs --sensitivity")
     shares_by_loss = (options.budget or options.flops or options.latency) and options.allocation in (None, "loss")
@@ -131,36 +144,64 @@ def run(options: argparse.Namespace) -> Result:
         projection=options.projection,
         overrides=dict.fromkeys(options.keep_dense),
     )
-    model, covariances = calibrated(options)
+    progress: Progress | None = None
+
+    def measured(model: nn.Module, measure: Callable[[], Covariances]) -> Covariances:
+        nonlocal progress
+        progress = Progress(options, model)
+        return progress.covariances("covariances", measure)
+
+    model, covariances = calibrated(options, measured)
+    progress = progress or Progress(options, model)
     if policy is None:
-        config = replace(config, rank=_timed(options, model))
+        config = replace(config, rank=_timed(options, model, progress))
     if options.recalibrate:
         with failing_as("recalibration", but=ValueError):  # of a budget that cannot be met, as below
-            covariances = recalibrate(
-                model,
-                covariances,
-                load_batches(options.batches),
-                config,
-                mask=options.mask,
-                side=options.side,
-                sensitivity=options.sensitivity,
-                progress=True,
+            covariances = progress.covariances(
+                "recalibrated covariances",
+                lambda: recalibrate(
+                    model,
+                    covariances,
+                    load_batches(options, model),
+                    config,
+                    mask=options.mask,
+                    side=options.side,
+                    sensitivity=options.sensitivity,
+                    progress=True,
+                ),
             )
     reconstruction = None
     if options.reconstruct:
         make = _RECONSTRUCTIONS[options.reconstruct]
-        reconstruction = make(load_batches(options.batches), sensitivity=options.sensitivity, mask=options.mask)
+        batches = load_batches(options, model)  # which may set the mask
+        reconstruction = make(
+            batches,
+            sensitivity=options.sensitivity,
+            mask=options.mask,
+            checkpoint=progress.path("reconstruction.safetensors"),
+        )
     report = compress_(model, covariances, config, reconstruction=reconstruction, progress=True)
     if all(layer.rank is None for layer in report.layers):
         raise Failure(1, "every layer stays dense at these ranks, so nothing was written; allow smaller ranks")
-    save_pretrained(model, options.out, report)
+    loading = _save(model, options, report)
+    progress.finish()
     if options.html is not None:
         report.to_html(options.html)
     return Result(
         document(options, out=str(options.out), compression=report.to_dict()),
-        f"{report.table()}\nwritten to {options.out}; load it with "
-        f"lowrank_ops.load_pretrained(dense_model, {str(options.out)!r})",
+        f"{report.table()}\nwritten to {options.out}; load it with {loading}",
     )
+
+
+def _save(model: nn.Module, options: argparse.Namespace, report: CompressionReport) -> str:
+    """Write the model; the Python that loads it."""
+    folder = str(options.out)
+    if not options.model.startswith("hf:"):
+        save_pretrained(model, options.out, report)
+        return f"lowrank_ops.load_pretrained(dense_model, {folder!r})"
+    model.save_pretrained(options.out)  # type: ignore[operator]
+    save_processors(options, options.out)
+    return f"import lowrank_ops, transformers; transformers.{type(model).__name__}.from_pretrained({folder!r})"
 
 
 def _policy(options: argparse.Namespace) -> RankPolicy | None:
@@ -173,7 +214,7 @@ def _policy(options: argparse.Namespace) -> RankPolicy | None:
             raise Failure(2, f"{name} needs --latency")
     if options.latency is not None and options.latencies is None:
         if options.batches is None:
-            raise Failure(2, "--latency measures times with --batches; with --covariances it needs --latencies")
+            raise Failure(2, "--latency measures times with --calibration; with --covariances it needs --latencies")
         if options.save_latencies is not None:
             check_folder(options.save_latencies, "--save-latencies")
         return None
@@ -199,11 +240,16 @@ def _policy(options: argparse.Namespace) -> RankPolicy | None:
     return Ranks(ranks)
 
 
-def _timed(options: argparse.Namespace, model: nn.Module) -> LatencyBudget:
+def _timed(options: argparse.Namespace, model: nn.Module, progress: Progress) -> LatencyBudget:
     """The latency budget, measured with the first batch; calibration has checked that there is one."""
-    batch = next(iter(load_batches(options.batches)))
+    stored = progress.path("latencies.json")
+    if stored is not None and stored.exists():
+        return LatencyBudget(options.latency, LayerLatencies.load(stored), options.allocation)
+    batch = next(iter(load_batches(options, model)))
     with failing_as("timing"):
         latencies = measure_latency(model, batch, progress=True)
+    if stored is not None:
+        latencies.save(stored)
     if options.save_latencies is not None:
         latencies.save(options.save_latencies)
     return LatencyBudget(options.latency, latencies, options.allocation)

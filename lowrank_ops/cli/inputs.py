@@ -18,13 +18,17 @@ from torch import Tensor, nn
 
 from ..calibration.calibrator import calibrate
 from ..calibration.statistics import Covariances
-from .command import Failure, check_folder, failing_as, one_line
+from . import sources
+from .command import Failure, check_folder, failing_as, one_line, whole
 
 
 def add_calibration(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("positional_model", nargs="?", metavar="MODEL", help="the same as --model")
     parser.add_argument(
-        "model", metavar="MODEL", help="package.module:callable that returns the model; called without arguments"
-    )
+        "--model", metavar="MODEL",
+        help="hf:DIR, a folder that transformers has saved; timm:NAME, a model of timm with its weights or with those "
+        "of --checkpoint; or module:function, which is run without arguments and returns the model",
+    )  # fmt: skip
     parser.add_argument(
         "--checkpoint", type=Path, metavar="FILE", help="safetensors file with weights to load into the model"
     )
@@ -35,16 +39,24 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
-        "--batches", metavar="BATCHES", help="package.module:callable that returns an iterable of calibration batches"
-    )
+        "--calibration", "--batches", dest="batches", metavar="DATA",
+        help="text:FILE, texts with empty lines between them, for hf: models; images:DIR, for hf: and timm: models; or "
+        "module:function, which is run without arguments and returns an iterable of batches",
+    )  # fmt: skip
     source.add_argument(
-        "--covariances", type=Path, metavar="FILE", help="file from --save-covariances, instead of --batches"
+        "--covariances", type=Path, metavar="FILE", help="file from --save-covariances, instead of --calibration"
     )
+    for flag, default, what in (
+        ("--batch-size", sources.BATCH_SIZE, "texts or images in a batch"),
+        ("--samples", sources.SAMPLES, "texts or images that are used, from the first"),
+        ("--max-length", sources.MAX_LENGTH, "tokens of a text, at most"),
+    ):
+        parser.add_argument(flag, type=whole, metavar="N", help=f"{what} (default: {default})")
     parser.add_argument("--save-covariances", type=Path, metavar="FILE", help="store the covariances for later runs")
     parser.add_argument(
         "--mask",
         metavar="NAME",
-        help="keyword argument of the model that is nonzero at real tokens, such as attention_mask",
+        help="argument of the model that is nonzero at real tokens (for text:FILE: attention_mask)",
     )
     parser.add_argument(
         "--side", choices=["auto", "input", "output"], default="auto",
@@ -57,30 +69,48 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def calibrated(options: argparse.Namespace) -> tuple[nn.Module, Covariances]:
-    """The model and its covariances, measured now or read from a file."""
+def calibrated(
+    options: argparse.Namespace, measured: Callable[[nn.Module, Callable[[], Covariances]], Covariances] | None = None
+) -> tuple[nn.Module, Covariances]:
+    """The model and its covariances, measured now or read from a file.
+
+    Args:
+        options: of the command.
+        measured: gives the covariances of a model, from a function that measures them; None calls the function.
+    """
     if options.covariances is not None and (options.mask is not None or options.side != "auto" or options.sensitivity):
-        raise Failure(2, "--mask, --side and --sensitivity need --batches; they cannot be combined with --covariances")
+        raise Failure(
+            2, "--mask, --side and --sensitivity need --calibration; they cannot be combined with --covariances"
+        )
     if options.save_covariances is not None:
         check_folder(options.save_covariances, "--save-covariances")
     model = load_model_of(options)
     if options.covariances is not None:
         covariances = Covariances.load(options.covariances)
     else:
-        batches = load_batches(options.batches)
-        with failing_as("calibration"):
-            covariances = calibrate(
-                model, batches, mask=options.mask, side=options.side, sensitivity=options.sensitivity, progress=True
-            )
+
+        def measure() -> Covariances:
+            batches = load_batches(options, model)
+            with failing_as("calibration"):
+                return calibrate(
+                    model, batches, mask=options.mask, side=options.side, sensitivity=options.sensitivity, progress=True
+                )
+
+        covariances = measure() if measured is None else measured(model, measure)
     if options.save_covariances is not None:
         covariances.save(options.save_covariances)
     return model, covariances
 
 
 def load_model_of(options: argparse.Namespace) -> nn.Module:
-    source = import_callable(options.model, "MODEL")
-    with failing_as(f"MODEL {options.model}"):
-        model = source if isinstance(source, nn.Module) else source()
+    if (options.model is None) == (options.positional_model is None):
+        raise Failure(2, "one model is needed: --model hf:DIR, timm:NAME or module:function")
+    options.model = options.model or options.positional_model
+    model = sources.named_model(options)
+    if model is None:
+        source = import_callable(options.model, "MODEL")
+        with failing_as(f"MODEL {options.model}"):
+            model = source if isinstance(source, nn.Module) else source()
     if not isinstance(model, nn.Module):
         raise Failure(2, f"MODEL {options.model} must return a torch.nn.Module; it returned a {type(model).__name__}")
     if options.checkpoint is not None:
@@ -100,14 +130,20 @@ def load_model_of(options: argparse.Namespace) -> nn.Module:
     return model
 
 
-def load_batches(spec: str) -> Iterable[Any]:
-    source = import_callable(spec, "--batches")
-    with failing_as(f"--batches {spec}"):
+def load_batches(options: argparse.Namespace, model: nn.Module) -> Iterable[Any]:
+    """The calibration batches; those of texts set the mask."""
+    spec = options.batches
+    if (named := sources.named_batches(options, model)) is not None:
+        if spec.startswith("text:") and options.mask is None:
+            options.mask = "attention_mask"
+        return named
+    source = import_callable(spec, "--calibration")
+    with failing_as(f"--calibration {spec}"):
         batches = source()
     if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
         raise Failure(
-            2, f"--batches {spec} must return an iterable of batches, such as a list or a DataLoader; it returned a "
-            f"{type(batches).__name__}",
+            2, f"--calibration {spec} must return an iterable of batches, such as a list or a DataLoader; it returned "
+            f"a {type(batches).__name__}",
         )  # fmt: skip
     return batches
 
@@ -116,7 +152,8 @@ def import_callable(spec: str, argument: str) -> Callable[[], Any]:
     """The callable named by ``package.module:callable``; the working directory is searched too."""
     name, _, path = spec.partition(":")
     if not name or not path:
-        raise Failure(2, f"{argument} must be package.module:callable; got {spec!r}")
+        accepted = "hf:DIR, timm:NAME" if argument == "MODEL" else "text:FILE, images:DIR"
+        raise Failure(2, f"{argument} must be {accepted} or module:function; got {spec!r}")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     package = name.partition(".")[0]  # finding a submodule would run its package

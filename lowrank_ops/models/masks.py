@@ -141,7 +141,10 @@ class Masks:
         if isinstance(self._output, _Unknown):
             self._note("", self._output)
             return None
-        return None if self._output is None else self._output.real
+        if self._output is None:
+            return None
+        self._fitted = True
+        return self._output.real
 
     def same(self, fqn: str, other: str) -> bool:
         """Whether two layers that receive one tensor have the same mask."""

@@ -20,7 +20,7 @@ from ..models.layers import unsupported_weights
 from ..ranks.costs import dense_macs, dense_parameters, lowrank_macs, stored_rank
 from ..subspaces.layer import LayerSubspaces
 from .kinds import kind_of
-from .page import write_page
+from .page import framed, page
 from .per_layer import LayerCompression, Prediction, compression_columns
 from .sections import (
     compression_by_kind,
@@ -173,6 +173,13 @@ class CompressionReport:
     @checked()
     def to_html(self, path: str | Path) -> None:
         """Write a self-contained HTML page with charts and tables."""
+        Path(path).write_text(self._page(), encoding="utf-8")
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return framed(self._page())
+
+    def _page(self) -> str:
         kept = self.layer_parameters / self.layer_parameters_before
         model_kept = self.model_parameters / self.model_parameters_before
         cards = [
@@ -199,7 +206,7 @@ class CompressionReport:
             compression_table(self.layers),
             remarks([*self.fallbacks(), *few_rows_note(self.few_rows()), *notes((), self.skipped), self.considered()]),
         ]
-        write_page(path, "Compression report", f"{method[0].upper()}{method[1:]}.", cards, sections)
+        return page("Compression report", f"{method[0].upper()}{method[1:]}.", cards, sections)
 
     @checked()
     def plot(self, path: str | Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from html import escape
-from pathlib import Path
 from typing import NamedTuple
 
 # Colors that colorblind readers can tell apart (Okabe and Ito); the names are always shown next to them.
@@ -62,13 +61,10 @@ class Curve(NamedTuple):
     mark: float | None = None  # x of the point
 
 
-def write_page(
-    path: str | Path, title: str, subtitle: str, cards: Sequence[tuple[str, str, str]], sections: Sequence[str]
-) -> None:
-    """Write the whole document.
+def page(title: str, subtitle: str, cards: Sequence[tuple[str, str, str]], sections: Sequence[str]) -> str:
+    """The whole document.
 
     Args:
-        path: file to write.
         title, subtitle: plain text.
         cards: (name, value, remark) of the most important figures.
         sections: from :func:`section`.
@@ -77,13 +73,18 @@ def write_page(
         f"<div><dt>{escape(name)}</dt><dd>{escape(value)}<small>{escape(remark)}</small></dd></div>"
         for name, value, remark in cards
     )
-    document = (
+    return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{escape(title)}</title>\n'
         f"<style>{_STYLE}</style>\n</head>\n<body>\n<header><h1>{escape(title)}</h1><p>{escape(subtitle)}</p></header>\n"
         f'<main>\n<dl class="cards">{figures}</dl>\n' + "\n".join(sections) + "\n</main>\n</body>\n</html>\n"
     )
-    Path(path).write_text(document, encoding="utf-8")
+
+
+def framed(document: str) -> str:
+    """A document inside another one, such as a notebook, where neither's style reaches the other."""
+    style = "width:100%;height:40rem;border:0"
+    return f'<iframe srcdoc="{escape(document)}" sandbox="" style="{style}"></iframe>'
 
 
 def section(title: str, remark: str, *content: str) -> str:

@@ -18,7 +18,7 @@ from ..models.layers import FilterFn, find_layers
 from ..models.running import ProgressBar
 from ..subspaces.layer import LayerSubspaces, layer_subspaces
 from .kinds import kind_of
-from .page import write_page
+from .page import framed, page
 from .per_layer import LayerUtilization, utilization_columns
 from .sections import kinds_of, remarks, spectra, utilization_by_kind, utilization_by_layer, utilization_table
 from .spectra import spectrum_of
@@ -77,9 +77,15 @@ class UtilizationReport:
     @checked()
     def to_html(self, path: str | Path) -> None:
         """Write a self-contained HTML page with charts and tables."""
+        Path(path).write_text(self._page(), encoding="utf-8")
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return framed(self._page())
+
+    def _page(self) -> str:
         lowest, highest = (extreme(self.layers, key=lambda layer: layer.utilization) for extreme in (min, max))
-        write_page(
-            path,
+        return page(
             "Layer utilization",
             f"At explained variance {self.explained_variance:g}, about {'the mean' if self.centered else 'zero'}, "
             f"from up to {max(layer.rows for layer in self.layers):,} calibration rows per layer.",

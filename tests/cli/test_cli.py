@@ -93,8 +93,8 @@ def refused(capsys: pytest.CaptureFixture[str], code: int, *argv: str) -> str:
     return line
 
 
-ANALYZE = ("analyze", "cli_project:build", "--batches", "cli_project:batches")
-COMPRESS = ("compress", "cli_project:build", "--batches", "cli_project:batches", "--out", "out")
+ANALYZE = ("analyze", "cli_project:build", "--calibration", "cli_project:batches")
+COMPRESS = ("compress", "cli_project:build", "--calibration", "cli_project:batches", "--out", "out")
 
 
 class TestAnalyze:
@@ -131,12 +131,19 @@ class TestAnalyze:
         assert [layer["output_rank"] for layer in layers] == [0, 0]
 
     def test_model_instance_and_device_are_accepted(self, capsys: pytest.CaptureFixture[str]) -> None:
-        argv = ["analyze", "cli_project:ready", "--batches", "cli_project:batches", "--device", "cpu"]
+        argv = ["analyze", "cli_project:ready", "--calibration", "cli_project:batches", "--device", "cpu"]
         assert cli.main([*argv, "--side", "output"]) == 0
         assert "not measured" in capsys.readouterr().out
 
     def test_mask(self, capsys: pytest.CaptureFixture[str]) -> None:
-        argv = ["analyze", "cli_project:Masked", "--batches", "cli_project:masked_batches", "--mask", "attention_mask"]
+        argv = [
+            "analyze",
+            "cli_project:Masked",
+            "--calibration",
+            "cli_project:masked_batches",
+            "--mask",
+            "attention_mask",
+        ]
         assert cli.main([*argv, "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["utilization"]["layers"][0]["rows"] == 3
 
@@ -335,7 +342,7 @@ class TestCompress:
     def test_modes_that_run_the_model_need_batches(self, capsys: pytest.CaptureFixture[str], flag: list[str]) -> None:
         argv = ("compress", "cli_project:build", "--covariances", "c.safetensors", "--out", "out")
         line = refused(capsys, 2, *argv, *flag)
-        assert f"{flag[0]} runs the model on --batches; it cannot be combined with --covariances" in line
+        assert f"{flag[0]} runs the model on --calibration; it cannot be combined with --covariances" in line
 
     def test_nothing_is_written_if_every_layer_stays_dense(
         self, project: Path, capsys: pytest.CaptureFixture[str]
@@ -442,7 +449,10 @@ class TestRefusals:
         [
             ([], "required: command"),
             (["squeeze"], "invalid choice: 'squeeze'"),
-            (["analyze", "cli_project:build"], "--batches --covariances is required (see lowrank-ops analyze --help)"),
+            (
+                ["analyze", "cli_project:build"],
+                "--calibration/--batches --covariances is required (see lowrank-ops analyze --help)",
+            ),
             ([*ANALYZE, "--covariances", "c"], "not allowed with argument"),
             ([*ANALYZE, "--explained-variance", "99"], "must be a number in (0, 1]; got '99'"),
             ([*COMPRESS, "--budget", "half"], "must be a number in (0, 1]; got 'half'"),
@@ -471,7 +481,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("model", "code", "part"),
         [
-            ("cli_project", 2, "MODEL must be package.module:callable; got 'cli_project'"),
+            ("cli_project", 2, "MODEL must be hf:DIR, timm:NAME or module:function; got 'cli_project'"),
             ("nowhere:build", 2, "no module 'nowhere' in this folder"),
             ("cli_needs:build", 2, "no module 'a_package_that_is_not_there'"),
             ("cli_project:bild", 2, "'cli_project' has no 'bild'"),
@@ -482,21 +492,21 @@ class TestRefusals:
         ],
     )
     def test_bad_models(self, capsys: pytest.CaptureFixture[str], model: str, code: int, part: str) -> None:
-        assert part in refused(capsys, code, "analyze", model, "--batches", "cli_project:batches")
+        assert part in refused(capsys, code, "analyze", model, "--calibration", "cli_project:batches")
 
     @pytest.mark.parametrize(
         ("batches", "code", "part"),
         [
             ("cli_project:tensor", 2, "must return an iterable of batches, such as a list or a DataLoader"),
             ("cli_project:build", 1, "calibration failed"),
-            ("cli_project:broken", 1, "--batches cli_project:broken failed: RuntimeError: the disk is gone"),
+            ("cli_project:broken", 1, "--calibration cli_project:broken failed: RuntimeError: the disk is gone"),
             ("cli_project:empty", 1, "calibration failed: batches was empty"),
             ("cli_project:nan", 1, "layer '0': its input holds NaN or inf"),
             ("cli_project:wordy", 1, "calibration failed: TypeError: "),
         ],
     )
     def test_bad_batches(self, capsys: pytest.CaptureFixture[str], batches: str, code: int, part: str) -> None:
-        assert part in refused(capsys, code, "analyze", "cli_project:build", "--batches", batches)
+        assert part in refused(capsys, code, "analyze", "cli_project:build", "--calibration", batches)
 
     def test_bad_checkpoints(self, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert "--checkpoint: no such file: 'none'" in refused(capsys, 2, *ANALYZE, "--checkpoint", "none")
@@ -523,7 +533,7 @@ class TestRefusals:
         assert "--device toaster: " in refused(capsys, 2, *ANALYZE, "--device", "toaster")
 
     def test_traceback_on_request(self) -> None:
-        argv = ["analyze", "cli_project:broken", "--batches", "cli_project:batches", "--traceback"]
+        argv = ["analyze", "cli_project:broken", "--calibration", "cli_project:batches", "--traceback"]
         with pytest.raises(Exception, match="the disk is gone") as caught:
             cli.main(argv)
         assert isinstance(caught.value.__cause__, RuntimeError)

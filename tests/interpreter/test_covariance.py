@@ -39,9 +39,9 @@ FEATURES = 2 * 16 + 3  # two groups of tile rows, the second one partial, and a 
 @pytest.fixture(autouse=True)
 def poisoned_scratch():
     """``torch.empty`` returns NaN, so that reading unwritten scratch shows in the result."""
-    torch.use_deterministic_algorithms(True)
+    torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms imports torch's compiler
     yield
-    torch.use_deterministic_algorithms(False)
+    torch.set_deterministic_debug_mode("default")
 
 
 def random(*shape, dtype=torch.float32, seed=0):

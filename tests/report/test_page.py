@@ -1,6 +1,7 @@
 """The HTML pages: well-formed, self-contained, and true to the report."""
 
 import copy
+import html
 import json
 import re
 from html.parser import HTMLParser
@@ -112,3 +113,11 @@ def test_page_of_many_layers_has_no_bar_per_layer(net, tmp_path: Path, monkeypat
     report.to_html(tmp_path / "page.html")
     assert "By layer" not in (tmp_path / "page.html").read_text()
     assert {layer.fqn for layer in report.layers} <= set(read(tmp_path / "page.html").cells)
+
+
+def test_notebooks_show_the_page_in_a_frame_of_its_own(net, tmp_path: Path) -> None:
+    report = lro.utilization(*net)
+    report.to_html(tmp_path / "page.html")
+    shown = report._repr_html_()
+    inside = re.fullmatch(r'<iframe srcdoc="([^"]*)" sandbox="" style="[^"]*"></iframe>', shown)
+    assert inside and html.unescape(inside[1]) == (tmp_path / "page.html").read_text(encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shlex
@@ -43,17 +44,39 @@ def plant(file: str, right: str, wrong: str, library: Path, folder: Path, header
     arguments = shlex.split(entry["command"])
     others = [shlex.split(c["command"]) for c in commands if "lowrank_ops_simulated" in c["command"] and c is not entry]
     objects = [other[other.index("-o") + 1] for other in others]
-    arguments[arguments.index("-o") + 1] = str(folder / "planted.o")
-    arguments[arguments.index(str(source))] = str(planted)
-    arguments = [f"-I{tree}" if argument == f"-I{csrc}" else argument for argument in arguments]
     sanitizer = [a for a in arguments if a.startswith("-fsanitize")]
     level = "-O1" if sanitizer else "-O0"  # at -O0 it does not see structures that are copied, such as bfloat16
-    run(*arguments, level, "-g0", cwd=build)
+    # The command is: compiler, flags, -o, object, -c, source. CUDA's headers are half of the work.
+    flags = [f"-I{tree}" if a == f"-I{csrc}" else a for a in arguments[1 : arguments.index("-o")]]
+    at = flags.index("-include")
+    header = flags[at + 1]
+    del flags[at : at + 2]
+    flags += [level, "-g0"]
+    first = precompile(header, arguments[0], flags, library, build)
+    run(arguments[0], f"-I{first}", *flags, "-include", header, "-c", planted, "-o", folder / "planted.o", cwd=build)
     torch = next(a for a in arguments if a.endswith("torch/include")).removesuffix("include") + "lib"
     out = folder / LIBRARY_NAME
-    link = [*sanitizer, "-L" + torch, "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
+    link = [
+        *sanitizer,
+        "-L" + torch,
+        "-Wl,--no-as-needed",
+        "-ltorch",
+    ]  # libtorch_cpu comes with it, and is slow to read
     run("c++", "-shared", "-o", out, folder / "planted.o", *objects, *link, cwd=build)
     return out
+
+
+def precompile(header: str, compiler: str, flags: list[str], library: Path, build: Path) -> Path:
+    """The folder of the compiled ``header``, for these ``flags``; made once beside ``library``."""
+    folders = [Path(flag[2:]) for flag in flags if flag.startswith("-I")]
+    source = next(folder / header for folder in folders if (folder / header).is_file())
+    out = library.with_name("precompiled") / f"{header}.gch"
+    out.parent.mkdir(exist_ok=True)
+    with open(out.with_name("lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # pytest -n: one worker compiles
+        if not out.is_file() or out.stat().st_mtime < library.stat().st_mtime:
+            run(compiler, *flags, "-x", "c++-header", source, "-o", out, cwd=build)
+    return out.parent
 
 
 class Runner:
@@ -71,7 +94,18 @@ class Runner:
         """Up to the first failure: pytest's exit status and output."""
         with tempfile.NamedTemporaryFile("r") as out:
             tests = str(Path(__file__).with_name("test_kernels.py"))
-            fixed = ["-x", "-q", "-p", "no:cacheprovider", "-k", which, "--simulated-library", str(library)]
+            fixed = [
+                "-x",
+                "-q",
+                "-p",
+                "no:cacheprovider",
+                "-p",
+                "no:unraisableexception",
+                "-k",
+                which,
+                "--simulated-library",
+                str(library),
+            ]
             assert self._server.stdin and self._server.stdout
             self._server.stdin.write(json.dumps([[tests, *fixed, *options], out.name]) + "\n")
             self._server.stdin.flush()
