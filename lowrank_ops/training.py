@@ -25,6 +25,7 @@ from .models.running import (
     ProgressBar,
     call_model,
     device_of,
+    hooks,
     in_batch,
     move,
     output_tensor,
@@ -214,7 +215,6 @@ class _Objective:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Record the outputs of the modules in ``match``, by name and in the order of their calls."""
-        handles = self.masks.attach()
 
         def record(outputs: dict[str, list[Any]], name: str) -> Callable[[nn.Module, Any, Any], None]:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -225,15 +225,13 @@ class _Objective:
 
             return hook
 
-        try:
+        with hooks() as handles:
+            self.masks.attach(handles)
             for name in self.match:
                 for model, outputs in ((self.student, self.student_outputs), (self.teacher, self.teacher_outputs)):
                     assert model is not None
                     handles.append(model.get_submodule(name).register_forward_hook(record(outputs, name)))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def settings(self) -> dict[str, Any]:
         """What must be equal in a resumed run."""
