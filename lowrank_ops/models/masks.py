@@ -94,12 +94,11 @@ class Masks:
                 self._read_by_name(source)
         self._names = {fqn: _parameters(module) for fqn, module in self._modules.items() if self._is_watched(fqn)}
 
-    def attach(self) -> list[RemovableHandle]:
+    def attach(self, handles: list[RemovableHandle]) -> None:
         """Hook the model and the modules that have masks of their own; call from the thread that runs the model."""
         self._thread = get_ident()
         if self._source is None:
-            return []
-        handles = []
+            return
         for fqn in self._names:
             module = self._modules[fqn]
             handles.append(
@@ -108,7 +107,6 @@ class Masks:
                 )
             )
             handles.append(module.register_forward_hook(lambda module, args, y, fqn=fqn: self._after(fqn, y)))
-        return handles
 
     def of(self, fqn: str, layer: nn.Module, x: Tensor) -> Tensor | None:
         """The mask of the rows of ``x`` (..., features), the input of a layer that is being called.
