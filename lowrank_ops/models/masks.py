@@ -75,7 +75,7 @@ class Masks:
         self._unknown: dict[str, str] = {}
         self._fitted = False
         self._thread = get_ident()
-        self._sequence_first = any(getattr(module, "batch_first", True) is False for module in model.modules())
+        self._sequence_first = any(map(_may_be_sequence_first, model.modules()))
         self._core = _core(self._modules)  # the text model or the decoder, whose rows the outermost module returns
         self._explicit: set[str] = set()
         if source is None:
@@ -325,7 +325,7 @@ class Masks:
             if square or flat:
                 return _Unknown(
                     f"has an activation {tuple(x.shape)} whose batch dimension cannot be told, because the model has "
-                    "modules with batch_first=False"
+                    "modules whose first dimension is the position (batch_first=False)"
                 )
         if leading == real.shape or flat:
             return self._fits(real)
@@ -403,6 +403,14 @@ class Masks:
         mask = given.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 2:
             return _newest(_rows(mask, "attention_mask"), given)
+        if (
+            fqn == ""
+            and mask is None
+            and self._core is not None
+            and self._core.encoder
+            and "attention_mask" not in given
+        ):
+            return _Unknown("is in no module that was called with attention_mask")
         if fqn == "" and mask is None:
             return self._of_call("attention_mask", "mask", given, args, kwargs)
         if mask is not None:  # already (batch, 1, positions, positions)
@@ -464,6 +472,12 @@ def _is_transformers(module: nn.Module) -> bool:
         base.__name__ == "PreTrainedModel" and base.__module__.startswith("transformers.")
         for base in type(module).__mro__
     )
+
+
+def _may_be_sequence_first(module: nn.Module) -> bool:
+    """Whether activations in ``module`` may be (positions, batch, features)."""
+    own_layout = type(module).__name__.startswith(("XLNet", "FSMT")) and _is_transformers(module)
+    return own_layout or getattr(module, "batch_first", True) is False
 
 
 def _modality(module: nn.Module) -> str:

@@ -222,6 +222,7 @@ def test_whisper_masks_its_decoder_alone():
     mask = {"model.encoder": None, "model.decoder": "decoder_attention_mask"}
     real = lambda fqn, x: None if side(fqn) == "attention_mask" else batch["decoder_attention_mask"]  # noqa: E731
     assert not check(model, [batch], real, mask)[1]
+    assert not check(model, [batch], real)[1]
     # Of spectrogram frames, twice as many as the encoder's rows; Whisper's encoder ignores it.
     frames = {**batch, "attention_mask": mask_of(18, 7, 11, positions=18)}
     assert not check(model, [frames], real)[1]
@@ -259,6 +260,16 @@ def test_padding_of_a_mixtral_is_masked(monkeypatch):
         if len(rows):
             assert_sums(layer.activations, rows, rtol=1e-5)
     assert covariances["model.layers.0.self_attn.o_proj"].activations.count == real.sum()
+
+
+def test_positions_first_are_not_taken_for_the_batch():
+    config = transformers.XLNetConfig(vocab_size=50, d_model=16, n_layer=1, n_head=2, d_inner=24)
+    model, lengths = transformers.XLNetModel(config), (6, 2, 4, 3, 5, 1)
+    batch = {"input_ids": ids(3, 6), "attention_mask": mask_of(*lengths[:3], positions=6)}
+    assert not check(model, [batch], lambda fqn, x: batch["attention_mask"].T)[1]
+    square = {"input_ids": ids(6, 6), "attention_mask": mask_of(*lengths, positions=6)}
+    with pytest.raises(ValueError, match=r"mask fits no layer: layer 'layer.0.ff.layer_1' has .* cannot be told"):
+        lro.calibrate(model, [square], mask="attention_mask")
 
 
 class Routed(nn.Module):
