@@ -161,7 +161,7 @@ def considered_layers(
     unreached = {fqn: "no calibration batch reached it" for fqn in layers if fqn not in covariances}
     skipped |= unreached | {fqn: covariances.skipped[fqn] for fqn in unreached if fqn in covariances.skipped}
     for fqn, module in model.named_modules():
-        if fqn in covariances and isinstance(module, LowRankLayer):
+        if isinstance(module, LowRankLayer):
             skipped[fqn] = "it is low-rank already"
     given = _checked_subspaces(subspaces, layers, covariances)
     if any(space.centered != centered for space in given.values()):

@@ -1,4 +1,4 @@
-"""Fused experts of transformers as experts of Linears, so that every projection of every expert is a layer."""
+"""Fused experts of transformers as lists of Linears, so that every projection of every expert is a layer."""
 
 from __future__ import annotations
 
@@ -62,7 +62,8 @@ class ListedExperts(nn.Module):
         for name, child in fused.named_children():
             self.add_module(name, child)
         for index in range(self.num_experts):
-            self.add_module(str(index), nn.ModuleDict({name: _linear(fused, name, index) for name in names}))
+            layers = nn.ModuleDict({name: _linear(fused, name, index) for name in names})
+            self.add_module(str(index), layers.train(fused.training))
         self.training = fused.training
         self.pool: Pool | None = None
 
@@ -87,9 +88,11 @@ class ListedExperts(nn.Module):
                 output.index_add_(0, tokens, y.to(output.dtype))
         if self.pool is not None:
             for expert, tokens in self.pool.missing_rows(top_k_index):
-                # The output is unchanged, and its gradient reaches the twin as if the router had sent the rows there.
-                y = self._run(self.pool.twins[expert], hidden_states.detach(), tokens) * top_k_weights[tokens].mean()
-                output = output.index_add(0, tokens, (y - y.detach()).to(output.dtype))
+                y = self._run(self.pool.twins[expert], hidden_states.detach(), tokens)
+                if torch.is_grad_enabled():
+                    # The output stays as it is, and its gradient reaches the twin as if the router had sent the rows.
+                    y = y * top_k_weights[tokens].mean()
+                    output = output.index_add(0, tokens, (y - y.detach()).to(output.dtype))
         return output
 
     def _run(self, projections: Mapping[str, nn.Module], hidden_states: Tensor, tokens: Tensor) -> Tensor:

@@ -62,8 +62,12 @@ def find_layers(model: nn.Module, filter_fn: FilterFn | None = None) -> tuple[di
                 layers[fqn] = module
             else:
                 skipped[fqn] = reason
-        elif fused_projections(module) and (reason := reason_to_stay_fused(module)) is not None:
-            skipped[fqn] = reason
+        elif fused_projections(module):
+            reason = reason_to_stay_fused(module)
+            if reason is None and not fqn:
+                reason = "the model is itself a module of fused experts; pass a module that contains it"
+            if reason is not None:
+                skipped[fqn] = reason
     return layers, skipped
 
 

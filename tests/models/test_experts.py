@@ -52,6 +52,7 @@ class TestListing:
                 f"{name}.{expert}.{part}" for name in names for expert in range(4) for part in parts
             ]
             assert torch.equal(logits(model, x), expected)
+            assert not any(module.training for module in model.modules())
         assert dict(model.named_modules()) == before
 
     @pytest.mark.parametrize("family", ["Mixtral", "GptOss"])
@@ -95,6 +96,12 @@ class TestListing:
         change(experts)
         _, skipped = find_layers(model)
         assert words in skipped[name] and not list_experts(model)
+
+    def test_the_model_cannot_be_the_experts_themselves(self) -> None:
+        experts = experts_of(mixture(layers=1))[0][1]
+        batch = (torch.randn(8, 32), torch.zeros(8, 2, dtype=torch.long), torch.rand(8, 2))
+        with pytest.raises(ValueError, match="pass a module that contains it"):
+            lro.calibrate(experts, [batch])
 
     def test_tied_experts_stay_fused(self) -> None:
         model = mixture(layers=2)

@@ -145,8 +145,8 @@ def lowrank_linear(
     if not is_compiling():
         _check_types(x, down, up, bias)
     # nn.TransformerEncoder passes nested tensors. The comparison is explicit because is_nested of a torch.fx proxy is
-    # not a bool.
-    if x.is_nested is True or in_transform():
+    # not a bool. A trace of torch.jit, also for ONNX, is to run where this op is not known.
+    if x.is_nested is True or in_transform() or (not is_compiling() and torch.jit.is_tracing()):
         _check_activation(activation)
         return reference.two_products(x, down, up, bias, activation)
     if not is_compiling():
