@@ -99,7 +99,8 @@ def load_pretrained(dense_model: nn.Module, path: str | Path, *, verify: bool = 
     Args:
         dense_model: the original architecture with its dense layers; its values do not matter.
         path: a folder that :func:`save_pretrained` wrote.
-        verify: compare every tensor with its checksum; False saves the time. Checkpoints of version 0.1 have none.
+        verify: compare every tensor with its checksum, and refuse factors with NaN or inf; False saves the time.
+            Checkpoints of version 0.1 have no checksums.
 
     Returns:
         ``dense_model``, or the new layer where ``dense_model`` is itself the compressed layer.
@@ -365,6 +366,9 @@ def _read_tensors(
                     # Copy: the tensor is memory of the mapped file, which is not aligned as fast kernels require.
                     tensor = read_tensor(file, source, config.get("checksums") if verify else None)
                     values[source] = tensor.to("cpu" if target.is_meta else target.device, copy=True)
+                    fqn = source.rpartition(".")[0]
+                    if verify and fqn in config["layers"] and not bool(values[source].isfinite().all()):
+                        raise ValueError(f"layer {fqn!r} has NaN or inf in {source!r}")
                 if isinstance(target, nn.Parameter) and source not in parameters:
                     parameters[source] = nn.Parameter(values[source], target.requires_grad)
     except CheckpointError:

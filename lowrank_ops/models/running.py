@@ -7,21 +7,32 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from threading import Lock, get_ident
+from threading import Lock, RLock, get_ident
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 EMPTY = "batches was empty; pass at least one batch, and no generator that was used before."
 _MODES = ("train", "eval")
 
 
+class ProgressBar(tqdm):  # type: ignore[type-arg]
+    """tqdm with a lock of this process.
+
+    tqdm's own lock is shared with forked processes: one that is killed while it holds the lock leaves all others
+    waiting for ever. Making it also fixes the start method of multiprocessing.
+    """
+
+    _lock = RLock()
+
+
 def warn_caller(message: str) -> None:
     """Warn at the first caller outside this package."""
     frame, level = sys._getframe(), 1
-    while frame.f_back is not None and frame.f_globals["__name__"].startswith(("lowrank_ops.", "contextlib")):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("lowrank_ops.", "contextlib")):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)
 

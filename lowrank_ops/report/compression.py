@@ -94,11 +94,15 @@ class CompressionReport:
         """A copy of the report that also holds the relative errors from :func:`lowrank_ops.measure_errors`.
 
         Raises:
-            ValueError: a name that the report does not have.
+            TypeError: no mapping of numbers.
+            ValueError: a name that the report does not have, or an error below 0.
         """
         unknown = set(errors) - {layer.fqn for layer in self.layers}
         if unknown:
             raise ValueError(f"errors has layers that the report does not have: {', '.join(sorted(unknown))}.")
+        for fqn, error in errors.items():
+            if not error >= 0:
+                raise ValueError(f"errors[{fqn!r}] must be a relative error of at least 0; got {error!r}.")
         layers = (replace(layer, measured_error=errors.get(layer.fqn, layer.measured_error)) for layer in self.layers)
         return replace(self, layers=tuple(layers))
 

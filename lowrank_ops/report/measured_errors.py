@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..arguments import checked
 from ..layers import LowRankLayer
 from ..models.experts import experts_listed
 from ..models.layers import bias_vector, is_conv, output_rows
 from ..models.masks import Mask, Masks, real_rows
-from ..models.running import EMPTY, call_model, device_of, evaluating, in_batch, move, warn_caller
+from ..models.running import EMPTY, ProgressBar, call_model, device_of, evaluating, in_batch, move, warn_caller
 
 
 class _Sums:
@@ -109,7 +108,13 @@ def _measured(
     masks = Masks(dense, mask, unmasked_rows)
 
     def record(fqn: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
-        error = y - replaced[fqn](x)
+        other = replaced[fqn](x)
+        if other.shape != y.shape:
+            raise ValueError(
+                f"layer {fqn!r} gives {tuple(y.shape)} in dense and {tuple(other.shape)} in compressed; pass a copy of "
+                "the model from before compress_."
+            )
+        error = y - other
         bias = None if centered else bias_vector(layer)
         if is_conv(layer):
             y, error = (output_rows(layer, part) for part in (y, error))
@@ -135,7 +140,7 @@ def _measured(
     count = 0
     try:
         with evaluating(dense, compressed), torch.no_grad():
-            for batch in tqdm(batches, desc="measuring errors", unit="batch", disable=not progress):
+            for batch in ProgressBar(batches, desc="measuring errors", unit="batch", disable=not progress):
                 with in_batch(count):
                     (forward or call_model)(dense, move(batch, device_of(dense)))
                 count += 1

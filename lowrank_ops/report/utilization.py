@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from tqdm import tqdm
 
 from ..arguments import checked
 from ..calibration.statistics import Covariances
 from ..config import check_share
 from ..models.experts import on_listed_experts
 from ..models.layers import FilterFn, find_layers
+from ..models.running import ProgressBar
 from ..subspaces.layer import LayerSubspaces, layer_subspaces
 from .kinds import kind_of
 from .page import framed, page
@@ -161,7 +161,7 @@ def utilization(
     if subspaces is None or any(space.centered != centered for space in subspaces.values()):
         subspaces = layer_subspaces(layers, covariances, centered=centered)
     subspaces = {fqn: space for fqn, space in subspaces.items() if fqn in layers}
-    bar = tqdm(subspaces.items(), desc="decomposing", unit="layer", disable=not progress)
+    bar = ProgressBar(subspaces.items(), desc="decomposing", unit="layer", disable=not progress)
     rows = tuple(_layer_utilization(fqn, layers[fqn], space, explained_variance) for fqn, space in bar)
     if not rows:
         raise ValueError("covariances has none of the model's layers that filter_fn selects; calibrate them first.")

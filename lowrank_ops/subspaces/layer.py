@@ -95,8 +95,7 @@ class LossSpace:
     @property
     def scale(self) -> Tensor:
         """The mean eigenvalue of G, (...,)."""
-        diagonal = self._gradients.second_moment.diagonal(dim1=-2, dim2=-1).double()
-        return (diagonal.mean(-1) / max(self._gradients.count, 1)).clamp_min(0).to(self._device)
+        return self._gradients.mean_square.mean(-1).clamp_min(0).to(self._device)
 
     @property
     def metric(self) -> Tensor:
@@ -225,8 +224,9 @@ class LayerSubspaces:
         out_features, in_features = weight.shape[-2:]
         self.dimensions = Dimensions(weight.shape[0] if weight.dim() == 3 else 1, in_features, out_features)
         statistics.check()
-        if not bool(weight.isfinite().all()):
-            raise ValueError("the layer's weight holds NaN or inf; repair the model, or leave the layer out.")
+        for name, values in (("weight", weight), ("bias", bias)):
+            if values is not None and not bool(values.isfinite().all()):
+                raise ValueError(f"the layer's {name} holds NaN or inf; repair the model, or leave the layer out.")
         sides = {
             "activations": statistics.side,
             "output_gradients": "output",

@@ -257,3 +257,20 @@ def test_data_loaders_feed_calibration(start: str, tmp_path: Path) -> None:
             {k: v.moments() for k, v in expected.items()}
         )
         counts["cases"] = 1
+
+
+def test_progress_bars_take_no_lock_of_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """tqdm's lock is shared with forked processes: one killed while it holds the lock would stop all others."""
+
+    def taken(*args: object) -> None:
+        raise AssertionError("tqdm's own lock")
+
+    monkeypatch.setattr("tqdm.std.TqdmDefaultWriteLock.acquire", taken)
+    monkeypatch.setattr("tqdm.std.TqdmDefaultWriteLock.create_mp_lock", taken)
+    monkeypatch.delattr("tqdm.std.tqdm._lock", raising=False)
+    model = network()
+    for progress in (True, False):
+        covariances = lro.calibrate(model, batches(), progress=progress)
+    lro.compress_(model, covariances, RANKS, progress=True)
+    importing = [path for path in Path(lro.__file__).parent.rglob("*.py") if "import tqdm" in path.read_text()]
+    assert [path.name for path in importing] == ["running.py"]
