@@ -99,7 +99,7 @@ class Recorder:
         """
         self._sides, self._dtype, self._thread = sides, dtype, get_ident()
         self._handles.append(model.register_forward_pre_hook(self._before_forward, with_kwargs=True))
-        self._handles += self._masks.attach()
+        self._masks.attach(self._handles)
         for fqn, side in sides.items():
             self._handles.append(self._hook(fqn, self._layers[fqn], side, dtype))
         self._handles.append(model.register_forward_hook(self._after_forward))

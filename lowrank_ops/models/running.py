@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 EMPTY = "batches was empty; pass at least one batch, and no generator that was used before."
@@ -28,6 +29,17 @@ class ProgressBar(tqdm):  # type: ignore[type-arg]
     """
 
     _lock = RLock()
+
+
+@contextmanager
+def hooks() -> Iterator[list[RemovableHandle]]:
+    """A list for the handles of hooks, which are removed after the block, however it ends."""
+    handles: list[RemovableHandle] = []
+    try:
+        yield handles
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def warn_caller(message: str) -> None:
