@@ -76,8 +76,8 @@ class CalibrationCheckpoint:
             return Covariances.load(self._file(number))
         except FileNotFoundError:
             raise ValueError(
-                f"checkpoint {str(self._folder)!r} lacks the file {self._file(number).name!r} of a finished pass. Delete "
-                "the folder to start again."
+                f"checkpoint {str(self._folder)!r} lacks the file {self._file(number).name!r} of a finished pass. "
+                "Delete the folder to start again."
             ) from None
 
     def begin(self, recorder: Recorder, generators: Sequence[torch.Generator]) -> int:
