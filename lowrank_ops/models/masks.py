@@ -535,8 +535,8 @@ def _check_source(argument: str, source: object) -> None:
         )
     if isinstance(source, str) and "pad" in source and not source.endswith("key_padding_mask"):
         raise ValueError(
-            f"{argument}={source!r}: whether true means padding does not follow from that name; pass a function, such as "
-            f"lambda args, kwargs: ~kwargs[{source!r}], that is true for real tokens."
+            f"{argument}={source!r}: whether true means padding does not follow from that name; pass a function, such "
+            f"as lambda args, kwargs: ~kwargs[{source!r}], that is true for real tokens."
         )
 
 
