@@ -44,8 +44,8 @@ def compress_(
     """Replace layers of ``model`` by low-rank ones, in place; on an error the model is unchanged.
 
     The new layers have new parameters. So compress first, then wrap the model for distributed training, create the
-    optimizer and call ``torch.compile``: an optimizer created before would train the old parameters, which cannot be
-    detected here. No other thread may run the model meanwhile: layers are replaced one after another.
+    optimizer and call ``torch.compile``: an optimizer created before would train the old parameters, and warns of it in
+    its next step. No other thread may run the model meanwhile: layers are replaced one after another.
 
     Args:
         model: the model that was calibrated.
