@@ -20,7 +20,17 @@ from torch import Tensor, nn
 from .arguments import check_positive, checked
 from .files import check_file, digest, digests, open_tensors, read_header, read_tensor, replacing, write_tensors
 from .models.masks import Mask, Masks, real_rows
-from .models.running import EMPTY, ProgressBar, call_model, device_of, in_batch, move, output_tensor, warn_caller
+from .models.running import (
+    EMPTY,
+    ProgressBar,
+    call_model,
+    device_of,
+    hooks,
+    in_batch,
+    move,
+    output_tensor,
+    warn_caller,
+)
 
 _FORMAT = "lowrank_ops.finetune/2"  # 1 was a pickle
 _FIELDS = ("last_hidden_state", "logits")  # of a matched output that is an object or a mapping
@@ -204,7 +214,6 @@ class _Objective:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Record the outputs of the modules in ``match``, by name and in the order of their calls."""
-        handles = self.masks.attach()
 
         def record(outputs: dict[str, list[Any]], name: str) -> Callable[[nn.Module, Any, Any], None]:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -215,15 +224,13 @@ class _Objective:
 
             return hook
 
-        try:
+        with hooks() as handles:
+            self.masks.attach(handles)
             for name in self.match:
                 for model, outputs in ((self.student, self.student_outputs), (self.teacher, self.teacher_outputs)):
                     assert model is not None
                     handles.append(model.get_submodule(name).register_forward_hook(record(outputs, name)))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def settings(self) -> dict[str, Any]:
         """What must be equal in a resumed run."""

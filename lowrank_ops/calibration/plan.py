@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..models.layers import dimensions
+from ..models.running import has_float64
 from .experts import twin_name
 
 OFFLOADS = (None, "cpu", "disk")
@@ -118,8 +119,10 @@ def make_plan(
             sums |= {"output_gradients": out_features} | ({"token_weighted": features} if token_weights else {})
         if twin_name(fqn) in sides:
             groups *= 2
-        sizes = {name: dtype.itemsize * groups * (n * n + 2 * n) for name, n in sums.items()}
-        planned.append(PlannedLayer(fqn, layer.get_parameter("weight").device, sides[fqn], sizes))
+        device = layer.get_parameter("weight").device
+        itemsize = (dtype if has_float64(device) else torch.float32).itemsize
+        sizes = {name: itemsize * groups * (n * n + 2 * n) for name, n in sums.items()}
+        planned.append(PlannedLayer(fqn, device, sides[fqn], sizes))
     devices = dict.fromkeys(one.device for one in planned)
     given = None if max_memory is None else parse_bytes(max_memory)
     bounds = {device: _half(free_memory(device)) if given is None else given for device in devices}

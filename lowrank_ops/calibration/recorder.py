@@ -26,11 +26,13 @@ from ..models.layers import (
     pad_input,
 )  # fmt: skip
 from ..models.masks import Masks, real_rows
+from ..models.running import has_float64
 from ..ops import conv_covariance_update_, covariance_finalize_, covariance_update_
 from ..ops.covariance import output_size
 from .distributed import rank_and_world
 from .gradients import OutputGradient, OutputGradients
 from .objectives import Sensitivity, objective
+from .sampling import Sampler
 from .statistics import (
     Covariances,
     LayerStatistics,
@@ -59,10 +61,21 @@ class Recorder:
         masks: of the model.
         share: layers that receive the same tensor share its sums.
         partial: other layers are recorded elsewhere, so a loss need not depend on these.
+        tokens: the share of the rows that is added.
+
+    Attributes:
+        seed: of the choice of rows.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module], masks: Masks, share: bool, partial: bool = False) -> None:
-        self._layers, self.partial = layers, partial
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Module],
+        masks: Masks,
+        share: bool,
+        partial: bool = False,
+        tokens: float = 1.0,
+    ) -> None:
+        self._layers, self.partial, self._tokens, self.seed = layers, partial, tokens, ""
         self._masks = masks
         self._share = share
         self._sides: Mapping[str, str] = {}
@@ -86,7 +99,7 @@ class Recorder:
         """
         self._sides, self._dtype, self._thread = sides, dtype, get_ident()
         self._handles.append(model.register_forward_pre_hook(self._before_forward, with_kwargs=True))
-        self._handles += self._masks.attach()
+        self._masks.attach(self._handles)
         for fqn, side in sides.items():
             self._handles.append(self._hook(fqn, self._layers[fqn], side, dtype))
         self._handles.append(model.register_forward_hook(self._after_forward))
@@ -159,7 +172,7 @@ class Recorder:
                     weighted = self._sums_of_loss(self._token_weighted, fqn, side, f"token-weighted {side}")
                     if not weighted.moments.count:
                         weighted.moments.shift = self._activations[fqn].moments.shift
-                    saved.add_to(weighted.moments, fqn, layer, values, mask)
+                    saved.add_to(weighted.moments, fqn, layer, values, mask, weighted.sampler)
         self._samples += samples
         self.check_finite()
 
@@ -172,7 +185,7 @@ class Recorder:
 
     def _sums_of_loss(self, sums: dict[str, _Sums], fqn: str, side: str, what: str) -> _Sums:
         if fqn not in sums:
-            sums[fqn] = _Sums(fqn, self._layers[fqn], side, self._gradient_dtype, what, of_loss=True)
+            sums[fqn] = self._new_sums(fqn, side, self._gradient_dtype, what, of_loss=True)
         self._touched[f"{what} of {fqn}"] = sums[fqn]
         return sums[fqn]
 
@@ -181,6 +194,11 @@ class Recorder:
         for handle in self._handles:
             handle.remove()
         self._gradients = OutputGradients()
+
+    def _new_sums(self, fqn: str, side: str, dtype: torch.dtype, what: str, of_loss: bool = False) -> _Sums:
+        sums = _Sums(fqn, self._layers[fqn], side, dtype, what, of_loss)
+        sums.sampler = Sampler(self._tokens, f"{self.seed} {what}")  # alike in all passes
+        return sums
 
     def _all_sums(self) -> list[tuple[str, _Sums]]:
         kinds: dict[str, Mapping[Any, _Sums]] = {
@@ -198,7 +216,9 @@ class Recorder:
             tensors |= {f"{i}.{name}": tensor for name, tensor in sums.moments.tensors().items()}
             tensors[f"{i}.second_moment"] = lower_triangle(sums.moments.second_moment)
             shifted = sums.moments.shift is not None
-            parts.append({"kind": kind, "calls": sums.calls, "count": sums.moments.count, "shifted": shifted})
+            draws = [sums.sampler.calls, sums.sampler.seen]
+            part = {"kind": kind, "calls": sums.calls, "count": sums.moments.count, "shifted": shifted, "draws": draws}
+            parts.append(part)
         return {"samples": self._samples, "batch": self._batch, "parts": parts}, tensors
 
     def restore(self, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -208,13 +228,14 @@ class Recorder:
             kind, leader = part["kind"], next(iter(part["calls"]))
             side = "output" if kind == "output_gradients" else self._sides[leader]
             if kind == "activations":
-                sums = _Sums(leader, self._layers[leader], side, self._dtype, side)
+                sums = self._new_sums(leader, side, self._dtype, side)
                 self._activations |= dict.fromkeys(part["calls"], sums)
             else:
                 of = self._output_gradients if kind == "output_gradients" else self._token_weighted
                 what = "output gradient" if kind == "output_gradients" else f"token-weighted {side}"
                 sums = self._sums_of_loss(of, leader, side, what)
             sums.calls, sums.moments.count = dict(part["calls"]), part["count"]
+            sums.sampler.calls, sums.sampler.seen = part["draws"]
             moments, device = sums.moments, sums.moments.total.device
             packed = tensors[f"{i}.second_moment"].to(device)
             moments.second_moment.copy_(from_lower_triangle(packed, moments.total.shape[-1]))
@@ -244,7 +265,15 @@ class Recorder:
         for sums in [*self._output_gradients.values(), *self._token_weighted.values()]:
             covariance_finalize_(sums.moments.second_moment)
         for sums in self._output_gradients.values():
+            if sums.sampler.share < 1:  # sums over all rows of a sample, estimated from the chosen ones
+                scale = sums.sampler.seen / max(sums.moments.count, 1)
+                sums.moments.second_moment, sums.moments.total = (
+                    part.mul_(scale) for part in (sums.moments.second_moment, sums.moments.total)
+                )
             sums.moments.count = self._samples
+        for _, sums in self._all_sums():
+            if not has_float64(sums.moments.total.device):
+                sums.moments.to_cpu_()
 
         def moments(of: Mapping[str, _Sums], fqn: str) -> Moments | None:
             return of[fqn].moments if fqn in of else None
@@ -329,7 +358,7 @@ class Recorder:
         if self._in_backward or self._is_foreign():
             return
         if fqn not in self._activations:
-            self._activations[fqn] = _Sums(fqn, layer, "output", dtype, "output")
+            self._activations[fqn] = self._new_sums(fqn, "output", dtype, "output")
         sums = self._touched[fqn] = self._activations[fqn]
         with torch.no_grad():
             if is_conv(layer):
@@ -346,7 +375,7 @@ class Recorder:
         if fqn not in self._activations:
             leader = self._leader_of(fqn, layer, x) if self._share else None
             if leader is None:
-                leader = _Sums(fqn, layer, "input", dtype, "input")
+                leader = self._new_sums(fqn, "input", dtype, "input")
             else:
                 leader.join(fqn)
             self._activations[fqn] = leader
@@ -380,11 +409,13 @@ class _Sums:
         groups, in_features, out_features = dimensions(layer)
         features = in_features if side == "input" else out_features
         device = layer.get_parameter("weight").device
+        dtype = dtype if has_float64(device) else torch.float32
         with torch.inference_mode(False):  # sums created in inference mode could not be updated outside it
             self.moments = Moments.zeros((features,) if groups == 1 else (groups, features), dtype, device)
         self.calls = {leader: 0}
         self._last: weakref.ref[Tensor] | None = None
         self._last_version = 0
+        self.sampler = Sampler(1.0, "")
         self._before: Moments | None = None  # the leader's latest call, if it had called before in the first forward
 
     def join(self, fqn: str) -> None:
@@ -414,7 +445,7 @@ class _Sums:
         calls = self.calls.pop(fqn)
         moments = self.moments if self._before is None or calls == self.calls[self.leader] else self._before
         own = _Sums(fqn, layer, "input", self.moments.total.dtype, self.what)
-        own.moments, own.calls = copy.deepcopy(moments), {fqn: calls}
+        own.moments, own.calls, own.sampler = copy.deepcopy(moments), {fqn: calls}, copy.copy(self.sampler)
         return own
 
     def keep_before(self, fqn: str) -> None:
@@ -458,6 +489,8 @@ class _Sums:
             )
         if not self.moments.count and not self.of_loss:  # gradients are never centered
             self.moments.shift = shift_of(rows.reshape(-1, *total.shape), total.dtype)
+        if self.sampler.share < 1:
+            rows = self.sampler.of(rows.reshape(-1, total.numel()))
         shift, parts = self.moments.shift, (rows,)
         if shift is not None:
             parts = rows.reshape(-1, total.numel()).split(max(1, MAX_ELEMENTS // total.numel()))
@@ -478,7 +511,7 @@ class _Sums:
             "padding": over_images(padding, 0),
             "dilation": over_images(layer.dilation, 1),
         }
-        positions = math.prod(output_size(x.shape[2:], **settings))
+        height, width = output_size(x.shape[2:], **settings)
         second_moment, total = self.moments.second_moment, self.moments.total
         features, kernel = total.shape[-1], math.prod(layer.kernel_size)
         if not self.moments.count:
@@ -490,8 +523,17 @@ class _Sums:
             x = F.pad(x, (horizontal, horizontal, vertical, vertical))  # zeros are shifted as well
             x = x - self.moments.shift.view(-1, kernel)[:, :1].unsqueeze(-1)
             settings["padding"] = (0, 0)
+        if self.sampler.share < 1:  # of the lines of the outputs
+            vertical, horizontal = settings["padding"]
+            chosen = self.sampler.choose(x.shape[0] * height)
+            assert chosen is not None
+            chosen = chosen.to(x.device).unsqueeze(1)
+            reach = settings["dilation"][0] * (settings["kernel_size"][0] - 1) + 1
+            lines = chosen % height * settings["stride"][0] + torch.arange(reach, device=x.device)
+            x = F.pad(x, (0, 0, vertical, vertical))[chosen // height, :, lines].transpose(1, 2)
+            height, settings["padding"] = 1, (0, horizontal)
         conv_covariance_update_(second_moment.view(-1, features, features), total.view(-1, features), x, **settings)
-        self.moments.count += x.shape[0] * positions
+        self.moments.count += x.shape[0] * height * width
 
     def is_finite(self) -> Tensor:
         """A boolean scalar on the device of the sums."""

@@ -1,4 +1,4 @@
-"""The checkpoint of a calibration: what it has added so far, so that a killed one goes on, equal to the bit."""
+"""The checkpoint of a calibration: what it has added so far, so that a killed one resumes, equal to the bit."""
 
 from __future__ import annotations
 
@@ -73,6 +73,7 @@ class CalibrationCheckpoint:
         self._start = self._start or [generator.get_state() for generator in generators]
         for generator, state in zip(generators, self._start, strict=True):
             generator.set_state(state)  # every pass draws the same labels, also in another process
+        recorder.seed = digest(self._start[0])
         if self._state is not None:
             header, tensors = self._state
             recorder.restore(header["recorder"], tensors)

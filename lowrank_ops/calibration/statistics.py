@@ -88,11 +88,15 @@ class Moments:
         Raises:
             OSError: the disk is full.
         """
-        packed = self._stored if self.is_packed else lower_triangle(self._stored)
+        self._stored = self._stored if self.is_packed else lower_triangle(self._stored)
         if place is not None:
-            packed, self.total = packed.cpu(), self.total.cpu()
-            self.shift = None if self.shift is None else self.shift.cpu()
-        self._stored, self._place = _in_file(packed) if place == "disk" else packed, place
+            self.to_cpu_()
+        self._stored, self._place = _in_file(self._stored) if place == "disk" else self._stored, place
+
+    def to_cpu_(self) -> None:
+        """Move the sums to the CPU."""
+        self._stored, self.total = self._stored.cpu(), self.total.cpu()
+        self.shift = None if self.shift is None else self.shift.cpu()
 
     def equals(self, other: Moments) -> bool:
         """Whether both hold the same sums, in the same form."""
@@ -390,7 +394,8 @@ class Covariances(Mapping[str, LayerStatistics]):
             union = _Union(mine)
         except ValueError as error:
             raise ValueError(
-                f"other {error}. Calibrate both with the same model, filter_fn, side, sensitivity and token_weights."
+                f"other and this one {error}. Calibrate both with the same model, filter_fn, side, sensitivity and "
+                "token_weights."
             ) from None
         merged = {}
         for key, count in union.counts.items():
@@ -417,7 +422,7 @@ class Covariances(Mapping[str, LayerStatistics]):
             union = _Union(contents, same_dtype=True)
         except ValueError as error:
             raise ValueError(
-                f"all_reduce_: a process {error}. Calibrate every process with the same arguments."
+                f"all_reduce_: the processes {error}. Calibrate every process with the same arguments."
             ) from None
         distinct, rank = self._distinct(), torch.distributed.get_rank(group)
         device = distinct[0].total.device if distinct else _device_of(group)
@@ -583,7 +588,7 @@ class _Union:
         for what in ("samples", "token_weights"):
             if len({getattr(part, what) in (None, False) for part in parts if part.layers}) > 1:
                 name = "output gradients" if what == "samples" else "token weights"
-                raise ValueError(f"holds no {name}, and another one does")
+                raise ValueError(f"must all hold {name}, or none; some do")
         samples = sum(part.samples or 0 for part in parts)
         wrong = []
         for fqn in _merged_order([list(part.layers) for part in parts]):

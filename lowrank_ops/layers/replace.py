@@ -83,13 +83,24 @@ def _replace(model: nn.Module, factors: Mapping[str, Factors]) -> nn.Module:
 def replaced(model: nn.Module, factors: Mapping[str, Factors]) -> Iterator[None]:
     """Compress ``model`` inside the ``with`` block only; arguments and errors as for :func:`replace_`."""
     with experts_listed(model, names=factors):
-        dense = dict(model.named_modules())
-        replace_(model, factors)
-        compressed = dict(model.named_modules())
+        places = dict(model.named_modules(remove_duplicate=False))
+        mine = {places.get(fqn) for fqn in factors}
+        dense = {fqn: module for fqn, module in places.items() if module in mine}
         try:
+            replace_(model, factors)
             yield
         finally:
-            swap_(model, {compressed[fqn]: dense[fqn] for fqn in factors})
+            try:
+                _put_back(model, dense)
+            except BaseException:  # an interrupt, too, finds the dense model
+                _put_back(model, dense)
+                raise
+
+
+def _put_back(model: nn.Module, dense: Mapping[str, nn.Module]) -> None:
+    """Put each dense layer in its place, wherever another module is now."""
+    now = dict(model.named_modules(remove_duplicate=False))
+    _set_children(model, {now[fqn]: layer for fqn, layer in dense.items() if now[fqn] is not layer})
 
 
 def swap_(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:

@@ -33,6 +33,7 @@ from ..models.running import (
     call_model,
     device_of,
     evaluating,
+    hooks,
     move,
     output_tensor,
     random_state_kept,
@@ -352,8 +353,7 @@ def _output_metrics(
         stack.enter_context(evaluating(model))
         stack.enter_context(without_fast_path())
 
-        for handle in masks.attach():
-            stack.callback(handle.remove)
+        masks.attach(stack.enter_context(hooks()))
         for name, module in modules.items():
 
             def watch(module: nn.Module, args: Any, output: Any, name: str = name) -> Any:

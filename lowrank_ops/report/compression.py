@@ -32,7 +32,7 @@ from .sections import (
     spectra,
 )
 from .spectra import spectrum_of
-from .text import few_rows, few_rows_note, format_table, layer_bars, new_figure, notes
+from .text import few_rows, few_rows_note, format_table, layer_bars, new_figure, notes, rows_note
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class CompressionReport:
             f"model {self.model_parameters_before:,} -> {self.model_parameters:,} "
             f"({self.model_parameters / self.model_parameters_before:.1%})"
         )
-        few = few_rows_note(self.few_rows())
+        few = few_rows_note(self.few_rows()) + self._rows_note()
         return "\n".join([*lines, *self.fallbacks(), *few, *notes((), self.skipped), self.considered()])
 
     def considered(self) -> str:
@@ -208,7 +208,15 @@ class CompressionReport:
             spectra(self.layers, "The point is the chosen rank; layers left dense have none."),
             predicted_and_measured(self.compared(), prediction, kinds_of(self.layers)),
             compression_table(self.layers),
-            remarks([*self.fallbacks(), *few_rows_note(self.few_rows()), *notes((), self.skipped), self.considered()]),
+            remarks(
+                [
+                    *self.fallbacks(),
+                    *few_rows_note(self.few_rows()),
+                    *self._rows_note(),
+                    *notes((), self.skipped),
+                    self.considered(),
+                ]
+            ),
         ]
         return page("Compression report", f"{method[0].upper()}{method[1:]}.", cards, sections)
 
@@ -237,6 +245,9 @@ class CompressionReport:
     def few_rows(self) -> list[str]:
         """The replaced layers with fewer calibration rows than min(in_features, out_features), with both numbers."""
         return few_rows(layer for layer in self.layers if layer.rank is not None)
+
+    def _rows_note(self) -> list[str]:
+        return rows_note([layer for layer in self.layers if layer.rank is not None], errors=True)
 
     def fallbacks(self) -> list[str]:
         """One line per layer that was not compressed as asked for."""

@@ -13,7 +13,7 @@ from ..layers import LowRankLayer
 from ..models.experts import experts_listed
 from ..models.layers import bias_vector, is_conv, output_rows
 from ..models.masks import Mask, Masks, real_rows
-from ..models.running import EMPTY, ProgressBar, call_model, device_of, evaluating, in_batch, move, warn_caller
+from ..models.running import EMPTY, ProgressBar, call_model, device_of, evaluating, hooks, in_batch, move, warn_caller
 
 
 class _Sums:
@@ -70,7 +70,7 @@ def measure_errors(
     Raises:
         TypeError: an argument of another type.
         ValueError: ``compressed`` has no replaced layer, or one that ``dense`` does not have; ``batches`` has no rows;
-            the mask fits no layer, or cannot be told and ``unmasked_rows="error"``.
+            the mask fits no layer, or is unknown and ``unmasked_rows="error"``.
 
     Example:
         >>> import copy, torch, lowrank_ops as lro
@@ -126,27 +126,22 @@ def _measured(
             sums[fqn] = _Sums(y.shape[-1], y.device)
         sums[fqn].add(y if bias is None else y - bias, error)
 
-    handles = masks.attach()
-    handles += [
-        originals[fqn].register_forward_hook(
-            lambda module, args, kwargs, y, fqn=fqn: record(
-                fqn, module, args[0] if args else next(iter(kwargs.values())), y
-            ),
-            with_kwargs=True,
-            prepend=True,
-        )
-        for fqn in replaced
-    ]
     count = 0
-    try:
-        with evaluating(dense, compressed), torch.no_grad():
-            for batch in ProgressBar(batches, desc="measuring errors", unit="batch", disable=not progress):
-                with in_batch(count):
-                    (forward or call_model)(dense, move(batch, device_of(dense)))
-                count += 1
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooks() as handles, evaluating(dense, compressed), torch.no_grad():
+        masks.attach(handles)
+        for fqn in replaced:
+            handle = originals[fqn].register_forward_hook(
+                lambda module, args, kwargs, y, fqn=fqn: record(
+                    fqn, module, args[0] if args else next(iter(kwargs.values())), y
+                ),
+                with_kwargs=True,
+                prepend=True,
+            )
+            handles.append(handle)
+        for batch in ProgressBar(batches, desc="measuring errors", unit="batch", disable=not progress):
+            with in_batch(count):
+                (forward or call_model)(dense, move(batch, device_of(dense)))
+            count += 1
     if not count:
         raise ValueError(EMPTY)
     if (warning := masks.finish()) is not None:
