@@ -40,6 +40,8 @@ demo-llm: $(VENV)/ready-llm
 
 compatibility: $(VENV)/ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.compatibility.table
+	$(PIP) $(PIP_TORCH) timm torchvision torchao
+	OMP_NUM_THREADS=1 $(PYTEST) tests/compatibility/test_vision.py tests/layers/test_export.py tests/compatibility/aotinductor.py
 
 test: lint test-unit test-interpreter test-compile coverage test-native
 

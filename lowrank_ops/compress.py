@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from .arguments import checked
 from .calibration.statistics import Covariances
@@ -18,7 +17,7 @@ from .layers import LowRankLayer
 from .layers.replace import replace_
 from .models.experts import on_listed_experts
 from .models.layers import FilterFn, check_not_wrapped, find_layers, tied_layers, with_values
-from .models.running import exclusive
+from .models.running import ProgressBar, exclusive
 from .ranks.choose import ChosenRanks, choose_ranks
 from .reconstruction import BlockReconstruction, SequentialReconstruction, reconstruct_blocks, reconstruct_factors
 from .report import CompressionReport
@@ -45,8 +44,8 @@ def compress_(
     """Replace layers of ``model`` by low-rank ones, in place; on an error the model is unchanged.
 
     The new layers have new parameters. So compress first, then wrap the model for distributed training, create the
-    optimizer and call ``torch.compile``: an optimizer created before would train the old parameters, which cannot be
-    detected here. No other thread may run the model meanwhile: layers are replaced one after another.
+    optimizer and call ``torch.compile``: an optimizer created before would train the old parameters, and warns of it in
+    its next step. No other thread may run the model meanwhile: layers are replaced one after another.
 
     Args:
         model: the model that was calibrated.
@@ -161,7 +160,7 @@ def considered_layers(
     unreached = {fqn: "no calibration batch reached it" for fqn in layers if fqn not in covariances}
     skipped |= unreached | {fqn: covariances.skipped[fqn] for fqn in unreached if fqn in covariances.skipped}
     for fqn, module in model.named_modules():
-        if fqn in covariances and isinstance(module, LowRankLayer):
+        if isinstance(module, LowRankLayer):
             skipped[fqn] = "it is low-rank already"
     given = _checked_subspaces(subspaces, layers, covariances)
     if any(space.centered != centered for space in given.values()):
@@ -202,6 +201,11 @@ def _checked_subspaces(
 def resolved(config: CompressionConfig, subspaces: Mapping[str, LayerSubspaces]) -> CompressionConfig:
     """``config`` with its open choices made by what the statistics of these layers hold."""
     gradients = [space.statistics.output_gradients is not None for space in subspaces.values()]
+    if config.projection == "loss" and not any(gradients):
+        raise ValueError(
+            "projection='loss' needs output gradients, which covariances lack; use calibrate(..., sensitivity=...), or "
+            "projection='output'."
+        )
     return config.resolved(some_gradients=any(gradients), all_gradients=all(gradients))
 
 
@@ -209,7 +213,7 @@ def decompose(policy: RankPolicy, subspaces: Mapping[str, LayerSubspaces], progr
     """Compute the spectra that ``policy`` will use, with a progress bar and in bounded memory."""
     allocation = getattr(policy, "allocation", None)
     held = 0
-    for space in tqdm(subspaces.values(), desc="decomposing", unit="layer", disable=not progress):
+    for space in ProgressBar(subspaces.values(), desc="decomposing", unit="layer", disable=not progress):
         if isinstance(policy, ExplainedVariance):
             space.utilized_rank(policy.threshold)
         elif allocation == "variance":
@@ -239,7 +243,7 @@ def factorize_layers(
     """
     factors = {}
     left = Counter(id(subspaces[fqn].input) for fqn, rank in ranks.items() if rank is not None)
-    for fqn, rank in tqdm(ranks.items(), desc="factorizing", unit="layer", disable=not progress):
+    for fqn, rank in ProgressBar(ranks.items(), desc="factorizing", unit="layer", disable=not progress):
         if rank is not None:
             space = subspaces[fqn]
             try:

@@ -16,13 +16,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from .arguments import check_positive, checked
-from .files import digests, open_tensors, read_header, read_tensor, replacing, write_tensors
-from .models.running import EMPTY, call_model, device_of, in_batch, move, output_tensor
+from .files import check_file, digest, digests, open_tensors, read_header, read_tensor, replacing, write_tensors
+from .models.masks import Mask, Masks, real_rows
+from .models.running import (
+    EMPTY,
+    ProgressBar,
+    call_model,
+    device_of,
+    hooks,
+    in_batch,
+    move,
+    output_tensor,
+    warn_caller,
+)
 
 _FORMAT = "lowrank_ops.finetune/2"  # 1 was a pickle
+_FIELDS = ("last_hidden_state", "logits")  # of a matched output that is an object or a mapping
 
 
 @dataclass(frozen=True)
@@ -43,7 +54,7 @@ class FinetuneReport:
         return len(self.losses)
 
 
-@checked(soft_weight="teacher", temperature="teacher", match_weight="match")
+@checked(soft_weight="teacher", temperature="teacher", match_weight="match", unmasked_rows="mask")
 def finetune_(
     student: nn.Module,
     batches: Iterable[Any],
@@ -63,6 +74,8 @@ def finetune_(
     clip: float = 1.0,
     autocast: torch.dtype | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
+    mask: Mask | None = None,
+    unmasked_rows: str = "count",
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 500,
     progress: bool = False,
@@ -94,6 +107,8 @@ def finetune_(
         clip: maximum norm of the gradient.
         autocast: ``torch.bfloat16`` runs the forward pass in mixed precision; None does not.
         forward: ``forward(model, batch)`` replaces the call of both models.
+        mask, unmasked_rows: as for :func:`lowrank_ops.calibrate`: padding counts neither in the divergence nor in
+            matched outputs. ``loss`` does as it pleases.
         checkpoint: file that is written every ``checkpoint_every`` steps and at the end. If it exists, training
             resumes from it, with the same batches and random numbers as an uninterrupted run, provided that
             ``batches`` draws from torch's global generator.
@@ -121,14 +136,16 @@ def finetune_(
         10
     """
     total = _total_steps(batches, epochs, steps, accumulate)
-    objective = _Objective(student, teacher, loss, soft_weight, temperature, match, match_weight, autocast, forward)
+    masks = Masks(student, mask, unmasked_rows)
+    objective = _Objective(
+        student, teacher, loss, soft_weight, temperature, match, match_weight, autocast, forward, mask, masks
+    )
     objective.check()
     _check(student, lr, weight_decay, warmup, clip, checkpoint_every)
     run = _Run(student, total, lr, weight_decay, warmup, accumulate, clip, objective.settings())
     path = None if checkpoint is None else Path(checkpoint)
-    if path is not None and not path.parent.is_dir():
-        raise ValueError(f"checkpoint {str(checkpoint)!r} is in a folder that does not exist; create it first.")
     if path is not None:
+        check_file("checkpoint", path)
         run.tensors()  # raises now for what could not be stored later
         if path.exists():
             run.resume(path)
@@ -138,7 +155,7 @@ def finetune_(
         _modes(student, teacher),
         objective.recording(),
         torch.enable_grad(),
-        tqdm(total=total, initial=run.step, desc="fine-tuning", unit="step", disable=not progress) as bar,
+        ProgressBar(total=total, initial=run.step, desc="fine-tuning", unit="step", disable=not progress) as bar,
     ):
         stream = run.stream(batches)
         while run.step < total:
@@ -148,6 +165,8 @@ def finetune_(
             if path is not None and (run.step % checkpoint_every == 0 or run.step == total):
                 run.save(path)
     run.optimizer.zero_grad(set_to_none=True)
+    if (warning := masks.finish()) is not None:
+        warn_caller(warning)
     return FinetuneReport(tuple(run.losses), time.perf_counter() - started)
 
 
@@ -164,44 +183,54 @@ class _Objective:
     match_weight: float
     autocast: torch.dtype | None
     forward: Callable[[nn.Module, Any], Any] | None
+    mask: Mask | None
+    masks: Masks
     student_outputs: dict[str, list[Any]] = field(default_factory=dict)
     teacher_outputs: dict[str, list[Any]] = field(default_factory=dict)
+    output_masks: dict[str, list[Tensor | None]] = field(default_factory=dict)  # of the student's outputs
 
     def __call__(self, batch: Any) -> Tensor:
-        self.student_outputs.clear()
-        self.teacher_outputs.clear()
+        for recorded in (self.student_outputs, self.teacher_outputs, self.output_masks):
+            recorded.clear()
         run, teacher = self.forward or call_model, self.teacher
         with torch.autocast(device_of(self.student).type, self.autocast or torch.bfloat16, self.autocast is not None):
             output = run(self.student, batch)
             with torch.no_grad():
                 target = run(teacher, batch) if teacher is not None and (self.match or self.soft_weight) else None
-        soft = _divergence(output, target, self.temperature) if teacher is not None and self.soft_weight else None
-        hard = None if self.loss is None else self.loss(output, batch)
+        soft = None
+        if teacher is not None and self.soft_weight:
+            soft = _divergence(output, target, self.temperature, self.masks.of_output())
+        hard = None if self.loss is None else _checked_loss(self.loss(output, batch))
         if hard is not None and soft is not None:
             soft, hard = self.soft_weight * soft, (1 - self.soft_weight) * hard
         matched = None
         if self.match:
-            matched = self.match_weight * _mismatch(self.student_outputs, self.teacher_outputs, self.match)
+            matched = self.match_weight * _mismatch(
+                self.student_outputs, self.teacher_outputs, self.output_masks, self.match
+            )
         terms = [term for term in (soft, hard, matched) if term is not None]
         return sum(terms[1:], start=terms[0])
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Record the outputs of the modules in ``match``, by name and in the order of their calls."""
-        handles = []
 
         def record(outputs: dict[str, list[Any]], name: str) -> Callable[[nn.Module, Any, Any], None]:
-            return lambda module, args, output: outputs.setdefault(name, []).append(output)
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                outputs.setdefault(name, []).append(output)
+                if outputs is self.student_outputs:
+                    mask = self.masks.of_block(name, module, output_tensor(output, _FIELDS))
+                    self.output_masks.setdefault(name, []).append(mask)
 
-        try:
+            return hook
+
+        with hooks() as handles:
+            self.masks.attach(handles)
             for name in self.match:
                 for model, outputs in ((self.student, self.student_outputs), (self.teacher, self.teacher_outputs)):
                     assert model is not None
                     handles.append(model.get_submodule(name).register_forward_hook(record(outputs, name)))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def settings(self) -> dict[str, Any]:
         """What must be equal in a resumed run."""
@@ -213,6 +242,7 @@ class _Objective:
             "autocast": str(self.autocast),
             "teacher": self.teacher is not None,
             "loss": self.loss is not None,
+            **({} if self.mask is None else {"mask": digest(self.mask)}),
         }
 
     def check(self) -> None:
@@ -238,20 +268,40 @@ class _Objective:
                 raise ValueError(f"match: the {role} has no module {missing[0]!r}; use names of named_modules().")
 
 
-def _divergence(output: Any, target: Any, temperature: float) -> Tensor:
-    """temperature^2 KL(teacher || student) of the softened distributions, mean over rows."""
+def _checked_loss(value: Any) -> Tensor:
+    if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+        given = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        without = ", without a gradient" if isinstance(value, Tensor) and not value.requires_grad else ""
+        raise ValueError(
+            f"loss must return a scalar tensor that depends on the student's parameters; it returned {given}{without}."
+        )
+    return value.sum()
+
+
+def _divergence(output: Any, target: Any, temperature: float, mask: Tensor | None) -> Tensor:
+    """temperature^2 KL(teacher || student) of the softened distributions, mean over the rows that are real."""
     logits = [found for part in (output, target) if (found := output_tensor(part, ("logits",))) is not None]
     if len(logits) < 2:
         raise ValueError(
             f"teacher needs logits in the models' output, a tensor or a field 'logits'; got {type(output).__name__}. "
             "Pass a forward that returns logits, or soft_weight=0 and a loss."
         )
+    if logits[0].shape != logits[1].shape:
+        raise ValueError(
+            f"teacher gives logits of shape {tuple(logits[1].shape)} where the student gives {tuple(logits[0].shape)}; "
+            "pass the dense model of this student, or a forward that makes them alike."
+        )
+    if mask is not None and all(part.shape[:-1] == mask.shape for part in logits):  # not logits of a whole sequence
+        logits = [real_rows(part, mask) for part in logits]
     student, teacher = ((part.flatten(0, -2).float() / temperature).log_softmax(-1) for part in logits)
     return temperature**2 * nn.functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
 def _mismatch(
-    student_outputs: dict[str, list[Any]], teacher_outputs: dict[str, list[Any]], names: Sequence[str]
+    student_outputs: dict[str, list[Any]],
+    teacher_outputs: dict[str, list[Any]],
+    masks: dict[str, list[Tensor | None]],
+    names: Sequence[str],
 ) -> Tensor:
     """The squared error of the student's outputs over the variance of the teacher's, mean over calls and modules."""
     errors = []
@@ -262,8 +312,8 @@ def _mismatch(
                 f"match: the student calls {name!r} {len(calls)} times per batch and the teacher {len(teacher_calls)} "
                 "times; name modules that both call equally often."
             )
-        for pair in zip(calls, teacher_calls, strict=True):
-            y, target = (output_tensor(output, ("last_hidden_state", "logits")) for output in pair)
+        for *pair, mask in zip(calls, teacher_calls, masks[name], strict=True):
+            y, target = (output_tensor(output, _FIELDS) for output in pair)
             if y is None or target is None:
                 raise ValueError(
                     f"match: {name!r} returns {type(pair[0]).__name__}, which holds no float tensor; name another."
@@ -273,7 +323,7 @@ def _mismatch(
                     f"match: the output of {name!r} is {tuple(y.shape)} in the student and {tuple(target.shape)} in "
                     "the teacher; name modules whose outputs have the same shape."
                 )
-            target = target.float()
+            y, target = real_rows(y, mask), real_rows(target, mask).float()
             variance = (target - target.mean()).square().mean()
             rounding = 1e-6 * target.square().mean()  # below, the output is constant: use the absolute error
             errors.append((y.float() - target).square().mean() / torch.where(variance > rounding, variance, 1.0))
@@ -534,6 +584,8 @@ def _check(
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     if not trained:
         raise ValueError("student has no parameter that requires gradients; call student.requires_grad_(True).")
+    if any(parameter.is_meta for parameter in student.parameters()):
+        raise ValueError("student has parameters on the meta device, which have no values; load the weights first.")
     if any(parameter.dtype == torch.float16 for parameter in trained):
         raise ValueError(
             "student has float16 parameters, in which AdamW's steps underflow; call student.float() and pass "

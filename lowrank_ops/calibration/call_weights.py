@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..models.layers import find_layers
 from ..models.masks import Mask, Masks
-from ..models.running import device_of, evaluating, move, random_state_kept, without_fast_path
+from ..models.running import ProgressBar, device_of, evaluating, move, random_state_kept, without_fast_path
 from .objectives import Sensitivity
 from .recorder import Recorder
 from .statistics import NonFiniteActivationError
@@ -88,7 +87,7 @@ def call_weights(
         stack.callback(recorder.detach)
         recorder.attach(model, {}, torch.float64)
         recorder.attach_gradient_reader()
-        for index, batch in enumerate(tqdm(batches, desc="token weights", unit="batch", disable=not progress)):
+        for index, batch in enumerate(ProgressBar(batches, desc="token weights", unit="batch", disable=not progress)):
             moved = move(batch, device)
             # The output is not bound to a name, which would keep this batch's graph during the next forward.
             for fqn, values, real, _ in recorder.gradients_of(sensitivity, forward(model, moved), moved):

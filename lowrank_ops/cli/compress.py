@@ -167,6 +167,8 @@ def run(options: argparse.Namespace) -> Result:
                     mask=options.mask,
                     side=options.side,
                     sensitivity=options.sensitivity,
+                    max_memory=options.max_memory,
+                    offload=options.offload,
                     progress=True,
                 ),
             )

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import lowrank_ops as lro
 
+from ..models.running import ProgressBar
 from ..report import CompressionReport
 from .evaluation import latencies, percent_equal, predict
 
@@ -51,9 +51,9 @@ def compare(
         rounds: timed calls of each model.
     """
     models = [dense, *(model for model, _ in compressed)]
-    with tqdm(total=len(models) * len(images), desc="evaluating", unit=" images") as bar:
+    with ProgressBar(total=len(models) * len(images), desc="evaluating", unit=" images") as bar:
         predictions = [predict(model, images, bar) for model in models]
-    with tqdm(total=len(models) * (rounds + 1), desc="timing", unit=" calls") as bar:
+    with ProgressBar(total=len(models) * (rounds + 1), desc="timing", unit=" calls") as bar:
         times = latencies(models, images[:LATENCY_BATCH], rounds, bar)
 
     layer_parameters = compressed[0][1].layer_parameters_before

@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 import lowrank_ops as lro
 
+from ..models.running import ProgressBar
 from ..subspaces.layer import LayerSubspaces, layer_subspaces
 from .comparison import LATENCY_BATCH, METHODS, Row, compare, table
 from .data import load_images, load_training_record
@@ -221,7 +221,7 @@ def _decompose(
     """Compute all subspaces that the demo needs in advance, so that a progress bar can show it."""
     layers = {fqn: model.get_submodule(fqn) for fqn in covariances}
     subspaces = layer_subspaces(layers, covariances, centered=centered)
-    for spaces in tqdm(subspaces.values(), desc="decomposing", unit="layer"):
+    for spaces in ProgressBar(subspaces.values(), desc="decomposing", unit="layer"):
         _ = spaces.input, spaces.output, spaces.weight_output if weights else None
     return subspaces
 

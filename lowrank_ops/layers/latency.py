@@ -12,13 +12,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..arguments import checked
 from ..config import LatencyCurve, LayerLatencies
 from ..models.experts import on_listed_experts
 from ..models.layers import FilterFn, dimensions, find_layers, input_of, is_conv
-from ..models.running import call_model, device_of, evaluating, in_batch, move
+from ..models.running import ProgressBar, call_model, device_of, evaluating, hooks, in_batch, move
 from ..ranks.costs import RANK_ALIGNMENT
 from .replace import lowrank_type
 
@@ -109,24 +108,19 @@ def measure_latency(
         distinct.setdefault(call.name, call)
         calls.setdefault(fqn, Counter())[call.name] += 1
 
-    handles = [
-        layer.register_forward_pre_hook(
-            lambda module, args, kwargs, fqn=fqn: record(fqn, input_of(args, kwargs)), with_kwargs=True
-        )
-        for fqn, layer in layers.items()
-    ]
-    try:
-        with evaluating(model), torch.no_grad(), in_batch(0):
-            (forward or call_model)(model, move(batch, device))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooks() as handles, evaluating(model), torch.no_grad(), in_batch(0):
+        for fqn, layer in layers.items():
+            handle = layer.register_forward_pre_hook(
+                lambda module, args, kwargs, fqn=fqn: record(fqn, input_of(args, kwargs)), with_kwargs=True
+            )
+            handles.append(handle)
+        (forward or call_model)(model, move(batch, device))
     if not calls:
         raise ValueError("the forward pass of model called no layer that can be compressed and that filter_fn keeps.")
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # inputs and factors are random
         curves = {
             name: _curve(call, points, rounds)
-            for name, call in tqdm(distinct.items(), desc="timing layers", unit="shape", disable=not progress)
+            for name, call in ProgressBar(distinct.items(), desc="timing layers", unit="shape", disable=not progress)
         }
     return LayerLatencies(
         _device_name(device), torch.get_num_threads(), curves, {fqn: dict(c) for fqn, c in calls.items()}

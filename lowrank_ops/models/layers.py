@@ -62,8 +62,12 @@ def find_layers(model: nn.Module, filter_fn: FilterFn | None = None) -> tuple[di
                 layers[fqn] = module
             else:
                 skipped[fqn] = reason
-        elif fused_projections(module) and (reason := reason_to_stay_fused(module)) is not None:
-            skipped[fqn] = reason
+        elif fused_projections(module):
+            reason = reason_to_stay_fused(module)
+            if reason is None and not fqn:
+                reason = "the model is itself a module of fused experts; pass a module that contains it"
+            if reason is not None:
+                skipped[fqn] = reason
     return layers, skipped
 
 
@@ -192,6 +196,17 @@ def with_values(layers: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Module], 
     reason = "its weight is on the meta device and has no values; load the weights, or call model.to_empty and load"
     without = {fqn: reason for fqn, layer in layers.items() if layer.get_parameter("weight").is_meta}
     return {fqn: layer for fqn, layer in layers.items() if fqn not in without}, without
+
+
+def check_finite(layers: Mapping[str, nn.Module]) -> None:
+    """Raise ValueError for the first layer whose weight or bias holds NaN or inf."""
+    for fqn, layer in layers.items():
+        for name, values in (("weight", weight_matrix(layer)), ("bias", bias_vector(layer))):
+            if values is not None and not bool(values.isfinite().all()):
+                raise ValueError(
+                    f"layer {fqn!r}: its {name} holds NaN or inf; repair the model, or leave the layer out with "
+                    "filter_fn."
+                )
 
 
 def unsupported_weights(model: nn.Module, known: Collection[str]) -> dict[str, str]:

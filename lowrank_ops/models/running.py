@@ -2,26 +2,50 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from threading import Lock, get_ident
+from threading import Lock, RLock, get_ident
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from tqdm import tqdm
 
 EMPTY = "batches was empty; pass at least one batch, and no generator that was used before."
 _MODES = ("train", "eval")
 
 
+class ProgressBar(tqdm):  # type: ignore[type-arg]
+    """tqdm with a lock of this process.
+
+    tqdm's own lock is shared with forked processes: one that is killed while it holds the lock leaves all others
+    waiting for ever. Making it also fixes the start method of multiprocessing.
+    """
+
+    _lock = RLock()
+
+
+@contextmanager
+def hooks() -> Iterator[list[RemovableHandle]]:
+    """A list for the handles of hooks, which are removed after the block, however it ends."""
+    handles: list[RemovableHandle] = []
+    try:
+        yield handles
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def warn_caller(message: str) -> None:
     """Warn at the first caller outside this package."""
     frame, level = sys._getframe(), 1
-    while frame.f_back is not None and frame.f_globals["__name__"].startswith(("lowrank_ops.", "contextlib")):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("lowrank_ops.", "contextlib")):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)
 
@@ -207,6 +231,21 @@ def move(batch: Any, device: torch.device) -> Any:
 def device_of(model: nn.Module) -> torch.device:
     """The device of the model's first parameter; the CPU without parameters."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+@functools.cache
+def has_float64(device: torch.device) -> bool:
+    """Whether a device has float64; asked once. Apple's MPS and some GPUs of Intel do not."""
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device)
+    except (TypeError, RuntimeError):
+        return False
+    return True
+
+
+def float64_device(device: torch.device) -> torch.device:
+    """The device itself, or the CPU if it has no float64."""
+    return device if has_float64(device) else torch.device("cpu")
 
 
 def output_tensor(output: Any, fields: Sequence[str]) -> Tensor | None:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..arguments import check_arguments, check_positive
 from ..calibration.call_weights import SEED
@@ -30,9 +29,11 @@ from ..models.experts import on_listed_experts
 from ..models.layers import find_layers, is_supported
 from ..models.masks import Mask, Masks, real_rows
 from ..models.running import (
+    ProgressBar,
     call_model,
     device_of,
     evaluating,
+    hooks,
     move,
     output_tensor,
     random_state_kept,
@@ -159,7 +160,7 @@ def reconstruct_blocks(
     new = dict(factors)
     with (
         PairedRuns(model, layers, batches, run, masks, chains, strict=settings.blocks is not None) as runs,
-        tqdm(total=len(trained), desc="reconstructing", unit="block", disable=not progress) as bar,
+        ProgressBar(total=len(trained), desc="reconstructing", unit="block", disable=not progress) as bar,
     ):
         for fqn, layer in layers.items():
             runs.replace(fqn, lowrank_type(layer).from_factors(layer, new[fqn]))
@@ -352,8 +353,7 @@ def _output_metrics(
         stack.enter_context(evaluating(model))
         stack.enter_context(without_fast_path())
 
-        for handle in masks.attach():
-            stack.callback(handle.remove)
+        masks.attach(stack.enter_context(hooks()))
         for name, module in modules.items():
 
             def watch(module: nn.Module, args: Any, output: Any, name: str = name) -> Any:
@@ -366,7 +366,7 @@ def _output_metrics(
                 return start if found is output else type(output)(start if part is found else part for part in output)
 
             stack.callback(module.register_forward_hook(watch).remove)
-        for batch in tqdm(batches, desc="output gradients", unit="batch", disable=not progress):
+        for batch in ProgressBar(batches, desc="output gradients", unit="batch", disable=not progress):
             moved = move(batch, device)
             # The output is not bound to a name, which would keep this batch's graph during the next forward.
             loss = objective(settings.sensitivity, run(model, moved), moved, masks.of_output()).loss

@@ -24,6 +24,7 @@ from ..models.running import (
     device_of,
     evaluating,
     exclusive,
+    hooks,
     in_batch,
     move,
     output_tensor,
@@ -148,8 +149,7 @@ class PairedRuns:
             stack.enter_context(torch.no_grad())
             stack.enter_context(evaluating(self.model))
             stack.enter_context(without_fast_path())
-            for hook in self._masks.attach():
-                stack.callback(hook.remove)
+            self._masks.attach(stack.enter_context(hooks()))
             for fqn, layer in self.layers.items():
                 self._attach(stack, fqn, layer)
             for chain in self._chains:

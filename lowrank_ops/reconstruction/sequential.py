@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..arguments import check_arguments, check_positive
 from ..calibration.call_weights import CallWeights, call_weights
@@ -24,7 +23,7 @@ from ..layers.replace import lowrank_type, replaced
 from ..models.experts import ExpertLinear, on_listed_experts
 from ..models.layers import compiled_or_scripted, find_layers, input_rows
 from ..models.masks import Mask, Masks, real_rows
-from ..models.running import EMPTY, call_model, warn_caller
+from ..models.running import EMPTY, ProgressBar, call_model, warn_caller
 from .checkpoint import resume_checkpoint, run_identity, save_checkpoint
 from .paired_runs import Group, PairedRuns, find_chains
 from .regression import PairedSums, reconstruct_layers
@@ -188,7 +187,7 @@ def reconstruct_factors(
     masks = Masks(model, mask, settings.unmasked_rows)
     with (
         PairedRuns(model, layers, batches, run, masks, chains, strict=settings.blocks is not None) as runs,
-        tqdm(total=len(layers), desc="reconstructing", unit="layer", disable=not progress) as bar,
+        ProgressBar(total=len(layers), desc="reconstructing", unit="layer", disable=not progress) as bar,
     ):
         called_once = {fqn for group in runs.groups if group.calls == 1 for fqn in group.layers}
         for fqn in layers.keys() - called_once:  # later calls depend on the outputs of earlier ones

@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..arguments import checked
 from ..layers import LowRankLayer
 from ..models.experts import experts_listed
 from ..models.layers import bias_vector, is_conv, output_rows
 from ..models.masks import Mask, Masks, real_rows
-from ..models.running import EMPTY, call_model, device_of, evaluating, in_batch, move, warn_caller
+from ..models.running import EMPTY, ProgressBar, call_model, device_of, evaluating, hooks, in_batch, move, warn_caller
 
 
 class _Sums:
@@ -109,7 +108,13 @@ def _measured(
     masks = Masks(dense, mask, unmasked_rows)
 
     def record(fqn: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
-        error = y - replaced[fqn](x)
+        other = replaced[fqn](x)
+        if other.shape != y.shape:
+            raise ValueError(
+                f"layer {fqn!r} gives {tuple(y.shape)} in dense and {tuple(other.shape)} in compressed; pass a copy of "
+                "the model from before compress_."
+            )
+        error = y - other
         bias = None if centered else bias_vector(layer)
         if is_conv(layer):
             y, error = (output_rows(layer, part) for part in (y, error))
@@ -121,27 +126,22 @@ def _measured(
             sums[fqn] = _Sums(y.shape[-1], y.device)
         sums[fqn].add(y if bias is None else y - bias, error)
 
-    handles = masks.attach()
-    handles += [
-        originals[fqn].register_forward_hook(
-            lambda module, args, kwargs, y, fqn=fqn: record(
-                fqn, module, args[0] if args else next(iter(kwargs.values())), y
-            ),
-            with_kwargs=True,
-            prepend=True,
-        )
-        for fqn in replaced
-    ]
     count = 0
-    try:
-        with evaluating(dense, compressed), torch.no_grad():
-            for batch in tqdm(batches, desc="measuring errors", unit="batch", disable=not progress):
-                with in_batch(count):
-                    (forward or call_model)(dense, move(batch, device_of(dense)))
-                count += 1
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooks() as handles, evaluating(dense, compressed), torch.no_grad():
+        masks.attach(handles)
+        for fqn in replaced:
+            handle = originals[fqn].register_forward_hook(
+                lambda module, args, kwargs, y, fqn=fqn: record(
+                    fqn, module, args[0] if args else next(iter(kwargs.values())), y
+                ),
+                with_kwargs=True,
+                prepend=True,
+            )
+            handles.append(handle)
+        for batch in ProgressBar(batches, desc="measuring errors", unit="batch", disable=not progress):
+            with in_batch(count):
+                (forward or call_model)(dense, move(batch, device_of(dense)))
+            count += 1
     if not count:
         raise ValueError(EMPTY)
     if (warning := masks.finish()) is not None:

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
-from tqdm import tqdm
 
 from ..arguments import check_positive, checked
 from ..calibration.statistics import Covariances
@@ -17,6 +16,7 @@ from ..compress import considered_layers, decompose, resolved
 from ..config import CompressionConfig, ParameterBudget, Ranks
 from ..models.experts import on_listed_experts
 from ..models.layers import FilterFn
+from ..models.running import ProgressBar
 from ..ranks.allocation import allocate
 from ..ranks.choose import ChosenRanks, limits_of
 from ..ranks.costs import PARAMETERS
@@ -90,7 +90,7 @@ def measured_ranks(
     groups = _groups([fqn for fqn in subspaces if fqn not in limits.fixed], (num_evaluations - 2) // rounds - 1)
     weights = dict.fromkeys(subspaces, 1.0)
     best: tuple[float, ChosenRanks] | None = None
-    with tqdm(total=1 + rounds * (1 + len(groups)), desc="measuring", unit="trial", disable=not progress) as bar:
+    with ProgressBar(total=1 + rounds * (1 + len(groups)), desc="measuring", unit="trial", disable=not progress) as bar:
 
         def trial(ranks: ChosenRanks) -> float:
             accuracy = measure(ranks)

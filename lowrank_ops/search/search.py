@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from ..arguments import checked
 from ..calibration.statistics import Covariances
@@ -20,7 +19,7 @@ from ..files import digest
 from ..layers.replace import replaced
 from ..models.experts import on_listed_experts
 from ..models.layers import FilterFn
-from ..models.running import exclusive, training_flags_kept
+from ..models.running import ProgressBar, exclusive, training_flags_kept
 from ..ranks.allocation import allocate
 from ..ranks.choose import ChosenRanks, Limits, limits_of
 from ..ranks.costs import PARAMETERS, Option, dense_parameters
@@ -100,7 +99,7 @@ def search_ranks(
     limits = limits_of(subspaces, config.overrides, config.bounds)
     free = {fqn: limits.options(fqn, space) for fqn, space in subspaces.items() if fqn not in limits.fixed}
     trials = num_evaluations if by == "budget" else 1 + sum(len(options).bit_length() for options in free.values())
-    with tqdm(total=trials, desc="searching ranks", unit="trial", disable=not progress) as bar:
+    with ProgressBar(total=trials, desc="searching ranks", unit="trial", disable=not progress) as bar:
         known: dict[tuple[int | None, ...], float] = {}  # two budgets may give the same ranks
 
         def trial(ranks: ChosenRanks) -> float:

@@ -98,3 +98,16 @@ def test_bias_makes_the_mean_exact_for_rounded_factors(dtype, projection):
     wanted = model[0].weight.double() @ mean + model[0].bias.double()
     found = layer.up.double() @ (layer.down.double() @ mean) + layer.bias.double()
     assert (found - wanted).abs().max() <= torch.finfo(dtype).eps * layer.bias.abs().max()
+
+
+@pytest.mark.parametrize("projection", ["output", "loss", "input", "utilized"])
+def test_the_largest_elements_of_both_factors_are_alike(projection: str) -> None:
+    """Direction by direction, to a power of two, however large the weight is."""
+    torch.manual_seed(0)
+    for scale in (1e-3, 1.0, 1e3):
+        model = nn.Sequential(nn.Linear(24, 16)).double()
+        model[0].weight.data *= scale
+        statistics = lro.calibrate(model, [1e-2 * torch.randn(200, 24).double()], sensitivity="output")
+        factors = factorize(layer_subspaces({"0": model[0]}, statistics)["0"], 6, projection)
+        ratios = factors.down.abs().amax(-1) / factors.up.abs().amax(-2)
+        assert bool((ratios > 0.24).all()) and bool((ratios < 4.1).all()), (scale, ratios)

@@ -259,3 +259,8 @@ def test_new_layers_have_the_variance_of_dense_ones(kind, rank):
     biases = torch.stack([layer.bias for layer in layers])
     assert 0.97 / 8 < float(biases.max()) <= 1 / 8 and -1 / 8 <= float(biases.min()) < -0.97 / 8
     assert all(not layer.down[rank:].any() and not layer.up[:, rank:].any() for layer in layers)
+
+
+@pytest.mark.parametrize("make", [lambda: lro.LowRankLinear(8, 8, rank=2), lambda: lro.LowRankConv2d(8, 8, 1, rank=2)])
+def test_layers_have_a_bias_by_default_as_torch_has(make):
+    assert make().bias is not None and make().to_dense().bias is not None

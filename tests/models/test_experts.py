@@ -52,6 +52,7 @@ class TestListing:
                 f"{name}.{expert}.{part}" for name in names for expert in range(4) for part in parts
             ]
             assert torch.equal(logits(model, x), expected)
+            assert not any(module.training for module in model.modules())
         assert dict(model.named_modules()) == before
 
     @pytest.mark.parametrize("family", ["Mixtral", "GptOss"])
@@ -95,6 +96,12 @@ class TestListing:
         change(experts)
         _, skipped = find_layers(model)
         assert words in skipped[name] and not list_experts(model)
+
+    def test_the_model_cannot_be_the_experts_themselves(self) -> None:
+        experts = experts_of(mixture(layers=1))[0][1]
+        batch = (torch.randn(8, 32), torch.zeros(8, 2, dtype=torch.long), torch.rand(8, 2))
+        with pytest.raises(ValueError, match="pass a module that contains it"):
+            lro.calibrate(experts, [batch])
 
     def test_tied_experts_stay_fused(self) -> None:
         model = mixture(layers=2)
@@ -267,6 +274,14 @@ class TestCompression:
             assert torch.equal(logits(other, x), expected)
             assert isinstance(experts_of(other)[0][1], ListedExperts)
             assert not isinstance(experts_of(other)[1][1], ListedExperts)
+
+    @pytest.mark.parametrize("family", ["Mixtral", "GptOss"])
+    def test_a_compressed_mixture_is_exported(self, family: str) -> None:
+        block, x = mixture(family, layers=1).model.layers[0].mlp, torch.randn(2, 64, 32)
+        lro.compress_(block, lro.calibrate(block, [x]), lro.ParameterBudget(0.5))
+        exported = torch.export.export(block, (x,), strict=False).module()
+        other = torch.randn(2, 64, 32)
+        torch.testing.assert_close(exported(other), block(other), rtol=1e-4, atol=1e-5)
 
     def test_an_error_leaves_the_experts_fused(self) -> None:
         model, x = mixture(layers=1), tokens()

@@ -182,3 +182,16 @@ def test_bad_overrides(spaces, overrides, message):
 def test_an_unknown_policy_is_an_error(spaces):
     with pytest.raises(TypeError, match="rank policy int is not known"):
         choose_ranks(64, spaces)
+
+
+@pytest.mark.parametrize("centered", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("make", [lambda b: nn.Linear(48, 32, bias=b), lambda b: nn.Conv2d(8, 32, 2, groups=2, bias=b)])
+def test_costs_are_the_parameters_that_layers_have(make, bias, centered):
+    model = nn.Sequential(make(bias))
+    batch = torch.randn(64, 48) if isinstance(model[0], nn.Linear) else torch.randn(16, 8, 4, 4)
+    covariances = lro.calibrate(model, [batch])
+    space = layer_subspaces({"0": model[0]}, covariances, centered=centered)["0"]
+    assert dense_parameters(space) == sum(part.numel() for part in model.parameters())
+    lro.compress_(model, covariances, lro.CompressionConfig(lro.Ranks({"0": 5}), centered=centered))
+    assert lowrank_parameters(space, 5) == sum(part.numel() for part in model.parameters())

@@ -62,8 +62,6 @@ def mutants(found: dict[str, Any]) -> Iterator[list[str]]:
 def rendered(name: str, known: dict[str, Any]) -> str:
     if name == "mutants":
         return table([*mutants(json.loads(MUTANTS.read_text()))])
-    if name == "bad inputs":
-        return table(known[name]["rows"])
     if name == "matrix":
         return table(known[name])
     return table([*campaigns(known, CAMPAIGNS[name])])

@@ -6,7 +6,6 @@ import copy
 import random
 import signal
 import threading
-import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -97,11 +96,7 @@ INTERRUPTED: dict[str, Callable[..., Any]] = {
 @pytest.mark.parametrize("name", INTERRUPTED)
 def test_an_interrupt_leaves_the_model_as_it_was(name: str) -> None:
     work = INTERRUPTED[name]
-    parts = prepared()
-    started = time.perf_counter()
-    work(*copy.deepcopy(parts))
-    seconds = time.perf_counter() - started
-    generator, seen = random.Random(0), Counter[str]()
+    generator, seen, seconds = random.Random(0), Counter[str](), 0.1
 
     def interrupt(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
@@ -109,7 +104,7 @@ def test_an_interrupt_leaves_the_model_as_it_was(name: str) -> None:
     old = signal.signal(signal.SIGALRM, interrupt)
     try:
         with figures(f"interrupted: {name}") as counts:
-            for _ in range(sized(1, 40)):
+            while seen["interrupted"] < sized(1, 40):
                 parts = prepared()
                 watched = [parts[0], parts[3]]
                 before = state_of(*watched)
@@ -118,14 +113,14 @@ def test_an_interrupt_leaves_the_model_as_it_was(name: str) -> None:
                     signal.setitimer(signal.ITIMER_REAL, max(1e-4, generator.uniform(0, seconds)))
                     work(*parts)
                     signal.setitimer(signal.ITIMER_REAL, 0)
-                    seen["ended"] += 1
+                    seconds *= 0.8  # it ended before
                 except KeyboardInterrupt:
+                    seconds *= 1.05
                     seen["interrupted"] += 1
                     assert state_of(*watched) == before
                     assert [[len(getattr(module, kind)) for kind in HOOKS] for module in parts[1].modules()] == hooks
                     work(*parts)  # nothing is locked
-                seen["cases"] += 1
-            counts.update(seen)
+            counts["cases"] = seen["interrupted"]
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, old)
@@ -257,3 +252,20 @@ def test_data_loaders_feed_calibration(start: str, tmp_path: Path) -> None:
             {k: v.moments() for k, v in expected.items()}
         )
         counts["cases"] = 1
+
+
+def test_progress_bars_take_no_lock_of_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """tqdm's lock is shared with forked processes: one killed while it holds the lock would stop all others."""
+
+    def taken(*args: object) -> None:
+        raise AssertionError("tqdm's own lock")
+
+    monkeypatch.setattr("tqdm.std.TqdmDefaultWriteLock.acquire", taken)
+    monkeypatch.setattr("tqdm.std.TqdmDefaultWriteLock.create_mp_lock", taken)
+    monkeypatch.delattr("tqdm.std.tqdm._lock", raising=False)
+    model = network()
+    for progress in (True, False):
+        covariances = lro.calibrate(model, batches(), progress=progress)
+    lro.compress_(model, covariances, RANKS, progress=True)
+    importing = [path for path in Path(lro.__file__).parent.rglob("*.py") if "import tqdm" in path.read_text()]
+    assert [path.name for path in importing] == ["running.py"]

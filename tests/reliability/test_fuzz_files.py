@@ -253,7 +253,7 @@ def edited(draw: st.DrawFn, document: Any) -> Any:
                 at = at[key]
                 continue
             if draw(st.booleans()):
-                at[key] = draw(JSON)
+                at[key] = copy.deepcopy(draw(JSON))
             elif isinstance(at, dict) and draw(st.booleans()):
                 at[draw(st.sampled_from(["0", "../x", "", "\x00", "added"]))] = at.pop(key)
             else:

@@ -61,10 +61,6 @@ def measured(model: nn.Module, x: Tensor, factors: lro.LowRankLinear | nn.Module
         return float((model(x) - factors(x)).double().square().sum(-1).mean())
 
 
-def relative(found: float, expected: float, total: float) -> float:
-    return abs(found - expected) / total if total > 0 else abs(found - expected)
-
-
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", KINDS)
 def test_predicted_errors_are_measured(kind: str) -> None:
@@ -84,16 +80,18 @@ def test_predicted_errors_are_measured(kind: str) -> None:
                             factors = factorize(space, rank, projection)
                             layer = lro.LowRankLinear.from_factors(model[0], factors)
                             error, size = measured(model[0], x, layer), float(model[0](x).square().sum(-1).mean())
-                            rounding = 64 * torch.finfo(torch.float64).eps * size * max(1.0, size**0.5)
                             assert factors.predicted_error is not None
-                            found = relative(factors.predicted_error, error, factors.output_variance + 1e6 * rounding)
-                            worst = max(worst, found)
-                            assert found < 1e-6, (count, centered, rank, projection, factors.predicted_error, error)
+                            # Both outputs are rounded: their difference by a few eps of their size.
+                            rounding = 64 * torch.finfo(torch.float64).eps * size**0.5
+                            differ = abs(factors.predicted_error - error) - (2 * error**0.5 + rounding) * rounding
+                            variance = factors.output_variance
+                            assert differ <= 1e-6 * variance, (count, centered, rank, projection, differ, variance)
+                            worst = max(worst, differ / variance if variance else 0.0)
                             counts["cases"] = counts.get("cases", 0) + 1
                             if projection == "output":
                                 assert factors.predicted_error <= before * (1 + 1e-9), "not monotone in the rank"
                                 before = factors.predicted_error
-        counts["worst"] = worst
+        counts["worst"] = float(f"{worst:.1g}")
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -178,7 +176,8 @@ def test_covariances_of_many_tokens_are_exact(mean: float, dtype: torch.dtype) -
         assert moments.count == tokens
         error = float((moments.moment(centered=True) - exact).abs().max() / exact.abs().max())
         counts.update(tokens=tokens, relative_error=float(f"{error:.2g}"))
-        assert error < 1e-6
+        # In float32, equal blocks are rounded alike, a thousand times.
+        assert error < (1e-6 if dtype == torch.float64 else 2e-4)
 
 
 def test_any_rows_give_finite_factors() -> None:

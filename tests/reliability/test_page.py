@@ -7,5 +7,5 @@ from tests.reliability.figures import MARK, PAGE, page
 
 def test_the_tables_are_the_figures() -> None:
     text = PAGE.read_text()
-    assert len(MARK.findall(text)) == 8
+    assert len(MARK.findall(text)) == 7
     assert page(text) == text, "run python -m tests.reliability.figures"

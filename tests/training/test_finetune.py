@@ -435,3 +435,29 @@ def test_students_that_cannot_learn_are_refused() -> None:
         lro.finetune_(model, data(2), teacher=model, forward=first)
     with pytest.raises(ValueError, match="no parameter that requires gradients"):
         lro.finetune_(model.requires_grad_(False), data(2), loss=cross_entropy, forward=first)
+
+
+class Padded(nn.Module):
+    """Token logits, with a block of the same shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.head = nn.Linear(6, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.head(self.block(x).tanh())
+
+
+@pytest.mark.parametrize("arguments", [{}, {"match": ["block"], "soft_weight": 0.0}, {"match": ["block"]}])
+def test_padding_does_not_count(arguments: dict[str, object]) -> None:
+    dense = Padded()
+    mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]])
+    x = torch.randn(2, 4, 6)
+    found = []
+    for padding in (0.0, 50.0):
+        torch.manual_seed(1)
+        student = Padded()
+        batch = {"x": torch.where(mask.unsqueeze(-1) == 1, x, padding), "attention_mask": mask}
+        lro.finetune_(student, [batch] * 4, teacher=dense, lr=1e-2, mask="attention_mask", **arguments)
+        found.append(torch.cat([parameter.flatten() for parameter in student.parameters()]))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)

@@ -17,7 +17,7 @@ from torch._decomp import register_decomposition
 from torch.compiler import is_compiling
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from ...arguments import check_arguments
+from ...arguments import check_arguments, checked
 from .._backend import Backend, Device, Impl, choose, device_facts, row_stride
 from .._backend import explain as _explain
 from .._dispatcher import (
@@ -145,8 +145,8 @@ def lowrank_linear(
     if not is_compiling():
         _check_types(x, down, up, bias)
     # nn.TransformerEncoder passes nested tensors. The comparison is explicit because is_nested of a torch.fx proxy is
-    # not a bool.
-    if x.is_nested is True or in_transform():
+    # not a bool. A trace of torch.jit, also for ONNX, is to run where this op is not known.
+    if x.is_nested is True or in_transform() or (not is_compiling() and torch.jit.is_tracing()):
         _check_activation(activation)
         return reference.two_products(x, down, up, bias, activation)
     if not is_compiling():
@@ -154,6 +154,7 @@ def lowrank_linear(
     return torch.ops.lowrank_ops.lowrank_linear(x, down, up, bias, activation=activation, backend=backend)
 
 
+@checked()
 def explain(
     x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None, *, activation: str = "none", backend: str = "auto"
 ) -> str:
