@@ -98,7 +98,7 @@ def calibrate(
             ``"re:pattern"`` of names, and holds for all in it, unless a key names something inside; a value of None
             means no padding. Keys and values of a cross-attention have the mask of the sequence that they are of. Does
             not apply to convolutions.
-        unmasked_rows: what to do with rows whose mask cannot be told, such as relative positions, or images beside
+        unmasked_rows: what to do with rows whose mask is unknown, such as relative positions, or images beside
             text: ``"count"`` counts all of them, with a warning that names the layers; ``"error"`` refuses.
         side: ``"input"`` streams layer inputs, which every projection and measure can use; ``"output"`` streams
             outputs, which is enough for ``projection="output"`` and ``"loss"``. ``"smaller"`` streams the narrower one
@@ -138,7 +138,7 @@ def calibrate(
             file in the folder of temporary files (TMPDIR). None leaves them on their device; if that does not fit in
             ``max_memory``, they go to the CPU, or if it cannot hold them to the disk.
         checkpoint: a folder for what was added so far, written about every minute. If it holds a calibration of the
-            same model, batches and arguments, that goes on: batches that were added are skipped, the result is equal to
+            same model, batches and arguments, that resumes: batches that were added are skipped, the result is equal to
             the bit, and a finished one is read at once. Delete the folder when it is not needed any more.
         progress: show a progress bar.
 

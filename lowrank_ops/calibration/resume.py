@@ -1,4 +1,4 @@
-"""The checkpoint of a calibration: what it has added so far, so that a killed one goes on, equal to the bit."""
+"""The checkpoint of a calibration: what it has added so far, so that a killed one resumes, equal to the bit."""
 
 from __future__ import annotations
 

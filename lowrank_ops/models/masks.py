@@ -39,7 +39,7 @@ class _Rows(NamedTuple):
 
 
 class _Unknown(NamedTuple):
-    """Rows whose mask cannot be told, and why."""
+    """Rows whose mask is unknown, and why."""
 
     reason: str
     misfit: bool = False  # the mask may be a wrong one
@@ -55,7 +55,7 @@ class Masks:
     Args:
         model: any module.
         source: as for :func:`lowrank_ops.calibrate`.
-        unmasked_rows: ``"count"`` or ``"error"``, for rows whose mask cannot be told.
+        unmasked_rows: ``"count"`` or ``"error"``, for rows whose mask is unknown.
 
     Raises:
         TypeError: ``source`` is not a mask.
@@ -117,7 +117,7 @@ class Masks:
             None if all rows count.
 
         Raises:
-            ValueError: the mask cannot be told, and ``unmasked_rows="error"``.
+            ValueError: the mask is unknown, and ``unmasked_rows="error"``.
         """
         if self._source is None or x.is_nested:
             return None  # nn.TransformerEncoder has removed the padding of nested tensors
@@ -166,7 +166,7 @@ class Masks:
             for reason, layers in by_reason.items()
         ]
         return (
-            f"all rows of these layers count, because their mask cannot be told:{''.join(lines)}\nName it with "
+            f"all rows of these layers count, because their mask is unknown:{''.join(lines)}\nName it with "
             "mask={module: name}, or None for a module without padding; unmasked_rows='error' refuses such rows."
         )
 
@@ -325,7 +325,7 @@ class Masks:
                 return self._fits(real.T)
             if square or flat:
                 return _Unknown(
-                    f"has an activation {tuple(x.shape)} whose batch dimension cannot be told, because the model has "
+                    f"has an activation {tuple(x.shape)} whose batch dimension is unknown, because the model has "
                     "modules whose first dimension is the position (batch_first=False)"
                 )
         if leading == real.shape or flat:
@@ -353,7 +353,7 @@ class Masks:
     def _note(self, fqn: str, unknown: _Unknown) -> None:
         if self._refuse:
             raise ValueError(
-                f"mask of layer {fqn!r} cannot be told: it {unknown.reason}. Name its mask with "
+                f"mask of layer {fqn!r} is unknown: it {unknown.reason}. Name its mask with "
                 "mask={module: name}, None for a module without padding, or leave the layer out with filter_fn."
             )
         self._unknown.setdefault(fqn, unknown)
@@ -535,8 +535,8 @@ def _check_source(argument: str, source: object) -> None:
         )
     if isinstance(source, str) and "pad" in source and not source.endswith("key_padding_mask"):
         raise ValueError(
-            f"{argument}={source!r}: whether true means padding cannot be told by that name; pass a function, such as "
-            f"lambda args, kwargs: ~kwargs[{source!r}], that is true for real tokens."
+            f"{argument}={source!r}: whether true means padding does not follow from that name; pass a function, such "
+            f"as lambda args, kwargs: ~kwargs[{source!r}], that is true for real tokens."
         )
 
 

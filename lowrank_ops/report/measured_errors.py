@@ -70,7 +70,7 @@ def measure_errors(
     Raises:
         TypeError: an argument of another type.
         ValueError: ``compressed`` has no replaced layer, or one that ``dense`` does not have; ``batches`` has no rows;
-            the mask fits no layer, or cannot be told and ``unmasked_rows="error"``.
+            the mask fits no layer, or is unknown and ``unmasked_rows="error"``.
 
     Example:
         >>> import copy, torch, lowrank_ops as lro

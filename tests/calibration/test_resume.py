@@ -1,4 +1,4 @@
-"""A calibration that was killed goes on from its checkpoint, equal to the bit."""
+"""A calibration that was killed resumes from its checkpoint, equal to the bit."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -121,7 +121,7 @@ def test_decoder_without_a_mask_is_counted_whole_or_refused():
     _, warned = check(t5(), [batch], real)
     start = "decoder.block.0.layer.0.SelfAttention.q, decoder.block.0.layer.0.SelfAttention.o, "
     assert start in warned and "more: is in 'decoder', which was called without attention_mask" in warned
-    with pytest.raises(ValueError, match=r"mask of layer 'decoder\S+' cannot be told: it is in 'decoder'"):
+    with pytest.raises(ValueError, match=r"mask of layer 'decoder\S+' is unknown: it is in 'decoder'"):
         lro.calibrate(t5(), [batch], mask="attention_mask", unmasked_rows="error")
     assert not check(t5(), [batch], real, {"encoder": "attention_mask", "decoder": None}, unmasked_rows="error")[1]
 
@@ -149,7 +149,7 @@ def test_padded_prompts_are_masked_in_generate(cache):
 
     def real(fqn, x):
         if cache == "static" or fqn == "lm_head" or (cache and x.shape[1] == 1):
-            return None  # a static cache comes with masks (batch, 1, positions, positions), which cannot be told
+            return None  # a static cache comes with masks (batch, 1, positions, positions), which give no mask of rows
         return torch.cat([batch["attention_mask"], torch.ones(3, x.shape[1] - 6, dtype=torch.long)], 1)
 
     _, warned = check(llama(), [batch], real, forward=forward)
@@ -270,7 +270,7 @@ def test_positions_first_are_not_taken_for_the_batch():
     assert not check(model, [batch], lambda fqn, x: batch["attention_mask"].T)[1]
     square = {"input_ids": ids(6, 6), "attention_mask": mask_of(*lengths, positions=6)}
     assert "layer.0.ff.layer_1: has an activation (6, 6, 16) whose" in check(model, [square], lambda fqn, x: None)[1]
-    with pytest.raises(ValueError, match=r"mask of layer 'layer.0.ff.layer_1' cannot be told"):
+    with pytest.raises(ValueError, match=r"mask of layer 'layer.0.ff.layer_1' is unknown"):
         lro.calibrate(model, [square], mask="attention_mask", unmasked_rows="error")
 
 
@@ -286,7 +286,7 @@ class Routed(nn.Module):
         return self.experts[0](x.flip(0)).flip(0) + self.experts[1](x[::2]).repeat_interleave(2, 0)
 
 
-def test_rows_of_experts_cannot_be_told_by_their_number():
+def test_rows_of_experts_have_no_mask_by_their_number():
     batch = {"x": torch.randn(2, 4, 16).double(), "attention_mask": mask_of(4, 1, positions=4)}
     real = lambda fqn, x: batch["attention_mask"] if fqn == "first" else None  # noqa: E731
     _, warned = check(Routed(), [batch], real)
@@ -337,7 +337,7 @@ def test_key_padding_masks_are_true_for_padding(batch_first, floats):
     padding = torch.zeros(5, 5).double().masked_fill(~real, -torch.inf) if floats else ~real
     batch = {"src": x, "src_key_padding_mask": padding}
     rows = real if batch_first else real.T
-    whole = () if batch_first else ("head",)  # cannot be told: the head may as well have batches first
+    whole = () if batch_first else ("head",)  # unknown: the head may as well have batches first
     _, warned = check(
         TorchEncoder(batch_first), [batch], lambda fqn, x: None if fqn in whole else rows, "src_key_padding_mask",
         sensitivity="output",
@@ -380,7 +380,7 @@ def test_polarity_is_not_guessed():
             return self.fc(x)
 
     batch = {"x": torch.randn(2, 3, 4), "padding_mask": torch.tensor([[0, 0, 1], [0, 1, 1]])}
-    with pytest.raises(ValueError, match=r"mask='padding_mask': whether true means padding cannot be told"):
+    with pytest.raises(ValueError, match=r"mask='padding_mask': whether true means padding does not follow"):
         lro.calibrate(Model(), [batch], mask="padding_mask")
     covariances = lro.calibrate(Model(), [batch], mask=lambda args, kwargs: kwargs["padding_mask"] == 0)
     assert covariances["fc"].activations.count == 3
