@@ -26,6 +26,7 @@ from ..models.layers import (
     pad_input,
 )  # fmt: skip
 from ..models.masks import Masks, real_rows
+from ..models.running import remove
 from ..ops import conv_covariance_update_, covariance_finalize_, covariance_update_
 from ..ops.covariance import output_size
 from .distributed import rank_and_world
@@ -166,8 +167,7 @@ class Recorder:
 
     def detach(self) -> None:
         """Remove every hook, and drop the graphs of forwards that no loss was observed for."""
-        for handle in self._handles:
-            handle.remove()
+        remove(self._handles)
         self._gradients = OutputGradients()
 
     def finish(self, skipped: Mapping[str, str]) -> Covariances:
