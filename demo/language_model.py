@@ -96,7 +96,8 @@ def run(folder: Path, budget: float, tokens: int, prompt: str) -> int:
     covariances = lro.calibrate(model, batches, sensitivity="fisher")
     show(f"calibrated on {calibration.numel():,} tokens")
     report = lro.compress_(model, covariances, lro.ParameterBudget(budget))
-    show(report.table().splitlines()[-1])
+    kept, before = report.layer_parameters, report.layer_parameters_before
+    show(f"compressed: {kept:,} of {before:,} parameters in {len(report.layers)} layers ({kept / before:.1%})")
     smaller = folder / "smaller"
     model.save_pretrained(smaller)
     tokenizer.save_pretrained(smaller)

@@ -1,7 +1,7 @@
 """Compress PyTorch models to the subspaces they use: calibrate, measure, compress, run on fused low-rank layers."""
 
 from . import ops
-from .calibration import Calibrator, Covariances, NonFiniteActivationError, calibrate
+from .calibration import Calibrator, Covariances, NonFiniteActivationError, calibrate, plan_calibration
 from .checkpoint import CheckpointError, load_pretrained, save_pretrained
 from .compress import compress_
 from .config import CompressionConfig, ExplainedVariance, FlopBudget, LatencyBudget, ParameterBudget, Ranks
@@ -17,6 +17,7 @@ __all__ = [
     "ops",
     # statistics
     "calibrate",
+    "plan_calibration",
     "Calibrator",
     "recalibrate",
     "Covariances",

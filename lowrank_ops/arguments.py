@@ -54,7 +54,7 @@ _BY_NAME = {
     "reconstruction": "be a SequentialReconstruction(batches), a BlockReconstruction(batches), or None",
     "report": "come from compress_, or be None",
     "sensitivity": "be 'fisher', 'output', 'pooled', a function loss(output, batch), or None",
-    "side": "be 'auto', 'input' or 'output'",
+    "side": "be 'auto', 'input', 'output' or 'smaller'",
     "statistics": "be the LayerStatistics of this layer, such as covariances['name'], or None",
     "subspaces": "come from layer_subspaces(layers, covariances), or be None",
 }  # fmt: skip
@@ -188,7 +188,10 @@ def _described(hint: Any) -> str:
         return f"a mapping {{name: {_described(args[1])}}}"
     if origin is Sequence:
         return f"a sequence, each {_described(args[0])}"
-    name = f"torch.nn.{hint.__name__}" if issubclass(hint, nn.Module) else str(hint.__name__)
+    return _with_article(f"torch.nn.{hint.__name__}" if issubclass(hint, nn.Module) else hint.__name__)
+
+
+def _with_article(name: str) -> str:
     return f"{'an' if name[0] in 'AEIO' else 'a'} {name}"
 
 
@@ -201,5 +204,5 @@ def _shown(value: Any) -> str:
     if isinstance(value, Collection) and isinstance(value, (list, tuple, dict)) and value:
         parts = value.items() if isinstance(value, dict) else [(value_of,) for value_of in value]
         inside = dict.fromkeys(": ".join(type(part).__name__ for part in item) for item in parts)
-        return f"a {type(value).__name__} of {', '.join(list(inside)[:3])}"
+        return f"{_with_article(type(value).__name__)} of {', '.join(list(inside)[:3])}"
     return type(value).__name__

@@ -19,9 +19,9 @@ from .arguments import checked
 from .files import digests, open_tensors, parse_json, read_header, read_tensor, replacing, write_tensors
 from .layers import LowRankLayer, LowRankLinear
 from .layers.conv import GEOMETRY, LowRankConv
-from .layers.replace import has_hooks, lowrank_type, swap_
+from .layers.replace import has_hooks, lowrank_type, note_replaced, swap_
 from .models.experts import experts_listed
-from .models.layers import dimensions, find_layers, is_conv, tied_layers
+from .models.layers import check_no_adapters, dimensions, find_layers, is_conv, tied_layers
 from .models.running import warn_caller
 from .report import CompressionReport
 
@@ -55,7 +55,8 @@ def save_pretrained(model: nn.Module, path: str | Path, report: CompressionRepor
             which are null without it.
 
     Raises:
-        ValueError: the state dict holds something other than tensors with values, or ``report`` is of another model.
+        ValueError: the state dict holds something other than tensors with values, the model has adapters of PEFT, or
+            ``report`` is of another model.
         OSError: the folder cannot be written.
 
     Example:
@@ -70,6 +71,7 @@ def save_pretrained(model: nn.Module, path: str | Path, report: CompressionRepor
         ['lowrank_config.json', 'model.safetensors']
     """
     folder = Path(path)
+    check_no_adapters(model)
     tensors, tied = _distinct_tensors(model)
     config = {
         **describe_layers(model, report),
@@ -99,7 +101,8 @@ def load_pretrained(dense_model: nn.Module, path: str | Path, *, verify: bool = 
     Args:
         dense_model: the original architecture with its dense layers; its values do not matter.
         path: a folder that :func:`save_pretrained` wrote.
-        verify: compare every tensor with its checksum; False saves the time. Checkpoints of version 0.1 have none.
+        verify: compare every tensor with its checksum, and refuse factors with NaN or inf; False saves the time.
+            Checkpoints of version 0.1 have no checksums.
 
     Returns:
         ``dense_model``, or the new layer where ``dense_model`` is itself the compressed layer.
@@ -138,6 +141,7 @@ def _load(dense_model: nn.Module, file: Path, config: dict[str, Any], verify: bo
             if id(old) in new:
                 setattr(module, name, new[id(old)])
     swap_(dense_model, layers)
+    note_replaced([target for target in targets.values() if isinstance(target, nn.Parameter)])
     return layers.get(dense_model, dense_model)
 
 
@@ -365,6 +369,9 @@ def _read_tensors(
                     # Copy: the tensor is memory of the mapped file, which is not aligned as fast kernels require.
                     tensor = read_tensor(file, source, config.get("checksums") if verify else None)
                     values[source] = tensor.to("cpu" if target.is_meta else target.device, copy=True)
+                    fqn = source.rpartition(".")[0]
+                    if verify and fqn in config["layers"] and not bool(values[source].isfinite().all()):
+                        raise ValueError(f"layer {fqn!r} has NaN or inf in {source!r}")
                 if isinstance(target, nn.Parameter) and source not in parameters:
                     parameters[source] = nn.Parameter(values[source], target.requires_grad)
     except CheckpointError:

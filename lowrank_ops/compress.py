@@ -44,8 +44,8 @@ def compress_(
     """Replace layers of ``model`` by low-rank ones, in place; on an error the model is unchanged.
 
     The new layers have new parameters. So compress first, then wrap the model for distributed training, create the
-    optimizer and call ``torch.compile``: an optimizer created before would train the old parameters, which cannot be
-    detected here. No other thread may run the model meanwhile: layers are replaced one after another.
+    optimizer and call ``torch.compile``: an optimizer created before would train the old parameters, and warns of it in
+    its next step. No other thread may run the model meanwhile: layers are replaced one after another.
 
     Args:
         model: the model that was calibrated.
@@ -201,6 +201,11 @@ def _checked_subspaces(
 def resolved(config: CompressionConfig, subspaces: Mapping[str, LayerSubspaces]) -> CompressionConfig:
     """``config`` with its open choices made by what the statistics of these layers hold."""
     gradients = [space.statistics.output_gradients is not None for space in subspaces.values()]
+    if config.projection == "loss" and not any(gradients):
+        raise ValueError(
+            "projection='loss' needs output gradients, which covariances lack; use calibrate(..., sensitivity=...), or "
+            "projection='output'."
+        )
     return config.resolved(some_gradients=any(gradients), all_gradients=all(gradients))
 
 

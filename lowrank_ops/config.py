@@ -128,6 +128,7 @@ class LayerLatencies:
         """
         return sum(calls * self.curves[name].at(rank) for name, calls in self.layers[fqn].items())
 
+    @checked()
     def total(self, ranks: Mapping[str, int | None]) -> float:
         """Seconds of all layers named, each at its stored rank."""
         return sum(self.seconds(fqn, rank) for fqn, rank in ranks.items())
@@ -362,7 +363,8 @@ class CompressionConfig:
         except KeyError as error:
             raise ValueError(f"not a compression configuration: the field {error} is missing.") from None
         except TypeError as error:
-            raise ValueError(f"not a compression configuration of version {version}: {error}.") from None
+            reason = str(error).rstrip(".")
+            raise ValueError(f"not a compression configuration of version {version}: {reason}.") from None
 
     def to_json(self) -> str:
         """The configuration as a JSON text."""

@@ -103,6 +103,14 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def check_file(argument: str, path: Path) -> None:
+    """Raise ValueError, before long work, for a path that cannot be written later."""
+    if path.is_dir():
+        raise ValueError(f"{argument} {str(path)!r} is a folder; name a file.")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"{argument} {str(path)!r} is in a folder that does not exist; create it first.")
+
+
 def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
     """Write a safetensors file whose metadata holds ``header`` as JSON, with a checksum of that JSON.
 

@@ -155,7 +155,7 @@ def _with_gradients(layer: LayerStatistics, found: LayerStatistics | None, sampl
     if gradients is None:
         return layer
     if found is None or found.output_gradients is None:
-        more = replace(gradients, count=gradients.count + samples)  # its gradients were zero in this run's samples
+        more = gradients.with_count(gradients.count + samples)  # its gradients were zero in this run's samples
     else:
         more = gradients.plus(found.output_gradients)
     if weighted is not None and found is not None and found.token_weighted is not None and layer.side == "input":

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import check_positive, checked
-from .files import digest, digests, open_tensors, read_header, read_tensor, replacing, write_tensors
+from .files import check_file, digest, digests, open_tensors, read_header, read_tensor, replacing, write_tensors
 from .models.masks import Mask, Masks, real_rows
 from .models.running import (
     EMPTY,
@@ -144,9 +144,8 @@ def finetune_(
     _check(student, lr, weight_decay, warmup, clip, checkpoint_every)
     run = _Run(student, total, lr, weight_decay, warmup, accumulate, clip, objective.settings())
     path = None if checkpoint is None else Path(checkpoint)
-    if path is not None and not path.parent.is_dir():
-        raise ValueError(f"checkpoint {str(checkpoint)!r} is in a folder that does not exist; create it first.")
     if path is not None:
+        check_file("checkpoint", path)
         run.tensors()  # raises now for what could not be stored later
         if path.exists():
             run.resume(path)
@@ -201,7 +200,7 @@ class _Objective:
         soft = None
         if teacher is not None and self.soft_weight:
             soft = _divergence(output, target, self.temperature, self.masks.of_output())
-        hard = None if self.loss is None else self.loss(output, batch)
+        hard = None if self.loss is None else _checked_loss(self.loss(output, batch))
         if hard is not None and soft is not None:
             soft, hard = self.soft_weight * soft, (1 - self.soft_weight) * hard
         matched = None
@@ -269,6 +268,16 @@ class _Objective:
                 raise ValueError(f"match: the {role} has no module {missing[0]!r}; use names of named_modules().")
 
 
+def _checked_loss(value: Any) -> Tensor:
+    if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+        given = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        without = ", without a gradient" if isinstance(value, Tensor) and not value.requires_grad else ""
+        raise ValueError(
+            f"loss must return a scalar tensor that depends on the student's parameters; it returned {given}{without}."
+        )
+    return value.sum()
+
+
 def _divergence(output: Any, target: Any, temperature: float, mask: Tensor | None) -> Tensor:
     """temperature^2 KL(teacher || student) of the softened distributions, mean over the rows that are real."""
     logits = [found for part in (output, target) if (found := output_tensor(part, ("logits",))) is not None]
@@ -276,6 +285,11 @@ def _divergence(output: Any, target: Any, temperature: float, mask: Tensor | Non
         raise ValueError(
             f"teacher needs logits in the models' output, a tensor or a field 'logits'; got {type(output).__name__}. "
             "Pass a forward that returns logits, or soft_weight=0 and a loss."
+        )
+    if logits[0].shape != logits[1].shape:
+        raise ValueError(
+            f"teacher gives logits of shape {tuple(logits[1].shape)} where the student gives {tuple(logits[0].shape)}; "
+            "pass the dense model of this student, or a forward that makes them alike."
         )
     if mask is not None and all(part.shape[:-1] == mask.shape for part in logits):  # not logits of a whole sequence
         logits = [real_rows(part, mask) for part in logits]
@@ -570,6 +584,8 @@ def _check(
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     if not trained:
         raise ValueError("student has no parameter that requires gradients; call student.requires_grad_(True).")
+    if any(parameter.is_meta for parameter in student.parameters()):
+        raise ValueError("student has parameters on the meta device, which have no values; load the weights first.")
     if any(parameter.dtype == torch.float16 for parameter in trained):
         raise ValueError(
             "student has float16 parameters, in which AdamW's steps underflow; call student.float() and pass "

@@ -50,6 +50,9 @@ with_nan = copy.deepcopy(model)
 with_nan[2].weight.data[3, 4] = nan
 
 lro.save_pretrained(compressed, "folder", report)
+diverged = copy.deepcopy(compressed)
+diverged[0].up.data[3, 4] = nan
+lro.save_pretrained(diverged, "with_nan")
 covariances.save("covariances.safetensors")
 Path("text.txt").write_text("text")
 Path("list.json").write_text("[1, 2]")
@@ -89,6 +92,11 @@ BAD: dict[str, list[tuple[str, str]]] = {
         ("lro.calibrate(model, [torch.ones(0, 16)])", "ValueError"),
         ("lro.calibrate(model, [torch.ones(40, 12)])", "ValueError"),
         ("lro.calibrate(model, [torch.full((40, 16), nan)])", "NonFiniteActivationError"),
+        ("lro.calibrate(with_nan, batches)", "ValueError"),
+        ("lro.calibrate(model, [torch.tensor(1.0)])", "ValueError"),
+        ("lro.calibrate(model, [torch.ones(3, 16).long()])", "ValueError"),
+        ("lro.calibrate(model, [torch.ones(3, 16).to_sparse()])", "ValueError"),
+        ("lro.calibrate(model, [torch.ones(7, 7)], mask=lambda args, kwargs: torch.ones(2, 2))", "ValueError"),
         ("lro.calibrate(model, batches, dtype=torch.float16)", "ValueError"),
         ("lro.calibrate(model, batches, dtype='float64')", "TypeError"),
         ("lro.calibrate(model, batches, side='both')", "ValueError"),
@@ -197,6 +205,7 @@ BAD: dict[str, list[tuple[str, str]]] = {
         ("lro.compress_(model, covariances, lro.ParameterBudget(0.01))", "ValueError"),
         ("lro.compress_(model, covariances, lro.Ranks({'1': 8}))", "ValueError"),
         ("lro.compress_(model, covariances, lro.Ranks({'0': 17}))", "ValueError"),
+        ("lro.compress_(model, plain, lro.CompressionConfig(8, projection='loss'))", "ValueError"),
         ("lro.compress_(model, covariances, lro.Ranks({'0': 8.0}))", "ValueError"),
         ("lro.compress_(model, plain, lro.ParameterBudget(0.8, 'loss'))", "ValueError"),
         ("lro.compress_(model, covariances, lro.CompressionConfig(8, reconstruction='sequential'))", "ValueError"),
@@ -212,6 +221,7 @@ BAD: dict[str, list[tuple[str, str]]] = {
         ("lro.compress_(copy.deepcopy(model).to('meta'), covariances, 8)", "ValueError"),
         ("report.with_measured([0.1])", "TypeError"),
         ("report.with_measured({'9': 0.1})", "ValueError"),
+        ("report.with_measured({'0': nan})", "ValueError"),
         ("report.with_measured({'0': '1%'})", "TypeError"),
         ("report.to_html(report)", "TypeError"),
         ("lro.measure_errors(model, compressed, batches[0])", "TypeError"),
@@ -219,6 +229,7 @@ BAD: dict[str, list[tuple[str, str]]] = {
         ("lro.measure_errors(compressed, model, batches)", "ValueError"),
         ("lro.measure_errors(model, model, batches)", "ValueError"),
         ("lro.measure_errors(model, compressed, 3)", "TypeError"),
+        ("lro.measure_errors(other, compressed, batches)", "ValueError"),
         ("lro.measure_errors(model, compressed, used_up)", "ValueError"),
         ("lro.measure_errors(model, compressed, [torch.ones(0, 16)])", "ValueError"),
         ("lro.measure_errors(model, compressed, batches, centered='no')", "TypeError"),
@@ -256,6 +267,8 @@ BAD: dict[str, list[tuple[str, str]]] = {
         ("lro.LowRankConv2d(4, 8, 'large', rank=2)", "TypeError"),
         ("lro.LowRankConv2d(4, 8, 3, rank=9)", "ValueError"),
         ("lro.LowRankLinear.from_linear(convolution, 2)", "TypeError"),
+        ("lro.LowRankLinear.from_linear(nn.LazyLinear(8), 4)", "ValueError"),
+        ("lro.LowRankLinear.from_linear(copy.deepcopy(model[0]).to('meta'), 4)", "ValueError"),
         ("lro.LowRankLinear.from_linear(model[0], '8')", "TypeError"),
         ("lro.LowRankLinear.from_linear(model[0], 8, covariances)", "TypeError"),
         ("lro.LowRankLinear.from_linear(model[0], 8, covariances['2'])", "ValueError"),
@@ -280,6 +293,12 @@ BAD: dict[str, list[tuple[str, str]]] = {
         ("lro.finetune_(compressed, batches, teacher='dense')", "TypeError"),
         ("lro.finetune_(compressed, batches, teacher=compressed)", "ValueError"),
         ("lro.finetune_(compressed, batches, loss='mse')", "TypeError"),
+        ("lro.finetune_(compressed, batches, loss=lambda output, batch: None)", "ValueError"),
+        ("lro.finetune_(compressed, batches, loss=lambda output, batch: output)", "ValueError"),
+        ("lro.finetune_(compressed, batches, loss=lambda output, batch: output.sum().detach())", "ValueError"),
+        ("lro.finetune_(compressed, batches, teacher=nn.Sequential(model[0]))", "ValueError"),
+        ("lro.finetune_(copy.deepcopy(compressed).to('meta'), batches, teacher=model)", "ValueError"),
+        ("lro.finetune_(compressed, batches, teacher=model, checkpoint='folder')", "ValueError"),
         ("lro.finetune_(compressed, batches, loss=lambda output, batch: output.sum() * nan)", "ValueError"),
         ("lro.finetune_(compressed, batches, teacher=model, lr=0)", "ValueError"),
         ("lro.finetune_(compressed, batches, teacher=model, lr=inf)", "ValueError"),
@@ -310,6 +329,7 @@ BAD: dict[str, list[tuple[str, str]]] = {
         ("lro.load_pretrained(model, 'missing')", "CheckpointError"),
         ("lro.load_pretrained(other, 'folder')", "CheckpointError"),
         ("lro.load_pretrained(compressed, 'folder')", "CheckpointError"),
+        ("lro.load_pretrained(model, 'with_nan')", "CheckpointError"),
         ("lro.load_pretrained(model, 'folder', verify=None)", "TypeError"),
     ],
     "Ops": [
@@ -328,6 +348,7 @@ BAD: dict[str, list[tuple[str, str]]] = {
         ("lro.ops.covariance_finalize_(None)", "TypeError"),
         ("lro.ops.explain('linear')", "ValueError"),
         ("lro.ops.explain(3)", "TypeError"),
+        ("lro.ops.explain('lowrank_linear', 1, 2, 3)", "TypeError"),
     ],
     "Command line": [
         ("lowrank-ops", "exit code 2"),

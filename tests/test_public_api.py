@@ -10,8 +10,8 @@ NAMES = {
     "BlockReconstruction", "measured_ranks",
     "calibrate", "Calibrator", "CheckpointError", "compress_", "CompressionConfig", "Covariances", "ExplainedVariance",
     "finetune_", "FlopBudget", "LatencyBudget", "load_pretrained", "LowRankConv2d", "LowRankLinear", "measure_errors",
-    "measure_latency", "NonFiniteActivationError", "ops", "ParameterBudget", "Ranks", "recalibrate", "save_pretrained",
-    "search_ranks", "SequentialReconstruction", "utilization",
+    "measure_latency", "NonFiniteActivationError", "ops", "ParameterBudget", "plan_calibration", "Ranks", "recalibrate",
+    "save_pretrained", "search_ranks", "SequentialReconstruction", "utilization",
 }  # fmt: skip
 OPS = {
     "Backend", "BackendUnavailableError", "conv_covariance_update_", "covariance_finalize_", "covariance_update_",

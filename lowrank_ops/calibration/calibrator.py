@@ -6,17 +6,23 @@ With a sensitivity, one backward pass per batch also streams the gradients at th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import copy
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..arguments import check_positive, checked
+from ..files import digest
 from ..models.experts import experts_listed, list_experts
 from ..models.layers import (
     FilterFn,
+    check_finite,
     check_no_adapters,
     compiled_or_scripted,
     dimensions,
@@ -38,10 +44,13 @@ from ..models.running import (
     warn_caller,
     without_fast_path,
 )
-from .distributed import failures_posted, post_failure
-from .experts import pooling, pools_of, with_pooled_rows
+from .distributed import failures_posted, post_failure, rank_and_world
+from .experts import pooling, pools_of, twin_name, with_pooled_rows
+from .gradients import NO_GRADIENTS
 from .objectives import Sensitivity, check_sensitivity
-from .recorder import Recorder
+from .plan import CalibrationPlan, make_plan
+from .recorder import NO_ROWS, Recorder
+from .resume import CalibrationCheckpoint
 from .statistics import Covariances
 
 # ``side="auto"`` streams the output, whose moment is (ratio)^2 smaller, where in_features / out_features exceeds the
@@ -67,6 +76,10 @@ def calibrate(
     token_weights: bool = True,
     max_state_bytes: int = 2 << 30,
     share_inputs: bool = True,
+    tokens: float = 1.0,
+    max_memory: int | str | None = None,
+    offload: str | None = None,
+    checkpoint: str | Path | None = None,
     progress: bool = False,
 ) -> Covariances:
     """Run ``batches`` through ``model`` and collect the second moments of its layers' activations.
@@ -85,10 +98,11 @@ def calibrate(
             ``"re:pattern"`` of names, and holds for all in it, unless a key names something inside; a value of None
             means no padding. Keys and values of a cross-attention have the mask of the sequence that they are of. Does
             not apply to convolutions.
-        unmasked_rows: what to do with rows whose mask cannot be told, such as relative positions, or images beside
+        unmasked_rows: what to do with rows whose mask is unknown, such as relative positions, or images beside
             text: ``"count"`` counts all of them, with a warning that names the layers; ``"error"`` refuses.
         side: ``"input"`` streams layer inputs, which every projection and measure can use; ``"output"`` streams
-            outputs, which is enough for ``projection="output"`` and ``"loss"``. ``"auto"`` streams the input unless
+            outputs, which is enough for ``projection="output"`` and ``"loss"``. ``"smaller"`` streams the narrower one
+            of each layer, for compression by these two in the least memory. ``"auto"`` streams the input unless
             the output is narrower and the input's moment is too large: over ``max_state_bytes``, or over 64 MiB if
             the input is more than 16 times as wide as the output.
         dtype: of the sums, torch.float64 or torch.float32.
@@ -112,6 +126,20 @@ def calibrate(
             skipped and stays dense; so is a layer whose weight is tied, unless ``filter_fn`` selects it.
         share_inputs: keep one moment for layers that receive the same tensor (q, k, v; gate, up). Tensors created
             under ``torch.inference_mode`` are not shared, because in-place changes to them cannot be detected.
+        tokens: the share of the rows (tokens, positions) that the statistics take: of each call of a layer a random
+            subset, each row with this probability, chosen by torch's seed; of a convolution's input whole lines of the
+            output. Saves the time of the sums, not that of the model. Rows that are left out are not checked for NaN.
+            The reports say how far variances and errors from so many rows can be off.
+        max_memory: bytes of the sums on each device, a number or text such as ``"8GB"``; half of the free memory by
+            default. If they need more, the batches are run several times, for some of the layers each; the result
+            is the same to rounding. One line on stderr says what that takes, and :func:`plan_calibration` says it
+            before.
+        offload: where finished sums are kept, as lower triangles: ``"cpu"``, in the CPU's memory, or ``"disk"``, in a
+            file in the folder of temporary files (TMPDIR). None leaves them on their device; if that does not fit in
+            ``max_memory``, they go to the CPU, or if it cannot hold them to the disk.
+        checkpoint: a folder for what was added so far, written about every minute. If it holds a calibration of the
+            same model, batches and arguments, that resumes: batches that were added are skipped, the result is equal to
+            the bit, and a finished one is read at once. Delete the folder when it is not needed any more.
         progress: show a progress bar.
 
     Returns:
@@ -121,9 +149,12 @@ def calibrate(
     Raises:
         NonFiniteActivationError: NaN or inf in an activation or a gradient.
         RuntimeError: another thread calibrates, compresses or searches the model.
+        OSError: the disk is full (``offload="disk"``, ``checkpoint``).
         TypeError: an argument of another type, such as a single batch for ``batches``.
-        ValueError: an invalid argument, no batch, no layer to calibrate, no row that reaches one, or with
-            ``token_weights`` an input that was changed in place before the backward pass.
+        ValueError: an invalid argument, no batch, no layer to calibrate, no row that reaches one, with
+            ``token_weights`` an input that was changed in place before the backward pass, a layer whose sums exceed
+            ``max_memory``, batches that can be iterated only once where several passes are needed, or a ``checkpoint``
+            of another calibration.
 
     Example:
         >>> import torch, lowrank_ops as lro
@@ -135,37 +166,156 @@ def calibrate(
     if sensitivity is not None:
         check_sensitivity(sensitivity)
     check_positive(num_probes=num_probes)
-    run, device, seen = forward or call_model, device_of(model), 0
+    calibrator = Calibrator(
+        model,
+        output_gradients=sensitivity is not None,
+        filter_fn=filter_fn,
+        mask=mask,
+        unmasked_rows=unmasked_rows,
+        side=side,
+        dtype=dtype,
+        token_weights=token_weights,
+        max_state_bytes=max_state_bytes,
+        share_inputs=share_inputs,
+        tokens=tokens,
+    )
+    plan = calibrator._plan(max_memory, offload)
+    if progress or plan.passes > 1:
+        ProgressBar.write(str(plan), file=sys.stderr)
+    passes = [[layer.fqn for layer in plan.layers if layer.number == number] for number in range(plan.passes)]
+    saved = None
+    if checkpoint is not None:
+        identity = calibrator._identity() | {
+            "sensitivity": sensitivity if isinstance(sensitivity, str) else digest(sensitivity),
+            "num_probes": num_probes,
+            "mask": digest([mask, unmasked_rows]),
+            "forward": digest(forward),
+        }
+        saved = CalibrationCheckpoint(checkpoint, identity, passes)
+        passes = saved.passes
+    if len(passes) > 1 and isinstance(batches, Iterator):
+        raise ValueError(
+            f"batches can be iterated only once, but the sums need {len(passes)} passes: {plan}. Pass a list or a "
+            "DataLoader, or a larger max_memory."
+        )
+    parts: list[Covariances] = []
+    seen = 0
+    for number, layers in enumerate(passes):
+        found = None if saved is None else saved.finished(number)
+        if found is None:
+            part = calibrator if len(passes) == 1 else calibrator._over(layers)
+            name = f"calibrating, pass {number + 1} of {len(passes)}" if len(passes) > 1 else "calibrating"
+            bar = ProgressBar(batches, desc=name, unit="batch", disable=not progress)
+            count = _run(part, bar, forward or call_model, sensitivity, num_probes, saved)
+            if seen and count != seen:
+                raise ValueError(
+                    f"batches gave {seen} batches in one pass and {count} in another; pass a collection that gives the "
+                    "same ones each time, or a larger max_memory."
+                )
+            seen, found = count, part.covariances
+            if saved is not None:
+                saved.end(number, found)
+        if plan.offload is not None or len(passes) > 1:
+            found.pack_(plan.offload)
+        if share_inputs:
+            found.share_equal_(parts)
+        parts.append(found)
+    if len(parts) == 1:
+        return parts[0]
+    statistics = {fqn: layer for part in parts for fqn, layer in part.items()}
+    unreached = tuple(fqn for fqn in calibrator._layers if fqn not in statistics)
+    whole = Covariances(
+        {fqn: statistics[fqn] for fqn in calibrator._layers if fqn in statistics}, unreached, parts[0].skipped
+    )
+    if rank_and_world()[1] == 1 and (not whole or (sensitivity is not None and not whole.has_output_gradients)):
+        raise ValueError(NO_GRADIENTS if whole else NO_ROWS)
+    return whole
+
+
+def _run(
+    calibrator: Calibrator,
+    batches: Iterable[Any],
+    forward: Callable[[nn.Module, Any], Any],
+    sensitivity: Sensitivity | None,
+    num_probes: int,
+    saved: CalibrationCheckpoint | None,
+) -> int:
+    """Run the batches inside the calibrator's block, and return their number."""
+    model = calibrator._model
+    device, seen = device_of(model), 0
     with ExitStack() as stack:
         if sensitivity is not None:
             stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.set_grad_enabled(sensitivity is not None))
-        calibrator = stack.enter_context(
-            Calibrator(
-                model,
-                output_gradients=sensitivity is not None,
-                filter_fn=filter_fn,
-                mask=mask,
-                unmasked_rows=unmasked_rows,
-                side=side,
-                dtype=dtype,
-                token_weights=token_weights,
-                max_state_bytes=max_state_bytes,
-                share_inputs=share_inputs,
-            )
-        )
-        for batch in ProgressBar(batches, desc="calibrating", unit="batch", disable=not progress):
+        recorder, generators = stack.enter_context(calibrator)._recorder, calibrator._generators
+        done = 0 if saved is None else saved.begin(recorder, generators)
+        for batch in batches:
+            seen += 1
+            if saved is not None and seen <= done:
+                saved.skip(seen - 1, batch, generators)
+                continue
             moved = move(batch, device)
-            with in_batch(seen):
-                output = run(model, moved)
+            with in_batch(seen - 1):
+                output = forward(model, moved)
                 if sensitivity is not None:
                     for probe in range(num_probes):
-                        retain_graph = probe + 1 < num_probes
-                        calibrator._recorder.add_loss(sensitivity, output, moved, retain_graph)
-            seen += 1
+                        recorder.add_loss(sensitivity, output, moved, retain_graph=probe + 1 < num_probes)
+            if saved is not None:
+                saved.add(batch, recorder, generators)
         if not seen:
             raise ValueError(EMPTY)
-    return calibrator.covariances
+        if seen < done:
+            raise ValueError(f"checkpoint has added {done} batches, more than the {seen} that batches gave now.")
+    return seen
+
+
+@checked()
+def plan_calibration(
+    model: nn.Module,
+    *,
+    filter_fn: FilterFn | None = None,
+    side: str = "auto",
+    dtype: torch.dtype = torch.float64,
+    sensitivity: Sensitivity | None = None,
+    token_weights: bool = True,
+    max_state_bytes: int = 2 << 30,
+    max_memory: int | str | None = None,
+    offload: str | None = None,
+) -> CalibrationPlan:
+    """What :func:`calibrate` will need with these arguments: bytes per layer and device, and passes over the batches.
+
+    Layers that share their input take less than planned, since sharing is known only when the model runs. Activations
+    of the model itself are not counted.
+
+    Args:
+        model: as for :func:`calibrate`; may be on the meta device, where no memory bound is known.
+        filter_fn, side, dtype, sensitivity, token_weights, max_state_bytes, max_memory, offload: as for
+            :func:`calibrate`.
+
+    Raises:
+        ValueError: as for :func:`calibrate`.
+
+    Example:
+        >>> import torch, lowrank_ops as lro
+        >>> model = torch.nn.Sequential(torch.nn.Linear(1024, 64), torch.nn.ReLU(), torch.nn.Linear(64, 1024))
+        >>> print(lro.plan_calibration(model, sensitivity="fisher", max_memory="24MB").table())
+        layer  device  side   activations  output_gradients  token_weighted  pass
+        0      cpu     input  8.0 MiB      33.0 KiB          8.0 MiB         1
+        2      cpu     input  33.0 KiB     8.0 MiB           33.0 KiB        2
+        calibration: 2 passes over the batches, sums of at most 20.4 MiB on cpu; 12.4 MiB packed in the CPU's memory
+    """
+    if sensitivity is not None:
+        check_sensitivity(sensitivity)
+    calibrator = _Planner(
+        model,
+        output_gradients=sensitivity is not None,
+        filter_fn=filter_fn,
+        side=side,
+        dtype=dtype,
+        token_weights=token_weights,
+        max_state_bytes=max_state_bytes,
+    )
+    return calibrator._plan(max_memory, offload)
 
 
 class Calibrator:
@@ -175,7 +325,7 @@ class Calibrator:
         model: the model that the block runs; in eval mode inside the block.
         output_gradients: also stream output gradients. Run each forward with gradients enabled, and then pass its loss
             to :meth:`observe`; the forward's graph is kept until then.
-        filter_fn, mask, unmasked_rows, side, dtype, token_weights, max_state_bytes, share_inputs: as for
+        filter_fn, mask, unmasked_rows, side, dtype, token_weights, max_state_bytes, share_inputs, tokens: as for
             :func:`calibrate`.
 
     Attributes:
@@ -197,6 +347,8 @@ class Calibrator:
         32
     """
 
+    _needs_values = True
+
     @checked(unmasked_rows="mask")
     def __init__(
         self,
@@ -211,12 +363,15 @@ class Calibrator:
         token_weights: bool = True,
         max_state_bytes: int = 2 << 30,
         share_inputs: bool = True,
+        tokens: float = 1.0,
     ) -> None:
-        if side not in ("auto", "input", "output"):
-            raise ValueError(f"side must be 'auto', 'input' or 'output'; got {side!r}.")
+        if side not in ("auto", "input", "output", "smaller"):
+            raise ValueError(f"side must be 'auto', 'input', 'output' or 'smaller'; got {side!r}.")
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"dtype must be torch.float32 or torch.float64, the dtype of the sums; got {dtype}.")
         check_positive(max_state_bytes=max_state_bytes)
+        if not 0 < tokens <= 1:
+            raise ValueError(f"tokens must be a share of the rows, above 0 and at most 1; got {tokens!r}.")
         if (reason := compiled_or_scripted(model)) is not None:
             raise ValueError(f"model cannot be calibrated: {reason}.")
         check_no_adapters(model)
@@ -224,8 +379,9 @@ class Calibrator:
         with experts_listed(model, listed=self._listed):
             layers, self.skipped = find_layers(model, filter_fn)
             self._pools, twins = pools_of(model, layers)
-        layers, without = with_values(layers)
-        self.skipped |= without
+        if self._needs_values:
+            layers, without = with_values(layers)
+            self.skipped |= without
         tied_or_large = {}
         if output_gradients:
             tied_or_large = _without_output_gradients(model, layers, dtype, max_state_bytes, filter_fn)
@@ -234,15 +390,18 @@ class Calibrator:
             self.skipped |= tied_or_large
             reasons = "".join(f"\n  {fqn or '(the model)'}: {reason}" for fqn, reason in self.skipped.items())
             raise ValueError(f"model has no supported Linear, Conv1d, Conv2d or Conv1D that filter_fn keeps.{reasons}")
+        if self._needs_values:
+            check_finite(layers)
         _warn_of_skipped(self.skipped, filter_fn)
         self.skipped |= tied_or_large
-        self._model, self._dtype = model, dtype
+        self._model, self._dtype, self._modules = model, dtype, layers | twins
         self._output_gradients, self._token_weights = output_gradients, token_weights
         self._layers = tuple(layers)
-        layers |= twins
-        self._sides = {fqn: _side(layer, side, dtype, max_state_bytes) for fqn, layer in layers.items()}
-        self._masks = Masks(model, mask, unmasked_rows)
-        self._recorder = Recorder(layers, self._masks, share_inputs)
+        self._sides = {fqn: _side(layer, side, dtype, max_state_bytes) for fqn, layer in self._modules.items()}
+        self._new_masks, self._share = partial(Masks, model, mask, unmasked_rows), share_inputs
+        self._masks = self._new_masks()
+        self._tokens = tokens
+        self._recorder = Recorder(self._modules, self._masks, share_inputs, tokens=tokens)
         self._stack: ExitStack | None = None  # while the block runs
         self._entered = False
         self._covariances: Covariances | None = None
@@ -261,6 +420,34 @@ class Calibrator:
             )
         return self._covariances
 
+    def _plan(self, max_memory: int | str | None, offload: str | None) -> CalibrationPlan:
+        return make_plan(
+            {fqn: self._modules[fqn] for fqn in self._layers},
+            self._sides,
+            self._dtype,
+            output_gradients=self._output_gradients,
+            token_weights=self._token_weights,
+            max_memory=max_memory,
+            offload=offload,
+        )
+
+    def _identity(self) -> dict[str, str]:
+        """What the sums depend on besides the batches, for a checkpoint."""
+        arguments = [self._sides, self._dtype, self._output_gradients, self._token_weights, self._share, self._tokens]
+        tensors = {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
+        return {"arguments": digest([str(one) for one in arguments]), "weights": digest(tensors)}
+
+    def _over(self, layers: Sequence[str]) -> Calibrator:
+        """A calibrator of some of the layers, for one of several passes."""
+        part = copy.copy(self)
+        part._layers = tuple(layers)
+        wanted = {*layers, *map(twin_name, layers)}
+        part._modules = {fqn: layer for fqn, layer in self._modules.items() if fqn in wanted}
+        part._sides = {fqn: self._sides[fqn] for fqn in part._modules}
+        part._masks = self._new_masks()
+        part._recorder = Recorder(part._modules, part._masks, self._share, partial=True, tokens=self._tokens)
+        return part
+
     def __enter__(self) -> Calibrator:
         if self._entered:
             raise RuntimeError("a Calibrator runs one with block; create another one, and merge the covariances.")
@@ -271,7 +458,8 @@ class Calibrator:
             stack.enter_context(pooling(self._pools))
             stack.enter_context(without_fast_path(self._output_gradients))
             stack.enter_context(evaluating(self._model))
-            stack.enter_context(random_state_kept(self._model))
+            self._generators = stack.enter_context(random_state_kept(self._model))
+            self._recorder.seed = digest(self._generators[0].get_state())
             stack.callback(self._recorder.detach)
             self._recorder.attach(self._model, self._sides, self._dtype)
             if self._output_gradients:
@@ -292,7 +480,7 @@ class Calibrator:
             self._covariances = with_pooled_rows(self._recorder.finish(self.skipped), self._layers)
             if (warning := self._masks.finish()) is not None:
                 warn_caller(warning)
-            if self._output_gradients and not self.covariances.has_output_gradients:
+            if self._output_gradients and not self._recorder.partial and not self.covariances.has_output_gradients:
                 warn_caller("Calibrator(output_gradients=True) received no loss; call observe inside its block.")
 
     @checked()
@@ -316,6 +504,12 @@ class Calibrator:
             )
         check_positive(samples=samples)
         self._recorder.add_gradients(loss.sum(), samples, retain_graph)
+
+
+class _Planner(Calibrator):
+    """Chooses layers and sides as a Calibrator does, of a model that may be on the meta device."""
+
+    _needs_values = False
 
 
 def _without_output_gradients(
@@ -348,11 +542,11 @@ def _warn_of_skipped(skipped: Mapping[str, str], filter_fn: FilterFn | None) -> 
 
 
 def _side(layer: nn.Module, side: str, dtype: torch.dtype, max_state_bytes: int) -> str:
-    if side != "auto":
+    if side in ("input", "output"):
         return side
     groups, in_features, out_features = dimensions(layer)
     state_bytes = groups * in_features**2 * dtype.itemsize
-    if out_features >= in_features:
-        return "input"
+    if out_features >= in_features or side == "smaller":
+        return "input" if out_features >= in_features else "output"
     much_wider = in_features > OUTPUT_SIDE_RATIO * out_features and state_bytes > SMALL_STATE_BYTES
     return "output" if much_wider or state_bytes > max_state_bytes else "input"

@@ -1,4 +1,4 @@
-"""What the processes of ``torch.distributed`` tell each other, so that none waits for one that has failed."""
+"""What the processes of ``torch.distributed`` exchange, so that none waits for one that has failed."""
 
 from __future__ import annotations
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 
 from torch import nn
 
@@ -22,7 +21,7 @@ def pools_of(model: nn.Module, layers: Collection[str]) -> tuple[dict[ListedExpe
             pool = Pool(module)
             prefix = f"{fqn}." if fqn else ""
             found = {
-                _twin_name(name): twin
+                twin_name(name): twin
                 for expert, projections in enumerate(pool.twins)
                 for projection, twin in projections.items()
                 if (name := f"{prefix}{expert}.{projection}") in layers
@@ -50,7 +49,7 @@ def with_pooled_rows(covariances: Covariances, layers: Collection[str]) -> Covar
     found: dict[str, LayerStatistics] = {}
     filled: list[str] = []
     for fqn in layers:
-        own, pooled = covariances.get(fqn), covariances.get(_twin_name(fqn))
+        own, pooled = covariances.get(fqn), covariances.get(twin_name(fqn))
         if pooled is not None and (own is None or own.activations.count < MIN_ROWS):
             filled.append(f"{fqn} ({0 if own is None else own.activations.count})")
             own = pooled if own is None else _sum(own, pooled)
@@ -64,7 +63,8 @@ def with_pooled_rows(covariances: Covariances, layers: Collection[str]) -> Covar
     return Covariances(found, tuple(fqn for fqn in layers if fqn not in found), covariances.skipped)
 
 
-def _twin_name(fqn: str) -> str:
+def twin_name(fqn: str) -> str:
+    """The name of the sums of rows that were pooled for a layer."""
     return f"{fqn} (rows of other experts)"
 
 
@@ -74,5 +74,5 @@ def _sum(own: LayerStatistics, pooled: LayerStatistics) -> LayerStatistics:
         parts[name] = parts[name].plus(moments) if name in parts else moments
     counts = [part.output_gradients.count for part in (own, pooled) if part.output_gradients is not None]
     if counts:  # of the same samples
-        parts["output_gradients"] = replace(parts["output_gradients"], count=max(counts))
+        parts["output_gradients"] = parts["output_gradients"].with_count(max(counts))
     return LayerStatistics(own.side, **parts)

@@ -11,6 +11,12 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .token_weights import SavedActivation
 
+NO_GRADIENTS = (
+    "the loss depends on no layer: the forward ran without gradients (torch.no_grad, inference_mode, a detached "
+    "output), or its loss was used already. Run the forward with gradients (see forward=), or calibrate without output "
+    "gradients."
+)
+
 
 class OutputGradient(NamedTuple):
     """The gradient at the output of one call of one layer."""
@@ -51,11 +57,11 @@ class OutputGradients:
         self._edges.append((get_gradient_edge(start), fqn, mask, saved))
         return start
 
-    def of(self, loss: Tensor, retain_graph: bool = False) -> list[OutputGradient]:
+    def of(self, loss: Tensor, retain_graph: bool = False, required: bool = True) -> list[OutputGradient]:
         """The gradient of ``loss`` at every call that it depends on; forgets the calls unless ``retain_graph``.
 
         Raises:
-            ValueError: the loss depends on no layer.
+            ValueError: the loss depends on no layer, although it is ``required`` to.
         """
         edges, self._edges = self._edges, []
         found: Sequence[Tensor | None] = []
@@ -69,10 +75,6 @@ class OutputGradients:
             for (_, fqn, mask, saved), values in zip(edges, found, strict=False)
             if values is not None
         ]
-        if not gradients:
-            raise ValueError(
-                "the loss depends on no layer: the forward ran without gradients (torch.no_grad, inference_mode, a "
-                "detached output), or its loss was used already. Run the forward with gradients (see forward=), or "
-                "calibrate without output gradients."
-            )
+        if required and not gradients:
+            raise ValueError(NO_GRADIENTS)
         return gradients

@@ -26,19 +26,31 @@ from ..models.layers import (
     pad_input,
 )  # fmt: skip
 from ..models.masks import Masks, real_rows
-from ..models.running import remove
+from ..models.running import has_float64, remove
 from ..ops import conv_covariance_update_, covariance_finalize_, covariance_update_
 from ..ops.covariance import output_size
 from .distributed import rank_and_world
 from .gradients import OutputGradient, OutputGradients
 from .objectives import Sensitivity, objective
-from .statistics import Covariances, LayerStatistics, Moments, NonFiniteActivationError
+from .sampling import Sampler
+from .statistics import (
+    Covariances,
+    LayerStatistics,
+    Moments,
+    NonFiniteActivationError,
+    from_lower_triangle,
+    lower_triangle,
+)
 from .token_weights import MAX_ELEMENTS, SavedActivation
 
 # Sums are about a shift for features whose mean is more than SHIFT_RATIO of their standard deviations; others lose at
 # most log2(1 + SHIFT_RATIO^2) bits. Both are estimated from about SHIFT_ROWS rows of a layer's first call.
 SHIFT_RATIO = 2
 SHIFT_ROWS = 4096
+NO_ROWS = (
+    "no row reached a layer: the batches are empty, the mask leaves no position, or the model calls none of the layers "
+    "that filter_fn keeps."
+)
 
 
 class Recorder:
@@ -48,10 +60,22 @@ class Recorder:
         layers: ``{fqn: layer}``.
         masks: of the model.
         share: layers that receive the same tensor share its sums.
+        partial: other layers are recorded elsewhere, so a loss need not depend on these.
+        tokens: the share of the rows that is added.
+
+    Attributes:
+        seed: of the choice of rows.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module], masks: Masks, share: bool) -> None:
-        self._layers = layers
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Module],
+        masks: Masks,
+        share: bool,
+        partial: bool = False,
+        tokens: float = 1.0,
+    ) -> None:
+        self._layers, self.partial, self._tokens, self.seed = layers, partial, tokens, ""
         self._masks = masks
         self._share = share
         self._sides: Mapping[str, str] = {}
@@ -73,7 +97,7 @@ class Recorder:
 
         The model's own hooks come first and last, because the model may itself be the layer.
         """
-        self._sides, self._thread = sides, get_ident()
+        self._sides, self._dtype, self._thread = sides, dtype, get_ident()
         self._handles.append(model.register_forward_pre_hook(self._before_forward, with_kwargs=True))
         self._masks.attach(self._handles)
         for fqn, side in sides.items():
@@ -148,20 +172,20 @@ class Recorder:
                     weighted = self._sums_of_loss(self._token_weighted, fqn, side, f"token-weighted {side}")
                     if not weighted.moments.count:
                         weighted.moments.shift = self._activations[fqn].moments.shift
-                    saved.add_to(weighted.moments, fqn, layer, values, mask)
+                    saved.add_to(weighted.moments, fqn, layer, values, mask, weighted.sampler)
         self._samples += samples
         self.check_finite()
 
     def _differentiate(self, loss: Tensor, retain_graph: bool) -> list[OutputGradient]:
         self._in_backward = True
         try:
-            return self._gradients.of(loss, retain_graph)
+            return self._gradients.of(loss, retain_graph, required=not self.partial)
         finally:
             self._in_backward = False
 
     def _sums_of_loss(self, sums: dict[str, _Sums], fqn: str, side: str, what: str) -> _Sums:
         if fqn not in sums:
-            sums[fqn] = _Sums(fqn, self._layers[fqn], side, self._gradient_dtype, what, of_loss=True)
+            sums[fqn] = self._new_sums(fqn, side, self._gradient_dtype, what, of_loss=True)
         self._touched[f"{what} of {fqn}"] = sums[fqn]
         return sums[fqn]
 
@@ -169,6 +193,54 @@ class Recorder:
         """Remove every hook, and drop the graphs of forwards that no loss was observed for."""
         remove(self._handles)
         self._gradients = OutputGradients()
+
+    def _new_sums(self, fqn: str, side: str, dtype: torch.dtype, what: str, of_loss: bool = False) -> _Sums:
+        sums = _Sums(fqn, self._layers[fqn], side, dtype, what, of_loss)
+        sums.sampler = Sampler(self._tokens, f"{self.seed} {what}")  # alike in all passes
+        return sums
+
+    def _all_sums(self) -> list[tuple[str, _Sums]]:
+        kinds: dict[str, Mapping[Any, _Sums]] = {
+            "activations": {id(sums): sums for sums in self._activations.values()},
+            "output_gradients": self._output_gradients,
+            "token_weighted": self._token_weighted,
+        }
+        return [(kind, sums) for kind, found in kinds.items() for sums in found.values()]
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What was added so far, between two batches: a header for JSON, and tensors."""
+        tensors: dict[str, Tensor] = {}
+        parts = []
+        for i, (kind, sums) in enumerate(self._all_sums()):
+            tensors |= {f"{i}.{name}": tensor for name, tensor in sums.moments.tensors().items()}
+            tensors[f"{i}.second_moment"] = lower_triangle(sums.moments.second_moment)
+            shifted = sums.moments.shift is not None
+            draws = [sums.sampler.calls, sums.sampler.seen]
+            part = {"kind": kind, "calls": sums.calls, "count": sums.moments.count, "shifted": shifted, "draws": draws}
+            parts.append(part)
+        return {"samples": self._samples, "batch": self._batch, "parts": parts}, tensors
+
+    def restore(self, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Go on from a :meth:`state` of the same layers and arguments."""
+        self._samples, self._batch = header["samples"], header["batch"]
+        for i, part in enumerate(header["parts"]):
+            kind, leader = part["kind"], next(iter(part["calls"]))
+            side = "output" if kind == "output_gradients" else self._sides[leader]
+            if kind == "activations":
+                sums = self._new_sums(leader, side, self._dtype, side)
+                self._activations |= dict.fromkeys(part["calls"], sums)
+            else:
+                of = self._output_gradients if kind == "output_gradients" else self._token_weighted
+                what = "output gradient" if kind == "output_gradients" else f"token-weighted {side}"
+                sums = self._sums_of_loss(of, leader, side, what)
+            sums.calls, sums.moments.count = dict(part["calls"]), part["count"]
+            sums.sampler.calls, sums.sampler.seen = part["draws"]
+            moments, device = sums.moments, sums.moments.total.device
+            packed = tensors[f"{i}.second_moment"].to(device)
+            moments.second_moment.copy_(from_lower_triangle(packed, moments.total.shape[-1]))
+            moments.total.copy_(tensors[f"{i}.total"])
+            moments.shift = tensors[f"{i}.shift"].to(device) if part["shifted"] else None
+        self._touched.clear()
 
     def finish(self, skipped: Mapping[str, str]) -> Covariances:
         """Mirror the triangles, subtract biases from streamed outputs, and return the sums.
@@ -192,7 +264,15 @@ class Recorder:
         for sums in [*self._output_gradients.values(), *self._token_weighted.values()]:
             covariance_finalize_(sums.moments.second_moment)
         for sums in self._output_gradients.values():
+            if sums.sampler.share < 1:  # sums over all rows of a sample, estimated from the chosen ones
+                scale = sums.sampler.seen / max(sums.moments.count, 1)
+                sums.moments.second_moment, sums.moments.total = (
+                    part.mul_(scale) for part in (sums.moments.second_moment, sums.moments.total)
+                )
             sums.moments.count = self._samples
+        for _, sums in self._all_sums():
+            if not has_float64(sums.moments.total.device):
+                sums.moments.to_cpu_()
 
         def moments(of: Mapping[str, _Sums], fqn: str) -> Moments | None:
             return of[fqn].moments if fqn in of else None
@@ -207,11 +287,8 @@ class Recorder:
             for fqn in self._layers
             if fqn in self._activations and self._activations[fqn].moments.count
         }
-        if not layers and rank_and_world()[1] == 1:  # other processes may hold all rows
-            raise ValueError(
-                "no row reached a layer: the batches are empty, the mask leaves no position, or the model calls none "
-                "of the layers that filter_fn keeps."
-            )
+        if not layers and not self.partial and rank_and_world()[1] == 1:  # other processes may have rows
+            raise ValueError(NO_ROWS)
         return Covariances(layers, tuple(fqn for fqn in self._layers if fqn not in layers), skipped)
 
     def check_finite(self) -> None:
@@ -246,12 +323,15 @@ class Recorder:
         self.check_finite()
         if not self._batch:
             self._part_lagging()
+            for sums in self._activations.values():
+                sums.forget_before()
         self._in_forward = False
         self._batch += 1
 
     def _see_input(self, fqn: str, layer: nn.Module, x: Tensor, dtype: torch.dtype) -> None:
         if self._in_backward or self._is_foreign() or not isinstance(x, Tensor):  # the layer raises
             return
+        _check_activation(fqn, x)
         sums = self._sums_of_input(fqn, layer, x, dtype)
         if not self._batch:  # in the first forward layers may turn out to share some of their inputs only
             self._part(sums, sums.parting(fqn, x))
@@ -277,7 +357,7 @@ class Recorder:
         if self._in_backward or self._is_foreign():
             return
         if fqn not in self._activations:
-            self._activations[fqn] = _Sums(fqn, layer, "output", dtype, "output")
+            self._activations[fqn] = self._new_sums(fqn, "output", dtype, "output")
         sums = self._touched[fqn] = self._activations[fqn]
         with torch.no_grad():
             if is_conv(layer):
@@ -294,7 +374,7 @@ class Recorder:
         if fqn not in self._activations:
             leader = self._leader_of(fqn, layer, x) if self._share else None
             if leader is None:
-                leader = _Sums(fqn, layer, "input", dtype, "input")
+                leader = self._new_sums(fqn, "input", dtype, "input")
             else:
                 leader.join(fqn)
             self._activations[fqn] = leader
@@ -328,48 +408,54 @@ class _Sums:
         groups, in_features, out_features = dimensions(layer)
         features = in_features if side == "input" else out_features
         device = layer.get_parameter("weight").device
+        dtype = dtype if has_float64(device) else torch.float32
         with torch.inference_mode(False):  # sums created in inference mode could not be updated outside it
             self.moments = Moments.zeros((features,) if groups == 1 else (groups, features), dtype, device)
-        self._calls = {leader: 0}
+        self.calls = {leader: 0}
         self._last: weakref.ref[Tensor] | None = None
         self._last_version = 0
+        self.sampler = Sampler(1.0, "")
         self._before: Moments | None = None  # the leader's latest call, if it had called before in the first forward
 
     def join(self, fqn: str) -> None:
         """Add ``fqn`` to the consumers."""
-        self._calls[fqn] = 0
+        self.calls[fqn] = 0
 
     def has_only_seen(self, x: Tensor) -> bool:
         """Whether the leader was called once so far, with ``x``."""
-        return self._calls[self.leader] == 1 and self._is_last(x)
+        return self.calls[self.leader] == 1 and self._is_last(x)
 
     def parting(self, fqn: str, x: Tensor) -> list[str]:
         """The layers that receive other tensors from this call of ``fqn`` on."""
         if fqn == self.leader:
             return self.lagging()
-        calls, leader_calls = self._calls[fqn], self._calls[self.leader]
+        calls, leader_calls = self.calls[fqn], self.calls[self.leader]
         if self._is_last(x) and calls + 1 == leader_calls:
             return []
         return [fqn] if calls == leader_calls or fqn in self.lagging() else []
 
     def lagging(self) -> list[str]:
         """The layers that did not receive the leader's latest tensor, where the moments before it are known."""
-        behind = [fqn for fqn, calls in self._calls.items() if calls == self._calls[self.leader] - 1]
+        behind = [fqn for fqn, calls in self.calls.items() if calls == self.calls[self.leader] - 1]
         return behind if self._before is not None else []
 
     def of_its_own(self, fqn: str, layer: nn.Module) -> _Sums:
         """Take a follower out, with what it has received."""
-        calls = self._calls.pop(fqn)
-        moments = self.moments if self._before is None or calls == self._calls[self.leader] else self._before
+        calls = self.calls.pop(fqn)
+        moments = self.moments if self._before is None or calls == self.calls[self.leader] else self._before
         own = _Sums(fqn, layer, "input", self.moments.total.dtype, self.what)
-        own.moments, own._calls = copy.deepcopy(moments), {fqn: calls}
+        own.moments, own.calls, own.sampler = copy.deepcopy(moments), {fqn: calls}, copy.copy(self.sampler)
         return own
 
     def keep_before(self, fqn: str) -> None:
         """Keep the moments before another call of the leader until all followers have received its tensor."""
         if fqn == self.leader:
-            shared = len(self._calls) > 1 and self._calls[fqn] > 0
+            shared = len(self.calls) > 1 and self.calls[fqn] > 0
             self._before = copy.deepcopy(self.moments) if shared else None
+
+    def forget_before(self) -> None:
+        """End of the first forward: layers part no more."""
+        self._before = None
 
     def is_repeated(self, fqn: str, x: Tensor) -> bool:
         """Count the call; True if the leader has added this tensor already.
@@ -380,15 +466,15 @@ class _Sums:
         if fqn == self.leader:
             self.check_followers()
             self._last, self._last_version = weakref.ref(x), 0 if x.is_inference() else x._version
-        elif not self._is_last(x) or self._calls[fqn] + 1 != self._calls[self.leader]:
+        elif not self._is_last(x) or self.calls[fqn] + 1 != self.calls[self.leader]:
             raise ValueError(self._diverged(fqn))
-        self._calls[fqn] += 1
+        self.calls[fqn] += 1
         return fqn != self.leader
 
     def check_followers(self) -> None:
         """Raise if a follower missed the leader's last call."""
-        for fqn, calls in self._calls.items():
-            if calls != self._calls[self.leader]:
+        for fqn, calls in self.calls.items():
+            if calls != self.calls[self.leader]:
                 raise ValueError(self._diverged(fqn))
 
     def update(self, rows: Tensor) -> None:
@@ -402,6 +488,8 @@ class _Sums:
             )
         if not self.moments.count and not self.of_loss:  # gradients are never centered
             self.moments.shift = shift_of(rows.reshape(-1, *total.shape), total.dtype)
+        if self.sampler.share < 1:
+            rows = self.sampler.of(rows.reshape(-1, total.numel()))
         shift, parts = self.moments.shift, (rows,)
         if shift is not None:
             parts = rows.reshape(-1, total.numel()).split(max(1, MAX_ELEMENTS // total.numel()))
@@ -422,7 +510,7 @@ class _Sums:
             "padding": over_images(padding, 0),
             "dilation": over_images(layer.dilation, 1),
         }
-        positions = math.prod(output_size(x.shape[2:], **settings))
+        height, width = output_size(x.shape[2:], **settings)
         second_moment, total = self.moments.second_moment, self.moments.total
         features, kernel = total.shape[-1], math.prod(layer.kernel_size)
         if not self.moments.count:
@@ -434,8 +522,17 @@ class _Sums:
             x = F.pad(x, (horizontal, horizontal, vertical, vertical))  # zeros are shifted as well
             x = x - self.moments.shift.view(-1, kernel)[:, :1].unsqueeze(-1)
             settings["padding"] = (0, 0)
+        if self.sampler.share < 1:  # of the lines of the outputs
+            vertical, horizontal = settings["padding"]
+            chosen = self.sampler.choose(x.shape[0] * height)
+            assert chosen is not None
+            chosen = chosen.to(x.device).unsqueeze(1)
+            reach = settings["dilation"][0] * (settings["kernel_size"][0] - 1) + 1
+            lines = chosen % height * settings["stride"][0] + torch.arange(reach, device=x.device)
+            x = F.pad(x, (0, 0, vertical, vertical))[chosen // height, :, lines].transpose(1, 2)
+            height, settings["padding"] = 1, (0, horizontal)
         conv_covariance_update_(second_moment.view(-1, features, features), total.view(-1, features), x, **settings)
-        self.moments.count += x.shape[0] * positions
+        self.moments.count += x.shape[0] * height * width
 
     def is_finite(self) -> Tensor:
         """A boolean scalar on the device of the sums."""
@@ -471,6 +568,16 @@ def shift_of(rows: Tensor, dtype: torch.dtype) -> Tensor | None:
     large = mean.abs() > SHIFT_RATIO * deviation  # false for NaN
     mean = torch.where(large, mean, 0).to(rows.dtype)
     return mean.to(dtype if rows.device.type == "cpu" else rows.dtype) if bool(large.any()) else None
+
+
+def _check_activation(fqn: str, x: Tensor) -> None:
+    """Raise ValueError for the input of a layer that no rows can be read from."""
+    dense = x.layout in (torch.strided, torch.jagged)
+    if not dense or not x.dim() or x.is_meta or not x.is_floating_point():
+        raise ValueError(
+            f"layer {fqn!r} received a tensor of {x.dtype} and shape {tuple(x.shape)}, {x.layout}, on {x.device}; it "
+            "must be a dense float tensor with values, of at least one dimension. Check the batches."
+        )
 
 
 def _remove_bias(moments: Moments, layer: nn.Module) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from copy import deepcopy
+import contextlib
+import copy
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +28,6 @@ class NonFiniteActivationError(ValueError):
     """NaN or inf in an activation or a gradient during calibration; the message names the layer and the batch."""
 
 
-@dataclass
 class Moments:
     """First and second moments of rows, as sums about a shift.
 
@@ -40,16 +42,74 @@ class Moments:
         shift: of the shape of ``total``, any float dtype; None is zero.
     """
 
-    second_moment: Tensor
-    total: Tensor
-    count: int = 0
     shift: Tensor | None = None
+
+    def __init__(self, second_moment: Tensor, total: Tensor, count: int = 0, shift: Tensor | None = None) -> None:
+        self._stored = second_moment  # or its lower triangle, after pack_
+        self.total, self.count, self.shift = total, count, shift
+        self._place: str | None = None
+
+    def __repr__(self) -> str:
+        place = f", packed in {self._place or 'memory'}" if self.is_packed else ""
+        return f"Moments({tuple(self.total.shape)}, {self.total.dtype}, count={self.count}{place})"
 
     @classmethod
     def zeros(cls, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Moments:
         """Empty sums for rows of ``shape``, (features,) or (groups, features)."""
         second_moment = torch.zeros(*shape, shape[-1], dtype=dtype, device=device)
         return cls(second_moment, torch.zeros(shape, dtype=dtype, device=device))
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether only the lower triangle is stored; ``second_moment`` is then a new tensor each time."""
+        return self._stored.dim() == self.total.dim()
+
+    @property
+    def second_moment(self) -> Tensor:
+        return from_lower_triangle(self._stored, self.total.shape[-1]) if self.is_packed else self._stored
+
+    @second_moment.setter
+    def second_moment(self, value: Tensor) -> None:
+        if self.is_packed:
+            self._stored.copy_(lower_triangle(value))
+        else:
+            self._stored = value
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is stored, by name."""
+        found = {"second_moment": self._stored, "total": self.total}
+        return found if self.shift is None else found | {"shift": self.shift}
+
+    def pack_(self, place: str | None) -> None:
+        """Store the lower triangle only: where it is (None), in the CPU's memory (``"cpu"``), or on the ``"disk"``.
+
+        The file there is in the folder of temporary files (TMPDIR), and vanishes with these moments.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        self._stored = self._stored if self.is_packed else lower_triangle(self._stored)
+        if place is not None:
+            self.to_cpu_()
+        self._stored, self._place = _in_file(self._stored) if place == "disk" else self._stored, place
+
+    def to_cpu_(self) -> None:
+        """Move the sums to the CPU."""
+        self._stored, self.total = self._stored.cpu(), self.total.cpu()
+        self.shift = None if self.shift is None else self.shift.cpu()
+
+    def equals(self, other: Moments) -> bool:
+        """Whether both hold the same sums, in the same form."""
+        mine, others = self.tensors(), other.tensors()
+        if self.count != other.count or mine.keys() != others.keys() or self.total.device != other.total.device:
+            return False
+        return all(torch.equal(mine[name], others[name]) for name in ("total", *mine))
+
+    def with_count(self, count: int) -> Moments:
+        """The same sums, of another number of rows."""
+        other = copy.copy(self)
+        other.count = count
+        return other
 
     @property
     def offset(self) -> Tensor:
@@ -64,7 +124,14 @@ class Moments:
     @property
     def mean_square(self) -> Tensor:
         """E[(x - shift)^2], float64: what the rounding of the sums is relative to."""
-        return self.second_moment.diagonal(dim1=-2, dim2=-1).double() / max(self.count, 1)
+        return self._squares.double() / max(self.count, 1)
+
+    @property
+    def _squares(self) -> Tensor:
+        if not self.is_packed:
+            return self._stored.diagonal(dim1=-2, dim2=-1)
+        rows = torch.arange(1, self.total.shape[-1] + 1, device=self._stored.device)
+        return self._stored[..., rows * (rows + 1) // 2 - 1]
 
     @property
     def rounding(self) -> float:
@@ -107,47 +174,62 @@ class Moments:
 
     def check(self) -> None:
         """Raise ValueError for what no rows have as their sums; the message has no subject."""
-        second_moment, total, count = self.second_moment, self.total, self.count
+        stored, total, count = self._stored, self.total, self.count
         if isinstance(count, bool) or not isinstance(count, int) or count < 0:
             raise ValueError(f"has count {count!r}, which is not a number of rows")
-        if second_moment.dtype != total.dtype or total.dtype not in (torch.float32, torch.float64):
+        if stored.dtype != total.dtype or total.dtype not in (torch.float32, torch.float64):
             raise ValueError(
-                f"has a second_moment of {second_moment.dtype} and a total of {total.dtype}; both must be float64, or "
+                f"has a second_moment of {stored.dtype} and a total of {total.dtype}; both must be float64, or "
                 "both float32"
             )
-        if total.dim() not in (1, 2) or second_moment.shape != (*total.shape, total.shape[-1]):
+        features = total.shape[-1] if total.dim() in (1, 2) else -1
+        if stored.shape not in ((*total.shape, features), (*total.shape[:-1], features * (features + 1) // 2)):
             raise ValueError(
-                f"has a second_moment of shape {tuple(second_moment.shape)} and a total of {tuple(total.shape)}; they "
+                f"has a second_moment of shape {tuple(stored.shape)} and a total of {tuple(total.shape)}; they "
                 "must be (features, features) and (features,), with groups before both"
             )
-        shift = total if self.shift is None else self.shift
-        if shift.shape != total.shape or not shift.is_floating_point():
-            raise ValueError(
-                f"has a shift of shape {tuple(shift.shape)} and {shift.dtype}; it must be a float tensor of shape "
-                f"{tuple(total.shape)}"
-            )
-        for name, sums in (("second_moment", second_moment), ("total", total), ("shift", shift)):
+        for name, sums in self.tensors().items():
+            if name == "shift" and (sums.shape != total.shape or not sums.is_floating_point()):
+                raise ValueError(
+                    f"has a shift of shape {tuple(sums.shape)} and {sums.dtype}; it must be a float tensor of shape "
+                    f"{tuple(total.shape)}"
+                )
             if not bool(sums.isfinite().all()):
                 raise ValueError(f"has NaN or inf in its {name}")
-        if bool((second_moment.diagonal(dim1=-2, dim2=-1) < 0).any()):
+        if bool((self._squares < 0).any()):
             raise ValueError("has a negative sum of squares in its second_moment")
 
     def plus(self, other: Moments) -> Moments:
         """The sums over the rows of both, in the dtype of this one."""
         shift = _common_shift([self, other])
         mine, others = self.about(shift), other.about(shift)
-        return Moments(
-            mine.second_moment + others.second_moment.to(self.second_moment),
-            mine.total + others.total.to(self.total),
-            self.count + other.count,
-            shift,
-        )
+        second_moment = mine.second_moment + others.second_moment.to(self.total)
+        found = Moments(second_moment, mine.total + others.total.to(self.total), self.count + other.count, shift)
+        if self.is_packed:
+            found.pack_(self._place)
+        return found
 
 
 def _add_outer(matrices: Tensor, rows: Tensor, alpha: float) -> None:
     """Add alpha x x^T of each row x to each matrix, in place."""
     for matrix, row in [(matrices, rows)] if rows.dim() == 1 else zip(matrices, rows, strict=True):
         matrix.addr_(row, row, alpha=alpha)
+
+
+def _in_file(tensor: Tensor) -> Tensor:
+    """A copy in a file that is mapped into memory, and has no name where the system allows that."""
+    if not tensor.numel():
+        return tensor
+    handle, name = tempfile.mkstemp(prefix="lowrank_ops_", suffix=".sums")
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(handle, 0, tensor.nbytes)  # a full disk is an error here, and a crash in the mapping
+        mapped = torch.from_file(name, shared=True, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
+        return mapped.copy_(tensor)
+    finally:
+        os.close(handle)
+        with contextlib.suppress(OSError):
+            os.unlink(name)
 
 
 def lower_triangle(matrices: Tensor) -> Tensor:
@@ -216,7 +298,7 @@ class LayerStatistics:
 
     def dtypes(self) -> dict[str, torch.dtype]:
         """``{field: dtype of its sums}``."""
-        return {name: moments.second_moment.dtype for name, moments in self.moments().items()}
+        return {name: moments.total.dtype for name, moments in self.moments().items()}
 
     def check(self) -> None:
         """Raise ValueError for sums that no rows have; the message begins with the field."""
@@ -285,8 +367,20 @@ class Covariances(Mapping[str, LayerStatistics]):
 
     def memory(self) -> int:
         """Bytes held by all moments, each shared one counted once."""
-        tensors = (tensor for moments in self._distinct() for tensor in (moments.second_moment, moments.total))
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return sum(tensor.nbytes for moments in self._distinct() for tensor in moments.tensors().values())
+
+    def share_equal_(self, earlier: Iterable[Covariances]) -> None:
+        """Let inputs that earlier statistics hold as well share their moments with these."""
+        known = [layer.activations for part in earlier for layer in part.values() if layer.side == "input"]
+        for fqn, layer in self.items():
+            if layer.side == "input":
+                same = next((one for one in known if one.equals(layer.activations)), layer.activations)
+                self._layers[fqn] = replace(layer, activations=same)
+
+    def pack_(self, place: str | None) -> None:
+        """:meth:`Moments.pack_` for all moments, one after another."""
+        for moments in self._distinct():
+            moments.pack_(place)
 
     @checked()
     def merge(self, other: Covariances) -> Covariances:
@@ -300,13 +394,14 @@ class Covariances(Mapping[str, LayerStatistics]):
             union = _Union(mine)
         except ValueError as error:
             raise ValueError(
-                f"other {error}. Calibrate both with the same model, filter_fn, side, sensitivity and token_weights."
+                f"other and this one {error}. Calibrate both with the same model, filter_fn, side, sensitivity and "
+                "token_weights."
             ) from None
         merged = {}
         for key, count in union.counts.items():
             found = [part[index] for part, index in zip(parts, key.indices, strict=True) if index is not None]
             total = found[0] if len(found) == 1 else found[0].plus(found[1])
-            merged[key] = replace(total, count=count)
+            merged[key] = total.with_count(count)
         return Covariances(union.layers(merged), union.unreached, self.skipped)
 
     def all_reduce_(self, group: torch.distributed.ProcessGroup | None = None) -> Covariances:
@@ -327,7 +422,7 @@ class Covariances(Mapping[str, LayerStatistics]):
             union = _Union(contents, same_dtype=True)
         except ValueError as error:
             raise ValueError(
-                f"all_reduce_: a process {error}. Calibrate every process with the same arguments."
+                f"all_reduce_: the processes {error}. Calibrate every process with the same arguments."
             ) from None
         distinct, rank = self._distinct(), torch.distributed.get_rank(group)
         device = distinct[0].total.device if distinct else _device_of(group)
@@ -338,17 +433,19 @@ class Covariances(Mapping[str, LayerStatistics]):
             if index is None:
                 mine = Moments.zeros(*union.shape_and_dtype(key), device)
             else:
-                mine = deepcopy(distinct[index]) if index in used else distinct[index]
+                mine = copy.deepcopy(distinct[index]) if index in used else distinct[index]
                 used.add(index)
             if union.is_shifted(key):
                 common = torch.zeros_like(mine.total, dtype=torch.float64)
                 if mine.shift is not None:
                     common += mine.shift.double() * (mine.count / max(count, 1))
                 torch.distributed.all_reduce(common, group=group)
-                vars(mine).update(vars(mine.about(common)))
-            for tensor in (mine.second_moment, mine.total):
+                about = mine.about(common)
+                mine.second_moment, mine.total, mine.shift = about.second_moment, about.total, about.shift
+            second_moment = mine.second_moment
+            for tensor in (second_moment, mine.total):
                 torch.distributed.all_reduce(tensor, group=group)
-            mine.count = count
+            mine.second_moment, mine.count = second_moment, count
             reduced[key] = mine
         self._layers, self.unreached = union.layers(reduced), union.unreached
         return self
@@ -362,12 +459,11 @@ class Covariances(Mapping[str, LayerStatistics]):
         """
         distinct = self._distinct()
         index = {id(moments): i for i, moments in enumerate(distinct)}
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for i, moments in enumerate(distinct):
-            tensors[f"{i}.second_moment"] = lower_triangle(moments.second_moment)
-            tensors[f"{i}.total"] = moments.total
-            if moments.shift is not None:
-                tensors[f"{i}.shift"] = moments.shift
+            tensors |= {f"{i}.{name}": tensor for name, tensor in moments.tensors().items()}
+            if not moments.is_packed:
+                tensors[f"{i}.second_moment"] = lower_triangle(moments.second_moment)
         header = {
             "format": _FORMAT,
             "counts": [moments.count for moments in distinct],
@@ -492,7 +588,7 @@ class _Union:
         for what in ("samples", "token_weights"):
             if len({getattr(part, what) in (None, False) for part in parts if part.layers}) > 1:
                 name = "output gradients" if what == "samples" else "token weights"
-                raise ValueError(f"holds no {name}, and another one does")
+                raise ValueError(f"must all hold {name}, or none; some do")
         samples = sum(part.samples or 0 for part in parts)
         wrong = []
         for fqn in _merged_order([list(part.layers) for part in parts]):

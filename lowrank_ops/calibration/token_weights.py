@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..models.layers import Conv, images, is_conv, pad_input, patches
 from ..models.masks import real_rows
 from ..ops import covariance_update_
+from .sampling import Sampler
 from .statistics import Moments
 
 MAX_ELEMENTS = 1 << 24  # of a convolution's patches, or of rows in the dtype of the sums, in memory at a time
@@ -33,7 +34,15 @@ class SavedActivation:
         self._values = saved.clone() if side == "output" or saved.is_inference() else saved
         self._version = None if self._values.is_inference() else self._values._version
 
-    def add_to(self, moments: Moments, fqn: str, layer: nn.Module, gradient: Tensor, mask: Tensor | None) -> None:
+    def add_to(
+        self,
+        moments: Moments,
+        fqn: str,
+        layer: nn.Module,
+        gradient: Tensor,
+        mask: Tensor | None,
+        sampler: Sampler | None = None,
+    ) -> None:
         """Add the rows to ``moments``, with token weights from their gradients.
 
         Args:
@@ -42,6 +51,7 @@ class SavedActivation:
             layer: the layer that was called.
             gradient: of its output, in the output's shape.
             mask: of the forward.
+            sampler: chooses rows; None takes all.
 
         Raises:
             ValueError: the input was changed in place after the call.
@@ -56,7 +66,7 @@ class SavedActivation:
         values = self._values.detach()
         if not is_conv(layer):
             weights = token_weights(layer, gradient, mask)
-            add_weighted(moments, real_rows(values, mask), weights.unsqueeze(-1))
+            add_weighted(moments, real_rows(values, mask), weights.unsqueeze(-1), sampler)
             return
         weights = _conv_weights(images(layer, gradient), layer.groups)  # (samples, height, width, groups)
         values = images(layer, _padded(layer, values) if self._side == "input" else values)
@@ -69,7 +79,7 @@ class SavedActivation:
                     rows = _patches(layer, part, first, band.shape[1])
                 else:
                     rows = part[:, :, first : first + lines].movedim(1, -1)
-                add_weighted(moments, rows, band.flatten(0, -2))
+                add_weighted(moments, rows, band.flatten(0, -2), sampler)
 
 
 def _padded(layer: Conv, x: Tensor) -> Tensor:
@@ -134,8 +144,12 @@ def relative_squares(gradient: Tensor, mask: Tensor | None = None) -> Tensor:
     return torch.where(nonzero.unsqueeze(1), squares / mean, 1.0).view(gradient.shape[:-1])
 
 
-def add_weighted(moments: Moments, rows: Tensor, weights: Tensor) -> None:
-    """Add rows (..., groups * features) with weights (rows, groups), whose mean is 1."""
+def add_weighted(moments: Moments, rows: Tensor, weights: Tensor, sampler: Sampler | None = None) -> None:
+    """Add rows (..., groups * features) with weights (rows, groups) of mean 1; those that ``sampler`` chooses."""
+    chosen = None if sampler is None else sampler.choose(len(weights))
+    if chosen is not None:
+        chosen = chosen.to(rows.device)
+        rows, weights = rows.reshape(-1, moments.total.numel())[chosen], weights[chosen]
     moment, total = moments.second_moment, moments.total
     groups, features = total.numel() // total.shape[-1], total.shape[-1]
     dtype = rows.dtype

@@ -45,7 +45,7 @@ examples:
   a language model of transformers, on texts with empty lines between them
     lowrank-ops compress --model hf:my-model --calibration text:texts.txt --sensitivity fisher --budget 0.7 \\
         --out smaller
-  a vision model of timm, on a folder of images; after an interruption, the same command goes on
+  a vision model of timm, on a folder of images; after an interruption, the same command resumes
     lowrank-ops compress --model timm:vit_small_patch16_224 --calibration images:photos --out smaller --resume
   keep half of the layers' parameters, loss-aware
     lowrank-ops compress --model my_project:build_model --calibration my_project:batches --sensitivity fisher \\
@@ -167,6 +167,8 @@ def run(options: argparse.Namespace) -> Result:
                     mask=options.mask,
                     side=options.side,
                     sensitivity=options.sensitivity,
+                    max_memory=options.max_memory,
+                    offload=options.offload,
                     progress=True,
                 ),
             )

@@ -59,14 +59,23 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
         help="argument of the model that is nonzero at real tokens (for text:FILE: attention_mask)",
     )
     parser.add_argument(
-        "--side", choices=["auto", "input", "output"], default="auto",
-        help="record the layers' inputs, their outputs, or (auto) the inputs of all but wide layers (default: auto)",
+        "--side", choices=["auto", "input", "output", "smaller"], default="auto",
+        help="record the layers' inputs, their outputs, the narrower of both, enough for compression by output or "
+        "loss, or (auto) the inputs of all but wide layers (default: auto)",
     )  # fmt: skip
     parser.add_argument(
         "--sensitivity", choices=["fisher", "output", "pooled"],
         help="also record output gradients, which make loss-aware compression the default: fisher, with labels drawn "
         "from the logits; output, for models without logits; pooled, for outputs that are averaged over the positions",
     )  # fmt: skip
+    parser.add_argument(
+        "--max-memory", metavar="BYTES",
+        help="of the sums on each device, such as 8GB; more take several runs of the batches (default: half of the "
+        "free memory)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--offload", choices=["cpu", "disk"], help="where finished sums are kept (default: where they fit)"
+    )
 
 
 def calibrated(
@@ -93,7 +102,14 @@ def calibrated(
             batches = load_batches(options, model)
             with failing_as("calibration"):
                 return calibrate(
-                    model, batches, mask=options.mask, side=options.side, sensitivity=options.sensitivity, progress=True
+                    model,
+                    batches,
+                    mask=options.mask,
+                    side=options.side,
+                    sensitivity=options.sensitivity,
+                    max_memory=options.max_memory,
+                    offload=options.offload,
+                    progress=True,
                 )
 
         covariances = measure() if measured is None else measured(model, measure)

@@ -1,4 +1,4 @@
-"""Results of the long steps of a command, in a folder that a later run of the same command goes on from."""
+"""Results of the long steps of a command, in a folder that a later run of the same command resumes from."""
 
 from __future__ import annotations
 

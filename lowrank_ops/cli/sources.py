@@ -66,7 +66,7 @@ def named_batches(options: argparse.Namespace, model: nn.Module) -> Batches | No
 
 
 class Batches:
-    """Batches that are prepared when they are asked for, each time anew."""
+    """Batches that are prepared in every iteration."""
 
     def __init__(self, items: list[Any], size: int, prepare: Callable[[list[Any]], Any]) -> None:
         self._items, self._size, self._prepare = items, size, prepare

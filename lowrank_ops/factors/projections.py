@@ -187,7 +187,7 @@ def _utilized_sizes(input_spectrum: Tensor, output_spectrum: Tensor, rank: int) 
 
 def _bias(spaces: LayerSubspaces, down: Tensor, up: Tensor, left: Tensor | None, projection: str) -> Tensor | None:
     """b' = b + (W - W') mu, which makes the mean output exact; the SVD of the weight ignores the data."""
-    bias = None if spaces.bias is None else spaces.bias.double()
+    bias = None if spaces.bias is None else spaces.bias.to(spaces.device, torch.float64)
     if not spaces.centered or projection == "weight":
         return bias
     if left is not None:

@@ -6,6 +6,7 @@ and the layer stays low-rank. Importing this module registers it with PEFT; ``lo
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 from typing import Any
@@ -142,10 +143,25 @@ def _set_factors(layer: LowRankLayer, down: Tensor, up: Tensor) -> None:
 
 def _check(config: PeftConfig, model: nn.Module) -> None:
     """Refuse what LoRA on low-rank layers cannot do, before PEFT changes the model."""
+    fields = [field.name for field in dataclasses.fields(config) if field.metadata.get("is_lora_variant")]
+    variants = [name for name in fields if name != "use_dora" and getattr(config, name)]
     for fqn, module in model.named_modules():
         layer = module.get_base_layer() if isinstance(module, _Adapter) else module
-        if not isinstance(layer, LowRankLayer) or not tuners_utils.check_target_module_exists(config, fqn):
+        if not isinstance(layer, LowRankLayer):
             continue
+        for parameter in getattr(config, "target_parameters", None) or ():
+            if any(f".{fqn}.{name}".endswith(f".{parameter}") for name in ("down", "up", "bias")):
+                raise ValueError(
+                    f"target_parameters names {parameter!r} of the low-rank layer {fqn!r}, whose factors are not "
+                    "adapted one by one; name the layer in target_modules."
+                )
+        if not tuners_utils.check_target_module_exists(config, fqn):
+            continue
+        if variants:
+            raise ValueError(
+                f"layer {fqn!r} is low-rank, where of PEFT's variants of LoRA only use_dora is supported; got "
+                f"{', '.join(variants)}."
+            )
         if config.init_lora_weights not in _INITIALIZATIONS:
             raise ValueError(
                 f"init_lora_weights={config.init_lora_weights!r} computes or writes the dense weight of layer {fqn!r}, "

@@ -87,8 +87,8 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         if unloaded:
             raise CheckpointError(f"the checkpoint lacks {', '.join(unloaded)}; save the model again.")
         # An ordinary float model, which may be cast, trained and saved as such.
-        del model.hf_quantizer, model.quantization_method
-        model.is_quantized = False
+        for name in ("hf_quantizer", "quantization_method", "is_quantized"):
+            vars(model).pop(name, None)
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
                 vars(module.config).pop("_is_quantized", None)
@@ -110,10 +110,6 @@ def _names_in(model: Any, entries: Mapping[str, Any]) -> dict[str, Any]:
 def _choices(model: Any, fqn: str) -> tuple[str, str, str]:
     prefix = f"{model.base_model_prefix}."
     return fqn, prefix + fqn, fqn.removeprefix(prefix)
-
-
-def _lowrank_layers(model: nn.Module) -> dict[str, LowRankLayer]:
-    return {fqn: module for fqn, module in model.named_modules() if isinstance(module, LowRankLayer)}
 
 
 def _describe(model: PreTrainedModel) -> None:
@@ -174,23 +170,24 @@ def model_card(model: nn.Module) -> str:
         >>> print(model_card(torch.nn.Sequential(lro.LowRankLinear(64, 32, rank=8))))
         ## Low-rank layers
         <BLANKLINE>
-        1 layers of this model are products of two low-rank factors, computed by `lowrank_ops` ...
-        They hold 800 parameters, 38.5% of the 2,080 of the dense layers.
-        Ranks are 8 to 8, median 8; `config.json` lists them.
+        - Layers that are products of two low-rank factors, by `lowrank_ops` ...: 1
+        - Their parameters: 800, 38.5% of the 2,080 of the dense layers
+        - Their ranks: 8 to 8, median 8; `config.json` lists them
         ...
     """
-    layers = _lowrank_layers(model)
+    layers = [layer for layer in model.modules() if isinstance(layer, LowRankLayer)]
     if not layers:
         raise ValueError("model has no low-rank layers to describe; call compress_ first.")
-    held = sum(parameter.numel() for layer in layers.values() for parameter in layer.parameters(recurse=False))
-    dense = sum(layer.weight.numel() + (0 if layer.bias is None else layer.bias.numel()) for layer in layers.values())
-    ranks = sorted(layer.rank for layer in layers.values())
+    held = sum(parameter.numel() for layer in layers for parameter in layer.parameters(recurse=False))
+    dense = sum(layer.weight.numel() + (0 if layer.bias is None else layer.bias.numel()) for layer in layers)
+    ranks = sorted(layer.rank for layer in layers)
     return f"""\
 ## Low-rank layers
 
-{len(layers)} layers of this model are products of two low-rank factors, computed by `lowrank_ops` {__version__}.
-They hold {held:,} parameters, {held / dense:.1%} of the {dense:,} of the dense layers.
-Ranks are {ranks[0]} to {ranks[-1]}, median {ranks[len(ranks) // 2]}; `config.json` lists them.
+- Layers that are products of two low-rank factors, by `lowrank_ops` {__version__}: {len(layers)}
+- Their parameters: {held:,}, {held / dense:.1%} of the {dense:,} of the dense layers
+- Their ranks: {ranks[0]} to {ranks[-1]}, median {ranks[len(ranks) // 2]}; `config.json` lists them
+
 Loading needs the package:
 
 ```python

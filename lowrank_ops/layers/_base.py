@@ -13,7 +13,7 @@ from torch.compiler import is_dynamo_compiling
 from ..calibration.statistics import LayerStatistics, Moments
 from ..config import PROJECTIONS, check_choice
 from ..factors.projections import Factors, factorize, rounded
-from ..models.layers import dimensions, weight_matrix
+from ..models.layers import dimensions, find_layers, weight_matrix, with_values
 from ..ranks.costs import stored_rank
 from ..subspaces.layer import LayerSubspaces
 from .weight import ProductWeight, lost_write
@@ -104,6 +104,10 @@ def factorize_layer(
     layer: nn.Module, rank: int, statistics: LayerStatistics | None, projection: str | None, centered: bool
 ) -> Factors:
     """Factors of one dense layer from its calibration statistics, or by truncated SVD of its weight without them."""
+    found, skipped = find_layers(layer)
+    skipped |= with_values(found)[1]
+    if "" in skipped:
+        raise ValueError(f"a {type(layer).__name__} cannot be factorized: {skipped['']}.")
     _, in_features, out_features = dimensions(layer)
     check_rank(rank, in_features, out_features)
     check_choice("projection", projection, (None, *PROJECTIONS))

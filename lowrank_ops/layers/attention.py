@@ -67,7 +67,22 @@ class SeparateAttention(nn.Module):
             query, key, value = q, q if key is query else k, q if value is query else v
             if not batched and key_padding_mask is not None:
                 key_padding_mask = key_padding_mask.unsqueeze(0)
-        batch = len(query)
+        batch, length, _ = query.shape
+        if list(key.shape[:2]) != [batch, key.shape[1]] or list(value.shape[:2]) != list(key.shape[:2]):
+            raise ValueError(
+                f"query, key and value must be of one batch, and key and value of one length; batch first they are "
+                f"{list(query.shape)}, {list(key.shape)} and {list(value.shape)}."
+            )
+        if key_padding_mask is not None and list(key_padding_mask.shape) != list(key.shape[:2]):
+            raise ValueError(
+                f"key_padding_mask must have shape {list(key.shape[:2])}, batch and keys; got "
+                f"{list(key_padding_mask.shape)}."
+            )
+        if attn_mask is not None:
+            two = [length, key.shape[1]]
+            three = [batch * self.num_heads, length, key.shape[1]]
+            if list(attn_mask.shape) != two and list(attn_mask.shape) != three:
+                raise ValueError(f"attn_mask must have shape {two} or {three}; got {list(attn_mask.shape)}.")
         # As in torch: the hint replaces the mask where nothing else has to be masked and no weights are returned.
         is_causal = is_causal and key_padding_mask is None and not need_weights
         mask: Tensor | None = None
@@ -142,6 +157,8 @@ def convert_attention_(model: nn.Module) -> nn.Module:
         >>> list(lro.calibrate(model, [torch.randn(8, 16, 64)]))[:4]
         ['self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj', 'self_attn.out_proj']
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
     check_not_wrapped(model)
     tied = tied_layers(model)
     found = {module: fqn for fqn, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)}

@@ -78,28 +78,41 @@ class ListedExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """As the fused module: hidden_states (tokens, features), the others (tokens, k); returns (tokens, features)."""
+        if torch.compiler.is_exporting():
+            return self._run_all(hidden_states, top_k_index, top_k_weights)
         output = torch.zeros_like(hidden_states)
         by_slot = top_k_index.T
         for expert in by_slot.unique().tolist():
             if expert < self.num_experts:  # a larger index means no expert
                 slots, tokens = torch.where(by_slot == expert)
-                y = self._run(self.projections(expert), hidden_states, tokens)
+                routed = RoutedRows(tokens, len(hidden_states))
+                y = self._run(self.projections(expert), hidden_states[tokens], routed)
                 y = y * top_k_weights[tokens, slots, None]
                 output.index_add_(0, tokens, y.to(output.dtype))
         if self.pool is not None:
             for expert, tokens in self.pool.missing_rows(top_k_index):
-                y = self._run(self.pool.twins[expert], hidden_states.detach(), tokens)
+                routed = RoutedRows(tokens, len(hidden_states))
+                y = self._run(self.pool.twins[expert], hidden_states[tokens].detach(), routed)
                 if torch.is_grad_enabled():
                     # The output stays as it is, and its gradient reaches the twin as if the router had sent the rows.
                     y = y * top_k_weights[tokens].mean()
                     output = output.index_add(0, tokens, (y - y.detach()).to(output.dtype))
         return output
 
-    def _run(self, projections: Mapping[str, nn.Module], hidden_states: Tensor, tokens: Tensor) -> Tensor:
+    def _run_all(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """The same, with all experts on all tokens: a graph cannot depend on how many tokens go to an expert."""
+        output = torch.zeros_like(hidden_states)
+        for expert in range(self.num_experts):
+            weights = torch.where(top_k_index == expert, top_k_weights, 0).sum(1, keepdim=True)
+            y = self._run(self.projections(expert), hidden_states, None) * weights
+            output = output + torch.where(weights != 0, y, 0).to(output.dtype)
+        return output
+
+    def _run(self, projections: Mapping[str, nn.Module], x: Tensor, routed: RoutedRows | None) -> Tensor:
+        """The output of one expert for its rows (rows, features)."""
         shell: Any = self._shell
         first, down = projections.values()
-        routed = RoutedRows(tokens, len(hidden_states))
-        y = _call(first, hidden_states[tokens], routed)
+        y = _call(first, x, routed)
         y = _call(down, shell._apply_gate(y) if shell.has_gate else shell.act_fn(y), routed)
         return shell.post_expert_norm(y) if shell.has_post_expert_norm else y
 
@@ -220,9 +233,9 @@ def _linear(fused: nn.Module, name: str, expert: int) -> ExpertLinear:
     return ExpertLinear.of(weight.T if fused.is_transposed else weight, bias, weights.requires_grad)
 
 
-def _call(layer: nn.Module, x: Tensor, routed: RoutedRows) -> Tensor:
+def _call(layer: nn.Module, x: Tensor, routed: RoutedRows | None) -> Tensor:
     """Call a projection. Hooks of a dense one find in ``layer.routed`` which rows these are."""
-    if not isinstance(layer, nn.Linear):
+    if routed is None or not isinstance(layer, nn.Linear):
         return layer(x)
     layer.routed = routed  # type: ignore[assignment]
     try:

@@ -198,6 +198,17 @@ def with_values(layers: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Module], 
     return {fqn: layer for fqn, layer in layers.items() if fqn not in without}, without
 
 
+def check_finite(layers: Mapping[str, nn.Module]) -> None:
+    """Raise ValueError for the first layer whose weight or bias holds NaN or inf."""
+    for fqn, layer in layers.items():
+        for name, values in (("weight", weight_matrix(layer)), ("bias", bias_vector(layer))):
+            if values is not None and not bool(values.isfinite().all()):
+                raise ValueError(
+                    f"layer {fqn!r}: its {name} holds NaN or inf; repair the model, or leave the layer out with "
+                    "filter_fn."
+                )
+
+
 def unsupported_weights(model: nn.Module, known: Collection[str]) -> dict[str, str]:
     """``{fqn: reason}`` of modules of other kinds that hold matrices of their own: Embedding, LSTM, fused experts.
 

@@ -39,9 +39,10 @@ class _Rows(NamedTuple):
 
 
 class _Unknown(NamedTuple):
-    """Rows whose mask cannot be told, and why."""
+    """Rows whose mask is unknown, and why."""
 
     reason: str
+    misfit: bool = False  # the mask may be a wrong one
 
 
 _Known = _Rows | _Unknown | None  # None: all rows are real
@@ -54,7 +55,7 @@ class Masks:
     Args:
         model: any module.
         source: as for :func:`lowrank_ops.calibrate`.
-        unmasked_rows: ``"count"`` or ``"error"``, for rows whose mask cannot be told.
+        unmasked_rows: ``"count"`` or ``"error"``, for rows whose mask is unknown.
 
     Raises:
         TypeError: ``source`` is not a mask.
@@ -72,10 +73,10 @@ class Masks:
         self._call: tuple[Mapping[str, Any], tuple[Any, ...], Mapping[str, Any]] | None = None  # of the running forward
         self._output: _Known = None
         self._origins: dict[int, tuple[weakref.ref[Tensor], _Known]] = {}  # by storage
-        self._unknown: dict[str, str] = {}
+        self._unknown: dict[str, _Unknown] = {}
         self._fitted = False
         self._thread = get_ident()
-        self._sequence_first = any(getattr(module, "batch_first", True) is False for module in model.modules())
+        self._sequence_first = any(map(_may_be_sequence_first, model.modules()))
         self._core = _core(self._modules)  # the text model or the decoder, whose rows the outermost module returns
         self._explicit: set[str] = set()
         if source is None:
@@ -116,7 +117,7 @@ class Masks:
             None if all rows count.
 
         Raises:
-            ValueError: the mask cannot be told, and ``unmasked_rows="error"``.
+            ValueError: the mask is unknown, and ``unmasked_rows="error"``.
         """
         if self._source is None or x.is_nested:
             return None  # nn.TransformerEncoder has removed the padding of nested tensors
@@ -158,14 +159,14 @@ class Masks:
         if not self._unknown:
             return None
         by_reason: dict[str, list[str]] = {}
-        for fqn, reason in self._unknown.items():
-            by_reason.setdefault(reason, []).append(fqn or "the output")
+        for fqn, unknown in self._unknown.items():
+            by_reason.setdefault(unknown.reason, []).append(fqn or "the output")
         lines = [
             f"\n  {', '.join(layers[:3])}{f' and {len(layers) - 3} more' if len(layers) > 3 else ''}: {reason}"
             for reason, layers in by_reason.items()
         ]
         return (
-            f"all rows of these layers count, because their mask cannot be told:{''.join(lines)}\nName it with "
+            f"all rows of these layers count, because their mask is unknown:{''.join(lines)}\nName it with "
             "mask={module: name}, or None for a module without padding; unmasked_rows='error' refuses such rows."
         )
 
@@ -237,8 +238,9 @@ class Masks:
                 self._now.pop(fqn, None)
             else:
                 self._now[fqn] = known
+        tensors = [value for name, value in given.items() if isinstance(value, Tensor) and name not in _OTHER_ROWS]
         for name in _OTHER_ROWS:
-            if isinstance(given.get(name), Tensor):
+            if isinstance(given.get(name), Tensor) and not any(given[name] is other for other in tensors):
                 self._note_origin(fqn, name, given[name], given)
 
     def _after(self, fqn: str, output: Any) -> None:
@@ -285,13 +287,14 @@ class Masks:
         if fqn in self._explicit and fqn in self._now:
             return self._now[fqn]
         origin = self._origin(x)
-        if origin is not _INHERIT:
-            return origin
         frame = next((outer for outer in [fqn, *_outer(fqn)] if outer in self._now), None)
+        if origin is not _INHERIT and not (isinstance(origin, _Unknown) and frame in self._explicit):
+            return origin
         if frame is None and self._call is None:
             return _Unknown(
                 "was called outside the model's own forward, where mask is not known; pass the module whose forward is "
-                "called"
+                "called",
+                misfit=True,
             )
         core = self._core
         closer = frame in self._explicit or not _is_in("" if core is None else core.fqn, frame or "")
@@ -322,13 +325,16 @@ class Masks:
                 return self._fits(real.T)
             if square or flat:
                 return _Unknown(
-                    f"has an activation {tuple(x.shape)} whose batch dimension cannot be told, because the model has "
-                    "modules with batch_first=False"
+                    f"has an activation {tuple(x.shape)} whose batch dimension is unknown, because the model has "
+                    "modules whose first dimension is the position (batch_first=False)"
                 )
         if leading == real.shape or flat:
             return self._fits(real)
         if leading == (real.shape[0 if rows.batch_first else 1],) and not _is_routed(fqn):
             return None  # pooled: one row per sequence
+        kept = None if self._call is None else self._call[0].get("logits_to_keep")
+        if isinstance(kept, int) and len(leading) == 2 and leading[0] == real.shape[0] and 0 < leading[1] == kept:
+            return self._fits(real[:, -kept:])
         for extractor in (self._modules[outer] for outer in _outer(fqn) if outer in self._modules):
             if hasattr(extractor, "_get_feature_vector_attention_mask") and len(leading) == 2:
                 frames = extractor._get_feature_vector_attention_mask(leading[1], real)  # type: ignore[operator]
@@ -336,7 +342,8 @@ class Masks:
                     return self._fits(frames.bool())
         return _Unknown(
             f"has an activation {tuple(x.shape)} that the mask of shape {tuple(real.shape)} does not fit; its leading "
-            "shape must be (batch, positions), (batch * positions,) or (batch,)"
+            "shape must be (batch, positions), (batch * positions,) or (batch,)",
+            misfit=True,
         )
 
     def _fits(self, real: Tensor) -> _Rows:
@@ -346,14 +353,14 @@ class Masks:
     def _note(self, fqn: str, unknown: _Unknown) -> None:
         if self._refuse:
             raise ValueError(
-                f"mask of layer {fqn!r} cannot be told: it {unknown.reason}. Name its mask with "
+                f"mask of layer {fqn!r} is unknown: it {unknown.reason}. Name its mask with "
                 "mask={module: name}, None for a module without padding, or leave the layer out with filter_fn."
             )
-        self._unknown.setdefault(fqn, unknown.reason)
+        self._unknown.setdefault(fqn, unknown)
 
     def _check_fitted(self) -> None:
-        if self._source is not None and not self._fitted and self._unknown:
-            fqn, reason = next(iter(self._unknown.items()))
+        if self._source is not None and not self._fitted and any(unknown.misfit for unknown in self._unknown.values()):
+            fqn, reason = next((fqn, unknown.reason) for fqn, unknown in self._unknown.items() if unknown.misfit)
             raise ValueError(f"mask fits no layer: layer {fqn!r} {reason}. To count all rows, leave mask out.")
 
     # Reading one mask.
@@ -401,6 +408,14 @@ class Masks:
         mask = given.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 2:
             return _newest(_rows(mask, "attention_mask"), given)
+        if (
+            fqn == ""
+            and mask is None
+            and self._core is not None
+            and self._core.encoder
+            and "attention_mask" not in given
+        ):
+            return _Unknown("is in no module that was called with attention_mask")
         if fqn == "" and mask is None:
             return self._of_call("attention_mask", "mask", given, args, kwargs)
         if mask is not None:  # already (batch, 1, positions, positions)
@@ -464,6 +479,12 @@ def _is_transformers(module: nn.Module) -> bool:
     )
 
 
+def _may_be_sequence_first(module: nn.Module) -> bool:
+    """Whether activations in ``module`` may be (positions, batch, features)."""
+    own_layout = type(module).__name__.startswith(("XLNet", "FSMT")) and _is_transformers(module)
+    return own_layout or getattr(module, "batch_first", True) is False
+
+
 def _modality(module: nn.Module) -> str:
     return str(getattr(module, "main_input_name", "input_ids"))
 
@@ -475,7 +496,8 @@ def _batch_first(module: nn.Module) -> bool:
 
 def _newest(known: _Known, given: Mapping[str, Any]) -> _Known:
     """With a cache of keys, the mask is of the cached positions and of the new ones; the rows are the new ones."""
-    if isinstance(known, _Rows) and given.get("past_key_values") is not None:
+    cached = any(given.get(name) is not None for name in ("past_key_values", "cache"))
+    if isinstance(known, _Rows) and cached:
         for name, dims in (("input_ids", 2), ("inputs_embeds", 3), ("decoder_input_ids", 2)):
             new = given.get(name)
             if isinstance(new, Tensor) and new.dim() == dims and new.shape[1] < known.real.shape[1]:
@@ -494,6 +516,11 @@ def _rows(mask: Any, name: str, batch_first: bool = True) -> _Known:
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         given = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"mask must have shape (batch, positions); got {given}.")
+    if mask.is_floating_point() and not name.endswith("key_padding_mask") and bool((mask < 0).any()):
+        raise ValueError(
+            "mask holds negative values, as masks do that are added to attention scores; pass a function mask(args, "
+            "kwargs) that is true for real tokens."
+        )
     real = mask.bool()
     if name.endswith("key_padding_mask"):  # true is padding; of floats, which are added to scores, -inf is
         real = mask > -torch.inf if mask.is_floating_point() else ~real
@@ -508,8 +535,8 @@ def _check_source(argument: str, source: object) -> None:
         )
     if isinstance(source, str) and "pad" in source and not source.endswith("key_padding_mask"):
         raise ValueError(
-            f"{argument}={source!r}: whether true means padding cannot be told by that name; pass a function, such as "
-            f"lambda args, kwargs: ~kwargs[{source!r}], that is true for real tokens."
+            f"{argument}={source!r}: whether true means padding does not follow from that name; pass a function, such "
+            f"as lambda args, kwargs: ~kwargs[{source!r}], that is true for real tokens."
         )
 
 

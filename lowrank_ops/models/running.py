@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 import warnings
@@ -54,7 +55,7 @@ def remove(handles: Sequence[RemovableHandle]) -> None:
 def warn_caller(message: str) -> None:
     """Warn at the first caller outside this package."""
     frame, level = sys._getframe(), 1
-    while frame.f_back is not None and frame.f_globals["__name__"].startswith(("lowrank_ops.", "contextlib")):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("lowrank_ops.", "contextlib")):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)
 
@@ -245,6 +246,21 @@ def move(batch: Any, device: torch.device) -> Any:
 def device_of(model: nn.Module) -> torch.device:
     """The device of the model's first parameter; the CPU without parameters."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+@functools.cache
+def has_float64(device: torch.device) -> bool:
+    """Whether a device has float64; asked once. Apple's MPS and some GPUs of Intel do not."""
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device)
+    except (TypeError, RuntimeError):
+        return False
+    return True
+
+
+def float64_device(device: torch.device) -> torch.device:
+    """The device itself, or the CPU if it has no float64."""
+    return device if has_float64(device) else torch.device("cpu")
 
 
 def output_tensor(output: Any, fields: Sequence[str]) -> Tensor | None:

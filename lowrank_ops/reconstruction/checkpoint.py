@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..factors.projections import Factors
-from ..files import digest, digests, open_tensors, read_header, read_tensor, replacing, write_tensors
+from ..files import check_file, digest, digests, open_tensors, read_header, read_tensor, replacing, write_tensors
 from ..models.layers import bias_vector, weight_matrix
 
 _FORMAT = "lowrank_ops.reconstruction/3"
@@ -50,8 +50,7 @@ def resume_checkpoint(path: Path, identity: dict[str, Any], layers: Mapping[str,
     Raises:
         ValueError: the file cannot be read, or is of another run.
     """
-    if not path.parent.is_dir():
-        raise ValueError(f"checkpoint {str(path)!r} is in a folder that does not exist; create it first.")
+    check_file("checkpoint", path)
     if not path.exists():
         return {}
     try:

@@ -32,7 +32,7 @@ from .sections import (
     spectra,
 )
 from .spectra import spectrum_of
-from .text import few_rows, few_rows_note, format_table, layer_bars, new_figure, notes
+from .text import few_rows, few_rows_note, format_table, layer_bars, new_figure, notes, rows_note
 
 
 @dataclass(frozen=True)
@@ -94,11 +94,15 @@ class CompressionReport:
         """A copy of the report that also holds the relative errors from :func:`lowrank_ops.measure_errors`.
 
         Raises:
-            ValueError: a name that the report does not have.
+            TypeError: no mapping of numbers.
+            ValueError: a name that the report does not have, or an error below 0.
         """
         unknown = set(errors) - {layer.fqn for layer in self.layers}
         if unknown:
             raise ValueError(f"errors has layers that the report does not have: {', '.join(sorted(unknown))}.")
+        for fqn, error in errors.items():
+            if not error >= 0:
+                raise ValueError(f"errors[{fqn!r}] must be a relative error of at least 0; got {error!r}.")
         layers = (replace(layer, measured_error=errors.get(layer.fqn, layer.measured_error)) for layer in self.layers)
         return replace(self, layers=tuple(layers))
 
@@ -146,7 +150,7 @@ class CompressionReport:
             f"model {self.model_parameters_before:,} -> {self.model_parameters:,} "
             f"({self.model_parameters / self.model_parameters_before:.1%})"
         )
-        few = few_rows_note(self.few_rows())
+        few = few_rows_note(self.few_rows()) + self._rows_note()
         return "\n".join([*lines, *self.fallbacks(), *few, *notes((), self.skipped), self.considered()])
 
     def considered(self) -> str:
@@ -204,7 +208,15 @@ class CompressionReport:
             spectra(self.layers, "The point is the chosen rank; layers left dense have none."),
             predicted_and_measured(self.compared(), prediction, kinds_of(self.layers)),
             compression_table(self.layers),
-            remarks([*self.fallbacks(), *few_rows_note(self.few_rows()), *notes((), self.skipped), self.considered()]),
+            remarks(
+                [
+                    *self.fallbacks(),
+                    *few_rows_note(self.few_rows()),
+                    *self._rows_note(),
+                    *notes((), self.skipped),
+                    self.considered(),
+                ]
+            ),
         ]
         return page("Compression report", f"{method[0].upper()}{method[1:]}.", cards, sections)
 
@@ -233,6 +245,9 @@ class CompressionReport:
     def few_rows(self) -> list[str]:
         """The replaced layers with fewer calibration rows than min(in_features, out_features), with both numbers."""
         return few_rows(layer for layer in self.layers if layer.rank is not None)
+
+    def _rows_note(self) -> list[str]:
+        return rows_note([layer for layer in self.layers if layer.rank is not None], errors=True)
 
     def fallbacks(self) -> list[str]:
         """One line per layer that was not compressed as asked for."""

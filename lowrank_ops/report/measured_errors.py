@@ -70,7 +70,7 @@ def measure_errors(
     Raises:
         TypeError: an argument of another type.
         ValueError: ``compressed`` has no replaced layer, or one that ``dense`` does not have; ``batches`` has no rows;
-            the mask fits no layer, or cannot be told and ``unmasked_rows="error"``.
+            the mask fits no layer, or is unknown and ``unmasked_rows="error"``.
 
     Example:
         >>> import copy, torch, lowrank_ops as lro
@@ -108,7 +108,13 @@ def _measured(
     masks = Masks(dense, mask, unmasked_rows)
 
     def record(fqn: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
-        error = y - replaced[fqn](x)
+        other = replaced[fqn](x)
+        if other.shape != y.shape:
+            raise ValueError(
+                f"layer {fqn!r} gives {tuple(y.shape)} in dense and {tuple(other.shape)} in compressed; pass a copy of "
+                "the model from before compress_."
+            )
+        error = y - other
         bias = None if centered else bias_vector(layer)
         if is_conv(layer):
             y, error = (output_rows(layer, part) for part in (y, error))

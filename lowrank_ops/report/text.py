@@ -26,6 +26,25 @@ def few_rows_note(found: Sequence[str]) -> list[str]:
     return [f"{line}: {', '.join(found)}"] if found else []
 
 
+def rows_note(layers: Iterable[Any], errors: bool) -> list[str]:
+    """One line with how far what was estimated from the rows can be off; nothing where :func:`few_rows` says more.
+
+    For independent Gaussian rows, a variance has a relative standard error of sqrt(2 / rows). Errors predicted from the
+    rows that the factors were fitted to are also low, by about 2 rank / rows.
+    """
+    layers = [layer for layer in layers if layer.rows]
+    if not layers or few_rows(layers):
+        return []
+    sampling = max(2 * (2 / layer.rows) ** 0.5 for layer in layers)
+    fitted = max(2 * (2 / layer.rows) ** 0.5 + 2 * (layer.rank or 0) / layer.rows for layer in layers)
+    rows = min(layer.rows for layer in layers)
+    predicted = f", predicted errors within {fitted:.1%}" if errors else ""
+    return [
+        f"from at least {rows:,} rows per layer: variances are within {sampling:.1%}{predicted} (two standard errors, "
+        "if rows are independent)"
+    ]
+
+
 def warn_of_few_rows(found: Sequence[str]) -> None:
     """One warning for all layers that :func:`few_rows` found."""
     if found:

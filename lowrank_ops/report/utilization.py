@@ -22,7 +22,7 @@ from .page import framed, page
 from .per_layer import LayerUtilization, utilization_columns
 from .sections import kinds_of, remarks, spectra, utilization_by_kind, utilization_by_layer, utilization_table
 from .spectra import spectrum_of
-from .text import few_rows, few_rows_note, format_table, layer_bars, new_figure, notes, warn_of_few_rows
+from .text import few_rows, few_rows_note, format_table, layer_bars, new_figure, notes, rows_note, warn_of_few_rows
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,12 @@ class UtilizationReport:
         lines.append(f"{mean} at explained variance {self.explained_variance:g}")
         if len(self.by_kind()) > 1:
             lines.append("by kind: " + ", ".join(f"{kind} {share:.1%}" for kind, share in self.by_kind().items()))
-        return "\n".join(lines + few_rows_note(few_rows(self.layers)) + notes(self.unreached, self.skipped))
+        return "\n".join(
+            lines
+            + few_rows_note(few_rows(self.layers))
+            + rows_note(self.layers, errors=False)
+            + notes(self.unreached, self.skipped)
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON types."""
@@ -99,7 +104,11 @@ class UtilizationReport:
                 utilization_by_layer(self.layers),
                 spectra(self.layers, "The point is the utilized rank."),
                 utilization_table(self.layers),
-                remarks(few_rows_note(few_rows(self.layers)) + notes(self.unreached, self.skipped)),
+                remarks(
+                    few_rows_note(few_rows(self.layers))
+                    + rows_note(self.layers, errors=False)
+                    + notes(self.unreached, self.skipped)
+                ),
             ],
         )
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..calibration.statistics import Covariances, LayerStatistics, Moments
 from ..models.layers import Dimensions, bias_vector, weight_matrix
+from ..models.running import float64_device
 from .principal import (
     Subspace,
     bytes_of,
@@ -95,8 +96,7 @@ class LossSpace:
     @property
     def scale(self) -> Tensor:
         """The mean eigenvalue of G, (...,)."""
-        diagonal = self._gradients.second_moment.diagonal(dim1=-2, dim2=-1).double()
-        return (diagonal.mean(-1) / max(self._gradients.count, 1)).clamp_min(0).to(self._device)
+        return self._gradients.mean_square.mean(-1).clamp_min(0).to(self._device)
 
     @property
     def metric(self) -> Tensor:
@@ -204,6 +204,7 @@ class LayerSubspaces:
         statistics: of the layer.
         centered: use covariances about the mean, not second moments about zero.
         input_space: the space of ``statistics.activations``, if other layers share it; made here by default.
+        device: of the decompositions; by default the weight's, or the CPU where that has no float64.
 
     Raises:
         ValueError: the statistics do not fit the weight, or one of them is not finite.
@@ -217,7 +218,9 @@ class LayerSubspaces:
         *,
         centered: bool,
         input_space: Subspace | None = None,
+        device: torch.device | None = None,
     ) -> None:
+        self.device = device or float64_device(weight.device)
         self._weight, self.bias, self.statistics, self.centered = weight, bias, statistics, centered
         self._version = None if weight.is_inference() else weight._version
         self._input_space = input_space
@@ -225,8 +228,9 @@ class LayerSubspaces:
         out_features, in_features = weight.shape[-2:]
         self.dimensions = Dimensions(weight.shape[0] if weight.dim() == 3 else 1, in_features, out_features)
         statistics.check()
-        if not bool(weight.isfinite().all()):
-            raise ValueError("the layer's weight holds NaN or inf; repair the model, or leave the layer out.")
+        for name, values in (("weight", weight), ("bias", bias)):
+            if values is not None and not bool(values.isfinite().all()):
+                raise ValueError(f"the layer's {name} holds NaN or inf; repair the model, or leave the layer out.")
         sides = {
             "activations": statistics.side,
             "output_gradients": "output",
@@ -271,17 +275,17 @@ class LayerSubspaces:
         """
         if self._version is not None and self._weight._version != self._version:
             raise ValueError("its weight was changed after its subspaces were computed; compute them again.")
-        return self._weight.double()
+        return self._weight.to(self.device, torch.float64)
 
     @cached_property
     def moment(self) -> Tensor:
         """Second moment of the streamed side, (..., features, features), float64, on the weight's device."""
-        return self.statistics.activations.moment(centered=self.centered).to(self._weight.device)
+        return self.statistics.activations.moment(centered=self.centered).to(self.device)
 
     @property
     def mean(self) -> Tensor:
         """Mean of the streamed side, (..., features), float64, on the weight's device."""
-        return self.statistics.activations.mean.to(self._weight.device)
+        return self.statistics.activations.mean.to(self.device)
 
     @cached_property
     def output_mean(self) -> Tensor:
@@ -293,9 +297,7 @@ class LayerSubspaces:
         """The input space, or None if the output was streamed: k_S is then not measured."""
         if self.statistics.side != "input":
             return None
-        return self._input_space or InputSpace(
-            self.statistics.activations, centered=self.centered, device=self._weight.device
-        )
+        return self._input_space or InputSpace(self.statistics.activations, centered=self.centered, device=self.device)
 
     @cached_property
     def output(self) -> Subspace:
@@ -356,13 +358,13 @@ class LayerSubspaces:
         if centered:
             shift = moments.mean - self.statistics.activations.mean.to(moments.mean)
             moment += shift.unsqueeze(-1) * shift.unsqueeze(-2)
-        return moment.to(self._weight.device)
+        return moment.to(self.device)
 
     @property
     def gradient_moment(self) -> Tensor | None:
         """G, (..., out_features, out_features), float64, summed over the rows of a sample; None: not streamed."""
         gradients = self.statistics.output_gradients
-        return None if gradients is None else gradients.moment(centered=False).to(self._weight.device)
+        return None if gradients is None else gradients.moment(centered=False).to(self.device)
 
     @cached_property
     def weight_output(self) -> Subspace:
@@ -461,7 +463,7 @@ def layer_subspaces(
     for fqn, layer in layers.items():
         if fqn not in covariances:
             continue
-        statistics, device = covariances[fqn], layer.get_parameter("weight").device
+        statistics, device = covariances[fqn], float64_device(layer.get_parameter("weight").device)
         space = None
         if statistics.side == "input":
             key = (id(statistics.activations), device)

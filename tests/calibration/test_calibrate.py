@@ -161,7 +161,7 @@ def test_auto_streams_the_output_beside_huge_patches():
     conv = nn.Conv2d(1024, 128, kernel_size=(64, 1))  # 65,536 patch features: 34 GB of input moment
     covariances = lro.calibrate(nn.Sequential(conv), [torch.randn(1, 1024, 66, 1)])
     assert covariances["0"].side == "output" and covariances["0"].activations.count == 3
-    assert covariances.memory() == (128 * 128 + 128) * 8
+    assert covariances.memory() < (128 * 128 + 3 * 128) * 8
 
 
 @pytest.mark.parametrize(
@@ -367,7 +367,7 @@ def test_encoder_with_fast_path_is_calibrated(padded, mode):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"side": "left"}, "side must be 'auto', 'input' or 'output'; got 'left'"),
+        ({"side": "left"}, "side must be 'auto', 'input', 'output' or 'smaller'; got 'left'"),
         ({"dtype": torch.bfloat16}, "dtype must be torch.float32 or torch.float64.*got torch.bfloat16"),
         (
             {"filter_fn": lambda module, fqn: False},

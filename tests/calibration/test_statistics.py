@@ -89,9 +89,9 @@ def test_merge_equals_calibrating_on_both(side):
 
 def test_merge_of_other_sides_names_the_layers():
     model = Model()
-    with pytest.raises(ValueError, match=r"other must hold the same layers.*they differ at conv, a, b\."):
+    with pytest.raises(ValueError, match=r"other and this one must hold the same layers.*they differ at conv, a, b\."):
         calibrated(images(), model).merge(calibrated(images(), model, side="output"))
-    with pytest.raises(ValueError, match=r"other holds no output gradients, and another one does"):
+    with pytest.raises(ValueError, match=r"other and this one must all hold output gradients, or none"):
         calibrated(images(), model).merge(
             calibrated(images(), model, sensitivity=lambda output, batch: output[0].sum())
         )

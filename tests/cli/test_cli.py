@@ -288,7 +288,7 @@ class TestCompress:
 
     def test_loss_allocation_needs_output_gradients(self, capsys: pytest.CaptureFixture[str]) -> None:
         by_loss = ["--budget", "0.8", "--allocation", "loss", "--projection", "loss", "--json"]
-        assert "needs output gradients for every layer" in refused(capsys, 2, *COMPRESS, *by_loss)
+        assert "needs output gradients" in refused(capsys, 2, *COMPRESS, *by_loss)
         assert cli.main([*COMPRESS, *by_loss, "--sensitivity", "fisher"]) == 0
         layers = json.loads(capsys.readouterr().out)["compression"]["layers"]
         assert all(layer["projection"] in ("loss", None) and layer["predicted_loss"] is not None for layer in layers)

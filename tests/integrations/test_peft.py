@@ -204,6 +204,12 @@ def grouped(**options):
         (grouped(groups=2), peft.LoraConfig(target_modules=["0"]), "layer '0' has groups=2"),
         (grouped(dilation=2), peft.LoraConfig(target_modules=["0"]), r"dilation=\(2, 2\)"),
         (grouped(padding_mode="circular", padding=1), peft.LoraConfig(target_modules=["0"]), "padding_mode='circular'"),
+        (
+            Net(),
+            peft.LoraConfig(target_modules=["wide"], alora_invocation_tokens=[1]),
+            "'wide' .* got alora_invocation",
+        ),
+        (Net(), peft.LoraConfig(target_modules=[], target_parameters=["wide.up"]), "'wide.up' of the low-rank layer"),
         (Net(), peft.IA3Config(target_modules=["wide"], feedforward_modules=[]), "LowRankLinear.* is not supported"),
         (Net(), peft.IA3Config(target_modules="all-linear", feedforward_modules=[]), "LowRankLinear.* not supported"),
     ],
@@ -236,6 +242,7 @@ def test_a_model_with_adapters_is_not_compressed(net, dense):
     actions = [
         lambda: lro.calibrate(model, [X]),
         lambda: lro.compress_(model, covariances),
+        lambda: lro.save_pretrained(model, "never"),
         lambda: to_plain_layers(model),
         lambda: to_dense_layers(model),
     ]

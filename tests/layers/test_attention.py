@@ -75,6 +75,25 @@ def test_causal_hints_mean_what_they_mean_in_torch(need_weights):
         converted(x, x, x, attn_mask=torch.zeros(L, L, dtype=torch.int64))
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"attn_mask": torch.zeros(1, S)}, r"attn_mask must have shape \[5, 7\] or \[12, 5, 7\]; got \[1, 7\]"),
+        ({"attn_mask": torch.zeros(S)}, r"got \[7\]"),
+        ({"key_padding_mask": PADDING[:1]}, r"key_padding_mask must have shape \[3, 7\].* got \[1, 7\]"),
+        ({"key": torch.zeros(1, S, E), "value": torch.zeros(1, S, E)}, "must be of one batch"),
+        ({"value": torch.zeros(B, S + 1, E)}, "key and value of one length"),
+    ],
+)
+def test_shapes_that_torch_refuses_are_not_broadcast(change, reason):
+    dense, converted = attention(batch_first=True)
+    arguments = dict(zip(("query", "key", "value"), inputs(dense), strict=True)) | change
+    with pytest.raises((RuntimeError, AssertionError)):
+        dense(**arguments)
+    with pytest.raises(ValueError, match=reason):
+        converted(**arguments)
+
+
 def test_gradients_and_dropout_are_those_of_torch():
     dense, converted = attention(batch_first=True, dropout=0.5)
     x = torch.randn(B, L, E)

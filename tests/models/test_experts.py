@@ -275,6 +275,14 @@ class TestCompression:
             assert isinstance(experts_of(other)[0][1], ListedExperts)
             assert not isinstance(experts_of(other)[1][1], ListedExperts)
 
+    @pytest.mark.parametrize("family", ["Mixtral", "GptOss"])
+    def test_a_compressed_mixture_is_exported(self, family: str) -> None:
+        block, x = mixture(family, layers=1).model.layers[0].mlp, torch.randn(2, 64, 32)
+        lro.compress_(block, lro.calibrate(block, [x]), lro.ParameterBudget(0.5))
+        exported = torch.export.export(block, (x,), strict=False).module()
+        other = torch.randn(2, 64, 32)
+        torch.testing.assert_close(exported(other), block(other), rtol=1e-4, atol=1e-5)
+
     def test_an_error_leaves_the_experts_fused(self) -> None:
         model, x = mixture(layers=1), tokens()
         expected, before = logits(model, x), dict(model.named_modules())

@@ -121,7 +121,7 @@ def test_decoder_without_a_mask_is_counted_whole_or_refused():
     _, warned = check(t5(), [batch], real)
     start = "decoder.block.0.layer.0.SelfAttention.q, decoder.block.0.layer.0.SelfAttention.o, "
     assert start in warned and "more: is in 'decoder', which was called without attention_mask" in warned
-    with pytest.raises(ValueError, match=r"mask of layer 'decoder\S+' cannot be told: it is in 'decoder'"):
+    with pytest.raises(ValueError, match=r"mask of layer 'decoder\S+' is unknown: it is in 'decoder'"):
         lro.calibrate(t5(), [batch], mask="attention_mask", unmasked_rows="error")
     assert not check(t5(), [batch], real, {"encoder": "attention_mask", "decoder": None}, unmasked_rows="error")[1]
 
@@ -139,7 +139,7 @@ def test_encoder_rows_are_masked_in_generate(build):
     check(build(), [batch], real, forward=forward)
 
 
-@pytest.mark.parametrize("cache", ["dynamic", None])
+@pytest.mark.parametrize("cache", ["dynamic", "static", None])
 def test_padded_prompts_are_masked_in_generate(cache):
     batch = {"input_ids": ids(3, 6), "attention_mask": mask_of(6, 2, 4, positions=6).flip(1)}
     options = {"use_cache": False} if cache is None else {"cache_implementation": cache}
@@ -148,11 +148,12 @@ def test_padded_prompts_are_masked_in_generate(cache):
         return model.generate(**batch, max_new_tokens=3, min_new_tokens=3, do_sample=False, **options)
 
     def real(fqn, x):
-        if fqn == "lm_head" or (cache and x.shape[1] == 1):
-            return None
+        if cache == "static" or fqn == "lm_head" or (cache and x.shape[1] == 1):
+            return None  # a static cache comes with masks (batch, 1, positions, positions), which give no mask of rows
         return torch.cat([batch["attention_mask"], torch.ones(3, x.shape[1] - 6, dtype=torch.long)], 1)
 
-    check(llama(), [batch], real, forward=forward)
+    _, warned = check(llama(), [batch], real, forward=forward)
+    assert bool(warned) is (cache == "static")
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
@@ -222,6 +223,7 @@ def test_whisper_masks_its_decoder_alone():
     mask = {"model.encoder": None, "model.decoder": "decoder_attention_mask"}
     real = lambda fqn, x: None if side(fqn) == "attention_mask" else batch["decoder_attention_mask"]  # noqa: E731
     assert not check(model, [batch], real, mask)[1]
+    assert not check(model, [batch], real)[1]
     # Of spectrogram frames, twice as many as the encoder's rows; Whisper's encoder ignores it.
     frames = {**batch, "attention_mask": mask_of(18, 7, 11, positions=18)}
     assert not check(model, [frames], real)[1]
@@ -261,6 +263,17 @@ def test_padding_of_a_mixtral_is_masked(monkeypatch):
     assert covariances["model.layers.0.self_attn.o_proj"].activations.count == real.sum()
 
 
+def test_positions_first_are_not_taken_for_the_batch():
+    config = transformers.XLNetConfig(vocab_size=50, d_model=16, n_layer=1, n_head=2, d_inner=24)
+    model, lengths = transformers.XLNetModel(config), (6, 2, 4, 3, 5, 1)
+    batch = {"input_ids": ids(3, 6), "attention_mask": mask_of(*lengths[:3], positions=6)}
+    assert not check(model, [batch], lambda fqn, x: batch["attention_mask"].T)[1]
+    square = {"input_ids": ids(6, 6), "attention_mask": mask_of(*lengths, positions=6)}
+    assert "layer.0.ff.layer_1: has an activation (6, 6, 16) whose" in check(model, [square], lambda fqn, x: None)[1]
+    with pytest.raises(ValueError, match=r"mask of layer 'layer.0.ff.layer_1' is unknown"):
+        lro.calibrate(model, [square], mask="attention_mask", unmasked_rows="error")
+
+
 class Routed(nn.Module):
     """Experts that are Linears; the first one receives all tokens, in another order."""
 
@@ -273,7 +286,7 @@ class Routed(nn.Module):
         return self.experts[0](x.flip(0)).flip(0) + self.experts[1](x[::2]).repeat_interleave(2, 0)
 
 
-def test_rows_of_experts_cannot_be_told_by_their_number():
+def test_rows_of_experts_have_no_mask_by_their_number():
     batch = {"x": torch.randn(2, 4, 16).double(), "attention_mask": mask_of(4, 1, positions=4)}
     real = lambda fqn, x: batch["attention_mask"] if fqn == "first" else None  # noqa: E731
     _, warned = check(Routed(), [batch], real)
@@ -324,7 +337,7 @@ def test_key_padding_masks_are_true_for_padding(batch_first, floats):
     padding = torch.zeros(5, 5).double().masked_fill(~real, -torch.inf) if floats else ~real
     batch = {"src": x, "src_key_padding_mask": padding}
     rows = real if batch_first else real.T
-    whole = () if batch_first else ("head",)  # cannot be told: the head may as well have batches first
+    whole = () if batch_first else ("head",)  # unknown: the head may as well have batches first
     _, warned = check(
         TorchEncoder(batch_first), [batch], lambda fqn, x: None if fqn in whole else rows, "src_key_padding_mask",
         sensitivity="output",
@@ -367,10 +380,37 @@ def test_polarity_is_not_guessed():
             return self.fc(x)
 
     batch = {"x": torch.randn(2, 3, 4), "padding_mask": torch.tensor([[0, 0, 1], [0, 1, 1]])}
-    with pytest.raises(ValueError, match=r"mask='padding_mask': whether true means padding cannot be told"):
+    with pytest.raises(ValueError, match=r"mask='padding_mask': whether true means padding does not follow"):
         lro.calibrate(Model(), [batch], mask="padding_mask")
     covariances = lro.calibrate(Model(), [batch], mask=lambda args, kwargs: kwargs["padding_mask"] == 0)
     assert covariances["fc"].activations.count == 3
+    with pytest.raises(ValueError, match=r"mask holds negative values, as masks do that are added"):
+        lro.calibrate(Model(), [batch], mask=lambda args, kwargs: kwargs["padding_mask"] * -1e4)
+
+
+class Reads(nn.Module):
+    """Rows of another sequence, which are named as such by the parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.own, self.other = nn.Linear(4, 4), nn.ModuleDict({"kv": nn.Linear(4, 4)})
+
+    def forward(self, x, memory, attention_mask):
+        return self.own(x) + self.other["kv"](memory)
+
+
+@pytest.mark.parametrize(
+    ("mask", "rows"),
+    [("attention_mask", 6), ({"": "attention_mask"}, 3), ({"own": "attention_mask", "other": None}, 6)],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:all rows of these layers count")
+def test_rows_of_another_sequence_have_the_mask_that_is_named(mask, rows):
+    real = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    batch = {"x": torch.randn(2, 3, 4), "memory": torch.randn(2, 3, 4), "attention_mask": real}
+    covariances = lro.calibrate(Reads(), [batch], mask=mask)
+    assert [layer.activations.count for layer in covariances.values()] == [3, rows]
+    same = lro.calibrate(Reads(), [{**batch, "memory": batch["x"]}], mask="attention_mask")  # attends to itself
+    assert [layer.activations.count for layer in same.values()] == [3, 3]
 
 
 @pytest.mark.parametrize(

@@ -122,12 +122,16 @@ GEOMETRIES = {
 @pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_conv_update_matches_im2col(geometry, groups, channels_last, monkeypatch):
+@pytest.mark.parametrize("lines", [18, 2, 0])  # two images, two lines of one, or one
+def test_conv_update_matches_im2col(geometry, groups, channels_last, lines, monkeypatch):
     x = torch.randn(5, 4, 9, 8)
     if channels_last:
         x = x.to(memory_format=torch.channels_last)
     features = 4 // groups * geometry["kernel_size"][0] * geometry["kernel_size"][1]
-    monkeypatch.setattr(reference, "CHUNK_BYTES", 2 * 4 * 81 * 9 * 8)  # a few images at a time
+    width = reference.output_size(
+        x.shape[2:], **({"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)} | geometry)
+    )[1]
+    monkeypatch.setattr(reference, "CHUNK_BYTES", lines * groups * features * width * 8)
     second_moment, total = state(groups, features)
     conv_covariance_update_(second_moment, total, x, **geometry)
     covariance_finalize_(second_moment)

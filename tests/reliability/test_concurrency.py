@@ -247,7 +247,7 @@ class Compressed(Dataset[Tensor]):
         return self.layer(self.x[index])
 
 
-@pytest.mark.parametrize("start", ["fork", *(["spawn", "forkserver"] if LONG else [])])  # the others import torch anew
+@pytest.mark.parametrize("start", ["fork", *(["spawn", "forkserver"] if LONG else [])])  # the others import torch again
 def test_data_loaders_feed_calibration(start: str, tmp_path: Path) -> None:
     data, model = Compressed(), network()
     loader = DataLoader(data, 8, num_workers=2, multiprocessing_context=start)

@@ -52,7 +52,8 @@ def test_utilization_table_has_layers_mean_and_notes(small_net):
     assert lines[3].split() == ["fc", "128", "32", "3", "3", "3", "9.4%"]
     assert lines[4].startswith("Mean Layer Utilization ") and lines[4].endswith("at explained variance 0.999")
     assert lines[5] == "by kind: mlp 9.4%, conv 100.0%"
-    assert lines[6] == "not reached by any batch: idle"
+    assert lines[6].startswith("from at least 200 rows per layer: variances are within 20.0%")
+    assert lines[7] == "not reached by any batch: idle"
 
 
 def test_recorded_outputs_give_no_input_rank(output_side_net):
@@ -123,7 +124,8 @@ def test_compression_report_has_counts_and_errors(small_net):
     assert lines[3].endswith(f"{fc.predicted_error / fc.output_variance:.3%}")
     assert lines[4] == "ranks by layer name; projection output"
     assert lines[5] == "layer parameters 4,208 -> 1,392 (33.1%), model 5,264 -> 2,448 (46.5%)"
-    assert lines[6:] == [
+    assert lines[6].startswith("from at least 200 rows per layer: variances are within 20.0%, predicted errors within")
+    assert lines[7:] == [
         "skipped: idle: no calibration batch reached it",
         "considered 4,208 of the model's 5,264 parameters (79.9%)",
     ]

@@ -211,6 +211,7 @@ def covariance_finalize_(second_moment: Tensor) -> Tensor:
     return second_moment
 
 
+@checked()
 def explain(
     second_moment: Tensor,
     total: Tensor,
@@ -225,6 +226,7 @@ def explain(
     return _explain(TABLE, describe(second_moment, x, deterministic, allow_tf32), backend)
 
 
+@checked()
 def explain_conv(
     second_moment: Tensor,
     total: Tensor,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch.nn.functional as F
@@ -33,19 +32,29 @@ def update_conv(
     padding: list[int],
     dilation: list[int],
 ) -> None:
-    """:func:`update` over the patches of a convolution's input (im2col), a few images at a time."""
+    """:func:`update` over the patches of a convolution's input (im2col), a few images or lines of one at a time."""
     groups, features = total.shape
     channels = x.shape[1]
-    positions = math.prod(output_size(x.shape[2:], kernel_size, stride, padding, dilation))
-    bytes_per_image = groups * features * positions * second_moment.element_size()
-    images = max(1, CHUNK_BYTES // max(1, bytes_per_image))
+    height, width = output_size(x.shape[2:], kernel_size, stride, padding, dilation)
+    line_bytes = max(1, groups * features * width * second_moment.element_size())
+    lines = max(1, min(height, CHUNK_BYTES // line_bytes))  # of the output
+    images = max(1, CHUNK_BYTES // (line_bytes * height))
+    vertical, horizontal = padding
+    if lines < height and vertical:
+        x, vertical = F.pad(x, (0, 0, vertical, vertical)), 0
+    reach = dilation[0] * (kernel_size[0] - 1) + 1
     for part in x.split(images):
-        part = part.to(second_moment.dtype).reshape(-1, channels // groups, *x.shape[2:])
-        patches = F.unfold(part, tuple(kernel_size), tuple(dilation), tuple(padding), tuple(stride))
-        patches = patches.view(-1, groups, features, positions)  # images first
-        for group in range(groups):
-            rows = patches[:, group].transpose(1, 2).reshape(-1, features)
-            _update_block_triangle(second_moment[group], total[group], rows)
+        for first in range(0, height, lines):
+            band = part
+            if lines < height:
+                last = min(first + lines, height) - 1
+                band = part[:, :, first * stride[0] : last * stride[0] + reach]
+            band = band.to(second_moment.dtype).reshape(-1, channels // groups, *band.shape[2:])
+            patches = F.unfold(band, tuple(kernel_size), tuple(dilation), (vertical, horizontal), tuple(stride))
+            patches = patches.view(-1, groups, features, patches.shape[-1])  # images first
+            for group in range(groups):
+                rows = patches[:, group].transpose(1, 2).reshape(-1, features)
+                _update_block_triangle(second_moment[group], total[group], rows)
 
 
 def output_size(

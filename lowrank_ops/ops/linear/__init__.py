@@ -17,7 +17,7 @@ from torch._decomp import register_decomposition
 from torch.compiler import is_compiling
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from ...arguments import check_arguments
+from ...arguments import check_arguments, checked
 from .._backend import Backend, Device, Impl, choose, device_facts, row_stride
 from .._backend import explain as _explain
 from .._dispatcher import (
@@ -154,6 +154,7 @@ def lowrank_linear(
     return torch.ops.lowrank_ops.lowrank_linear(x, down, up, bias, activation=activation, backend=backend)
 
 
+@checked()
 def explain(
     x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None, *, activation: str = "none", backend: str = "auto"
 ) -> str:

@@ -1,0 +1,242 @@
+"""What the sums of a calibration take, and the passes over the batches that keep them within a bound."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..models.layers import dimensions
+from ..models.running import has_float64
+from .experts import twin_name
+
+OFFLOADS = (None, "cpu", "disk")
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """What one layer's sums take while they are added to.
+
+    Attributes:
+        fqn: of the layer.
+        device: of its weight, where they are.
+        side: which activation is streamed.
+        sums: bytes by field of ``LayerStatistics``; less where the layer shares its input with another.
+        number: of the pass that streams it, from 0.
+    """
+
+    fqn: str
+    device: torch.device
+    side: str
+    sums: Mapping[str, int]
+    number: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(self.sums.values())
+
+    @property
+    def packed(self) -> int:
+        """Bytes of the lower triangles; with some room for the sums of rows."""
+        return self.total // 2 + self.total // 64
+
+    @property
+    def largest(self) -> int:
+        return max(self.sums.values())
+
+
+@dataclass(frozen=True)
+class CalibrationPlan:
+    """What a calibration needs, from :func:`plan_calibration`.
+
+    Attributes:
+        layers: each with its bytes and its pass.
+        passes: over the batches.
+        peak: bytes of sums on each device, at most.
+        kept: bytes of the result.
+        bounds: bytes that sums may take on each device; None is unknown.
+        offload: where finished sums are kept as lower triangles: ``"cpu"`` or ``"disk"``; None: they stay, whole.
+    """
+
+    layers: tuple[PlannedLayer, ...]
+    passes: int
+    peak: Mapping[torch.device, int]
+    kept: int
+    bounds: Mapping[torch.device, int | None]
+    offload: str | None
+
+    def __str__(self) -> str:
+        peaks = ", ".join(f"{size(peak)} on {device}" for device, peak in self.peak.items())
+        where = {None: "beside the model", "cpu": "packed in the CPU's memory", "disk": "packed on the disk"}
+        passes = "1 pass" if self.passes == 1 else f"{self.passes} passes"
+        return (
+            f"calibration: {passes} over the batches, sums of at most {peaks}; {size(self.kept)} {where[self.offload]}"
+        )
+
+    def table(self) -> str:
+        """One line per layer: device, side, bytes by kind of sums, and pass; then the whole."""
+        names = list(dict.fromkeys(name for layer in self.layers for name in layer.sums))
+        rows = [["layer", "device", "side", *names, "pass"]]
+        for layer in self.layers:
+            sizes = [size(layer.sums[name]) if name in layer.sums else "-" for name in names]
+            rows.append([layer.fqn or "(the model)", str(layer.device), layer.side, *sizes, str(layer.number + 1)])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([*lines, str(self)])
+
+
+def make_plan(
+    layers: Mapping[str, nn.Module],
+    sides: Mapping[str, str],
+    dtype: torch.dtype,
+    *,
+    output_gradients: bool,
+    token_weights: bool,
+    max_memory: int | str | None,
+    offload: str | None,
+) -> CalibrationPlan:
+    """The plan of a calibration of ``layers``, each with its side.
+
+    Raises:
+        ValueError: an invalid ``max_memory`` or ``offload``, or sums of one layer that exceed the bound.
+    """
+    if offload not in OFFLOADS:
+        raise ValueError(f"offload must be None, 'cpu' or 'disk'; got {offload!r}.")
+    planned = []
+    for fqn, layer in layers.items():
+        groups, in_features, out_features = dimensions(layer)
+        features = in_features if sides[fqn] == "input" else out_features
+        sums = {"activations": features}
+        if output_gradients:
+            sums |= {"output_gradients": out_features} | ({"token_weighted": features} if token_weights else {})
+        if twin_name(fqn) in sides:
+            groups *= 2
+        device = layer.get_parameter("weight").device
+        itemsize = (dtype if has_float64(device) else torch.float32).itemsize
+        sizes = {name: itemsize * groups * (n * n + 2 * n) for name, n in sums.items()}
+        planned.append(PlannedLayer(fqn, device, sides[fqn], sizes))
+    devices = dict.fromkeys(one.device for one in planned)
+    given = None if max_memory is None else parse_bytes(max_memory)
+    bounds = {device: _half(free_memory(device)) if given is None else given for device in devices}
+    whole = {device: sum(one.total for one in planned if one.device == device) for device in devices}
+    fits = all(bound is None or whole[device] <= bound for device, bound in bounds.items())
+    if fits:
+        return CalibrationPlan(tuple(planned), 1, whole, sum(whole.values()), bounds, offload)
+    places: list[str | None] = [offload]
+    if offload is None:
+        places = ["cpu", "disk"]
+        free = _half(free_memory(_CPU))
+        if _CPU not in bounds and free is not None and sum(one.packed for one in planned) > free:
+            places = ["disk"]
+    for place in places:
+        numbers, peak, too_large = _passes(planned, bounds, place)
+        if too_large is None:
+            break
+    if too_large is not None:
+        one, needed = too_large
+        raise ValueError(
+            f"the sums of layer {one.fqn!r} take {size(needed)} on {one.device} beside what is kept there, more "
+            f"than max_memory ({size(bounds[one.device] or 0)}). Pass a larger max_memory, offload='disk', "
+            "side='output' or dtype=torch.float32, or leave the layer out with filter_fn."
+        )
+    numbered = tuple(replace(one, number=numbers[one.fqn]) for one in planned)
+    kept = sum(one.packed for one in planned)
+    return CalibrationPlan(numbered, max(numbers.values()) + 1, peak, kept, bounds, place)
+
+
+def _passes(
+    planned: list[PlannedLayer], bounds: Mapping[torch.device, int | None], place: str | None
+) -> tuple[dict[str, int], dict[torch.device, int], tuple[PlannedLayer, int] | None]:
+    """The pass of each layer, the most bytes on each device, and the layer that exceeds a bound with its bytes.
+
+    Layers of one parent with equally wide sums, which may share their input, are in one pass if that fits.
+    """
+    numbers: dict[str, int] = {}
+    peak = dict.fromkeys(bounds, 0)
+    kept = dict.fromkeys(bounds, 0)  # of earlier passes
+    current: list[PlannedLayer] = []
+    number = 0
+
+    def needed(layers: list[PlannedLayer], device: torch.device) -> int:
+        here = [layer for layer in layers if layer.device == device]
+        packing = max((layer.largest // 2 for layer in here), default=0)
+        return kept[device] + sum(layer.total for layer in here) + packing
+
+    def fits(layers: list[PlannedLayer]) -> bool:
+        return all(bound is None or needed(layers, device) <= bound for device, bound in bounds.items())
+
+    def finish() -> None:
+        nonlocal number, current
+        for device in bounds:
+            peak[device] = max(peak[device], needed(current, device))
+        for layer in current:
+            numbers[layer.fqn] = number
+            home = _CPU if place == "cpu" else layer.device
+            if place != "disk" and home in kept:
+                kept[home] += layer.packed
+        number, current = number + 1, []
+
+    siblings = [
+        list(group)
+        for _, group in groupby(planned, lambda layer: (layer.fqn.rpartition(".")[0], layer.sums["activations"]))
+    ]
+    for unit in siblings:
+        for part in [unit] if fits(unit) else [[layer] for layer in unit]:
+            if current and not fits([*current, *part]):
+                finish()
+            if not fits(part):
+                return numbers, peak, (part[0], needed(part, part[0].device))
+            current += part
+    finish()
+    return numbers, peak, None
+
+
+def parse_bytes(given: int | str) -> int:
+    """Bytes of ``max_memory``: a number, or text such as ``"8GB"`` or ``"500 MiB"``."""
+    found = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?I?)B?\s*", given.upper()) if isinstance(given, str) else None
+    with contextlib.suppress(ValueError, KeyError):
+        if found is not None:
+            given = int(float(found[1]) * _UNITS[found[2]])
+    if isinstance(given, bool) or not isinstance(given, int) or given <= 0:
+        raise ValueError(f"max_memory must be a positive number of bytes or text such as '8GB'; got {given!r}.")
+    return given
+
+
+def size(count: int) -> str:
+    """Bytes for readers."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count} B"
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can be allocated on a device; None if that is not known."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    if device.type != "cpu":
+        return None
+    found = []
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]))
+    with contextlib.suppress(OSError, ValueError, StopIteration):  # the limit of a container; its caches can be dropped
+        group = Path("/sys/fs/cgroup")
+        lines = (group / "memory.stat").read_text().splitlines()
+        caches = int(next(line for line in lines if line.startswith("inactive_file ")).split()[1])
+        used = int((group / "memory.current").read_text()) - caches
+        found.append(int((group / "memory.max").read_text()) - used)
+    return min(found, default=None)
+
+
+def _half(free: int | None) -> int | None:
+    return None if free is None else max(free, 0) // 2

@@ -1,0 +1,138 @@
+"""The checkpoint of a calibration: what it has added so far, so that a killed one resumes, equal to the bit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..files import digest, digests, open_tensors, read_header, read_tensor, replacing, write_tensors
+from .recorder import Recorder
+from .statistics import Covariances
+
+_FORMAT = "lowrank_ops.calibration/1"
+SECONDS = 60  # between two states in a pass, or 20 times what writing one takes, if that is more
+
+
+class CalibrationCheckpoint:
+    """A folder with ``state.safetensors``, the sums of the pass that runs, and one file per finished pass.
+
+    Args:
+        folder: made if it does not exist.
+        identity: what must be equal for the calibration to go on, by name.
+        passes: the layers of each pass; those of the checkpoint replace them, since free memory may have changed.
+
+    Raises:
+        ValueError: the folder holds another calibration, or a damaged one.
+    """
+
+    def __init__(self, folder: str | Path, identity: Mapping[str, Any], passes: Sequence[Sequence[str]]) -> None:
+        self._folder, self._path = Path(folder), Path(folder) / "state.safetensors"
+        self._identity = dict(identity)
+        self.passes = [list(layers) for layers in passes]
+        self._number, self._batches, self._seen, self._skipped = 0, 0, "", ""
+        self._start: list[Tensor] = []  # random states at the start of each pass
+        self._state: tuple[dict[str, Any], dict[str, Tensor]] | None = None
+        self._last, self._cost = time.monotonic(), 0.0
+        self._folder.mkdir(exist_ok=True)
+        if self._path.exists():
+            self._read()
+
+    def _read(self) -> None:
+        try:
+            with open_tensors(self._path) as file:
+                header = read_header(file)
+                if header["format"] != _FORMAT:
+                    raise ValueError(f"its format is {header['format']!r}, this version reads {_FORMAT!r}")
+                tensors = {name: read_tensor(file, name, header["checksums"]) for name in header["checksums"]}
+                identity, self.passes, self._number = header["identity"], header["passes"], header["number"]
+                self._batches, self._seen = header["batches"], header["seen"]
+                self._start = [tensors[f"start.{i}"] for i in range(header["generators"])]
+                self._state = (header, tensors) if self._batches else None
+        except ValueError as error:
+            raise ValueError(
+                f"checkpoint {str(self._path)!r} cannot be read: {error}. Delete it to start again."
+            ) from None
+        differ = [name for name in {**identity, **self._identity} if identity.get(name) != self._identity.get(name)]
+        if differ:
+            raise ValueError(
+                f"checkpoint {str(self._folder)!r} is of another calibration: its {', '.join(differ)} differ. Use the "
+                "same model, batches and arguments to go on, or another folder."
+            )
+
+    def finished(self, number: int) -> Covariances | None:
+        """The statistics of a pass, if it was finished."""
+        return Covariances.load(self._file(number)) if number < self._number else None
+
+    def begin(self, recorder: Recorder, generators: Sequence[torch.Generator]) -> int:
+        """Restore what the pass had added, and the random states of its start; the number of batches to skip."""
+        self._start = self._start or [generator.get_state() for generator in generators]
+        for generator, state in zip(generators, self._start, strict=True):
+            generator.set_state(state)  # every pass draws the same labels, also in another process
+        recorder.seed = digest(self._start[0])
+        if self._state is not None:
+            header, tensors = self._state
+            recorder.restore(header["recorder"], tensors)
+        self._skipped = ""
+        return self._batches
+
+    def skip(self, index: int, batch: Any, generators: Sequence[torch.Generator]) -> None:
+        """Check a batch that was added before; after the last one the random states are those of then.
+
+        Raises:
+            ValueError: it is another batch.
+        """
+        self._skipped = digest([self._skipped, batch])
+        if index + 1 < self._batches:
+            return
+        if self._skipped != self._seen:
+            raise ValueError(
+                f"checkpoint {str(self._folder)!r} is of another calibration: its batches differ. Use the same batches "
+                "in the same order to go on, or another folder."
+            )
+        assert self._state is not None
+        _, tensors = self._state
+        for i, generator in enumerate(generators):
+            generator.set_state(tensors[f"now.{i}"])
+        self._state = None
+
+    def add(self, batch: Any, recorder: Recorder, generators: Sequence[torch.Generator]) -> None:
+        """Count a batch that was added, and write the state if it is time."""
+        self._seen = digest([self._seen, batch])
+        self._batches += 1
+        if time.monotonic() - self._last >= max(SECONDS, 20 * self._cost):
+            header, tensors = recorder.state()
+            tensors |= {f"now.{i}": generator.get_state() for i, generator in enumerate(generators)}
+            self._write({"recorder": header}, tensors)
+
+    def end(self, number: int, covariances: Covariances) -> None:
+        """Write the statistics of a finished pass."""
+        covariances.save(self._file(number))
+        self._number, self._state, self._batches, self._seen = number + 1, None, 0, ""
+        self._write({}, {})
+
+    def _write(self, more: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        begun = time.monotonic()
+        tensors = {**tensors, **{f"start.{i}": state for i, state in enumerate(self._start)}}
+        header = {
+            "format": _FORMAT,
+            "identity": self._identity,
+            "passes": self.passes,
+            "number": self._number,
+            "batches": self._batches,
+            "seen": self._seen,
+            "generators": len(self._start),
+            "checksums": digests(tensors),
+            **more,
+        }
+        with replacing(self._path) as (file,):
+            write_tensors(file, tensors, header)
+        self._last = time.monotonic()
+        self._cost = self._last - begun
+
+    def _file(self, number: int) -> Path:
+        return self._folder / f"pass-{number + 1}.safetensors"

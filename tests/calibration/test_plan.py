@@ -1,0 +1,183 @@
+"""Calibration in bounded memory: plans, passes over the batches, sums kept as lower triangles."""
+
+import copy
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lowrank_ops as lro
+from lowrank_ops.calibration.plan import free_memory, parse_bytes
+from lowrank_ops.calibration.statistics import from_lower_triangle, lower_triangle
+from tests.calibration.comparing import assert_same_statistics
+
+WIDTH = 24
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o((self.q(x) * self.k(x)).tanh() + self.v(x))
+
+
+class Net(nn.Module):
+    """Two blocks, a grouped convolution, and a layer that only some batches reach."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 6, 2, groups=2)
+        self.into = nn.Linear(6, WIDTH)
+        self.blocks = nn.ModuleList(Attention() for _ in range(2))
+        self.rare, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 5)
+
+    def forward(self, images: Tensor, rare: bool = False) -> Tensor:
+        x = self.into(self.conv(images).flatten(2).mT)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(self.rare(x) if rare else x)
+
+
+def batches() -> list[Any]:
+    torch.manual_seed(1)
+    return [(torch.randn(3, 4, 4, 4) + index, index == 1) for index in range(3)]
+
+
+def calibrated(model: nn.Module, **options: Any) -> lro.Covariances:
+    torch.manual_seed(7)
+    return lro.calibrate(model, options.pop("batches", None) or batches(), sensitivity="fisher", **options)
+
+
+@pytest.mark.parametrize(
+    ("bound", "offload"),
+    [("60kB", None), ("60kB", "disk"), ("110kB", None), ("110kB", "cpu"), (None, None), (None, "cpu"), (None, "disk")],
+)
+def test_passes_give_what_one_pass_gives(bound: str | None, offload: str | None, capfd) -> None:
+    model = Net()
+    whole = calibrated(model)
+    found = calibrated(model, max_memory=bound, offload=offload)
+    assert_same_statistics(found, whole, 0)
+    passes = lro.plan_calibration(model, sensitivity="fisher", max_memory=bound, offload=offload).passes
+    assert (passes > 1) == (bound is not None)
+    assert f"{passes} passes over the batches" in capfd.readouterr().err or passes == 1
+    distinct = [part for layer in found.values() for part in layer.moments().values()]
+    assert all(part.is_packed == (bound is not None or offload is not None) for part in distinct)
+    reports = [lro.compress_(copy.deepcopy(model), each, lro.ParameterBudget(0.7)) for each in (found, whole)]
+    assert [layer.rank for layer in reports[0].layers] == [layer.rank for layer in reports[1].layers]
+
+
+def test_sums_stay_within_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lives at any time, counted at every new sum, is at most what the plan says."""
+    from lowrank_ops.calibration import recorder
+
+    model, living, peak = Net(), [], 0
+
+    class Counted(recorder._Sums):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            nonlocal peak
+            super().__init__(*args, **options)
+            living.append(self)
+            current = {id(sums.moments): sums.moments for sums in living if not sums.moments.is_packed}
+            peak = max(peak, sum(part.nbytes for m in current.values() for part in m.tensors().values()))
+
+    monkeypatch.setattr(recorder, "_Sums", Counted)
+    plan = lro.plan_calibration(model, sensitivity="fisher", max_memory="75kB", offload="disk")
+    calibrated(model, max_memory="75kB", offload="disk")
+    assert 0 < peak <= max(plan.peak.values()) <= 75_000 and plan.passes > 1
+
+
+def test_files_vanish_with_the_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    found = calibrated(Net(), offload="disk")
+    assert not list(tmp_path.iterdir()) and found["head"].activations.second_moment.isfinite().all()
+
+
+def test_a_full_disk_is_an_os_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left"):
+        calibrated(Net(), offload="disk")
+
+
+def test_packed_statistics_merge_and_save(tmp_path: Path) -> None:
+    model = Net()
+    whole, packed = calibrated(model), calibrated(model, offload="disk")
+    assert packed.memory() < 0.6 * whole.memory()
+    assert_same_statistics(packed.merge(whole), whole.merge(packed), 1e-12)
+    assert all(part.activations.is_packed for part in packed.merge(whole).values())
+    packed.save(tmp_path / "c.safetensors")
+    assert_same_statistics(lro.Covariances.load(tmp_path / "c.safetensors"), whole, 0)
+    assert_same_statistics(copy.deepcopy(packed), whole, 0)
+
+
+@pytest.mark.parametrize("shape", [(0,), (1,), (5,), (3, 4)])
+def test_lower_triangles(shape: tuple[int, ...]) -> None:
+    rows = torch.randn(*shape[:-1], 7, shape[-1])
+    moment = rows.mT @ rows
+    packed = lower_triangle(moment)
+    assert packed.shape == (*shape[:-1], shape[-1] * (shape[-1] + 1) // 2)
+    torch.testing.assert_close(from_lower_triangle(packed, shape[-1]), moment)
+
+
+def test_batches_that_come_once_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"batches can be iterated only once, but the sums need \d+ passes"):
+        calibrated(Net(), batches=iter(batches()), max_memory="75kB")
+    calibrated(Net(), batches=iter(batches()))
+
+    class Exhausted:
+        def __init__(self) -> None:
+            self.left = batches()
+
+        def __iter__(self) -> Iterator[Any]:
+            while self.left:
+                yield self.left.pop()
+
+    with pytest.raises(ValueError, match="batches was empty"):
+        calibrated(Net(), batches=Exhausted(), max_memory="75kB")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_memory": "8 apples"}, "max_memory must be .*'8 apples'"),
+        ({"max_memory": 0}, "max_memory must be .*0"),
+        ({"offload": "gpu"}, "offload must be None, 'cpu' or 'disk'; got 'gpu'"),
+        ({"max_memory": "1kB"}, "the sums of layer 'conv' take .* on cpu .*larger max_memory"),
+        ({"max_memory": "75kB", "offload": "cpu"}, "beside what is kept there"),
+    ],
+)
+def test_invalid_bounds_are_errors(options: dict[str, Any], message: str) -> None:
+    model = Net()
+    with pytest.raises(ValueError, match=message):
+        calibrated(model, **options)
+    with pytest.raises(ValueError, match=message):
+        lro.plan_calibration(model, sensitivity="fisher", **options)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_plan_of_a_model_without_values() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(*[nn.Linear(4096, 4096) for _ in range(4)])
+    plan = lro.plan_calibration(model, max_memory="300MB", offload="disk")
+    assert plan.passes == 4 and "128.1 MiB" in plan.table() and str(plan) in plan.table()
+    assert lro.plan_calibration(model).passes == 1
+
+
+def test_free_memory_is_known_here() -> None:
+    free = free_memory(torch.device("cpu"))
+    assert free is None or free > 0
+    assert parse_bytes("8GB") == 8 * 10**9 and parse_bytes("1.5 GiB") == 3 << 29 and parse_bytes(4096) == 4096
+
+
+def test_half_of_the_free_memory_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowrank_ops.calibration.plan.free_memory", lambda device: 150_000)
+    plan = lro.plan_calibration(Net(), sensitivity="fisher")
+    assert plan.passes > 1 and plan.offload == "disk" and max(plan.peak.values()) <= 75_000
