@@ -159,7 +159,7 @@ class LayerLatencies:
                 raise ValueError("not the latencies of layers: curves and layers do not belong together.")
             _check_latencies(curves, layers)
             return cls(values["device"], values["threads"], curves, layers)
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"not the latencies of layers: {type(error).__name__} {error}.") from None
 
     @checked()
@@ -389,12 +389,12 @@ def _check_latencies(curves: Mapping[str, LatencyCurve], layers: Mapping[str, Ma
     """Raise ValueError for times, ranks and numbers of calls that :func:`lowrank_ops.measure_latency` does not give."""
     for name, curve in curves.items():
         times, ranks = (curve.dense, *curve.seconds), curve.ranks
-        if not all(type(value) in (int, float) and 0 <= value < math.inf for value in times):
+        if not all(type(value) in (int, float) and 0 <= float(value) < math.inf for value in times):
             raise ValueError(f"not the latencies of layers: {name!r} has times {times!r}.")
-        if not all(type(rank) is int and rank >= 0 for rank in ranks) or list(ranks) != sorted(set(ranks)):
+        if not all(type(rank) is int and 0 <= rank < 2**31 for rank in ranks) or list(ranks) != sorted(set(ranks)):
             raise ValueError(f"not the latencies of layers: {name!r} has ranks {ranks!r}, which must be rising.")
     for fqn, calls in layers.items():
-        if not all(type(count) is int and count > 0 for count in calls.values()):
+        if not all(type(count) is int and 0 < count < 2**31 for count in calls.values()):
             raise ValueError(f"not the latencies of layers: {fqn!r} has calls {calls!r}.")
 
 

@@ -26,7 +26,7 @@ from ..models.layers import (
     pad_input,
 )  # fmt: skip
 from ..models.masks import Masks, real_rows
-from ..models.running import has_float64
+from ..models.running import has_float64, remove
 from ..ops import conv_covariance_update_, covariance_finalize_, covariance_update_
 from ..ops.covariance import output_size
 from .distributed import rank_and_world
@@ -191,8 +191,7 @@ class Recorder:
 
     def detach(self) -> None:
         """Remove every hook, and drop the graphs of forwards that no loss was observed for."""
-        for handle in self._handles:
-            handle.remove()
+        remove(self._handles)
         self._gradients = OutputGradients()
 
     def _new_sums(self, fqn: str, side: str, dtype: torch.dtype, what: str, of_loss: bool = False) -> _Sums:

@@ -38,8 +38,18 @@ def hooks() -> Iterator[list[RemovableHandle]]:
     try:
         yield handles
     finally:
+        remove(handles)
+
+
+def remove(handles: Sequence[RemovableHandle]) -> None:
+    """Remove hooks; an interrupt meanwhile is raised when they are gone."""
+    try:
         for handle in handles:
             handle.remove()
+    except BaseException:
+        for handle in handles:
+            handle.remove()
+        raise
 
 
 def warn_caller(message: str) -> None:
@@ -120,8 +130,13 @@ def training_flags_kept(*models: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for model in models:
-            _set_modes(model, training)
+        try:
+            for model in models:
+                _set_modes(model, training)
+        except BaseException:  # an interrupt is raised when the modes are back
+            for model in models:
+                _set_modes(model, training)
+            raise
         changed = [fqn or "(the model)" for module, fqn in named.items() if not _alike(before[module], _norms(module))]
         if changed:
             warn_caller(

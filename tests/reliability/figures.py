@@ -37,14 +37,15 @@ def table(rows: list[list[str]]) -> str:
 def campaigns(known: dict[str, Any], starts: tuple[str, ...]) -> Iterator[list[str]]:
     names = [name for start in starts for name in sorted(known) if name.startswith(start)]
     names = list(dict.fromkeys(names))
-    fields = {key: None for name in names for key in known[name] if key not in ("torch", "python", "seconds")}
+    fields = {key: None for name in names for key in known[name] if key not in ("torch", "python", "seconds", "left")}
     order = [key for key in ("cases", "tokens", "elements", *sorted(fields)) if key in fields]
     order = list(dict.fromkeys(order))
     yield ["campaign", *(key.replace("_", " ") for key in order), "left"]
     for name in names:
         values = known[name]
         cells = [values.get(key, "") for key in order]
-        yield [name, *(f"{cell:,}" if isinstance(cell, int) else f"{cell}" for cell in cells), "0"]
+        shown = [f"{cell:,}" if isinstance(cell, int) else f"{cell}" for cell in cells]
+        yield [name, *shown, str(values.get("left", 0))]
 
 
 def mutants(found: dict[str, Any]) -> Iterator[list[str]]:

@@ -47,7 +47,7 @@ def run(python: Path, tests: list[str], timeout: int) -> list[str]:
     """A row of the table."""
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     versions = subprocess.run([python, "-c", VERSIONS], capture_output=True, text=True, check=True).stdout.split()
-    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    command = [python, "-m", "pytest", "-p", "no:cacheprovider", *tests]
     try:
         process = subprocess.run(
             command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=timeout, check=False

@@ -13,12 +13,14 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 
 import lowrank_ops as lro
+from lowrank_ops.calibration import resume
 from lowrank_ops.files import digest
 from tests.reliability.campaign import figures, sized
 
@@ -48,6 +50,14 @@ def loaded(folder: Path) -> str:
 
 def calibrate(folder: Path, seed: int) -> None:
     lro.calibrate(network(seed), batches(), sensitivity="output").save(folder / "file")
+
+
+def calibrate_resumed(folder: Path, seed: int = 0) -> None:
+    """With a state after as many batches as its cost allows."""
+    torch.manual_seed(2)
+    with mock.patch.object(resume, "SECONDS", 0):
+        found = lro.calibrate(network(), 10 * batches(), sensitivity="fisher", checkpoint=folder / "states")
+    found.save(folder / "file")
 
 
 def covariances(folder: Path) -> str:
@@ -109,6 +119,7 @@ WORKS = {
     "compress_ and save_pretrained over a good checkpoint": Work(compress, loaded, True),
     "calibrate and Covariances.save over a good file": Work(calibrate, covariances, True),
     "calibrate and Covariances.save to a new file": Work(calibrate, covariances, False),
+    "calibrate with a checkpoint, resumed": Work(calibrate_resumed, covariances, False),
     "compress_ with a reconstruction, resumed": Work(reconstruct, result, False),
     "finetune_, resumed": Work(finetune, result, False),
     "search_ranks with a cache, resumed": Work(search, result, False),

@@ -125,3 +125,10 @@ def test_noise_grows_with_the_root_of_the_features() -> None:
     """rounding * sqrt(features) * mean square."""
     noise = noise_of_sums(torch.full((64,), 3.0).double(), 1e-10)
     torch.testing.assert_close(noise, torch.full((64,), 1e-10 * 8 * 3).double(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e-20, 1.0, 1e200])
+def test_explained_variance_does_not_depend_on_the_scale(scale: float) -> None:
+    space = Subspace(lambda: (torch.eye(2).double(), torch.tensor([3.0, 1.0]).double() * scale))
+    torch.testing.assert_close(space.explained(1), torch.tensor(0.75).double())
+    assert float(space.explained(2)) == 1 and space.rank_at(0.7) == 1 and space.rank_at(0.8) == 2
