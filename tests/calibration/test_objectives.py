@@ -360,6 +360,7 @@ def test_processes_seeded_alike_draw_independently(monkeypatch: pytest.MonkeyPat
     for rank in (0, 1, 2, 0):
         monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
         monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
         torch.manual_seed(0)
         seen.append(torch.autograd.grad(objective("fisher", values, values, None).loss, values)[0])
     assert torch.equal(seen[0], seen[3])
