@@ -129,7 +129,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", type=float, default=0.8, help="share of the layers' parameters to keep")
     parser.add_argument("--tokens", type=int, default=4096, help="for calibration")
-    parser.add_argument("--prompt", default="What is the capital of France?")
+    parser.add_argument("--prompt", default="What does the return statement do in Python?")
     parser.add_argument("--out", type=Path, help="folder for the dense and the smaller model; by default temporary")
     parser.add_argument("--dense", type=Path, metavar="FOLDER", help="only write the dense model to FOLDER")
     parser.add_argument("--check", type=Path, help=argparse.SUPPRESS)

@@ -76,6 +76,7 @@ def test_changes_would_be_noticed(names):
 # Valid arguments of every public function that takes more than tensors; the test puts another object in place of each.
 CALLS = {
     "lro.calibrate": "model=model, batches=batches, sensitivity='fisher'",
+    "lro.plan_calibration": "model=model",
     "lro.Calibrator": "model=model",
     "lro.Calibrator(model).observe": "loss=loss, samples=40",
     "lro.recalibrate": "model=model, covariances=covariances, batches=batches",

@@ -149,7 +149,7 @@ def calibrate(
     Raises:
         NonFiniteActivationError: NaN or inf in an activation or a gradient.
         RuntimeError: another thread calibrates, compresses or searches the model.
-        OSError: the disk is full (``offload="disk"``, ``checkpoint``).
+        OSError: the disk is full (``offload="disk"``, ``checkpoint``), or the checkpoint's folder cannot be made.
         TypeError: an argument of another type, such as a single batch for ``batches``.
         ValueError: an invalid argument, no batch, no layer to calibrate, no row that reaches one, with
             ``token_weights`` an input that was changed in place before the backward pass, a layer whose sums exceed

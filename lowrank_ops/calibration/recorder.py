@@ -48,8 +48,8 @@ from .token_weights import MAX_ELEMENTS, SavedActivation
 SHIFT_RATIO = 2
 SHIFT_ROWS = 4096
 NO_ROWS = (
-    "no row reached a layer: the batches are empty, the mask leaves no position, or the model calls none of the layers "
-    "that filter_fn keeps."
+    "no row reached a layer: the batches are empty, the mask leaves no position, tokens takes too few rows, or the "
+    "model calls none of the layers that filter_fn keeps."
 )
 
 

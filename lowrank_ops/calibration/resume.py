@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..files import digest, digests, open_tensors, read_header, read_tensor, replacing, write_tensors
+from .distributed import rank_and_world
 from .recorder import Recorder
 from .statistics import Covariances
 
@@ -22,7 +23,7 @@ class CalibrationCheckpoint:
     """A folder with ``state.safetensors``, the sums of the pass that runs, and one file per finished pass.
 
     Args:
-        folder: made if it does not exist.
+        folder: made if it does not exist; of several processes each has a folder in it.
         identity: what must be equal for the calibration to go on, by name.
         passes: the layers of each pass; those of the checkpoint replace them, since free memory may have changed.
 
@@ -31,13 +32,16 @@ class CalibrationCheckpoint:
     """
 
     def __init__(self, folder: str | Path, identity: Mapping[str, Any], passes: Sequence[Sequence[str]]) -> None:
-        self._folder, self._path = Path(folder), Path(folder) / "state.safetensors"
+        rank, world = rank_and_world()
+        self._folder = Path(folder) / f"rank-{rank}" if world > 1 else Path(folder)
+        self._path = self._folder / "state.safetensors"
         self._identity = dict(identity)
         self.passes = [list(layers) for layers in passes]
         self._number, self._batches, self._seen, self._skipped = 0, 0, "", ""
         self._start: list[Tensor] = []  # random states at the start of each pass
         self._state: tuple[dict[str, Any], dict[str, Tensor]] | None = None
         self._last, self._cost = time.monotonic(), 0.0
+        Path(folder).mkdir(exist_ok=True)
         self._folder.mkdir(exist_ok=True)
         if self._path.exists():
             self._read()
@@ -66,7 +70,15 @@ class CalibrationCheckpoint:
 
     def finished(self, number: int) -> Covariances | None:
         """The statistics of a pass, if it was finished."""
-        return Covariances.load(self._file(number)) if number < self._number else None
+        if number >= self._number:
+            return None
+        try:
+            return Covariances.load(self._file(number))
+        except FileNotFoundError:
+            raise ValueError(
+                f"checkpoint {str(self._folder)!r} lacks the file {self._file(number).name!r} of a finished pass. "
+                "Delete the folder to start again."
+            ) from None
 
     def begin(self, recorder: Recorder, generators: Sequence[torch.Generator]) -> int:
         """Restore what the pass had added, and the random states of its start; the number of batches to skip."""

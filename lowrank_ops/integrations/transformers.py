@@ -126,6 +126,12 @@ def _describe(model: PreTrainedModel) -> None:
                 f"the model has low-rank layers and is quantized by {method}; transformers saves one of the two. Save "
                 "it by lowrank_ops.save_pretrained, or save it before it is quantized."
             )
+        for name, other in model.get_expanded_tied_weights_keys(all_submodels=True).items():
+            if name.removesuffix(".weight") in description["layers"]:
+                raise ValueError(
+                    f"the layer of {name!r} is low-rank, but transformers would tie it to {other!r} when the model is "
+                    "loaded. Set model.config.tie_word_embeddings = False before saving."
+                )
         config.quantization_config = LowRankConfig(**description)
         fusions[REQUIRED] = False
     elif method == METHOD:

@@ -96,6 +96,20 @@ def test_a_damaged_checkpoint_is_an_error(tmp_path: Path, monkeypatch: pytest.Mo
         calibrated(model, given, checkpoint=tmp_path)
 
 
+def test_a_missing_pass_is_an_error(tmp_path: Path) -> None:
+    model, given = Net(), batches()
+    calibrated(model, given, checkpoint=tmp_path)
+    (tmp_path / "pass-1.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"lacks the file 'pass-1\.safetensors' of a finished pass"):
+        calibrated(model, given, checkpoint=tmp_path)
+
+
+def test_processes_have_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowrank_ops.calibration.resume.rank_and_world", lambda: (1, 2))
+    calibrated(Net(), batches(), checkpoint=tmp_path / "stats")
+    assert [path.name for path in (tmp_path / "stats").iterdir()] == ["rank-1"]
+
+
 def test_states_are_written_about_every_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lowrank_ops.calibration.resume.SECONDS", 60)
     with pytest.raises(KeyboardInterrupt):

@@ -18,12 +18,11 @@ def calibrated(model: nn.Module, given: Any, seed: int = 5, **options: Any) -> l
     return lro.calibrate(model, given, **{"sensitivity": lambda output, batch: output.square().sum((1, 2)), **options})
 
 
-@pytest.mark.parametrize("side", ["input", "output"])
-def test_chosen_rows_are_unbiased(side: str) -> None:
+def test_chosen_rows_are_unbiased() -> None:
     """The mean over many choices is what all rows give, for every kind of sums, in batches of different sizes."""
     model, given = Net().double(), [(torch.randn(n, 4, 3, 4).double() + 1, n == 3) for n in (1, 3, 6)]
-    whole = calibrated(model, given, side=side)
-    found = [calibrated(model, given, seed, side=side, tokens=0.4) for seed in range(40)]
+    whole = calibrated(model, given)
+    found = [calibrated(model, given, seed, tokens=0.4) for seed in range(30)]
     for fqn, layer in whole.items():
         for name, moments in layer.moments().items():
             parts = [each[fqn].moments()[name].about(None) for each in found if fqn in each]

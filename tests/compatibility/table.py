@@ -184,7 +184,7 @@ def _first_line(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {line}"[:200]
+    return f"{type(error).__name__}: {line}"[:200].replace("`", "'")
 
 
 def page(rows: list[Row]) -> str:

@@ -186,6 +186,15 @@ def test_other_quantization_is_refused(model: LlamaForCausalLM, tmp_path: Path) 
     assert description(tmp_path) == {}
 
 
+def test_a_tie_that_is_none_any_more_is_refused(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    model.config.tie_word_embeddings = True  # as of a model whose lm_head was untied by hand, then compressed
+    with pytest.raises(ValueError, match=r"'lm_head\.weight' is low-rank.*tie_word_embeddings = False"):
+        model.save_pretrained(tmp_path)
+    model.config.tie_word_embeddings = False
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+
+
 def test_model_card_section(model: LlamaForCausalLM) -> None:
     section = model_card(model)
     layers = [layer for layer in model.modules() if isinstance(layer, lro.LowRankLinear)]
