@@ -28,6 +28,23 @@ def unavailable(device_type: str, capability: tuple[int, int]) -> str | None:
     return f"needs a CUDA device of compute capability 8.0 or newer; this tensor is on {device_type}"
 
 
+@functools.cache
+def lacks_proxy_fence(device_type: str, capability: tuple[int, int]) -> str | None:
+    """Why Triton must not load tiles by cp.async for wgmma or tcgen05.mma on such a device, or None.
+
+    Triton 3.6 has no fence.proxy.async between the two (triton-lang/triton issue 9610, mended in 3.7): MMAs may read
+    what was in shared memory before.
+    """
+    if device_type != "cuda" or torch.version.hip is not None or arch_of(capability) < 90:
+        return None
+    import triton
+
+    major, minor = triton.__version__.split(".")[:2]
+    if (int(major), int(minor)) >= (3, 7):
+        return None
+    return f"needs Triton 3.7 or newer on this device, for a missing memory fence; this is {triton.__version__}"
+
+
 def arch_of(capability: tuple[int, int]) -> int:
     """The arch of a device's newest tensor-core instruction that Triton uses: 80, 90 or 100.
 

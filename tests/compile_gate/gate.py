@@ -33,7 +33,13 @@ SERIALIZED = ("C7510", "C7511", "C7515")  # ptxas: "wgmma pipelines were seriali
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _OPCODE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
 _TENSOR_CORE_OPCODE = re.compile(r"HMMA|HGMMA|UTC\w*MMA")
-_REPORT_VERSION = 2
+_ASYNC_PROXY_MMA = re.compile(r"HGMMA|UTC\w*MMA")  # read shared memory through the async proxy
+_LINE = re.compile(
+    r"^(?P<label>\.L_\w+):|^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(?P<code>[A-Z].*?)\s*;", re.MULTILINE
+)
+_BRANCH = re.compile(r"BRA.*`\((\.L_\w+)\)")
+_WAIT = re.compile(r"DEPBAR\.LE SB0, (0x[0-9a-f]+)")  # for all but so many groups of LDGSTS, which is cp.async
+_REPORT_VERSION = 3
 
 
 class Report(NamedTuple):
@@ -51,6 +57,8 @@ class Report(NamedTuple):
     tensor_core: dict[str, int]  # opcode -> count
     tma_loads: int  # UTMALDG instructions
     serialized: list[str]  # ptxas's codes for wgmma that waits after each instruction
+    in_flight: list[int]  # of each loop that loads by cp.async: groups of loads that its waits leave in flight
+    unfenced: int  # wgmma or tcgen05.mma after a wait for cp.async without a fence.proxy.async between them
 
     def mma(self) -> str:
         """The kernel's most frequent tensor-core instruction, or "-"."""
@@ -96,12 +104,15 @@ def compile_launch(launch: Launch, arch: int) -> Report:
     return compile_kernel(launch.kernel, launch.signature, launch.constexprs, arch, attrs=launch.attrs, **options)
 
 
-def assert_clean(report: Report, arch: int, tma: bool = False, mma: bool | str = True, spills: int = 0) -> None:
+def assert_clean(
+    report: Report, arch: int, tma: bool = False, mma: bool | str = True, spills: int = 0, in_flight: int = 0
+) -> None:
     """Fail, listing all faults of ``report``: spills, too much shared memory, missing instructions, serialized wgmma.
 
     Args:
         tma: whether the kernel must load by TMA.
         spills: bytes that the kernel is known to spill, at most.
+        in_flight: groups of loads that every loop over cp.async has to leave in flight where it waits, at least.
         mma: True if it must use the arch's newest tensor-core instruction; a string names another, False accepts any.
     """
     faults = []
@@ -118,6 +129,10 @@ def assert_clean(report: Report, arch: int, tma: bool = False, mma: bool | str =
     wanted = TENSOR_CORE[arch] if mma is True else mma
     if wanted and not any(opcode.startswith(wanted) for opcode in report.tensor_core):
         faults.append(f"no {wanted}; tensor-core instructions: {report.tensor_core or 'none'}")
+    if report.unfenced:
+        faults.append(f"{report.unfenced} MMAs that read what cp.async wrote without a fence.proxy.async between them")
+    if in_flight > min(report.in_flight, default=in_flight):
+        faults.append(f"loops that wait with {report.in_flight} groups of loads in flight; {in_flight} are required")
     if report.serialized:
         faults.append(f"ptxas serialized wgmma: {', '.join(report.serialized)}")
     assert not faults, f"sm_{arch}, Triton {report.triton}: " + "; ".join(faults)
@@ -128,7 +143,8 @@ def _read(arch: int, compiled: Any, log: str) -> Report:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         usage = _tool("cuobjdump", "-res-usage", str(cubin))
-        opcodes = Counter(_OPCODE.findall(_tool("nvdisasm", "-c", str(cubin))))
+        code = _tool("nvdisasm", "-c", str(cubin))
+    opcodes = Counter(_OPCODE.findall(code))
     return Report(
         arch=arch,
         triton=triton.__version__,
@@ -141,8 +157,51 @@ def _read(arch: int, compiled: Any, log: str) -> Report:
         shared=compiled.metadata.shared,
         tensor_core={opcode: count for opcode, count in sorted(opcodes.items()) if _TENSOR_CORE_OPCODE.match(opcode)},
         tma_loads=_starting(opcodes, "UTMALDG"),
-        serialized=sorted({code for code in SERIALIZED if code in log}),
+        serialized=sorted({message for message in SERIALIZED if message in log}),
+        in_flight=loads_in_flight(code),
+        unfenced=unfenced_mmas(code),
     )
+
+
+def loads_in_flight(code: str) -> list[int]:
+    """For each loop of ``code`` that loads by cp.async: how many groups of loads its waits leave in flight."""
+    labels: dict[str, int] = {}
+    instructions: list[str] = []
+    loops = []
+    for line in _LINE.finditer(code):
+        if line["label"]:
+            labels[line["label"]] = len(instructions)
+            continue
+        branch = _BRANCH.match(line["code"])
+        if branch and branch[1] in labels:
+            loops.append((labels[branch[1]], len(instructions)))
+        instructions.append(line["code"])
+    found: list[tuple[int, int]] = []
+    waits = {}
+    for first, last in sorted(loops, key=lambda loop: loop[1] - loop[0]):
+        body = instructions[first:last]
+        left = [int(wait[1], 16) for wait in map(_WAIT.match, body) if wait]
+        innermost = all(last < other_first or other_last < first for other_first, other_last in found)
+        if innermost and left and any(instruction.startswith("LDGSTS") for instruction in body):
+            found.append((first, last))
+            waits[first] = min(left)
+    return [waits[first] for first in sorted(waits)]
+
+
+def unfenced_mmas(code: str) -> int:
+    """MMAs of the async proxy that follow a wait for cp.async, a write by the generic proxy, without a fence."""
+    count, unfenced = 0, False
+    if "LDGSTS" not in code:
+        return 0
+    for line in _LINE.finditer(code):
+        instruction = line["code"] or ""
+        if _WAIT.match(instruction):
+            unfenced = True
+        elif instruction.startswith("FENCE.VIEW.ASYNC"):
+            unfenced = False
+        elif unfenced and _ASYNC_PROXY_MMA.match(instruction):
+            count += 1
+    return count
 
 
 def _tool(name: str, *arguments: str) -> str:

@@ -184,6 +184,8 @@ def _convolution(device):
         state = torch.empty(1, features, features, dtype=state_dtype), torch.empty(1, features, dtype=state_dtype)
         problem = covariance.describe_conv(*state, x, kernel_size, stride, padding, dilation, **options)
         problem = problem._replace(device=device)
+        if _triton_conv.unfenced(problem):
+            continue
         assert choose(covariance.CONV_TABLE, problem, "auto").backend is Backend.TRITON, case
         plan = _triton_conv.plan(problem).plan
         assert plan.constants["DEST"] in case and (plan.vector > 1) == case.startswith("vector"), case
@@ -221,6 +223,8 @@ def linear_problems(device: Device) -> Iterator[tuple[Any, Any, tuple[torch.Tens
         config_of = linear_triton.decode_config if impl == "triton.decode" else linear_triton.prefill_config
         for tokens, in_features, rank in sizes:
             problem, tensors = _linear_problem(device, tokens, in_features, rank, OUT_FEATURES)
+            if linear_triton.unfenced(config_of(problem), device):
+                continue
             assert choose(linear.TABLE, problem, "auto").name == impl, (tokens, in_features, rank)
             yield config_of(problem), problem, tensors
             if (tokens, in_features, rank) in BACKWARD:
@@ -229,7 +233,8 @@ def linear_problems(device: Device) -> Iterator[tuple[Any, Any, tuple[torch.Tens
     for impl, kind in (("triton.decode", DecodeConfig), ("triton.prefill", PrefillConfig)):
         for shape, config in _tuned("lowrank_linear", device, impl, kind):
             sizes = (shape[key] for key in ("tokens", "in_features", "rank", "out_features"))
-            yield config, *_linear_problem(device, *sizes)
+            if not linear_triton.unfenced(config, device):
+                yield config, *_linear_problem(device, *sizes)
 
 
 def _linear_problem(device, tokens, in_features, rank, out_features, transposed=False):

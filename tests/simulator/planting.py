@@ -56,12 +56,8 @@ def plant(file: str, right: str, wrong: str, library: Path, folder: Path, header
     run(arguments[0], f"-I{first}", *flags, "-include", header, "-c", planted, "-o", folder / "planted.o", cwd=build)
     torch = next(a for a in arguments if a.endswith("torch/include")).removesuffix("include") + "lib"
     out = folder / LIBRARY_NAME
-    link = [
-        *sanitizer,
-        "-L" + torch,
-        "-Wl,--no-as-needed",
-        "-ltorch",
-    ]  # libtorch_cpu comes with it, and is slow to read
+    # libtorch_cpu, which is slow to read, comes with libtorch.
+    link = [*sanitizer, "-L" + torch, "-Wl,--no-as-needed", "-ltorch"]
     run("c++", "-shared", "-o", out, folder / "planted.o", *objects, *link, cwd=build)
     return out
 
@@ -94,18 +90,8 @@ class Runner:
         """Up to the first failure: pytest's exit status and output."""
         with tempfile.NamedTemporaryFile("r") as out:
             tests = str(Path(__file__).with_name("test_kernels.py"))
-            fixed = [
-                "-x",
-                "-q",
-                "-p",
-                "no:cacheprovider",
-                "-p",
-                "no:unraisableexception",
-                "-k",
-                which,
-                "--simulated-library",
-                str(library),
-            ]
+            without = ["-p", "no:cacheprovider", "-p", "no:unraisableexception"]
+            fixed = ["-x", "-q", *without, "-k", which, "--simulated-library", str(library)]
             assert self._server.stdin and self._server.stdout
             self._server.stdin.write(json.dumps([[tests, *fixed, *options], out.name]) + "\n")
             self._server.stdin.flush()

@@ -98,7 +98,6 @@ WIDE = {  # machine, dtype, tokens, features, padding, splits, the plan
     "padded-rows": (SM90, FP16, 150, 392, 24, 0, "3 tiles whole"),
     "splits": (SM90, BF16, 700, 264, 0, 3, "3 tiles x 3 splits of 256 tokens"),
     "whole-and-split-tiles": (SM90, BF16, 330, 520, 8, 2, "4 tiles whole, 2 tiles x 2 splits of 192 tokens"),
-    "one-split-tile": (SM90, BF16, 130, 200, 0, 2, "1 tiles x 2 splits of 128 tokens"),
     "one-token": (SM90, BF16, 1, 8, 0, 0, "1 tiles whole"),
 }
 

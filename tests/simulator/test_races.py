@@ -20,7 +20,7 @@ CASES = {
     "covariance_sm80": "sm80-any or sm80-5 or sm80-one-element or (sm80-float32 and not any)",
     "covariance_sm80 tf32": "covariance_sm80-tf32-any or covariance_sm80-tf32-copies",
     "covariance_sm90": "test_covariance and (sm90-float16 or sm90-stages or sm90-splits)",
-    "covariance_sm90_wide": "test_wide_covariance and (one-tile or one-split-tile or 1-float64)",
+    "covariance_sm90_wide": "test_wide_covariance and (one-tile or whole-and or 1-float64)",
     "convolution": "test_conv_covariance and (same or groups and not tf32)",
     "decode_sm80": "decode_sm80-8-tokens or decode_sm80-any or decode_sm80-dependent",
     "decode_sm90": "decode_sm90-8-tokens or decode_sm90-clusters or decode_sm90-streamed",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from .. import _tuning
+from .. import _triton_device, _tuning
 from . import _triton
 from ._triton import Config, Plan
 from .reference import output_size
@@ -48,7 +48,14 @@ def supports(problem: ConvProblem) -> str | None:
     tokens = _tokens(problem)
     if tokens > _triton.MAX_TOKENS:
         return f"x has {tokens} patches, more than {_triton.MAX_TOKENS}; split its batch"
-    return _triton.unsupported_config(config_for(problem), problem.dtype, problem.device)
+    return unfenced(problem) or _triton.unsupported_config(config_for(problem), problem.dtype, problem.device)
+
+
+def unfenced(problem: ConvProblem) -> str | None:
+    """Why vectors of 16-bit elements, which load by cp.async, must not be multiplied by this Triton, or None."""
+    if _vector(problem) == 1 or problem.dtype.itemsize != 2:
+        return None
+    return _triton_device.lacks_proxy_fence(problem.device.type, problem.device.capability)
 
 
 def run(problem: ConvProblem, second_moment: Tensor, total: Tensor, x: Tensor, *geometry: object) -> None:

@@ -41,7 +41,10 @@ def supports_decode(problem: Problem, config: DecodeConfig | None = None) -> str
     reason = _unsupported(problem)
     if reason is None and problem.tokens > MAX_DECODE_TOKENS:
         reason = f"takes at most {MAX_DECODE_TOKENS} rows of x; this x has {problem.tokens}"
-    return reason or refusal(config or decode_config(problem), problem)
+    if reason is not None:
+        return reason
+    config = config or decode_config(problem)
+    return unfenced(config, problem.device) or refusal(config, problem)
 
 
 def supports_prefill(problem: Problem, config: PrefillConfig | None = None) -> str | None:
@@ -51,7 +54,20 @@ def supports_prefill(problem: Problem, config: PrefillConfig | None = None) -> s
         reason = f"keeps ranks up to {MAX_PREFILL_RANK} on chip; this rank is {problem.rank}"
     if reason is None and config is not None and config.rank < problem.rank:
         reason = f"this configuration covers ranks up to {config.rank}; this rank is {problem.rank}"
-    return reason or refusal(config or prefill_config(problem), problem)
+    if reason is not None:
+        return reason
+    config = config or prefill_config(problem)
+    return unfenced(config, problem.device) or refusal(config, problem)
+
+
+def unfenced(config: DecodeConfig | PrefillConfig | None, device: Device) -> str | None:
+    """Why tiles that this Triton loads by cp.async must not be multiplied on ``device``, or None.
+
+    Up to 32 rows of weights Triton multiplies by mma.sync, which needs no fence.
+    """
+    if isinstance(config, DecodeConfig) and max(config.block_r, config.block_n) < 64:
+        return None
+    return _triton_device.lacks_proxy_fence(device.type, device.capability)
 
 
 def prefers_decode(problem: Problem) -> bool:

@@ -72,7 +72,8 @@ class PrefillConfig:
     def shared_memory(self) -> int:
         """An upper bound of the bytes of shared memory per CTA."""
         first = self.stages_k * (self.block_m + self.rank) * self.block_k
-        second = self.stages_n * self.block_n * self.rank
+        # tcgen05 kernels rearrange y through a part of its size while tiles of up are in flight.
+        second = self.stages_n * self.block_n * self.rank + self.block_m * self.block_n // 4
         return 2 * (max(first, second) + self.block_m * max(self.rank, self.block_n)) + _BARRIER_BYTES
 
 
@@ -87,13 +88,18 @@ _DECODE_128 = DecodeConfig(128, 64, 64, 4, 4, 64, 128, 64, 4, 3)
 _SLICES = (1, 4, 8)
 _FOLDED_SLICES = 4
 
+# With two stages in the second loop, nothing would load while a tile is multiplied and stored.
 _PREFILL_LARGE_TILES = (
-    PrefillConfig(128, 128, 64, 64, 0, 8, 3, 2),
-    PrefillConfig(128, 128, 64, 128, 0, 8, 3, 2),
-    PrefillConfig(128, 64, 64, 128, 16, 8, 3, 2),
-    PrefillConfig(128, 64, 64, 128, 64, 8, 3, 2),
+    PrefillConfig(128, 128, 64, 64, 0, 8, 3, 3),
+    PrefillConfig(128, 128, 64, 128, 0, 8, 3, 3),
+    PrefillConfig(128, 64, 64, 128, 16, 8, 3, 3),
+    PrefillConfig(128, 64, 64, 128, 64, 8, 3, 3),
 )
-_PREFILL_SMALL_TILES = (PrefillConfig(64, 64, 64, 128, 16, 8, 3, 2), PrefillConfig(64, 64, 64, 256, 0, 8, 3, 2))
+_PREFILL_SMALL_TILES = (
+    PrefillConfig(64, 64, 64, 64, 0, 4, 3, 3),
+    PrefillConfig(64, 64, 64, 128, 16, 8, 3, 3),
+    PrefillConfig(64, 64, 64, 256, 0, 8, 3, 3),
+)
 _PREFILL: dict[str, tuple[PrefillConfig, ...]] = {
     "sm80": (
         PrefillConfig(64, 64, 64, 64, 0, 8, 3, 2),
@@ -103,11 +109,10 @@ _PREFILL: dict[str, tuple[PrefillConfig, ...]] = {
     ),
     "sm90": (
         *_PREFILL_LARGE_TILES,
-        PrefillConfig(128, 64, 64, 256, 0, 8, 3, 2),
-        PrefillConfig(64, 64, 64, 64, 0, 4, 3, 2),
+        PrefillConfig(128, 64, 64, 256, 0, 8, 3, 3),
         *_PREFILL_SMALL_TILES,
     ),
-    "sm100": (*_PREFILL_LARGE_TILES, PrefillConfig(64, 64, 64, 64, 0, 8, 3, 2), *_PREFILL_SMALL_TILES),
+    "sm100": (*_PREFILL_LARGE_TILES, *_PREFILL_SMALL_TILES),
 }
 _SMALL_TILE_RATE = 0.7  # MMA throughput of a 64-row tile relative to a 128-row tile
 
