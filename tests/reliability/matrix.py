@@ -13,7 +13,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 from tests.reliability.campaign import FIGURES
@@ -70,12 +69,10 @@ def main() -> int:
     parser.add_argument("--timeout", type=int, default=7200, help="seconds for one combination")
     options = parser.parse_args()
     pythons = [environment(python, torch, options.folder) for python in options.pythons for torch in options.torch]
+    ran_now = [run(python, options.tests, options.timeout) for python in pythons or options.pythons]
     known = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
     rows = {tuple(row[:3]): row for row in known.get("matrix", [HEAD])[1:] if row[-1] != "not run"}
-    for python in pythons or options.pythons:
-        row = run(python, options.tests, options.timeout)
-        print(*row, sep=" | ", file=sys.stderr)
-        rows[tuple(row[:3])] = row
+    rows |= {tuple(row[:3]): row for row in ran_now}
     ran = {(row[0], ".".join(row[1].split(".")[:2])) for row in rows.values()}
     left = [[python, torch, "", "", "", "not run"] for python, torch in SUPPORTED if (python, torch) not in ran]
     known["matrix"] = [HEAD, *sorted(rows.values()), *left]
