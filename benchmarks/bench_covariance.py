@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import lowrank_ops as lro
+from lowrank_ops.ops._triton_device import lacks_proxy_fence
 
 from . import shapes
 from .harness import Case, Tensors, Variant, compile_every_shape, on_cuda
@@ -54,7 +55,7 @@ def case(tokens: int, features: int, dtype: str) -> Case:
             Variant("torch_mm", torch_mm, functools.partial(_no_mm, kind)),
             Variant("torch_mm compiled", torch_mm_compiled, on_cuda),
             *([Variant("torch_addmm", torch_addmm, on_cuda)] if half else []),
-            Variant("symmetric_triton", symmetric_triton, functools.partial(_needs, "triton")),
+            Variant("symmetric_triton", symmetric_triton, _needs_fenced_triton),
             *([Variant("quack_gemm_symmetric", quack_symmetric, functools.partial(_needs, "quack"))] if half else []),
             *ours(lro.ops.covariance_update_),
             Variant("lowrank_ops triton, atomics", atomics, on_cuda, "triton"),
@@ -161,6 +162,13 @@ def _no_mm(dtype: torch.dtype, device: torch.device) -> str | None:
 
 def _needs(package: str, device: torch.device) -> str | None:
     return on_cuda(device) or (None if importlib.util.find_spec(package) else f"{package} is not installed")
+
+
+def _needs_fenced_triton(device: torch.device) -> str | None:
+    missing = _needs("triton", device)
+    if missing or not torch.cuda.is_available():  # a dry run
+        return missing
+    return lacks_proxy_fence("cuda", torch.cuda.get_device_capability(device))
 
 
 def conv_case(conv: shapes.Conv, dtype: str) -> Case:
