@@ -139,9 +139,9 @@ def reconstruct_blocks(
     identity: dict[str, Any] = {}
     done: dict[str, Factors] = {}
     if checkpoint is not None:
-        own = {name: getattr(settings, name) for name in ("sensitivity", "epochs", "lr", "held_out")}
+        own = {name: getattr(settings, name) for name in ("epochs", "lr", "held_out")}
         given = digest({fqn: (part.down, part.up, part.bias) for fqn, part in factors.items()})
-        identity = run_identity(layers, factors, batches, kind="blocks", start=given, chains=chains, **own)
+        identity = run_identity(layers, factors, batches, settings, kind="blocks", start=given, chains=chains, **own)
         done = resume_checkpoint(checkpoint, identity, layers)
 
     masks = Masks(model, settings.mask, settings.unmasked_rows)

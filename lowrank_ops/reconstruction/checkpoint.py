@@ -19,16 +19,23 @@ _TENSORS = ("down", "up", "bias")  # of Factors
 
 
 def run_identity(
-    layers: Mapping[str, nn.Module], factors: Mapping[str, Factors], batches: Sequence[Any], **settings: Any
+    layers: Mapping[str, nn.Module],
+    factors: Mapping[str, Factors],
+    batches: Sequence[Any],
+    settings: Any,
+    **others: Any,
 ) -> dict[str, Any]:
-    """What must be equal for a checkpoint to be resumed."""
+    """What must be equal for a checkpoint to be resumed; ``settings`` are those of either reconstruction."""
     weights = {fqn: (weight_matrix(layer), bias_vector(layer)) for fqn, layer in layers.items()}
     return {
         "ranks": {fqn: part.rank for fqn, part in factors.items()},
         "projections": {fqn: part.projection for fqn, part in factors.items()},
         "batches": [digest(batch) for batch in batches],
         "weights": digest(weights),
-        **{name: "a function" if callable(value) else value for name, value in settings.items()},
+        "sensitivity": "a function" if callable(settings.sensitivity) else settings.sensitivity,
+        "mask": digest([settings.mask, settings.unmasked_rows]),
+        "forward": digest(settings.forward),
+        **others,
     }
 
 

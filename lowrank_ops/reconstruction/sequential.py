@@ -137,7 +137,7 @@ def reconstruct_factors(
     identity: dict[str, Any] = {}
     done: dict[str, Factors] = {}
     if checkpoint is not None:
-        identity = run_identity(layers, factors, batches, centered=centered, ridge=ridge, sensitivity=sensitivity)
+        identity = run_identity(layers, factors, batches, settings, centered=centered, ridge=ridge)
         done = resume_checkpoint(Path(checkpoint), identity, layers)
     new, kept = dict(factors), dict.fromkeys(layers, "the first batch did not reach it")
     by_loss = {

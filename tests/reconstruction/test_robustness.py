@@ -14,7 +14,7 @@ from lowrank_ops.factors import Factors
 from lowrank_ops.files import digests, open_tensors, read_header, replacing, write_tensors
 from lowrank_ops.reconstruction import SequentialReconstruction, sequential
 from lowrank_ops.reconstruction.regression import PairedSums, reconstruct_layers
-from tests.reconstruction.models import deep, one_shot, reconstruct, state_of
+from tests.reconstruction.models import deep, made, one_shot, reconstruct, state_of
 
 
 @pytest.mark.parametrize("policy", ["budget", "search"])
@@ -135,6 +135,17 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     lro.calibrate(model, batches).save(path)
     with pytest.raises(ValueError, match="was not written by a reconstruction"):
         reconstruct(model, factors, batches, checkpoint=path)
+
+
+def test_another_mask_or_forward_is_another_run(tmp_path: Path) -> None:
+    model, batches, mask = made("bert")
+    factors = one_shot(model, batches, mask)
+    path = tmp_path / "factors.safetensors"
+    reconstruct(model, factors, batches, mask=mask, checkpoint=path)
+    with pytest.raises(ValueError, match="its mask differ"):
+        reconstruct(model, factors, batches, checkpoint=path)
+    with pytest.raises(ValueError, match="its forward differ"):
+        reconstruct(model, factors, batches, mask=mask, forward=lambda model, batch: model(**batch), checkpoint=path)
 
 
 def test_every_value_of_weights_and_batches_counts(tmp_path: Path) -> None:
