@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..models.layers import find_layers
 from ..models.masks import Mask, Masks
-from ..models.running import ProgressBar, device_of, evaluating, move, random_state_kept, without_fast_path
+from ..models.running import ProgressBar, device_of, differentiable, move
 from .objectives import Sensitivity
 from .recorder import Recorder
 from .statistics import NonFiniteActivationError
@@ -78,12 +78,7 @@ def call_weights(
     # All layers of the model, as in a calibration: a batch may reach others than the given ones.
     recorder = Recorder(find_layers(model)[0], Masks(model, mask, unmasked_rows), share=False)
     with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        for generator in stack.enter_context(random_state_kept(model)):
-            generator.manual_seed(SEED)  # torch.manual_seed would seed other GPUs as well
-        stack.enter_context(evaluating(model))
-        stack.enter_context(without_fast_path())
+        stack.enter_context(differentiable(model, SEED))
         stack.callback(recorder.detach)
         recorder.attach(model, {}, torch.float64)
         recorder.attach_gradient_reader()

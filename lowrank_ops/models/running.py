@@ -208,6 +208,21 @@ def without_fast_path(wanted: bool = True) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def differentiable(model: nn.Module, seed: int) -> Iterator[None]:
+    """Eval mode with gradients and a seed inside the block; modes and random states are restored."""
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        random_state_kept(model) as generators,
+        evaluating(model),
+        without_fast_path(),
+    ):
+        for generator in generators:
+            generator.manual_seed(seed)  # torch.manual_seed would seed other GPUs as well
+        yield
+
+
 def call_model(model: nn.Module, batch: Any) -> Any:
     """Call the model: a mapping as keyword arguments, a tuple or list as positional ones, the rest as one argument."""
     if isinstance(batch, Mapping):

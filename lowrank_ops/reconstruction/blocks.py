@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from ..arguments import check_arguments, check_positive
 from ..calibration.call_weights import SEED
@@ -32,14 +33,12 @@ from ..models.running import (
     ProgressBar,
     call_model,
     device_of,
-    evaluating,
+    differentiable,
     hooks,
     move,
     output_tensor,
-    random_state_kept,
     shortened,
     warn_caller,
-    without_fast_path,
 )
 from .checkpoint import resume_checkpoint, run_identity, save_checkpoint
 from .paired_runs import Block, BlockCall, PairedRuns, Position, block_name, find_chains
@@ -145,6 +144,7 @@ def reconstruct_blocks(
         done = resume_checkpoint(checkpoint, identity, layers)
 
     masks = Masks(model, settings.mask, settings.unmasked_rows)
+    new = dict(factors)
     with PairedRuns(model, layers, batches, run, masks, chains, strict=settings.blocks is not None) as runs:
         members = {block: _layers_in(block_name(model, block), layers) for block in runs.blocks}
         trained = [block for block in runs.blocks if members[block]]
@@ -153,35 +153,27 @@ def reconstruct_blocks(
                 "the model has no blocks to reconstruct: no ModuleList or Sequential whose children hold the layers "
                 "and are called one after another. Use SequentialReconstruction, which needs none."
             )
-    metrics = {}
-    if settings.sensitivity is not None and not all(fqn in done for block in trained for fqn in members[block]):
-        metrics = _output_metrics(model, trained, batches, settings, progress)
-
-    new = dict(factors)
-    with (
-        PairedRuns(model, layers, batches, run, masks, chains, strict=settings.blocks is not None) as runs,
-        ProgressBar(total=len(trained), desc="reconstructing", unit="block", disable=not progress) as bar,
-    ):
+        metrics = {}
+        if settings.sensitivity is not None and not all(fqn in done for block in trained for fqn in members[block]):
+            metrics = _output_metrics(model, trained, batches, settings, progress)
         for fqn, layer in layers.items():
             runs.replace(fqn, lowrank_type(layer).from_factors(layer, new[fqn]))
         position: Position = {}
         ready: dict[str, Factors] = {}
-        for block in runs.blocks:
-            inside = members[block]
-            runs.advance(position)
-            if inside and all(fqn in done for fqn in inside):
-                result = {fqn: done[fqn] for fqn in inside}
-            elif inside:
-                result = _train(
-                    runs, block, {fqn: (layers[fqn], new[fqn]) for fqn in inside}, settings, metrics.get(block)
-                )
-            else:
-                result = {}
-            for fqn, part in result.items():
-                new[fqn] = ready[fqn] = part
-                runs.replace(fqn, lowrank_type(layers[fqn]).from_factors(layers[fqn], part))
-            position = {**position, block[0]: block[1] + 1}
-            if inside:
+        with ProgressBar(total=len(trained), desc="reconstructing", unit="block", disable=not progress) as bar:
+            for block in runs.blocks:
+                runs.advance(position)
+                position = {**position, block[0]: block[1] + 1}  # from the next block on
+                if block not in trained:
+                    continue
+                if all(fqn in done for fqn in members[block]):
+                    result = {fqn: done[fqn] for fqn in members[block]}
+                else:
+                    inside = {fqn: (layers[fqn], new[fqn]) for fqn in members[block]}
+                    result = _train(runs, block, inside, settings, metrics.get(block))
+                for fqn, part in result.items():
+                    new[fqn] = ready[fqn] = part
+                    runs.replace(fqn, lowrank_type(layers[fqn]).from_factors(layers[fqn], part))
                 bar.update()
                 if checkpoint is not None:
                     save_checkpoint(checkpoint, identity, ready)
@@ -262,10 +254,9 @@ def _train(
             best, states = value, [parameter.detach().clone() for parameter in parameters]
     if states is None:
         return {fqn: factors for fqn, (_, factors) in members.items()}
-    kept = iter(states)
     with torch.no_grad():
-        for parameter in parameters:
-            parameter.copy_(next(kept))
+        for parameter, state in zip(parameters, states, strict=True):
+            parameter.copy_(state)
     return {fqn: _factors_of(new[fqn], factors) for fqn, (_, factors) in members.items()}
 
 
@@ -346,13 +337,7 @@ def _output_metrics(
     sums: dict[str, Tensor] = {}
     modules = {block_name(model, block): model.get_submodule(block_name(model, block)) for block in blocks}
     with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        for generator in stack.enter_context(random_state_kept(model)):
-            generator.manual_seed(SEED)
-        stack.enter_context(evaluating(model))
-        stack.enter_context(without_fast_path())
-
+        stack.enter_context(differentiable(model, SEED))
         masks.attach(stack.enter_context(hooks()))
         for name, module in modules.items():
 
@@ -361,9 +346,7 @@ def _output_metrics(
                 if found is None:
                     return None
                 start = gradients.watch(name, found, masks.of_block(name, module, found), None)
-                if start is None:
-                    return None
-                return start if found is output else type(output)(start if part is found else part for part in output)
+                return None if start is None else tree_map(lambda part: start if part is found else part, output)
 
             stack.callback(module.register_forward_hook(watch).remove)
         for batch in ProgressBar(batches, desc="output gradients", unit="batch", disable=not progress):
