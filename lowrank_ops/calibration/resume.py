@@ -24,7 +24,7 @@ class CalibrationCheckpoint:
 
     Args:
         folder: made if it does not exist; of several processes each has a folder in it.
-        identity: what must be equal for the calibration to go on, by name.
+        identity: what must be equal for the calibration to resume, by name.
         passes: the layers of each pass; those of the checkpoint replace them, since free memory may have changed.
 
     Raises:
@@ -65,7 +65,7 @@ class CalibrationCheckpoint:
         if differ:
             raise ValueError(
                 f"checkpoint {str(self._folder)!r} is of another calibration: its {', '.join(differ)} differ. Use the "
-                "same model, batches and arguments to go on, or another folder."
+                "same model, batches and arguments to resume, or another folder."
             )
 
     def finished(self, number: int) -> Covariances | None:
@@ -104,7 +104,7 @@ class CalibrationCheckpoint:
         if self._skipped != self._seen:
             raise ValueError(
                 f"checkpoint {str(self._folder)!r} is of another calibration: its batches differ. Use the same batches "
-                "in the same order to go on, or another folder."
+                "in the same order to resume, or another folder."
             )
         assert self._state is not None
         _, tensors = self._state
