@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .arguments import checked
-from .calibration.statistics import Covariances
+from .calibration.covariances import Covariances
 from .config import CompressionConfig, ExplainedVariance, RankPolicy
 from .factors.projections import Factors, factorize, rounded
 from .layers import LowRankLayer

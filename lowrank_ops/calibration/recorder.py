@@ -29,18 +29,13 @@ from ..models.masks import Masks, real_rows
 from ..models.running import has_float64, remove
 from ..ops import conv_covariance_update_, covariance_finalize_, covariance_update_
 from ..ops.covariance import output_size
+from .covariances import Covariances
 from .distributed import rank_and_world
 from .gradients import OutputGradient, OutputGradients
 from .objectives import Sensitivity, objective
+from .packing import from_lower_triangle, lower_triangle
 from .sampling import Sampler
-from .statistics import (
-    Covariances,
-    LayerStatistics,
-    Moments,
-    NonFiniteActivationError,
-    from_lower_triangle,
-    lower_triangle,
-)
+from .statistics import LayerStatistics, Moments, NonFiniteActivationError
 from .token_weights import MAX_ELEMENTS, SavedActivation
 
 # Sums are about a shift for features whose mean is more than SHIFT_RATIO of their standard deviations; others lose at

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ..calibration.statistics import Covariances
+from ..calibration.covariances import Covariances
 from ..checkpoint import save_pretrained
 from ..compress import compress_
 from ..config import (

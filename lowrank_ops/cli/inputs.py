@@ -17,7 +17,7 @@ from safetensors.torch import load_model as load_safetensors
 from torch import Tensor, nn
 
 from ..calibration.calibrator import calibrate
-from ..calibration.statistics import Covariances
+from ..calibration.covariances import Covariances
 from . import sources
 from .command import Failure, check_folder, failing_as, one_line, whole
 
