@@ -232,11 +232,11 @@ def parse_json(text: str | bytes) -> Any:
     """``json.loads``; every failure is a ValueError.
 
     Raises:
-        ValueError: the text is no JSON, or is nested too deeply.
+        ValueError: the text is not JSON, or is nested too deeply.
     """
     try:
         return json.loads(text)
     except RecursionError:
         raise ValueError("its JSON is nested too deeply") from None
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are subclasses
-        raise ValueError(f"it is no JSON: {error}") from None
+        raise ValueError(f"it is not JSON: {error}") from None
