@@ -1,7 +1,7 @@
 """Stream a model's activations into covariances: model + batches -> Covariances.
 
-Forward hooks read the input or output of every call of every layer. With a sensitivity, one backward pass per batch also
-streams the gradients at the layers' outputs. Training flags, gradients and random states are restored afterwards.
+Forward hooks read the input or output of every call of every layer. With a sensitivity, one backward pass per batch
+also streams the gradients at the layers' outputs. Training flags, gradients and random states are restored afterwards.
 """
 
 from __future__ import annotations
