@@ -26,7 +26,7 @@ from ..models.layers import (
     pad_input,
 )  # fmt: skip
 from ..models.masks import Masks, real_rows
-from ..models.running import has_float64, remove
+from ..models.running import has_float64, in_layer, remove
 from ..ops import conv_covariance_update_, covariance_finalize_, covariance_update_
 from ..ops.covariance import output_size
 from .distributed import rank_and_world
@@ -47,6 +47,7 @@ from .token_weights import MAX_ELEMENTS, SavedActivation
 # most log2(1 + SHIFT_RATIO^2) bits. Both are estimated from about SHIFT_ROWS rows of a layer's first call.
 SHIFT_RATIO = 2
 SHIFT_ROWS = 4096
+_MEMORY = "Pass max_memory or offload, calibrate fewer layers with filter_fn, or use smaller batches."
 NO_ROWS = (
     "no row reached a layer: the batches are empty, the mask leaves no position, tokens takes too few rows, or the "
     "model calls none of the layers that filter_fn keeps."
@@ -164,12 +165,13 @@ class Recorder:
         for fqn, values, mask, saved in self._differentiate(loss, retain_graph):
             layer = self._layers[fqn]
             sums = self._sums_of_loss(self._output_gradients, fqn, "output", "output gradient")
-            rows = output_rows(layer, values)
-            with torch.no_grad():
+            if saved is not None:
+                side = self._sides[fqn]
+                weighted = self._sums_of_loss(self._token_weighted, fqn, side, f"token-weighted {side}")
+            with torch.no_grad(), in_layer(fqn, _MEMORY):
+                rows = output_rows(layer, values)
                 sums.update(rows if is_conv(layer) else real_rows(rows, mask))
                 if saved is not None:
-                    side = self._sides[fqn]
-                    weighted = self._sums_of_loss(self._token_weighted, fqn, side, f"token-weighted {side}")
                     if not weighted.moments.count:
                         weighted.moments.shift = self._activations[fqn].moments.shift
                     saved.add_to(weighted.moments, fqn, layer, values, mask, weighted.sampler)
@@ -195,7 +197,8 @@ class Recorder:
         self._gradients = OutputGradients()
 
     def _new_sums(self, fqn: str, side: str, dtype: torch.dtype, what: str, of_loss: bool = False) -> _Sums:
-        sums = _Sums(fqn, self._layers[fqn], side, dtype, what, of_loss)
+        with in_layer(fqn, _MEMORY):
+            sums = _Sums(fqn, self._layers[fqn], side, dtype, what, of_loss)
         sums.sampler = Sampler(self._tokens, f"{self.seed} {what}")  # alike in all passes
         return sums
 
@@ -339,7 +342,7 @@ class Recorder:
             sums.keep_before(fqn)
         if not sums.is_repeated(fqn, x):
             self._touched[sums.leader] = sums
-            with torch.no_grad():
+            with torch.no_grad(), in_layer(fqn, _MEMORY):
                 if is_conv(layer):
                     sums.update_conv(layer, x.detach())
                 else:
@@ -359,7 +362,7 @@ class Recorder:
         if fqn not in self._activations:
             self._activations[fqn] = self._new_sums(fqn, "output", dtype, "output")
         sums = self._touched[fqn] = self._activations[fqn]
-        with torch.no_grad():
+        with torch.no_grad(), in_layer(fqn, _MEMORY):
             if is_conv(layer):
                 sums.update(output_rows(layer, y.detach()))
             else:
