@@ -17,7 +17,7 @@ from .layers import LowRankLayer
 from .layers.replace import replace_
 from .models.experts import on_listed_experts
 from .models.layers import FilterFn, check_not_wrapped, find_layers, tied_layers, with_values
-from .models.running import ProgressBar, exclusive
+from .models.running import ProgressBar, exclusive, in_layer
 from .ranks.choose import ChosenRanks, choose_ranks
 from .reconstruction import (
     RECONSTRUCTIONS,
@@ -219,13 +219,14 @@ def decompose(policy: RankPolicy, subspaces: Mapping[str, LayerSubspaces], progr
     """Compute the spectra that ``policy`` will use, with a progress bar and in bounded memory."""
     allocation = getattr(policy, "allocation", None)
     held = 0
-    for space in ProgressBar(subspaces.values(), desc="decomposing", unit="layer", disable=not progress):
-        if isinstance(policy, ExplainedVariance):
-            space.utilized_rank(policy.threshold)
-        elif allocation == "variance":
-            _ = space.output.spectrum
-        elif allocation == "loss" and space.loss is not None:
-            _ = space.loss.subspace.spectrum
+    for fqn, space in ProgressBar(subspaces.items(), desc="decomposing", unit="layer", disable=not progress):
+        with in_layer(fqn):
+            if isinstance(policy, ExplainedVariance):
+                space.utilized_rank(policy.threshold)
+            elif allocation == "variance":
+                _ = space.output.spectrum
+            elif allocation == "loss" and space.loss is not None:
+                _ = space.loss.subspace.spectrum
         held += space.held_bytes()
         space.release(directions=held > MAX_HELD_BYTES)
 
@@ -253,7 +254,8 @@ def factorize_layers(
         if rank is not None:
             space = subspaces[fqn]
             try:
-                factors[fqn] = rounded(factorize(space, rank, projection), space, space.dtype)
+                with in_layer(fqn):
+                    factors[fqn] = rounded(factorize(space, rank, projection), space, space.dtype)
             except ValueError as error:
                 raise ValueError(f"layer {fqn!r}: {error}") from None
             left[id(space.input)] -= 1

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..models.layers import bias_vector, input_of, is_conv, output_rows
 from ..models.masks import Masks, real_rows
-from ..models.running import has_float64, remove
+from ..models.running import has_float64, in_layer, remove
 from ..ops import covariance_finalize_
 from .covariances import Covariances
 from .distributed import rank_and_world
@@ -24,6 +24,7 @@ from .statistics import LayerStatistics, Moments, NonFiniteActivationError
 from .sums import Sums, geometry_of
 from .token_weights import SavedActivation
 
+_MEMORY = "Pass max_memory or offload, calibrate fewer layers with filter_fn, or use smaller batches."
 NO_ROWS = (
     "no row reached a layer: the batches are empty, the mask leaves no position, tokens takes too few rows, or the "
     "model calls none of the layers that filter_fn keeps."
@@ -141,12 +142,13 @@ class Recorder:
         for fqn, values, mask, saved in self._differentiate(loss, retain_graph):
             layer = self._layers[fqn]
             sums = self._sums_of_loss(self._output_gradients, fqn, "output", "output gradient")
-            rows = output_rows(layer, values)
-            with torch.no_grad():
+            if saved is not None:
+                side = self._sides[fqn]
+                weighted = self._sums_of_loss(self._token_weighted, fqn, side, f"token-weighted {side}")
+            with torch.no_grad(), in_layer(fqn, _MEMORY):
+                rows = output_rows(layer, values)
                 sums.update(rows if is_conv(layer) else real_rows(rows, mask))
                 if saved is not None:
-                    side = self._sides[fqn]
-                    weighted = self._sums_of_loss(self._token_weighted, fqn, side, f"token-weighted {side}")
                     if not weighted.moments.count:
                         weighted.moments.shift = self._activations[fqn].moments.shift
                     saved.add_to(weighted.moments, fqn, layer, values, mask, weighted.sampler)
@@ -172,7 +174,8 @@ class Recorder:
         self._gradients = OutputGradients()
 
     def _new_sums(self, fqn: str, side: str, dtype: torch.dtype, what: str, of_loss: bool = False) -> Sums:
-        sums = Sums(fqn, self._layers[fqn], side, dtype, what, of_loss)
+        with in_layer(fqn, _MEMORY):
+            sums = Sums(fqn, self._layers[fqn], side, dtype, what, of_loss)
         sums.sampler = Sampler(self._tokens, f"{self.seed} {what}")  # alike in all passes
         return sums
 
@@ -316,7 +319,7 @@ class Recorder:
             sums.keep_before(fqn)
         if not sums.is_repeated(fqn, x):
             self._touched[sums.leader] = sums
-            with torch.no_grad():
+            with torch.no_grad(), in_layer(fqn, _MEMORY):
                 if is_conv(layer):
                     sums.update_conv(layer, x.detach())
                 else:
@@ -336,7 +339,7 @@ class Recorder:
         if fqn not in self._activations:
             self._activations[fqn] = self._new_sums(fqn, "output", dtype, "output")
         sums = self._touched[fqn] = self._activations[fqn]
-        with torch.no_grad():
+        with torch.no_grad(), in_layer(fqn, _MEMORY):
             if is_conv(layer):
                 sums.update(output_rows(layer, y.detach()))
             else:

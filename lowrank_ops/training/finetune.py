@@ -25,8 +25,10 @@ from ..models.running import (
     ProgressBar,
     call_model,
     device_of,
+    evaluating,
     hooks,
     output_tensor,
+    training_flags_kept,
     warn_caller,
 )
 from .run import Run
@@ -330,17 +332,11 @@ def _mismatch(
 
 @contextmanager
 def _modes(student: nn.Module, teacher: nn.Module | None) -> Iterator[None]:
-    """Train mode for the student, eval mode for the teacher; every module's flag is restored."""
-    modules = [*(teacher.modules() if teacher is not None else ()), *student.modules()]
-    training = [(module, module.training) for module in modules]
-    try:
-        if teacher is not None:
-            teacher.eval()
-        student.train()
+    """Train mode for the student, eval mode for the teacher; every module is back in its own mode afterwards."""
+    with evaluating(*([] if teacher is None else [teacher])), training_flags_kept(student, trained=True):
+        if not all(module.training for module in student.modules()):
+            student.train()
         yield
-    finally:
-        for module, flag in training:
-            module.training = flag
 
 
 def _total_steps(batches: Iterable[Any], epochs: int, steps: int | None, accumulate: int) -> int:
