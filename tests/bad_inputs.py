@@ -420,8 +420,8 @@ The errors for wrong arguments and files. `make bad-inputs` writes this page. A 
 with this page, and checks that models, statistics, random states and files are unchanged afterwards.
 
 A wrong type is a TypeError, a wrong value a ValueError. Types are checked before a function does anything. Exceptions
-from the user's own code, such as a model that gets a batch of another dtype, are passed on unchanged; in Python 3.11 and
-newer a note names the batch.
+from the user's own code, such as a model that gets a batch of another dtype, are passed on unchanged; in Python 3.11
+and newer a note names the batch.
 
 The lines use these names:
 
