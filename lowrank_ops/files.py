@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, tensors with checksums, and JSON that may be damaged."""
+"""Atomic writes, safetensors files with checksums, and JSON that may be damaged."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def open_tensors(path: str | Path) -> Iterator[Any]:
 def digest(value: Any) -> str:
     """SHA-256 of a value: of dtypes, shapes and bytes of tensors and arrays, nested in mappings, sequences and objects.
 
-    Of a function or a type only the name counts.
+    Functions and types are identified by their names only.
     """
     found = hashlib.sha256()
     _update(found, value, [])

@@ -1,4 +1,4 @@
-"""What the low-rank layers share: padded factors, initialization, conversion from and to dense layers."""
+"""The base of the low-rank layers: padded factors, initialization, conversion from and to dense layers."""
 
 from __future__ import annotations
 

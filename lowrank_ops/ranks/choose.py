@@ -70,7 +70,7 @@ class Limits(NamedTuple):
     bounds: Mapping[str, Bounds]
 
     def options(self, fqn: str, space: LayerSubspaces) -> list[Option]:
-        """The sizes that a layer may have, by rising numbers of parameters."""
+        """The sizes that a layer may have, in ascending order of parameters."""
         return options_of(fqn, space, PARAMETERS, self.bounds.get(fqn, UNBOUNDED))
 
 

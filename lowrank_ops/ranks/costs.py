@@ -97,7 +97,7 @@ class Option(NamedTuple):
 
 
 def options_of(fqn: str, space: LayerSubspaces, price: Price, bounds: Bounds = UNBOUNDED) -> list[Option]:
-    """Aligned ranks that save parameters, and dense, by rising cost; a rank no cheaper than a larger one is left out.
+    """Aligned ranks that save parameters, and dense, in ascending order of cost; without ranks as costly as a larger one.
 
     Raises:
         ValueError: the bounds leave nothing.
