@@ -51,7 +51,7 @@ def measured_ranks(
     what ``evaluate`` measures.
 
     Args:
-        model: the model that was calibrated; compressed during each trial and dense again afterwards.
+        model: as for :func:`lowrank_ops.search_ranks`; compressed during each trial and dense again afterwards.
         covariances: with output gradients, from :func:`lowrank_ops.calibrate`.
         evaluate: ``evaluate(model) -> float``, higher is better, such as the negative loss on a few thousand tokens.
         fraction: of the layers' parameters, as in :class:`lowrank_ops.ParameterBudget`.
