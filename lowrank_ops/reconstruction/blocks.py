@@ -210,8 +210,8 @@ def _train(
     module = runs.model.get_submodule(name)
     if not runs.runs_alone(block, calls[0]):
         raise ValueError(
-            f"block {name!r} cannot be run alone: its output depends on values beside its arguments, such as those that "
-            "other modules have stored. Use SequentialReconstruction, which runs the whole model."
+            f"block {name!r} cannot be run alone: its output depends on values beside its arguments, such as those "
+            "that other modules have stored. Use SequentialReconstruction, which runs the whole model."
         )
 
     def rows(output: Any, call: BlockCall) -> Tensor:
