@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .arguments import checked
-from .calibration.statistics import Covariances
+from .calibration.covariances import Covariances
 from .config import CompressionConfig, ExplainedVariance, RankPolicy
 from .factors.projections import Factors, factorize, rounded
 from .layers import LowRankLayer
@@ -19,14 +19,19 @@ from .models.experts import on_listed_experts
 from .models.layers import FilterFn, check_not_wrapped, find_layers, tied_layers, with_values
 from .models.running import ProgressBar, exclusive, in_layer
 from .ranks.choose import ChosenRanks, choose_ranks
-from .reconstruction import BlockReconstruction, SequentialReconstruction, reconstruct_blocks, reconstruct_factors
+from .reconstruction import (
+    RECONSTRUCTIONS,
+    BlockReconstruction,
+    SequentialReconstruction,
+    reconstruct_blocks,
+    reconstruct_factors,
+)
 from .report import CompressionReport
 from .report.text import warn_of_few_rows
 from .subspaces.layer import LayerSubspaces, layer_subspaces
 
 # Decompositions held between choosing ranks and factorizing, and for the next call; beyond this they are recomputed.
 MAX_HELD_BYTES = 2 << 30
-_RECONSTRUCTIONS: dict[type, str] = {SequentialReconstruction: "sequential", BlockReconstruction: "blocks"}
 
 
 @checked()
@@ -121,14 +126,15 @@ def _with_reconstruction(
     config: CompressionConfig, reconstruction: SequentialReconstruction | BlockReconstruction | None
 ) -> CompressionConfig:
     if reconstruction is None and config.reconstruction is not None:
-        name = next(kind.__name__ for kind, value in _RECONSTRUCTIONS.items() if value == config.reconstruction)
+        kind = RECONSTRUCTIONS[config.reconstruction].__name__
         raise ValueError(
             f"config.reconstruction={config.reconstruction!r} runs the model: pass "
-            f"compress_(..., reconstruction={name}(batches))."
+            f"compress_(..., reconstruction={kind}(batches))."
         )
     if reconstruction is None:
         return config
-    return replace(config, reconstruction=_RECONSTRUCTIONS[type(reconstruction)])
+    name = next(name for name, kind in RECONSTRUCTIONS.items() if isinstance(reconstruction, kind))
+    return replace(config, reconstruction=name)
 
 
 def considered_layers(

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..arguments import checked
-from ..calibration.statistics import Covariances
+from ..calibration.covariances import Covariances
 from ..config import check_share
 from ..models.experts import on_listed_experts
 from ..models.layers import FilterFn, find_layers
