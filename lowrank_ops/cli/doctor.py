@@ -37,12 +37,13 @@ def add(commands: Any) -> None:
     doctor = add_command(
         commands, "doctor", "show what can run on this machine, and why the rest cannot", _DOCTOR, _DOCTOR_EXAMPLE, run
     )
-    doctor.add_argument(
+    alone = doctor.add_mutually_exclusive_group()
+    alone.add_argument(
         "--plan",
         metavar="ARCH",
         help="print only how the CUDA kernels run typical calls on an arch: sm_80, sm_90, ...",
     )
-    doctor.add_argument(
+    alone.add_argument(
         "--verify",
         action="store_true",
         help="run all kernels on the CUDA device here, compare them with float64 and record those that are right",

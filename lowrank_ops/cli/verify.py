@@ -15,6 +15,7 @@ from ..ops.linear import _cuda as linear_cuda
 from ..ops.linear import reference
 from .command import Failure, Result, one_line
 
+DTYPES = (torch.bfloat16, torch.float16)
 TOKENS = (1, 7, 64, 200, 3000)
 LAYERS = ((768, 136, 3072), (4096, 512, 1024), (203, 37, 301))  # in_features, rank, out_features
 MATRICES = ((12608, 768), (3000, 4096), (777, 333))  # tokens, features
@@ -104,14 +105,14 @@ def _kernels(op: str, table: tuple[Impl, ...], problem: Any) -> Iterator[tuple[s
 def _cases(device: torch.device) -> Iterator[tuple[str, tuple[Impl, ...], Any, _Run]]:
     """Ops, tables, problems and functions that run an implementation and return its error and the allowed one."""
     normal = functools.partial(torch.randn, generator=torch.Generator(device).manual_seed(0), device=device)
-    for dtype in (torch.bfloat16, torch.float16):
+    for dtype in DTYPES:
         for tokens in TOKENS:
             for width, rank, outputs in LAYERS:
                 x = normal(tokens, width).to(dtype)
                 down, up = (normal(rank, width) / width**0.5).to(dtype), (normal(outputs, rank) / rank**0.5).to(dtype)
                 yield _linear(x, down, up, normal(outputs).to(dtype), "gelu")
                 yield _linear(x, down.T.contiguous().T, up.T.contiguous().T, None, "none")  # as in the backward
-    for dtype, tf32 in ((torch.bfloat16, False), (torch.float16, False), (torch.float32, False), (torch.float32, True)):
+    for dtype, tf32 in (*((dtype, False) for dtype in DTYPES), (torch.float32, False), (torch.float32, True)):
         for state in (torch.float32, torch.float64):
             for matrix in MATRICES:
                 x = normal(*matrix).to(dtype)

@@ -38,6 +38,11 @@ class FirstCall(NamedTuple):
     problem: Any
     bucket: Hashable
 
+    @property
+    def passed(self) -> bool:
+        """Whether a call of this bucket was found right."""
+        return self.bucket in _passed
+
     def check(self, run: Callable[[], Errors | None]) -> bool:
         """Whether the kernel was right; if not, a warning was given.
 
@@ -54,9 +59,8 @@ class FirstCall(NamedTuple):
             return False
         if errors is None:
             return True
-        error, allowed = errors
-        if not error <= allowed:  # NaN is wrong, too
-            self._distrust(f"is wrong: its error is {error:.2e}, {allowed:.2e} is allowed")
+        if not errors[0] <= errors[1]:  # NaN is wrong, too
+            self._distrust(f"is wrong: its error is {errors[0]:.2e}, {errors[1]:.2e} is allowed")
             return False
         _passed.add(self.bucket)
         return True

@@ -237,6 +237,7 @@ def test_wide_problems_are_checked_in_part(monkeypatch):
 
 
 def test_doctor_records_what_is_right(monkeypatch):
+    monkeypatch.setattr(verify, "DTYPES", (torch.bfloat16,))
     monkeypatch.setattr(verify, "TOKENS", (3, 260))
     monkeypatch.setattr(verify, "LAYERS", ((24, 8, 16),))
     monkeypatch.setattr(verify, "MATRICES", ((20, 17),))

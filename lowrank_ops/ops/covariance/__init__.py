@@ -424,12 +424,13 @@ def _run(
     _check(second_moment, total, x)
     _check_memory(second_moment, total, x)
     problem = describe(second_moment, x, deterministic, allow_tf32)
-    impl = _decisions.get((problem, backend)) or choose(TABLE, problem, backend)
+    decided = _decisions.get((problem, backend))
+    impl = decided or choose(TABLE, problem, backend)
     if not x.numel():
         return
     if impl.backend is not Backend.REFERENCE and not row_stride(x):
         x = x.contiguous()  # one load and store of x: far less than running the reference instead
-    if (problem, backend) not in _decisions:
+    if decided is None:
         impl = _checked(impl, problem, backend, x)
     impl.run(problem, second_moment, total, x)
 
@@ -450,11 +451,12 @@ def _run_conv(
     _check_conv(second_moment, total, x, kernel_size, {"stride": stride, "padding": padding, "dilation": dilation})
     _check_memory(second_moment, total, x)
     problem = describe_conv(second_moment, total, x, kernel_size, stride, padding, dilation, deterministic, allow_tf32)
-    impl = _decisions.get((problem, backend)) or choose(CONV_TABLE, problem, backend)
+    decided = _decisions.get((problem, backend))
+    impl = decided or choose(CONV_TABLE, problem, backend)
     if not x.numel():
         return
     geometry = kernel_size, stride, padding, dilation
-    if (problem, backend) not in _decisions:
+    if decided is None:
         impl = _checked(impl, problem, backend, x)
     impl.run(problem, second_moment, total, x, *geometry)
 

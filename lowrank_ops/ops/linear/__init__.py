@@ -299,10 +299,11 @@ class _ByLayout:
             problem = describe(x, down, up, bias, self.activation)
             bound = _bind(problem, self.backend)
             first = _verify.first_call("lowrank_linear", choose(TABLE, problem, self.backend), problem, self.backend)
-            if first is None:
+            y = _checked(first, bound, x, down, up, bias) if first is not None and _verify.can_check(x) else None
+            if first is None or first.passed:
                 self.decisions[layout] = bound
-            elif _verify.can_check(x):
-                return _checked(first, bound, x, down, up, bias)
+            if y is not None:
+                return y
         return bound(x, down, up, bias)  # type: ignore[no-any-return]
 
 
