@@ -1,9 +1,9 @@
 """Which rows of an activation are real tokens and which are padding, layer by layer.
 
 A model may process several sequences: an encoder's and a decoder's, text and image patches. So a mask belongs to a
-module and everything inside it. For a known mask name, each transformers model and each torch Transformer module inside the
-model uses the mask that it is called with. Rows that a module receives from another sequence (the keys and values of a
-cross-attention) have the mask of that sequence. Shapes decide only where nothing else is known.
+module and everything inside it. For a known mask name, each transformers model and each torch Transformer module
+inside the model uses the mask that it is called with. Rows that a module receives from another sequence (the keys and
+values of a cross-attention) have the mask of that sequence. Shapes decide only where nothing else is known.
 """
 
 from __future__ import annotations

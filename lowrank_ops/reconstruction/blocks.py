@@ -124,7 +124,8 @@ def reconstruct_blocks(
     Raises:
         NonFiniteActivationError: NaN or inf in the error or the output gradient of a block.
         ValueError: an invalid setting, fewer than 2 batches, no blocks, layers that cannot be replaced, a checkpoint of
-            another run, a batch whose loss depends on no block.
+            another run, a batch whose loss depends on no block, a block whose output depends on values beside its
+            arguments.
     """
     batches = checked_batches(model, factors, settings.batches)
     if len(batches) < 2:
@@ -208,6 +209,11 @@ def _train(
     calls = dict(runs.block_calls(block))
     name = block_name(runs.model, block)
     module = runs.model.get_submodule(name)
+    if not runs.runs_alone(block, calls[0]):
+        raise ValueError(
+            f"block {name!r} cannot be run alone: its output depends on values beside its arguments, such as those "
+            "that other modules have stored. Use SequentialReconstruction, which runs the whole model."
+        )
 
     def rows(output: Any, call: BlockCall) -> Tensor:
         found = output_tensor(output, _FIELDS)

@@ -150,7 +150,7 @@ def test_batches_that_come_once_are_refused() -> None:
         ({"max_memory": "8 apples"}, "max_memory must be .*'8 apples'"),
         ({"max_memory": 0}, "max_memory must be .*0"),
         ({"offload": "gpu"}, "offload must be None, 'cpu' or 'disk'; got 'gpu'"),
-        ({"max_memory": "1kB"}, "the sums of layer 'conv' need .* on cpu .*larger max_memory"),
+        ({"max_memory": "1kB"}, "the sums of layer 'conv' need .* on cpu, .*larger max_memory"),
         ({"max_memory": "75kB", "offload": "cpu"}, "with what is kept there"),
     ],
 )

@@ -38,10 +38,10 @@ def numpy_is_full(*args, **kwargs):
 @pytest.mark.parametrize(
     ("place", "step", "layer"),
     [
-        ("lowrank_ops.calibration.recorder.Moments.zeros", lambda m, c: lro.calibrate(m, BATCHES), "0"),
-        ("lowrank_ops.calibration.recorder.covariance_update_", lambda m, c: lro.calibrate(m, BATCHES), "0"),
+        ("lowrank_ops.calibration.sums.Moments.zeros", lambda m, c: lro.calibrate(m, BATCHES), "0"),
+        ("lowrank_ops.calibration.sums.covariance_update_", lambda m, c: lro.calibrate(m, BATCHES), "0"),
         (
-            "lowrank_ops.calibration.recorder.SavedActivation.add_to",
+            "lowrank_ops.calibration.token_weights.SavedActivation.add_to",
             lambda m, c: lro.calibrate(m, BATCHES, sensitivity="output"),
             "0",
         ),
