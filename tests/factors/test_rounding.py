@@ -8,6 +8,7 @@ from torch import nn
 
 import lowrank_ops as lro
 from lowrank_ops.factors import factorize
+from lowrank_ops.factors.projections import MAX_HIDDEN
 from lowrank_ops.subspaces import layer_subspaces
 
 
@@ -153,3 +154,21 @@ def test_the_largest_elements_of_both_factors_are_alike(projection: str) -> None
         factors = factorize(layer_subspaces({"0": model[0]}, statistics)["0"], 6, projection)
         ratios = factors.down.abs().amax(-1) / factors.up.abs().amax(-2)
         assert bool((ratios > 0.24).all()) and bool((ratios < 4.1).all()), (scale, ratios)
+
+
+@pytest.mark.parametrize(
+    ("projection", "side"),
+    [("output", "input"), ("loss", "input"), ("input", "input"), ("utilized", "input"), ("output", "output"),
+     ("loss", "output")],
+)  # fmt: skip
+def test_hidden_values_keep_within_the_limit(projection: str, side: str) -> None:
+    """Tiny weights with huge inputs, whose balanced factors would put up to 1e5 into x down^T."""
+    torch.manual_seed(0)
+    for scale, output in ((1e-9, 0.3), (1e-7, 100.0), (1e-3, 1e5)):
+        model = nn.Sequential(nn.Linear(24, 16, bias=False)).double()
+        model[0].weight.data *= scale
+        x = output / scale * (torch.randn(200, 24).double() + 1)
+        statistics = lro.calibrate(model, [x], sensitivity="output", side=side)
+        factors = factorize(layer_subspaces({"0": model[0]}, statistics)["0"], 6, projection)
+        sizes = (x @ factors.down.mT).square().mean(0).sqrt()
+        assert bool((sizes <= MAX_HIDDEN * (1 + 1e-9)).all()) and bool((sizes > MAX_HIDDEN / 4).all()), (scale, sizes)
