@@ -12,10 +12,10 @@ from lowrank_ops.factors.projections import MAX_HIDDEN
 from lowrank_ops.subspaces import layer_subspaces
 
 
-def one_wide_direction() -> tuple[nn.Module, torch.Tensor]:
-    model = nn.Sequential(nn.Linear(256, 2048))
+def one_wide_direction(out_features: int = 2048) -> tuple[nn.Module, torch.Tensor]:
+    model = nn.Sequential(nn.Linear(256, out_features))
     with torch.no_grad():
-        model[0].weight[:, 0] = 1500 * (1 + 0.1 * torch.randn(2048))
+        model[0].weight[:, 0] = 1500 * (1 + 0.1 * torch.randn(out_features))
     x = torch.randn(600, 256)
     x[:, 0] = 1 + 0.3 * x[:, 0]
     return model, x
@@ -65,7 +65,8 @@ def test_float16_layers_stay_finite_and_as_predicted(make, projection):
 
 @pytest.mark.parametrize("side", ["input", "output"])
 def test_float16_autocast_of_a_float32_model_stays_finite(side):
-    model, x = one_wide_direction()
+    model, x = one_wide_direction(1024)
+    assert model(x).norm(dim=1).max() > 65504
     lro.compress_(model, lro.calibrate(model, [x], side=side), lro.Ranks({"0": 40}))
     with torch.no_grad(), torch.autocast("cpu", torch.float16):
         assert model(x).isfinite().all()
