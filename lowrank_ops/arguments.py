@@ -37,7 +37,7 @@ _BY_TYPE: dict[Any, str] = {
 }
 # What follows "must" where the type does not say it. An argument of one name means the same in all functions.
 _BY_NAME = {
-    "backend": "be 'auto', 'reference', 'triton' or 'cuda'",
+    "backend": "be 'auto', 'unverified', 'reference', 'triton' or 'cuda'",
     "batches": "be a collection of batches, such as a list or a DataLoader",
     "blocks": "be the name of a module, a sequence of such names, or None",
     "by": "be 'budget' or 'layers'",

@@ -102,7 +102,7 @@ def _compress(
     subspaces, skipped = considered_layers(model, covariances, filter_fn, subspaces, centered=config.centered)
     config = resolved(config, subspaces)
     decompose(config.rank, subspaces, progress)
-    ranks = choose_ranks(config.rank, subspaces, config.overrides, bounds=config.bounds)
+    ranks = choose_ranks(config.rank, subspaces, config.overrides, bounds=config.bounds, pivoted=config.pivoted)
     with torch.inference_mode(False):  # parameters created in inference mode could not be trained
         factors = factorize_layers(subspaces, ranks, str(config.projection), keep_directions=reused, progress=progress)
         if isinstance(reconstruction, BlockReconstruction):
@@ -117,7 +117,7 @@ def _compress(
                 progress=progress,
             )
         report = CompressionReport.build(model, config, subspaces, factors, skipped)
-        replace_(model, factors)
+        replace_(model, factors, pivoted=config.pivoted)
     warn_of_few_rows(report.few_rows())
     return report
 

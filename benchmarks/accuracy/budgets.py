@@ -25,7 +25,7 @@ from lowrank_ops.demo.vit import load_vit
 from lowrank_ops.layers.latency import time_in_turn
 from lowrank_ops.models.running import call_model
 from lowrank_ops.ranks import choose_ranks
-from lowrank_ops.ranks.costs import MACS, PARAMETERS, Price, nanoseconds
+from lowrank_ops.ranks.costs import Price, in_macs, in_parameters, nanoseconds
 from lowrank_ops.subspaces import LayerSubspaces, layer_subspaces
 
 from .results import Results
@@ -83,8 +83,8 @@ def share(subject: Subject, ranks: Mapping[str, int | None], price: Price) -> fl
 
 def policies(latencies: LayerLatencies | None) -> Iterator[tuple[str, Price, Callable[[float, str], Any]]]:
     """Each budget's name, price and policy; time only if latencies are given."""
-    yield "parameters", PARAMETERS, lro.ParameterBudget
-    yield "MACs", MACS, lro.FlopBudget
+    yield "parameters", in_parameters(), lro.ParameterBudget
+    yield "MACs", in_macs(), lro.FlopBudget
     if latencies is not None:
         yield "latency", nanoseconds(latencies), lambda fraction, how: lro.LatencyBudget(fraction, latencies, how)
 

@@ -108,6 +108,10 @@ def _add_compression(parser: argparse.ArgumentParser) -> None:
         "(default: loss if the covariances hold output gradients, else output)",
     )  # fmt: skip
     parser.add_argument(
+        "--pivoted", action="store_true",
+        help="store rows of each linear layer's weight and the coefficients of its other rows: larger ranks at a size",
+    )  # fmt: skip
+    parser.add_argument(
         "--reconstruct", choices=list(RECONSTRUCTIONS),
         help="then fit the factors to the dense model's outputs at the compressed model's inputs: layer by layer by "
         "regression (sequential), or one block at a time by training (blocks)",
@@ -136,11 +140,14 @@ def run(options: argparse.Namespace) -> Result:
     shares_by_loss = (options.budget or options.flops or options.latency) and options.allocation in (None, "loss")
     if options.recalibrate and options.projection not in (None, "loss") and not shares_by_loss:
         raise Failure(2, "--recalibrate needs --projection loss, or a budget with --allocation loss")
+    if options.pivoted and options.latency is not None:
+        raise Failure(2, "--pivoted cannot be combined with --latency, which times layers of two factors")
     policy = _policy(options)
     config = CompressionConfig(
         rank=policy or ParameterBudget(1.0),  # replaced below by measured times
         projection=options.projection,
         overrides=dict.fromkeys(options.keep_dense),
+        pivoted=options.pivoted,
     )
     progress: Progress | None = None
 

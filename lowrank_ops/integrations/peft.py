@@ -18,7 +18,7 @@ from peft.tuners import lora, tuners_utils
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import Tensor, nn
 
-from ..layers import LowRankConv1d, LowRankConv2d, LowRankLayer, LowRankLinear
+from ..layers import LowRankConv1d, LowRankConv2d, LowRankLayer, LowRankLinear, PivotedLinear
 from ..layers.conv import LowRankConv
 from ..ranks.costs import stored_rank
 
@@ -157,6 +157,11 @@ def _check(config: PeftConfig, model: nn.Module) -> None:
                 )
         if not tuners_utils.check_target_module_exists(config, fqn):
             continue
+        if isinstance(layer, PivotedLinear):
+            raise ValueError(
+                f"layer {fqn!r} is pivoted, which PEFT's adapters do not support; replace it by layer.to_lowrank(), or "
+                "compress the model without pivoted=True."
+            )
         if variants:
             raise ValueError(
                 f"layer {fqn!r} is low-rank, where of PEFT's variants of LoRA only use_dora is supported; got "

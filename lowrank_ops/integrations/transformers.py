@@ -81,8 +81,8 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         unloaded = [
             f"{fqn}.{name}"
             for fqn in _names_in(model, self.quantization_config.layers)
-            for name, parameter in model.get_submodule(fqn).named_parameters()
-            if not parameter.is_meta and not getattr(parameter, "_is_hf_initialized", False)
+            for name, tensor in model.get_submodule(fqn).state_dict(keep_vars=True).items()
+            if not tensor.is_meta and not getattr(tensor, "_is_hf_initialized", False)
         ]
         if unloaded:
             raise CheckpointError(f"the checkpoint lacks {', '.join(unloaded)}; save the model again.")

@@ -11,6 +11,7 @@ from ..arguments import checked
 from ..models.layers import check_no_adapters
 from ._base import LowRankLayer
 from .conv import GEOMETRY, LowRankConv
+from .pivoted import PivotedLinear
 from .replace import has_hooks, swap_
 
 
@@ -43,9 +44,9 @@ def to_dense_layers(model: nn.Module) -> nn.Module:
 def to_plain_layers(model: nn.Module) -> nn.Module:
     """A copy of ``model`` whose low-rank layers are ``nn.Sequential`` of two Linears or two convolutions.
 
-    The copy has the size of ``model`` and holds torch's layers only: it can be pickled and loaded without lowrank_ops,
-    scripted, quantized, and exported by tools that know no custom op. Code that reads ``layer.weight`` of such a layer,
-    as transformers' T5 does, fails: use :func:`to_dense_layers` there.
+    The copy has the size of ``model``, plus rank^2 parameters for each pivoted layer, and holds torch's layers only: it
+    can be pickled and loaded without lowrank_ops, scripted, quantized, and exported by tools that know no custom op.
+    Code that reads ``layer.weight`` of a layer, as transformers' T5 does, fails: use :func:`to_dense_layers` there.
 
     Args:
         model: any module; not changed.
@@ -87,7 +88,9 @@ def _converted(model: nn.Module, convert: Callable[[LowRankLayer], nn.Module]) -
 
 
 def _two_layers(layer: LowRankLayer) -> nn.Sequential:
-    """Two layers that hold the parameters of ``layer`` itself."""
+    """Two layers that hold the parameters of ``layer`` itself, or the factors of a pivoted one."""
+    if isinstance(layer, PivotedLinear):
+        layer = layer.to_lowrank()
     has_bias, middle = layer.bias is not None, len(layer.down)
     first: nn.Module
     second: nn.Module

@@ -37,6 +37,9 @@ class Choice:
 
 DEFAULT_CHOICE = Choice()
 
+#: Every kernel that a Choice may name.
+KERNELS = ("covariance_sm80", "covariance_sm90", "covariance_sm90_wide", "decode_sm80", "decode_sm90", "prefill_sm90")
+
 #: A typical device of each arch, to plan without one.
 MACHINES = {
     "sm_80": Machine(80, 108, 166912),

@@ -17,9 +17,7 @@ from ..config import CompressionConfig, ParameterBudget, Ranks
 from ..models.experts import on_listed_experts
 from ..models.layers import FilterFn
 from ..models.running import ProgressBar
-from ..ranks.allocation import allocate
 from ..ranks.choose import ChosenRanks, limits_of
-from ..ranks.costs import PARAMETERS
 from ..subspaces.layer import LayerSubspaces
 from .search import accuracy_of
 
@@ -86,7 +84,7 @@ def measured_ranks(
     config = resolved(config, subspaces)
     decompose(config.rank, subspaces, progress)
     measure = accuracy_of(model, evaluate, subspaces, config, cache)
-    limits = limits_of(subspaces, config.overrides, config.bounds)
+    limits = limits_of(subspaces, config.overrides, config.bounds, pivoted=config.pivoted)
     groups = _groups([fqn for fqn in subspaces if fqn not in limits.fixed], (num_evaluations - 2) // rounds - 1)
     weights = dict.fromkeys(subspaces, 1.0)
     best: tuple[float, ChosenRanks] | None = None
@@ -99,8 +97,7 @@ def measured_ranks(
             return accuracy
 
         for last in [*([False] * rounds), True]:
-            chosen = allocate(fraction, "loss", PARAMETERS, subspaces, *limits, weights=weights)
-            ranks: ChosenRanks = {fqn: {**chosen, **limits.fixed}[fqn] for fqn in subspaces}
+            ranks = limits.allocate(fraction, "loss", subspaces, weights)
             accuracy = trial(ranks)
             if best is None or accuracy > best[0]:
                 best = accuracy, ranks

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..calibration.covariances import Covariances
 from ..calibration.statistics import LayerStatistics, Moments
-from ..models.layers import Dimensions, bias_vector, weight_matrix
+from ..models.layers import Dimensions, bias_vector, is_conv, weight_matrix
 from ..models.running import float64_device
 from .principal import (
     Subspace,
@@ -228,6 +228,7 @@ class LayerSubspaces:
         self._variances: Tensor | None = None
         out_features, in_features = weight.shape[-2:]
         self.dimensions = Dimensions(weight.shape[0] if weight.dim() == 3 else 1, in_features, out_features)
+        self.is_linear = weight.dim() == 2  # not a convolution's
         statistics.check()
         for name, values in (("weight", weight), ("bias", bias)):
             if values is not None and not bool(values.isfinite().all()):
@@ -250,7 +251,9 @@ class LayerSubspaces:
         cls, layer: nn.Module, statistics: LayerStatistics, *, centered: bool, input_space: Subspace | None = None
     ) -> LayerSubspaces:
         """The spaces of a Linear, Conv1D, Conv1d or Conv2d."""
-        return cls(weight_matrix(layer), bias_vector(layer), statistics, centered=centered, input_space=input_space)
+        spaces = cls(weight_matrix(layer), bias_vector(layer), statistics, centered=centered, input_space=input_space)
+        spaces.is_linear = not is_conv(layer)
+        return spaces
 
     def is_of(self, layer: nn.Module) -> bool:
         """Whether ``layer`` has the weight and bias that these are the spaces of."""

@@ -418,6 +418,11 @@ class TestDoctor:
         monkeypatch.setattr(doctor._native, "plan", missing)
         assert "No plan without" in refused(capsys, 1, "doctor", "--plan", "sm_90")
 
+    def test_verify_needs_a_gpu(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert "torch finds none here" in refused(capsys, 1, "doctor", "--verify")
+        refused(capsys, 2, "doctor", "--verify", "--plan", "sm_90")
+
     def test_a_gpu_is_described(self, monkeypatch: pytest.MonkeyPatch) -> None:
         facts = SimpleNamespace(name="A GPU", major=9, minor=0, multi_processor_count=132, total_memory=80 << 30)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: facts)

@@ -150,7 +150,7 @@ def test_compile_and_export_keep_one_node(backend):
     nodes = [node for node in exported.graph.nodes if "lowrank_linear" in str(node.target)]
     assert [node.target for node in nodes] == [torch.ops.lowrank_ops.lowrank_linear.default]
     compiled = torch.compile(layer, fullgraph=True, backend=keep)
-    if backend in ("auto", "reference"):
+    if backend in ("auto", "unverified", "reference"):
         torch.testing.assert_close(compiled(*args), layer(*args))
         torch.testing.assert_close(exported.module()(*args), layer(*args))
     else:  # neither runs on a CPU; the error is raised when the op runs
@@ -208,7 +208,10 @@ def test_autocast_casts_as_linear_does():
             {"activation": "tanh"},
             "activation must be one of none, relu, gelu, gelu_tanh, silu; got 'tanh'.",
         ),
-        ({"backend": "cudnn"}, "backend must be one of 'auto', 'reference', 'triton', 'cuda'; got 'cudnn'."),
+        (
+            {"backend": "cudnn"},
+            "backend must be one of 'auto', 'unverified', 'reference', 'triton', 'cuda'; got 'cudnn'.",
+        ),
     ],
 )
 def test_messages(change, message):
