@@ -76,7 +76,7 @@ def calibrate(
     token_weights: bool = True,
     max_state_bytes: int = 2 << 30,
     share_inputs: bool = True,
-    token_fraction: float = 1.0,
+    tokens: float = 1.0,
     max_memory: int | str | None = None,
     offload: str | None = None,
     checkpoint: str | Path | None = None,
@@ -126,7 +126,7 @@ def calibrate(
             skipped and stays dense; so is a layer whose weight is tied, unless ``filter_fn`` selects it.
         share_inputs: keep one moment for layers that receive the same tensor (q, k, v; gate, up). Tensors created
             under ``torch.inference_mode`` are not shared, because in-place changes to them cannot be detected.
-        token_fraction: share of the rows (tokens, positions) that is used: in each call of a layer a random subset, in
+        tokens: share of the rows (tokens, positions) that is used: in each call of a layer a random subset, in
             which each row is with this probability, by torch's seed; for convolutions, whole lines of the output. Saves
             the time of the sums, not of the model. Rows left out are not checked for NaN. Reports show the uncertainty
             of variances and errors from that number of rows.
@@ -177,7 +177,7 @@ def calibrate(
         token_weights=token_weights,
         max_state_bytes=max_state_bytes,
         share_inputs=share_inputs,
-        token_fraction=token_fraction,
+        tokens=tokens,
     )
     plan = calibrator._plan(max_memory, offload)
     if progress or plan.passes > 1:
@@ -325,7 +325,7 @@ class Calibrator:
         model: the model that the block runs; in eval mode inside the block.
         output_gradients: also stream output gradients. Run each forward with gradients enabled, and then pass its loss
             to :meth:`observe`; the forward's graph is kept until then.
-        filter_fn, mask, unmasked_rows, side, dtype, token_weights, max_state_bytes, share_inputs, token_fraction: as
+        filter_fn, mask, unmasked_rows, side, dtype, token_weights, max_state_bytes, share_inputs, tokens: as
             for :func:`calibrate`.
 
     Attributes:
@@ -363,15 +363,15 @@ class Calibrator:
         token_weights: bool = True,
         max_state_bytes: int = 2 << 30,
         share_inputs: bool = True,
-        token_fraction: float = 1.0,
+        tokens: float = 1.0,
     ) -> None:
         if side not in ("auto", "input", "output", "smaller"):
             raise ValueError(f"side must be 'auto', 'input', 'output' or 'smaller'; got {side!r}.")
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"dtype must be torch.float32 or torch.float64, the dtype of the sums; got {dtype}.")
         check_positive(max_state_bytes=max_state_bytes)
-        if not 0 < token_fraction <= 1:
-            raise ValueError(f"token_fraction must be a number in (0, 1]; got {token_fraction!r}.")
+        if not 0 < tokens <= 1:
+            raise ValueError(f"tokens must be a number in (0, 1]; got {tokens!r}.")
         if (reason := compiled_or_scripted(model)) is not None:
             raise ValueError(f"model cannot be calibrated: {reason}.")
         check_no_adapters(model)
@@ -400,8 +400,8 @@ class Calibrator:
         self._sides = {fqn: _side(layer, side, dtype, max_state_bytes) for fqn, layer in self._modules.items()}
         self._new_masks, self._share = partial(Masks, model, mask, unmasked_rows), share_inputs
         self._masks = self._new_masks()
-        self._token_fraction = token_fraction
-        self._recorder = Recorder(self._modules, self._masks, share_inputs, token_fraction=token_fraction)
+        self._tokens = tokens
+        self._recorder = Recorder(self._modules, self._masks, share_inputs, tokens=tokens)
         self._stack: ExitStack | None = None  # while the block runs
         self._entered = False
         self._covariances: Covariances | None = None
@@ -439,7 +439,7 @@ class Calibrator:
             self._output_gradients,
             self._token_weights,
             self._share,
-            self._token_fraction,
+            self._tokens,
         ]
         tensors = {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
         return {"arguments": digest([str(one) for one in arguments]), "weights": digest(tensors)}
@@ -452,9 +452,7 @@ class Calibrator:
         part._modules = {fqn: layer for fqn, layer in self._modules.items() if fqn in wanted}
         part._sides = {fqn: self._sides[fqn] for fqn in part._modules}
         part._masks = self._new_masks()
-        part._recorder = Recorder(
-            part._modules, part._masks, self._share, partial=True, token_fraction=self._token_fraction
-        )
+        part._recorder = Recorder(part._modules, part._masks, self._share, partial=True, tokens=self._tokens)
         return part
 
     def __enter__(self) -> Calibrator:

@@ -26,7 +26,7 @@ from .token_weights import SavedActivation
 
 _MEMORY = "Pass max_memory or offload, calibrate fewer layers with filter_fn, or use smaller batches."
 NO_ROWS = (
-    "no row reached a layer: the batches are empty, the mask leaves no position, token_fraction is too small, or the "
+    "no row reached a layer: the batches are empty, the mask leaves no position, tokens is too small, or the "
     "model calls none of the layers that filter_fn keeps."
 )
 
@@ -39,7 +39,7 @@ class Recorder:
         masks: of the model.
         share: layers that receive the same tensor share its sums.
         partial: other layers are recorded elsewhere, so a loss need not depend on these.
-        token_fraction: the share of the rows that is added.
+        tokens: the share of the rows that is added.
 
     Attributes:
         seed: decides which rows are chosen.
@@ -51,9 +51,9 @@ class Recorder:
         masks: Masks,
         share: bool,
         partial: bool = False,
-        token_fraction: float = 1.0,
+        tokens: float = 1.0,
     ) -> None:
-        self._layers, self.partial, self._token_fraction, self.seed = layers, partial, token_fraction, ""
+        self._layers, self.partial, self._tokens, self.seed = layers, partial, tokens, ""
         self._masks = masks
         self._share = share
         self._sides: Mapping[str, str] = {}
@@ -176,7 +176,7 @@ class Recorder:
     def _new_sums(self, fqn: str, side: str, dtype: torch.dtype, what: str, of_loss: bool = False) -> Sums:
         with in_layer(fqn, _MEMORY):
             sums = Sums(fqn, self._layers[fqn], side, dtype, what, of_loss)
-        sums.sampler = Sampler(self._token_fraction, f"{self.seed} {what}")  # alike in all passes
+        sums.sampler = Sampler(self._tokens, f"{self.seed} {what}")  # alike in all passes
         return sums
 
     def _all_sums(self) -> list[tuple[str, Sums]]:

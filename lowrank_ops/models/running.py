@@ -240,9 +240,10 @@ def in_layer(
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+        kind = next(kind for kind in (torch.OutOfMemoryError, MemoryError, RuntimeError) if isinstance(error, kind))
+        if kind is RuntimeError and "can't allocate memory" not in str(error):
             raise
-        raise type(error)(f"layer {fqn!r}: not enough memory. {remedy} ({error})") from error
+        raise kind(f"layer {fqn!r}: not enough memory. {remedy} ({error})") from error
 
 
 @contextmanager

@@ -153,7 +153,8 @@ def reconstruct_blocks(
         if not trained:
             raise ValueError(
                 "the model has no blocks to reconstruct: no ModuleList or Sequential whose children hold the layers "
-                "and are called one after another. Use SequentialReconstruction, which needs none."
+                "and are called one after another, each on the last one's output alone. Use SequentialReconstruction, "
+                "which needs none."
             )
         metrics = {}
         if settings.sensitivity is not None and not all(fqn in done for block in trained for fqn in members[block]):

@@ -50,8 +50,8 @@ def test_goes_on_equal_to_the_bit(
     """In the second case the passes are of three batches, and the third and fourth kills are in the next pass."""
     costless(monkeypatch)
     model, given = Net(), batches()
-    options = {"max_memory": bound, "checkpoint": tmp_path / "stats", "token_fraction": 0.7 if bound else 1.0}
-    expected = calibrated(model, given, max_memory=bound, token_fraction=options["token_fraction"])
+    options = {"max_memory": bound, "checkpoint": tmp_path / "stats", "tokens": 0.7 if bound else 1.0}
+    expected = calibrated(model, given, max_memory=bound, tokens=options["tokens"])
     for run, left in enumerate(kills):
         with pytest.raises(KeyboardInterrupt):
             calibrated(model, Killed(given, left), seed if run else 3, **options)

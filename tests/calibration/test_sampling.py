@@ -1,4 +1,4 @@
-"""``token_fraction=``: a random share of the rows, unbiased, seeded, and how far the reports say it can be off."""
+"""``tokens=``: a random share of the rows, unbiased, seeded, and how far the reports say it can be off."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ def test_chosen_rows_are_unbiased() -> None:
     """The mean over many choices is what all rows give, for every kind of sums, in batches of different sizes."""
     model, given = Net().double(), [(torch.randn(n, 4, 3, 4).double() + 1, n == 3) for n in (1, 3, 6)]
     whole = calibrated(model, given)
-    found = [calibrated(model, given, seed, token_fraction=0.4) for seed in range(30)]
+    found = [calibrated(model, given, seed, tokens=0.4) for seed in range(30)]
     for fqn, layer in whole.items():
         for name, moments in layer.moments().items():
             parts = [each[fqn].moments()[name].about(None) for each in found if fqn in each]
@@ -40,12 +40,12 @@ def test_chosen_rows_are_unbiased() -> None:
 
 def test_choices_depend_on_the_seed_only() -> None:
     model, given = Net(), batches()
-    first = calibrated(model, given, token_fraction=0.5)
-    assert_same_statistics(calibrated(model, given, token_fraction=0.5), first, 0)
-    assert_same_statistics(calibrated(model, given, token_fraction=0.5, max_memory="60kB"), first, 0)
-    other = calibrated(model, given, seed=6, token_fraction=0.5)
+    first = calibrated(model, given, tokens=0.5)
+    assert_same_statistics(calibrated(model, given, tokens=0.5), first, 0)
+    assert_same_statistics(calibrated(model, given, tokens=0.5, max_memory="60kB"), first, 0)
+    other = calibrated(model, given, seed=6, tokens=0.5)
     assert not torch.equal(other["into"].activations.about(None).total, first["into"].activations.about(None).total)
-    assert_same_statistics(calibrated(model, given, token_fraction=1.0), calibrated(model, given), 0)
+    assert_same_statistics(calibrated(model, given, tokens=1.0), calibrated(model, given), 0)
 
 
 def test_sizes_of_choices_are_right_on_average() -> None:
@@ -56,8 +56,8 @@ def test_sizes_of_choices_are_right_on_average() -> None:
 
 @pytest.mark.parametrize("fraction", [0.0, -1.0, 1.5, float("nan")])
 def test_other_shares_are_refused(fraction: float) -> None:
-    with pytest.raises(ValueError, match=r"token_fraction must be a number in \(0, 1\]; got"):
-        lro.calibrate(nn.Linear(4, 4), [torch.randn(8, 4)], token_fraction=fraction)
+    with pytest.raises(ValueError, match=r"tokens must be a number in \(0, 1\]; got"):
+        lro.calibrate(nn.Linear(4, 4), [torch.randn(8, 4)], tokens=fraction)
 
 
 def test_reports_say_how_far_they_can_be_off() -> None:
