@@ -23,7 +23,7 @@ BIN := $(VENV)/bin
 export PYTHONDONTWRITEBYTECODE :=
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 PYTEST := $(BIN)/python -m pytest
-# The environments here hold a CPU build of torch, for which compiling CUDA kernels would be minutes in vain.
+# The environments here hold a CPU build of torch, which cannot use CUDA kernels, so they are not compiled.
 WITHOUT_CUDA := LOWRANK_OPS_CUDA=OFF
 
 WITH_CUDA := LOWRANK_OPS_CUDA=ON LOWRANK_OPS_WERROR=ON

@@ -1,4 +1,4 @@
-"""Builds the native part by CMake; CMakeLists.txt knows what there is to build. All the rest is in pyproject.toml.
+"""Builds the native part with CMake; CMakeLists.txt lists what to build. All the rest is in pyproject.toml.
 
 LOWRANK_OPS_CUDA=AUTO|ON|OFF: AUTO (default) builds where nvcc, CMake and torch are found and else says so in a line.
 LOWRANK_OPS_CUDA_ARCHS: CUDA archs, "80;90a;100f;120f" unless set; CUDACXX names an nvcc that is not on PATH.
@@ -77,7 +77,7 @@ class CMakeBuild(build_ext):
 
 
 class AnyPythonWheel(bdist_wheel):
-    """The library knows no Python, so one wheel serves every Python 3 of the platform."""
+    """The library does not depend on Python, so one wheel serves every Python 3 of the platform."""
 
     def get_tag(self):
         _, _, platform = super().get_tag()

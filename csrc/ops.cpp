@@ -127,7 +127,7 @@ void conv_covariance_update(Tensor second_moment, Tensor total, Tensor x, std::v
                  second_moment, total, x);
 }
 
-// (why not, plan): one of the two is empty. The library knows which archs it has code for, the planner does not.
+// (reason for refusal, plan): one of the two is empty. The list of compiled archs is here, not in the planner.
 template <class Plan>
 std::tuple<std::string, std::string> explain(const Plan& plan, int64_t capability) {
   std::string reason = plan.reason;

@@ -206,7 +206,7 @@ def _save(model: nn.Module, options: argparse.Namespace, report: CompressionRepo
 
 
 def _policy(options: argparse.Namespace) -> RankPolicy | None:
-    """The policy asked for; None if it needs times that are not measured yet."""
+    """The requested policy; None if it needs times that are not measured yet."""
     allocation = options.allocation
     if options.allocation is not None and not (options.budget or options.flops or options.latency):
         raise Failure(2, "--allocation needs a budget: --budget, --flops or --latency")

@@ -176,7 +176,7 @@ def fused_projections(module: nn.Module) -> tuple[str, str] | None:
 
 
 def reason_to_stay_fused(module: nn.Module) -> str | None:
-    """Why experts that :func:`fused_projections` knows cannot be run one by one; None if they can."""
+    """Why experts that :func:`fused_projections` recognizes cannot be run one by one; None if they can."""
     if hasattr(module, "_hf_hook"):
         return _OFFLOADED
     if getattr(module, "_is_expert_parallel", False):

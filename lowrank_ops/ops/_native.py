@@ -161,7 +161,7 @@ def plan(
 
 
 def _planner(function: str) -> Callable[..., tuple[str, str]]:
-    """The library's planner, which knows its archs; without the library the ``_planner`` extension of this Python."""
+    """The library's planner, for its archs; without the library, the ``_planner`` extension module."""
     reason = unavailable()
     if reason is None:
         return getattr(torch.ops.lowrank_ops, f"_{function}")  # type: ignore[no-any-return]
