@@ -63,7 +63,7 @@ def compress_(
         subspaces: from :func:`lowrank_ops.subspaces.layer_subspaces`, to try several configurations on copies of a
             model without decomposing again; they keep up to 2 GiB of decompositions. By default computed here, and for
             layers that are not among them.
-        reconstruction: refit the factors to data, layer by layer or block by block.
+        reconstruction: fit the factors to the dense model's outputs on data, layer by layer or block by block.
         progress: show a progress bar.
 
     Returns:

@@ -102,7 +102,7 @@ def calibrate(
             text: ``"count"`` counts all of them and warns with the names of the layers; ``"error"`` raises.
         side: ``"input"`` streams layer inputs, which every projection and report can use; ``"output"`` streams
             outputs, which is enough for ``projection="output"`` and ``"loss"``. ``"smaller"`` streams the narrower one
-            of each layer, for compression by these two in the least memory. ``"auto"`` streams the input unless
+            of each layer, for compression by these two with minimum memory. ``"auto"`` streams the input unless
             the output is narrower and the input's moment is too large: over ``max_state_bytes``, or over 64 MiB if
             the input is more than 16 times as wide as the output.
         dtype: of the sums, torch.float64 or torch.float32.

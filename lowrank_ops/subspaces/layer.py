@@ -77,7 +77,7 @@ class LossSpace:
 
     The damping keeps M regular where few gradients were seen; without any gradient M is a multiple of the identity and
     the spectrum is zero. The directions p_i of the outputs satisfy p_i^T M p_j = 0 for i != j, and W' = P P^T M W with
-    the first r of them, scaled to p_i^T M p_i = 1, is the least error in that metric at rank r.
+    the first r of them, scaled to p_i^T M p_i = 1, has the minimum error in that metric at rank r.
 
     Args:
         spaces: of the layer.
