@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, tensors with checksums, and JSON that may be damaged."""
+"""Atomic writes, safetensors files with checksums, and JSON that may be damaged."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def open_tensors(path: str | Path) -> Iterator[Any]:
 def digest(value: Any) -> str:
     """SHA-256 of a value: of dtypes, shapes and bytes of tensors and arrays, nested in mappings, sequences and objects.
 
-    Of a function or a type only the name counts.
+    Functions and types are identified by their names only.
     """
     found = hashlib.sha256()
     _update(found, value, [])
@@ -232,11 +232,11 @@ def parse_json(text: str | bytes) -> Any:
     """``json.loads``; every failure is a ValueError.
 
     Raises:
-        ValueError: the text is no JSON, or is nested too deeply.
+        ValueError: the text is not JSON, or is nested too deeply.
     """
     try:
         return json.loads(text)
     except RecursionError:
         raise ValueError("its JSON is nested too deeply") from None
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are subclasses
-        raise ValueError(f"it is no JSON: {error}") from None
+        raise ValueError(f"it is not JSON: {error}") from None

@@ -26,13 +26,13 @@ from .token_weights import SavedActivation
 
 _MEMORY = "Pass max_memory or offload, calibrate fewer layers with filter_fn, or use smaller batches."
 NO_ROWS = (
-    "no row reached a layer: the batches are empty, the mask leaves no position, tokens takes too few rows, or the "
+    "no row reached a layer: the batches are empty, the mask leaves no position, tokens is too small, or the "
     "model calls none of the layers that filter_fn keeps."
 )
 
 
 class Recorder:
-    """Hooks on a model and its layers, and the sums of what they see.
+    """Hooks on a model and its layers, and the sums that they fill.
 
     Args:
         layers: ``{fqn: layer}``.
@@ -42,7 +42,7 @@ class Recorder:
         tokens: the share of the rows that is added.
 
     Attributes:
-        seed: of the choice of rows.
+        seed: decides which rows are chosen.
     """
 
     def __init__(
@@ -201,7 +201,7 @@ class Recorder:
         return {"samples": self._samples, "batch": self._batch, "parts": parts}, tensors
 
     def restore(self, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Go on from a :meth:`state` of the same layers and arguments."""
+        """Restore the :meth:`state` of a recorder with the same layers and arguments."""
         self._samples, self._batch = header["samples"], header["batch"]
         for i, part in enumerate(header["parts"]):
             kind, leader = part["kind"], next(iter(part["calls"]))

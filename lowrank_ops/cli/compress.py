@@ -36,16 +36,16 @@ from .resume import Progress
 from .sources import save_processors
 
 _COMPRESS = """\
-Replace layers of the model by low-rank ones and write the model to a folder. For --model hf: it is a folder of
-transformers, which from_pretrained loads once lowrank_ops is imported; for other models it holds model.safetensors and
-lowrank_config.json, which lowrank_ops.load_pretrained(build_model(), folder) loads."""
+Replace layers of the model by low-rank ones and write the model to a folder. With --model hf:, transformers'
+from_pretrained loads the folder, after import lowrank_ops. For other models, load it with
+lowrank_ops.load_pretrained(build_model(), folder)."""
 
 _COMPRESS_EXAMPLE = """\
 examples:
-  a language model of transformers, on texts with empty lines between them
+  a transformers language model, with a file of texts separated by empty lines
     lowrank-ops compress --model hf:my-model --calibration text:texts.txt --sensitivity fisher --budget 0.7 \\
         --out smaller
-  a vision model of timm, on a folder of images; after an interruption, the same command resumes
+  a timm vision model, with a folder of images; after an interruption, run the same command again to resume
     lowrank-ops compress --model timm:vit_small_patch16_224 --calibration images:photos --out smaller --resume
   keep half of the layers' parameters, loss-aware
     lowrank-ops compress --model my_project:build_model --calibration my_project:batches --sensitivity fisher \\
@@ -69,7 +69,7 @@ def add(commands: Any) -> None:
     _add_compression(compress)
     compress.add_argument(
         "--resume", action="store_true",
-        help="store covariances and the reconstruction's progress in FOLDER.resume, and go on from what is there",
+        help="store covariances and the progress of the reconstruction in FOLDER.resume, and resume from there",
     )  # fmt: skip
     compress.add_argument("--html", type=Path, metavar="FILE", help="also write an HTML page with charts and tables")
     add_output(compress)
@@ -90,7 +90,7 @@ def _add_compression(parser: argparse.ArgumentParser) -> None:
     policy.add_argument("--flops", type=share, metavar="SHARE", help="all layers keep at most this share of their MACs")
     policy.add_argument(
         "--latency", type=share, metavar="SHARE",
-        help="all layers keep at most this share of their time, from --latencies or measured with the first batch",
+        help="all layers keep at most this share of their time, given by --latencies or measured with the first batch",
     )  # fmt: skip
     policy.add_argument("--ranks", type=Path, metavar="FILE", help='JSON file: {"layer name or re:pattern": rank, ...}')
     parser.add_argument(
@@ -232,7 +232,7 @@ def _policy(options: argparse.Namespace) -> RankPolicy | None:
     try:
         ranks = parse_json(options.ranks.read_bytes())
     except ValueError as error:
-        raise Failure(2, f"--ranks: {str(options.ranks)!r} is not JSON: {error}") from None
+        raise Failure(2, f"--ranks: {str(options.ranks)!r} cannot be read: {error}") from None
     if not isinstance(ranks, dict):
         raise Failure(2, f"--ranks: {str(options.ranks)!r} must hold a JSON object of ranks by layer name")
     return Ranks(ranks)

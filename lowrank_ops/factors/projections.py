@@ -134,10 +134,9 @@ def _with_exact_mean(factors: Factors, result: Factors, spaces: LayerSubspaces, 
 def _scale(spaces: LayerSubspaces, down: Tensor, up: Tensor, left: Tensor | None) -> Tensor:
     """Powers of two (..., rank) to multiply ``down`` by and to divide ``up`` by: their product is exactly the same.
 
-    An orthonormal ``up`` would leave the norm of a whole output in one element of t = x down^T, which may overflow
-    float16 where no output does. So the largest elements of both factors are made equal, direction by direction; and t,
-    by its root mean square over the calibration rows, is kept well inside the range of float16, which is also that of
-    autocast.
+    With an orthonormal ``up``, one element of t = x down^T could hold the norm of a whole output and overflow float16
+    although no output does. So the largest elements of both factors are made equal, direction by direction, and the
+    root mean square of t over the calibration rows is kept well inside the range of float16, also for autocast.
     """
     largest = down.abs().amax(-1), up.abs().amax(-2)
     balanced = (largest[1].log2() - largest[0].log2()) / 2

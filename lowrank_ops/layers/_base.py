@@ -1,4 +1,4 @@
-"""What the low-rank layers share: padded factors, initialization, conversion from and to dense layers."""
+"""The base of the low-rank layers: padded factors, initialization, conversion from and to dense layers."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class LowRankLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The product of the factors in the shape of the dense layer's weight, for code that reads a dense layer's.
+        """The product of the factors, for code that reads the weight of a dense layer; same shape as that.
 
-        Shape, dtype and device cost nothing; an operation on the values multiplies the factors. Writes raise.
+        Reading shape, dtype and device is free; an operation on the values computes the product. Writes raise.
         """
         down, up = self._parameters.get("down"), self._parameters.get("up")
         # Dynamo drops a product that is not used. torch.fx has no tensors, parametrized factors are no parameters.

@@ -30,9 +30,9 @@ FREE = (Backend.AUTO, Backend.UNVERIFIED)  # those that leave the choice to this
 class Impl(NamedTuple):
     """One implementation of an op. A problem is a hashable description of shapes, dtypes, layout and device.
 
-    ``supports(problem)`` returns None, or the reason why the implementation cannot run the problem. It is the only
-    statement of what is legal: dispatch, ``explain`` and the tuner all ask it. ``prefers(problem)`` is asked for
-    supported problems only; True lets ``auto`` choose the implementation. ``plan(problem)`` describes the launch in one
+    ``supports(problem)`` returns None, or the reason why the implementation cannot run the problem. Legality is
+    decided nowhere else: dispatch, ``explain`` and the tuner all call it. ``prefers(problem)`` is called for supported
+    problems only; True lets ``auto`` choose the implementation. ``plan(problem)`` describes the launch in one
     line, for ``explain``, and may be empty. ``bind(problem)``, if given, does the per-problem work once and returns a
     function of the tensors.
     """

@@ -1,4 +1,4 @@
-"""Loads the library of CUDA kernels and asks its planner which kernel runs a problem."""
+"""Loads the library of CUDA kernels and calls its planner, which chooses the kernel for a problem."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks the first call of a kernel that no GPU has verified, and reads and writes the records of those that one has.
+"""Checks the first calls of kernels that no GPU has verified yet, and keeps the records of verified ones.
 
 ``auto`` treats a (kernel, arch, compiler) as unverified unless ``tuned/verified.<arch>.json`` lists it. In each
 process, the first call of an unverified kernel for each bucket of problems is also computed by the reference, in part,
@@ -78,7 +78,7 @@ class FirstCall(NamedTuple):
 
 
 def first_call(op: str, impl: Impl, problem: Any, backend: str) -> FirstCall | None:
-    """The check that a call is due, or None. Callers keep a None with their decision and do not ask again.
+    """The check that a call needs, or None. Callers cache a None with their decision.
 
     Raises:
         ValueError: ``LOWRANK_OPS_VERIFY`` is neither ``first`` nor ``off``.
@@ -93,7 +93,7 @@ def first_call(op: str, impl: Impl, problem: Any, backend: str) -> FirstCall | N
 
 
 def can_check(x: Tensor) -> bool:
-    """Whether a check may run now. It reads results, which neither a capture of a CUDA graph nor a trace can."""
+    """Whether a check may run now: it reads results, which is impossible in a CUDA graph capture or a trace."""
     return not torch.compiler.is_compiling() and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
@@ -135,7 +135,7 @@ def _record(name: str) -> list[dict[str, str]]:
     try:
         return list(json.loads(path.read_text())["kernels"]) if path.is_file() else []
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no record of verified kernels ({error!r}); remove it.") from None
+        raise ValueError(f"{path} is not a record of verified kernels ({error!r}); remove it.") from None
 
 
 def record_path(name: str) -> Path:

@@ -42,11 +42,11 @@ def measured_ranks(
 ) -> Ranks:
     """Ranks for a parameter budget, allocated by loss as trial compressions measure it.
 
-    The predicted loss of a layer ignores what other layers do to its error. Layers are grouped by kind (their name
-    without numbers) and depth. Each round compresses the model at the present ranks, and once more with one group left
-    dense for every group; the increase that a group causes, over the one predicted, corrects the predictions of its
-    layers. The ranks with the best evaluation are returned, so they are never worse than those by predicted loss, on
-    what ``evaluate`` measures.
+    The predicted loss of a layer ignores how other layers change its error. Layers are grouped by kind (their name
+    without numbers) and depth. Each round evaluates the model at the current ranks, and once per group with that group
+    left dense. The ratio of a group's measured to its predicted increase of the loss corrects the predictions of its
+    layers. The ranks with the best evaluation are returned, so by ``evaluate`` they are never worse than the ranks by
+    predicted loss.
 
     Args:
         model: as for :func:`lowrank_ops.search_ranks`; compressed during each trial and dense again afterwards.
@@ -143,9 +143,9 @@ def _dropped(space: LayerSubspaces, rank: int | None) -> float:
 
 
 def _corrections(caused: Sequence[float], predicted: Sequence[float]) -> list[float | None]:
-    """By group, the increase that it causes over the one predicted, relative to all groups; None if it is dense.
+    """By group, its measured over its predicted increase, relative to all groups; None if the group is dense.
 
-    Bounded, because a group that seems to do no harm by a few tokens must not lose all.
+    Bounded: few tokens may show no increase for a group, which must not lose all its rank.
     """
     scale = sum(max(value, 0.0) for value in caused) / sum(predicted) if any(predicted) else 0.0
     if not scale:

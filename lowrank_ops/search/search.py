@@ -156,7 +156,7 @@ def _finite(accuracy: Any) -> float:
     except (TypeError, ValueError):
         value = math.nan
     if not math.isfinite(value):
-        raise ValueError("evaluate must return the model's accuracy as a finite number, the higher the better.")
+        raise ValueError(f"evaluate must return a finite number, higher for better models; it returned {accuracy!r}.")
     return value
 
 

@@ -490,7 +490,7 @@ class TestRefusals:
             ("nowhere:build", 2, "no module 'nowhere' in this folder"),
             ("cli_needs:build", 2, "no module 'a_package_that_is_not_there'"),
             ("cli_project:bild", 2, "'cli_project' has no 'bild'"),
-            ("cli_project:number", 2, "must be callable; it is a int"),
+            ("cli_project:number", 2, "must be callable; got int"),
             ("cli_project:tensor", 2, "must return a torch.nn.Module; it returned a Tensor"),
             ("cli_project:broken", 1, "MODEL cli_project:broken failed: RuntimeError: the disk is gone (--traceback"),
             ("cli_broken:build", 1, "importing cli_broken failed: OSError: no weights"),

@@ -71,7 +71,7 @@ def test_records_are_merged_by_compiler(folder):
 def test_damaged_record_is_named(folder):
     folder.mkdir()
     (folder / "verified.sm_90.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"verified\.sm_90\.json is no record of verified kernels .* remove it"):
+    with pytest.raises(ValueError, match=r"verified\.sm_90\.json is not a record of verified kernels .* remove it"):
         _verify.is_verified(*KEYS[0], "sm_90")
 
 
