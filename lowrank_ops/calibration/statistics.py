@@ -480,12 +480,14 @@ class Covariances(Mapping[str, LayerStatistics]):
 
     @classmethod
     @checked()
-    def load(cls, path: str | Path, *, verify: bool = True) -> Covariances:
+    def load(cls, path: str | Path, *, verify: bool = True, packed: bool = False) -> Covariances:
         """Read what :meth:`save` wrote, by this version or an earlier one.
 
         Args:
             path: of the file.
             verify: compare the tensors with their checksums, which reads every byte; version 1 has none.
+            packed: leave the second moments in the file, as lower triangles that are read when they are needed: for
+                files that are larger than the memory. Files of versions 1 and 2 hold none, and are read as a whole.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -511,7 +513,7 @@ class Covariances(Mapping[str, LayerStatistics]):
                         *(["shift"] if f"{i}.shift" in header.get("checksums", {}) else []),
                     ]
                     read = {name: read_tensor(file, f"{i}.{name}", checksums) for name in names}
-                    if form == _FORMAT:
+                    if form == _FORMAT and not packed:
                         read["second_moment"] = from_lower_triangle(read["second_moment"], read["total"].shape[-1])
                     moments.append(Moments(**read, count=count))
             layers = {

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..calibration.calibrator import calibrate
 from ..calibration.statistics import Covariances
 from . import sources
-from .command import Failure, check_folder, failing_as, one_line, whole
+from .command import Failure, check_folder, failing_as, one_line, share, whole
 
 
 def add_calibration(parser: argparse.ArgumentParser) -> None:
@@ -74,6 +74,11 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
         "free memory)",
     )  # fmt: skip
     parser.add_argument(
+        "--tokens", type=share, metavar="SHARE",
+        help="of the rows (tokens, positions) of each call of a layer that the statistics take, drawn at random "
+        "(default: 1)",
+    )  # fmt: skip
+    parser.add_argument(
         "--offload", choices=["cpu", "disk"], help="where finished sums are kept (default: where they fit)"
     )
 
@@ -87,9 +92,9 @@ def calibrated(
         options: of the command.
         measured: gives the covariances of a model, from a function that measures them; None calls the function.
     """
-    if options.covariances is not None and (options.mask is not None or options.side != "auto" or options.sensitivity):
+    if options.covariances is not None and given_calibration(options):
         raise Failure(
-            2, "--mask, --side and --sensitivity need --calibration; they cannot be combined with --covariances"
+            2, f"{', '.join(given_calibration(options))} need --calibration; they cannot be combined with --covariances"
         )
     if options.save_covariances is not None:
         check_folder(options.save_covariances, "--save-covariances")
@@ -107,6 +112,7 @@ def calibrated(
                     mask=options.mask,
                     side=options.side,
                     sensitivity=options.sensitivity,
+                    tokens=options.tokens or 1.0,
                     max_memory=options.max_memory,
                     offload=options.offload,
                     progress=True,
@@ -116,6 +122,13 @@ def calibrated(
     if options.save_covariances is not None:
         covariances.save(options.save_covariances)
     return model, covariances
+
+
+def given_calibration(options: argparse.Namespace) -> list[str]:
+    """The given flags that only a calibration uses."""
+    defaults = {"side": "auto"}
+    names = ("mask", "side", "sensitivity", "tokens", "max_memory", "offload", "batch_size", "samples", "max_length")
+    return [f"--{name.replace('_', '-')}" for name in names if getattr(options, name) != defaults.get(name)]
 
 
 def load_model_of(options: argparse.Namespace) -> nn.Module:

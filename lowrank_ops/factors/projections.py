@@ -44,10 +44,13 @@ class Factors:
     predicted_loss: float | None = None
     reconstructed: bool = False
 
-    def to(self, dtype: torch.dtype) -> Factors:
-        """The same factors in the dtype of the layer."""
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return replace(self, down=self.down.to(dtype), up=self.up.to(dtype), bias=bias)
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Factors:
+        """The same factors in the dtype, on the device of the layer."""
+        down, up, bias = (
+            None if part is None else part.to(device=device, dtype=dtype) for part in (self.down, self.up, self.bias)
+        )
+        assert down is not None and up is not None
+        return replace(self, down=down, up=up, bias=bias)
 
 
 def factorize(spaces: LayerSubspaces, rank: int, projection: str = "output") -> Factors:
@@ -101,17 +104,26 @@ def factorize(spaces: LayerSubspaces, rank: int, projection: str = "output") -> 
     return Factors(down, up, bias, rank, projection, error, spaces.output_variance, increase)
 
 
-def rounded(factors: Factors, spaces: LayerSubspaces, dtype: torch.dtype) -> Factors:
-    """``factors`` of :func:`factorize` in the dtype of the layer, with the bias that makes their mean output exact."""
-    result = factors.to(dtype)
+def rounded(
+    factors: Factors, spaces: LayerSubspaces, dtype: torch.dtype, device: torch.device | None = None
+) -> Factors:
+    """``factors`` of :func:`factorize` in the dtype of the layer, with the bias that makes their mean output exact.
+
+    Args:
+        factors: float64.
+        spaces: that they are of.
+        dtype: of the layer.
+        device: of the layer; by default that of the factors.
+    """
+    result = factors.to(dtype, device)
     if factors.bias is None or not spaces.centered or factors.projection == "weight":
         return result
     if spaces.statistics.side != "input":  # the mean of the input is not known
         return result
     mean = spaces.mean.unsqueeze(-1)
-    kept = factors.up @ (factors.down @ mean), result.up.double() @ (result.down.double() @ mean)
-    bias = factors.bias + (kept[0] - kept[1]).flatten()
-    return replace(result, bias=bias.to(dtype))
+    up, down = (part.to(mean) for part in (result.up, result.down))
+    bias = factors.bias + (factors.up @ (factors.down @ mean) - up @ (down @ mean)).flatten()
+    return replace(result, bias=bias.to(result.up))
 
 
 def _scale(spaces: LayerSubspaces, down: Tensor, up: Tensor, left: Tensor | None) -> Tensor:

@@ -6,8 +6,9 @@ the smaller of the two sides.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -204,7 +205,8 @@ class LayerSubspaces:
         statistics: of the layer.
         centered: use covariances about the mean, not second moments about zero.
         input_space: the space of ``statistics.activations``, if other layers share it; made here by default.
-        device: of the decompositions; by default the weight's, or the CPU where that has no float64.
+        device: of the decompositions; by default the weight's. The CPU instead of one that has no float64.
+        load: returns the weight, each time that it is needed; ``weight`` may then be on the meta device.
 
     Raises:
         ValueError: the statistics do not fit the weight, or one of them is not finite.
@@ -219,8 +221,10 @@ class LayerSubspaces:
         centered: bool,
         input_space: Subspace | None = None,
         device: torch.device | None = None,
+        load: Callable[[], Tensor] | None = None,
     ) -> None:
-        self.device = device or float64_device(weight.device)
+        self.device = float64_device(device or weight.device)
+        self._load = load
         self._weight, self.bias, self.statistics, self.centered = weight, bias, statistics, centered
         self._version = None if weight.is_inference() else weight._version
         self._input_space = input_space
@@ -228,7 +232,7 @@ class LayerSubspaces:
         out_features, in_features = weight.shape[-2:]
         self.dimensions = Dimensions(weight.shape[0] if weight.dim() == 3 else 1, in_features, out_features)
         statistics.check()
-        for name, values in (("weight", weight), ("bias", bias)):
+        for name, values in (("weight", weight if load is None else None), ("bias", bias)):
             if values is not None and not bool(values.isfinite().all()):
                 raise ValueError(f"the layer's {name} holds NaN or inf; repair the model, or leave the layer out.")
         sides = {
@@ -246,10 +250,10 @@ class LayerSubspaces:
 
     @classmethod
     def of_layer(
-        cls, layer: nn.Module, statistics: LayerStatistics, *, centered: bool, input_space: Subspace | None = None
+        cls, layer: nn.Module, statistics: LayerStatistics, *, centered: bool, **options: Any
     ) -> LayerSubspaces:
-        """The spaces of a Linear, Conv1D, Conv1d or Conv2d."""
-        return cls(weight_matrix(layer), bias_vector(layer), statistics, centered=centered, input_space=input_space)
+        """The spaces of a Linear, Conv1D, Conv1d or Conv2d; ``options`` as for the class."""
+        return cls(weight_matrix(layer), bias_vector(layer), statistics, centered=centered, **options)
 
     def is_of(self, layer: nn.Module) -> bool:
         """Whether ``layer`` has the weight and bias that these are the spaces of."""
@@ -266,6 +270,11 @@ class LayerSubspaces:
         """Of the layer's weight."""
         return self._weight.dtype
 
+    @property
+    def layer_device(self) -> torch.device:
+        """Where the layer's factors go: to its weight, or to the CPU if that is loaded when needed."""
+        return self._weight.device if self._load is None else torch.device("cpu")
+
     @cached_property
     def weight(self) -> Tensor:
         """The weight, (..., out_features, in_features), float64.
@@ -275,7 +284,8 @@ class LayerSubspaces:
         """
         if self._version is not None and self._weight._version != self._version:
             raise ValueError("its weight was changed after its subspaces were computed; compute them again.")
-        return self._weight.to(self.device, torch.float64)
+        weight = self._weight if self._load is None else self._load()
+        return weight.to(self.device, torch.float64)
 
     @cached_property
     def moment(self) -> Tensor:
@@ -451,9 +461,21 @@ def _cholesky_of_damped(metric: Tensor) -> Tensor:
 
 
 def layer_subspaces(
-    layers: Mapping[str, nn.Module], covariances: Covariances, *, centered: bool = True
+    layers: Mapping[str, nn.Module],
+    covariances: Covariances,
+    *,
+    centered: bool = True,
+    device: torch.device | None = None,
+    load: Callable[[str], nn.Module] | None = None,
 ) -> dict[str, LayerSubspaces]:
     """The spaces of every layer that has statistics; layers with a common input share its decomposition.
+
+    Args:
+        layers: ``{fqn: layer}``.
+        covariances: of these layers.
+        centered: use covariances about the mean, not second moments about zero.
+        device: of the decompositions; by default each layer's own. The CPU instead of one that has no float64.
+        load: returns the layer of a name each time that its weight is needed, where ``layers`` are without values.
 
     Raises:
         ValueError: the statistics do not fit their layer, or one of them is not finite; the message names it.
@@ -463,13 +485,15 @@ def layer_subspaces(
     for fqn, layer in layers.items():
         if fqn not in covariances:
             continue
-        statistics, device = covariances[fqn], float64_device(layer.get_parameter("weight").device)
-        space = None
+        statistics, of_layer = covariances[fqn], float64_device(device or layer.get_parameter("weight").device)
+        options: dict[str, Any] = {"centered": centered, "device": of_layer}
         if statistics.side == "input":
-            key = (id(statistics.activations), device)
-            space = shared.setdefault(key, InputSpace(statistics.activations, centered=centered, device=device))
+            key = (id(statistics.activations), of_layer)
+            options["input_space"] = shared.setdefault(key, InputSpace(statistics.activations, **options))
+        if load is not None:
+            options["load"] = lambda fqn=fqn: weight_matrix(load(fqn))
         try:
-            found[fqn] = LayerSubspaces.of_layer(layer, statistics, centered=centered, input_space=space)
+            found[fqn] = LayerSubspaces.of_layer(layer, statistics, **options)
         except ValueError as error:
             raise ValueError(f"covariances[{fqn!r}]: {error}") from None
     return found
