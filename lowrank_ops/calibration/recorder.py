@@ -271,8 +271,7 @@ class Recorder:
                 )
             sums.moments.count = self._samples
         for _, sums in self._all_sums():
-            if not has_float64(sums.moments.total.device):
-                sums.moments.to_cpu_()
+            sums.moments.to_float64_device_()
 
         def moments(of: Mapping[str, _Sums], fqn: str) -> Moments | None:
             return of[fqn].moments if fqn in of else None

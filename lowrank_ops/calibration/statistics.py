@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..arguments import checked
 from ..files import digests, open_tensors, read_header, read_tensor, replacing, write_tensors
+from ..models.running import float64_device, has_float64
 from ..ops import covariance_finalize_
 from .distributed import wait_for_all
 
@@ -97,6 +98,17 @@ class Moments:
         """Move the sums to the CPU."""
         self._stored, self.total = self._stored.cpu(), self.total.cpu()
         self.shift = None if self.shift is None else self.shift.cpu()
+
+    def to_float64_device_(self) -> None:
+        """Move the sums to the CPU if their device has no float64."""
+        if not has_float64(self.total.device):
+            self.to_cpu_()
+
+    def to_float64(self) -> Moments:
+        """The same sums in float64: on the CPU if their device has none."""
+        device = float64_device(self.total.device)
+        shift = None if self.shift is None else self.shift.to(device).double()
+        return Moments(self.second_moment.to(device).double(), self.total.to(device).double(), self.count, shift)
 
     def equals(self, other: Moments) -> bool:
         """Whether both hold the same sums, in the same form."""

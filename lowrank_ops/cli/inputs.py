@@ -92,10 +92,9 @@ def calibrated(
         options: of the command.
         measured: gives the covariances of a model, from a function that measures them; None calls the function.
     """
-    if options.covariances is not None and given_calibration(options):
-        raise Failure(
-            2, f"{', '.join(given_calibration(options))} need --calibration; they cannot be combined with --covariances"
-        )
+    given = given_calibration(options)
+    if options.covariances is not None and given:
+        raise Failure(2, f"{', '.join(given)} cannot be combined with --covariances: only a calibration uses it")
     if options.save_covariances is not None:
         check_folder(options.save_covariances, "--save-covariances")
     model = load_model_of(options)
