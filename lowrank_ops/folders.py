@@ -36,7 +36,7 @@ from .files import (
 )
 from .layers import LowRankLayer
 from .layers.replace import lowrank_type, swap_
-from .models.layers import fused_projections
+from .models.layers import all_finite, fused_projections
 from .ranks.choose import choose_ranks
 from .report import CompressionReport
 from .report.text import warn_of_few_rows
@@ -228,7 +228,7 @@ class _Weights:
     def layer(self, fqn: str, empty: nn.Module) -> nn.Module:
         """The layer ``empty`` with its weight."""
         layer, weight = copy.deepcopy(empty), self.read(f"{fqn}.weight").clone()
-        if not bool(weight.isfinite().all()):
+        if not all_finite(weight):
             raise ValueError(f"layer {fqn!r}: its weight holds NaN or inf; repair the model.")
         layer.weight = nn.Parameter(weight, requires_grad=False)
         return layer

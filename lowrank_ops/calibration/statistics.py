@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..arguments import checked
 from ..files import digests, open_tensors, read_header, read_tensor, replacing, write_tensors
+from ..models.layers import all_finite
 from ..models.running import float64_device, has_float64
 from ..ops import covariance_finalize_
 from .distributed import wait_for_all
@@ -206,7 +207,7 @@ class Moments:
                     f"has a shift of shape {tuple(sums.shape)} and {sums.dtype}; it must be a float tensor of shape "
                     f"{tuple(total.shape)}"
                 )
-            if not bool(sums.isfinite().all()):
+            if not all_finite(sums):
                 raise ValueError(f"has NaN or inf in its {name}")
         if bool((self._squares < 0).any()):
             raise ValueError("has a negative sum of squares in its second_moment")

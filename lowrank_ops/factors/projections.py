@@ -83,23 +83,28 @@ def factorize(spaces: LayerSubspaces, rank: int, projection: str = "output") -> 
     if projection == "loss" and spaces.loss is None:
         projection = "output"
     weight, left = spaces.weight, None  # left (..., rank, out_features): down is left @ W
+    squares = None  # mean square of each element of x down^T about the mean, (..., rank), where known
     if projection == "utilized":
         inputs = _input_space(spaces, projection)
         sizes = _utilized_sizes(inputs.spectrum, spaces.output.spectrum, rank)
-        down, up = _two_sided_projection(weight, inputs.basis, spaces.output.basis, sizes)
+        source, target = inputs.leading(max(k for k, _ in sizes)), spaces.output.leading(max(k for _, k in sizes))
+        down, up = _two_sided_projection(weight, source, target, sizes)
     elif projection == "input":
-        source = _input_space(spaces, projection).basis[..., :rank]
+        source = _input_space(spaces, projection).leading(rank)
         down, up = source.mT, weight @ source
     elif projection == "loss":
         assert spaces.loss is not None
         left, down, up = spaces.loss.projection(rank)
+        if spaces.loss_activations is spaces.statistics.activations:
+            squares = spaces.loss.values[..., :rank]
     else:
         up = (spaces.output if projection == "output" else spaces.weight_output).leading(rank)
         left, down = up.mT, up.mT @ weight
+        squares = spaces.output.spectrum[..., :rank] if projection == "output" else None
     centered = spaces.centered and projection != "weight"
     error, increase = _predictions(spaces, down, up, left, rank, projection, centered=centered)
     bias = _bias(spaces, down, up, left, projection)
-    scale = _scale(spaces, down, up, left)
+    scale = _scale(spaces, down, up, left, squares)
     down, up = down * scale.unsqueeze(-1), up / scale.unsqueeze(-2)
     return Factors(down, up, bias, rank, projection, error, spaces.output_variance, increase)
 
@@ -126,7 +131,9 @@ def rounded(
     return replace(result, bias=bias.to(result.up))
 
 
-def _scale(spaces: LayerSubspaces, down: Tensor, up: Tensor, left: Tensor | None) -> Tensor:
+def _scale(
+    spaces: LayerSubspaces, down: Tensor, up: Tensor, left: Tensor | None, squares: Tensor | None = None
+) -> Tensor:
     """Powers of two (..., rank) to multiply ``down`` by and to divide ``up`` by: their product is exactly the same.
 
     An orthonormal ``up`` would leave the norm of a whole output in one element of t = x down^T, which may overflow
@@ -138,7 +145,7 @@ def _scale(spaces: LayerSubspaces, down: Tensor, up: Tensor, left: Tensor | None
     balanced = (largest[1].log2() - largest[0].log2()) / 2
     reader = down if spaces.statistics.side == "input" else left
     if reader is not None:
-        square = ((reader @ spaces.moment) * reader).sum(-1).clamp_min(0)
+        square = ((reader @ spaces.moment) * reader).sum(-1).clamp_min(0) if squares is None else squares
         if spaces.centered:
             square = square + (reader @ spaces.mean.unsqueeze(-1)).squeeze(-1).square()
         size = square.sqrt()

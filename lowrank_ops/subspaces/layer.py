@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.statistics import Covariances, LayerStatistics, Moments
-from ..models.layers import Dimensions, bias_vector, weight_matrix
+from ..models.layers import Dimensions, all_finite, bias_vector, weight_matrix
 from ..models.running import float64_device
 from .principal import (
     Subspace,
@@ -23,6 +23,7 @@ from .principal import (
     denoised,
     falling_eigh,
     lower_product,
+    near_identity_cholesky,
     noise_along,
     noise_of_sums,
     orthonormal,
@@ -92,6 +93,7 @@ class LossSpace:
         self._spaces, self._gradients, self._device = spaces, gradients, spaces.mean.device
         self._held: tuple[Tensor, Tensor] | None = None  # of a tall layer, W^T M W and its directions
         self._variances: Tensor | None = None
+        self._values: Tensor | None = None
         self.subspace = Subspace(self._decompose_tall if spaces.is_tall else self._decompose)
 
     @property
@@ -127,6 +129,7 @@ class LossSpace:
         limit = (noise * root.square().sum(-1)).sum(-1)
         values = denoised(values, limit, lambda start: noise_along(noise, root @ vectors[..., start:]))
         self._variances = values * torch.linalg.solve_triangular(root.mT, vectors, upper=True).square().sum(-2)
+        self._values = values
         return vectors, values * self.scale.unsqueeze(-1)
 
     def _decompose_tall(self) -> tuple[Tensor, Tensor]:
@@ -145,7 +148,7 @@ class LossSpace:
 
         values = denoised(values, (noise * metric.diagonal(dim1=-2, dim2=-1)).sum(-1), along)
         self._variances = torch.where(values > 0, squares.sum(-2), 0.0)
-        self._held = inner, columns
+        self._held, self._values = (inner, columns), values
         return inputs, values * self.scale.unsqueeze(-1)
 
     @property
@@ -155,6 +158,14 @@ class LossSpace:
             _ = self.subspace.spectrum
         assert self._variances is not None
         return self._variances
+
+    @property
+    def values(self) -> Tensor:
+        """The variance along each direction in the metric M, (..., directions)."""
+        if self._values is None:
+            _ = self.subspace.spectrum
+        assert self._values is not None
+        return self._values
 
     def loss_increase(self, rank: int) -> float:
         """Half of the spectrum beyond a rank, without the damping: the predicted increase of the loss of one sample."""
@@ -172,8 +183,8 @@ class LossSpace:
         inner, columns = self._held[0] @ basis, self._held[1][..., :rank]
         gram = basis.mT @ inner  # P^T M P, diagonal up to the rounding of the decomposition
         norms = gram.diagonal(dim1=-2, dim2=-1).clamp_min(1e-300).sqrt()
-        factor, info = torch.linalg.cholesky_ex(gram / (norms.unsqueeze(-1) * norms.unsqueeze(-2)))
-        if bool(info.any()) or not bool((factor.diagonal(dim1=-2, dim2=-1) > 0.9).all()):  # directions without variance
+        factor = near_identity_cholesky(gram / (norms.unsqueeze(-1) * norms.unsqueeze(-2)))
+        if factor is None:  # directions without variance
             return self._lifted(orthonormal(self.root.mT @ columns))
         down, up = (
             torch.linalg.solve_triangular(factor, (part / norms.unsqueeze(-2)).mT, upper=False)
@@ -233,7 +244,7 @@ class LayerSubspaces:
         self.dimensions = Dimensions(weight.shape[0] if weight.dim() == 3 else 1, in_features, out_features)
         statistics.check()
         for name, values in (("weight", weight if load is None else None), ("bias", bias)):
-            if values is not None and not bool(values.isfinite().all()):
+            if values is not None and not all_finite(values):
                 raise ValueError(f"the layer's {name} holds NaN or inf; repair the model, or leave the layer out.")
         sides = {
             "activations": statistics.side,
