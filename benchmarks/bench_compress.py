@@ -2,11 +2,13 @@
 
 Blocks of Linears with the shapes of SmolLM2-135M or of a Llama of 1.1B parameters, random: weights with a falling
 spectrum in bfloat16, activations with a falling spectrum, a mean and outlier channels. Or (``--folder``) blocks of a
-language model of transformers, calibrated on Python's language reference. Every repetition runs every variant, in one process on one thread, on
-processor time; a figure is the smallest of a variant. SVD-LLM's factorization (Cholesky of the second moment, SVD of
-W L, inverse of L by a triangular solve) is timed as favorably as possible: one Cholesky factor for layers that share an
-input, second moments that are regular, and no choice of ranks. Its published code takes a Cholesky factor and an
-inverse in float64 for every Linear, and the SVD in float32; that is the third baseline.
+language model of transformers, calibrated on Python's language reference.
+
+Every repetition runs every variant, in one process on one thread, on processor time; a figure is the smallest of a
+variant. SVD-LLM's factorization (Cholesky of the second moment, SVD of W L, inverse of L by triangular solves) is timed
+as favorably as possible: one Cholesky factor for layers that share an input, second moments that are regular, and no
+choice of ranks. Its published code takes a Cholesky factor and an inverse in float64 for every Linear, and the SVD in
+float32; that is the third baseline.
 """
 
 from __future__ import annotations
