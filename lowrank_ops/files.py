@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, tensors with checksums, and JSON that may be damaged."""
+"""Atomic writes, safetensors files with checksums, and JSON that may be damaged."""
 
 from __future__ import annotations
 
@@ -119,9 +119,9 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], header: Mapping
     Raises:
         ValueError: a tensor of a dtype that safetensors does not have.
     """
-    names = file_order(tensors)
-    file.write(_head(tensors, names, header))
-    for name in names:
+    head, places = _head(tensors, header)
+    file.write(head)
+    for name in places:
         file.write(_bytes(tensors[name]))
 
 
@@ -136,51 +136,49 @@ def write_stream(
     Args:
         file: empty.
         forms: tensors on the meta device, with the names, shapes and dtypes.
-        tensors: names and tensors, in the order of :func:`file_order`.
+        tensors: names and tensors, in any order.
         header: as for :func:`write_tensors`; "checksums" are added here. None writes a file as other tools do.
 
     Returns:
         The header with its checksums; empty without a header.
     """
-    names = file_order(forms)
-    checksums = dict.fromkeys(names, "0" * 64)
+    checksums = dict.fromkeys(forms, "0" * 64)
     whole = None if header is None else {**header, "checksums": checksums}
-    file.write(_head(forms, names, whole))
-    source = iter(tensors)
-    for expected in names:
+    head, places = _head(forms, whole)
+    source, left = iter(tensors), set(forms)
+    while left:
         name, tensor = next(source)
-        form = forms[expected]
-        assert name == expected and (tensor.shape, tensor.dtype) == (form.shape, form.dtype), name
+        left.remove(name)
+        assert (tensor.shape, tensor.dtype) == (forms[name].shape, forms[name].dtype), name
         if whole is not None:
             checksums[name] = digest(tensor)
+        file.seek(len(head) + places[name])
         file.write(_bytes(tensor))
         del tensor  # before the next one is computed
     file.seek(0)
-    file.write(_head(forms, names, whole))  # as long as before
+    file.write(_head(forms, whole)[0])  # as long as before
     return whole or {}
 
 
-def file_order(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The names in the order of their bytes in a file: wide dtypes first, which aligns every tensor."""
-    return sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
-
-
-def _head(tensors: Mapping[str, Tensor], names: Sequence[str], header: Mapping[str, Any] | None) -> bytes:
+def _head(tensors: Mapping[str, Tensor], header: Mapping[str, Any] | None) -> tuple[bytes, dict[str, int]]:
+    """The head of a file, and where the bytes of each tensor begin behind it, in ascending order."""
     metadata = {"format": "pt"}
     if header is not None:
         text = json.dumps(header)
         metadata |= {HEADER: text, _CHECKSUM: hashlib.sha256(text.encode()).hexdigest()}
     entries: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for name in names:
+    end, places = 0, {}
+    # Wide dtypes first, which aligns every tensor.
+    for name in sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize):
         tensor = tensors[name]
         if tensor.dtype not in _DTYPES:
             raise ValueError(f"{name!r} has dtype {tensor.dtype}, which safetensors files cannot hold.")
-        begin, end = end, end + tensor.numel() * tensor.dtype.itemsize
-        entries[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        places[name], end = end, end + tensor.numel() * tensor.dtype.itemsize
+        offsets = [places[name], end]
+        entries[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
     head = json.dumps(entries).encode()
     head += b" " * (-len(head) % 8)
-    return len(head).to_bytes(8, "little") + head
+    return len(head).to_bytes(8, "little") + head, places
 
 
 def read_header(file: Any, *, verify: bool = True) -> dict[str, Any]:
@@ -246,7 +244,7 @@ def open_tensors(path: str | Path) -> Iterator[Any]:
 def digest(value: Any) -> str:
     """SHA-256 of a value: of dtypes, shapes and bytes of tensors and arrays, nested in mappings, sequences and objects.
 
-    Of a function or a type only the name counts.
+    Functions and types are identified by their names only.
     """
     found = hashlib.sha256()
     _update(found, value, [])
@@ -290,11 +288,11 @@ def parse_json(text: str | bytes) -> Any:
     """``json.loads``; every failure is a ValueError.
 
     Raises:
-        ValueError: the text is no JSON, or is nested too deeply.
+        ValueError: the text is not JSON, or is nested too deeply.
     """
     try:
         return json.loads(text)
     except RecursionError:
         raise ValueError("its JSON is nested too deeply") from None
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are subclasses
-        raise ValueError(f"it is no JSON: {error}") from None
+        raise ValueError(f"it is not JSON: {error}") from None

@@ -18,14 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import checked
-from .calibration.statistics import Covariances
+from .calibration.covariances import Covariances
 from .checkpoint import CONFIG_FILE, WEIGHTS_FILE, describe_layers
 from .compress import available, considered_layers, decompose, factorize_layers, resolved
 from .config import CompressionConfig, RankPolicy
 from .factors.projections import Factors
 from .files import (
     HEADER,
-    file_order,
     form_of,
     open_tensors,
     parse_json,
@@ -123,7 +122,7 @@ def compress_folder(
     )
     config = resolved(config, subspaces)
     decompose(config.rank, subspaces, progress, max_held_bytes=0)
-    ranks = choose_ranks(config.rank, subspaces, config.overrides, bounds=config.bounds)
+    ranks = choose_ranks(config.rank, subspaces, config.overrides, bounds=config.bounds, pivoted=config.pivoted)
     with torch.inference_mode(False):
         new = _empty_layers(modules, subspaces, ranks, config)
         layout = _layout(weights, new, one_file=not of_transformers)
@@ -294,7 +293,9 @@ def _empty_layers(
     """The low-rank layers, without values."""
     shifted = config.centered and config.projection != "weight"
     new = {
-        fqn: lowrank_type(modules[fqn]).empty_like(modules[fqn], rank, shifted or subspaces[fqn].bias is not None)
+        fqn: lowrank_type(modules[fqn], config.pivoted).empty_like(
+            modules[fqn], rank, shifted or subspaces[fqn].bias is not None
+        )
         for fqn, rank in ranks.items()
         if rank is not None
     }
@@ -354,7 +355,7 @@ def _tensors(
         fqn = name.rpartition(".")[0]
         return fqn if fqn in new else None
 
-    names = [name for forms in layout.values() for name in file_order(forms)]
+    names = [name for forms in layout.values() for name in forms]
     order = dict.fromkeys(fqn for fqn in map(layer_of, names) if fqn is not None)
     factors = factorize_layers(subspaces, {fqn: ranks[fqn] for fqn in order}, projection, progress=progress)
     for fqn, parts in itertools.groupby(names, layer_of):

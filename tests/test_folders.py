@@ -19,7 +19,7 @@ transformers = pytest.importorskip("transformers")
 
 LOSS = lro.CompressionConfig(lro.ParameterBudget(0.7))
 OUTPUT = lro.CompressionConfig(lro.ParameterBudget(0.6, "variance"), overrides={"model.layers.1.mlp.up_proj": None})
-UTILIZED = lro.CompressionConfig(lro.ExplainedVariance(0.9), projection="utilized", centered=False)
+UTILIZED = lro.CompressionConfig(lro.ExplainedVariance(0.9), projection="utilized", centered=False, pivoted=True)
 
 
 def llama(tied: bool = True) -> Any:

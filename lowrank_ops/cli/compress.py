@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ..calibration.statistics import Covariances
+from ..calibration.covariances import Covariances
 from ..checkpoint import save_pretrained
 from ..compress import compress_
 from ..config import (
@@ -29,24 +29,24 @@ from ..files import parse_json
 from ..folders import compress_folder
 from ..layers.latency import measure_latency
 from ..midpoint import recalibrate
-from ..reconstruction import BlockReconstruction, SequentialReconstruction
+from ..reconstruction import RECONSTRUCTIONS
 from ..report.compression import CompressionReport
 from .command import Failure, Result, add_command, add_output, check_folder, document, failing_as, share
-from .inputs import add_calibration, calibrated, given_calibration, load_batches
+from .inputs import add_calibration, calibrated, calibration_arguments, given_calibration, load_batches
 from .resume import Progress
 from .sources import save_processors
 
 _COMPRESS = """\
-Replace layers of the model by low-rank ones and write the model to a folder. For --model hf: it is a folder of
-transformers, which from_pretrained loads once lowrank_ops is imported; for other models it holds model.safetensors and
-lowrank_config.json, which lowrank_ops.load_pretrained(build_model(), folder) loads."""
+Replace layers of the model by low-rank ones and write the model to a folder. With --model hf:, transformers'
+from_pretrained loads the folder, after import lowrank_ops. For other models, load it with
+lowrank_ops.load_pretrained(build_model(), folder)."""
 
 _COMPRESS_EXAMPLE = """\
 examples:
-  a language model of transformers, on texts with empty lines between them
+  a transformers language model, with a file of texts separated by empty lines
     lowrank-ops compress --model hf:my-model --calibration text:texts.txt --sensitivity fisher --budget 0.7 \\
         --out smaller
-  a vision model of timm, on a folder of images; after an interruption, the same command resumes
+  a timm vision model, with a folder of images; after an interruption, run the same command again to resume
     lowrank-ops compress --model timm:vit_small_patch16_224 --calibration images:photos --out smaller --resume
   keep half of the layers' parameters, loss-aware
     lowrank-ops compress --model my_project:build_model --calibration my_project:batches --sensitivity fisher \\
@@ -62,8 +62,6 @@ examples:
     lowrank-ops compress --model my_project:build_model --calibration my_project:batches --ranks ranks.json \\
         --out smaller"""
 
-_RECONSTRUCTIONS = {"sequential": SequentialReconstruction, "blocks": BlockReconstruction}
-
 
 def add(commands: Any) -> None:
     """Add the command."""
@@ -74,7 +72,7 @@ def add(commands: Any) -> None:
     _add_compression(compress)
     compress.add_argument(
         "--resume", action="store_true",
-        help="store covariances and the reconstruction's progress in FOLDER.resume, and go on from what is there",
+        help="store covariances and the progress of the reconstruction in FOLDER.resume, and resume from there",
     )  # fmt: skip
     compress.add_argument(
         "--from-checkpoint", type=Path, metavar="DIR",
@@ -100,7 +98,7 @@ def _add_compression(parser: argparse.ArgumentParser) -> None:
     policy.add_argument("--flops", type=share, metavar="SHARE", help="all layers keep at most this share of their MACs")
     policy.add_argument(
         "--latency", type=share, metavar="SHARE",
-        help="all layers keep at most this share of their time, from --latencies or measured with the first batch",
+        help="all layers keep at most this share of their time, given by --latencies or measured with the first batch",
     )  # fmt: skip
     policy.add_argument("--ranks", type=Path, metavar="FILE", help='JSON file: {"layer name or re:pattern": rank, ...}')
     parser.add_argument(
@@ -118,7 +116,11 @@ def _add_compression(parser: argparse.ArgumentParser) -> None:
         "(default: loss if the covariances hold output gradients, else output)",
     )  # fmt: skip
     parser.add_argument(
-        "--reconstruct", choices=list(_RECONSTRUCTIONS),
+        "--pivoted", action="store_true",
+        help="store rows of each linear layer's weight and the coefficients of its other rows: larger ranks at a size",
+    )  # fmt: skip
+    parser.add_argument(
+        "--reconstruct", choices=list(RECONSTRUCTIONS),
         help="then fit the factors to the dense model's outputs at the compressed model's inputs: layer by layer by "
         "regression (sequential), or one block at a time by training (blocks)",
     )  # fmt: skip
@@ -148,11 +150,14 @@ def run(options: argparse.Namespace) -> Result:
     shares_by_loss = (options.budget or options.flops or options.latency) and options.allocation in (None, "loss")
     if options.recalibrate and options.projection not in (None, "loss") and not shares_by_loss:
         raise Failure(2, "--recalibrate needs --projection loss, or a budget with --allocation loss")
+    if options.pivoted and options.latency is not None:
+        raise Failure(2, "--pivoted cannot be combined with --latency, which times layers of two factors")
     policy = _policy(options)
     config = CompressionConfig(
         rank=policy or ParameterBudget(1.0),  # replaced below by measured times
         projection=options.projection,
         overrides=dict.fromkeys(options.keep_dense),
+        pivoted=options.pivoted,
     )
     progress: Progress | None = None
 
@@ -170,22 +175,12 @@ def run(options: argparse.Namespace) -> Result:
             covariances = progress.covariances(
                 "recalibrated covariances",
                 lambda: recalibrate(
-                    model,
-                    covariances,
-                    load_batches(options, model),
-                    config,
-                    mask=options.mask,
-                    side=options.side,
-                    sensitivity=options.sensitivity,
-                    tokens=options.tokens or 1.0,
-                    max_memory=options.max_memory,
-                    offload=options.offload,
-                    progress=True,
+                    model, covariances, load_batches(options, model), config, **calibration_arguments(options)
                 ),
             )
     reconstruction = None
     if options.reconstruct:
-        make = _RECONSTRUCTIONS[options.reconstruct]
+        make = RECONSTRUCTIONS[options.reconstruct]
         batches = load_batches(options, model)  # which may set the mask
         reconstruction = make(
             batches,
@@ -287,7 +282,7 @@ def _policy(options: argparse.Namespace) -> RankPolicy | None:
     try:
         ranks = parse_json(options.ranks.read_bytes())
     except ValueError as error:
-        raise Failure(2, f"--ranks: {str(options.ranks)!r} is not JSON: {error}") from None
+        raise Failure(2, f"--ranks: {str(options.ranks)!r} cannot be read: {error}") from None
     if not isinstance(ranks, dict):
         raise Failure(2, f"--ranks: {str(options.ranks)!r} must hold a JSON object of ranks by layer name")
     return Ranks(ranks)

@@ -22,7 +22,7 @@ _IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 def named_model(options: argparse.Namespace) -> nn.Module | None:
-    """The model of ``hf:DIR`` or ``timm:NAME``; None for another kind of name."""
+    """The model of ``hf:DIR`` or ``timm:NAME``; None for other names."""
     kind, _, name = options.model.partition(":")
     if kind == "hf":
         _library("transformers", "--model hf:", "hf")
@@ -45,7 +45,7 @@ def named_model(options: argparse.Namespace) -> nn.Module | None:
 
 
 def named_batches(options: argparse.Namespace, model: nn.Module) -> Batches | None:
-    """The batches of ``text:FILE`` or ``images:DIR``; None for another kind of name."""
+    """The batches of ``text:FILE`` or ``images:DIR``; None for other names."""
     kind, _, name = options.batches.partition(":")
     if kind not in ("text", "images"):
         for flag in ("batch_size", "samples", "max_length"):
@@ -81,7 +81,7 @@ def save_processors(options: argparse.Namespace, folder: Path) -> None:
     for loader in (transformers.AutoTokenizer, transformers.AutoImageProcessor):
         try:
             loader.from_pretrained(name, trust_remote_code=False).save_pretrained(folder)
-        except Exception:  # each class of transformers has its own error for "there is none"
+        except Exception:  # each transformers class has its own error for a missing processor
             continue
 
 

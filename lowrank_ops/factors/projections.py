@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..config import PROJECTIONS, check_choice
+from ..models.layers import all_finite
 from ..subspaces.layer import LayerSubspaces
 from ..subspaces.principal import Subspace
 
@@ -116,11 +117,27 @@ def rounded(
 
     Args:
         factors: float64.
-        spaces: that they are of.
+        spaces: of the layer.
         dtype: of the layer.
         device: of the layer; by default that of the factors.
+
+    Raises:
+        ValueError: an element overflows ``dtype``, as biases of ``"input"`` and ``"utilized"`` may where the means of
+            the inputs cancel in the dense layer only.
     """
-    result = factors.to(dtype, device)
+    result = _with_exact_mean(factors, factors.to(dtype, device), spaces)
+    for name in ("down", "up", "bias"):
+        exact, stored = getattr(factors, name), getattr(result, name)
+        if stored is not None and not all_finite(stored):
+            raise ValueError(
+                f"its {name} of rank {factors.rank} reaches {float(exact.abs().max()):.2g}, which overflows {dtype}. "
+                "Convert the model to torch.bfloat16 or torch.float32, use projection='output', or keep the layer "
+                "dense with overrides={name: None}."
+            )
+    return result
+
+
+def _with_exact_mean(factors: Factors, result: Factors, spaces: LayerSubspaces) -> Factors:
     if factors.bias is None or not spaces.centered or factors.projection == "weight":
         return result
     if spaces.statistics.side != "input":  # the mean of the input is not known
@@ -136,10 +153,9 @@ def _scale(
 ) -> Tensor:
     """Powers of two (..., rank) to multiply ``down`` by and to divide ``up`` by: their product is exactly the same.
 
-    An orthonormal ``up`` would leave the norm of a whole output in one element of t = x down^T, which may overflow
-    float16 where no output does. So the largest elements of both factors are made equal, direction by direction; and t,
-    by its root mean square over the calibration rows, is kept well inside the range of float16, which is also that of
-    autocast.
+    With an orthonormal ``up``, one element of t = x down^T could hold the norm of a whole output and overflow float16
+    although no output does. So the largest elements of both factors are made equal, direction by direction, and the
+    root mean square of t over the calibration rows is kept well inside the range of float16, also for autocast.
     """
     largest = down.abs().amax(-1), up.abs().amax(-2)
     balanced = (largest[1].log2() - largest[0].log2()) / 2

@@ -1,4 +1,4 @@
-"""What the low-rank layers share: padded factors, initialization, conversion from and to dense layers."""
+"""The base of the low-rank layers: padded factors, initialization, conversion from and to dense layers."""
 
 from __future__ import annotations
 
@@ -37,19 +37,22 @@ class LowRankLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The product of the factors in the shape of the dense layer's weight, for code that reads a dense layer's.
+        """The product of the factors, for code that reads the weight of a dense layer; same shape as that.
 
-        Shape, dtype and device cost nothing; an operation on the values multiplies the factors. Writes raise.
+        Reading shape, dtype and device is free; an operation on the values computes the product. Writes raise.
         """
         down, up = self._parameters.get("down"), self._parameters.get("up")
         # Dynamo drops a product that is not used. torch.fx has no tensors, parametrized factors are no parameters.
         if is_dynamo_compiling() or down is None or up is None or not isinstance(down, Tensor):
             return self.product()
-        return ProductWeight((up.shape[0], *down.shape[1:]), up, self.product)
+        return ProductWeight(self._weight_shape(down, up), up, self.product)
 
     @weight.setter
     def weight(self, value: object) -> None:
         raise lost_write("setting a tensor")
+
+    def _weight_shape(self, down: Tensor, up: Tensor) -> tuple[int, ...]:
+        return (up.shape[0], *down.shape[1:])
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name == "weight" or isinstance(param, ProductWeight):  # pruning registers the old weight by another name
@@ -88,11 +91,11 @@ class LowRankLayer(nn.Module):
             self.bias.copy_(factors.bias)
         return self
 
-    def _create_parameters(self, down: Sequence[int], up: Sequence[int], bias: bool, **factory: Any) -> None:
+    def _create_parameters(self, down: Sequence[int], up: Sequence[int], bias: int | None, **factory: Any) -> None:
         """Register ``down``, ``up`` and ``bias`` with the given shapes; a missing bias is registered as None."""
         self.down = nn.Parameter(torch.empty(down, **factory))
         self.up = nn.Parameter(torch.empty(up, **factory))
-        self.register_parameter("bias", nn.Parameter(torch.empty(up[0], **factory)) if bias else None)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(torch.empty(bias, **factory)))
 
     @torch.no_grad()
     def _fill_dense(self, dense: Layer) -> Layer:

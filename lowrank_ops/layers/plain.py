@@ -1,4 +1,4 @@
-"""Copies of a compressed model that hold torch's own layers only, and need no lowrank_ops to load and run."""
+"""Copies of a compressed model with torch's own layers only, which load and run without lowrank_ops."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from ..arguments import checked
 from ..models.layers import check_no_adapters
 from ._base import LowRankLayer
 from .conv import GEOMETRY, LowRankConv
+from .pivoted import PivotedLinear
 from .replace import has_hooks, swap_
 
 
@@ -22,10 +23,10 @@ def to_dense_layers(model: nn.Module) -> nn.Module:
         model: any module; not changed.
 
     Returns:
-        The copy, with the layer kinds and state dict of the model before compression, as large as that one.
+        The copy, with the layer kinds, state dict keys and size of the model before compression.
 
     Raises:
-        ValueError: a low-rank layer has hooks, which would be lost, parametrized factors, or an adapter of PEFT.
+        ValueError: a low-rank layer has hooks, which would be lost, parametrized factors, or a PEFT adapter.
 
     Example:
         >>> import torch, lowrank_ops as lro
@@ -43,9 +44,10 @@ def to_dense_layers(model: nn.Module) -> nn.Module:
 def to_plain_layers(model: nn.Module) -> nn.Module:
     """A copy of ``model`` whose low-rank layers are ``nn.Sequential`` of two Linears or two convolutions.
 
-    The copy has the size of ``model`` and holds torch's layers only: it can be pickled and loaded without lowrank_ops,
-    scripted, quantized, and exported by tools that know no custom op. Code that reads ``layer.weight`` of such a layer,
-    as transformers' T5 does, fails: use :func:`to_dense_layers` there.
+    The copy has only torch's own layers, and as many parameters as ``model``, plus rank^2 for each pivoted layer. So it
+    can be pickled and loaded without lowrank_ops, scripted, quantized, and exported by tools that support no custom
+    ops. Code that reads ``layer.weight`` of such a layer, as transformers' T5 does, fails: use :func:`to_dense_layers`
+    there.
 
     Args:
         model: any module; not changed.
@@ -54,7 +56,7 @@ def to_plain_layers(model: nn.Module) -> nn.Module:
         The copy. State dict keys ``down`` and ``up`` become ``0.weight`` and ``1.weight``, ``bias`` becomes ``1.bias``.
 
     Raises:
-        ValueError: a low-rank layer has hooks, which would be lost, parametrized factors, or an adapter of PEFT.
+        ValueError: a low-rank layer has hooks, which would be lost, parametrized factors, or a PEFT adapter.
 
     Example:
         >>> import torch, lowrank_ops as lro
@@ -87,7 +89,9 @@ def _converted(model: nn.Module, convert: Callable[[LowRankLayer], nn.Module]) -
 
 
 def _two_layers(layer: LowRankLayer) -> nn.Sequential:
-    """Two layers that hold the parameters of ``layer`` itself."""
+    """Two layers that hold the parameters of ``layer`` itself, or the factors of a pivoted one."""
+    if isinstance(layer, PivotedLinear):
+        layer = layer.to_lowrank()
     has_bias, middle = layer.bias is not None, len(layer.down)
     first: nn.Module
     second: nn.Module

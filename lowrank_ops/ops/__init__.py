@@ -1,4 +1,4 @@
-"""The ops: ``lowrank_linear``, ``covariance_update_`` and its convolution form. They know nothing of models.
+"""The ops: ``lowrank_linear``, ``covariance_update_`` and its convolution form; independent of the rest.
 
 One folder per op: ``reference.py`` is plain PyTorch, ``_triton*.py`` and ``_cuda.py`` are kernels, and ``__init__.py``
 lists them in the ``TABLE`` from which ``_backend.choose`` picks.

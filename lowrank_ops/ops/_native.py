@@ -1,4 +1,4 @@
-"""Loads the library of CUDA kernels and asks its planner which kernel runs a problem."""
+"""Loads the library of CUDA kernels and calls its planner, which chooses the kernel for a problem."""
 
 from __future__ import annotations
 
@@ -36,6 +36,9 @@ class Choice:
 
 
 DEFAULT_CHOICE = Choice()
+
+#: Every kernel that a Choice may name.
+KERNELS = ("covariance_sm80", "covariance_sm90", "covariance_sm90_wide", "decode_sm80", "decode_sm90", "prefill_sm90")
 
 #: A typical device of each arch, to plan without one.
 MACHINES = {

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..calibration.recorder import shift_of
 from ..calibration.statistics import LayerStatistics, Moments
+from ..calibration.sums import shift_of
 from ..calibration.token_weights import add_weighted
 from ..factors.projections import Factors, factorize, rounded
 from ..models.layers import bias_vector, weight_matrix
@@ -185,9 +185,12 @@ def reconstruct_layers(
                 held, shares, bases, None if gradients is None else _metric(gradients, total.zz.device)
             )
         statistics = LayerStatistics("input", whole, output_gradients.get(fqn))
-        found[fqn] = _fit(
-            layer, statistics, inputs, total.moments(*means), means[1], factors[fqn], chosen, centered=centered
-        )
+        try:
+            found[fqn] = _fit(
+                layer, statistics, inputs, total.moments(*means), means[1], factors[fqn], chosen, centered=centered
+            )
+        except ValueError as error:
+            raise ValueError(f"layer {fqn!r}: {error}") from None
     return found
 
 

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibration.statistics import Covariances, LayerStatistics, Moments
-from ..models.layers import Dimensions, all_finite, bias_vector, weight_matrix
+from ..calibration.covariances import Covariances
+from ..calibration.statistics import LayerStatistics, Moments
+from ..models.layers import Dimensions, all_finite, bias_vector, is_conv, weight_matrix
 from ..models.running import float64_device
 from .principal import (
     Subspace,
@@ -242,6 +243,7 @@ class LayerSubspaces:
         self._variances: Tensor | None = None
         out_features, in_features = weight.shape[-2:]
         self.dimensions = Dimensions(weight.shape[0] if weight.dim() == 3 else 1, in_features, out_features)
+        self.is_linear = weight.dim() == 2  # not a convolution's
         statistics.check()
         for name, values in (("weight", weight if load is None else None), ("bias", bias)):
             if values is not None and not all_finite(values):
@@ -264,7 +266,9 @@ class LayerSubspaces:
         cls, layer: nn.Module, statistics: LayerStatistics, *, centered: bool, **options: Any
     ) -> LayerSubspaces:
         """The spaces of a Linear, Conv1D, Conv1d or Conv2d; ``options`` as for the class."""
-        return cls(weight_matrix(layer), bias_vector(layer), statistics, centered=centered, **options)
+        spaces = cls(weight_matrix(layer), bias_vector(layer), statistics, centered=centered, **options)
+        spaces.is_linear = not is_conv(layer)
+        return spaces
 
     def is_of(self, layer: nn.Module) -> bool:
         """Whether ``layer`` has the weight and bias that these are the spaces of."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Subspace:
-    """The principal directions of a space, by falling variance, computed when first needed.
+    """The principal directions of a space in descending order of variance, computed when first needed.
 
     Args:
         decompose: returns ``basis`` and ``spectrum``; called again if the basis is needed after :meth:`release`. With a
@@ -94,7 +94,7 @@ class Subspace:
 
 
 def principal_directions(moment: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Eigenvectors and eigenvalues of a symmetric positive semi-definite matrix, by falling eigenvalue.
+    """Eigenvectors and eigenvalues of a symmetric positive semi-definite matrix, in descending order.
 
     Args:
         moment: (..., features, features), float64; may be singular. Its lower triangle is read.
@@ -109,7 +109,7 @@ def principal_directions(moment: Tensor, noise: Tensor | None = None) -> tuple[T
 
 
 def falling_eigh(moment: Tensor) -> tuple[Tensor, Tensor]:
-    """``eigh`` of a symmetric matrix, of which the lower triangle is read, by falling eigenvalue."""
+    """``eigh`` of a symmetric matrix (its lower triangle is read), eigenvalues in descending order."""
     values, vectors = torch.linalg.eigh(moment)
     return values.flip(-1), vectors.flip(-1)
 
@@ -244,7 +244,7 @@ def noise_along(noise: Tensor | None, vectors: Tensor) -> Tensor:
 
 
 def denoised(values: Tensor, limit: Tensor | None, along: Callable[[int], Tensor]) -> Tensor:
-    """Eigenvalues, falling, with those within rounding error of zero set to zero.
+    """Descending eigenvalues, with those within rounding error of zero set to zero.
 
     Args:
         values: (..., n).

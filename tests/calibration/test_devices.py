@@ -79,7 +79,7 @@ def test_reconstruction_and_errors_without_float64(monkeypatch: pytest.MonkeyPat
     found = []
     for exact in (True, False):
         if not exact:
-            for room in ("reconstruction.regression", "calibration.recorder", "calibration.statistics"):
+            for room in ("reconstruction.regression", "calibration.sums", "calibration.statistics"):
                 monkeypatch.setattr(f"lowrank_ops.{room}.has_float64", lambda device: False)
         model = copy.deepcopy(dense)
         settings = lro.SequentialReconstruction(batches, sensitivity="output")

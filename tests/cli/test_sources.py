@@ -1,4 +1,4 @@
-"""Models and data by name: folders of transformers, files of texts, folders of images; and runs that are resumed."""
+"""Models and data by name: transformers folders, files of texts, folders of images; and runs that are resumed."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ class TestRefused:
             (TEXT[2:], "one model is needed"),
             ((*TEXT, "--batch-size", "0"), "must be a whole number from 1; got '0'"),
             (("--model", "hf:t5", *TEXT[2:]), "the model is an encoder with a decoder; pass module:function"),
-            (("--model", "hf:odd", *TEXT[2:]), "config.json names no class of transformers (architectures: ['Odd'])"),
+            (("--model", "hf:odd", *TEXT[2:]), "config.json names no transformers class (architectures: ['Odd'])"),
         ],
     )  # fmt: skip
     def test_bad_names(self, saved: Path, capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], part: str) -> None:

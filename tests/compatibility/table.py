@@ -195,7 +195,8 @@ def page(rows: list[Row]) -> str:
     lines = [
         "# Compatibility with transformers",
         "",
-        "`make compatibility` writes this page.",
+        "`make compatibility` writes this page. Versions of Python, torch and Triton are in",
+        "[Reliability](reliability.md#compatibility).",
         f"Each row is a small model of random weights that runs transformers' code ({versions}).",
         f"It is calibrated, compressed to {BUDGET:.0%} of its layers' parameters, and then checked:",
         "",
