@@ -15,7 +15,7 @@ ROOT = Path(lowrank_ops.__file__).parent
 ORDER = [
     "version", "files", "arguments", "ops", "config", "models", "calibration", "subspaces", "ranks", "factors",
     "layers", "reconstruction", "report", "compress", "search", "midpoint", "training", "checkpoint", "integrations",
-    "demo", "cli",
+    "folders", "demo", "cli",
 ]  # fmt: skip
 OP_LEAVES = {"_backend", "_dispatcher", "_native", "_triton_device", "_tuning"}
 

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..models.layers import bias_vector, input_of, is_conv, output_rows
 from ..models.masks import Masks, real_rows
-from ..models.running import has_float64, in_layer, remove
+from ..models.running import in_layer, remove
 from ..ops import covariance_finalize_
 from .covariances import Covariances
 from .distributed import rank_and_world
@@ -251,8 +251,7 @@ class Recorder:
                 )
             sums.moments.count = self._samples
         for _, sums in self._all_sums():
-            if not has_float64(sums.moments.total.device):
-                sums.moments.to_cpu_()
+            sums.moments.to_float64_device_()
 
         def moments(of: Mapping[str, Sums], fqn: str) -> Moments | None:
             return of[fqn].moments if fqn in of else None

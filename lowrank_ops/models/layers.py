@@ -198,11 +198,16 @@ def with_values(layers: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Module], 
     return {fqn: layer for fqn, layer in layers.items() if fqn not in without}, without
 
 
+def all_finite(values: Tensor) -> bool:
+    """Whether no element is NaN or inf. A finite sum, which is faster, shows that."""
+    return bool(values.sum().isfinite()) or bool(values.isfinite().all())
+
+
 def check_finite(layers: Mapping[str, nn.Module]) -> None:
     """Raise ValueError for the first layer whose weight or bias holds NaN or inf."""
     for fqn, layer in layers.items():
         for name, values in (("weight", weight_matrix(layer)), ("bias", bias_vector(layer))):
-            if values is not None and not bool(values.isfinite().all()):
+            if values is not None and not all_finite(values):
                 raise ValueError(
                     f"layer {fqn!r}: its {name} holds NaN or inf; repair the model, or leave the layer out with "
                     "filter_fn."
