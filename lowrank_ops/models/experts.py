@@ -81,7 +81,7 @@ class ListedExperts(nn.Module):
         if torch.compiler.is_exporting():
             return self._run_all(hidden_states, top_k_index, top_k_weights)
         output = torch.zeros_like(hidden_states)
-        # Sorted once, so that each expert reads and writes one slice. The rows of an expert are in the order of the eager
+        # Sorted once, so that each expert works on one slice. The rows of an expert are in the order of the eager
         # implementation, hence the same bits; no two of them are of one token, hence index_add_ is deterministic.
         by_slot = top_k_index.T.flatten()
         order = by_slot.argsort(stable=True)
