@@ -1,17 +1,22 @@
-"""Copies of a compressed model that hold torch's own layers only, and need no lowrank_ops to load and run."""
+"""Copies of a compressed model without low-rank layers, for tools that know only dense ones."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
 
+import torch
 from torch import nn
 
 from ..arguments import checked
+from ..models.experts import ListedExperts
 from ..models.layers import check_no_adapters
 from ._base import LowRankLayer
 from .conv import GEOMETRY, LowRankConv
+from .linear import LowRankLinear
 from .replace import has_hooks, swap_
+
+CONVERTED = "_converted_by_lowrank_ops"  # set on such a copy: what saves it must know that it may have other layers
 
 
 @checked()
@@ -22,10 +27,13 @@ def to_dense_layers(model: nn.Module) -> nn.Module:
         model: any module; not changed.
 
     Returns:
-        The copy, with the layer kinds and state dict of the model before compression, as large as that one.
+        The copy, as large as the model before compression and with its layer kinds; the experts of a mixture are fused
+        again. Its state dict is that of the model before compression as well, except for biases: centered factors add
+        one to a layer that had none. To avoid that, compress with ``CompressionConfig(..., centered=False)``.
 
     Raises:
-        ValueError: a low-rank layer has hooks, which would be lost, parametrized factors, or an adapter of PEFT.
+        ValueError: a low-rank layer has hooks, which would be lost, parametrized factors, or an adapter of PEFT; or
+            fused experts have no place for the biases of their low-rank projections.
 
     Example:
         >>> import torch, lowrank_ops as lro
@@ -36,7 +44,16 @@ def to_dense_layers(model: nn.Module) -> nn.Module:
           (1): ReLU()
         )
     """
-    return _converted(model, lambda layer: layer.to_dense())
+    converted = _converted(model, _dense_layer)
+    fused: dict[nn.Module, nn.Module] = {}
+    for fqn, module in converted.named_modules():
+        if isinstance(module, ListedExperts):
+            try:
+                fused[module] = module.to_fused()
+            except ValueError as error:
+                raise ValueError(f"{fqn or 'model'}: {error}") from None
+    swap_(converted, fused)
+    return fused.get(converted, converted)
 
 
 @checked()
@@ -45,7 +62,11 @@ def to_plain_layers(model: nn.Module) -> nn.Module:
 
     The copy has the size of ``model`` and holds torch's layers only: it can be pickled and loaded without lowrank_ops,
     scripted, quantized, and exported by tools that know no custom op. Code that reads ``layer.weight`` of such a layer,
-    as transformers' T5 does, fails: use :func:`to_dense_layers` there.
+    as transformers' T5 and ViT do, fails: use :func:`to_dense_layers` there.
+
+    The experts of a mixture become such layers too, and can be quantized; but the module that sends rows to them stays
+    this package's, which has to be installed where the copy is loaded. A program of ``torch.export`` or ONNX does not
+    need it.
 
     Args:
         model: any module; not changed.
@@ -83,7 +104,24 @@ def _converted(model: nn.Module, convert: Callable[[LowRankLayer], nn.Module]) -
     converted = copy.deepcopy(model)
     replacements = {layer: convert(layer) for layer in converted.modules() if isinstance(layer, LowRankLayer)}
     swap_(converted, replacements)  # type: ignore[arg-type]
-    return replacements.get(converted, converted)  # type: ignore[call-overload, no-any-return]
+    converted = replacements.get(converted, converted)  # type: ignore[call-overload]
+    if replacements:
+        setattr(converted, CONVERTED, True)
+    return converted
+
+
+def _dense_layer(layer: LowRankLayer) -> nn.Module:
+    """``layer.to_dense()``, or transformers' Conv1D where the layer took the place of one."""
+    dense = layer.to_dense()
+    kind = layer.replaced_conv1d if isinstance(layer, LowRankLinear) else None
+    if kind is None or not isinstance(dense, nn.Linear):
+        return dense
+    with torch.device("meta"):
+        conv1d = kind(dense.out_features, dense.in_features)
+    weight = dense.weight
+    conv1d.weight = nn.Parameter(weight.detach().T.contiguous(), weight.requires_grad)
+    conv1d.bias = nn.Parameter(weight.new_zeros(dense.out_features)) if dense.bias is None else dense.bias
+    return conv1d.train(dense.training)
 
 
 def _two_layers(layer: LowRankLayer) -> nn.Sequential:

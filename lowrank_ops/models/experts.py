@@ -122,6 +122,34 @@ class ListedExperts(nn.Module):
         y = _call(down, shell._apply_gate(y) if shell.has_gate else shell.act_fn(y), routed)
         return shell.post_expert_norm(y) if shell.has_post_expert_norm else y
 
+    def to_fused(self) -> nn.Module:
+        """The fused module with copies of these weights; all projections must be nn.Linear.
+
+        Raises:
+            ValueError: a projection has a bias, as centered factors have, and the fused module has none.
+        """
+        fused: Any = copy.copy(self._shell)
+        experts = [self.projections(index) for index in range(self.num_experts)]
+        own = {name: child for name, child in self.named_children() if not name.isdecimal()}
+        vars(fused).update(_parameters={}, _modules=own)
+        for name in experts[0]:
+            layers = [projections[name] for projections in experts]
+            biases = [layer.get_parameter("bias") for layer in layers if layer.bias is not None]
+            if biases and not fused.has_bias:
+                raise ValueError(
+                    f"{len(biases)} of {self.num_experts} experts have a bias in {name}, for which "
+                    f"{type(fused).__name__} has no place; compress with CompressionConfig(..., centered=False), which "
+                    "adds none."
+                )
+            weights = [layer.get_parameter("weight") for layer in layers]
+            with torch.inference_mode(False), torch.no_grad():
+                stacked = torch.stack([weight.T if fused.is_transposed else weight for weight in weights])
+                fused.register_parameter(name, nn.Parameter(stacked, any(weight.requires_grad for weight in weights)))
+                if fused.has_bias:
+                    trained = any(bias.requires_grad for bias in biases)
+                    fused.register_parameter(f"{name}_bias", nn.Parameter(torch.stack(biases), trained))
+        return fused.train(self.training)  # type: ignore[no-any-return]
+
     def unshare_(self) -> None:
         """Give the Linears that are left memory of their own, so that the fused parameters can be freed."""
         for layers in map(self.projections, range(self.num_experts)):
