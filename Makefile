@@ -19,9 +19,9 @@ PIP_TORCH ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-# pip compiles modules one after another; COMPILE uses all cores. Some packages hold templates that are no Python.
+# Python compiles the modules that are imported, when they are; pip would compile all of them.
+export PYTHONDONTWRITEBYTECODE :=
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
-COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 PYTEST := $(BIN)/python -m pytest
 # The environments here hold a CPU build of torch, for which compiling CUDA kernels would be minutes in vain.
 WITHOUT_CUDA := LOWRANK_OPS_CUDA=OFF
@@ -139,14 +139,12 @@ $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(PIP_TORCH) "$(TORCH)"
 	$(WITHOUT_CUDA) $(PIP) --editable ".[plots]"
-	$(COMPILE)
 	touch $@
 
 $(VENV)/ready-dev: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(PIP_TORCH) "$(TORCH)"
 	$(WITHOUT_CUDA) $(PIP) --editable ".[dev]"
-	$(COMPILE)
 	touch $(VENV)/ready $@
 
 $(VENV)/ready-llm: $(VENV)/ready

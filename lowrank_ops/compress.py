@@ -10,23 +10,28 @@ import torch
 from torch import nn
 
 from .arguments import checked
-from .calibration.statistics import Covariances
+from .calibration.covariances import Covariances
 from .config import CompressionConfig, ExplainedVariance, RankPolicy
 from .factors.projections import Factors, factorize, rounded
 from .layers import LowRankLayer
 from .layers.replace import replace_
 from .models.experts import on_listed_experts
 from .models.layers import FilterFn, check_not_wrapped, find_layers, tied_layers, with_values
-from .models.running import ProgressBar, exclusive
+from .models.running import ProgressBar, exclusive, in_layer
 from .ranks.choose import ChosenRanks, choose_ranks
-from .reconstruction import BlockReconstruction, SequentialReconstruction, reconstruct_blocks, reconstruct_factors
+from .reconstruction import (
+    RECONSTRUCTIONS,
+    BlockReconstruction,
+    SequentialReconstruction,
+    reconstruct_blocks,
+    reconstruct_factors,
+)
 from .report import CompressionReport
 from .report.text import warn_of_few_rows
 from .subspaces.layer import LayerSubspaces, layer_subspaces
 
 # Decompositions held between choosing ranks and factorizing, and for the next call; beyond this they are recomputed.
 MAX_HELD_BYTES = 2 << 30
-_RECONSTRUCTIONS: dict[type, str] = {SequentialReconstruction: "sequential", BlockReconstruction: "blocks"}
 
 
 @checked()
@@ -121,14 +126,15 @@ def _with_reconstruction(
     config: CompressionConfig, reconstruction: SequentialReconstruction | BlockReconstruction | None
 ) -> CompressionConfig:
     if reconstruction is None and config.reconstruction is not None:
-        name = next(kind.__name__ for kind, value in _RECONSTRUCTIONS.items() if value == config.reconstruction)
+        kind = RECONSTRUCTIONS[config.reconstruction].__name__
         raise ValueError(
             f"config.reconstruction={config.reconstruction!r} runs the model: pass "
-            f"compress_(..., reconstruction={name}(batches))."
+            f"compress_(..., reconstruction={kind}(batches))."
         )
     if reconstruction is None:
         return config
-    return replace(config, reconstruction=_RECONSTRUCTIONS[type(reconstruction)])
+    name = next(name for name, kind in RECONSTRUCTIONS.items() if isinstance(reconstruction, kind))
+    return replace(config, reconstruction=name)
 
 
 def considered_layers(
@@ -213,13 +219,14 @@ def decompose(policy: RankPolicy, subspaces: Mapping[str, LayerSubspaces], progr
     """Compute the spectra that ``policy`` will use, with a progress bar and in bounded memory."""
     allocation = getattr(policy, "allocation", None)
     held = 0
-    for space in ProgressBar(subspaces.values(), desc="decomposing", unit="layer", disable=not progress):
-        if isinstance(policy, ExplainedVariance):
-            space.utilized_rank(policy.threshold)
-        elif allocation == "variance":
-            _ = space.output.spectrum
-        elif allocation == "loss" and space.loss is not None:
-            _ = space.loss.subspace.spectrum
+    for fqn, space in ProgressBar(subspaces.items(), desc="decomposing", unit="layer", disable=not progress):
+        with in_layer(fqn):
+            if isinstance(policy, ExplainedVariance):
+                space.utilized_rank(policy.threshold)
+            elif allocation == "variance":
+                _ = space.output.spectrum
+            elif allocation == "loss" and space.loss is not None:
+                _ = space.loss.subspace.spectrum
         held += space.held_bytes()
         space.release(directions=held > MAX_HELD_BYTES)
 
@@ -247,7 +254,8 @@ def factorize_layers(
         if rank is not None:
             space = subspaces[fqn]
             try:
-                factors[fqn] = rounded(factorize(space, rank, projection), space, space.dtype)
+                with in_layer(fqn):
+                    factors[fqn] = rounded(factorize(space, rank, projection), space, space.dtype)
             except ValueError as error:
                 raise ValueError(f"layer {fqn!r}: {error}") from None
             left[id(space.input)] -= 1

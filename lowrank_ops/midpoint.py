@@ -17,7 +17,8 @@ from torch import nn
 
 from .arguments import check_arguments, checked
 from .calibration.calibrator import calibrate
-from .calibration.statistics import Covariances, LayerStatistics
+from .calibration.covariances import Covariances
+from .calibration.statistics import LayerStatistics
 from .compress import compress_
 from .config import CompressionConfig, RankPolicy
 from .layers import LowRankLayer

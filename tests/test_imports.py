@@ -67,21 +67,14 @@ def test_imports_are_read_from_the_source() -> None:
     assert not any(name.startswith("layers") for name in imported_by(source))
 
 
-def seconds(statement: str) -> float:
-    """Minimum CPU time of three imports in fresh processes."""
-    code = f"import time; t = time.process_time(); {statement}; print(time.process_time() - t)"
-    return min(
-        float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
-        for _ in range(3)
-    )
-
-
 def test_import_is_cheap_and_does_not_initialize_cuda() -> None:
+    """Beside torch and its own modules it imports the standard library and safetensors at most."""
     code = (
-        "import sys, lowrank_ops, torch\n"
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        "import lowrank_ops\n"
         "assert not torch.cuda.is_initialized()\n"
-        "assert 'triton' not in sys.modules and 'matplotlib' not in sys.modules\n"
-        "assert not {'transformers', 'peft', 'onnx'} & set(sys.modules)"
+        "print(*{name.split('.')[0] for name in set(sys.modules) - before} - sys.stdlib_module_names)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
-    assert seconds("import torch, lowrank_ops") < 1.5 * seconds("import torch")
+    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert set(result.stdout.split()) <= {"lowrank_ops", "numpy", "safetensors"}

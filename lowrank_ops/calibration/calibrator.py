@@ -44,6 +44,7 @@ from ..models.running import (
     warn_caller,
     without_fast_path,
 )
+from .covariances import Covariances
 from .distributed import failures_posted, post_failure, rank_and_world
 from .experts import pooling, pools_of, twin_name, with_pooled_rows
 from .gradients import NO_GRADIENTS
@@ -51,7 +52,6 @@ from .objectives import Sensitivity, check_sensitivity
 from .plan import CalibrationPlan, make_plan
 from .recorder import NO_ROWS, Recorder
 from .resume import CalibrationCheckpoint
-from .statistics import Covariances
 
 # ``side="auto"`` streams the output, whose moment is (ratio)^2 smaller, where in_features / out_features exceeds the
 # ratio, unless the input's moment is small anyway.

@@ -9,7 +9,8 @@ from torch import nn
 
 from ..models.experts import MIN_ROWS, ListedExperts, Pool
 from ..models.running import shortened, warn_caller
-from .statistics import Covariances, LayerStatistics
+from .covariances import Covariances
+from .statistics import LayerStatistics
 
 
 def pools_of(model: nn.Module, layers: Collection[str]) -> tuple[dict[ListedExperts, Pool], dict[str, nn.Module]]:

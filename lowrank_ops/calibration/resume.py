@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ..files import digest, digests, open_tensors, read_header, read_tensor, replacing, write_tensors
+from .covariances import Covariances
 from .distributed import rank_and_world
 from .recorder import Recorder
-from .statistics import Covariances
 
 _FORMAT = "lowrank_ops.calibration/1"
 SECONDS = 60  # between two states in a pass, or 20 times what writing one takes, if that is more

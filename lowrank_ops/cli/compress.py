@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ..calibration.statistics import Covariances
+from ..calibration.covariances import Covariances
 from ..checkpoint import save_pretrained
 from ..compress import compress_
 from ..config import (
@@ -28,10 +28,10 @@ from ..config import (
 from ..files import parse_json
 from ..layers.latency import measure_latency
 from ..midpoint import recalibrate
-from ..reconstruction import BlockReconstruction, SequentialReconstruction
+from ..reconstruction import RECONSTRUCTIONS
 from ..report.compression import CompressionReport
 from .command import Failure, Result, add_command, add_output, check_folder, document, failing_as, share
-from .inputs import add_calibration, calibrated, load_batches
+from .inputs import add_calibration, calibrated, calibration_arguments, load_batches
 from .resume import Progress
 from .sources import save_processors
 
@@ -58,8 +58,6 @@ examples:
   choose ranks by hand, {"layer name or re:pattern": rank, ...}; unnamed layers stay dense
     lowrank-ops compress --model my_project:build_model --calibration my_project:batches --ranks ranks.json \\
         --out smaller"""
-
-_RECONSTRUCTIONS = {"sequential": SequentialReconstruction, "blocks": BlockReconstruction}
 
 
 def add(commands: Any) -> None:
@@ -110,7 +108,7 @@ def _add_compression(parser: argparse.ArgumentParser) -> None:
         "(default: loss if the covariances hold output gradients, else output)",
     )  # fmt: skip
     parser.add_argument(
-        "--reconstruct", choices=list(_RECONSTRUCTIONS),
+        "--reconstruct", choices=list(RECONSTRUCTIONS),
         help="then fit the factors to the dense model's outputs at the compressed model's inputs: layer by layer by "
         "regression (sequential), or one block at a time by training (blocks)",
     )  # fmt: skip
@@ -160,21 +158,12 @@ def run(options: argparse.Namespace) -> Result:
             covariances = progress.covariances(
                 "recalibrated covariances",
                 lambda: recalibrate(
-                    model,
-                    covariances,
-                    load_batches(options, model),
-                    config,
-                    mask=options.mask,
-                    side=options.side,
-                    sensitivity=options.sensitivity,
-                    max_memory=options.max_memory,
-                    offload=options.offload,
-                    progress=True,
+                    model, covariances, load_batches(options, model), config, **calibration_arguments(options)
                 ),
             )
     reconstruction = None
     if options.reconstruct:
-        make = _RECONSTRUCTIONS[options.reconstruct]
+        make = RECONSTRUCTIONS[options.reconstruct]
         batches = load_batches(options, model)  # which may set the mask
         reconstruction = make(
             batches,

@@ -17,7 +17,7 @@ from safetensors.torch import load_model as load_safetensors
 from torch import Tensor, nn
 
 from ..calibration.calibrator import calibrate
-from ..calibration.statistics import Covariances
+from ..calibration.covariances import Covariances
 from . import sources
 from .command import Failure, check_folder, failing_as, one_line, whole
 
@@ -101,21 +101,18 @@ def calibrated(
         def measure() -> Covariances:
             batches = load_batches(options, model)
             with failing_as("calibration"):
-                return calibrate(
-                    model,
-                    batches,
-                    mask=options.mask,
-                    side=options.side,
-                    sensitivity=options.sensitivity,
-                    max_memory=options.max_memory,
-                    offload=options.offload,
-                    progress=True,
-                )
+                return calibrate(model, batches, **calibration_arguments(options))
 
         covariances = measure() if measured is None else measured(model, measure)
     if options.save_covariances is not None:
         covariances.save(options.save_covariances)
     return model, covariances
+
+
+def calibration_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of ``calibrate`` and ``recalibrate``, once :func:`load_batches` may have set the mask."""
+    names = ("mask", "side", "sensitivity", "max_memory", "offload")
+    return {name: getattr(options, name) for name in names} | {"progress": True}
 
 
 def load_model_of(options: argparse.Namespace) -> nn.Module:

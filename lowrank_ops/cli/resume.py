@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
-from ..calibration.statistics import Covariances
+from ..calibration.covariances import Covariances
 from ..files import digest, parse_json, replacing
 from .command import Failure
 

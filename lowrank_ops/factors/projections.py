@@ -102,8 +102,25 @@ def factorize(spaces: LayerSubspaces, rank: int, projection: str = "output") -> 
 
 
 def rounded(factors: Factors, spaces: LayerSubspaces, dtype: torch.dtype) -> Factors:
-    """``factors`` of :func:`factorize` in the dtype of the layer, with the bias that makes their mean output exact."""
-    result = factors.to(dtype)
+    """``factors`` of :func:`factorize` in the dtype of the layer, with the bias that makes their mean output exact.
+
+    Raises:
+        ValueError: an element overflows ``dtype``, as biases of ``"input"`` and ``"utilized"`` may where the means of
+            the inputs cancel in the dense layer only.
+    """
+    result = _with_exact_mean(factors, factors.to(dtype), spaces, dtype)
+    for name in ("down", "up", "bias"):
+        exact, stored = getattr(factors, name), getattr(result, name)
+        if stored is not None and not bool(stored.isfinite().all()):
+            raise ValueError(
+                f"its {name} of rank {factors.rank} reaches {float(exact.abs().max()):.2g}, which overflows {dtype}. "
+                "Convert the model to torch.bfloat16 or torch.float32, use projection='output', or keep the layer "
+                "dense with overrides={name: None}."
+            )
+    return result
+
+
+def _with_exact_mean(factors: Factors, result: Factors, spaces: LayerSubspaces, dtype: torch.dtype) -> Factors:
     if factors.bias is None or not spaces.centered or factors.projection == "weight":
         return result
     if spaces.statistics.side != "input":  # the mean of the input is not known

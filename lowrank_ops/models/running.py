@@ -118,11 +118,11 @@ def exclusive(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def training_flags_kept(*models: nn.Module) -> Iterator[None]:
+def training_flags_kept(*models: nn.Module, trained: bool = False) -> Iterator[None]:
     """Every module is back in its own mode after the block, by its ``train()`` if it defines one.
 
     Layers that fold an adapter into their weight in ``eval()`` unfold it in ``train()``. A warning names those whose
-    weights differ afterwards by more than rounding.
+    weights differ afterwards by more than rounding, unless they are ``trained`` inside the block.
     """
     training = {module: module.training for model in models for module in model.modules()}
     named = {module: fqn for model in models for fqn, module in model.named_modules() if _defines_mode(module)}
@@ -138,7 +138,7 @@ def training_flags_kept(*models: nn.Module) -> Iterator[None]:
                 _set_modes(model, training)
             raise
         changed = [fqn or "(the model)" for module, fqn in named.items() if not _alike(before[module], _norms(module))]
-        if changed:
+        if changed and not trained:
             warn_caller(
                 f"the parameters of {', '.join(changed)} are not what they were: train() does not undo eval() there, "
                 "or the model changed them."
@@ -230,6 +230,19 @@ def call_model(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, (tuple, list)) and not hasattr(batch, "_fields"):  # a named tuple is one argument
         return model(*batch)
     return model(batch)
+
+
+@contextmanager
+def in_layer(
+    fqn: str, remedy: str = "Leave the layer out with filter_fn, or move the model to the CPU."
+) -> Iterator[None]:
+    """Name the layer and the remedy in an error of the allocator, whose message has the bytes."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        raise type(error)(f"layer {fqn!r}: not enough memory. {remedy} ({error})") from error
 
 
 @contextmanager

@@ -173,9 +173,12 @@ def reconstruct_layers(
                 held, shares, bases, None if gradients is None else _metric(gradients, total.zz.device)
             )
         statistics = LayerStatistics("input", whole, output_gradients.get(fqn))
-        found[fqn] = _fit(
-            layer, statistics, inputs, total.moments(*means), means[1], factors[fqn], chosen, centered=centered
-        )
+        try:
+            found[fqn] = _fit(
+                layer, statistics, inputs, total.moments(*means), means[1], factors[fqn], chosen, centered=centered
+            )
+        except ValueError as error:
+            raise ValueError(f"layer {fqn!r}: {error}") from None
     return found
 
 

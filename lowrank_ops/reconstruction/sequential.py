@@ -23,10 +23,12 @@ from ..layers.replace import lowrank_type, replaced
 from ..models.experts import ExpertLinear, on_listed_experts
 from ..models.layers import compiled_or_scripted, find_layers, input_rows
 from ..models.masks import Mask, Masks, real_rows
-from ..models.running import EMPTY, ProgressBar, call_model, warn_caller
+from ..models.running import EMPTY, ProgressBar, call_model, in_layer, warn_caller
 from .checkpoint import resume_checkpoint, run_identity, save_checkpoint
 from .paired_runs import Group, PairedRuns, find_chains
 from .regression import PairedSums, reconstruct_layers
+
+_MEMORY = "Pass a smaller max_state_bytes, or leave the layer out with filter_fn."
 
 
 @dataclass(frozen=True)
@@ -174,14 +176,16 @@ def reconstruct_factors(
         parts = [*([unweighted] if unweighted else []), *({fqn: members[fqn]} for fqn in members if fqn in weights)]
         if (needed := sum(PairedSums.state_bytes(part, folds) for part in parts)) > settings.max_state_bytes:
             return f"its sums would take {needed / 2**30:.2g} GiB, more than max_state_bytes"
-        sums = [PairedSums(part, folds) for part in parts]
+        with in_layer(group.layers[0], _MEMORY):
+            sums = [PairedSums(part, folds) for part in parts]
         reason = _stream(runs, group, sums, weights)
         if reason is not None:
             return reason
         fitted: dict[str, Factors] = {}
         for pairs in sums:
             old = {fqn: factors[fqn] for fqn in pairs.layers}
-            fitted |= reconstruct_layers(pairs, old, gradients, centered=centered, ridge=ridge)
+            with in_layer(next(iter(old)), _MEMORY):
+                fitted |= reconstruct_layers(pairs, old, gradients, centered=centered, ridge=ridge)
         return fitted
 
     masks = Masks(model, mask, settings.unmasked_rows)

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from ..arguments import check_positive, checked
-from ..calibration.statistics import Covariances
+from ..calibration.covariances import Covariances
 from ..compress import considered_layers, decompose, resolved
 from ..config import CompressionConfig, ParameterBudget, Ranks
 from ..models.experts import on_listed_experts

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..arguments import checked
-from ..calibration.statistics import Covariances
+from ..calibration.covariances import Covariances
 from ..compress import considered_layers, decompose, factorize_layers, resolved
 from ..config import CompressionConfig, ParameterBudget, Ranks, check_choice
 from ..files import digest

@@ -12,7 +12,8 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from ..calibration.statistics import Covariances, LayerStatistics, Moments
+from ..calibration.covariances import Covariances
+from ..calibration.statistics import LayerStatistics, Moments
 from ..models.layers import Dimensions, bias_vector, weight_matrix
 from ..models.running import float64_device
 from .principal import (

@@ -70,6 +70,48 @@ def test_float16_autocast_of_a_float32_model_stays_finite(side):
         assert model(x).isfinite().all()
 
 
+def means_that_cancel() -> tuple[nn.Module, torch.Tensor]:
+    """Two inputs of mean 30,000 cancel in the dense layer; factors that keep one of them need a bias of 120,000."""
+    model = nn.Sequential(nn.Linear(16, 16))
+    with torch.no_grad():
+        model[0].weight[:, 0], model[0].weight[:, 1] = 4, -4
+    x = torch.randn(400, 16)
+    x[:, 0], x[:, 1] = 3e4 + 100 * x[:, 0], 3e4
+    return model, x
+
+
+@pytest.mark.parametrize(("make", "dtype"), [(means_that_cancel, torch.float16), (means_that_cancel, torch.bfloat16)])
+def test_factors_beyond_the_dtype_are_refused_by_name(make, dtype):
+    model, x = make()
+    covariances = lro.calibrate(model, [x])
+    narrow, dense = model.to(dtype), list(model)
+    assert narrow(x.to(dtype)).isfinite().all()
+    for projection in ("input", "utilized"):
+        config = lro.CompressionConfig(lro.Ranks({"0": 4}), projection=projection)
+        if dtype == torch.float16:
+            with pytest.raises(ValueError, match=r"layer '0': its bias of rank 4 reaches 1.2e\+05, .* torch.float16"):
+                lro.compress_(narrow, covariances, config)
+            with pytest.raises(ValueError, match="layer '0': its bias of rank 4"):
+                reconstruction = lro.SequentialReconstruction([x.to(dtype)], ridge=0.0)
+                lro.compress_(narrow, covariances, config, reconstruction=reconstruction)
+            assert list(narrow) == dense
+        else:
+            lro.compress_(copy.deepcopy(narrow), covariances, config)
+    lro.compress_(narrow, covariances, 4)
+    assert narrow(x.to(dtype)).isfinite().all()
+
+
+def test_weights_near_the_largest_number_do_not_overflow():
+    model = nn.Sequential(nn.Linear(32, 32, bias=False)).half()
+    model[0].weight.data = (6e4 * torch.randn(32, 32).tanh()).half()
+    x = (1e-3 * torch.randn(300, 32)).half()
+    for projection in ("output", "input", "utilized", "weight"):
+        compressed = copy.deepcopy(model)
+        config = lro.CompressionConfig(lro.Ranks({"0": 16}), projection=projection)
+        lro.compress_(compressed, lro.calibrate(model, [x]), config)
+        assert compressed(x).isfinite().all()
+
+
 @pytest.mark.parametrize("make", MODELS)
 def test_scales_are_powers_of_two(make):
     model, x = make()

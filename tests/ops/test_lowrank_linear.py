@@ -7,30 +7,21 @@ import weakref
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowrank_ops.ops import Backend, BackendUnavailableError, lowrank_linear
 from lowrank_ops.ops import linear as op
 from lowrank_ops.ops._backend import Device, choose
-from tests.ops.inputs import linear_inputs
+from tests.ops.inputs import ACTIVATIONS, linear_inputs
 from tests.tolerance import assert_close_to_float64
 
-ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 HOPPER = Device("cuda", 0, (9, 0), 132, 232448)
 
 
 def plain(x, down, up, bias, activation="none"):
     y = x @ down.T @ up.T
     y = y if bias is None else y + bias
-    functions = {
-        "none": lambda y: y,
-        "relu": torch.relu,
-        "gelu": F.gelu,
-        "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
-        "silu": F.silu,
-    }
-    return functions[activation](y)
+    return ACTIVATIONS[activation](y)
 
 
 def problem(tokens=1, in_features=4096, rank=512, out_features=4096, dtype=torch.bfloat16, device=HOPPER, **changes):

@@ -10,7 +10,8 @@ from torch import nn
 
 import lowrank_ops as lro
 from lowrank_ops.ranks.costs import PARAMETERS, options_of
-from tests.search.conftest import Calibrated, ParameterAccuracy
+from tests.calibrated_net import Calibrated
+from tests.search.conftest import ParameterAccuracy
 
 
 def only_dense_is_accurate(model: nn.Module) -> float:
