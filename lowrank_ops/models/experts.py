@@ -134,7 +134,7 @@ class ListedExperts(nn.Module):
         vars(fused).update(_parameters={}, _modules=own)
         for name in experts[0]:
             layers = [projections[name] for projections in experts]
-            biases = [layer.get_parameter("bias") for layer in layers if layer.bias is not None]
+            biases: list[Tensor] = [layer.get_parameter("bias") for layer in layers if layer.bias is not None]
             if biases and not fused.has_bias:
                 raise ValueError(
                     f"{len(biases)} of {self.num_experts} experts have a bias in {name}, for which "
