@@ -71,6 +71,14 @@ def find_layers(model: nn.Module, filter_fn: FilterFn | None = None) -> tuple[di
     return layers, skipped
 
 
+def is_window_attention(module: nn.Module) -> bool:
+    """Whether ``module`` is the attention of torchvision's Swin, which passes its weights to a function."""
+    bases = type(module).__mro__
+    return any(
+        base.__name__ == "ShiftedWindowAttention" and base.__module__.startswith("torchvision.") for base in bases
+    )
+
+
 def compiled_or_scripted(module: nn.Module) -> str | None:
     """Why hooks on the children of ``module`` would not run: it is compiled or scripted. None if it is not."""
     if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
@@ -81,9 +89,10 @@ def compiled_or_scripted(module: nn.Module) -> str | None:
 
 
 def _hides_layers(module: nn.Module) -> str | None:
-    if isinstance(module, nn.MultiheadAttention):
+    if isinstance(module, nn.MultiheadAttention) or is_window_attention(module):
+        name = type(module).__name__ if is_window_attention(module) else "nn.MultiheadAttention"
         return (
-            "nn.MultiheadAttention applies its projections without calling a Linear; "
+            f"{name} applies its projections without calling a Linear; "
             "call lowrank_ops.layers.convert_attention_(model) first to compress them"
         )
     return compiled_or_scripted(module)
