@@ -164,6 +164,11 @@ def considered_layers(
             skipped[fqn] = "it is low-rank already"
     given = _checked_subspaces(subspaces, layers, covariances)
     if any(space.centered != centered for space in given.values()):
+        if any(space.loss is not None and space.loss.corrected is not None for space in given.values()):
+            raise ValueError(
+                f"subspaces were corrected with centered={not centered}, the configuration has centered={centered}; "
+                f"use correct_predictions(..., centered={centered})."
+            )
         given = {}
     new = layer_subspaces(
         {fqn: layer for fqn, layer in layers.items() if fqn not in given}, covariances, centered=centered
