@@ -179,6 +179,10 @@ class Study:
         self.plain = layer_subspaces(layers, self.covariances)
 
     @cached_property
+    def answers(self) -> list[list[int]]:
+        return answers(self.dense, self.tokenizer)
+
+    @cached_property
     def corrected(self) -> dict[str, LayerSubspaces]:
         """Subspaces with corrected predictions, by labels that are drawn from the model's own distribution."""
         file = self.cached.with_suffix(".corrected.pt")
@@ -210,7 +214,7 @@ class Study:
             "seconds": seconds,
             "calibration_seconds": self.calibration_seconds,
             **{f"{kind}_{name}": value for kind, found in by_kind.items() for name, value in found.items()},
-            **generated(self.dense, student, self.tokenizer),
+            **generated(self.answers, answers(student, self.tokenizer)),
         }
 
     def compress(self, model: nn.Module, variant: Variant, share: float, subspaces: dict[str, LayerSubspaces]) -> float:
@@ -335,20 +339,25 @@ def compare(
 
 
 @torch.inference_mode()
-def generated(dense: nn.Module, student: nn.Module, tokenizer: Any, length: int = 32) -> dict[str, float]:
-    """Greedy answers: repeated 4-grams in percent, and tokens that agree with the dense model's answer."""
-    repeated = agreed = total = grams = 0
+def answers(model: nn.Module, tokenizer: Any, length: int = 32) -> list[list[int]]:
+    """Greedy answers to the prompts, as tokens."""
+    found = []
     for prompt in PROMPTS:
         chat = [{"role": "user", "content": prompt}]
         given = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        answers = [
-            model.generate(**given, max_new_tokens=length, do_sample=False)[0, given["input_ids"].shape[1] :].tolist()
-            for model in (student, dense)
-        ]
-        found = [tuple(answers[0][i : i + 4]) for i in range(len(answers[0]) - 3)]
+        answer = model.generate(**given, max_new_tokens=length, do_sample=False)[0, given["input_ids"].shape[1] :]
+        found.append(answer.tolist())
+    return found
+
+
+def generated(dense: Sequence[list[int]], student: Sequence[list[int]]) -> dict[str, float]:
+    """Repeated 4-grams of the answers in percent, and tokens that agree with the dense model's answers."""
+    repeated = agreed = total = grams = 0
+    for wanted, answer in zip(dense, student, strict=True):
+        found = [tuple(answer[i : i + 4]) for i in range(len(answer) - 3)]
         repeated, grams = repeated + len(found) - len(set(found)), grams + len(found)
-        agreed += sum(a == b for a, b in zip(*answers, strict=False))
-        total += len(answers[1])
+        agreed += sum(a == b for a, b in zip(answer, wanted, strict=False))
+        total += len(wanted)
     return {"repeated": 100 * repeated / max(grams, 1), "answers_agree": 100 * agreed / total}
 
 
