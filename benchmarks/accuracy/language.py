@@ -127,6 +127,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--sensitivity", choices=["labels", "fisher"], default="labels")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="kinds of text to test on")
     parser.add_argument("--held-out", type=int, default=20, help="documents of each kind that are tested on")
+    parser.add_argument("--no-answers", action="store_true", help="leave out the answers to a dozen prompts")
     parser.add_argument("--bfloat16", action="store_true", help="run tests and distillation in mixed precision")
     parser.add_argument("--lr", type=float, default=3e-4, help="of the distillation")
     parser.add_argument(
@@ -214,7 +215,7 @@ class Study:
             "seconds": seconds,
             "calibration_seconds": self.calibration_seconds,
             **{f"{kind}_{name}": value for kind, found in by_kind.items() for name, value in found.items()},
-            **generated(self.answers, answers(student, self.tokenizer)),
+            **({} if self.options.no_answers else generated(self.answers, answers(student, self.tokenizer))),
         }
 
     def compress(self, model: nn.Module, variant: Variant, share: float, subspaces: dict[str, LayerSubspaces]) -> float:
@@ -369,12 +370,12 @@ def table(rows: Sequence[Mapping[str, Any]], dense: Mapping[str, float]) -> str:
     for row in rows:
         cells = [
             f"{row[f'{kind}_perplexity'] / value:.3g}x | {row[f'{kind}_agreement']:.1f}%"
+            if f"{kind}_perplexity" in row
+            else "- | -"
             for kind, value in dense.items()
         ]
-        lines.append(
-            f"| {row['budget']:g}% | {row['variant']} | {' | '.join(cells)} | {row['answers_agree']:.1f}% | "
-            f"{row['repeated']:.1f}% | {row['seconds']:.0f} |"
-        )
+        cells += [f"{row[name]:.1f}%" if name in row else "-" for name in ("answers_agree", "repeated")]
+        lines.append(f"| {row['budget']:g}% | {row['variant']} | {' | '.join(cells)} | {row['seconds']:.0f} |")
     return "\n".join(lines)
 
 
