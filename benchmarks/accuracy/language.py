@@ -294,17 +294,17 @@ def asvd(space: LayerSubspaces, rank: int) -> Factors:
 
 
 def windows(tokenizer: Any, documents: Sequence[str], tokens: int) -> list[Tensor]:
-    """Batches (BATCH, WINDOW) of the first ``tokens`` tokens of the documents, one after another.
+    """Batches (BATCH, WINDOW) of ``tokens`` tokens, in windows at equal distances over all documents.
 
     Raises:
         ValueError: there are not so many.
     """
-    ids: list[int] = []
-    for document in documents:
-        ids += tokenizer(document)["input_ids"]
-        if len(ids) >= tokens:
-            return list(torch.tensor(ids[: tokens // WINDOW * WINDOW]).view(-1, WINDOW).split(BATCH))
-    raise ValueError(f"the documents hold {len(ids)} tokens; {tokens} are asked for.")
+    ids = [token for document in documents for token in tokenizer(document)["input_ids"]]
+    found, wanted = len(ids) // WINDOW, tokens // WINDOW
+    if found < wanted:
+        raise ValueError(f"the documents hold {len(ids)} tokens; {tokens} are asked for.")
+    rows = torch.tensor(ids[: found * WINDOW]).view(-1, WINDOW)
+    return list(rows[torch.arange(wanted) * found // wanted].split(BATCH))
 
 
 @torch.inference_mode()
