@@ -188,6 +188,11 @@ def considered_layers(
             skipped[fqn] = "it is low-rank already"
     given = _checked_subspaces(subspaces, layers, covariances)
     if any(space.centered != centered or device not in (None, space.device) for space in given.values()):
+        if any(space.loss is not None and space.loss.corrected is not None for space in given.values()):
+            raise ValueError(
+                f"these subspaces hold corrected predictions for other settings than centered={centered}, "
+                f"device={device}; pass centered={centered} to correct_predictions, and no device to compress_."
+            )
         given = {}
     others = {fqn: layer for fqn, layer in layers.items() if fqn not in given}
     new = layer_subspaces(others, covariances, centered=centered, device=device, load=load)

@@ -189,9 +189,9 @@ def convert_attention_(model: nn.Module) -> nn.Module:
 
     ``nn.MultiheadAttention`` applies its projections without calling a Linear, so they can be neither calibrated nor
     compressed. Convert the model first, then calibrate. The attention of torchvision's Swin, which does the same,
-    becomes a :class:`WindowAttention` with the same state dict. The outputs equal those of torch without its fast path, up to
-    rounding; all arguments, masks, ``kdim``, ``vdim``, ``bias_kv`` and ``add_zero_attn`` keep their meaning. An error
-    leaves the model unchanged.
+    becomes a :class:`WindowAttention` with the same state dict. The outputs equal those of torch without its fast path,
+    up to rounding; all arguments, masks, ``kdim``, ``vdim``, ``bias_kv`` and ``add_zero_attn`` keep their meaning. An
+    error leaves the model unchanged.
 
     In the state dict, ``in_proj_weight`` becomes ``q_proj.weight``, ``k_proj.weight`` and ``v_proj.weight``, and
     ``in_proj_bias`` likewise. Load checkpoints of the original model before the conversion, and those of a compressed
