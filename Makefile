@@ -90,7 +90,7 @@ CUDA ?= 13
 CUDACXX ?= nvcc
 CUDA13 := nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt nvidia-cuda-runtime nvidia-cuda-cccl
 NVCC_12 = $(shell command -v $(CUDACXX))
-NVCC_13 = $(wildcard $(abspath .venv-cuda13)/lib/python3*/site-packages/nvidia/cu13/bin/nvcc)
+NVCC_13 = $(shell ls $(abspath .venv-cuda13)/lib/python3*/site-packages/nvidia/cu13/bin/nvcc)
 RELEASE_12 := 12.9
 RELEASE_13 := 13.3
 
@@ -102,7 +102,7 @@ RELEASE_13 := 13.3
 nvcc-13: .venv-cuda13/ready
 nvcc-12:
 	@test -x "$(NVCC_12)" && "$(NVCC_12)" --version | grep -q "release $(RELEASE_12)," || { \
-	  echo "make wheel CUDA=12 needs CUDACXX=<nvcc of CUDA $(RELEASE_12)>; found: $(NVCC_12)"; exit 1; }
+	  echo "make wheel CUDA=12 needs CUDACXX=<path to nvcc of CUDA $(RELEASE_12)>; found: $(or $(NVCC_12),none)"; exit 1; }
 
 # auditwheel sees that it needs nothing but glibc, libstdc++ and torch's own libraries, and names the glibc. Tested from a
 # folder without the sources, so that what is tested is what was installed.
