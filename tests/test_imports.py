@@ -14,8 +14,8 @@ ROOT = Path(lowrank_ops.__file__).parent
 # The rooms, bottom first: each may import only those before it.
 ORDER = [
     "version", "files", "arguments", "ops", "config", "models", "calibration", "subspaces", "ranks", "factors",
-    "layers", "reconstruction", "report", "compress", "search", "midpoint", "training", "checkpoint", "integrations",
-    "demo", "cli",
+    "layers", "reconstruction", "report", "compress", "search", "correction", "midpoint", "training", "checkpoint",
+    "integrations", "folders", "demo", "cli",
 ]  # fmt: skip
 OP_LEAVES = {"_backend", "_dispatcher", "_native", "_triton_device", "_tuning"}
 

@@ -43,7 +43,7 @@ def write_covariances(
 
 
 def read_covariances(
-    path: str | Path, verify: bool
+    path: str | Path, verify: bool, packed: bool = False
 ) -> tuple[dict[str, LayerStatistics], tuple[str, ...], dict[str, str]]:
     """The layers, the unreached and the skipped ones.
 
@@ -68,7 +68,7 @@ def read_covariances(
                 names = ["second_moment", "total"]
                 names += ["shift"] if f"{i}.shift" in header.get("checksums", {}) else []
                 read = {name: read_tensor(file, f"{i}.{name}", checksums) for name in names}
-                if version == _FORMAT:
+                if version == _FORMAT and not packed:
                     read["second_moment"] = from_lower_triangle(read["second_moment"], read["total"].shape[-1])
                 moments.append(Moments(**read, count=count))
         layers = {

@@ -164,18 +164,20 @@ class Covariances(Mapping[str, LayerStatistics]):
 
     @classmethod
     @checked()
-    def load(cls, path: str | Path, *, verify: bool = True) -> Covariances:
+    def load(cls, path: str | Path, *, verify: bool = True, packed: bool = False) -> Covariances:
         """Read a file that :meth:`save` of this version or an earlier one wrote.
 
         Args:
             path: of the file.
             verify: compare the tensors with their checksums, which reads every byte; version 1 has none.
+            packed: leave the second moments in the file, as lower triangles that are read when they are needed, for
+                files that are larger than the memory. Files of versions 1 and 2 hold none and are read as a whole.
 
         Raises:
             FileNotFoundError: there is no such file.
             ValueError: the file is damaged or of another kind, or holds values that cannot be sums of rows.
         """
-        return cls(*read_covariances(path, verify))
+        return cls(*read_covariances(path, verify, packed))
 
     def _distinct(self) -> list[Moments]:
         """All moments, each once, in an order that equal layouts share."""

@@ -9,6 +9,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from ..models.layers import all_finite
+from ..models.running import float64_device, has_float64
 from .packing import from_lower_triangle, in_file, lower_triangle
 
 SIDES = ("input", "output")
@@ -87,6 +89,17 @@ class Moments:
         """Move the sums to the CPU."""
         self._stored, self.total = self._stored.cpu(), self.total.cpu()
         self.shift = None if self.shift is None else self.shift.cpu()
+
+    def to_float64_device_(self) -> None:
+        """Move the sums to the CPU if their device has no float64."""
+        if not has_float64(self.total.device):
+            self.to_cpu_()
+
+    def to_float64(self) -> Moments:
+        """The same sums in float64: on the CPU if their device has none."""
+        device = float64_device(self.total.device)
+        shift = None if self.shift is None else self.shift.to(device).double()
+        return Moments(self.second_moment.to(device).double(), self.total.to(device).double(), self.count, shift)
 
     def equals(self, other: Moments) -> bool:
         """Whether both hold the same sums, in the same form."""
@@ -184,7 +197,7 @@ class Moments:
                     f"has a shift of shape {tuple(sums.shape)} and {sums.dtype}; it must be a float tensor of shape "
                     f"{tuple(total.shape)}"
                 )
-            if not bool(sums.isfinite().all()):
+            if not all_finite(sums):
                 raise ValueError(f"has NaN or inf in its {name}")
         if bool((self._squares < 0).any()):
             raise ValueError("has a negative sum of squares in its second_moment")

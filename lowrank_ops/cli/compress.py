@@ -26,12 +26,13 @@ from ..config import (
     Ranks,
 )
 from ..files import parse_json
+from ..folders import compress_folder
 from ..layers.latency import measure_latency
 from ..midpoint import recalibrate
 from ..reconstruction import RECONSTRUCTIONS
 from ..report.compression import CompressionReport
 from .command import Failure, Result, add_command, add_output, check_folder, document, failing_as, share
-from .inputs import add_calibration, calibrated, calibration_arguments, load_batches
+from .inputs import add_calibration, calibrated, calibration_arguments, given_calibration, load_batches
 from .resume import Progress
 from .sources import save_processors
 
@@ -55,6 +56,8 @@ examples:
         --explained-variance 0.99 --keep-dense head --out smaller
   halve the layers' time on this machine, as measured now with the first batch
     lowrank-ops compress --model my_project:build_model --calibration my_project:batches --latency 0.5 --out faster
+  a folder of safetensors that is larger than the memory, with covariances from another machine
+    lowrank-ops compress --from-checkpoint my-model --covariances covariances.safetensors --out smaller
   choose ranks by hand, {"layer name or re:pattern": rank, ...}; unnamed layers stay dense
     lowrank-ops compress --model my_project:build_model --calibration my_project:batches --ranks ranks.json \\
         --out smaller"""
@@ -70,6 +73,11 @@ def add(commands: Any) -> None:
     compress.add_argument(
         "--resume", action="store_true",
         help="store covariances and the progress of the reconstruction in FOLDER.resume, and resume from there",
+    )  # fmt: skip
+    compress.add_argument(
+        "--from-checkpoint", type=Path, metavar="DIR",
+        help="instead of --model: a folder of safetensors that is compressed layer by layer without loading it, with "
+        "--covariances; of transformers, or of any state dict of nn.Linear layers",
     )  # fmt: skip
     compress.add_argument("--html", type=Path, metavar="FILE", help="also write an HTML page with charts and tables")
     add_output(compress)
@@ -135,6 +143,8 @@ def run(options: argparse.Namespace) -> Result:
         raise Failure(2, f"--out must be a folder; {str(options.out)!r} is a file")
     if options.html is not None:
         check_folder(options.html, "--html")
+    if options.from_checkpoint is not None:
+        return _run_on_folder(options)
     for flag, given in (("--reconstruct", options.reconstruct), ("--recalibrate", options.recalibrate)):
         if given and options.batches is None:
             raise Failure(2, f"{flag} runs the model on --calibration; it cannot be combined with --covariances")
@@ -186,6 +196,46 @@ def run(options: argparse.Namespace) -> Result:
         raise Failure(1, "every layer stays dense at these ranks, so nothing was written; allow smaller ranks")
     loading = _save(model, options, report)
     progress.finish()
+    return _result(options, report, loading)
+
+
+def _run_on_folder(options: argparse.Namespace) -> Result:
+    """Compress a folder of weights without loading the model."""
+    if options.covariances is None:
+        raise Failure(2, "--from-checkpoint does not run the model; it needs --covariances")
+    others = {
+        "--model": options.model or options.positional_model,
+        "--checkpoint": options.checkpoint,
+        "--reconstruct": options.reconstruct,
+        "--recalibrate": options.recalibrate,
+        "--resume": options.resume,
+        "--save-covariances": options.save_covariances,
+        "--save-latencies": options.save_latencies,
+    }
+    given = [flag for flag, value in others.items() if value] + given_calibration(options)
+    if given:
+        raise Failure(2, f"--from-checkpoint does not load or run the model; leave out {', '.join(given)}")
+    source = str(options.from_checkpoint)
+    options.model = source
+    report = compress_folder(
+        source,
+        options.out,
+        Covariances.load(options.covariances, packed=True),
+        CompressionConfig(
+            rank=_policy(options) or ParameterBudget(1.0),
+            projection=options.projection,
+            overrides=dict.fromkeys(options.keep_dense),
+        ),
+        device=options.device,
+        progress=True,
+    )
+    loader = "lowrank_ops.load_pretrained(dense_model, {!r})"
+    if (options.out / "config.json").exists():
+        loader = "import lowrank_ops, transformers; from_pretrained({!r}) of the model's class"
+    return _result(options, report, loader.format(str(options.out)))
+
+
+def _result(options: argparse.Namespace, report: CompressionReport, loading: str) -> Result:
     if options.html is not None:
         report.to_html(options.html)
     return Result(

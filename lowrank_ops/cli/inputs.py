@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..calibration.calibrator import calibrate
 from ..calibration.covariances import Covariances
 from . import sources
-from .command import Failure, check_folder, failing_as, one_line, whole
+from .command import Failure, check_folder, failing_as, one_line, share, whole
 
 
 def add_calibration(parser: argparse.ArgumentParser) -> None:
@@ -78,6 +78,10 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
         "(default: half of the free memory)",
     )  # fmt: skip
     calibration.add_argument(
+        "--tokens", type=share, metavar="SHARE",
+        help="share of the rows (tokens, positions) of each call of a layer that is used, drawn at random (default: 1)",
+    )  # fmt: skip
+    calibration.add_argument(
         "--offload", choices=["cpu", "disk"], help="where finished sums are stored (default: where they fit)"
     )
 
@@ -91,10 +95,9 @@ def calibrated(
         options: of the command.
         measured: called with the model and a function that measures its covariances; by default the latter is called.
     """
-    if options.covariances is not None and (options.mask is not None or options.side != "auto" or options.sensitivity):
-        raise Failure(
-            2, "--mask, --side and --sensitivity need --calibration; they cannot be combined with --covariances"
-        )
+    given = given_calibration(options)
+    if options.covariances is not None and given:
+        raise Failure(2, f"{', '.join(given)} cannot be combined with --covariances: only a calibration uses it")
     if options.save_covariances is not None:
         check_folder(options.save_covariances, "--save-covariances")
     model = load_model_of(options)
@@ -113,10 +116,18 @@ def calibrated(
     return model, covariances
 
 
+def given_calibration(options: argparse.Namespace) -> list[str]:
+    """The given flags that only a calibration uses."""
+    defaults = {"side": "auto"}
+    names = ("mask", "side", "sensitivity", "tokens", "max_memory", "offload", "batch_size", "samples", "max_length")
+    return [f"--{name.replace('_', '-')}" for name in names if getattr(options, name) != defaults.get(name)]
+
+
 def calibration_arguments(options: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments of ``calibrate`` and ``recalibrate``, once :func:`load_batches` may have set the mask."""
     names = ("mask", "side", "sensitivity", "max_memory", "offload")
-    return {name: getattr(options, name) for name in names} | {"progress": True}
+    given = {name: getattr(options, name) for name in names}
+    return given | {"tokens": options.tokens or 1.0, "progress": True}
 
 
 def load_model_of(options: argparse.Namespace) -> nn.Module:

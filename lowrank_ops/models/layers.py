@@ -71,6 +71,14 @@ def find_layers(model: nn.Module, filter_fn: FilterFn | None = None) -> tuple[di
     return layers, skipped
 
 
+def is_window_attention(module: nn.Module) -> bool:
+    """Whether ``module`` is the attention of torchvision's Swin, which passes its weights to a function."""
+    bases = type(module).__mro__
+    return any(
+        base.__name__ == "ShiftedWindowAttention" and base.__module__.startswith("torchvision.") for base in bases
+    )
+
+
 def compiled_or_scripted(module: nn.Module) -> str | None:
     """Why hooks on the children of ``module`` would not run: it is compiled or scripted. None if it is not."""
     if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
@@ -81,9 +89,10 @@ def compiled_or_scripted(module: nn.Module) -> str | None:
 
 
 def _hides_layers(module: nn.Module) -> str | None:
-    if isinstance(module, nn.MultiheadAttention):
+    if isinstance(module, nn.MultiheadAttention) or is_window_attention(module):
+        name = type(module).__name__ if is_window_attention(module) else "nn.MultiheadAttention"
         return (
-            "nn.MultiheadAttention applies its projections without calling a Linear; "
+            f"{name} applies its projections without calling a Linear; "
             "call lowrank_ops.layers.convert_attention_(model) first to compress them"
         )
     return compiled_or_scripted(module)
@@ -198,11 +207,16 @@ def with_values(layers: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Module], 
     return {fqn: layer for fqn, layer in layers.items() if fqn not in without}, without
 
 
+def all_finite(values: Tensor) -> bool:
+    """Whether no element is NaN or inf. A finite sum, which is faster, shows that."""
+    return bool(values.sum().isfinite()) or bool(values.isfinite().all())
+
+
 def check_finite(layers: Mapping[str, nn.Module]) -> None:
     """Raise ValueError for the first layer whose weight or bias holds NaN or inf."""
     for fqn, layer in layers.items():
         for name, values in (("weight", weight_matrix(layer)), ("bias", bias_vector(layer))):
-            if values is not None and not bool(values.isfinite().all()):
+            if values is not None and not all_finite(values):
                 raise ValueError(
                     f"layer {fqn!r}: its {name} holds NaN or inf; repair the model, or leave the layer out with "
                     "filter_fn."

@@ -63,6 +63,11 @@ def unavailable() -> str | None:
     return None
 
 
+def toolkit() -> str:
+    """The CUDA toolkit that built the library, such as ``"13.3"``, or why there is no library."""
+    return unavailable() or str(torch.ops.lowrank_ops._cuda_toolkit())
+
+
 def unavailable_on(device_type: str) -> str | None:
     """Why no CUDA kernel can run on a device of this type, or None."""
     return unavailable() if device_type == "cuda" else "it needs a CUDA device"
