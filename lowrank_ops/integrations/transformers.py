@@ -189,7 +189,7 @@ def empty_model(folder: str | Path, forms: Mapping[str, Tensor]) -> PreTrainedMo
 
 
 def description(model: nn.Module) -> dict[str, Any]:
-    """What config.json says of a model of transformers with low-rank layers.
+    """The config.json of a transformers model with low-rank layers.
 
     Raises:
         ValueError: transformers would tie the weight of a low-rank layer.
