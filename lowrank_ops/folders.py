@@ -63,8 +63,8 @@ def compress_folder(
     Args:
         source: a transformers checkpoint (config.json, and one safetensors file or several with an index), or any
             folder of safetensors files with one state dict. In the latter, matrices that ``covariances`` name are
-            taken as weights of ``nn.Linear``; other layers, such as convolutions, stay dense, because a state dict does not
-            describe them.
+            taken as weights of ``nn.Linear``; other layers, such as convolutions, stay dense, because a state dict
+            does not describe them.
         target: a folder, created if it is missing. A transformers model gets the same files as in ``source``, for
             ``from_pretrained``; another one gets those of :func:`lowrank_ops.save_pretrained`, for
             :func:`lowrank_ops.load_pretrained`. All files are written, or none.
