@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from .arguments import check_positive, checked
 from .calibration.call_weights import SEED
+from .calibration.covariances import Covariances
 from .calibration.gradients import OutputGradient
 from .calibration.objectives import Sensitivity, check_sensitivity
 from .calibration.recorder import Recorder
-from .calibration.statistics import Covariances, NonFiniteActivationError
+from .calibration.statistics import NonFiniteActivationError
 from .compress import considered_layers
 from .models.experts import on_listed_experts
 from .models.layers import FilterFn, find_layers, images, input_rows, is_conv
