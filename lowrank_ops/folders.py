@@ -150,6 +150,7 @@ def compress_folder(
                 texts[CONFIG_FILE] = write_stream(file, forms, mine, header)
         for name, file in zip(names[len(layout) :], files[len(layout) :], strict=True):
             file.write(json.dumps(texts[name], indent=2).encode() + b"\n")
+    next(tensors, None)  # ends the progress bar
     if of_transformers:
         for path in weights.folder.iterdir():
             if path.suffix in _COPIED and path.name not in (*names, INDEX_FILE, CONFIG_FILE) and path.is_file():
@@ -174,12 +175,16 @@ class _Weights:
     """
 
     def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"source {str(folder)!r} is not a folder; pass the one that holds the model's files."
+            )
         self.folder, index, config = folder, folder / INDEX_FILE, folder / "config.json"
         try:
-            self.config: dict[str, Any] = dict(parse_json(config.read_bytes())) if config.exists() else {}
-            self.index = dict(parse_json(index.read_bytes())["weight_map"]) if index.exists() else None
+            self.config: dict[str, Any] = {**parse_json(config.read_bytes())} if config.exists() else {}
+            self.index = {**parse_json(index.read_bytes())["weight_map"]} if index.exists() else None
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"source {str(folder)!r}: its config.json or index is damaged: {error}") from None
+            raise ValueError(f"source {str(folder)!r}: config.json or {INDEX_FILE} is damaged: {error}.") from None
         paths = sorted(folder.glob("*.safetensors"))
         names = sorted(set(self.index.values())) if self.index is not None else [path.name for path in paths]
         if self.index is None and WEIGHTS_FILE in names:
