@@ -98,6 +98,7 @@ def compress_folder(
         raise ValueError("a reconstruction runs the model; load it and call compress_(..., reconstruction=...).")
     weights, folder = _Weights(Path(source)), Path(target)
     of_transformers = "model_type" in weights.config
+    _check_target(weights, folder, of_transformers)
     model: nn.Module
     undescribed: dict[str, str] = {}
     if of_transformers:
@@ -109,7 +110,7 @@ def compress_folder(
     modules = dict(model.named_modules())
     _check_names(weights, modules, covariances)
     for fqn in covariances:
-        if f"{fqn}.bias" in weights.forms:
+        if fqn in modules and f"{fqn}.bias" in weights.forms:
             modules[fqn].bias = nn.Parameter(weights.read(f"{fqn}.bias").clone(), requires_grad=False)
     subspaces, skipped = considered_layers(
         model,
@@ -137,7 +138,7 @@ def compress_folder(
         if weights.index is not None:
             texts[INDEX_FILE] = _index(layout)
     names = [*layout, *(texts if of_transformers else [CONFIG_FILE])]
-    _check_target(weights.folder, folder, names)
+    folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, Factors] = {}
     tensors = _tensors(weights, layout, new, subspaces, ranks, str(config.projection), found, progress)
     with replacing(*(folder / name for name in names)) as files:
@@ -332,15 +333,17 @@ def _index(layout: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
     return {"metadata": sizes, "weight_map": dict(sorted(places.items()))}
 
 
-def _check_target(source: Path, folder: Path, names: list[str]) -> None:
-    if folder.exists() and not folder.is_dir():
+def _check_target(weights: _Weights, folder: Path, of_transformers: bool) -> None:
+    if not folder.exists():
+        return
+    if not folder.is_dir():
         raise FileExistsError(f"target {str(folder)!r} is a file; name a folder.")
-    folder.mkdir(parents=True, exist_ok=True)
-    if folder.samefile(source):
+    if folder.samefile(weights.folder):
         raise ValueError("target is source; name another folder.")
-    others = [path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")]
-    others += [INDEX_FILE] if (folder / INDEX_FILE).exists() else []
-    if wrong := sorted(set(others) - set(names)):
+    names = {*weights.files.values(), *([] if weights.index is None else [INDEX_FILE])}
+    held = {path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")}
+    held |= {INDEX_FILE} if (folder / INDEX_FILE).exists() else set()
+    if wrong := sorted(held - (names if of_transformers else {WEIGHTS_FILE})):
         raise ValueError(f"target {str(folder)!r} holds {wrong[0]}, of another model; name an empty folder.")
 
 
