@@ -97,6 +97,7 @@ def compress_folder(
         raise ValueError("a reconstruction runs the model; load it and call compress_(..., reconstruction=...).")
     weights, folder = _Weights(Path(source)), Path(target)
     of_transformers = "model_type" in weights.config
+    _check_target(weights, folder, of_transformers)
     model: nn.Module
     undescribed: dict[str, str] = {}
     if of_transformers:
@@ -108,7 +109,7 @@ def compress_folder(
     modules = dict(model.named_modules())
     _check_names(weights, modules, covariances)
     for fqn in covariances:
-        if f"{fqn}.bias" in weights.forms:
+        if fqn in modules and f"{fqn}.bias" in weights.forms:
             modules[fqn].bias = nn.Parameter(weights.read(f"{fqn}.bias").clone(), requires_grad=False)
     subspaces, skipped = considered_layers(
         model,
@@ -136,7 +137,7 @@ def compress_folder(
         if weights.index is not None:
             texts[INDEX_FILE] = _index(layout)
     names = [*layout, *(texts if of_transformers else [CONFIG_FILE])]
-    _check_target(weights.folder, folder, names)
+    folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, Factors] = {}
     tensors = _tensors(weights, layout, new, subspaces, ranks, str(config.projection), found, progress)
     with replacing(*(folder / name for name in names)) as files:
@@ -149,6 +150,7 @@ def compress_folder(
                 texts[CONFIG_FILE] = write_stream(file, forms, mine, header)
         for name, file in zip(names[len(layout) :], files[len(layout) :], strict=True):
             file.write(json.dumps(texts[name], indent=2).encode() + b"\n")
+    next(tensors, None)  # ends the progress bar
     if of_transformers:
         for path in weights.folder.iterdir():
             if path.suffix in _COPIED and path.name not in (*names, INDEX_FILE, CONFIG_FILE) and path.is_file():
@@ -173,12 +175,16 @@ class _Weights:
     """
 
     def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"source {str(folder)!r} is not a folder; pass the one that holds the model's files."
+            )
         self.folder, index, config = folder, folder / INDEX_FILE, folder / "config.json"
         try:
-            self.config: dict[str, Any] = dict(parse_json(config.read_bytes())) if config.exists() else {}
-            self.index = dict(parse_json(index.read_bytes())["weight_map"]) if index.exists() else None
+            self.config: dict[str, Any] = {**parse_json(config.read_bytes())} if config.exists() else {}
+            self.index = {**parse_json(index.read_bytes())["weight_map"]} if index.exists() else None
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"source {str(folder)!r}: its config.json or index is damaged: {error}") from None
+            raise ValueError(f"source {str(folder)!r}: config.json or {INDEX_FILE} is damaged: {error}.") from None
         paths = sorted(folder.glob("*.safetensors"))
         names = sorted(set(self.index.values())) if self.index is not None else [path.name for path in paths]
         if self.index is None and WEIGHTS_FILE in names:
@@ -326,15 +332,17 @@ def _index(layout: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
     return {"metadata": sizes, "weight_map": dict(sorted(places.items()))}
 
 
-def _check_target(source: Path, folder: Path, names: list[str]) -> None:
-    if folder.exists() and not folder.is_dir():
+def _check_target(weights: _Weights, folder: Path, of_transformers: bool) -> None:
+    if not folder.exists():
+        return
+    if not folder.is_dir():
         raise FileExistsError(f"target {str(folder)!r} is a file; name a folder.")
-    folder.mkdir(parents=True, exist_ok=True)
-    if folder.samefile(source):
+    if folder.samefile(weights.folder):
         raise ValueError("target is source; name another folder.")
-    others = [path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")]
-    others += [INDEX_FILE] if (folder / INDEX_FILE).exists() else []
-    if wrong := sorted(set(others) - set(names)):
+    names = {*weights.files.values(), *([] if weights.index is None else [INDEX_FILE])}
+    held = {path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")}
+    held |= {INDEX_FILE} if (folder / INDEX_FILE).exists() else set()
+    if wrong := sorted(held - (names if of_transformers else {WEIGHTS_FILE})):
         raise ValueError(f"target {str(folder)!r} holds {wrong[0]}, of another model; name an empty folder.")
 
 
