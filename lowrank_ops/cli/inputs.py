@@ -26,8 +26,9 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("positional_model", nargs="?", metavar="MODEL", help="the same as --model")
     parser.add_argument(
         "--model", metavar="MODEL",
-        help="hf:DIR, a folder that transformers has saved; timm:NAME, a model of timm with its weights or with those "
-        "of --checkpoint; or module:function, which is run without arguments and returns the model",
+        help="hf:DIR, a folder that transformers has saved, or hf:OWNER/NAME on the Hugging Face Hub; timm:NAME, a "
+        "model of timm with its weights or with those of --checkpoint; or module:function, which is run without "
+        "arguments and returns the model",
     )  # fmt: skip
     parser.add_argument(
         "--checkpoint", type=Path, metavar="FILE", help="safetensors file with weights to load into the model"

@@ -14,7 +14,7 @@ import torch
 def import_torchvision() -> list[torch.library.Library]:
     """Import torchvision if it is installed; the libraries that this returns must be kept.
 
-    A wheel for CUDA has a library that a CPU build of torch cannot load, and importing torchvision fails because its ops
+    A wheel for CUDA has a library that a CPU build of torch cannot load, and importing it fails because its ops
     do not exist. They get names here: models need none of them, and calling one is an error.
     """
     spec = find_spec("torchvision")
