@@ -33,8 +33,8 @@ class Sums:
         layer: the first consumer.
         side: of the layer that the rows are on, ``"input"`` or ``"output"``.
         dtype: of the sums.
-        what: the rows are, for messages.
-        of_loss: they follow a loss, not a forward.
+        what: name of the rows in messages.
+        of_loss: the rows are added after a loss, not during a forward.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Sums:
         return behind if self._before is not None else []
 
     def of_its_own(self, fqn: str, layer: nn.Module) -> Sums:
-        """Take a follower out, with what it has received."""
+        """Remove a follower, and return its own sums so far."""
         calls = self.calls.pop(fqn)
         moments = self.moments if self._before is None or calls == self.calls[self.leader] else self._before
         own = Sums(fqn, layer, "input", self.moments.total.dtype, self.what)
@@ -91,7 +91,7 @@ class Sums:
             self._before = copy.deepcopy(self.moments) if shared else None
 
     def forget_before(self) -> None:
-        """End of the first forward: layers part no more."""
+        """End of the first forward: from now on no layer gets sums of its own."""
         self._before = None
 
     def is_repeated(self, fqn: str, x: Tensor) -> bool:

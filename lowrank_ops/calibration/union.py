@@ -46,7 +46,7 @@ class Union:
     that is not reached has the gradient 0.
 
     Raises:
-        ValueError: the parts do not fit together; the message has no subject.
+        ValueError: the parts do not fit together; the message lacks the subject.
     """
 
     def __init__(self, parts: Sequence[Contents], same_dtype: bool = False) -> None:
@@ -56,7 +56,7 @@ class Union:
         for what in ("samples", "token_weights"):
             if len({getattr(part, what) in (None, False) for part in parts if part.layers}) > 1:
                 name = "output gradients" if what == "samples" else "token weights"
-                raise ValueError(f"must all hold {name}, or none; some do")
+                raise ValueError(f"must all hold {name}, or none; only some do")
         samples = sum(part.samples or 0 for part in parts)
         wrong = []
         for fqn in _merged_order([list(part.layers) for part in parts]):

@@ -21,7 +21,7 @@ class SeparateAttention(nn.Module):
     ``nn.TransformerEncoderLayer``, call this module.
 
     Args:
-        attention: holds the parameters that this module takes over; not changed.
+        attention: its parameters are taken over; not changed.
     """
 
     num_heads: int
@@ -66,7 +66,7 @@ class SeparateAttention(nn.Module):
             raise RuntimeError("is_causal is a hint about attn_mask; pass attn_mask as well.")
         batched = query.dim() == 3
         if not batched or not self.batch_first:
-            # One tensor stays one tensor, so that a calibration counts it once.
+            # Equal arguments stay one tensor, so that a calibration counts it once.
             dim = 0 if batched else -1
             q, k = _batch_first(query, dim), _batch_first(key, dim)
             v = k if value is key else _batch_first(value, dim)
@@ -193,10 +193,10 @@ def convert_attention_(model: nn.Module) -> nn.Module:
     """Put a :class:`SeparateAttention` in place of every ``nn.MultiheadAttention`` of ``model``, in place.
 
     ``nn.MultiheadAttention`` applies its projections without calling a Linear, so they can be neither calibrated nor
-    compressed. Convert the model first, then calibrate. torchvision's Swin does the same; its attention becomes a
-    :class:`WindowAttention`, with the same state dict. The outputs are those of torch without its fast path, up to
-    rounding; all arguments, masks, ``kdim``, ``vdim``, ``bias_kv`` and ``add_zero_attn`` keep their meaning. An error
-    leaves the model unchanged.
+    compressed. Convert the model first, then calibrate. The attention of torchvision's Swin, which does the same,
+    becomes a :class:`WindowAttention` with the same state dict. The outputs equal those of torch without its fast path,
+    up to rounding; all arguments, masks, ``kdim``, ``vdim``, ``bias_kv`` and ``add_zero_attn`` keep their meaning. An
+    error leaves the model unchanged.
 
     In the state dict, ``in_proj_weight`` becomes ``q_proj.weight``, ``k_proj.weight`` and ``v_proj.weight``, and
     ``in_proj_bias`` likewise. Load checkpoints of the original model before the conversion, and those of a compressed
@@ -210,7 +210,7 @@ def convert_attention_(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: an attention that overrides ``forward``, has hooks or parametrized, quantized or tied weights, or a
-            model that is wrapped for distributed training or has adapters of PEFT; the message names it.
+            model that is wrapped for distributed training or has PEFT adapters; the message names it.
 
     Example:
         >>> import torch, lowrank_ops as lro
@@ -263,7 +263,7 @@ def _reason_to_keep(attention: nn.Module, tied: str | None) -> str | None:
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A Linear with copies of these tensors, or with the very parameters."""
+    """A Linear with copies of these tensors; parameters are used without a copy."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
     linear.weight = _parameter(weight)
     if bias is not None:

@@ -56,10 +56,11 @@ class LowRankLinear(LowRankLayer):
         super().__init__()
         check_rank(rank, in_features, out_features)
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
-        self._create_parameters(
-            (self.stored_rank, in_features), (out_features, self.stored_rank), bias, device=device, dtype=dtype
-        )
+        self._create_parameters(*self._factor_shapes(), out_features if bias else None, device=device, dtype=dtype)
         self.reset_parameters()
+
+    def _factor_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        return (self.stored_rank, self.in_features), (self.out_features, self.stored_rank)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -1,4 +1,4 @@
-"""Copies of a compressed model without low-rank layers, for tools that know only dense ones."""
+"""Copies of a compressed model without low-rank layers, for tools that only support torch's own layers."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ..models.layers import check_no_adapters
 from ._base import LowRankLayer
 from .conv import GEOMETRY, LowRankConv
 from .linear import LowRankLinear
+from .pivoted import PivotedLinear
 from .replace import has_hooks, swap_
 
 CONVERTED = "_converted_by_lowrank_ops"  # set on such a copy: what saves it must know that it may have other layers
@@ -27,13 +28,13 @@ def to_dense_layers(model: nn.Module) -> nn.Module:
         model: any module; not changed.
 
     Returns:
-        The copy, as large as the model before compression and with its layer kinds; the experts of a mixture are fused
-        again. Its state dict is that of the model before compression as well, except for biases: centered factors add
-        one to a layer that had none. To avoid that, compress with ``CompressionConfig(..., centered=False)``.
+        The copy, with the layer kinds and the size of the model before compression; the experts of a mixture are fused
+        again. Its state dict has the same keys, except for biases: centered factors add one to a layer that had none.
+        To avoid that, compress with ``CompressionConfig(..., centered=False)``.
 
     Raises:
-        ValueError: a low-rank layer has hooks, which would be lost, parametrized factors, or an adapter of PEFT; or
-            fused experts have no place for the biases of their low-rank projections.
+        ValueError: a low-rank layer has hooks, which would be lost, parametrized factors, or a PEFT adapter; or fused
+            experts have no place for the biases of their low-rank projections.
 
     Example:
         >>> import torch, lowrank_ops as lro
@@ -60,13 +61,13 @@ def to_dense_layers(model: nn.Module) -> nn.Module:
 def to_plain_layers(model: nn.Module) -> nn.Module:
     """A copy of ``model`` whose low-rank layers are ``nn.Sequential`` of two Linears or two convolutions.
 
-    The copy has the size of ``model`` and holds torch's layers only: it can be pickled and loaded without lowrank_ops,
-    scripted, quantized, and exported by tools that know no custom op. Code that reads ``layer.weight`` of such a layer,
-    as transformers' T5 and ViT do, fails: use :func:`to_dense_layers` there.
+    The copy has only torch's own layers, and as many parameters as ``model``, plus rank^2 for each pivoted layer. So it
+    can be pickled and loaded without lowrank_ops, scripted, quantized, and exported by tools that support no custom
+    ops. Code that reads ``layer.weight`` of such a layer, as transformers' T5 and ViT do, fails: use
+    :func:`to_dense_layers` there.
 
-    The experts of a mixture become such layers too, and can be quantized; but the module that sends rows to them stays
-    this package's, which has to be installed where the copy is loaded. A program of ``torch.export`` or ONNX does not
-    need it.
+    The experts of a mixture become such layers too, and can be quantized. The module that sends rows to them is this
+    package's, which must be installed where the copy is loaded, but not for a program of ``torch.export`` or ONNX.
 
     Args:
         model: any module; not changed.
@@ -75,7 +76,7 @@ def to_plain_layers(model: nn.Module) -> nn.Module:
         The copy. State dict keys ``down`` and ``up`` become ``0.weight`` and ``1.weight``, ``bias`` becomes ``1.bias``.
 
     Raises:
-        ValueError: a low-rank layer has hooks, which would be lost, parametrized factors, or an adapter of PEFT.
+        ValueError: a low-rank layer has hooks, which would be lost, parametrized factors, or a PEFT adapter.
 
     Example:
         >>> import torch, lowrank_ops as lro
@@ -125,7 +126,9 @@ def _dense_layer(layer: LowRankLayer) -> nn.Module:
 
 
 def _two_layers(layer: LowRankLayer) -> nn.Sequential:
-    """Two layers that hold the parameters of ``layer`` itself."""
+    """Two layers that hold the parameters of ``layer`` itself, or the factors of a pivoted one."""
+    if isinstance(layer, PivotedLinear):
+        layer = layer.to_lowrank()
     has_bias, middle = layer.bias is not None, len(layer.down)
     first: nn.Module
     second: nn.Module

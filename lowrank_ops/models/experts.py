@@ -1,4 +1,4 @@
-"""Fused experts of transformers as lists of Linears, so that every projection of every expert is a layer."""
+"""transformers' fused experts as lists of Linears, so that every projection of every expert is a layer."""
 
 from __future__ import annotations
 
@@ -42,19 +42,19 @@ class ExpertLinear(nn.Linear):
 class ListedExperts(nn.Module):
     """The experts of a fused module, each an ``nn.ModuleDict`` of its Linears: ``experts.3.gate_up_proj``.
 
-    A drop-in for the fused module, with the function of its eager implementation: one expert after another computes the
-    rows that the router sends to it. Its Linears are views of the fused parameters.
+    A drop-in for the fused module that runs like its eager implementation: one expert after another computes the rows
+    that the router sends to it. The Linears are views of the fused parameters.
 
     Args:
-        fused: an experts module of transformers, for which :func:`reason_to_stay_fused` is None; not changed.
+        fused: an experts module of transformers for which :func:`reason_to_stay_fused` returns None; not changed.
     """
 
     def __init__(self, fused: nn.Module) -> None:
         super().__init__()
         names = fused_projections(fused)
         assert names is not None
-        # Without its parameters: it holds the activation and the constants that its gate needs. Not a child, because
-        # the children of this module are what state dicts and initializers should see.
+        # The fused module without its parameters, for its activation and the constants of its gate. Not registered as a
+        # child, so that it does not appear in state dicts and initializers.
         shell: Any = copy.copy(fused)
         vars(shell)["_parameters"] = {}
         vars(self)["_shell"] = shell
@@ -100,7 +100,7 @@ class ListedExperts(nn.Module):
                 routed = RoutedRows(tokens, len(hidden_states))
                 y = self._run(self.pool.twins[expert], hidden_states[tokens].detach(), routed)
                 if torch.is_grad_enabled():
-                    # The output stays as it is, and its gradient reaches the twin as if the router had sent the rows.
+                    # This adds zero to the output, and gives the twin the gradient of rows sent by the router.
                     y = y * top_k_weights[tokens].mean()
                     output = output.index_add(0, tokens, (y - y.detach()).to(output.dtype))
         return output
@@ -151,7 +151,7 @@ class ListedExperts(nn.Module):
         return fused.train(self.training)  # type: ignore[no-any-return]
 
     def unshare_(self) -> None:
-        """Give the Linears that are left memory of their own, so that the fused parameters can be freed."""
+        """Copy the remaining Linears out of the fused parameters, so that those can be freed."""
         for layers in map(self.projections, range(self.num_experts)):
             for layer in layers.values():
                 for name, old in layer.named_parameters() if isinstance(layer, ExpertLinear) else ():
@@ -164,10 +164,10 @@ class ListedExperts(nn.Module):
 
 
 class Pool:
-    """Rows of other tokens for experts to which a calibration has sent few.
+    """Extra rows for experts that receive few rows in a calibration.
 
     Args:
-        experts: whose projections get twins: other layers with the same parameters, which see these rows only.
+        experts: their projections get twins: layers with the same parameters that run on the extra rows only.
     """
 
     def __init__(self, experts: ListedExperts) -> None:
@@ -181,7 +181,7 @@ class Pool:
         self._routed, self._pooled = [0] * experts.num_experts, [0] * experts.num_experts
 
     def missing_rows(self, top_k_index: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Count a call. For each expert that has received fewer rows than ``MIN_ROWS``, some tokens sent to others."""
+        """Count a call; for each expert with fewer than ``MIN_ROWS`` rows so far, yield tokens of other experts."""
         for expert, before in enumerate(self._routed):
             mine = (top_k_index == expert).any(1)
             self._routed[expert] = before + int(mine.sum())
@@ -219,12 +219,12 @@ def experts_listed(
 ) -> Iterator[None]:
     """Fused experts of ``model`` are :class:`ListedExperts` inside the block.
 
-    After the block they are fused again, as before; but those of which a Linear was replaced stay listed.
+    After the block they are fused again, except those in which a Linear was replaced.
 
     Args:
         model: any module.
         names: as for :func:`list_experts`.
-        listed: what :func:`list_experts` has returned; by default it is called.
+        listed: the result of :func:`list_experts`, which is called by default.
     """
     with torch.inference_mode(False):  # parameters created in inference mode could not be trained
         listed = list_experts(model, names) if listed is None else listed
@@ -240,7 +240,7 @@ def experts_listed(
 
 
 def on_listed_experts(function: Callable[Concatenate[nn.Module, P], T]) -> Callable[Concatenate[nn.Module, P], T]:
-    """Call a function of a model inside :func:`experts_listed`."""
+    """A decorator: calls the function, whose first argument is a model, inside :func:`experts_listed`."""
 
     @wraps(function)
     def wrapper(model: nn.Module, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -268,7 +268,7 @@ def _linear(fused: nn.Module, name: str, expert: int) -> ExpertLinear:
 
 
 def _call(layer: nn.Module, x: Tensor, routed: RoutedRows | None) -> Tensor:
-    """Call a projection. Hooks of a dense one find in ``layer.routed`` which rows these are."""
+    """Call a projection. For the hooks of a dense one, ``layer.routed`` describes the rows."""
     if routed is None or not isinstance(layer, nn.Linear):
         return layer(x)
     layer.routed = routed  # type: ignore[assignment]

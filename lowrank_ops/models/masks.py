@@ -1,10 +1,9 @@
 """Which rows of an activation are real tokens and which are padding, layer by layer.
 
-A model may work on several sequences: an encoder's and a decoder's, text and image patches. So a mask belongs to a
-module and to what is in it. Masks that are given by a known name are taken from the calls of the modules that are known
-to receive them: transformers' models and torch's Transformer modules. Rows that a module receives from another sequence
-(the keys and values of a cross-attention) have the mask of that sequence. Shapes alone decide nothing that is known
-otherwise.
+A model may process several sequences: an encoder's and a decoder's, text and image patches. So a mask belongs to a
+module and everything inside it. For a known mask name, each transformers model and each torch Transformer module
+inside the model uses the mask that it is called with. Rows that a module receives from another sequence (the keys and
+values of a cross-attention) have the mask of that sequence. Shapes decide only where nothing else is known.
 """
 
 from __future__ import annotations
@@ -417,7 +416,7 @@ class Masks:
     def _of_own_call(
         self, fqn: str, modality: str, given: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
-        """The mask that a model of transformers was called with."""
+        """The mask that a transformers model was called with."""
         mask = given.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 2:
             return _newest(_rows(mask, "attention_mask"), given)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from tqdm.auto import tqdm
 
-EMPTY = "batches was empty; pass at least one batch, and no generator that was used before."
+EMPTY = "batches was empty; pass at least one batch, and not a generator that is used up."
 _MODES = ("train", "eval")
 
 
@@ -240,9 +240,10 @@ def in_layer(
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+        kind = next(kind for kind in (torch.OutOfMemoryError, MemoryError, RuntimeError) if isinstance(error, kind))
+        if kind is RuntimeError and "can't allocate memory" not in str(error):
             raise
-        raise type(error)(f"layer {fqn!r}: not enough memory. {remedy} ({error})") from error
+        raise kind(f"layer {fqn!r}: not enough memory. {remedy} ({error})") from error
 
 
 @contextmanager
@@ -278,7 +279,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 @functools.cache
 def has_float64(device: torch.device) -> bool:
-    """Whether a device has float64; asked once. Apple's MPS and some GPUs of Intel do not."""
+    """Whether a device has float64, tested once; Apple's MPS and some Intel GPUs do not."""
     try:
         torch.zeros(1, dtype=torch.float64, device=device)
     except (TypeError, RuntimeError):

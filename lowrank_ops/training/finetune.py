@@ -1,7 +1,7 @@
 """Recover accuracy after compression: train the factors by a loss, by distillation from the dense model, or by both.
 
-Any other training loop works, too: the factors are plain parameters, and the zero directions that pad a rank receive
-zero gradients, so training keeps the rank.
+Any other training loop works as well: the factors are ordinary parameters. The zeros that pad a rank receive zero
+gradients, so training keeps the rank.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ def finetune_(
         autocast: ``torch.bfloat16`` runs the forward pass in mixed precision; None does not.
         forward: ``forward(model, batch)`` replaces the call of both models.
         mask, unmasked_rows: as for :func:`lowrank_ops.calibrate`: padding counts neither in the divergence nor in
-            matched outputs. ``loss`` does as it pleases.
-        checkpoint: file that is written every ``checkpoint_every`` steps and at the end. If it exists, training
+            matched outputs. It is not applied to ``loss``.
+        checkpoint: file written every ``checkpoint_every`` steps and at the end. If it exists, training
             resumes from it, with the same batches and random numbers as an uninterrupted run, provided that
             ``batches`` draws from torch's global generator.
         checkpoint_every: optimizer steps between two checkpoints.
@@ -289,7 +289,7 @@ def _divergence(output: Any, target: Any, temperature: float, mask: Tensor | Non
     if logits[0].shape != logits[1].shape:
         raise ValueError(
             f"teacher gives logits of shape {tuple(logits[1].shape)} where the student gives {tuple(logits[0].shape)}; "
-            "pass the dense model of this student, or a forward that makes them alike."
+            "pass the dense model of this student, or a forward that returns logits of one shape."
         )
     if mask is not None and all(part.shape[:-1] == mask.shape for part in logits):  # not logits of a whole sequence
         logits = [real_rows(part, mask) for part in logits]

@@ -208,7 +208,7 @@ class Run:
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin with ``prefix``, without it, by rising name."""
+    """The tensors whose names begin with ``prefix``, sorted by name, with the prefix removed."""
     return {name.removeprefix(prefix): tensors[name] for name in sorted(tensors) if name.startswith(prefix)}
 
 

@@ -82,6 +82,22 @@ def test_round_trip_to_the_bit(model: LlamaForCausalLM, tmp_path: Path, max_shar
     transformers.trainer_utils.validate_quantization_for_training(loaded)
 
 
+def test_pivoted_layers_load_whole_or_not_at_all(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    mlp = model.model.layers[0].mlp
+    mlp.up_proj = lro.layers.PivotedLinear.from_lowrank(mlp.up_proj)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert isinstance(loaded.model.layers[0].mlp.up_proj, lro.layers.PivotedLinear)
+    assert torch.equal(logits(loaded), logits(model))
+    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float16).model.layers[0].mlp.up_proj
+    assert (half.down.dtype, half.order.dtype) == (torch.float16, torch.int32)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.order"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(lro.CheckpointError, match=r"the checkpoint lacks model\.layers\.0\.mlp\.up_proj\.order"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
 def test_one_description_of_the_layers(model: LlamaForCausalLM, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "transformers")
     lro.save_pretrained(model, tmp_path / "own")
