@@ -41,7 +41,8 @@ demo-llm: $(VENV)/ready-llm
 
 compatibility: $(VENV)/ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.compatibility.table
-	$(PIP) $(PIP_TORCH) timm torchvision torchao
+	$(PIP) $(PIP_TORCH) torchvision  # the release for the torch that is there
+	$(PIP) timm torchao
 	OMP_NUM_THREADS=1 $(PYTEST) tests/compatibility/test_vision.py tests/layers/test_export.py tests/compatibility/aotinductor.py
 
 test: lint test-unit test-interpreter test-compile coverage test-native

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 EMPTY = "batches was empty; pass at least one batch, and not a generator that is used up."
 _MODES = ("train", "eval")
