@@ -30,6 +30,10 @@ def dispatched(model: nn.Module, kind: str, folder: Path) -> nn.Module:
     return accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=folder, force_hooks=True)
 
 
+def with_gradients(model: nn.Module) -> lro.Covariances:
+    return lro.calibrate(model, X[:1], sensitivity="fisher")
+
+
 @pytest.mark.parametrize("side", ["input", "output"])
 @pytest.mark.parametrize("sensitivity", [None, "fisher"])
 @pytest.mark.parametrize("kind", ["one device", "offloaded", "disk"])
