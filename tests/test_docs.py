@@ -92,7 +92,6 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert link["heading"] in headings(target), link[0]
 
 
-
 class Parsed(Exception):
     """The arguments of a command were accepted."""
 
