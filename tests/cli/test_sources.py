@@ -142,6 +142,7 @@ class TestRefused:
             ((*TEXT, "--batch-size", "0"), "must be a whole number from 1; got '0'"),
             (("--model", "hf:t5", *TEXT[2:]), "the model is an encoder with a decoder; pass module:function"),
             (("--model", "hf:odd", *TEXT[2:]), "config.json names no transformers class (architectures: ['Odd'])"),
+            (("--model", "hf:words", *TEXT[2:]), "names no transformers class (architectures: ['AutoTokenizer'])"),
         ],
     )  # fmt: skip
     def test_bad_names(self, saved: Path, capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], part: str) -> None:
@@ -152,6 +153,7 @@ class TestRefused:
         if not Path("t5").exists():
             transformers.T5Model(config).save_pretrained("t5")
             transformers.BertConfig(architectures=["Odd"]).save_pretrained("odd")
+            transformers.BertConfig(architectures=["AutoTokenizer"]).save_pretrained("words")
         assert part in run(capsys, "analyze", *argv, code=2)
 
     def test_names_of_the_hub_are_looked_up(
