@@ -28,8 +28,9 @@ class PivotedLinear(LowRankLinear):
     A drop-in for ``torch.nn.Linear`` (pivoting factorization, Zhao et al. 2025, arXiv 2501.19090). The parameters are
     ``down`` (rank, in_features), the pivot rows, ``up`` (out_features - rank, rank), the coefficients of the other
     rows, and ``bias`` (out_features,) or None. The buffer ``order`` (out_features,), int32, has the index of each
-    output in the concatenation of pivots and other rows. Nothing is padded, and training keeps the rank. On every
-    device it runs as two torch matrix products.
+    output in the concatenation of pivots and other rows; a moving average of models must copy it, as
+    ``AveragedModel(use_buffers=False)`` does, because averages of integers are rounded. Nothing is padded, and training
+    keeps the rank. On every device it runs as two torch matrix products.
 
     Args:
         in_features: size of the input's last dimension.
@@ -73,7 +74,7 @@ class PivotedLinear(LowRankLinear):
         self.up.uniform_(-1, 1).mul_((3 / max(self.rank, 1)) ** 0.5)
         if self.bias is not None:
             self.bias.uniform_(-bound, bound)
-        self.order.copy_(torch.arange(self.out_features))
+        self.order.copy_(torch.arange(self.out_features, device=self.order.device))
 
     @torch.no_grad()
     def filled_with(self, factors: Factors) -> PivotedLinear:
