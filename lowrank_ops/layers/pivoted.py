@@ -148,6 +148,11 @@ class PivotedLinear(LowRankLinear):
         return self.out_features, self.in_features
 
 
+def is_order(values: Tensor) -> bool:
+    """Whether ``values`` can be the ``order`` of a layer: each index once."""
+    return torch.equal(values.cpu().long().sort().values, torch.arange(len(values), device="cpu"))
+
+
 def pivoted_rows(up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Pivot rows of a matrix, the other rows, and the coefficients that express the others in the pivots.
 

@@ -175,6 +175,16 @@ def test_checkpoints_name_pivoted_layers(calibrated, tmp_path):
     assert json.loads((tmp_path / "lowrank_config.json").read_text())["version"] == 3
 
 
+@pytest.mark.parametrize("index", [64, -1, 3])
+def test_an_order_that_misses_an_output_is_refused(calibrated, tmp_path, index):
+    model, report = compressed(calibrated, lro.ParameterBudget(0.7))
+    model.head.order[model.head.order == 4] = index  # as a moving average of integers may
+    lro.save_pretrained(model, tmp_path, report)
+    with pytest.raises(lro.CheckpointError, match=r"layer 'head' has in 'head\.order' not each output once"):
+        lro.load_pretrained(Net(), tmp_path)
+    assert isinstance(lro.load_pretrained(Net(), tmp_path, verify=False).head, PivotedLinear)
+
+
 def test_a_latency_budget_is_refused():
     latencies = lro.measure_latency(nn.Sequential(nn.Linear(16, 16)), torch.randn(2, 16), points=2, rounds=1)
     with pytest.raises(ValueError, match="does not go with a LatencyBudget"):
