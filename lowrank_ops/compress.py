@@ -64,10 +64,10 @@ def compress_(
         subspaces: from :func:`lowrank_ops.subspaces.layer_subspaces`, to try several configurations on copies of a
             model without decomposing again; they keep up to 2 GiB of decompositions. By default computed here, and for
             layers that are not among them.
-        reconstruction: refit the factors to data, layer by layer or block by block.
-        device: where factors are computed, such as ``"cuda"`` for a model in the CPU's memory: one layer after another
-            is sent there, and its factors come back. By default each layer's own device; the CPU instead of a device
-            without float64. A reconstruction runs where the model is.
+        reconstruction: fit the factors to the dense model's outputs on data, layer by layer or block by block.
+        device: where factors are computed, such as ``"cuda"`` for a model in the CPU's memory: the layers are moved
+            there one after another, and their factors back. By default each layer's own device; the CPU instead of a
+            device without float64. A reconstruction runs where the model is.
         progress: show progress bars with the time left.
 
     Returns:
@@ -188,6 +188,11 @@ def considered_layers(
             skipped[fqn] = "it is low-rank already"
     given = _checked_subspaces(subspaces, layers, covariances)
     if any(space.centered != centered or device not in (None, space.device) for space in given.values()):
+        if any(space.loss is not None and space.loss.corrected is not None for space in given.values()):
+            raise ValueError(
+                f"these subspaces hold corrected predictions for other settings than centered={centered}, "
+                f"device={device}; pass centered={centered} to correct_predictions, and no device to compress_."
+            )
         given = {}
     others = {fqn: layer for fqn, layer in layers.items() if fqn not in given}
     new = layer_subspaces(others, covariances, centered=centered, device=device, load=load)

@@ -61,14 +61,14 @@ def compress_folder(
     ranks depend on spectra; decompositions are then computed twice, because none is kept.
 
     Args:
-        source: of transformers (config.json beside safetensors files, one or several with an index), or any folder of
-            safetensors files with one state dict. Matrices of the latter that ``covariances`` name are those of
-            ``nn.Linear``; other layers, such as convolutions, stay dense there, because a state dict does not describe
-            them.
-        target: a folder, created if it is missing. A model of transformers has the same files as in ``source``, for
-            ``from_pretrained``; another one has those of :func:`lowrank_ops.save_pretrained`, for
+        source: a transformers checkpoint (config.json, and one safetensors file or several with an index), or any
+            folder of safetensors files with one state dict. In the latter, matrices that ``covariances`` name are
+            taken as weights of ``nn.Linear``; other layers, such as convolutions, stay dense, because a state dict
+            does not describe them.
+        target: a folder, created if it is missing. A transformers model gets the same files as in ``source``, for
+            ``from_pretrained``; another one gets those of :func:`lowrank_ops.save_pretrained`, for
             :func:`lowrank_ops.load_pretrained`. All files are written, or none.
-        covariances: of the model; ``Covariances.load(path, packed=True)`` leaves theirs in the file as well.
+        covariances: of the model; ``Covariances.load(path, packed=True)`` leaves their sums in the file.
         config: as for :func:`lowrank_ops.compress_`. Policies that run the model take stored figures, such as
             ``LatencyBudget(0.5, LayerLatencies.load(path))``; a reconstruction needs the model in memory.
         device: where factors are computed; the CPU by default.
@@ -77,9 +77,8 @@ def compress_folder(
     Raises:
         FileNotFoundError: ``source`` has no safetensors files.
         TypeError: an argument of another type.
-        ValueError: ``source`` is damaged, compressed already or of a class that transformers does not have; covariances
-            of another model; a budget that cannot be met; a ``device`` that is not there; ``target`` holds other
-            weights.
+        ValueError: ``source`` is damaged, already compressed or of a class that transformers does not have; covariances
+            of another model; a budget that cannot be met; an unavailable ``device``; ``target`` holds other weights.
 
     Example:
         >>> import tempfile, torch, lowrank_ops as lro
@@ -210,7 +209,7 @@ class _Weights:
         except ValueError as error:
             raise ValueError(f"source: {str(path)!r} is damaged: {error}. Copy it again.") from None
         if header.get("layers"):
-            raise ValueError(f"source {str(self.folder)!r} is compressed already; pass the folder of the dense model.")
+            raise ValueError(f"source {str(self.folder)!r} is already compressed; pass the folder of the dense model.")
         if twice := sorted(forms.keys() & self.forms.keys()):
             raise ValueError(
                 f"source {str(self.folder)!r} holds {twice[0]!r} in two files; leave one state dict there."
@@ -240,7 +239,7 @@ class _Weights:
 
 
 def _model_of_state_dict(weights: _Weights, covariances: Covariances) -> tuple[nn.Module, dict[str, str]]:
-    """Modules with the names of a state dict, and why layers that ``covariances`` name are none of them."""
+    """Modules with the names of a state dict, and the reason for each layer of ``covariances`` that has none."""
     model, undescribed = nn.Module(), {}
     places = {"": model}
 

@@ -204,7 +204,7 @@ def test_what_cannot_be_done_is_refused(tmp_path: Path) -> None:
         compress_folder(dense, tmp_path / "out", covariances, 4)
     (dense / "b.safetensors").unlink()
     compress_folder(dense, tmp_path / "smaller", covariances, 4)
-    with pytest.raises(ValueError, match="compressed already"):
+    with pytest.raises(ValueError, match="already compressed"):
         compress_folder(tmp_path / "smaller", tmp_path / "again", covariances)
 
 

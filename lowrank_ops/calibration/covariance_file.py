@@ -49,7 +49,7 @@ def read_covariances(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, is of another kind, or holds sums that no rows have.
+        ValueError: the file is damaged, is of another kind, or holds values that cannot be sums of rows.
     """
     try:
         with open_tensors(path) as file:

@@ -84,7 +84,8 @@ def add(commands: Any) -> None:
 
 
 def _add_compression(parser: argparse.ArgumentParser) -> None:
-    policy = parser.add_mutually_exclusive_group()
+    ranks = parser.add_argument_group("ranks")
+    policy = ranks.add_mutually_exclusive_group()
     policy.add_argument(
         "--explained-variance", type=share, default=None, metavar="SHARE",
         help="each layer keeps the directions that hold this share of its variance, such as 0.99",
@@ -101,36 +102,38 @@ def _add_compression(parser: argparse.ArgumentParser) -> None:
         help="all layers keep at most this share of their time, given by --latencies or measured with the first batch",
     )  # fmt: skip
     policy.add_argument("--ranks", type=Path, metavar="FILE", help='JSON file: {"layer name or re:pattern": rank, ...}')
-    parser.add_argument(
+    ranks.add_argument(
         "--allocation", choices=ALLOCATIONS,
         help="how a budget is shared: equally, by the output variance that it preserves, or by the predicted loss "
         "(default: loss if the covariances hold output gradients, else uniform)",
     )  # fmt: skip
-    times = parser.add_mutually_exclusive_group()
+    times = ranks.add_mutually_exclusive_group()
     times.add_argument("--latencies", type=Path, metavar="FILE", help="file from --save-latencies, for --latency")
     times.add_argument("--save-latencies", type=Path, metavar="FILE", help="store the measured times for later runs")
-    parser.add_argument(
+    ranks.add_argument(
+        "--keep-dense", action="append", default=[], metavar="LAYER",
+        help="layer name or re:pattern to leave dense; can be repeated",
+    )  # fmt: skip
+    factors = parser.add_argument_group("factors")
+    factors.add_argument(
         "--projection", choices=PROJECTIONS,
         help="how factors are computed: from output principal components, loss-aware, from the utilized input and "
         "output subspaces, from input principal components, or by SVD of the weight alone "
         "(default: loss if the covariances hold output gradients, else output)",
     )  # fmt: skip
-    parser.add_argument(
+    factors.add_argument(
         "--pivoted", action="store_true",
-        help="store rows of each linear layer's weight and the coefficients of its other rows: larger ranks at a size",
+        help="store each linear layer as pivot rows of its weight and coefficients of the other rows, which "
+        "saves rank^2 parameters",
     )  # fmt: skip
-    parser.add_argument(
+    factors.add_argument(
         "--reconstruct", choices=list(RECONSTRUCTIONS),
         help="then fit the factors to the dense model's outputs at the compressed model's inputs: layer by layer by "
         "regression (sequential), or one block at a time by training (blocks)",
     )  # fmt: skip
-    parser.add_argument(
+    factors.add_argument(
         "--recalibrate", action="store_true",
         help="run --calibration again at the midpoint of the dense and the compressed model, and use both gradients",
-    )  # fmt: skip
-    parser.add_argument(
-        "--keep-dense", action="append", default=[], metavar="LAYER",
-        help="layer name or re:pattern to leave dense; can be repeated",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where to write the compressed model")
 
@@ -253,7 +256,7 @@ def _save(model: nn.Module, options: argparse.Namespace, report: CompressionRepo
 
 
 def _policy(options: argparse.Namespace) -> RankPolicy | None:
-    """The policy asked for; None if it needs times that are not measured yet."""
+    """The requested policy; None if it needs times that are not measured yet."""
     allocation = options.allocation
     if options.allocation is not None and not (options.budget or options.flops or options.latency):
         raise Failure(2, "--allocation needs a budget: --budget, --flops or --latency")

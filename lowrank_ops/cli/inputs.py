@@ -23,21 +23,23 @@ from .command import Failure, check_folder, failing_as, one_line, share, whole
 
 
 def add_calibration(parser: argparse.ArgumentParser) -> None:
+    data = parser.add_argument_group("model and data")
     parser.add_argument("positional_model", nargs="?", metavar="MODEL", help="the same as --model")
-    parser.add_argument(
+    data.add_argument(
         "--model", metavar="MODEL",
-        help="hf:DIR, a folder written by save_pretrained of transformers; timm:NAME, a timm model with its pretrained "
-        "weights or those of --checkpoint; or module:function, called without arguments, which returns the model",
+        help="hf:DIR, a folder written by save_pretrained of transformers, or hf:OWNER/NAME on the Hugging Face Hub; "
+        "timm:NAME, a timm model with its pretrained weights or those of --checkpoint; or module:function, called "
+        "without arguments, which returns the model",
     )  # fmt: skip
-    parser.add_argument(
+    data.add_argument(
         "--checkpoint", type=Path, metavar="FILE", help="safetensors file with weights to load into the model"
     )
-    parser.add_argument(
+    data.add_argument(
         "--device",
         metavar="DEVICE",
         help="cpu, cuda, cuda:1, ... (default: the device that MODEL returns the model on)",
     )
-    source = parser.add_mutually_exclusive_group(required=True)
+    source = data.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--calibration", "--batches", dest="batches", metavar="DATA",
         help="text:FILE, texts separated by empty lines, for hf: models; images:DIR, for hf: and timm: models; or "
@@ -51,34 +53,36 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
         ("--samples", sources.SAMPLES, "use the first N texts or images"),
         ("--max-length", sources.MAX_LENGTH, "cut texts to N tokens"),
     ):
-        parser.add_argument(flag, type=whole, metavar="N", help=f"{what} (default: {default})")
-    parser.add_argument("--save-covariances", type=Path, metavar="FILE", help="store the covariances for later runs")
-    parser.add_argument(
+        data.add_argument(flag, type=whole, metavar="N", help=f"{what} (default: {default})")
+    calibration = parser.add_argument_group("calibration")
+    calibration.add_argument(
+        "--save-covariances", type=Path, metavar="FILE", help="store the covariances for later runs"
+    )
+    calibration.add_argument(
         "--mask",
         metavar="NAME",
         help="argument of the model that is nonzero at real tokens (for text:FILE: attention_mask)",
     )
-    parser.add_argument(
+    calibration.add_argument(
         "--side", choices=["auto", "input", "output", "smaller"], default="auto",
         help="what to record: input, output, the smaller of the two (enough for --projection output or loss), or auto: "
         "the input, except of very wide layers (default: auto)",
     )  # fmt: skip
-    parser.add_argument(
+    calibration.add_argument(
         "--sensitivity", choices=["fisher", "output", "pooled"],
         help="also record output gradients, which make loss-aware compression the default: fisher, with labels drawn "
         "from the logits; output, for models without logits; pooled, for outputs that are averaged over the positions",
     )  # fmt: skip
-    parser.add_argument(
+    calibration.add_argument(
         "--max-memory", metavar="BYTES",
         help="bound on the sums on each device, such as 8GB; if they need more, the batches run several times "
         "(default: half of the free memory)",
     )  # fmt: skip
-    parser.add_argument(
+    calibration.add_argument(
         "--tokens", type=share, metavar="SHARE",
-        help="of the rows (tokens, positions) of each call of a layer that the statistics take, drawn at random "
-        "(default: 1)",
+        help="share of the rows (tokens, positions) of each call of a layer that is used, drawn at random (default: 1)",
     )  # fmt: skip
-    parser.add_argument(
+    calibration.add_argument(
         "--offload", choices=["cpu", "disk"], help="where finished sums are stored (default: where they fit)"
     )
 

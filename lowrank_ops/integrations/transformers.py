@@ -26,9 +26,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint import CheckpointError, check_format, describe_layers, empty_layers
 from ..layers._base import LowRankLayer
+from ..layers.plain import CONVERTED
 from ..layers.replace import swap_
 from ..layers.weight import ProductWeight
 from ..models.experts import experts_listed
+from ..models.running import shortened
 from ..version import __version__
 
 METHOD = "lowrank"
@@ -187,7 +189,7 @@ def empty_model(folder: str | Path, forms: Mapping[str, Tensor]) -> PreTrainedMo
 
 
 def description(model: nn.Module) -> dict[str, Any]:
-    """What config.json says of a model of transformers with low-rank layers.
+    """The config.json of a transformers model with low-rank layers.
 
     Raises:
         ValueError: transformers would tie the weight of a low-rank layer.
@@ -195,6 +197,21 @@ def description(model: nn.Module) -> dict[str, Any]:
     assert isinstance(model, PreTrainedModel)
     _describe(model)
     return dict(json.loads(model.config.to_json_string()))
+
+
+def _check_copy(model: PreTrainedModel) -> None:
+    """Refuse a copy without low-rank layers whose tensors ``from_pretrained`` would drop or draw at random."""
+    if not any(CONVERTED in vars(module) for module in model.modules()):
+        return
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in type(model)(model.config).state_dict().items()}
+    unknown = [name for name, tensor in model.state_dict().items() if shapes.get(name) != tensor.shape]
+    if unknown:
+        raise ValueError(
+            f"{type(model).__name__}.from_pretrained would not load {shortened(unknown)}, which to_dense_layers or "
+            "to_plain_layers has made. Save the compressed model itself; or, for a dense copy without new biases, "
+            "compress with CompressionConfig(..., centered=False) and call to_dense_layers."
+        )
 
 
 def _register() -> None:
@@ -212,6 +229,7 @@ def _register() -> None:
 
     @functools.wraps(save_pretrained)
     def save(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        _check_copy(self)
         _describe(self)
         return save_pretrained(self, *args, **kwargs)
 

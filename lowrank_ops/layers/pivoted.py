@@ -99,6 +99,8 @@ class PivotedLinear(LowRankLinear):
             >>> pivoted, x = lro.layers.PivotedLinear.from_lowrank(layer), torch.randn(5, 64)
             >>> torch.testing.assert_close(pivoted(x), layer(x), atol=1e-5, rtol=1e-4)
         """
+        if isinstance(layer, PivotedLinear):
+            layer = layer.to_lowrank()
         down, up = layer.down.detach()[: layer.rank], layer.up.detach()[:, : layer.rank]
         bias = None if layer.bias is None else layer.bias.detach()
         return cls.from_factors(layer.to_dense(), Factors(down, up, bias, layer.rank, "", None, 0.0))

@@ -79,7 +79,7 @@ class LossSpace:
 
     The damping keeps M regular where few gradients were seen; without any gradient M is a multiple of the identity and
     the spectrum is zero. The directions p_i of the outputs satisfy p_i^T M p_j = 0 for i != j, and W' = P P^T M W with
-    the first r of them, scaled to p_i^T M p_i = 1, is the least error in that metric at rank r.
+    the first r of them, scaled to p_i^T M p_i = 1, has the minimum error in that metric at rank r.
 
     Args:
         spaces: of the layer.
@@ -88,6 +88,7 @@ class LossSpace:
     Attributes:
         subspace: its spectrum is in units of the loss: half of it beyond a rank is the increase of the loss of one
             sample, to second order and including the damping, if those directions are dropped.
+        corrected: the same as :func:`lowrank_ops.correct_predictions` measured it, without damping, or None.
     """
 
     def __init__(self, spaces: LayerSubspaces, gradients: Moments) -> None:
@@ -95,6 +96,7 @@ class LossSpace:
         self._held: tuple[Tensor, Tensor] | None = None  # of a tall layer, W^T M W and its directions
         self._variances: Tensor | None = None
         self._values: Tensor | None = None
+        self.corrected: Tensor | None = None
         self.subspace = Subspace(self._decompose_tall if spaces.is_tall else self._decompose)
 
     @property
@@ -168,8 +170,15 @@ class LossSpace:
         assert self._values is not None
         return self._values
 
+    @property
+    def spectrum(self) -> Tensor:
+        """The corrected spectrum if there is one."""
+        return self.subspace.spectrum if self.corrected is None else self.corrected
+
     def loss_increase(self, rank: int) -> float:
         """Half of the spectrum beyond a rank, without the damping: the predicted increase of the loss of one sample."""
+        if self.corrected is not None:
+            return 0.5 * float(self.corrected[..., rank:].sum())
         damping = DAMPING * self.scale.unsqueeze(-1) * self.variances
         return max(0.0, 0.5 * float((self.subspace.spectrum - damping)[..., rank:].sum()))
 

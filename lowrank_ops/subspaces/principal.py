@@ -17,7 +17,7 @@ class Subspace:
     Args:
         decompose: returns ``basis`` and ``spectrum``; called again if the basis is needed after :meth:`release`. With a
             third tensor, a matrix (..., features, n), the basis is that of the columns of the matrix times the first
-            one, made orthonormal when asked for.
+            one, made orthonormal when it is read.
 
     Attributes:
         basis: (..., features, directions), float64, orthonormal columns.
@@ -249,8 +249,8 @@ def denoised(values: Tensor, limit: Tensor | None, along: Callable[[int], Tensor
     Args:
         values: (..., n).
         limit: (...,), no direction has more noise of the sums; None if there is no such noise.
-        along: ``along(start)`` returns the noise along the directions from ``start`` on, (..., n - start); asked for
-            those whose values are not above the limit.
+        along: ``along(start)`` returns the noise along the directions from ``start`` on, (..., n - start); called for
+            directions whose values are not above the limit.
     """
     bound = values.shape[-1] * torch.finfo(values.dtype).eps * values[..., :1].expand_as(values)  # eigh's own error
     if limit is not None:

@@ -350,3 +350,7 @@ def test_knapsack_is_exact_for_small_costs(problem) -> None:
         if sum(options[index] for options, index in zip(costs, combination, strict=True)) <= budget
     )
     assert found == pytest.approx(best)
+
+
+def test_knapsack_takes_the_cheapest_of_equal_worth() -> None:
+    assert knapsack([[1, 5, 10], [2, 3, 4]], [[1.0, 1.0, 1.0], [0.0, 2.0, 2.0]], 100) == [0, 1]
