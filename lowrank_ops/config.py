@@ -258,7 +258,7 @@ class CompressionConfig:
         centered: use the covariance about the mean and fold the mean into the bias, which for ``"output"`` never
             increases the output error; False uses the second moment and leaves the bias unchanged.
         overrides: ``{fqn or "re:pattern": rank}``, which takes precedence over the policy; None keeps a layer dense.
-        reconstruction: ``"sequential"`` refits the factors, layer by layer, to the dense model's outputs from the
+        reconstruction: ``"sequential"`` fits the factors, layer by layer, to the dense model's outputs, given the
             compressed model's inputs; needs ``compress_(..., reconstruction=SequentialReconstruction(batches))``,
             which also sets it. ``"blocks"`` trains the factors of one block at a time, by
             ``BlockReconstruction(batches)``.

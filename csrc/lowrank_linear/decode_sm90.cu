@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_sm90(const __grid_constant
   compute_up<Element, kTokenGroups>(slab, args, shared, at);
 }
 
-// Co-resident clusters of a kernel, cached: it does not change. The runtime wants a cluster size even where it is 1.
+// The number of co-resident clusters of a kernel, cached. The runtime requires a cluster size even if it is 1.
 int max_active_clusters(const void* kernel, const LaunchShape& shape, const Launch& launch) {
   static std::mutex mutex;
   static std::map<std::tuple<int, const void*, int, int64_t>, int> cache;

@@ -102,7 +102,7 @@ def calibrate(
             text: ``"count"`` counts all of them and warns with the names of the layers; ``"error"`` raises.
         side: ``"input"`` streams layer inputs, which every projection and report can use; ``"output"`` streams
             outputs, which is enough for ``projection="output"`` and ``"loss"``. ``"smaller"`` streams the narrower one
-            of each layer, for compression by these two in the least memory. ``"auto"`` streams the input unless
+            of each layer, for compression by these two with minimum memory. ``"auto"`` streams the input unless
             the output is narrower and the input's moment is too large: over ``max_state_bytes``, or over 64 MiB if
             the input is more than 16 times as wide as the output.
         dtype: of the sums, torch.float64 or torch.float32.
@@ -377,7 +377,7 @@ class Calibrator:
         check_no_adapters(model)
         self._listed = list_experts(model)
         with experts_listed(model, listed=self._listed):
-            layers, self.skipped = find_layers(model, filter_fn)
+            layers, self.skipped = find_layers(model, filter_fn, dispatched=True)
             self._pools, twins = pools_of(model, layers)
         if self._needs_values:
             layers, without = with_values(layers)
@@ -442,6 +442,11 @@ class Calibrator:
             self._tokens,
         ]
         tensors = {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
+        if offloaded := [name for name, tensor in tensors.items() if tensor.is_meta]:
+            raise ValueError(
+                f"checkpoint cannot tell whether weights that accelerate has offloaded are the same ({offloaded[0]!r} "
+                "first); leave checkpoint out, or load the model without offloading."
+            )
         return {"arguments": digest([str(one) for one in arguments]), "weights": digest(tensors)}
 
     def _over(self, layers: Sequence[str]) -> Calibrator:

@@ -43,13 +43,13 @@ def write_covariances(
 
 
 def read_covariances(
-    path: str | Path, verify: bool
+    path: str | Path, verify: bool, packed: bool = False
 ) -> tuple[dict[str, LayerStatistics], tuple[str, ...], dict[str, str]]:
     """The layers, the unreached and the skipped ones.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, is of another kind, or holds sums that no rows have.
+        ValueError: the file is damaged, is of another kind, or holds values that cannot be sums of rows.
     """
     try:
         with open_tensors(path) as file:
@@ -68,7 +68,7 @@ def read_covariances(
                 names = ["second_moment", "total"]
                 names += ["shift"] if f"{i}.shift" in header.get("checksums", {}) else []
                 read = {name: read_tensor(file, f"{i}.{name}", checksums) for name in names}
-                if version == _FORMAT:
+                if version == _FORMAT and not packed:
                     read["second_moment"] = from_lower_triangle(read["second_moment"], read["total"].shape[-1])
                 moments.append(Moments(**read, count=count))
         layers = {

@@ -73,7 +73,7 @@ class Covariances(Mapping[str, LayerStatistics]):
         return sum(tensor.nbytes for moments in self._distinct() for tensor in moments.tensors().values())
 
     def share_equal_(self, earlier: Iterable[Covariances]) -> None:
-        """Let inputs that earlier statistics hold as well share their moments with these."""
+        """Input moments that equal those of earlier statistics become the same objects, so that they are held once."""
         known = [layer.activations for part in earlier for layer in part.values() if layer.side == "input"]
         for fqn, layer in self.items():
             if layer.side == "input":
@@ -87,7 +87,7 @@ class Covariances(Mapping[str, LayerStatistics]):
 
     @checked()
     def merge(self, other: Covariances) -> Covariances:
-        """The statistics of both, as if one run had seen all rows; a layer that one never reached has no rows there.
+        """The statistics of both together, as from one run over all rows; a layer may be unreached in one of them.
 
         Raises:
             ValueError: the two are of other layers, sides or shapes, or only one has output gradients.
@@ -108,10 +108,10 @@ class Covariances(Mapping[str, LayerStatistics]):
         return Covariances(union.layers(merged), union.unreached, self.skipped)
 
     def all_reduce_(self, group: torch.distributed.ProcessGroup | None = None) -> Covariances:
-        """Sum over the processes of ``torch.distributed``, in place; every process ends with the whole.
+        """Sum over the processes of ``torch.distributed``, in place; afterwards every process holds the sum of all.
 
-        The processes may have different numbers of batches, and a layer that one of them never reached has no rows
-        there. A process in which :func:`lowrank_ops.calibrate` or a ``Calibrator`` fails ends the wait of the others.
+        The processes may have different numbers of batches, and a layer may be unreached in some of them. If
+        :func:`lowrank_ops.calibrate` or a ``Calibrator`` fails in one process, the others raise instead of waiting.
 
         Raises:
             RuntimeError: calibration failed in another process, which is named; raised in every process.
@@ -155,7 +155,7 @@ class Covariances(Mapping[str, LayerStatistics]):
 
     @checked()
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file: the whole file, or on an exception nothing.
+        """Write one safetensors file; on an exception, none is written and an old one stays.
 
         Raises:
             OSError: the file cannot be written.
@@ -164,18 +164,20 @@ class Covariances(Mapping[str, LayerStatistics]):
 
     @classmethod
     @checked()
-    def load(cls, path: str | Path, *, verify: bool = True) -> Covariances:
+    def load(cls, path: str | Path, *, verify: bool = True, packed: bool = False) -> Covariances:
         """Read a file that :meth:`save` of this version or an earlier one wrote.
 
         Args:
             path: of the file.
             verify: compare the tensors with their checksums, which reads every byte; version 1 has none.
+            packed: leave the second moments in the file, as lower triangles that are read when they are needed, for
+                files that are larger than the memory. Files of versions 1 and 2 hold none and are read as a whole.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is damaged, was not written by :meth:`save`, or holds sums that no rows have.
+            ValueError: the file is damaged or of another kind, or holds values that cannot be sums of rows.
         """
-        return cls(*read_covariances(path, verify))
+        return cls(*read_covariances(path, verify, packed))
 
     def _distinct(self) -> list[Moments]:
         """All moments, each once, in an order that equal layouts share."""

@@ -1,4 +1,4 @@
-"""Failures are posted to the other processes of ``torch.distributed``, so that these do not wait in vain."""
+"""Posts failures to the other processes of ``torch.distributed``, which would otherwise wait until a timeout."""
 
 from __future__ import annotations
 

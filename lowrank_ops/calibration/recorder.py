@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..models.layers import bias_vector, input_of, is_conv, output_rows
 from ..models.masks import Masks, real_rows
-from ..models.running import has_float64, in_layer, remove
+from ..models.running import in_layer, remove
 from ..ops import covariance_finalize_
 from .covariances import Covariances
 from .distributed import rank_and_world
@@ -100,9 +100,9 @@ class Recorder:
         self._gradient_dtype = dtype
         self._attach_outputs(save_activations=token_weights)
 
-    def attach_gradient_reader(self) -> None:
-        """Hook the outputs of all layers for :meth:`gradients_of`; no sums are kept."""
-        self._attach_outputs(save_activations=False)
+    def attach_gradient_reader(self, save_inputs: bool = False) -> None:
+        """Hook the outputs of all layers for :meth:`gradients_of`, with their inputs if wanted; no sums are kept."""
+        self._attach_outputs(save_activations=save_inputs)
 
     def _attach_outputs(self, save_activations: bool) -> None:
         def watch(fqn: str, x: Tensor, y: Tensor) -> Tensor | None:
@@ -110,7 +110,7 @@ class Recorder:
                 return None
             save: Callable[[], SavedActivation] | None = None
             if save_activations and not self._in_backward:
-                save = lambda: SavedActivation(x, y, self._sides[fqn])  # noqa: E731
+                save = lambda: SavedActivation(x, y, self._sides.get(fqn, "input"))  # noqa: E731
             return self._gradients.watch(fqn, y, None if self._in_backward else self._mask_of(fqn, x), save)
 
         for fqn, layer in self._layers.items():
@@ -122,11 +122,10 @@ class Recorder:
                 )
             )
 
-    def gradients_of(self, sensitivity: Sensitivity, output: Any, batch: Any) -> list[OutputGradient]:
-        """The gradients of the last forward's objective at the layers' outputs, call by call."""
-        return self._differentiate(
-            objective(sensitivity, output, batch, self._masks.of_output()).loss, retain_graph=False
-        )
+    def gradients_of(self, sensitivity: Sensitivity, output: Any, batch: Any) -> tuple[list[OutputGradient], int]:
+        """The gradients of the last forward's objective at the layers' outputs, call by call, and its samples."""
+        loss, samples = objective(sensitivity, output, batch, self._masks.of_output())
+        return self._differentiate(loss, retain_graph=False), samples
 
     def add_loss(self, sensitivity: Sensitivity, output: Any, batch: Any, retain_graph: bool) -> None:
         """Add the output gradients of a batch's objective."""
@@ -251,8 +250,7 @@ class Recorder:
                 )
             sums.moments.count = self._samples
         for _, sums in self._all_sums():
-            if not has_float64(sums.moments.total.device):
-                sums.moments.to_cpu_()
+            sums.moments.to_float64_device_()
 
         def moments(of: Mapping[str, Sums], fqn: str) -> Moments | None:
             return of[fqn].moments if fqn in of else None

@@ -9,6 +9,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from ..models.layers import all_finite
+from ..models.running import float64_device, has_float64
 from .packing import from_lower_triangle, in_file, lower_triangle
 
 SIDES = ("input", "output")
@@ -21,8 +23,8 @@ class NonFiniteActivationError(ValueError):
 class Moments:
     """First and second moments of rows, as sums about a shift.
 
-    Rows whose mean is large beside their spread would lose the spread in sums about zero. :attr:`mean` and
-    :meth:`moment` do not depend on the shift.
+    If the mean of a feature is large relative to its standard deviation, sums about zero would lose the deviation to
+    rounding. :attr:`mean` and :meth:`moment` do not depend on the shift.
 
     Attributes:
         second_moment: sum of (x - shift) (x - shift)^T, (features, features), or (groups, features, features) for
@@ -71,9 +73,9 @@ class Moments:
         return found if self.shift is None else found | {"shift": self.shift}
 
     def pack_(self, place: str | None) -> None:
-        """Store the lower triangle only: where it is (None), in the CPU's memory (``"cpu"``), or on the ``"disk"``.
+        """Store only the lower triangle: on its device (None), in the CPU's memory (``"cpu"``), or on the ``"disk"``.
 
-        The file there is in the folder of temporary files (TMPDIR), and vanishes with these moments.
+        On the disk it is in a temporary file (in TMPDIR), which is deleted with these moments.
 
         Raises:
             OSError: the disk is full.
@@ -87,6 +89,17 @@ class Moments:
         """Move the sums to the CPU."""
         self._stored, self.total = self._stored.cpu(), self.total.cpu()
         self.shift = None if self.shift is None else self.shift.cpu()
+
+    def to_float64_device_(self) -> None:
+        """Move the sums to the CPU if their device has no float64."""
+        if not has_float64(self.total.device):
+            self.to_cpu_()
+
+    def to_float64(self) -> Moments:
+        """The same sums in float64: on the CPU if their device has none."""
+        device = float64_device(self.total.device)
+        shift = None if self.shift is None else self.shift.to(device).double()
+        return Moments(self.second_moment.to(device).double(), self.total.to(device).double(), self.count, shift)
 
     def equals(self, other: Moments) -> bool:
         """Whether both hold the same sums, in the same form."""
@@ -163,7 +176,7 @@ class Moments:
         return Moments(second_moment.to(self.total.dtype), total.to(self.total.dtype), self.count, shift)
 
     def check(self) -> None:
-        """Raise ValueError for what no rows have as their sums; the message has no subject."""
+        """Raise ValueError for values that cannot be sums of rows; the message lacks the subject."""
         stored, total, count = self._stored, self.total, self.count
         if isinstance(count, bool) or not isinstance(count, int) or count < 0:
             raise ValueError(f"has count {count!r}, which is not a number of rows")
@@ -184,7 +197,7 @@ class Moments:
                     f"has a shift of shape {tuple(sums.shape)} and {sums.dtype}; it must be a float tensor of shape "
                     f"{tuple(total.shape)}"
                 )
-            if not bool(sums.isfinite().all()):
+            if not all_finite(sums):
                 raise ValueError(f"has NaN or inf in its {name}")
         if bool((self._squares < 0).any()):
             raise ValueError("has a negative sum of squares in its second_moment")
@@ -252,7 +265,7 @@ class LayerStatistics:
         return {name: moments.total.dtype for name, moments in self.moments().items()}
 
     def check(self) -> None:
-        """Raise ValueError for sums that no rows have; the message begins with the field."""
+        """Raise ValueError for values that cannot be sums of rows; the message begins with the field."""
         if self.side not in SIDES:
             raise ValueError(f"side is {self.side!r}, not one of {', '.join(map(repr, SIDES))}")
         for name, moments in self.moments().items():

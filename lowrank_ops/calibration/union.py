@@ -46,7 +46,7 @@ class Union:
     that is not reached has the gradient 0.
 
     Raises:
-        ValueError: the parts do not fit together; the message has no subject.
+        ValueError: the parts do not fit together; the message lacks the subject.
     """
 
     def __init__(self, parts: Sequence[Contents], same_dtype: bool = False) -> None:

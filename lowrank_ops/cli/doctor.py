@@ -63,6 +63,7 @@ def run(options: argparse.Namespace) -> Result:
         "torch": torch.__version__,
         "cuda": torch.version.cuda or "not built into this torch",
         "triton": _version_of("triton"),
+        "nvcc": _native.toolkit(),
         "safetensors": safetensors.__version__,
         "matplotlib": _version_of("matplotlib"),
     }

@@ -19,25 +19,27 @@ from torch import Tensor, nn
 from ..calibration.calibrator import calibrate
 from ..calibration.covariances import Covariances
 from . import sources
-from .command import Failure, check_folder, failing_as, one_line, whole
+from .command import Failure, check_folder, failing_as, one_line, share, whole
 
 
 def add_calibration(parser: argparse.ArgumentParser) -> None:
+    data = parser.add_argument_group("model and data")
     parser.add_argument("positional_model", nargs="?", metavar="MODEL", help="the same as --model")
-    parser.add_argument(
+    data.add_argument(
         "--model", metavar="MODEL",
-        help="hf:DIR, a folder written by save_pretrained of transformers; timm:NAME, a timm model with its pretrained "
-        "weights or those of --checkpoint; or module:function, called without arguments, which returns the model",
+        help="hf:DIR, a folder written by save_pretrained of transformers, or hf:OWNER/NAME on the Hugging Face Hub; "
+        "timm:NAME, a timm model with its pretrained weights or those of --checkpoint; or module:function, called "
+        "without arguments, which returns the model",
     )  # fmt: skip
-    parser.add_argument(
+    data.add_argument(
         "--checkpoint", type=Path, metavar="FILE", help="safetensors file with weights to load into the model"
     )
-    parser.add_argument(
+    data.add_argument(
         "--device",
         metavar="DEVICE",
         help="cpu, cuda, cuda:1, ... (default: the device that MODEL returns the model on)",
     )
-    source = parser.add_mutually_exclusive_group(required=True)
+    source = data.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--calibration", "--batches", dest="batches", metavar="DATA",
         help="text:FILE, texts separated by empty lines, for hf: models; images:DIR, for hf: and timm: models; or "
@@ -51,29 +53,36 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
         ("--samples", sources.SAMPLES, "use the first N texts or images"),
         ("--max-length", sources.MAX_LENGTH, "cut texts to N tokens"),
     ):
-        parser.add_argument(flag, type=whole, metavar="N", help=f"{what} (default: {default})")
-    parser.add_argument("--save-covariances", type=Path, metavar="FILE", help="store the covariances for later runs")
-    parser.add_argument(
+        data.add_argument(flag, type=whole, metavar="N", help=f"{what} (default: {default})")
+    calibration = parser.add_argument_group("calibration")
+    calibration.add_argument(
+        "--save-covariances", type=Path, metavar="FILE", help="store the covariances for later runs"
+    )
+    calibration.add_argument(
         "--mask",
         metavar="NAME",
         help="argument of the model that is nonzero at real tokens (for text:FILE: attention_mask)",
     )
-    parser.add_argument(
+    calibration.add_argument(
         "--side", choices=["auto", "input", "output", "smaller"], default="auto",
         help="what to record: input, output, the smaller of the two (enough for --projection output or loss), or auto: "
         "the input, except of very wide layers (default: auto)",
     )  # fmt: skip
-    parser.add_argument(
+    calibration.add_argument(
         "--sensitivity", choices=["fisher", "output", "pooled"],
         help="also record output gradients, which make loss-aware compression the default: fisher, with labels drawn "
         "from the logits; output, for models without logits; pooled, for outputs that are averaged over the positions",
     )  # fmt: skip
-    parser.add_argument(
+    calibration.add_argument(
         "--max-memory", metavar="BYTES",
         help="bound on the sums on each device, such as 8GB; if they need more, the batches run several times "
         "(default: half of the free memory)",
     )  # fmt: skip
-    parser.add_argument(
+    calibration.add_argument(
+        "--tokens", type=share, metavar="SHARE",
+        help="share of the rows (tokens, positions) of each call of a layer that is used, drawn at random (default: 1)",
+    )  # fmt: skip
+    calibration.add_argument(
         "--offload", choices=["cpu", "disk"], help="where finished sums are stored (default: where they fit)"
     )
 
@@ -87,10 +96,9 @@ def calibrated(
         options: of the command.
         measured: called with the model and a function that measures its covariances; by default the latter is called.
     """
-    if options.covariances is not None and (options.mask is not None or options.side != "auto" or options.sensitivity):
-        raise Failure(
-            2, "--mask, --side and --sensitivity need --calibration; they cannot be combined with --covariances"
-        )
+    given = given_calibration(options)
+    if options.covariances is not None and given:
+        raise Failure(2, f"{', '.join(given)} cannot be combined with --covariances: only a calibration uses it")
     if options.save_covariances is not None:
         check_folder(options.save_covariances, "--save-covariances")
     model = load_model_of(options)
@@ -109,10 +117,18 @@ def calibrated(
     return model, covariances
 
 
+def given_calibration(options: argparse.Namespace) -> list[str]:
+    """The given flags that only a calibration uses."""
+    defaults = {"side": "auto"}
+    names = ("mask", "side", "sensitivity", "tokens", "max_memory", "offload", "batch_size", "samples", "max_length")
+    return [f"--{name.replace('_', '-')}" for name in names if getattr(options, name) != defaults.get(name)]
+
+
 def calibration_arguments(options: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments of ``calibrate`` and ``recalibrate``, once :func:`load_batches` may have set the mask."""
     names = ("mask", "side", "sensitivity", "max_memory", "offload")
-    return {name: getattr(options, name) for name in names} | {"progress": True}
+    given = {name: getattr(options, name) for name in names}
+    return given | {"tokens": options.tokens or 1.0, "progress": True}
 
 
 def load_model_of(options: argparse.Namespace) -> nn.Module:

@@ -58,6 +58,8 @@ def verify(device: torch.device, name: str) -> Result:
             except Exception as error:
                 wrong.append(f"{type(error).__name__}: {one_line(error)}, for {problem}")
             worst[key] = calls + 1, ratio
+    if not found:
+        raise Failure(1, f"No kernel can run on {name}; lowrank-ops doctor shows why.")
     path = _verify.write_record(arch, name, {key: not wrong for key, wrong in found.items()})
     return _report(arch, name, str(path), found, worst)
 

@@ -11,10 +11,14 @@ Importing this module registers it with transformers; ``lowrank_ops`` imports it
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+import transformers
+from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -22,9 +26,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint import CheckpointError, check_format, describe_layers, empty_layers
 from ..layers._base import LowRankLayer
+from ..layers.plain import CONVERTED
 from ..layers.replace import swap_
 from ..layers.weight import ProductWeight
 from ..models.experts import experts_listed
+from ..models.running import shortened
 from ..version import __version__
 
 METHOD = "lowrank"
@@ -142,6 +148,72 @@ def _describe(model: PreTrainedModel) -> None:
         del config.fusion_config
 
 
+def class_of(folder: str | Path) -> tuple[type[PreTrainedModel], Any]:
+    """The class of a saved model, and its configuration; no code of the folder runs.
+
+    Raises:
+        ValueError: the configuration names no class of transformers.
+    """
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    architecture = (config.architectures or [None])[0]
+    if not hasattr(transformers, architecture or ""):
+        raise ValueError(
+            f"{str(folder)!r}: its config.json names no transformers class (architectures: {config.architectures}); "
+            "load the model in a function of your own (module:function on the command line)"
+        )
+    return getattr(transformers, architecture), config
+
+
+def empty_model(folder: str | Path, forms: Mapping[str, Tensor]) -> PreTrainedModel:
+    """A saved model on the meta device, with the dtypes of its files; tied weights are tied.
+
+    Args:
+        folder: of the model.
+        forms: the tensors of its files, on the meta device.
+
+    Raises:
+        ValueError: as for :func:`class_of`; the model is quantized or compressed already; or its tensors do not fit it.
+    """
+    kind, config = class_of(folder)
+    if (given := getattr(config, "quantization_config", None)) is not None:
+        method = given.get("quant_method") if isinstance(given, dict) else given.quant_method
+        raise ValueError(f"the model in {str(folder)!r} is quantized or compressed ({method}); pass the dense model.")
+    with torch.device("meta"):
+        model = kind(config)
+    try:
+        model.load_state_dict(forms, strict=False, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"the tensors in {str(folder)!r} do not fit its config.json: {error}") from None
+    model.tie_weights()
+    return model
+
+
+def description(model: nn.Module) -> dict[str, Any]:
+    """The config.json of a transformers model with low-rank layers.
+
+    Raises:
+        ValueError: transformers would tie the weight of a low-rank layer.
+    """
+    assert isinstance(model, PreTrainedModel)
+    _describe(model)
+    return dict(json.loads(model.config.to_json_string()))
+
+
+def _check_copy(model: PreTrainedModel) -> None:
+    """Refuse a copy without low-rank layers whose tensors ``from_pretrained`` would drop or draw at random."""
+    if not any(CONVERTED in vars(module) for module in model.modules()):
+        return
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in type(model)(model.config).state_dict().items()}
+    unknown = [name for name, tensor in model.state_dict().items() if shapes.get(name) != tensor.shape]
+    if unknown:
+        raise ValueError(
+            f"{type(model).__name__}.from_pretrained would not load {shortened(unknown)}, which to_dense_layers or "
+            "to_plain_layers has made. Save the compressed model itself; or, for a dense copy without new biases, "
+            "compress with CompressionConfig(..., centered=False) and call to_dense_layers."
+        )
+
+
 def _register() -> None:
     try:
         from transformers.fusion_mapping import _FUSION_REGISTRY, ModuleFusionSpec
@@ -157,6 +229,7 @@ def _register() -> None:
 
     @functools.wraps(save_pretrained)
     def save(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        _check_copy(self)
         _describe(self)
         return save_pretrained(self, *args, **kwargs)
 

@@ -75,20 +75,17 @@ class PivotedLinear(LowRankLinear):
             self.bias.uniform_(-bound, bound)
         self.order.copy_(torch.arange(self.out_features))
 
-    @classmethod
     @torch.no_grad()
-    def from_factors(cls, dense: nn.Module, factors: Factors) -> PivotedLinear:
-        """A layer with the product of ``factors`` as its weight; dtype, device and flags of ``dense``."""
-        layer = cls.empty_like(dense, factors.rank, bias=factors.bias is not None)
-        assert isinstance(layer, PivotedLinear)
+    def filled_with(self, factors: Factors) -> PivotedLinear:
+        """The same layer, with the product of ``factors`` as its weight."""
         down, up = (part.to(float64_device(part.device), torch.float64) for part in (factors.down, factors.up))
         pivots, others, coefficients = pivoted_rows(up)
-        layer.down.copy_(up[pivots] @ down)
-        layer.up.copy_(coefficients)
-        layer.order.copy_(torch.cat([pivots, others]).argsort())
-        if layer.bias is not None and factors.bias is not None:
-            layer.bias.copy_(factors.bias)
-        return layer
+        self.down.copy_(up[pivots] @ down)
+        self.up.copy_(coefficients)
+        self.order.copy_(torch.cat([pivots, others]).argsort())
+        if self.bias is not None and factors.bias is not None:
+            self.bias.copy_(factors.bias)
+        return self
 
     @classmethod
     @checked()
@@ -102,6 +99,8 @@ class PivotedLinear(LowRankLinear):
             >>> pivoted, x = lro.layers.PivotedLinear.from_lowrank(layer), torch.randn(5, 64)
             >>> torch.testing.assert_close(pivoted(x), layer(x), atol=1e-5, rtol=1e-4)
         """
+        if isinstance(layer, PivotedLinear):
+            layer = layer.to_lowrank()
         down, up = layer.down.detach()[: layer.rank], layer.up.detach()[:, : layer.rank]
         bias = None if layer.bias is None else layer.bias.detach()
         return cls.from_factors(layer.to_dense(), Factors(down, up, bias, layer.rank, "", None, 0.0))

@@ -69,7 +69,7 @@ class ListedExperts(nn.Module):
 
     def projections(self, expert: int) -> dict[str, nn.Module]:
         """``{name: layer}`` of one expert, in the order of their calls."""
-        return dict(self.get_submodule(str(expert)).named_children())
+        return dict(self._modules[str(expert)]._modules)  # type: ignore[union-attr, arg-type]  # in every forward: no lookup
 
     def is_dense(self) -> bool:
         """Whether all projections are still those of the fused module."""
@@ -81,14 +81,20 @@ class ListedExperts(nn.Module):
         if torch.compiler.is_exporting():
             return self._run_all(hidden_states, top_k_index, top_k_weights)
         output = torch.zeros_like(hidden_states)
-        by_slot = top_k_index.T
-        for expert in by_slot.unique().tolist():
-            if expert < self.num_experts:  # a larger index means no expert
-                slots, tokens = torch.where(by_slot == expert)
-                routed = RoutedRows(tokens, len(hidden_states))
-                y = self._run(self.projections(expert), hidden_states[tokens], routed)
-                y = y * top_k_weights[tokens, slots, None]
-                output.index_add_(0, tokens, y.to(output.dtype))
+        # Sorted once, so that each expert works on one slice. The rows of an expert are in the order of the eager
+        # implementation, hence the same bits; no two of them are of one token, hence index_add_ is deterministic.
+        by_slot = top_k_index.T.flatten()
+        order = by_slot.argsort(stable=True)
+        tokens = order % top_k_index.shape[0]
+        x, weights = hidden_states[tokens], top_k_weights.T.flatten()[order].unsqueeze(1)
+        start = 0
+        for expert, rows in enumerate(by_slot.bincount(minlength=self.num_experts)[: self.num_experts].tolist()):
+            if rows:  # the rows at the end, of larger indices, are for no expert
+                part = slice(start, start + rows)
+                routed = RoutedRows(tokens[part], len(hidden_states))
+                y = self._run(self.projections(expert), x[part], routed) * weights[part]
+                output.index_add_(0, tokens[part], y.to(output.dtype))
+                start += rows
         if self.pool is not None:
             for expert, tokens in self.pool.missing_rows(top_k_index):
                 routed = RoutedRows(tokens, len(hidden_states))
@@ -115,6 +121,34 @@ class ListedExperts(nn.Module):
         y = _call(first, x, routed)
         y = _call(down, shell._apply_gate(y) if shell.has_gate else shell.act_fn(y), routed)
         return shell.post_expert_norm(y) if shell.has_post_expert_norm else y
+
+    def to_fused(self) -> nn.Module:
+        """The fused module with copies of these weights; all projections must be nn.Linear.
+
+        Raises:
+            ValueError: a projection has a bias, as centered factors have, and the fused module has none.
+        """
+        fused: Any = copy.copy(self._shell)
+        experts = [self.projections(index) for index in range(self.num_experts)]
+        own = {name: child for name, child in self.named_children() if not name.isdecimal()}
+        vars(fused).update(_parameters={}, _modules=own)
+        for name in experts[0]:
+            layers = [projections[name] for projections in experts]
+            biases: list[Tensor] = [layer.get_parameter("bias") for layer in layers if layer.bias is not None]
+            if biases and not fused.has_bias:
+                raise ValueError(
+                    f"{len(biases)} of {self.num_experts} experts have a bias in {name}, for which "
+                    f"{type(fused).__name__} has no place; compress with CompressionConfig(..., centered=False), which "
+                    "adds none."
+                )
+            weights = [layer.get_parameter("weight") for layer in layers]
+            with torch.inference_mode(False), torch.no_grad():
+                stacked = torch.stack([weight.T if fused.is_transposed else weight for weight in weights])
+                fused.register_parameter(name, nn.Parameter(stacked, any(weight.requires_grad for weight in weights)))
+                if fused.has_bias:
+                    trained = any(bias.requires_grad for bias in biases)
+                    fused.register_parameter(f"{name}_bias", nn.Parameter(torch.stack(biases), trained))
+        return fused.train(self.training)  # type: ignore[no-any-return]
 
     def unshare_(self) -> None:
         """Copy the remaining Linears out of the fused parameters, so that those can be freed."""

@@ -33,7 +33,8 @@ def explain(op: str, *args: Any, **options: Any) -> str:
 
     Returns:
         One line per implementation: ``"<name>: runs"``, ``"<name>: can run"`` or ``"<name>: cannot run: <reason>"``. A
-        CUDA kernel that can run the call is named with its tiles.
+        CUDA kernel that can run the call is named with its tiles. A kernel that ``"auto"`` avoids, because its first
+        call in this process was wrong, is marked.
 
     Raises:
         ValueError: an unknown op, or arguments that the op refuses.

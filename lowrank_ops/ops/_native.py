@@ -63,6 +63,15 @@ def unavailable() -> str | None:
     return None
 
 
+def toolkit() -> str:
+    """The CUDA toolkit that built the library, such as ``"13.3"``, or why there is none or it is not known."""
+    if (reason := unavailable()) is not None:
+        return reason
+    if not hasattr(torch.ops.lowrank_ops, "_cuda_toolkit"):
+        return "the native library is older than this package: reinstall to build it again"
+    return str(torch.ops.lowrank_ops._cuda_toolkit())
+
+
 def unavailable_on(device_type: str) -> str | None:
     """Why no CUDA kernel can run on a device of this type, or None."""
     return unavailable() if device_type == "cuda" else "it needs a CUDA device"
@@ -161,7 +170,7 @@ def plan(
 
 
 def _planner(function: str) -> Callable[..., tuple[str, str]]:
-    """The library's planner, which knows its archs; without the library the ``_planner`` extension of this Python."""
+    """The library's planner, for its archs; without the library, the ``_planner`` extension module."""
     reason = unavailable()
     if reason is None:
         return getattr(torch.ops.lowrank_ops, f"_{function}")  # type: ignore[no-any-return]

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..files import replacing
 from ..version import __version__
+from . import _native
 from ._backend import Backend, Device, Impl, distrust, kernel_of
 
 VARIABLE = "LOWRANK_OPS_VERIFY"
@@ -115,7 +116,7 @@ def arch(device: Device) -> str:
 def compiler(op: str, backend: Backend) -> str:
     """What compiled the kernels of an op: Triton and a digest of its sources here, or nvcc for this release."""
     if backend is Backend.CUDA:
-        return f"cuda {torch.ops.lowrank_ops._cuda_toolkit()}, lowrank_ops {__version__}"
+        return f"cuda {_native.toolkit()}, lowrank_ops {__version__}"
     import triton
 
     folder = "linear" if op == "lowrank_linear" else "covariance"

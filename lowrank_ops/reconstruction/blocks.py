@@ -35,6 +35,7 @@ from ..models.running import (
     call_model,
     device_of,
     differentiable,
+    float64_device,
     hooks,
     move,
     output_tensor,
@@ -362,7 +363,8 @@ def _output_metrics(
             # The output is not bound to a name, which would keep this batch's graph during the next forward.
             loss = objective(settings.sensitivity, run(model, moved), moved, masks.of_output()).loss
             for name, values, mask, _ in gradients.of(loss):
-                rows = _rows(name, modules[name], values, mask).double()
+                rows = _rows(name, modules[name], values, mask)
+                rows = rows.to(float64_device(rows.device)).double()
                 sums[name] = sums.get(name, torch.zeros(())) + rows.mT @ rows
     return {block: _root(sums[name], name) for block, name in zip(blocks, modules, strict=True) if name in sums}
 

@@ -92,7 +92,7 @@ def reconstruct_factors(
     centered: bool = True,
     progress: bool = False,
 ) -> dict[str, Factors]:
-    """Refit factors to the outputs of the dense model, layer by layer in the order of the calls.
+    """Fit factors to the outputs of the dense model, layer by layer in the order of the calls.
 
     The dense model and the one with the factors reconstructed so far run side by side. Layers that receive the same
     tensor (q, k, v) are fitted together, from one pass of each model through one block; the outputs of the blocks

@@ -138,7 +138,7 @@ def _groups(layers: Iterable[str], limit: int) -> list[list[str]]:
 def _dropped(space: LayerSubspaces, rank: int | None) -> float:
     """The predicted increase of the loss at a rank."""
     assert space.loss is not None
-    spectrum = space.loss.subspace.spectrum
+    spectrum = space.loss.spectrum
     return 0.0 if rank is None else float(spectrum[..., rank:].sum())
 
 

@@ -130,7 +130,7 @@ def accuracy_of(
     """A function from ranks to the accuracy of the model compressed to them; stored trials are not repeated."""
 
     def accuracy_at(ranks: ChosenRanks) -> float:
-        factors = factorize_layers(subspaces, ranks, str(config.projection), keep_directions=True)
+        factors = dict(factorize_layers(subspaces, ranks, str(config.projection), keep_directions=True))
         with exclusive(model), replaced(model, factors), torch.no_grad(), training_flags_kept(model):
             return _finite(evaluate(model))
 

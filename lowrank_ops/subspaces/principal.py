@@ -17,7 +17,7 @@ class Subspace:
     Args:
         decompose: returns ``basis`` and ``spectrum``; called again if the basis is needed after :meth:`release`. With a
             third tensor, a matrix (..., features, n), the basis is that of the columns of the matrix times the first
-            one, made orthonormal when asked for.
+            one, made orthonormal when it is read.
 
     Attributes:
         basis: (..., features, directions), float64, orthonormal columns.
@@ -137,9 +137,22 @@ def singular_directions(matrix: Tensor, noise: Tensor | None = None) -> tuple[Te
 def orthonormal(columns: Tensor) -> Tensor:
     """An orthonormal basis whose first n vectors span the first n columns, for every n.
 
-    Of graded columns sigma_i u_i it is accurate also where small singular values lost digits in the Gram matrix.
+    Of graded columns sigma_i u_i it is accurate also where small singular values lost digits in the Gram matrix. Where
+    they did not, the columns are nearly orthogonal, and a Cholesky factor of their products takes less than a QR.
     """
-    return torch.linalg.qr(columns).Q
+    norms = columns.square().sum(-2, keepdim=True).sqrt()
+    scaled = columns / norms.clamp_min(1e-300)
+    factor = near_identity_cholesky(lower_product(scaled.mT, scaled))
+    if factor is None:
+        return torch.linalg.qr(columns).Q
+    return torch.linalg.solve_triangular(factor, scaled.mT, upper=False).mT
+
+
+def near_identity_cholesky(gram: Tensor) -> Tensor | None:
+    """The lower Cholesky factor of matrices (..., n, n) of unit diagonal, or None if one is far from the identity."""
+    factor, info = torch.linalg.cholesky_ex(gram)
+    near = not bool(info.any()) and bool((factor.diagonal(dim1=-2, dim2=-1) > 0.9).all())
+    return factor if near else None
 
 
 def lower_product(left: Tensor, right: Tensor) -> Tensor:
@@ -236,8 +249,8 @@ def denoised(values: Tensor, limit: Tensor | None, along: Callable[[int], Tensor
     Args:
         values: (..., n).
         limit: (...,), no direction has more noise of the sums; None if there is no such noise.
-        along: ``along(start)`` returns the noise along the directions from ``start`` on, (..., n - start); asked for
-            those whose values are not above the limit.
+        along: ``along(start)`` returns the noise along the directions from ``start`` on, (..., n - start); called for
+            directions whose values are not above the limit.
     """
     bound = values.shape[-1] * torch.finfo(values.dtype).eps * values[..., :1].expand_as(values)  # eigh's own error
     if limit is not None:

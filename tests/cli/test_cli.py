@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import lowrank_ops as lro
 from lowrank_ops import cli, ops
 from lowrank_ops.checkpoint import load_pretrained
-from lowrank_ops.cli import compress, doctor, inputs
+from lowrank_ops.cli import compress, doctor, inputs, verify
 from lowrank_ops.config import LatencyCurve, LayerLatencies
 
 PROJECT = """
@@ -422,6 +422,10 @@ class TestDoctor:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         assert "torch finds none here" in refused(capsys, 1, "doctor", "--verify")
         refused(capsys, 2, "doctor", "--verify", "--plan", "sm_90")
+        for sizes in ("TOKENS", "LAYERS", "MATRICES"):
+            monkeypatch.setattr(verify, sizes, getattr(verify, sizes)[-1:])
+        with pytest.raises(verify.Failure, match="No kernel can run on a CPU"):
+            verify.verify(torch.device("cpu"), "a CPU")
 
     def test_a_gpu_is_described(self, monkeypatch: pytest.MonkeyPatch) -> None:
         facts = SimpleNamespace(name="A GPU", major=9, minor=0, multi_processor_count=132, total_memory=80 << 30)

@@ -206,7 +206,7 @@ def page(rows: list[Row]) -> str:
         "- generate: with the dynamic and the static cache, which give the same tokens",
         '- compile: `torch.compile` with the backend "aot_eager"',
         "- export: `torch.export.export`; ONNX: `torch.onnx.export(dynamo=True)`, run by onnxruntime",
-        '- LoRA: an adapter of PEFT on the target "all-linear", saved, loaded and merged',
+        '- LoRA: a PEFT adapter with target "all-linear", saved, loaded and merged',
         "- Trainer: two steps, and its checkpoint loaded to the bit",
         "",
         "Outputs of compile, export, ONNX and LoRA may differ by 1e-4. An empty cell: the check does not apply.",

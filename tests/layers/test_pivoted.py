@@ -30,6 +30,7 @@ def test_the_function_is_that_of_two_factors(size, bias):
     torch.testing.assert_close(pivoted(x), layer(x))
     torch.testing.assert_close(pivoted.to_lowrank()(x), layer(x))
     torch.testing.assert_close(pivoted.to_dense()(x), layer(x))
+    torch.testing.assert_close(PivotedLinear.from_lowrank(pivoted)(x), layer(x))
     torch.testing.assert_close(pivoted.weight.clone(), layer.weight.clone())
     assert pivoted.weight.shape == (outputs, inputs)
     assert pivoted.down.numel() + pivoted.up.numel() == rank * (outputs + inputs - rank)

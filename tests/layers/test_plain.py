@@ -111,7 +111,7 @@ def with_parametrization(layer):
 @pytest.mark.parametrize("convert", [to_dense_layers, to_plain_layers])
 def test_layers_with_an_adapter_are_refused(convert):
     adapter = type("BaseTunerLayer", (nn.Sequential,), {"__module__": "peft.tuners.tuners_utils"})
-    with pytest.raises(ValueError, match=r"layer '0' has an adapter of PEFT"):
+    with pytest.raises(ValueError, match=r"layer '0' has a PEFT adapter"):
         convert(nn.Sequential(adapter(lro.LowRankLinear(8, 8, 2))))
 
 

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from lowrank_ops.ops import _verify, linear
-from lowrank_ops.ops._backend import Backend, Device
+from lowrank_ops.ops import _backend, _verify, linear
+from lowrank_ops.ops._backend import Backend, Device, Impl, choose, distrust, explain
 from tests.ops.inputs import linear_inputs
 
 KEYS = [("lowrank_linear", f"triton.{name}", "triton 3.9.0") for name in ("decode", "prefill")]
@@ -83,3 +83,21 @@ def test_nothing_is_checked_while_compiling(monkeypatch):
     assert _verify.can_check(torch.zeros(1))
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert not _verify.can_check(torch.zeros(1))
+
+
+def test_one_kernel_of_an_implementation_is_distrusted(monkeypatch):
+    monkeypatch.setattr(_backend, "_distrusted", set())
+    cuda = Impl(
+        "cuda", Backend.CUDA, lambda problem: None, print, plan=lambda problem: f"kernel_{problem.rank}: a tile"
+    )
+    table = (cuda, linear.TABLE[-1])
+    one, other = (linear.describe(*linear_inputs(5, rank=rank), "none") for rank in (8, 16))
+    assert choose(table, one, "auto") is choose(table, other, "auto") is cuda
+    distrust(cuda, one)
+    for backend in ("auto", "unverified"):
+        assert choose(table, one, backend) is table[1] and choose(table, other, backend) is cuda
+    assert choose(table, one, "cuda") is cuda
+    lines = explain(table, one).splitlines()
+    assert lines[0].startswith("cuda: can run, by kernel_8: a tile; it was wrong or failed") and lines[1].endswith(
+        "runs"
+    )

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK = 192  # rows of the second moment per GEMM; almost half of the full (d, d) GEMM is skipped for d >> BLOCK
-CHUNK_BYTES = 64 << 20  # limit of a chunk of rows converted to the state's dtype
+CHUNK_BYTES = 16 << 20  # limit of a chunk of rows converted to the state's dtype; memory that the allocator keeps
 _TINY = 1e-30
 
 
