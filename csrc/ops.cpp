@@ -127,7 +127,7 @@ void conv_covariance_update(Tensor second_moment, Tensor total, Tensor x, std::v
                  second_moment, total, x);
 }
 
-// (why not, plan): one of the two is empty. The library knows which archs it has code for, the planner does not.
+// (reason for refusal, plan): one of the two is empty. The list of compiled archs is here, not in the planner.
 template <class Plan>
 std::tuple<std::string, std::string> explain(const Plan& plan, int64_t capability) {
   std::string reason = plan.reason;
@@ -245,9 +245,15 @@ std::tuple<std::string, std::string> explain_lowrank_linear(int64_t tokens, int6
                  capability);
 }
 
+/// The CUDA toolkit that compiled the library, such as "13.3".
+std::string cuda_toolkit() {
+  return std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lowrank_ops, m) {
+  m.def("_cuda_toolkit() -> str");
   m.def(
       "_cuda_covariance_update_(Tensor(a!) second_moment, Tensor(b!) total, Tensor x, bool allow_tf32, "
       "str kernel=\"\", int splits=0, int token_tile=0) -> ()");
@@ -276,6 +282,7 @@ STABLE_TORCH_LIBRARY_IMPL(lowrank_ops, CUDA, m) {
 
 // No tensor among the arguments: the only key that such a call reaches.
 STABLE_TORCH_LIBRARY_IMPL(lowrank_ops, CompositeExplicitAutograd, m) {
+  m.impl("_cuda_toolkit", TORCH_BOX(&cuda_toolkit));
   m.impl("_plan_covariance", TORCH_BOX(&explain_covariance));
   m.impl("_plan_lowrank_linear", TORCH_BOX(&explain_lowrank_linear));
 }

@@ -1,7 +1,7 @@
 """Compressed models on disk: a folder with ``model.safetensors`` and ``lowrank_config.json``; nothing is pickled.
 
-The header of the tensor file holds the whole configuration and is what is loaded; the JSON file is a copy of it for
-people and tools. So one file alone decides which checkpoint a folder holds, also if a save was killed.
+Loading reads only ``model.safetensors``, whose header holds the whole configuration; the JSON file is a copy for people
+and tools. So a folder holds a consistent checkpoint even if a save was killed between the two files.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def save_pretrained(model: nn.Module, path: str | Path, report: CompressionRepor
             which are null without it.
 
     Raises:
-        ValueError: the state dict holds something other than tensors with values, the model has adapters of PEFT, or
+        ValueError: the state dict holds something other than tensors with values, the model has PEFT adapters, or
             ``report`` is of another model.
         OSError: the folder cannot be written.
 
@@ -96,7 +96,7 @@ def load_pretrained(dense_model: nn.Module, path: str | Path, *, verify: bool = 
     loaded to the CPU, which avoids initializing weights that are about to be replaced. Training and gradient flags
     stay those of ``dense_model``. Create an optimizer after loading.
 
-    Everything comes from ``model.safetensors``. A warning says so if ``lowrank_config.json`` is missing or differs.
+    Only ``model.safetensors`` is read. A warning names ``lowrank_config.json`` if it is missing or differs.
 
     Args:
         dense_model: the original architecture with its dense layers; its values do not matter.

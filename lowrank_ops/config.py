@@ -109,8 +109,8 @@ class LayerLatencies:
     """How long the layers of a model take, from :func:`lowrank_ops.measure_latency`.
 
     Attributes:
-        device: that was timed, by its name.
-        threads: of torch on the CPU.
+        device: name of the device.
+        threads: number of torch's CPU threads.
         curves: ``{"Linear 768 -> 3072, 16 x 197 x 768, float32": LatencyCurve}``, one for each distinct call.
         layers: ``{fqn: {curve: calls in one forward}}``.
     """
@@ -121,7 +121,7 @@ class LayerLatencies:
     layers: Mapping[str, Mapping[str, int]]
 
     def seconds(self, fqn: str, rank: int | None) -> float:
-        """All calls of a layer in one forward, at a stored rank or dense.
+        """Seconds of all calls of a layer in one forward, at a stored rank or dense.
 
         Raises:
             KeyError: a layer that was not timed.
@@ -142,7 +142,7 @@ class LayerLatencies:
         """The inverse of :meth:`to_dict`.
 
         Raises:
-            ValueError: values of another version, or no times of layers at all.
+            ValueError: values of another version, or that are not latencies.
         """
         if not isinstance(values, Mapping):
             raise ValueError(f"values must be a JSON object; got {type(values).__name__}.")
@@ -156,7 +156,7 @@ class LayerLatencies:
             layers = {fqn: dict(calls) for fqn, calls in values["layers"].items()}
             unknown = {name for calls in layers.values() for name in calls} - set(curves)
             if unknown or any(not 0 < len(curve.ranks) == len(curve.seconds) for curve in curves.values()):
-                raise ValueError("not the latencies of layers: curves and layers do not belong together.")
+                raise ValueError("not the latencies of layers: layers name curves that are missing or empty.")
             _check_latencies(curves, layers)
             return cls(values["device"], values["threads"], curves, layers)
         except (KeyError, TypeError, AttributeError, OverflowError) as error:
@@ -184,7 +184,7 @@ class LayerLatencies:
 
 @dataclass(frozen=True)
 class LatencyBudget:
-    """All considered layers together take at most ``fraction`` of their time when dense, as predicted.
+    """All considered layers together take at most ``fraction`` of the time of the dense ones, as measured.
 
     The budget holds for the sum of the layers' measured times, not for the whole model, which does other work as well.
     Ranks are the solution of a multiple-choice knapsack over aligned ranks and dense layers. It is exact up to the
@@ -258,7 +258,7 @@ class CompressionConfig:
         centered: use the covariance about the mean and fold the mean into the bias, which for ``"output"`` never
             increases the output error; False uses the second moment and leaves the bias unchanged.
         overrides: ``{fqn or "re:pattern": rank}``, which takes precedence over the policy; None keeps a layer dense.
-        reconstruction: ``"sequential"`` refits the factors, layer by layer, to the dense model's outputs from the
+        reconstruction: ``"sequential"`` fits the factors, layer by layer, to the dense model's outputs, given the
             compressed model's inputs; needs ``compress_(..., reconstruction=SequentialReconstruction(batches))``,
             which also sets it. ``"blocks"`` trains the factors of one block at a time, by
             ``BlockReconstruction(batches)``.
@@ -389,7 +389,7 @@ class CompressionConfig:
         """The inverse of :meth:`to_json`.
 
         Raises:
-            ValueError: as for :meth:`from_dict`, or the text is no JSON.
+            ValueError: as for :meth:`from_dict`, or the text is not JSON.
         """
         try:
             values = parse_json(text)

@@ -7,7 +7,6 @@ part of it, and other load on the machine affects it.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -28,7 +27,7 @@ from lowrank_ops.ranks import choose_ranks
 from lowrank_ops.ranks.costs import Price, in_macs, in_parameters, nanoseconds
 from lowrank_ops.subspaces import LayerSubspaces, layer_subspaces
 
-from .results import Results
+from .results import Results, study_parser
 
 FRACTIONS = (0.15, 0.25, 0.35, 0.5, 0.75)
 ALLOCATIONS = ("uniform", "variance", "loss")
@@ -147,8 +146,7 @@ def _cell(row: dict[str, Any] | None) -> str:
 
 def main() -> int:
     """The command line; 1 if a budget was missed by more than 1%."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("budgets.json"), help="file of rows, read and added to")
+    parser = study_parser("budgets", __doc__, Path("budgets.json"))
     parser.add_argument("--rounds", type=int, default=9, help="samples of each time")
     options = parser.parse_args()
     results = Results(options.out)

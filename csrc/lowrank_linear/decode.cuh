@@ -1,4 +1,4 @@
-// What the decode kernels share: weights from global memory to mma.sync, and the reduction over the warps of a CTA.
+// Shared by the decode kernels: weights from global memory to mma.sync, and the reduction over the warps of a CTA.
 #pragma once
 
 #include "../arch/mma.cuh"

@@ -5,8 +5,8 @@
 //   slab           bulk copies (cp.async.bulk) fetch the CTA's rows of up to shared memory while down is computed;
 //                  one mbarrier, one arrival with expect_tx; rows that do not fit are streamed from global memory
 //   down           a cluster takes 16 rows of down and a token tile at a time; its CTAs split the features and reduce
-//                  each other's sums through DSMEM, in two buffers by turns; t, rounded, goes to scratch
-//   grid barrier   of the cooperative launch: no memory of ours, resets itself
+//                  each other's sums through DSMEM, in two alternating buffers; t, rounded, goes to scratch
+//   grid barrier   of the cooperative launch: needs no memory, resets itself
 //   up             every CTA reads t and multiplies its slab
 //   shared memory  mbarrier | warp sums | CTA sums (2 buffers) | t | slab: SmemLayout
 //   deterministic  yes: warps, then CTAs of a cluster, summed in order
@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_sm90(const __grid_constant
   compute_up<Element, kTokenGroups>(slab, args, shared, at);
 }
 
-// Co-resident clusters of a kernel, cached: it does not change. The runtime wants a cluster size even where it is 1.
+// The number of co-resident clusters of a kernel, cached. The runtime requires a cluster size even if it is 1.
 int max_active_clusters(const void* kernel, const LaunchShape& shape, const Launch& launch) {
   static std::mutex mutex;
   static std::map<std::tuple<int, const void*, int, int64_t>, int> cache;

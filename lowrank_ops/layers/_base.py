@@ -1,4 +1,4 @@
-"""What the low-rank layers share: padded factors, initialization, conversion from and to dense layers."""
+"""The base of the low-rank layers: padded factors, initialization, conversion from and to dense layers."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class LowRankLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The product of the factors in the shape of the dense layer's weight, for code that reads a dense layer's.
+        """The product of the factors, for code that reads the weight of a dense layer; same shape as that.
 
-        Shape, dtype and device cost nothing; an operation on the values multiplies the factors. Writes raise.
+        Reading shape, dtype and device is free; an operation on the values computes the product. Writes raise.
         """
         down, up = self._parameters.get("down"), self._parameters.get("up")
         # Dynamo drops a product that is not used. torch.fx has no tensors, parametrized factors are no parameters.
@@ -79,14 +79,17 @@ class LowRankLayer(nn.Module):
     @classmethod
     def from_factors(cls: type[LowRank], dense: nn.Module, factors: Factors) -> LowRank:
         """A layer that holds ``factors``, with dtype, device, training and gradient flags of ``dense``."""
-        layer = cls.empty_like(dense, factors.rank, bias=factors.bias is not None)
-        padding = layer.stored_rank - factors.rank
-        with torch.no_grad():
-            layer.down.copy_(F.pad(factors.down, (0, 0, 0, padding)).reshape(layer.down.shape))
-            layer.up.copy_(F.pad(factors.up, (0, padding)).reshape(layer.up.shape))
-            if layer.bias is not None and factors.bias is not None:
-                layer.bias.copy_(factors.bias)
-        return layer
+        return cls.empty_like(dense, factors.rank, bias=factors.bias is not None).filled_with(factors)
+
+    @torch.no_grad()
+    def filled_with(self: LowRank, factors: Factors) -> LowRank:
+        """The same layer, with the values of ``factors``."""
+        padding = self.stored_rank - factors.rank
+        self.down.copy_(F.pad(factors.down, (0, 0, 0, padding)).reshape(self.down.shape))
+        self.up.copy_(F.pad(factors.up, (0, padding)).reshape(self.up.shape))
+        if self.bias is not None and factors.bias is not None:
+            self.bias.copy_(factors.bias)
+        return self
 
     def _create_parameters(self, down: Sequence[int], up: Sequence[int], bias: int | None, **factory: Any) -> None:
         """Register ``down``, ``up`` and ``bias`` with the given shapes; a missing bias is registered as None."""

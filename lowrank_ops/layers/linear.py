@@ -41,6 +41,8 @@ class LowRankLinear(LowRankLayer):
         torch.Size([2, 5, 32])
     """
 
+    replaced_conv1d: type[nn.Module] | None = None  # transformers' class, where the layer took the place of one
+
     @checked()
     def __init__(
         self,
@@ -116,6 +118,8 @@ class LowRankLinear(LowRankLayer):
         layer = nn.utils.skip_init(
             cls, in_features, out_features, rank, bias=bias, device=weight.device, dtype=weight.dtype
         )
+        if has_transposed_weight(dense):
+            layer.replaced_conv1d = type(dense)
         return copy_flags(layer, dense)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)

@@ -1,7 +1,7 @@
-"""PivotedLinear: a low-rank layer whose first factor is rows of its weight, which leaves rank^2 parameters fewer.
+"""PivotedLinear: a low-rank layer whose first factor is rows of its weight, which saves rank^2 parameters.
 
-A matrix (m, n) of rank r has r rows, the pivots, that all others are combinations of. Stored are the pivots and the
-coefficients of the others: r (m + n - r) numbers where two factors take r (m + n). The function is the same.
+All rows of a matrix (m, n) of rank r are combinations of r of them, the pivots. The layer stores the pivots and the
+coefficients of the other rows: r (m + n - r) numbers, where two factors take r (m + n). The function is the same.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from ..models.running import float64_device
 from ._base import copy_flags
 from .linear import LowRankLinear
 
-MAX_COEFFICIENT = 1.05  # in magnitude, by which the rounding of a pivot's row reaches other rows
+MAX_COEFFICIENT = 1.05  # in magnitude; it scales a pivot row's rounding error in the other rows
 EXCHANGES = 4  # at most, times the rank
 
 
 class PivotedLinear(LowRankLinear):
-    """A :class:`LowRankLinear` with rank^2 parameters fewer: pivot rows of its weight, and coefficients of the others.
+    """A :class:`LowRankLinear` with rank^2 fewer parameters: pivot rows of its weight, and coefficients of the others.
 
     A drop-in for ``torch.nn.Linear`` (pivoting factorization, Zhao et al. 2025, arXiv 2501.19090). The parameters are
     ``down`` (rank, in_features), the pivot rows, ``up`` (out_features - rank, rank), the coefficients of the other
-    rows, and ``bias`` (out_features,) or None. The buffer ``order`` (out_features,), int32, is the place of each output
-    among pivots and others, one after another. Nothing is padded, and training keeps the rank. Its two products are
-    torch's on every device.
+    rows, and ``bias`` (out_features,) or None. The buffer ``order`` (out_features,), int32, has the index of each
+    output in the concatenation of pivots and other rows. Nothing is padded, and training keeps the rank. On every
+    device it runs as two torch matrix products.
 
     Args:
         in_features: size of the input's last dimension.
@@ -75,20 +75,17 @@ class PivotedLinear(LowRankLinear):
             self.bias.uniform_(-bound, bound)
         self.order.copy_(torch.arange(self.out_features))
 
-    @classmethod
     @torch.no_grad()
-    def from_factors(cls, dense: nn.Module, factors: Factors) -> PivotedLinear:
-        """A layer with the product of ``factors`` as its weight; dtype, device and flags of ``dense``."""
-        layer = cls.empty_like(dense, factors.rank, bias=factors.bias is not None)
-        assert isinstance(layer, PivotedLinear)
+    def filled_with(self, factors: Factors) -> PivotedLinear:
+        """The same layer, with the product of ``factors`` as its weight."""
         down, up = (part.to(float64_device(part.device), torch.float64) for part in (factors.down, factors.up))
         pivots, others, coefficients = pivoted_rows(up)
-        layer.down.copy_(up[pivots] @ down)
-        layer.up.copy_(coefficients)
-        layer.order.copy_(torch.cat([pivots, others]).argsort())
-        if layer.bias is not None and factors.bias is not None:
-            layer.bias.copy_(factors.bias)
-        return layer
+        self.down.copy_(up[pivots] @ down)
+        self.up.copy_(coefficients)
+        self.order.copy_(torch.cat([pivots, others]).argsort())
+        if self.bias is not None and factors.bias is not None:
+            self.bias.copy_(factors.bias)
+        return self
 
     @classmethod
     @checked()
@@ -142,7 +139,7 @@ class PivotedLinear(LowRankLinear):
 
 
 def pivoted_rows(up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Pivot rows of a matrix, the other rows, and the coefficients that make the others of the pivots.
+    """Pivot rows of a matrix, the other rows, and the coefficients that express the others in the pivots.
 
     Rows of large volume: by LU decomposition with partial pivoting, then exchanging a pivot and another row while a
     coefficient exceeds ``MAX_COEFFICIENT`` (Goreinov et al. 2010, How to find a good submatrix).

@@ -1,4 +1,4 @@
-"""Put low-rank layers into a model: all of them, or none."""
+"""Replace layers of a model in place: all of them, or on an error none."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def replaced(model: nn.Module, factors: Mapping[str, Factors]) -> Iterator[None]
         finally:
             try:
                 _put_back(model, dense)
-            except BaseException:  # an interrupt, too, finds the dense model
+            except BaseException:  # after an interrupt the model is dense as well
                 _put_back(model, dense)
                 raise
 

@@ -1,4 +1,4 @@
-"""Loads the library of CUDA kernels and asks its planner which kernel runs a problem."""
+"""Loads the library of CUDA kernels and calls its planner, which chooses the kernel for a problem."""
 
 from __future__ import annotations
 
@@ -37,6 +37,9 @@ class Choice:
 
 DEFAULT_CHOICE = Choice()
 
+#: Every kernel that a Choice may name.
+KERNELS = ("covariance_sm80", "covariance_sm90", "covariance_sm90_wide", "decode_sm80", "decode_sm90", "prefill_sm90")
+
 #: A typical device of each arch, to plan without one.
 MACHINES = {
     "sm_80": Machine(80, 108, 166912),
@@ -58,6 +61,15 @@ def unavailable() -> str | None:
     except OSError as error:
         return f"the native library does not load: {error}"
     return None
+
+
+def toolkit() -> str:
+    """The CUDA toolkit that built the library, such as ``"13.3"``, or why there is none or it is not known."""
+    if (reason := unavailable()) is not None:
+        return reason
+    if not hasattr(torch.ops.lowrank_ops, "_cuda_toolkit"):
+        return "the native library is older than this package: reinstall to build it again"
+    return str(torch.ops.lowrank_ops._cuda_toolkit())
 
 
 def unavailable_on(device_type: str) -> str | None:
@@ -158,7 +170,7 @@ def plan(
 
 
 def _planner(function: str) -> Callable[..., tuple[str, str]]:
-    """The library's planner, which knows its archs; without the library the ``_planner`` extension of this Python."""
+    """The library's planner, for its archs; without the library, the ``_planner`` extension module."""
     reason = unavailable()
     if reason is None:
         return getattr(torch.ops.lowrank_ops, f"_{function}")  # type: ignore[no-any-return]

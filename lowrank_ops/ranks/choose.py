@@ -73,7 +73,7 @@ class Limits(NamedTuple):
     pivoted: bool = False
 
     def options(self, fqn: str, space: LayerSubspaces) -> list[Option]:
-        """The sizes that a layer may have, by rising numbers of parameters."""
+        """The sizes that a layer may have, in ascending order of parameters."""
         return options_of(fqn, space, in_parameters(self.pivoted), self.bounds.get(fqn, UNBOUNDED))
 
     def allocate(

@@ -130,7 +130,9 @@ class Option(NamedTuple):
 
 
 def options_of(fqn: str, space: LayerSubspaces, price: Price, bounds: Bounds = UNBOUNDED) -> list[Option]:
-    """Aligned ranks that save parameters, and dense, by rising cost; a rank no cheaper than a larger one is left out.
+    """Aligned ranks that save parameters, and dense, in ascending order of cost.
+
+    Ranks that cost as much as a larger one are left out.
 
     Raises:
         ValueError: the bounds leave nothing.

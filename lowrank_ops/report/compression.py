@@ -257,7 +257,7 @@ class CompressionReport:
         return rows_note([layer for layer in self.layers if layer.rank is not None], errors=True)
 
     def fallbacks(self) -> list[str]:
-        """One line per layer that was not compressed as asked for."""
+        """One line per layer that was not compressed as requested."""
         replaced = [layer for layer in self.layers if layer.rank is not None]
         return [
             f"{layer.fqn}: projection {layer.projection!r}, because calibration recorded no output gradients for it"

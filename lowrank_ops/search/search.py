@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..arguments import checked
-from ..calibration.statistics import Covariances
+from ..calibration.covariances import Covariances
 from ..compress import considered_layers, decompose, factorize_layers, resolved
 from ..config import CompressionConfig, ParameterBudget, Ranks, check_choice
 from ..files import digest
@@ -130,7 +130,7 @@ def accuracy_of(
     """A function from ranks to the accuracy of the model compressed to them; stored trials are not repeated."""
 
     def accuracy_at(ranks: ChosenRanks) -> float:
-        factors = factorize_layers(subspaces, ranks, str(config.projection), keep_directions=True)
+        factors = dict(factorize_layers(subspaces, ranks, str(config.projection), keep_directions=True))
         with exclusive(model), replaced(model, factors), torch.no_grad(), training_flags_kept(model):
             return _finite(evaluate(model))
 
@@ -156,7 +156,7 @@ def _finite(accuracy: Any) -> float:
     except (TypeError, ValueError):
         value = math.nan
     if not math.isfinite(value):
-        raise ValueError("evaluate must return the model's accuracy as a finite number, the higher the better.")
+        raise ValueError(f"evaluate must return a finite number, higher for better models; it returned {accuracy!r}.")
     return value
 
 

@@ -248,7 +248,7 @@ def test_a_model_with_adapters_is_not_compressed(net, dense):
         lambda: to_dense_layers(model),
     ]
     for action in actions:
-        with pytest.raises(ValueError, match=r"layer 'base_model.model.conv' has an adapter .*merge_and_unload\(\)"):
+        with pytest.raises(ValueError, match=r"layer 'base_model.model.conv' has a PEFT adapter.*merge_and_unload\(\)"):
             action()
     merged = model.merge_and_unload()
     assert lro.calibrate(to_dense_layers(merged), [X])

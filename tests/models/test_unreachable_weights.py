@@ -30,12 +30,6 @@ def model_with(layer: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Linear(8, 8), layer)
 
 
-def with_hook() -> nn.Module:
-    layer = nn.Linear(8, 8)
-    layer._hf_hook = object()
-    return layer
-
-
 def float8() -> nn.Module:
     layer = nn.Linear(8, 8)
     layer.weight = nn.Parameter(layer.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
@@ -47,7 +41,6 @@ def float8() -> nn.Module:
     [
         (lambda: nn.Linear(8, 8, device="meta"), "on the meta device and has no values; load the weights"),
         (lambda: nn.Linear(8, 8, bias=False, device="meta"), "on the meta device"),
-        (with_hook, r"accelerate's hooks move its weight .*remove_hook_from_module"),
         (lambda: Quantized(8, 8), r"quantized \(Quantized of bitsandbytes\); compress the float model"),
         (float8, "of torch.float8_e4m3fn, not a plain float tensor; convert it"),
         (lambda: torch.compile(nn.Sequential(nn.Linear(8, 8))), "compiled, which hides its layers"),
@@ -97,3 +90,15 @@ def test_compress_refuses_models_wrapped_for_parallel_training(process_group):
             with pytest.raises(ValueError, match=rf"is wrapped by {name}.* Compress the module first, then wrap it"):
                 lro.compress_(model, covariances, 4)
             assert dict(model.named_modules()) == before
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_compress_refuses_models_whose_parameters_are_sharded(process_group, inside):
+    model = model_with(nn.Linear(8, 8))
+    covariances = lro.calibrate(model, [torch.randn(20, 8)])
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    torch.distributed.fsdp.fully_shard(model[1] if inside else model, mesh=mesh)
+    with pytest.raises(ValueError, match=r"is wrapped by FSDPModule.* Compress the module first, then wrap it"):
+        lro.compress_(model, covariances, lro.Ranks({"0": 4}))
+    with pytest.raises(ValueError, match="is wrapped by FSDPModule"):
+        lro.search_ranks(model, covariances, lambda trial: 1.0, 0.1)

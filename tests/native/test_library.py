@@ -42,6 +42,22 @@ def test_loads(library: Path) -> None:
         assert hasattr(torch.ops.lowrank_ops, name)
 
 
+def test_names_its_toolkit(library: Path) -> None:
+    assert re.fullmatch(r"1[23]\.\d+", _native.toolkit())
+
+
+@pytest.mark.parametrize("kernel", _native.KERNELS)
+def test_every_listed_kernel_can_be_chosen(library: Path, kernel: str) -> None:
+    """doctor --verify runs the kernels of this list."""
+    if kernel.startswith("covariance"):
+        text = plan("covariance_update_", "sm_90", torch.bfloat16, tokens=4096, features=1024, kernel=kernel)
+    else:
+        tokens = 4096 if kernel.startswith("prefill") else 8
+        sizes = {"in_features": 768, "rank": 136, "out_features": 768}
+        text = plan("lowrank_linear", "sm_90", torch.bfloat16, tokens=tokens, **sizes, kernel=kernel)
+    assert text.startswith(f"{kernel}: ")
+
+
 @pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
 def test_needs_only_the_stable_interface_of_torch(library: Path) -> None:
     needed, weak = symbols.undefined(library)

@@ -5,40 +5,11 @@ import itertools
 from dataclasses import replace
 
 import pytest
-import torch
-from torch import Tensor, nn
 
 import lowrank_ops as lro
 from lowrank_ops.ranks import choose_ranks
 from lowrank_ops.ranks.costs import in_macs, in_parameters, options_of, stored_rank
 from lowrank_ops.subspaces import LayerSubspaces, layer_subspaces
-
-
-class Net(nn.Module):
-    """A convolution at 16 positions, square and oblong layers, and one that is called three times."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(8, 32, 3, padding=1)
-        self.wide = nn.Linear(32 * 16, 64)
-        self.again = nn.Linear(64, 64)
-        self.head = nn.Linear(64, 40)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.wide(self.conv(x).relu().flatten(1)).tanh()
-        for _ in range(3):
-            x = x + self.again(x).tanh()
-        return self.head(x)
-
-
-@pytest.fixture(scope="module")
-def calibrated() -> tuple[Net, lro.Covariances, dict[str, LayerSubspaces]]:
-    torch.manual_seed(0)
-    model = Net().double()
-    batches = [torch.randn(64, 8, 4, 4).double() * torch.logspace(0, -1, 8).view(8, 1, 1) for _ in range(6)]
-    covariances = lro.calibrate(model, batches, sensitivity="fisher")
-    layers = {fqn: module for fqn, module in model.named_modules() if fqn in covariances}
-    return model, covariances, layer_subspaces(layers, covariances)
 
 
 def test_macs_are_counted_by_rows(calibrated) -> None:  # type: ignore[no-untyped-def]

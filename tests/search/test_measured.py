@@ -12,7 +12,7 @@ from lowrank_ops.ranks.allocation import allocate
 from lowrank_ops.ranks.costs import in_parameters
 from lowrank_ops.search import measured
 from lowrank_ops.subspaces import layer_subspaces
-from tests.search.conftest import Calibrated
+from tests.calibrated_net import Calibrated
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ from torch import nn
 
 import lowrank_ops as lro
 from lowrank_ops.ranks.costs import in_parameters, options_of
-from tests.search.conftest import Calibrated, ParameterAccuracy
+from tests.calibrated_net import Calibrated
+from tests.search.conftest import ParameterAccuracy
 
 
 def only_dense_is_accurate(model: nn.Module) -> float:
@@ -102,7 +103,7 @@ def test_an_accuracy_that_is_not_a_finite_number(calibrated: Calibrated, model: 
         model.eval()
         return returned
 
-    with pytest.raises(ValueError, match="evaluate must return the model's accuracy as a finite number"):
+    with pytest.raises(ValueError, match="evaluate must return a finite number, higher for better models; it returned"):
         lro.search_ranks(model, calibrated.covariances, evaluate, 0.1)
     assert list(model.modules()) == modules and all(module.training for module in modules)
 
