@@ -77,10 +77,10 @@ def _replace(model: nn.Module, factors: Mapping[str, Factors], pivoted: bool) ->
         if has_hooks(layers[fqn]):
             raise ValueError(f"layer {fqn!r} has hooks, which its replacement would drop; remove them first.")
 
-    replacements = {}
-    for fqn, part in factors.items():
-        smaller = pivoted and pivoting_saves(part.rank, dimensions(layers[fqn]).out_features)
-        replacements[layers[fqn]] = lowrank_type(layers[fqn], smaller).from_factors(layers[fqn], part)
+    replacements = {
+        layers[fqn]: lowrank_type(layers[fqn], part.rank if pivoted else None).from_factors(layers[fqn], part)
+        for fqn, part in factors.items()
+    }
     swap_(model, replacements)
     return replacements.get(model, model)
 
@@ -155,11 +155,12 @@ def _warn_of_replaced(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) 
 register_optimizer_step_pre_hook(_warn_of_replaced)
 
 
-def lowrank_type(dense: nn.Module, pivoted: bool = False) -> type[LowRankLayer]:
-    """The class that replaces a dense layer."""
+def lowrank_type(dense: nn.Module, pivoted_rank: int | None = None) -> type[LowRankLayer]:
+    """The class that replaces a dense layer; one of pivoted factors if given a rank at which they are smaller."""
     kinds = (LowRankConv1d, LowRankConv2d)
-    linear = PivotedLinear if pivoted else LowRankLinear
-    return next((kind for kind in kinds if isinstance(dense, kind.dense_type)), linear)
+    found = next((kind for kind in kinds if isinstance(dense, kind.dense_type)), LowRankLinear)
+    smaller = pivoted_rank is not None and pivoting_saves(pivoted_rank, dimensions(dense).out_features)
+    return PivotedLinear if smaller and found is LowRankLinear else found
 
 
 def has_hooks(module: nn.Module) -> bool:
