@@ -1,4 +1,5 @@
-// What the decode kernels share: weights from global memory to mma.sync, and the reduction over the warps of a CTA.
+// What the decode kernels share: weights from global memory to mma.sync, the reduction over the warps of a CTA, and t
+// from L2 to shared memory.
 #pragma once
 
 #include "../arch/mma.cuh"
@@ -7,6 +8,7 @@
 namespace lowrank_ops::lowrank_linear {
 
 constexpr int kPrefetch = 4;  // steps whose weights a warp has in flight
+constexpr int kGather = 8;    // vectors of t that a thread has in flight
 
 struct Vector {
   uint32_t words[4];  // 8 features
@@ -116,6 +118,35 @@ __device__ __forceinline__ float reduce_warp_sums(const float* sums, int row, in
   for (int warp = 0; warp < kWarps; ++warp)
     sum += sums[sum_index(warp, row, token, kRowTiles * kRows, kTokenGroups * 8)];
   return sum;
+}
+
+// A token tile's t to shared memory: the `tokens` rows that exist, of `vectors` x 16 bytes, zeros in the others. All
+// threads share all vectors, so that a thread waits for L2 once per kGather of them.
+template <int kTokens>
+__device__ __forceinline__ void gather_t(const uint4* from, int64_t tokens, int vectors, int64_t pitch,
+                                         unsigned char* to) {
+  const int total = kTokens * vectors, existing = static_cast<int>(min64(tokens, kTokens)) * vectors;
+  const int rows_apart = kThreads / vectors, vectors_apart = kThreads % vectors;  // of a thread's vectors
+  int row = threadIdx.x / vectors, vector = threadIdx.x % vectors;
+  for (int first = threadIdx.x; first < total; first += kGather * kThreads) {
+    uint4 loaded[kGather];
+#pragma unroll
+    for (int j = 0; j < kGather; ++j)  // cached in L2 only: L1 is not coherent with the writes of other CTAs
+      loaded[j] = first + j * kThreads < existing ? __ldcg(from + first + j * kThreads) : uint4{0, 0, 0, 0};
+#pragma unroll
+    for (int j = 0; j < kGather; ++j) {
+      if (first + j * kThreads < total) *reinterpret_cast<uint4*>(to + row * pitch + vector * 16) = loaded[j];
+      vector += vectors_apart;
+      row += rows_apart + (vector >= vectors);
+      vector -= vector >= vectors ? vectors : 0;
+    }
+  }
+}
+
+__device__ __forceinline__ Vector load_shared(const unsigned char* row, int64_t feature, bool exists) {
+  if (!exists) return {{0, 0, 0, 0}};
+  const uint4 bits = *reinterpret_cast<const uint4*>(row + feature * 2);
+  return {{bits.x, bits.y, bits.z, bits.w}};
 }
 
 }  // namespace lowrank_ops::lowrank_linear

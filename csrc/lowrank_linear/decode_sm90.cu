@@ -91,26 +91,6 @@ __device__ __forceinline__ void compute_down(const Arguments& args, unsigned cha
   }
 }
 
-// A token tile's t, zeros past the last token. Columns past the last rank are neither written nor read.
-template <int kTokens>
-__device__ __forceinline__ void load_t(const Arguments& args, int64_t first_token, unsigned char* t) {
-  const int vectors = static_cast<int>(args.rank / kVector);
-  for (int row = threadIdx.x / 32; row < kTokens; row += kWarps) {
-    const int64_t token = first_token + row;
-    // Cached in L2 only: L1 is not coherent with the writes of other CTAs.
-    const uint4* from = reinterpret_cast<const uint4*>(args.scratch) + token * vectors;
-    uint4* to = reinterpret_cast<uint4*>(t + row * rank_pitch(args.rank));
-    for (int v = threadIdx.x % 32; v < vectors; v += 32)
-      to[v] = token < args.tokens ? __ldcg(from + v) : uint4{0, 0, 0, 0};
-  }
-}
-
-__device__ __forceinline__ Vector load_shared(const unsigned char* row, int64_t feature, bool exists) {
-  if (!exists) return {{0, 0, 0, 0}};
-  const uint4 bits = *reinterpret_cast<const uint4*>(row + feature * 2);
-  return {{bits.x, bits.y, bits.z, bits.w}};
-}
-
 // A warp's MMAs of 16 resident rows of up with t.
 template <class Element, int kTokenGroups>
 __device__ __forceinline__ void mma_resident(float (&acc)[1][kTokenGroups][4], const unsigned char* tile, int64_t rows,
@@ -165,9 +145,11 @@ __device__ __forceinline__ void compute_up(const Slab& slab, const Arguments& ar
                                            const SmemLayout& at) {
   constexpr int kTokens = kTokenGroups * 8;
   float* sums = reinterpret_cast<float*>(shared + at.warp_sums);
-  arch::mbarrier_wait(arch::cast_smem_ptr_to_uint(shared), 0);
+  const int vectors = static_cast<int>(args.rank / kVector);  // columns past the last rank are not read
   for (int64_t first_token = 0; first_token < args.tokens; first_token += kTokens) {
-    load_t<kTokens>(args, first_token, shared + at.t);
+    gather_t<kTokens>(reinterpret_cast<const uint4*>(args.scratch) + first_token * vectors, args.tokens - first_token,
+                      vectors, rank_pitch(args.rank), shared + at.t);
+    arch::mbarrier_wait(arch::cast_smem_ptr_to_uint(shared), 0);
     __syncthreads();
     for (int64_t tile = slab.tiles.begin; tile < slab.tiles.end; ++tile) {
       const int64_t index = tile - slab.tiles.begin, first_row = tile * kRows;
