@@ -66,22 +66,25 @@ __device__ __forceinline__ void mma_step(float (&acc)[kRowTiles][kTokenGroups][4
     }
 }
 
-// A warp's steps of 16 rows of down times a token tile over features [begin, end).
-template <class Element, int kTokenGroups, bool kVectorized>
-__device__ __forceinline__ void mma_down(float (&acc)[1][kTokenGroups][4], const Element* down, int64_t down_stride,
-                                         int64_t first_row, int64_t rows, const Element* x, int64_t x_stride,
-                                         int64_t first_token, int64_t tokens, int64_t begin, int64_t end) {
+// A warp's steps of rows of down times a token tile over features [begin, end). All row tiles share what is read of x.
+template <class Element, int kRowTiles, int kTokenGroups, bool kVectorized>
+__device__ __forceinline__ void mma_down(float (&acc)[kRowTiles][kTokenGroups][4], const Element* down,
+                                         int64_t down_stride, int64_t first_row, int64_t rows, const Element* x,
+                                         int64_t x_stride, int64_t first_token, int64_t tokens, int64_t begin,
+                                         int64_t end) {
+  constexpr int kMmas = kRowTiles * kTokenGroups;  // accumulators take the registers of steps in flight
+  constexpr int kSteps = kMmas <= 8 ? kPrefetch : kMmas <= 16 ? kPrefetch / 2 : 1;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int steps = static_cast<int>(ceil_div(end - begin, kFeatures));
-  for (int i = 0; step_of_warp(warp, i) < steps; i += kPrefetch) {
-    Weights<1> weights[kPrefetch];
+  for (int i = 0; step_of_warp(warp, i) < steps; i += kSteps) {
+    Weights<kRowTiles> weights[kSteps];
 #pragma unroll
-    for (int j = 0; j < kPrefetch; ++j)
+    for (int j = 0; j < kSteps; ++j)
       load_weights<Element, kVectorized>(weights[j], down, down_stride, first_row, rows,
                                          begin + int64_t{step_of_warp(warp, i + j)} * kFeatures + lane_feature(lane),
                                          end);
 #pragma unroll
-    for (int j = 0; j < kPrefetch; ++j) {
+    for (int j = 0; j < kSteps; ++j) {
       const int64_t feature = begin + int64_t{step_of_warp(warp, i + j)} * kFeatures + lane_feature(lane);
 #pragma unroll
       for (int group = 0; group < kTokenGroups; ++group) {
