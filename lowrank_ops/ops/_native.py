@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ._backend import Device, device_facts
+
 LIBRARY = Path(__file__).parents[1] / "liblowrank_ops.so"
 
 
@@ -20,6 +22,7 @@ class Machine(NamedTuple):
     capability: int  # 10 * major + minor
     sm_count: int
     shared_memory: int  # bytes per CTA, opt-in limit
+    clusters: tuple[int, ...] = ()  # of 2, 4 and 8 CTAs, resident at once; empty: the planner's estimate
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,23 @@ def unavailable() -> str | None:
         torch.ops.load_library(LIBRARY)
     except OSError as error:
         return f"the native library does not load: {error}"
+    driver, runtime = cuda_versions()
+    if 0 < driver < runtime // 1000 * 1000:
+        return (
+            f"the native library has the runtime of CUDA {_version(runtime)} and needs a driver for CUDA "
+            f"{runtime // 1000}.0 or newer; the driver here is for CUDA {_version(driver)}"
+        )
     return None
+
+
+def cuda_versions() -> tuple[int, int]:
+    """Of the driver, 0 where there is none, and of the loaded library's runtime: ``1000 * major + 10 * minor``."""
+    driver, runtime = torch.ops.lowrank_ops._cuda_versions()
+    return driver, runtime
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def unavailable_on(device_type: str) -> str | None:
@@ -65,10 +84,13 @@ def unavailable_on(device_type: str) -> str | None:
     return unavailable() if device_type == "cuda" else "it needs a CUDA device"
 
 
-def machine(device: tuple[str, int, tuple[int, int], int, int]) -> Machine:
-    """A ``Device`` in the planner's terms."""
-    _, _, (major, minor), sm_count, shared_memory = device
-    return Machine(10 * major + minor, sm_count, shared_memory)
+@functools.cache
+def machine(device: Device) -> Machine:
+    """A ``Device`` in the planner's terms. The runtime counts the clusters of one that is here."""
+    major, minor = device.capability
+    here = device.ordinal < torch.cuda.device_count() and device == device_facts(torch.device("cuda", device.ordinal))
+    clusters = tuple(torch.ops.lowrank_ops._clusters(device.ordinal)) if here and unavailable() is None else ()
+    return Machine(10 * major + minor, device.sm_count, device.shared_memory, clusters)
 
 
 def usable_choice(tuned: Choice | None, refused: Callable[[Choice], str]) -> Choice:
