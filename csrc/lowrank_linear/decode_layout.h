@@ -90,7 +90,6 @@ LRO_HD constexpr int64_t scratch_floats(int64_t tokens, int64_t rank, int token_
 
 // t and rows of up in shared memory: bytes between rows of 16-bit values. 64 bytes past a multiple of 128: the eight
 // lanes of a phase read two rows of four vectors each and touch every bank once.
-LRO_HD constexpr int64_t padded_rank(int64_t rank) { return round_up(rank, kFeatures); }
 LRO_HD constexpr int64_t rank_pitch(int64_t rank) { return round_up(rank * 2, 128) + 64; }
 
 // ---- decode_sm90: distribution of work over clusters and CTAs ----

@@ -53,7 +53,7 @@ void expect_legal(const LowRankProblem& problem) {
   EXPECT(plan.token_tile <= (plan.kernel == "prefill_sm90" ? prefill::kMaxTokenTile : 64));
   EXPECT(plan.split_features % kFeatures == 0 || plan.kernel == "prefill_sm90");
   EXPECT(plan.splits * plan.split_features >= problem.in_features);
-  EXPECT(padded_rank(problem.rank) * 2 <= rank_pitch(problem.rank));
+  EXPECT(scratch_columns(problem.rank) * 2 <= rank_pitch(problem.rank));
   if (plan.kernel == "decode_sm90") {
     EXPECT(problem.machine.capability == 90 && problem.aligned && problem.in_features % 8 == 0 &&
            problem.rank % 8 == 0);

@@ -229,7 +229,7 @@ def assert_linear(
 LINEARS = {  # machine, dtype, (tokens, in_features, rank, out_features), offset, the plan
     "decode_sm80-8-tokens": (SM80, BF16, (1, 256, 64, 128), 0, "decode_sm80: 8 tokens"),
     "decode_sm80-16-tokens": (SM80, FP16, (13, 200, 40, 100), 0, "decode_sm80: 16 tokens"),
-    "decode_sm80-64-tokens": (SM80, BF16, (64, 320, 24, 72), 0, "decode_sm80: 64 tokens"),
+    "decode_sm80-64-tokens": (SM80, BF16, (64, 320, 40, 72), 0, "decode_sm80: 64 tokens"),
     "decode_sm80-splits": (SM80.sms(64), BF16, (9, 2048, 24, 40), 0, r"decode_sm80: .* x [2-8] splits"),
     "decode_sm80-any-alignment": (SM80, FP16, (33, 100, 17, 33), 1, "decode_sm80: 64 tokens"),
     "decode_sm80-dependent-launch": (SM90, BF16, (5, 97, 3, 5), 3, "decode_sm80: .* dependent launch"),

@@ -228,11 +228,8 @@ FAULTS = {
     "decode_sm80: the first CTA to arrive adds the splits": Fault(
         DECODE80, "if (arrived != args.splits - 1) return;", "if (arrived != 0) return;", "decode_sm80-splits", VALUES
     ),
-    "decode_sm80: a CTA arrives before it has written its sums": Fault(
-        DECODE80, "__syncthreads();  // all of this CTA's", "// all of this CTA's", "decode_sm80-splits", VALUES
-    ),
     "decode_sm80: vectors of t in the row before": Fault(
-        DECODE80, "row += rows_apart + (vector >= vectors);", "row += rows_apart;", "decode_sm80", VALUES, DECODE
+        DECODE80, "row += rows_apart + (vector >= vectors);", "row += rows_apart;", "decode_sm80-64", VALUES, DECODE
     ),
     "decode_sm80: rows of a neighboring CTA": Fault(
         DECODE80,
@@ -288,9 +285,6 @@ FAULTS = {
         "decode_sm90-shared",
         VALUES,
         DECODE,
-    ),
-    "decode_sm90: the sums of two rounds in one buffer": Fault(
-        DECODE90, "return round % 2 * sums + i;", "return i;", "140-decode_sm90-2", VALUES, DECODE_LAYOUT
     ),
     "decode_sm90: streamed rows are left out": Fault(
         DECODE90,
