@@ -18,9 +18,9 @@ LRO_HD float exp2_approx(float x) {
 #endif
 }
 
-// y times the normal distribution function: max(y, 0) - |y| Q(|y|), whose tail Q is exp2 of a polynomial and so keeps its
-// relative accuracy. Within 2^-14 of the result, an eighth of float16's rounding, or 2^-27. The coefficients are the
-// minimax fit of log2 Q over [0, 6]; beyond, |y| Q is below 2^-27. 11 instructions; with erff it is 25.
+// y times the normal distribution function: max(y, 0) - |y| Q(|y|), whose tail Q is exp2 of a polynomial and so keeps
+// its relative accuracy. Within 2^-14 of the result, an eighth of float16's rounding, or 2^-27. The coefficients are
+// the minimax fit of log2 Q over [0, 6]; beyond, |y| Q is below 2^-27. 11 instructions; with erff it is 25.
 LRO_HD float gelu(float y) {
   const float a = fminf(fabsf(y), 6.0f);
   float log2_tail = 0x1.81b59p-16f;
