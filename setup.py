@@ -1,12 +1,15 @@
-"""Builds the native part by CMake; CMakeLists.txt knows what there is to build. All the rest is in pyproject.toml.
+"""Builds the native part with CMake; CMakeLists.txt lists what to build. All the rest is in pyproject.toml.
 
 LOWRANK_OPS_CUDA=AUTO|ON|OFF: AUTO (default) builds where nvcc, CMake and torch are found and else says so in a line.
 LOWRANK_OPS_CUDA_ARCHS: CUDA archs, "80;90a;100f;120f" unless set; CUDACXX names an nvcc that is not on PATH.
 LOWRANK_OPS_WERROR=ON makes every warning of nvcc and every spilled register an error.
+
+A wheel with the library has the local version +cu12 or +cu13, that of nvcc: it decides which drivers the wheel needs.
 """
 
 import importlib.machinery
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -33,6 +36,12 @@ def find_nvcc():
     return os.environ.get("CUDACXX") or shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
 
 
+def cuda_major():
+    """12 or 13: that of nvcc."""
+    text = subprocess.run([find_nvcc(), "--version"], check=True, capture_output=True, text=True).stdout
+    return re.search(r"release (\d+)\.", text)[1]
+
+
 def native():
     """The extension, or none where the choice or the machine is against it."""
     choice = os.environ.get("LOWRANK_OPS_CUDA", "AUTO").upper()
@@ -53,7 +62,9 @@ class CMakeBuild(build_ext):
     """Configures, builds and installs into the package: liblowrank_ops.so and, for this Python, _planner."""
 
     def run(self):
-        build = ROOT / "build" / "native"  # one folder, kept: an editable install would rebuild in a temporary one
+        build = (
+            ROOT / "build" / f"native-cu{cuda_major()}"
+        )  # kept: an editable install would rebuild in a temporary one
         package = (ROOT if self.inplace else Path(self.build_lib).resolve()) / "lowrank_ops"
         options = {
             "LOWRANK_OPS_CUDA": "ON",
@@ -77,11 +88,17 @@ class CMakeBuild(build_ext):
 
 
 class AnyPythonWheel(bdist_wheel):
-    """The library knows no Python, so one wheel serves every Python 3 of the platform."""
+    """The library does not depend on Python, so one wheel serves every Python 3 of the platform."""
 
     def get_tag(self):
         _, _, platform = super().get_tag()
         return "py3", "none", platform
 
 
-setup(ext_modules=native(), cmdclass={"build_ext": CMakeBuild, "bdist_wheel": AnyPythonWheel})
+extensions = native()
+of_wheel = extensions and not {"sdist", "egg_info"} & set(sys.argv)  # a source distribution is for every toolkit
+setup(
+    ext_modules=extensions,
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": AnyPythonWheel},
+    options={"egg_info": {"tag_build": f"+cu{cuda_major()}"}} if of_wheel else {},
+)

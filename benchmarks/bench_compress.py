@@ -1,11 +1,14 @@
 """compress_ against SVD-LLM's factorization of the same layers: ``python -m benchmarks.bench_compress``.
 
-Blocks of Linears with SmolLM2-135M's shapes, random: weights with a falling spectrum in bfloat16, activations with a
-falling spectrum, a mean and outlier channels. Every repetition runs every variant, in one process on one thread, on
-processor time; a figure is the smallest of a variant. SVD-LLM's factorization (Cholesky of the second moment, SVD of
-W L, inverse of L by a triangular solve) is timed as favorably as possible: one Cholesky factor for layers that share an
-input, second moments that are regular, and no choice of ranks. Its published code takes a Cholesky factor and an
-inverse in float64 for every Linear, and the SVD in float32; that is the third baseline.
+Blocks of Linears with the shapes of SmolLM2-135M or of a Llama of 1.1B parameters, random: weights with a falling
+spectrum in bfloat16, activations with a falling spectrum, a mean and outlier channels. Or (``--folder``) blocks of a
+language model of transformers, calibrated on Python's language reference.
+
+Every repetition runs every variant, in one process on one thread, on processor time; a figure is the smallest of a
+variant. SVD-LLM's factorization (Cholesky of the second moment, SVD of W L, inverse of L by triangular solves) is timed
+as favorably as possible: one Cholesky factor for layers that share an input, second moments that are regular, and no
+choice of ranks. Its published code takes a Cholesky factor and an inverse in float64 for every Linear, and the SVD in
+float32; that is the third baseline.
 """
 
 from __future__ import annotations
@@ -28,16 +31,16 @@ from lowrank_ops.calibration import LayerStatistics, Moments
 from .suite import environment, write
 
 RESULTS = Path(__file__).parent / "results" / "compress.json"
-WIDTH, KEYS, HIDDEN = 576, 192, 1536  # of SmolLM2-135M
-INPUTS = {"attention": WIDTH, "heads": WIDTH, "mlp": WIDTH, "hidden": HIDDEN}
+SHAPES = {"smollm2-135m": (576, 192, 1536), "llama-1.1b": (2048, 256, 5632)}  # width, keys, hidden
+INPUTS = {"attention": 0, "heads": 0, "mlp": 0, "hidden": 2}  # indices of their features among these
 LAYERS = {
-    "q_proj": ("attention", WIDTH),
-    "k_proj": ("attention", KEYS),
-    "v_proj": ("attention", KEYS),
-    "o_proj": ("heads", WIDTH),
-    "gate_proj": ("mlp", HIDDEN),
-    "up_proj": ("mlp", HIDDEN),
-    "down_proj": ("hidden", WIDTH),
+    "q_proj": ("attention", 0),
+    "k_proj": ("attention", 1),
+    "v_proj": ("attention", 1),
+    "o_proj": ("heads", 0),
+    "gate_proj": ("mlp", 2),
+    "up_proj": ("mlp", 2),
+    "down_proj": ("hidden", 0),
 }
 COUNTED = ("cholesky_ex", "cholesky", "eigh", "eigvalsh", "qr", "svd", "inv")
 
@@ -57,7 +60,9 @@ def moments_of(rows: Tensor, weights: Tensor | None = None) -> Moments:
     return Moments(weighted.T @ rows, weighted.sum(0), len(rows))
 
 
-def random_model(blocks: int, rows: int) -> tuple[nn.Module, dict[str, lro.Covariances]]:
+def random_model(
+    blocks: int, rows: int, shape: tuple[int, int, int] = SHAPES["smollm2-135m"]
+) -> tuple[nn.Module, dict[str, lro.Covariances]]:
     """The layers, and statistics without gradients, with them, and with token weights as well."""
     torch.manual_seed(0)
     model = nn.ModuleDict()
@@ -65,12 +70,13 @@ def random_model(blocks: int, rows: int) -> tuple[nn.Module, dict[str, lro.Covar
     for block in range(blocks):
         layers = nn.ModuleDict()
         token_weights = torch.rand(rows).double().square() * 3
-        x = {name: random_rows(rows, features) for name, features in INPUTS.items()}
+        x = {name: random_rows(rows, shape[index]) for name, index in INPUTS.items()}
         plain = {name: moments_of(part) for name, part in x.items()}
-        for name, (source, features) in LAYERS.items():
-            layer = nn.Linear(INPUTS[source], features, bias=False, dtype=torch.bfloat16)
-            down, up = torch.randn(features // 4, INPUTS[source]), torch.randn(features, features // 4)
-            weight = up @ down / features**0.5 + torch.randn(features, INPUTS[source])
+        for name, (source, index) in LAYERS.items():
+            features, inputs = shape[index], shape[INPUTS[source]]
+            layer = nn.Linear(inputs, features, bias=False, dtype=torch.bfloat16)
+            down, up = torch.randn(features // 4, inputs), torch.randn(features, features // 4)
+            weight = up @ down / features**0.5 + torch.randn(features, inputs)
             layer.weight = nn.Parameter((0.02 * weight).bfloat16(), requires_grad=False)
             layers[name] = layer
             fqn, gradients = f"{block}.{name}", moments_of(1e-3 * random_rows(rows, features))
@@ -80,6 +86,35 @@ def random_model(blocks: int, rows: int) -> tuple[nn.Module, dict[str, lro.Covar
             kinds["token weights"][fqn] = LayerStatistics("input", plain[source], gradients, weighted)
         model[str(block)] = layers
     return model, {kind: lro.Covariances(statistics) for kind, statistics in kinds.items()}
+
+
+def real_model(folder: Path, blocks: int, tokens: int) -> tuple[nn.Module, dict[str, lro.Covariances]]:
+    """The same of the first blocks of a language model."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from demo.language_model import texts
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    sequences = texts(AutoTokenizer.from_pretrained(folder), tokens)[0]
+    found = lro.calibrate(
+        model,
+        [{"input_ids": rows} for rows in sequences.split(2)],
+        filter_fn=lambda module, fqn: any(f".{block}." in f".{fqn}." for block in range(blocks)) and "layers" in fqn,
+        sensitivity="fisher",
+    )
+    layers = nn.ModuleDict()  # only these are timed
+    renamed = {fqn: fqn.replace(".", "_") for fqn in found}
+    for fqn, name in renamed.items():
+        layers[name] = model.get_submodule(fqn)
+    kinds = {
+        "plain": {renamed[fqn]: LayerStatistics(part.side, part.activations) for fqn, part in found.items()},
+        "gradients": {
+            renamed[fqn]: LayerStatistics(part.side, part.activations, part.output_gradients)
+            for fqn, part in found.items()
+        },
+        "token weights": {renamed[fqn]: part for fqn, part in found.items()},
+    }
+    return layers, {kind: lro.Covariances(statistics) for kind, statistics in kinds.items()}
 
 
 def published_svd_llm(model: nn.Module, covariances: lro.Covariances, ratio: float) -> None:
@@ -156,23 +191,31 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--blocks", type=int, default=4, help="of seven Linears each")
-    parser.add_argument("--rows", type=int, default=4096, help="calibration rows")
+    parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m", help="of random blocks")
+    parser.add_argument("--folder", type=Path, help="a language model of transformers, instead of random blocks")
+    parser.add_argument("--rows", type=int, default=4096, help="calibration rows, or tokens of the model")
+    parser.add_argument("--variants", nargs="*", help="what is timed; by default all")
     parser.add_argument("--ratio", type=float, default=0.5, help="of the parameters that are kept")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, help=f"file of results, such as {RESULTS.relative_to(Path.cwd())}")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     facts = environment(torch.device("cpu")) | {"clock": "process_time"}
-    model, statistics = random_model(options.blocks, options.rows)
+    if options.folder is None:
+        model, statistics = random_model(options.blocks, options.rows, SHAPES[options.shape])
+    else:
+        model, statistics = real_model(options.folder, options.blocks, options.rows)
     runs = variants(model, statistics, options.ratio)
+    runs = {name: run for name, run in runs.items() if not options.variants or name in options.variants}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     calls: dict[str, dict[str, int]] = {}
-    for repeat in range(options.repeats + 1):  # the first one is not timed
+    warm = options.repeats > 1
+    for repeat in range(options.repeats + warm):  # the first of several is not timed
         for name, run in runs.items():
             with counted() as calls[name]:
                 start = time.process_time()
                 run()
-                if repeat:
+                if repeat or not warm:
                     seconds[name].append(time.process_time() - start)
     best = {name: min(times) for name, times in seconds.items()}
     rows = [
@@ -181,7 +224,7 @@ def main(arguments: list[str] | None = None) -> None:
             "seconds": round(best[name], 4),
             "over_svd_llm_float32": round(best[name] / best["SVD-LLM float32"], 3),
             "over_svd_llm_float64": round(best[name] / best["SVD-LLM float64"], 3),
-            "over_svd_llm_as_published": round(best[name] / best["SVD-LLM as published"], 3),
+            "over_svd_llm_as_published": round(best[name] / best.get("SVD-LLM as published", torch.nan), 3),
             "decompositions": dict(calls[name]),
         }
         for name in runs
@@ -189,7 +232,8 @@ def main(arguments: list[str] | None = None) -> None:
     for row in rows:
         print(*row.values(), sep="  ")
     if options.out:
-        shape = {name: getattr(options, name) for name in ("blocks", "rows", "ratio", "repeats")}
+        shape = {name: getattr(options, name) for name in ("blocks", "rows", "ratio", "repeats", "shape")}
+        shape["model"] = "random" if options.folder is None else options.folder.name
         write(
             options.out, {"environment": facts, "settings": shape, "layers": len(LAYERS) * options.blocks, "rows": rows}
         )

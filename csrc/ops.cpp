@@ -139,7 +139,7 @@ void conv_covariance_update(Tensor second_moment, Tensor total, Tensor x, std::v
                  second_moment, total, x);
 }
 
-// (why not, plan): one of the two is empty. The library knows which archs it has code for, the planner does not.
+// (reason for refusal, plan): one of the two is empty. The list of compiled archs is here, not in the planner.
 template <class Plan>
 std::tuple<std::string, std::string> explain(const Plan& plan, int64_t capability) {
   std::string reason = plan.reason;
@@ -265,7 +265,7 @@ std::tuple<std::string, std::string> explain_lowrank_linear(int64_t tokens, int6
                  capability);
 }
 
-// ---- the device ----
+// ---- the device and the library ----
 
 // Machine::clusters.
 std::tuple<int64_t, int64_t, int64_t> clusters(int64_t device) {
@@ -274,17 +274,22 @@ std::tuple<int64_t, int64_t, int64_t> clusters(int64_t device) {
   return {twos, fours, eights};
 }
 
-// CUDA versions as 1000 * major + 10 * minor: the driver's, 0 where there is none, and that of the runtime in here.
-std::tuple<int64_t, int64_t> cuda_versions() {
-  int driver = 0, runtime = 0;
-  if (cudaDriverGetVersion(&driver) != cudaSuccess) driver = 0;
-  cudaRuntimeGetVersion(&runtime);
-  return {driver, runtime};
+// "13.3" from the form of CUDA's macros and functions.
+std::string dotted(int version) { return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10); }
+
+/// The CUDA toolkit that compiled the library, such as "13.3".
+std::string cuda_toolkit() { return dotted(CUDART_VERSION); }
+
+// The newest CUDA that the driver knows; empty where there is none.
+std::string cuda_driver() {
+  int version = 0;
+  return cudaDriverGetVersion(&version) == cudaSuccess && version > 0 ? dotted(version) : "";
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lowrank_ops, m) {
+  m.def("_cuda_toolkit() -> str");
   m.def(
       "_cuda_covariance_update_(Tensor(a!) second_moment, Tensor(b!) total, Tensor x, bool allow_tf32, "
       "str kernel=\"\", int splits=0, int token_tile=0) -> ()");
@@ -306,7 +311,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lowrank_ops, m) {
       "token_tile=0) -> "
       "(str, str)");
   m.def("_clusters(int device) -> (int, int, int)");
-  m.def("_cuda_versions() -> (int, int)");
+  m.def("_cuda_driver() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lowrank_ops, CUDA, m) {
@@ -317,10 +322,11 @@ STABLE_TORCH_LIBRARY_IMPL(lowrank_ops, CUDA, m) {
 
 // No tensor among the arguments: the only key that such a call reaches.
 STABLE_TORCH_LIBRARY_IMPL(lowrank_ops, CompositeExplicitAutograd, m) {
+  m.impl("_cuda_toolkit", TORCH_BOX(&cuda_toolkit));
   m.impl("_plan_covariance", TORCH_BOX(&explain_covariance));
   m.impl("_plan_lowrank_linear", TORCH_BOX(&explain_lowrank_linear));
   m.impl("_clusters", TORCH_BOX(&clusters));
-  m.impl("_cuda_versions", TORCH_BOX(&cuda_versions));
+  m.impl("_cuda_driver", TORCH_BOX(&cuda_driver));
 }
 
 }  // namespace lowrank_ops

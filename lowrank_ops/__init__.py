@@ -5,6 +5,7 @@ from .calibration import Calibrator, Covariances, NonFiniteActivationError, cali
 from .checkpoint import CheckpointError, load_pretrained, save_pretrained
 from .compress import compress_
 from .config import CompressionConfig, ExplainedVariance, FlopBudget, LatencyBudget, ParameterBudget, Ranks
+from .correction import correct_predictions
 from .layers import LowRankConv2d, LowRankLinear, measure_latency
 from .midpoint import recalibrate
 from .reconstruction import BlockReconstruction, SequentialReconstruction
@@ -20,6 +21,7 @@ __all__ = [
     "plan_calibration",
     "Calibrator",
     "recalibrate",
+    "correct_predictions",
     "Covariances",
     "NonFiniteActivationError",
     "utilization",

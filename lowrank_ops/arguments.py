@@ -1,6 +1,6 @@
-"""Checks of what users pass, in one place: types by the annotations of public functions, and arguments without effect.
+"""Argument checks for public functions: types by their annotations, and arguments that would have no effect.
 
-The checks run before a function's first line, so nothing is half-done. Ranges and names are checked by the functions.
+The checks run before the function body. Values, such as ranges and names, are checked by the functions.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ _BY_TYPE: dict[Any, str] = {
     torch.dtype: "a torch.dtype",
     torch.device: "a torch.device",
 }
-# What follows "must" where the type does not say it. An argument of one name means the same in all functions.
+# By argument name, what follows "must" in the message where the type is not enough. A name has one meaning everywhere.
 _BY_NAME = {
-    "backend": "be 'auto', 'reference', 'triton' or 'cuda'",
+    "backend": "be 'auto', 'unverified', 'reference', 'triton' or 'cuda'",
     "batches": "be a collection of batches, such as a list or a DataLoader",
     "blocks": "be the name of a module, a sequence of such names, or None",
     "by": "be 'budget' or 'layers'",
@@ -64,11 +64,12 @@ def checked(**needs: str) -> Callable[[Function], Function]:
     """A decorator that checks the arguments of each call by the annotations of the function.
 
     Args:
-        needs: ``argument="other"``: ``argument`` has no effect without ``other``, so it must keep its default then.
+        needs: ``argument="other"``: ``argument`` has no effect without ``other``, so without it ``argument`` must
+            have its default.
 
     Returns:
-        The decorator. The function then raises TypeError for an argument of another type, and ValueError for one that
-        would be ignored, with the argument's name and what is accepted.
+        The decorator. The decorated function raises TypeError for an argument of a wrong type and ValueError for one
+        that would be ignored. The message has the argument's name and what is accepted.
     """
 
     def decorate(function: Function) -> Function:
@@ -79,7 +80,7 @@ def checked(**needs: str) -> Callable[[Function], Function]:
             if not is_compiling():
                 try:
                     given = signature.bind(*args, **kwargs).arguments
-                except TypeError:  # a missing or unknown argument, of which Python's own message says all
+                except TypeError:  # a missing or unknown argument: Python's own message is clear
                     return function(*args, **kwargs)
                 check_arguments(function, given)
                 for name, other in needs.items():
@@ -97,7 +98,7 @@ def check_arguments(function: Any, given: Mapping[str, Any]) -> None:
     """Raise TypeError for the first argument whose type is not that of its annotation.
 
     Args:
-        function: or dataclass, whose annotations count.
+        function: a function or a dataclass with annotations.
         given: ``{name: value}``; names without an annotation are not checked.
     """
     hints = _hints(function)
@@ -139,7 +140,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, os.PathLike)
     if hint is Tensor:
         return isinstance(value, Tensor) or hasattr(type(value), "__torch_function__")
-    if origin is Callable:  # a model is called with a batch, and is no function of a model
+    if origin is Callable:  # a module is callable, but is not a function of a model
         of_model = isinstance(args[0], list) and nn.Module in args[0]
         return callable(value) and not (of_model and isinstance(value, nn.Module))
     if origin is Iterable:
@@ -156,7 +157,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _is_collection(value: Any) -> bool:
-    """Whether ``value`` is something to iterate over, and not one batch that happens to be iterable."""
+    """Whether ``value`` is iterable and is not itself one batch."""
     return not _is_one_batch(value) and any(hasattr(type(value), name) for name in ("__iter__", "__getitem__"))
 
 
@@ -196,7 +197,7 @@ def _with_article(name: str) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A plain value as it is written, of others the type; of a collection also the types inside."""
+    """The repr of a plain value; of others the type, and for a collection the types of its items."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return reprlib.repr(value)
     if isinstance(value, type) or inspect.isroutine(value):

@@ -1,7 +1,7 @@
 """Compressed models on disk: a folder with ``model.safetensors`` and ``lowrank_config.json``; nothing is pickled.
 
-The header of the tensor file holds the whole configuration and is what is loaded; the JSON file is a copy of it for
-people and tools. So one file alone decides which checkpoint a folder holds, also if a save was killed.
+Loading reads only ``model.safetensors``, whose header holds the whole configuration; the JSON file is a copy for people
+and tools. So a folder holds a consistent checkpoint even if a save was killed between the two files.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from .arguments import checked
 from .files import digests, open_tensors, parse_json, read_header, read_tensor, replacing, write_tensors
-from .layers import LowRankLayer, LowRankLinear
+from .layers import LowRankLayer, LowRankLinear, PivotedLinear
 from .layers.conv import GEOMETRY, LowRankConv
 from .layers.replace import has_hooks, lowrank_type, note_replaced, swap_
 from .models.experts import experts_listed
@@ -28,7 +28,7 @@ from .report import CompressionReport
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "lowrank_config.json"
 FORMAT = "lowrank_ops.checkpoint"
-FORMAT_VERSION = 2  # 1 has no checksums
+FORMAT_VERSION = 3  # 1 has no checksums; 2 is written where no layer is pivoted
 
 _COPY_AGAIN = "Copy or save the checkpoint again."
 _OTHER_MODEL = "Pass the architecture that was compressed."
@@ -55,7 +55,7 @@ def save_pretrained(model: nn.Module, path: str | Path, report: CompressionRepor
             which are null without it.
 
     Raises:
-        ValueError: the state dict holds something other than tensors with values, the model has adapters of PEFT, or
+        ValueError: the state dict holds something other than tensors with values, the model has PEFT adapters, or
             ``report`` is of another model.
         OSError: the folder cannot be written.
 
@@ -96,7 +96,7 @@ def load_pretrained(dense_model: nn.Module, path: str | Path, *, verify: bool = 
     loaded to the CPU, which avoids initializing weights that are about to be replaced. Training and gradient flags
     stay those of ``dense_model``. Create an optimizer after loading.
 
-    Everything comes from ``model.safetensors``. A warning says so if ``lowrank_config.json`` is missing or differs.
+    Only ``model.safetensors`` is read. A warning names ``lowrank_config.json`` if it is missing or differs.
 
     Args:
         dense_model: the original architecture with its dense layers; its values do not matter.
@@ -196,7 +196,8 @@ def describe_layers(model: nn.Module, report: CompressionReport | None = None) -
                 f"report does not describe model: it has layer {fqn!r} at rank {row.rank}, and model does not. Pass "
                 "the report that compress_ returned for this model, or none."
             )
-    return {"format": FORMAT, "version": FORMAT_VERSION, "layers": entries}
+    version = FORMAT_VERSION if any("pivoted" in entry for entry in entries.values()) else 2
+    return {"format": FORMAT, "version": version, "layers": entries}
 
 
 def _sizes(layer: nn.Module) -> dict[str, Any]:
@@ -205,11 +206,12 @@ def _sizes(layer: nn.Module) -> dict[str, Any]:
         values = {name: getattr(layer, name) for name in GEOMETRY}
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
         return {"kind": f"conv{len(layer.kernel_size)}d", **plain}
+    pivoted = {"pivoted": True} if isinstance(layer, PivotedLinear) else {}
     if isinstance(layer, LowRankLinear):
         in_features, out_features = layer.in_features, layer.out_features
     else:
         _, in_features, out_features = dimensions(layer)
-    return {"kind": "linear", "in_features": in_features, "out_features": out_features}
+    return {"kind": "linear", "in_features": in_features, "out_features": out_features, **pivoted}
 
 
 def _read_config(file: Path, verify: bool) -> dict[str, Any]:
@@ -314,14 +316,17 @@ def _empty_layer(fqn: str, dense: nn.Module, entry: Mapping[str, Any]) -> nn.Mod
                 f"layer {fqn!r} has {name} {entry.get(name)!r} in the checkpoint and {value!r} in dense_model. "
                 f"{_OTHER_MODEL}"
             )
-    bias = entry.get("bias")
+    bias, pivoted = entry.get("bias"), entry.get("pivoted", False)
+    if not isinstance(pivoted, bool) or (pivoted and is_conv(dense)):
+        raise CheckpointError(f"layer {fqn!r} of {CONFIG_FILE} has pivoted {pivoted!r}. {_COPY_AGAIN}")
     if not isinstance(bias, bool) or (dense.bias is not None and not bias):
         raise CheckpointError(
             f"layer {fqn!r} has bias {bias!r} in the checkpoint and {dense.bias is not None} in dense_model. "
             f"{_OTHER_MODEL}"
         )
     try:
-        return lowrank_type(dense).empty_like(dense, entry.get("rank"), bias)  # type: ignore[arg-type]
+        kind = lowrank_type(dense, pivoted)
+        return kind.empty_like(dense, entry.get("rank"), bias)  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"layer {fqn!r} of {CONFIG_FILE}: {error}") from None
 

@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
 from torch import nn
 
 from .arguments import checked
-from .calibration.statistics import Covariances
+from .calibration.covariances import Covariances
 from .config import CompressionConfig, ExplainedVariance, RankPolicy
 from .factors.projections import Factors, factorize, rounded
 from .layers import LowRankLayer
 from .layers.replace import replace_
 from .models.experts import on_listed_experts
 from .models.layers import FilterFn, check_not_wrapped, find_layers, tied_layers, with_values
-from .models.running import ProgressBar, exclusive
+from .models.running import ProgressBar, exclusive, in_layer
 from .ranks.choose import ChosenRanks, choose_ranks
-from .reconstruction import BlockReconstruction, SequentialReconstruction, reconstruct_blocks, reconstruct_factors
+from .reconstruction import (
+    RECONSTRUCTIONS,
+    BlockReconstruction,
+    SequentialReconstruction,
+    reconstruct_blocks,
+    reconstruct_factors,
+)
 from .report import CompressionReport
 from .report.text import warn_of_few_rows
 from .subspaces.layer import LayerSubspaces, layer_subspaces
 
 # Decompositions held between choosing ranks and factorizing, and for the next call; beyond this they are recomputed.
 MAX_HELD_BYTES = 2 << 30
-_RECONSTRUCTIONS: dict[type, str] = {SequentialReconstruction: "sequential", BlockReconstruction: "blocks"}
 
 
 @checked()
@@ -39,6 +44,7 @@ def compress_(
     *,
     subspaces: Mapping[str, LayerSubspaces] | None = None,
     reconstruction: SequentialReconstruction | BlockReconstruction | None = None,
+    device: torch.device | str | None = None,
     progress: bool = False,
 ) -> CompressionReport:
     """Replace layers of ``model`` by low-rank ones, in place; on an error the model is unchanged.
@@ -58,8 +64,11 @@ def compress_(
         subspaces: from :func:`lowrank_ops.subspaces.layer_subspaces`, to try several configurations on copies of a
             model without decomposing again; they keep up to 2 GiB of decompositions. By default computed here, and for
             layers that are not among them.
-        reconstruction: refit the factors to data, layer by layer or block by block.
-        progress: show a progress bar.
+        reconstruction: fit the factors to the dense model's outputs on data, layer by layer or block by block.
+        device: where factors are computed, such as ``"cuda"`` for a model in the CPU's memory: the layers are moved
+            there one after another, and their factors back. By default each layer's own device; the CPU instead of a
+            device without float64. A reconstruction runs where the model is.
+        progress: show progress bars with the time left.
 
     Returns:
         What was chosen per layer, with the predicted output error.
@@ -67,8 +76,9 @@ def compress_(
     Raises:
         RuntimeError: another thread calibrates, compresses or searches the model.
         TypeError: ``config`` or ``covariances`` of another type.
-        ValueError: covariances of another model, a budget or override that cannot be met, a layer that cannot be
-            replaced, a model that is wrapped for distributed training; the message names it.
+        ValueError: covariances of another model, a budget or override that cannot be met, a ``device`` that is not
+            there, a layer that cannot be replaced, a model that is wrapped for distributed training; the message names
+            it.
 
     Example:
         >>> import torch, lowrank_ops as lro
@@ -79,7 +89,8 @@ def compress_(
         True
     """
     with exclusive(model):
-        return _compress(model, covariances, config, filter_fn, subspaces, reconstruction, progress)
+        on = None if device is None else available(device)
+        return _compress(model, covariances, config, filter_fn, subspaces, reconstruction, on, progress)
 
 
 def _compress(
@@ -89,17 +100,22 @@ def _compress(
     filter_fn: FilterFn | None,
     subspaces: Mapping[str, LayerSubspaces] | None,
     reconstruction: SequentialReconstruction | BlockReconstruction | None,
+    device: torch.device | None,
     progress: bool,
 ) -> CompressionReport:
     config = CompressionConfig.of(config)
     config = _with_reconstruction(config, reconstruction)
     reused = subspaces is not None
-    subspaces, skipped = considered_layers(model, covariances, filter_fn, subspaces, centered=config.centered)
+    subspaces, skipped = considered_layers(
+        model, covariances, filter_fn, subspaces, centered=config.centered, device=device
+    )
     config = resolved(config, subspaces)
     decompose(config.rank, subspaces, progress)
-    ranks = choose_ranks(config.rank, subspaces, config.overrides, bounds=config.bounds)
+    ranks = choose_ranks(config.rank, subspaces, config.overrides, bounds=config.bounds, pivoted=config.pivoted)
     with torch.inference_mode(False):  # parameters created in inference mode could not be trained
-        factors = factorize_layers(subspaces, ranks, str(config.projection), keep_directions=reused, progress=progress)
+        factors = dict(
+            factorize_layers(subspaces, ranks, str(config.projection), keep_directions=reused, progress=progress)
+        )
         if isinstance(reconstruction, BlockReconstruction):
             factors = reconstruct_blocks(model, factors, reconstruction, progress=progress)
         elif reconstruction is not None:
@@ -112,7 +128,7 @@ def _compress(
                 progress=progress,
             )
         report = CompressionReport.build(model, config, subspaces, factors, skipped)
-        replace_(model, factors)
+        replace_(model, factors, pivoted=config.pivoted)
     warn_of_few_rows(report.few_rows())
     return report
 
@@ -121,14 +137,15 @@ def _with_reconstruction(
     config: CompressionConfig, reconstruction: SequentialReconstruction | BlockReconstruction | None
 ) -> CompressionConfig:
     if reconstruction is None and config.reconstruction is not None:
-        name = next(kind.__name__ for kind, value in _RECONSTRUCTIONS.items() if value == config.reconstruction)
+        kind = RECONSTRUCTIONS[config.reconstruction].__name__
         raise ValueError(
             f"config.reconstruction={config.reconstruction!r} runs the model: pass "
-            f"compress_(..., reconstruction={name}(batches))."
+            f"compress_(..., reconstruction={kind}(batches))."
         )
     if reconstruction is None:
         return config
-    return replace(config, reconstruction=_RECONSTRUCTIONS[type(reconstruction)])
+    name = next(name for name, kind in RECONSTRUCTIONS.items() if isinstance(reconstruction, kind))
+    return replace(config, reconstruction=name)
 
 
 def considered_layers(
@@ -138,16 +155,23 @@ def considered_layers(
     subspaces: Mapping[str, LayerSubspaces] | None,
     *,
     centered: bool,
+    device: torch.device | None = None,
+    load: Callable[[str], nn.Module] | None = None,
 ) -> tuple[dict[str, LayerSubspaces], dict[str, str]]:
     """The subspaces of the layers that may be replaced, and ``{fqn: reason}`` of those that may not.
+
+    Args:
+        model, covariances, filter_fn, subspaces: as for :func:`compress_`.
+        centered, device, load: as for :func:`layer_subspaces`. With ``load`` the model may be on the meta device.
 
     Raises:
         ValueError: as for :func:`compress_`.
     """
     check_not_wrapped(model)
     layers, skipped = find_layers(model, filter_fn)
-    layers, without = with_values(layers)
-    skipped |= without
+    if load is None:
+        layers, without = with_values(layers)
+        skipped |= without
     if filter_fn is None:
         tied = {fqn: f"its weight is tied to {other!r}" for fqn, other in tied_layers(model).items() if fqn in layers}
         layers = {fqn: layer for fqn, layer in layers.items() if fqn not in tied}
@@ -163,11 +187,15 @@ def considered_layers(
         if isinstance(module, LowRankLayer):
             skipped[fqn] = "it is low-rank already"
     given = _checked_subspaces(subspaces, layers, covariances)
-    if any(space.centered != centered for space in given.values()):
+    if any(space.centered != centered or device not in (None, space.device) for space in given.values()):
+        if any(space.loss is not None and space.loss.corrected is not None for space in given.values()):
+            raise ValueError(
+                f"these subspaces hold corrected predictions for other settings than centered={centered}, "
+                f"device={device}; pass centered={centered} to correct_predictions, and no device to compress_."
+            )
         given = {}
-    new = layer_subspaces(
-        {fqn: layer for fqn, layer in layers.items() if fqn not in given}, covariances, centered=centered
-    )
+    others = {fqn: layer for fqn, layer in layers.items() if fqn not in given}
+    new = layer_subspaces(others, covariances, centered=centered, device=device, load=load)
     subspaces = {fqn: given.get(fqn) or new[fqn] for fqn in layers if fqn in given or fqn in new}
     if not subspaces:
         reasons = "".join(f"\n  {fqn or '(the model)'}: {reason}" for fqn, reason in skipped.items())
@@ -209,19 +237,28 @@ def resolved(config: CompressionConfig, subspaces: Mapping[str, LayerSubspaces])
     return config.resolved(some_gradients=any(gradients), all_gradients=all(gradients))
 
 
-def decompose(policy: RankPolicy, subspaces: Mapping[str, LayerSubspaces], progress: bool) -> None:
+def decompose(
+    policy: RankPolicy,
+    subspaces: Mapping[str, LayerSubspaces],
+    progress: bool,
+    max_held_bytes: int | None = None,
+) -> None:
     """Compute the spectra that ``policy`` will use, with a progress bar and in bounded memory."""
     allocation = getattr(policy, "allocation", None)
+    max_held_bytes = MAX_HELD_BYTES if max_held_bytes is None else max_held_bytes
     held = 0
-    for space in ProgressBar(subspaces.values(), desc="decomposing", unit="layer", disable=not progress):
-        if isinstance(policy, ExplainedVariance):
-            space.utilized_rank(policy.threshold)
-        elif allocation == "variance":
-            _ = space.output.spectrum
-        elif allocation == "loss" and space.loss is not None:
-            _ = space.loss.subspace.spectrum
+    left = Counter(id(space.input) for space in subspaces.values())
+    for fqn, space in ProgressBar(subspaces.items(), desc="decomposing", unit="layer", disable=not progress):
+        with in_layer(fqn):
+            if isinstance(policy, ExplainedVariance):
+                space.utilized_rank(policy.threshold)
+            elif allocation == "variance":
+                _ = space.output.spectrum
+            elif allocation == "loss" and space.loss is not None:
+                _ = space.loss.subspace.spectrum
         held += space.held_bytes()
-        space.release(directions=held > MAX_HELD_BYTES)
+        left[id(space.input)] -= 1
+        space.release(directions=held > max_held_bytes, shared=not left[id(space.input)])
 
 
 def factorize_layers(
@@ -231,8 +268,8 @@ def factorize_layers(
     *,
     keep_directions: bool = False,
     progress: bool = False,
-) -> dict[str, Factors]:
-    """Factors of the layers that have a rank, in the dtype of their weights.
+) -> Iterator[tuple[str, Factors]]:
+    """Names and factors of the layers that have a rank, one by one, in the dtype and on the device of their weights.
 
     Args:
         subspaces: of the layers.
@@ -241,17 +278,29 @@ def factorize_layers(
         keep_directions: keep the decompositions, up to ``MAX_HELD_BYTES``, for other ranks of the same layers.
         progress: show a progress bar.
     """
-    factors = {}
     left = Counter(id(subspaces[fqn].input) for fqn, rank in ranks.items() if rank is not None)
     for fqn, rank in ProgressBar(ranks.items(), desc="factorizing", unit="layer", disable=not progress):
         if rank is not None:
             space = subspaces[fqn]
             try:
-                factors[fqn] = rounded(factorize(space, rank, projection), space, space.dtype)
+                with in_layer(fqn):
+                    factors = rounded(factorize(space, rank, projection), space, space.dtype, space.layer_device)
             except ValueError as error:
                 raise ValueError(f"layer {fqn!r}: {error}") from None
             left[id(space.input)] -= 1
             held = sum(other.held_bytes() for other in subspaces.values()) if keep_directions else 0
             drop = not keep_directions or held > MAX_HELD_BYTES
             space.release(directions=drop, shared=not left[id(space.input)])
-    return factors
+            yield fqn, factors
+
+
+def available(device: torch.device | str) -> torch.device:
+    """The device, with its index.
+
+    Raises:
+        ValueError: it is unknown or not there.
+    """
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device={str(device)!r} cannot be used here: {error}") from None

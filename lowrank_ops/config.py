@@ -109,8 +109,8 @@ class LayerLatencies:
     """How long the layers of a model take, from :func:`lowrank_ops.measure_latency`.
 
     Attributes:
-        device: that was timed, by its name.
-        threads: of torch on the CPU.
+        device: name of the device.
+        threads: number of torch's CPU threads.
         curves: ``{"Linear 768 -> 3072, 16 x 197 x 768, float32": LatencyCurve}``, one for each distinct call.
         layers: ``{fqn: {curve: calls in one forward}}``.
     """
@@ -121,7 +121,7 @@ class LayerLatencies:
     layers: Mapping[str, Mapping[str, int]]
 
     def seconds(self, fqn: str, rank: int | None) -> float:
-        """All calls of a layer in one forward, at a stored rank or dense.
+        """Seconds of all calls of a layer in one forward, at a stored rank or dense.
 
         Raises:
             KeyError: a layer that was not timed.
@@ -142,7 +142,7 @@ class LayerLatencies:
         """The inverse of :meth:`to_dict`.
 
         Raises:
-            ValueError: values of another version, or no times of layers at all.
+            ValueError: values of another version, or that are not latencies.
         """
         if not isinstance(values, Mapping):
             raise ValueError(f"values must be a JSON object; got {type(values).__name__}.")
@@ -156,7 +156,7 @@ class LayerLatencies:
             layers = {fqn: dict(calls) for fqn, calls in values["layers"].items()}
             unknown = {name for calls in layers.values() for name in calls} - set(curves)
             if unknown or any(not 0 < len(curve.ranks) == len(curve.seconds) for curve in curves.values()):
-                raise ValueError("not the latencies of layers: curves and layers do not belong together.")
+                raise ValueError("not the latencies of layers: layers name curves that are missing or empty.")
             _check_latencies(curves, layers)
             return cls(values["device"], values["threads"], curves, layers)
         except (KeyError, TypeError, AttributeError, OverflowError) as error:
@@ -184,7 +184,7 @@ class LayerLatencies:
 
 @dataclass(frozen=True)
 class LatencyBudget:
-    """All considered layers together take at most ``fraction`` of their time when dense, as predicted.
+    """All considered layers together take at most ``fraction`` of the time of the dense ones, as measured.
 
     The budget holds for the sum of the layers' measured times, not for the whole model, which does other work as well.
     Ranks are the solution of a multiple-choice knapsack over aligned ranks and dense layers. It is exact up to the
@@ -258,12 +258,16 @@ class CompressionConfig:
         centered: use the covariance about the mean and fold the mean into the bias, which for ``"output"`` never
             increases the output error; False uses the second moment and leaves the bias unchanged.
         overrides: ``{fqn or "re:pattern": rank}``, which takes precedence over the policy; None keeps a layer dense.
-        reconstruction: ``"sequential"`` refits the factors, layer by layer, to the dense model's outputs from the
+        reconstruction: ``"sequential"`` fits the factors, layer by layer, to the dense model's outputs, given the
             compressed model's inputs; needs ``compress_(..., reconstruction=SequentialReconstruction(batches))``,
             which also sets it. ``"blocks"`` trains the factors of one block at a time, by
             ``BlockReconstruction(batches)``.
         bounds: ``{fqn or "re:pattern": (min, max)}``, ranks that the policy stays within; a ``max`` of None is no
             bound, and the layer may stay dense. ``overrides`` and ``Ranks`` are not bounded.
+        pivoted: store rows of each linear layer's weight and the coefficients of its other rows, by
+            :class:`lowrank_ops.layers.PivotedLinear`: the same function with rank^2 parameters and as many MACs per
+            row fewer, so a budget allows larger ranks. Rounding errors are 2 to 4 times those of two factors, and the
+            fused kernels do not run these layers. Convolutions are stored as two factors.
 
     Example:
         >>> import lowrank_ops as lro
@@ -278,6 +282,7 @@ class CompressionConfig:
     overrides: Mapping[str, int | None] = field(default_factory=dict)
     reconstruction: str | None = None
     bounds: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
+    pivoted: bool = False
 
     def __post_init__(self) -> None:
         _check_names("overrides", self.overrides)
@@ -290,8 +295,14 @@ class CompressionConfig:
             accepted = ", ".join(policy.__name__ for policy in _POLICIES.values())
             raise TypeError(f"rank must be an int or one of {accepted}; got {self.rank!r}.")
         check_choice("projection", self.projection, (None, *PROJECTIONS))
-        if not isinstance(self.centered, bool):
-            raise TypeError(f"centered must be a bool; got {self.centered!r}.")
+        for name, value in (("centered", self.centered), ("pivoted", self.pivoted)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} must be a bool; got {value!r}.")
+        if self.pivoted and isinstance(self.rank, LatencyBudget):
+            raise ValueError(
+                "pivoted=True does not go with a LatencyBudget, because measure_latency times layers of two factors; "
+                "use a ParameterBudget or a FlopBudget."
+            )
         check_choice("reconstruction", self.reconstruction, RECONSTRUCTIONS)
         if self.reconstruction is not None and self.projection == "weight":
             raise ValueError("reconstruction fits the data and projection='weight' ignores it; choose one of the two.")
@@ -333,6 +344,7 @@ class CompressionConfig:
             "overrides": dict(self.overrides),
             "reconstruction": self.reconstruction,
             "bounds": {name: list(pair) for name, pair in self.bounds.items()},
+            "pivoted": self.pivoted,
         }
 
     @classmethod
@@ -376,7 +388,7 @@ class CompressionConfig:
         """The inverse of :meth:`to_json`.
 
         Raises:
-            ValueError: as for :meth:`from_dict`, or the text is no JSON.
+            ValueError: as for :meth:`from_dict`, or the text is not JSON.
         """
         try:
             values = parse_json(text)

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, tensors with checksums, and JSON that may be damaged."""
+"""Atomic writes, safetensors files with checksums, and JSON that may be damaged."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import os
 import secrets
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,7 +20,7 @@ from torch import Tensor
 if sys.platform != "win32":  # there abandoned temporary files stay
     import fcntl
 
-_HEADER, _CHECKSUM = "lowrank_ops", "lowrank_ops.sha256"  # of safetensors metadata
+HEADER, _CHECKSUM = "lowrank_ops", "lowrank_ops.sha256"  # of safetensors metadata
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.complex64: "C64",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.bool: "BOOL",
@@ -119,23 +119,66 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], header: Mapping
     Raises:
         ValueError: a tensor of a dtype that safetensors does not have.
     """
-    text = json.dumps(header)
-    metadata = {"format": "pt", _HEADER: text, _CHECKSUM: hashlib.sha256(text.encode()).hexdigest()}
+    head, places = _head(tensors, header)
+    file.write(head)
+    for name in places:
+        file.write(_bytes(tensors[name]))
+
+
+def write_stream(
+    file: BinaryIO,
+    forms: Mapping[str, Tensor],
+    tensors: Iterable[tuple[str, Tensor]],
+    header: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write a safetensors file of tensors that exist one after another.
+
+    Args:
+        file: empty.
+        forms: tensors on the meta device, with the names, shapes and dtypes.
+        tensors: names and tensors, in any order.
+        header: as for :func:`write_tensors`; "checksums" are added here. None writes a file as other tools do.
+
+    Returns:
+        The header with its checksums; empty without a header.
+    """
+    checksums = dict.fromkeys(forms, "0" * 64)
+    whole = None if header is None else {**header, "checksums": checksums}
+    head, places = _head(forms, whole)
+    source, left = iter(tensors), set(forms)
+    while left:
+        name, tensor = next(source)
+        left.remove(name)
+        assert (tensor.shape, tensor.dtype) == (forms[name].shape, forms[name].dtype), name
+        if whole is not None:
+            checksums[name] = digest(tensor)
+        file.seek(len(head) + places[name])
+        file.write(_bytes(tensor))
+        del tensor  # before the next one is computed
+    file.seek(0)
+    file.write(_head(forms, whole)[0])  # as long as before
+    return whole or {}
+
+
+def _head(tensors: Mapping[str, Tensor], header: Mapping[str, Any] | None) -> tuple[bytes, dict[str, int]]:
+    """The head of a file, and where the bytes of each tensor begin behind it, in ascending order."""
+    metadata = {"format": "pt"}
+    if header is not None:
+        text = json.dumps(header)
+        metadata |= {HEADER: text, _CHECKSUM: hashlib.sha256(text.encode()).hexdigest()}
     entries: dict[str, Any] = {"__metadata__": metadata}
+    end, places = 0, {}
     # Wide dtypes first, which aligns every tensor.
-    names = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
-    end = 0
-    for name in names:
+    for name in sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize):
         tensor = tensors[name]
         if tensor.dtype not in _DTYPES:
             raise ValueError(f"{name!r} has dtype {tensor.dtype}, which safetensors files cannot hold.")
-        begin, end = end, end + tensor.numel() * tensor.dtype.itemsize
-        entries[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        places[name], end = end, end + tensor.numel() * tensor.dtype.itemsize
+        offsets = [places[name], end]
+        entries[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
     head = json.dumps(entries).encode()
     head += b" " * (-len(head) % 8)
-    file.write(len(head).to_bytes(8, "little") + head)
-    for name in names:
-        file.write(_bytes(tensors[name]))
+    return len(head).to_bytes(8, "little") + head, places
 
 
 def read_header(file: Any, *, verify: bool = True) -> dict[str, Any]:
@@ -145,15 +188,28 @@ def read_header(file: Any, *, verify: bool = True) -> dict[str, Any]:
         ValueError: there is none, or it differs from its checksum.
     """
     metadata = file.metadata() or {}
-    if _HEADER not in metadata:
+    if HEADER not in metadata:
         raise ValueError("its header has no entry 'lowrank_ops'")
-    text = metadata[_HEADER]
+    text = metadata[HEADER]
     if verify and _CHECKSUM in metadata and hashlib.sha256(text.encode()).hexdigest() != metadata[_CHECKSUM]:
         raise ValueError("its header differs from the checksum of the header")
     header = parse_json(text)
     if not isinstance(header, dict):
         raise ValueError(f"its header is a {type(header).__name__}")
     return header
+
+
+def form_of(file: Any, name: str) -> Tensor:
+    """A tensor of an open safetensors file without its values, on the meta device.
+
+    Raises:
+        ValueError: a dtype that torch does not have.
+    """
+    part = file.get_slice(name)
+    dtype = next((dtype for dtype, found in _DTYPES.items() if found == part.get_dtype()), None)
+    if dtype is None:
+        raise ValueError(f"{name!r} has dtype {part.get_dtype()}, which is not supported")
+    return torch.empty(part.get_shape(), dtype=dtype, device="meta")
 
 
 def read_tensor(file: Any, name: str, checksums: Mapping[str, str] | None) -> Tensor:
@@ -188,7 +244,7 @@ def open_tensors(path: str | Path) -> Iterator[Any]:
 def digest(value: Any) -> str:
     """SHA-256 of a value: of dtypes, shapes and bytes of tensors and arrays, nested in mappings, sequences and objects.
 
-    Of a function or a type only the name counts.
+    Functions and types are identified by their names only.
     """
     found = hashlib.sha256()
     _update(found, value, [])
@@ -232,11 +288,11 @@ def parse_json(text: str | bytes) -> Any:
     """``json.loads``; every failure is a ValueError.
 
     Raises:
-        ValueError: the text is no JSON, or is nested too deeply.
+        ValueError: the text is not JSON, or is nested too deeply.
     """
     try:
         return json.loads(text)
     except RecursionError:
         raise ValueError("its JSON is nested too deeply") from None
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are subclasses
-        raise ValueError(f"it is no JSON: {error}") from None
+        raise ValueError(f"it is not JSON: {error}") from None

@@ -17,7 +17,8 @@ from torch import nn
 
 from .arguments import check_arguments, checked
 from .calibration.calibrator import calibrate
-from .calibration.statistics import Covariances, LayerStatistics
+from .calibration.covariances import Covariances
+from .calibration.statistics import LayerStatistics
 from .compress import compress_
 from .config import CompressionConfig, RankPolicy
 from .layers import LowRankLayer
@@ -38,8 +39,8 @@ def recalibrate(
 ) -> Covariances:
     """Add midpoint gradients to covariances: output gradients with weights between the dense and the compressed ones.
 
-    Runs ``batches`` once more, forward and backward. The weight of each layer is then the mean of its dense weight and
-    of its compressed weight under ``config``. Output gradients and token-weighted moments are summed over both runs;
+    Runs ``batches`` once more, forward and backward. During this run each layer's weight is the mean of its dense and
+    its compressed weight under ``config``. Output gradients and token-weighted moments are summed over both runs;
     activation moments stay those of the dense model. For loss-aware ranks and factors, one-shot or with a
     reconstruction. Costs as much as the calibration with the same batches, and one decomposition of every layer.
 
@@ -73,7 +74,7 @@ def recalibrate(
         raise ValueError("covariances hold no output gradients to add to; use calibrate(..., sensitivity=...) first.")
     if options.get("sensitivity") is None:
         raise ValueError(
-            "sensitivity must be given as to the first calibrate: 'fisher', 'output', 'pooled' or a loss; got None."
+            "sensitivity must be that of the first calibrate: 'fisher', 'output', 'pooled' or a loss; got None."
         )
     weighted = covariances.has_token_weights
     if options.setdefault("token_weights", weighted) != weighted:

@@ -1,4 +1,4 @@
-"""Bad inputs and the errors that they get: the list that tests/test_bad_inputs.py checks and docs/bad-inputs.md shows.
+"""Bad inputs and their errors: the list that tests/test_bad_inputs.py checks and docs/bad-inputs.md shows.
 
 ``python -m tests.bad_inputs`` writes the page.
 """
@@ -74,7 +74,7 @@ number = 3
 """)
 '''
 
-FOREIGN = "With words of Python, torch or safetensors"  # which differ between versions: only the type is compared
+FOREIGN = "Messages of Python, torch or safetensors"  # which differ between versions: only the type is compared
 
 BAD: dict[str, list[tuple[str, str]]] = {
     "Calibration": [
@@ -416,12 +416,12 @@ BAD: dict[str, list[tuple[str, str]]] = {
 _INTRO = f"""\
 # Bad inputs
 
-The errors that wrong arguments and files get. `make bad-inputs` writes this page. A test runs every line, compares the
-error with the page, and checks that afterwards models, statistics, random states and files are as before.
+The errors for wrong arguments and files. `make bad-inputs` writes this page. A test runs every line, compares the error
+with this page, and checks that models, statistics, random states and files are unchanged afterwards.
 
-A wrong type is a TypeError, a wrong value a ValueError. Types are checked before a function does anything. An exception
-of the user's own code, such as that of a model whose batch has another dtype, is raised as it is; in Python 3.11 and
-newer a note names the batch.
+A wrong type is a TypeError, a wrong value a ValueError. Types are checked before a function does anything. Exceptions
+from the user's own code, such as a model that gets a batch of another dtype, are passed on unchanged; in Python 3.11
+and newer a note names the batch.
 
 The lines use these names:
 

@@ -15,6 +15,7 @@ CONFIGS = [
     lro.CompressionConfig(lro.FlopBudget(0.4, "loss"), projection="loss", reconstruction="sequential"),
     lro.CompressionConfig(lro.Ranks({"re:.*": 16}), "input"),
     lro.CompressionConfig(bounds={"re:.*": (8, None), "head": (0, 16)}),
+    lro.CompressionConfig(lro.FlopBudget(0.5), pivoted=True),
 ]
 
 
@@ -35,6 +36,7 @@ def test_json_of_a_budget():
         "overrides": {"a": None},
         "reconstruction": None,
         "bounds": {},
+        "pivoted": False,
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import signal
@@ -51,13 +52,15 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
 }
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def small_files() -> Iterator[None]:
-    """No file may grow beyond 2,000 bytes, as on a disk that fills up."""
+    """No file may grow beyond 2,000 bytes, as on a disk that fills up. Pytest's own output may, outside of it."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -66,8 +69,8 @@ def content(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_full_disk_is_an_oserror_and_leaves_nothing(tmp_path: Path, small_files: None, name: str) -> None:
-    with pytest.raises(OSError, match="File too large"):
+def test_a_full_disk_is_an_oserror_and_leaves_nothing(tmp_path: Path, name: str) -> None:
+    with small_files(), pytest.raises(OSError, match="File too large"):
         WRITERS[name](tmp_path / "file")
     assert not content(tmp_path)
 

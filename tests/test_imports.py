@@ -14,8 +14,8 @@ ROOT = Path(lowrank_ops.__file__).parent
 # The rooms, bottom first: each may import only those before it.
 ORDER = [
     "version", "files", "arguments", "ops", "config", "models", "calibration", "subspaces", "ranks", "factors",
-    "layers", "reconstruction", "report", "compress", "search", "midpoint", "training", "checkpoint", "integrations",
-    "demo", "cli",
+    "layers", "reconstruction", "report", "compress", "search", "correction", "midpoint", "training", "checkpoint",
+    "integrations", "folders", "demo", "cli",
 ]  # fmt: skip
 OP_LEAVES = {"_backend", "_dispatcher", "_native", "_triton_device", "_tuning"}
 
@@ -55,7 +55,7 @@ def test_kernels_import_only_leaves_of_ops() -> None:
         inside = {name.removeprefix("ops.") for name in imported_by(path)}
         if path.parent == ROOT / "ops" and path.stem in OP_LEAVES:
             assert not inside, f"{path.name} is a leaf but imports {inside}"
-        elif path.stem != "__init__":
+        elif path.stem not in ("__init__", "_verify"):
             op = path.parent.name
             others = {name for name in inside if name.split(".")[0] not in {op, *OP_LEAVES}}
             assert not others, f"{op}/{path.name} imports {others}"
@@ -67,21 +67,14 @@ def test_imports_are_read_from_the_source() -> None:
     assert not any(name.startswith("layers") for name in imported_by(source))
 
 
-def seconds(statement: str) -> float:
-    """Minimum CPU time of three imports in fresh processes."""
-    code = f"import time; t = time.process_time(); {statement}; print(time.process_time() - t)"
-    return min(
-        float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
-        for _ in range(3)
-    )
-
-
 def test_import_is_cheap_and_does_not_initialize_cuda() -> None:
+    """Beside torch and its own modules it imports the standard library and safetensors at most."""
     code = (
-        "import sys, lowrank_ops, torch\n"
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        "import lowrank_ops\n"
         "assert not torch.cuda.is_initialized()\n"
-        "assert 'triton' not in sys.modules and 'matplotlib' not in sys.modules\n"
-        "assert not {'transformers', 'peft', 'onnx'} & set(sys.modules)"
+        "print(*{name.split('.')[0] for name in set(sys.modules) - before} - sys.stdlib_module_names)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
-    assert seconds("import torch, lowrank_ops") < 1.5 * seconds("import torch")
+    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert set(result.stdout.split()) <= {"lowrank_ops", "numpy", "safetensors"}

@@ -52,7 +52,7 @@ def frames(kind: str, part: str, count: int, seed: int = 0) -> Tensor:
 
     Raises:
         RuntimeError: speech without espeak-ng.
-        ValueError: fewer frames than asked for.
+        ValueError: fewer frames than requested.
     """
     note = {"tones": 1.0, "short-tones": 0.1}.get(kind)
     audio = _speech(part) if note is None else _tones(part, count / 50, note)

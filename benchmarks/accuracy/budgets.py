@@ -7,7 +7,6 @@ part of it, and other load on the machine affects it.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -25,10 +24,10 @@ from lowrank_ops.demo.vit import load_vit
 from lowrank_ops.layers.latency import time_in_turn
 from lowrank_ops.models.running import call_model
 from lowrank_ops.ranks import choose_ranks
-from lowrank_ops.ranks.costs import MACS, PARAMETERS, Price, nanoseconds
+from lowrank_ops.ranks.costs import Price, in_macs, in_parameters, nanoseconds
 from lowrank_ops.subspaces import LayerSubspaces, layer_subspaces
 
-from .results import Results
+from .results import Results, study_parser
 
 FRACTIONS = (0.15, 0.25, 0.35, 0.5, 0.75)
 ALLOCATIONS = ("uniform", "variance", "loss")
@@ -83,8 +82,8 @@ def share(subject: Subject, ranks: Mapping[str, int | None], price: Price) -> fl
 
 def policies(latencies: LayerLatencies | None) -> Iterator[tuple[str, Price, Callable[[float, str], Any]]]:
     """Each budget's name, price and policy; time only if latencies are given."""
-    yield "parameters", PARAMETERS, lro.ParameterBudget
-    yield "MACs", MACS, lro.FlopBudget
+    yield "parameters", in_parameters(), lro.ParameterBudget
+    yield "MACs", in_macs(), lro.FlopBudget
     if latencies is not None:
         yield "latency", nanoseconds(latencies), lambda fraction, how: lro.LatencyBudget(fraction, latencies, how)
 
@@ -147,8 +146,7 @@ def _cell(row: dict[str, Any] | None) -> str:
 
 def main() -> int:
     """The command line; 1 if a budget was missed by more than 1%."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("budgets.json"), help="file of rows, read and added to")
+    parser = study_parser("budgets", __doc__, Path("budgets.json"))
     parser.add_argument("--rounds", type=int, default=9, help="samples of each time")
     options = parser.parse_args()
     results = Results(options.out)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 import lowrank_ops as lro
 
 from . import vision
-from .results import Results, uses_token_weights
+from .results import Results, study_parser, uses_token_weights
 
 RESULTS = vision.RESULTS.with_name("calibration_size.json")
 SIZES = (6, 20, 60, 200, 600, 2000, 3000)  # images
@@ -41,12 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.accuracy.calibration_size",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--out", type=Path, default=RESULTS, help="file of rows, read and added to")
+    parser = study_parser("calibration_size", __doc__, RESULTS)
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), help="images, from few to many")
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[0], help="of the draws of images; the table's are means"

@@ -112,7 +112,7 @@ def documented(sources: Iterable[str]) -> Iterator[str]:
 
 
 def python_reference() -> Iterator[str]:
-    """The topics of Python's language reference that ``help()`` knows."""
+    """The topics of Python's language reference in ``help()``."""
     from pydoc_data.topics import topics
 
     yield from (text for text in topics.values() if len(text) >= SHORTEST)

@@ -1,11 +1,12 @@
 """A language model at equal size: ``python -m benchmarks.accuracy.language``, the perplexity tables of docs/results.md.
 
-Compresses SmolLM2-135M-Instruct (in the environment of ``make demo-llm``) without fine-tuning, and
-reports perplexity, next-token agreement and divergence from the dense model on documents that calibration has not seen:
-Python's language reference and the Debian handbook (``apt-get install debian-handbook``). The package holds 4-bit
-weights; their noise is part of the dense model. The output layer stays dense, because its weight is the embedding's.
+Compresses SmolLM2-135M-Instruct (in the environment of ``make demo-llm``) and reports perplexity, next-token agreement
+and divergence from the dense model on documents that calibration has not seen: Python's language reference and the
+Debian handbook (``apt-get install debian-handbook``). The package holds 4-bit weights; their noise is part of the dense
+model. The output layer stays dense, because its weight is the embedding's.
 
-Rows are appended to a JSON file; another run computes those that are missing.
+Rows are appended to a JSON file; another run computes those that are missing. Statistics and the training of a
+distillation are stored in ``--cache``, from which an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import copy
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +35,7 @@ from .corpora import corpus
 from .results import Results
 
 KINDS = ("python", "handbook")
+STEPS = 200  # of a distillation, one sequence each
 WINDOW = 256  # tokens of one sequence
 BATCH = 4  # sequences
 MEASURED = 2  # calibration batches that measured ranks are evaluated on
@@ -56,7 +60,9 @@ class Variant(NamedTuple):
 
     projection: str
     allocation: str
-    then: str | None = None  # "measured", "midpoint", "sequential" or "blocks"
+    then: str | None = None  # "measured", "midpoint", "sequential", "blocks" or "distilled"
+    pivoted: bool = False
+    corrected: bool = False  # predictions
 
 
 # SVD-LLM (Wang et al. 2024, arXiv 2403.07378) computes output PCA with uniform ranks. KFAC-SVD's factors are those by
@@ -71,6 +77,14 @@ VARIANTS = {
     "loss, midpoint": Variant("loss", "loss", "midpoint"),
     "loss, sequential": Variant("loss", "loss", "sequential"),
     "loss, blocks": Variant("loss", "loss", "blocks"),
+    "output, uniform, pivoted": Variant("output", "uniform", pivoted=True),
+    "loss, pivoted": Variant("loss", "loss", pivoted=True),
+    "loss, corrected": Variant("loss", "loss", corrected=True),
+    "loss, pivoted, corrected": Variant("loss", "loss", None, True, True),
+    "loss, pivoted, corrected, measured ranks": Variant("loss", "loss", "measured", True, True),
+    "loss, pivoted, corrected, sequential": Variant("loss", "loss", "sequential", True, True),
+    "loss, pivoted, corrected, blocks": Variant("loss", "loss", "blocks", True, True),
+    "loss, pivoted, corrected, distilled": Variant("loss", "loss", "distilled", True, True),
 }
 
 
@@ -85,6 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "tokens": options.tokens,
             "sensitivity": options.sensitivity,
             "test_tokens": options.test_tokens,
+            "bfloat16": options.bfloat16,
             "variant": variant,
             "budget": budget,
         }
@@ -92,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for variant in options.variants
     ]
     for case in tqdm([case for case in cases if results.find(case) is None], unit="model", desc="variants"):
-        results.add(case, study.measure(VARIANTS[case["variant"]], case["budget"] / 100))
+        results.add(case, study.measure(case["variant"], case["budget"]))
     print(table([row for case in cases if (row := results.find(case)) is not None], study.dense_perplexity))
 
 
@@ -111,7 +126,13 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--sensitivity", choices=["labels", "fisher"], default="labels")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="kinds of text to test on")
-    parser.add_argument("--held-out", type=int, default=40, help="documents of each kind that are tested on")
+    parser.add_argument("--held-out", type=int, default=20, help="documents of each kind that are tested on")
+    parser.add_argument("--no-answers", action="store_true", help="leave out the answers to a dozen prompts")
+    parser.add_argument("--bfloat16", action="store_true", help="run tests and distillation in mixed precision")
+    parser.add_argument("--lr", type=float, default=3e-4, help="of the distillation")
+    parser.add_argument(
+        "--cache", type=Path, default=Path("language-cache"), help="folder; written if it does not exist"
+    )
     return parser
 
 
@@ -130,47 +151,82 @@ class Study:
     """The dense model, its statistics, and the texts to test on."""
 
     def __init__(self, dense: nn.Module, tokenizer: Any, options: argparse.Namespace) -> None:
-        self.dense, self.tokenizer = dense, tokenizer
+        self.dense, self.tokenizer, self.options = dense, tokenizer, options
+        self.autocast = torch.bfloat16 if options.bfloat16 else None
         texts = {kind: corpus(kind, options.held_out) for kind in {options.calibrate, *options.kinds}}
         self.tests = {kind: windows(tokenizer, texts[kind].test, options.test_tokens) for kind in options.kinds}
         self.batches = [
             {"input_ids": ids} for ids in windows(tokenizer, texts[options.calibrate].calibration, options.tokens)
         ]
         self.sensitivity: Any = label_loss if options.sensitivity == "labels" else options.sensitivity
-        self.dense_perplexity = {kind: compare(dense, dense, test)["perplexity"] for kind, test in self.tests.items()}
+        self.wanted = {
+            kind: [logits_of(dense, ids, self.autocast).half() for ids in self.tests[kind]] for kind in self.tests
+        }
+        self.dense_perplexity = {
+            kind: compare(self.wanted[kind], dense, test, self.autocast)["perplexity"]
+            for kind, test in self.tests.items()
+        }
+        options.cache.mkdir(exist_ok=True)
+        self.cached = options.cache / f"{options.calibrate}-{options.tokens}-{options.sensitivity}.safetensors"
         started = time.perf_counter()
         torch.manual_seed(0)
-        self.covariances = lro.calibrate(
-            dense, self.batches, filter_fn=is_block_layer, sensitivity=self.sensitivity, progress=True
-        )
+        if not self.cached.exists():
+            lro.calibrate(
+                dense, self.batches, filter_fn=is_block_layer, sensitivity=self.sensitivity, progress=True
+            ).save(self.cached)
+        self.covariances = lro.Covariances.load(self.cached)
         self.calibration_seconds = time.perf_counter() - started
         layers = {fqn: dense.get_submodule(fqn) for fqn in self.covariances}
-        self.subspaces = layer_subspaces(layers, self.covariances)
+        self.plain = layer_subspaces(layers, self.covariances)
 
-    def measure(self, variant: Variant, share: float) -> dict[str, Any]:
+    @cached_property
+    def answers(self) -> list[list[int]]:
+        return answers(self.dense, self.tokenizer)
+
+    @cached_property
+    def corrected(self) -> dict[str, LayerSubspaces]:
+        """Subspaces with corrected predictions, by labels that are drawn from the model's own distribution."""
+        file = self.cached.with_suffix(".corrected.pt")
+        if not file.exists():
+            with torch.autocast("cpu", self.autocast or torch.bfloat16, self.autocast is not None):
+                found = lro.correct_predictions(
+                    self.dense, self.covariances, self.batches, filter_fn=is_block_layer, progress=True
+                )
+            torch.save({fqn: space.loss.corrected for fqn, space in found.items() if space.loss is not None}, file)
+        found = layer_subspaces({fqn: self.dense.get_submodule(fqn) for fqn in self.covariances}, self.covariances)
+        for fqn, spectrum in torch.load(file).items():
+            loss = found[fqn].loss
+            assert loss is not None
+            loss.corrected = spectrum
+        return found
+
+    def measure(self, name: str, budget: float) -> dict[str, Any]:
         """Everything that is reported of one compressed model."""
+        variant, student = VARIANTS[name], copy.deepcopy(self.dense)
+        subspaces = self.corrected if variant.corrected else self.plain  # once for all budgets
         started = time.perf_counter()
-        student = copy.deepcopy(self.dense)
-        kept = self.compress(student, variant, share)
+        kept = self.compress(student, variant, budget / 100, subspaces)
+        if variant.then == "distilled":
+            self.distill(student, self.cached.with_suffix(f".{budget:g}.safetensors"))
         seconds = time.perf_counter() - started
-        by_kind = {kind: compare(self.dense, student, test) for kind, test in self.tests.items()}
+        by_kind = {kind: compare(self.wanted[kind], student, test, self.autocast) for kind, test in self.tests.items()}
         return {
             "layer_share": kept,
             "seconds": seconds,
             "calibration_seconds": self.calibration_seconds,
             **{f"{kind}_{name}": value for kind, found in by_kind.items() for name, value in found.items()},
-            **generated(self.dense, student, self.tokenizer),
+            **({} if self.options.no_answers else generated(self.answers, answers(student, self.tokenizer))),
         }
 
-    def compress(self, model: nn.Module, variant: Variant, share: float) -> float:
+    def compress(self, model: nn.Module, variant: Variant, share: float, subspaces: dict[str, LayerSubspaces]) -> float:
         """Compress ``model`` in place; the share of the layers' parameters that it keeps."""
         policy = lro.ParameterBudget(share, variant.allocation)
         if variant.projection == "asvd":
-            ranks = choose_ranks(policy, self.subspaces)
-            replace_(model, {fqn: asvd(self.subspaces[fqn], rank) for fqn, rank in ranks.items() if rank is not None})
+            ranks = choose_ranks(policy, subspaces)
+            replace_(model, {fqn: asvd(subspaces[fqn], rank) for fqn, rank in ranks.items() if rank is not None})
             return share
-        config = lro.CompressionConfig(policy, projection=variant.projection)
-        covariances, subspaces = self.covariances, self.subspaces
+        config = lro.CompressionConfig(policy, projection=variant.projection, pivoted=variant.pivoted)
+        covariances = self.covariances
         settings: dict[str, Any] = {"batches": self.batches, "sensitivity": self.sensitivity}
         if variant.then == "midpoint":
             covariances = lro.recalibrate(model, covariances, self.batches, config, sensitivity=self.sensitivity)
@@ -181,11 +237,12 @@ class Study:
                 covariances,
                 self.negative_loss,
                 share,
+                config=config,
                 subspaces=subspaces,
                 filter_fn=is_block_layer,
                 progress=True,
             )
-            config = lro.CompressionConfig(ranks, projection=variant.projection)
+            config = replace(config, rank=ranks)
         reconstructions = {"sequential": lro.SequentialReconstruction, "blocks": lro.BlockReconstruction}
         kind = reconstructions.get(variant.then or "")
         report = lro.compress_(
@@ -198,6 +255,15 @@ class Study:
             progress=True,
         )
         return report.layer_parameters / report.layer_parameters_before
+
+    def distill(self, student: nn.Module, checkpoint: Path) -> None:
+        """Train factors, biases and norms by the dense model's next-token distributions on the calibration text."""
+        student.get_parameter("model.embed_tokens.weight").requires_grad_(False)
+        batches = [{"input_ids": ids} for batch in self.batches for ids in batch["input_ids"].split(1)]
+        lro.finetune_(
+            student, batches, teacher=self.dense, temperature=1.0, steps=STEPS, lr=self.options.lr, weight_decay=0.0,
+            autocast=self.autocast, checkpoint=checkpoint, checkpoint_every=STEPS // 8, progress=True,
+        )  # fmt: skip
 
     def negative_loss(self, model: nn.Module) -> float:
         """Minus the mean loss on the first calibration batches."""
@@ -228,26 +294,42 @@ def asvd(space: LayerSubspaces, rank: int) -> Factors:
 
 
 def windows(tokenizer: Any, documents: Sequence[str], tokens: int) -> list[Tensor]:
-    """Batches (BATCH, WINDOW) of the first ``tokens`` tokens of the documents, one after another.
+    """Batches (BATCH, WINDOW) of ``tokens`` tokens, in windows at equal distances over all documents.
 
     Raises:
         ValueError: there are not so many.
     """
-    ids: list[int] = []
-    for document in documents:
-        ids += tokenizer(document)["input_ids"]
-        if len(ids) >= tokens:
-            return list(torch.tensor(ids[: tokens // WINDOW * WINDOW]).view(-1, WINDOW).split(BATCH))
-    raise ValueError(f"the documents hold {len(ids)} tokens; {tokens} are asked for.")
+    ids = [token for document in documents for token in tokenizer(document)["input_ids"]]
+    found, wanted = len(ids) // WINDOW, tokens // WINDOW
+    if found < wanted:
+        raise ValueError(f"the documents hold {len(ids)} tokens; {tokens} are asked for.")
+    rows = torch.tensor(ids[: found * WINDOW]).view(-1, WINDOW)
+    return list(rows[torch.arange(wanted) * found // wanted].split(BATCH))
 
 
 @torch.inference_mode()
-def compare(dense: nn.Module, student: nn.Module, test: Sequence[Tensor]) -> dict[str, float]:
-    """Perplexity of the student, and how it differs from the dense model: next-token agreement and KL divergence."""
+def logits_of(model: nn.Module, ids: Tensor, autocast: torch.dtype | None = None) -> Tensor:
+    """(tokens, vocabulary), float32, at all positions that have a next token."""
+    with torch.autocast("cpu", autocast or torch.bfloat16, autocast is not None):
+        return model(input_ids=ids).logits[:, :-1].float().flatten(0, 1)
+
+
+@torch.inference_mode()
+def compare(
+    dense: Sequence[Tensor], student: nn.Module, test: Sequence[Tensor], autocast: torch.dtype | None = None
+) -> dict[str, float]:
+    """Perplexity of the student, and how it differs from the dense model: next-token agreement and KL divergence.
+
+    Args:
+        dense: the dense model's logits, by batch.
+        student: the model to test.
+        test: batches of token ids.
+        autocast: of mixed precision, or None.
+    """
     loss = agreed = divergence = 0.0
     count = 0
-    for ids in test:
-        logits, wanted = (model(input_ids=ids).logits[:, :-1].float().flatten(0, 1) for model in (student, dense))
+    for wanted, ids in zip(dense, test, strict=True):
+        wanted, logits = wanted.float(), logits_of(student, ids, autocast)
         labels = ids[:, 1:].flatten()
         log_p = logits.log_softmax(-1)
         loss -= float(log_p.gather(1, labels.unsqueeze(1)).sum())
@@ -258,20 +340,25 @@ def compare(dense: nn.Module, student: nn.Module, test: Sequence[Tensor]) -> dic
 
 
 @torch.inference_mode()
-def generated(dense: nn.Module, student: nn.Module, tokenizer: Any, length: int = 32) -> dict[str, float]:
-    """Greedy answers: repeated 4-grams in percent, and tokens that agree with the dense model's answer."""
-    repeated = agreed = total = grams = 0
+def answers(model: nn.Module, tokenizer: Any, length: int = 32) -> list[list[int]]:
+    """Greedy answers to the prompts, as tokens."""
+    found = []
     for prompt in PROMPTS:
         chat = [{"role": "user", "content": prompt}]
         given = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        answers = [
-            model.generate(**given, max_new_tokens=length, do_sample=False)[0, given["input_ids"].shape[1] :].tolist()
-            for model in (student, dense)
-        ]
-        found = [tuple(answers[0][i : i + 4]) for i in range(len(answers[0]) - 3)]
+        answer = model.generate(**given, max_new_tokens=length, do_sample=False)[0, given["input_ids"].shape[1] :]
+        found.append(answer.tolist())
+    return found
+
+
+def generated(dense: Sequence[list[int]], student: Sequence[list[int]]) -> dict[str, float]:
+    """Repeated 4-grams of the answers in percent, and tokens that agree with the dense model's answers."""
+    repeated = agreed = total = grams = 0
+    for wanted, answer in zip(dense, student, strict=True):
+        found = [tuple(answer[i : i + 4]) for i in range(len(answer) - 3)]
         repeated, grams = repeated + len(found) - len(set(found)), grams + len(found)
-        agreed += sum(a == b for a, b in zip(*answers, strict=False))
-        total += len(answers[1])
+        agreed += sum(a == b for a, b in zip(answer, wanted, strict=False))
+        total += len(wanted)
     return {"repeated": 100 * repeated / max(grams, 1), "answers_agree": 100 * agreed / total}
 
 
@@ -283,12 +370,12 @@ def table(rows: Sequence[Mapping[str, Any]], dense: Mapping[str, float]) -> str:
     for row in rows:
         cells = [
             f"{row[f'{kind}_perplexity'] / value:.3g}x | {row[f'{kind}_agreement']:.1f}%"
+            if f"{kind}_perplexity" in row
+            else "- | -"
             for kind, value in dense.items()
         ]
-        lines.append(
-            f"| {row['budget']:g}% | {row['variant']} | {' | '.join(cells)} | {row['answers_agree']:.1f}% | "
-            f"{row['repeated']:.1f}% | {row['seconds']:.0f} |"
-        )
+        cells += [f"{row[name]:.1f}%" if name in row else "-" for name in ("answers_agree", "repeated")]
+        lines.append(f"| {row['budget']:g}% | {row['variant']} | {' | '.join(cells)} | {row['seconds']:.0f} |")
     return "\n".join(lines)
 
 

@@ -26,7 +26,7 @@ from lowrank_ops.demo.vit import Block, ViT, load_vit
 from lowrank_ops.subspaces import layer_subspaces
 
 from . import vision
-from .results import Results
+from .results import Results, study_parser
 
 RESULTS = vision.RESULTS.with_name("pretraining.json")
 THRESHOLDS = (0.9, 0.95, 0.99, 0.999)
@@ -109,12 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.accuracy.pretraining",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--out", type=Path, default=RESULTS, help="file of rows, read and added to")
+    parser = study_parser("pretraining", __doc__, RESULTS)
     parser.add_argument("--epochs", type=int, default=6, help="of the masked autoencoder; its twin had 6")
     parser.add_argument("--checkpoint", type=Path, default=Path("masked.pt"), help="of its training, to resume from")
     parser.add_argument("--data", type=Path, default=vision.ORIGINAL, help="folder of the original files")

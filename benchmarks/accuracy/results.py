@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 from collections.abc import Mapping
@@ -17,6 +18,17 @@ _VALUES: Mapping[str, Mapping[Any, Any]] = {
     "token_weights": {"weighted": True, "alike": False},
 }
 _KEYS = {"arm": "variant", "rows": "token_weights"}
+
+
+def study_parser(study: str, description: str | None, out: Path) -> argparse.ArgumentParser:
+    """The command line of a study, which reads the file ``--out`` and adds its rows to it."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.accuracy.{study}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, default=out, help="file of rows, read and added to")
+    return parser
 
 
 def uses_token_weights(projection: str, allocation: str, requested: bool) -> bool:

@@ -25,7 +25,7 @@ from lowrank_ops.subspaces import LayerSubspaces, layer_subspaces
 
 from .corpora import SOURCES, corpus
 from .encoder import Batch, cosines, embed, embed_all, load_encoder, model_folder, tokenize
-from .results import Results, uses_token_weights
+from .results import Results, study_parser, uses_token_weights
 
 
 class Variant(NamedTuple):
@@ -103,12 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.accuracy.text",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--out", type=Path, default=Path("text.json"), help="file of rows, read and added to")
+    parser = study_parser("text", __doc__, Path("text.json"))
     parser.add_argument("--kinds", nargs="+", choices=list(SOURCES), default=["debian", "docstrings"])
     parser.add_argument("--texts", type=int, nargs="+", default=[SIZES[-1]], help="for calibration")
     parser.add_argument("--budgets", type=float, nargs="+", default=[75, 50, 35, 25], help="%% of layer parameters")

@@ -28,7 +28,7 @@ from lowrank_ops.demo.vit import load_vit
 from lowrank_ops.report import CompressionReport
 from lowrank_ops.subspaces import LayerSubspaces, layer_subspaces
 
-from .results import Results, uses_token_weights
+from .results import Results, study_parser, uses_token_weights
 from .train_demo import read_original
 
 PROJECTIONS = ("weight", "input", "utilized", "output", "loss")
@@ -86,12 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.accuracy.vision",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--out", type=Path, default=RESULTS, help="file of rows, read and added to")
+    parser = study_parser("vision", __doc__, RESULTS)
     parser.add_argument(
         "--budgets", type=float, nargs="+", default=[75, 50, 35, 25, 15],
         help="%% of layer parameters; 100 leaves every layer dense",

@@ -1,4 +1,4 @@
-// Where tensor-core operands and accumulators lie: register fragments and shared-memory descriptors (PTX ISA).
+// Layouts of tensor-core operands and accumulators: register fragments and shared-memory descriptors (PTX ISA).
 #pragma once
 
 #include "../host_device.h"

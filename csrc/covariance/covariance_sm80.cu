@@ -2,12 +2,10 @@
 //
 //   grid           (lower tiles of 128 x 128, splits of the tokens, groups)
 //   CTA            8 warps as 2 x 4, each 64 x 32 of the tile; a diagonal tile loads one operand and uses it as both
-//   pipeline       aligned rows: 4 or 5 stages of 32 tokens by cp.async (2 with TensorFloat-32); other rows and
-//   patches: 2
-//                  stages through registers
-//   float32        split into a high and a low bfloat16 part, three of the four MMAs: what is left out is below 2^-17
-//   of a
-//                  product. With TensorFloat-32: one MMA, each factor rounded within 2^-11 on the way to it
+//   pipeline       aligned rows: 4 or 5 stages of 32 tokens by cp.async (2 with TensorFloat-32)
+//                  other rows and patches: 2 stages through registers
+//   float32        split into a high and a low bfloat16 part; three of the four MMAs (the fourth is below 2^-17 of a
+//                  product). With TensorFloat-32: one MMA, each factor rounded within 2^-11
 //   epilogue       every 2048 tokens the accumulators are added to the state, or to the partial tile of a split one,
 //                  which add_partials.cu reduces
 //   shared memory  stages; static: column sums, patch offsets

@@ -1,8 +1,8 @@
 // second_moment += x^T x by wgmma, for 16-bit x with rows on 16 bytes (sm_90).
 //
 //   grid           (lower tiles of 128 x 128, splits of the tokens, groups); two CTAs per SM
-//   warps          2 consumer warpgroups, 64 rows of the tile each; 1 producer warp, of which one thread issues TMA
-//   loads pipeline       3 stages of 64 tokens; full: producer's expect_tx, empty: one arrival per consumer warp
+//   warps          2 consumer warpgroups, 64 rows of the tile each; 1 producer warp, whose thread 0 issues TMA loads
+//   pipeline       3 stages of 64 tokens; full: producer's expect_tx, empty: one arrival per consumer warp
 //   operands       both from x as it lies, MN-major; a diagonal tile loads one operand and uses it as both
 //   epilogue       every 2048 tokens the accumulators are added to the state, or to the partial tile of a split one,
 //                  which add_partials.cu reduces

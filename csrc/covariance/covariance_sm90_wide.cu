@@ -6,7 +6,7 @@
 //   warps          2 consumer warpgroups, 64 rows each; 1 producer warpgroup, of which one thread issues TMA loads
 //   registers      setmaxnreg: 240 per consumer, 24 in the producer's warpgroup
 //   pipeline       4 stages of 64 tokens; full: producer's expect_tx, empty: one arrival per consumer warp of both CTAs
-//   epilogue       every 4096 tokens red.add to the state in global memory, which waits for nothing, or to the partial
+//   epilogue       every 4096 tokens red.add to the state in global memory, which does not wait, or to the partial
 //                  tile of a split one, which add_partials.cu reduces
 //   shared memory  stages | mbarriers, from the next 1024 bytes on; static: column sums
 //   deterministic  yes: each element of the state or of a partial tile is added to by one thread, in its order

@@ -1,4 +1,4 @@
-// What the decode kernels share: weights from global memory to mma.sync, the reduction over the warps of a CTA, and t
+// Shared by the decode kernels: weights from global memory to mma.sync, the reduction over the warps of a CTA, and t
 // from L2 to shared memory.
 #pragma once
 

@@ -4,10 +4,9 @@
 //   CTA            8 warps
 //   slab           bulk copies (cp.async.bulk) fetch the CTA's rows of up to shared memory while down is computed;
 //                  one mbarrier, one arrival with expect_tx; rows that do not fit are streamed from global memory
-//   down           a cluster takes 16, 32 or 64 rows of down and a token tile at a time; its CTAs split the features
-//   and
-//                  reduce each other's sums through DSMEM, in two buffers by turns; t, rounded, goes to scratch
-//   grid barrier   of the cooperative launch: no memory of ours, resets itself
+//   down           a cluster takes 16, 32 or 64 rows of down and a token tile at a time; its CTAs split the features and
+//                  reduce each other's sums through DSMEM, in two alternating buffers; t, rounded, goes to scratch
+//   grid barrier   of the cooperative launch: needs no memory, resets itself
 //   up             every CTA reads t and multiplies its slab
 //   shared memory  mbarrier | warp sums | CTA sums (2 buffers) or t | slab: SmemLayout
 //   deterministic  yes: warps, then CTAs of a cluster, summed in order

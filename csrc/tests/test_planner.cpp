@@ -285,7 +285,7 @@ void wide_tiles_beyond_whole_waves_are_split() {
     }
 }
 
-// What was asked for is what is planned, and legal, or refused.
+// A requested plan is legal and planned as requested, or refused.
 void choices_are_kept_or_refused() {
   const Machine h200{90, 132, 232448}, a100 = kMachines[0];
   const CovarianceProblem wide{8192, 768, 1, Dtype::bfloat16, Source::aligned_matrix, h200};
@@ -347,7 +347,7 @@ void choices_are_kept_or_refused() {
   EXPECT(linear(decode, "prefill_sm90", 0).reason == "prefill_sm90 does not run this problem");
   EXPECT(linear(decode, "decode_sm80", beyond).reason.find("it cannot split") == 0);
   EXPECT(linear(decode, "decode_sm80", -beyond).reason.find("it cannot split") == 0);
-  // What the planner would choose itself may be asked for, a CTA of a cluster without features included.
+  // Any choice of the planner itself may be requested, also where a CTA of a cluster has no features.
   LowRankProblem narrow{1, 1032, 8, 4096, Dtype::bfloat16, true, h200};
   const LowRankPlan own = plan_lowrank_linear(narrow);
   EXPECT((own.splits - 1) * own.split_features >= narrow.in_features);
@@ -374,7 +374,7 @@ void choices_are_kept_or_refused() {
   few.choice.token_tile = 128;
   EXPECT(plan_lowrank_linear(few).reason == "only prefill_sm90 has a choice of tokens per CTA");
   EXPECT(linear(prefill, "decode_sm90", 0).reason == "decode_sm90 does not run this problem");
-  // A few tiles of tokens: by the decode kernels where they are asked for.
+  // A few tiles of tokens: by the decode kernels if they are requested.
   LowRankProblem some = decode;
   for (int64_t tokens : {65, 200, 256})
     for (const char* kernel : {"decode_sm80", "decode_sm90"})

@@ -1,7 +1,7 @@
 """Stream a model's activations into covariances: model + batches -> Covariances.
 
-Forward hooks see every call of every layer. Training flags, gradients and the random state are restored afterwards.
-With a sensitivity, one backward pass per batch also streams the gradients at the layers' outputs.
+Forward hooks read the input or output of every call of every layer. With a sensitivity, one backward pass per batch
+also streams the gradients at the layers' outputs. Training flags, gradients and random states are restored afterwards.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ from ..models.running import (
     warn_caller,
     without_fast_path,
 )
+from .covariances import Covariances
 from .distributed import failures_posted, post_failure, rank_and_world
 from .experts import pooling, pools_of, twin_name, with_pooled_rows
 from .gradients import NO_GRADIENTS
 from .objectives import Sensitivity, check_sensitivity
-from .plan import CalibrationPlan, make_plan
+from .plan import CalibrationPlan, make_plan, size
 from .recorder import NO_ROWS, Recorder
 from .resume import CalibrationCheckpoint
-from .statistics import Covariances
 
 # ``side="auto"`` streams the output, whose moment is (ratio)^2 smaller, where in_features / out_features exceeds the
 # ratio, unless the input's moment is small anyway.
@@ -91,18 +91,18 @@ def calibrate(
         filter_fn: ``filter_fn(module, fqn) -> bool`` selects layers; None selects all that can be compressed.
         mask: which positions count, for padded sequences: the name of an argument of the model's forward, or
             ``mask(args, kwargs) -> Tensor | None``, shape (batch, positions), true or non-zero for real tokens. Names
-            that end in ``key_padding_mask`` are true for padding, as in torch. With ``"attention_mask"``, the models
-            of transformers use the mask that each of their parts is called with: an encoder its own, a decoder its own,
-            a vision tower none. For other models of several sequences pass a mask per module,
-            ``{"encoder": "attention_mask", "decoder": "decoder_attention_mask"}``: a key is the name of a module or a
-            ``"re:pattern"`` of names, and holds for all in it, unless a key names something inside; a value of None
-            means no padding. Keys and values of a cross-attention have the mask of the sequence that they are of. Does
+            that end in ``key_padding_mask`` are true for padding, as in torch. With ``"attention_mask"``, each part of
+            a transformers model uses the mask that it is called with: an encoder its own, a decoder its own, a vision
+            tower none. For other models with several sequences pass a mask per module,
+            ``{"encoder": "attention_mask", "decoder": "decoder_attention_mask"}``: a key is a module name or a
+            ``"re:pattern"`` of names, and applies to everything inside that module that no other key names; a value of
+            None means no padding. Keys and values of a cross-attention have the mask of their own sequence. Masks do
             not apply to convolutions.
         unmasked_rows: what to do with rows whose mask is unknown, such as relative positions, or images beside
-            text: ``"count"`` counts all of them, with a warning that names the layers; ``"error"`` refuses.
-        side: ``"input"`` streams layer inputs, which every projection and measure can use; ``"output"`` streams
+            text: ``"count"`` counts all of them and warns with the names of the layers; ``"error"`` raises.
+        side: ``"input"`` streams layer inputs, which every projection and report can use; ``"output"`` streams
             outputs, which is enough for ``projection="output"`` and ``"loss"``. ``"smaller"`` streams the narrower one
-            of each layer, for compression by these two in the least memory. ``"auto"`` streams the input unless
+            of each layer, for compression by these two with minimum memory. ``"auto"`` streams the input unless
             the output is narrower and the input's moment is too large: over ``max_state_bytes``, or over 64 MiB if
             the input is more than 16 times as wide as the output.
         dtype: of the sums, torch.float64 or torch.float32.
@@ -115,8 +115,8 @@ def calibrate(
             tensor of losses by sample. Gradients of parameters are not changed.
         num_probes: random draws per batch for a sensitivity given by name, with one backward pass each. Draws depend on
             torch's seed, the batch and the rank of the process: parts of the data that are calibrated one by one and
-            merged, or in several processes, draw independently. The same batches with the same seed draw the same
-            again; for more draws of them use ``num_probes``.
+            merged, or in several processes, draw independently. The same batches with the same seed give the same
+            draws; for more draws use ``num_probes``.
         token_weights: with a sensitivity, also stream each layer's activations weighted per row (token, or position of
             an image) by |g|^2 relative to its mean over the sample, where g is the row's output gradient. Loss-aware
             ranks and factors then weight errors by row. Costs one more moment per layer, one more update per batch,
@@ -126,20 +126,20 @@ def calibrate(
             skipped and stays dense; so is a layer whose weight is tied, unless ``filter_fn`` selects it.
         share_inputs: keep one moment for layers that receive the same tensor (q, k, v; gate, up). Tensors created
             under ``torch.inference_mode`` are not shared, because in-place changes to them cannot be detected.
-        tokens: the share of the rows (tokens, positions) that the statistics take: of each call of a layer a random
-            subset, each row with this probability, chosen by torch's seed; of a convolution's input whole lines of the
-            output. Saves the time of the sums, not that of the model. Rows that are left out are not checked for NaN.
-            The reports say how far variances and errors from so many rows can be off.
-        max_memory: bytes of the sums on each device, a number or text such as ``"8GB"``; half of the free memory by
-            default. If they need more, the batches are run several times, for some of the layers each; the result
-            is the same to rounding. One line on stderr says what that takes, and :func:`plan_calibration` says it
-            before.
-        offload: where finished sums are kept, as lower triangles: ``"cpu"``, in the CPU's memory, or ``"disk"``, in a
-            file in the folder of temporary files (TMPDIR). None leaves them on their device; if that does not fit in
-            ``max_memory``, they go to the CPU, or if it cannot hold them to the disk.
-        checkpoint: a folder for what was added so far, written about every minute. If it holds a calibration of the
-            same model, batches and arguments, that resumes: batches that were added are skipped, the result is equal to
-            the bit, and a finished one is read at once. Delete the folder when it is not needed any more.
+        tokens: share of the rows (tokens, positions) that is used: in each call of a layer a random subset, in
+            which each row is with this probability, by torch's seed; for convolutions, whole lines of the output. Saves
+            the time of the sums, not of the model. Rows left out are not checked for NaN. Reports show the uncertainty
+            of variances and errors from that number of rows.
+        max_memory: bound on the bytes of the sums on each device, a number or text such as ``"8GB"``; by default half
+            of the free memory. If the sums need more, the batches run several times, each time for some of the layers;
+            the result is the same up to rounding. A line on stderr then shows the plan, as :func:`plan_calibration`
+            does in advance.
+        offload: where finished sums are stored, as lower triangles: ``"cpu"``, in the CPU's memory, or ``"disk"``, in a
+            temporary file (in TMPDIR). None leaves them on their device; if they do not fit into ``max_memory``, they
+            are moved to the CPU, and if they do not fit there either, to the disk.
+        checkpoint: a folder for the progress, written about once a minute. If it holds a calibration of the same model,
+            batches and arguments, the call resumes it: batches that were added are skipped, and the result is
+            bit-identical. A finished calibration is only read. Delete the folder when it is no longer needed.
         progress: show a progress bar.
 
     Returns:
@@ -149,7 +149,7 @@ def calibrate(
     Raises:
         NonFiniteActivationError: NaN or inf in an activation or a gradient.
         RuntimeError: another thread calibrates, compresses or searches the model.
-        OSError: the disk is full (``offload="disk"``, ``checkpoint``), or the checkpoint's folder cannot be made.
+        OSError: the disk is full (``offload="disk"``, ``checkpoint``), or the checkpoint's folder cannot be created.
         TypeError: an argument of another type, such as a single batch for ``batches``.
         ValueError: an invalid argument, no batch, no layer to calibrate, no row that reaches one, with
             ``token_weights`` an input that was changed in place before the backward pass, a layer whose sums exceed
@@ -282,10 +282,10 @@ def plan_calibration(
     max_memory: int | str | None = None,
     offload: str | None = None,
 ) -> CalibrationPlan:
-    """What :func:`calibrate` will need with these arguments: bytes per layer and device, and passes over the batches.
+    """The memory that :func:`calibrate` will need with these arguments: bytes by layer and device, and passes.
 
-    Layers that share their input take less than planned, since sharing is known only when the model runs. Activations
-    of the model itself are not counted.
+    Layers that share their input will need less than planned, since sharing is known only when the model runs. The
+    model's own activations are not counted.
 
     Args:
         model: as for :func:`calibrate`; may be on the meta device, where no memory bound is known.
@@ -325,8 +325,8 @@ class Calibrator:
         model: the model that the block runs; in eval mode inside the block.
         output_gradients: also stream output gradients. Run each forward with gradients enabled, and then pass its loss
             to :meth:`observe`; the forward's graph is kept until then.
-        filter_fn, mask, unmasked_rows, side, dtype, token_weights, max_state_bytes, share_inputs, tokens: as for
-            :func:`calibrate`.
+        filter_fn, mask, unmasked_rows, side, dtype, token_weights, max_state_bytes, share_inputs, tokens: as
+            for :func:`calibrate`.
 
     Attributes:
         skipped: ``{fqn: reason}`` of the layers that are left out.
@@ -371,7 +371,7 @@ class Calibrator:
             raise ValueError(f"dtype must be torch.float32 or torch.float64, the dtype of the sums; got {dtype}.")
         check_positive(max_state_bytes=max_state_bytes)
         if not 0 < tokens <= 1:
-            raise ValueError(f"tokens must be a share of the rows, above 0 and at most 1; got {tokens!r}.")
+            raise ValueError(f"tokens must be a number in (0, 1]; got {tokens!r}.")
         if (reason := compiled_or_scripted(model)) is not None:
             raise ValueError(f"model cannot be calibrated: {reason}.")
         check_no_adapters(model)
@@ -433,7 +433,14 @@ class Calibrator:
 
     def _identity(self) -> dict[str, str]:
         """What the sums depend on besides the batches, for a checkpoint."""
-        arguments = [self._sides, self._dtype, self._output_gradients, self._token_weights, self._share, self._tokens]
+        arguments = [
+            self._sides,
+            self._dtype,
+            self._output_gradients,
+            self._token_weights,
+            self._share,
+            self._tokens,
+        ]
         tensors = {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
         return {"arguments": digest([str(one) for one in arguments]), "weights": digest(tensors)}
 
@@ -529,8 +536,8 @@ def _without_output_gradients(
             found[fqn] = f"its weight is tied to {tied[fqn]!r}"
         elif state_bytes > max_state_bytes:
             found[fqn] = (
-                f"the second moment of its output gradients would take {state_bytes / 2**30:.1f} GiB, more than "
-                f"max_state_bytes ({max_state_bytes / 2**30:.1f} GiB)"
+                f"the second moment of its output gradients would take {size(state_bytes)}, more than max_state_bytes "
+                f"({size(max_state_bytes)})"
             )
     return found
 

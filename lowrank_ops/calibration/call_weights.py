@@ -85,7 +85,7 @@ def call_weights(
         for index, batch in enumerate(ProgressBar(batches, desc="token weights", unit="batch", disable=not progress)):
             moved = move(batch, device)
             # The output is not bound to a name, which would keep this batch's graph during the next forward.
-            for fqn, values, real, _ in recorder.gradients_of(sensitivity, forward(model, moved), moved):
+            for fqn, values, real, _ in recorder.gradients_of(sensitivity, forward(model, moved), moved)[0]:
                 if fqn not in layers:
                     continue
                 weights = token_weights(layers[fqn], values, real).cpu()

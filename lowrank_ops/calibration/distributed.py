@@ -1,4 +1,4 @@
-"""What the processes of ``torch.distributed`` exchange, so that none waits for one that has failed."""
+"""Posts failures to the other processes of ``torch.distributed``, which would otherwise wait until a timeout."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from ..files import digest
 
 _POLL_SECONDS = 0.05
-_ended: dict[str, int] = {}  # by group: how many sums over its processes have ended, well or not
+_ended: dict[str, int] = {}  # by group: how many all_reduce_ calls have ended, with or without an error
 _posted: dict[str, str] = {}  # by key: this process's failure, not taken back yet
 
 
@@ -24,7 +24,7 @@ def rank_and_world() -> tuple[int, int]:
 
 @contextmanager
 def failures_posted() -> Iterator[None]:
-    """An exception in the block ends :func:`wait_for_all` of other processes, now or later; success takes it back."""
+    """An exception in the block makes :func:`wait_for_all` raise in the other processes; success withdraws it."""
     try:
         yield
     except BaseException as error:
@@ -34,7 +34,7 @@ def failures_posted() -> Iterator[None]:
 
 
 def post_failure(error: BaseException) -> None:
-    """End :func:`wait_for_all` of the other processes, in all groups that this one has summed over, and in all."""
+    """Make :func:`wait_for_all` raise in the other processes: in the world and in all groups used so far."""
     rank, world = rank_and_world()
     if world > 1:
         _take_back()  # of an earlier failure
@@ -45,7 +45,7 @@ def post_failure(error: BaseException) -> None:
 
 
 def wait_for_all(group: torch.distributed.ProcessGroup | None) -> None:
-    """Wait until every process of the group is here, or one of them has failed.
+    """Wait until every process of the group has called this, or one of them has failed.
 
     Raises:
         RuntimeError: a process has failed; in every process that waits.
@@ -77,7 +77,7 @@ def wait_for_all(group: torch.distributed.ProcessGroup | None) -> None:
 
 
 def _take_back() -> None:
-    """Forget the failure of this process: it has a result, or other processes have raised by it."""
+    """Withdraw the failure of this process: it has a result now, or the other processes have raised already."""
     for key, message in list(_posted.items()):
         _, group, count = key.rsplit("/", 2)
         store = _store()

@@ -1,4 +1,4 @@
-"""Rows that calibration adds for experts to which the router has sent few."""
+"""Extra calibration rows for experts that receive few rows from the router."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from torch import nn
 
 from ..models.experts import MIN_ROWS, ListedExperts, Pool
 from ..models.running import shortened, warn_caller
-from .statistics import Covariances, LayerStatistics
+from .covariances import Covariances
+from .statistics import LayerStatistics
 
 
 def pools_of(model: nn.Module, layers: Collection[str]) -> tuple[dict[ListedExperts, Pool], dict[str, nn.Module]]:
@@ -34,7 +35,7 @@ def pools_of(model: nn.Module, layers: Collection[str]) -> tuple[dict[ListedExpe
 
 @contextmanager
 def pooling(pools: Mapping[ListedExperts, Pool]) -> Iterator[None]:
-    """Inside the block, experts with few rows see those of others."""
+    """Inside the block, experts with few rows also run on rows of other experts."""
     for experts, pool in pools.items():
         experts.pool = pool
     try:
@@ -45,7 +46,7 @@ def pooling(pools: Mapping[ListedExperts, Pool]) -> Iterator[None]:
 
 
 def with_pooled_rows(covariances: Covariances, layers: Collection[str]) -> Covariances:
-    """The statistics of ``layers``: of layers with fewer rows than ``MIN_ROWS``, with those of their twins added."""
+    """The statistics of ``layers``; for those with fewer than ``MIN_ROWS`` rows, their twins' statistics are added."""
     found: dict[str, LayerStatistics] = {}
     filled: list[str] = []
     for fqn in layers:
@@ -57,14 +58,14 @@ def with_pooled_rows(covariances: Covariances, layers: Collection[str]) -> Covar
             found[fqn] = own
     if filled:
         warn_caller(
-            f"the router sent fewer than {MIN_ROWS} rows to some experts, which are calibrated on rows of other tokens "
-            f"as well: {shortened(filled)}. Calibrate with more batches."
+            f"the router sent fewer than {MIN_ROWS} rows to some experts, which are also calibrated on rows of other "
+            f"tokens: {shortened(filled)}. Calibrate with more batches."
         )
     return Covariances(found, tuple(fqn for fqn in layers if fqn not in found), covariances.skipped)
 
 
 def twin_name(fqn: str) -> str:
-    """The name of the sums of rows that were pooled for a layer."""
+    """The name under which the extra rows of a layer are summed."""
     return f"{fqn} (rows of other experts)"
 
 

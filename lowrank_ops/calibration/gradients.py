@@ -28,7 +28,7 @@ class OutputGradient(NamedTuple):
 
 
 class OutputGradients:
-    """Remembers where the layers' outputs entered the graph, for one backward pass per loss.
+    """The graph edges at the layers' outputs, for one backward pass per loss.
 
     Edges of the graph are kept rather than tensors: in-place changes by the model afterwards do not affect them, and
     no gradient is added to a parameter.
@@ -40,7 +40,7 @@ class OutputGradients:
     def watch(
         self, fqn: str, y: Tensor, mask: Tensor | None, save: Callable[[], SavedActivation] | None
     ) -> Tensor | None:
-        """Remember a layer's output ``y``, with the activation that ``save`` returns.
+        """Record the edge of a layer's output ``y``, with the activation that ``save`` returns.
 
         Returns:
             A tensor that replaces ``y`` in the model, or None to leave ``y`` in place.
@@ -58,7 +58,7 @@ class OutputGradients:
         return start
 
     def of(self, loss: Tensor, retain_graph: bool = False, required: bool = True) -> list[OutputGradient]:
-        """The gradient of ``loss`` at every call that it depends on; forgets the calls unless ``retain_graph``.
+        """The gradient of ``loss`` at every call that it depends on; drops the calls unless ``retain_graph``.
 
         Raises:
             ValueError: the loss depends on no layer, although it is ``required`` to.

@@ -60,9 +60,9 @@ def objective(sensitivity: Sensitivity, output: Any, batch: Any, mask: Tensor | 
         batch: that the model was given.
         mask: (batch, positions), the real positions; drops the others from outputs (batch, positions, features).
 
-    Random draws depend on the state of torch's generator, which advances, on the batch, and on the process's rank.
-    So calibrations of several parts of the data, or in several processes, draw independently if all are seeded alike,
-    and a run with the same seed, batches and rank gives the same draws.
+    Random draws depend on the state of torch's generator (which advances), on the batch, and on the process's rank. So
+    with one seed, calibrations of several parts of the data or in several processes still draw independently, and a run
+    with the same seed, batches and rank repeats its draws.
     """
     if callable(sensitivity):
         loss = sensitivity(output, batch)

@@ -1,4 +1,4 @@
-"""What the sums of a calibration take, and the passes over the batches that keep them within a bound."""
+"""The memory that a calibration needs, and the passes over the batches that keep it within a bound."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class PlannedLayer:
-    """What one layer's sums take while they are added to.
+    """The memory of one layer's sums during its pass.
 
     Attributes:
-        fqn: of the layer.
-        device: of its weight, where they are.
+        fqn: the layer's name.
+        device: of the layer's weight and of its sums.
         side: which activation is streamed.
         sums: bytes by field of ``LayerStatistics``; less where the layer shares its input with another.
-        number: of the pass that streams it, from 0.
+        number: the pass that streams this layer, counted from 0.
     """
 
     fqn: str
@@ -59,11 +59,11 @@ class CalibrationPlan:
 
     Attributes:
         layers: each with its bytes and its pass.
-        passes: over the batches.
-        peak: bytes of sums on each device, at most.
+        passes: number of passes over the batches.
+        peak: maximum bytes of the sums, by device.
         kept: bytes of the result.
-        bounds: bytes that sums may take on each device; None is unknown.
-        offload: where finished sums are kept as lower triangles: ``"cpu"`` or ``"disk"``; None: they stay, whole.
+        bounds: bytes that the sums may take, by device; None if unknown.
+        offload: where finished sums are stored as lower triangles, ``"cpu"`` or ``"disk"``; None: whole, on the device.
     """
 
     layers: tuple[PlannedLayer, ...]
@@ -82,7 +82,7 @@ class CalibrationPlan:
         )
 
     def table(self) -> str:
-        """One line per layer: device, side, bytes by kind of sums, and pass; then the whole."""
+        """One line per layer: device, side, bytes by kind of sums, and pass. The last line is the total."""
         names = list(dict.fromkeys(name for layer in self.layers for name in layer.sums))
         rows = [["layer", "device", "side", *names, "pass"]]
         for layer in self.layers:
@@ -143,7 +143,7 @@ def make_plan(
     if too_large is not None:
         one, needed = too_large
         raise ValueError(
-            f"the sums of layer {one.fqn!r} take {size(needed)} on {one.device} beside what is kept there, more "
+            f"the sums of layer {one.fqn!r} need {size(needed)} on {one.device}, with what is kept there, more "
             f"than max_memory ({size(bounds[one.device] or 0)}). Pass a larger max_memory, offload='disk', "
             "side='output' or dtype=torch.float32, or leave the layer out with filter_fn."
         )
@@ -211,7 +211,7 @@ def parse_bytes(given: int | str) -> int:
 
 
 def size(count: int) -> str:
-    """Bytes for readers."""
+    """Bytes as text, such as ``"1.5 GiB"``."""
     for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= scale:
             return f"{count / scale:.1f} {unit}"

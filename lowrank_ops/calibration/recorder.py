@@ -2,59 +2,37 @@
 
 from __future__ import annotations
 
-import copy
-import math
-import weakref
 from collections.abc import Callable, Iterable, Mapping
 from threading import get_ident
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..models.layers import (
-    Conv,
-    bias_vector,
-    dimensions,
-    images,
-    input_of,
-    is_conv,
-    output_rows,
-    over_images,
-    pad_input,
-)  # fmt: skip
+from ..models.layers import bias_vector, input_of, is_conv, output_rows
 from ..models.masks import Masks, real_rows
-from ..models.running import has_float64, remove
-from ..ops import conv_covariance_update_, covariance_finalize_, covariance_update_
-from ..ops.covariance import output_size
+from ..models.running import in_layer, remove
+from ..ops import covariance_finalize_
+from .covariances import Covariances
 from .distributed import rank_and_world
 from .gradients import OutputGradient, OutputGradients
 from .objectives import Sensitivity, objective
+from .packing import from_lower_triangle, lower_triangle
 from .sampling import Sampler
-from .statistics import (
-    Covariances,
-    LayerStatistics,
-    Moments,
-    NonFiniteActivationError,
-    from_lower_triangle,
-    lower_triangle,
-)
-from .token_weights import MAX_ELEMENTS, SavedActivation
+from .statistics import LayerStatistics, Moments, NonFiniteActivationError
+from .sums import Sums, geometry_of
+from .token_weights import SavedActivation
 
-# Sums are about a shift for features whose mean is more than SHIFT_RATIO of their standard deviations; others lose at
-# most log2(1 + SHIFT_RATIO^2) bits. Both are estimated from about SHIFT_ROWS rows of a layer's first call.
-SHIFT_RATIO = 2
-SHIFT_ROWS = 4096
+_MEMORY = "Pass max_memory or offload, calibrate fewer layers with filter_fn, or use smaller batches."
 NO_ROWS = (
-    "no row reached a layer: the batches are empty, the mask leaves no position, tokens takes too few rows, or the "
+    "no row reached a layer: the batches are empty, the mask leaves no position, tokens is too small, or the "
     "model calls none of the layers that filter_fn keeps."
 )
 
 
 class Recorder:
-    """Hooks on a model and its layers, and the sums of what they see.
+    """Hooks on a model and its layers, and the sums that they fill.
 
     Args:
         layers: ``{fqn: layer}``.
@@ -64,7 +42,7 @@ class Recorder:
         tokens: the share of the rows that is added.
 
     Attributes:
-        seed: of the choice of rows.
+        seed: decides which rows are chosen.
     """
 
     def __init__(
@@ -79,11 +57,11 @@ class Recorder:
         self._masks = masks
         self._share = share
         self._sides: Mapping[str, str] = {}
-        self._activations: dict[str, _Sums] = {}  # by layer; a layer that shares its input has its leader's
-        self._touched: dict[str, _Sums] = {}  # since the last check, in the order of the calls
+        self._activations: dict[str, Sums] = {}  # by layer; a layer that shares its input has its leader's
+        self._touched: dict[str, Sums] = {}  # since the last check, in the order of the calls
         self._gradients = OutputGradients()
-        self._output_gradients: dict[str, _Sums] = {}
-        self._token_weighted: dict[str, _Sums] = {}
+        self._output_gradients: dict[str, Sums] = {}
+        self._token_weighted: dict[str, Sums] = {}
         self._samples = 0
         self._batch = 0
         self._in_forward = False
@@ -122,9 +100,9 @@ class Recorder:
         self._gradient_dtype = dtype
         self._attach_outputs(save_activations=token_weights)
 
-    def attach_gradient_reader(self) -> None:
-        """Hook the outputs of all layers for :meth:`gradients_of`; no sums are kept."""
-        self._attach_outputs(save_activations=False)
+    def attach_gradient_reader(self, save_inputs: bool = False) -> None:
+        """Hook the outputs of all layers for :meth:`gradients_of`, with their inputs if wanted; no sums are kept."""
+        self._attach_outputs(save_activations=save_inputs)
 
     def _attach_outputs(self, save_activations: bool) -> None:
         def watch(fqn: str, x: Tensor, y: Tensor) -> Tensor | None:
@@ -132,7 +110,7 @@ class Recorder:
                 return None
             save: Callable[[], SavedActivation] | None = None
             if save_activations and not self._in_backward:
-                save = lambda: SavedActivation(x, y, self._sides[fqn])  # noqa: E731
+                save = lambda: SavedActivation(x, y, self._sides.get(fqn, "input"))  # noqa: E731
             return self._gradients.watch(fqn, y, None if self._in_backward else self._mask_of(fqn, x), save)
 
         for fqn, layer in self._layers.items():
@@ -144,11 +122,10 @@ class Recorder:
                 )
             )
 
-    def gradients_of(self, sensitivity: Sensitivity, output: Any, batch: Any) -> list[OutputGradient]:
-        """The gradients of the last forward's objective at the layers' outputs, call by call."""
-        return self._differentiate(
-            objective(sensitivity, output, batch, self._masks.of_output()).loss, retain_graph=False
-        )
+    def gradients_of(self, sensitivity: Sensitivity, output: Any, batch: Any) -> tuple[list[OutputGradient], int]:
+        """The gradients of the last forward's objective at the layers' outputs, call by call, and its samples."""
+        loss, samples = objective(sensitivity, output, batch, self._masks.of_output())
+        return self._differentiate(loss, retain_graph=False), samples
 
     def add_loss(self, sensitivity: Sensitivity, output: Any, batch: Any, retain_graph: bool) -> None:
         """Add the output gradients of a batch's objective."""
@@ -164,12 +141,13 @@ class Recorder:
         for fqn, values, mask, saved in self._differentiate(loss, retain_graph):
             layer = self._layers[fqn]
             sums = self._sums_of_loss(self._output_gradients, fqn, "output", "output gradient")
-            rows = output_rows(layer, values)
-            with torch.no_grad():
+            if saved is not None:
+                side = self._sides[fqn]
+                weighted = self._sums_of_loss(self._token_weighted, fqn, side, f"token-weighted {side}")
+            with torch.no_grad(), in_layer(fqn, _MEMORY):
+                rows = output_rows(layer, values)
                 sums.update(rows if is_conv(layer) else real_rows(rows, mask))
                 if saved is not None:
-                    side = self._sides[fqn]
-                    weighted = self._sums_of_loss(self._token_weighted, fqn, side, f"token-weighted {side}")
                     if not weighted.moments.count:
                         weighted.moments.shift = self._activations[fqn].moments.shift
                     saved.add_to(weighted.moments, fqn, layer, values, mask, weighted.sampler)
@@ -183,7 +161,7 @@ class Recorder:
         finally:
             self._in_backward = False
 
-    def _sums_of_loss(self, sums: dict[str, _Sums], fqn: str, side: str, what: str) -> _Sums:
+    def _sums_of_loss(self, sums: dict[str, Sums], fqn: str, side: str, what: str) -> Sums:
         if fqn not in sums:
             sums[fqn] = self._new_sums(fqn, side, self._gradient_dtype, what, of_loss=True)
         self._touched[f"{what} of {fqn}"] = sums[fqn]
@@ -194,13 +172,14 @@ class Recorder:
         remove(self._handles)
         self._gradients = OutputGradients()
 
-    def _new_sums(self, fqn: str, side: str, dtype: torch.dtype, what: str, of_loss: bool = False) -> _Sums:
-        sums = _Sums(fqn, self._layers[fqn], side, dtype, what, of_loss)
+    def _new_sums(self, fqn: str, side: str, dtype: torch.dtype, what: str, of_loss: bool = False) -> Sums:
+        with in_layer(fqn, _MEMORY):
+            sums = Sums(fqn, self._layers[fqn], side, dtype, what, of_loss)
         sums.sampler = Sampler(self._tokens, f"{self.seed} {what}")  # alike in all passes
         return sums
 
-    def _all_sums(self) -> list[tuple[str, _Sums]]:
-        kinds: dict[str, Mapping[Any, _Sums]] = {
+    def _all_sums(self) -> list[tuple[str, Sums]]:
+        kinds: dict[str, Mapping[Any, Sums]] = {
             "activations": {id(sums): sums for sums in self._activations.values()},
             "output_gradients": self._output_gradients,
             "token_weighted": self._token_weighted,
@@ -221,7 +200,7 @@ class Recorder:
         return {"samples": self._samples, "batch": self._batch, "parts": parts}, tensors
 
     def restore(self, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Go on from a :meth:`state` of the same layers and arguments."""
+        """Restore the :meth:`state` of a recorder with the same layers and arguments."""
         self._samples, self._batch = header["samples"], header["batch"]
         for i, part in enumerate(header["parts"]):
             kind, leader = part["kind"], next(iter(part["calls"]))
@@ -271,10 +250,9 @@ class Recorder:
                 )
             sums.moments.count = self._samples
         for _, sums in self._all_sums():
-            if not has_float64(sums.moments.total.device):
-                sums.moments.to_cpu_()
+            sums.moments.to_float64_device_()
 
-        def moments(of: Mapping[str, _Sums], fqn: str) -> Moments | None:
+        def moments(of: Mapping[str, Sums], fqn: str) -> Moments | None:
             return of[fqn].moments if fqn in of else None
 
         layers = {
@@ -339,13 +317,13 @@ class Recorder:
             sums.keep_before(fqn)
         if not sums.is_repeated(fqn, x):
             self._touched[sums.leader] = sums
-            with torch.no_grad():
+            with torch.no_grad(), in_layer(fqn, _MEMORY):
                 if is_conv(layer):
                     sums.update_conv(layer, x.detach())
                 else:
                     sums.update(real_rows(x.detach(), self._mask_of(fqn, x)))
 
-    def _part(self, sums: _Sums, layers: Iterable[str]) -> None:
+    def _part(self, sums: Sums, layers: Iterable[str]) -> None:
         for fqn in layers:
             self._activations[fqn] = sums.of_its_own(fqn, self._layers[fqn])
 
@@ -359,7 +337,7 @@ class Recorder:
         if fqn not in self._activations:
             self._activations[fqn] = self._new_sums(fqn, "output", dtype, "output")
         sums = self._touched[fqn] = self._activations[fqn]
-        with torch.no_grad():
+        with torch.no_grad(), in_layer(fqn, _MEMORY):
             if is_conv(layer):
                 sums.update(output_rows(layer, y.detach()))
             else:
@@ -370,7 +348,7 @@ class Recorder:
         layer = self._layers[fqn]
         return None if is_conv(layer) else self._masks.of(fqn, layer, x)
 
-    def _sums_of_input(self, fqn: str, layer: nn.Module, x: Tensor, dtype: torch.dtype) -> _Sums:
+    def _sums_of_input(self, fqn: str, layer: nn.Module, x: Tensor, dtype: torch.dtype) -> Sums:
         if fqn not in self._activations:
             leader = self._leader_of(fqn, layer, x) if self._share else None
             if leader is None:
@@ -380,194 +358,12 @@ class Recorder:
             self._activations[fqn] = leader
         return self._activations[fqn]
 
-    def _leader_of(self, fqn: str, layer: nn.Module, x: Tensor) -> _Sums | None:
+    def _leader_of(self, fqn: str, layer: nn.Module, x: Tensor) -> Sums | None:
         """The sums of an earlier layer that has received this very tensor, in its one call so far."""
         for sums in self._touched.values():
-            if sums.has_only_seen(x) and sums.geometry == _geometry(layer) and self._masks.same(fqn, sums.leader):
+            if sums.has_only_seen(x) and sums.geometry == geometry_of(layer) and self._masks.same(fqn, sums.leader):
                 return sums
         return None
-
-
-class _Sums:
-    """The moments of one tensor's consumers: the leader updates, the followers check that they get the same tensor.
-
-    Args:
-        leader: the first consumer's name.
-        layer: the first consumer.
-        side: of the layer that the rows are on, ``"input"`` or ``"output"``.
-        dtype: of the sums.
-        what: the rows are, for messages.
-        of_loss: they follow a loss, not a forward.
-    """
-
-    def __init__(
-        self, leader: str, layer: nn.Module, side: str, dtype: torch.dtype, what: str, of_loss: bool = False
-    ) -> None:
-        self.leader, self.what, self.of_loss = leader, what, of_loss
-        self.geometry = _geometry(layer)
-        groups, in_features, out_features = dimensions(layer)
-        features = in_features if side == "input" else out_features
-        device = layer.get_parameter("weight").device
-        dtype = dtype if has_float64(device) else torch.float32
-        with torch.inference_mode(False):  # sums created in inference mode could not be updated outside it
-            self.moments = Moments.zeros((features,) if groups == 1 else (groups, features), dtype, device)
-        self.calls = {leader: 0}
-        self._last: weakref.ref[Tensor] | None = None
-        self._last_version = 0
-        self.sampler = Sampler(1.0, "")
-        self._before: Moments | None = None  # the leader's latest call, if it had called before in the first forward
-
-    def join(self, fqn: str) -> None:
-        """Add ``fqn`` to the consumers."""
-        self.calls[fqn] = 0
-
-    def has_only_seen(self, x: Tensor) -> bool:
-        """Whether the leader was called once so far, with ``x``."""
-        return self.calls[self.leader] == 1 and self._is_last(x)
-
-    def parting(self, fqn: str, x: Tensor) -> list[str]:
-        """The layers that receive other tensors from this call of ``fqn`` on."""
-        if fqn == self.leader:
-            return self.lagging()
-        calls, leader_calls = self.calls[fqn], self.calls[self.leader]
-        if self._is_last(x) and calls + 1 == leader_calls:
-            return []
-        return [fqn] if calls == leader_calls or fqn in self.lagging() else []
-
-    def lagging(self) -> list[str]:
-        """The layers that did not receive the leader's latest tensor, where the moments before it are known."""
-        behind = [fqn for fqn, calls in self.calls.items() if calls == self.calls[self.leader] - 1]
-        return behind if self._before is not None else []
-
-    def of_its_own(self, fqn: str, layer: nn.Module) -> _Sums:
-        """Take a follower out, with what it has received."""
-        calls = self.calls.pop(fqn)
-        moments = self.moments if self._before is None or calls == self.calls[self.leader] else self._before
-        own = _Sums(fqn, layer, "input", self.moments.total.dtype, self.what)
-        own.moments, own.calls, own.sampler = copy.deepcopy(moments), {fqn: calls}, copy.copy(self.sampler)
-        return own
-
-    def keep_before(self, fqn: str) -> None:
-        """Keep the moments before another call of the leader until all followers have received its tensor."""
-        if fqn == self.leader:
-            shared = len(self.calls) > 1 and self.calls[fqn] > 0
-            self._before = copy.deepcopy(self.moments) if shared else None
-
-    def forget_before(self) -> None:
-        """End of the first forward: layers part no more."""
-        self._before = None
-
-    def is_repeated(self, fqn: str, x: Tensor) -> bool:
-        """Count the call; True if the leader has added this tensor already.
-
-        Raises:
-            ValueError: a follower receives another tensor than its leader; its sums would be wrong.
-        """
-        if fqn == self.leader:
-            self.check_followers()
-            self._last, self._last_version = weakref.ref(x), 0 if x.is_inference() else x._version
-        elif not self._is_last(x) or self.calls[fqn] + 1 != self.calls[self.leader]:
-            raise ValueError(self._diverged(fqn))
-        self.calls[fqn] += 1
-        return fqn != self.leader
-
-    def check_followers(self) -> None:
-        """Raise if a follower missed the leader's last call."""
-        for fqn, calls in self.calls.items():
-            if calls != self.calls[self.leader]:
-                raise ValueError(self._diverged(fqn))
-
-    def update(self, rows: Tensor) -> None:
-        """Add rows (..., groups * features)."""
-        second_moment, total = self.moments.second_moment, self.moments.total
-        features = total.shape[-1]
-        if rows.shape[-1] != total.numel():
-            raise ValueError(
-                f"layer {self.leader!r} has an {self.what} of {total.numel()} features; a batch has "
-                f"{rows.shape[-1]}. Check the shape of the batches."
-            )
-        if not self.moments.count and not self.of_loss:  # gradients are never centered
-            self.moments.shift = shift_of(rows.reshape(-1, *total.shape), total.dtype)
-        if self.sampler.share < 1:
-            rows = self.sampler.of(rows.reshape(-1, total.numel()))
-        shift, parts = self.moments.shift, (rows,)
-        if shift is not None:
-            parts = rows.reshape(-1, total.numel()).split(max(1, MAX_ELEMENTS // total.numel()))
-        groups = list(zip(second_moment.view(-1, features, features), total.view(-1, features), strict=True))
-        for part in parts:
-            shifted = part if shift is None else part - shift.flatten()
-            for (group_moment, group_total), of_group in zip(groups, shifted.split(features, dim=-1), strict=True):
-                covariance_update_(group_moment, group_total, of_group)
-        self.moments.count += rows.numel() // total.numel()
-
-    def update_conv(self, layer: Conv, x: Tensor) -> None:
-        """Add the patches of a convolution's input."""
-        x, padding = pad_input(layer, x)
-        x = images(layer, x)
-        settings: dict[str, Any] = {
-            "kernel_size": over_images(layer.kernel_size, 1),
-            "stride": over_images(layer.stride, 1),
-            "padding": over_images(padding, 0),
-            "dilation": over_images(layer.dilation, 1),
-        }
-        height, width = output_size(x.shape[2:], **settings)
-        second_moment, total = self.moments.second_moment, self.moments.total
-        features, kernel = total.shape[-1], math.prod(layer.kernel_size)
-        if not self.moments.count:
-            pixels = x.flatten(2)[..., :: max(1, x.shape[0] * x.shape[2:].numel() // SHIFT_ROWS)]
-            shift = shift_of(pixels.movedim(1, -1).flatten(0, 1), total.dtype)  # the same at all places of the kernel
-            self.moments.shift = None if shift is None else shift.repeat_interleave(kernel).view_as(total)
-        if self.moments.shift is not None:
-            vertical, horizontal = settings["padding"]
-            x = F.pad(x, (horizontal, horizontal, vertical, vertical))  # zeros are shifted as well
-            x = x - self.moments.shift.view(-1, kernel)[:, :1].unsqueeze(-1)
-            settings["padding"] = (0, 0)
-        if self.sampler.share < 1:  # of the lines of the outputs
-            vertical, horizontal = settings["padding"]
-            chosen = self.sampler.choose(x.shape[0] * height)
-            assert chosen is not None
-            chosen = chosen.to(x.device).unsqueeze(1)
-            reach = settings["dilation"][0] * (settings["kernel_size"][0] - 1) + 1
-            lines = chosen % height * settings["stride"][0] + torch.arange(reach, device=x.device)
-            x = F.pad(x, (0, 0, vertical, vertical))[chosen // height, :, lines].transpose(1, 2)
-            height, settings["padding"] = 1, (0, horizontal)
-        conv_covariance_update_(second_moment.view(-1, features, features), total.view(-1, features), x, **settings)
-        self.moments.count += x.shape[0] * height * width
-
-    def is_finite(self) -> Tensor:
-        """A boolean scalar on the device of the sums."""
-        diagonal = self.moments.second_moment.diagonal(dim1=-2, dim2=-1)
-        return (self.moments.total.abs().sum() + diagonal.sum()).isfinite()
-
-    def _is_last(self, x: Tensor) -> bool:
-        if x.is_inference():  # has no version counter, so an in-place change between two layers would go unseen
-            return False
-        return self._last is not None and self._last() is x and self._last_version == x._version
-
-    def _diverged(self, fqn: str) -> str:
-        return (
-            f"layer {fqn!r} received the same tensor as {self.leader!r} at first and a different one later, so the two "
-            "cannot share a covariance. Calibrate again with share_inputs=False."
-        )
-
-
-@torch.inference_mode(False)
-def shift_of(rows: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """The means of the features that need a shift, 0 for the others; None if no feature does.
-
-    Subtracting them is exact on CPUs, where rows are converted to the dtype of the sums anyway. Elsewhere it is exact
-    within a factor of two of the shift, and rounds as the rows were rounded beyond.
-
-    Args:
-        rows: (rows, ...), the first ones of a layer.
-        dtype: of the sums.
-    """
-    if not len(rows):
-        return None
-    deviation, mean = torch.std_mean(rows[:: max(1, len(rows) // SHIFT_ROWS)].to(dtype), 0, correction=0)
-    large = mean.abs() > SHIFT_RATIO * deviation  # false for NaN
-    mean = torch.where(large, mean, 0).to(rows.dtype)
-    return mean.to(dtype if rows.device.type == "cpu" else rows.dtype) if bool(large.any()) else None
 
 
 def _check_activation(fqn: str, x: Tensor) -> None:
@@ -586,10 +382,3 @@ def _remove_bias(moments: Moments, layer: nn.Module) -> None:
     if bias is not None:
         bias = bias.to(moments.total).view_as(moments.total)
         moments.shift = -bias if moments.shift is None else moments.shift - bias
-
-
-def _geometry(layer: nn.Module) -> object:
-    """What besides the input tensor decides the rows: two layers may share sums only if this is equal."""
-    if is_conv(layer):
-        return (layer.kernel_size, layer.stride, layer.padding, layer.padding_mode, layer.dilation, layer.groups)
-    return "linear"

@@ -1,4 +1,4 @@
-"""The checkpoint of a calibration: what it has added so far, so that a killed one resumes, equal to the bit."""
+"""The checkpoint of a calibration: after a kill it resumes, with a bit-identical result."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ import torch
 from torch import Tensor
 
 from ..files import digest, digests, open_tensors, read_header, read_tensor, replacing, write_tensors
+from .covariances import Covariances
 from .distributed import rank_and_world
 from .recorder import Recorder
-from .statistics import Covariances
 
 _FORMAT = "lowrank_ops.calibration/1"
-SECONDS = 60  # between two states in a pass, or 20 times what writing one takes, if that is more
+SECONDS = 60  # between two writes in a pass; at least 20 times the duration of a write
 
 
 class CalibrationCheckpoint:
-    """A folder with ``state.safetensors``, the sums of the pass that runs, and one file per finished pass.
+    """A folder with ``state.safetensors``, the sums of the running pass, and one file per finished pass.
 
     Args:
-        folder: made if it does not exist; of several processes each has a folder in it.
+        folder: created if it does not exist; with several processes, each has its own folder in it.
         identity: what must be equal for the calibration to resume, by name.
-        passes: the layers of each pass; those of the checkpoint replace them, since free memory may have changed.
+        passes: the layers of each pass. On resuming, the checkpoint's passes are used instead: the free memory may
+            have changed.
 
     Raises:
         ValueError: the folder holds another calibration, or a damaged one.
@@ -81,7 +82,7 @@ class CalibrationCheckpoint:
             ) from None
 
     def begin(self, recorder: Recorder, generators: Sequence[torch.Generator]) -> int:
-        """Restore what the pass had added, and the random states of its start; the number of batches to skip."""
+        """Restore the sums of the pass and the random states of its start; return the number of batches to skip."""
         self._start = self._start or [generator.get_state() for generator in generators]
         for generator, state in zip(generators, self._start, strict=True):
             generator.set_state(state)  # every pass draws the same labels, also in another process
@@ -93,7 +94,7 @@ class CalibrationCheckpoint:
         return self._batches
 
     def skip(self, index: int, batch: Any, generators: Sequence[torch.Generator]) -> None:
-        """Check a batch that was added before; after the last one the random states are those of then.
+        """Check a batch that was added before the restart; after the last one restore the random states.
 
         Raises:
             ValueError: it is another batch.
@@ -113,7 +114,7 @@ class CalibrationCheckpoint:
         self._state = None
 
     def add(self, batch: Any, recorder: Recorder, generators: Sequence[torch.Generator]) -> None:
-        """Count a batch that was added, and write the state if it is time."""
+        """Count an added batch, and write the state if ``SECONDS`` have passed."""
         self._seen = digest([self._seen, batch])
         self._batches += 1
         if time.monotonic() - self._last >= max(SECONDS, 20 * self._cost):

@@ -12,13 +12,13 @@ class Sampler:
     """Chooses rows of one layer, call by call.
 
     Args:
-        share: of the rows; 1 takes all.
-        key: the seed, and what the rows are. Layers with equal keys choose alike, so those that share an input also do
-            in different passes.
+        share: fraction of the rows; 1 takes all.
+        key: seed and kind of the rows. Equal keys give equal choices, so layers that share an input have the same rows,
+            also in different passes.
 
     Attributes:
-        calls: so far, which later draws depend on.
-        seen: rows that it chose from.
+        calls: number of draws so far; each draw depends on it.
+        seen: number of rows seen so far.
     """
 
     def __init__(self, share: float, key: str) -> None:

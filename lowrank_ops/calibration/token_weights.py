@@ -34,6 +34,19 @@ class SavedActivation:
         self._values = saved.clone() if side == "output" or saved.is_inference() else saved
         self._version = None if self._values.is_inference() else self._values._version
 
+    def values(self, fqn: str) -> Tensor:
+        """The activation of layer ``fqn``, as it was in the call.
+
+        Raises:
+            ValueError: it was changed in place after the call.
+        """
+        if self._version is not None and self._values._version != self._version:
+            raise ValueError(
+                f"the input of layer {fqn!r} was changed in place after the layer had used it, so token weights and "
+                "corrections cannot be applied to it; pass token_weights=False, or leave the layer out."
+            )
+        return self._values.detach()
+
     def add_to(
         self,
         moments: Moments,
@@ -56,14 +69,9 @@ class SavedActivation:
         Raises:
             ValueError: the input was changed in place after the call.
         """
-        if self._version is not None and self._values._version != self._version:
-            raise ValueError(
-                f"the input of layer {fqn!r} was changed in place after the layer had used it, so token weights "
-                "cannot be applied to it; pass token_weights=False."
-            )
+        values = self.values(fqn)
         if not gradient.numel():
             return
-        values = self._values.detach()
         if not is_conv(layer):
             weights = token_weights(layer, gradient, mask)
             add_weighted(moments, real_rows(values, mask), weights.unsqueeze(-1), sampler)

@@ -18,7 +18,7 @@ from ..version import __version__
 from . import analyze, compress, demo, doctor
 from .command import Failure, Parser, Result, one_line
 
-_PRINTING = ("demo",)  # commands that write their own output and give their exit code
+_PRINTING = ("demo",)  # commands that print by themselves and return an exit code
 
 _DESCRIPTION = """\
 Compress a trained PyTorch model: measure how many directions each layer uses, and replace layers by low-rank ones with
@@ -29,14 +29,14 @@ To begin:
   lowrank-ops demo          compress a trained model on real images (in a checkout of the repository)
   lowrank-ops doctor        show what can run on this machine
 
-A model that transformers has saved, and a file of texts:
+Compress a model saved by transformers, with a file of texts:
   lowrank-ops compress --model hf:my-model --calibration text:texts.txt --budget 0.7 --out smaller
 
-For a model of your own, write a module with two functions, for example my_project.py:
+To compress your own model, write a module with two functions, for example my_project.py:
   def build_model():        returns the trained torch.nn.Module
   def batches():            returns an iterable of batches. Each batch is passed to the model: a tensor,
                             a tuple or list of positional arguments, or a dict of keyword arguments
-and run
+Then run
   lowrank-ops analyze --model my_project:build_model --calibration my_project:batches"""
 
 
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _complete(parser: argparse.ArgumentParser) -> None:
-    """Answer a shell that asks for completions, if argcomplete is installed."""
+    """Complete the shell's input, if argcomplete is installed."""
     if "_ARGCOMPLETE" in os.environ:
         with contextlib.suppress(ImportError):
             importlib.import_module("argcomplete").autocomplete(parser)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ..calibration.statistics import Covariances
+from ..calibration.covariances import Covariances
 from ..checkpoint import save_pretrained
 from ..compress import compress_
 from ..config import (
@@ -26,26 +26,27 @@ from ..config import (
     Ranks,
 )
 from ..files import parse_json
+from ..folders import compress_folder
 from ..layers.latency import measure_latency
 from ..midpoint import recalibrate
-from ..reconstruction import BlockReconstruction, SequentialReconstruction
+from ..reconstruction import RECONSTRUCTIONS
 from ..report.compression import CompressionReport
 from .command import Failure, Result, add_command, add_output, check_folder, document, failing_as, share
-from .inputs import add_calibration, calibrated, load_batches
+from .inputs import add_calibration, calibrated, calibration_arguments, given_calibration, load_batches
 from .resume import Progress
 from .sources import save_processors
 
 _COMPRESS = """\
-Replace layers of the model by low-rank ones and write the model to a folder. For --model hf: it is a folder of
-transformers, which from_pretrained loads once lowrank_ops is imported; for other models it holds model.safetensors and
-lowrank_config.json, which lowrank_ops.load_pretrained(build_model(), folder) loads."""
+Replace layers of the model by low-rank ones and write the model to a folder. With --model hf:, transformers'
+from_pretrained loads the folder, after import lowrank_ops. For other models, load it with
+lowrank_ops.load_pretrained(build_model(), folder)."""
 
 _COMPRESS_EXAMPLE = """\
 examples:
-  a language model of transformers, on texts with empty lines between them
+  a transformers language model, with a file of texts separated by empty lines
     lowrank-ops compress --model hf:my-model --calibration text:texts.txt --sensitivity fisher --budget 0.7 \\
         --out smaller
-  a vision model of timm, on a folder of images; after an interruption, the same command resumes
+  a timm vision model, with a folder of images; after an interruption, run the same command again to resume
     lowrank-ops compress --model timm:vit_small_patch16_224 --calibration images:photos --out smaller --resume
   keep half of the layers' parameters, loss-aware
     lowrank-ops compress --model my_project:build_model --calibration my_project:batches --sensitivity fisher \\
@@ -55,11 +56,11 @@ examples:
         --explained-variance 0.99 --keep-dense head --out smaller
   halve the layers' time on this machine, as measured now with the first batch
     lowrank-ops compress --model my_project:build_model --calibration my_project:batches --latency 0.5 --out faster
+  a folder of safetensors that is larger than the memory, with covariances from another machine
+    lowrank-ops compress --from-checkpoint my-model --covariances covariances.safetensors --out smaller
   choose ranks by hand, {"layer name or re:pattern": rank, ...}; unnamed layers stay dense
     lowrank-ops compress --model my_project:build_model --calibration my_project:batches --ranks ranks.json \\
         --out smaller"""
-
-_RECONSTRUCTIONS = {"sequential": SequentialReconstruction, "blocks": BlockReconstruction}
 
 
 def add(commands: Any) -> None:
@@ -71,14 +72,20 @@ def add(commands: Any) -> None:
     _add_compression(compress)
     compress.add_argument(
         "--resume", action="store_true",
-        help="store covariances and the reconstruction's progress in FOLDER.resume, and go on from what is there",
+        help="store covariances and the progress of the reconstruction in FOLDER.resume, and resume from there",
+    )  # fmt: skip
+    compress.add_argument(
+        "--from-checkpoint", type=Path, metavar="DIR",
+        help="instead of --model: a folder of safetensors that is compressed layer by layer without loading it, with "
+        "--covariances; of transformers, or of any state dict of nn.Linear layers",
     )  # fmt: skip
     compress.add_argument("--html", type=Path, metavar="FILE", help="also write an HTML page with charts and tables")
     add_output(compress)
 
 
 def _add_compression(parser: argparse.ArgumentParser) -> None:
-    policy = parser.add_mutually_exclusive_group()
+    ranks = parser.add_argument_group("ranks")
+    policy = ranks.add_mutually_exclusive_group()
     policy.add_argument(
         "--explained-variance", type=share, default=None, metavar="SHARE",
         help="each layer keeps the directions that hold this share of its variance, such as 0.99",
@@ -92,35 +99,41 @@ def _add_compression(parser: argparse.ArgumentParser) -> None:
     policy.add_argument("--flops", type=share, metavar="SHARE", help="all layers keep at most this share of their MACs")
     policy.add_argument(
         "--latency", type=share, metavar="SHARE",
-        help="all layers keep at most this share of their time, from --latencies or measured with the first batch",
+        help="all layers keep at most this share of their time, given by --latencies or measured with the first batch",
     )  # fmt: skip
     policy.add_argument("--ranks", type=Path, metavar="FILE", help='JSON file: {"layer name or re:pattern": rank, ...}')
-    parser.add_argument(
+    ranks.add_argument(
         "--allocation", choices=ALLOCATIONS,
         help="how a budget is shared: equally, by the output variance that it preserves, or by the predicted loss "
         "(default: loss if the covariances hold output gradients, else uniform)",
     )  # fmt: skip
-    times = parser.add_mutually_exclusive_group()
+    times = ranks.add_mutually_exclusive_group()
     times.add_argument("--latencies", type=Path, metavar="FILE", help="file from --save-latencies, for --latency")
     times.add_argument("--save-latencies", type=Path, metavar="FILE", help="store the measured times for later runs")
-    parser.add_argument(
+    ranks.add_argument(
+        "--keep-dense", action="append", default=[], metavar="LAYER",
+        help="layer name or re:pattern to leave dense; can be repeated",
+    )  # fmt: skip
+    factors = parser.add_argument_group("factors")
+    factors.add_argument(
         "--projection", choices=PROJECTIONS,
         help="how factors are computed: from output principal components, loss-aware, from the utilized input and "
         "output subspaces, from input principal components, or by SVD of the weight alone "
         "(default: loss if the covariances hold output gradients, else output)",
     )  # fmt: skip
-    parser.add_argument(
-        "--reconstruct", choices=list(_RECONSTRUCTIONS),
+    factors.add_argument(
+        "--pivoted", action="store_true",
+        help="store each linear layer as pivot rows of its weight and coefficients of the other rows, which "
+        "saves rank^2 parameters",
+    )  # fmt: skip
+    factors.add_argument(
+        "--reconstruct", choices=list(RECONSTRUCTIONS),
         help="then fit the factors to the dense model's outputs at the compressed model's inputs: layer by layer by "
         "regression (sequential), or one block at a time by training (blocks)",
     )  # fmt: skip
-    parser.add_argument(
+    factors.add_argument(
         "--recalibrate", action="store_true",
         help="run --calibration again at the midpoint of the dense and the compressed model, and use both gradients",
-    )  # fmt: skip
-    parser.add_argument(
-        "--keep-dense", action="append", default=[], metavar="LAYER",
-        help="layer name or re:pattern to leave dense; can be repeated",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where to write the compressed model")
 
@@ -130,6 +143,8 @@ def run(options: argparse.Namespace) -> Result:
         raise Failure(2, f"--out must be a folder; {str(options.out)!r} is a file")
     if options.html is not None:
         check_folder(options.html, "--html")
+    if options.from_checkpoint is not None:
+        return _run_on_folder(options)
     for flag, given in (("--reconstruct", options.reconstruct), ("--recalibrate", options.recalibrate)):
         if given and options.batches is None:
             raise Failure(2, f"{flag} runs the model on --calibration; it cannot be combined with --covariances")
@@ -138,11 +153,14 @@ def run(options: argparse.Namespace) -> Result:
     shares_by_loss = (options.budget or options.flops or options.latency) and options.allocation in (None, "loss")
     if options.recalibrate and options.projection not in (None, "loss") and not shares_by_loss:
         raise Failure(2, "--recalibrate needs --projection loss, or a budget with --allocation loss")
+    if options.pivoted and options.latency is not None:
+        raise Failure(2, "--pivoted cannot be combined with --latency, which times layers of two factors")
     policy = _policy(options)
     config = CompressionConfig(
         rank=policy or ParameterBudget(1.0),  # replaced below by measured times
         projection=options.projection,
         overrides=dict.fromkeys(options.keep_dense),
+        pivoted=options.pivoted,
     )
     progress: Progress | None = None
 
@@ -160,21 +178,12 @@ def run(options: argparse.Namespace) -> Result:
             covariances = progress.covariances(
                 "recalibrated covariances",
                 lambda: recalibrate(
-                    model,
-                    covariances,
-                    load_batches(options, model),
-                    config,
-                    mask=options.mask,
-                    side=options.side,
-                    sensitivity=options.sensitivity,
-                    max_memory=options.max_memory,
-                    offload=options.offload,
-                    progress=True,
+                    model, covariances, load_batches(options, model), config, **calibration_arguments(options)
                 ),
             )
     reconstruction = None
     if options.reconstruct:
-        make = _RECONSTRUCTIONS[options.reconstruct]
+        make = RECONSTRUCTIONS[options.reconstruct]
         batches = load_batches(options, model)  # which may set the mask
         reconstruction = make(
             batches,
@@ -187,6 +196,46 @@ def run(options: argparse.Namespace) -> Result:
         raise Failure(1, "every layer stays dense at these ranks, so nothing was written; allow smaller ranks")
     loading = _save(model, options, report)
     progress.finish()
+    return _result(options, report, loading)
+
+
+def _run_on_folder(options: argparse.Namespace) -> Result:
+    """Compress a folder of weights without loading the model."""
+    if options.covariances is None:
+        raise Failure(2, "--from-checkpoint does not run the model; it needs --covariances")
+    others = {
+        "--model": options.model or options.positional_model,
+        "--checkpoint": options.checkpoint,
+        "--reconstruct": options.reconstruct,
+        "--recalibrate": options.recalibrate,
+        "--resume": options.resume,
+        "--save-covariances": options.save_covariances,
+        "--save-latencies": options.save_latencies,
+    }
+    given = [flag for flag, value in others.items() if value] + given_calibration(options)
+    if given:
+        raise Failure(2, f"--from-checkpoint does not load or run the model; leave out {', '.join(given)}")
+    source = str(options.from_checkpoint)
+    options.model = source
+    report = compress_folder(
+        source,
+        options.out,
+        Covariances.load(options.covariances, packed=True),
+        CompressionConfig(
+            rank=_policy(options) or ParameterBudget(1.0),
+            projection=options.projection,
+            overrides=dict.fromkeys(options.keep_dense),
+        ),
+        device=options.device,
+        progress=True,
+    )
+    loader = "lowrank_ops.load_pretrained(dense_model, {!r})"
+    if (options.out / "config.json").exists():
+        loader = "import lowrank_ops, transformers; from_pretrained({!r}) of the model's class"
+    return _result(options, report, loader.format(str(options.out)))
+
+
+def _result(options: argparse.Namespace, report: CompressionReport, loading: str) -> Result:
     if options.html is not None:
         report.to_html(options.html)
     return Result(
@@ -207,7 +256,7 @@ def _save(model: nn.Module, options: argparse.Namespace, report: CompressionRepo
 
 
 def _policy(options: argparse.Namespace) -> RankPolicy | None:
-    """The policy asked for; None if it needs times that are not measured yet."""
+    """The requested policy; None if it needs times that are not measured yet."""
     allocation = options.allocation
     if options.allocation is not None and not (options.budget or options.flops or options.latency):
         raise Failure(2, "--allocation needs a budget: --budget, --flops or --latency")
@@ -236,7 +285,7 @@ def _policy(options: argparse.Namespace) -> RankPolicy | None:
     try:
         ranks = parse_json(options.ranks.read_bytes())
     except ValueError as error:
-        raise Failure(2, f"--ranks: {str(options.ranks)!r} is not JSON: {error}") from None
+        raise Failure(2, f"--ranks: {str(options.ranks)!r} cannot be read: {error}") from None
     if not isinstance(ranks, dict):
         raise Failure(2, f"--ranks: {str(options.ranks)!r} must hold a JSON object of ranks by layer name")
     return Ranks(ranks)

@@ -16,17 +16,20 @@ from torch import Tensor
 from .. import ops
 from ..ops import _native
 from ..version import __version__
+from . import verify
 from .command import Failure, Result, add_command, add_output, one_line
 
 _DOCTOR = """\
 Print the versions and devices found, and for each op which implementations can run here and why the others cannot.
-Exits with 1 if an op has none."""
+Exits with 1 if an op has none; with --verify if a kernel is wrong or there is no CUDA device."""
 
 _DOCTOR_EXAMPLE = """\
 examples:
   lowrank-ops doctor
   plan the CUDA kernels for an arch, without a GPU
-    lowrank-ops doctor --plan sm_90"""
+    lowrank-ops doctor --plan sm_90
+  run all kernels on the GPU here; those that are right are then no longer checked in their first calls
+    lowrank-ops doctor --verify"""
 
 
 def add(commands: Any) -> None:
@@ -34,10 +37,16 @@ def add(commands: Any) -> None:
     doctor = add_command(
         commands, "doctor", "show what can run on this machine, and why the rest cannot", _DOCTOR, _DOCTOR_EXAMPLE, run
     )
-    doctor.add_argument(
+    alone = doctor.add_mutually_exclusive_group()
+    alone.add_argument(
         "--plan",
         metavar="ARCH",
         help="print only how the CUDA kernels run typical calls on an arch: sm_80, sm_90, ...",
+    )
+    alone.add_argument(
+        "--verify",
+        action="store_true",
+        help="run all kernels on the CUDA device here, compare them with float64 and record those that are right",
     )
     add_output(doctor)
 
@@ -45,6 +54,8 @@ def add(commands: Any) -> None:
 def run(options: argparse.Namespace) -> Result:
     if options.plan is not None:
         return _plans(options.plan)
+    if options.verify:
+        return verify.run()
     environment = {
         "lowrank_ops": __version__,
         "python": platform.python_version(),
@@ -52,6 +63,7 @@ def run(options: argparse.Namespace) -> Result:
         "torch": torch.__version__,
         "cuda": torch.version.cuda or "not built into this torch",
         "triton": _version_of("triton"),
+        "nvcc": _native.toolkit(),
         "safetensors": safetensors.__version__,
         "matplotlib": _version_of("matplotlib"),
     }

@@ -17,64 +17,72 @@ from safetensors.torch import load_model as load_safetensors
 from torch import Tensor, nn
 
 from ..calibration.calibrator import calibrate
-from ..calibration.statistics import Covariances
+from ..calibration.covariances import Covariances
 from . import sources
-from .command import Failure, check_folder, failing_as, one_line, whole
+from .command import Failure, check_folder, failing_as, one_line, share, whole
 
 
 def add_calibration(parser: argparse.ArgumentParser) -> None:
+    data = parser.add_argument_group("model and data")
     parser.add_argument("positional_model", nargs="?", metavar="MODEL", help="the same as --model")
-    parser.add_argument(
+    data.add_argument(
         "--model", metavar="MODEL",
-        help="hf:DIR, a folder that transformers has saved; timm:NAME, a model of timm with its weights or with those "
-        "of --checkpoint; or module:function, which is run without arguments and returns the model",
+        help="hf:DIR, a folder written by save_pretrained of transformers; timm:NAME, a timm model with its pretrained "
+        "weights or those of --checkpoint; or module:function, called without arguments, which returns the model",
     )  # fmt: skip
-    parser.add_argument(
+    data.add_argument(
         "--checkpoint", type=Path, metavar="FILE", help="safetensors file with weights to load into the model"
     )
-    parser.add_argument(
+    data.add_argument(
         "--device",
         metavar="DEVICE",
         help="cpu, cuda, cuda:1, ... (default: the device that MODEL returns the model on)",
     )
-    source = parser.add_mutually_exclusive_group(required=True)
+    source = data.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--calibration", "--batches", dest="batches", metavar="DATA",
-        help="text:FILE, texts with empty lines between them, for hf: models; images:DIR, for hf: and timm: models; or "
-        "module:function, which is run without arguments and returns an iterable of batches",
+        help="text:FILE, texts separated by empty lines, for hf: models; images:DIR, for hf: and timm: models; or "
+        "module:function, called without arguments, which returns an iterable of batches",
     )  # fmt: skip
     source.add_argument(
         "--covariances", type=Path, metavar="FILE", help="file from --save-covariances, instead of --calibration"
     )
     for flag, default, what in (
-        ("--batch-size", sources.BATCH_SIZE, "texts or images in a batch"),
-        ("--samples", sources.SAMPLES, "texts or images that are used, from the first"),
-        ("--max-length", sources.MAX_LENGTH, "tokens of a text, at most"),
+        ("--batch-size", sources.BATCH_SIZE, "texts or images per batch"),
+        ("--samples", sources.SAMPLES, "use the first N texts or images"),
+        ("--max-length", sources.MAX_LENGTH, "cut texts to N tokens"),
     ):
-        parser.add_argument(flag, type=whole, metavar="N", help=f"{what} (default: {default})")
-    parser.add_argument("--save-covariances", type=Path, metavar="FILE", help="store the covariances for later runs")
-    parser.add_argument(
+        data.add_argument(flag, type=whole, metavar="N", help=f"{what} (default: {default})")
+    calibration = parser.add_argument_group("calibration")
+    calibration.add_argument(
+        "--save-covariances", type=Path, metavar="FILE", help="store the covariances for later runs"
+    )
+    calibration.add_argument(
         "--mask",
         metavar="NAME",
         help="argument of the model that is nonzero at real tokens (for text:FILE: attention_mask)",
     )
-    parser.add_argument(
+    calibration.add_argument(
         "--side", choices=["auto", "input", "output", "smaller"], default="auto",
-        help="record the layers' inputs, their outputs, the narrower of both, enough for compression by output or "
-        "loss, or (auto) the inputs of all but wide layers (default: auto)",
+        help="what to record: input, output, the smaller of the two (enough for --projection output or loss), or auto: "
+        "the input, except of very wide layers (default: auto)",
     )  # fmt: skip
-    parser.add_argument(
+    calibration.add_argument(
         "--sensitivity", choices=["fisher", "output", "pooled"],
         help="also record output gradients, which make loss-aware compression the default: fisher, with labels drawn "
         "from the logits; output, for models without logits; pooled, for outputs that are averaged over the positions",
     )  # fmt: skip
-    parser.add_argument(
+    calibration.add_argument(
         "--max-memory", metavar="BYTES",
-        help="of the sums on each device, such as 8GB; more take several runs of the batches (default: half of the "
-        "free memory)",
+        help="bound on the sums on each device, such as 8GB; if they need more, the batches run several times "
+        "(default: half of the free memory)",
     )  # fmt: skip
-    parser.add_argument(
-        "--offload", choices=["cpu", "disk"], help="where finished sums are kept (default: where they fit)"
+    calibration.add_argument(
+        "--tokens", type=share, metavar="SHARE",
+        help="share of the rows (tokens, positions) of each call of a layer that is used, drawn at random (default: 1)",
+    )  # fmt: skip
+    calibration.add_argument(
+        "--offload", choices=["cpu", "disk"], help="where finished sums are stored (default: where they fit)"
     )
 
 
@@ -85,12 +93,11 @@ def calibrated(
 
     Args:
         options: of the command.
-        measured: gives the covariances of a model, from a function that measures them; None calls the function.
+        measured: called with the model and a function that measures its covariances; by default the latter is called.
     """
-    if options.covariances is not None and (options.mask is not None or options.side != "auto" or options.sensitivity):
-        raise Failure(
-            2, "--mask, --side and --sensitivity need --calibration; they cannot be combined with --covariances"
-        )
+    given = given_calibration(options)
+    if options.covariances is not None and given:
+        raise Failure(2, f"{', '.join(given)} cannot be combined with --covariances: only a calibration uses it")
     if options.save_covariances is not None:
         check_folder(options.save_covariances, "--save-covariances")
     model = load_model_of(options)
@@ -101,21 +108,26 @@ def calibrated(
         def measure() -> Covariances:
             batches = load_batches(options, model)
             with failing_as("calibration"):
-                return calibrate(
-                    model,
-                    batches,
-                    mask=options.mask,
-                    side=options.side,
-                    sensitivity=options.sensitivity,
-                    max_memory=options.max_memory,
-                    offload=options.offload,
-                    progress=True,
-                )
+                return calibrate(model, batches, **calibration_arguments(options))
 
         covariances = measure() if measured is None else measured(model, measure)
     if options.save_covariances is not None:
         covariances.save(options.save_covariances)
     return model, covariances
+
+
+def given_calibration(options: argparse.Namespace) -> list[str]:
+    """The given flags that only a calibration uses."""
+    defaults = {"side": "auto"}
+    names = ("mask", "side", "sensitivity", "tokens", "max_memory", "offload", "batch_size", "samples", "max_length")
+    return [f"--{name.replace('_', '-')}" for name in names if getattr(options, name) != defaults.get(name)]
+
+
+def calibration_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of ``calibrate`` and ``recalibrate``, once :func:`load_batches` may have set the mask."""
+    names = ("mask", "side", "sensitivity", "max_memory", "offload")
+    given = {name: getattr(options, name) for name in names}
+    return given | {"tokens": options.tokens or 1.0, "progress": True}
 
 
 def load_model_of(options: argparse.Namespace) -> nn.Module:
@@ -186,5 +198,5 @@ def import_callable(spec: str, argument: str) -> Callable[[], Any]:
             raise Failure(2, f"{argument} {spec}: {name!r} has no {path!r}")
         thing = getattr(thing, part)
     if not callable(thing):
-        raise Failure(2, f"{argument} {spec} must be callable; it is a {type(thing).__name__}")
+        raise Failure(2, f"{argument} {spec} must be callable; got {type(thing).__name__}")
     return thing

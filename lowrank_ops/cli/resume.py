@@ -1,4 +1,4 @@
-"""Results of the long steps of a command, in a folder that a later run of the same command resumes from."""
+"""Stores the results of a command's long steps in a folder, from which a second run of the command resumes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
-from ..calibration.statistics import Covariances
+from ..calibration.covariances import Covariances
 from ..files import digest, parse_json, replacing
 from .command import Failure
 
@@ -19,7 +19,7 @@ _NOT_THE_RUN = ("command", "run", "json", "html", "plot", "traceback", "resume",
 
 
 class Progress:
-    """What is done so far. Without ``--resume`` nothing is stored.
+    """The finished steps of a command. Without ``--resume`` nothing is stored.
 
     Args:
         options: of the command.

@@ -22,24 +22,19 @@ _IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 def named_model(options: argparse.Namespace) -> nn.Module | None:
-    """The model of ``hf:DIR`` or ``timm:NAME``; None for another kind of name."""
+    """The model of ``hf:DIR`` or ``timm:NAME``; None for other names."""
     kind, _, name = options.model.partition(":")
     if kind == "hf":
-        transformers = _library("transformers", "--model hf:", "hf")
+        _library("transformers", "--model hf:", "hf")
         if not Path(name).is_dir():
             raise Failure(
                 2, f"--model {options.model}: no such folder; a model of the Hugging Face Hub is downloaded by "
                 f"hf download {name} --local-dir FOLDER",
             )  # fmt: skip
         with failing_as(f"--model {options.model}", code=2):
-            config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
-            architecture = (config.architectures or [None])[0]
-            if not hasattr(transformers, architecture or ""):
-                raise ValueError(
-                    f"its config.json names no class of transformers (architectures: {config.architectures}); load it "
-                    "in a function of your own and pass module:function"
-                )
-            model: nn.Module = getattr(transformers, architecture).from_pretrained(name)
+            from ..integrations.transformers import class_of
+
+            model: nn.Module = class_of(name)[0].from_pretrained(name)
             return model
     if kind == "timm":
         timm = _library("timm", "--model timm:")
@@ -50,7 +45,7 @@ def named_model(options: argparse.Namespace) -> nn.Module | None:
 
 
 def named_batches(options: argparse.Namespace, model: nn.Module) -> Batches | None:
-    """The batches of ``text:FILE`` or ``images:DIR``; None for another kind of name."""
+    """The batches of ``text:FILE`` or ``images:DIR``; None for other names."""
     kind, _, name = options.batches.partition(":")
     if kind not in ("text", "images"):
         for flag in ("batch_size", "samples", "max_length"):
@@ -86,7 +81,7 @@ def save_processors(options: argparse.Namespace, folder: Path) -> None:
     for loader in (transformers.AutoTokenizer, transformers.AutoImageProcessor):
         try:
             loader.from_pretrained(name, trust_remote_code=False).save_pretrained(folder)
-        except Exception:  # each class of transformers has its own error for "there is none"
+        except Exception:  # each transformers class has its own error for a missing processor
             continue
 
 

@@ -277,7 +277,7 @@ def _environment() -> dict[str, Any]:
 
 
 def _cpu() -> str:
-    """The processor's name; on Linux, ``platform`` only knows its architecture."""
+    """The processor's name; on Linux, ``platform`` returns only the architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..config import PROJECTIONS, check_choice
+from ..models.layers import all_finite
 from ..subspaces.layer import LayerSubspaces
 from ..subspaces.principal import Subspace
 
@@ -44,10 +45,13 @@ class Factors:
     predicted_loss: float | None = None
     reconstructed: bool = False
 
-    def to(self, dtype: torch.dtype) -> Factors:
-        """The same factors in the dtype of the layer."""
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return replace(self, down=self.down.to(dtype), up=self.up.to(dtype), bias=bias)
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Factors:
+        """The same factors in the dtype, on the device of the layer."""
+        down, up, bias = (
+            None if part is None else part.to(device=device, dtype=dtype) for part in (self.down, self.up, self.bias)
+        )
+        assert down is not None and up is not None
+        return replace(self, down=down, up=up, bias=bias)
 
 
 def factorize(spaces: LayerSubspaces, rank: int, projection: str = "output") -> Factors:
@@ -80,53 +84,84 @@ def factorize(spaces: LayerSubspaces, rank: int, projection: str = "output") -> 
     if projection == "loss" and spaces.loss is None:
         projection = "output"
     weight, left = spaces.weight, None  # left (..., rank, out_features): down is left @ W
+    squares = None  # mean square of each element of x down^T about the mean, (..., rank), where known
     if projection == "utilized":
         inputs = _input_space(spaces, projection)
         sizes = _utilized_sizes(inputs.spectrum, spaces.output.spectrum, rank)
-        down, up = _two_sided_projection(weight, inputs.basis, spaces.output.basis, sizes)
+        source, target = inputs.leading(max(k for k, _ in sizes)), spaces.output.leading(max(k for _, k in sizes))
+        down, up = _two_sided_projection(weight, source, target, sizes)
     elif projection == "input":
-        source = _input_space(spaces, projection).basis[..., :rank]
+        source = _input_space(spaces, projection).leading(rank)
         down, up = source.mT, weight @ source
     elif projection == "loss":
         assert spaces.loss is not None
         left, down, up = spaces.loss.projection(rank)
+        if spaces.loss_activations is spaces.statistics.activations:
+            squares = spaces.loss.values[..., :rank]
     else:
         up = (spaces.output if projection == "output" else spaces.weight_output).leading(rank)
         left, down = up.mT, up.mT @ weight
+        squares = spaces.output.spectrum[..., :rank] if projection == "output" else None
     centered = spaces.centered and projection != "weight"
     error, increase = _predictions(spaces, down, up, left, rank, projection, centered=centered)
     bias = _bias(spaces, down, up, left, projection)
-    scale = _scale(spaces, down, up, left)
+    scale = _scale(spaces, down, up, left, squares)
     down, up = down * scale.unsqueeze(-1), up / scale.unsqueeze(-2)
     return Factors(down, up, bias, rank, projection, error, spaces.output_variance, increase)
 
 
-def rounded(factors: Factors, spaces: LayerSubspaces, dtype: torch.dtype) -> Factors:
-    """``factors`` of :func:`factorize` in the dtype of the layer, with the bias that makes their mean output exact."""
-    result = factors.to(dtype)
+def rounded(
+    factors: Factors, spaces: LayerSubspaces, dtype: torch.dtype, device: torch.device | None = None
+) -> Factors:
+    """``factors`` of :func:`factorize` in the dtype of the layer, with the bias that makes their mean output exact.
+
+    Args:
+        factors: float64.
+        spaces: of the layer.
+        dtype: of the layer.
+        device: of the layer; by default that of the factors.
+
+    Raises:
+        ValueError: an element overflows ``dtype``, as biases of ``"input"`` and ``"utilized"`` may where the means of
+            the inputs cancel in the dense layer only.
+    """
+    result = _with_exact_mean(factors, factors.to(dtype, device), spaces)
+    for name in ("down", "up", "bias"):
+        exact, stored = getattr(factors, name), getattr(result, name)
+        if stored is not None and not all_finite(stored):
+            raise ValueError(
+                f"its {name} of rank {factors.rank} reaches {float(exact.abs().max()):.2g}, which overflows {dtype}. "
+                "Convert the model to torch.bfloat16 or torch.float32, use projection='output', or keep the layer "
+                "dense with overrides={name: None}."
+            )
+    return result
+
+
+def _with_exact_mean(factors: Factors, result: Factors, spaces: LayerSubspaces) -> Factors:
     if factors.bias is None or not spaces.centered or factors.projection == "weight":
         return result
     if spaces.statistics.side != "input":  # the mean of the input is not known
         return result
     mean = spaces.mean.unsqueeze(-1)
-    kept = factors.up @ (factors.down @ mean), result.up.double() @ (result.down.double() @ mean)
-    bias = factors.bias + (kept[0] - kept[1]).flatten()
-    return replace(result, bias=bias.to(dtype))
+    up, down = (part.to(mean) for part in (result.up, result.down))
+    bias = factors.bias + (factors.up @ (factors.down @ mean) - up @ (down @ mean)).flatten()
+    return replace(result, bias=bias.to(result.up))
 
 
-def _scale(spaces: LayerSubspaces, down: Tensor, up: Tensor, left: Tensor | None) -> Tensor:
+def _scale(
+    spaces: LayerSubspaces, down: Tensor, up: Tensor, left: Tensor | None, squares: Tensor | None = None
+) -> Tensor:
     """Powers of two (..., rank) to multiply ``down`` by and to divide ``up`` by: their product is exactly the same.
 
-    An orthonormal ``up`` would leave the norm of a whole output in one element of t = x down^T, which may overflow
-    float16 where no output does. So the largest elements of both factors are made equal, direction by direction; and t,
-    by its root mean square over the calibration rows, is kept well inside the range of float16, which is also that of
-    autocast.
+    With an orthonormal ``up``, one element of t = x down^T could hold the norm of a whole output and overflow float16
+    although no output does. So the largest elements of both factors are made equal, direction by direction, and the
+    root mean square of t over the calibration rows is kept well inside the range of float16, also for autocast.
     """
     largest = down.abs().amax(-1), up.abs().amax(-2)
     balanced = (largest[1].log2() - largest[0].log2()) / 2
     reader = down if spaces.statistics.side == "input" else left
     if reader is not None:
-        square = ((reader @ spaces.moment) * reader).sum(-1).clamp_min(0)
+        square = ((reader @ spaces.moment) * reader).sum(-1).clamp_min(0) if squares is None else squares
         if spaces.centered:
             square = square + (reader @ spaces.mean.unsqueeze(-1)).squeeze(-1).square()
         size = square.sqrt()

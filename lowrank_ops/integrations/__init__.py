@@ -1,6 +1,6 @@
-"""Other libraries that handle low-rank layers: transformers and PEFT.
+"""Registers the low-rank layers with transformers and PEFT, once the user has imported them.
 
-In: a library that the user imports. Out: its own registration of our layers; nothing is imported for it.
+Neither library is imported for this.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from types import ModuleType
 
 
 class _AfterImport(MetaPathFinder):
-    """Imports ``integrations.<name>`` once the user has imported a module of the library, and so registers our layers.
+    """Imports ``integrations.<name>``, which registers the layers, when the user imports ``trigger``.
 
-    A finder, because neither library has entry points: importing it here would cost seconds that nobody asked for.
+    An import hook, because neither library has entry points, and importing them here would take seconds.
     """
 
     def __init__(self, name: str, trigger: str) -> None:
@@ -50,10 +50,10 @@ class _AfterImport(MetaPathFinder):
     def register(self) -> None:
         try:
             importlib.import_module(f"{__name__}.{self.name}")
-        except (ImportError, AttributeError) as error:  # an import of the library must not fail because of us
+        except (ImportError, AttributeError) as error:  # the user's import of the library must not fail
             warnings.warn(
-                f"low-rank layers could not be registered with {self.name}, which then refuses them ({error}); "
-                "another version of it is needed.",
+                f"low-rank layers could not be registered with {self.name} ({error}), so it refuses them; install a "
+                "supported version.",
                 stacklevel=2,
             )
 

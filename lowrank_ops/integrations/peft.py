@@ -1,7 +1,7 @@
-"""LoRA and DoRA of PEFT on low-rank layers: which layers PEFT adapts, and how an adapter is merged into two factors.
+"""PEFT's LoRA and DoRA on low-rank layers: which layers PEFT adapts, and how an adapter is merged into two factors.
 
-W + B A has the factors ``[up, B]`` and ``[down; A]``: a merge appends the adapter's rank to the layer's. That is exact,
-and the layer stays low-rank. Importing this module registers it with PEFT; ``lowrank_ops`` does so when PEFT is.
+W + B A has the factors ``[up, B]`` and ``[down; A]``, so a merge is exact and the layer stays low-rank. Importing this
+module registers the layers with PEFT; ``lowrank_ops`` imports it when PEFT is imported.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from peft.tuners import lora, tuners_utils
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import Tensor, nn
 
-from ..layers import LowRankConv1d, LowRankConv2d, LowRankLayer, LowRankLinear
+from ..layers import LowRankConv1d, LowRankConv2d, LowRankLayer, LowRankLinear, PivotedLinear
 from ..layers.conv import LowRankConv
 from ..ranks.costs import stored_rank
 
@@ -26,7 +26,7 @@ _INITIALIZATIONS = (True, False, "gaussian", "orthogonal")  # the others write t
 
 
 class _Adapter(lora.LoraLayer):
-    """What the adapters of both kinds of layers share: the variants they support, merge and unmerge."""
+    """Supported variants, merge and unmerge, for linear and convolutional layers."""
 
     _unmerged: tuple[int, Tensor, Tensor, Tensor | None] | None = None  # rank, down, up, bias of the base layer
 
@@ -142,7 +142,7 @@ def _set_factors(layer: LowRankLayer, down: Tensor, up: Tensor) -> None:
 
 
 def _check(config: PeftConfig, model: nn.Module) -> None:
-    """Refuse what LoRA on low-rank layers cannot do, before PEFT changes the model."""
+    """Raise ValueError for what LoRA on low-rank layers does not support, before PEFT changes the model."""
     fields = [field.name for field in dataclasses.fields(config) if field.metadata.get("is_lora_variant")]
     variants = [name for name in fields if name != "use_dora" and getattr(config, name)]
     for fqn, module in model.named_modules():
@@ -152,19 +152,24 @@ def _check(config: PeftConfig, model: nn.Module) -> None:
         for parameter in getattr(config, "target_parameters", None) or ():
             if any(f".{fqn}.{name}".endswith(f".{parameter}") for name in ("down", "up", "bias")):
                 raise ValueError(
-                    f"target_parameters names {parameter!r} of the low-rank layer {fqn!r}, whose factors are not "
-                    "adapted one by one; name the layer in target_modules."
+                    f"target_parameters names {parameter!r} of the low-rank layer {fqn!r}, whose factors cannot be "
+                    "adapted separately; name the layer in target_modules."
                 )
         if not tuners_utils.check_target_module_exists(config, fqn):
             continue
+        if isinstance(layer, PivotedLinear):
+            raise ValueError(
+                f"layer {fqn!r} is pivoted, which PEFT's adapters do not support; replace it by layer.to_lowrank(), or "
+                "compress the model without pivoted=True."
+            )
         if variants:
             raise ValueError(
-                f"layer {fqn!r} is low-rank, where of PEFT's variants of LoRA only use_dora is supported; got "
+                f"layer {fqn!r} is low-rank, and of PEFT's LoRA variants only use_dora is supported there; got "
                 f"{', '.join(variants)}."
             )
         if config.init_lora_weights not in _INITIALIZATIONS:
             raise ValueError(
-                f"init_lora_weights={config.init_lora_weights!r} computes or writes the dense weight of layer {fqn!r}, "
+                f"init_lora_weights={config.init_lora_weights!r} needs the dense weight of layer {fqn!r}, "
                 f"which is low-rank; use one of {', '.join(map(repr, _INITIALIZATIONS))}."
             )
         if isinstance(layer, LowRankConv) and (
@@ -172,13 +177,13 @@ def _check(config: PeftConfig, model: nn.Module) -> None:
         ):
             raise ValueError(
                 f"layer {fqn!r} has groups={layer.groups}, dilation={layer.dilation} and "
-                f"padding_mode={layer.padding_mode!r}; PEFT's LoRA follows none of these for a merge. Leave the layer "
-                "out of target_modules."
+                f"padding_mode={layer.padding_mode!r}, which PEFT's LoRA cannot merge. Leave the layer out of "
+                "target_modules."
             )
 
 
 def _all_linear(config: PeftConfig, model: nn.Module) -> set[str]:
-    """The low-rank layers that target_modules="all-linear" means: all but the output layer, as for dense ones."""
+    """The low-rank layers selected by target_modules="all-linear": all but the output layer, as for dense ones."""
     get_head = getattr(model, "get_output_embeddings", lambda: None)
     heads = [get_head()]
     if config.task_type == TaskType.SEQ_CLS and heads == [None]:

@@ -1,20 +1,24 @@
 """transformers: ``save_pretrained`` and ``from_pretrained`` of models with low-rank layers, and their model card.
 
-``config.json`` gets the description of the layers that this package's own checkpoints have, as a
-``quantization_config`` of the method "lowrank". When it is loaded, the dense layers of the model, still without values,
-are replaced by low-rank ones, and transformers reads their tensors as it reads all others: sharded, offloaded, in any
-dtype. The loaded model is an ordinary float model; transformers' restrictions of quantized models do not apply to it.
+``config.json`` gets a ``quantization_config`` with the method "lowrank", which describes the layers as
+``lowrank_config.json`` does. When a model is loaded, its empty dense layers are replaced by low-rank ones; transformers
+then loads their tensors like all others: sharded, offloaded, in any dtype. The loaded model counts as a float model, so
+transformers' restrictions of quantized models do not apply.
 
-Importing this module registers it with transformers; ``lowrank_ops`` does so when transformers is imported.
+Importing this module registers it with transformers; ``lowrank_ops`` imports it when transformers is imported.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+import transformers
+from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -22,9 +26,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint import CheckpointError, check_format, describe_layers, empty_layers
 from ..layers._base import LowRankLayer
+from ..layers.plain import CONVERTED
 from ..layers.replace import swap_
 from ..layers.weight import ProductWeight
 from ..models.experts import experts_listed
+from ..models.running import shortened
 from ..version import __version__
 
 METHOD = "lowrank"
@@ -81,8 +87,8 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         unloaded = [
             f"{fqn}.{name}"
             for fqn in _names_in(model, self.quantization_config.layers)
-            for name, parameter in model.get_submodule(fqn).named_parameters()
-            if not parameter.is_meta and not getattr(parameter, "_is_hf_initialized", False)
+            for name, tensor in model.get_submodule(fqn).state_dict(keep_vars=True).items()
+            if not tensor.is_meta and not getattr(tensor, "_is_hf_initialized", False)
         ]
         if unloaded:
             raise CheckpointError(f"the checkpoint lacks {', '.join(unloaded)}; save the model again.")
@@ -96,7 +102,7 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 def _names_in(model: Any, entries: Mapping[str, Any]) -> dict[str, Any]:
-    """The layers by their names in ``model``, which may be the base of the saved model or have it as its base."""
+    """The layers by their names in ``model``, which may lack or add the head of the saved model."""
     modules = dict(model.named_modules())
     same_class = type(model).__name__ in (model.config.architectures or [])
     names = {}
@@ -113,7 +119,7 @@ def _choices(model: Any, fqn: str) -> tuple[str, str, str]:
 
 
 def _describe(model: PreTrainedModel) -> None:
-    """Write the low-rank layers that ``model`` has now into its configuration, or remove an old description."""
+    """Describe the low-rank layers of ``model`` in its configuration; without any, remove an old description."""
     config = model.config
     given = getattr(config, "quantization_config", None)
     method = given.get("quant_method") if isinstance(given, dict) else getattr(given, "quant_method", None)
@@ -123,8 +129,8 @@ def _describe(model: PreTrainedModel) -> None:
     if description["layers"]:
         if method not in (None, METHOD):
             raise ValueError(
-                f"the model has low-rank layers and is quantized by {method}; transformers saves one of the two. Save "
-                "it by lowrank_ops.save_pretrained, or save it before it is quantized."
+                f"the model has low-rank layers and is quantized by {method}; transformers can save only one of the "
+                "two. Use lowrank_ops.save_pretrained, or save the model before it is quantized."
             )
         for name, other in model.get_expanded_tied_weights_keys(all_submodels=True).items():
             if name.removesuffix(".weight") in description["layers"]:
@@ -142,6 +148,72 @@ def _describe(model: PreTrainedModel) -> None:
         del config.fusion_config
 
 
+def class_of(folder: str | Path) -> tuple[type[PreTrainedModel], Any]:
+    """The class of a saved model, and its configuration; no code of the folder runs.
+
+    Raises:
+        ValueError: the configuration names no class of transformers.
+    """
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    architecture = (config.architectures or [None])[0]
+    if not hasattr(transformers, architecture or ""):
+        raise ValueError(
+            f"{str(folder)!r}: its config.json names no transformers class (architectures: {config.architectures}); "
+            "load the model in a function of your own (module:function on the command line)"
+        )
+    return getattr(transformers, architecture), config
+
+
+def empty_model(folder: str | Path, forms: Mapping[str, Tensor]) -> PreTrainedModel:
+    """A saved model on the meta device, with the dtypes of its files; tied weights are tied.
+
+    Args:
+        folder: of the model.
+        forms: the tensors of its files, on the meta device.
+
+    Raises:
+        ValueError: as for :func:`class_of`; the model is quantized or compressed already; or its tensors do not fit it.
+    """
+    kind, config = class_of(folder)
+    if (given := getattr(config, "quantization_config", None)) is not None:
+        method = given.get("quant_method") if isinstance(given, dict) else given.quant_method
+        raise ValueError(f"the model in {str(folder)!r} is quantized or compressed ({method}); pass the dense model.")
+    with torch.device("meta"):
+        model = kind(config)
+    try:
+        model.load_state_dict(forms, strict=False, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"the tensors in {str(folder)!r} do not fit its config.json: {error}") from None
+    model.tie_weights()
+    return model
+
+
+def description(model: nn.Module) -> dict[str, Any]:
+    """What config.json says of a model of transformers with low-rank layers.
+
+    Raises:
+        ValueError: transformers would tie the weight of a low-rank layer.
+    """
+    assert isinstance(model, PreTrainedModel)
+    _describe(model)
+    return dict(json.loads(model.config.to_json_string()))
+
+
+def _check_copy(model: PreTrainedModel) -> None:
+    """Refuse a copy without low-rank layers whose tensors ``from_pretrained`` would drop or draw at random."""
+    if not any(CONVERTED in vars(module) for module in model.modules()):
+        return
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in type(model)(model.config).state_dict().items()}
+    unknown = [name for name, tensor in model.state_dict().items() if shapes.get(name) != tensor.shape]
+    if unknown:
+        raise ValueError(
+            f"{type(model).__name__}.from_pretrained would not load {shortened(unknown)}, which to_dense_layers or "
+            "to_plain_layers has made. Save the compressed model itself; or, for a dense copy without new biases, "
+            "compress with CompressionConfig(..., centered=False) and call to_dense_layers."
+        )
+
+
 def _register() -> None:
     try:
         from transformers.fusion_mapping import _FUSION_REGISTRY, ModuleFusionSpec
@@ -157,15 +229,16 @@ def _register() -> None:
 
     @functools.wraps(save_pretrained)
     def save(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        _check_copy(self)
         _describe(self)
         return save_pretrained(self, *args, **kwargs)
 
-    # No hook of transformers sees a model that was not loaded as quantized before its configuration is written.
+    # transformers has no hook that runs before the configuration is written, unless a model was loaded as quantized.
     PreTrainedModel.save_pretrained = save  # type: ignore[method-assign]
 
 
 def model_card(model: nn.Module) -> str:
-    """The section of a model card that describes the low-rank layers of ``model``, in Markdown.
+    """A section of a model card, in Markdown: number, parameters and ranks of the low-rank layers of ``model``.
 
     Raises:
         ValueError: ``model`` has no low-rank layers.

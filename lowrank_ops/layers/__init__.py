@@ -9,6 +9,7 @@ from .conv import LowRankConv1d as LowRankConv1d
 from .conv import LowRankConv2d as LowRankConv2d
 from .latency import measure_latency as measure_latency
 from .linear import LowRankLinear as LowRankLinear
+from .pivoted import PivotedLinear as PivotedLinear
 from .plain import to_dense_layers as to_dense_layers
 from .plain import to_plain_layers as to_plain_layers
 from .replace import replace_ as replace_

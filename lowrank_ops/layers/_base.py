@@ -1,4 +1,4 @@
-"""What the low-rank layers share: padded factors, initialization, conversion from and to dense layers."""
+"""The base of the low-rank layers: padded factors, initialization, conversion from and to dense layers."""
 
 from __future__ import annotations
 
@@ -37,19 +37,22 @@ class LowRankLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The product of the factors in the shape of the dense layer's weight, for code that reads a dense layer's.
+        """The product of the factors, for code that reads the weight of a dense layer; same shape as that.
 
-        Shape, dtype and device cost nothing; an operation on the values multiplies the factors. Writes raise.
+        Reading shape, dtype and device is free; an operation on the values computes the product. Writes raise.
         """
         down, up = self._parameters.get("down"), self._parameters.get("up")
         # Dynamo drops a product that is not used. torch.fx has no tensors, parametrized factors are no parameters.
         if is_dynamo_compiling() or down is None or up is None or not isinstance(down, Tensor):
             return self.product()
-        return ProductWeight((up.shape[0], *down.shape[1:]), up, self.product)
+        return ProductWeight(self._weight_shape(down, up), up, self.product)
 
     @weight.setter
     def weight(self, value: object) -> None:
         raise lost_write("setting a tensor")
+
+    def _weight_shape(self, down: Tensor, up: Tensor) -> tuple[int, ...]:
+        return (up.shape[0], *down.shape[1:])
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name == "weight" or isinstance(param, ProductWeight):  # pruning registers the old weight by another name
@@ -76,20 +79,23 @@ class LowRankLayer(nn.Module):
     @classmethod
     def from_factors(cls: type[LowRank], dense: nn.Module, factors: Factors) -> LowRank:
         """A layer that holds ``factors``, with dtype, device, training and gradient flags of ``dense``."""
-        layer = cls.empty_like(dense, factors.rank, bias=factors.bias is not None)
-        padding = layer.stored_rank - factors.rank
-        with torch.no_grad():
-            layer.down.copy_(F.pad(factors.down, (0, 0, 0, padding)).reshape(layer.down.shape))
-            layer.up.copy_(F.pad(factors.up, (0, padding)).reshape(layer.up.shape))
-            if layer.bias is not None and factors.bias is not None:
-                layer.bias.copy_(factors.bias)
-        return layer
+        return cls.empty_like(dense, factors.rank, bias=factors.bias is not None).filled_with(factors)
 
-    def _create_parameters(self, down: Sequence[int], up: Sequence[int], bias: bool, **factory: Any) -> None:
+    @torch.no_grad()
+    def filled_with(self: LowRank, factors: Factors) -> LowRank:
+        """The same layer, with the values of ``factors``."""
+        padding = self.stored_rank - factors.rank
+        self.down.copy_(F.pad(factors.down, (0, 0, 0, padding)).reshape(self.down.shape))
+        self.up.copy_(F.pad(factors.up, (0, padding)).reshape(self.up.shape))
+        if self.bias is not None and factors.bias is not None:
+            self.bias.copy_(factors.bias)
+        return self
+
+    def _create_parameters(self, down: Sequence[int], up: Sequence[int], bias: int | None, **factory: Any) -> None:
         """Register ``down``, ``up`` and ``bias`` with the given shapes; a missing bias is registered as None."""
         self.down = nn.Parameter(torch.empty(down, **factory))
         self.up = nn.Parameter(torch.empty(up, **factory))
-        self.register_parameter("bias", nn.Parameter(torch.empty(up[0], **factory)) if bias else None)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(torch.empty(bias, **factory)))
 
     @torch.no_grad()
     def _fill_dense(self, dense: Layer) -> Layer:

@@ -1,11 +1,17 @@
-"""nn.MultiheadAttention with separate Linears, whose projections can be calibrated and compressed."""
+"""Attention modules that call their projections as layers, which can then be calibrated and compressed."""
+
+from collections.abc import Callable
+from types import MethodType, SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models.layers import HOOKS, check_not_wrapped, tied_layers
+from ..models.layers import HOOKS, check_not_wrapped, is_window_attention, tied_layers
 from .replace import swap_
+
+_HOOKED = "it has hooks, which would be lost; remove them first"
 
 
 class SeparateAttention(nn.Module):
@@ -15,7 +21,7 @@ class SeparateAttention(nn.Module):
     ``nn.TransformerEncoderLayer``, call this module.
 
     Args:
-        attention: holds the parameters that this module takes over; not changed.
+        attention: its parameters are taken over; not changed.
     """
 
     num_heads: int
@@ -60,7 +66,7 @@ class SeparateAttention(nn.Module):
             raise RuntimeError("is_causal is a hint about attn_mask; pass attn_mask as well.")
         batched = query.dim() == 3
         if not batched or not self.batch_first:
-            # One tensor stays one tensor, so that a calibration counts it once.
+            # Equal arguments stay one tensor, so that a calibration counts it once.
             dim = 0 if batched else -1
             q, k = _batch_first(query, dim), _batch_first(key, dim)
             v = k if value is key else _batch_first(value, dim)
@@ -128,13 +134,64 @@ class SeparateAttention(nn.Module):
         return f"num_heads={self.num_heads}, batch_first={self.batch_first}"
 
 
+class WindowAttention(nn.Module):
+    """torchvision's ``ShiftedWindowAttention`` (Swin, also version 2), whose ``qkv`` and ``proj`` are called as layers.
+
+    Its own forward runs; where it passes the weight of a projection to ``F.linear``, the projection is called.
+
+    Args:
+        attention: holds the parameters, buffers and modules that this module takes over.
+    """
+
+    def __init__(self, attention: Any) -> None:
+        super().__init__()
+        containers = {name: dict(vars(attention)[name]) for name in ("_parameters", "_buffers", "_modules")}
+        vars(self).update(vars(attention) | containers)
+        self.replaced = type(attention)
+        if hasattr(attention, "logit_scale") and attention.qkv.bias is not None:
+            keys = attention.qkv.bias.detach().chunk(3)[1]
+            keys.zero_()  # version 2 ignores the bias of the keys
+
+    def forward(self, x: Tensor) -> Tensor:  # (batch, height, width, channels), also the result
+        result: Tensor = self.replaced.forward(_CallsProjections(self), x)
+        return result
+
+
+class _CallsProjections:
+    """A WindowAttention as the forward of torchvision's class sees it."""
+
+    def __init__(self, attention: Any) -> None:
+        self.attention = attention
+        self.qkv = SimpleNamespace(weight=_Called(attention.qkv), bias=None)
+        self.proj = SimpleNamespace(weight=_Called(attention.proj), bias=None)
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self.attention.replaced, name, None)
+        return getattr(self.attention, name) if method is None else MethodType(method, self)
+
+
+class _Called:
+    """In the place of a weight: ``F.linear`` with it is a call of the layer."""
+
+    def __init__(self, layer: Callable[[Tensor], Tensor]) -> None:
+        self.layer = layer
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        x, weight, *_ = args
+        if func is not F.linear or not isinstance(weight, cls):
+            return NotImplemented
+        return weight.layer(x)
+
+
 def convert_attention_(model: nn.Module) -> nn.Module:
     """Put a :class:`SeparateAttention` in place of every ``nn.MultiheadAttention`` of ``model``, in place.
 
     ``nn.MultiheadAttention`` applies its projections without calling a Linear, so they can be neither calibrated nor
-    compressed. Convert the model first, then calibrate. The outputs are those of torch without its fast path, up to
-    rounding; all arguments, masks, ``kdim``, ``vdim``, ``bias_kv`` and ``add_zero_attn`` keep their meaning. An error
-    leaves the model unchanged.
+    compressed. Convert the model first, then calibrate. The attention of torchvision's Swin, which does the same,
+    becomes a :class:`WindowAttention` with the same state dict. The outputs equal those of torch without its fast path,
+    up to rounding; all arguments, masks, ``kdim``, ``vdim``, ``bias_kv`` and ``add_zero_attn`` keep their meaning. An
+    error leaves the model unchanged.
 
     In the state dict, ``in_proj_weight`` becomes ``q_proj.weight``, ``k_proj.weight`` and ``v_proj.weight``, and
     ``in_proj_bias`` likewise. Load checkpoints of the original model before the conversion, and those of a compressed
@@ -148,7 +205,7 @@ def convert_attention_(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: an attention that overrides ``forward``, has hooks or parametrized, quantized or tied weights, or a
-            model that is wrapped for distributed training or has adapters of PEFT; the message names it.
+            model that is wrapped for distributed training or has PEFT adapters; the message names it.
 
     Example:
         >>> import torch, lowrank_ops as lro
@@ -161,11 +218,20 @@ def convert_attention_(model: nn.Module) -> nn.Module:
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
     check_not_wrapped(model)
     tied = tied_layers(model)
-    found = {module: fqn for fqn, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)}
+    found = {
+        module: fqn
+        for fqn, module in model.named_modules()
+        if isinstance(module, nn.MultiheadAttention) or is_window_attention(module)
+    }
     for attention, fqn in found.items():
         if (reason := _reason_to_keep(attention, tied.get(fqn) or tied.get(f"{fqn}.out_proj".lstrip(".")))) is not None:
             raise ValueError(f"{fqn or 'model'} is a {type(attention).__name__} that cannot be converted: {reason}.")
-    converted: dict[nn.Module, nn.Module] = {attention: SeparateAttention(attention) for attention in found}
+    converted: dict[nn.Module, nn.Module] = {
+        attention: SeparateAttention(attention)
+        if isinstance(attention, nn.MultiheadAttention)
+        else WindowAttention(attention)
+        for attention in found
+    }
     swap_(model, converted)
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and any(part in module.modules() for part in converted.values()):
@@ -173,7 +239,11 @@ def convert_attention_(model: nn.Module) -> nn.Module:
     return converted.get(model, model)
 
 
-def _reason_to_keep(attention: nn.MultiheadAttention, tied: str | None) -> str | None:
+def _reason_to_keep(attention: nn.Module, tied: str | None) -> str | None:
+    if not isinstance(attention, nn.MultiheadAttention):
+        if not type(attention).forward.__module__.startswith("torchvision.") or "forward" in vars(attention):
+            return "it overrides forward"
+        return _HOOKED if any(getattr(attention, kind) for kind in HOOKS) else None
     if getattr(attention.forward, "__func__", None) is not nn.MultiheadAttention.forward:
         return "it overrides forward"
     if tied is not None:
@@ -183,12 +253,12 @@ def _reason_to_keep(attention: nn.MultiheadAttention, tied: str | None) -> str |
     if any(type(weight) is not nn.Parameter for weight in own):
         return "its weights are not plain parameters, as by a parametrization, pruning or quantization; undo that first"
     if any(getattr(module, kind) for module in (attention, attention.out_proj) for kind in HOOKS):
-        return "it has hooks, which would be lost; remove them first"
+        return _HOOKED
     return None
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A Linear with copies of these tensors, or with the very parameters."""
+    """A Linear with copies of these tensors; parameters are used without a copy."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
     linear.weight = _parameter(weight)
     if bias is not None:

@@ -66,7 +66,7 @@ class LowRankConv(LowRankLayer):
             setattr(self, name, value)
         down = (groups * self.stored_rank, in_channels // groups, *conv.kernel_size)
         up = (out_channels, self.stored_rank, *(1 for _ in conv.kernel_size))
-        self._create_parameters(down, up, bias, device=device, dtype=dtype)
+        self._create_parameters(down, up, out_channels if bias else None, device=device, dtype=dtype)
         self.reset_parameters()
 
     @torch.no_grad()

@@ -60,7 +60,7 @@ def measure_latency(
     """Time every distinct call of a layer in one forward pass, dense and at several ranks.
 
     Pass the result to :class:`lowrank_ops.LatencyBudget`; :meth:`LayerLatencies.save` stores it. No other function of
-    this package times anything. Inputs are random tensors with the shapes that ``batch`` causes, in the
+    this package times anything. Inputs are random tensors with the shapes that layers receive for ``batch``, in the
     dtype of the layer's weight. The variants of a call are timed in turn, and the median of each is reported. Times
     are of eager calls with warm caches and include the launch; other programs on the machine lengthen them.
 

@@ -41,6 +41,8 @@ class LowRankLinear(LowRankLayer):
         torch.Size([2, 5, 32])
     """
 
+    replaced_conv1d: type[nn.Module] | None = None  # transformers' class, where the layer took the place of one
+
     @checked()
     def __init__(
         self,
@@ -54,10 +56,11 @@ class LowRankLinear(LowRankLayer):
         super().__init__()
         check_rank(rank, in_features, out_features)
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
-        self._create_parameters(
-            (self.stored_rank, in_features), (out_features, self.stored_rank), bias, device=device, dtype=dtype
-        )
+        self._create_parameters(*self._factor_shapes(), out_features if bias else None, device=device, dtype=dtype)
         self.reset_parameters()
+
+    def _factor_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        return (self.stored_rank, self.in_features), (self.out_features, self.stored_rank)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -115,6 +118,8 @@ class LowRankLinear(LowRankLayer):
         layer = nn.utils.skip_init(
             cls, in_features, out_features, rank, bias=bias, device=weight.device, dtype=weight.dtype
         )
+        if has_transposed_weight(dense):
+            layer.replaced_conv1d = type(dense)
         return copy_flags(layer, dense)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)

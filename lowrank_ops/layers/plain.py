@@ -1,17 +1,23 @@
-"""Copies of a compressed model that hold torch's own layers only, and need no lowrank_ops to load and run."""
+"""Copies of a compressed model without low-rank layers, for tools that only support torch's own layers."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
 
+import torch
 from torch import nn
 
 from ..arguments import checked
+from ..models.experts import ListedExperts
 from ..models.layers import check_no_adapters
 from ._base import LowRankLayer
 from .conv import GEOMETRY, LowRankConv
+from .linear import LowRankLinear
+from .pivoted import PivotedLinear
 from .replace import has_hooks, swap_
+
+CONVERTED = "_converted_by_lowrank_ops"  # set on such a copy: what saves it must know that it may have other layers
 
 
 @checked()
@@ -22,10 +28,13 @@ def to_dense_layers(model: nn.Module) -> nn.Module:
         model: any module; not changed.
 
     Returns:
-        The copy, with the layer kinds and state dict of the model before compression, as large as that one.
+        The copy, with the layer kinds and the size of the model before compression; the experts of a mixture are fused
+        again. Its state dict has the same keys, except for biases: centered factors add one to a layer that had none.
+        To avoid that, compress with ``CompressionConfig(..., centered=False)``.
 
     Raises:
-        ValueError: a low-rank layer has hooks, which would be lost, parametrized factors, or an adapter of PEFT.
+        ValueError: a low-rank layer has hooks, which would be lost, parametrized factors, or a PEFT adapter; or fused
+            experts have no place for the biases of their low-rank projections.
 
     Example:
         >>> import torch, lowrank_ops as lro
@@ -36,16 +45,29 @@ def to_dense_layers(model: nn.Module) -> nn.Module:
           (1): ReLU()
         )
     """
-    return _converted(model, lambda layer: layer.to_dense())
+    converted = _converted(model, _dense_layer)
+    fused: dict[nn.Module, nn.Module] = {}
+    for fqn, module in converted.named_modules():
+        if isinstance(module, ListedExperts):
+            try:
+                fused[module] = module.to_fused()
+            except ValueError as error:
+                raise ValueError(f"{fqn or 'model'}: {error}") from None
+    swap_(converted, fused)
+    return fused.get(converted, converted)
 
 
 @checked()
 def to_plain_layers(model: nn.Module) -> nn.Module:
     """A copy of ``model`` whose low-rank layers are ``nn.Sequential`` of two Linears or two convolutions.
 
-    The copy has the size of ``model`` and holds torch's layers only: it can be pickled and loaded without lowrank_ops,
-    scripted, quantized, and exported by tools that know no custom op. Code that reads ``layer.weight`` of such a layer,
-    as transformers' T5 does, fails: use :func:`to_dense_layers` there.
+    The copy has only torch's own layers, and as many parameters as ``model``, plus rank^2 for each pivoted layer. So it
+    can be pickled and loaded without lowrank_ops, scripted, quantized, and exported by tools that support no custom
+    ops. Code that reads ``layer.weight`` of such a layer, as transformers' T5 and ViT do, fails: use
+    :func:`to_dense_layers` there.
+
+    The experts of a mixture become such layers too, and can be quantized. The module that sends rows to them is this
+    package's, which must be installed where the copy is loaded, but not for a program of ``torch.export`` or ONNX.
 
     Args:
         model: any module; not changed.
@@ -54,7 +76,7 @@ def to_plain_layers(model: nn.Module) -> nn.Module:
         The copy. State dict keys ``down`` and ``up`` become ``0.weight`` and ``1.weight``, ``bias`` becomes ``1.bias``.
 
     Raises:
-        ValueError: a low-rank layer has hooks, which would be lost, parametrized factors, or an adapter of PEFT.
+        ValueError: a low-rank layer has hooks, which would be lost, parametrized factors, or a PEFT adapter.
 
     Example:
         >>> import torch, lowrank_ops as lro
@@ -83,11 +105,30 @@ def _converted(model: nn.Module, convert: Callable[[LowRankLayer], nn.Module]) -
     converted = copy.deepcopy(model)
     replacements = {layer: convert(layer) for layer in converted.modules() if isinstance(layer, LowRankLayer)}
     swap_(converted, replacements)  # type: ignore[arg-type]
-    return replacements.get(converted, converted)  # type: ignore[call-overload, no-any-return]
+    converted = replacements.get(converted, converted)  # type: ignore[call-overload]
+    if replacements:
+        setattr(converted, CONVERTED, True)
+    return converted
+
+
+def _dense_layer(layer: LowRankLayer) -> nn.Module:
+    """``layer.to_dense()``, or transformers' Conv1D where the layer took the place of one."""
+    dense = layer.to_dense()
+    kind = layer.replaced_conv1d if isinstance(layer, LowRankLinear) else None
+    if kind is None or not isinstance(dense, nn.Linear):
+        return dense
+    with torch.device("meta"):
+        conv1d = kind(dense.out_features, dense.in_features)
+    weight = dense.weight
+    conv1d.weight = nn.Parameter(weight.detach().T.contiguous(), weight.requires_grad)
+    conv1d.bias = nn.Parameter(weight.new_zeros(dense.out_features)) if dense.bias is None else dense.bias
+    return conv1d.train(dense.training)
 
 
 def _two_layers(layer: LowRankLayer) -> nn.Sequential:
-    """Two layers that hold the parameters of ``layer`` itself."""
+    """Two layers that hold the parameters of ``layer`` itself, or the factors of a pivoted one."""
+    if isinstance(layer, PivotedLinear):
+        layer = layer.to_lowrank()
     has_bias, middle = layer.bias is not None, len(layer.down)
     first: nn.Module
     second: nn.Module

@@ -1,4 +1,4 @@
-"""Put low-rank layers into a model: all of them, or none."""
+"""Replace layers of a model in place: all of them, or on an error none."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from ..models.running import warn_caller
 from ._base import LowRankLayer
 from .conv import LowRankConv1d, LowRankConv2d
 from .linear import LowRankLinear
+from .pivoted import PivotedLinear
 
 
-def replace_(model: nn.Module, factors: Mapping[str, Factors]) -> nn.Module:
+def replace_(model: nn.Module, factors: Mapping[str, Factors], *, pivoted: bool = False) -> nn.Module:
     """Replace dense layers of ``model`` by low-rank layers, in place.
 
     All new layers are created before the first one is put in, and an error leaves the model unchanged. A module that
@@ -31,6 +32,7 @@ def replace_(model: nn.Module, factors: Mapping[str, Factors]) -> nn.Module:
     Args:
         model: any module.
         factors: ``{fqn: Factors}``, from :func:`lowrank_ops.factors.factorize` for example.
+        pivoted: store linear layers as :class:`lowrank_ops.layers.PivotedLinear`.
 
     Returns:
         ``model``, or the new layer where ``model`` is itself the layer to replace.
@@ -54,10 +56,10 @@ def replace_(model: nn.Module, factors: Mapping[str, Factors]) -> nn.Module:
         )
     """
     with experts_listed(model, names=factors):
-        return _replace(model, factors)
+        return _replace(model, factors, pivoted)
 
 
-def _replace(model: nn.Module, factors: Mapping[str, Factors]) -> nn.Module:
+def _replace(model: nn.Module, factors: Mapping[str, Factors], pivoted: bool) -> nn.Module:
     check_not_wrapped(model)
     layers, skipped = find_layers(model)
     unknown = [fqn for fqn in factors if fqn not in layers]
@@ -74,7 +76,9 @@ def _replace(model: nn.Module, factors: Mapping[str, Factors]) -> nn.Module:
         if has_hooks(layers[fqn]):
             raise ValueError(f"layer {fqn!r} has hooks, which its replacement would drop; remove them first.")
 
-    replacements = {layers[fqn]: lowrank_type(layers[fqn]).from_factors(layers[fqn], factors[fqn]) for fqn in factors}
+    replacements = {
+        layers[fqn]: lowrank_type(layers[fqn], pivoted).from_factors(layers[fqn], factors[fqn]) for fqn in factors
+    }
     swap_(model, replacements)
     return replacements.get(model, model)
 
@@ -92,7 +96,7 @@ def replaced(model: nn.Module, factors: Mapping[str, Factors]) -> Iterator[None]
         finally:
             try:
                 _put_back(model, dense)
-            except BaseException:  # an interrupt, too, finds the dense model
+            except BaseException:  # after an interrupt the model is dense as well
                 _put_back(model, dense)
                 raise
 
@@ -149,10 +153,11 @@ def _warn_of_replaced(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) 
 register_optimizer_step_pre_hook(_warn_of_replaced)
 
 
-def lowrank_type(dense: nn.Module) -> type[LowRankLayer]:
+def lowrank_type(dense: nn.Module, pivoted: bool = False) -> type[LowRankLayer]:
     """The class that replaces a dense layer."""
     kinds = (LowRankConv1d, LowRankConv2d)
-    return next((kind for kind in kinds if isinstance(dense, kind.dense_type)), LowRankLinear)
+    linear = PivotedLinear if pivoted else LowRankLinear
+    return next((kind for kind in kinds if isinstance(dense, kind.dense_type)), linear)
 
 
 def has_hooks(module: nn.Module) -> bool:

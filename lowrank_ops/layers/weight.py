@@ -1,4 +1,4 @@
-"""The ``weight`` of a low-rank layer: shape, dtype and device at no cost, the product of the factors where it is used.
+"""The ``weight`` of a low-rank layer: metadata at no cost; the product is computed when an operation needs its values.
 
 transformers reads ``layer.weight.dtype`` in every forward pass of some models, so reading it must not multiply the
 factors. A write to the product would be lost, so it is refused.
@@ -27,14 +27,14 @@ _METADATA = {
 def lost_write(operation: str) -> RuntimeError:
     """The error for a write to the weight of a low-rank layer."""
     return RuntimeError(
-        f"{operation} would be lost: the weight of a low-rank layer is the product of its up and down and is not "
+        f"{operation} would be lost: the weight of a low-rank layer is the product of its factors and is not "
         "stored. Write to layer.up and layer.down, copy the product with layer.weight.clone(), or replace the layer by "
         "layer.to_dense(), whose weight is a parameter."
     )
 
 
 class ProductWeight(Tensor):
-    """A read-only tensor whose values are computed where an operation needs them.
+    """A read-only tensor whose values are computed when an operation needs them.
 
     Gradients of the values reach the factors. Views, ``detach()`` and ``data`` are read-only as well.
     """

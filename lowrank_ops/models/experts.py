@@ -1,4 +1,4 @@
-"""Fused experts of transformers as lists of Linears, so that every projection of every expert is a layer."""
+"""transformers' fused experts as lists of Linears, so that every projection of every expert is a layer."""
 
 from __future__ import annotations
 
@@ -42,19 +42,19 @@ class ExpertLinear(nn.Linear):
 class ListedExperts(nn.Module):
     """The experts of a fused module, each an ``nn.ModuleDict`` of its Linears: ``experts.3.gate_up_proj``.
 
-    A drop-in for the fused module, with the function of its eager implementation: one expert after another computes the
-    rows that the router sends to it. Its Linears are views of the fused parameters.
+    A drop-in for the fused module that runs like its eager implementation: one expert after another computes the rows
+    that the router sends to it. The Linears are views of the fused parameters.
 
     Args:
-        fused: an experts module of transformers, for which :func:`reason_to_stay_fused` is None; not changed.
+        fused: an experts module of transformers for which :func:`reason_to_stay_fused` returns None; not changed.
     """
 
     def __init__(self, fused: nn.Module) -> None:
         super().__init__()
         names = fused_projections(fused)
         assert names is not None
-        # Without its parameters: it holds the activation and the constants that its gate needs. Not a child, because
-        # the children of this module are what state dicts and initializers should see.
+        # The fused module without its parameters, for its activation and the constants of its gate. Not registered as a
+        # child, so that it does not appear in state dicts and initializers.
         shell: Any = copy.copy(fused)
         vars(shell)["_parameters"] = {}
         vars(self)["_shell"] = shell
@@ -69,7 +69,7 @@ class ListedExperts(nn.Module):
 
     def projections(self, expert: int) -> dict[str, nn.Module]:
         """``{name: layer}`` of one expert, in the order of their calls."""
-        return dict(self.get_submodule(str(expert)).named_children())
+        return dict(self._modules[str(expert)]._modules)  # type: ignore[union-attr, arg-type]  # in every forward: no lookup
 
     def is_dense(self) -> bool:
         """Whether all projections are still those of the fused module."""
@@ -81,20 +81,26 @@ class ListedExperts(nn.Module):
         if torch.compiler.is_exporting():
             return self._run_all(hidden_states, top_k_index, top_k_weights)
         output = torch.zeros_like(hidden_states)
-        by_slot = top_k_index.T
-        for expert in by_slot.unique().tolist():
-            if expert < self.num_experts:  # a larger index means no expert
-                slots, tokens = torch.where(by_slot == expert)
-                routed = RoutedRows(tokens, len(hidden_states))
-                y = self._run(self.projections(expert), hidden_states[tokens], routed)
-                y = y * top_k_weights[tokens, slots, None]
-                output.index_add_(0, tokens, y.to(output.dtype))
+        # Sorted once, so that each expert works on one slice. The rows of an expert are in the order of the eager
+        # implementation, hence the same bits; no two of them are of one token, hence index_add_ is deterministic.
+        by_slot = top_k_index.T.flatten()
+        order = by_slot.argsort(stable=True)
+        tokens = order % top_k_index.shape[0]
+        x, weights = hidden_states[tokens], top_k_weights.T.flatten()[order].unsqueeze(1)
+        start = 0
+        for expert, rows in enumerate(by_slot.bincount(minlength=self.num_experts)[: self.num_experts].tolist()):
+            if rows:  # the rows at the end, of larger indices, are for no expert
+                part = slice(start, start + rows)
+                routed = RoutedRows(tokens[part], len(hidden_states))
+                y = self._run(self.projections(expert), x[part], routed) * weights[part]
+                output.index_add_(0, tokens[part], y.to(output.dtype))
+                start += rows
         if self.pool is not None:
             for expert, tokens in self.pool.missing_rows(top_k_index):
                 routed = RoutedRows(tokens, len(hidden_states))
                 y = self._run(self.pool.twins[expert], hidden_states[tokens].detach(), routed)
                 if torch.is_grad_enabled():
-                    # The output stays as it is, and its gradient reaches the twin as if the router had sent the rows.
+                    # This adds zero to the output, and gives the twin the gradient of rows sent by the router.
                     y = y * top_k_weights[tokens].mean()
                     output = output.index_add(0, tokens, (y - y.detach()).to(output.dtype))
         return output
@@ -116,8 +122,36 @@ class ListedExperts(nn.Module):
         y = _call(down, shell._apply_gate(y) if shell.has_gate else shell.act_fn(y), routed)
         return shell.post_expert_norm(y) if shell.has_post_expert_norm else y
 
+    def to_fused(self) -> nn.Module:
+        """The fused module with copies of these weights; all projections must be nn.Linear.
+
+        Raises:
+            ValueError: a projection has a bias, as centered factors have, and the fused module has none.
+        """
+        fused: Any = copy.copy(self._shell)
+        experts = [self.projections(index) for index in range(self.num_experts)]
+        own = {name: child for name, child in self.named_children() if not name.isdecimal()}
+        vars(fused).update(_parameters={}, _modules=own)
+        for name in experts[0]:
+            layers = [projections[name] for projections in experts]
+            biases: list[Tensor] = [layer.get_parameter("bias") for layer in layers if layer.bias is not None]
+            if biases and not fused.has_bias:
+                raise ValueError(
+                    f"{len(biases)} of {self.num_experts} experts have a bias in {name}, for which "
+                    f"{type(fused).__name__} has no place; compress with CompressionConfig(..., centered=False), which "
+                    "adds none."
+                )
+            weights = [layer.get_parameter("weight") for layer in layers]
+            with torch.inference_mode(False), torch.no_grad():
+                stacked = torch.stack([weight.T if fused.is_transposed else weight for weight in weights])
+                fused.register_parameter(name, nn.Parameter(stacked, any(weight.requires_grad for weight in weights)))
+                if fused.has_bias:
+                    trained = any(bias.requires_grad for bias in biases)
+                    fused.register_parameter(f"{name}_bias", nn.Parameter(torch.stack(biases), trained))
+        return fused.train(self.training)  # type: ignore[no-any-return]
+
     def unshare_(self) -> None:
-        """Give the Linears that are left memory of their own, so that the fused parameters can be freed."""
+        """Copy the remaining Linears out of the fused parameters, so that those can be freed."""
         for layers in map(self.projections, range(self.num_experts)):
             for layer in layers.values():
                 for name, old in layer.named_parameters() if isinstance(layer, ExpertLinear) else ():
@@ -130,10 +164,10 @@ class ListedExperts(nn.Module):
 
 
 class Pool:
-    """Rows of other tokens for experts to which a calibration has sent few.
+    """Extra rows for experts that receive few rows in a calibration.
 
     Args:
-        experts: whose projections get twins: other layers with the same parameters, which see these rows only.
+        experts: their projections get twins: layers with the same parameters that run on the extra rows only.
     """
 
     def __init__(self, experts: ListedExperts) -> None:
@@ -147,7 +181,7 @@ class Pool:
         self._routed, self._pooled = [0] * experts.num_experts, [0] * experts.num_experts
 
     def missing_rows(self, top_k_index: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Count a call. For each expert that has received fewer rows than ``MIN_ROWS``, some tokens sent to others."""
+        """Count a call; for each expert with fewer than ``MIN_ROWS`` rows so far, yield tokens of other experts."""
         for expert, before in enumerate(self._routed):
             mine = (top_k_index == expert).any(1)
             self._routed[expert] = before + int(mine.sum())
@@ -185,12 +219,12 @@ def experts_listed(
 ) -> Iterator[None]:
     """Fused experts of ``model`` are :class:`ListedExperts` inside the block.
 
-    After the block they are fused again, as before; but those of which a Linear was replaced stay listed.
+    After the block they are fused again, except those in which a Linear was replaced.
 
     Args:
         model: any module.
         names: as for :func:`list_experts`.
-        listed: what :func:`list_experts` has returned; by default it is called.
+        listed: the result of :func:`list_experts`, which is called by default.
     """
     with torch.inference_mode(False):  # parameters created in inference mode could not be trained
         listed = list_experts(model, names) if listed is None else listed
@@ -206,7 +240,7 @@ def experts_listed(
 
 
 def on_listed_experts(function: Callable[Concatenate[nn.Module, P], T]) -> Callable[Concatenate[nn.Module, P], T]:
-    """Call a function of a model inside :func:`experts_listed`."""
+    """A decorator: calls the function, whose first argument is a model, inside :func:`experts_listed`."""
 
     @wraps(function)
     def wrapper(model: nn.Module, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -234,7 +268,7 @@ def _linear(fused: nn.Module, name: str, expert: int) -> ExpertLinear:
 
 
 def _call(layer: nn.Module, x: Tensor, routed: RoutedRows | None) -> Tensor:
-    """Call a projection. Hooks of a dense one find in ``layer.routed`` which rows these are."""
+    """Call a projection. For the hooks of a dense one, ``layer.routed`` describes the rows."""
     if routed is None or not isinstance(layer, nn.Linear):
         return layer(x)
     layer.routed = routed  # type: ignore[assignment]

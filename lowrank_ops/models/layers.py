@@ -71,6 +71,14 @@ def find_layers(model: nn.Module, filter_fn: FilterFn | None = None) -> tuple[di
     return layers, skipped
 
 
+def is_window_attention(module: nn.Module) -> bool:
+    """Whether ``module`` is the attention of torchvision's Swin, which passes its weights to a function."""
+    bases = type(module).__mro__
+    return any(
+        base.__name__ == "ShiftedWindowAttention" and base.__module__.startswith("torchvision.") for base in bases
+    )
+
+
 def compiled_or_scripted(module: nn.Module) -> str | None:
     """Why hooks on the children of ``module`` would not run: it is compiled or scripted. None if it is not."""
     if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
@@ -81,9 +89,10 @@ def compiled_or_scripted(module: nn.Module) -> str | None:
 
 
 def _hides_layers(module: nn.Module) -> str | None:
-    if isinstance(module, nn.MultiheadAttention):
+    if isinstance(module, nn.MultiheadAttention) or is_window_attention(module):
+        name = type(module).__name__ if is_window_attention(module) else "nn.MultiheadAttention"
         return (
-            "nn.MultiheadAttention applies its projections without calling a Linear; "
+            f"{name} applies its projections without calling a Linear; "
             "call lowrank_ops.layers.convert_attention_(model) first to compress them"
         )
     return compiled_or_scripted(module)
@@ -93,7 +102,7 @@ def check_not_wrapped(model: nn.Module) -> None:
     """Refuse to replace layers where other objects hold the old parameters.
 
     Raises:
-        ValueError: an adapter of PEFT, or a DataParallel, DistributedDataParallel or FullyShardedDataParallel module in
+        ValueError: a PEFT adapter, or a DataParallel, DistributedDataParallel or FullyShardedDataParallel module in
             ``model``.
     """
     check_no_adapters(model)
@@ -102,13 +111,13 @@ def check_not_wrapped(model: nn.Module) -> None:
         found = names & {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
         if found:
             raise ValueError(
-                f"{repr(fqn) if fqn else 'model'} is wrapped by {min(found)}, which would go on with the parameters of "
-                "the dense layers. Compress the module first, then wrap it, then create the optimizer."
+                f"{repr(fqn) if fqn else 'model'} is wrapped by {min(found)}, which would keep the parameters of the "
+                "dense layers. Compress the module first, then wrap it, then create the optimizer."
             )
 
 
 def check_no_adapters(model: nn.Module) -> None:
-    """Refuse a model whose layers PEFT has wrapped: their weights are not what they compute.
+    """Refuse a model whose layers PEFT has wrapped, because they compute more than their weights.
 
     Raises:
         ValueError: a layer with an adapter; the message names it.
@@ -118,8 +127,8 @@ def check_no_adapters(model: nn.Module) -> None:
             base.__name__ == "BaseTunerLayer" and base.__module__.startswith("peft.") for base in type(module).__mro__
         ):
             raise ValueError(
-                f"layer {fqn!r} has an adapter of PEFT. Merge it into the weights first, model = "
-                "model.merge_and_unload(), and go on with the model that this returns."
+                f"layer {fqn!r} has a PEFT adapter. Merge it first, model = model.merge_and_unload(), and use the "
+                "model that this returns."
             )
 
 
@@ -161,8 +170,8 @@ def _not_plain(weight: Tensor) -> str | None:
 def fused_projections(module: nn.Module) -> tuple[str, str] | None:
     """The names of the two parameters (experts, ...) of an experts module of transformers; None for other modules.
 
-    All its families have one contract: the decorator ``use_experts_implementation`` sets these attributes, and any of
-    its implementations may run the module. A module with other parameters of its own is not known.
+    They are recognized by the attributes that the decorator ``use_experts_implementation`` sets. A module with further
+    parameters is not recognized.
     """
     flags = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "num_experts", "_apply_gate")
     if not all(hasattr(module, flag) for flag in flags):
@@ -176,7 +185,7 @@ def fused_projections(module: nn.Module) -> tuple[str, str] | None:
 
 
 def reason_to_stay_fused(module: nn.Module) -> str | None:
-    """Why experts that :func:`fused_projections` knows cannot be run one by one; None if they can."""
+    """Why experts that :func:`fused_projections` recognizes cannot be run one by one; None if they can."""
     if hasattr(module, "_hf_hook"):
         return _OFFLOADED
     if getattr(module, "_is_expert_parallel", False):
@@ -184,7 +193,7 @@ def reason_to_stay_fused(module: nn.Module) -> str | None:
     if "forward" in vars(module):
         return f"forward of this {type(module).__name__} was replaced"
     if any(getattr(module, kind) for kind in HOOKS):
-        return "it has hooks, which would not see its experts run one by one; remove them first"
+        return "it has hooks, which would not run for single experts; remove them first"
     for parameter in module.parameters(recurse=False):
         if (reason := _not_plain(parameter)) is not None:
             return reason
@@ -198,11 +207,16 @@ def with_values(layers: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Module], 
     return {fqn: layer for fqn, layer in layers.items() if fqn not in without}, without
 
 
+def all_finite(values: Tensor) -> bool:
+    """Whether no element is NaN or inf. A finite sum, which is faster, shows that."""
+    return bool(values.sum().isfinite()) or bool(values.isfinite().all())
+
+
 def check_finite(layers: Mapping[str, nn.Module]) -> None:
     """Raise ValueError for the first layer whose weight or bias holds NaN or inf."""
     for fqn, layer in layers.items():
         for name, values in (("weight", weight_matrix(layer)), ("bias", bias_vector(layer))):
-            if values is not None and not bool(values.isfinite().all()):
+            if values is not None and not all_finite(values):
                 raise ValueError(
                     f"layer {fqn!r}: its {name} holds NaN or inf; repair the model, or leave the layer out with "
                     "filter_fn."
@@ -315,7 +329,7 @@ def images(layer: Conv, x: Tensor) -> Tensor:
 
 
 def over_images(sizes: Sequence[int], missing: int) -> tuple[int, int]:
-    """A setting of a convolution as (height, width), with ``missing`` as that of the width that a Conv1d has not."""
+    """A setting of a convolution as (height, width); for a Conv1d, ``missing`` is that of the width."""
     height, width = (*sizes, missing)[:2]
     return height, width
 

@@ -1,15 +1,13 @@
 """Which rows of an activation are real tokens and which are padding, layer by layer.
 
-A model may work on several sequences: an encoder's and a decoder's, text and image patches. So a mask belongs to a
-module and to what is in it. Masks that are given by a known name are taken from the calls of the modules that are known
-to receive them: transformers' models and torch's Transformer modules. Rows that a module receives from another sequence
-(the keys and values of a cross-attention) have the mask of that sequence. Shapes alone decide nothing that is known
-otherwise.
+A model may process several sequences: an encoder's and a decoder's, text and image patches. So a mask belongs to a
+module and everything inside it. For a known mask name, each transformers model and each torch Transformer module
+inside the model uses the mask that it is called with. Rows that a module receives from another sequence (the keys and
+values of a cross-attention) have the mask of that sequence. Shapes decide only where nothing else is known.
 """
 
 from __future__ import annotations
 
-import inspect
 import re
 import weakref
 from collections.abc import Callable, Mapping
@@ -20,6 +18,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+from .sequences import (
+    batch_first_of,
+    core_of,
+    is_in,
+    is_routed,
+    is_transformers,
+    may_be_sequence_first,
+    modality_of,
+    outer_modules,
+    parameters_of,
+)
 
 _OneMask = str | Callable[[tuple[Any, ...], dict[str, Any]], Tensor | None]
 Mask = _OneMask | Mapping[str, _OneMask | None]
@@ -76,8 +86,8 @@ class Masks:
         self._unknown: dict[str, _Unknown] = {}
         self._fitted = False
         self._thread = get_ident()
-        self._sequence_first = any(map(_may_be_sequence_first, model.modules()))
-        self._core = _core(self._modules)  # the text model or the decoder, whose rows the outermost module returns
+        self._sequence_first = any(map(may_be_sequence_first, model.modules()))
+        self._core = core_of(self._modules)  # the text model or the decoder, whose rows the outermost module returns
         self._explicit: set[str] = set()
         if source is None:
             return
@@ -93,7 +103,7 @@ class Masks:
             self._readers[""] = partial(self._of_call, source, "mask")
             if isinstance(source, str):
                 self._read_by_name(source)
-        self._names = {fqn: _parameters(module) for fqn, module in self._modules.items() if self._is_watched(fqn)}
+        self._names = {fqn: parameters_of(module) for fqn, module in self._modules.items() if self._is_watched(fqn)}
 
     def attach(self, handles: list[RemovableHandle]) -> None:
         """Hook the model and the modules that have masks of their own; call from the thread that runs the model."""
@@ -196,17 +206,17 @@ class Masks:
         """Modules that are known to receive a mask with their own call."""
         if name == "attention_mask":
             for fqn, module in self._modules.items():
-                if _is_transformers(module):
-                    self._readers[fqn] = partial(self._of_own_call, fqn, _modality(module))
+                if is_transformers(module):
+                    self._readers[fqn] = partial(self._of_own_call, fqn, modality_of(module))
         elif name.endswith("key_padding_mask"):
             for fqn, module in self._modules.items():
-                outer = [self._modules[other] for other in _outer(fqn)]
+                outer = [self._modules[other] for other in outer_modules(fqn)]
                 if isinstance(module, _TORCH_MODULES) and not any(isinstance(one, _TORCH_MODULES) for one in outer):
                     self._read_torch_module(fqn, module, name)
 
     def _read_torch_module(self, fqn: str, module: nn.Module, name: str) -> None:
         decodes = isinstance(module, (nn.TransformerDecoder, nn.TransformerDecoderLayer))
-        own, batch_first = f"{'tgt' if decodes else 'src'}_key_padding_mask", _batch_first(module)
+        own, batch_first = f"{'tgt' if decodes else 'src'}_key_padding_mask", batch_first_of(module)
 
         def read(given: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
             if given.get(own) is None:
@@ -220,7 +230,9 @@ class Masks:
             )
 
     def _is_watched(self, fqn: str) -> bool:
-        return fqn == "" or fqn in self._readers or any(name in _OTHER_ROWS for name in _parameters(self._modules[fqn]))
+        return (
+            fqn == "" or fqn in self._readers or any(name in _OTHER_ROWS for name in parameters_of(self._modules[fqn]))
+        )
 
     # What is known during a forward.
 
@@ -257,7 +269,7 @@ class Masks:
             first = next((part for part in _values(output) if isinstance(part, Tensor)), None)
             if first is not None and self._origin(first) is _INHERIT:
                 core = self._core
-                inner = core.fqn if core is not None and _is_in(core.fqn, fqn) else fqn
+                inner = core.fqn if core is not None and is_in(core.fqn, fqn) else fqn
                 self._remember(first, self._now.get(inner, self._now[fqn]))
 
     def _note_origin(self, fqn: str, name: str, rows: Tensor, given: Mapping[str, Any]) -> None:
@@ -269,7 +281,7 @@ class Masks:
         masks = [given[mask] for mask in _OTHER_MASKS if isinstance(given.get(mask), Tensor)]
         if masks and masks[0].dim() == 2:
             mask_name = next(mask for mask in _OTHER_MASKS if given.get(mask) is masks[0])
-            self._remember(rows, _rows(masks[0], mask_name, _batch_first(self._modules[fqn])))
+            self._remember(rows, _rows(masks[0], mask_name, batch_first_of(self._modules[fqn])))
         else:
             self._remember(rows, _Unknown(f"has rows of {name}, which {fqn or 'the model'} was given without a mask"))
 
@@ -287,7 +299,7 @@ class Masks:
         if fqn in self._explicit and fqn in self._now:
             return self._now[fqn]
         origin = self._origin(x)
-        frame = next((outer for outer in [fqn, *_outer(fqn)] if outer in self._now), None)
+        frame = next((outer for outer in [fqn, *outer_modules(fqn)] if outer in self._now), None)
         if origin is not _INHERIT and not (isinstance(origin, _Unknown) and frame in self._explicit):
             return origin
         if frame is None and self._call is None:
@@ -297,7 +309,7 @@ class Masks:
                 misfit=True,
             )
         core = self._core
-        closer = frame in self._explicit or not _is_in("" if core is None else core.fqn, frame or "")
+        closer = frame in self._explicit or not is_in("" if core is None else core.fqn, frame or "")
         if core is not None and not core.holds(fqn) and not closer:
             if core.encoder is None and fqn != core.head:
                 return _Unknown(f"is outside {core.fqn!r}, whose rows the mask is of")
@@ -305,7 +317,7 @@ class Masks:
         return self._now.get(frame, _Unknown("is in no module that mask names"))  # type: ignore[arg-type]
 
     def _frame(self, fqn: str) -> str | None:
-        return next((outer for outer in [fqn, *_outer(fqn)] if outer in self._readers), None)
+        return next((outer for outer in [fqn, *outer_modules(fqn)] if outer in self._readers), None)
 
     def _is_pooled(self, x: Tensor) -> bool:
         """Whether ``x`` (batch, features) has one row per sample."""
@@ -319,7 +331,7 @@ class Masks:
         if routed is not None and routed.total == real.numel():
             return self._fits(real.flatten()[routed.tokens.to(real.device)].unsqueeze(1))  # samples of one position
         square = real.shape[0] == real.shape[1] != 1
-        flat = leading == (real.numel(),) and not _is_routed(fqn) and routed is None
+        flat = leading == (real.numel(),) and not is_routed(fqn) and routed is None
         if self._sequence_first and rows.batch_first:  # the mask is of the model; its layers may be either way
             if leading == real.T.shape and not square:
                 return self._fits(real.T)
@@ -330,12 +342,12 @@ class Masks:
                 )
         if leading == real.shape or flat:
             return self._fits(real)
-        if leading == (real.shape[0 if rows.batch_first else 1],) and not _is_routed(fqn):
+        if leading == (real.shape[0 if rows.batch_first else 1],) and not is_routed(fqn):
             return None  # pooled: one row per sequence
         kept = None if self._call is None else self._call[0].get("logits_to_keep")
         if isinstance(kept, int) and len(leading) == 2 and leading[0] == real.shape[0] and 0 < leading[1] == kept:
             return self._fits(real[:, -kept:])
-        for extractor in (self._modules[outer] for outer in _outer(fqn) if outer in self._modules):
+        for extractor in (self._modules[outer] for outer in outer_modules(fqn) if outer in self._modules):
             if hasattr(extractor, "_get_feature_vector_attention_mask") and len(leading) == 2:
                 frames = extractor._get_feature_vector_attention_mask(leading[1], real)  # type: ignore[operator]
                 if frames.shape == leading:
@@ -378,7 +390,7 @@ class Masks:
         if callable(source):
             return _rows(source(args, dict(kwargs)), "")
         if source not in given:
-            if argument == "mask" and len(self._readers) > 1 and not _is_transformers(self._model):
+            if argument == "mask" and len(self._readers) > 1 and not is_transformers(self._model):
                 return _Unknown(f"is in no module that was called with {source}")
             if "encoder_outputs" in given:
                 return _Unknown(f"has rows of the encoder, whose {source} was not given")
@@ -404,7 +416,7 @@ class Masks:
     def _of_own_call(
         self, fqn: str, modality: str, given: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
-        """The mask that a model of transformers was called with."""
+        """The mask that a transformers model was called with."""
         mask = given.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 2:
             return _newest(_rows(mask, "attention_mask"), given)
@@ -423,75 +435,13 @@ class Masks:
         if modality != "input_ids":
             return None  # images and audio frames without a mask have no padding
         core = self._core
-        if core is not None and (_is_in(fqn, core.fqn) if core.encoder else not core.around(fqn)):
+        if core is not None and (is_in(fqn, core.fqn) if core.encoder else not core.around(fqn)):
             hint = " (decoder_attention_mask of the model)" if core.encoder else ""
             return _Unknown(f"is in {fqn!r}, which was called without attention_mask{hint}")
         return _INHERIT
 
 
 _INHERIT: Any = object()  # the module has no mask of its own: that of the module around it holds
-
-
-class _Core(NamedTuple):
-    """The module whose rows the model returns, and the encoder that it attends to, if any."""
-
-    fqn: str
-    encoder: str | None
-    head: str | None  # the output embedding
-
-    def holds(self, fqn: str) -> bool:
-        """Whether a layer is in the module or in its encoder."""
-        return _is_in(fqn, self.fqn) or (self.encoder is not None and _is_in(fqn, self.encoder))
-
-    def around(self, fqn: str) -> bool:
-        """Whether a module is in this one or around it."""
-        return _is_in(fqn, self.fqn) or _is_in(self.fqn, fqn)
-
-
-def _core(modules: Mapping[str, nn.Module]) -> _Core | None:
-    """The decoder, or the text model beside models of images or audio, of a model of transformers."""
-    names: dict[Any, str] = {module: fqn for fqn, module in modules.items()}
-    outermost: Any = next((module for module in modules.values() if _is_transformers(module)), None)
-    if outermost is None:
-        return None
-    head = outermost.get_output_embeddings()
-    head_name = names.get(head) if isinstance(head, nn.Module) else None
-    if getattr(outermost.config, "is_encoder_decoder", False):
-        encoder, decoder = (names.get(part) for part in (outermost.get_encoder(), outermost.get_decoder()))
-        own = names[outermost]
-        if encoder is not None and decoder is not None and own not in (encoder, decoder) and encoder != decoder:
-            return _Core(decoder, encoder, head_name)
-        return None
-    text = type(outermost.config.get_text_config())
-    if text is type(outermost.config):
-        return None
-    for fqn, module in modules.items():
-        if _is_transformers(module) and type(module.config) is text:
-            return _Core(fqn, None, head_name)
-    return None
-
-
-def _is_transformers(module: nn.Module) -> bool:
-    """Whether ``module`` is a PreTrainedModel, without an import of transformers."""
-    return any(
-        base.__name__ == "PreTrainedModel" and base.__module__.startswith("transformers.")
-        for base in type(module).__mro__
-    )
-
-
-def _may_be_sequence_first(module: nn.Module) -> bool:
-    """Whether activations in ``module`` may be (positions, batch, features)."""
-    own_layout = type(module).__name__.startswith(("XLNet", "FSMT")) and _is_transformers(module)
-    return own_layout or getattr(module, "batch_first", True) is False
-
-
-def _modality(module: nn.Module) -> str:
-    return str(getattr(module, "main_input_name", "input_ids"))
-
-
-def _batch_first(module: nn.Module) -> bool:
-    flags = [part.batch_first for part in module.modules() if isinstance(getattr(part, "batch_first", None), bool)]
-    return all(flags)
 
 
 def _newest(known: _Known, given: Mapping[str, Any]) -> _Known:
@@ -538,28 +488,6 @@ def _check_source(argument: str, source: object) -> None:
             f"{argument}={source!r}: whether true means padding does not follow from that name; pass a function, such "
             f"as lambda args, kwargs: ~kwargs[{source!r}], that is true for real tokens."
         )
-
-
-def _parameters(module: nn.Module) -> list[str]:
-    try:
-        return list(inspect.signature(module.forward).parameters)
-    except (TypeError, ValueError):
-        return []
-
-
-def _outer(fqn: str) -> list[str]:
-    """The names of the modules around one, innermost first; the model's last."""
-    parts = fqn.split(".")
-    return [".".join(parts[:count]) for count in range(len(parts) - 1, -1, -1)] if fqn else []
-
-
-def _is_in(fqn: str, outer: str) -> bool:
-    return not outer or fqn == outer or fqn.startswith(f"{outer}.")
-
-
-def _is_routed(fqn: str) -> bool:
-    """Whether a layer is in an expert by its name, where a router chooses the rows."""
-    return re.search(r"(^|\.)experts\.\d+(\.|$)", fqn) is not None
 
 
 def _values(output: Any) -> list[Any]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
-EMPTY = "batches was empty; pass at least one batch, and no generator that was used before."
+EMPTY = "batches was empty; pass at least one batch, and not a generator that is used up."
 _MODES = ("train", "eval")
 
 
@@ -118,11 +118,11 @@ def exclusive(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def training_flags_kept(*models: nn.Module) -> Iterator[None]:
+def training_flags_kept(*models: nn.Module, trained: bool = False) -> Iterator[None]:
     """Every module is back in its own mode after the block, by its ``train()`` if it defines one.
 
     Layers that fold an adapter into their weight in ``eval()`` unfold it in ``train()``. A warning names those whose
-    weights differ afterwards by more than rounding.
+    weights differ afterwards by more than rounding, unless they are ``trained`` inside the block.
     """
     training = {module: module.training for model in models for module in model.modules()}
     named = {module: fqn for model in models for fqn, module in model.named_modules() if _defines_mode(module)}
@@ -138,7 +138,7 @@ def training_flags_kept(*models: nn.Module) -> Iterator[None]:
                 _set_modes(model, training)
             raise
         changed = [fqn or "(the model)" for module, fqn in named.items() if not _alike(before[module], _norms(module))]
-        if changed:
+        if changed and not trained:
             warn_caller(
                 f"the parameters of {', '.join(changed)} are not what they were: train() does not undo eval() there, "
                 "or the model changed them."
@@ -233,6 +233,20 @@ def call_model(model: nn.Module, batch: Any) -> Any:
 
 
 @contextmanager
+def in_layer(
+    fqn: str, remedy: str = "Leave the layer out with filter_fn, or move the model to the CPU."
+) -> Iterator[None]:
+    """Name the layer and the remedy in an error of the allocator, whose message has the bytes."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        kind = next(kind for kind in (torch.OutOfMemoryError, MemoryError, RuntimeError) if isinstance(error, kind))
+        if kind is RuntimeError and "can't allocate memory" not in str(error):
+            raise
+        raise kind(f"layer {fqn!r}: not enough memory. {remedy} ({error})") from error
+
+
+@contextmanager
 def in_batch(index: int) -> Iterator[None]:
     """Add a batch's index to exceptions of the user's code, where Python has notes (3.11 or newer)."""
     try:
@@ -265,7 +279,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 @functools.cache
 def has_float64(device: torch.device) -> bool:
-    """Whether a device has float64; asked once. Apple's MPS and some GPUs of Intel do not."""
+    """Whether a device has float64, tested once; Apple's MPS and some Intel GPUs do not."""
     try:
         torch.zeros(1, dtype=torch.float64, device=device)
     except (TypeError, RuntimeError):

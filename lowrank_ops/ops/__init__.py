@@ -1,4 +1,4 @@
-"""The ops: ``lowrank_linear``, ``covariance_update_`` and its convolution form. They know nothing of models.
+"""The ops: ``lowrank_linear``, ``covariance_update_`` and its convolution form; independent of the rest.
 
 One folder per op: ``reference.py`` is plain PyTorch, ``_triton*.py`` and ``_cuda.py`` are kernels, and ``__init__.py``
 lists them in the ``TABLE`` from which ``_backend.choose`` picks.
@@ -33,7 +33,8 @@ def explain(op: str, *args: Any, **options: Any) -> str:
 
     Returns:
         One line per implementation: ``"<name>: runs"``, ``"<name>: can run"`` or ``"<name>: cannot run: <reason>"``. A
-        CUDA kernel that can run the call is named with its tiles.
+        CUDA kernel that can run the call is named with its tiles. A kernel that ``"auto"`` avoids, because its first
+        call in this process was wrong, is marked.
 
     Raises:
         ValueError: an unknown op, or arguments that the op refuses.

@@ -12,20 +12,27 @@ from torch import Tensor
 
 
 class Backend(str, enum.Enum):
-    """Where an implementation comes from. ``AUTO`` lets :func:`choose` decide."""
+    """Where an implementation comes from. ``AUTO`` lets :func:`choose` decide.
+
+    ``UNVERIFIED`` is ``AUTO`` without the check of first calls in ``_verify``.
+    """
 
     AUTO = "auto"
+    UNVERIFIED = "unverified"
     REFERENCE = "reference"
     TRITON = "triton"
     CUDA = "cuda"
 
 
+FREE = (Backend.AUTO, Backend.UNVERIFIED)  # those that leave the choice to this package
+
+
 class Impl(NamedTuple):
     """One implementation of an op. A problem is a hashable description of shapes, dtypes, layout and device.
 
-    ``supports(problem)`` returns None, or the reason why the implementation cannot run the problem. It is the only
-    statement of what is legal: dispatch, ``explain`` and the tuner all ask it. ``prefers(problem)`` is asked for
-    supported problems only; True lets ``auto`` choose the implementation. ``plan(problem)`` describes the launch in one
+    ``supports(problem)`` returns None, or the reason why the implementation cannot run the problem. Legality is
+    decided nowhere else: dispatch, ``explain`` and the tuner all call it. ``prefers(problem)`` is called for supported
+    problems only; True lets ``auto`` choose the implementation. ``plan(problem)`` describes the launch in one
     line, for ``explain``, and may be empty. ``bind(problem)``, if given, does the per-problem work once and returns a
     function of the tensors.
     """
@@ -47,6 +54,10 @@ class Device(NamedTuple):
     capability: tuple[int, int]
     sm_count: int
     shared_memory: int  # bytes per CTA, opt-in limit
+
+
+# Kernels whose first call was wrong in this process: (implementation, kernel, device).
+_distrusted: set[tuple[Impl, str, Device]] = set()
 
 
 class BackendUnavailableError(RuntimeError):
@@ -95,12 +106,15 @@ def choose(table: Sequence[Impl], problem: Hashable, backend: str) -> Impl:
         BackendUnavailableError: no implementation of the requested backend supports the problem.
     """
     wanted = _parse(backend)
+    free = wanted in FREE
     refusals = []
     fallback = None
     for impl in table:
-        if wanted is not Backend.AUTO and impl.backend is not wanted:
+        if not free and impl.backend is not wanted:
             continue
         reason = impl.supports(problem)
+        if reason is None and free:
+            reason = distrusted(impl, problem)
         if reason is not None:
             refusals.append(f"{impl.name}: {reason}")
         elif impl.prefers(problem):
@@ -115,6 +129,24 @@ def choose(table: Sequence[Impl], problem: Hashable, backend: str) -> Impl:
     )
 
 
+def kernel_of(impl: Impl, problem: Any) -> str:
+    """The kernel that runs a supported problem: the CUDA planner's name, otherwise that of the implementation."""
+    return impl.plan(problem).partition(":")[0] or impl.name
+
+
+def distrust(impl: Impl, problem: Any) -> None:
+    """Keep ``auto`` from choosing the kernel that ran ``problem`` on its device again, for the rest of the process."""
+    _distrusted.add((impl, kernel_of(impl, problem), problem.device))
+    choose.cache_clear()
+
+
+def distrusted(impl: Impl, problem: Any) -> str | None:
+    """Why ``auto`` no longer chooses the kernel for a supported problem, or None."""
+    if _distrusted and (impl, kernel_of(impl, problem), problem.device) in _distrusted:
+        return "it was wrong or failed in its first call in this process"
+    return None
+
+
 def explain(table: Sequence[Impl], problem: Hashable, backend: str = "auto") -> str:
     """What :func:`choose` returns and why, one line per implementation: ``"cuda: can run, by <kernel>: <tiles>"``."""
     try:
@@ -126,7 +158,8 @@ def explain(table: Sequence[Impl], problem: Hashable, backend: str = "auto") -> 
         reason = impl.supports(problem)
         state = "runs" if impl is chosen else "can run" if reason is None else f"cannot run: {reason}"
         plan = impl.plan(problem) if reason is None else ""
-        lines.append(f"{impl.name}: {state}" + (f", by {plan}" if plan else ""))
+        doubt = distrusted(impl, problem) if reason is None else None
+        lines.append(f"{impl.name}: {state}" + (f", by {plan}" if plan else "") + (f"; {doubt}" if doubt else ""))
     return "\n".join(lines)
 
 

@@ -85,20 +85,20 @@ def all_strided(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> boo
     return all(tensor.layout is _STRIDED for tensor in tensors) and not has_functorch_wrapper(x, down, up, bias)
 
 
-class BoundedCache(dict[Hashable, Callable[..., Any]]):
+class BoundedCache(dict[Hashable, Any]):
     """A dict of at most ``max_size`` entries that evicts the oldest. Safe to use from several threads."""
 
     def __init__(self, max_size: int) -> None:
         super().__init__()
         self.max_size = max_size
 
-    def __setitem__(self, key: Hashable, function: Callable[..., Any]) -> None:
+    def __setitem__(self, key: Hashable, value: Any) -> None:
         while len(self) >= self.max_size:
             try:
                 self.pop(next(iter(self)), None)
             except (RuntimeError, StopIteration):  # another thread changed the dict between the two calls
                 continue
-        super().__setitem__(key, function)
+        super().__setitem__(key, value)
 
 
 def register_autocast(lib: torch.library.Library, name: str, *, cast: bool) -> None:

@@ -1,4 +1,4 @@
-"""Loads the library of CUDA kernels and asks its planner which kernel runs a problem."""
+"""Loads the library of CUDA kernels and calls its planner, which chooses the kernel for a problem."""
 
 from __future__ import annotations
 
@@ -40,6 +40,9 @@ class Choice:
 
 DEFAULT_CHOICE = Choice()
 
+#: Every kernel that a Choice may name.
+KERNELS = ("covariance_sm80", "covariance_sm90", "covariance_sm90_wide", "decode_sm80", "decode_sm90", "prefill_sm90")
+
 #: A typical device of each arch, to plan without one.
 MACHINES = {
     "sm_80": Machine(80, 108, 166912),
@@ -60,23 +63,23 @@ def unavailable() -> str | None:
         torch.ops.load_library(LIBRARY)
     except OSError as error:
         return f"the native library does not load: {error}"
-    driver, runtime = cuda_versions()
-    if 0 < driver < runtime // 1000 * 1000:
+    driver, built = cuda_versions()
+    if driver and int(driver.split(".")[0]) < (major := int(built.split(".")[0])):
         return (
-            f"the native library has the runtime of CUDA {_version(runtime)} and needs a driver for CUDA "
-            f"{runtime // 1000}.0 or newer; the driver here is for CUDA {_version(driver)}"
+            f"the native library was built by CUDA {built} and needs a driver for CUDA {major}.0 or newer; the driver "
+            f"here is for CUDA {driver}"
         )
     return None
 
 
-def cuda_versions() -> tuple[int, int]:
-    """Of the driver, 0 where there is none, and of the loaded library's runtime: ``1000 * major + 10 * minor``."""
-    driver, runtime = torch.ops.lowrank_ops._cuda_versions()
-    return driver, runtime
+def cuda_versions() -> tuple[str, str]:
+    """Of the driver, empty where there is none, and of the toolkit that built the loaded library: ``"13.3"``."""
+    return str(torch.ops.lowrank_ops._cuda_driver()), str(torch.ops.lowrank_ops._cuda_toolkit())
 
 
-def _version(number: int) -> str:
-    return f"{number // 1000}.{number % 1000 // 10}"
+def toolkit() -> str:
+    """The CUDA toolkit that built the library, such as ``"13.3"``, or why there is no library."""
+    return unavailable() or str(torch.ops.lowrank_ops._cuda_toolkit())
 
 
 def unavailable_on(device_type: str) -> str | None:
@@ -180,7 +183,7 @@ def plan(
 
 
 def _planner(function: str) -> Callable[..., tuple[str, str]]:
-    """The library's planner, which knows its archs; without the library the ``_planner`` extension of this Python."""
+    """The library's planner, for its archs; without the library, the ``_planner`` extension module."""
     reason = unavailable()
     if reason is None:
         return getattr(torch.ops.lowrank_ops, f"_{function}")  # type: ignore[no-any-return]

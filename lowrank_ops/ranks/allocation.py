@@ -95,7 +95,7 @@ def _worth(fqn: str, space: LayerSubspaces, options: list[Option], allocation: s
             f"allocation='loss' needs output gradients for every layer, and {fqn!r} has none; calibrate with "
             "sensitivity='fisher', 'output' or a loss, leave the layer out with filter_fn, or set it in overrides."
         )
-    spectrum = space.loss.subspace.spectrum
+    spectrum = space.loss.spectrum
     kept = spectrum.reshape(-1, spectrum.shape[-1]).sum(0).cumsum(0).tolist()
     return [kept[-1] if option.rank is None else kept[option.rank - 1] for option in options]
 

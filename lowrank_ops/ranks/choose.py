@@ -23,12 +23,12 @@ from ..config import (
 from ..subspaces.layer import LayerSubspaces
 from .allocation import allocate
 from .costs import (
-    MACS,
-    PARAMETERS,
     UNBOUNDED,
     Bounds,
     Option,
     dense_parameters,
+    in_macs,
+    in_parameters,
     lowrank_parameters,
     nanoseconds,
     options_of,
@@ -44,6 +44,7 @@ def choose_ranks(
     overrides: Mapping[str, int | None] | None = None,
     *,
     bounds: Mapping[str, tuple[int, int | None]] | None = None,
+    pivoted: bool = False,
 ) -> ChosenRanks:
     """A rank for every layer, or None if it stays dense.
 
@@ -53,34 +54,46 @@ def choose_ranks(
         overrides: ``{fqn or "re:pattern": rank or None}``, which takes precedence over the policy. An exact name takes
             precedence over a pattern, a later pattern over an earlier one.
         bounds: ``{fqn or "re:pattern": (min, max)}``, as in :class:`lowrank_ops.CompressionConfig`.
+        pivoted: count parameters and MACs of pivoted layers, as in :class:`lowrank_ops.CompressionConfig`.
 
     Raises:
         ValueError: a name that matches no layer, a rank out of range, bounds that leave a layer no rank, a budget that
             cannot be met, an allocation by loss without output gradients.
     """
-    limits = limits_of(spaces, overrides, bounds)
+    limits = limits_of(spaces, overrides, bounds, pivoted=pivoted)
     chosen = {**_choose(policy, spaces, limits), **limits.fixed}
     return {fqn: chosen[fqn] for fqn in spaces}
 
 
 class Limits(NamedTuple):
-    """Ranks that a policy does not choose, and bounds on those that it does."""
+    """Ranks that a policy does not choose, bounds on those that it does, and whether the layers are pivoted."""
 
     fixed: ChosenRanks
     bounds: Mapping[str, Bounds]
+    pivoted: bool = False
 
     def options(self, fqn: str, space: LayerSubspaces) -> list[Option]:
-        """The sizes that a layer may have, by rising numbers of parameters."""
-        return options_of(fqn, space, PARAMETERS, self.bounds.get(fqn, UNBOUNDED))
+        """The sizes that a layer may have, in ascending order of parameters."""
+        return options_of(fqn, space, in_parameters(self.pivoted), self.bounds.get(fqn, UNBOUNDED))
+
+    def allocate(
+        self, fraction: float, allocation: str, spaces: Spaces, weights: Mapping[str, float] | None = None
+    ) -> ChosenRanks:
+        """A rank for every layer, within a share of the layers' parameters."""
+        price = in_parameters(self.pivoted)
+        found = allocate(fraction, allocation, price, spaces, self.fixed, self.bounds, weights=weights)
+        return {fqn: {**found, **self.fixed}[fqn] for fqn in spaces}
 
 
 def limits_of(
     spaces: Spaces,
     overrides: Mapping[str, int | None] | None,
     bounds: Mapping[str, tuple[int, int | None]] | None,
+    *,
+    pivoted: bool = False,
 ) -> Limits:
     """Overrides and bounds by layer; arguments and errors as for :func:`choose_ranks`."""
-    return Limits(_by_hand(overrides or {}, spaces, "overrides"), _bounds(bounds or {}, spaces))
+    return Limits(_by_hand(overrides or {}, spaces, "overrides"), _bounds(bounds or {}, spaces), pivoted)
 
 
 @singledispatch
@@ -107,8 +120,9 @@ def _layer_by_layer(rank_of: Callable[[LayerSubspaces], int], spaces: Spaces, li
         low, high = limits.bounds.get(fqn, UNBOUNDED)
         rank = max(rank_of(space), low)
         rank = rank if high is None else min(rank, high)
-        fits = rank <= min(space.dimensions[1:]) and lowrank_parameters(space, rank) < dense_parameters(space)
-        chosen[fqn] = rank if fits else limits.options(fqn, space)[-1].rank
+        fits = rank <= min(space.dimensions[1:])
+        saves = fits and lowrank_parameters(space, rank, pivoted=limits.pivoted) < dense_parameters(space)
+        chosen[fqn] = rank if saves else limits.options(fqn, space)[-1].rank
     return chosen
 
 
@@ -119,18 +133,20 @@ def _(policy: Ranks, spaces: Spaces, limits: Limits) -> ChosenRanks:
 
 @_choose.register
 def _(policy: ParameterBudget, spaces: Spaces, limits: Limits) -> ChosenRanks:
-    return allocate(policy.fraction, _set(policy.allocation), PARAMETERS, spaces, *limits)
+    return limits.allocate(policy.fraction, _set(policy.allocation), spaces)
 
 
 @_choose.register
 def _(policy: FlopBudget, spaces: Spaces, limits: Limits) -> ChosenRanks:
-    return allocate(policy.fraction, _set(policy.allocation), MACS, spaces, *limits)
+    price = in_macs(limits.pivoted)
+    return allocate(policy.fraction, _set(policy.allocation), price, spaces, limits.fixed, limits.bounds)
 
 
 @_choose.register
 def _(policy: LatencyBudget, spaces: Spaces, limits: Limits) -> ChosenRanks:
     price = nanoseconds(policy.latencies)
-    return allocate(policy.fraction, _set(policy.allocation), price, spaces, *limits, exactly=True)
+    allocation = _set(policy.allocation)
+    return allocate(policy.fraction, allocation, price, spaces, limits.fixed, limits.bounds, exactly=True)
 
 
 def _set(allocation: str | None) -> str:

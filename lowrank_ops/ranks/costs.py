@@ -22,11 +22,19 @@ def dense_parameters(spaces: LayerSubspaces) -> int:
     return groups * (in_features * out_features + (out_features if spaces.bias is not None else 0))
 
 
-def lowrank_parameters(spaces: LayerSubspaces, rank: int) -> int:
-    """Parameters of the low-rank layer; centering adds a bias to a layer without one."""
+def factor_parameters(spaces: LayerSubspaces, rank: int, *, pivoted: bool = False) -> int:
+    """Parameters of the two factors; of pivoted ones, the order of the outputs counts as one each."""
     groups, in_features, out_features = spaces.dimensions
-    bias = out_features if spaces.bias is not None or spaces.centered else 0
-    return groups * (stored_rank(rank) * (in_features + out_features) + bias)
+    if pivoted and spaces.is_linear:
+        return rank * (in_features + out_features - rank) + out_features
+    return groups * stored_rank(rank) * (in_features + out_features)
+
+
+def lowrank_parameters(spaces: LayerSubspaces, rank: int, *, pivoted: bool = False) -> int:
+    """Parameters of the low-rank layer; centering adds a bias to a layer without one."""
+    groups, _, out_features = spaces.dimensions
+    bias = groups * out_features if spaces.bias is not None or spaces.centered else 0
+    return factor_parameters(spaces, rank, pivoted=pivoted) + bias
 
 
 def dense_macs(spaces: LayerSubspaces) -> int:
@@ -35,9 +43,11 @@ def dense_macs(spaces: LayerSubspaces) -> int:
     return spaces.rows * groups * in_features * out_features
 
 
-def lowrank_macs(spaces: LayerSubspaces, rank: int) -> int:
+def lowrank_macs(spaces: LayerSubspaces, rank: int, *, pivoted: bool = False) -> int:
     """MACs of the low-rank layer, over the calibration rows."""
     groups, in_features, out_features = spaces.dimensions
+    if pivoted and spaces.is_linear:
+        return spaces.rows * rank * (in_features + out_features - rank)
     return spaces.rows * groups * stored_rank(rank) * (in_features + out_features)
 
 
@@ -47,22 +57,31 @@ class Price(NamedTuple):
     unit: str
     dense: Callable[[str, LayerSubspaces], int]  # takes the layer's name and spaces
     lowrank: Callable[[str, LayerSubspaces, int], int]
+    pivoted: bool = False  # the layers that these are costs of
 
     def of(self, fqn: str, space: LayerSubspaces, rank: int | None) -> int:
         """The cost of a layer at a rank, or dense."""
         return self.dense(fqn, space) if rank is None else self.lowrank(fqn, space, rank)
 
 
-PARAMETERS = Price(
-    "parameters",
-    lambda fqn, space: dense_parameters(space),
-    lambda fqn, space, rank: lowrank_parameters(space, rank),
-)
-MACS = Price(
-    "MACs",
-    lambda fqn, space: dense_macs(space),
-    lambda fqn, space, rank: lowrank_macs(space, rank),
-)
+def in_parameters(pivoted: bool = False) -> Price:
+    """Cost in parameters."""
+    return Price(
+        "parameters",
+        lambda fqn, space: dense_parameters(space),
+        lambda fqn, space, rank: lowrank_parameters(space, rank, pivoted=pivoted),
+        pivoted,
+    )
+
+
+def in_macs(pivoted: bool = False) -> Price:
+    """Cost in MACs."""
+    return Price(
+        "MACs",
+        lambda fqn, space: dense_macs(space),
+        lambda fqn, space, rank: lowrank_macs(space, rank, pivoted=pivoted),
+        pivoted,
+    )
 
 
 def nanoseconds(latencies: LayerLatencies) -> Price:
@@ -97,7 +116,9 @@ class Option(NamedTuple):
 
 
 def options_of(fqn: str, space: LayerSubspaces, price: Price, bounds: Bounds = UNBOUNDED) -> list[Option]:
-    """Aligned ranks that save parameters, and dense, by rising cost; a rank no cheaper than a larger one is left out.
+    """Aligned ranks that save parameters, and dense, in ascending order of cost.
+
+    Ranks that cost as much as a larger one are left out.
 
     Raises:
         ValueError: the bounds leave nothing.
@@ -105,7 +126,7 @@ def options_of(fqn: str, space: LayerSubspaces, price: Price, bounds: Bounds = U
     kept = [Option(None, price.dense(fqn, space))] if bounds.max is None else []
     largest = min(space.dimensions[1:] if bounds.max is None else (*space.dimensions[1:], bounds.max))
     for rank in range(largest // RANK_ALIGNMENT * RANK_ALIGNMENT, max(bounds.min - 1, 0), -RANK_ALIGNMENT):
-        if lowrank_parameters(space, rank) < dense_parameters(space):
+        if lowrank_parameters(space, rank, pivoted=price.pivoted) < dense_parameters(space):
             option = Option(rank, price.lowrank(fqn, space, rank))
             if not kept or option.cost < kept[-1].cost:
                 kept.append(option)

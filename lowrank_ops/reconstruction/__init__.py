@@ -7,3 +7,6 @@ from .blocks import BlockReconstruction as BlockReconstruction
 from .blocks import reconstruct_blocks as reconstruct_blocks
 from .sequential import SequentialReconstruction as SequentialReconstruction
 from .sequential import reconstruct_factors as reconstruct_factors
+
+# By their name in CompressionConfig.reconstruction and on the command line.
+RECONSTRUCTIONS = {"sequential": SequentialReconstruction, "blocks": BlockReconstruction}

@@ -1,7 +1,8 @@
 """Block-wise reconstruction: the factors of one block at a time, trained towards the dense block's output.
 
-Factors made layer by layer minimize each layer's own error. Trained together, from the compressed model's input of
-their block to the dense model's output of it, they correct each other's errors and those of earlier blocks.
+One-shot factors minimize each layer's own error. Here all factors of a block are trained together, from the compressed
+model's input of the block to the dense model's output of it, so that they correct each other's errors and those of
+earlier blocks.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from ..models.running import (
     call_model,
     device_of,
     differentiable,
+    float64_device,
     hooks,
     move,
     output_tensor,
@@ -57,13 +59,13 @@ class BlockReconstruction:
         batches: as for :func:`lowrank_ops.calibrate`, preferably the same and at least 2; held in memory. One optimizer
             step takes one batch.
         sensitivity: as for :func:`lowrank_ops.calibrate`, preferably the same. One more forward and backward pass of
-            the dense model gives the second moment of the gradient at every block's output, the metric in which the
-            block's error is measured. None: the error of every output feature, relative to the variance of what the
-            block adds to its input.
+            the dense model measures the second moment of the gradient at every block's output, which weights the
+            block's error. None: the error of each output feature is relative to the variance of what the block adds to
+            its input.
         epochs: passes over the batches for each block.
         lr: peak learning rate of Adam relative to the root mean square of each factor.
-        held_out: share of the batches, from the end, that are not trained on. The factors of the epoch with the lowest
-            error on them are used; a block that gets no better keeps its factors.
+        held_out: share of the batches, from the end, that are not used for training. The epoch with the lowest error
+            on them is used; a block that does not improve keeps its factors.
         mask, unmasked_rows, forward: as for :func:`lowrank_ops.calibrate`.
         blocks: names of the containers whose children are the blocks, such as ``"model.layers"``; None finds them.
         checkpoint: file written after every block. If it exists, the run resumes from it and gives the same factors,
@@ -123,7 +125,8 @@ def reconstruct_blocks(
     Raises:
         NonFiniteActivationError: NaN or inf in the error or the output gradient of a block.
         ValueError: an invalid setting, fewer than 2 batches, no blocks, layers that cannot be replaced, a checkpoint of
-            another run, a batch whose loss depends on no block.
+            another run, a batch whose loss depends on no block, a block whose output depends on values beside its
+            arguments.
     """
     batches = checked_batches(model, factors, settings.batches)
     if len(batches) < 2:
@@ -151,7 +154,8 @@ def reconstruct_blocks(
         if not trained:
             raise ValueError(
                 "the model has no blocks to reconstruct: no ModuleList or Sequential whose children hold the layers "
-                "and are called one after another. Use SequentialReconstruction, which needs none."
+                "and are called one after another, each on the last one's output alone. Use SequentialReconstruction, "
+                "which needs none."
             )
         metrics = {}
         if settings.sensitivity is not None and not all(fqn in done for block in trained for fqn in members[block]):
@@ -203,10 +207,15 @@ def _train(
     settings: BlockReconstruction,
     metric: Tensor | None,
 ) -> dict[str, Factors]:
-    """The trained factors of one block's layers; those given where training does not help."""
+    """The trained factors of one block's layers; the given ones if training does not improve the block."""
     calls = dict(runs.block_calls(block))
     name = block_name(runs.model, block)
     module = runs.model.get_submodule(name)
+    if not runs.runs_alone(block, calls[0]):
+        raise ValueError(
+            f"block {name!r} cannot be run alone: its output depends on values beside its arguments, such as those "
+            "that other modules have stored. Use SequentialReconstruction, which runs the whole model."
+        )
 
     def rows(output: Any, call: BlockCall) -> Tensor:
         found = output_tensor(output, _FIELDS)
@@ -266,9 +275,9 @@ def _epochs(
     training: Sequence[int],
     settings: BlockReconstruction,
 ) -> Iterator[None]:
-    """Adam with a cosine schedule, stopping after each epoch.
+    """Adam with a cosine schedule; yields after each epoch.
 
-    16-bit parameters have copies in float32, so that steps smaller than their spacing count.
+    16-bit parameters have float32 copies, so that steps below their precision are not lost.
     """
     wide = [torch.promote_types(parameter.dtype, torch.float32) for parameter in parameters]
     masters = [parameter.detach().to(dtype, copy=True) for parameter, dtype in zip(parameters, wide, strict=True)]
@@ -354,7 +363,8 @@ def _output_metrics(
             # The output is not bound to a name, which would keep this batch's graph during the next forward.
             loss = objective(settings.sensitivity, run(model, moved), moved, masks.of_output()).loss
             for name, values, mask, _ in gradients.of(loss):
-                rows = _rows(name, modules[name], values, mask).double()
+                rows = _rows(name, modules[name], values, mask)
+                rows = rows.to(float64_device(rows.device)).double()
                 sums[name] = sums.get(name, torch.zeros(())) + rows.mT @ rows
     return {block: _root(sums[name], name) for block, name in zip(blocks, modules, strict=True) if name in sums}
 

@@ -1,4 +1,4 @@
-"""The checkpoint of a reconstruction: the factors made so far, and what must be equal for them to be used."""
+"""The checkpoint of a reconstruction: the finished factors, and what must be equal for the run to resume."""
 
 from __future__ import annotations
 

@@ -218,6 +218,16 @@ class PairedRuns:
         finally:
             self._compressed = False
 
+    def runs_alone(self, block: Block, call: BlockCall) -> bool:
+        """Whether a block, called on its arguments for the first batch, gives what it gives in a whole run.
+
+        Another run comes in between, as in :meth:`_first_broken`.
+        """
+        expected, passed = self._output_of(*block, 0, compressed=True), self._passed
+        self._disturb()
+        self._passed = passed
+        return _all_close(_copied(self.run_block(block, call), _CPU), expected)
+
     def _attach(self, stack: ExitStack, fqn: str, layer: nn.Module) -> None:
         dense = layer.forward
 

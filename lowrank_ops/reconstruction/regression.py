@@ -18,9 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.statistics import LayerStatistics, Moments
+from ..calibration.sums import shift_of
 from ..calibration.token_weights import add_weighted
 from ..factors.projections import Factors, factorize, rounded
 from ..models.layers import bias_vector, weight_matrix
+from ..models.running import has_float64
 from ..ops import covariance_finalize_, covariance_update_
 from ..subspaces.layer import DAMPING, LayerSubspaces
 from ..subspaces.principal import Subspace, noise_of_sums, principal_directions
@@ -32,7 +34,8 @@ RIDGES = (*(10 ** (exponent / 2) for exponent in range(-14, 7)), float("inf"))
 class PairedSums:
     """Sums over rows [z, e] of layers that share their input, in one fold or two for cross-validation.
 
-    e = W (x - z), of all the layers side by side, or x - z itself if that is narrower.
+    e = W (x - z), of all the layers side by side, or x - z itself if that is narrower. As in calibration, devices
+    without float64 sum in float32 about a shift; finished sums are then on the CPU.
 
     Args:
         layers: ``{fqn: layer}``, Linear, Conv1D, or Conv1d or Conv2d without groups.
@@ -47,7 +50,8 @@ class PairedSums:
         outputs = sum(len(weight) for weight in self._weights.values())
         self._of_outputs = outputs < self.in_features
         features = self.in_features + (outputs if self._of_outputs else self.in_features)
-        self.folds = [Moments.zeros((features,), torch.float64, first.device) for _ in range(folds)]
+        self._dtype = torch.float64 if has_float64(first.device) else torch.float32
+        self.folds = [Moments.zeros((features,), self._dtype, first.device) for _ in range(folds)]
 
     @staticmethod
     def state_bytes(layers: Mapping[str, nn.Module], folds: int) -> int:
@@ -70,9 +74,13 @@ class PairedSums:
             with torch.autocast(x.device.type, enabled=False):  # small differences must not be rounded
                 change = torch.cat([change @ weight.to(dtype).T for weight in self._weights.values()], dim=-1)
         sums, rows = self.folds[fold], torch.cat([z, change], dim=-1)
+        if self._dtype == torch.float32 and not any(other.count for other in self.folds):
+            for other in self.folds:
+                other.shift = shift_of(rows, self._dtype)
         if weights is not None:
             add_weighted(sums, rows, weights.to(rows).unsqueeze(-1))
             return
+        rows = rows if sums.shift is None else rows - sums.shift
         covariance_update_(sums.second_moment, sums.total, rows)
         sums.count += len(rows)
 
@@ -80,6 +88,9 @@ class PairedSums:
         """Mirror the triangles; no update may follow."""
         for sums in self.folds:
             covariance_finalize_(sums.second_moment)
+        self._finished = [sums.to_float64().about(None) for sums in self.folds]
+        for sums in self.folds:
+            sums.to_float64_device_()
 
     def is_finite(self) -> bool:
         """Whether no NaN or inf was added."""
@@ -87,14 +98,14 @@ class PairedSums:
 
     def of(self, fqn: str) -> list[_Sums]:
         """The folds of one layer."""
-        weight, d = self._weights[fqn].double(), self.in_features
+        weight, d = self._weights[fqn].to(self._finished[0].total.device).double(), self.in_features
         start = d
         for other, other_weight in self._weights.items():
             if other == fqn:
                 break
             start += len(other_weight)
         found = []
-        for sums in self.folds:
+        for sums in self._finished:
             moment, total = sums.second_moment, sums.total
             if self._of_outputs:
                 own = slice(start, start + len(weight))
@@ -153,6 +164,7 @@ def reconstruct_layers(
         sum(fold.second_moment[:d, :d] for fold in pairs.folds),  # type: ignore[arg-type]
         sum(fold.total[:d] for fold in pairs.folds),  # type: ignore[arg-type]
         sum(fold.count for fold in pairs.folds),
+        None if (shift := pairs.folds[0].shift) is None else shift[:d],
     )
     mean = whole.mean if centered else None
     inputs = _space(whole.moment(centered=centered), mean, whole.rounding)
@@ -173,9 +185,12 @@ def reconstruct_layers(
                 held, shares, bases, None if gradients is None else _metric(gradients, total.zz.device)
             )
         statistics = LayerStatistics("input", whole, output_gradients.get(fqn))
-        found[fqn] = _fit(
-            layer, statistics, inputs, total.moments(*means), means[1], factors[fqn], chosen, centered=centered
-        )
+        try:
+            found[fqn] = _fit(
+                layer, statistics, inputs, total.moments(*means), means[1], factors[fqn], chosen, centered=centered
+            )
+        except ValueError as error:
+            raise ValueError(f"layer {fqn!r}: {error}") from None
     return found
 
 
@@ -234,15 +249,16 @@ def _fit(
     centered: bool,
 ) -> Factors:
     """Factors of the ridge-regularized map, with their error against the dense model's output."""
-    weight, bias = weight_matrix(layer), bias_vector(layer)
-    dtype, weight = weight.dtype, weight.double()
+    own, bias = weight_matrix(layer), bias_vector(layer)
+    weight, bias = (None if part is None else part.to(e_mean.device).double() for part in (own, bias))
+    assert weight is not None
     basis, spectrum = inputs.basis, inputs.spectrum
     zz, ez, ee = moments
     gains = _gains(spectrum, ridge * float(spectrum.mean()))
     fitted = weight + (ez @ basis * gains) @ basis.mT
     if centered:  # the mean of y, from that of z
         shift = e_mean + (weight - fitted) @ statistics.activations.mean
-        bias = shift if bias is None else bias.double() + shift
+        bias = shift if bias is None else bias + shift
     spaces = LayerSubspaces(fitted, bias, statistics, centered=centered, input_space=inputs)
     factors = factorize(spaces, old.rank, old.projection)
     lost = weight - factors.up @ factors.down  # y - y' = lost z + e
@@ -251,7 +267,7 @@ def _fit(
     crossed = weight @ ez.mT
     variance = float((weight @ zz @ weight.mT + crossed + crossed.mT + ee).trace())
     return replace(
-        rounded(factors, spaces, dtype),
+        rounded(factors, spaces, own.dtype, own.device),
         predicted_error=max(0.0, error),
         output_variance=variance,
         predicted_loss=None,

@@ -1,7 +1,7 @@
 """Sequential reconstruction: each layer's factors fitted to the dense model's output from the compressed model's input.
 
-Factors made from the dense model's activations ignore the errors of the layers before them. Fitted in the order of
-their calls, each layer corrects those errors as far as its input determines them, as GPTQ does for quantization.
+One-shot factors ignore the errors of earlier layers. Here the layers are fitted in the order of their calls, and each
+corrects earlier errors as far as its input allows, as GPTQ does for quantization.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ from ..layers.replace import lowrank_type, replaced
 from ..models.experts import ExpertLinear, on_listed_experts
 from ..models.layers import compiled_or_scripted, find_layers, input_rows
 from ..models.masks import Mask, Masks, real_rows
-from ..models.running import EMPTY, ProgressBar, call_model, warn_caller
+from ..models.running import EMPTY, ProgressBar, call_model, in_layer, warn_caller
 from .checkpoint import resume_checkpoint, run_identity, save_checkpoint
 from .paired_runs import Group, PairedRuns, find_chains
 from .regression import PairedSums, reconstruct_layers
+
+_MEMORY = "Pass a smaller max_state_bytes, or leave the layer out with filter_fn."
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def reconstruct_factors(
     centered: bool = True,
     progress: bool = False,
 ) -> dict[str, Factors]:
-    """Refit factors to the outputs of the dense model, layer by layer in the order of the calls.
+    """Fit factors to the outputs of the dense model, layer by layer in the order of the calls.
 
     The dense model and the one with the factors reconstructed so far run side by side. Layers that receive the same
     tensor (q, k, v) are fitted together, from one pass of each model through one block; the outputs of the blocks
@@ -168,20 +170,22 @@ def reconstruct_factors(
         if any(getattr(layer, "groups", 1) > 1 for layer in members.values()):
             return "it is a convolution with groups"
         if any(isinstance(layer, ExpertLinear) for layer in members.values()):
-            return "a router chooses its rows, and not the same ones in the dense and in the compressed model"
+            return "a router chooses its rows, and may choose others in the compressed model than in the dense one"
         # Layers without token weights share one sum; each layer with token weights has its own.
         unweighted = {fqn: layer for fqn, layer in members.items() if fqn not in weights}
         parts = [*([unweighted] if unweighted else []), *({fqn: members[fqn]} for fqn in members if fqn in weights)]
         if (needed := sum(PairedSums.state_bytes(part, folds) for part in parts)) > settings.max_state_bytes:
             return f"its sums would take {needed / 2**30:.2g} GiB, more than max_state_bytes"
-        sums = [PairedSums(part, folds) for part in parts]
+        with in_layer(group.layers[0], _MEMORY):
+            sums = [PairedSums(part, folds) for part in parts]
         reason = _stream(runs, group, sums, weights)
         if reason is not None:
             return reason
         fitted: dict[str, Factors] = {}
         for pairs in sums:
             old = {fqn: factors[fqn] for fqn in pairs.layers}
-            fitted |= reconstruct_layers(pairs, old, gradients, centered=centered, ridge=ridge)
+            with in_layer(next(iter(old)), _MEMORY):
+                fitted |= reconstruct_layers(pairs, old, gradients, centered=centered, ridge=ridge)
         return fitted
 
     masks = Masks(model, mask, settings.unmasked_rows)

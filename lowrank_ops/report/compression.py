@@ -17,7 +17,7 @@ from ..arguments import checked
 from ..config import CompressionConfig, LatencyBudget, LayerLatencies, Ranks
 from ..factors.projections import Factors
 from ..models.layers import unsupported_weights
-from ..ranks.costs import dense_macs, dense_parameters, lowrank_macs, stored_rank
+from ..ranks.costs import dense_macs, dense_parameters, factor_parameters, lowrank_macs, stored_rank
 from ..subspaces.layer import LayerSubspaces
 from .kinds import kind_of
 from .page import framed, page
@@ -66,7 +66,7 @@ class CompressionReport:
         policy = config.rank
         latencies = policy.latencies if isinstance(policy, LatencyBudget) else None
         layers = tuple(
-            _layer_compression(fqn, model.get_submodule(fqn), space, factors.get(fqn), latencies)
+            _layer_compression(fqn, model.get_submodule(fqn), space, factors.get(fqn), latencies, config.pivoted)
             for fqn, space in subspaces.items()
         )
         before = sum(parameter.numel() for parameter in model.parameters())
@@ -250,7 +250,7 @@ class CompressionReport:
         return rows_note([layer for layer in self.layers if layer.rank is not None], errors=True)
 
     def fallbacks(self) -> list[str]:
-        """One line per layer that was not compressed as asked for."""
+        """One line per layer that was not compressed as requested."""
         replaced = [layer for layer in self.layers if layer.rank is not None]
         return [
             f"{layer.fqn}: projection {layer.projection!r}, because calibration recorded no output gradients for it"
@@ -283,9 +283,14 @@ class CompressionReport:
 
 
 def _layer_compression(
-    fqn: str, layer: nn.Module, space: LayerSubspaces, factors: Factors | None, latencies: LayerLatencies | None
+    fqn: str,
+    layer: nn.Module,
+    space: LayerSubspaces,
+    factors: Factors | None,
+    latencies: LayerLatencies | None,
+    pivoted: bool,
 ) -> LayerCompression:
-    groups, in_features, out_features = space.dimensions
+    _, in_features, out_features = space.dimensions
     dense, macs, spectrum = dense_parameters(space), dense_macs(space), spectrum_of(space)
     output_variance = space.output_variance if factors is None else factors.output_variance
     space.release(directions=False)  # compress_ bounds what is held
@@ -315,10 +320,10 @@ def _layer_compression(
     return LayerCompression(
         **shared,
         rank=factors.rank,
-        stored_rank=stored_rank(factors.rank),
-        parameters=groups * stored_rank(factors.rank) * (in_features + out_features)
+        stored_rank=factors.rank if pivoted and space.is_linear else stored_rank(factors.rank),
+        parameters=factor_parameters(space, factors.rank, pivoted=pivoted)
         + (0 if factors.bias is None else factors.bias.numel()),
-        macs=lowrank_macs(space, factors.rank),
+        macs=lowrank_macs(space, factors.rank, pivoted=pivoted),
         seconds=None if latencies is None else latencies.seconds(fqn, stored_rank(factors.rank)),
         predicted_error=factors.predicted_error,
         predicted_loss=factors.predicted_loss,

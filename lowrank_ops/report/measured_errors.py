@@ -13,22 +13,34 @@ from ..layers import LowRankLayer
 from ..models.experts import experts_listed
 from ..models.layers import bias_vector, is_conv, output_rows
 from ..models.masks import Mask, Masks, real_rows
-from ..models.running import EMPTY, ProgressBar, call_model, device_of, evaluating, hooks, in_batch, move, warn_caller
+from ..models.running import (
+    EMPTY,
+    ProgressBar,
+    call_model,
+    device_of,
+    evaluating,
+    float64_device,
+    hooks,
+    in_batch,
+    move,
+    warn_caller,
+)
 
 
 class _Sums:
-    """Sums over one layer's outputs (rows, features) and errors, in float64."""
+    """Sums over one layer's outputs (rows, features) and errors, in float64: on the CPU if the device has none."""
 
     def __init__(self, features: int, device: torch.device) -> None:
+        self._device = device = float64_device(device)
         self.rows = 0
         self.error = torch.zeros((), dtype=torch.float64, device=device)
         self.squares = torch.zeros((), dtype=torch.float64, device=device)
         self.total = torch.zeros(features, dtype=torch.float64, device=device)
 
     def add(self, y: Tensor, error: Tensor) -> None:
-        y = y.double()
+        y, error = (part.to(self._device).double() for part in (y, error))
         self.rows += len(y)
-        self.error += error.double().square().sum()
+        self.error += error.square().sum()
         self.squares += y.square().sum()
         self.total += y.sum(0)
 

@@ -82,7 +82,7 @@ def page(title: str, subtitle: str, cards: Sequence[tuple[str, str, str]], secti
 
 
 def framed(document: str) -> str:
-    """A document inside another one, such as a notebook, where neither's style reaches the other."""
+    """A document in an iframe, for notebooks, so that neither's style affects the other."""
     style = "width:100%;height:40rem;border:0"
     return f'<iframe srcdoc="{escape(document)}" sandbox="" style="{style}"></iframe>'
 

@@ -1,4 +1,4 @@
-"""What the reports hold per layer: plain data, and the columns that tables show of it."""
+"""The rows of the reports, one per layer, as plain data, and the columns of their tables."""
 
 from __future__ import annotations
 

@@ -21,13 +21,13 @@ def few_rows(layers: Iterable[Any]) -> list[str]:
 
 
 def few_rows_note(found: Sequence[str]) -> list[str]:
-    """One line that marks what the predicted errors are of; nothing if all layers had enough rows."""
-    line = "predicted errors are of the calibration rows only; fewer rows than min(in_features, out_features)"
+    """One line: which predicted errors hold for the calibration rows only; empty if all layers had enough rows."""
+    line = "predicted errors hold for the calibration rows only; fewer rows than min(in_features, out_features)"
     return [f"{line}: {', '.join(found)}"] if found else []
 
 
 def rows_note(layers: Iterable[Any], errors: bool) -> list[str]:
-    """One line with how far what was estimated from the rows can be off; nothing where :func:`few_rows` says more.
+    """One line: the uncertainty of estimates from this number of rows; empty where :func:`few_rows` applies.
 
     For independent Gaussian rows, a variance has a relative standard error of sqrt(2 / rows). Errors predicted from the
     rows that the factors were fitted to are also low, by about 2 rank / rows.

@@ -11,11 +11,11 @@ from typing import Any
 from torch import nn
 
 from ..arguments import checked
-from ..calibration.statistics import Covariances
+from ..calibration.covariances import Covariances
 from ..config import check_share
 from ..models.experts import on_listed_experts
 from ..models.layers import FilterFn, find_layers
-from ..models.running import ProgressBar
+from ..models.running import ProgressBar, in_layer
 from ..subspaces.layer import LayerSubspaces, layer_subspaces
 from .kinds import kind_of
 from .page import framed, page
@@ -182,7 +182,8 @@ def _layer_utilization(
     fqn: str, layer: nn.Module, space: LayerSubspaces, explained_variance: float
 ) -> LayerUtilization:
     groups, in_features, out_features = space.dimensions
-    rank = space.utilized_rank(explained_variance)
+    with in_layer(fqn):
+        rank = space.utilized_rank(explained_variance)
     space.release()
     return LayerUtilization(
         fqn,

@@ -11,15 +11,13 @@ from pathlib import Path
 from torch import nn
 
 from ..arguments import check_positive, checked
-from ..calibration.statistics import Covariances
+from ..calibration.covariances import Covariances
 from ..compress import considered_layers, decompose, resolved
 from ..config import CompressionConfig, ParameterBudget, Ranks
 from ..models.experts import on_listed_experts
 from ..models.layers import FilterFn
 from ..models.running import ProgressBar
-from ..ranks.allocation import allocate
 from ..ranks.choose import ChosenRanks, limits_of
-from ..ranks.costs import PARAMETERS
 from ..subspaces.layer import LayerSubspaces
 from .search import accuracy_of
 
@@ -44,14 +42,14 @@ def measured_ranks(
 ) -> Ranks:
     """Ranks for a parameter budget, allocated by loss as trial compressions measure it.
 
-    The predicted loss of a layer ignores what other layers do to its error. Layers are grouped by kind (their name
-    without numbers) and depth. Each round compresses the model at the present ranks, and once more with one group left
-    dense for every group; the increase that a group causes, over the one predicted, corrects the predictions of its
-    layers. The ranks with the best evaluation are returned, so they are never worse than those by predicted loss, on
-    what ``evaluate`` measures.
+    The predicted loss of a layer ignores how other layers change its error. Layers are grouped by kind (their name
+    without numbers) and depth. Each round evaluates the model at the current ranks, and once per group with that group
+    left dense. The ratio of a group's measured to its predicted increase of the loss corrects the predictions of its
+    layers. The ranks with the best evaluation are returned, so by ``evaluate`` they are never worse than the ranks by
+    predicted loss.
 
     Args:
-        model: the model that was calibrated; compressed during each trial and dense again afterwards.
+        model: as for :func:`lowrank_ops.search_ranks`; compressed during each trial and dense again afterwards.
         covariances: with output gradients, from :func:`lowrank_ops.calibrate`.
         evaluate: ``evaluate(model) -> float``, higher is better, such as the negative loss on a few thousand tokens.
         fraction: of the layers' parameters, as in :class:`lowrank_ops.ParameterBudget`.
@@ -86,7 +84,7 @@ def measured_ranks(
     config = resolved(config, subspaces)
     decompose(config.rank, subspaces, progress)
     measure = accuracy_of(model, evaluate, subspaces, config, cache)
-    limits = limits_of(subspaces, config.overrides, config.bounds)
+    limits = limits_of(subspaces, config.overrides, config.bounds, pivoted=config.pivoted)
     groups = _groups([fqn for fqn in subspaces if fqn not in limits.fixed], (num_evaluations - 2) // rounds - 1)
     weights = dict.fromkeys(subspaces, 1.0)
     best: tuple[float, ChosenRanks] | None = None
@@ -99,8 +97,7 @@ def measured_ranks(
             return accuracy
 
         for last in [*([False] * rounds), True]:
-            chosen = allocate(fraction, "loss", PARAMETERS, subspaces, *limits, weights=weights)
-            ranks: ChosenRanks = {fqn: {**chosen, **limits.fixed}[fqn] for fqn in subspaces}
+            ranks = limits.allocate(fraction, "loss", subspaces, weights)
             accuracy = trial(ranks)
             if best is None or accuracy > best[0]:
                 best = accuracy, ranks
@@ -141,14 +138,14 @@ def _groups(layers: Iterable[str], limit: int) -> list[list[str]]:
 def _dropped(space: LayerSubspaces, rank: int | None) -> float:
     """The predicted increase of the loss at a rank."""
     assert space.loss is not None
-    spectrum = space.loss.subspace.spectrum
+    spectrum = space.loss.spectrum
     return 0.0 if rank is None else float(spectrum[..., rank:].sum())
 
 
 def _corrections(caused: Sequence[float], predicted: Sequence[float]) -> list[float | None]:
-    """By group, the increase that it causes over the one predicted, relative to all groups; None if it is dense.
+    """By group, its measured over its predicted increase, relative to all groups; None if the group is dense.
 
-    Bounded, because a group that seems to do no harm by a few tokens must not lose all.
+    Bounded: few tokens may show no increase for a group, which must not lose all its rank.
     """
     scale = sum(max(value, 0.0) for value in caused) / sum(predicted) if any(predicted) else 0.0
     if not scale:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..arguments import checked
-from ..calibration.statistics import Covariances
+from ..calibration.covariances import Covariances
 from ..compress import considered_layers, decompose, factorize_layers, resolved
 from ..config import CompressionConfig, ParameterBudget, Ranks, check_choice
 from ..files import digest
@@ -20,9 +20,8 @@ from ..layers.replace import replaced
 from ..models.experts import on_listed_experts
 from ..models.layers import FilterFn
 from ..models.running import ProgressBar, exclusive, training_flags_kept
-from ..ranks.allocation import allocate
 from ..ranks.choose import ChosenRanks, Limits, limits_of
-from ..ranks.costs import PARAMETERS, Option, dense_parameters
+from ..ranks.costs import Option, dense_parameters, in_parameters
 from ..subspaces.layer import LayerSubspaces
 from .trial_cache import TrialCache
 
@@ -60,8 +59,8 @@ def search_ranks(
             layer).
         allocation: how layers share the budget, as in :class:`lowrank_ops.ParameterBudget`; for ``"budget"`` only.
         num_evaluations: for ``"budget"`` only: at most this many, the dense model's included; at least 2. None: 10.
-        config: projection, centering, overrides and bounds of the trials; its rank policy is not used. Bounds take
-            precedence over the tolerance.
+        config: projection, centering, overrides, bounds and pivoting of the trials; its rank policy is not used.
+            Bounds take precedence over the tolerance.
         filter_fn, subspaces: as for :func:`lowrank_ops.compress_`.
         cache: file that stores the accuracy of every trial. Stored trials are not repeated, by the same search resumed
             or by another one on the same model. Trials of other weights, covariances or projections are refused;
@@ -96,7 +95,7 @@ def search_ranks(
         decompose(policy, subspaces, progress)
 
     measure = accuracy_of(model, evaluate, subspaces, config, cache)
-    limits = limits_of(subspaces, config.overrides, config.bounds)
+    limits = limits_of(subspaces, config.overrides, config.bounds, pivoted=config.pivoted)
     free = {fqn: limits.options(fqn, space) for fqn, space in subspaces.items() if fqn not in limits.fixed}
     trials = num_evaluations if by == "budget" else 1 + sum(len(options).bit_length() for options in free.values())
     with ProgressBar(total=trials, desc="searching ranks", unit="trial", disable=not progress) as bar:
@@ -131,7 +130,7 @@ def accuracy_of(
     """A function from ranks to the accuracy of the model compressed to them; stored trials are not repeated."""
 
     def accuracy_at(ranks: ChosenRanks) -> float:
-        factors = factorize_layers(subspaces, ranks, str(config.projection), keep_directions=True)
+        factors = dict(factorize_layers(subspaces, ranks, str(config.projection), keep_directions=True))
         with exclusive(model), replaced(model, factors), torch.no_grad(), training_flags_kept(model):
             return _finite(evaluate(model))
 
@@ -157,7 +156,7 @@ def _finite(accuracy: Any) -> float:
     except (TypeError, ValueError):
         value = math.nan
     if not math.isfinite(value):
-        raise ValueError("evaluate must return the model's accuracy as a finite number, the higher the better.")
+        raise ValueError(f"evaluate must return a finite number, higher for better models; it returned {accuracy!r}.")
     return value
 
 
@@ -190,14 +189,15 @@ def _bisect_budget(
 ) -> ChosenRanks:
     """The smallest parameter budget found by bisection whose ranks are accurate enough."""
     minimum = sum(
-        free[fqn][0].cost if fqn in free else PARAMETERS.of(fqn, space, limits.fixed[fqn])
+        free[fqn][0].cost if fqn in free else in_parameters(limits.pivoted).of(fqn, space, limits.fixed[fqn])
         for fqn, space in spaces.items()
     )
     low, high = min(1.0, minimum / sum(map(dense_parameters, spaces.values()))), 1.0
     best: ChosenRanks = {fqn: options[-1].rank for fqn, options in free.items()}
     for _ in range(num_evaluations - 1):
         middle = (low + high) / 2
-        ranks = allocate(middle, allocation, PARAMETERS, spaces, *limits)
+        whole = limits.allocate(middle, allocation, spaces)
+        ranks = {fqn: whole[fqn] for fqn in free}
         if ranks == best or measure(ranks) >= min_accuracy:
             best, high = ranks, middle
         else:

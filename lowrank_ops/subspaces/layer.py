@@ -6,14 +6,16 @@ the smaller of the two sides.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..calibration.statistics import Covariances, LayerStatistics, Moments
-from ..models.layers import Dimensions, bias_vector, weight_matrix
+from ..calibration.covariances import Covariances
+from ..calibration.statistics import LayerStatistics, Moments
+from ..models.layers import Dimensions, all_finite, bias_vector, is_conv, weight_matrix
 from ..models.running import float64_device
 from .principal import (
     Subspace,
@@ -22,6 +24,7 @@ from .principal import (
     denoised,
     falling_eigh,
     lower_product,
+    near_identity_cholesky,
     noise_along,
     noise_of_sums,
     orthonormal,
@@ -76,7 +79,7 @@ class LossSpace:
 
     The damping keeps M regular where few gradients were seen; without any gradient M is a multiple of the identity and
     the spectrum is zero. The directions p_i of the outputs satisfy p_i^T M p_j = 0 for i != j, and W' = P P^T M W with
-    the first r of them, scaled to p_i^T M p_i = 1, is the least error in that metric at rank r.
+    the first r of them, scaled to p_i^T M p_i = 1, has the minimum error in that metric at rank r.
 
     Args:
         spaces: of the layer.
@@ -85,12 +88,15 @@ class LossSpace:
     Attributes:
         subspace: its spectrum is in units of the loss: half of it beyond a rank is the increase of the loss of one
             sample, to second order and including the damping, if those directions are dropped.
+        corrected: the same as :func:`lowrank_ops.correct_predictions` measured it, without damping, or None.
     """
 
     def __init__(self, spaces: LayerSubspaces, gradients: Moments) -> None:
         self._spaces, self._gradients, self._device = spaces, gradients, spaces.mean.device
         self._held: tuple[Tensor, Tensor] | None = None  # of a tall layer, W^T M W and its directions
         self._variances: Tensor | None = None
+        self._values: Tensor | None = None
+        self.corrected: Tensor | None = None
         self.subspace = Subspace(self._decompose_tall if spaces.is_tall else self._decompose)
 
     @property
@@ -126,6 +132,7 @@ class LossSpace:
         limit = (noise * root.square().sum(-1)).sum(-1)
         values = denoised(values, limit, lambda start: noise_along(noise, root @ vectors[..., start:]))
         self._variances = values * torch.linalg.solve_triangular(root.mT, vectors, upper=True).square().sum(-2)
+        self._values = values
         return vectors, values * self.scale.unsqueeze(-1)
 
     def _decompose_tall(self) -> tuple[Tensor, Tensor]:
@@ -144,7 +151,7 @@ class LossSpace:
 
         values = denoised(values, (noise * metric.diagonal(dim1=-2, dim2=-1)).sum(-1), along)
         self._variances = torch.where(values > 0, squares.sum(-2), 0.0)
-        self._held = inner, columns
+        self._held, self._values = (inner, columns), values
         return inputs, values * self.scale.unsqueeze(-1)
 
     @property
@@ -155,8 +162,23 @@ class LossSpace:
         assert self._variances is not None
         return self._variances
 
+    @property
+    def values(self) -> Tensor:
+        """The variance along each direction in the metric M, (..., directions)."""
+        if self._values is None:
+            _ = self.subspace.spectrum
+        assert self._values is not None
+        return self._values
+
+    @property
+    def spectrum(self) -> Tensor:
+        """The corrected spectrum if there is one."""
+        return self.subspace.spectrum if self.corrected is None else self.corrected
+
     def loss_increase(self, rank: int) -> float:
         """Half of the spectrum beyond a rank, without the damping: the predicted increase of the loss of one sample."""
+        if self.corrected is not None:
+            return 0.5 * float(self.corrected[..., rank:].sum())
         damping = DAMPING * self.scale.unsqueeze(-1) * self.variances
         return max(0.0, 0.5 * float((self.subspace.spectrum - damping)[..., rank:].sum()))
 
@@ -171,8 +193,8 @@ class LossSpace:
         inner, columns = self._held[0] @ basis, self._held[1][..., :rank]
         gram = basis.mT @ inner  # P^T M P, diagonal up to the rounding of the decomposition
         norms = gram.diagonal(dim1=-2, dim2=-1).clamp_min(1e-300).sqrt()
-        factor, info = torch.linalg.cholesky_ex(gram / (norms.unsqueeze(-1) * norms.unsqueeze(-2)))
-        if bool(info.any()) or not bool((factor.diagonal(dim1=-2, dim2=-1) > 0.9).all()):  # directions without variance
+        factor = near_identity_cholesky(gram / (norms.unsqueeze(-1) * norms.unsqueeze(-2)))
+        if factor is None:  # directions without variance
             return self._lifted(orthonormal(self.root.mT @ columns))
         down, up = (
             torch.linalg.solve_triangular(factor, (part / norms.unsqueeze(-2)).mT, upper=False)
@@ -204,7 +226,8 @@ class LayerSubspaces:
         statistics: of the layer.
         centered: use covariances about the mean, not second moments about zero.
         input_space: the space of ``statistics.activations``, if other layers share it; made here by default.
-        device: of the decompositions; by default the weight's, or the CPU where that has no float64.
+        device: of the decompositions; by default the weight's. The CPU instead of one that has no float64.
+        load: returns the weight, each time that it is needed; ``weight`` may then be on the meta device.
 
     Raises:
         ValueError: the statistics do not fit the weight, or one of them is not finite.
@@ -219,17 +242,20 @@ class LayerSubspaces:
         centered: bool,
         input_space: Subspace | None = None,
         device: torch.device | None = None,
+        load: Callable[[], Tensor] | None = None,
     ) -> None:
-        self.device = device or float64_device(weight.device)
+        self.device = float64_device(device or weight.device)
+        self._load = load
         self._weight, self.bias, self.statistics, self.centered = weight, bias, statistics, centered
         self._version = None if weight.is_inference() else weight._version
         self._input_space = input_space
         self._variances: Tensor | None = None
         out_features, in_features = weight.shape[-2:]
         self.dimensions = Dimensions(weight.shape[0] if weight.dim() == 3 else 1, in_features, out_features)
+        self.is_linear = weight.dim() == 2  # not a convolution's
         statistics.check()
-        for name, values in (("weight", weight), ("bias", bias)):
-            if values is not None and not bool(values.isfinite().all()):
+        for name, values in (("weight", weight if load is None else None), ("bias", bias)):
+            if values is not None and not all_finite(values):
                 raise ValueError(f"the layer's {name} holds NaN or inf; repair the model, or leave the layer out.")
         sides = {
             "activations": statistics.side,
@@ -246,10 +272,12 @@ class LayerSubspaces:
 
     @classmethod
     def of_layer(
-        cls, layer: nn.Module, statistics: LayerStatistics, *, centered: bool, input_space: Subspace | None = None
+        cls, layer: nn.Module, statistics: LayerStatistics, *, centered: bool, **options: Any
     ) -> LayerSubspaces:
-        """The spaces of a Linear, Conv1D, Conv1d or Conv2d."""
-        return cls(weight_matrix(layer), bias_vector(layer), statistics, centered=centered, input_space=input_space)
+        """The spaces of a Linear, Conv1D, Conv1d or Conv2d; ``options`` as for the class."""
+        spaces = cls(weight_matrix(layer), bias_vector(layer), statistics, centered=centered, **options)
+        spaces.is_linear = not is_conv(layer)
+        return spaces
 
     def is_of(self, layer: nn.Module) -> bool:
         """Whether ``layer`` has the weight and bias that these are the spaces of."""
@@ -266,6 +294,11 @@ class LayerSubspaces:
         """Of the layer's weight."""
         return self._weight.dtype
 
+    @property
+    def layer_device(self) -> torch.device:
+        """Where the layer's factors go: to its weight, or to the CPU if that is loaded when needed."""
+        return self._weight.device if self._load is None else torch.device("cpu")
+
     @cached_property
     def weight(self) -> Tensor:
         """The weight, (..., out_features, in_features), float64.
@@ -275,7 +308,8 @@ class LayerSubspaces:
         """
         if self._version is not None and self._weight._version != self._version:
             raise ValueError("its weight was changed after its subspaces were computed; compute them again.")
-        return self._weight.to(self.device, torch.float64)
+        weight = self._weight if self._load is None else self._load()
+        return weight.to(self.device, torch.float64)
 
     @cached_property
     def moment(self) -> Tensor:
@@ -451,9 +485,21 @@ def _cholesky_of_damped(metric: Tensor) -> Tensor:
 
 
 def layer_subspaces(
-    layers: Mapping[str, nn.Module], covariances: Covariances, *, centered: bool = True
+    layers: Mapping[str, nn.Module],
+    covariances: Covariances,
+    *,
+    centered: bool = True,
+    device: torch.device | None = None,
+    load: Callable[[str], nn.Module] | None = None,
 ) -> dict[str, LayerSubspaces]:
     """The spaces of every layer that has statistics; layers with a common input share its decomposition.
+
+    Args:
+        layers: ``{fqn: layer}``.
+        covariances: of these layers.
+        centered: use covariances about the mean, not second moments about zero.
+        device: of the decompositions; by default each layer's own. The CPU instead of one that has no float64.
+        load: returns the layer of a name each time that its weight is needed, where ``layers`` are without values.
 
     Raises:
         ValueError: the statistics do not fit their layer, or one of them is not finite; the message names it.
@@ -463,13 +509,15 @@ def layer_subspaces(
     for fqn, layer in layers.items():
         if fqn not in covariances:
             continue
-        statistics, device = covariances[fqn], float64_device(layer.get_parameter("weight").device)
-        space = None
+        statistics, of_layer = covariances[fqn], float64_device(device or layer.get_parameter("weight").device)
+        options: dict[str, Any] = {"centered": centered, "device": of_layer}
         if statistics.side == "input":
-            key = (id(statistics.activations), device)
-            space = shared.setdefault(key, InputSpace(statistics.activations, centered=centered, device=device))
+            key = (id(statistics.activations), of_layer)
+            options["input_space"] = shared.setdefault(key, InputSpace(statistics.activations, **options))
+        if load is not None:
+            options["load"] = lambda fqn=fqn: weight_matrix(load(fqn))
         try:
-            found[fqn] = LayerSubspaces.of_layer(layer, statistics, centered=centered, input_space=space)
+            found[fqn] = LayerSubspaces.of_layer(layer, statistics, **options)
         except ValueError as error:
             raise ValueError(f"covariances[{fqn!r}]: {error}") from None
     return found

@@ -12,12 +12,12 @@ from torch import Tensor
 
 
 class Subspace:
-    """The principal directions of a space, by falling variance, computed when first needed.
+    """The principal directions of a space in descending order of variance, computed when first needed.
 
     Args:
         decompose: returns ``basis`` and ``spectrum``; called again if the basis is needed after :meth:`release`. With a
             third tensor, a matrix (..., features, n), the basis is that of the columns of the matrix times the first
-            one, made orthonormal when asked for.
+            one, made orthonormal when it is read.
 
     Attributes:
         basis: (..., features, directions), float64, orthonormal columns.
@@ -94,7 +94,7 @@ class Subspace:
 
 
 def principal_directions(moment: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Eigenvectors and eigenvalues of a symmetric positive semi-definite matrix, by falling eigenvalue.
+    """Eigenvectors and eigenvalues of a symmetric positive semi-definite matrix, in descending order.
 
     Args:
         moment: (..., features, features), float64; may be singular. Its lower triangle is read.
@@ -109,7 +109,7 @@ def principal_directions(moment: Tensor, noise: Tensor | None = None) -> tuple[T
 
 
 def falling_eigh(moment: Tensor) -> tuple[Tensor, Tensor]:
-    """``eigh`` of a symmetric matrix, of which the lower triangle is read, by falling eigenvalue."""
+    """``eigh`` of a symmetric matrix (its lower triangle is read), eigenvalues in descending order."""
     values, vectors = torch.linalg.eigh(moment)
     return values.flip(-1), vectors.flip(-1)
 
@@ -137,9 +137,22 @@ def singular_directions(matrix: Tensor, noise: Tensor | None = None) -> tuple[Te
 def orthonormal(columns: Tensor) -> Tensor:
     """An orthonormal basis whose first n vectors span the first n columns, for every n.
 
-    Of graded columns sigma_i u_i it is accurate also where small singular values lost digits in the Gram matrix.
+    Of graded columns sigma_i u_i it is accurate also where small singular values lost digits in the Gram matrix. Where
+    they did not, the columns are nearly orthogonal, and a Cholesky factor of their products takes less than a QR.
     """
-    return torch.linalg.qr(columns).Q
+    norms = columns.square().sum(-2, keepdim=True).sqrt()
+    scaled = columns / norms.clamp_min(1e-300)
+    factor = near_identity_cholesky(lower_product(scaled.mT, scaled))
+    if factor is None:
+        return torch.linalg.qr(columns).Q
+    return torch.linalg.solve_triangular(factor, scaled.mT, upper=False).mT
+
+
+def near_identity_cholesky(gram: Tensor) -> Tensor | None:
+    """The lower Cholesky factor of matrices (..., n, n) of unit diagonal, or None if one is far from the identity."""
+    factor, info = torch.linalg.cholesky_ex(gram)
+    near = not bool(info.any()) and bool((factor.diagonal(dim1=-2, dim2=-1) > 0.9).all())
+    return factor if near else None
 
 
 def lower_product(left: Tensor, right: Tensor) -> Tensor:
@@ -231,13 +244,13 @@ def noise_along(noise: Tensor | None, vectors: Tensor) -> Tensor:
 
 
 def denoised(values: Tensor, limit: Tensor | None, along: Callable[[int], Tensor]) -> Tensor:
-    """Eigenvalues, falling, with those within rounding error of zero set to zero.
+    """Descending eigenvalues, with those within rounding error of zero set to zero.
 
     Args:
         values: (..., n).
         limit: (...,), no direction has more noise of the sums; None if there is no such noise.
-        along: ``along(start)`` returns the noise along the directions from ``start`` on, (..., n - start); asked for
-            those whose values are not above the limit.
+        along: ``along(start)`` returns the noise along the directions from ``start`` on, (..., n - start); called for
+            directions whose values are not above the limit.
     """
     bound = values.shape[-1] * torch.finfo(values.dtype).eps * values[..., :1].expand_as(values)  # eigh's own error
     if limit is not None:

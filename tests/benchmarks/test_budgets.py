@@ -10,7 +10,7 @@ from lowrank_ops.config import LatencyCurve, LayerLatencies
 from lowrank_ops.layers.latency import ranks_to_time
 from lowrank_ops.models.layers import dimensions
 from lowrank_ops.ranks import choose_ranks
-from lowrank_ops.ranks.costs import MACS, PARAMETERS, nanoseconds
+from lowrank_ops.ranks.costs import in_macs, in_parameters, nanoseconds
 
 MODELS = {"demo ViT": lambda: budgets.vit(200), "small BERT": budgets.bert}
 
@@ -36,7 +36,7 @@ def by_size(subject: budgets.Subject) -> LayerLatencies:
 @pytest.mark.parametrize("allocation", budgets.ALLOCATIONS)
 @pytest.mark.parametrize("fraction", budgets.FRACTIONS)
 def test_parameter_and_mac_budgets_are_met(subject: budgets.Subject, fraction: float, allocation: str) -> None:
-    for policy, price in ((lro.ParameterBudget, PARAMETERS), (lro.FlopBudget, MACS)):
+    for policy, price in ((lro.ParameterBudget, in_parameters()), (lro.FlopBudget, in_macs())):
         ranks = choose_ranks(policy(fraction, allocation), subject.spaces)
         assert fraction - 0.01 <= budgets.share(subject, ranks, price) <= fraction
 

@@ -41,10 +41,12 @@ def test_variants_are_measured_once(model: torch.nn.Module, monkeypatch: pytest.
     monkeypatch.setattr(language, "load", lambda folder: (model, Tokenizer()))
     monkeypatch.setattr(language, "PROMPTS", language.PROMPTS[:1])
     arguments = ["--out", str(tmp_path / "rows.json"), "--tokens", "4096", "--test-tokens", "1024", "--budgets", "60"]
-    arguments += ["--variants", "ASVD", "output, uniform (SVD-LLM)", "loss, blocks"]
+    monkeypatch.setattr(language, "STEPS", 8)
+    variants = ["ASVD", "output, uniform (SVD-LLM)", "loss, blocks", "loss, pivoted, corrected, distilled"]
+    arguments += ["--cache", str(tmp_path / "cache"), "--variants", *variants]
     language.main(arguments)
     rows = language.Results(tmp_path / "rows.json").rows
-    assert [row["variant"] for row in rows] == ["ASVD", "output, uniform (SVD-LLM)", "loss, blocks"]
+    assert [row["variant"] for row in rows] == variants
     for row in rows:
         assert row["layer_share"] <= 0.6 and row["python_divergence"] > 0 and row["handbook_perplexity"] > 1
     language.main(arguments)
@@ -53,7 +55,7 @@ def test_variants_are_measured_once(model: torch.nn.Module, monkeypatch: pytest.
 
 def test_perplexity_is_that_of_the_labels(model: torch.nn.Module) -> None:
     ids = torch.randint(60, (3, 40))
-    found = language.compare(model, model, [ids])
+    found = language.compare([language.logits_of(model, ids)], model, [ids])
     loss = model(input_ids=ids, labels=ids).loss
     assert found["perplexity"] == pytest.approx(math.exp(float(loss)), rel=1e-4)
     assert found["agreement"] == 100 and abs(found["divergence"]) < 1e-6

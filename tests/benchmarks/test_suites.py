@@ -6,7 +6,16 @@ import json
 import pytest
 import torch
 
-from benchmarks import bench_covariance, bench_cpu, bench_lowrank_linear, bench_model, models, shapes, suite
+from benchmarks import (
+    bench_covariance,
+    bench_cpu,
+    bench_lowrank_linear,
+    bench_model,
+    bench_transformers,
+    models,
+    shapes,
+    suite,
+)
 from benchmarks.harness import Peak, distance, measure_case, truth
 
 CPU = torch.device("cpu")
@@ -17,6 +26,7 @@ SUITES = {
     "lowrank_linear": (bench_lowrank_linear, ["bf16"]),
     "model": (bench_model, ["bf16"]),
     "cpu": (bench_cpu, ["fp32"]),
+    "transformers": (bench_transformers, ["fp32"]),
 }
 
 
@@ -68,6 +78,14 @@ def test_models_and_their_calibration():
         rows, _ = measure_case(bench_model.calibration_case(name, size, 2, "fp32"), CPU, PEAK, 0.02)
         assert all(row.correct for row in rows)
         assert next(row for row in rows if row.variant == "lowrank_ops").speedup.keys() == {"forward", "hooks_float32"}
+
+
+def test_modules_of_transformers():
+    pytest.importorskip("transformers")
+    names, _ = right_variants(bench_transformers.t5_case(bench_transformers.T5_TINY, 3, "fp32"))
+    assert names == {"dense", "lowrank_ops"}
+    names, _ = right_variants(bench_transformers.experts_case(bench_transformers.Experts(4, 32, 16, 2), 9, "fp32"))
+    assert names == {"dense eager", "dense grouped_mm", "lowrank_ops", "padded grouped_mm"}
 
 
 @pytest.mark.parametrize("name", models.TINY_SIZES)

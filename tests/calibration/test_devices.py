@@ -1,5 +1,6 @@
 """Devices without float64: float32 sums about a shift, and decompositions on the CPU."""
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -66,3 +67,24 @@ def test_a_device_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, other = torch.device("cpu"), torch.device("meta")
     assert [float64_device(device) for device in (cpu, other, cpu, other)] == [cpu] * 4
     assert asked == [cpu, other]
+
+
+def test_reconstruction_and_errors_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 8)).eval()
+    with torch.no_grad():
+        dense[0].bias += 30.0  # of a mean that is large beside the spread
+    batches = [torch.randn(128, 16) for _ in range(4)]
+    covariances = lro.calibrate(dense, batches, sensitivity="output")
+    found = []
+    for exact in (True, False):
+        if not exact:
+            for room in ("reconstruction.regression", "calibration.sums", "calibration.statistics"):
+                monkeypatch.setattr(f"lowrank_ops.{room}.has_float64", lambda device: False)
+        model = copy.deepcopy(dense)
+        settings = lro.SequentialReconstruction(batches, sensitivity="output")
+        report = lro.compress_(model, covariances, lro.Ranks({"0": 6, "2": 4}), reconstruction=settings)
+        found.append(([layer.predicted_error for layer in report.layers], lro.measure_errors(dense, model, batches)))
+    assert found[0][0] != found[1][0]  # in float32
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-4)
+    assert found[1][1] == pytest.approx(found[0][1], rel=1e-4)

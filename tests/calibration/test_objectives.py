@@ -340,7 +340,7 @@ def gradient_error(found: lro.Covariances, expected: lro.Covariances) -> float:
 @pytest.mark.parametrize("as_mapping", [False, True])
 def test_merged_parts_seeded_alike_draw_independently(sensitivity: str, as_mapping: bool) -> None:
     model = mlp()
-    x = torch.randn(400, 6).double()
+    x = torch.randn(150, 6).double()
     batches: list[object] = [{"input": part} if as_mapping else part for part in x.split(1)]
     torch.manual_seed(9)
     expected = lro.calibrate(model, [x], sensitivity=sensitivity, num_probes=100)

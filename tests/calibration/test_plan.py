@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import lowrank_ops as lro
+from lowrank_ops.calibration.packing import from_lower_triangle, lower_triangle
 from lowrank_ops.calibration.plan import free_memory, parse_bytes
-from lowrank_ops.calibration.statistics import from_lower_triangle, lower_triangle
 from tests.calibration.comparing import assert_same_statistics
 
 WIDTH = 24
@@ -78,7 +78,7 @@ def test_sums_stay_within_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
 
     model, living, peak = Net(), [], 0
 
-    class Counted(recorder._Sums):
+    class Counted(recorder.Sums):
         def __init__(self, *args: Any, **options: Any) -> None:
             nonlocal peak
             super().__init__(*args, **options)
@@ -86,7 +86,7 @@ def test_sums_stay_within_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
             current = {id(sums.moments): sums.moments for sums in living if not sums.moments.is_packed}
             peak = max(peak, sum(part.nbytes for m in current.values() for part in m.tensors().values()))
 
-    monkeypatch.setattr(recorder, "_Sums", Counted)
+    monkeypatch.setattr(recorder, "Sums", Counted)
     plan = lro.plan_calibration(model, sensitivity="fisher", max_memory="75kB", offload="disk")
     calibrated(model, max_memory="75kB", offload="disk")
     assert 0 < peak <= max(plan.peak.values()) <= 75_000 and plan.passes > 1
@@ -150,8 +150,8 @@ def test_batches_that_come_once_are_refused() -> None:
         ({"max_memory": "8 apples"}, "max_memory must be .*'8 apples'"),
         ({"max_memory": 0}, "max_memory must be .*0"),
         ({"offload": "gpu"}, "offload must be None, 'cpu' or 'disk'; got 'gpu'"),
-        ({"max_memory": "1kB"}, "the sums of layer 'conv' take .* on cpu .*larger max_memory"),
-        ({"max_memory": "75kB", "offload": "cpu"}, "beside what is kept there"),
+        ({"max_memory": "1kB"}, "the sums of layer 'conv' need .* on cpu, .*larger max_memory"),
+        ({"max_memory": "75kB", "offload": "cpu"}, "with what is kept there"),
     ],
 )
 def test_invalid_bounds_are_errors(options: dict[str, Any], message: str) -> None:

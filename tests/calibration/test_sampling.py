@@ -54,10 +54,10 @@ def test_sizes_of_choices_are_right_on_average() -> None:
     assert len(Sampler(0.3, "").choose(0)) == 0
 
 
-@pytest.mark.parametrize("tokens", [0.0, -1.0, 1.5, float("nan")])
-def test_other_shares_are_refused(tokens: float) -> None:
-    with pytest.raises(ValueError, match="tokens must be a share of the rows, above 0 and at most 1; got"):
-        lro.calibrate(nn.Linear(4, 4), [torch.randn(8, 4)], tokens=tokens)
+@pytest.mark.parametrize("fraction", [0.0, -1.0, 1.5, float("nan")])
+def test_other_shares_are_refused(fraction: float) -> None:
+    with pytest.raises(ValueError, match=r"tokens must be a number in \(0, 1\]; got"):
+        lro.calibrate(nn.Linear(4, 4), [torch.randn(8, 4)], tokens=fraction)
 
 
 def test_reports_say_how_far_they_can_be_off() -> None:

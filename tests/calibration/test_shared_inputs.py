@@ -24,7 +24,7 @@ class Attention(nn.Module):
 
 def test_layers_with_one_input_share_its_moments(monkeypatch):
     calls = []
-    module = sys.modules["lowrank_ops.calibration.recorder"]
+    module = sys.modules["lowrank_ops.calibration.sums"]
     update = module.covariance_update_
     monkeypatch.setattr(module, "covariance_update_", lambda *args: (calls.append(args), update(*args)))
     model = Attention()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import lowrank_ops as lro
 from lowrank_ops.calibration import Moments
-from lowrank_ops.calibration.recorder import SHIFT_RATIO
+from lowrank_ops.calibration.sums import SHIFT_RATIO
 from tests.calibration.comparing import assert_same_statistics
 
 FEATURES = 24

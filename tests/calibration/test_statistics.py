@@ -10,8 +10,8 @@ from torch import nn
 
 import lowrank_ops as lro
 from lowrank_ops.calibration import Moments
-from lowrank_ops.files import digests, open_tensors, read_header, replacing, write_tensors
 from tests.calibration.comparing import assert_same_statistics, shared_inputs
+from tests.rewriting import rewrite
 
 
 class Model(nn.Module):
@@ -180,16 +180,6 @@ def test_unreadable_file_is_a_value_error(tmp_path, spoil):
         lro.Covariances.load(path)
 
 
-def rewritten(path, change):
-    """Write the file again after ``change(header, tensors)``, with right checksums."""
-    with open_tensors(path) as file:
-        header, tensors = read_header(file), {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    change(header, tensors)
-    header["checksums"] = digests(tensors)
-    with replacing(path) as (file,):
-        write_tensors(file, tensors, header)
-
-
 def entry(**values):
     return lambda header, tensors: header["layers"]["a"].update(values)
 
@@ -243,7 +233,7 @@ def test_sums_that_no_rows_have_are_refused(tmp_path, name):
     covariances = calibrated(images())
     covariances["a"].activations.shift = torch.zeros(16)
     covariances.save(path)
-    rewritten(path, change)
+    rewrite(path, change)
     with pytest.raises(ValueError, match=f"not a whole file written by Covariances.save: .*{message}"):
         lro.Covariances.load(path)
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import lowrank_ops as lro
 from lowrank_ops import cli, ops
 from lowrank_ops.checkpoint import load_pretrained
-from lowrank_ops.cli import compress, doctor, inputs
+from lowrank_ops.cli import compress, doctor, inputs, verify
 from lowrank_ops.config import LatencyCurve, LayerLatencies
 
 PROJECT = """
@@ -418,6 +418,15 @@ class TestDoctor:
         monkeypatch.setattr(doctor._native, "plan", missing)
         assert "No plan without" in refused(capsys, 1, "doctor", "--plan", "sm_90")
 
+    def test_verify_needs_a_gpu(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert "torch finds none here" in refused(capsys, 1, "doctor", "--verify")
+        refused(capsys, 2, "doctor", "--verify", "--plan", "sm_90")
+        for sizes in ("TOKENS", "LAYERS", "MATRICES"):
+            monkeypatch.setattr(verify, sizes, getattr(verify, sizes)[-1:])
+        with pytest.raises(verify.Failure, match="No kernel can run on a CPU"):
+            verify.verify(torch.device("cpu"), "a CPU")
+
     def test_a_gpu_is_described(self, monkeypatch: pytest.MonkeyPatch) -> None:
         facts = SimpleNamespace(name="A GPU", major=9, minor=0, multi_processor_count=132, total_memory=80 << 30)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: facts)
@@ -485,7 +494,7 @@ class TestRefusals:
             ("nowhere:build", 2, "no module 'nowhere' in this folder"),
             ("cli_needs:build", 2, "no module 'a_package_that_is_not_there'"),
             ("cli_project:bild", 2, "'cli_project' has no 'bild'"),
-            ("cli_project:number", 2, "must be callable; it is a int"),
+            ("cli_project:number", 2, "must be callable; got int"),
             ("cli_project:tensor", 2, "must return a torch.nn.Module; it returned a Tensor"),
             ("cli_project:broken", 1, "MODEL cli_project:broken failed: RuntimeError: the disk is gone (--traceback"),
             ("cli_broken:build", 1, "importing cli_broken failed: OSError: no weights"),

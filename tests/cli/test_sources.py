@@ -1,4 +1,4 @@
-"""Models and data by name: folders of transformers, files of texts, folders of images; and runs that are resumed."""
+"""Models and data by name: transformers folders, files of texts, folders of images; and runs that are resumed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import lowrank_ops as lro
@@ -90,6 +91,29 @@ class TestTransformers:
         assert {layer["rows"] for layer in found["utilization"]["layers"]} == {9 * 16, 9 * 17, 9}
 
 
+@pytest.mark.filterwarnings("ignore:fewer calibration rows")
+def test_a_folder_is_compressed_without_loading_it(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    budget = ("--budget", "0.7", "--json")
+    run(capsys, "compress", *TEXT, *budget, "--tokens", "0.9", "--save-covariances", "c.safetensors", "--out", "whole")
+    folder = ("compress", "--from-checkpoint", TEXT[1].partition(":")[2], "--covariances", "c.safetensors")
+    found = json.loads(run(capsys, *folder, *budget, "--out", "streamed"))
+    assert all(layer["rows"] < 400 for layer in found["compression"]["layers"])
+    assert Path("streamed", "tokenizer.json").exists()
+    models = [load_file(f"{out}/model.safetensors") for out in ("whole", "streamed")]
+    assert models[0].keys() == models[1].keys()
+    assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
+    for flags, part in {
+        ("--reconstruct", "blocks"): "leave out --reconstruct",
+        ("--model", "hf:x"): "leave out --model",
+        ("--sensitivity", "fisher"): "leave out --sensitivity",
+        ("--device", "nowhere"): "device='nowhere' cannot be used here",
+        ("--latency", "0.5"): "with --covariances it needs --latencies",
+    }.items():
+        assert part in run(capsys, *folder, *flags, "--out", "refused", code=2)
+    assert "needs --covariances" in run(capsys, *folder[:3], *TEXT[2:], "--out", "refused", code=2)
+    assert not Path("refused").exists()
+
+
 def _ranks(folder: Path) -> Path:
     path = folder / "ranks.json"
     path.write_text('{"re:.*(intermediate|output).dense|.*fc.*|.*query|.*q_proj": 8}')
@@ -114,7 +138,7 @@ class TestRefused:
             (TEXT[2:], "one model is needed"),
             ((*TEXT, "--batch-size", "0"), "must be a whole number from 1; got '0'"),
             (("--model", "hf:t5", *TEXT[2:]), "the model is an encoder with a decoder; pass module:function"),
-            (("--model", "hf:odd", *TEXT[2:]), "config.json names no class of transformers (architectures: ['Odd'])"),
+            (("--model", "hf:odd", *TEXT[2:]), "config.json names no transformers class (architectures: ['Odd'])"),
         ],
     )  # fmt: skip
     def test_bad_names(self, saved: Path, capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], part: str) -> None:

@@ -195,7 +195,8 @@ def page(rows: list[Row]) -> str:
     lines = [
         "# Compatibility with transformers",
         "",
-        "`make compatibility` writes this page.",
+        "`make compatibility` writes this page. Versions of Python, torch and Triton are in",
+        "[Reliability](reliability.md#compatibility).",
         f"Each row is a small model of random weights that runs transformers' code ({versions}).",
         f"It is calibrated, compressed to {BUDGET:.0%} of its layers' parameters, and then checked:",
         "",
@@ -205,7 +206,7 @@ def page(rows: list[Row]) -> str:
         "- generate: with the dynamic and the static cache, which give the same tokens",
         '- compile: `torch.compile` with the backend "aot_eager"',
         "- export: `torch.export.export`; ONNX: `torch.onnx.export(dynamo=True)`, run by onnxruntime",
-        '- LoRA: an adapter of PEFT on the target "all-linear", saved, loaded and merged',
+        '- LoRA: a PEFT adapter with target "all-linear", saved, loaded and merged',
         "- Trainer: two steps, and its checkpoint loaded to the bit",
         "",
         "Outputs of compile, export, ONNX and LoRA may differ by 1e-4. An empty cell: the check does not apply.",

@@ -1,6 +1,7 @@
 """Models of timm and torchvision, small ones of their own code: convert, calibrate, compress, save, load."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -21,7 +22,16 @@ FAMILIES = {
     "timm ConvNeXt": lambda: timm.create_model("convnext_atto", depths=(1, 1, 1, 1), dims=(16, 32, 32, 64)),
     "timm EfficientNet": lambda: timm.create_model("test_efficientnet"),
     "timm ResNet": lambda: timm.create_model("resnet10t", channels=(16, 32, 32, 64), stem_width=8),
-    "torchvision Swin": lambda: models.SwinTransformer([4, 4], 32, [1, 1], [2, 4], [4, 4]),
+    "torchvision Swin": lambda: models.SwinTransformer([4, 4], 32, [2, 1], [2, 4], [4, 4]),
+    "torchvision Swin 2": lambda: models.SwinTransformer(
+        [4, 4],
+        32,
+        [2, 1],
+        [2, 4],
+        [4, 4],
+        block=models.swin_transformer.SwinTransformerBlockV2,
+        downsample_layer=models.swin_transformer.PatchMergingV2,
+    ),
     "torchvision ViT": lambda: models.VisionTransformer(32, 8, num_layers=2, num_heads=4, hidden_dim=32, mlp_dim=64),
 }
 
@@ -38,6 +48,7 @@ def test_models_are_compressed_saved_and_loaded(family, tmp_path):
     model = convert_attention_(copy.deepcopy(original))
     torch.testing.assert_close(model(batches[0]), original(batches[0]), atol=1e-6, rtol=1e-5)
     dense = copy.deepcopy(model)
+    assert "Swin" not in family or list(dense.state_dict()) == list(original.state_dict())
     covariances = lro.calibrate(model, batches, sensitivity="fisher")
     report = lro.compress_(model, covariances, lro.ParameterBudget(0.6))
     assert report.layer_parameters <= 0.6 * report.layer_parameters_before
@@ -47,6 +58,25 @@ def test_models_are_compressed_saved_and_loaded(family, tmp_path):
     assert torch.equal(lro.load_pretrained(dense, tmp_path)(batches[0]), y)
     torch.testing.assert_close(to_plain_layers(model)(batches[0]), y, atol=1e-4, rtol=1e-4)
     attention = [fqn for fqn in covariances if "attn" in fqn or "attention" in fqn]
-    assert bool(attention) == (family in ("timm ViT", "timm DeiT", "timm Swin", "torchvision ViT"))
-    if family == "torchvision Swin":  # its function reads the weights of qkv and proj, and calls neither
-        assert report.skipped["features.1.0.attn.qkv"] == "no calibration batch reached it"
+    assert bool(attention) == (family.rpartition(" ")[2] in ("ViT", "DeiT", "Swin", "2"))
+    if "torchvision Swin" in family:
+        assert {"features.1.1.attn.qkv", "features.1.1.attn.proj"} <= {row.fqn for row in report.layers}
+
+
+@pytest.mark.parametrize("family", ["torchvision Swin", "torchvision Swin 2"])
+def test_converted_windows_are_compiled_exported_and_scaled_to_any_image(family):
+    torch.manual_seed(0)
+    original = FAMILIES[family]().eval()
+    for parameter in original.parameters():  # the bias of the keys, which version 2 ignores, as well
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    model, x = convert_attention_(copy.deepcopy(original)), torch.randn(2, 3, 40, 56)  # padded to whole windows
+    expected = original(x)
+    for run in (model, pickle.loads(pickle.dumps(model)), torch.compile(model, backend="aot_eager")):
+        torch.testing.assert_close(run(x), expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected, atol=1e-6, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"features\.1\.0\.attn is a ShiftedWindowAttention\w* that .* has hooks"):
+        original.features[1][0].attn.register_forward_hook(lambda *args: None)
+        convert_attention_(original)
+    covariances = lro.calibrate(original, [x])
+    assert "call lowrank_ops.layers.convert_attention_(model)" in covariances.skipped["features.1.1.attn"]
+    assert not any("qkv" in fqn for fqn in covariances)

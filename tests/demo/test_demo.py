@@ -24,7 +24,7 @@ def options(*arguments: object) -> argparse.Namespace:
 
 
 def quick(folder: Path, *arguments: object) -> argparse.Namespace:
-    return options("--out", folder, "--images", 300, "--calibration-images", 200, "--rounds", 1, *arguments)
+    return options("--out", folder, "--images", 150, "--calibration-images", 100, "--rounds", 1, *arguments)
 
 
 # --- data ---
@@ -135,16 +135,16 @@ def test_run_reports_every_method_at_every_budget(finished: tuple[int, Path]) ->
         ("utilized", None),
         *((method, budget) for budget in (50, 25, 10) for method in METHODS.values()),
     ]
-    assert report["test_images"] == 300 and report["calibration_images"] == 200
+    assert report["test_images"] == 150 and report["calibration_images"] == 100
     assert {"torch", "threads", "cpu"} <= set(report["environment"])
     assert report["training"] == data.load_training_record()
 
 
 def test_checks_hold_on_part_of_the_images(tmp_path: Path) -> None:  # `make demo` runs all of them
-    arguments = ("--images", 2000, "--calibration-images", 1000, "--budgets", "--rounds", 1)
+    arguments = ("--images", 1000, "--calibration-images", 500, "--budgets", "--rounds", 1)
     assert run.run(options("--out", tmp_path, *arguments)) == 0
     report = json.loads((tmp_path / "report.json").read_text())
-    assert len(report["checks"]) == 2 and report["test_images"] == 2000
+    assert len(report["checks"]) == 2 and report["test_images"] == 1000
 
 
 def test_reported_figures_are_consistent(finished: tuple[int, Path]) -> None:
@@ -174,7 +174,7 @@ def test_reported_figures_are_consistent(finished: tuple[int, Path]) -> None:
 def test_reported_utilization_is_that_of_the_library(finished: tuple[int, Path]) -> None:
     reported = json.loads((finished[1] / "report.json").read_text())["utilization"]
     model = load_vit()
-    covariances = lro.calibrate(model, data.load_images("calibration")[0][:200].split(50))
+    covariances = lro.calibrate(model, data.load_images("calibration")[0][:100].split(50))
     expected = lro.utilization(
         model, covariances, 0.99, centered=False, filter_fn=lambda module, fqn: "blocks.3" in fqn
     )

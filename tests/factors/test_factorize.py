@@ -119,6 +119,18 @@ def test_centered_is_never_worse(layer_and_input, rank):
     assert affine <= linear * (1 + 1e-9) + 1e-12
 
 
+def test_centering_may_be_worse_for_input_components():
+    """The mean lies in a feature of less variance, to which the output is more sensitive."""
+    layer = nn.Linear(2, 2, bias=False).double()
+    layer.weight.data = torch.tensor([[1.0, 0.0], [0.0, 10.0]], dtype=torch.float64)
+    x = torch.randn(400, 2, dtype=torch.float64) * torch.tensor([1.5, 1.0]) + torch.tensor([0.0, 5.0])
+    affine, linear = (
+        measured_error(layer, factorize(spaces_of(layer, x, centered=centered), 1, "input"), x)
+        for centered in (True, False)
+    )
+    assert affine > linear
+
+
 @pytest.mark.parametrize("projection", ["output", "utilized", "input"])
 def test_the_mean_output_is_exact(layer_and_input, projection):
     layer, x = layer_and_input

@@ -251,3 +251,31 @@ def test_projections_agree_at_full_rank() -> None:
         factors = factorize(spaces, 7, projection)
         torch.testing.assert_close(factors.up @ factors.down, dense)
         torch.testing.assert_close(factors.bias, layer.bias.detach())
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+@pytest.mark.parametrize("centered", [True, False])
+def test_predicted_loss_of_every_projection_is_its_formula(centered: bool, side: str) -> None:
+    """Also of the weight's SVD, whose error is about zero in spaces about the mean."""
+    layer, x, g = problem()
+    weight = layer.weight.detach()
+    rows = x if side == "input" else x @ weight.T
+    moment = g.T @ g / len(g)
+    for projection in ("output", "weight") if side == "input" else ("output",):
+        factors = factorize(spaces_of(layer, rows, g, centered, side), 3, projection)
+        lost = x @ (weight - factors.up @ factors.down).T
+        if centered and projection != "weight":
+            lost = lost - lost.mean(0)
+        assert factors.predicted_loss is not None
+        assert factors.predicted_loss == pytest.approx(0.5 * float(((lost @ moment) * lost).sum() / len(x)))
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_output_variance_is_unweighted_after_a_weighted_decomposition(side: str) -> None:
+    layer, x, g = problem()
+    rows = x if side == "input" else x @ layer.weight.detach().T
+    weighted = LayerStatistics(side, moments_of(rows), moments_of(g), moments_of(3 * rows[:50]))
+    spaces = LayerSubspaces.of_layer(layer, weighted, centered=True)
+    assert spaces.loss is not None
+    _ = spaces.loss.subspace.spectrum
+    assert spaces.output_variance == pytest.approx(float(layer(x).detach().var(0, correction=0).sum()))

@@ -8,13 +8,14 @@ from torch import nn
 
 import lowrank_ops as lro
 from lowrank_ops.factors import factorize
+from lowrank_ops.factors.projections import MAX_HIDDEN
 from lowrank_ops.subspaces import layer_subspaces
 
 
-def one_wide_direction() -> tuple[nn.Module, torch.Tensor]:
-    model = nn.Sequential(nn.Linear(256, 2048))
+def one_wide_direction(out_features: int = 2048) -> tuple[nn.Module, torch.Tensor]:
+    model = nn.Sequential(nn.Linear(256, out_features))
     with torch.no_grad():
-        model[0].weight[:, 0] = 1500 * (1 + 0.1 * torch.randn(2048))
+        model[0].weight[:, 0] = 1500 * (1 + 0.1 * torch.randn(out_features))
     x = torch.randn(600, 256)
     x[:, 0] = 1 + 0.3 * x[:, 0]
     return model, x
@@ -64,10 +65,53 @@ def test_float16_layers_stay_finite_and_as_predicted(make, projection):
 
 @pytest.mark.parametrize("side", ["input", "output"])
 def test_float16_autocast_of_a_float32_model_stays_finite(side):
-    model, x = one_wide_direction()
+    model, x = one_wide_direction(1024)
+    assert model(x).norm(dim=1).max() > 65504
     lro.compress_(model, lro.calibrate(model, [x], side=side), lro.Ranks({"0": 40}))
     with torch.no_grad(), torch.autocast("cpu", torch.float16):
         assert model(x).isfinite().all()
+
+
+def means_that_cancel() -> tuple[nn.Module, torch.Tensor]:
+    """Two inputs of mean 30,000 cancel in the dense layer; factors that keep one of them need a bias of 120,000."""
+    model = nn.Sequential(nn.Linear(16, 16))
+    with torch.no_grad():
+        model[0].weight[:, 0], model[0].weight[:, 1] = 4, -4
+    x = torch.randn(400, 16)
+    x[:, 0], x[:, 1] = 3e4 + 100 * x[:, 0], 3e4
+    return model, x
+
+
+@pytest.mark.parametrize(("make", "dtype"), [(means_that_cancel, torch.float16), (means_that_cancel, torch.bfloat16)])
+def test_factors_beyond_the_dtype_are_refused_by_name(make, dtype):
+    model, x = make()
+    covariances = lro.calibrate(model, [x])
+    narrow, dense = model.to(dtype), list(model)
+    assert narrow(x.to(dtype)).isfinite().all()
+    for projection in ("input", "utilized"):
+        config = lro.CompressionConfig(lro.Ranks({"0": 4}), projection=projection)
+        if dtype == torch.float16:
+            with pytest.raises(ValueError, match=r"layer '0': its bias of rank 4 reaches 1.2e\+05, .* torch.float16"):
+                lro.compress_(narrow, covariances, config)
+            with pytest.raises(ValueError, match="layer '0': its bias of rank 4"):
+                reconstruction = lro.SequentialReconstruction([x.to(dtype)], ridge=0.0)
+                lro.compress_(narrow, covariances, config, reconstruction=reconstruction)
+            assert list(narrow) == dense
+        else:
+            lro.compress_(copy.deepcopy(narrow), covariances, config)
+    lro.compress_(narrow, covariances, 4)
+    assert narrow(x.to(dtype)).isfinite().all()
+
+
+def test_weights_near_the_largest_number_do_not_overflow():
+    model = nn.Sequential(nn.Linear(32, 32, bias=False)).half()
+    model[0].weight.data = (6e4 * torch.randn(32, 32).tanh()).half()
+    x = (1e-3 * torch.randn(300, 32)).half()
+    for projection in ("output", "input", "utilized", "weight"):
+        compressed = copy.deepcopy(model)
+        config = lro.CompressionConfig(lro.Ranks({"0": 16}), projection=projection)
+        lro.compress_(compressed, lro.calibrate(model, [x]), config)
+        assert compressed(x).isfinite().all()
 
 
 @pytest.mark.parametrize("make", MODELS)
@@ -111,3 +155,21 @@ def test_the_largest_elements_of_both_factors_are_alike(projection: str) -> None
         factors = factorize(layer_subspaces({"0": model[0]}, statistics)["0"], 6, projection)
         ratios = factors.down.abs().amax(-1) / factors.up.abs().amax(-2)
         assert bool((ratios > 0.24).all()) and bool((ratios < 4.1).all()), (scale, ratios)
+
+
+@pytest.mark.parametrize(
+    ("projection", "side"),
+    [("output", "input"), ("loss", "input"), ("input", "input"), ("utilized", "input"), ("output", "output"),
+     ("loss", "output")],
+)  # fmt: skip
+def test_hidden_values_keep_within_the_limit(projection: str, side: str) -> None:
+    """Tiny weights with huge inputs, whose balanced factors would put up to 1e5 into x down^T."""
+    torch.manual_seed(0)
+    for scale, output in ((1e-9, 0.3), (1e-7, 100.0), (1e-3, 1e5)):
+        model = nn.Sequential(nn.Linear(24, 16, bias=False)).double()
+        model[0].weight.data *= scale
+        x = output / scale * (torch.randn(200, 24).double() + 1)
+        statistics = lro.calibrate(model, [x], sensitivity="output", side=side)
+        factors = factorize(layer_subspaces({"0": model[0]}, statistics)["0"], 6, projection)
+        sizes = (x @ factors.down.mT).square().mean(0).sqrt()
+        assert bool((sizes <= MAX_HIDDEN * (1 + 1e-9)).all()) and bool((sizes > MAX_HIDDEN / 4).all()), (scale, sizes)

@@ -248,7 +248,14 @@ def test_a_model_with_adapters_is_not_compressed(net, dense):
         lambda: to_dense_layers(model),
     ]
     for action in actions:
-        with pytest.raises(ValueError, match=r"layer 'base_model.model.conv' has an adapter .*merge_and_unload\(\)"):
+        with pytest.raises(ValueError, match=r"layer 'base_model.model.conv' has a PEFT adapter.*merge_and_unload\(\)"):
             action()
     merged = model.merge_and_unload()
     assert lro.calibrate(to_dense_layers(merged), [X])
+
+
+def test_a_pivoted_layer_is_refused(net):
+    net.wide = lro.layers.PivotedLinear.from_lowrank(net.wide)
+    for targets in (["wide"], "all-linear"):
+        with pytest.raises(ValueError, match=r"layer 'wide' is pivoted.*layer\.to_lowrank\(\)"):
+            peft.get_peft_model(net, peft.LoraConfig(target_modules=targets))

@@ -20,7 +20,9 @@ transformers = pytest.importorskip("transformers")
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from lowrank_ops.integrations.transformers import LowRankConfig, model_card  # noqa: E402
-from lowrank_ops.layers import to_dense_layers  # noqa: E402
+from lowrank_ops.layers import to_dense_layers, to_plain_layers  # noqa: E402
+from tests.compatibility.families import FAMILIES  # noqa: E402
+from tests.compatibility.table import output  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +80,22 @@ def test_round_trip_to_the_bit(model: LlamaForCausalLM, tmp_path: Path, max_shar
     assert torch.equal(logits(loaded), logits(model))
     loaded.half().float()  # transformers refuses these for quantized models
     transformers.trainer_utils.validate_quantization_for_training(loaded)
+
+
+def test_pivoted_layers_load_whole_or_not_at_all(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    mlp = model.model.layers[0].mlp
+    mlp.up_proj = lro.layers.PivotedLinear.from_lowrank(mlp.up_proj)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert isinstance(loaded.model.layers[0].mlp.up_proj, lro.layers.PivotedLinear)
+    assert torch.equal(logits(loaded), logits(model))
+    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float16).model.layers[0].mlp.up_proj
+    assert (half.down.dtype, half.order.dtype) == (torch.float16, torch.int32)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.order"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(lro.CheckpointError, match=r"the checkpoint lacks model\.layers\.0\.mlp\.up_proj\.order"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def test_one_description_of_the_layers(model: LlamaForCausalLM, tmp_path: Path) -> None:
@@ -209,6 +227,34 @@ def test_copies_are_saved_as_well(model: LlamaForCausalLM, tmp_path: Path) -> No
     copied = copy.deepcopy(model)
     copied.save_pretrained(tmp_path)
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+
+
+@pytest.mark.filterwarnings("ignore:the router sent fewer")
+@pytest.mark.parametrize("family", ["Llama", "Mixtral", "GPT-2"])
+def test_dense_copies_load_where_nothing_is_lost(family: str, tmp_path: Path) -> None:
+    architecture = FAMILIES[family]
+    model, batch = architecture.build(), architecture.batch(3)
+    covariances = lro.calibrate(model, [architecture.batch(8)])
+    centered = copy.deepcopy(model)
+    lro.compress_(centered, covariances, lro.ParameterBudget(0.6))
+    lro.compress_(model, covariances, lro.CompressionConfig(lro.ParameterBudget(0.6), centered=False))
+    model.save_pretrained(tmp_path / "compressed")
+    for compressed in (model, architecture.load(str(tmp_path / "compressed"))):
+        copied = to_dense_layers(compressed)
+        assert copied.state_dict().keys() == architecture.build().state_dict().keys()
+        copied.save_pretrained(tmp_path / "dense")
+        loaded = architecture.load(str(tmp_path / "dense"))
+        assert torch.equal(output(loaded, batch), output(copied, batch))
+        torch.testing.assert_close(output(loaded, batch), output(model, batch), atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"would not load .*0\.weight.* Save the compressed model itself"):
+        to_plain_layers(model).save_pretrained(tmp_path / "plain")
+    if family == "Llama":
+        with pytest.raises(ValueError, match=r"would not load .*q_proj\.bias.* compress with .*centered=False"):
+            to_dense_layers(centered).save_pretrained(tmp_path / "centered")
+    elif family == "Mixtral":
+        with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts: 4 of 4 experts have a bias in gate_up_proj"):
+            to_dense_layers(centered)
+    assert not (tmp_path / "plain").exists() and not (tmp_path / "centered").exists()
 
 
 def test_without_the_package_loading_is_an_error(model: LlamaForCausalLM, tmp_path: Path) -> None:

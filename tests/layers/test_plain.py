@@ -15,9 +15,10 @@ WITHOUT_PACKAGE = """
 import sys
 sys.modules["lowrank_ops"] = None  # an import of it fails
 import torch
-model = torch.load(sys.argv[1], weights_only=False)
-x, y = torch.load(sys.argv[2])
-torch.testing.assert_close(model(x), y)
+dense, plain = torch.load("models.pt", weights_only=False)
+x, y = torch.load("data.pt")
+torch.testing.assert_close(dense(x), y)
+torch.testing.assert_close(plain(x), y)
 """
 
 
@@ -65,14 +66,11 @@ def test_plain_layers_hold_the_same_parameters():
         assert torch.equal(found[name], parameter) and found[name].requires_grad == parameter.requires_grad
 
 
-@pytest.mark.parametrize("convert", [to_dense_layers, to_plain_layers])
-def test_converted_models_load_without_the_package(convert, tmp_path):
+def test_converted_models_load_without_the_package(tmp_path):
     model, x = make_model()
-    torch.save(convert(model), tmp_path / "model.pt")
+    torch.save((to_dense_layers(model), to_plain_layers(model)), tmp_path / "models.pt")
     torch.save((x, model(x)), tmp_path / "data.pt")
-    subprocess.run(
-        [sys.executable, "-c", WITHOUT_PACKAGE, tmp_path / "model.pt", tmp_path / "data.pt"], check=True, cwd=tmp_path
-    )
+    subprocess.run([sys.executable, "-c", WITHOUT_PACKAGE], check=True, cwd=tmp_path)
 
 
 def test_plain_layers_can_be_scripted_and_quantized():
@@ -108,6 +106,13 @@ def with_hook(layer):
 
 def with_parametrization(layer):
     nn.utils.parametrizations.weight_norm(layer, "up")
+
+
+@pytest.mark.parametrize("convert", [to_dense_layers, to_plain_layers])
+def test_layers_with_an_adapter_are_refused(convert):
+    adapter = type("BaseTunerLayer", (nn.Sequential,), {"__module__": "peft.tuners.tuners_utils"})
+    with pytest.raises(ValueError, match=r"layer '0' has a PEFT adapter"):
+        convert(nn.Sequential(adapter(lro.LowRankLinear(8, 8, 2))))
 
 
 @pytest.mark.parametrize("convert", [to_dense_layers, to_plain_layers])

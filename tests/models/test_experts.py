@@ -283,6 +283,21 @@ class TestCompression:
         other = torch.randn(2, 64, 32)
         torch.testing.assert_close(exported(other), block(other), rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.parametrize("family", ["Mixtral", "GptOss"])
+    def test_a_dense_copy_has_fused_experts(self, family: str) -> None:
+        model, x = mixture(family, layers=1), tokens(16)
+        before = {name: (value.shape, value.requires_grad) for name, value in model.named_parameters()}
+        config = lro.CompressionConfig(lro.ParameterBudget(0.5), centered=False)
+        lro.compress_(model, lro.calibrate(model, [x], filter_fn=only_experts), config)
+        copied = lro.layers.to_dense_layers(model)
+        assert {name: (value.shape, value.requires_grad) for name, value in copied.named_parameters()} == before
+        torch.testing.assert_close(logits(copied, x), logits(model, x), rtol=1e-4, atol=1e-5)
+        again = lro.calibrate(copied, [x], filter_fn=only_experts)  # its experts are found as those of any mixture
+        assert len(again) == 8 and not isinstance(experts_of(copied)[0][1], ListedExperts)
+        with torch.no_grad():
+            experts_of(copied)[0][1].down_proj.zero_()
+        assert isinstance(experts_of(model)[0][1], ListedExperts) and logits(model, x).isfinite().all()
+
     def test_an_error_leaves_the_experts_fused(self) -> None:
         model, x = mixture(layers=1), tokens()
         expected, before = logits(model, x), dict(model.named_modules())

@@ -1,5 +1,6 @@
 """Models are handed back in their own modes, and two threads do not disturb each other."""
 
+import copy
 import threading
 import warnings
 
@@ -86,6 +87,69 @@ def test_calibrate_hands_a_folding_layer_back_unfolded():
         lro.calibrate(model, [torch.randn(20, 8)])
     torch.testing.assert_close(model[1][0].weight, before, atol=1e-6, rtol=1e-5)
     assert all(module.training for module in model.modules())
+
+
+def test_every_step_hands_a_folding_layer_back_unfolded():
+    """The model, the teacher and the copy that trials run on; the layer itself is left out of the compression."""
+    batches = [torch.randn(20, 8) for _ in range(2)]
+    covariances = lro.calibrate(nested(Folds()), batches, sensitivity="output")
+    only = {"filter_fn": lambda module, fqn: fqn == "0"}
+    model, student = nested(Folds()).train(), nested(nn.Linear(8, 8))
+    before = model[1][0].weight.detach().clone()
+    compressed = copy.deepcopy(model)
+    ranks = lro.Ranks({"0": 4})
+    lro.compress_(compressed, covariances, ranks, **only, reconstruction=lro.SequentialReconstruction(batches))
+    steps = {
+        "finetune_": lambda: lro.finetune_(student, batches, teacher=model, steps=1),
+        "measure_errors": lambda: lro.measure_errors(model, compressed, batches),
+        "measure_latency": lambda: lro.measure_latency(model, batches[0], points=2, rounds=1),
+        "search_ranks": lambda: lro.search_ranks(model, covariances, lambda trial: 1.0, 0.1, **only),
+        "recalibrate": lambda: lro.recalibrate(model, covariances, batches, ranks, sensitivity="output"),
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name, step in steps.items():
+            step()
+            torch.testing.assert_close(model[1][0].weight, before, atol=1e-5, rtol=1e-5, msg=name)
+            assert all(module.training for module in model.modules()), name
+
+
+def test_finetuning_leaves_a_student_in_its_modes():
+    """A student in eval mode has its adapter folded in again; one in training mode is not folded twice."""
+    batches, teacher = [torch.randn(20, 8) for _ in range(2)], nested(nn.Linear(8, 8))
+    for mode in (True, False):
+        student = nested(Folds()).train(mode)
+        folded = student[1][0].weight.detach().clone()
+        lro.finetune_(student, batches, teacher=teacher, steps=1, lr=1e-12)
+        assert all(module.training == mode for module in student.modules())
+        torch.testing.assert_close(student[1][0].weight, folded, atol=1e-5, rtol=1e-5)
+
+
+def test_state_dict_hooks_have_the_last_word_when_saving(tmp_path):
+    """Hooks that fold, unfold or rename what is saved, as adapters do."""
+
+    def fold(module, *args):
+        module.weight.data += module.adapter.data
+
+    def unfold(module, *args):
+        module.weight.data -= module.adapter.data
+
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].adapter = nn.Parameter(torch.randn(8, 8))
+    model[1].register_state_dict_pre_hook(fold)
+    model[1].register_state_dict_post_hook(
+        lambda module, state, prefix, *args: state.update({f"{prefix}weight": state[f"{prefix}weight"].clone()})
+    )
+    model[1].register_state_dict_post_hook(unfold)
+    before = model[1].weight.detach().clone()
+    covariances = lro.calibrate(model, [torch.randn(20, 8)])
+    lro.compress_(model, covariances, lro.Ranks({"0": 4}))
+    lro.save_pretrained(model, tmp_path)
+    torch.testing.assert_close(model[1].weight, before)
+    plain = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    plain[1].adapter = nn.Parameter(torch.zeros(8, 8))
+    loaded = lro.load_pretrained(plain, tmp_path)
+    torch.testing.assert_close(loaded[1].weight, before + model[1].adapter)
 
 
 def test_modules_that_define_eval_are_called():

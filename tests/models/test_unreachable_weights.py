@@ -97,3 +97,15 @@ def test_compress_refuses_models_wrapped_for_parallel_training(process_group):
             with pytest.raises(ValueError, match=rf"is wrapped by {name}.* Compress the module first, then wrap it"):
                 lro.compress_(model, covariances, 4)
             assert dict(model.named_modules()) == before
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_compress_refuses_models_whose_parameters_are_sharded(process_group, inside):
+    model = model_with(nn.Linear(8, 8))
+    covariances = lro.calibrate(model, [torch.randn(20, 8)])
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    torch.distributed.fsdp.fully_shard(model[1] if inside else model, mesh=mesh)
+    with pytest.raises(ValueError, match=r"is wrapped by FSDPModule.* Compress the module first, then wrap it"):
+        lro.compress_(model, covariances, lro.Ranks({"0": 4}))
+    with pytest.raises(ValueError, match="is wrapped by FSDPModule"):
+        lro.search_ranks(model, covariances, lambda trial: 1.0, 0.1)

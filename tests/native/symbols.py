@@ -1,14 +1,16 @@
 """Which torch a library needs, by the symbols that it takes from it: ``python -m tests.native.symbols [LIBRARY]``.
 
+``--toolkit 13.3`` requires that this release of CUDA built the installed library.
+
 torch's C headers say since when each function of the stable interface is there; what they do not name is foreign to it.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 #: A torch without CUDA lacks the first, which is asked for only where there is a CUDA tensor.
@@ -56,12 +58,18 @@ def minimum(symbols: set[str]) -> tuple[tuple[int, int], set[str]]:
 def main() -> None:
     from lowrank_ops.ops import _native
 
-    library = Path(sys.argv[1]) if len(sys.argv) > 1 else _native.LIBRARY
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("library", nargs="?", type=Path, default=_native.LIBRARY)
+    parser.add_argument("--toolkit")
+    options = parser.parse_args()
+    library = options.library
+    if options.toolkit not in (None, found := _native.toolkit()):
+        raise SystemExit(f"built by CUDA {found}, not {options.toolkit}")
     needed, weak = undefined(library)
     version, foreign = minimum(needed)
     if foreign or weak - WEAK:
         raise SystemExit(f"not stable: {', '.join(sorted(foreign | weak - WEAK))}")
-    print(f"stable, minimum torch {version[0]}.{version[1]}: {len(needed)} functions")
+    print(f"CUDA {found}, stable, minimum torch {version[0]}.{version[1]}: {len(needed)} functions")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,23 @@
-"""Inputs and error bound of ``lowrank_linear``, shared by the tests of the op, the interpreter and the GPU."""
+"""Inputs, activations and error bound of ``lowrank_linear``, for the tests of the op on all kinds of devices."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank_ops.ops.linear import reference
 from tests.tolerance import assert_close_to_float64
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda y: y,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
+    "silu": F.silu,
+}
 
 
 def linear_inputs(

@@ -262,7 +262,9 @@ def test_inference_mode():
 def test_backends_by_name():
     x = torch.randn(5, 6)
     assert torch.equal(updated(x, backend="reference")[0], updated(x)[0])
-    with pytest.raises(ValueError, match="backend must be one of 'auto', 'reference', 'triton', 'cuda'; got 'numpy'"):
+    with pytest.raises(
+        ValueError, match="backend must be one of 'auto', 'unverified', 'reference', 'triton', 'cuda'; got 'numpy'"
+    ):
         updated(x, backend="numpy")
     with pytest.raises(BackendUnavailableError, match=r"backend='cuda' cannot run this call \(.*backend='auto'"):
         updated(x, backend="cuda")

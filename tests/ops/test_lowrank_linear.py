@@ -7,30 +7,21 @@ import weakref
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowrank_ops.ops import Backend, BackendUnavailableError, lowrank_linear
+from lowrank_ops.ops import Backend, BackendUnavailableError, _triton_device, lowrank_linear
 from lowrank_ops.ops import linear as op
 from lowrank_ops.ops._backend import Device, choose
-from tests.ops.inputs import linear_inputs
+from tests.ops.inputs import ACTIVATIONS, linear_inputs
 from tests.tolerance import assert_close_to_float64
 
-ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 HOPPER = Device("cuda", 0, (9, 0), 132, 232448)
 
 
 def plain(x, down, up, bias, activation="none"):
     y = x @ down.T @ up.T
     y = y if bias is None else y + bias
-    functions = {
-        "none": lambda y: y,
-        "relu": torch.relu,
-        "gelu": F.gelu,
-        "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
-        "silu": F.silu,
-    }
-    return functions[activation](y)
+    return ACTIVATIONS[activation](y)
 
 
 def problem(tokens=1, in_features=4096, rank=512, out_features=4096, dtype=torch.bfloat16, device=HOPPER, **changes):
@@ -159,7 +150,7 @@ def test_compile_and_export_keep_one_node(backend):
     nodes = [node for node in exported.graph.nodes if "lowrank_linear" in str(node.target)]
     assert [node.target for node in nodes] == [torch.ops.lowrank_ops.lowrank_linear.default]
     compiled = torch.compile(layer, fullgraph=True, backend=keep)
-    if backend in ("auto", "reference"):
+    if backend in ("auto", "unverified", "reference"):
         torch.testing.assert_close(compiled(*args), layer(*args))
         torch.testing.assert_close(exported.module()(*args), layer(*args))
     else:  # neither runs on a CPU; the error is raised when the op runs
@@ -217,7 +208,10 @@ def test_autocast_casts_as_linear_does():
             {"activation": "tanh"},
             "activation must be one of none, relu, gelu, gelu_tanh, silu; got 'tanh'.",
         ),
-        ({"backend": "cudnn"}, "backend must be one of 'auto', 'reference', 'triton', 'cuda'; got 'cudnn'."),
+        (
+            {"backend": "cudnn"},
+            "backend must be one of 'auto', 'unverified', 'reference', 'triton', 'cuda'; got 'cudnn'.",
+        ),
     ],
 )
 def test_messages(change, message):
@@ -250,8 +244,25 @@ def test_explain_names_every_implementation():
 
 
 @pytest.fixture
-def with_triton():
+def with_triton(monkeypatch):
+    """Choices are those of Triton 3.7 and newer, whichever is installed."""
     pytest.importorskip("triton", reason="auto chooses Triton only where it is installed")
+    monkeypatch.setattr(_triton_device, "lacks_proxy_fence", lambda *device: None)
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "lacks"),
+    [("3.6.0", (9, 0), True), ("3.6.1", (10, 0), True), ("3.6.0", (8, 9), False), ("3.7.0", (9, 0), False),
+     ("3.10.1", (9, 0), False), ("4.0.0", (10, 0), False)],
+)  # fmt: skip
+def test_a_triton_without_the_fence_is_refused(monkeypatch, version, capability, lacks):
+    triton = pytest.importorskip("triton", reason="its version is asked")
+    monkeypatch.setattr(triton, "__version__", version)
+    reason = _triton_device.lacks_proxy_fence.__wrapped__("cuda", capability)
+    assert (
+        reason == f"needs Triton 3.7 or newer on this device, for a missing memory fence; this is {version}"
+    ) is lacks
+    assert (reason is None) is not lacks
 
 
 @pytest.mark.usefixtures("with_triton")

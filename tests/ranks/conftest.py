@@ -1,7 +1,9 @@
-"""A fixed seed for every test of this folder."""
+"""A fixed seed for every test of this folder, and the calibrated network."""
 
 import pytest
 import torch
+
+from tests.calibrated_net import calibrated as calibrated
 
 
 @pytest.fixture(autouse=True)

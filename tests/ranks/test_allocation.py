@@ -8,7 +8,8 @@ from torch import nn
 
 import lowrank_ops as lro
 from lowrank_ops.ranks import choose_ranks
-from lowrank_ops.ranks.costs import dense_parameters, lowrank_parameters, stored_rank
+from lowrank_ops.ranks.allocation import _by_share
+from lowrank_ops.ranks.costs import Option, dense_parameters, lowrank_parameters, stored_rank
 from lowrank_ops.subspaces import layer_subspaces
 
 
@@ -195,3 +196,10 @@ def test_costs_are_the_parameters_that_layers_have(make, bias, centered):
     assert dense_parameters(space) == sum(part.numel() for part in model.parameters())
     lro.compress_(model, covariances, lro.CompressionConfig(lro.Ranks({"0": 5}), centered=centered))
     assert lowrank_parameters(space, 5) == sum(part.numel() for part in model.parameters())
+
+
+@pytest.mark.parametrize("budget", [30, 150, 151, 179, 270, 299, 300])
+def test_uniform_takes_the_largest_common_share(budget) -> None:
+    options = {"a": [Option(i, 10 * i) for i in range(1, 11)], "b": [Option(i, 20 * i) for i in range(1, 11)]}
+    taken = _by_share(options, budget)
+    assert taken == {"a": budget // 30 - 1, "b": budget // 30 - 1}

@@ -192,12 +192,12 @@ def test_latencies_survive_a_round_trip_by_file(calibrated, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("text", "error"),
     [
-        ("{", "does not hold the latencies of layers: it is no JSON"),
+        ("{", "does not hold the latencies of layers: it is not JSON"),
         ("[]", "values must be a JSON object; got list"),
         ('{"version": 2}', "version must be 1; got 2"),
         ('{"curves": {}}', "not the latencies of layers: KeyError 'layers'"),
-        ('{"curves": {}, "layers": {"a": {"b": 1}}}', "do not belong together"),
-        ('{"curves": {"b": {"dense": 1, "ranks": [8], "seconds": []}}, "layers": {}}', "do not belong together"),
+        ('{"curves": {}, "layers": {"a": {"b": 1}}}', "missing or empty"),
+        ('{"curves": {"b": {"dense": 1, "ranks": [8], "seconds": []}}, "layers": {}}', "missing or empty"),
         ('{"curves": {"b": {"dense": NaN, "ranks": [8], "seconds": [1]}}, "layers": {}}', "'b' has times"),
         ('{"curves": {"b": {"dense": 1, "ranks": [8], "seconds": ["1"]}}, "layers": {}}', "'b' has times"),
         ('{"curves": {"b": {"dense": 1, "ranks": [8, 4], "seconds": [1, 2]}}, "layers": {}}', "must be rising"),
@@ -350,3 +350,7 @@ def test_knapsack_is_exact_for_small_costs(problem) -> None:
         if sum(options[index] for options, index in zip(costs, combination, strict=True)) <= budget
     )
     assert found == pytest.approx(best)
+
+
+def test_knapsack_takes_the_cheapest_of_equal_worth() -> None:
+    assert knapsack([[1, 5, 10], [2, 3, 4]], [[1.0, 1.0, 1.0], [0.0, 2.0, 2.0]], 100) == [0, 1]

@@ -5,53 +5,24 @@ import itertools
 from dataclasses import replace
 
 import pytest
-import torch
-from torch import Tensor, nn
 
 import lowrank_ops as lro
 from lowrank_ops.ranks import choose_ranks
-from lowrank_ops.ranks.costs import MACS, PARAMETERS, options_of, stored_rank
+from lowrank_ops.ranks.costs import in_macs, in_parameters, options_of, stored_rank
 from lowrank_ops.subspaces import LayerSubspaces, layer_subspaces
-
-
-class Net(nn.Module):
-    """A convolution at 16 positions, square and oblong layers, and one that is called three times."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(8, 32, 3, padding=1)
-        self.wide = nn.Linear(32 * 16, 64)
-        self.again = nn.Linear(64, 64)
-        self.head = nn.Linear(64, 40)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.wide(self.conv(x).relu().flatten(1)).tanh()
-        for _ in range(3):
-            x = x + self.again(x).tanh()
-        return self.head(x)
-
-
-@pytest.fixture(scope="module")
-def calibrated() -> tuple[Net, lro.Covariances, dict[str, LayerSubspaces]]:
-    torch.manual_seed(0)
-    model = Net().double()
-    batches = [torch.randn(64, 8, 4, 4).double() * torch.logspace(0, -1, 8).view(8, 1, 1) for _ in range(6)]
-    covariances = lro.calibrate(model, batches, sensitivity="fisher")
-    layers = {fqn: module for fqn, module in model.named_modules() if fqn in covariances}
-    return model, covariances, layer_subspaces(layers, covariances)
 
 
 def test_macs_are_counted_by_rows(calibrated) -> None:  # type: ignore[no-untyped-def]
     _, _, spaces = calibrated
     images = 6 * 64
-    dense = {fqn: MACS.dense(fqn, space) for fqn, space in spaces.items()}
+    dense = {fqn: in_macs().dense(fqn, space) for fqn, space in spaces.items()}
     assert dense == {
         "conv": images * 16 * 72 * 32,
         "wide": images * 512 * 64,
         "again": 3 * images * 64 * 64,
         "head": images * 64 * 40,
     }
-    assert MACS.lowrank("conv", spaces["conv"], 9) == images * 16 * 16 * (72 + 32)
+    assert in_macs().lowrank("conv", spaces["conv"], 9) == images * 16 * 16 * (72 + 32)
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "variance", "loss"])
@@ -59,10 +30,11 @@ def test_macs_are_counted_by_rows(calibrated) -> None:  # type: ignore[no-untype
 def test_flop_budget_is_met(calibrated, fraction: float, allocation: str) -> None:  # type: ignore[no-untyped-def]
     _, _, spaces = calibrated
     ranks = choose_ranks(lro.FlopBudget(fraction, allocation), spaces)
-    spent = sum(MACS.of(fqn, space, ranks[fqn]) for fqn, space in spaces.items())
-    dense = sum(MACS.dense(fqn, space) for fqn, space in spaces.items())
+    spent = sum(in_macs().of(fqn, space, ranks[fqn]) for fqn, space in spaces.items())
+    dense = sum(in_macs().dense(fqn, space) for fqn, space in spaces.items())
     cheapest_step = min(
-        options_of(fqn, space, MACS)[1].cost - options_of(fqn, space, MACS)[0].cost for fqn, space in spaces.items()
+        options_of(fqn, space, in_macs())[1].cost - options_of(fqn, space, in_macs())[0].cost
+        for fqn, space in spaces.items()
     )
     assert spent <= fraction * dense
     assert spent > fraction * dense - 8 * cheapest_step or fraction == 1
@@ -86,8 +58,8 @@ def dropped_loss(spaces: dict[str, LayerSubspaces], ranks: dict[str, int | None]
 def test_loss_allocation_is_near_the_optimum(calibrated, fraction: float) -> None:  # type: ignore[no-untyped-def]
     """Against every combination of options of the four layers."""
     _, _, spaces = calibrated
-    budget = fraction * sum(PARAMETERS.dense(fqn, space) for fqn, space in spaces.items())
-    options = {fqn: options_of(fqn, space, PARAMETERS) for fqn, space in spaces.items()}
+    budget = fraction * sum(in_parameters().dense(fqn, space) for fqn, space in spaces.items())
+    options = {fqn: options_of(fqn, space, in_parameters()) for fqn, space in spaces.items()}
     best = min(
         dropped_loss(spaces, {fqn: option.rank for fqn, option in zip(spaces, combination, strict=True)})
         for combination in itertools.product(*options.values())
@@ -98,7 +70,7 @@ def test_loss_allocation_is_near_the_optimum(calibrated, fraction: float) -> Non
         for allocation in ("uniform", "variance", "loss")
     }
     for ranks in found.values():
-        assert sum(PARAMETERS.of(fqn, spaces[fqn], rank) for fqn, rank in ranks.items()) <= budget
+        assert sum(in_parameters().of(fqn, spaces[fqn], rank) for fqn, rank in ranks.items()) <= budget
     lost = {allocation: dropped_loss(spaces, ranks) for allocation, ranks in found.items()}
     assert lost["loss"] <= min(lost.values())
     assert lost["loss"] <= 1.2 * best + 1e-9
@@ -110,7 +82,7 @@ def test_layers_past_break_even_become_dense(calibrated) -> None:  # type: ignor
     assert None in ranks.values()
     for fqn, rank in ranks.items():
         if rank is not None:
-            assert PARAMETERS.lowrank(fqn, spaces[fqn], rank) < PARAMETERS.dense(fqn, spaces[fqn])
+            assert in_parameters().lowrank(fqn, spaces[fqn], rank) < in_parameters().dense(fqn, spaces[fqn])
             assert rank == stored_rank(rank)
 
 

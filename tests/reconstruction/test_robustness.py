@@ -11,10 +11,10 @@ from torch import nn
 
 import lowrank_ops as lro
 from lowrank_ops.factors import Factors
-from lowrank_ops.files import digests, open_tensors, read_header, replacing, write_tensors
 from lowrank_ops.reconstruction import SequentialReconstruction, sequential
 from lowrank_ops.reconstruction.regression import PairedSums, reconstruct_layers
 from tests.reconstruction.models import deep, made, one_shot, reconstruct, state_of
+from tests.rewriting import rewrite
 
 
 @pytest.mark.parametrize("policy", ["budget", "search"])
@@ -190,12 +190,7 @@ def test_damaged_checkpoints_are_refused(tmp_path: Path, change: Any) -> None:
     factors = one_shot(model, batches, None)
     path = tmp_path / "factors.safetensors"
     reconstruct(model, factors, batches, checkpoint=path)
-    with open_tensors(path) as file:
-        header, tensors = read_header(file), {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    change(header, tensors)
-    header["checksums"] = digests(tensors)
-    with replacing(path) as (file,):
-        write_tensors(file, tensors, header)
+    rewrite(path, change)
     with pytest.raises(ValueError, match=r"factors\.safetensors' .*[Dd]elete it to start again"):
         reconstruct(model, factors, batches, checkpoint=path)
 

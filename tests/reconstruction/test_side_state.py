@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import lowrank_ops as lro
 from tests.reconstruction.models import assert_same, one_shot, reconstruct
 
 
@@ -53,6 +54,21 @@ class Chain(nn.Module):
         return self.head(x)
 
 
+class Conditioned(nn.Module):
+    """The model stores a value of the batch before its blocks, which read it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.store = nn.Linear(12, 12), {}
+        self.blocks = nn.ModuleList(ValueResidual(self.store, False) for index in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.store["v"] = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
 class TwoChains(nn.Module):
     """The second chain's blocks read what the first chain has left."""
 
@@ -75,6 +91,7 @@ class TwoChains(nn.Module):
         lambda: Chain(ValueResidual),
         lambda: Chain(AddsAfterItsLastLayer),
         lambda: Chain(OfTheBatch),
+        Conditioned,
         TwoChains,
     ],
 )
@@ -83,6 +100,16 @@ def test_blocks_with_side_state_are_run_whole(make, batches):
     data = [torch.randn(40, 12, dtype=torch.float64) for _ in range(batches)]
     factors = one_shot(model, [(x,) for x in data], None, rank=4)
     assert_same(reconstruct(model, factors, data), reconstruct(model, factors, data, blocks=[]))
+
+
+@pytest.mark.parametrize(("make", "block"), [(TwoChains, "second.0"), (Conditioned, "blocks.0")])
+def test_block_wise_training_refuses_side_state(make, block):
+    model, batches = make(), [torch.randn(40, 12) for _ in range(3)]
+    layers, covariances = list(model.modules()), lro.calibrate(model, batches)
+    reconstruction = lro.BlockReconstruction(batches, epochs=1)
+    with pytest.raises(ValueError, match=f"block '{block}' cannot be run alone: .* Use SequentialReconstruction"):
+        lro.compress_(model, covariances, lro.Ranks(dict.fromkeys(covariances, 4)), reconstruction=reconstruction)
+    assert list(model.modules()) == layers
 
 
 def test_naming_blocks_with_side_state_is_an_error():

@@ -22,7 +22,7 @@ CAMPAIGNS = {
     ),
     "kills": ("killed", "interrupted"),
     "numerics": ("predicted and measured error", "covariance over many tokens"),
-    "concurrency": ("models in threads", "one layer in threads", "data loader"),
+    "concurrency": ("models in threads", "one layer in threads", "data loader", "DDP of"),
     "memory": ("memory over", "more than 2^31 elements"),
 }  # fmt: skip
 

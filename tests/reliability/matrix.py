@@ -46,7 +46,18 @@ def run(python: Path, tests: list[str], timeout: int) -> list[str]:
     """A row of the table."""
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     versions = subprocess.run([python, "-c", VERSIONS], capture_output=True, text=True, check=True).stdout.split()
-    command = [python, "-m", "pytest", "-p", "no:cacheprovider", *tests]
+    command = [
+        python,
+        "-m",
+        "pytest",
+        "-o",
+        "addopts=--import-mode=importlib",
+        "-W",
+        "ignore",
+        "-p",
+        "no:cacheprovider",
+        *tests,
+    ]
     try:
         process = subprocess.run(
             command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=timeout, check=False
@@ -55,8 +66,9 @@ def run(python: Path, tests: list[str], timeout: int) -> list[str]:
         return [*versions, " ".join(tests), f"not finished after {timeout} s"]
     failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", process.stdout, re.M)
     print("\n".join(process.stdout.splitlines()[-40:]))
-    counts = re.findall(r"\d+ (?:passed|failed|skipped|errors?|deselected)", process.stdout.splitlines()[-1])
-    result = ", ".join(counts) or f"exit code {process.returncode}"
+    summary = r"^[=\s]*((?:\d+ (?:passed|failed|skipped|errors?|deselected|warnings?)(?:, )?)+) in"
+    counts = re.findall(summary, process.stdout, re.M)
+    result = counts[-1] if counts else f"exit code {process.returncode}"
     return [*versions, " ".join(tests), result + "".join(f"; {name}" for name in failed[:5])]
 
 

@@ -232,6 +232,70 @@ def test_one_layer_serves_many_threads() -> None:
         counts["cases"] = 4 * calls
 
 
+def in_ddp(rank: int, folder: Path) -> None:
+    """A process of DDP: calibrates the wrapped model, compresses the module, wraps it again, trains it."""
+    store = torch.distributed.FileStore(str(folder / "store"), 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    wrapped = nn.parallel.DistributedDataParallel(network())
+    mine = [batch[rank::2] for batch in batches()]
+    wrapped(mine[0]).square().sum().backward()  # in the middle of a training
+    before = state_of(wrapped)
+    covariances = lro.calibrate(wrapped, mine, sensitivity=squares).all_reduce_()
+    assert state_of(wrapped) == before
+    with pytest.raises(ValueError, match="is wrapped by DistributedDataParallel"):
+        lro.compress_(wrapped, covariances, RANKS)
+    assert state_of(wrapped) == before
+    of_module = {fqn.removeprefix("module."): part for fqn, part in covariances.items()}
+    model = wrapped.module.eval()
+    lro.compress_(model, lro.Covariances(of_module), RANKS)
+    compressed = copy.deepcopy(model.state_dict())
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(wrapped.parameters(), 0.01)
+    for batch in mine:
+        optimizer.zero_grad()
+        wrapped(batch).square().mean().backward()
+        optimizer.step()
+    trained = copy.deepcopy(model.state_dict())
+    lro.finetune_(wrapped, mine, teacher=network(), match=[], soft_weight=1.0, steps=3)
+    tuned = model.state_dict()
+    torch.save(
+        [compressed, trained, tuned, {f: p.activations.second_moment for f, p in of_module.items()}], folder / f"{rank}"
+    )
+    torch.distributed.destroy_process_group()
+
+
+def squares(output: Tensor, batch: Tensor) -> Tensor:
+    return output.square().sum(-1)
+
+
+if LONG:  # two processes import torch again
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_ddp_trains_what_was_calibrated_and_compressed(tmp_path: Path) -> None:
+        with figures("DDP of two processes, gloo") as counts:
+            torch.multiprocessing.start_processes(in_ddp, (tmp_path,), nprocs=2, start_method="spawn")
+            first, second = (torch.load(tmp_path / f"{rank}") for rank in range(2))
+            for mine, others in zip(first, second, strict=True):
+                for name in mine:
+                    assert torch.equal(mine[name], others[name]), name
+            model = network().eval()
+            covariances = lro.calibrate(model, batches(), sensitivity=squares)
+            for fqn, moment in first[3].items():
+                torch.testing.assert_close(moment, covariances[fqn].activations.second_moment)
+            lro.compress_(model, covariances, RANKS)
+            for name, expected in model.state_dict().items():
+                torch.testing.assert_close(first[0][name], expected, rtol=1e-3, atol=1e-4)
+            model.load_state_dict(first[0])
+            optimizer = torch.optim.SGD(model.parameters(), 0.01)
+            for batch in batches():  # one process takes the same steps over the rows of both
+                optimizer.zero_grad()
+                model(batch).square().mean().backward()
+                optimizer.step()
+            for name, expected in model.state_dict().items():
+                torch.testing.assert_close(first[1][name], expected, rtol=1e-4, atol=1e-5)
+            counts["cases"] = 2
+
+
 class Compressed(Dataset[Tensor]):
     """Items that a low-rank layer computes in the loader's process."""
 

@@ -24,9 +24,10 @@ from torch import nn
 import lowrank_ops as lro
 from lowrank_ops.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from lowrank_ops.config import LatencyCurve, LayerLatencies
-from lowrank_ops.files import digest, digests, open_tensors, read_header, replacing, write_tensors
+from lowrank_ops.files import digest, digests, replacing, write_tensors
 from lowrank_ops.search.trial_cache import TrialCache
 from tests.reliability.campaign import examples, figures
+from tests.rewriting import content_of
 
 MAX_GROWTH = 64 << 10  # KiB that a campaign may add to the process
 MAX_SECONDS = 5.0  # of one load, on a busy machine
@@ -301,8 +302,7 @@ def test_forged_headers_are_documented_errors(name: str, originals: dict[str, tu
     """Headers with right checksums, as an attacker would write them: any value may load, no code may run."""
     format, (path, _) = FORMATS[name], originals[name]
     content = path.read_bytes()
-    with open_tensors(path) as file:
-        header, tensors = read_header(file), {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+    header, tensors = content_of(path)
     seen: Counter[str] = Counter()
 
     @examples(8, 1000)

@@ -17,18 +17,12 @@ from lowrank_ops.ops import conv_covariance_update_, covariance_finalize_, covar
 from lowrank_ops.ops import covariance as covariance_op
 from lowrank_ops.ops import linear as linear_op
 from lowrank_ops.ops._backend import Backend, Device, choose
+from tests.ops.inputs import ACTIVATIONS
 from tests.reliability.campaign import examples, figures
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SIZES = st.sampled_from([0, 1, 1, 2, 3, 5, 8, 16, 17, 33])
 LEADING = st.lists(st.sampled_from([0, 1, 1, 2, 3, 7]), max_size=3).map(tuple)
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda y: y,
-    "relu": torch.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
-    "silu": F.silu,
-}
 SEEDS = st.integers(0, 2**31)
 
 

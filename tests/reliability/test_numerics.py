@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterator
 
 import hypothesis.strategies as st
 import pytest
@@ -169,7 +170,7 @@ def test_covariances_of_many_tokens_are_exact(mean: float, dtype: torch.dtype) -
     exact = block.double() - block.double().mean(0)
     exact = exact.T @ exact / len(block)
     tokens = sized(50_000, 10_000_000)
-    name = f"covariance over many tokens: sums in {str(dtype)[6:]}, mean {mean:g} times the spread"
+    name = f"covariance over many tokens: equal blocks, sums in {str(dtype)[6:]}, mean {mean:g} times the spread"
     with figures(name) as counts:
         batches = (block for _ in range(tokens // len(block)))
         moments = lro.calibrate(nn.Sequential(nn.Linear(16, 16)), batches, dtype=dtype)["0"].activations
@@ -178,6 +179,28 @@ def test_covariances_of_many_tokens_are_exact(mean: float, dtype: torch.dtype) -
         counts.update(tokens=tokens, relative_error=float(f"{error:.2g}"))
         # In float32, equal blocks are rounded alike, a thousand times.
         assert error < (1e-6 if dtype == torch.float64 else 2e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_covariances_of_many_different_tokens_are_exact(dtype: torch.dtype) -> None:
+    """As in practice: the errors of blocks are of either sign."""
+    torch.manual_seed(0)
+    tokens, block = sized(50_000, 10_000_000), 10_000
+    exact, mean = torch.zeros(16, 16, dtype=torch.float64), torch.zeros(16, dtype=torch.float64)
+
+    def blocks() -> Iterator[Tensor]:
+        for _ in range(tokens // block):
+            rows = torch.randn(block, 16) * torch.logspace(0, -1, 16)
+            exact.addmm_(rows.double().T, rows.double())
+            mean.add_(rows.double().sum(0))
+            yield rows
+
+    with figures(f"covariance over many tokens: different blocks, sums in {str(dtype)[6:]}") as counts:
+        moments = lro.calibrate(nn.Sequential(nn.Linear(16, 16)), blocks(), dtype=dtype)["0"].activations
+        expected = exact / tokens - torch.outer(mean / tokens, mean / tokens)
+        error = float((moments.moment(centered=True) - expected).abs().max() / expected.abs().max())
+        counts.update(tokens=tokens, relative_error=float(f"{error:.2g}"))
+        assert error < (1e-9 if dtype == torch.float64 else 1e-5)
 
 
 def test_any_rows_give_finite_factors() -> None:

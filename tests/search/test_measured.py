@@ -9,10 +9,10 @@ from torch import nn
 
 import lowrank_ops as lro
 from lowrank_ops.ranks.allocation import allocate
-from lowrank_ops.ranks.costs import PARAMETERS
+from lowrank_ops.ranks.costs import in_parameters
 from lowrank_ops.search import measured
 from lowrank_ops.subspaces import layer_subspaces
-from tests.search.conftest import Calibrated
+from tests.calibrated_net import Calibrated
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_finds_what_is_best_by_the_measured_loss(stack: Calibrated) -> None:
     factors = {f"{depth}.mlp": 8.0 for depth in range(3)}
     loss = KnownLoss(stack, factors)
     found = lro.measured_ranks(stack.model, stack.covariances, loss, 0.5, num_evaluations=20)
-    plain, optimum = (allocate(0.5, "loss", PARAMETERS, stack.spaces, {}, {}, weights=w) for w in (None, factors))
+    plain, optimum = (allocate(0.5, "loss", in_parameters(), stack.spaces, {}, {}, weights=w) for w in (None, factors))
     assert loss.of(dict(found.ranks)) < loss.of(plain)
     assert loss.of(dict(found.ranks)) == pytest.approx(loss.of(optimum), rel=1e-6)
     assert loss.calls <= 20
@@ -61,7 +61,7 @@ def test_is_never_worse_on_what_is_measured(calibrated: Calibrated, model: nn.Mo
         return values[-1]
 
     found = lro.measured_ranks(model, calibrated.covariances, noise, 0.4, num_evaluations=12)
-    plain = allocate(0.4, "loss", PARAMETERS, calibrated.spaces, {}, {})
+    plain = allocate(0.4, "loss", in_parameters(), calibrated.spaces, {}, {})
     assert dict(found.ranks) == {fqn: rank for fqn, rank in plain.items() if rank is not None}
     assert not any(isinstance(module, lro.LowRankLinear) for module in model.modules())
 

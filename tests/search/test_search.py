@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 import lowrank_ops as lro
-from lowrank_ops.ranks.costs import PARAMETERS, options_of
-from tests.search.conftest import Calibrated, ParameterAccuracy
+from lowrank_ops.ranks.costs import in_parameters, options_of
+from tests.calibrated_net import Calibrated
+from tests.search.conftest import ParameterAccuracy
 
 
 def only_dense_is_accurate(model: nn.Module) -> float:
@@ -21,7 +22,7 @@ def only_dense_is_accurate(model: nn.Module) -> float:
 def test_the_tolerance_is_kept_and_nearly_used(calibrated: Calibrated, model: nn.Module, by: str) -> None:
     accuracy = ParameterAccuracy(model)
     ranks = lro.search_ranks(model, calibrated.covariances, accuracy, max_drop=4, by=by)
-    steps = sum(math.ceil(math.log2(len(options_of(*item, PARAMETERS)))) for item in calibrated.spaces.items())
+    steps = sum(math.ceil(math.log2(len(options_of(*item, in_parameters())))) for item in calibrated.spaces.items())
     assert accuracy.calls <= (10 if by == "budget" else 1 + steps)
     lro.compress_(model, calibrated.covariances, ranks)
     with torch.no_grad():
@@ -102,7 +103,7 @@ def test_an_accuracy_that_is_not_a_finite_number(calibrated: Calibrated, model: 
         model.eval()
         return returned
 
-    with pytest.raises(ValueError, match="evaluate must return the model's accuracy as a finite number"):
+    with pytest.raises(ValueError, match="evaluate must return a finite number, higher for better models; it returned"):
         lro.search_ranks(model, calibrated.covariances, evaluate, 0.1)
     assert list(model.modules()) == modules and all(module.training for module in modules)
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from simulated import ORDERS, SM80, SM86, SM90, Machine, Simulated
 from torch import Tensor
 
+from tests.ops.inputs import ACTIVATIONS
 from tests.tolerance import assert_close_to_float64
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -204,15 +205,6 @@ def test_conv_covariance(simulated: Simulated, order, case):
     patches = columns.view(len(x), groups, features, -1).permute(1, 0, 3, 2).reshape(groups, -1, features)
     for group in range(groups):
         assert_updated(second_moment[group], total[group], patches[group], dtype=dtype)
-
-
-ACTIVATIONS = {
-    "none": lambda y: y,
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
-    "silu": F.silu,
-}
 
 
 def assert_linear(

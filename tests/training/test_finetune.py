@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lowrank_ops as lro
-from lowrank_ops.files import digests, open_tensors, read_header, replacing, write_tensors
+from tests.rewriting import rewrite
 
 Batch = tuple[Tensor, Tensor]
 
@@ -347,11 +347,7 @@ def test_damaged_checkpoints_are_refused(tmp_path: Path, change: Callable[[Any, 
     path = tmp_path / "run.pt"
     arguments = {"loss": cross_entropy, "forward": first, "checkpoint": path}
     lro.finetune_(network(), data(2), **arguments)
-    with open_tensors(path) as file:
-        header, tensors = read_header(file), {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    change(header, tensors)
-    with replacing(path) as (file,):
-        write_tensors(file, tensors, {**header, "checksums": digests(tensors)})
+    rewrite(path, change)
     student = network()
     before = copy.deepcopy(student.state_dict())
     with pytest.raises(ValueError, match=r"run\.pt' is damaged: .*delete it to start over"):

@@ -14,10 +14,12 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from ...arguments import checked
+from .. import _verify
 from .._backend import Backend, Device, Impl, choose, device_facts, row_stride
 from .._backend import explain as _explain
-from .._dispatcher import register_autocast
+from .._dispatcher import BoundedCache, register_autocast
 from . import _cuda, _triton, _triton_conv, reference
+from ._trial import trial, trial_conv
 from .reference import output_size as output_size
 
 _STATE_DTYPES = (torch.float32, torch.float64)
@@ -94,7 +96,8 @@ def covariance_update_(
         x: (..., features), float64, float32, bfloat16 or float16, at most as precise as the state.
         deterministic: False allows a kernel to accumulate with atomics, in an order that may change between runs.
         allow_tf32: True allows a GPU kernel to multiply float32 in TensorFloat-32 (relative error about 5e-4).
-        backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"cuda"``.
+        backend: ``"auto"``, ``"unverified"``, which is ``"auto"`` without the check of a kernel's first calls, or by
+            name ``"reference"``, ``"triton"`` or ``"cuda"``.
 
     Raises:
         TypeError: an argument of another type.
@@ -421,11 +424,14 @@ def _run(
     _check(second_moment, total, x)
     _check_memory(second_moment, total, x)
     problem = describe(second_moment, x, deterministic, allow_tf32)
-    impl = choose(TABLE, problem, backend)
+    decided = _decisions.get((problem, backend))
+    impl = decided or choose(TABLE, problem, backend)
     if not x.numel():
         return
     if impl.backend is not Backend.REFERENCE and not row_stride(x):
         x = x.contiguous()  # one load and store of x: far less than running the reference instead
+    if decided is None:
+        impl = _checked(impl, problem, backend, x)
     impl.run(problem, second_moment, total, x)
 
 
@@ -445,9 +451,31 @@ def _run_conv(
     _check_conv(second_moment, total, x, kernel_size, {"stride": stride, "padding": padding, "dilation": dilation})
     _check_memory(second_moment, total, x)
     problem = describe_conv(second_moment, total, x, kernel_size, stride, padding, dilation, deterministic, allow_tf32)
-    impl = choose(CONV_TABLE, problem, backend)
-    if x.numel():
-        impl.run(problem, second_moment, total, x, kernel_size, stride, padding, dilation)
+    decided = _decisions.get((problem, backend))
+    impl = decided or choose(CONV_TABLE, problem, backend)
+    if not x.numel():
+        return
+    geometry = kernel_size, stride, padding, dilation
+    if decided is None:
+        impl = _checked(impl, problem, backend, x)
+    impl.run(problem, second_moment, total, x, *geometry)
+
+
+_decisions = BoundedCache(8192)  # problems whose implementation needs no check
+
+
+def _checked(impl: Impl, problem: Problem | ConvProblem, backend: str, x: Tensor) -> Impl:
+    """``impl``, or the reference if a first call, on a state of its own, finds ``impl`` wrong."""
+    op, table, run_trial = "covariance_update_", TABLE, trial
+    if isinstance(problem, ConvProblem):
+        op, table, run_trial = "conv_covariance_update_", CONV_TABLE, trial_conv
+    first = _verify.first_call(op, impl, problem, backend)
+    if first is None:
+        _decisions[problem, backend] = impl
+    elif _verify.can_check(x) and not first.check(lambda: run_trial(impl, problem, x)):
+        _decisions.clear()
+        return choose(table, problem, "reference")
+    return impl
 
 
 def _fake(second_moment: Tensor, total: Tensor, x: Tensor, **options: object) -> None:

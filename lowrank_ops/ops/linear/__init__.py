@@ -18,7 +18,8 @@ from torch.compiler import is_compiling
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ...arguments import check_arguments, checked
-from .._backend import Backend, Device, Impl, choose, device_facts, row_stride
+from .. import _verify
+from .._backend import FREE, Backend, Device, Impl, choose, device_facts, row_stride
 from .._backend import explain as _explain
 from .._dispatcher import (
     BoundedCache,
@@ -116,7 +117,8 @@ def lowrank_linear(
         up: (out_features, rank), the dtype of ``x``.
         bias: (out_features,), the dtype of ``x``, or None.
         activation: ``"none"``, ``"relu"``, ``"gelu"`` (exact), ``"gelu_tanh"`` or ``"silu"``.
-        backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"cuda"``.
+        backend: ``"auto"``, ``"unverified"``, which is ``"auto"`` without the check of a kernel's first calls, or by
+            name ``"reference"``, ``"triton"`` or ``"cuda"``.
 
     Returns:
         (..., out_features), the dtype of ``x``.
@@ -265,7 +267,7 @@ def _layout_matters(problem: Problem, backend: str) -> bool:
         x_stride=problem.in_features, down_strides=(problem.in_features, 1), up_strides=(problem.rank, 1), aligned=True
     )
     return any(
-        impl.backend is not Backend.REFERENCE and backend in ("auto", impl.backend) and impl.supports(ideal) is None
+        impl.backend is not Backend.REFERENCE and backend in (*FREE, impl.backend) and impl.supports(ideal) is None
         for impl in TABLE
     )
 
@@ -294,9 +296,33 @@ class _ByLayout:
         layout = (x.stride(), down.stride(), up.stride(), aligned)
         bound = self.decisions.get(layout)
         if bound is None:
-            bound = _bind(describe(x, down, up, bias, self.activation), self.backend)
-            self.decisions[layout] = bound
+            problem = describe(x, down, up, bias, self.activation)
+            bound = _bind(problem, self.backend)
+            first = _verify.first_call("lowrank_linear", choose(TABLE, problem, self.backend), problem, self.backend)
+            y = _checked(first, bound, x, down, up, bias) if first is not None and _verify.can_check(x) else None
+            if first is None or first.passed:
+                self.decisions[layout] = bound
+            if y is not None:
+                return y
         return bound(x, down, up, bias)  # type: ignore[no-any-return]
+
+
+def _checked(
+    first: _verify.FirstCall, kernel: _Bound, x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None
+) -> Tensor:
+    """The kernel's result, or that of two GEMMs if the kernel is found wrong."""
+    args = x, down, up, bias, first.problem.activation
+    results: list[Tensor] = []
+
+    def run() -> tuple[float, float] | None:
+        results.append(kernel(x, down, up, bias))
+        return reference.errors(results[0], *args)
+
+    with torch.no_grad():
+        if first.check(run):
+            return results[0]
+    _decisions.clear()
+    return reference.two_products(*args)
 
 
 _lib = torch.library.Library("lowrank_ops", "FRAGMENT")

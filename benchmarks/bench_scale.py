@@ -1,0 +1,257 @@
+"""Calibration and compression at scale, in processor time of one thread: ``python -m benchmarks.bench_scale PART``.
+
+- ``calibrate``: seconds of a calibration relative to the plain forward passes over the same tokens, interleaved.
+- ``memory``: peak memory of a Llama-shaped model of 1.1B random parameters in bfloat16 under ``max_memory``, each step
+  in a process of its own; ``--blocks`` of its 22 blocks are compressed.
+- ``growth``: seconds of ``compress_`` of one layer by width, the exponent of the widest step, and what that predicts
+  for known models. Predictions are no measurements.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import lowrank_ops as lro
+from lowrank_ops.calibration import LayerStatistics
+
+from .bench_compress import SHAPES, moments_of, random_rows
+from .suite import environment, write
+
+RESULTS = Path(__file__).parent / "results"
+BLOCKS, VOCABULARY = 22, 32_000
+MEMORY = "2GB"
+# Blocks of known models, and of each input of a block its features and those of the outputs computed from it.
+KNOWN = {
+    "Llama-2-7B": (32, [(4096, [4096] * 3), (4096, [4096]), (4096, [11008] * 2), (11008, [4096])]),
+    "Llama-3-70B": (80, [(8192, [8192, 1024, 1024]), (8192, [8192]), (8192, [28672] * 2), (28672, [8192])]),
+    "ViT-H/14": (32, [(1280, [3840]), (1280, [1280]), (1280, [5120]), (5120, [1280])]),
+}
+
+
+def seconds(run: Callable[[], object]) -> float:
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
+def interleaved(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """The smallest time of each, over repetitions that run all of them."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            times[name].append(seconds(run))
+    return {name: min(found) for name, found in times.items()}
+
+
+def calibrate(options: argparse.Namespace) -> dict[str, Any]:
+    """Ratios to the plain forward passes."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(options.folder).eval()
+    ids = torch.randint(1000, 30_000, (options.tokens // 512, 512), generator=torch.Generator().manual_seed(0))
+    batches = [{"input_ids": rows} for rows in ids.split(1)]
+
+    @torch.no_grad()
+    def forward() -> None:
+        for batch in batches:
+            model(**batch)
+
+    def run(**settings: Any) -> Callable[[], object]:
+        return lambda: lro.calibrate(model, batches, filter_fn=lambda module, fqn: "lm_head" not in fqn, **settings)
+
+    runs: dict[str, Callable[[], object]] = {
+        "forward": forward,
+        "calibrate": run(),
+        "calibrate, float32 sums": run(dtype=torch.float32),
+        "calibrate, tokens=0.12": run(tokens=0.12),
+        "calibrate, fisher, without token weights": run(sensitivity="fisher", token_weights=False),
+        "calibrate, fisher": run(sensitivity="fisher"),
+    }
+    best = interleaved(runs, options.repeats)
+    return {name: {"seconds": round(s, 2), "over_forward": round(s / best["forward"], 3)} for name, s in best.items()}
+
+
+def llama(blocks: int) -> nn.Module:
+    """The Llama-shaped model, of random values in bfloat16."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    width, _, hidden = SHAPES["llama-1.1b"]
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=hidden, num_hidden_layers=blocks,
+        num_attention_heads=32, num_key_value_heads=4, max_position_embeddings=2048, dtype=torch.bfloat16,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        return LlamaForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
+def one_memory(options: argparse.Namespace) -> dict[str, Any]:
+    """One step of :func:`memory`, in this process."""
+    model = llama(BLOCKS)
+    held = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    before, step = peak(), options.step
+    kept = tuple(f"model.layers.{block}." for block in range(options.blocks))
+    batch = [{"input_ids": torch.randint(VOCABULARY, (1, options.tokens), generator=torch.Generator().manual_seed(0))}]
+    file = options.folder / f"{'fisher' if step in ('fisher', 'loss') else 'plain'}.safetensors"
+
+    def wanted(module: nn.Module, fqn: str) -> bool:
+        return fqn.startswith("model.layers.") if step == "plain" else fqn.startswith(kept)
+
+    start = time.process_time()
+    if step in ("plain", "fisher"):
+        sensitivity = "fisher" if step == "fisher" else None
+        found = lro.calibrate(
+            model, batch, filter_fn=wanted, sensitivity=sensitivity, max_memory=MEMORY, offload="disk"
+        )
+        most = peak()
+        found.save(file)
+    else:
+        projection = {"output": "output", "loss": "loss"}[step]
+        config = lro.CompressionConfig(lro.ParameterBudget(0.5, "uniform"), projection=projection)
+        lro.compress_(model, lro.Covariances.load(file, packed=True), config, wanted)
+        most = peak()
+    return {
+        "step": step, "model_bytes": held, "before": before, "peak": most, "over_model": most - held,
+        "seconds": round(time.process_time() - start, 1),
+    }  # fmt: skip
+
+
+def memory(options: argparse.Namespace) -> dict[str, Any]:
+    """Peak memory of each step."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for step in ("plain", "output", "fisher", "loss"):
+            command = [sys.executable, "-m", "benchmarks.bench_scale", "memory", "--step", step, "--folder", folder]
+            command += ["--blocks", str(options.blocks), "--tokens", str(options.tokens)]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            found[step] = json.loads(done.stdout.splitlines()[-1])
+            print(found[step], file=sys.stderr, flush=True)
+    return found
+
+
+def growth(options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds by width, exponents, and predictions."""
+    times: dict[str, dict[tuple[int, int], float]] = {name: {} for name in ("output", "utilized", "loss", "calibrate")}
+    for width in options.widths:
+        for shape in ((width, width), (width, 2 * width), (2 * width, width)):
+            if max(shape) <= max(options.widths):
+                for name, taken in one_layer(*shape).items():
+                    times[name][shape] = taken
+                    print(name, shape, round(taken, 3), file=sys.stderr, flush=True)
+    last, widest = options.widths[-2:]
+    exponents = {
+        name: round(math.log(found[widest, widest] / found[last, last]) / math.log(widest / last), 2)
+        for name, found in times.items()
+    }
+    models = {name: predicted(*shapes, times) for name, shapes in KNOWN.items()}
+    return {
+        "seconds": {name: {f"{i}->{o}": round(s, 4) for (i, o), s in found.items()} for name, found in times.items()},
+        "exponents": exponents,
+        "predicted, not measured": models,
+    }
+
+
+def one_layer(inputs: int, outputs: int) -> dict[str, float]:
+    """Seconds of compressing one Linear, and of the sums of 1,024 rows of its input."""
+    torch.manual_seed(0)
+    rows = random_rows(2 * max(inputs, outputs), max(inputs, outputs))
+    x = rows[:, :inputs].contiguous()
+    gradients = moments_of(1e-3 * rows[:, :outputs])
+    plain = LayerStatistics("input", moments_of(x))
+    model = nn.ModuleDict({"layer": nn.Linear(inputs, outputs, bias=False, dtype=torch.bfloat16)})
+    weight = model["layer"].weight
+
+    def run(projection: str, statistics: LayerStatistics) -> float:
+        model["layer"] = nn.Linear(inputs, outputs, bias=False, dtype=torch.bfloat16)
+        model["layer"].weight = weight
+        config = lro.CompressionConfig(lro.ParameterBudget(0.5), projection=projection)
+        return seconds(lambda: lro.compress_(model, lro.Covariances({"layer": statistics}), config))
+
+    state, total = torch.zeros(inputs, inputs, dtype=torch.float64), torch.zeros(inputs, dtype=torch.float64)
+    part = x[:1024].float()
+    return {
+        "output": run("output", plain),
+        "utilized": run("utilized", plain),
+        "loss": run("loss", LayerStatistics("input", plain.activations, gradients)),
+        "calibrate": seconds(lambda: lro.ops.covariance_update_(state, total, part)),
+    }
+
+
+def predicted(
+    blocks: int, block: list[tuple[int, list[int]]], times: dict[str, dict[tuple[int, int], float]]
+) -> dict[str, Any]:
+    """Seconds of one thread by a fit of a m^3 + b m^2 M + c m M^2 (m, M: the smaller and larger side), and bytes."""
+    found: dict[str, Any] = {}
+    layers = [(inputs, outputs) for inputs, of_input in block for outputs in of_input]
+    for name in ("output", "utilized", "loss"):
+        rows, values = zip(*((terms(*shape), s) for shape, s in times[name].items()), strict=True)
+        weights = torch.tensor(values, dtype=torch.float64).reciprocal().unsqueeze(1)  # errors are relative
+        design = torch.tensor(rows, dtype=torch.float64)
+        fit = torch.linalg.lstsq(design * weights, torch.ones_like(weights)).solution.squeeze(1)
+        each = [float(torch.tensor(terms(*layer), dtype=torch.float64) @ fit) for layer in layers]
+        found[f"{name}, hours of one thread"] = round(blocks * sum(each) / 3600, 2)
+    widest = max(inputs for inputs, _ in times["calibrate"])
+    per_product = times["calibrate"][widest, widest] / (1024 * widest**2)
+    sums = blocks * sum(inputs**2 for inputs, _ in block)
+    found["sums of 131,072 rows, hours of one thread"] = round(131_072 * sums * per_product / 3600, 2)
+    of_loss = blocks * sum(inputs**2 + outputs**2 for inputs, outputs in layers)
+    for name, elements in (("sums", sums), ("sums with gradients and token weights", sums + of_loss)):
+        found[f"{name}, GB packed"] = round(4 * elements / 1e9, 1)  # half of the float64 matrices
+    found["one layer's float64 moments and weight, GB"] = round(
+        max(8 * (i * i + o * o + i * o) for i, o in layers) / 1e9, 1
+    )
+    return found
+
+
+def terms(inputs: int, outputs: int) -> list[float]:
+    small, large = sorted((inputs, outputs))
+    return [small**3, small**2 * large, small * large**2]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("part", choices=["calibrate", "memory", "growth"])
+    parser.add_argument("--folder", type=Path, help="calibrate: a language model of transformers")
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--blocks", type=int, default=2, help="memory: that are compressed")
+    parser.add_argument("--widths", type=int, nargs="+", default=[512, 1024, 2048])
+    parser.add_argument("--step", choices=["plain", "fisher", "output", "loss"], help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    if options.step is not None:
+        print(json.dumps(one_memory(options)))
+        return
+    facts = environment(torch.device("cpu")) | {"clock": "process_time"}
+    parts: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+        "calibrate": calibrate, "memory": memory, "growth": growth,
+    }  # fmt: skip
+    found = parts[options.part](options)
+    print(json.dumps(found, indent=1))
+    settings = {name: value for name, value in vars(options).items() if name not in ("step", "part", "folder")}
+    write(RESULTS / f"scale_{options.part}.json", {"environment": facts, "settings": settings, "results": found})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,369 @@
+"""Compress a folder of safetensors into another one, layer by layer: for models that are larger than the memory.
+
+The model is built without values, so that the steps of ``compress_`` find its layers. Weights are read when a step
+needs them: once for ranks that depend on spectra, and once for the factors, which are written one by one.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .arguments import checked
+from .calibration.covariances import Covariances
+from .checkpoint import CONFIG_FILE, WEIGHTS_FILE, describe_layers
+from .compress import available, considered_layers, decompose, factorize_layers, resolved
+from .config import CompressionConfig, RankPolicy
+from .factors.projections import Factors
+from .files import (
+    HEADER,
+    form_of,
+    open_tensors,
+    parse_json,
+    read_header,
+    read_tensor,
+    replacing,
+    write_stream,
+)
+from .layers import LowRankLayer
+from .layers.replace import lowrank_type, swap_
+from .models.layers import all_finite, fused_projections
+from .ranks.choose import choose_ranks
+from .report import CompressionReport
+from .report.text import warn_of_few_rows
+from .subspaces.layer import LayerSubspaces
+
+INDEX_FILE = "model.safetensors.index.json"
+_COPIED = (".jinja", ".json", ".model", ".tiktoken", ".txt")  # of the tokenizer and the processors
+
+
+@checked()
+def compress_folder(
+    source: str | Path,
+    target: str | Path,
+    covariances: Covariances,
+    config: CompressionConfig | RankPolicy | int | None = None,
+    *,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+) -> CompressionReport:
+    """Compress the model in a folder without loading it; the result is that of :func:`lowrank_ops.compress_`.
+
+    Beside ``covariances`` one layer is in memory at a time. Weights are read once for the factors, and once before if
+    ranks depend on spectra; decompositions are then computed twice, because none is kept.
+
+    Args:
+        source: of transformers (config.json beside safetensors files, one or several with an index), or any folder of
+            safetensors files with one state dict. Matrices of the latter that ``covariances`` name are those of
+            ``nn.Linear``; other layers, such as convolutions, stay dense there, because a state dict does not describe
+            them.
+        target: a folder, created if it is missing. A model of transformers has the same files as in ``source``, for
+            ``from_pretrained``; another one has those of :func:`lowrank_ops.save_pretrained`, for
+            :func:`lowrank_ops.load_pretrained`. All files are written, or none.
+        covariances: of the model; ``Covariances.load(path, packed=True)`` leaves theirs in the file as well.
+        config: as for :func:`lowrank_ops.compress_`. Policies that run the model take stored figures, such as
+            ``LatencyBudget(0.5, LayerLatencies.load(path))``; a reconstruction needs the model in memory.
+        device: where factors are computed; the CPU by default.
+        progress: show progress bars with the time left.
+
+    Raises:
+        FileNotFoundError: ``source`` has no safetensors files.
+        TypeError: an argument of another type.
+        ValueError: ``source`` is damaged, compressed already or of a class that transformers does not have; covariances
+            of another model; a budget that cannot be met; a ``device`` that is not there; ``target`` holds other
+            weights.
+
+    Example:
+        >>> import tempfile, torch, lowrank_ops as lro
+        >>> from lowrank_ops.folders import compress_folder
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 64))
+        >>> covariances = lro.calibrate(model, [torch.randn(256, 64)])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     lro.save_pretrained(model, f"{folder}/dense")
+        ...     report = compress_folder(f"{folder}/dense", f"{folder}/smaller", covariances, lro.ParameterBudget(0.5))
+        ...     smaller = lro.load_pretrained(model, f"{folder}/smaller")
+        >>> [type(layer).__name__ for layer in smaller]
+        ['LowRankLinear', 'ReLU', 'LowRankLinear']
+    """
+    config = CompressionConfig.of(config)
+    if config.reconstruction is not None:
+        raise ValueError("a reconstruction runs the model; load it and call compress_(..., reconstruction=...).")
+    weights, folder = _Weights(Path(source)), Path(target)
+    of_transformers = "model_type" in weights.config
+    model: nn.Module
+    undescribed: dict[str, str] = {}
+    if of_transformers:
+        from .integrations.transformers import description, empty_model
+
+        model = empty_model(weights.folder, weights.forms)
+    else:
+        model, undescribed = _model_of_state_dict(weights, covariances)
+    modules = dict(model.named_modules())
+    _check_names(weights, modules, covariances)
+    for fqn in covariances:
+        if f"{fqn}.bias" in weights.forms:
+            modules[fqn].bias = nn.Parameter(weights.read(f"{fqn}.bias").clone(), requires_grad=False)
+    subspaces, skipped = considered_layers(
+        model,
+        covariances,
+        None,
+        None,
+        centered=config.centered,
+        device=available(device or "cpu"),
+        load=lambda fqn: weights.layer(fqn, modules[fqn]),
+    )
+    config = resolved(config, subspaces)
+    decompose(config.rank, subspaces, progress, max_held_bytes=0)
+    ranks = choose_ranks(config.rank, subspaces, config.overrides, bounds=config.bounds, pivoted=config.pivoted)
+    with torch.inference_mode(False):
+        new = _empty_layers(modules, subspaces, ranks, config)
+        layout = _layout(weights, new, one_file=not of_transformers)
+        compressed = copy.deepcopy(model)
+        swap_(compressed, {compressed.get_submodule(fqn): layer for fqn, layer in new.items()})
+        described = describe_layers(compressed)
+    for fqn, entry in described["layers"].items():
+        entry["calibration_rows"] = subspaces[fqn].rows
+    texts: dict[str, dict[str, Any]] = {}
+    if of_transformers:
+        texts["config.json"] = description(compressed)
+        if weights.index is not None:
+            texts[INDEX_FILE] = _index(layout)
+    names = [*layout, *(texts if of_transformers else [CONFIG_FILE])]
+    _check_target(weights.folder, folder, names)
+    found: dict[str, Factors] = {}
+    tensors = _tensors(weights, layout, new, subspaces, ranks, str(config.projection), found, progress)
+    with replacing(*(folder / name for name in names)) as files:
+        for file, forms in zip(files, layout.values(), strict=False):
+            mine = itertools.islice(tensors, len(forms))
+            if of_transformers:
+                write_stream(file, forms, mine)
+            else:
+                header = {**described, "compression": config.to_dict(), "tied": weights.tied}
+                texts[CONFIG_FILE] = write_stream(file, forms, mine, header)
+        for name, file in zip(names[len(layout) :], files[len(layout) :], strict=True):
+            file.write(json.dumps(texts[name], indent=2).encode() + b"\n")
+    if of_transformers:
+        for path in weights.folder.iterdir():
+            if path.suffix in _COPIED and path.name not in (*names, INDEX_FILE, CONFIG_FILE) and path.is_file():
+                shutil.copyfile(path, folder / path.name)
+    report = CompressionReport.build(model, config, subspaces, found, {**skipped, **undescribed})
+    warn_of_few_rows(report.few_rows())
+    return report
+
+
+class _Weights:
+    """The tensors of a folder, read one by one.
+
+    Attributes:
+        config: of config.json; empty without.
+        forms: the tensors by name, without values.
+        files: the name of the file of each tensor.
+        tied: ``{other name: name under which a tensor is stored}``, as this package and safetensors write it.
+        index: of several files; None without.
+
+    Raises:
+        FileNotFoundError, ValueError: as for :func:`compress_folder`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, index, config = folder, folder / INDEX_FILE, folder / "config.json"
+        try:
+            self.config: dict[str, Any] = dict(parse_json(config.read_bytes())) if config.exists() else {}
+            self.index = dict(parse_json(index.read_bytes())["weight_map"]) if index.exists() else None
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"source {str(folder)!r}: its config.json or index is damaged: {error}") from None
+        paths = sorted(folder.glob("*.safetensors"))
+        names = sorted(set(self.index.values())) if self.index is not None else [path.name for path in paths]
+        if self.index is None and WEIGHTS_FILE in names:
+            names = [WEIGHTS_FILE]
+        if not names:
+            raise FileNotFoundError(f"source {str(folder)!r} has no safetensors files; save the model in that format.")
+        self.forms: dict[str, Tensor] = {}
+        self.files: dict[str, str] = {}
+        self.tied: dict[str, str] = {}
+        for name in names:
+            self._open(name)
+        lost = sorted(set(self.index or ()) ^ set(self.forms if self.index is not None else ()))
+        if lost:
+            raise ValueError(f"source {str(folder)!r}: index and files differ at {', '.join(lost[:5])}; copy it again.")
+
+    def _open(self, name: str) -> None:
+        path = self.folder / name
+        try:
+            with open_tensors(path) as file:
+                metadata, forms = file.metadata() or {}, {key: form_of(file, key) for key in list(file.keys())}
+                header = read_header(file) if HEADER in metadata else {}
+        except ValueError as error:
+            raise ValueError(f"source: {str(path)!r} is damaged: {error}. Copy it again.") from None
+        if header.get("layers"):
+            raise ValueError(f"source {str(self.folder)!r} is compressed already; pass the folder of the dense model.")
+        if twice := sorted(forms.keys() & self.forms.keys()):
+            raise ValueError(
+                f"source {str(self.folder)!r} holds {twice[0]!r} in two files; leave one state dict there."
+            )
+        self.forms |= forms
+        self.files |= dict.fromkeys(forms, name)
+        self.tied |= header.get("tied", {}) or {
+            key: value for key, value in metadata.items() if value in forms and key not in forms
+        }
+
+    def read(self, name: str) -> Tensor:
+        """A tensor, which is memory of the file until it is copied."""
+        path = self.folder / self.files[name]
+        try:
+            with open_tensors(path) as file:
+                return read_tensor(file, name, None)
+        except ValueError as error:
+            raise ValueError(f"source: {str(path)!r} was damaged meanwhile: {error}.") from None
+
+    def layer(self, fqn: str, empty: nn.Module) -> nn.Module:
+        """The layer ``empty`` with its weight."""
+        layer, weight = copy.deepcopy(empty), self.read(f"{fqn}.weight").clone()
+        if not all_finite(weight):
+            raise ValueError(f"layer {fqn!r}: its weight holds NaN or inf; repair the model.")
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        return layer
+
+
+def _model_of_state_dict(weights: _Weights, covariances: Covariances) -> tuple[nn.Module, dict[str, str]]:
+    """Modules with the names of a state dict, and why layers that ``covariances`` name are none of them."""
+    model, undescribed = nn.Module(), {}
+    places = {"": model}
+
+    def place(fqn: str) -> nn.Module:
+        if fqn not in places:
+            parent, _, name = fqn.rpartition(".")
+            places[fqn] = nn.Module()
+            place(parent).add_module(name, places[fqn])
+        return places[fqn]
+
+    for fqn in [*covariances, *covariances.unreached, *covariances.skipped]:
+        weight, bias = (weights.forms.get(f"{fqn}.{name}") for name in ("weight", "bias"))
+        if weight is None or not fqn:
+            continue
+        if weight.dim() != 2:
+            undescribed[fqn] = (
+                f"its weight has {weight.dim()} dimensions, and a state dict does not say what it does; compress the "
+                "loaded model instead"
+            )
+            continue
+        sizes = weight.shape[1], weight.shape[0], bias is not None
+        places[fqn] = nn.utils.skip_init(nn.Linear, *sizes, device="meta")
+        parent, _, name = fqn.rpartition(".")
+        place(parent).add_module(name, places[fqn])
+    parameters = {name: nn.Parameter(form, requires_grad=False) for name, form in weights.forms.items()}
+    for name in [*parameters, *weights.tied]:
+        fqn, _, last = name.rpartition(".")
+        place(fqn).register_parameter(last, parameters[weights.tied.get(name, name)])
+    return model, undescribed
+
+
+def _check_names(weights: _Weights, modules: Mapping[str, nn.Module], covariances: Covariances) -> None:
+    experts = [fqn for fqn, module in modules.items() if fused_projections(module)]
+    named = modules[""].named_parameters(remove_duplicate=False)
+    stored = {id(parameter) for name, parameter in named if name in weights.forms}
+    for fqn in covariances:
+        if fqn.startswith(tuple(f"{expert}." for expert in experts)):
+            raise ValueError(
+                f"layer {fqn!r} is one of fused experts, which are compressed in memory only; load the model and call "
+                "compress_."
+            )
+        own = dict(modules[fqn].named_parameters(recurse=False)) if fqn in modules else {}
+        if lost := [f"{fqn}.{name}" for name, parameter in own.items() if id(parameter) not in stored]:
+            raise ValueError(
+                f"source {str(weights.folder)!r} has no {lost[0]!r}, or by a name that transformers converts when it "
+                "loads it; load the model, save it by model.save_pretrained, and pass that folder."
+            )
+
+
+def _empty_layers(
+    modules: Mapping[str, nn.Module],
+    subspaces: Mapping[str, LayerSubspaces],
+    ranks: Mapping[str, int | None],
+    config: CompressionConfig,
+) -> dict[str, LowRankLayer]:
+    """The low-rank layers, without values."""
+    shifted = config.centered and config.projection != "weight"
+    new = {
+        fqn: lowrank_type(modules[fqn], config.pivoted).empty_like(
+            modules[fqn], rank, shifted or subspaces[fqn].bias is not None
+        )
+        for fqn, rank in ranks.items()
+        if rank is not None
+    }
+    if not new:
+        raise ValueError("every layer stays dense at these ranks, so nothing was written; allow smaller ranks.")
+    return {fqn: layer.to("meta") for fqn, layer in new.items()}
+
+
+def _layout(weights: _Weights, new: Mapping[str, nn.Module], *, one_file: bool) -> dict[str, dict[str, Tensor]]:
+    """The files to write, with the forms of their tensors: factors are where their dense weight was."""
+    layout: dict[str, dict[str, Tensor]] = {}
+    for name, form in weights.forms.items():
+        fqn, _, last = name.rpartition(".")
+        forms = layout.setdefault(WEIGHTS_FILE if one_file else weights.files[name], {})
+        if fqn not in new:
+            forms[name] = form
+        elif last == "weight":
+            forms |= {f"{fqn}.{part}": value for part, value in new[fqn].state_dict().items()}
+    return {name: forms for name, forms in layout.items() if forms}
+
+
+def _index(layout: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
+    forms = [form for part in layout.values() for form in part.values()]
+    sizes = {
+        "total_parameters": sum(form.numel() for form in forms),
+        "total_size": sum(form.numel() * form.element_size() for form in forms),
+    }
+    places = {name: file for file, part in layout.items() for name in part}
+    return {"metadata": sizes, "weight_map": dict(sorted(places.items()))}
+
+
+def _check_target(source: Path, folder: Path, names: list[str]) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"target {str(folder)!r} is a file; name a folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    if folder.samefile(source):
+        raise ValueError("target is source; name another folder.")
+    others = [path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")]
+    others += [INDEX_FILE] if (folder / INDEX_FILE).exists() else []
+    if wrong := sorted(set(others) - set(names)):
+        raise ValueError(f"target {str(folder)!r} holds {wrong[0]}, of another model; name an empty folder.")
+
+
+def _tensors(
+    weights: _Weights,
+    layout: Mapping[str, Mapping[str, Tensor]],
+    new: Mapping[str, LowRankLayer],
+    subspaces: Mapping[str, LayerSubspaces],
+    ranks: Mapping[str, int | None],
+    projection: str,
+    found: dict[str, Factors],
+    progress: bool,
+) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors in the order of the files; ``found`` receives the factors without values."""
+
+    def layer_of(name: str) -> str | None:
+        fqn = name.rpartition(".")[0]
+        return fqn if fqn in new else None
+
+    names = [name for forms in layout.values() for name in forms]
+    order = dict.fromkeys(fqn for fqn in map(layer_of, names) if fqn is not None)
+    factors = factorize_layers(subspaces, {fqn: ranks[fqn] for fqn in order}, projection, progress=progress)
+    for fqn, parts in itertools.groupby(names, layer_of):
+        if fqn is None:
+            yield from ((name, weights.read(name)) for name in parts)
+        else:
+            _, result = next(factors)
+            layer = copy.deepcopy(new[fqn]).to_empty(device="cpu").filled_with(result).state_dict()
+            found[fqn] = result.to(device=torch.device("meta"))
+            yield from ((name, layer[name.removeprefix(f"{fqn}.")]) for name in parts)
+    next(factors, None)  # ends its progress bar
