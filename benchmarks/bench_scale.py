@@ -94,11 +94,13 @@ def llama(blocks: int) -> nn.Module:
         num_attention_heads=32, num_key_value_heads=4, max_position_embeddings=2048, dtype=torch.bfloat16,
     )  # fmt: skip
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        return LlamaForCausalLM(config).eval()
-    finally:
-        torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model = model.to_empty(device="cpu").eval()
+    for name, parameter in model.named_parameters():
+        nn.init.ones_(parameter) if "norm" in name else nn.init.uniform_(parameter, -0.03, 0.03)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    return model
 
 
 def peak() -> int:

@@ -1,7 +1,7 @@
-"""correct_predictions: predicted losses that know how the rows of a sample add up.
+"""correct_predictions: predicted losses that include how errors add up over the rows of a sample.
 
-K-FAC's statistics treat rows (tokens, positions) as independent. An attention averages its values over tokens, so
-errors that tokens have in common add up there, and the loss predicted for such a layer may be 30 times too small. One
+K-FAC's statistics treat rows (tokens, positions) as independent. Attention averages its values over tokens, so errors
+that tokens have in common add up there, and the loss predicted for such a layer may be 30 times too small. One
 more pass measures, for every direction, the second moment over samples of the loss's derivative along it.
 """
 
@@ -28,7 +28,7 @@ from .models.masks import Mask, Masks
 from .models.running import EMPTY, ProgressBar, call_model, device_of, differentiable, move
 from .subspaces.layer import LayerSubspaces
 
-PRIOR_SAMPLES = 8  # that the prediction counts as, beside the samples measured
+PRIOR_SAMPLES = 8  # weight of the prediction, in measured samples
 
 
 @checked()
@@ -181,7 +181,7 @@ class _Directions:
         self.calls.append((products if keep is None else products.where(keep, 0.0)).sum(2))
 
     def finish_batch(self) -> None:
-        """Square what the calls of a batch add up to."""
+        """Sum the calls of a batch, and add the squares."""
         alike = {part.shape for part in self.calls}
         for part in [torch.stack(self.calls).sum(0)] if len(alike) == 1 else self.calls:
             self.squares += part.double().square().sum(1).cpu()

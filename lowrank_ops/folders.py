@@ -61,14 +61,14 @@ def compress_folder(
     ranks depend on spectra; decompositions are then computed twice, because none is kept.
 
     Args:
-        source: of transformers (config.json beside safetensors files, one or several with an index), or any folder of
-            safetensors files with one state dict. Matrices of the latter that ``covariances`` name are those of
-            ``nn.Linear``; other layers, such as convolutions, stay dense there, because a state dict does not describe
-            them.
-        target: a folder, created if it is missing. A model of transformers has the same files as in ``source``, for
-            ``from_pretrained``; another one has those of :func:`lowrank_ops.save_pretrained`, for
+        source: a transformers checkpoint (config.json, and one safetensors file or several with an index), or any
+            folder of safetensors files with one state dict. In the latter, matrices that ``covariances`` name are
+            taken as weights of ``nn.Linear``; other layers, such as convolutions, stay dense, because a state dict
+            does not describe them.
+        target: a folder, created if it is missing. A transformers model gets the same files as in ``source``, for
+            ``from_pretrained``; another one gets those of :func:`lowrank_ops.save_pretrained`, for
             :func:`lowrank_ops.load_pretrained`. All files are written, or none.
-        covariances: of the model; ``Covariances.load(path, packed=True)`` leaves theirs in the file as well.
+        covariances: of the model; ``Covariances.load(path, packed=True)`` leaves their sums in the file.
         config: as for :func:`lowrank_ops.compress_`. Policies that run the model take stored figures, such as
             ``LatencyBudget(0.5, LayerLatencies.load(path))``; a reconstruction needs the model in memory.
         device: where factors are computed; the CPU by default.
@@ -77,9 +77,8 @@ def compress_folder(
     Raises:
         FileNotFoundError: ``source`` has no safetensors files.
         TypeError: an argument of another type.
-        ValueError: ``source`` is damaged, compressed already or of a class that transformers does not have; covariances
-            of another model; a budget that cannot be met; a ``device`` that is not there; ``target`` holds other
-            weights.
+        ValueError: ``source`` is damaged, already compressed or of a class that transformers does not have; covariances
+            of another model; a budget that cannot be met; an unavailable ``device``; ``target`` holds other weights.
 
     Example:
         >>> import tempfile, torch, lowrank_ops as lro
@@ -98,6 +97,7 @@ def compress_folder(
         raise ValueError("a reconstruction runs the model; load it and call compress_(..., reconstruction=...).")
     weights, folder = _Weights(Path(source)), Path(target)
     of_transformers = "model_type" in weights.config
+    _check_target(weights, folder, of_transformers)
     model: nn.Module
     undescribed: dict[str, str] = {}
     if of_transformers:
@@ -109,7 +109,7 @@ def compress_folder(
     modules = dict(model.named_modules())
     _check_names(weights, modules, covariances)
     for fqn in covariances:
-        if f"{fqn}.bias" in weights.forms:
+        if fqn in modules and f"{fqn}.bias" in weights.forms:
             modules[fqn].bias = nn.Parameter(weights.read(f"{fqn}.bias").clone(), requires_grad=False)
     subspaces, skipped = considered_layers(
         model,
@@ -137,7 +137,7 @@ def compress_folder(
         if weights.index is not None:
             texts[INDEX_FILE] = _index(layout)
     names = [*layout, *(texts if of_transformers else [CONFIG_FILE])]
-    _check_target(weights.folder, folder, names)
+    folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, Factors] = {}
     tensors = _tensors(weights, layout, new, subspaces, ranks, str(config.projection), found, progress)
     with replacing(*(folder / name for name in names)) as files:
@@ -150,6 +150,7 @@ def compress_folder(
                 texts[CONFIG_FILE] = write_stream(file, forms, mine, header)
         for name, file in zip(names[len(layout) :], files[len(layout) :], strict=True):
             file.write(json.dumps(texts[name], indent=2).encode() + b"\n")
+    next(tensors, None)  # ends the progress bar
     if of_transformers:
         for path in weights.folder.iterdir():
             if path.suffix in _COPIED and path.name not in (*names, INDEX_FILE, CONFIG_FILE) and path.is_file():
@@ -174,12 +175,16 @@ class _Weights:
     """
 
     def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"source {str(folder)!r} is not a folder; pass the one that holds the model's files."
+            )
         self.folder, index, config = folder, folder / INDEX_FILE, folder / "config.json"
         try:
-            self.config: dict[str, Any] = dict(parse_json(config.read_bytes())) if config.exists() else {}
-            self.index = dict(parse_json(index.read_bytes())["weight_map"]) if index.exists() else None
+            self.config: dict[str, Any] = {**parse_json(config.read_bytes())} if config.exists() else {}
+            self.index = {**parse_json(index.read_bytes())["weight_map"]} if index.exists() else None
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"source {str(folder)!r}: its config.json or index is damaged: {error}") from None
+            raise ValueError(f"source {str(folder)!r}: config.json or {INDEX_FILE} is damaged: {error}.") from None
         paths = sorted(folder.glob("*.safetensors"))
         names = sorted(set(self.index.values())) if self.index is not None else [path.name for path in paths]
         if self.index is None and WEIGHTS_FILE in names:
@@ -204,7 +209,7 @@ class _Weights:
         except ValueError as error:
             raise ValueError(f"source: {str(path)!r} is damaged: {error}. Copy it again.") from None
         if header.get("layers"):
-            raise ValueError(f"source {str(self.folder)!r} is compressed already; pass the folder of the dense model.")
+            raise ValueError(f"source {str(self.folder)!r} is already compressed; pass the folder of the dense model.")
         if twice := sorted(forms.keys() & self.forms.keys()):
             raise ValueError(
                 f"source {str(self.folder)!r} holds {twice[0]!r} in two files; leave one state dict there."
@@ -234,7 +239,7 @@ class _Weights:
 
 
 def _model_of_state_dict(weights: _Weights, covariances: Covariances) -> tuple[nn.Module, dict[str, str]]:
-    """Modules with the names of a state dict, and why layers that ``covariances`` name are none of them."""
+    """Modules with the names of a state dict, and the reason for each layer of ``covariances`` that has none."""
     model, undescribed = nn.Module(), {}
     places = {"": model}
 
@@ -327,15 +332,17 @@ def _index(layout: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
     return {"metadata": sizes, "weight_map": dict(sorted(places.items()))}
 
 
-def _check_target(source: Path, folder: Path, names: list[str]) -> None:
-    if folder.exists() and not folder.is_dir():
+def _check_target(weights: _Weights, folder: Path, of_transformers: bool) -> None:
+    if not folder.exists():
+        return
+    if not folder.is_dir():
         raise FileExistsError(f"target {str(folder)!r} is a file; name a folder.")
-    folder.mkdir(parents=True, exist_ok=True)
-    if folder.samefile(source):
+    if folder.samefile(weights.folder):
         raise ValueError("target is source; name another folder.")
-    others = [path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")]
-    others += [INDEX_FILE] if (folder / INDEX_FILE).exists() else []
-    if wrong := sorted(set(others) - set(names)):
+    names = {*weights.files.values(), *([] if weights.index is None else [INDEX_FILE])}
+    held = {path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")}
+    held |= {INDEX_FILE} if (folder / INDEX_FILE).exists() else set()
+    if wrong := sorted(held - (names if of_transformers else {WEIGHTS_FILE})):
         raise ValueError(f"target {str(folder)!r} holds {wrong[0]}, of another model; name an empty folder.")
 
 

@@ -86,11 +86,12 @@ def recalibrate(
         raise TypeError(f"options must be keyword arguments of calibrate; it has no {', '.join(unknown)}.")
     check_arguments(calibrate, options)
     # Apply the filter to the dense layers: it may go by their type or identity.
-    layers, _ = find_layers(model, options.pop("filter_fn", None))
+    layers, skipped = find_layers(model, options.pop("filter_fn", None))
     if missing := [fqn for fqn in covariances if fqn not in layers]:
+        reasons = "".join(f"\n  {fqn}: {skipped[fqn]}" for fqn in missing if fqn in skipped)
         raise ValueError(
             f"covariances hold layers that model does not have or filter_fn does not keep: {', '.join(missing)}. "
-            "Pass the model and the filter_fn of the first calibrate."
+            f"Pass the model and the filter_fn of the first calibrate.{reasons}"
         )
     config = replace(CompressionConfig.of(config), reconstruction=None)
     samples = _samples(covariances)  # grows with each run, so that a third run draws other labels as well

@@ -80,6 +80,7 @@ CALLS = {
     "lro.Calibrator": "model=model",
     "lro.Calibrator(model).observe": "loss=loss, samples=40",
     "lro.recalibrate": "model=model, covariances=covariances, batches=batches",
+    "lro.correct_predictions": "model=model, covariances=covariances, batches=batches",
     "lro.Covariances": "",
     "covariances.merge": "other=covariances",
     "covariances.save": "path='new'",

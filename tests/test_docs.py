@@ -38,7 +38,8 @@ COMMAND = re.compile(
 )
 TARGET = re.compile(r"(?:^|`)make (?P<names>[a-z][\w -]*)", re.M)
 PLACEHOLDERS = "--model my:model --calibration my:batches --out folder"  # what "lowrank-ops compress ..." leaves out
-LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
+LINK = re.compile(r"\]\((?!https?:)(?P<file>[^)#\s]*)(?:#(?P<heading>[^)\s]+))?\)")
+HEADING = re.compile(r"^#+ (.+)$", re.M)
 
 
 class Block(NamedTuple):
@@ -76,10 +77,19 @@ def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     run(page)
 
 
+def headings(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and MkDocs make them."""
+    titles = HEADING.findall(page.read_text(encoding="utf-8"))
+    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=named)
 def test_links_lead_somewhere(page: Path) -> None:
-    targets = LINK.findall(page.read_text(encoding="utf-8"))
-    assert [target for target in targets if not (page.parent / target).exists()] == []
+    for link in LINK.finditer(page.read_text(encoding="utf-8")):
+        target = page.parent / link["file"] if link["file"] else page
+        assert target.exists(), link[0]
+        if link["heading"] and target.suffix == ".md":
+            assert link["heading"] in headings(target), link[0]
 
 
 class Parsed(Exception):

@@ -180,6 +180,8 @@ def test_what_cannot_be_done_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no safetensors files"):
         compress_folder(dense, tmp_path / "out", covariances)
     safetensors.torch.save_file(model.state_dict(), dense / "a.safetensors")
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
+        compress_folder(dense / "a.safetensors", tmp_path / "out", covariances)
     with pytest.raises(ValueError, match="target is source"):
         compress_folder(dense, dense, covariances, 4)
     other = lro.calibrate(nn.Sequential(nn.Linear(3, 4)), [torch.randn(9, 3)])
@@ -202,7 +204,7 @@ def test_what_cannot_be_done_is_refused(tmp_path: Path) -> None:
         compress_folder(dense, tmp_path / "out", covariances, 4)
     (dense / "b.safetensors").unlink()
     compress_folder(dense, tmp_path / "smaller", covariances, 4)
-    with pytest.raises(ValueError, match="compressed already"):
+    with pytest.raises(ValueError, match="already compressed"):
         compress_folder(tmp_path / "smaller", tmp_path / "again", covariances)
 
 

@@ -68,7 +68,7 @@ def test_imports_are_read_from_the_source() -> None:
 
 
 def test_import_is_cheap_and_does_not_initialize_cuda() -> None:
-    """Beside torch and its own modules it imports the standard library and safetensors at most."""
+    """Beside torch and its own modules it imports the standard library, safetensors and tqdm at most."""
     code = (
         "import sys, torch\n"
         "before = set(sys.modules)\n"
@@ -77,4 +77,4 @@ def test_import_is_cheap_and_does_not_initialize_cuda() -> None:
         "print(*{name.split('.')[0] for name in set(sys.modules) - before} - sys.stdlib_module_names)"
     )
     result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert set(result.stdout.split()) <= {"lowrank_ops", "numpy", "safetensors"}
+    assert set(result.stdout.split()) <= {"lowrank_ops", "numpy", "safetensors", "tqdm"}

@@ -174,7 +174,7 @@ def test_bad_arguments_are_errors_before_any_batch(mixed: Any) -> None:
     no_gradients = lro.calibrate(model, batches, filter_fn=lambda module, fqn: fqn == "head")
     with pytest.raises(ValueError, match="hold no output gradients"):
         lro.recalibrate(model, no_gradients, batches, sensitivity=loss)
-    with pytest.raises(ValueError, match="sensitivity must be given"):
+    with pytest.raises(ValueError, match="sensitivity must be that of the first calibrate"):
         lro.recalibrate(model, covariances, batches)
     with pytest.raises(TypeError, match="covariances must come from calibrate"):
         lro.recalibrate(model, {}, batches, sensitivity=loss)  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ Debian handbook (``apt-get install debian-handbook``). The package holds 4-bit w
 model. The output layer stays dense, because its weight is the embedding's.
 
 Rows are appended to a JSON file; another run computes those that are missing. Statistics and the training of a
-distillation are stored in ``--cache``, from which an interrupted run goes on.
+distillation are stored in ``--cache``, from which an interrupted run resumes.
 """
 
 from __future__ import annotations

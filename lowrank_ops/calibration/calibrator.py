@@ -377,7 +377,7 @@ class Calibrator:
         check_no_adapters(model)
         self._listed = list_experts(model)
         with experts_listed(model, listed=self._listed):
-            layers, self.skipped = find_layers(model, filter_fn)
+            layers, self.skipped = find_layers(model, filter_fn, dispatched=True)
             self._pools, twins = pools_of(model, layers)
         if self._needs_values:
             layers, without = with_values(layers)
@@ -442,6 +442,11 @@ class Calibrator:
             self._tokens,
         ]
         tensors = {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
+        if offloaded := [name for name, tensor in tensors.items() if tensor.is_meta]:
+            raise ValueError(
+                f"checkpoint cannot tell whether weights that accelerate has offloaded are the same ({offloaded[0]!r} "
+                "first); leave checkpoint out, or load the model without offloading."
+            )
         return {"arguments": digest([str(one) for one in arguments]), "weights": digest(tensors)}
 
     def _over(self, layers: Sequence[str]) -> Calibrator:

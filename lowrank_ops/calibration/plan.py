@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..models.layers import dimensions
+from ..models.layers import device_of_layer, dimensions
 from ..models.running import has_float64
 from .experts import twin_name
 
@@ -119,7 +119,7 @@ def make_plan(
             sums |= {"output_gradients": out_features} | ({"token_weighted": features} if token_weights else {})
         if twin_name(fqn) in sides:
             groups *= 2
-        device = layer.get_parameter("weight").device
+        device = device_of_layer(layer)
         itemsize = (dtype if has_float64(device) else torch.float32).itemsize
         sizes = {name: itemsize * groups * (n * n + 2 * n) for name, n in sums.items()}
         planned.append(PlannedLayer(fqn, device, sides[fqn], sizes))

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models.layers import Conv, dimensions, images, is_conv, over_images, pad_input
+from ..models.layers import Conv, device_of_layer, dimensions, images, is_conv, over_images, pad_input
 from ..models.running import has_float64
 from ..ops import conv_covariance_update_, covariance_update_
 from ..ops.covariance import output_size
@@ -44,7 +44,7 @@ class Sums:
         self.geometry = geometry_of(layer)
         groups, in_features, out_features = dimensions(layer)
         features = in_features if side == "input" else out_features
-        device = layer.get_parameter("weight").device
+        device = device_of_layer(layer)
         dtype = dtype if has_float64(device) else torch.float32
         with torch.inference_mode(False):  # sums created in inference mode could not be updated outside it
             self.moments = Moments.zeros((features,) if groups == 1 else (groups, features), dtype, device)
@@ -123,6 +123,7 @@ class Sums:
                 f"layer {self.leader!r} has an {self.what} of {total.numel()} features; a batch has "
                 f"{rows.shape[-1]}. Check the shape of the batches."
             )
+        rows = rows.to(total.device)  # accelerate's hooks move inputs after ours have seen them
         if not self.moments.count and not self.of_loss:  # gradients are never centered
             self.moments.shift = shift_of(rows.reshape(-1, *total.shape), total.dtype)
         if self.sampler.share < 1:
@@ -139,7 +140,7 @@ class Sums:
 
     def update_conv(self, layer: Conv, x: Tensor) -> None:
         """Add the patches of a convolution's input."""
-        x, padding = pad_input(layer, x)
+        x, padding = pad_input(layer, x.to(self.moments.total.device))
         x = images(layer, x)
         settings: dict[str, Any] = {
             "kernel_size": over_images(layer.kernel_size, 1),

@@ -27,8 +27,9 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("positional_model", nargs="?", metavar="MODEL", help="the same as --model")
     data.add_argument(
         "--model", metavar="MODEL",
-        help="hf:DIR, a folder written by save_pretrained of transformers; timm:NAME, a timm model with its pretrained "
-        "weights or those of --checkpoint; or module:function, called without arguments, which returns the model",
+        help="hf:DIR, a folder written by save_pretrained of transformers, or hf:OWNER/NAME on the Hugging Face Hub; "
+        "timm:NAME, a timm model with its pretrained weights or those of --checkpoint; or module:function, called "
+        "without arguments, which returns the model",
     )  # fmt: skip
     data.add_argument(
         "--checkpoint", type=Path, metavar="FILE", help="safetensors file with weights to load into the model"

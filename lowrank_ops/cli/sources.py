@@ -22,16 +22,16 @@ _IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 def named_model(options: argparse.Namespace) -> nn.Module | None:
-    """The model of ``hf:DIR`` or ``timm:NAME``; None for other names."""
+    """The model of ``hf:DIR``, ``hf:OWNER/NAME`` of the Hub or ``timm:NAME``; None for other names."""
     kind, _, name = options.model.partition(":")
     if kind == "hf":
         _library("transformers", "--model hf:", "hf")
+        what = f"--model {options.model}"
         if not Path(name).is_dir():
-            raise Failure(
-                2, f"--model {options.model}: no such folder; a model of the Hugging Face Hub is downloaded by "
-                f"hf download {name} --local-dir FOLDER",
-            )  # fmt: skip
-        with failing_as(f"--model {options.model}", code=2):
+            if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+                raise Failure(2, f"{what}: no such folder; a name of the Hugging Face Hub is OWNER/NAME")
+            what += ": no such folder; loading it from the Hugging Face Hub"
+        with failing_as(what, code=2):
             from ..integrations.transformers import class_of
 
             model: nn.Module = class_of(name)[0].from_pretrained(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -59,7 +60,7 @@ def verify(device: torch.device, name: str) -> Result:
                 wrong.append(f"{type(error).__name__}: {one_line(error)}, for {problem}")
             worst[key] = calls + 1, ratio
     if not found:
-        raise Failure(1, f"No kernel can run on {name}; lowrank-ops doctor says why.")
+        raise Failure(1, f"No kernel can run on {name}; lowrank-ops doctor shows why.")
     path = _verify.write_record(arch, name, {key: not wrong for key, wrong in found.items()})
     return _report(arch, name, str(path), found, worst)
 
@@ -144,4 +145,4 @@ def _linear(*args: Any) -> tuple[str, tuple[Impl, ...], Any, _Run]:
 
 
 def _comparison(trial: Callable[..., _verify.Errors | None], problem: Any, x: torch.Tensor) -> _Run:
-    return lambda impl, **options: trial(impl, problem, x, **options)
+    return lambda impl, **options: trial(impl, problem, x, limit=sys.maxsize, **options)

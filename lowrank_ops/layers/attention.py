@@ -1,7 +1,7 @@
 """Attention modules that call their projections as layers, which can then be calibrated and compressed."""
 
 from collections.abc import Callable
-from types import MethodType, SimpleNamespace
+from functools import partial
 from typing import Any
 
 import torch
@@ -162,19 +162,24 @@ class _CallsProjections:
 
     def __init__(self, attention: Any) -> None:
         self.attention = attention
-        self.qkv = SimpleNamespace(weight=_Called(attention.qkv), bias=None)
-        self.proj = SimpleNamespace(weight=_Called(attention.proj), bias=None)
+        self.qkv, self.proj = _Called(attention.qkv), _Called(attention.proj)
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self.attention.replaced, name, None)
-        return getattr(self.attention, name) if method is None else MethodType(method, self)
+        return getattr(self.attention, name) if method is None else partial(method, self)
 
 
 class _Called:
-    """In the place of a weight: ``F.linear`` with it is a call of the layer."""
+    """A projection, and its weight: ``F.linear`` with that is a call of the layer, which adds its bias itself."""
+
+    bias = None
 
     def __init__(self, layer: Callable[[Tensor], Tensor]) -> None:
         self.layer = layer
+
+    @property
+    def weight(self) -> "_Called":
+        return self
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

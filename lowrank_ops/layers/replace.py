@@ -14,8 +14,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..factors.projections import Factors
 from ..models.experts import experts_listed
-from ..models.layers import HOOKS, check_not_wrapped, find_layers, tied_layers
+from ..models.layers import HOOKS, check_not_wrapped, dimensions, find_layers, tied_layers
 from ..models.running import warn_caller
+from ..ranks.costs import pivoting_saves
 from ._base import LowRankLayer
 from .conv import LowRankConv1d, LowRankConv2d
 from .linear import LowRankLinear
@@ -32,7 +33,7 @@ def replace_(model: nn.Module, factors: Mapping[str, Factors], *, pivoted: bool 
     Args:
         model: any module.
         factors: ``{fqn: Factors}``, from :func:`lowrank_ops.factors.factorize` for example.
-        pivoted: store linear layers as :class:`lowrank_ops.layers.PivotedLinear`.
+        pivoted: store linear layers as :class:`lowrank_ops.layers.PivotedLinear`, where that takes fewer parameters.
 
     Returns:
         ``model``, or the new layer where ``model`` is itself the layer to replace.
@@ -76,9 +77,10 @@ def _replace(model: nn.Module, factors: Mapping[str, Factors], pivoted: bool) ->
         if has_hooks(layers[fqn]):
             raise ValueError(f"layer {fqn!r} has hooks, which its replacement would drop; remove them first.")
 
-    replacements = {
-        layers[fqn]: lowrank_type(layers[fqn], pivoted).from_factors(layers[fqn], factors[fqn]) for fqn in factors
-    }
+    replacements = {}
+    for fqn, part in factors.items():
+        smaller = pivoted and pivoting_saves(part.rank, dimensions(layers[fqn]).out_features)
+        replacements[layers[fqn]] = lowrank_type(layers[fqn], smaller).from_factors(layers[fqn], part)
     swap_(model, replacements)
     return replacements.get(model, model)
 

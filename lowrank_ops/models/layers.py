@@ -13,8 +13,12 @@ from torch import Tensor, nn
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 _KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d)
-_OFFLOADED = (
-    "accelerate's hooks move its weight on each call; load the model on one device, or call "
+_DISPATCHED = (
+    "accelerate's hooks move its weight on each call, which only calibrate supports; to compress, load the model "
+    "without device_map, or call accelerate.hooks.remove_hook_from_module(model, recurse=True)"
+)
+_DISPATCHED_EXPERTS = (
+    "accelerate's hooks move its weights on each call; load the model without device_map, or call "
     "accelerate.hooks.remove_hook_from_module(model, recurse=True)"
 )
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -31,12 +35,15 @@ class Dimensions(NamedTuple):
     out_features: int  # of one group
 
 
-def find_layers(model: nn.Module, filter_fn: FilterFn | None = None) -> tuple[dict[str, nn.Module], dict[str, str]]:
+def find_layers(
+    model: nn.Module, filter_fn: FilterFn | None = None, dispatched: bool = False
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """The layers of ``model`` that can be compressed, and those of a supported kind that cannot.
 
     Args:
         model: any module.
         filter_fn: ``filter_fn(module, fqn) -> bool`` chooses layers; None chooses all.
+        dispatched: also take layers whose weights accelerate's hooks move or load on each call.
 
     Returns:
         ``{fqn: layer}`` in the model's order and ``{fqn: reason}`` for skipped modules.
@@ -57,7 +64,7 @@ def find_layers(model: nn.Module, filter_fn: FilterFn | None = None) -> tuple[di
         elif is_supported(module):
             if filter_fn is not None and not filter_fn(module, fqn):
                 continue
-            reason = _reason_to_skip(module)
+            reason = _reason_to_skip(module, dispatched)
             if reason is None:
                 layers[fqn] = module
             else:
@@ -132,16 +139,17 @@ def check_no_adapters(model: nn.Module) -> None:
             )
 
 
-def _reason_to_skip(module: nn.Module) -> str | None:
-    if hasattr(module, "_hf_hook"):
-        return _OFFLOADED
+def _reason_to_skip(module: nn.Module, dispatched: bool) -> str | None:
+    if hasattr(module, "_hf_hook") and not dispatched:
+        return _DISPATCHED
     if type(module).__module__.startswith("bitsandbytes."):
         return (
             f"its weight is quantized ({type(module).__name__} of bitsandbytes); compress the float model, then "
             "quantize it"
         )
     base = next((kind for kind in _KINDS if isinstance(module, kind)), type(module))
-    if getattr(module.forward, "__func__", None) is not base.forward:
+    forward = getattr(module, "_old_forward", module.forward)  # which accelerate's hook has replaced
+    if getattr(forward, "__func__", None) is not base.forward:
         return f"{type(module).__name__} overrides forward"
     if hasattr(module, "parametrizations"):
         return "its weight is parametrized; call torch.nn.utils.parametrize.remove_parametrizations first"
@@ -187,7 +195,7 @@ def fused_projections(module: nn.Module) -> tuple[str, str] | None:
 def reason_to_stay_fused(module: nn.Module) -> str | None:
     """Why experts that :func:`fused_projections` recognizes cannot be run one by one; None if they can."""
     if hasattr(module, "_hf_hook"):
-        return _OFFLOADED
+        return _DISPATCHED_EXPERTS
     if getattr(module, "_is_expert_parallel", False):
         return "its experts are distributed over processes; compress the whole module first"
     if "forward" in vars(module):
@@ -200,10 +208,23 @@ def reason_to_stay_fused(module: nn.Module) -> str | None:
     return None
 
 
+def device_of_layer(layer: nn.Module) -> torch.device:
+    """Where a layer runs: the device of its weight, or the one to which accelerate's hook moves it."""
+    devices = (getattr(hook, "execution_device", None) for hook in _hooks_of(layer))
+    found = next((device for device in devices if device is not None), None)
+    return layer.get_parameter("weight").device if found is None else torch.device(found)
+
+
+def _hooks_of(layer: nn.Module) -> Sequence[Any]:
+    """accelerate's hooks."""
+    hook = getattr(layer, "_hf_hook", None)
+    return () if hook is None else getattr(hook, "hooks", (hook,))
+
+
 def with_values(layers: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """The layers whose weights have values, and the reason for those on the meta device."""
     reason = "its weight is on the meta device and has no values; load the weights, or call model.to_empty and load"
-    without = {fqn: reason for fqn, layer in layers.items() if layer.get_parameter("weight").is_meta}
+    without = {fqn: reason for fqn, layer in layers.items() if device_of_layer(layer).type == "meta"}
     return {fqn: layer for fqn, layer in layers.items() if fqn not in without}, without
 
 
@@ -216,7 +237,7 @@ def check_finite(layers: Mapping[str, nn.Module]) -> None:
     """Raise ValueError for the first layer whose weight or bias holds NaN or inf."""
     for fqn, layer in layers.items():
         for name, values in (("weight", weight_matrix(layer)), ("bias", bias_vector(layer))):
-            if values is not None and not all_finite(values):
+            if values is not None and not values.is_meta and not all_finite(values):
                 raise ValueError(
                     f"layer {fqn!r}: its {name} holds NaN or inf; repair the model, or leave the layer out with "
                     "filter_fn."
@@ -293,6 +314,8 @@ def weight_matrix(module: nn.Module) -> Tensor:
 def bias_vector(module: nn.Module) -> Tensor | None:
     """The bias (all out_features,), or None."""
     bias = module.bias
+    if isinstance(bias, Tensor) and bias.is_meta and hasattr(module, "_hf_hook"):  # offloaded by accelerate
+        bias = next(one.weights_map["bias"] for one in _hooks_of(module) if one.weights_map is not None)
     return bias.detach() if isinstance(bias, Tensor) else None
 
 

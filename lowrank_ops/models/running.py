@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 EMPTY = "batches was empty; pass at least one batch, and not a generator that is used up."
 _MODES = ("train", "eval")
@@ -273,8 +273,10 @@ def move(batch: Any, device: torch.device) -> Any:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """The device of the model's first parameter; the CPU without parameters."""
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    """The device of the model's first parameter that accelerate has not offloaded; the CPU without parameters."""
+    dispatched = hasattr(model, "_hf_hook")
+    devices = (parameter.device for parameter in model.parameters())
+    return next((device for device in devices if not dispatched or device.type != "meta"), torch.device("cpu"))
 
 
 @functools.cache

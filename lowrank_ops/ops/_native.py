@@ -78,8 +78,12 @@ def cuda_versions() -> tuple[str, str]:
 
 
 def toolkit() -> str:
-    """The CUDA toolkit that built the library, such as ``"13.3"``, or why there is no library."""
-    return unavailable() or str(torch.ops.lowrank_ops._cuda_toolkit())
+    """The CUDA toolkit that built the library, such as ``"13.3"``, or why there is none or it is not known."""
+    if (reason := unavailable()) is not None:
+        return reason
+    if not hasattr(torch.ops.lowrank_ops, "_cuda_toolkit"):
+        return "the native library is older than this package: reinstall to build it again"
+    return str(torch.ops.lowrank_ops._cuda_toolkit())
 
 
 def unavailable_on(device_type: str) -> str | None:

@@ -32,7 +32,7 @@ def unavailable(device_type: str, capability: tuple[int, int]) -> str | None:
 def lacks_proxy_fence(device_type: str, capability: tuple[int, int]) -> str | None:
     """Why Triton must not load tiles by cp.async for wgmma or tcgen05.mma on such a device, or None.
 
-    Triton 3.6 has no fence.proxy.async between the two (triton-lang/triton issue 9610, mended in 3.7): MMAs may read
+    Triton 3.6 has no fence.proxy.async between the two (triton-lang/triton issue 9610, fixed in 3.7): MMAs may read
     what was in shared memory before.
     """
     if device_type != "cuda" or torch.version.hip is not None or arch_of(capability) < 90:

@@ -166,14 +166,17 @@ def utilization(
         True
     """
     check_share("explained_variance", explained_variance)
-    layers, _ = find_layers(model, filter_fn)
+    layers, skipped = find_layers(model, filter_fn)
     if subspaces is None or any(space.centered != centered for space in subspaces.values()):
         subspaces = layer_subspaces(layers, covariances, centered=centered)
     subspaces = {fqn: space for fqn, space in subspaces.items() if fqn in layers}
     bar = ProgressBar(subspaces.items(), desc="decomposing", unit="layer", disable=not progress)
     rows = tuple(_layer_utilization(fqn, layers[fqn], space, explained_variance) for fqn, space in bar)
     if not rows:
-        raise ValueError("covariances has none of the model's layers that filter_fn selects; calibrate them first.")
+        reasons = "".join(f"\n  {fqn or '(the model)'}: {reason}" for fqn, reason in skipped.items())
+        raise ValueError(
+            f"covariances has none of the model's layers that filter_fn selects; calibrate them first.{reasons}"
+        )
     warn_of_few_rows(few_rows(rows))
     return UtilizationReport(explained_variance, centered, rows, covariances.unreached, covariances.skipped)
 

@@ -25,13 +25,13 @@ class NoFloat64(TorchDispatchMode):
 
 
 @pytest.fixture
-def asked_anew() -> Iterator[None]:
+def asked_again() -> Iterator[None]:
     has_float64.cache_clear()
     yield
     has_float64.cache_clear()
 
 
-@pytest.mark.usefixtures("asked_anew")
+@pytest.mark.usefixtures("asked_again")
 @pytest.mark.parametrize("sensitivity", [None, "fisher"])
 def test_sums_are_float32_where_float64_is_missing(sensitivity: str | None) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 2), nn.Flatten(2), nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 8))
@@ -52,7 +52,7 @@ def test_sums_are_float32_where_float64_is_missing(sensitivity: str | None) -> N
     lro.compress_(model, found, lro.Ranks({"2": 4, "4": 4}))
 
 
-@pytest.mark.usefixtures("asked_anew")
+@pytest.mark.usefixtures("asked_again")
 def test_a_device_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     zeros = torch.zeros

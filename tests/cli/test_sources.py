@@ -124,7 +124,7 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("argv", "part"),
         [
-            (("--model", "hf:nowhere", "--calibration", "text:texts.txt"), "--model hf:nowhere: no such folder"),
+            (("--model", "hf:nowhere", *TEXT[2:]), "--model hf:nowhere: no such folder; a name of the"),
             ((*TEXT[:3], "text:none.txt"), "--calibration text:none.txt: cannot be read: No such file"),
             ((*TEXT[:3], "text:photos/0.png"), "text:photos/0.png: is not UTF-8 text"),
             ((*TEXT[:3], "text:empty.txt"), "holds no text; write texts with empty lines between them"),
@@ -150,6 +150,13 @@ class TestRefused:
             transformers.T5Model(config).save_pretrained("t5")
             transformers.BertConfig(architectures=["Odd"]).save_pretrained("odd")
         assert part in run(capsys, "analyze", *argv, code=2)
+
+    def test_names_of_the_hub_are_looked_up(
+        self, saved: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        line = run(capsys, "analyze", "--model", "hf:no/where", *TEXT[2:], code=2)
+        assert "hf:no/where: no such folder; loading it from the Hugging Face Hub failed: OSError: We couldn't" in line
 
     def test_missing_library_is_named(
         self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

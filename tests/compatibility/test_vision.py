@@ -64,19 +64,23 @@ def test_models_are_compressed_saved_and_loaded(family, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["torchvision Swin", "torchvision Swin 2"])
-def test_converted_windows_are_compiled_exported_and_scaled_to_any_image(family):
+def test_converted_windows_are_pickled_compiled_and_exported(family):
     torch.manual_seed(0)
     original = FAMILIES[family]().eval()
     for parameter in original.parameters():  # the bias of the keys, which version 2 ignores, as well
         parameter.data.add_(0.05 * torch.randn_like(parameter))
     model, x = convert_attention_(copy.deepcopy(original)), torch.randn(2, 3, 40, 56)  # padded to whole windows
-    expected = original(x)
-    for run in (model, pickle.loads(pickle.dumps(model)), torch.compile(model, backend="aot_eager")):
-        torch.testing.assert_close(run(x), expected, atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected, atol=1e-6, rtol=1e-5)
+    for run in (model, pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(run(x), original(x), atol=1e-6, rtol=1e-5)
+    attention, rows = model.features[1][1].attn, torch.randn(1, 5, 7, 32)
+    expected = original.features[1][1].attn(rows)
+    exported = torch.export.export(attention, (rows,)).module()
+    for run in (exported, torch.compile(attention, backend="eager", fullgraph=True)):
+        torch.testing.assert_close(run(rows), expected, atol=1e-6, rtol=1e-5)
     with pytest.raises(ValueError, match=r"features\.1\.0\.attn is a ShiftedWindowAttention\w* that .* has hooks"):
         original.features[1][0].attn.register_forward_hook(lambda *args: None)
         convert_attention_(original)
-    covariances = lro.calibrate(original, [x])
+    with pytest.warns(UserWarning, match="calibration skips unsupported modules"):
+        covariances = lro.calibrate(original, [x])
     assert "call lowrank_ops.layers.convert_attention_(model)" in covariances.skipped["features.1.1.attn"]
     assert not any("qkv" in fqn for fqn in covariances)

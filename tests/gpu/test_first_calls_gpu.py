@@ -1,12 +1,13 @@
 """First calls of unverified kernels on a CUDA device: kernels that are right pass their check."""
 
+import re
 import warnings
 
 import pytest
 import torch
 
 from lowrank_ops.cli import verify
-from lowrank_ops.ops import _verify, covariance_update_, lowrank_linear
+from lowrank_ops.ops import _verify, covariance_update_, explain, lowrank_linear
 
 from .device import arguments, captured, random, zeros
 
@@ -28,7 +29,9 @@ def test_linear_passes_and_is_captured(tokens):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         y = lowrank_linear(*args)
-    assert len(_verify._passed) == 1
+    # Older versions of Triton are refused for many tokens on some GPUs.
+    by_triton = re.search(r"^triton\S+: runs$", explain("lowrank_linear", *args), re.M)
+    assert len(_verify._passed) == bool(by_triton)
     graph, again = captured(lambda: lowrank_linear(*args))
     graph.replay()
     assert torch.equal(y, again)

@@ -53,7 +53,7 @@ class KeepsNormFrozen(nn.Sequential):
 
 
 class Drops(nn.Linear):
-    """eval() loses what train() cannot bring back."""
+    """eval() loses what train() cannot restore."""
 
     def train(self, mode: bool = True) -> "Drops":
         if not mode:

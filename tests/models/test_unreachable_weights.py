@@ -30,12 +30,6 @@ def model_with(layer: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Linear(8, 8), layer)
 
 
-def with_hook() -> nn.Module:
-    layer = nn.Linear(8, 8)
-    layer._hf_hook = object()
-    return layer
-
-
 def float8() -> nn.Module:
     layer = nn.Linear(8, 8)
     layer.weight = nn.Parameter(layer.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
@@ -47,7 +41,6 @@ def float8() -> nn.Module:
     [
         (lambda: nn.Linear(8, 8, device="meta"), "on the meta device and has no values; load the weights"),
         (lambda: nn.Linear(8, 8, bias=False, device="meta"), "on the meta device"),
-        (with_hook, r"accelerate's hooks move its weight .*remove_hook_from_module"),
         (lambda: Quantized(8, 8), r"quantized \(Quantized of bitsandbytes\); compress the float model"),
         (float8, "of torch.float8_e4m3fn, not a plain float tensor; convert it"),
         (lambda: torch.compile(nn.Sequential(nn.Linear(8, 8))), "compiled, which hides its layers"),

@@ -1,4 +1,4 @@
-"""Block-wise reconstruction lowers the error of the whole model, counts real rows only, and does no harm."""
+"""Block-wise reconstruction lowers the error of the whole model, counts real rows only, and worsens no block."""
 
 import copy
 from pathlib import Path

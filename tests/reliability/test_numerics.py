@@ -186,18 +186,20 @@ def test_covariances_of_many_different_tokens_are_exact(dtype: torch.dtype) -> N
     """As in practice: the errors of blocks are of either sign."""
     torch.manual_seed(0)
     tokens, block = sized(50_000, 10_000_000), 10_000
-    exact, mean = torch.zeros(16, 16, dtype=torch.float64), torch.zeros(16, dtype=torch.float64)
+    products: list[Tensor] = []
+    sums: list[Tensor] = []
 
     def blocks() -> Iterator[Tensor]:
         for _ in range(tokens // block):
             rows = torch.randn(block, 16) * torch.logspace(0, -1, 16)
-            exact.addmm_(rows.double().T, rows.double())
-            mean.add_(rows.double().sum(0))
+            products.append(rows.double().T @ rows.double())
+            sums.append(rows.double().sum(0))
             yield rows
 
     with figures(f"covariance over many tokens: different blocks, sums in {str(dtype)[6:]}") as counts:
         moments = lro.calibrate(nn.Sequential(nn.Linear(16, 16)), blocks(), dtype=dtype)["0"].activations
-        expected = exact / tokens - torch.outer(mean / tokens, mean / tokens)
+        mean = torch.stack(sums).sum(0) / tokens  # pairwise, not one after another
+        expected = torch.stack(products).sum(0) / tokens - torch.outer(mean, mean)
         error = float((moments.moment(centered=True) - expected).abs().max() / expected.abs().max())
         counts.update(tokens=tokens, relative_error=float(f"{error:.2g}"))
         assert error < (1e-9 if dtype == torch.float64 else 1e-5)

@@ -19,7 +19,7 @@ def test_fewer_rows_than_features_are_warned_of_and_marked(rows, tmp_path):
     with pytest.warns(UserWarning, match=rf"0 \({rows} of 48\), 2 \({rows} of 48\)") as found:
         report = lro.compress_(dense, covariances)
     assert len(found) == 1 and found[0].filename == __file__
-    mark = "of the calibration rows only"
+    mark = "for the calibration rows only"
     assert mark in report.table() and mark in measured.table()
     assert report.to_dict()["few_rows"] == [f"0 ({rows} of 48)", f"2 ({rows} of 48)"]
     for one in (report, measured):
