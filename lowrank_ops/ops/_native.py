@@ -63,6 +63,8 @@ def unavailable() -> str | None:
         torch.ops.load_library(LIBRARY)
     except OSError as error:
         return f"the native library does not load: {error}"
+    if not hasattr(torch.ops.lowrank_ops, "_cuda_driver"):
+        return "the native library is older than this package: reinstall to build it again"
     driver, built = cuda_versions()
     if driver and int(driver.split(".")[0]) < (major := int(built.split(".")[0])):
         return (
@@ -78,12 +80,8 @@ def cuda_versions() -> tuple[str, str]:
 
 
 def toolkit() -> str:
-    """The CUDA toolkit that built the library, such as ``"13.3"``, or why there is none or it is not known."""
-    if (reason := unavailable()) is not None:
-        return reason
-    if not hasattr(torch.ops.lowrank_ops, "_cuda_toolkit"):
-        return "the native library is older than this package: reinstall to build it again"
-    return str(torch.ops.lowrank_ops._cuda_toolkit())
+    """The CUDA toolkit that built the library, such as ``"13.3"``, or why there is no library."""
+    return unavailable() or str(torch.ops.lowrank_ops._cuda_toolkit())
 
 
 def unavailable_on(device_type: str) -> str | None:
