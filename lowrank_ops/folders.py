@@ -186,7 +186,12 @@ class _Weights:
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"source {str(folder)!r}: config.json or {INDEX_FILE} is damaged: {error}.") from None
         paths = sorted(folder.glob("*.safetensors"))
-        names = sorted(set(self.index.values())) if self.index is not None else [path.name for path in paths]
+        names = [path.name for path in paths]
+        for name in (self.index or {}).values():  # the target gets files of these names, so none of another folder
+            if name not in names:
+                problem = f"{INDEX_FILE} names {name!r}, which the folder does not hold"
+                raise ValueError(f"source {str(folder)!r}: {problem}; copy it again.")
+        names = names if self.index is None else sorted(set(self.index.values()))
         if self.index is None and WEIGHTS_FILE in names:
             names = [WEIGHTS_FILE]
         if not names:

@@ -152,16 +152,17 @@ def class_of(folder: str | Path) -> tuple[type[PreTrainedModel], Any]:
     """The class of a saved model, and its configuration; no code of the folder runs.
 
     Raises:
-        ValueError: the configuration names no class of transformers.
+        ValueError: the configuration names no model of transformers.
     """
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     architecture = (config.architectures or [None])[0]
-    if not hasattr(transformers, architecture or ""):
+    kind = getattr(transformers, architecture or "", None)
+    if not isinstance(kind, type) or not issubclass(kind, PreTrainedModel):
         raise ValueError(
             f"{str(folder)!r}: its config.json names no transformers class (architectures: {config.architectures}); "
             "load the model in a function of your own (module:function on the command line)"
         )
-    return getattr(transformers, architecture), config
+    return kind, config
 
 
 def empty_model(folder: str | Path, forms: Mapping[str, Tensor]) -> PreTrainedModel:
