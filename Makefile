@@ -15,6 +15,8 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# The release for that torch.
+TORCHVISION ?= torchvision==0.28.0
 PIP_TORCH ?=
 
 VENV := .venv
@@ -39,11 +41,14 @@ demo: $(VENV)/ready
 demo-llm: $(VENV)/ready-llm
 	$(BIN)/python demo/language_model.py
 
+# The vision libraries are in a folder of their own: transformers imports torchvision where it finds it, and a torchvision for
+# CUDA cannot be imported as it is beside a CPU build of torch.
 compatibility: $(VENV)/ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.compatibility.table
-	$(PIP) $(PIP_TORCH) torchvision  # the release for the torch that is there
-	$(PIP) timm torchao
-	OMP_NUM_THREADS=1 $(PYTEST) tests/compatibility/test_vision.py tests/layers/test_export.py tests/compatibility/aotinductor.py
+	$(PIP) $(PIP_TORCH) --no-deps --upgrade --target $(VENV)/vision "$(TORCHVISION)"
+	$(PIP) --no-deps --upgrade --target $(VENV)/vision timm torchao
+	PYTHONPATH=$(VENV)/vision OMP_NUM_THREADS=1 $(PYTEST) tests/compatibility/test_vision.py tests/layers/test_export.py \
+	  tests/compatibility/aotinductor.py
 
 test: lint test-unit test-interpreter test-compile coverage test-native
 

@@ -326,7 +326,7 @@ def _empty_layer(fqn: str, dense: nn.Module, entry: Mapping[str, Any]) -> nn.Mod
             f"{_OTHER_MODEL}"
         )
     try:
-        kind = lowrank_type(dense, pivoted)
+        kind = PivotedLinear if pivoted else lowrank_type(dense)
         return kind.empty_like(dense, entry.get("rank"), bias)  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"layer {fqn!r} of {CONFIG_FILE}: {error}") from None

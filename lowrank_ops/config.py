@@ -267,7 +267,8 @@ class CompressionConfig:
         pivoted: store rows of each linear layer's weight and the coefficients of its other rows, by
             :class:`lowrank_ops.layers.PivotedLinear`: the same function with rank^2 parameters and as many MACs per
             row fewer, so a budget allows larger ranks. Rounding errors are 2 to 4 times those of two factors, and the
-            fused kernels do not run these layers. Convolutions are stored as two factors.
+            fused kernels do not run these layers. Convolutions, and layers where rank^2 is below the number of
+            outputs, whose order is stored as well, keep two factors.
 
     Example:
         >>> import lowrank_ops as lro

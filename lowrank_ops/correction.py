@@ -25,7 +25,7 @@ from .compress import considered_layers
 from .models.experts import on_listed_experts
 from .models.layers import FilterFn, find_layers, images, input_rows, is_conv
 from .models.masks import Mask, Masks
-from .models.running import EMPTY, ProgressBar, call_model, device_of, differentiable, move
+from .models.running import EMPTY, ProgressBar, call_model, device_of, differentiable, move, warn_caller
 from .subspaces.layer import LayerSubspaces
 
 PRIOR_SAMPLES = 8  # weight of the prediction, in measured samples
@@ -88,18 +88,21 @@ def correct_predictions(
     if not covariances.has_output_gradients:
         raise ValueError("covariances hold no output gradients to correct; use calibrate(..., sensitivity=...) first.")
     subspaces, _ = considered_layers(model, covariances, filter_fn, None, centered=centered)
-    layers, _ = find_layers(model)
+    found, _ = find_layers(model)
+    layers = {fqn: found[fqn] for fqn in subspaces}
     batches = list(batches)
     if not batches:
         raise ValueError(EMPTY)
     run, device = forward or call_model, device_of(model)
+    warning = None
     for part in _parts(subspaces, max_state_bytes):
         directions = {
             fqn: _Directions(fqn, layers[fqn], subspaces[fqn])
             for fqn in ProgressBar(part, desc="decomposing", unit="layer", disable=not progress)
         }
         samples = 0
-        recorder = Recorder(layers, Masks(model, mask, unmasked_rows), share=False)
+        masks = Masks(model, mask, unmasked_rows)
+        recorder = Recorder(layers, masks, share=False)
         with ExitStack() as stack:
             stack.enter_context(differentiable(model, SEED))
             stack.callback(recorder.detach)
@@ -108,18 +111,21 @@ def correct_predictions(
             for batch in ProgressBar(batches, desc="directions", unit="batch", disable=not progress):
                 moved = move(batch, device)
                 # The output is not bound to a name, which would keep this batch's graph during the next forward.
-                found, count = recorder.gradients_of(sensitivity, run(model, moved), moved)
+                gradients, count = recorder.gradients_of(sensitivity, run(model, moved), moved)
                 samples += count
-                for gradient in found:
+                for gradient in gradients:
                     if gradient.fqn in directions:
                         directions[gradient.fqn].add(gradient)
-                found.clear()
+                gradients.clear()
                 for each in directions.values():
                     each.finish_batch()
         if not samples:
             raise ValueError(NO_ROWS)
         for fqn, each in directions.items():
             each.correct(subspaces[fqn], samples)
+        warning = masks.finish()  # the same for all parts
+    if warning is not None:
+        warn_caller(warning)
     return subspaces
 
 

@@ -303,7 +303,7 @@ def _empty_layers(
     """The low-rank layers, without values."""
     shifted = config.centered and config.projection != "weight"
     new = {
-        fqn: lowrank_type(modules[fqn], config.pivoted).empty_like(
+        fqn: lowrank_type(modules[fqn], rank if config.pivoted else None).empty_like(
             modules[fqn], rank, shifted or subspaces[fqn].bias is not None
         )
         for fqn, rank in ranks.items()

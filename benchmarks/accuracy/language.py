@@ -129,7 +129,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--held-out", type=int, default=20, help="documents of each kind that are tested on")
     parser.add_argument("--no-answers", action="store_true", help="leave out the answers to a dozen prompts")
     parser.add_argument("--bfloat16", action="store_true", help="run tests and distillation in mixed precision")
-    parser.add_argument("--lr", type=float, default=3e-4, help="of the distillation")
+    parser.add_argument("--lr", type=float, default=3e-5, help="of the distillation")
     parser.add_argument(
         "--cache", type=Path, default=Path("language-cache"), help="folder; written if it does not exist"
     )

@@ -25,6 +25,7 @@ from ..config import (
     RankPolicy,
     Ranks,
 )
+from ..correction import correct_predictions
 from ..files import parse_json
 from ..folders import compress_folder
 from ..layers.latency import measure_latency
@@ -126,6 +127,10 @@ def _add_compression(parser: argparse.ArgumentParser) -> None:
         help="store each linear layer as pivot rows of its weight and coefficients of the other rows, which "
         "saves rank^2 parameters",
     )  # fmt: skip
+    ranks.add_argument(
+        "--correct", action="store_true",
+        help="run --calibration again and measure how the errors of a sample's tokens add up, for ranks by loss",
+    )  # fmt: skip
     factors.add_argument(
         "--reconstruct", choices=list(RECONSTRUCTIONS),
         help="then fit the factors to the dense model's outputs at the compressed model's inputs: layer by layer by "
@@ -145,11 +150,14 @@ def run(options: argparse.Namespace) -> Result:
         check_folder(options.html, "--html")
     if options.from_checkpoint is not None:
         return _run_on_folder(options)
-    for flag, given in (("--reconstruct", options.reconstruct), ("--recalibrate", options.recalibrate)):
+    modes = {"--reconstruct": options.reconstruct, "--recalibrate": options.recalibrate, "--correct": options.correct}
+    for flag, given in modes.items():
         if given and options.batches is None:
             raise Failure(2, f"{flag} runs the model on --calibration; it cannot be combined with --covariances")
     if options.recalibrate and options.sensitivity is None:
         raise Failure(2, "--recalibrate records output gradients again; it needs --sensitivity")
+    if options.correct and options.sensitivity is None:
+        raise Failure(2, "--correct records output gradients again; it needs --sensitivity")
     shares_by_loss = (options.budget or options.flops or options.latency) and options.allocation in (None, "loss")
     if options.recalibrate and options.projection not in (None, "loss") and not shares_by_loss:
         raise Failure(2, "--recalibrate needs --projection loss, or a budget with --allocation loss")
@@ -184,7 +192,14 @@ def run(options: argparse.Namespace) -> Result:
             mask=options.mask,
             checkpoint=progress.path("reconstruction.safetensors"),
         )
-    report = compress_(model, covariances, config, reconstruction=reconstruction, progress=True)
+    subspaces = None
+    if options.correct:
+        batches = load_batches(options, model)  # which may set the mask
+        with failing_as("correction", but=ValueError):
+            subspaces = correct_predictions(
+                model, covariances, batches, sensitivity=options.sensitivity, mask=options.mask, progress=True
+            )
+    report = compress_(model, covariances, config, subspaces=subspaces, reconstruction=reconstruction, progress=True)
     if all(layer.rank is None for layer in report.layers):
         raise Failure(1, "every layer stays dense at these ranks, so nothing was written; allow smaller ranks")
     loading = _save(model, options, report)
@@ -201,6 +216,7 @@ def _run_on_folder(options: argparse.Namespace) -> Result:
         "--checkpoint": options.checkpoint,
         "--reconstruct": options.reconstruct,
         "--recalibrate": options.recalibrate,
+        "--correct": options.correct,
         "--resume": options.resume,
         "--save-covariances": options.save_covariances,
         "--save-latencies": options.save_latencies,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -144,4 +145,4 @@ def _linear(*args: Any) -> tuple[str, tuple[Impl, ...], Any, _Run]:
 
 
 def _comparison(trial: Callable[..., _verify.Errors | None], problem: Any, x: torch.Tensor) -> _Run:
-    return lambda impl, **options: trial(impl, problem, x, **options)
+    return lambda impl, **options: trial(impl, problem, x, limit=sys.maxsize, **options)

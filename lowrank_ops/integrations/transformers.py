@@ -30,7 +30,7 @@ from ..layers.pivoted import PivotedLinear, is_order
 from ..layers.plain import CONVERTED
 from ..layers.replace import swap_
 from ..layers.weight import ProductWeight
-from ..models.experts import experts_listed
+from ..models.experts import ListedExperts, experts_listed
 from ..models.running import shortened
 from ..version import __version__
 
@@ -210,7 +210,13 @@ def _check_copy(model: PreTrainedModel) -> None:
         return
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in type(model)(model.config).state_dict().items()}
-    unknown = [name for name, tensor in model.state_dict().items() if shapes.get(name) != tensor.shape]
+    kinds = (LowRankLayer, ListedExperts)  # of a copy that was compressed again; config.json describes them
+    described = tuple(f"{fqn}." for fqn, module in model.named_modules() if isinstance(module, kinds))
+    unknown = [
+        name
+        for name, tensor in model.state_dict().items()
+        if not name.startswith(described) and shapes.get(name) != tensor.shape
+    ]
     if unknown:
         raise ValueError(
             f"{type(model).__name__}.from_pretrained would not load {shortened(unknown)}, which to_dense_layers or "

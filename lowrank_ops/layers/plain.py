@@ -66,8 +66,9 @@ def to_plain_layers(model: nn.Module) -> nn.Module:
     ops. Code that reads ``layer.weight`` of such a layer, as transformers' T5 and ViT do, fails: use
     :func:`to_dense_layers` there.
 
-    The experts of a mixture become such layers too, and can be quantized. The module that sends rows to them is this
-    package's, which must be installed where the copy is loaded, but not for a program of ``torch.export`` or ONNX.
+    The experts of a mixture and the projections of converted attention become such layers too, and can be quantized.
+    The modules that call them (``ListedExperts``, and those of :func:`convert_attention_`) are this package's, which
+    must be installed where the copy is loaded, but not for a program of ``torch.export`` or ONNX.
 
     Args:
         model: any module; not changed.

@@ -14,8 +14,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..factors.projections import Factors
 from ..models.experts import experts_listed
-from ..models.layers import HOOKS, check_not_wrapped, find_layers, tied_layers
+from ..models.layers import HOOKS, check_not_wrapped, dimensions, find_layers, tied_layers
 from ..models.running import warn_caller
+from ..ranks.costs import pivoting_saves
 from ._base import LowRankLayer
 from .conv import LowRankConv1d, LowRankConv2d
 from .linear import LowRankLinear
@@ -32,7 +33,7 @@ def replace_(model: nn.Module, factors: Mapping[str, Factors], *, pivoted: bool 
     Args:
         model: any module.
         factors: ``{fqn: Factors}``, from :func:`lowrank_ops.factors.factorize` for example.
-        pivoted: store linear layers as :class:`lowrank_ops.layers.PivotedLinear`.
+        pivoted: store linear layers as :class:`lowrank_ops.layers.PivotedLinear`, where that takes fewer parameters.
 
     Returns:
         ``model``, or the new layer where ``model`` is itself the layer to replace.
@@ -77,7 +78,8 @@ def _replace(model: nn.Module, factors: Mapping[str, Factors], pivoted: bool) ->
             raise ValueError(f"layer {fqn!r} has hooks, which its replacement would drop; remove them first.")
 
     replacements = {
-        layers[fqn]: lowrank_type(layers[fqn], pivoted).from_factors(layers[fqn], factors[fqn]) for fqn in factors
+        layers[fqn]: lowrank_type(layers[fqn], part.rank if pivoted else None).from_factors(layers[fqn], part)
+        for fqn, part in factors.items()
     }
     swap_(model, replacements)
     return replacements.get(model, model)
@@ -153,11 +155,12 @@ def _warn_of_replaced(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) 
 register_optimizer_step_pre_hook(_warn_of_replaced)
 
 
-def lowrank_type(dense: nn.Module, pivoted: bool = False) -> type[LowRankLayer]:
-    """The class that replaces a dense layer."""
+def lowrank_type(dense: nn.Module, pivoted_rank: int | None = None) -> type[LowRankLayer]:
+    """The class that replaces a dense layer; one of pivoted factors if given a rank at which they are smaller."""
     kinds = (LowRankConv1d, LowRankConv2d)
-    linear = PivotedLinear if pivoted else LowRankLinear
-    return next((kind for kind in kinds if isinstance(dense, kind.dense_type)), linear)
+    found = next((kind for kind in kinds if isinstance(dense, kind.dense_type)), LowRankLinear)
+    smaller = pivoted_rank is not None and pivoting_saves(pivoted_rank, dimensions(dense).out_features)
+    return PivotedLinear if smaller and found is LowRankLinear else found
 
 
 def has_hooks(module: nn.Module) -> bool:

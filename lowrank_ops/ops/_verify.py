@@ -38,6 +38,7 @@ class FirstCall(NamedTuple):
     impl: Impl
     problem: Any
     bucket: Hashable
+    forget: Callable[[], None]
 
     @property
     def passed(self) -> bool:
@@ -69,6 +70,7 @@ class FirstCall(NamedTuple):
     def _distrust(self, what: str) -> None:
         kernel, device = kernel_of(self.impl, self.problem), self.problem.device
         distrust(self.impl, self.problem)
+        self.forget()  # before the warning, which may be raised as an error
         warnings.warn(
             f"The kernel {kernel} of {self.op} {what}. This call and all later ones with backend='auto' use PyTorch's "
             f"products instead. Please report this message: lowrank_ops {__version__}, torch {torch.__version__}, "
@@ -78,7 +80,7 @@ class FirstCall(NamedTuple):
         )
 
 
-def first_call(op: str, impl: Impl, problem: Any, backend: str) -> FirstCall | None:
+def first_call(op: str, impl: Impl, problem: Any, backend: str, forget: Callable[[], None]) -> FirstCall | None:
     """The check that a call needs, or None. Callers cache a None with their decision.
 
     Raises:
@@ -90,7 +92,7 @@ def first_call(op: str, impl: Impl, problem: Any, backend: str) -> FirstCall | N
     bucket = (op, kernel, *map(_bucketed, problem))
     if bucket in _passed or is_verified(op, kernel, compiler(op, impl.backend), arch(problem.device)):
         return None
-    return FirstCall(op, impl, problem, bucket)
+    return FirstCall(op, impl, problem, bucket, forget)
 
 
 def can_check(x: Tensor) -> bool:

@@ -17,7 +17,14 @@ from ..arguments import checked
 from ..config import CompressionConfig, LatencyBudget, LayerLatencies, Ranks
 from ..factors.projections import Factors
 from ..models.layers import unsupported_weights
-from ..ranks.costs import dense_macs, dense_parameters, factor_parameters, lowrank_macs, stored_rank
+from ..ranks.costs import (
+    dense_macs,
+    dense_parameters,
+    factor_parameters,
+    lowrank_macs,
+    stored_rank,
+    stored_rank_of,
+)
 from ..subspaces.layer import LayerSubspaces
 from .kinds import kind_of
 from .page import framed, page
@@ -320,7 +327,7 @@ def _layer_compression(
     return LayerCompression(
         **shared,
         rank=factors.rank,
-        stored_rank=factors.rank if pivoted and space.is_linear else stored_rank(factors.rank),
+        stored_rank=stored_rank_of(space, factors.rank, pivoted=pivoted),
         parameters=factor_parameters(space, factors.rank, pivoted=pivoted)
         + (0 if factors.bias is None else factors.bias.numel()),
         macs=lowrank_macs(space, factors.rank, pivoted=pivoted),

@@ -338,7 +338,19 @@ class TestCompress:
     ) -> None:
         assert reason in refused(capsys, 2, *COMPRESS, "--recalibrate", *arguments)
 
-    @pytest.mark.parametrize("flag", [["--reconstruct", "sequential"], ["--recalibrate"]])
+    def test_correct_changes_the_predicted_loss(self, capsys: pytest.CaptureFixture[str]) -> None:
+        argv = [*COMPRESS, "--sensitivity", "fisher", "--json", "--budget", "0.8"]
+        predicted = []
+        for more in ([], ["--correct"]):
+            assert cli.main([*argv, *more]) == 0
+            layers = json.loads(capsys.readouterr().out)["compression"]["layers"]
+            predicted.append([layer["predicted_loss"] for layer in layers])
+        assert predicted[0] != predicted[1]
+        assert "--correct records output gradients again; it needs --sensitivity" in refused(
+            capsys, 2, *COMPRESS, "--correct"
+        )
+
+    @pytest.mark.parametrize("flag", [["--reconstruct", "sequential"], ["--recalibrate"], ["--correct"]])
     def test_modes_that_run_the_model_need_batches(self, capsys: pytest.CaptureFixture[str], flag: list[str]) -> None:
         argv = ("compress", "cli_project:build", "--covariances", "c.safetensors", "--out", "out")
         line = refused(capsys, 2, *argv, *flag)

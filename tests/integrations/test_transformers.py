@@ -250,6 +250,9 @@ def test_dense_copies_load_where_nothing_is_lost(family: str, tmp_path: Path) ->
         loaded = architecture.load(str(tmp_path / "dense"))
         assert torch.equal(output(loaded, batch), output(copied, batch))
         torch.testing.assert_close(output(loaded, batch), output(model, batch), atol=1e-5, rtol=1e-4)
+    lro.compress_(copied, covariances, lro.ParameterBudget(0.6))
+    copied.save_pretrained(tmp_path / "again")
+    assert torch.equal(output(architecture.load(str(tmp_path / "again")), batch), output(copied, batch))
     with pytest.raises(ValueError, match=r"would not load .*0\.weight.* Save the compressed model itself"):
         to_plain_layers(model).save_pretrained(tmp_path / "plain")
     if family == "Llama":

@@ -228,12 +228,17 @@ def test_zeros_and_overflow_show_nothing():
     assert len(_verify._passed) == 1
 
 
-def test_wide_problems_are_checked_in_part(monkeypatch):
-    monkeypatch.setattr("lowrank_ops.ops.covariance._trial.FEATURES", 16)
-    for make in (Covariance, Convolution):
-        call = make()
-        call.is_right(silently(call.run))
-    assert len(_verify._passed) == 2
+@pytest.mark.parametrize("make", [Covariance, Convolution], ids=["matrix", "patches"])
+def test_wide_problems_are_checked_in_part(make, monkeypatch):
+    call, updated = make(), []
+    errors = covariance.reference.errors
+    monkeypatch.setattr(covariance.reference, "errors", lambda *args: updated.append(args[1].shape) or errors(*args))
+    whole = "trial_conv" if make is Convolution else "trial"
+    part = getattr(covariance, whole)
+    monkeypatch.setattr(covariance, whole, lambda *args: part(*args, limit=16))
+    call.is_right(silently(call.run))
+    assert updated == [(1, 9 if make is Convolution else 19)]  # one channel of four, or from a multiple of 8 on
+    assert len(_verify._passed) == 1
 
 
 def test_doctor_records_what_is_right(monkeypatch):

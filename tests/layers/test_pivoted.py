@@ -146,8 +146,11 @@ def test_other_policies_and_searches_price_pivoted_layers(calibrated):
     # As two factors, neither rank saves parameters; a convolution is not pivoted.
     _, report = compressed(calibrated, 40)
     assert {row.fqn: row.rank for row in report.layers} == {"conv": None, "wide": 40, "head": 40}
-    mixed, _ = compressed(calibrated, lro.Ranks({"conv": 8, "wide": 40}))
+    # The order of the outputs is stored too, which does not pay at small ranks.
+    mixed, report = compressed(calibrated, lro.Ranks({"conv": 8, "wide": 40, "head": 8}))
     assert isinstance(mixed.conv, lro.LowRankConv2d) and isinstance(mixed.wide, PivotedLinear)
+    assert type(mixed.head) is lro.LowRankLinear
+    assert report.model_parameters == sum(part.numel() for part in mixed.state_dict().values())
     config = lro.CompressionConfig(pivoted=True)
     y = model(batches[0]).detach()
     ranks = lro.measured_ranks(

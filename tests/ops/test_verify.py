@@ -1,6 +1,7 @@
 """The records of verified kernels, and which calls are checked; tests/interpreter/test_first_calls.py runs kernels."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -21,10 +22,10 @@ def folder(tmp_path, monkeypatch):
     _verify._record.cache_clear()
 
 
-def first_call(tokens=5, backend="auto", name="triton.decode"):
+def first_call(tokens=5, backend="auto", name="triton.decode", forget=lambda: None):
     problem = linear.describe(*linear_inputs(tokens, dtype=torch.bfloat16), "none")
     impl = next(impl for impl in linear.TABLE if impl.name == name)
-    return _verify.first_call("lowrank_linear", impl, problem, backend)
+    return _verify.first_call("lowrank_linear", impl, problem, backend, forget)
 
 
 def test_only_unverified_kernels_of_auto_are_checked():
@@ -49,6 +50,17 @@ def test_calls_that_show_nothing_are_checked_again():
     pytest.importorskip("triton", reason="its version is part of a record")
     assert first_call().check(lambda: None)
     assert first_call() is not None
+
+
+def test_decisions_are_forgotten_before_a_warning_that_is_an_error(monkeypatch):
+    pytest.importorskip("triton", reason="its version is part of a record")
+    monkeypatch.setattr(_backend, "_distrusted", set())
+    forgotten = []
+    first = first_call(forget=lambda: forgotten.append(True))
+    with warnings.catch_warnings(), pytest.raises(RuntimeWarning, match="is wrong: its error is 3"):
+        warnings.simplefilter("error")
+        first.check(lambda: (3.0, 2.0))
+    assert forgotten and not first.passed
 
 
 @pytest.mark.parametrize("value", ["on", ""])

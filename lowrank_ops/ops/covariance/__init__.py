@@ -469,11 +469,10 @@ def _checked(impl: Impl, problem: Problem | ConvProblem, backend: str, x: Tensor
     op, table, run_trial = "covariance_update_", TABLE, trial
     if isinstance(problem, ConvProblem):
         op, table, run_trial = "conv_covariance_update_", CONV_TABLE, trial_conv
-    first = _verify.first_call(op, impl, problem, backend)
+    first = _verify.first_call(op, impl, problem, backend, _decisions.clear)
     if first is None:
         _decisions[problem, backend] = impl
     elif _verify.can_check(x) and not first.check(lambda: run_trial(impl, problem, x)):
-        _decisions.clear()
         return choose(table, problem, "reference")
     return impl
 

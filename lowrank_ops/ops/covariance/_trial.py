@@ -11,23 +11,24 @@ from torch import Tensor
 from .._backend import Impl, kernel_of
 from . import reference
 
-FEATURES = 2048  # of a trial, which bounds its memory
+FEATURES = 2048  # of a first call's trial, which bounds its memory
 # Relative to the sum of |x_i x_j|. Tensor cores truncate what they accumulate in float32: 2^-14 over 4096 rows.
 BOUND, BOUND_TF32 = 2.0**-14, 2.0**-9
 
 
-def trial(impl: Impl, problem: Any, x: Tensor, **options: Any) -> tuple[float, float] | None:
+def trial(impl: Impl, problem: Any, x: Tensor, limit: int = FEATURES, **options: Any) -> tuple[float, float] | None:
     """The error of ``impl`` in adding ``x`` (..., features) to zeros, and the allowed one; None if x shows nothing.
 
-    Only the last 2,048 features take part, unless fewer features have another kernel.
+    Only the last ``limit`` features take part, unless fewer features have another kernel.
 
     Args:
         impl: an implementation that supports ``problem``.
         problem: the ``Problem`` of a call.
         x: of that call.
+        limit: of the features.
         options: for ``impl.run``.
     """
-    part = x[..., max(0, problem.features - FEATURES) // 8 * 8 :]
+    part = x[..., max(0, problem.features - limit) // 8 * 8 :]
     posed = problem._replace(features=part.shape[-1], state_stride=part.shape[-1])
     if kernel_of(impl, posed) != kernel_of(impl, problem):
         part, posed = x, problem._replace(state_stride=problem.features)
@@ -36,11 +37,13 @@ def trial(impl: Impl, problem: Any, x: Tensor, **options: Any) -> tuple[float, f
     return reference.errors(second_moment, total, reference.blocks(part, total.double()), _bound(problem))
 
 
-def trial_conv(impl: Impl, problem: Any, x: Tensor, **options: Any) -> tuple[float, float] | None:
-    """:func:`trial` for patches: of the channels that have about 2,048 features, or of two groups."""
+def trial_conv(
+    impl: Impl, problem: Any, x: Tensor, limit: int = FEATURES, **options: Any
+) -> tuple[float, float] | None:
+    """:func:`trial` for patches: of the channels that have about ``limit`` features, or of two groups."""
     area, channels = math.prod(problem.kernel_size), problem.shape[1] // problem.groups
     groups = min(problem.groups, 2)
-    part = x[:, : groups * channels if groups > 1 else max(1, FEATURES // area)]
+    part = x[:, : groups * channels if groups > 1 else max(1, limit // area)]
     posed = problem._replace(shape=tuple(part.shape), groups=groups)
     if kernel_of(impl, posed) != kernel_of(impl, problem):
         part, posed, groups = x, problem, problem.groups

@@ -298,7 +298,8 @@ class _ByLayout:
         if bound is None:
             problem = describe(x, down, up, bias, self.activation)
             bound = _bind(problem, self.backend)
-            first = _verify.first_call("lowrank_linear", choose(TABLE, problem, self.backend), problem, self.backend)
+            impl = choose(TABLE, problem, self.backend)
+            first = _verify.first_call("lowrank_linear", impl, problem, self.backend, _decisions.clear)
             y = _checked(first, bound, x, down, up, bias) if first is not None and _verify.can_check(x) else None
             if first is None or first.passed:
                 self.decisions[layout] = bound
@@ -321,7 +322,6 @@ def _checked(
     with torch.no_grad():
         if first.check(run):
             return results[0]
-    _decisions.clear()
     return reference.two_products(*args)
 
 
