@@ -344,10 +344,10 @@ def _check_target(weights: _Weights, folder: Path, of_transformers: bool) -> Non
         raise FileExistsError(f"target {str(folder)!r} is a file; name a folder.")
     if folder.samefile(weights.folder):
         raise ValueError("target is source; name another folder.")
-    names = {*weights.files.values(), *([] if weights.index is None else [INDEX_FILE])}
     held = {path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")}
     held |= {INDEX_FILE} if (folder / INDEX_FILE).exists() else set()
-    if wrong := sorted(held - (names if of_transformers else {WEIGHTS_FILE})):
+    # The checkpoint of load_pretrained is one file, which is replaced whole. Of several, a kill could leave a mixture.
+    if wrong := sorted(held - (set() if of_transformers else {WEIGHTS_FILE})):
         raise ValueError(f"target {str(folder)!r} holds {wrong[0]}, of another model; name an empty folder.")
 
 
