@@ -5,6 +5,7 @@
   in a process of its own; ``--blocks`` of its 22 blocks are compressed.
 - ``growth``: seconds of ``compress_`` of one layer by width, the exponent of the widest step, and what that predicts
   for known models. Predictions are no measurements.
+- ``precision``: what products in float32, added to float64 sums, would cost in output error.
 """
 
 from __future__ import annotations
@@ -154,6 +155,7 @@ def memory(options: argparse.Namespace) -> dict[str, Any]:
 def growth(options: argparse.Namespace) -> dict[str, Any]:
     """Seconds by width, exponents, and predictions."""
     times: dict[str, dict[tuple[int, int], float]] = {name: {} for name in ("output", "utilized", "loss", "calibrate")}
+    one_layer(64, 64)  # not timed: the first calls of a process take longer
     for width in options.widths:
         for shape in ((width, width), (width, 2 * width), (2 * width, width)):
             if max(shape) <= max(options.widths):
@@ -225,6 +227,30 @@ def predicted(
     return found
 
 
+def precision(options: argparse.Namespace) -> dict[str, Any]:
+    """Output error above the optimum at half of the rank, if blocks of rows were multiplied in float32."""
+    d, rows, found = 256, 8192, {}
+    for name, exponent, outlier, mixed in (
+        ("flat spectrum", 0, 1.0, 0.0),
+        ("spectrum falling to 1e-4", -4, 1.0, 0.0),
+        ("and three channels of 1e4 times the size", -4, 1e4, 0.0),
+        ("and these in 97 other channels", -4, 1e4, 0.1),
+    ):
+        torch.manual_seed(0)
+        x = torch.randn(rows, d) * torch.logspace(0, exponent, d) @ torch.linalg.qr(torch.randn(d, d)).Q
+        x[:, :3] *= outlier
+        x[:, 3:100] += mixed * x[:, :1]
+        x -= x[:512].mean(0)
+        weight = torch.randn(d, d).double()
+        exact = weight @ (x.double().T @ x.double()) @ weight.T
+        rounded = weight @ sum(((part.T @ part).double() for part in x.split(512)), torch.zeros(d, d)) @ weight.T
+        values = torch.linalg.eigvalsh(exact)
+        dropped = torch.linalg.eigh(rounded).eigenvectors[:, : d // 2]
+        optimum, error = float(values[: d // 2].sum()), float((dropped * (exact @ dropped)).sum())
+        found[name] = {"optimum": optimum / float(values.sum()), "above_the_optimum": error / optimum - 1}
+    return found
+
+
 def terms(inputs: int, outputs: int) -> list[float]:
     small, large = sorted((inputs, outputs))
     return [small**3, small**2 * large, small * large**2]
@@ -233,7 +259,7 @@ def terms(inputs: int, outputs: int) -> list[float]:
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("part", choices=["calibrate", "memory", "growth"])
+    parser.add_argument("part", choices=["calibrate", "memory", "growth", "precision"])
     parser.add_argument("--folder", type=Path, help="calibrate: a language model of transformers")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=2)
@@ -247,7 +273,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     facts = environment(torch.device("cpu")) | {"clock": "process_time"}
     parts: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
-        "calibrate": calibrate, "memory": memory, "growth": growth,
+        "calibrate": calibrate, "memory": memory, "growth": growth, "precision": precision,
     }  # fmt: skip
     found = parts[options.part](options)
     print(json.dumps(found, indent=1))

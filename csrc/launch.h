@@ -9,13 +9,17 @@
 #include <functional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "planner.h"
+#include "remember.h"
 
 namespace lowrank_ops {
 
 struct Launch {
   cudaStream_t stream;
+  int device;                         // the current one
+  int64_t shared_memory;              // that its CTAs may opt in to
   std::function<std::string()> what;  // "covariance_sm80 (...) on sm_86"; called only after a failure
 };
 
@@ -25,22 +29,16 @@ inline void check(cudaError_t error, const Launch& launch) {
   throw std::runtime_error("lowrank_ops: launching " + launch.what() + " failed: " + cudaGetErrorString(error));
 }
 
-// More than 48 KB of dynamic shared memory needs an opt-in. It belongs to the kernel, not to the launch: a kernel whose
-// size varies opts in to the maximum once, or a launch on another thread could lower the limit before this one.
+// More than 48 KB of dynamic shared memory needs an opt-in, once. It belongs to the kernel, not to the launch: `bytes`
+// is the same in all calls for a kernel, which opts in to the maximum if its size varies, or a launch on another thread
+// could lower the limit before this one.
 template <class... Parameters>
 void opt_in_shared_memory(void (*kernel)(Parameters...), int64_t bytes, const Launch& launch) {
-  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(bytes)),
-        launch);
-}
-
-// The maximum of the current device, for kernels without static shared memory.
-template <class... Parameters>
-void opt_in_max_shared_memory(void (*kernel)(Parameters...), const Launch& launch) {
-  int device = 0, bytes = 0;
-  check(cudaGetDevice(&device), launch);
-  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), launch);
-  opt_in_shared_memory(kernel, bytes, launch);
+  const void* const function = reinterpret_cast<const void*>(kernel);
+  remember(std::tuple{launch.device, function, bytes}, [&] {
+    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)), launch);
+    return true;
+  });
 }
 
 struct LaunchShape {

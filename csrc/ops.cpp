@@ -12,6 +12,7 @@
 
 #include "covariance/covariance.h"
 #include "lowrank_linear/lowrank_linear.h"
+#include "remember.h"
 #include "tensors.h"
 #include "torch_cuda.h"
 
@@ -26,15 +27,26 @@ Tensor scratch_like(const Tensor& tensor, int64_t floats) {
   return torch::stable::new_empty(tensor, {floats}, torch::headeronly::ScalarType::Float);
 }
 
+auto key_of(const Machine& machine) {
+  return std::tuple{machine.capability, machine.sm_count, machine.shared_memory, machine.clusters};
+}
+auto key_of(const Choice& choice) { return std::tuple{choice.kernel, choice.splits, choice.token_tile}; }
+
 // ---- covariance_update_ ----
+
+const CovariancePlan& planned(const CovarianceProblem& problem) {
+  const auto& [tokens, features, groups, dtype, source, machine, allow_tf32, choice] = problem;
+  return remember(std::tuple{tokens, features, groups, dtype, source, key_of(machine), allow_tf32, key_of(choice)},
+                  [&] { return plan_covariance(problem); });
+}
 
 void add_covariance(const char* op, covariance::Arguments args, Source source, bool allow_tf32, const Choice& choice,
                     const Tensor& second_moment, const Tensor& total, const Tensor& x) {
   const DeviceGuard guard(x.get_device_index());
-  const Machine machine = machine_of(x.get_device_index());
+  const Machine& machine = machine_of(x.get_device_index());
   const Dtype dtype = dtype_of(x);
-  const CovariancePlan plan =
-      plan_covariance({args.tokens, args.features, args.groups, dtype, source, machine, allow_tf32, choice});
+  const CovariancePlan& plan =
+      planned({args.tokens, args.features, args.groups, dtype, source, machine, allow_tf32, choice});
   const auto what = [&] { return std::string(op) + " of x " + shape_of(x) + on_arch(machine); };
   STD_TORCH_CHECK(plan.reason.empty(), what(), " cannot run: ", plan.reason);
   STD_TORCH_CHECK(second_moment.scalar_type() == total.scalar_type(), what(), ": the state has two dtypes");
@@ -52,7 +64,7 @@ void add_covariance(const char* op, covariance::Arguments args, Source source, b
   std::optional<Tensor> scratch;  // freed when the launches are queued: the caching allocator is stream-ordered
   if (plan.scratch_floats) scratch = scratch_like(x, plan.scratch_floats);
   args.scratch = scratch ? static_cast<float*>(scratch->mutable_data_ptr()) : nullptr;
-  const Launch launch{current_stream(x.get_device_index()), what};
+  const Launch launch{current_stream(x.get_device_index()), x.get_device_index(), machine.shared_memory, what};
 #ifdef LOWRANK_OPS_SM90
   if (plan.kernel == "covariance_sm90") return covariance::launch_sm90(plan, args, dtype, launch);
   if (plan.kernel == "covariance_sm90_wide") return covariance::launch_sm90_wide(plan, args, dtype, launch);
@@ -138,8 +150,9 @@ std::tuple<std::string, std::string> explain(const Plan& plan, int64_t capabilit
 std::tuple<std::string, std::string> explain_covariance(int64_t tokens, int64_t features, int64_t groups,
                                                         std::string dtype, std::string source, bool allow_tf32,
                                                         int64_t capability, int64_t sm_count, int64_t shared_memory,
-                                                        std::string kernel, int64_t splits, int64_t token_tile) {
-  const Machine machine{static_cast<int>(capability), static_cast<int>(sm_count), shared_memory};
+                                                        std::vector<int64_t> clusters, std::string kernel,
+                                                        int64_t splits, int64_t token_tile) {
+  const Machine machine = parse_machine(capability, sm_count, shared_memory, clusters);
   return explain(plan_covariance({tokens,
                                   features,
                                   groups,
@@ -163,6 +176,12 @@ lowrank_linear::Activation parse_activation(const std::string& name) {
   return Activation::silu;
 }
 
+const LowRankPlan& planned(const LowRankProblem& problem) {
+  const auto& [tokens, in_features, rank, out_features, dtype, aligned, machine, choice] = problem;
+  return remember(std::tuple{tokens, in_features, rank, out_features, dtype, aligned, key_of(machine), key_of(choice)},
+                  [&] { return plan_lowrank_linear(problem); });
+}
+
 void launch_lowrank_linear(const LowRankPlan& plan, const lowrank_linear::Arguments& args, Dtype dtype,
                            const Launch& launch) {
 #ifdef LOWRANK_OPS_SM90
@@ -175,7 +194,8 @@ void launch_lowrank_linear(const LowRankPlan& plan, const lowrank_linear::Argume
 Tensor lowrank_linear_forward(Tensor x, Tensor down, Tensor up, std::optional<Tensor> bias, std::string activation,
                               std::string kernel, int64_t splits, int64_t token_tile) {
   STD_TORCH_CHECK(x.dim() == 2 && down.dim() == 2 && up.dim() == 2, "x, down and up must be matrices");
-  const Machine machine = machine_of(x.get_device_index());
+  const DeviceGuard guard(x.get_device_index());
+  const Machine& machine = machine_of(x.get_device_index());
   const auto what = [&] {
     return "lowrank_linear of x " + shape_of(x) + ", down " + shape_of(down) + ", up " + shape_of(up) +
            on_arch(machine);
@@ -195,17 +215,16 @@ Tensor lowrank_linear_forward(Tensor x, Tensor down, Tensor up, std::optional<Te
                         bias->scalar_type() == x.scalar_type(),
                     what(), ": bias does not fit");
 
-  const DeviceGuard guard(x.get_device_index());
   const bool on_16_bytes = aligned(x) && aligned(down) && aligned(up);
   const Dtype dtype = dtype_of(x);
-  const LowRankPlan plan = plan_lowrank_linear({args.tokens,
-                                                args.in_features,
-                                                args.rank,
-                                                args.out_features,
-                                                dtype,
-                                                on_16_bytes,
-                                                machine,
-                                                {kernel, splits, token_tile}});
+  const LowRankPlan& plan = planned({args.tokens,
+                                     args.in_features,
+                                     args.rank,
+                                     args.out_features,
+                                     dtype,
+                                     on_16_bytes,
+                                     machine,
+                                     {kernel, splits, token_tile}});
   STD_TORCH_CHECK(plan.reason.empty(), what(), " cannot run: ", plan.reason);
 
   Tensor y = torch::stable::new_empty(x, {args.tokens, args.out_features});
@@ -224,7 +243,7 @@ Tensor lowrank_linear_forward(Tensor x, Tensor down, Tensor up, std::optional<Te
   args.splits = plan.splits;
   args.resident_tiles = plan.resident_tiles;
   args.activation = parse_activation(activation);
-  const Launch launch{current_stream(x.get_device_index()), what};
+  const Launch launch{current_stream(x.get_device_index()), x.get_device_index(), machine.shared_memory, what};
   launch_lowrank_linear(plan, args, dtype, launch);
   return y;
 }
@@ -232,8 +251,9 @@ Tensor lowrank_linear_forward(Tensor x, Tensor down, Tensor up, std::optional<Te
 std::tuple<std::string, std::string> explain_lowrank_linear(int64_t tokens, int64_t in_features, int64_t rank,
                                                             int64_t out_features, std::string dtype, bool aligned,
                                                             int64_t capability, int64_t sm_count, int64_t shared_memory,
-                                                            std::string kernel, int64_t splits, int64_t token_tile) {
-  const Machine machine{static_cast<int>(capability), static_cast<int>(sm_count), shared_memory};
+                                                            std::vector<int64_t> clusters, std::string kernel,
+                                                            int64_t splits, int64_t token_tile) {
+  const Machine machine = parse_machine(capability, sm_count, shared_memory, clusters);
   return explain(plan_lowrank_linear({tokens,
                                       in_features,
                                       rank,
@@ -245,9 +265,25 @@ std::tuple<std::string, std::string> explain_lowrank_linear(int64_t tokens, int6
                  capability);
 }
 
+// ---- the device and the library ----
+
+// Machine::clusters.
+std::tuple<int64_t, int64_t, int64_t> clusters(int64_t device) {
+  const DeviceGuard guard(static_cast<int32_t>(device));
+  const auto [twos, fours, eights] = machine_of(static_cast<int32_t>(device)).clusters;
+  return {twos, fours, eights};
+}
+
+// "13.3" from the form of CUDA's macros and functions.
+std::string dotted(int version) { return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10); }
+
 /// The CUDA toolkit that compiled the library, such as "13.3".
-std::string cuda_toolkit() {
-  return std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
+std::string cuda_toolkit() { return dotted(CUDART_VERSION); }
+
+// The newest CUDA that the driver knows; empty where there is none.
+std::string cuda_driver() {
+  int version = 0;
+  return cudaDriverGetVersion(&version) == cudaSuccess && version > 0 ? dotted(version) : "";
 }
 
 }  // namespace
@@ -266,12 +302,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lowrank_ops, m) {
       "int splits=0, int token_tile=0) -> Tensor");
   m.def(
       "_plan_covariance(int tokens, int features, int groups, str dtype, str source, bool allow_tf32, "
-      "int capability, int sm_count, int shared_memory, str kernel=\"\", int splits=0, int token_tile=0) -> "
+      "int capability, int sm_count, int shared_memory, int[] clusters, str kernel=\"\", int splits=0, int "
+      "token_tile=0) -> "
       "(str, str)");
   m.def(
       "_plan_lowrank_linear(int tokens, int in_features, int rank, int out_features, str dtype, bool aligned, "
-      "int capability, int sm_count, int shared_memory, str kernel=\"\", int splits=0, int token_tile=0) -> "
+      "int capability, int sm_count, int shared_memory, int[] clusters, str kernel=\"\", int splits=0, int "
+      "token_tile=0) -> "
       "(str, str)");
+  m.def("_clusters(int device) -> (int, int, int)");
+  m.def("_cuda_driver() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lowrank_ops, CUDA, m) {
@@ -285,6 +325,8 @@ STABLE_TORCH_LIBRARY_IMPL(lowrank_ops, CompositeExplicitAutograd, m) {
   m.impl("_cuda_toolkit", TORCH_BOX(&cuda_toolkit));
   m.impl("_plan_covariance", TORCH_BOX(&explain_covariance));
   m.impl("_plan_lowrank_linear", TORCH_BOX(&explain_lowrank_linear));
+  m.impl("_clusters", TORCH_BOX(&clusters));
+  m.impl("_cuda_driver", TORCH_BOX(&cuda_driver));
 }
 
 }  // namespace lowrank_ops

@@ -1,5 +1,6 @@
 #include "planner.h"
 
+#include <algorithm>
 #include <limits>
 #include <sstream>
 #include <stdexcept>
@@ -50,7 +51,7 @@ std::string splits_refusal(const Choice& choice, int64_t splits, int64_t max_spl
   return "it cannot split its work over " + std::to_string(choice.splits) + " CTAs";
 }
 
-// Co-resident CTAs of the device.
+// CTAs of the device that are resident at once.
 int64_t resident_ctas(const Machine& machine, int64_t shared_bytes, int ctas_by_registers) {
   int64_t by_shared = (machine.shared_memory + kReservedSharedBytes) / (shared_bytes + kReservedSharedBytes);
   return machine.sm_count * max64(1, min64(by_shared, ctas_by_registers));
@@ -93,6 +94,27 @@ std::string arch_refusal(const std::string& archs, int capability) {
   return "the native library was built for " + archs + " and has no code for sm_" + std::to_string(capability);
 }
 
+// A cluster lies within a GPC, of at most 18 SMs. Where the runtime was not asked: as many GPCs as the SMs need, which
+// share them equally. H100 and H200 with 132 SMs in GPCs of 16 and 18 hold no fewer.
+int64_t resident_clusters(const Machine& machine, int ctas) {
+  constexpr int64_t kMaxGpcSms = 18;
+  if (ctas == 1) return machine.sm_count;
+  const int64_t counted = machine.clusters[ctas == 2 ? 0 : ctas == 4 ? 1 : 2];
+  if (counted >= 0) return counted;
+  if (ctas == 2) return machine.sm_count / 2;  // SMs come in pairs
+  const int64_t gpcs = max64(1, ceil_div(machine.sm_count, kMaxGpcSms));
+  return gpcs * (machine.sm_count / gpcs / ctas);
+}
+
+Machine parse_machine(int64_t capability, int64_t sm_count, int64_t shared_memory,
+                      const std::vector<int64_t>& clusters) {
+  Machine machine{static_cast<int>(capability), static_cast<int>(sm_count), shared_memory};
+  if (!clusters.empty() && clusters.size() != machine.clusters.size())
+    throw std::invalid_argument("clusters must be none, or the counts of clusters of 2, 4 and 8 CTAs");
+  std::copy(clusters.begin(), clusters.end(), machine.clusters.begin());
+  return machine;
+}
+
 Source parse_source(const std::string& name) {
   if (name == "matrix") return Source::matrix;
   if (name == "aligned_matrix") return Source::aligned_matrix;
@@ -125,16 +147,22 @@ CovariancePlan plan_covariance(const CovarianceProblem& problem) {
   const bool async = problem.source == Source::aligned_matrix && !split_in_parts;
   const bool fits_sm90 = async && !plan.tf32 && problem.machine.capability == 90 && problem.groups == 1 &&
                          problem.tokens <= std::numeric_limits<int32_t>::max() - wgmma::kTokens;
-  const bool fits_wide = fits_sm90 && problem.machine.sm_count >= wide::kClusterCtas;
+  const int64_t clusters = resident_clusters(problem.machine, wide::kClusterCtas);
+  const bool fits_wide = fits_sm90 && clusters > 0;
   const std::string& chosen = problem.choice.kernel;
   if (problem.choice.token_tile != 0) return refuse("only prefill_sm90 has a choice of tokens per CTA");
   if (!chosen.empty() && chosen != "covariance_sm80" && !(chosen == "covariance_sm90" && fits_sm90) &&
       !(chosen == "covariance_sm90_wide" && fits_wide))
     return refuse(chosen + " does not run this problem");
+  // The wide kernel where its squares, shared or not, fill the clusters, and few of them are half empty.
+  constexpr int64_t kMinWideFeatures = 1024;
+  const int64_t squares = triangle(ceil_div(problem.features, wide::kTile));
+  const int64_t shares = min64(kMaxSplits, ceil_div(problem.tokens, wide::kTokens));
+  const bool prefers_wide = fits_wide && problem.features >= kMinWideFeatures && squares * shares >= clusters;
   int64_t static_bytes = kStaticSharedBytes;
   plan.tile = kTile;
-  if (chosen == "covariance_sm90_wide") {
-    plan.kernel = chosen;
+  if (chosen == "covariance_sm90_wide" || (chosen.empty() && prefers_wide)) {
+    plan.kernel = "covariance_sm90_wide";
     plan.tile = wide::kTile;
     plan.block_tokens = wide::kTokens;
     plan.stages = wide::kStages;
@@ -164,7 +192,7 @@ CovariancePlan plan_covariance(const CovarianceProblem& problem) {
   const bool is_wide = plan.tile == wide::kTile;
   plan.tiles = triangle(ceil_div(problem.features, plan.tile));
   const int64_t resident =
-      is_wide ? problem.machine.sm_count / wide::kClusterCtas
+      is_wide ? clusters
               : resident_ctas(problem.machine, plan.shared_bytes + static_bytes, async && plan.stages != 5 ? 2 : 1);
   int64_t splits = problem.choice.splits;
   if (splits < 0 || splits > kMaxSplits) return refuse(splits_refusal(problem.choice, 0, 0));
@@ -240,7 +268,7 @@ LowRankPlan plan_decode_sm80(const LowRankProblem& problem) {
   plan.split_features = ceil_div(steps, splits) * kFeatures;
   plan.splits = static_cast<int>(ceil_div(problem.in_features, plan.split_features));
   plan.reason = splits_refusal(problem.choice, plan.splits, kMaxChosenSplits);
-  plan.scratch_floats = plan.splits * problem.tokens * problem.rank;
+  plan.scratch_floats = scratch_floats(problem.tokens, problem.rank, plan.token_tile, plan.splits);
   plan.dependent_launch = problem.machine.capability >= 90;
   return plan;
 }
@@ -259,35 +287,45 @@ LowRankPlan plan_decode_sm90(const LowRankProblem& problem) {
     plan.reason = "rows do not start and end on 16 bytes";
     return plan;
   }
-  // The whole slab if it fits, and all tokens at once; but at least one tile of up, and a smaller token tile if need
-  // be.
+  // All tokens at once, but at least one tile of up: a smaller token tile if need be.
   const int64_t tile_bytes = kRows * rank_pitch(problem.rank);
-  const auto max_resident_tiles = [&] {
-    return (machine.shared_memory - smem_layout(plan.token_tile, problem.rank, 0).bytes) / tile_bytes;
+  const auto max_resident_tiles = [&](int rows) {
+    return (machine.shared_memory - smem_layout(rows, plan.token_tile, problem.rank, 0).bytes) / tile_bytes;
   };
   plan.token_tile = decode_token_tile(problem.tokens);
-  while (plan.token_tile > 8 && max_resident_tiles() < 1) plan.token_tile /= 2;
-  if (max_resident_tiles() < 1) {
+  while (plan.token_tile > 8 && max_resident_tiles(kRows) < 1) plan.token_tile /= 2;
+  if (max_resident_tiles(kRows) < 1) {
     plan.reason = "rank " + std::to_string(problem.rank) + " leaves no room for a tile of up in " +
                   std::to_string(machine.shared_memory) + " bytes of shared memory";
     return plan;
   }
   plan.threads = kThreads;
-  plan.rows_down = plan.rows_up = kRows;
+  plan.rows_up = kRows;
 
-  // The cluster with the lowest cost for down: waves of work units, each of a warp's steps and a fixed part for the
-  // reduction.
-  constexpr int64_t kFixedSteps = 2;
-  const int64_t units = work_units(problem.rank, problem.tokens, plan.token_tile);
+  // The rows and the cluster with the lowest cost, in 16-byte vectors of a lane: for down waves of work units, each of
+  // a warp's steps, which load rows and tokens, and a reduction; for up the tiles that do not fit and are streamed.
   const int64_t steps = ceil_div(problem.in_features, kFeatures);
+  const int64_t tiles_up = ceil_div(problem.out_features, kRows);
   int64_t min_cost = std::numeric_limits<int64_t>::max();
-  for (int cluster = 1; cluster <= min64(kMaxCluster, machine.sm_count); cluster *= 2) {
-    if (problem.choice.splits != 0 && problem.choice.splits != cluster) continue;
-    int64_t waves = ceil_div(units, machine.sm_count / cluster);
-    int64_t cost = waves * (ceil_div(ceil_div(steps, cluster), kWarps) + kFixedSteps);
-    if (cost < min_cost) {
+  for (const DecodeSm90Variant& v : kDecodeSm90Variants) {
+    if (v.token_tile != plan.token_tile || max_resident_tiles(v.rows()) < 1) continue;
+    const int64_t units = work_units(problem.rank, v.rows(), problem.tokens, v.token_tile);
+    for (int cluster = 1; cluster <= kMaxCluster; cluster *= 2) {
+      if (problem.choice.splits != 0 && problem.choice.splits != cluster) continue;
+      const int64_t clusters = min64(resident_clusters(machine, cluster), max64(units, ceil_div(tiles_up, cluster)));
+      if (clusters == 0) continue;
+      const int64_t tiles = ceil_div(tiles_up, clusters * cluster);
+      const int64_t resident_tiles = min64(max_resident_tiles(v.rows()), tiles);
+      const int64_t reduction = 24 + v.rows() * v.token_tile / 256;
+      const int64_t down = ceil_div(ceil_div(steps, cluster), kWarps) * (v.rows() + v.token_tile) + reduction;
+      const int64_t streamed = (tiles - resident_tiles) * kRows * ceil_div(ceil_div(problem.rank, kFeatures), kWarps);
+      const int64_t cost = ceil_div(units, clusters) * down + streamed;
+      if (cost >= min_cost) continue;
       min_cost = cost;
       plan.splits = plan.cluster = cluster;
+      plan.rows_down = v.rows();
+      plan.ctas = clusters * cluster;
+      plan.resident_tiles = resident_tiles;
     }
   }
   if (plan.splits == 0) {
@@ -296,27 +334,28 @@ LowRankPlan plan_decode_sm90(const LowRankProblem& problem) {
   }
   // The last CTAs of a cluster may have no features; they still reduce their part of the sums.
   plan.split_features = ceil_div(steps, plan.splits) * kFeatures;
-  const int64_t tiles_up = ceil_div(problem.out_features, kRows);
-  const int64_t clusters = min64(machine.sm_count / plan.splits, max64(units, ceil_div(tiles_up, plan.splits)));
-  plan.ctas = clusters * plan.splits;
-  plan.resident_tiles = min64(max_resident_tiles(), ceil_div(tiles_up, plan.ctas));
-  plan.shared_bytes = smem_layout(plan.token_tile, problem.rank, plan.resident_tiles).bytes;
+  plan.shared_bytes = smem_layout(plan.rows_down, plan.token_tile, problem.rank, plan.resident_tiles).bytes;
   plan.scratch_floats = ceil_div(problem.tokens * problem.rank, 2);
   return plan;
 }
 
 // The cost of a prefill kernel in cycles: waves of clusters; per CTA the steps over features, each bound by its MMAs or
-// by its loads, and the rows of up. A wgmma takes N / 2 cycles per warpgroup; a CTA gets 25 bytes a cycle from L2 while
-// all read; the epilogue of a tile of up takes 600, by one warpgroup while the others compute; a CTA's start 2000. None
-// of these is measured.
-int64_t prefill_cycles(const lowrank_linear::prefill::Variant& v, const LowRankProblem& problem, int64_t token_tiles) {
+// by its loads, and the rows of up. A wgmma takes N / 2 cycles of the tensor cores, and of shared memory, at 128 bytes
+// a cycle, its operands: 32 N bytes of B and, unless A is in registers as t is, 2048 of A. A CTA gets 25 bytes a cycle
+// from L2 while all read; the epilogue of a tile of up takes 600, by one warpgroup while the others compute; a CTA's
+// start 2000. None of these is measured.
+int64_t prefill_cycles(const lowrank_linear::prefill::Variant& v, const LowRankProblem& problem, int64_t token_tiles,
+                       int64_t clusters) {
   using namespace lowrank_linear::prefill;
-  const auto cycles = [](int64_t mma, int64_t bytes) { return max64(mma, bytes / 25); };
-  const int64_t waves = ceil_div(token_tiles, problem.machine.sm_count / v.ctas());
+  const auto step = [&](int64_t mma, int64_t mmas, int64_t bytes) {
+    return max64(mma * mmas * v.warpgroups, bytes / 25);
+  };
+  const int64_t waves = ceil_div(token_tiles, clusters);
   const int64_t load_bytes = x_bytes(v) / v.cluster + v.columns() * kRowBytes / v.peers;
-  const int64_t down = ceil_div(problem.in_features, kTileK) * cycles(2 * v.warpgroups * v.columns(), load_bytes);
+  const int64_t down = ceil_div(problem.in_features, kTileK) *
+                       step(max64(v.columns() / 2, (2048 + 32 * v.columns()) / 128), kTileK / kMmaK, load_bytes);
   const int64_t up = up_tiles(0, v.cluster, problem.out_features) *
-                     (cycles(2 * v.warpgroups * v.rank_tile, up_step_bytes(v) / v.peers) + 600 / v.warpgroups);
+                     (step(kTileN / 2, v.steps(), up_step_bytes(v) / v.peers) + 600 / v.warpgroups);
   return waves * (down + up + 2000);
 }
 
@@ -345,11 +384,12 @@ LowRankPlan plan_prefill_sm90(const LowRankProblem& problem) {
   int64_t min_cost = std::numeric_limits<int64_t>::max();
   for (const Variant& v : kVariants) {
     const int64_t tiles = ceil_div(problem.tokens, v.token_tile());
-    if (v.rank_tile < problem.rank || shared_bytes(v) > machine.shared_memory || v.ctas() > machine.sm_count) continue;
+    const int64_t clusters = resident_clusters(machine, v.ctas());
+    if (v.rank_tile < problem.rank || shared_bytes(v) > machine.shared_memory || clusters == 0) continue;
     if (tiles * v.ctas() > kMaxGridX) continue;
     if (choice.splits != 0 && choice.splits != v.cluster) continue;
     if (choice.token_tile != 0 && choice.token_tile != v.token_tile()) continue;
-    const int64_t cost = prefill_cycles(v, problem, tiles);
+    const int64_t cost = prefill_cycles(v, problem, tiles, clusters);
     if (cost >= min_cost) continue;
     min_cost = cost;
     plan.token_tile = v.token_tile();

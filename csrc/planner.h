@@ -1,8 +1,10 @@
 // Which kernel runs a problem, and how: the single statement of what the kernels support. No torch, no CUDA.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 namespace lowrank_ops {
 
@@ -15,7 +17,16 @@ struct Machine {
   int capability;  // 10 * major + minor
   int sm_count;
   int64_t shared_memory;  // bytes that a CTA may opt in to
+  // Clusters of 2, 4 and 8 CTAs, one CTA per SM, that are resident at once, as the runtime counts them; -1: not asked.
+  std::array<int64_t, 3> clusters = {-1, -1, -1};
 };
+
+// `clusters`: three counts, or none where the runtime was not asked; throws std::invalid_argument for others.
+Machine parse_machine(int64_t capability, int64_t sm_count, int64_t shared_memory,
+                      const std::vector<int64_t>& clusters);
+
+// The clusters of 1, 2, 4 or 8 CTAs that are resident at once.
+int64_t resident_clusters(const Machine& machine, int ctas);
 
 // Why a library built for `archs`, such as "80,90a,100f", has no code for a device; empty where it has.
 std::string arch_refusal(const std::string& archs, int capability);

@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <utility>
+#include <vector>
 
 #include "planner.h"
 
@@ -24,35 +25,36 @@ PYBIND11_MODULE(_planner, m) {
   m.def(
       "plan_covariance",
       [](int64_t tokens, int64_t features, int64_t groups, const std::string& dtype, const std::string& source,
-         bool allow_tf32, int capability, int sm_count, int64_t shared_memory, const std::string& kernel,
-         int64_t splits, int64_t token_tile) {
+         bool allow_tf32, int64_t capability, int64_t sm_count, int64_t shared_memory,
+         const std::vector<int64_t>& clusters, const std::string& kernel, int64_t splits, int64_t token_tile) {
         return explain(plan_covariance({tokens,
                                         features,
                                         groups,
                                         parse_dtype(dtype),
                                         parse_source(source),
-                                        {capability, sm_count, shared_memory},
+                                        parse_machine(capability, sm_count, shared_memory, clusters),
                                         allow_tf32,
                                         {kernel, splits, token_tile}}));
       },
       arg("tokens"), arg("features"), arg("groups"), arg("dtype"), arg("source"), arg("allow_tf32"), arg("capability"),
-      arg("sm_count"), arg("shared_memory"), arg("kernel") = "", arg("splits") = 0, arg("token_tile") = 0);
+      arg("sm_count"), arg("shared_memory"), arg("clusters"), arg("kernel") = "", arg("splits") = 0,
+      arg("token_tile") = 0);
   m.def(
       "plan_lowrank_linear",
       [](int64_t tokens, int64_t in_features, int64_t rank, int64_t out_features, const std::string& dtype,
-         bool aligned, int capability, int sm_count, int64_t shared_memory, const std::string& kernel, int64_t splits,
-         int64_t token_tile) {
+         bool aligned, int64_t capability, int64_t sm_count, int64_t shared_memory,
+         const std::vector<int64_t>& clusters, const std::string& kernel, int64_t splits, int64_t token_tile) {
         return explain(plan_lowrank_linear({tokens,
                                             in_features,
                                             rank,
                                             out_features,
                                             parse_dtype(dtype),
                                             aligned,
-                                            {capability, sm_count, shared_memory},
+                                            parse_machine(capability, sm_count, shared_memory, clusters),
                                             {kernel, splits, token_tile}}));
       },
       arg("tokens"), arg("in_features"), arg("rank"), arg("out_features"), arg("dtype"), arg("aligned"),
-      arg("capability"), arg("sm_count"), arg("shared_memory"), arg("kernel") = "", arg("splits") = 0,
+      arg("capability"), arg("sm_count"), arg("shared_memory"), arg("clusters"), arg("kernel") = "", arg("splits") = 0,
       arg("token_tile") = 0);
 }
 

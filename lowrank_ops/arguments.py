@@ -189,7 +189,8 @@ def _described(hint: Any) -> str:
         return f"a mapping {{name: {_described(args[1])}}}"
     if origin is Sequence:
         return f"a sequence, each {_described(args[0])}"
-    return _with_article(f"torch.nn.{hint.__name__}" if issubclass(hint, nn.Module) else hint.__name__)
+    of_torch = issubclass(hint, nn.Module) and hint.__module__.startswith("torch.")
+    return _with_article(f"torch.nn.{hint.__name__}" if of_torch else hint.__name__)
 
 
 def _with_article(name: str) -> str:

@@ -19,6 +19,7 @@ from .arguments import checked
 from .files import digests, open_tensors, parse_json, read_header, read_tensor, replacing, write_tensors
 from .layers import LowRankLayer, LowRankLinear, PivotedLinear
 from .layers.conv import GEOMETRY, LowRankConv
+from .layers.pivoted import is_order
 from .layers.replace import has_hooks, lowrank_type, note_replaced, swap_
 from .models.experts import experts_listed
 from .models.layers import check_no_adapters, dimensions, find_layers, is_conv, tied_layers
@@ -101,8 +102,8 @@ def load_pretrained(dense_model: nn.Module, path: str | Path, *, verify: bool = 
     Args:
         dense_model: the original architecture with its dense layers; its values do not matter.
         path: a folder that :func:`save_pretrained` wrote.
-        verify: compare every tensor with its checksum, and refuse factors with NaN or inf; False saves the time.
-            Checkpoints of version 0.1 have no checksums.
+        verify: compare every tensor with its checksum, and refuse factors with NaN or inf, or a pivoted layer's
+            ``order`` that has not each output once; False saves the time. Checkpoints of version 0.1 have no checksums.
 
     Returns:
         ``dense_model``, or the new layer where ``dense_model`` is itself the compressed layer.
@@ -377,6 +378,9 @@ def _read_tensors(
                     fqn = source.rpartition(".")[0]
                     if verify and fqn in config["layers"] and not bool(values[source].isfinite().all()):
                         raise ValueError(f"layer {fqn!r} has NaN or inf in {source!r}")
+                    of_pivoted = fqn in config["layers"] and config["layers"][fqn].get("pivoted")
+                    if verify and of_pivoted and source.endswith("order") and not is_order(values[source]):
+                        raise ValueError(f"layer {fqn!r} has in {source!r} not each output once")
                 if isinstance(target, nn.Parameter) and source not in parameters:
                     parameters[source] = nn.Parameter(values[source], target.requires_grad)
     except CheckpointError:

@@ -301,6 +301,9 @@ def available(device: torch.device | str) -> torch.device:
         ValueError: it is unknown or not there.
     """
     try:
-        return torch.empty(0, device=device).device
+        found = torch.empty(0, device=device).device
+        if found.type == "meta":
+            raise RuntimeError("it holds no values")
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device={str(device)!r} cannot be used here: {error}") from None
+    return found

@@ -19,7 +19,7 @@ from .calibration.call_weights import SEED
 from .calibration.covariances import Covariances
 from .calibration.gradients import OutputGradient
 from .calibration.objectives import Sensitivity, check_sensitivity
-from .calibration.recorder import Recorder
+from .calibration.recorder import NO_ROWS, Recorder
 from .calibration.statistics import NonFiniteActivationError
 from .compress import considered_layers
 from .models.experts import on_listed_experts
@@ -33,6 +33,7 @@ PRIOR_SAMPLES = 8  # weight of the prediction, in measured samples
 
 @checked()
 @on_listed_experts
+@torch.inference_mode(False)  # tensors made in inference mode could not be updated in the batches' passes
 def correct_predictions(
     model: nn.Module,
     covariances: Covariances,
@@ -72,7 +73,7 @@ def correct_predictions(
 
     Raises:
         NonFiniteActivationError: NaN or inf in an input or in a gradient.
-        ValueError: covariances without output gradients or of another model, no batch, an invalid argument.
+        ValueError: covariances without output gradients or of another model, no sample, an invalid argument.
 
     Example:
         >>> import torch, lowrank_ops as lro
@@ -118,6 +119,8 @@ def correct_predictions(
                 gradients.clear()
                 for each in directions.values():
                     each.finish_batch()
+        if not samples:
+            raise ValueError(NO_ROWS)
         for fqn, each in directions.items():
             each.correct(subspaces[fqn], samples)
         warning = masks.finish()  # the same for all parts

@@ -186,7 +186,12 @@ class _Weights:
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"source {str(folder)!r}: config.json or {INDEX_FILE} is damaged: {error}.") from None
         paths = sorted(folder.glob("*.safetensors"))
-        names = sorted(set(self.index.values())) if self.index is not None else [path.name for path in paths]
+        names = [path.name for path in paths]
+        for name in (self.index or {}).values():  # the target gets files of these names, so none of another folder
+            if name not in names:
+                problem = f"{INDEX_FILE} names {name!r}, which the folder does not hold"
+                raise ValueError(f"source {str(folder)!r}: {problem}; copy it again.")
+        names = names if self.index is None else sorted(set(self.index.values()))
         if self.index is None and WEIGHTS_FILE in names:
             names = [WEIGHTS_FILE]
         if not names:
@@ -339,10 +344,10 @@ def _check_target(weights: _Weights, folder: Path, of_transformers: bool) -> Non
         raise FileExistsError(f"target {str(folder)!r} is a file; name a folder.")
     if folder.samefile(weights.folder):
         raise ValueError("target is source; name another folder.")
-    names = {*weights.files.values(), *([] if weights.index is None else [INDEX_FILE])}
     held = {path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")}
     held |= {INDEX_FILE} if (folder / INDEX_FILE).exists() else set()
-    if wrong := sorted(held - (names if of_transformers else {WEIGHTS_FILE})):
+    # The checkpoint of load_pretrained is one file, which is replaced whole. Of several, a kill could leave a mixture.
+    if wrong := sorted(held - (set() if of_transformers else {WEIGHTS_FILE})):
         raise ValueError(f"target {str(folder)!r} holds {wrong[0]}, of another model; name an empty folder.")
 
 

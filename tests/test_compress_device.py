@@ -104,10 +104,11 @@ def test_factors_come_from_the_device(device: SecondDevice, kind: str, config: l
         assert torch.equal(value, here.state_dict()[name])
 
 
-def test_a_device_that_is_not_there_is_named() -> None:
+@pytest.mark.parametrize("device", ["xpu", "meta"])
+def test_a_device_that_is_not_there_is_named(device: str) -> None:
     model, covariances = calibrated()
-    with pytest.raises(ValueError, match="device='xpu' cannot be used here"):
-        lro.compress_(model, covariances["plain"], device="xpu")
+    with pytest.raises(ValueError, match=f"device='{device}' cannot be used here"):
+        lro.compress_(model, covariances["plain"], device=device)
     assert isinstance(model[0], nn.Linear)
 
 

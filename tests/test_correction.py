@@ -127,3 +127,20 @@ def test_bad_arguments_are_refused():
     subspaces = lro.correct_predictions(model, covariances, batches, sensitivity="output")
     with pytest.raises(ValueError, match="corrected predictions for other settings than centered=False"):
         lro.compress_(model, covariances, lro.CompressionConfig(4, centered=False), subspaces=subspaces)
+
+
+def test_batches_without_samples_are_refused():
+    model, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(4, 3, 8)
+    covariances = lro.calibrate(model, [x], sensitivity="fisher")
+    for batch, options in ((x[:0], {}), (x, {"mask": lambda args, kwargs: torch.zeros(4, 3, dtype=torch.bool)})):
+        with pytest.raises(ValueError, match="no row reached a layer"):
+            lro.correct_predictions(model, covariances, [batch], sensitivity="fisher", **options)
+
+
+def test_inference_mode_changes_nothing():
+    model, batches = nn.Sequential(nn.Linear(8, 8)), [torch.randn(4, 3, 8)]
+    covariances = lro.calibrate(model, batches, sensitivity="output")
+    expected = lro.correct_predictions(model, covariances, batches, sensitivity="output")
+    with torch.inference_mode():
+        found = lro.correct_predictions(model, covariances, batches, sensitivity="output")
+    assert torch.equal(found["0"].loss.corrected, expected["0"].loss.corrected)

@@ -208,6 +208,22 @@ def test_what_cannot_be_done_is_refused(tmp_path: Path) -> None:
         compress_folder(tmp_path / "smaller", tmp_path / "again", covariances)
 
 
+@pytest.mark.parametrize("name", ["../b.safetensors", "missing.safetensors", "..", "", 1, ["a.safetensors"], None])
+def test_an_index_names_files_of_its_folder_only(tmp_path: Path, name: Any) -> None:
+    model = small(head=False)
+    covariances = lro.calibrate(model, [torch.randint(50, (200,))])
+    (tmp_path / "dense").mkdir()
+    for path in (tmp_path / "b.safetensors", tmp_path / "dense" / "a.safetensors"):
+        safetensors.torch.save_file(model.state_dict(), path)
+    for given in (name, str(tmp_path / "b.safetensors")):
+        index = {"weight_map": dict.fromkeys(model.state_dict(), given)}
+        (tmp_path / "dense" / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(ValueError, match="which the folder does not hold"):
+            compress_folder(tmp_path / "dense", tmp_path / "out", covariances, 4)
+    assert_equal(safetensors.torch.load_file(tmp_path / "b.safetensors"), model.state_dict())
+    assert not (tmp_path / "out").exists()
+
+
 def test_other_layers_of_a_state_dict_stay_dense(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 2), nn.Flatten(), nn.Linear(32, 24))

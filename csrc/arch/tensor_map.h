@@ -5,6 +5,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <tuple>
 #include <type_traits>
 
 #include "../host_device.h"
@@ -46,6 +47,15 @@ CUtensorMap encode_tensor_map_2d(const void* matrix, int64_t rows, int64_t cols,
                                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   check(result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue, launch);
   return map;
+}
+
+// The same, kept for matrices that are used again: it depends on nothing but the arguments and the device.
+template <class Element>
+const CUtensorMap& tensor_map_of_weight(const void* matrix, int64_t rows, int64_t cols, int64_t stride, int tile_rows,
+                                        int tile_cols, const Launch& launch) {
+  return remember(std::tuple{launch.device, matrix, rows, cols, stride, tile_rows, tile_cols}, [&] {
+    return encode_tensor_map_2d<Element>(matrix, rows, cols, stride, tile_rows, tile_cols, launch);
+  });
 }
 
 }  // namespace lowrank_ops::arch

@@ -27,24 +27,44 @@ struct Strip {
   int last[2];  // last existing column of the row, counted as above; negative: none
 };
 
+template <class Number>
+struct alignas(2 * sizeof(Number)) Pair {
+  Number first, second;
+};
+
+// pairs: contiguous rows, neighbors on the size of two, and all of the strip exists.
+enum class StripRows { pairs, contiguous, strided };
+
 // Loads many values before it stores any: the compiler must assume that a store aliases the next load, and would wait
 // for memory at each. Only in contiguous rows, as addresses take registers. `overwrite`: instead of adding.
-template <bool kContiguous, class Number, int kCount>
+template <StripRows kRows, class Number, int kCount>
 __device__ __forceinline__ void add_strip(const Strip<Number>& to, const float (&values)[kCount], bool overwrite) {
-  constexpr int kBatch = kContiguous ? 64 / static_cast<int>(sizeof(Number)) : 1;
+  constexpr int kBatch = kRows == StripRows::strided ? 1 : 64 / static_cast<int>(sizeof(Number));
   static_assert(kCount % kBatch == 0);
   const auto exists = [&](int i) { return i / 4 * 8 + i % 2 <= to.last[i / 2 % 2]; };
   const auto at = [&](int i) {
-    return to.rows[i / 2 % 2] + (kContiguous ? i / 4 * 8 + i % 2 : (i / 4 * 8 + i % 2) * to.col_stride);
+    const int col = i / 4 * 8 + i % 2;
+    return to.rows[i / 2 % 2] + (kRows == StripRows::strided ? col * to.col_stride : col);
   };
 #pragma unroll
   for (int begin = 0; begin < kCount; begin += kBatch) {
-    Number old[kBatch];
+    if constexpr (kRows == StripRows::pairs) {
+      const auto pair_at = [&](int i) { return reinterpret_cast<Pair<Number>*>(at(begin + 2 * i)); };
+      Pair<Number> old[kBatch / 2];
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) old[i] = exists(begin + i) && !overwrite ? *at(begin + i) : Number(0);
+      for (int i = 0; i < kBatch / 2; ++i) old[i] = overwrite ? Pair<Number>{0, 0} : *pair_at(i);
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i)
-      if (exists(begin + i)) *at(begin + i) = old[i] + static_cast<Number>(values[begin + i]);
+      for (int i = 0; i < kBatch / 2; ++i)
+        *pair_at(i) = {old[i].first + static_cast<Number>(values[begin + 2 * i]),
+                       old[i].second + static_cast<Number>(values[begin + 2 * i + 1])};
+    } else {
+      Number old[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) old[i] = exists(begin + i) && !overwrite ? *at(begin + i) : Number(0);
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i)
+        if (exists(begin + i)) *at(begin + i) = old[i] + static_cast<Number>(values[begin + i]);
+    }
   }
 }
 
@@ -61,10 +81,16 @@ __device__ __forceinline__ void add_strip_to_state(const Arguments& args, int64_
                     r * args.state_row_stride + col * args.state_col_stride;
     to.last[half] = r < args.features ? static_cast<int>(max64(-1, min64(kTile, r - col))) : -1;
   }
-  if (args.state_col_stride == 1)
-    add_strip<true>(to, values, false);
+  constexpr int kLastCol = (kCount - 1) / 4 * 8 + 1;
+  const bool in_pairs = args.state_col_stride == 1 && to.last[0] >= kLastCol && to.last[1] >= kLastCol &&
+                        reinterpret_cast<uintptr_t>(to.rows[0]) % sizeof(Pair<Number>) == 0 &&
+                        reinterpret_cast<uintptr_t>(to.rows[1]) % sizeof(Pair<Number>) == 0;
+  if (in_pairs)
+    add_strip<StripRows::pairs>(to, values, false);
+  else if (args.state_col_stride == 1)
+    add_strip<StripRows::contiguous>(to, values, false);
   else
-    add_strip<false>(to, values, false);
+    add_strip<StripRows::strided>(to, values, false);
 }
 
 // A CTA's tile of kTile x kTile: its origin in the state, and its partial tile where the tile is split.
@@ -80,7 +106,7 @@ __device__ __forceinline__ void flush_strip(const Arguments& args, const TileOut
                                             const float (&values)[kCount], bool first) {
   if (args.splits > 1) {
     float* at = tile.partial + row * kTile + col;
-    add_strip<true>(Strip<float>{{at, at + 8 * kTile}, 1, {kTile, kTile}}, values, first);
+    add_strip<StripRows::pairs>(Strip<float>{{at, at + 8 * kTile}, 1, {kTile, kTile}}, values, first);
   } else if (args.state_is_double) {
     add_strip_to_state<double>(args, tile.group, tile.first_row + row, tile.first_col + col, values);
   } else {

@@ -1,4 +1,5 @@
-// Shared by the decode kernels: weights from global memory to mma.sync, and the reduction over the warps of a CTA.
+// Shared by the decode kernels: weights from global memory to mma.sync, the reduction over the warps of a CTA, and t
+// from L2 to shared memory.
 #pragma once
 
 #include "../arch/mma.cuh"
@@ -7,6 +8,7 @@
 namespace lowrank_ops::lowrank_linear {
 
 constexpr int kPrefetch = 4;  // steps whose weights a warp has in flight
+constexpr int kGather = 8;    // vectors of t that a thread has in flight
 
 struct Vector {
   uint32_t words[4];  // 8 features
@@ -64,22 +66,25 @@ __device__ __forceinline__ void mma_step(float (&acc)[kRowTiles][kTokenGroups][4
     }
 }
 
-// A warp's steps of 16 rows of down times a token tile over features [begin, end).
-template <class Element, int kTokenGroups, bool kVectorized>
-__device__ __forceinline__ void mma_down(float (&acc)[1][kTokenGroups][4], const Element* down, int64_t down_stride,
-                                         int64_t first_row, int64_t rows, const Element* x, int64_t x_stride,
-                                         int64_t first_token, int64_t tokens, int64_t begin, int64_t end) {
+// A warp's steps of rows of down times a token tile over features [begin, end). All row tiles share what is read of x.
+template <class Element, int kRowTiles, int kTokenGroups, bool kVectorized>
+__device__ __forceinline__ void mma_down(float (&acc)[kRowTiles][kTokenGroups][4], const Element* down,
+                                         int64_t down_stride, int64_t first_row, int64_t rows, const Element* x,
+                                         int64_t x_stride, int64_t first_token, int64_t tokens, int64_t begin,
+                                         int64_t end) {
+  constexpr int kMmas = kRowTiles * kTokenGroups;  // accumulators take the registers of steps in flight
+  constexpr int kSteps = kMmas <= 8 ? kPrefetch : kMmas <= 16 ? kPrefetch / 2 : 1;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int steps = static_cast<int>(ceil_div(end - begin, kFeatures));
-  for (int i = 0; step_of_warp(warp, i) < steps; i += kPrefetch) {
-    Weights<1> weights[kPrefetch];
+  for (int i = 0; step_of_warp(warp, i) < steps; i += kSteps) {
+    Weights<kRowTiles> weights[kSteps];
 #pragma unroll
-    for (int j = 0; j < kPrefetch; ++j)
+    for (int j = 0; j < kSteps; ++j)
       load_weights<Element, kVectorized>(weights[j], down, down_stride, first_row, rows,
                                          begin + int64_t{step_of_warp(warp, i + j)} * kFeatures + lane_feature(lane),
                                          end);
 #pragma unroll
-    for (int j = 0; j < kPrefetch; ++j) {
+    for (int j = 0; j < kSteps; ++j) {
       const int64_t feature = begin + int64_t{step_of_warp(warp, i + j)} * kFeatures + lane_feature(lane);
 #pragma unroll
       for (int group = 0; group < kTokenGroups; ++group) {
@@ -116,6 +121,35 @@ __device__ __forceinline__ float reduce_warp_sums(const float* sums, int row, in
   for (int warp = 0; warp < kWarps; ++warp)
     sum += sums[sum_index(warp, row, token, kRowTiles * kRows, kTokenGroups * 8)];
   return sum;
+}
+
+// A token tile's t to shared memory: the `tokens` rows that exist, of `vectors` x 16 bytes, zeros in the others. All
+// threads share all vectors, so that a thread waits for L2 once per kGather of them.
+template <int kTokens>
+__device__ __forceinline__ void gather_t(const uint4* from, int64_t tokens, int vectors, int64_t pitch,
+                                         unsigned char* to) {
+  const int total = kTokens * vectors, existing = static_cast<int>(min64(tokens, kTokens)) * vectors;
+  const int rows_apart = kThreads / vectors, vectors_apart = kThreads % vectors;  // of a thread's vectors
+  int row = threadIdx.x / vectors, vector = threadIdx.x % vectors;
+  for (int first = threadIdx.x; first < total; first += kGather * kThreads) {
+    uint4 loaded[kGather];
+#pragma unroll
+    for (int j = 0; j < kGather; ++j)  // cached in L2 only: L1 is not coherent with the writes of other CTAs
+      loaded[j] = first + j * kThreads < existing ? __ldcg(from + first + j * kThreads) : uint4{0, 0, 0, 0};
+#pragma unroll
+    for (int j = 0; j < kGather; ++j) {
+      if (first + j * kThreads < total) *reinterpret_cast<uint4*>(to + row * pitch + vector * 16) = loaded[j];
+      vector += vectors_apart;
+      row += rows_apart + (vector >= vectors);
+      vector -= vector >= vectors ? vectors : 0;
+    }
+  }
+}
+
+__device__ __forceinline__ Vector load_shared(const unsigned char* row, int64_t feature, bool exists) {
+  if (!exists) return {{0, 0, 0, 0}};
+  const uint4 bits = *reinterpret_cast<const uint4*>(row + feature * 2);
+  return {{bits.x, bits.y, bits.z, bits.w}};
 }
 
 }  // namespace lowrank_ops::lowrank_linear

@@ -34,6 +34,17 @@ constexpr DecodeVariant kDecodeSm80Variants[] = {
     {8, true}, {16, true}, {32, true}, {64, true}, {8, false}, {64, false},
 };
 
+// The kernels that decode_sm90 is compiled for, by ascending token tile and rows. Of down a CTA takes `row_tiles` x 16
+// rows at a time: with many tokens x is longer to read than 16 rows, which then share it.
+struct DecodeSm90Variant {
+  int token_tile;
+  int row_tiles;
+  LRO_HD constexpr int rows() const { return row_tiles * kRows; }
+};
+constexpr DecodeSm90Variant kDecodeSm90Variants[] = {
+    {8, 1}, {16, 1}, {32, 1}, {32, 2}, {64, 1}, {64, 2}, {64, 4},
+};
+
 // ---- a warp's step ----
 
 // The first feature that a lane holds of a step, for weights and tokens alike.
@@ -58,14 +69,27 @@ LRO_HD constexpr int64_t sum_bytes(int rows, int token_tile) {
   return int64_t{4} * sum_index(kWarps, 0, 0, rows, token_tile);
 }
 
-// decode_sm80's scratch: partial sums of t, (split, token, rank).
-LRO_HD constexpr int64_t partial_index(int64_t split, int64_t token, int64_t r, int64_t tokens, int64_t rank) {
-  return (split * tokens + token) * rank + r;
+// decode_sm80's scratch, offsets in floats: t in the dtype of x, rows of whole units; where features are split, the
+// sums of each unit (16 rows of down, a token tile) by split, then a counter for each unit.
+LRO_HD constexpr int64_t scratch_columns(int64_t rank) { return round_up(rank, kRows); }
+LRO_HD constexpr int64_t scratch_units(int64_t tokens, int64_t rank, int token_tile) {
+  return ceil_div(rank, kRows) * ceil_div(tokens, token_tile);
+}
+LRO_HD constexpr int64_t partials_offset(int64_t tokens, int64_t rank) { return tokens * scratch_columns(rank) / 2; }
+LRO_HD constexpr int64_t partial_index(int64_t unit, int64_t split, int64_t splits, int token_tile) {
+  return (unit * splits + split) * kRows * token_tile;
+}
+LRO_HD constexpr int64_t counters_offset(int64_t tokens, int64_t rank, int token_tile, int64_t splits) {
+  const int64_t units = splits > 1 ? scratch_units(tokens, rank, token_tile) : 0;
+  return partials_offset(tokens, rank) + partial_index(units, 0, splits, token_tile);
+}
+LRO_HD constexpr int64_t scratch_floats(int64_t tokens, int64_t rank, int token_tile, int64_t splits) {
+  const int64_t counters = splits > 1 ? scratch_units(tokens, rank, token_tile) : 0;
+  return counters_offset(tokens, rank, token_tile, splits) + counters;
 }
 
 // t and rows of up in shared memory: bytes between rows of 16-bit values. 64 bytes past a multiple of 128: the eight
 // lanes of a phase read two rows of four vectors each and touch every bank once.
-LRO_HD constexpr int64_t padded_rank(int64_t rank) { return round_up(rank, kFeatures); }
 LRO_HD constexpr int64_t rank_pitch(int64_t rank) { return round_up(rank * 2, 128) + 64; }
 
 // ---- decode_sm90: distribution of work over clusters and CTAs ----
@@ -80,25 +104,25 @@ LRO_HD constexpr Span features_of_cta(int cluster_rank, int64_t split_features, 
   return {begin, min64(begin + split_features, in_features)};
 }
 
-// Work units of down: 16 rows and a token tile each, all rows of a token tile before the next tile.
+// Work units of down: `rows` rows and a token tile each, all rows of a token tile before the next tile.
 struct WorkUnit {
   int64_t first_row, first_token;
 };
-LRO_HD constexpr int64_t work_units(int64_t rank, int64_t tokens, int token_tile) {
-  return ceil_div(rank, kRows) * ceil_div(tokens, token_tile);
+LRO_HD constexpr int64_t work_units(int64_t rank, int rows, int64_t tokens, int token_tile) {
+  return ceil_div(rank, rows) * ceil_div(tokens, token_tile);
 }
-LRO_HD constexpr WorkUnit work_unit_at(int64_t unit, int64_t rank, int token_tile) {
-  const int64_t tiles = ceil_div(rank, kRows);
-  return {unit % tiles * kRows, unit / tiles * token_tile};
+LRO_HD constexpr WorkUnit work_unit_at(int64_t unit, int64_t rank, int rows, int token_tile) {
+  const int64_t tiles = ceil_div(rank, rows);
+  return {unit % tiles * rows, unit / tiles * token_tile};
 }
 
-// The part of a unit's sums that a CTA of the cluster reduces and stores: row i % 16, token i / 16.
-LRO_HD constexpr Span sums_of_cta(int cluster_rank, int cluster, int token_tile) {
-  const int share = kRows * token_tile / cluster;
+// The part of a unit's `sums` that a CTA of the cluster reduces and stores.
+LRO_HD constexpr Span sums_of_cta(int cluster_rank, int cluster, int sums) {
+  const int share = sums / cluster;
   return {cluster_rank * share, (cluster_rank + 1) * share};
 }
 // A CTA's sum i of a unit, in two buffers by turns: one is read by the cluster while the next is written.
-LRO_HD constexpr int cta_sum_index(int round, int i, int token_tile) { return round % 2 * kRows * token_tile + i; }
+LRO_HD constexpr int cta_sum_index(int round, int i, int sums) { return round % 2 * sums + i; }
 
 // The 16-row tiles of up that a CTA multiplies.
 LRO_HD constexpr Span slab_of_cta(int64_t cta, int64_t ctas, int64_t out_features) {
@@ -106,20 +130,21 @@ LRO_HD constexpr Span slab_of_cta(int64_t cta, int64_t ctas, int64_t out_feature
   return {cta * tiles / ctas, (cta + 1) * tiles / ctas};
 }
 
-// Byte offsets in decode_sm90's dynamic shared memory; the slab's mbarrier is at 0.
+// Byte offsets in decode_sm90's dynamic shared memory; the slab's mbarrier is at 0. What only one of the GEMMs uses
+// lies in the same place: the grid barrier is between them.
 struct SmemLayout {
-  int64_t warp_sums;  // sum_index
-  int64_t cta_sums;   // cta_sum_index
-  int64_t t;          // (token, rank), rows rank_pitch apart
+  int64_t warp_sums;  // sum_index, of either GEMM
+  int64_t cta_sums;   // of down: cta_sum_index
+  int64_t t;          // of up: (token, rank), rows rank_pitch apart
   int64_t slab;       // (row, rank), rows rank_pitch apart
   int64_t bytes;
 };
-LRO_HD constexpr SmemLayout smem_layout(int token_tile, int64_t rank, int64_t resident_tiles) {
+LRO_HD constexpr SmemLayout smem_layout(int rows_down, int token_tile, int64_t rank, int64_t resident_tiles) {
   SmemLayout at{};
   at.warp_sums = 128;
-  at.cta_sums = at.warp_sums + sum_bytes(kRows, token_tile);
-  at.t = at.cta_sums + int64_t{4} * 2 * kRows * token_tile;
-  at.slab = at.t + token_tile * rank_pitch(rank);
+  at.cta_sums = at.warp_sums + sum_bytes(rows_down, token_tile);
+  at.t = at.warp_sums + sum_bytes(kRows, token_tile);
+  at.slab = max64(at.cta_sums + int64_t{4} * 2 * rows_down * token_tile, at.t + token_tile * rank_pitch(rank));
   at.bytes = at.slab + resident_tiles * kRows * rank_pitch(rank);
   return at;
 }

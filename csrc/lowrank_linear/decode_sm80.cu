@@ -1,14 +1,17 @@
 // y = activation((x down^T) up^T + bias) for few tokens, bound by reading the weights once. Two kernels.
 //
 //                  decode_down_sm80                             decode_up_sm80
-//   computes       partial sums of t = x down^T                 t up^T, bias, activation
+//   computes       t = x down^T, rounded                        t up^T, bias, activation
 //   grid           (16 rows of down, splits, token tiles)       (16 or 32 rows of up, 1, token tiles)
 //   CTA            8 warps, K steps of 32 round-robin           the same
 //   pipeline       4 steps of weights per warp in registers     the same; the first 4 are loaded before the PDL wait
+//   splits         sums to scratch; the last CTA of a unit to    -
+//                  arrive at its counter adds them in order
 //   shared memory  warp sums                                    t, then warp sums in its place
 //   PDL (sm_90+)   launch_dependents at the start               wait before t is read
 //   deterministic  yes: warps, then splits, summed in order     yes
 
+#include "../arch/atom.cuh"
 #include "../arch/pdl.cuh"
 #include "decode.cuh"
 #include "epilogue.cuh"
@@ -25,40 +28,49 @@ __global__ void __launch_bounds__(kThreads, 1) decode_down_sm80(const __grid_con
   extern __shared__ __align__(128) unsigned char shared[];
   arch::griddepcontrol_launch_dependents();
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kRows;
-  const int64_t first_token = static_cast<int64_t>(blockIdx.z) * kTokenGroups * 8;
+  constexpr int kTokens = kTokenGroups * 8;
+  const int64_t first_token = static_cast<int64_t>(blockIdx.z) * kTokens;
   const int64_t begin = blockIdx.y * args.split_features;
   const int64_t end = min64(begin + args.split_features, args.in_features);
 
   float acc[1][kTokenGroups][4] = {};
-  mma_down<Element, kTokenGroups, kVectorized>(acc, static_cast<const Element*>(args.down), args.down_stride, first_row,
-                                               args.rank, static_cast<const Element*>(args.x), args.x_stride,
-                                               first_token, args.tokens, begin, end);
+  mma_down<Element, 1, kTokenGroups, kVectorized>(acc, static_cast<const Element*>(args.down), args.down_stride,
+                                                  first_row, args.rank, static_cast<const Element*>(args.x),
+                                                  args.x_stride, first_token, args.tokens, begin, end);
   float* sums = reinterpret_cast<float*>(shared);
   store_warp_sums(acc, sums);
-  for (int i = threadIdx.x; i < kRows * kTokenGroups * 8; i += kThreads) {
-    const int row = i % kRows, tile_token = i / kRows;  // coalesced along the rank
-    const int64_t r = first_row + row, token = first_token + tile_token;
-    if (r < args.rank && token < args.tokens)
-      args.scratch[partial_index(blockIdx.y, token, r, args.tokens, args.rank)] =
-          reduce_warp_sums<1, kTokenGroups>(sums, row, tile_token);
-  }
-}
+  const auto each = [&](const auto& body) {  // of the unit's sums: row i % 16, token i / 16
+    for (int i = threadIdx.x; i < kRows * kTokens; i += kThreads) body(i);
+  };
+  const auto store_t = [&](int i, float sum) {
+    if (const int64_t token = first_token + i / kRows; token < args.tokens)
+      reinterpret_cast<Element*>(args.scratch)[token * scratch_columns(args.rank) + first_row + i % kRows] =
+          round_to(sum, Element{});
+  };
+  if (args.splits == 1)
+    return each([&](int i) { store_t(i, reduce_warp_sums<1, kTokenGroups>(sums, i % kRows, i / kRows)); });
 
-// The token tile's t, summed over the splits in order and rounded; zeros past the last token and the last rank.
-template <class Element, int kTokenGroups>
-__device__ __forceinline__ void gather_t(const Arguments& args, int64_t first_token, unsigned char* t) {
-  const int columns = static_cast<int>(padded_rank(args.rank));
-  for (int row = threadIdx.x / 32; row < kTokenGroups * 8; row += kWarps) {
-    const int64_t token = first_token + row;
-    Element* to = reinterpret_cast<Element*>(t + row * rank_pitch(args.rank));
-    for (int r = threadIdx.x % 32; r < columns; r += 32) {
-      float sum = 0.0f;
-      if (token < args.tokens && r < args.rank)
-        for (int split = 0; split < args.splits; ++split)
-          sum += args.scratch[partial_index(split, token, r, args.tokens, args.rank)];
-      to[r] = round_to(sum, Element{});
-    }
+  const int64_t unit = blockIdx.z * ceil_div(args.rank, kRows) + blockIdx.x;
+  float* partials = args.scratch + partials_offset(args.tokens, args.rank);
+  const auto partial = [&](int split, int i) {
+    return partials + partial_index(unit, split, args.splits, kTokens) + i;
+  };
+  each([&](int i) { *partial(blockIdx.y, i) = reduce_warp_sums<1, kTokenGroups>(sums, i % kRows, i / kRows); });
+  __syncthreads();  // all of this CTA's sums have been written, and those of its warps read
+  int& arrived = reinterpret_cast<int&>(*shared);
+  if (threadIdx.x == 0) {
+    auto* counters =
+        reinterpret_cast<unsigned*>(args.scratch) + counters_offset(args.tokens, args.rank, kTokens, args.splits);
+    arrived = static_cast<int>(arch::atom_add_acq_rel(counters + unit, 1u));
   }
+  __syncthreads();
+  if (arrived != args.splits - 1) return;
+  each([&](int i) {
+    float sum = 0.0f;
+#pragma unroll 8
+    for (int split = 0; split < args.splits; ++split) sum += __ldcg(partial(split, i));
+    store_t(i, sum);
+  });
 }
 
 template <class Element, int kTokenGroups, bool kVectorized>
@@ -81,7 +93,9 @@ __global__ void __launch_bounds__(kThreads, 1) decode_up_sm80(const __grid_const
   };
   prefetch(0);
   arch::griddepcontrol_wait();
-  gather_t<Element, kTokenGroups>(args, first_token, shared);
+  const int columns = static_cast<int>(scratch_columns(args.rank));
+  gather_t<kTokenGroups * 8>(reinterpret_cast<const uint4*>(args.scratch) + first_token * (columns / kVector),
+                             args.tokens - first_token, columns / kVector, rank_pitch(args.rank), shared);
   __syncthreads();
 
   float acc[kRowTiles][kTokenGroups][4] = {};
@@ -93,9 +107,8 @@ __global__ void __launch_bounds__(kThreads, 1) decode_up_sm80(const __grid_const
       const int feature = step_of_warp(warp, i + j) * kFeatures + lane_feature(lane);
 #pragma unroll
       for (int group = 0; group < kTokenGroups; ++group) {
-        const uint4 bits = *reinterpret_cast<const uint4*>(
-            shared + (group * 8 + lane_token(lane)) * rank_pitch(args.rank) + feature * 2);
-        mma_step<Element>(acc, weights[j], Vector{{bits.x, bits.y, bits.z, bits.w}}, group);
+        const unsigned char* row = shared + (group * 8 + lane_token(lane)) * rank_pitch(args.rank);
+        mma_step<Element>(acc, weights[j], load_shared(row, feature, feature < columns), group);
       }
     }
   }
@@ -115,9 +128,14 @@ void launch_pair(const LowRankPlan& plan, const Arguments& args, const Launch& l
   const auto down = decode_down_sm80<Element, kTokenGroups, kVectorized>;
   const auto up = decode_up_sm80<Element, kTokenGroups, kVectorized>;
   const unsigned token_tiles = static_cast<unsigned>(ceil_div(args.tokens, plan.token_tile));
-  opt_in_max_shared_memory(down, launch);
-  opt_in_max_shared_memory(up, launch);
+  opt_in_shared_memory(down, launch.shared_memory, launch);
+  opt_in_shared_memory(up, launch.shared_memory, launch);
 
+  if (plan.splits > 1) {
+    const int64_t counters = counters_offset(args.tokens, args.rank, plan.token_tile, plan.splits);
+    const int64_t bytes = (plan.scratch_floats - counters) * static_cast<int64_t>(sizeof(unsigned));
+    check(cudaMemsetAsync(args.scratch + counters, 0, static_cast<size_t>(bytes), launch.stream), launch);
+  }
   const dim3 down_grid(static_cast<unsigned>(ceil_div(args.rank, plan.rows_down)), plan.splits, token_tiles);
   launch_kernel(down, {down_grid, kThreads, plan.shared_bytes_down}, launch, args);
   const dim3 up_grid(static_cast<unsigned>(ceil_div(args.out_features, plan.rows_up)), 1, token_tiles);

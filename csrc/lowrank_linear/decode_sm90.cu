@@ -4,18 +4,18 @@
 //   CTA            8 warps
 //   slab           bulk copies (cp.async.bulk) fetch the CTA's rows of up to shared memory while down is computed;
 //                  one mbarrier, one arrival with expect_tx; rows that do not fit are streamed from global memory
-//   down           a cluster takes 16 rows of down and a token tile at a time; its CTAs split the features and reduce
-//                  each other's sums through DSMEM, in two alternating buffers; t, rounded, goes to scratch
+//   down           a cluster takes 16, 32 or 64 rows of down and a token tile at a time; its CTAs split the features and
+//                  reduce each other's sums through DSMEM, in two alternating buffers; t, rounded, goes to scratch
 //   grid barrier   of the cooperative launch: needs no memory, resets itself
 //   up             every CTA reads t and multiplies its slab
-//   shared memory  mbarrier | warp sums | CTA sums (2 buffers) | t | slab: SmemLayout
+//   shared memory  mbarrier | warp sums | CTA sums (2 buffers) or t | slab: SmemLayout
 //   deterministic  yes: warps, then CTAs of a cluster, summed in order
 
 #include <cooperative_groups.h>
 
-#include <map>
-#include <mutex>
-#include <tuple>
+#include <array>
+#include <iterator>
+#include <utility>
 
 #include "../arch/mbarrier.cuh"
 #include "../arch/smem.cuh"
@@ -56,59 +56,42 @@ __device__ __forceinline__ void load_slab(const Slab& slab, const Arguments& arg
 }
 
 // t = x down^T, rounded, to scratch: work units round-robin over the clusters.
-template <class Element, int kTokenGroups>
+template <class Element, int kTokenGroups, int kRowTiles>
 __device__ __forceinline__ void compute_down(const Arguments& args, unsigned char* shared, const SmemLayout& at) {
-  constexpr int kTokens = kTokenGroups * 8;
+  constexpr int kTokens = kTokenGroups * 8, kUnitRows = kRowTiles * kRows, kSums = kUnitRows * kTokens;
   const cg::cluster_group cluster = cg::this_cluster();
   const int cluster_rank = static_cast<int>(cluster.block_rank()), ctas = static_cast<int>(cluster.num_blocks());
   const int64_t clusters = gridDim.x / ctas;
   const Span features = features_of_cta(cluster_rank, args.split_features, args.in_features);
-  const Span mine = sums_of_cta(cluster_rank, ctas, kTokens);
+  const Span mine = sums_of_cta(cluster_rank, ctas, kSums);
   float* warp_sums = reinterpret_cast<float*>(shared + at.warp_sums);
   float* cta_sums = reinterpret_cast<float*>(shared + at.cta_sums);
   Element* t = reinterpret_cast<Element*>(args.scratch);
 
   int round = 0;
-  for (int64_t i = blockIdx.x / ctas; i < work_units(args.rank, args.tokens, kTokens); i += clusters, ++round) {
-    const WorkUnit unit = work_unit_at(i, args.rank, kTokens);
-    float acc[1][kTokenGroups][4] = {};
-    mma_down<Element, kTokenGroups, true>(acc, static_cast<const Element*>(args.down), args.down_stride, unit.first_row,
-                                          args.rank, static_cast<const Element*>(args.x), args.x_stride,
-                                          unit.first_token, args.tokens, features.begin, features.end);
+  const int64_t units = work_units(args.rank, kUnitRows, args.tokens, kTokens);
+  for (int64_t i = blockIdx.x / ctas; i < units; i += clusters, ++round) {
+    const WorkUnit unit = work_unit_at(i, args.rank, kUnitRows, kTokens);
+    float acc[kRowTiles][kTokenGroups][4] = {};
+    mma_down<Element, kRowTiles, kTokenGroups, true>(acc, static_cast<const Element*>(args.down), args.down_stride,
+                                                     unit.first_row, args.rank, static_cast<const Element*>(args.x),
+                                                     args.x_stride, unit.first_token, args.tokens, features.begin,
+                                                     features.end);
     store_warp_sums(acc, warp_sums);
-    for (int j = threadIdx.x; j < kRows * kTokens; j += kThreads)
-      cta_sums[cta_sum_index(round, j, kTokens)] = reduce_warp_sums<1, kTokenGroups>(warp_sums, j % kRows, j / kRows);
+    for (int j = threadIdx.x; j < kSums; j += kThreads)
+      cta_sums[cta_sum_index(round, j, kSums)] =
+          reduce_warp_sums<kRowTiles, kTokenGroups>(warp_sums, j % kUnitRows, j / kUnitRows);
     // All CTAs of the cluster have written this round's sums and read those of the round before the last, whose buffer
     // the next round reuses. It is the CTA's own barrier, too: warp_sums may be overwritten.
     cluster.sync();
     for (int j = static_cast<int>(mine.begin) + threadIdx.x; j < mine.end; j += kThreads) {
-      const int64_t r = unit.first_row + j % kRows, token = unit.first_token + j / kRows;
+      const int64_t r = unit.first_row + j % kUnitRows, token = unit.first_token + j / kUnitRows;
       float sum = 0.0f;
       for (int cta = 0; cta < ctas; ++cta)
-        sum += cluster.map_shared_rank(cta_sums, cta)[cta_sum_index(round, j, kTokens)];
+        sum += cluster.map_shared_rank(cta_sums, cta)[cta_sum_index(round, j, kSums)];
       if (r < args.rank && token < args.tokens) t[token * args.rank + r] = round_to(sum, Element{});
     }
   }
-}
-
-// A token tile's t, zeros past the last token. Columns past the last rank are neither written nor read.
-template <int kTokens>
-__device__ __forceinline__ void load_t(const Arguments& args, int64_t first_token, unsigned char* t) {
-  const int vectors = static_cast<int>(args.rank / kVector);
-  for (int row = threadIdx.x / 32; row < kTokens; row += kWarps) {
-    const int64_t token = first_token + row;
-    // Cached in L2 only: L1 is not coherent with the writes of other CTAs.
-    const uint4* from = reinterpret_cast<const uint4*>(args.scratch) + token * vectors;
-    uint4* to = reinterpret_cast<uint4*>(t + row * rank_pitch(args.rank));
-    for (int v = threadIdx.x % 32; v < vectors; v += 32)
-      to[v] = token < args.tokens ? __ldcg(from + v) : uint4{0, 0, 0, 0};
-  }
-}
-
-__device__ __forceinline__ Vector load_shared(const unsigned char* row, int64_t feature, bool exists) {
-  if (!exists) return {{0, 0, 0, 0}};
-  const uint4 bits = *reinterpret_cast<const uint4*>(row + feature * 2);
-  return {{bits.x, bits.y, bits.z, bits.w}};
 }
 
 // A warp's MMAs of 16 resident rows of up with t.
@@ -165,9 +148,11 @@ __device__ __forceinline__ void compute_up(const Slab& slab, const Arguments& ar
                                            const SmemLayout& at) {
   constexpr int kTokens = kTokenGroups * 8;
   float* sums = reinterpret_cast<float*>(shared + at.warp_sums);
-  arch::mbarrier_wait(arch::cast_smem_ptr_to_uint(shared), 0);
+  const int vectors = static_cast<int>(args.rank / kVector);  // columns past the last rank are not read
   for (int64_t first_token = 0; first_token < args.tokens; first_token += kTokens) {
-    load_t<kTokens>(args, first_token, shared + at.t);
+    gather_t<kTokens>(reinterpret_cast<const uint4*>(args.scratch) + first_token * vectors, args.tokens - first_token,
+                      vectors, rank_pitch(args.rank), shared + at.t);
+    arch::mbarrier_wait(arch::cast_smem_ptr_to_uint(shared), 0);
     __syncthreads();
     for (int64_t tile = slab.tiles.begin; tile < slab.tiles.end; ++tile) {
       const int64_t index = tile - slab.tiles.begin, first_row = tile * kRows;
@@ -188,62 +173,69 @@ __device__ __forceinline__ void compute_up(const Slab& slab, const Arguments& ar
   }
 }
 
-template <class Element, int kTokenGroups>
+template <class Element, int kTokenGroups, int kRowTiles>
 __global__ void __launch_bounds__(kThreads, 1) decode_sm90(const __grid_constant__ Arguments args) {
   extern __shared__ __align__(128) unsigned char shared[];
-  const SmemLayout at = smem_layout(kTokenGroups * 8, args.rank, args.resident_tiles);
+  const SmemLayout at = smem_layout(kRowTiles * kRows, kTokenGroups * 8, args.rank, args.resident_tiles);
   Slab slab{slab_of_cta(blockIdx.x, gridDim.x, args.out_features), 0};
   slab.resident = min64(args.resident_tiles, slab.tiles.end - slab.tiles.begin);
   load_slab<Element>(slab, args, shared, at.slab);
   __syncwarp();
-  compute_down<Element, kTokenGroups>(args, shared, at);
+  compute_down<Element, kTokenGroups, kRowTiles>(args, shared, at);
   // t is written, and no CTA reads another one's shared memory any more.
   cg::this_grid().sync();
   compute_up<Element, kTokenGroups>(slab, args, shared, at);
 }
 
-// The number of co-resident clusters of a kernel, cached. The runtime requires a cluster size even if it is 1.
-int max_active_clusters(const void* kernel, const LaunchShape& shape, const Launch& launch) {
-  static std::mutex mutex;
-  static std::map<std::tuple<int, const void*, int, int64_t>, int> cache;
-  int device = 0;
-  check(cudaGetDevice(&device), launch);
-  const std::lock_guard<std::mutex> lock(mutex);
-  const auto [entry, is_new] = cache.try_emplace({device, kernel, shape.cluster, shape.shared_bytes}, 0);
-  if (is_new) {
-    const cudaError_t error = cudaOccupancyMaxActiveClusters(&entry->second, kernel, LaunchConfig(shape, launch).get());
-    if (error != cudaSuccess) cache.erase(entry);
-    check(error, launch);
-  }
-  return entry->second;
+template <class Element, int kTokenGroups, int kRowTiles>
+void launch_variant(const LowRankPlan& plan, const Arguments& args, const Launch& launch) {
+  const auto kernel = decode_sm90<Element, kTokenGroups, kRowTiles>;
+  opt_in_shared_memory(kernel, launch.shared_memory, launch);
+  const dim3 grid(static_cast<unsigned>(plan.ctas));
+  launch_kernel(kernel, {grid, kThreads, plan.shared_bytes, plan.cluster, true}, launch, args);
 }
 
-template <class Element, int kTokenGroups>
-void launch_token_groups(const LowRankPlan& plan, const Arguments& args, const Launch& launch) {
-  const auto kernel = decode_sm90<Element, kTokenGroups>;
-  opt_in_max_shared_memory(kernel, launch);
-  LaunchShape shape{dim3(static_cast<unsigned>(plan.ctas)), kThreads, plan.shared_bytes, plan.cluster};
-  // Any number of clusters does the work. A device may hold fewer than the planner counted, where its GPCs have a
-  // number of SMs that is no multiple of the cluster.
-  const int64_t clusters = max_active_clusters(reinterpret_cast<const void*>(kernel), shape, launch);
-  check(clusters > 0 ? cudaSuccess : cudaErrorCooperativeLaunchTooLarge, launch);
-  shape.grid = dim3(static_cast<unsigned>(min64(plan.ctas, clusters * plan.cluster)));
-  shape.cooperative = true;
-  launch_kernel(kernel, shape, launch, args);
+// False where the plan is for another variant.
+template <class Element, int kTokenTile, int kRowTiles>
+bool launch_if_planned(const LowRankPlan& plan, const Arguments& args, const Launch& launch) {
+  if (plan.token_tile != kTokenTile || plan.rows_down != kRowTiles * kRows) return false;
+  launch_variant<Element, kTokenTile / 8, kRowTiles>(plan, args, launch);
+  return true;
+}
+
+template <class Element, size_t... kIndices>
+bool launch_planned(const LowRankPlan& plan, const Arguments& args, const Launch& launch,
+                    std::index_sequence<kIndices...>) {
+  return (launch_if_planned<Element, kDecodeSm90Variants[kIndices].token_tile, kDecodeSm90Variants[kIndices].row_tiles>(
+              plan, args, launch) ||
+          ...);
 }
 
 }  // namespace
 
 void launch_decode_sm90(const LowRankPlan& plan, const Arguments& args, Dtype dtype, const Launch& launch) {
   dispatch_16_bit(dtype, [&](auto element) {
-    using Element = decltype(element);
-    switch (plan.token_tile) {
-      case 8: return launch_token_groups<Element, 1>(plan, args, launch);
-      case 16: return launch_token_groups<Element, 2>(plan, args, launch);
-      case 32: return launch_token_groups<Element, 4>(plan, args, launch);
-      default: return launch_token_groups<Element, 8>(plan, args, launch);
-    }
+    constexpr auto kAll = std::make_index_sequence<std::size(kDecodeSm90Variants)>{};
+    const bool launched = launch_planned<decltype(element)>(plan, args, launch, kAll);
+    check(launched ? cudaSuccess : cudaErrorInvalidValue, launch);
   });
+}
+
+// Of a kernel that takes all of an SM, as those do that the planner counts clusters for.
+std::array<int64_t, 3> count_clusters(const Launch& launch) {
+  const auto kernel = decode_sm90<__nv_bfloat16, 1, 1>;
+  opt_in_shared_memory(kernel, launch.shared_memory, launch);
+  std::array<int64_t, 3> clusters{};
+  for (size_t i = 0; i < clusters.size(); ++i) {
+    const int ctas = 2 << i;
+    const LaunchShape shape{dim3(static_cast<unsigned>(ctas)), kThreads, launch.shared_memory, ctas};
+    int count = 0;
+    check(cudaOccupancyMaxActiveClusters(&count, reinterpret_cast<const void*>(kernel),
+                                         LaunchConfig(shape, launch).get()),
+          launch);
+    clusters[i] = count;
+  }
+  return clusters;
 }
 
 }  // namespace lowrank_ops::lowrank_linear

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../elements.cuh"
+#include "activation.h"
 #include "lowrank_linear.h"
 
 namespace lowrank_ops::lowrank_linear {
@@ -13,7 +14,7 @@ __device__ __forceinline__ float activate(float y, Activation activation) {
   switch (activation) {
     case Activation::none: return y;
     case Activation::relu: return y < 0.0f ? 0.0f : y;  // keeps NaN
-    case Activation::gelu: return 0.5f * y * (1.0f + erff(y * 0.70710678118654752f));
+    case Activation::gelu: return gelu(y);
     case Activation::gelu_tanh:  // 1 + tanh(x) is 2 sigmoid(2 x)
       return times_sigmoid(y, 2.0f * 0.79788456080286536f * (y + 0.044715f * y * y * y));
     case Activation::silu: return times_sigmoid(y, y);

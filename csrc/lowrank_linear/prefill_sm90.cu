@@ -287,9 +287,9 @@ void launch_variant(const LowRankPlan& plan, const Arguments& args, const Launch
   opt_in_shared_memory(kernel, plan.shared_bytes, launch);
   const Maps maps{arch::encode_tensor_map_2d<Element>(args.x, args.tokens, args.in_features, args.x_stride,
                                                       p::x_tile_rows(kVariant), p::kTileK, launch),
-                  arch::encode_tensor_map_2d<Element>(args.down, args.rank, args.in_features, args.down_stride,
+                  arch::tensor_map_of_weight<Element>(args.down, args.rank, args.in_features, args.down_stride,
                                                       p::down_tile_rows(kVariant), p::kTileK, launch),
-                  arch::encode_tensor_map_2d<Element>(args.up, args.out_features, args.rank, args.up_stride,
+                  arch::tensor_map_of_weight<Element>(args.up, args.out_features, args.rank, args.up_stride,
                                                       p::up_tile_rows(kVariant), p::kTileK, launch)};
   const dim3 grid(static_cast<unsigned>(plan.ctas));
   launch_kernel(kernel, {grid, kVariant.threads(), plan.shared_bytes, kVariant.ctas()}, launch, maps, args);

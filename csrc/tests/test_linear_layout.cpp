@@ -56,30 +56,32 @@ void ctas_of_a_cluster_cover_features_and_sums_once() {
       }
       EXPECT(next == features);
     }
-  for (int tile : {8, 16, 32, 64})
+  for (const DecodeSm90Variant& v : kDecodeSm90Variants)
     for (int cluster : {1, 2, 4, 8}) {
+      const int sums = v.rows() * v.token_tile;
       int64_t next = 0;
       for (int rank = 0; rank < cluster; ++rank) {
-        EXPECT(sums_of_cta(rank, cluster, tile).begin == next);
-        next = sums_of_cta(rank, cluster, tile).end;
+        EXPECT(sums_of_cta(rank, cluster, sums).begin == next);
+        next = sums_of_cta(rank, cluster, sums).end;
       }
-      EXPECT(next == kRows * tile);
+      EXPECT(next == sums);
     }
 }
 
 void work_units_cover_rows_and_tokens_once() {
   for (int64_t rank = 1; rank < 200; ++rank)
     for (int64_t tokens : {1, 8, 9, 63, 64})
-      for (int tile : {8, 64}) {
-        std::vector<int> seen(ceil_div(rank, kRows) * ceil_div(tokens, tile), 0);
-        EXPECT(work_units(rank, tokens, tile) == static_cast<int64_t>(seen.size()));
-        for (int64_t i = 0; i < work_units(rank, tokens, tile); ++i) {
-          const WorkUnit unit = work_unit_at(i, rank, tile);
-          EXPECT(unit.first_row < rank && unit.first_token < tokens);
-          ++seen.at(unit.first_row / kRows + unit.first_token / tile * ceil_div(rank, kRows));
+      for (int tile : {8, 64})
+        for (int rows : {16, 32, 64}) {
+          std::vector<int> seen(ceil_div(rank, rows) * ceil_div(tokens, tile), 0);
+          EXPECT(work_units(rank, rows, tokens, tile) == static_cast<int64_t>(seen.size()));
+          for (int64_t i = 0; i < work_units(rank, rows, tokens, tile); ++i) {
+            const WorkUnit unit = work_unit_at(i, rank, rows, tile);
+            EXPECT(unit.first_row < rank && unit.first_token < tokens);
+            ++seen.at(unit.first_row / rows + unit.first_token / tile * ceil_div(rank, rows));
+          }
+          for (int count : seen) EXPECT(count == 1);
         }
-        for (int count : seen) EXPECT(count == 1);
-      }
 }
 
 void slabs_cover_up_once() {
@@ -103,26 +105,47 @@ void slabs_cover_up_once() {
 
 // A CTA writes the sums of the next round while its cluster still reads those of this one.
 void consecutive_rounds_have_their_own_buffers() {
-  for (int tile : {8, 16, 32, 64})
+  for (int sums : {kRows * 8, kRows * 64, 4 * kRows * 64})
     for (int round = 0; round < 4; ++round) {
-      std::vector<int> seen(2 * kRows * tile, 0);
-      for (int i = 0; i < kRows * tile; ++i)
-        for (int next : {0, 1}) ++seen.at(cta_sum_index(round + next, i, tile));
+      std::vector<int> seen(2 * sums, 0);
+      for (int i = 0; i < sums; ++i)
+        for (int next : {0, 1}) ++seen.at(cta_sum_index(round + next, i, sums));
       for (int count : seen) EXPECT(count == 1);
     }
 }
 
 void regions_of_shared_memory_do_not_overlap() {
-  for (int tile : {8, 16, 32, 64})
+  for (const DecodeSm90Variant& v : kDecodeSm90Variants)
     for (int64_t rank = 8; rank < 1600; rank += 8) {
-      const SmemLayout at = smem_layout(tile, rank, 3);
+      const SmemLayout at = smem_layout(v.rows(), v.token_tile, rank, 3);
       EXPECT(at.warp_sums >= 8);
-      EXPECT(at.cta_sums >= at.warp_sums + sum_bytes(kRows, tile));
-      EXPECT(at.t >= at.cta_sums + 4 * (cta_sum_index(1, kRows * tile - 1, tile) + 1));
-      EXPECT(at.slab >= at.t + (tile - 1) * rank_pitch(rank) + rank * 2);
+      EXPECT(at.cta_sums >= at.warp_sums + sum_bytes(v.rows(), v.token_tile));
+      EXPECT(at.t >= at.warp_sums + sum_bytes(kRows, v.token_tile));
+      EXPECT(at.slab >= at.cta_sums + 4 * (cta_sum_index(1, v.rows() * v.token_tile - 1, v.rows() * v.token_tile) + 1));
+      EXPECT(at.slab >= at.t + (v.token_tile - 1) * rank_pitch(rank) + rank * 2);
       EXPECT(at.bytes >= at.slab + (3 * kRows - 1) * rank_pitch(rank) + rank * 2);
       for (int64_t offset : {at.warp_sums, at.cta_sums, at.t, at.slab, rank_pitch(rank)}) EXPECT(offset % 16 == 0);
     }
+}
+
+// t, the sums of every unit by split, and a counter of each unit.
+void scratch_has_everything_once() {
+  for (int64_t tokens : {1, 9, 64, 200})
+    for (int64_t rank : {1, 16, 17, 136})
+      for (int64_t splits : {1, 3})
+        for (int tile : {8, 64}) {
+          std::vector<int> seen(scratch_floats(tokens, rank, tile, splits), 0);
+          for (int64_t i = 0; i < tokens * scratch_columns(rank) / 2; ++i) ++seen.at(i);
+          const int64_t units = splits > 1 ? scratch_units(tokens, rank, tile) : 0;
+          for (int64_t unit = 0; unit < units; ++unit) {
+            ++seen.at(counters_offset(tokens, rank, tile, splits) + unit);
+            for (int64_t split = 0; split < splits; ++split)
+              for (int i = 0; i < kRows * tile; ++i)
+                ++seen.at(partials_offset(tokens, rank) + partial_index(unit, split, splits, tile) + i);
+          }
+          for (int count : seen) EXPECT(count == 1);
+          EXPECT(scratch_columns(rank) >= rank && scratch_columns(rank) % kVector == 0);
+        }
 }
 
 // ---- prefill ----
@@ -218,6 +241,7 @@ int main() {
   slabs_cover_up_once();
   consecutive_rounds_have_their_own_buffers();
   regions_of_shared_memory_do_not_overlap();
+  scratch_has_everything_once();
   variants_are_what_the_kernel_can_hold();
   shared_memory_is_laid_out_for_tma();
   descriptors_start_in_the_first_row_of_the_swizzle();

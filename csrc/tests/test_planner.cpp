@@ -53,15 +53,18 @@ void expect_legal(const LowRankProblem& problem) {
   EXPECT(plan.token_tile <= (plan.kernel == "prefill_sm90" ? prefill::kMaxTokenTile : 64));
   EXPECT(plan.split_features % kFeatures == 0 || plan.kernel == "prefill_sm90");
   EXPECT(plan.splits * plan.split_features >= problem.in_features);
-  EXPECT(padded_rank(problem.rank) * 2 <= rank_pitch(problem.rank));
+  EXPECT(scratch_columns(problem.rank) * 2 <= rank_pitch(problem.rank));
   if (plan.kernel == "decode_sm90") {
     EXPECT(problem.machine.capability == 90 && problem.aligned && problem.in_features % 8 == 0 &&
            problem.rank % 8 == 0);
-    EXPECT(plan.shared_bytes == smem_layout(plan.token_tile, problem.rank, plan.resident_tiles).bytes);
+    EXPECT(std::any_of(std::begin(kDecodeSm90Variants), std::end(kDecodeSm90Variants), [&](const DecodeSm90Variant& v) {
+      return v.token_tile == plan.token_tile && v.rows() == plan.rows_down;
+    }));
+    EXPECT(plan.shared_bytes == smem_layout(plan.rows_down, plan.token_tile, problem.rank, plan.resident_tiles).bytes);
     EXPECT(plan.shared_bytes <= problem.machine.shared_memory && plan.shared_bytes < (1 << 20));  // tx-count
     EXPECT(plan.splits == 1 || plan.splits == 2 || plan.splits == 4 || plan.splits == 8);
     EXPECT(plan.ctas % plan.splits == 0 && plan.ctas >= plan.splits);
-    EXPECT(plan.ctas <= problem.machine.sm_count);  // co-resident
+    EXPECT(plan.ctas <= resident_clusters(problem.machine, plan.cluster) * plan.cluster);
     EXPECT(plan.resident_tiles >= 1);
     EXPECT(plan.scratch_floats * 2 >= problem.tokens * problem.rank);
     EXPECT(!plan.dependent_launch);
@@ -89,7 +92,7 @@ void expect_legal(const LowRankProblem& problem) {
     EXPECT(plan.shared_bytes_up <= problem.machine.shared_memory);
     EXPECT(plan.shared_bytes_down <= problem.machine.shared_memory);
     EXPECT((plan.splits - 1) * plan.split_features < problem.in_features);
-    EXPECT(plan.scratch_floats == plan.splits * problem.tokens * problem.rank);
+    EXPECT(plan.scratch_floats == scratch_floats(problem.tokens, problem.rank, plan.token_tile, plan.splits));
     EXPECT(plan.dependent_launch == (problem.machine.capability >= 90));
     EXPECT(plan.token_tile * rank_pitch(problem.rank) <= plan.shared_bytes_up);
   }
@@ -122,8 +125,17 @@ void hopper_covariances_use_wgmma_where_possible() {
   const auto kernel = [&](int64_t tokens, Dtype dtype, Source source, const Machine& machine) {
     return plan_covariance({tokens, 4096, 1, dtype, source, machine}).kernel;
   };
-  EXPECT(kernel(8192, Dtype::bfloat16, Source::aligned_matrix, h200) == "covariance_sm90");
-  EXPECT(kernel(8192, Dtype::float16, Source::aligned_matrix, h200) == "covariance_sm90");
+  EXPECT(kernel(8192, Dtype::bfloat16, Source::aligned_matrix, h200) == "covariance_sm90_wide");
+  EXPECT(kernel(8192, Dtype::float16, Source::aligned_matrix, h200) == "covariance_sm90_wide");
+  EXPECT(kernel(8192, Dtype::float16, Source::aligned_matrix, {90, 1, 232448}) == "covariance_sm90");
+  // Wide where its squares fill the 66 clusters: 6 of 768 features are half of 21 tiles' work on the diagonal, and 10
+  // of 1024 need 7 splits.
+  const auto of = [&](int64_t tokens, int64_t features) {
+    return plan_covariance({tokens, features, 1, Dtype::bfloat16, Source::aligned_matrix, h200}).kernel;
+  };
+  EXPECT(of(12608, 768) == "covariance_sm90" && of(65536, 1016) == "covariance_sm90");
+  EXPECT(of(65536, 1024) == "covariance_sm90_wide" && of(64 * 6 + 1, 1024) == "covariance_sm90_wide");
+  EXPECT(of(64 * 6, 1024) == "covariance_sm90" && of(1, 4096) == "covariance_sm90_wide");
   EXPECT(kernel(8192, Dtype::float32, Source::aligned_matrix, h200) == "covariance_sm80");
   EXPECT(kernel(8192, Dtype::bfloat16, Source::matrix, h200) == "covariance_sm80");
   EXPECT(kernel(int64_t{1} << 32, Dtype::bfloat16, Source::aligned_matrix, h200) == "covariance_sm80");
@@ -144,7 +156,11 @@ void hopper_decodes_in_one_launch_where_possible() {
   EXPECT(plan(1, 136, true, {100, 148, 232448}).kernel == "decode_sm80");
   EXPECT(plan(1, 8192, true, h200).kernel == "decode_sm80");  // no room for a tile of up
   EXPECT(plan(1, 512, true, h200).splits > 1);
-  EXPECT(plan(1, 512, true, h200).resident_tiles == 2);  // 256 tiles over 132 CTAs: all of up is resident
+  EXPECT(plan(1, 512, true, h200).resident_tiles == 2);  // 256 tiles over 128 CTAs: all of up is resident
+  // Rows share x where there is more of it than of the weights, and enough work for all SMs is left.
+  EXPECT(plan(16, 512, true, h200).rows_down == 16 && plan(64, 136, true, h200).rows_down == 16);
+  EXPECT(plan(64, 512, true, h200).rows_down == 32 && plan(64, 512, true, h200).ctas == 128);
+  EXPECT(plan(64, 1024, true, h200).rows_down == 64 && plan(64, 1024, true, h200).ctas == 128);
 }
 
 void few_token_tiles_are_shared_by_clusters() {
@@ -163,6 +179,23 @@ void few_token_tiles_are_shared_by_clusters() {
   EXPECT(plan_lowrank_linear({65536, 768, 136, 768, Dtype::bfloat16, true, h200}).token_tile == 256);
   // 12608 tokens by 192 are 66 tiles: with two CTAs each, one wave where tiles of 128 would take two.
   EXPECT(plan(12608, 256).token_tile == 192 && plan(12608, 256).ctas == 132);
+}
+
+// A cluster lies within a GPC; what the runtime counts comes before what the planner knows.
+void clusters_are_those_that_are_resident() {
+  const Machine h200{90, 132, 232448}, pcie{90, 114, 232448}, counted{90, 132, 232448, {60, 30, 14}};
+  EXPECT(resident_clusters(h200, 1) == 132 && resident_clusters(h200, 2) == 66);
+  EXPECT(resident_clusters(h200, 4) == 32 && resident_clusters(h200, 8) == 16);
+  EXPECT(resident_clusters(pcie, 2) == 57 && resident_clusters(pcie, 4) == 28 && resident_clusters(pcie, 8) == 14);
+  EXPECT(resident_clusters(counted, 2) == 60 && resident_clusters(counted, 4) == 30);
+  EXPECT(resident_clusters(counted, 8) == 14 && resident_clusters(counted, 1) == 132);
+  EXPECT(resident_clusters({90, 7, 0}, 8) == 0 && resident_clusters({90, 8, 0}, 8) == 1);
+  for (const Machine& machine : {h200, pcie, counted, Machine{90, 132, 232448, {66, 1, 1}}})
+    for (int64_t tokens : {4, 64, 2048})
+      for (int64_t rank : {64, 136, 256}) expect_legal({tokens, 4096, rank, 4096, Dtype::bfloat16, true, machine});
+  const LowRankPlan scarce =
+      plan_lowrank_linear({4, 4096, 512, 4096, Dtype::bfloat16, true, {90, 132, 232448, {66, 1, 1}}});
+  EXPECT(scarce.cluster <= 2);
 }
 
 // No kernel is compiled that no plan picks.
@@ -187,6 +220,15 @@ void every_variant_is_the_plan_of_some_problem() {
         decode_plans[i] += kDecodeSm80Variants[i].token_tile == plan.token_tile &&
                            kDecodeSm80Variants[i].vectorized == plan.vectorized;
     }
+  std::vector<int> sm90_plans(std::size(kDecodeSm90Variants), 0);
+  for (int64_t tokens : {1, 9, 17, 33})
+    for (int64_t rank : {8, 136, 512, 1024, 2048}) {
+      const LowRankPlan plan = plan_lowrank_linear({tokens, 4096, rank, 4096, Dtype::bfloat16, true, h200});
+      for (size_t i = 0; i < sm90_plans.size(); ++i)
+        sm90_plans[i] += kDecodeSm90Variants[i].token_tile == plan.token_tile &&
+                         kDecodeSm90Variants[i].rows() == plan.rows_down && plan.kernel == "decode_sm90";
+    }
+  for (int count : sm90_plans) EXPECT(count > 0);
   for (int count : prefill_plans) EXPECT(count > 0);
   for (int count : decode_plans) EXPECT(count > 0);
 }
@@ -199,6 +241,7 @@ void few_tiles_are_split_to_fill_the_machine() {
   EXPECT(plan.splits * plan.tiles > 132);
   CovarianceProblem wide = narrow;
   wide.features = 11008;
+  wide.choice.kernel = "covariance_sm90";
   EXPECT(plan_covariance(wide).splits == 1);
   EXPECT(plan_covariance(wide).scratch_floats == 0);
 }
@@ -282,8 +325,8 @@ void choices_are_kept_or_refused() {
   EXPECT(covariance(one_step, "", 2).reason == "it cannot split its work over 2 CTAs");
   CovarianceProblem widest = wide;
   widest.features = 65536;  // the partial sums of two splits alone would take 17 GB
-  EXPECT(covariance(widest, "", 1).reason.empty());
-  EXPECT(covariance(widest, "", 2).reason == "it cannot split its work over 2 CTAs");
+  EXPECT(covariance(widest, "covariance_sm90", 1).reason.empty());
+  EXPECT(covariance(widest, "covariance_sm90", 2).reason == "it cannot split its work over 2 CTAs");
 
   const LowRankProblem decode{4, 4096, 512, 4096, Dtype::bfloat16, true, h200};
   kept = 0;
@@ -414,6 +457,7 @@ int main() {
   hopper_covariances_use_wgmma_where_possible();
   hopper_decodes_in_one_launch_where_possible();
   few_token_tiles_are_shared_by_clusters();
+  clusters_are_those_that_are_resident();
   every_variant_is_the_plan_of_some_problem();
   few_tiles_are_split_to_fill_the_machine();
   wide_tiles_beyond_whole_waves_are_split();

@@ -161,15 +161,8 @@ def run(options: argparse.Namespace) -> Result:
     shares_by_loss = (options.budget or options.flops or options.latency) and options.allocation in (None, "loss")
     if options.recalibrate and options.projection not in (None, "loss") and not shares_by_loss:
         raise Failure(2, "--recalibrate needs --projection loss, or a budget with --allocation loss")
-    if options.pivoted and options.latency is not None:
-        raise Failure(2, "--pivoted cannot be combined with --latency, which times layers of two factors")
     policy = _policy(options)
-    config = CompressionConfig(
-        rank=policy or ParameterBudget(1.0),  # replaced below by measured times
-        projection=options.projection,
-        overrides=dict.fromkeys(options.keep_dense),
-        pivoted=options.pivoted,
-    )
+    config = _config(options, policy)
     progress: Progress | None = None
 
     def measured(model: nn.Module, measure: Callable[[], Covariances]) -> Covariances:
@@ -237,11 +230,7 @@ def _run_on_folder(options: argparse.Namespace) -> Result:
         source,
         options.out,
         Covariances.load(options.covariances, packed=True),
-        CompressionConfig(
-            rank=_policy(options) or ParameterBudget(1.0),
-            projection=options.projection,
-            overrides=dict.fromkeys(options.keep_dense),
-        ),
+        _config(options, _policy(options)),
         device=options.device,
         progress=True,
     )
@@ -271,6 +260,15 @@ def _save(model: nn.Module, options: argparse.Namespace, report: CompressionRepo
     return f"import lowrank_ops, transformers; transformers.{type(model).__name__}.from_pretrained({folder!r})"
 
 
+def _config(options: argparse.Namespace, policy: RankPolicy | None) -> CompressionConfig:
+    return CompressionConfig(
+        rank=policy or ParameterBudget(1.0),  # replaced later by measured times
+        projection=options.projection,
+        overrides=dict.fromkeys(options.keep_dense),
+        pivoted=options.pivoted,
+    )
+
+
 def _policy(options: argparse.Namespace) -> RankPolicy | None:
     """The requested policy; None if it needs times that are not measured yet."""
     allocation = options.allocation
@@ -279,6 +277,8 @@ def _policy(options: argparse.Namespace) -> RankPolicy | None:
     for name, file in (("--latencies", options.latencies), ("--save-latencies", options.save_latencies)):
         if file is not None and options.latency is None:
             raise Failure(2, f"{name} needs --latency")
+    if options.pivoted and options.latency is not None:
+        raise Failure(2, "--pivoted cannot be combined with --latency, which times layers of two factors")
     if options.latency is not None and options.latencies is None:
         if options.batches is None:
             raise Failure(2, "--latency measures times with --calibration; with --covariances it needs --latencies")

@@ -26,6 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint import CheckpointError, check_format, describe_layers, empty_layers
 from ..layers._base import LowRankLayer
+from ..layers.pivoted import PivotedLinear, is_order
 from ..layers.plain import CONVERTED
 from ..layers.replace import swap_
 from ..layers.weight import ProductWeight
@@ -92,6 +93,9 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         ]
         if unloaded:
             raise CheckpointError(f"the checkpoint lacks {', '.join(unloaded)}; save the model again.")
+        for fqn, module in model.named_modules():
+            if isinstance(module, PivotedLinear) and not module.order.is_meta and not is_order(module.order):
+                raise CheckpointError(f"{fqn}.order of the checkpoint has not each output once; save the model again.")
         # An ordinary float model, which may be cast, trained and saved as such.
         for name in ("hf_quantizer", "quantization_method", "is_quantized"):
             vars(model).pop(name, None)
@@ -152,16 +156,17 @@ def class_of(folder: str | Path) -> tuple[type[PreTrainedModel], Any]:
     """The class of a saved model, and its configuration; no code of the folder runs.
 
     Raises:
-        ValueError: the configuration names no class of transformers.
+        ValueError: the configuration names no model of transformers.
     """
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     architecture = (config.architectures or [None])[0]
-    if not hasattr(transformers, architecture or ""):
+    kind = getattr(transformers, architecture or "", None)
+    if not isinstance(kind, type) or not issubclass(kind, PreTrainedModel):
         raise ValueError(
             f"{str(folder)!r}: its config.json names no transformers class (architectures: {config.architectures}); "
             "load the model in a function of your own (module:function on the command line)"
         )
-    return getattr(transformers, architecture), config
+    return kind, config
 
 
 def empty_model(folder: str | Path, forms: Mapping[str, Tensor]) -> PreTrainedModel:

@@ -158,6 +158,7 @@ def initialize(down: Tensor, up: Tensor, bias: Tensor | None, rank: int, fan_in:
         rank: the true rank.
         fan_in: input features of one group.
     """
+    fan_in = max(fan_in, 1)
     bound = (9 / max(rank, 1) / (3 * fan_in)) ** 0.25
     for factor in (down, up):
         factor.uniform_(-bound, bound)

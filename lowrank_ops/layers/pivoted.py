@@ -28,8 +28,9 @@ class PivotedLinear(LowRankLinear):
     A drop-in for ``torch.nn.Linear`` (pivoting factorization, Zhao et al. 2025, arXiv 2501.19090). The parameters are
     ``down`` (rank, in_features), the pivot rows, ``up`` (out_features - rank, rank), the coefficients of the other
     rows, and ``bias`` (out_features,) or None. The buffer ``order`` (out_features,), int32, has the index of each
-    output in the concatenation of pivots and other rows. Nothing is padded, and training keeps the rank. On every
-    device it runs as two torch matrix products.
+    output in the concatenation of pivots and other rows; a moving average of models must copy it, as
+    ``AveragedModel(use_buffers=False)`` does, because averages of integers are rounded. Nothing is padded, and training
+    keeps the rank. On every device it runs as two torch matrix products.
 
     Args:
         in_features: size of the input's last dimension.
@@ -68,12 +69,12 @@ class PivotedLinear(LowRankLinear):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw random pivot rows and coefficients; all entries of the weight have the variance of ``nn.Linear``'s."""
-        bound = self.in_features**-0.5
+        bound = max(self.in_features, 1) ** -0.5
         self.down.uniform_(-bound, bound)
         self.up.uniform_(-1, 1).mul_((3 / max(self.rank, 1)) ** 0.5)
         if self.bias is not None:
             self.bias.uniform_(-bound, bound)
-        self.order.copy_(torch.arange(self.out_features))
+        self.order.copy_(torch.arange(self.out_features, device=self.order.device))
 
     @torch.no_grad()
     def filled_with(self, factors: Factors) -> PivotedLinear:
@@ -103,12 +104,16 @@ class PivotedLinear(LowRankLinear):
             layer = layer.to_lowrank()
         down, up = layer.down.detach()[: layer.rank], layer.up.detach()[:, : layer.rank]
         bias = None if layer.bias is None else layer.bias.detach()
-        return cls.from_factors(layer.to_dense(), Factors(down, up, bias, layer.rank, "", None, 0.0))
+        pivoted = cls.from_factors(layer.to_dense(), Factors(down, up, bias, layer.rank, "", None, 0.0))
+        pivoted.replaced_conv1d = layer.replaced_conv1d
+        return pivoted
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
         pivots = F.linear(x, self.down)
+        if x.is_nested is True:  # of torch.fx it is not a bool; nested tensors have no index_select
+            return F.linear(pivots, self._all_coefficients(), self.bias)
         y = torch.cat([pivots, F.linear(pivots, self.up)], -1).index_select(-1, self.order)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)  # which autocast may have narrowed
 
     def product(self) -> Tensor:
         """The weight (out_features, in_features), computed in every call."""
@@ -125,17 +130,27 @@ class PivotedLinear(LowRankLinear):
             device=self.down.device,
             dtype=self.down.dtype,
         )
-        eye = torch.eye(self.rank, dtype=self.up.dtype, device=self.up.device)
         with torch.no_grad():
             padding = layer.stored_rank - self.rank
             layer.down.copy_(F.pad(self.down, (0, 0, 0, padding)))
-            layer.up.copy_(F.pad(torch.cat([eye, self.up]).index_select(0, self.order), (0, padding)))
+            layer.up.copy_(F.pad(self._all_coefficients(), (0, padding)))
             if layer.bias is not None and self.bias is not None:
                 layer.bias.copy_(self.bias)
+        layer.replaced_conv1d = self.replaced_conv1d
         return copy_flags(layer, self)
+
+    def _all_coefficients(self) -> Tensor:
+        """Those of the pivots too, (out_features, rank): the second of two factors."""
+        eye = torch.eye(self.rank, dtype=self.up.dtype, device=self.up.device)
+        return torch.cat([eye, self.up]).index_select(0, self.order)
 
     def _weight_shape(self, down: Tensor, up: Tensor) -> tuple[int, ...]:
         return self.out_features, self.in_features
+
+
+def is_order(values: Tensor) -> bool:
+    """Whether ``values`` can be the ``order`` of a layer: each index once."""
+    return torch.equal(values.cpu().long().sort().values, torch.arange(len(values), device="cpu"))
 
 
 def pivoted_rows(up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -157,7 +172,7 @@ def pivoted_rows(up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if rank:
         for place, other in enumerate(torch.linalg.lu_factor(basis).pivots.tolist()):
             order[place], order[other - 1] = order[other - 1], order[place]
-    pivots, others = torch.tensor(order, device=up.device).split([rank, rows - rank])
+    pivots, others = torch.tensor(order, dtype=torch.int64, device=up.device).split([rank, rows - rank])
     if not rank or rank == rows:
         return pivots, others, basis[others]
 

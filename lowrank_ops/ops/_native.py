@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ._backend import Device, device_facts
+
 LIBRARY = Path(__file__).parents[1] / "liblowrank_ops.so"
 
 
@@ -20,6 +22,7 @@ class Machine(NamedTuple):
     capability: int  # 10 * major + minor
     sm_count: int
     shared_memory: int  # bytes per CTA, opt-in limit
+    clusters: tuple[int, ...] = ()  # of 2, 4 and 8 CTAs, resident at once; empty: the planner's estimate
 
 
 @dataclass(frozen=True)
@@ -60,16 +63,25 @@ def unavailable() -> str | None:
         torch.ops.load_library(LIBRARY)
     except OSError as error:
         return f"the native library does not load: {error}"
+    if not hasattr(torch.ops.lowrank_ops, "_cuda_driver"):
+        return "the native library is older than this package: reinstall to build it again"
+    driver, built = cuda_versions()
+    if driver and int(driver.split(".")[0]) < (major := int(built.split(".")[0])):
+        return (
+            f"the native library was built by CUDA {built} and needs a driver for CUDA {major}.0 or newer; the driver "
+            f"here is for CUDA {driver}"
+        )
     return None
 
 
+def cuda_versions() -> tuple[str, str]:
+    """Of the driver, empty where there is none, and of the toolkit that built the loaded library: ``"13.3"``."""
+    return str(torch.ops.lowrank_ops._cuda_driver()), str(torch.ops.lowrank_ops._cuda_toolkit())
+
+
 def toolkit() -> str:
-    """The CUDA toolkit that built the library, such as ``"13.3"``, or why there is none or it is not known."""
-    if (reason := unavailable()) is not None:
-        return reason
-    if not hasattr(torch.ops.lowrank_ops, "_cuda_toolkit"):
-        return "the native library is older than this package: reinstall to build it again"
-    return str(torch.ops.lowrank_ops._cuda_toolkit())
+    """The CUDA toolkit that built the library, such as ``"13.3"``, or why there is no library."""
+    return unavailable() or str(torch.ops.lowrank_ops._cuda_toolkit())
 
 
 def unavailable_on(device_type: str) -> str | None:
@@ -77,10 +89,13 @@ def unavailable_on(device_type: str) -> str | None:
     return unavailable() if device_type == "cuda" else "it needs a CUDA device"
 
 
-def machine(device: tuple[str, int, tuple[int, int], int, int]) -> Machine:
-    """A ``Device`` in the planner's terms."""
-    _, _, (major, minor), sm_count, shared_memory = device
-    return Machine(10 * major + minor, sm_count, shared_memory)
+@functools.cache
+def machine(device: Device) -> Machine:
+    """A ``Device`` in the planner's terms. The runtime counts the clusters of one that is here."""
+    major, minor = device.capability
+    here = device.ordinal < torch.cuda.device_count() and device == device_facts(torch.device("cuda", device.ordinal))
+    clusters = tuple(torch.ops.lowrank_ops._clusters(device.ordinal)) if here and unavailable() is None else ()
+    return Machine(10 * major + minor, device.sm_count, device.shared_memory, clusters)
 
 
 def usable_choice(tuned: Choice | None, refused: Callable[[Choice], str]) -> Choice:

@@ -93,20 +93,23 @@ class TestTransformers:
 
 @pytest.mark.filterwarnings("ignore:fewer calibration rows")
 def test_a_folder_is_compressed_without_loading_it(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    budget = ("--budget", "0.7", "--json")
-    run(capsys, "compress", *TEXT, *budget, "--tokens", "0.9", "--save-covariances", "c.safetensors", "--out", "whole")
+    options = ("--budget", "0.7", "--pivoted", "--projection", "output", "--keep-dense", "re:.*q_proj", "--json")
+    run(capsys, "compress", *TEXT, *options, "--tokens", "0.9", "--save-covariances", "c.safetensors", "--out", "whole")
     folder = ("compress", "--from-checkpoint", TEXT[1].partition(":")[2], "--covariances", "c.safetensors")
-    found = json.loads(run(capsys, *folder, *budget, "--out", "streamed"))
+    found = json.loads(run(capsys, *folder, *options, "--out", "streamed"))
     assert all(layer["rows"] < 400 for layer in found["compression"]["layers"])
     assert Path("streamed", "tokenizer.json").exists()
     models = [load_file(f"{out}/model.safetensors") for out in ("whole", "streamed")]
     assert models[0].keys() == models[1].keys()
     assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
+    assert any(name.endswith("k_proj.order") for name in models[0])
+    assert not any(name.endswith("q_proj.order") for name in models[0])
     for flags, part in {
         ("--reconstruct", "blocks"): "leave out --reconstruct",
         ("--model", "hf:x"): "leave out --model",
         ("--sensitivity", "fisher"): "leave out --sensitivity",
         ("--device", "nowhere"): "device='nowhere' cannot be used here",
+        ("--latency", "0.5", "--pivoted"): "--pivoted cannot be combined with --latency",
         ("--latency", "0.5"): "with --covariances it needs --latencies",
     }.items():
         assert part in run(capsys, *folder, *flags, "--out", "refused", code=2)
@@ -139,6 +142,7 @@ class TestRefused:
             ((*TEXT, "--batch-size", "0"), "must be a whole number from 1; got '0'"),
             (("--model", "hf:t5", *TEXT[2:]), "the model is an encoder with a decoder; pass module:function"),
             (("--model", "hf:odd", *TEXT[2:]), "config.json names no transformers class (architectures: ['Odd'])"),
+            (("--model", "hf:words", *TEXT[2:]), "names no transformers class (architectures: ['AutoTokenizer'])"),
         ],
     )  # fmt: skip
     def test_bad_names(self, saved: Path, capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], part: str) -> None:
@@ -149,6 +153,7 @@ class TestRefused:
         if not Path("t5").exists():
             transformers.T5Model(config).save_pretrained("t5")
             transformers.BertConfig(architectures=["Odd"]).save_pretrained("odd")
+            transformers.BertConfig(architectures=["AutoTokenizer"]).save_pretrained("words")
         assert part in run(capsys, "analyze", *argv, code=2)
 
     def test_names_of_the_hub_are_looked_up(

@@ -24,6 +24,7 @@ from triton.compiler import ASTSource
 from triton.runtime.cache import get_cache_manager
 
 from tests.compile_gate.launches import Launch
+from tests.sass import overwritten_operands
 
 ARCHS = (80, 90, 100)
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}  # bytes per CTA, opt-in limit
@@ -39,7 +40,7 @@ _LINE = re.compile(
 )
 _BRANCH = re.compile(r"BRA.*`\((\.L_\w+)\)")
 _WAIT = re.compile(r"DEPBAR\.LE SB0, (0x[0-9a-f]+)")  # for all but so many groups of LDGSTS, which is cp.async
-_REPORT_VERSION = 3
+_REPORT_VERSION = 4
 
 
 class Report(NamedTuple):
@@ -58,6 +59,7 @@ class Report(NamedTuple):
     tma_loads: int  # UTMALDG instructions
     serialized: list[str]  # ptxas's codes for wgmma that waits after each instruction
     in_flight: list[int]  # of each loop that loads by cp.async: groups of loads that its waits leave in flight
+    overwritten: int  # writes to registers that a wgmma may still read
     unfenced: int  # wgmma or tcgen05.mma after a wait for cp.async without a fence.proxy.async between them
 
     def mma(self) -> str:
@@ -129,6 +131,8 @@ def assert_clean(
     wanted = TENSOR_CORE[arch] if mma is True else mma
     if wanted and not any(opcode.startswith(wanted) for opcode in report.tensor_core):
         faults.append(f"no {wanted}; tensor-core instructions: {report.tensor_core or 'none'}")
+    if report.overwritten:
+        faults.append(f"{report.overwritten} writes to registers that a wgmma may still read")
     if report.unfenced:
         faults.append(f"{report.unfenced} MMAs that read what cp.async wrote without a fence.proxy.async between them")
     if in_flight > min(report.in_flight, default=in_flight):
@@ -159,6 +163,7 @@ def _read(arch: int, compiled: Any, log: str) -> Report:
         tma_loads=_starting(opcodes, "UTMALDG"),
         serialized=sorted({message for message in SERIALIZED if message in log}),
         in_flight=loads_in_flight(code),
+        overwritten=len(overwritten_operands(code)),
         unfenced=unfenced_mmas(code),
     )
 

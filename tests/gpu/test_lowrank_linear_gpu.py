@@ -86,8 +86,19 @@ def test_cuda_plans_sm90_kernels_on_hopper():
         pytest.skip("not compute capability 9.0")
     for tokens, kernel in ((16, "decode_sm90"), (2048, "prefill_sm90")):
         problem = describe(*arguments(tokens, 4096, 136, 4096), "none")
-        assert _native.machine(problem.device).capability == 90
+        machine = _native.machine(problem.device)
+        assert machine.capability == 90
+        twos, fours, eights = machine.clusters  # as the runtime counts them
+        assert machine.sm_count // 2 >= twos >= 2 * fours > 0 and fours >= 2 * eights
         assert _cuda.plan(problem).startswith(kernel)
+
+
+@needs_library
+@pytest.mark.parametrize("tokens, rank", [(20, 512), (64, 512), (64, 1024), (33, 1000)])
+def test_cuda_decode_rows_share_x(tokens, rank):
+    """32 or 64 rows of down at a time on compute capability 9.0."""
+    args = arguments(tokens, 4096, rank, 1032)
+    assert_linear(linear(args, "cuda", "gelu"), *args, "gelu")
 
 
 @needs_library

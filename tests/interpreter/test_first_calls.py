@@ -183,7 +183,7 @@ def test_planted_kernels_are_replaced(make, function, fault, monkeypatch):
     monkeypatch.setattr(call.module, function, fault(getattr(call.module, function)))
     with pytest.warns(RuntimeWarning, match=f"of {call.op} .* report this message: .* triton 3.*, cpu, ") as caught:
         call.is_right(call.run())
-    assert len(caught) == 1
+    assert sum(str(warning.message).startswith("The kernel ") for warning in caught) == 1  # numpy may warn as well
     call.is_right(silently(call.run))
     assert "was wrong or failed in its first call" in call.explain()
     assert "triton" not in [line.split(":")[0] for line in call.explain().splitlines() if line.endswith("runs")]

@@ -10,8 +10,10 @@ from torch import nn
 import lowrank_ops as lro
 from lowrank_ops.layers import PivotedLinear
 from lowrank_ops.layers.pivoted import MAX_COEFFICIENT, pivoted_rows
+from tests.conv1d import Conv1D
 
-SIZES = [(24, 40, 16), (40, 24, 9), (16, 16, 16), (16, 40, 1), (12, 8, 0)]  # outputs, inputs, rank
+# (outputs, inputs, rank)
+SIZES = [(24, 40, 16), (40, 24, 9), (16, 16, 16), (16, 40, 1), (12, 8, 0), (8, 0, 0), (0, 8, 0)]
 
 
 def lowrank(outputs, inputs, rank, bias=True, dtype=torch.float64):
@@ -20,6 +22,7 @@ def lowrank(outputs, inputs, rank, bias=True, dtype=torch.float64):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("size", SIZES)
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_the_function_is_that_of_two_factors(size, bias):
     outputs, inputs, rank = size
     layer = lowrank(*size, bias=bias).eval()
@@ -53,6 +56,33 @@ def test_factors_of_less_than_their_rank_are_exact():
         layer.up[:, 3:] = layer.up[:, :5]
     x = torch.randn(4, 16, dtype=torch.float64)
     torch.testing.assert_close(PivotedLinear.from_lowrank(layer)(x), layer(x))
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_equal_their_parts(layout):
+    layer, parts = PivotedLinear(8, 12, rank=4), [torch.randn(3, 8), torch.randn(5, 8)]
+    for found, part in zip(layer(torch.nested.nested_tensor(parts, layout=layout)).unbind(), parts, strict=True):
+        torch.testing.assert_close(found, layer(part))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_autocast_gives_the_dtype_of_a_linear(bias):
+    layer, x = PivotedLinear(24, 16, rank=8, bias=bias), torch.randn(4, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype is torch.bfloat16
+    torch.testing.assert_close(y.float(), layer(x), rtol=0.05, atol=0.05)
+    y.sum().backward()
+    assert all(parameter.grad.dtype is torch.float32 for parameter in layer.parameters())
+
+
+def test_conversions_remember_a_conv1d():
+    model = nn.Sequential(Conv1D(16, 8))
+    lowrank_ = nn.Sequential(lro.LowRankLinear.from_linear(model[0], 4))
+    pivoted = nn.Sequential(PivotedLinear.from_lowrank(lowrank_[0]))
+    for compressed_ in (pivoted, nn.Sequential(pivoted[0].to_lowrank())):
+        assert type(lro.layers.to_dense_layers(compressed_)[0]) is Conv1D
 
 
 def test_training_keeps_the_rank():
@@ -146,6 +176,16 @@ def test_checkpoints_name_pivoted_layers(calibrated, tmp_path):
     x = calibrated[1][0]
     assert isinstance(loaded.wide, PivotedLinear) and torch.equal(loaded(x), model(x))
     assert json.loads((tmp_path / "lowrank_config.json").read_text())["version"] == 3
+
+
+@pytest.mark.parametrize("index", [64, -1, 3])
+def test_an_order_that_misses_an_output_is_refused(calibrated, tmp_path, index):
+    model, report = compressed(calibrated, lro.ParameterBudget(0.7))
+    model.head.order[model.head.order == 4] = index  # as a moving average of integers may
+    lro.save_pretrained(model, tmp_path, report)
+    with pytest.raises(lro.CheckpointError, match=r"layer 'head' has in 'head\.order' not each output once"):
+        lro.load_pretrained(Net(), tmp_path)
+    assert isinstance(lro.load_pretrained(Net(), tmp_path, verify=False).head, PivotedLinear)
 
 
 def test_a_latency_budget_is_refused():

@@ -11,6 +11,8 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+from tests.sass import overwritten_operands
+
 REGISTERS_PER_SM = 65536
 STATIC_SHARED = 48 << 10  # bytes; static shared memory has no opt-in
 
@@ -29,6 +31,7 @@ THREE_WARPGROUPS = (512, 1)  # prefill_sm90 with three consumer warpgroups
 
 # Required instructions: tensor cores, TMA, mbarriers, barriers of the cluster and the grid.
 NEEDS = {
+    "decode_down_sm80": ("HMMA", "ATOMG", "MEMBAR"),
     "covariance_sm90": ("HGMMA", "UTMALDG", "SYNCS"),
     "covariance_sm90_wide": ("HGMMA", "UTMALDG", "SYNCS", "UCGABAR_ARV", "UCGABAR_WAIT", "USETMAXREG", "REDG"),
     "decode_sm90": ("HMMA", "UBLKCP", "SYNCS", "UCGABAR_ARV", "UCGABAR_WAIT", "ATOM"),
@@ -48,6 +51,7 @@ class Kernel(NamedTuple):
     opcodes: dict[str, int]  # first word of the opcode -> count
     mmas: dict[str, int]  # tensor-core opcodes in full -> count
     device_fences: int = 0  # MEMBAR.GPU: wait until all writes of the thread are visible to the device
+    overwritten: int = 0  # writes to registers that a wgmma may still read
 
     def has(self, opcode: str) -> bool:
         return self.opcodes.get(opcode, 0) > 0
@@ -92,6 +96,7 @@ def kernels(binary: Path) -> list[Kernel]:
                     Counter(opcode.split(".")[0] for opcode in opcodes),
                     Counter(opcode for opcode in opcodes if "MMA" in opcode.split(".")[0]),
                     sum(opcode.startswith("MEMBAR") and opcode.endswith(".GPU") for opcode in opcodes),
+                    len(overwritten_operands(code)),
                 )
             )
     assert len(found) == len(usage), "the two reports have different kernels"
@@ -120,6 +125,8 @@ def faults(kernel: Kernel) -> list[str]:
     if kernel.shared > STATIC_SHARED:
         found.append(f"{kernel.shared} bytes of static shared memory")
     found += [f"no {opcode}" for opcode in NEEDS.get(kernel.name, ()) if not kernel.has(opcode)]
+    if kernel.overwritten:
+        found.append(f"{kernel.overwritten} writes to registers that a wgmma may still read")
     if kernel.has("HGMMA"):
         # A warpgroup waits once a step and once at the end; with serialized wgmma after every one.
         mmas, waits = kernel.opcodes.get("HGMMA", 0), kernel.opcodes.get("WARPGROUP", 0)

@@ -31,7 +31,8 @@ def arguments(kernel: machine_code.Kernel) -> str:
         source, stages = re.findall(r"E(\d+)E", rest.replace("ELi", "EE"))[:2]
         parts += [SOURCES[int(source)], f"{stages} stages"]
     elif kernel.name == "decode_sm90":
-        parts.append(f"{8 * int(re.findall(r'Li(.+?)E', rest)[0])} tokens")
+        groups, row_tiles = re.findall(r"Li(\d+)E", rest)
+        parts += [f"{8 * int(groups)} tokens", f"{16 * int(row_tiles)} rows of down"]
     elif kernel.name == "prefill_sm90":
         ranks, cluster, peers, warpgroups = re.findall(r"Li(\d+)E", rest)
         parts += [f"{64 * int(warpgroups)} tokens", f"ranks up to {ranks}", f"clusters of {cluster}"]

@@ -123,6 +123,25 @@ def test_a_missing_or_broken_library_says_so(monkeypatch: pytest.MonkeyPatch, tm
         _native.unavailable.cache_clear()
 
 
+def test_a_driver_older_than_the_runtime_is_refused(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within a major version old drivers run newer runtimes."""
+    _native.unavailable()
+    driver, _ = _native.cuda_versions()
+    assert bool(driver) == torch.cuda.is_available()
+    problem = describe_covariance(torch.zeros(8, 8), torch.zeros(4, 8))._replace(device=H200)
+    try:
+        for found, refused in (("12.8", True), ("13.0", False), ("13.2", False), ("14.0", False), ("", False)):
+            monkeypatch.setattr(_native, "cuda_versions", lambda found=found: (found, "13.1"))
+            _native.unavailable.cache_clear()
+            reason = covariance_cuda.supports(problem)
+            assert (reason is not None) == refused, (found, reason)
+            if refused:
+                assert "by CUDA 13.1 and needs a driver for CUDA 13.0 or newer" in reason
+                assert reason.endswith("the driver here is for CUDA 12.8")
+    finally:
+        _native.unavailable.cache_clear()
+
+
 def test_supports_is_the_planner(library: Path) -> None:
     """Problems of a device that is not here: nothing is launched."""
     state = torch.zeros(64, 64)
@@ -229,7 +248,8 @@ def test_the_module_and_the_library_plan_alike(library: Path) -> None:
     from lowrank_ops import _planner
 
     assert _native.unavailable() is None
-    machines = [(80, 108, 166912), (86, 84, 101376), (90, 132, 232448), (100, 148, 232448), (70, 80, 98304), (0, 0, 0)]
+    known = [(80, 108, 166912), (86, 84, 101376), (90, 132, 232448), (100, 148, 232448), (70, 80, 98304), (0, 0, 0)]
+    machines = [*((*machine, ()) for machine in known), (90, 132, 232448, (60, 30, 14))]
     dtypes = ["bfloat16", "float16", "float32", "float64"]
     for machine, dtype, source, tf32, tokens, features in itertools.product(
         machines, dtypes, ["matrix", "aligned_matrix", "patches"], [False, True], [1, 12608, 1 << 33], [1, 768, 11008]
@@ -253,6 +273,8 @@ def test_plans_for_devices_that_are_not_here(library: Path) -> None:
     assert plan("lowrank_linear", "sm_90", torch.float16, tokens=2048, **shape).startswith("prefill_sm90: ")
     unaligned = plan("lowrank_linear", "sm_90", torch.float16, tokens=16, aligned=False, **shape)
     assert unaligned.startswith("decode_sm80: ")
+    wide = plan("covariance_update_", "sm_90", torch.bfloat16, tokens=4096, features=1024)
+    assert wide.startswith("covariance_sm90_wide: ")
     for op, kernel in (("covariance_update_", "covariance_sm90"), ("conv_covariance_update_", "covariance_sm80")):
         assert plan(op, "sm_90", torch.bfloat16, tokens=4096, features=72).startswith(f"{kernel}: ")
     assert "not float64" in plan("covariance_update_", "sm_90", torch.float64, tokens=8, features=8)

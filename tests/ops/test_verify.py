@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 
-from lowrank_ops.ops import _backend, _verify, linear
+from lowrank_ops.ops import _backend, _verify, covariance, linear
 from lowrank_ops.ops._backend import Backend, Device, Impl, choose, distrust, explain
 from tests.ops.inputs import linear_inputs
 
@@ -95,6 +95,17 @@ def test_nothing_is_checked_while_compiling(monkeypatch):
     assert _verify.can_check(torch.zeros(1))
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert not _verify.can_check(torch.zeros(1))
+
+
+def test_the_default_device_does_not_matter():
+    """A failure of the comparison would count as one of the kernel."""
+    args = linear_inputs(5)
+    y, state = linear.reference.two_products(*args, "none"), (torch.ones(1, 8, 8), torch.ones(1, 8))
+    with torch.device("meta"):
+        error, allowed = linear.reference.errors(y, *args, "none")
+        assert error <= allowed
+        rows = [(0, torch.ones(1, 8, dtype=torch.float64, device="cpu"))]
+        assert covariance.reference.errors(*state, rows, 0.1)[0] <= 0
 
 
 def test_one_kernel_of_an_implementation_is_distrusted(monkeypatch):

@@ -17,6 +17,7 @@ class Machine(NamedTuple):
     capability: int
     sm_count: int
     shared_memory: int  # bytes per CTA
+    clusters: tuple[int, ...] = ()  # the planner's estimate
 
     def sms(self, count: int) -> Machine:
         """The same with another number of SMs."""
@@ -45,7 +46,7 @@ class Simulated:
         The seed decides which thread is next.
         """
         self.machine = machine
-        self.ops.configure(*machine, seed, timing)
+        self.ops.configure(*machine[:3], seed, timing)
 
     def covariance_update_(
         self,

@@ -62,12 +62,12 @@ COVARIANCES = {  # machine, dtype, tokens, features, offset, padding, the plan
     "covariance_sm90": (SM90, BF16, 300, 200, 0, 0, "covariance_sm90"),
     "covariance_sm90-stages-used-twice": (SM90.sms(1), BF16, 330, 64, 0, 0, "covariance_sm90: .* 1 splits"),
     "covariance_sm90-float16": (SM90, FP16, 150, 136, 0, 24, "covariance_sm90"),
-    "covariance_sm90-chunks": (SM90.sms(2), BF16, 2200, 130, 0, 6, "covariance_sm90: .* 1 splits"),
+    "covariance_sm90-chunks": (SM90.sms(2), BF16, 2200, 152, 0, 8, "covariance_sm90: .* 1 splits"),
     "covariance_sm90-splits": (SM90, BF16, 1500, 72, 0, 0, "covariance_sm90: .* [2-9] splits"),
     "covariance_sm90-one-token": (SM90, BF16, 1, 128, 0, 0, "covariance_sm90"),
     "covariance_sm80-4-stages": (SM80, BF16, 300, 200, 0, 0, "covariance_sm80: .* 4 stages"),
     "covariance_sm80-5-stages": (SM86, FP16, 300, 136, 0, 0, "covariance_sm80: .* 5 stages"),
-    "covariance_sm80-chunks": (SM80.sms(2), BF16, 2200, 130, 0, 6, "covariance_sm80: .* 4 stages.* 1 splits"),
+    "covariance_sm80-chunks": (SM80.sms(2), BF16, 2200, 152, 0, 8, "covariance_sm80: .* 4 stages.* 1 splits"),
     "covariance_sm80-splits": (SM80, BF16, 1500, 72, 0, 0, "covariance_sm80: .* [2-9] splits"),
     "covariance_sm80-any-alignment": (SM90, BF16, 100, 131, 1, 2, "covariance_sm80: .* 2 stages"),
     "covariance_sm80-float32": (SM90, FP32, 100, 70, 0, 0, "covariance_sm80: .* 2 stages"),
@@ -134,7 +134,7 @@ def test_wide_covariance_into_a_strided_state(simulated: Simulated, order, strid
 
 @pytest.mark.orders(1)
 @pytest.mark.parametrize("splits", [0, 1])
-@pytest.mark.parametrize("columns", [slice(7, 207), slice(7, 407, 2)], ids=["rows", "strided"])
+@pytest.mark.parametrize("columns", [slice(7, 207), slice(8, 208), slice(7, 407, 2)], ids=["rows", "pairs", "strided"])
 @pytest.mark.parametrize("machine", [SM80, SM90], ids=["sm_80", "sm_90"])
 def test_covariance_into_a_part_of_a_float64_state(simulated: Simulated, order, machine, columns, splits):
     memory = torch.full((300, 700), torch.nan, dtype=torch.float64)
@@ -221,15 +221,17 @@ def assert_linear(
 LINEARS = {  # machine, dtype, (tokens, in_features, rank, out_features), offset, the plan
     "decode_sm80-8-tokens": (SM80, BF16, (1, 256, 64, 128), 0, "decode_sm80: 8 tokens"),
     "decode_sm80-16-tokens": (SM80, FP16, (13, 200, 40, 100), 0, "decode_sm80: 16 tokens"),
-    "decode_sm80-64-tokens": (SM80, BF16, (64, 320, 24, 72), 0, "decode_sm80: 64 tokens"),
-    "decode_sm80-splits": (SM80.sms(64), BF16, (9, 2048, 16, 40), 0, r"decode_sm80: .* x [2-8] splits"),
+    "decode_sm80-64-tokens": (SM80, BF16, (64, 320, 40, 72), 0, "decode_sm80: 64 tokens"),
+    "decode_sm80-splits": (SM80.sms(64), BF16, (9, 2048, 24, 40), 0, r"decode_sm80: .* x [2-8] splits"),
     "decode_sm80-any-alignment": (SM80, FP16, (33, 100, 17, 33), 1, "decode_sm80: 64 tokens"),
     "decode_sm80-dependent-launch": (SM90, BF16, (5, 97, 3, 5), 3, "decode_sm80: .* dependent launch"),
     "decode_sm80-one-feature": (SM80, BF16, (3, 1, 1, 1), 0, "decode_sm80"),
     "decode_sm90-8-tokens": (SM90, BF16, (1, 256, 64, 128), 0, "decode_sm90: 8 tokens"),
     "decode_sm90-64-tokens": (SM90, FP16, (64, 264, 24, 136), 0, "decode_sm90: 64 tokens"),
+    "decode_sm90-shared-32": (SM90.sms(2), BF16, (20, 264, 72, 40), 0, "decode_sm90: 32 tokens, 32 rows"),
+    "decode_sm90-shared-64": (SM90.sms(2), FP16, (40, 264, 136, 40), 0, "decode_sm90: 64 tokens, (32|64) rows"),
     "decode_sm90-clusters": (SM90.sms(16), BF16, (4, 4096, 24, 200), 0, "decode_sm90: .* clusters of [248]"),
-    "decode_sm90-rounds": (SM90.sms(3), BF16, (20, 512, 72, 300), 0, "decode_sm90: 32 tokens"),
+    "decode_sm90-rounds": (SM90.sms(3), BF16, (20, 512, 136, 300), 0, "decode_sm90: 32 tokens"),
     "decode_sm90-streamed-rows": (Machine(90, 2, 40000), BF16, (30, 64, 104, 330), 0, "decode_sm90"),
     "prefill_sm90-few-features": (SM90, BF16, (65, 8, 8, 3), 0, "prefill_sm90"),
     "prefill_sm90-two-tiles": (SM90, BF16, (130, 200, 64, 136), 0, "prefill_sm90"),
@@ -371,6 +373,25 @@ def test_ops_refuse_a_choice_without_a_kernel(simulated: Simulated):
             simulated.ops._cuda_lowrank_linear(x, down, up, None, "none", kernel, splits)
     with pytest.raises(RuntimeError, match="cannot split its work over 2 CTAs"):
         simulated.ops._cuda_covariance_update_(torch.zeros(64, 64), torch.zeros(64), x, False, "", 2)
+
+
+def test_attributes_and_maps_of_weights_are_set_once(simulated: Simulated):
+    """A map is of an address and a shape: other weights in the same memory have their own."""
+    simulated.configure(SM90)
+    memory = normal(136 * 72, dtype=BF16) / 8
+    x = normal(70, 72, dtype=BF16)
+
+    def calls(rank: int, stride: int = 72) -> list[int]:
+        before = simulated.ops.host_calls()
+        down, up = memory.as_strided((rank, 72), (stride, 1)), memory.as_strided((136, rank), (rank, 1))
+        assert assert_linear(simulated, x, down, up, None, "none").startswith("prefill_sm90")
+        return [now - then for now, then in zip(simulated.ops.host_calls(), before, strict=True)]
+
+    calls(64)
+    assert calls(64) == [1, 0]  # x
+    assert calls(56) == [3, 0]
+    assert calls(56, stride=80) == [2, 0]
+    assert calls(64) == [1, 0]
 
 
 def test_a_failed_launch_names_op_shapes_and_arch(simulated: Simulated):

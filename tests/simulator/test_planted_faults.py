@@ -25,6 +25,7 @@ SM80, SM90, WIDE = (f"covariance/covariance_{name}" for name in ("sm80", "sm90",
 DECODE80, DECODE90, PREFILL = (f"lowrank_linear/{name}" for name in ("decode_sm80", "decode_sm90", "prefill_sm90"))
 PARTIALS = "covariance/add_partials"
 PIPELINE, TILES, WGMMA_TILES = "arch/pipeline.cuh", "covariance/tiles.h", "covariance/wgmma_tiles.h"
+DECODE = "lowrank_linear/decode.cuh"
 DECODE_LAYOUT, PREFILL_LAYOUT = "lowrank_linear/decode_layout.h", "lowrank_linear/prefill_layout.h"
 
 FAULTS = {
@@ -159,6 +160,14 @@ FAULTS = {
         "covariance_sm90",
         VALUES,
     ),
+    "covariance_sm90: pairs across the diagonal": Fault(
+        SM90,
+        "to.last[0] >= kLastCol && to.last[1] >= kLastCol &&",
+        "",
+        "covariance_sm90-stages-used-twice or covariance_sm90-chunks",
+        VALUES,
+        "covariance/state.cuh",
+    ),
     "covariance_sm90: one accumulation over all chunks": Fault(
         SM90,
         "constexpr int kChunkSteps = 2048 / kTokens;",
@@ -209,6 +218,19 @@ FAULTS = {
     "decode_sm80: the last split is left out": Fault(
         DECODE80, "split < args.splits; ++split)", "split < args.splits - 1; ++split)", "decode_sm80", VALUES
     ),
+    "decode_sm80: counters start anywhere": Fault(
+        DECODE80,
+        "check(cudaMemsetAsync(args.scratch + counters, 0, static_cast<size_t>(bytes), launch.stream), launch);",
+        "static_cast<void>(bytes);",
+        "decode_sm80-splits",
+        VALUES,
+    ),
+    "decode_sm80: the first CTA to arrive adds the splits": Fault(
+        DECODE80, "if (arrived != args.splits - 1) return;", "if (arrived != 0) return;", "decode_sm80-splits", VALUES
+    ),
+    "decode_sm80: vectors of t in the row before": Fault(
+        DECODE80, "row += rows_apart + (vector >= vectors);", "row += rows_apart;", "decode_sm80-64", VALUES, DECODE
+    ),
     "decode_sm80: rows of a neighboring CTA": Fault(
         DECODE80,
         "const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kRowTiles * kRows;",
@@ -225,13 +247,6 @@ FAULTS = {
         DECODE_LAYOUT,
     ),
     # ---- decode_sm90 ----
-    "decode_sm90: no cluster attribute for clusters of one": Fault(
-        DECODE90,
-        "plan.shared_bytes, plan.cluster};",
-        "plan.shared_bytes, plan.cluster == 1 ? 0 : plan.cluster};",
-        "decode_sm90",
-        "launching lowrank_linear of .* failed",
-    ),
     "decode_sm90: t is read before all CTAs have written it": Fault(
         DECODE90, "cg::this_grid().sync();", "", "decode_sm90", VALUES
     ),
@@ -262,6 +277,14 @@ FAULTS = {
         "min64(args.resident_tiles + 1, slab",
         "decode_sm90",
         "within the CTA's shared memory",
+    ),
+    "decode_sm90: row tiles share their weights": Fault(
+        DECODE90,
+        "const int64_t row = first_row + tile * kRows + lane_row(threadIdx.x % 32) + half * 8;",
+        "const int64_t row = first_row + lane_row(threadIdx.x % 32) + half * 8;",
+        "decode_sm90-shared",
+        VALUES,
+        DECODE,
     ),
     "decode_sm90: streamed rows are left out": Fault(
         DECODE90,

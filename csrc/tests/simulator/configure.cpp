@@ -3,6 +3,7 @@
 
 #include <map>
 #include <string>
+#include <tuple>
 
 #include "device.h"
 
@@ -24,13 +25,20 @@ void configure(int64_t capability, int64_t sm_count, int64_t shared_memory, int6
   config.timing = found->second;
 }
 
+std::tuple<int64_t, int64_t> host_calls() {
+  const simulator::HostCalls& calls = simulator::host_calls();
+  return {calls.tensor_maps, calls.function_attributes};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lowrank_ops_simulated, m) {
   m.def("configure(int capability, int sm_count, int shared_memory, int seed, str timing) -> ()");
+  m.def("host_calls() -> (int, int)");
 }
 STABLE_TORCH_LIBRARY_IMPL(lowrank_ops_simulated, CompositeExplicitAutograd, m) {
   m.impl("configure", TORCH_BOX(&configure));
+  m.impl("host_calls", TORCH_BOX(&host_calls));
 }
 
 }  // namespace lowrank_ops

@@ -27,6 +27,12 @@ struct Config {
 };
 Config& config();
 
+// What the launchers have asked of the driver and the runtime so far.
+struct HostCalls {
+  int64_t tensor_maps = 0, function_attributes = 0;
+};
+HostCalls& host_calls();
+
 // ---- launches ----
 
 struct GridShape {

@@ -7,6 +7,15 @@
 
 namespace sim = lowrank_ops::simulator;
 
+namespace lowrank_ops::simulator {
+
+HostCalls& host_calls() {
+  static HostCalls calls;
+  return calls;
+}
+
+}  // namespace lowrank_ops::simulator
+
 namespace {
 
 // Refuses what the driver refuses.
@@ -14,6 +23,7 @@ CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t ran
                       const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
                       const cuuint32_t* steps, CUtensorMapInterleave, CUtensorMapSwizzle swizzle,
                       CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
+  ++sim::host_calls().tensor_maps;
   const bool supported = (type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 || type == CU_TENSOR_MAP_DATA_TYPE_FLOAT16) &&
                          rank == 2 && swizzle == CU_TENSOR_MAP_SWIZZLE_128B && steps[0] == 1 && steps[1] == 1;
   const bool legal = reinterpret_cast<uintptr_t>(address) % 16 == 0 && strides[0] % 16 == 0 &&
@@ -34,19 +44,19 @@ extern "C" {
 
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : "an error"; }
-cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  if (attribute != cudaDevAttrMaxSharedMemoryPerBlockOptin) return cudaErrorInvalidValue;
-  *value = static_cast<int>(sim::config().shared_memory);
-  return cudaSuccess;
-}
+cudaError_t cudaDriverGetVersion(int* version) { return *version = 0, cudaSuccess; }
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  ++sim::host_calls().function_attributes;
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaErrorInvalidValue;
   if (value > sim::config().shared_memory) return cudaErrorInvalidValue;
   sim::allow_shared_bytes(kernel, value);
   return cudaSuccess;
+}
+
+// At once: the memory is new, and no kernel that is queued uses it.
+cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
+  return std::memset(memory, value, bytes), cudaSuccess;
 }
 
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void*, const cudaLaunchConfig_t* config) {

@@ -88,7 +88,7 @@ def errors(
     """
     groups, features = total.shape
     # Spread over all tiles, with the first and the last row.
-    picked = torch.linspace(0, features - 1, min(features, 64), dtype=torch.float64).long().to(total.device)
+    picked = torch.linspace(0, features - 1, min(features, 64), dtype=torch.float64, device=total.device).long()
     moment = second_moment.new_zeros(groups, len(picked), features + 1, dtype=torch.float64)
     size = torch.zeros_like(moment)
     for group, rows in rows_of:

@@ -56,7 +56,7 @@ def errors(
     if not tokens * out_features:
         return None
     # Spread over all tiles, with the first and the last row.
-    rows = torch.linspace(0, tokens - 1, min(tokens, 64), dtype=torch.float64).long().to(x.device)
+    rows = torch.linspace(0, tokens - 1, min(tokens, 64), dtype=torch.float64, device=x.device).long()
     x, y = x.reshape(tokens, in_features)[rows], y.reshape(tokens, out_features)[rows].double()
     same = two_products(x, down, up, bias, activation).double()
     wide = two_products(x.double(), down.double(), up.double(), None if bias is None else bias.double(), activation)
