@@ -60,7 +60,7 @@ class Variant(NamedTuple):
 
     projection: str
     allocation: str
-    then: str | None = None  # "measured", "midpoint", "sequential", "blocks" or "distilled"
+    then: str | None = None  # "measured", "midpoint", "sequential", "blocks", "distilled" or "distilled on all"
     pivoted: bool = False
     corrected: bool = False  # predictions
 
@@ -85,6 +85,7 @@ VARIANTS = {
     "loss, pivoted, corrected, sequential": Variant("loss", "loss", "sequential", True, True),
     "loss, pivoted, corrected, blocks": Variant("loss", "loss", "blocks", True, True),
     "loss, pivoted, corrected, distilled": Variant("loss", "loss", "distilled", True, True),
+    "loss, pivoted, corrected, distilled, all text": Variant("loss", "loss", "distilled on all", True, True),
 }
 
 
@@ -158,6 +159,7 @@ class Study:
         self.batches = [
             {"input_ids": ids} for ids in windows(tokenizer, texts[options.calibrate].calibration, options.tokens)
         ]
+        self.documents = texts[options.calibrate].calibration
         self.sensitivity: Any = label_loss if options.sensitivity == "labels" else options.sensitivity
         self.wanted = {
             kind: [logits_of(dense, ids, self.autocast).half() for ids in self.tests[kind]] for kind in self.tests
@@ -207,7 +209,9 @@ class Study:
         started = time.perf_counter()
         kept = self.compress(student, variant, budget / 100, subspaces)
         if variant.then == "distilled":
-            self.distill(student, self.cached.with_suffix(f".{budget:g}.safetensors"))
+            self.distill(student, [batch["input_ids"] for batch in self.batches], f".{budget:g}.safetensors")
+        if variant.then == "distilled on all":
+            self.distill(student, windows(self.tokenizer, self.documents), f".{budget:g}.all.safetensors")
         seconds = time.perf_counter() - started
         by_kind = {kind: compare(self.wanted[kind], student, test, self.autocast) for kind, test in self.tests.items()}
         return {
@@ -256,13 +260,14 @@ class Study:
         )
         return report.layer_parameters / report.layer_parameters_before
 
-    def distill(self, student: nn.Module, checkpoint: Path) -> None:
-        """Train factors, biases and norms by the dense model's next-token distributions on the calibration text."""
+    def distill(self, student: nn.Module, text: Sequence[Tensor], suffix: str) -> None:
+        """Train factors, biases and norms by the dense model's next-token distributions, one sequence per step."""
         student.get_parameter("model.embed_tokens.weight").requires_grad_(False)
-        batches = [{"input_ids": ids} for batch in self.batches for ids in batch["input_ids"].split(1)]
+        batches = [{"input_ids": ids} for batch in text for ids in batch.split(1)]
         lro.finetune_(
             student, batches, teacher=self.dense, temperature=1.0, steps=STEPS, lr=self.options.lr, weight_decay=0.0,
-            autocast=self.autocast, checkpoint=checkpoint, checkpoint_every=STEPS // 8, progress=True,
+            autocast=self.autocast, checkpoint=self.cached.with_suffix(suffix), checkpoint_every=STEPS // 8,
+            progress=True,
         )  # fmt: skip
 
     def negative_loss(self, model: nn.Module) -> float:
@@ -293,14 +298,15 @@ def asvd(space: LayerSubspaces, rank: int) -> Factors:
     return Factors(down, up, space.bias, rank, "weight", None, 0.0).to(space.dtype)
 
 
-def windows(tokenizer: Any, documents: Sequence[str], tokens: int) -> list[Tensor]:
-    """Batches (BATCH, WINDOW) of ``tokens`` tokens, in windows at equal distances over all documents.
+def windows(tokenizer: Any, documents: Sequence[str], tokens: int | None = None) -> list[Tensor]:
+    """Batches (BATCH, WINDOW) of ``tokens`` tokens, in windows at equal distances over all documents; None for all.
 
     Raises:
         ValueError: there are not so many.
     """
     ids = [token for document in documents for token in tokenizer(document)["input_ids"]]
-    found, wanted = len(ids) // WINDOW, tokens // WINDOW
+    found = len(ids) // WINDOW
+    wanted = found if tokens is None else tokens // WINDOW
     if found < wanted:
         raise ValueError(f"the documents hold {len(ids)} tokens; {tokens} are asked for.")
     rows = torch.tensor(ids[: found * WINDOW]).view(-1, WINDOW)
