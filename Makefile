@@ -61,9 +61,8 @@ lint: $(VENV)/ready-dev
 
 # Interpreted and compiled kernels get processes of their own: Triton decides which it does when it is imported.
 test-unit: $(VENV)/ready-dev
-	OMP_NUM_THREADS=1 $(PYTEST) tests --ignore tests/interpreter --ignore tests/compile_gate --ignore tests/simulator \
-	  -n 2 --cov --cov-report=
-	OMP_NUM_THREADS=1 $(PYTEST) benchmarks --benchmark-disable
+	OMP_NUM_THREADS=1 $(PYTEST) tests benchmarks --ignore tests/interpreter --ignore tests/compile_gate \
+	  --ignore tests/simulator -n 2 --dist loadfile --benchmark-disable --cov --cov-report=
 
 test-interpreter: $(VENV)/ready-dev
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) tests/interpreter -n 2 --cov --cov-append --cov-report=

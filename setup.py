@@ -62,9 +62,8 @@ class CMakeBuild(build_ext):
     """Configures, builds and installs into the package: liblowrank_ops.so and, for this Python, _planner."""
 
     def run(self):
-        build = (
-            ROOT / "build" / f"native-cu{cuda_major()}"
-        )  # kept: an editable install would rebuild in a temporary one
+        # Kept: an editable install would rebuild in a temporary one.
+        build = ROOT / "build" / f"native-cu{cuda_major()}"
         package = (ROOT if self.inplace else Path(self.build_lib).resolve()) / "lowrank_ops"
         options = {
             "LOWRANK_OPS_CUDA": "ON",
@@ -79,6 +78,9 @@ class CMakeBuild(build_ext):
             "CMAKE_MAKE_PROGRAM": shutil.which("ninja"),
         }
         generator = ["-G", "Ninja"] if options["CMAKE_MAKE_PROGRAM"] else []
+        cache = build / "CMakeCache.txt"
+        if cache.exists() and f"={find_nvcc()}\n" not in cache.read_text():
+            generator.append("--fresh")  # CMake itself would drop all other options when the compiler changes
         defines = [f"-D{name}={value}" for name, value in options.items() if value]
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         jobs = max(1, min(os.cpu_count() or 1, memory // BYTES_PER_JOB))
