@@ -119,7 +119,8 @@ def correct_predictions(
                 gradients.clear()
                 for each in directions.values():
                     each.finish_batch()
-        if not samples:
+        reached = [each for each in directions.values() if each.samples]
+        if not samples or (reached and not any(bool(each.squares.any()) for each in reached)):
             raise ValueError(NO_ROWS)
         for fqn, each in directions.items():
             each.correct(subspaces[fqn], samples)

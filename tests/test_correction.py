@@ -129,12 +129,13 @@ def test_bad_arguments_are_refused():
         lro.compress_(model, covariances, lro.CompressionConfig(4, centered=False), subspaces=subspaces)
 
 
-def test_batches_without_samples_are_refused():
+@pytest.mark.parametrize("sensitivity", ["fisher", "output"])
+def test_batches_without_samples_are_refused(sensitivity):
     model, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(4, 3, 8)
-    covariances = lro.calibrate(model, [x], sensitivity="fisher")
+    covariances = lro.calibrate(model, [x], sensitivity=sensitivity)
     for batch, options in ((x[:0], {}), (x, {"mask": lambda args, kwargs: torch.zeros(4, 3, dtype=torch.bool)})):
         with pytest.raises(ValueError, match="no row reached a layer"):
-            lro.correct_predictions(model, covariances, [batch], sensitivity="fisher", **options)
+            lro.correct_predictions(model, covariances, [batch], sensitivity=sensitivity, **options)
 
 
 def test_inference_mode_changes_nothing():

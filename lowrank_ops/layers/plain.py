@@ -63,8 +63,8 @@ def to_plain_layers(model: nn.Module) -> nn.Module:
 
     The copy has only torch's own layers, and as many parameters as ``model``, plus rank^2 for each pivoted layer. So it
     can be pickled and loaded without lowrank_ops, scripted, quantized, and exported by tools that support no custom
-    ops. Code that reads ``layer.weight`` of such a layer, as transformers' T5 and ViT do, fails: use
-    :func:`to_dense_layers` there.
+    ops. Code that reads ``layer.weight`` or a convolution's ``stride``, as transformers' T5, ViT and Whisper do, fails:
+    use :func:`to_dense_layers` there.
 
     The experts of a mixture and the projections of converted attention become such layers too, and can be quantized.
     The modules that call them (``ListedExperts``, and those of :func:`convert_attention_`) are this package's, which
