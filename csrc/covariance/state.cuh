@@ -35,11 +35,18 @@ struct alignas(2 * sizeof(Number)) Pair {
 // pairs: contiguous rows, neighbors on the size of two, and all of the strip exists.
 enum class StripRows { pairs, contiguous, strided };
 
+// Bytes of the state that a thread loads before it stores. With 64 on sm_120, nvcc 13.3 spills registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int kBytesInFlight = 32;
+#else
+constexpr int kBytesInFlight = 64;
+#endif
+
 // Loads many values before it stores any: the compiler must assume that a store aliases the next load, and would wait
 // for memory at each. Only in contiguous rows, as addresses take registers. `overwrite`: instead of adding.
 template <StripRows kRows, class Number, int kCount>
 __device__ __forceinline__ void add_strip(const Strip<Number>& to, const float (&values)[kCount], bool overwrite) {
-  constexpr int kBatch = kRows == StripRows::strided ? 1 : 64 / static_cast<int>(sizeof(Number));
+  constexpr int kBatch = kRows == StripRows::strided ? 1 : kBytesInFlight / static_cast<int>(sizeof(Number));
   static_assert(kCount % kBatch == 0);
   const auto exists = [&](int i) { return i / 4 * 8 + i % 2 <= to.last[i / 2 % 2]; };
   const auto at = [&](int i) {
