@@ -95,7 +95,8 @@ def run(folder: Path, budget: float, tokens: int, prompt: str) -> int:
     batches = [{"input_ids": rows} for rows in calibration.split(2)]
     covariances = lro.calibrate(model, batches, sensitivity="fisher")
     show(f"calibrated on {calibration.numel():,} tokens")
-    report = lro.compress_(model, covariances, lro.ParameterBudget(budget))
+    config = lro.CompressionConfig(lro.ParameterBudget(budget), pivoted=True)
+    report = lro.compress_(model, covariances, config)
     kept, before = report.layer_parameters, report.layer_parameters_before
     show(f"compressed: {kept:,} of {before:,} parameters in {len(report.layers)} layers ({kept / before:.1%})")
     smaller = folder / "smaller"
