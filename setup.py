@@ -79,12 +79,12 @@ class CMakeBuild(build_ext):
         }
         generator = ["-G", "Ninja"] if options["CMAKE_MAKE_PROGRAM"] else []
         cache = build / "CMakeCache.txt"
-        if cache.exists() and f"={find_nvcc()}\n" not in cache.read_text():
-            generator.append("--fresh")  # CMake itself would drop all other options when the compiler changes
+        # When the compiler changes, CMake itself would drop all other options.
+        fresh = ["--fresh"] if cache.exists() and f"={find_nvcc()}\n" not in cache.read_text() else []
         defines = [f"-D{name}={value}" for name, value in options.items() if value]
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         jobs = max(1, min(os.cpu_count() or 1, memory // BYTES_PER_JOB))
-        subprocess.run(["cmake", "-S", ROOT, "-B", build, *generator, *defines], check=True)
+        subprocess.run(["cmake", "-S", ROOT, "-B", build, *fresh, *generator, *defines], check=True)
         subprocess.run(["cmake", "--build", build, "--parallel", str(jobs)], check=True)
         subprocess.run(["cmake", "--install", build, "--component", "python", "--strip"], check=True)
 

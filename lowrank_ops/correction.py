@@ -1,8 +1,8 @@
 """correct_predictions: predicted losses that include how errors add up over the rows of a sample.
 
 K-FAC's statistics treat rows (tokens, positions) as independent. Attention averages its values over tokens, so errors
-that tokens have in common add up there, and the loss predicted for such a layer may be 30 times too small. One
-more pass measures, for every direction, the second moment over samples of the loss's derivative along it.
+that tokens have in common add up there, and the loss predicted for such a layer may be far too small. One more
+pass measures, for every direction, the second moment over samples of the loss's derivative along it.
 """
 
 from __future__ import annotations

@@ -115,6 +115,10 @@ def _add_compression(parser: argparse.ArgumentParser) -> None:
         "--keep-dense", action="append", default=[], metavar="LAYER",
         help="layer name or re:pattern to leave dense; can be repeated",
     )  # fmt: skip
+    ranks.add_argument(
+        "--correct", action="store_true",
+        help="run --calibration again and measure how the errors of a sample's tokens add up, for ranks by loss",
+    )  # fmt: skip
     factors = parser.add_argument_group("factors")
     factors.add_argument(
         "--projection", choices=PROJECTIONS,
@@ -126,10 +130,6 @@ def _add_compression(parser: argparse.ArgumentParser) -> None:
         "--pivoted", action="store_true",
         help="store each linear layer as pivot rows of its weight and coefficients of the other rows, which "
         "saves rank^2 parameters",
-    )  # fmt: skip
-    ranks.add_argument(
-        "--correct", action="store_true",
-        help="run --calibration again and measure how the errors of a sample's tokens add up, for ranks by loss",
     )  # fmt: skip
     factors.add_argument(
         "--reconstruct", choices=list(RECONSTRUCTIONS),
