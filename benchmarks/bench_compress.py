@@ -169,12 +169,15 @@ def counted() -> Iterator[Counter[str]]:
 
 
 def variants(model: nn.Module, statistics: dict[str, lro.Covariances], ratio: float) -> dict[str, Callable[[], object]]:
-    """What is timed, by name; each call works on a copy of the model made before."""
+    """What is timed, by name; each call works on a copy of the model that shares its weights."""
     budget = lro.ParameterBudget(ratio)
+
+    def copied() -> nn.Module:
+        return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
     def compress(kind: str, **options: Any) -> Callable[[], object]:
         config = lro.CompressionConfig(budget, **options)
-        return lambda: lro.compress_(copy.deepcopy(model), statistics[kind], config)
+        return lambda: lro.compress_(copied(), statistics[kind], config)
 
     return {
         "SVD-LLM float32": lambda: svd_llm(model, statistics["plain"], torch.float32, ratio),

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..config import PROJECTIONS, check_choice
 from ..models.layers import all_finite
 from ..subspaces.layer import LayerSubspaces
-from ..subspaces.principal import Subspace
+from ..subspaces.principal import Subspace, half_product
 
 MAX_HIDDEN = 1024.0  # root mean square of an element of x down^T; outliers of 60 times as much fit into float16
 
@@ -103,9 +103,13 @@ def factorize(spaces: LayerSubspaces, rank: int, projection: str = "output") -> 
         left, down = up.mT, up.mT @ weight
         squares = spaces.output.spectrum[..., :rank] if projection == "output" else None
     centered = spaces.centered and projection != "weight"
-    error, increase = _predictions(spaces, down, up, left, rank, projection, centered=centered)
+    reader = down if spaces.statistics.side == "input" else left  # of the streamed side, (..., rank, features), or None
+    half = None if squares is not None or reader is None else half_product(spaces.moment, reader.mT)
+    if half is not None and reader is not None:
+        squares = 2 * (half * reader.mT).sum(-2).clamp_min(0)
+    error, increase = _predictions(spaces, down, up, left, half, rank, projection, centered=centered)
     bias = _bias(spaces, down, up, left, projection)
-    scale = _scale(spaces, down, up, left, squares)
+    scale = _scale(spaces, down, up, reader, squares)
     down, up = down * scale.unsqueeze(-1), up / scale.unsqueeze(-2)
     return Factors(down, up, bias, rank, projection, error, spaces.output_variance, increase)
 
@@ -148,9 +152,7 @@ def _with_exact_mean(factors: Factors, result: Factors, spaces: LayerSubspaces) 
     return replace(result, bias=bias.to(result.up))
 
 
-def _scale(
-    spaces: LayerSubspaces, down: Tensor, up: Tensor, left: Tensor | None, squares: Tensor | None = None
-) -> Tensor:
+def _scale(spaces: LayerSubspaces, down: Tensor, up: Tensor, reader: Tensor | None, squares: Tensor | None) -> Tensor:
     """Powers of two (..., rank) to multiply ``down`` by and to divide ``up`` by: their product is exactly the same.
 
     With an orthonormal ``up``, one element of t = x down^T could hold the norm of a whole output and overflow float16
@@ -159,9 +161,8 @@ def _scale(
     """
     largest = down.abs().amax(-1), up.abs().amax(-2)
     balanced = (largest[1].log2() - largest[0].log2()) / 2
-    reader = down if spaces.statistics.side == "input" else left
-    if reader is not None:
-        square = ((reader @ spaces.moment) * reader).sum(-1).clamp_min(0) if squares is None else squares
+    if reader is not None and squares is not None:
+        square = squares
         if spaces.centered:
             square = square + (reader @ spaces.mean.unsqueeze(-1)).squeeze(-1).square()
         size = square.sqrt()
@@ -238,6 +239,7 @@ def _predictions(
     down: Tensor,
     up: Tensor,
     left: Tensor | None,
+    half: Tensor | None,
     rank: int,
     projection: str,
     *,
@@ -258,12 +260,11 @@ def _predictions(
     if lost is None:
         return error, increase
     if error is None:
-        if centered == spaces.centered:  # (W - W') C, from the W C that other figures take as well
-            moment = spaces.weighted_moment
-            moment = moment - up @ (down @ spaces.moment if left is None else left @ moment)
+        if centered == spaces.centered and half is not None:  # from the halves that other figures take as well
+            weighted = spaces.half_moment - half @ up.mT
         else:
-            moment = lost @ spaces.statistics.activations.moment(centered=centered).to(lost.device)
-        error = max(0.0, float((moment * lost).sum()))
+            weighted = half_product(spaces.statistics.activations.moment(centered=centered).to(lost.device), lost.mT)
+        error = max(0.0, 2 * float((weighted * lost.mT).sum()))
     if lacks_increase:
         assert spaces.gradient_moment is not None
         weighted = spaces.gradient_moment @ lost

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -89,7 +90,8 @@ def allocate(
 def _worth(fqn: str, space: LayerSubspaces, options: list[Option], allocation: str) -> list[float]:
     """The value of each option: the share of the layer's output variance that it keeps, or the loss that it saves."""
     if allocation == "variance":
-        return [1.0 if option.rank is None else float(space.output.explained(option.rank).mean()) for option in options]
+        shares = space.output.mean_shares()
+        return [1.0 if option.rank is None else shares[option.rank] for option in options]
     if space.loss is None:
         raise ValueError(
             f"allocation='loss' needs output gradients for every layer, and {fqn!r} has none; calibrate with "
@@ -118,11 +120,10 @@ def _total(taken: Mapping[str, int], options: Mapping[str, list[Option]]) -> int
 def _by_share(options: Mapping[str, list[Option]], budget: int) -> dict[str, int]:
     """The largest common share of its own cost for every layer that fits the budget, by bisection."""
 
+    costs = {fqn: sorted(option.cost for option in choices) for fqn, choices in options.items()}
+
     def at(share: float) -> dict[str, int]:
-        return {
-            fqn: max(0, sum(option.cost <= share * choices[-1].cost for option in choices) - 1)
-            for fqn, choices in options.items()
-        }
+        return {fqn: max(0, bisect_right(costs[fqn], share * choices[-1].cost) - 1) for fqn, choices in options.items()}
 
     low, high = 0.0, 1.0
     if _total(at(high), options) <= budget:

@@ -18,5 +18,5 @@ def spectrum_of(space: LayerSubspaces) -> tuple[float, ...] | None:
         return None
     largest = min(space.dimensions[1:])
     ranks = [round(largest * point / (POINTS - 1)) for point in range(POINTS)]
-    shares = [float(found.explained(rank).mean()) if rank else 0.0 for rank in ranks]
-    return tuple(round(share, 6) for share in shares)
+    shares = found.mean_shares()
+    return tuple(round(shares[rank], 6) if rank else 0.0 for rank in ranks)

@@ -23,12 +23,16 @@ from .principal import (
     congruence,
     denoised,
     falling_eigh,
+    from_half,
+    half_product,
     lower_product,
     near_identity_cholesky,
     noise_along,
     noise_of_sums,
     orthonormal,
     principal_directions,
+    root_congruence,
+    root_times,
     singular_directions,
     square_root,
     times_root,
@@ -128,7 +132,7 @@ class LossSpace:
         """Eigenvectors of L^T W C W^T L."""
         matrix, noise = self._spaces.output_moment(self._spaces.loss_activations)
         root = self.root
-        values, vectors = falling_eigh(lower_product(root.mT, times_root(matrix, root)))
+        values, vectors = falling_eigh(root_congruence(matrix, root))
         limit = (noise * root.square().sum(-1)).sum(-1)
         values = denoised(values, limit, lambda start: noise_along(noise, root @ vectors[..., start:]))
         self._variances = values * torch.linalg.solve_triangular(root.mT, vectors, upper=True).square().sum(-2)
@@ -140,8 +144,8 @@ class LossSpace:
         activations, weight, metric = self._spaces.loss_activations, self._spaces.weight, self.metric
         root = self._spaces.input_root(activations)
         inner = congruence(metric, weight)
-        values, vectors = falling_eigh(lower_product(root.mT, times_root(inner, root)))
-        inputs = root @ vectors
+        values, vectors = falling_eigh(root_congruence(inner, root))
+        inputs = root_times(root, vectors)
         columns = weight @ inputs
         squares = columns.square()
         noise = self._spaces.noise(squares.sum(-1), activations)
@@ -352,17 +356,21 @@ class LayerSubspaces:
         if self.output.is_decomposed:
             return float(self.output.total.sum())
         if self._variances is None:
-            by_input = self.statistics.side == "input"
-            self._variances = (
-                (self.weighted_moment * self.weight).sum(-1) if by_input else self.moment.diagonal(dim1=-2, dim2=-1)
-            )
+            if self.statistics.side == "input":
+                self._variances = 2 * (self.half_moment * self.weight.mT).sum(-2)
+            else:
+                self._variances = self.moment.diagonal(dim1=-2, dim2=-1)
         variances = self._variances
         return float(torch.where(variances > self.noise(variances, self.statistics.activations), variances, 0.0).sum())
 
     @cached_property
-    def weighted_moment(self) -> Tensor:
-        """W C, or C if the output was streamed, (..., out_features, features), float64."""
-        return self.weight @ self.moment if self.statistics.side == "input" else self.moment
+    def half_moment(self) -> Tensor:
+        """:func:`half_product` of C and W^T, (..., features, out_features); of C and I if the output was streamed."""
+        if self.statistics.side == "input":
+            return half_product(self.moment, self.weight.mT)
+        half = self.moment.tril()
+        half.diagonal(dim1=-2, dim2=-1).mul_(0.5)
+        return half
 
     def decomposed_output(self) -> Subspace | None:
         """The output space, plain or in the metric of the loss, if one of them was decomposed already."""
@@ -422,9 +430,12 @@ class LayerSubspaces:
     def output_moment(self, activations: Moments) -> tuple[Tensor, Tensor]:
         """The outputs' second moment, and the noise of the sums in it."""
         plain = activations is self.statistics.activations
-        moment = self.moment if plain else self.loss_moment(centered=self.centered)
-        if self.statistics.side == "input":
-            moment = congruence(moment, self.weight.mT)
+        if self.statistics.side == "input" and plain:
+            moment = from_half(self.weight.mT, self.half_moment)
+        elif self.statistics.side == "input":
+            moment = congruence(self.loss_moment(centered=self.centered), self.weight.mT)
+        else:
+            moment = self.moment if plain else self.loss_moment(centered=self.centered)
         return moment, self.noise(moment.diagonal(dim1=-2, dim2=-1), activations)
 
     def noise(self, variances: Tensor, activations: Moments) -> Tensor:
@@ -455,7 +466,7 @@ class LayerSubspaces:
             directions: also drop the directions of the spaces; False keeps them, as they took longest to compute.
             shared: also drop those of the input space; False keeps them for another layer with this input.
         """
-        for name in ("weight", "moment", "weighted_moment"):
+        for name in ("weight", "moment", "half_moment"):
             self.__dict__.pop(name, None)
         if directions:
             for space in self._spaces():

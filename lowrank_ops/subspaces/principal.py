@@ -8,7 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+# Squared singular values up to this share of the largest one keep 12 digits of the angles in a Gram matrix.
+NEARLY_ORTHOGONAL = 1e-3
 
 
 class Subspace:
@@ -47,7 +51,10 @@ class Subspace:
     def leading(self, rank: int) -> Tensor:
         """The first ``rank`` columns of the basis; takes less than the whole basis."""
         vectors = self._find()[0][..., :rank]
-        return vectors if self._matrix is None else orthonormal(self._matrix @ vectors)
+        if self._matrix is None:
+            return vectors
+        kept = self.spectrum[..., :rank]
+        return orthonormal(self._matrix @ vectors, bool((kept[..., -1:] > NEARLY_ORTHOGONAL * kept[..., :1]).all()))
 
     @property
     def total(self) -> Tensor:
@@ -82,11 +89,19 @@ class Subspace:
         enough = explained_variance * self.spectrum.sum(-1, keepdim=True)
         return torch.minimum((self.spectrum.cumsum(-1) < enough).sum(-1) + 1, nonzero)
 
+    def shares(self) -> Tensor:
+        """The share of the variance in the first 0, 1, ... directions, (..., directions + 1); 1 if there is none."""
+        sums = F.pad(self.spectrum.cumsum(-1), (1, 0))
+        return torch.where(sums[..., -1:] > 0, sums / sums[..., -1:].clamp_min(1e-300), 1.0)
+
+    def mean_shares(self) -> list[float]:
+        """:meth:`shares`, the mean over groups."""
+        shares = self.shares()
+        return shares.view(-1, shares.shape[-1]).mean(0).tolist()
+
     def explained(self, rank: int) -> Tensor:
         """The share of the variance in the first ``rank`` directions, (...,); 1 if there is no variance."""
-        total = self.total
-        share = (self.spectrum[..., :rank].sum(-1) / total.clamp_min(1e-300)).clamp_max(1.0)  # of two roundings
-        return torch.where(total > 0, share, 1.0)
+        return self.shares()[..., rank]
 
     def dropped(self, rank: int) -> Tensor:
         """The variance outside the first ``rank`` directions, (...,): the error of a projection on them."""
@@ -134,14 +149,17 @@ def singular_directions(matrix: Tensor, noise: Tensor | None = None) -> tuple[Te
     return vectors, denoised(values, None if noise is None else noise.amax(-1), along), matrix
 
 
-def orthonormal(columns: Tensor) -> Tensor:
+def orthonormal(columns: Tensor, nearly: bool = False) -> Tensor:
     """An orthonormal basis whose first n vectors span the first n columns, for every n.
 
     Of graded columns sigma_i u_i it is accurate also where small singular values lost digits in the Gram matrix. Where
-    they did not, the columns are nearly orthogonal, and a Cholesky factor of their products takes less than a QR.
+    they did not, the columns are nearly orthogonal, and a Cholesky factor of their products takes less than a QR; or
+    with ``nearly`` the lengths.
     """
     norms = columns.square().sum(-2, keepdim=True).sqrt()
     scaled = columns / norms.clamp_min(1e-300)
+    if nearly:
+        return scaled
     factor = near_identity_cholesky(lower_product(scaled.mT, scaled))
     if factor is None:
         return torch.linalg.qr(columns).Q
@@ -169,20 +187,58 @@ def lower_product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def congruence(symmetric: Tensor, matrix: Tensor) -> Tensor:
-    """matrix^T symmetric matrix as Y + Y^T, where Y takes one triangle of ``symmetric`` and half of its diagonal.
+    """matrix^T symmetric matrix as matrix^T H matrix and its transpose, with H of :func:`half_product`.
 
     Args:
         symmetric: (..., n, n).
         matrix: (..., n, m).
     """
-    half = torch.empty_like(matrix)
+    return from_half(matrix, half_product(symmetric, matrix))
+
+
+def from_half(matrix: Tensor, half: Tensor) -> Tensor:
+    """:func:`congruence` from the :func:`half_product`."""
+    product = matrix.mT @ half
+    return product + product.mT
+
+
+def half_product(symmetric: Tensor, matrix: Tensor) -> Tensor:
+    """H matrix, (..., n, m), where H is the lower triangle of ``symmetric`` with half of its diagonal.
+
+    For columns v of the matrix, v^T symmetric v = 2 v^T H v, at half the work.
+
+    Args:
+        symmetric: (..., n, n).
+        matrix: (..., n, m).
+    """
+    half = torch.empty_like(matrix, memory_format=torch.contiguous_format)
     for rows in _blocks(symmetric.shape[-1]):
         block = symmetric[..., rows, rows].tril()
         block.diagonal(dim1=-2, dim2=-1).mul_(0.5)
         block = torch.cat([symmetric[..., rows, : rows.start], block], -1)
         half[..., rows, :] = block @ matrix[..., : rows.stop, :]
-    product = matrix.mT @ half
-    return product + product.mT
+    return half
+
+
+def root_congruence(symmetric: Tensor, root: Tensor) -> Tensor:
+    """root^T symmetric root, of which only the lower triangle is defined; a third of the work for a triangular root.
+
+    Args:
+        symmetric: (..., n, n).
+        root: (..., n, n).
+    """
+    blocks = _blocks(root.shape[-1])
+    if not is_lower_triangular(root):
+        return lower_product(root.mT, symmetric @ root)
+    product = root.new_empty(root.shape)
+    for columns in blocks:
+        first = columns.start
+        inner = symmetric[..., first:, first:] @ root[..., first:, columns]
+        for rows in blocks:
+            if rows.start >= first:
+                left = root[..., rows.start :, rows].mT
+                product[..., rows, columns] = left @ inner[..., rows.start - first :, :]
+    return product
 
 
 def times_root(left: Tensor, root: Tensor) -> Tensor:
@@ -192,23 +248,38 @@ def times_root(left: Tensor, root: Tensor) -> Tensor:
         left: (..., m, n).
         root: (..., n, n).
     """
-    blocks = _blocks(root.shape[-1])
-    if any(bool(root[..., : columns.start, columns].any()) for columns in blocks):
+    if not is_lower_triangular(root):
         return left @ root
+    blocks = _blocks(root.shape[-1])
     return torch.cat([left[..., columns.start :] @ root[..., columns.start :, columns] for columns in blocks], -1)
 
 
+def root_times(root: Tensor, right: Tensor) -> Tensor:
+    """``root @ right``; half the work where ``root`` (..., n, n) is lower triangular."""
+    if not is_lower_triangular(root):
+        return root @ right
+    return torch.cat(
+        [root[..., rows, : rows.stop] @ right[..., : rows.stop, :] for rows in _blocks(root.shape[-1])], -2
+    )
+
+
+def is_lower_triangular(matrix: Tensor) -> bool:
+    """Whether the blocks above the diagonal, as far as products may leave them out, are zero."""
+    return not any(bool(matrix[..., : columns.start, columns].any()) for columns in _blocks(matrix.shape[-1]))
+
+
 def _blocks(n: int) -> list[slice]:
-    """Slices of about an eighth of n, and at least 64, for products of which one triangle is left out."""
-    step = max(-(-n // 8), 64)
+    """Slices of about a sixteenth of n, and at least 64, for products of which one triangle is left out."""
+    step = max(-(-n // 16), 64)
     return [slice(start, min(start + step, n)) for start in range(0, n, step)] or [slice(0, 0)]
 
 
 def square_root(moment: Tensor) -> Tensor:
     """R with R R^T = ``moment``, (..., features, features), accurate relative to the scale of each feature.
 
-    The Cholesky factor if the matrix is well-conditioned up to those scales, else from the eigenvectors of the
-    correlations. The eigenvectors of ``moment`` itself would lose the features next to an outlier channel.
+    The Cholesky factor where it exists: its error is that of rounding the products of two features, whatever the
+    condition. Else from the eigenvectors of the correlations; those of ``moment`` itself would lose the features next
+    to an outlier channel.
 
     Args:
         moment: (..., features, features), float64, positive semi-definite up to rounding.
@@ -216,7 +287,8 @@ def square_root(moment: Tensor) -> Tensor:
     factor, info = torch.linalg.cholesky_ex(moment)
     diagonal = moment.diagonal(dim1=-2, dim2=-1)
     pivots = factor.diagonal(dim1=-2, dim2=-1).square()
-    if not bool(info.any()) and bool((pivots > 1e-4 * diagonal).all()):
+    rounding = moment.shape[-1] * torch.finfo(moment.dtype).eps
+    if not bool(info.any()) and bool((pivots > rounding * diagonal).all()):
         return factor
     scale = diagonal.clamp_min(0).sqrt()
     inverse = torch.where(scale > 0, 1 / scale, 0.0)
