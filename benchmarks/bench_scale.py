@@ -5,6 +5,8 @@
   in a process of its own; ``--blocks`` of its 22 blocks are compressed.
 - ``growth``: seconds of ``compress_`` of one layer by width, the exponent of the widest step, and what that predicts
   for known models. Predictions are no measurements.
+- ``optimum``: output error and predicted loss of the factors of every layer of real models, above the optimum that
+  NumPy finds from rows and gradients of its own.
 - ``precision``: what products in float32, added to float64 sums, would cost in output error.
 """
 
@@ -22,11 +24,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 import lowrank_ops as lro
 from lowrank_ops.calibration import LayerStatistics
+from lowrank_ops.factors import factorize
+from lowrank_ops.subspaces import layer_subspaces
+from lowrank_ops.subspaces.layer import DAMPING
 
 from .bench_compress import SHAPES, moments_of, random_rows
 from .suite import environment, write
@@ -266,6 +272,74 @@ def precision(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def optimum(options: argparse.Namespace) -> dict[str, Any]:
+    """The largest and the mean excess over the layers of each model, at half of each layer's break-even rank."""
+    from lowrank_ops.demo.data import load_images
+    from lowrank_ops.demo.vit import load_vit
+
+    found = {}
+    images = load_images("calibration")[0]
+    found["demo ViT"] = excess(load_vit(), list(images[:400].split(100)), "fisher")
+    for name, folder in (("MiniLM", options.encoder), ("SmolLM2-135M", options.folder)):
+        if folder is not None:
+            from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+            from demo.language_model import texts
+
+            kind = AutoModel if name == "MiniLM" else AutoModelForCausalLM
+            model = kind.from_pretrained(folder).eval()
+            sequences = texts(AutoTokenizer.from_pretrained(folder), options.tokens)[0]
+            batches = [{"input_ids": rows} for rows in sequences[:, :512].split(2)]
+            found[name] = excess(model, batches, "pooled" if name == "MiniLM" else "fisher")
+    return found
+
+
+def excess(model: nn.Module, batches: list[Any], sensitivity: Any) -> dict[str, Any]:
+    """Of one model; rows are summed here in NumPy, and gradients are those of the calibration."""
+    head = {fqn for fqn, module in model.named_modules() if fqn.endswith(("lm_head", "pooler.dense"))}
+    layers = {fqn: m for fqn, m in model.named_modules() if isinstance(m, nn.Linear) and fqn not in head}
+    sums: dict[str, tuple[Any, Any, int]] = {}
+
+    def add(fqn: str, x: torch.Tensor) -> None:
+        rows = x.detach().reshape(-1, x.shape[-1]).double().numpy()
+        moment, total, count = sums.get(fqn, (0, 0, 0))
+        sums[fqn] = moment + rows.T @ rows, total + rows.sum(0), count + len(rows)
+
+    handles = [m.register_forward_pre_hook(lambda m, x, fqn=fqn: add(fqn, x[0])) for fqn, m in layers.items()]
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch) if isinstance(batch, dict) else model(batch)
+    for handle in handles:
+        handle.remove()
+    statistics = lro.calibrate(
+        model, batches, filter_fn=lambda module, fqn: fqn in layers, sensitivity=sensitivity, token_weights=False
+    )
+    errors: dict[str, list[float]] = {"output": [], "loss": []}
+    for fqn, space in layer_subspaces(layers, statistics).items():
+        weight = layers[fqn].weight.detach().double().numpy()
+        rank = max(1, weight.size // sum(weight.shape) // 2)
+        second, total, count = sums.pop(fqn)
+        covariance = second / count - np.outer(total / count, total / count)
+        gradients = statistics[fqn].output_gradients
+        assert gradients is not None
+        metric = gradients.second_moment.numpy() / gradients.count
+        metric = metric + DAMPING * np.trace(metric) / len(metric) * np.eye(len(metric))
+        for projection, m in (("output", np.eye(len(metric))), ("loss", metric)):
+            factors = factorize(space, rank, projection)
+            lost = weight - factors.up.numpy() @ factors.down.numpy()
+            error = np.sum((m @ lost) * (lost @ covariance))
+            scale = np.linalg.cholesky(m).T @ weight
+            eigenvalues = np.linalg.eigvalsh(scale @ covariance @ scale.T)
+            best = eigenvalues[:-rank].sum()
+            # beyond the numerical rank of an input both are rounding errors of the whole variance
+            errors[projection].append(float((error - best) / max(best, 1e-10 * eigenvalues.sum())))
+        space.release()
+    return {
+        "layers": len(errors["output"]),
+        **{name: {"largest": max(map(abs, of)), "mean": sum(map(abs, of)) / len(of)} for name, of in errors.items()},
+    }
+
+
 def terms(inputs: int, outputs: int) -> list[float]:
     small, large = sorted((inputs, outputs))
     return [small**3, small**2 * large, small * large**2]
@@ -274,8 +348,9 @@ def terms(inputs: int, outputs: int) -> list[float]:
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("part", choices=["calibrate", "memory", "growth", "precision"])
-    parser.add_argument("--folder", type=Path, help="calibrate: a language model of transformers")
+    parser.add_argument("part", choices=["calibrate", "memory", "growth", "optimum", "precision"])
+    parser.add_argument("--folder", type=Path, help="calibrate, optimum: a language model of transformers")
+    parser.add_argument("--encoder", type=Path, help="optimum: a text encoder of transformers")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--blocks", type=int, default=2, help="memory: that are compressed")
@@ -288,11 +363,13 @@ def main(arguments: list[str] | None = None) -> None:
         return
     facts = environment(torch.device("cpu")) | {"clock": "process_time"}
     parts: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
-        "calibrate": calibrate, "memory": memory, "growth": growth, "precision": precision,
+        "calibrate": calibrate, "memory": memory, "growth": growth, "optimum": optimum, "precision": precision,
     }  # fmt: skip
     found = parts[options.part](options)
     print(json.dumps(found, indent=1))
-    settings = {name: value for name, value in vars(options).items() if name not in ("step", "part", "folder")}
+    settings = {
+        name: value for name, value in vars(options).items() if name not in ("step", "part", "folder", "encoder")
+    }
     write(RESULTS / f"scale_{options.part}.json", {"environment": facts, "settings": settings, "results": found})
 
 

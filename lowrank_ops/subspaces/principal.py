@@ -269,8 +269,8 @@ def is_lower_triangular(matrix: Tensor) -> bool:
 
 
 def _blocks(n: int) -> list[slice]:
-    """Slices of about a sixteenth of n, and at least 64, for products of which one triangle is left out."""
-    step = max(-(-n // 16), 64)
+    """Slices for products of which one triangle is left out: more would be slower, because each product is narrow."""
+    step = max(-(-n // 8), 144)
     return [slice(start, min(start + step, n)) for start in range(0, n, step)] or [slice(0, 0)]
 
 

@@ -9,9 +9,12 @@ from torch import Tensor
 from lowrank_ops.subspaces import Subspace
 from lowrank_ops.subspaces.principal import (
     congruence,
+    half_product,
     lower_product,
     noise_of_sums,
     principal_directions,
+    root_congruence,
+    root_times,
     singular_directions,
     square_root,
     times_root,
@@ -117,8 +120,13 @@ def test_half_products_are_the_whole_ones(n: int, groups: tuple[int, ...]) -> No
     moment = matrix @ matrix.mT + torch.eye(n).double()
     torch.testing.assert_close(lower_product(matrix, matrix.mT).tril(), (matrix @ matrix.mT).tril())
     torch.testing.assert_close(congruence(moment, matrix), matrix.mT @ moment @ matrix)
+    torch.testing.assert_close(
+        2 * (matrix * half_product(moment, matrix)).sum(-2), ((moment @ matrix) * matrix).sum(-2)
+    )
     for root in (torch.linalg.cholesky(moment), moment):  # a triangle, and a whole matrix
         torch.testing.assert_close(times_root(matrix.mT, root), matrix.mT @ root)
+        torch.testing.assert_close(root_times(root, matrix), root @ matrix)
+        torch.testing.assert_close(root_congruence(moment, root).tril(), (root.mT @ moment @ root).tril())
 
 
 def test_noise_grows_with_the_root_of_the_features() -> None:
