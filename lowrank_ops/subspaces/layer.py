@@ -23,7 +23,6 @@ from .principal import (
     congruence,
     denoised,
     falling_eigh,
-    from_half,
     half_product,
     lower_product,
     near_identity_cholesky,
@@ -430,12 +429,9 @@ class LayerSubspaces:
     def output_moment(self, activations: Moments) -> tuple[Tensor, Tensor]:
         """The outputs' second moment, and the noise of the sums in it."""
         plain = activations is self.statistics.activations
-        if self.statistics.side == "input" and plain:
-            moment = from_half(self.weight.mT, self.half_moment)
-        elif self.statistics.side == "input":
-            moment = congruence(self.loss_moment(centered=self.centered), self.weight.mT)
-        else:
-            moment = self.moment if plain else self.loss_moment(centered=self.centered)
+        moment = self.moment if plain else self.loss_moment(centered=self.centered)
+        if self.statistics.side == "input":
+            moment = congruence(moment, self.weight.mT)
         return moment, self.noise(moment.diagonal(dim1=-2, dim2=-1), activations)
 
     def noise(self, variances: Tensor, activations: Moments) -> Tensor:

@@ -193,12 +193,7 @@ def congruence(symmetric: Tensor, matrix: Tensor) -> Tensor:
         symmetric: (..., n, n).
         matrix: (..., n, m).
     """
-    return from_half(matrix, half_product(symmetric, matrix))
-
-
-def from_half(matrix: Tensor, half: Tensor) -> Tensor:
-    """:func:`congruence` from the :func:`half_product`."""
-    product = matrix.mT @ half
+    product = matrix.mT @ half_product(symmetric, matrix)
     return product + product.mT
 
 
