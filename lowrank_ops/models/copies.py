@@ -1,0 +1,108 @@
+"""Copies of a model that share its parameters, so that trials leave the model itself alone."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Iterator
+from types import FunctionType, ModuleType
+from typing import Any
+from weakref import ReferenceType
+
+import torch
+from torch import Tensor, nn
+
+from .layers import FilterFn, check_not_wrapped
+from .running import exclusive
+
+_REMEDY = (
+    "Searches and recalibrate run copies, so that other threads can run the model meanwhile. Use bound methods or "
+    "functools.partial, which are copied with their module, instead of closures, or define __deepcopy__."
+)
+
+
+def shared_copy(model: nn.Module) -> nn.Module:
+    """A copy of a model whose parameters are in the memory of the model's; all else is copied, buffers included.
+
+    The copy's parameters are objects of their own: ``copy.to(...)`` and new layers in the copy do not change the model.
+
+    Raises:
+        RuntimeError: another thread works on the model.
+        ValueError: the model is wrapped for distributed training, its state cannot be copied, or the copy would refer
+            to parts of the model; the message names the attribute.
+    """
+    check_not_wrapped(model)
+    with exclusive(model), torch.inference_mode(False):  # parameters created in inference mode could not be trained
+        memo: dict[int, Any] = {}
+        for _, value in _reachable(model):
+            if isinstance(value, nn.Parameter):
+                memo[id(value)] = _alias(value)
+            elif isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value  # which torch does not copy: a result that the model keeps
+        shared = dict(memo)
+        try:
+            copied = copy.deepcopy(model, memo)
+        except Exception as error:
+            where = _uncopyable(model, shared)
+            raise ValueError(
+                f"model cannot be copied: {where} raises {type(error).__name__}: {error}. {_REMEDY}"
+            ) from error
+    for where, value in _reachable(copied):
+        if id(value) not in shared and memo.get(id(value), value) is not value:
+            raise ValueError(
+                f"model cannot be copied: {where} of the copy would refer to a {type(value).__name__} of the model. "
+                f"{_REMEDY}"
+            )
+    return copied
+
+
+def filter_of_original(model: nn.Module, filter_fn: FilterFn | None) -> FilterFn | None:
+    """``filter_fn`` for a copy of ``model``, called with the model's own layers: it may go by their identity."""
+    if filter_fn is None:
+        return None
+    given, own = filter_fn, dict(model.named_modules(remove_duplicate=False))
+    return lambda module, fqn: given(own.get(fqn, module), fqn)
+
+
+def _alias(parameter: nn.Parameter) -> nn.Parameter:
+    """Another parameter in the same memory; one of a special class, such as a quantized one, itself."""
+    if type(parameter) is not nn.Parameter or type(parameter.data) is not Tensor:
+        return parameter
+    alias = nn.Parameter(parameter.detach(), parameter.requires_grad and not parameter.is_inference())
+    vars(alias).update(vars(parameter))
+    return alias
+
+
+def _reachable(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Every object that a model refers to, with the attribute that leads to it; classes and globals are left out."""
+    names = {module: fqn for fqn, module in model.named_modules()}
+    seen: dict[int, Any] = {}
+    left: list[tuple[str, Any]] = [("model", model)]
+    while left:
+        where, value = left.pop()
+        if id(value) in seen or isinstance(value, (type, ModuleType)):
+            continue
+        seen[id(value)] = value
+        yield where, value
+        if isinstance(value, nn.Module):
+            fqn = names.get(value) or (f"a {type(value).__name__}" if value not in names else "model")
+            left += [(f"{fqn}.{name}", part) for name, part in vars(value).items()]
+        elif isinstance(value, ReferenceType):
+            left.append((where, value()))
+        elif isinstance(value, FunctionType):
+            held = [*(value.__closure__ or ()), value.__defaults__, value.__kwdefaults__, vars(value)]
+            left += [(where, part) for part in held]
+        elif not isinstance(value, Tensor):
+            left += [(where, part) for part in gc.get_referents(value) if gc.is_tracked(part)]
+
+
+def _uncopyable(model: nn.Module, shared: dict[int, Any]) -> str:
+    """The first attribute that cannot be copied."""
+    modules = {id(module): module for module in model.modules()}
+    for fqn, module in model.named_modules():
+        for name, value in vars(module).items():
+            try:
+                copy.deepcopy(value, {**shared, **modules})
+            except Exception:
+                return f"{fqn or 'model'}.{name}"
+    return "model"
