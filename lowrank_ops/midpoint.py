@@ -51,6 +51,7 @@ def recalibrate(
         config: how the model is to be compressed, as for :func:`lowrank_ops.compress_`, without a reconstruction;
             layers that will stay dense are named in its overrides.
         options: the keyword arguments that were given to :func:`lowrank_ops.calibrate`; ``sensitivity`` is required.
+            ``forward`` is called with the copy, and has to run it.
 
     Returns:
         New covariances, which share the activation moments with ``covariances``. Two kinds of moments are those of the

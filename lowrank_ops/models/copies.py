@@ -7,7 +7,7 @@ import gc
 from collections.abc import Iterator
 from types import FunctionType, ModuleType
 from typing import Any
-from weakref import ReferenceType
+from weakref import ProxyTypes, ReferenceType
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +34,14 @@ def shared_copy(model: nn.Module) -> nn.Module:
     check_not_wrapped(model)
     with exclusive(model), torch.inference_mode(False):  # parameters created in inference mode could not be trained
         memo: dict[int, Any] = {}
-        for _, value in _reachable(model):
+        for where, value in _reachable(model):
             if isinstance(value, nn.Parameter):
-                memo[id(value)] = _alias(value)
+                if not _is_special(value):
+                    memo[id(value)] = _alias(value)
             elif isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value  # which torch does not copy: a result that the model keeps
+            elif type(value) in ProxyTypes:
+                raise ValueError(f"model cannot be copied: {where} holds a weak proxy. {_REMEDY}")
         shared = dict(memo)
         try:
             copied = copy.deepcopy(model, memo)
@@ -47,11 +50,14 @@ def shared_copy(model: nn.Module) -> nn.Module:
             raise ValueError(
                 f"model cannot be copied: {where} raises {type(error).__name__}: {error}. {_REMEDY}"
             ) from error
+    _check_parameters(model, copied)
+    own = set(model.modules())
     for where, value in _reachable(copied):
-        if id(value) not in shared and memo.get(id(value), value) is not value:
+        kept = isinstance(value, nn.Module) and value in own
+        if kept or (id(value) not in shared and memo.get(id(value), value) is not value):
             raise ValueError(
-                f"model cannot be copied: {where} of the copy would refer to a {type(value).__name__} of the model. "
-                f"{_REMEDY}"
+                f"model cannot be copied: in the copy, {where} would still refer to the model's own "
+                f"{type(value).__name__}. {_REMEDY}"
             )
     return copied
 
@@ -64,10 +70,13 @@ def filter_of_original(model: nn.Module, filter_fn: FilterFn | None) -> FilterFn
     return lambda module, fqn: given(own.get(fqn, module), fqn)
 
 
+def _is_special(parameter: nn.Parameter) -> bool:
+    """Whether a parameter is of a class of its own, such as an uninitialized or a quantized one: it is copied."""
+    return type(parameter) is not nn.Parameter and issubclass(type(parameter), nn.Parameter)
+
+
 def _alias(parameter: nn.Parameter) -> nn.Parameter:
-    """Another parameter in the same memory; one of a special class, such as a quantized one, itself."""
-    if type(parameter) is not nn.Parameter or type(parameter.data) is not Tensor:
-        return parameter
+    """Another parameter in the same memory."""
     alias = nn.Parameter(parameter.detach(), parameter.requires_grad and not parameter.is_inference())
     vars(alias).update(vars(parameter))
     return alias
@@ -84,9 +93,11 @@ def _reachable(model: nn.Module) -> Iterator[tuple[str, Any]]:
             continue
         seen[id(value)] = value
         yield where, value
+        if type(value) in ProxyTypes:
+            continue
         if isinstance(value, nn.Module):
-            fqn = names.get(value) or (f"a {type(value).__name__}" if value not in names else "model")
-            left += [(f"{fqn}.{name}", part) for name, part in vars(value).items()]
+            fqn = names.get(value, f"a {type(value).__name__}") or "model"
+            left += [(f"{fqn}.{name}", part) for name, part in dict(vars(value)).items() if name != "extra_repr"]
         elif isinstance(value, ReferenceType):
             left.append((where, value()))
         elif isinstance(value, FunctionType):
@@ -94,6 +105,21 @@ def _reachable(model: nn.Module) -> Iterator[tuple[str, Any]]:
             left += [(where, part) for part in held]
         elif not isinstance(value, Tensor):
             left += [(where, part) for part in gc.get_referents(value) if gc.is_tracked(part)]
+
+
+def _check_parameters(model: nn.Module, copied: nn.Module) -> None:
+    """Raise ValueError if a ``__deepcopy__`` of the user's has made other parameters."""
+    before, after = (dict(one.named_parameters(remove_duplicate=False)) for one in (model, copied))
+    for fqn in before | after:
+        x, y = before.get(fqn), after.get(fqn)
+        if x is None or y is None or not _same(x, y):
+            raise ValueError(f"model cannot be copied: copy.deepcopy gives another parameter {fqn!r}. {_REMEDY}")
+
+
+def _same(x: nn.Parameter, y: nn.Parameter) -> bool:
+    if not all(type(one) is nn.Parameter and type(one.data) is Tensor for one in (x, y)):
+        return type(x) is type(y)
+    return x.data_ptr() == y.data_ptr() or torch.equal(x, y)
 
 
 def _uncopyable(model: nn.Module, shared: dict[int, Any]) -> str:

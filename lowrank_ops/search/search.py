@@ -153,13 +153,14 @@ def accuracy_of(
             if factors:  # the dense copy keeps the fast path of nn.TransformerEncoderLayer, which hooks would disable
                 for module in [trial, *(trial.get_submodule(fqn) for fqn in factors)]:
                     handles.append(module.register_forward_pre_hook(mine))
-            handles.append(model.register_forward_pre_hook(others))
+                handles.append(trial.register_state_dict_pre_hook(mine))  # saved, to be run elsewhere
+                handles.append(model.register_forward_pre_hook(others))
             accuracy = evaluate(trial)
         if factors and not mine.seen:
             _complain(others.seen)
-        copied = ref(trial)
+        alive = ref(trial)
         del trial
-        if copied() is not None:
+        if alive() is not None:
             gc.collect()  # a model in reference cycles would keep the factors of this trial during the next one
         return _finite(accuracy)
 
@@ -169,12 +170,12 @@ def accuracy_of(
 
 
 class _Runs:
-    """A forward pre-hook that notes whether its module has run, if given a thread, in that one. It can be pickled."""
+    """A hook that notes whether its module has run, if given a thread, in that one. It can be pickled."""
 
     def __init__(self, thread: int | None = None) -> None:
         self.seen, self._thread = False, thread
 
-    def __call__(self, module: nn.Module, args: Any) -> None:
+    def __call__(self, *args: Any) -> None:
         if self._thread is None or (not torch.compiler.is_compiling() and get_ident() == self._thread):
             self.seen = True
 
