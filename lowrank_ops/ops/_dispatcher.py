@@ -118,11 +118,14 @@ def _autocast_kernel(op: Callable[..., Any], device: str, cast: bool) -> Callabl
     def run(*args: Any, **options: Any) -> Any:
         if cast:
             dtype = torch.get_autocast_dtype(device)
-            args = tuple(
-                value.to(dtype) if isinstance(value, Tensor) and value.dtype in _AUTOCAST_DTYPES else value
-                for value in args
-            )
+            args = tuple(_cast(value, dtype) for value in args)
         with torch.autocast(device, enabled=False):
             return op(*args, **options)
 
     return run
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, list):
+        return [_cast(part, dtype) for part in value]
+    return value.to(dtype) if isinstance(value, Tensor) and value.dtype in _AUTOCAST_DTYPES else value
