@@ -79,6 +79,7 @@ def compress_folder(
         TypeError: an argument of another type.
         ValueError: ``source`` is damaged, already compressed or of a class that transformers does not have; covariances
             of another model; a budget that cannot be met; an unavailable ``device``; ``target`` holds other weights.
+            Values are compared with the checksums that :func:`lowrank_ops.save_pretrained` writes.
 
     Example:
         >>> import tempfile, torch, lowrank_ops as lro
@@ -103,7 +104,15 @@ def compress_folder(
     if of_transformers:
         from .integrations.transformers import description, empty_model
 
-        model = empty_model(weights.folder, weights.forms)
+        try:
+            model = empty_model(weights.folder, weights.forms)
+        except (OSError, ValueError):
+            raise
+        except Exception as error:  # of the class, which does not check its configuration
+            raise ValueError(
+                f"source {str(source)!r}: transformers cannot build the model of config.json: {type(error).__name__}: "
+                f"{error}."
+            ) from error
     else:
         model, undescribed = _model_of_state_dict(weights, covariances)
     modules = dict(model.named_modules())
@@ -167,6 +176,7 @@ class _Weights:
         config: of config.json; empty without.
         forms: the tensors by name, without values.
         files: the name of the file of each tensor.
+        checksums: of files that this package wrote; None for other tensors.
         tied: ``{other name: name under which a tensor is stored}``, as this package and safetensors write it.
         index: of several files; None without.
 
@@ -198,6 +208,7 @@ class _Weights:
             raise FileNotFoundError(f"source {str(folder)!r} has no safetensors files; save the model in that format.")
         self.forms: dict[str, Tensor] = {}
         self.files: dict[str, str] = {}
+        self.checksums: dict[str, str | None] = {}
         self.tied: dict[str, str] = {}
         for name in names:
             self._open(name)
@@ -211,6 +222,8 @@ class _Weights:
             with open_tensors(path) as file:
                 metadata, forms = file.metadata() or {}, {key: form_of(file, key) for key in list(file.keys())}
                 header = read_header(file) if HEADER in metadata else {}
+                tied = {**(header.get("tied") or {})}
+                self.checksums |= dict.fromkeys(forms, None) | {**(header.get("checksums") or {})}
         except ValueError as error:
             raise ValueError(f"source: {str(path)!r} is damaged: {error}. Copy it again.") from None
         if header.get("layers"):
@@ -221,18 +234,17 @@ class _Weights:
             )
         self.forms |= forms
         self.files |= dict.fromkeys(forms, name)
-        self.tied |= header.get("tied", {}) or {
-            key: value for key, value in metadata.items() if value in forms and key not in forms
-        }
+        self.tied |= tied or {key: value for key, value in metadata.items() if value in forms and key not in forms}
 
     def read(self, name: str) -> Tensor:
         """A tensor, which is memory of the file until it is copied."""
         path = self.folder / self.files[name]
         try:
             with open_tensors(path) as file:
-                return read_tensor(file, name, None)
+                checksum = self.checksums[name]
+                return read_tensor(file, name, None if checksum is None else {name: checksum})
         except ValueError as error:
-            raise ValueError(f"source: {str(path)!r} was damaged meanwhile: {error}.") from None
+            raise ValueError(f"source: {str(path)!r} is damaged: {error}. Copy it again.") from None
 
     def layer(self, fqn: str, empty: nn.Module) -> nn.Module:
         """The layer ``empty`` with its weight."""
@@ -265,6 +277,11 @@ def _model_of_state_dict(weights: _Weights, covariances: Covariances) -> tuple[n
                 "loaded model instead"
             )
             continue
+        if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
+            raise ValueError(
+                f"source {str(weights.folder)!r}: {fqn}.bias is {tuple(bias.shape)} of {bias.dtype}, which does not "
+                f"fit {fqn}.weight, {tuple(weight.shape)} of {weight.dtype}."
+            )
         sizes = weight.shape[1], weight.shape[0], bias is not None
         places[fqn] = nn.utils.skip_init(nn.Linear, *sizes, device="meta")
         parent, _, name = fqn.rpartition(".")
@@ -272,7 +289,12 @@ def _model_of_state_dict(weights: _Weights, covariances: Covariances) -> tuple[n
     parameters = {name: nn.Parameter(form, requires_grad=False) for name, form in weights.forms.items()}
     for name in [*parameters, *weights.tied]:
         fqn, _, last = name.rpartition(".")
-        place(fqn).register_parameter(last, parameters[weights.tied.get(name, name)])
+        try:
+            place(fqn).register_parameter(last, parameters[weights.tied.get(name, name)])
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"source {str(weights.folder)!r} holds {name!r}, which is no name of a parameter: {error}."
+            ) from None
     return model, undescribed
 
 
