@@ -101,27 +101,26 @@ class BoundedCache(dict[Hashable, Any]):
         super().__setitem__(key, value)
 
 
-def register_autocast(lib: torch.library.Library, name: str, *, cast: bool) -> None:
+def register_autocast(lib: torch.library.Library, name: str, *, cast: int) -> None:
     """Register ``name`` for autocast. The kernel then runs with autocast off.
 
     Args:
         lib: the library that defines the op.
         name: of the op.
-        cast: True casts the inputs to autocast's dtype, as for ``linear``. False leaves them, for ops that accumulate
-            in float32 or float64.
+        cast: how many leading arguments are cast to autocast's dtype, as for ``linear``. 0 for ops that accumulate in
+            float32 or float64.
     """
     for device, key in _AUTOCAST_KEYS.items():
         lib.impl(name, _autocast_kernel(getattr(torch.ops.lowrank_ops, name), device, cast), key)
 
 
-def _autocast_kernel(op: Callable[..., Any], device: str, cast: bool) -> Callable[..., Any]:
+def _autocast_kernel(op: Callable[..., Any], device: str, cast: int) -> Callable[..., Any]:
     def run(*args: Any, **options: Any) -> Any:
-        if cast:
-            dtype = torch.get_autocast_dtype(device)
-            args = tuple(
-                value.to(dtype) if isinstance(value, Tensor) and value.dtype in _AUTOCAST_DTYPES else value
-                for value in args
-            )
+        dtype = torch.get_autocast_dtype(device)
+        args = tuple(
+            value.to(dtype) if place < cast and isinstance(value, Tensor) and value.dtype in _AUTOCAST_DTYPES else value
+            for place, value in enumerate(args)
+        )
         with torch.autocast(device, enabled=False):
             return op(*args, **options)
 
