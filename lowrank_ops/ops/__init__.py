@@ -1,4 +1,4 @@
-"""The ops: ``lowrank_linear``, ``covariance_update_`` and its convolution form; independent of the rest.
+"""The ops: ``lowrank_linear``, also for groups, ``covariance_update_``, also for convolutions; independent of the rest.
 
 One folder per op: ``reference.py`` is plain PyTorch, ``_triton*.py`` and ``_cuda.py`` are kernels, and ``__init__.py``
 lists them in the ``TABLE`` from which ``_backend.choose`` picks.
@@ -11,15 +11,18 @@ from typing import Any
 
 from ..arguments import checked
 from . import covariance as _covariance
+from . import grouped as _grouped
 from . import linear as _linear
 from ._backend import Backend, BackendUnavailableError
 from .covariance import conv_covariance_update_, covariance_finalize_, covariance_update_
+from .grouped import lowrank_linear_grouped
 from .linear import decompositions, lowrank_linear
 
 _EXPLAIN: dict[str, Callable[..., str]] = {
     "covariance_update_": _covariance.explain,
     "conv_covariance_update_": _covariance.explain_conv,
     "lowrank_linear": _linear.explain,
+    "lowrank_linear_grouped": _grouped.explain,
 }
 
 
@@ -28,7 +31,8 @@ def explain(op: str, *args: Any, **options: Any) -> str:
     """Explain which implementation runs a call, and why each other one does not.
 
     Args:
-        op: ``"covariance_update_"``, ``"conv_covariance_update_"`` or ``"lowrank_linear"``.
+        op: ``"covariance_update_"``, ``"conv_covariance_update_"``, ``"lowrank_linear"`` or
+            ``"lowrank_linear_grouped"``.
         args, options: those of the call. Nothing is computed or changed.
 
     Returns:
@@ -63,4 +67,5 @@ __all__ = [
     "decompositions",
     "explain",
     "lowrank_linear",
+    "lowrank_linear_grouped",
 ]

@@ -116,12 +116,16 @@ def register_autocast(lib: torch.library.Library, name: str, *, cast: int) -> No
 
 def _autocast_kernel(op: Callable[..., Any], device: str, cast: int) -> Callable[..., Any]:
     def run(*args: Any, **options: Any) -> Any:
-        dtype = torch.get_autocast_dtype(device)
-        args = tuple(
-            value.to(dtype) if place < cast and isinstance(value, Tensor) and value.dtype in _AUTOCAST_DTYPES else value
-            for place, value in enumerate(args)
-        )
+        if cast:
+            dtype = torch.get_autocast_dtype(device)
+            args = (*(_cast(value, dtype) for value in args[:cast]), *args[cast:])
         with torch.autocast(device, enabled=False):
             return op(*args, **options)
 
     return run
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, list):
+        return [_cast(part, dtype) for part in value]
+    return value.to(dtype) if isinstance(value, Tensor) and value.dtype in _AUTOCAST_DTYPES else value

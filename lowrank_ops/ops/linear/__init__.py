@@ -170,7 +170,7 @@ def lowrank_linear(
         check_activation(activation)
         return reference.two_products(x, down, up, bias, activation)
     if not is_compiling():
-        _count_flops()
+        count_flops(torch.ops.lowrank_ops.lowrank_linear, _flops)
     return torch.ops.lowrank_ops.lowrank_linear(x, down, up, bias, activation=activation, backend=backend)
 
 
@@ -526,10 +526,13 @@ def _decomposed(
     return reference.two_products(x, down, up, bias, activation, down_scale, up_scale)
 
 
-def decompositions() -> dict[Any, Callable[..., Any]]:
-    """torch.export's default decompositions and that of ``lowrank_linear`` into two matrix products.
+DECOMPOSED: dict[Any, Callable[..., Any]] = {torch.ops.lowrank_ops.lowrank_linear.default: _decomposed}
 
-    For consumers that do not know the op. ``torch.onnx.export(..., dynamo=True)`` uses it by itself.
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """torch.export's default decompositions and those of the low-rank ops into matrix products.
+
+    For consumers that do not know the ops. ``torch.onnx.export(..., dynamo=True)`` uses them by itself.
 
     Example:
         >>> import torch, lowrank_ops as lro
@@ -538,8 +541,8 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         >>> "lowrank" in exported.graph_module.code
         False
     """
-    table = torch.export.default_decompositions()
-    table[torch.ops.lowrank_ops.lowrank_linear.default] = _decomposed
+    table: dict[Any, Callable[..., Any]] = torch.export.default_decompositions()
+    table.update(DECOMPOSED)
     return table
 
 
@@ -551,8 +554,8 @@ register_autocast(_lib, "lowrank_linear", cast=4)
 register_decomposition(torch.ops.lowrank_ops.lowrank_linear.default)(_decomposed)
 
 
-def _count_flops() -> None:
-    """Give active FlopCounterModes a formula for the op.
+def count_flops(op: Any, formula: Callable[..., int]) -> None:
+    """Give active FlopCounterModes a formula for an op.
 
     Not registered at import, because ``torch.utils.flop_counter`` imports Triton.
     """
@@ -560,7 +563,7 @@ def _count_flops() -> None:
         for mode in _get_current_dispatch_mode_stack():
             registry = getattr(getattr(mode, "counter", mode), "flop_registry", None)
             if registry is not None:
-                registry.setdefault(torch.ops.lowrank_ops.lowrank_linear, _flops)
+                registry.setdefault(op, formula)
 
 
 def _flops(x: Tensor, down: Tensor, up: Tensor, *args: Any, **kwargs: Any) -> int:
