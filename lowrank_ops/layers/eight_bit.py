@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..arguments import checked
+from ..config import EIGHT_BIT, check_choice
 from ..models.layers import FilterFn, check_no_adapters
 from ._base import LowRankLayer
 from .linear import LowRankLinear
@@ -40,6 +41,7 @@ def quantize_(model: nn.Module, form: str = "int8", filter_fn: FilterFn | None =
           (1): ReLU()
         )
     """
+    check_choice("form", form, tuple(EIGHT_BIT))
     check_no_adapters(model)
     layers = {fqn: layer for fqn, layer in model.named_modules() if isinstance(layer, LowRankLayer)}
     if filter_fn is None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..arguments import checked
 from ..calibration.statistics import LayerStatistics
 from ..config import check_choice
-from ..factors.eight_bit import DTYPES, balanced, quantized
+from ..factors.eight_bit import DTYPES, empty_quantized, quantized
 from ..factors.projections import Factors
 from ..models.layers import dimensions, has_transposed_weight
 from ..ops import lowrank_linear
@@ -171,9 +171,8 @@ class LowRankLinear(LowRankLayer):
     def quantize_(self, form: str = "int8", *, down: bool = True, up: bool = True) -> LowRankLinear:
         """Round the factors to 8 bits with a scale for each of their rows, in place.
 
-        Before, powers of two make the columns of ``up`` equal in size, so that one scale suits a row; ``down`` is
-        multiplied by them. 8-bit factors are parameters without gradients; gradients of the input and of the bias are
-        as before, so that an adapter can be trained on them. Casts such as ``layer.half()`` leave factors and scales.
+        8-bit factors are parameters without gradients; gradients of the input and of the bias are as before, so that
+        an adapter can be trained on them. Casts such as ``layer.half()`` leave 8-bit factors and scales as they are.
 
         Args:
             form: ``"int8"``, or ``"fp8"``, which is float8_e4m3fn: its error is about three times as large, and
@@ -195,26 +194,40 @@ class LowRankLinear(LowRankLayer):
         self._set_quantized(self._quantized(form, down, up))
         return self
 
-    def _quantized(self, form: str, down: bool = True, up: bool = True) -> dict[str, tuple[Tensor, Tensor | None]]:
-        """Both factors with their scales, as :meth:`quantize_` would set them."""
+    def _quantized(self, form: str, down: bool = True, up: bool = True) -> dict[str, tuple[Tensor, Tensor]]:
+        """The values and scales that :meth:`quantize_` sets, by factor."""
         check_choice("form", form, tuple(DTYPES))
         self._refuse_eight_bit("quantize_")
         if not {"down", "up"} <= self._parameters.keys():
             raise ValueError("the factors are parametrized; call torch.nn.utils.parametrize.remove_parametrizations.")
-        parts = zip(("down", "up"), balanced(self.down.detach(), self.up.detach()), (down, up), strict=True)
-        return {
-            name: quantized(factor, form) if wanted else (factor.to(self.down.dtype), None)
-            for name, factor, wanted in parts
-        }
+        wanted = [name for name, flag in (("down", down), ("up", up)) if flag]
+        return {name: quantized(self.get_parameter(name).detach(), form) for name in wanted}
 
-    def _set_quantized(self, parts: dict[str, tuple[Tensor, Tensor | None]]) -> None:
-        self._dtype = self.down.dtype
+    def set_formats_(self, formats: tuple[str | None, str | None]) -> None:
+        """Replace ``down`` and ``up`` by 8-bit factors without content, for a state dict that is loaded next."""
+        named = zip(("down", "up"), formats, strict=True)
+        self._set_quantized(
+            {name: empty_quantized(self.get_parameter(name).detach(), form) for name, form in named if form is not None}
+        )
+
+    def follow_dtype_(self) -> None:
+        """After tensors have been replaced: take the dtype of a factor that is not 8-bit or of the bias.
+
+        transformers gives each parameter of a floating-point dtype a gradient, also those in fp8.
+        """
+        if self._dtype is not None:
+            for factor, scale in zip((self.down, self.up), self._scales(), strict=True):
+                factor.requires_grad_(factor.requires_grad and scale is None)
+            pairs = zip((self.down, self.up, self.bias), (*self._scales(), None), strict=True)
+            others = [tensor.dtype for tensor, scale in pairs if tensor is not None and scale is None]
+            self._dtype = (*others, self._dtype)[0]
+
+    def _set_quantized(self, parts: dict[str, tuple[Tensor, Tensor]]) -> None:
+        """Take what :meth:`_quantized` returned."""
+        self._dtype = self.down.dtype if parts else None
         for name, (values, scale) in parts.items():
-            flag = scale is None and self.get_parameter(name).requires_grad
-            setattr(self, name, nn.Parameter(values, requires_grad=flag))
+            setattr(self, name, nn.Parameter(values, requires_grad=False))
             setattr(self, f"{name}_scale", scale)
-        if all(scale is None for _, scale in parts.values()):
-            self._dtype = None
 
     @torch.no_grad()
     def dequantize_(self) -> LowRankLinear:
@@ -238,8 +251,13 @@ class LowRankLinear(LowRankLayer):
             raise ValueError(f"{operation} needs factors that are not 8-bit; call dequantize_ first.")
 
     def filled_with(self, factors: Factors) -> LowRankLinear:
+        """The same layer, with the values of ``factors``, in their formats."""
         self._refuse_eight_bit("filled_with")
-        return super().filled_with(factors)
+        super().filled_with(factors)
+        down, up = factors.formats
+        if (form := down or up) is not None:
+            self.quantize_(form, down=down is not None, up=up is not None)
+        return self
 
     def _like_weight(self, up: Tensor) -> Tensor:
         return up if self._dtype is None else torch.empty(0, dtype=self._dtype, device=up.device)
@@ -265,8 +283,8 @@ class LowRankLinear(LowRankLayer):
             dtypes = [tensor.dtype for tensor in (given, held) if isinstance(tensor, Tensor)]
             if len(set(dtypes)) == 2 and not set(dtypes).isdisjoint(DTYPES.values()):
                 errors.append(
-                    f"{prefix}{name} is {dtypes[0]} in the state dict and {dtypes[1]} in the model; call quantize_ with "
-                    "the same form, or dequantize_, before the state dict is loaded."
+                    f"{prefix}{name} is {dtypes[0]} in the state dict and {dtypes[1]} in the model; call quantize_ "
+                    "with the same form, or dequantize_, before the state dict is loaded."
                 )
         if not errors:
             super()._load_from_state_dict(state_dict, prefix, *args)

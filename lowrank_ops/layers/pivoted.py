@@ -110,7 +110,8 @@ class PivotedLinear(LowRankLinear):
         """
         if isinstance(layer, PivotedLinear):
             layer = layer.to_lowrank()
-        down, up = layer.down.detach()[: layer.rank], layer.up.detach()[:, : layer.rank]
+        down, up = (factor.detach() for factor in layer.factors())
+        down, up = down[: layer.rank], up[:, : layer.rank]
         bias = None if layer.bias is None else layer.bias.detach()
         pivoted = cls.from_factors(layer.to_dense(), Factors(down, up, bias, layer.rank, "", None, 0.0))
         pivoted.replaced_conv1d = layer.replaced_conv1d

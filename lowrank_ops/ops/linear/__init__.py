@@ -206,7 +206,7 @@ def _with_scales(
         check_activation(activation)
         return reference.two_products(x, down, up, bias, activation, *scales)
     if not is_compiling():
-        _count_flops()
+        count_flops(torch.ops.lowrank_ops.lowrank_linear, _flops)
     return torch.ops.lowrank_ops.lowrank_linear(x, down, up, bias, *scales, activation=activation, backend=backend)
 
 
