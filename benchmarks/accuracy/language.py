@@ -63,6 +63,7 @@ class Variant(NamedTuple):
     then: str | None = None  # "measured", "midpoint", "sequential", "blocks", "distilled" or "distilled on all"
     pivoted: bool = False
     corrected: bool = False  # predictions
+    form: str | None = None  # of 8-bit factors of a model in bfloat16; the budget is then of bytes
 
 
 # SVD-LLM (Wang et al. 2024, arXiv 2403.07378) computes output PCA with uniform ranks. KFAC-SVD's factors are those by
@@ -86,6 +87,9 @@ VARIANTS = {
     "loss, pivoted, corrected, blocks": Variant("loss", "loss", "blocks", True, True),
     "loss, pivoted, corrected, distilled": Variant("loss", "loss", "distilled", True, True),
     "loss, pivoted, corrected, distilled, all text": Variant("loss", "loss", "distilled on all", True, True),
+    "loss, int8": Variant("loss", "loss", form="int8"),
+    "loss, fp8": Variant("loss", "loss", form="fp8"),
+    "loss, corrected, int8": Variant("loss", "loss", corrected=True, form="int8"),
 }
 
 
@@ -186,6 +190,12 @@ class Study:
         return answers(self.dense, self.tokenizer)
 
     @cached_property
+    def bfloat16(self) -> dict[str, LayerSubspaces]:
+        """Subspaces of the model in bfloat16."""
+        model = copy.deepcopy(self.dense).bfloat16()
+        return layer_subspaces({fqn: model.get_submodule(fqn) for fqn in self.covariances}, self.covariances)
+
+    @cached_property
     def corrected(self) -> dict[str, LayerSubspaces]:
         """Subspaces with corrected predictions, by labels that are drawn from the model's own distribution."""
         file = self.cached.with_suffix(".corrected.pt")
@@ -206,6 +216,10 @@ class Study:
         """Everything that is reported of one compressed model."""
         variant, student = VARIANTS[name], copy.deepcopy(self.dense)
         subspaces = self.corrected if variant.corrected else self.plain  # once for all budgets
+        if variant.form is not None:
+            for fqn, space in self.bfloat16.items():
+                space.loss.corrected = subspaces[fqn].loss.corrected  # type: ignore[union-attr]
+            student, subspaces = student.bfloat16(), self.bfloat16
         started = time.perf_counter()
         kept = self.compress(student, variant, budget / 100, subspaces)
         if variant.then == "distilled":
@@ -213,6 +227,7 @@ class Study:
         if variant.then == "distilled on all":
             self.distill(student, windows(self.tokenizer, self.documents), f".{budget:g}.all.safetensors")
         seconds = time.perf_counter() - started
+        student.float()  # 8-bit factors keep their bits
         by_kind = {kind: compare(self.wanted[kind], student, test, self.autocast) for kind, test in self.tests.items()}
         return {
             "layer_share": kept,
@@ -223,8 +238,10 @@ class Study:
         }
 
     def compress(self, model: nn.Module, variant: Variant, share: float, subspaces: dict[str, LayerSubspaces]) -> float:
-        """Compress ``model`` in place; the share of the layers' parameters that it keeps."""
-        policy = lro.ParameterBudget(share, variant.allocation)
+        """Compress ``model`` in place; the share of the layers' bytes that it keeps."""
+        policy: Any = lro.ParameterBudget(share, variant.allocation)
+        if variant.form is not None:
+            policy = lro.ByteBudget(share, variant.form, variant.allocation)
         if variant.projection == "asvd":
             ranks = choose_ranks(policy, subspaces)
             replace_(model, {fqn: asvd(subspaces[fqn], rank) for fqn, rank in ranks.items() if rank is not None})
@@ -258,7 +275,7 @@ class Study:
             reconstruction=None if kind is None else kind(**settings),
             progress=True,
         )
-        return report.layer_parameters / report.layer_parameters_before
+        return report.layer_bytes / report.layer_bytes_before
 
     def distill(self, student: nn.Module, text: Sequence[Tensor], suffix: str) -> None:
         """Train factors, biases and norms by the dense model's next-token distributions, one sequence per step."""
