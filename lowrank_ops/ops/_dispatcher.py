@@ -5,7 +5,8 @@ The dispatcher costs more than a small GEMM. A call that needs none of its featu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import sys
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from torch._C._functorch import is_functorch_wrapped_tensor, peek_interpreter_st
 from torch.autograd import _profiler_enabled, forward_ad
 from torch.compiler import is_compiling
 from torch.nn import Parameter
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils._pytree import tree_map_only
 
 _PLAIN = frozenset((Tensor, Parameter))
 _STRIDED = torch.strided
@@ -51,6 +54,20 @@ def can_bypass(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> bool
         or forward_ad._current_level >= 0
         or _profiler_enabled()
         or _is_any_autocast_enabled()
+    )
+
+
+def is_exporting() -> bool:
+    """As ``torch.compiler.is_exporting``, which Dynamo of torch 2.10 takes for true in ``torch.compile`` as well."""
+    return torch.compiler._is_exporting_flag
+
+
+def all_plain(*lists: Sequence[Tensor]) -> bool:
+    """Whether :func:`can_bypass` finds nothing in these tensors either."""
+    return all(
+        type(tensor) in _PLAIN and tensor.layout is _STRIDED and not tensor.is_neg()
+        for part in lists
+        for tensor in part
     )
 
 
@@ -118,11 +135,20 @@ def _autocast_kernel(op: Callable[..., Any], device: str, cast: bool) -> Callabl
     def run(*args: Any, **options: Any) -> Any:
         if cast:
             dtype = torch.get_autocast_dtype(device)
-            args = tuple(
-                value.to(dtype) if isinstance(value, Tensor) and value.dtype in _AUTOCAST_DTYPES else value
-                for value in args
-            )
+            args = tree_map_only(Tensor, lambda part: part.to(dtype) if part.dtype in _AUTOCAST_DTYPES else part, args)
         with torch.autocast(device, enabled=False):
             return op(*args, **options)
 
     return run
+
+
+def count_flops(formulas: Mapping[Any, Callable[..., int]]) -> None:
+    """Give active FlopCounterModes ``{op: formula}``.
+
+    Not registered at import, because ``torch.utils.flop_counter`` imports Triton.
+    """
+    if "torch.utils.flop_counter" in sys.modules:
+        for mode in _get_current_dispatch_mode_stack():
+            registry = getattr(getattr(mode, "counter", mode), "flop_registry", None)
+            for op, formula in formulas.items() if registry is not None else ():
+                registry.setdefault(op, formula)

@@ -7,7 +7,6 @@ considers them. ``reference`` holds the library GEMMs, ``_triton`` and ``_cuda``
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,7 +14,6 @@ import torch
 from torch import Tensor
 from torch._decomp import register_decomposition
 from torch.compiler import is_compiling
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ...arguments import check_arguments, checked
 from .. import _verify
@@ -25,8 +23,10 @@ from .._dispatcher import (
     BoundedCache,
     all_strided,
     can_bypass,
+    count_flops,
     has_functorch_wrapper,
     in_transform,
+    is_exporting,
     needs_grad,
     register_autocast,
 )
@@ -147,12 +147,13 @@ def lowrank_linear(
     if not is_compiling():
         _check_types(x, down, up, bias)
     # nn.TransformerEncoder passes nested tensors. The comparison is explicit because is_nested of a torch.fx proxy is
-    # not a bool. A trace of torch.jit, also for ONNX, is to run where this op is not known.
-    if x.is_nested is True or in_transform() or (not is_compiling() and torch.jit.is_tracing()):
+    # not a bool. A trace of torch.jit and an exported program are to run where this op is not known.
+    traced = torch.jit.is_tracing() if not is_compiling() else is_exporting() and backend in FREE
+    if x.is_nested is True or in_transform() or traced:
         _check_activation(activation)
         return reference.two_products(x, down, up, bias, activation)
     if not is_compiling():
-        _count_flops()
+        count_flops({torch.ops.lowrank_ops.lowrank_linear: _flops})
     return torch.ops.lowrank_ops.lowrank_linear(x, down, up, bias, activation=activation, backend=backend)
 
 
@@ -463,12 +464,15 @@ def _decomposed(
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """torch.export's default decompositions and that of ``lowrank_linear`` into two matrix products.
 
-    For consumers that do not know the op. ``torch.onnx.export(..., dynamo=True)`` uses it by itself.
+    For exported programs that hold the op because it was called with a named backend; others hold two products already.
 
     Example:
         >>> import torch, lowrank_ops as lro
-        >>> exported = torch.export.export(lro.LowRankLinear(64, 32, rank=8), (torch.randn(4, 64),))
-        >>> exported = exported.run_decompositions(lro.ops.decompositions())
+        >>> class Model(torch.nn.Module):
+        ...     def forward(self, x, down, up):
+        ...         return lro.ops.lowrank_linear(x, down, up, backend="reference")
+        >>> tensors = torch.randn(4, 64), torch.randn(8, 64), torch.randn(32, 8)
+        >>> exported = torch.export.export(Model(), tensors).run_decompositions(lro.ops.decompositions())
         >>> "lowrank" in exported.graph_module.code
         False
     """
@@ -483,18 +487,6 @@ torch.library.register_autograd("lowrank_ops::lowrank_linear", _backward, setup_
 register_autocast(_lib, "lowrank_linear", cast=True)
 # torch.compile does not use this table and keeps one op; torch.onnx.export does.
 register_decomposition(torch.ops.lowrank_ops.lowrank_linear.default)(_decomposed)
-
-
-def _count_flops() -> None:
-    """Give active FlopCounterModes a formula for the op.
-
-    Not registered at import, because ``torch.utils.flop_counter`` imports Triton.
-    """
-    if "torch.utils.flop_counter" in sys.modules:
-        for mode in _get_current_dispatch_mode_stack():
-            registry = getattr(getattr(mode, "counter", mode), "flop_registry", None)
-            if registry is not None:
-                registry.setdefault(torch.ops.lowrank_ops.lowrank_linear, _flops)
 
 
 def _flops(x: Tensor, down: Tensor, up: Tensor, *args: Any, **kwargs: Any) -> int:
