@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..ops import lowrank_experts
-from ..ops._dispatcher import is_exporting
+from ..ops._dispatcher import is_recorded
 from .layers import HOOKS, fused_projections, reason_to_stay_fused, tied_layers
 
 MIN_ROWS = 256  # an expert with fewer rows of its own is also calibrated on rows that went to others
@@ -83,7 +83,7 @@ class ListedExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """As the fused module: hidden_states (tokens, features), the others (tokens, k); returns (tokens, features)."""
-        if is_exporting() or torch.jit.is_tracing():
+        if is_recorded():
             return self._run_all(hidden_states, top_k_index, top_k_weights)
         # Sorted once, so that each expert works on one slice; rows at the end, of larger indices, are for no expert.
         slots, order = top_k_index.T.flatten().sort(stable=True)
@@ -95,8 +95,7 @@ class ListedExperts(nn.Module):
         if factors is not None:
             first, down = factors
             y = self._after(lowrank_experts(self._between(lowrank_experts(x, ends, *first)), ends, *down)) * weights
-            if self._shell.has_post_expert_norm:
-                y = y.masked_fill((slots >= self.num_experts).unsqueeze(1), 0)
+            y = y.masked_fill((slots >= self.num_experts).unsqueeze(1), 0)  # a norm may have a bias
             # The slots of a token are added in their order; index_add_ adds in any order on a GPU.
             y = y[order.argsort()].view(*top_k_index.T.shape, y.shape[-1]).sum(0)
             return y.to(hidden_states.dtype)

@@ -5,8 +5,7 @@ The dispatcher costs more than a small GEMM. A call that needs none of its featu
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -21,8 +20,6 @@ from torch._C._functorch import is_functorch_wrapped_tensor, peek_interpreter_st
 from torch.autograd import _profiler_enabled, forward_ad
 from torch.compiler import is_compiling
 from torch.nn import Parameter
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
-from torch.utils._pytree import tree_map_only
 
 _PLAIN = frozenset((Tensor, Parameter))
 _STRIDED = torch.strided
@@ -60,6 +57,15 @@ def can_bypass(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> bool
 def is_exporting() -> bool:
     """As ``torch.compiler.is_exporting``, which Dynamo of torch 2.10 takes for true in ``torch.compile`` as well."""
     return torch.compiler._is_exporting_flag
+
+
+def is_recorded(free: bool = True) -> bool:
+    """Whether a trace of ``torch.jit`` or ``torch.export`` is to record torch's own ops instead of a custom one.
+
+    Programs are to run where the custom op is not known. An export records it only for a backend asked for by name, not
+    where the choice is ``free``.
+    """
+    return is_exporting() and free if is_compiling() else torch.jit.is_tracing()
 
 
 def all_plain(*lists: Sequence[Tensor]) -> bool:
@@ -135,20 +141,14 @@ def _autocast_kernel(op: Callable[..., Any], device: str, cast: bool) -> Callabl
     def run(*args: Any, **options: Any) -> Any:
         if cast:
             dtype = torch.get_autocast_dtype(device)
-            args = tree_map_only(Tensor, lambda part: part.to(dtype) if part.dtype in _AUTOCAST_DTYPES else part, args)
+            args = tuple(_cast(value, dtype) for value in args)
         with torch.autocast(device, enabled=False):
             return op(*args, **options)
 
     return run
 
 
-def count_flops(formulas: Mapping[Any, Callable[..., int]]) -> None:
-    """Give active FlopCounterModes ``{op: formula}``.
-
-    Not registered at import, because ``torch.utils.flop_counter`` imports Triton.
-    """
-    if "torch.utils.flop_counter" in sys.modules:
-        for mode in _get_current_dispatch_mode_stack():
-            registry = getattr(getattr(mode, "counter", mode), "flop_registry", None)
-            for op, formula in formulas.items() if registry is not None else ():
-                registry.setdefault(op, formula)
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, list):
+        return [_cast(part, dtype) for part in value]
+    return value.to(dtype) if isinstance(value, Tensor) and value.dtype in _AUTOCAST_DTYPES else value

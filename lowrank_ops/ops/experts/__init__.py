@@ -16,7 +16,8 @@ from torch.compiler import is_compiling
 from ...arguments import checked
 from .._backend import Backend, Device, Impl, choose, device_facts, row_stride
 from .._backend import explain as _explain
-from .._dispatcher import all_plain, can_bypass, count_flops, in_transform, is_exporting, register_autocast
+from .._dispatcher import all_plain, can_bypass, in_transform, is_recorded, register_autocast
+from ..linear import DECOMPOSED, count_flops
 from . import reference
 
 # Copying the factors of an expert into stacks has to take less time than the launches of its two GEMMs: about 10 us, in
@@ -99,14 +100,15 @@ def lowrank_experts(
     """
     none = x.new_empty(0)
     factors = list(downs), [none if up is None else up for up in ups], [none if b is None else b for b in biases]
-    if is_exporting() or (not is_compiling() and (torch.jit.is_tracing() or in_transform())):
+    if is_recorded() or in_transform():
         return reference.masked(x, ends, *factors)
     if can_bypass(x, ends, x, None) and all_plain(*factors):
         grads = torch.is_grad_enabled() and (x.requires_grad or any(f.requires_grad for part in factors for f in part))
         if not grads:
             return _run(x, ends, *factors)
     if not is_compiling():
-        count_flops({torch.ops.lowrank_ops.lowrank_experts: _flops, _gradients: _gradient_flops})
+        count_flops(torch.ops.lowrank_ops.lowrank_experts, _flops)
+        count_flops(_gradients, _gradient_flops)
     result: Tensor = torch.ops.lowrank_ops.lowrank_experts(x, ends, *factors)
     return result
 
@@ -233,6 +235,7 @@ torch.library.register_fake("lowrank_ops::lowrank_experts", _fake, lib=_lib)
 torch.library.register_fake("lowrank_ops::lowrank_experts_backward", _fake_backward, lib=_lib)
 torch.library.register_autograd("lowrank_ops::lowrank_experts", _backward, setup_context=_setup_context, lib=_lib)
 register_autocast(_lib, "lowrank_experts", cast=True)
+DECOMPOSED[torch.ops.lowrank_ops.lowrank_experts.default] = reference.masked
 
 
 def _flops(x: Tensor, ends: Tensor, downs: list[Tensor], ups: list[Tensor], *args: Any, **kwargs: Any) -> int:

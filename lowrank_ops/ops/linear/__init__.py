@@ -7,6 +7,7 @@ considers them. ``reference`` holds the library GEMMs, ``_triton`` and ``_cuda``
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torch._decomp import register_decomposition
 from torch.compiler import is_compiling
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ...arguments import check_arguments, checked
 from .. import _verify
@@ -23,10 +25,9 @@ from .._dispatcher import (
     BoundedCache,
     all_strided,
     can_bypass,
-    count_flops,
     has_functorch_wrapper,
     in_transform,
-    is_exporting,
+    is_recorded,
     needs_grad,
     register_autocast,
 )
@@ -147,13 +148,12 @@ def lowrank_linear(
     if not is_compiling():
         _check_types(x, down, up, bias)
     # nn.TransformerEncoder passes nested tensors. The comparison is explicit because is_nested of a torch.fx proxy is
-    # not a bool. A trace of torch.jit and an exported program are to run where this op is not known.
-    traced = torch.jit.is_tracing() if not is_compiling() else is_exporting() and backend in FREE
-    if x.is_nested is True or in_transform() or traced:
+    # not a bool.
+    if x.is_nested is True or in_transform() or is_recorded(backend in FREE):
         _check_activation(activation)
         return reference.two_products(x, down, up, bias, activation)
     if not is_compiling():
-        count_flops({torch.ops.lowrank_ops.lowrank_linear: _flops})
+        count_flops(torch.ops.lowrank_ops.lowrank_linear, _flops)
     return torch.ops.lowrank_ops.lowrank_linear(x, down, up, bias, activation=activation, backend=backend)
 
 
@@ -461,10 +461,13 @@ def _decomposed(
     return reference.two_products(x, down, up, bias, activation)
 
 
-def decompositions() -> dict[Any, Callable[..., Any]]:
-    """torch.export's default decompositions and that of ``lowrank_linear`` into two matrix products.
+DECOMPOSED: dict[Any, Callable[..., Any]] = {torch.ops.lowrank_ops.lowrank_linear.default: _decomposed}
 
-    For exported programs that hold the op because it was called with a named backend; others hold two products already.
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """torch.export's default decompositions and those of the low-rank ops into matrix products.
+
+    For exported programs that hold an op because it was called with a named backend; others hold products already.
 
     Example:
         >>> import torch, lowrank_ops as lro
@@ -476,8 +479,8 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         >>> "lowrank" in exported.graph_module.code
         False
     """
-    table = torch.export.default_decompositions()
-    table[torch.ops.lowrank_ops.lowrank_linear.default] = _decomposed
+    table: dict[Any, Callable[..., Any]] = torch.export.default_decompositions()
+    table.update(DECOMPOSED)
     return table
 
 
@@ -487,6 +490,18 @@ torch.library.register_autograd("lowrank_ops::lowrank_linear", _backward, setup_
 register_autocast(_lib, "lowrank_linear", cast=True)
 # torch.compile does not use this table and keeps one op; torch.onnx.export does.
 register_decomposition(torch.ops.lowrank_ops.lowrank_linear.default)(_decomposed)
+
+
+def count_flops(op: Any, formula: Callable[..., int]) -> None:
+    """Give active FlopCounterModes a formula for an op.
+
+    Not registered at import, because ``torch.utils.flop_counter`` imports Triton.
+    """
+    if "torch.utils.flop_counter" in sys.modules:
+        for mode in _get_current_dispatch_mode_stack():
+            registry = getattr(getattr(mode, "counter", mode), "flop_registry", None)
+            if registry is not None:
+                registry.setdefault(op, formula)
 
 
 def _flops(x: Tensor, down: Tensor, up: Tensor, *args: Any, **kwargs: Any) -> int:
