@@ -11,7 +11,7 @@ import torch
 
 from ..factors.eight_bit import DTYPES as DTYPES_8_BIT
 from ..factors.eight_bit import quantized
-from ..ops import _native, _verify, covariance, linear
+from ..ops import _native, _verify, covariance, grouped, linear
 from ..ops._backend import Backend, Impl, kernel_of
 from ..ops.covariance import _cuda as covariance_cuda
 from ..ops.linear import _cuda as linear_cuda
@@ -100,8 +100,8 @@ def _kernels(op: str, table: tuple[Impl, ...], problem: Any) -> Iterator[tuple[s
     for impl in table:
         if impl.backend is Backend.TRITON and impl.supports(problem) is None:
             yield kernel_of(impl, problem), impl, {}
-    cuda = next(impl for impl in table if impl.backend is Backend.CUDA)
-    if _native.unavailable_on(problem.device.type) is None:
+    cuda = next((impl for impl in table if impl.backend is Backend.CUDA), None)
+    if cuda is not None and _native.unavailable_on(problem.device.type) is None:
         for kernel in _native.KERNELS:
             choice = _native.Choice(kernel=kernel)
             if not _REFUSE[op](problem, choice):
@@ -125,6 +125,9 @@ def _cases(device: torch.device) -> Iterator[tuple[str, tuple[Impl, ...], Any, _
                     )
                     scales = {"down_scale": down_scale, "up_scale": up_scale}
                     yield _linear(x, down_8, up_8, normal(outputs).to(dtype), "gelu", **scales)
+                yield _grouped(
+                    x, [down, down[: rank // 2]], [up, up[:, : rank // 2].contiguous()], [None, up[:, 0].contiguous()]
+                )
     for dtype, tf32 in (*((dtype, False) for dtype in DTYPES), (torch.float32, False), (torch.float32, True)):
         for state in (torch.float32, torch.float64):
             for matrix in MATRICES:
@@ -152,6 +155,15 @@ def _linear(*args: Any, **scales: Any) -> tuple[str, tuple[Impl, ...], Any, _Run
         return reference.errors(impl.run(problem, *args, **scales, **options), *args, **scales)
 
     return "lowrank_linear", linear.TABLE, problem, compare
+
+
+def _grouped(*args: Any) -> tuple[str, tuple[Impl, ...], Any, _Run]:
+    problem = grouped.describe(*args)
+
+    def compare(impl: Impl) -> _verify.Errors | None:
+        return grouped.reference.errors(impl.run(problem, *args), *args)
+
+    return "lowrank_linear_grouped", grouped.TABLE, problem, compare
 
 
 def _comparison(trial: Callable[..., _verify.Errors | None], problem: Any, x: torch.Tensor) -> _Run:

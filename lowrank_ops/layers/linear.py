@@ -161,7 +161,7 @@ class LowRankLinear(LowRankLayer):
     def _scales(self) -> tuple[Tensor | None, Tensor | None]:
         return self._buffers.get("down_scale"), self._buffers.get("up_scale")
 
-    def factors(self) -> tuple[Tensor, Tensor]:
+    def float_factors(self) -> tuple[Tensor, Tensor]:
         """``down`` and ``up``, 8-bit ones as tensors of the layer's dtype, computed in every call."""
         down_scale, up_scale = self._scales()
         return dequantized(self.down, down_scale, self.dtype), dequantized(self.up, up_scale, self.dtype)
@@ -239,7 +239,7 @@ class LowRankLinear(LowRankLayer):
             >>> layer.dequantize_().down.dtype
             torch.float32
         """
-        for name, factor, scale in zip(("down", "up"), self.factors(), self._scales(), strict=True):
+        for name, factor, scale in zip(("down", "up"), self.float_factors(), self._scales(), strict=True):
             if scale is not None:
                 setattr(self, name, nn.Parameter(factor))
                 setattr(self, f"{name}_scale", None)
@@ -289,9 +289,15 @@ class LowRankLinear(LowRankLayer):
         if not errors:
             super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def factors(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """Down, up and bias, if a call of this layer computes only their product; None of a subclass, or 8-bit."""
+        plain = type(self) is LowRankLinear and {"down", "up", "bias"} <= self._parameters.keys()
+        plain = plain and self._dtype is None
+        return (self.down, self.up, self.bias) if plain else None
+
     def product(self) -> Tensor:
         """The product (out_features, in_features), computed in every call."""
-        down, up = self.factors()
+        down, up = self.float_factors()
         return up @ down
 
     def to_dense(self) -> nn.Linear:

@@ -27,6 +27,7 @@ from .._dispatcher import (
     can_bypass,
     has_functorch_wrapper,
     in_transform,
+    is_recorded,
     needs_grad,
     register_autocast,
 )
@@ -166,7 +167,7 @@ def lowrank_linear(
             return _record(run, activation, backend, x, down, up, bias)
     if not is_compiling():
         check_types(x=x, down=down, up=up, bias=bias)
-    if _runs_unrecorded(x):
+    if _runs_as_products(x, backend):
         check_activation(activation)
         return reference.two_products(x, down, up, bias, activation)
     if not is_compiling():
@@ -174,13 +175,13 @@ def lowrank_linear(
     return torch.ops.lowrank_ops.lowrank_linear(x, down, up, bias, activation=activation, backend=backend)
 
 
-def _runs_unrecorded(x: Tensor) -> bool:
+def _runs_as_products(x: Tensor, backend: str) -> bool:
     """Whether the call runs as torch's GEMMs and not as the op.
 
     nn.TransformerEncoder passes nested tensors. The comparison is explicit because is_nested of a torch.fx proxy is not
-    a bool. A trace of torch.jit, also for ONNX, is to run where this op is not known.
+    a bool.
     """
-    return x.is_nested is True or in_transform() or (not is_compiling() and torch.jit.is_tracing())
+    return x.is_nested is True or in_transform() or is_recorded(backend in FREE)
 
 
 def _with_scales(
@@ -202,7 +203,7 @@ def _with_scales(
             return run(x, down, up, bias, *scales)
     if not is_compiling():
         check_types(x=x, down=down, up=up, bias=bias, down_scale=down_scale, up_scale=up_scale)
-    if _runs_unrecorded(x):
+    if _runs_as_products(x, backend):
         check_activation(activation)
         return reference.two_products(x, down, up, bias, activation, *scales)
     if not is_compiling():
@@ -532,12 +533,15 @@ DECOMPOSED: dict[Any, Callable[..., Any]] = {torch.ops.lowrank_ops.lowrank_linea
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """torch.export's default decompositions and those of the low-rank ops into matrix products.
 
-    For consumers that do not know the ops. ``torch.onnx.export(..., dynamo=True)`` uses them by itself.
+    For exported programs that hold an op because it was called with a named backend; others hold products already.
 
     Example:
         >>> import torch, lowrank_ops as lro
-        >>> exported = torch.export.export(lro.LowRankLinear(64, 32, rank=8), (torch.randn(4, 64),))
-        >>> exported = exported.run_decompositions(lro.ops.decompositions())
+        >>> class Model(torch.nn.Module):
+        ...     def forward(self, x, down, up):
+        ...         return lro.ops.lowrank_linear(x, down, up, backend="reference")
+        >>> tensors = torch.randn(4, 64), torch.randn(8, 64), torch.randn(32, 8)
+        >>> exported = torch.export.export(Model(), tensors).run_decompositions(lro.ops.decompositions())
         >>> "lowrank" in exported.graph_module.code
         False
     """
