@@ -164,7 +164,8 @@ class LowRankLinear(LowRankLayer):
     def float_factors(self) -> tuple[Tensor, Tensor]:
         """``down`` and ``up``, 8-bit ones as tensors of the layer's dtype, computed in every call."""
         down_scale, up_scale = self._scales()
-        return dequantized(self.down, down_scale, self.dtype), dequantized(self.up, up_scale, self.dtype)
+        dtype = self._dtype or torch.float32  # not used without scales
+        return dequantized(self.down, down_scale, dtype), dequantized(self.up, up_scale, dtype)
 
     @torch.no_grad()
     @checked()

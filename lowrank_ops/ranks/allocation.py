@@ -77,7 +77,9 @@ def allocate_bytes(
         ValueError: as for :func:`allocate`.
     """
     price = Price("bytes", lambda fqn, space: dense_bytes(space), lambda fqn, space, rank: lowrank_bytes(space, rank))
-    options, worth, roundings = {}, {}, {}
+    options: dict[str, list[Option]] = {}
+    worth: dict[str, list[float]] = {}
+    roundings: dict[str, Rounding | None] = {}
     for fqn, space in spaces.items():
         if fqn in fixed:
             continue
@@ -90,7 +92,7 @@ def allocate_bytes(
         space.release(directions=not held)  # compress_ bounds what is held
         if not pairs:
             raise ValueError(f"bounds leave no rank for {fqn!r} that saves bytes; widen them.")
-        options[fqn], worth[fqn] = ([pair[i] for pair in pairs] for i in (0, 1))
+        options[fqn], worth[fqn] = [option for option, _ in pairs], [value for _, value in pairs]
     budget = _budget(fraction, price, spaces, fixed, options)
     taken = _taken(options, None if allocation == "uniform" else worth, budget, hull=True)
     return {fqn: (options[fqn][index], roundings[fqn]) for fqn, index in taken.items()}

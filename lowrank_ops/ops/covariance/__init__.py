@@ -500,4 +500,4 @@ for _name, _kernel, _fake_kernel in (
 ):
     _lib.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lowrank_ops::{_name}", _fake_kernel, lib=_lib)
-    register_autocast(_lib, _name, cast=0)
+    register_autocast(_lib, _name, cast=False)

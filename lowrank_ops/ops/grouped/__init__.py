@@ -416,7 +416,7 @@ torch.library.register_fake("lowrank_ops::lowrank_linear_grouped", _fake, lib=_l
 torch.library.register_autograd(
     "lowrank_ops::lowrank_linear_grouped", _backward, setup_context=_setup_context, lib=_lib
 )
-register_autocast(_lib, "lowrank_linear_grouped", cast=4)
+register_autocast(_lib, "lowrank_linear_grouped", cast=True)
 DECOMPOSED[torch.ops.lowrank_ops.lowrank_linear_grouped.default] = _decomposed
 register_decomposition(torch.ops.lowrank_ops.lowrank_linear_grouped.default)(_decomposed)
 

@@ -553,7 +553,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 _lib.impl("lowrank_linear", _run, "CompositeExplicitAutograd")
 torch.library.register_fake("lowrank_ops::lowrank_linear", _fake, lib=_lib)
 torch.library.register_autograd("lowrank_ops::lowrank_linear", _backward, setup_context=_setup_context, lib=_lib)
-register_autocast(_lib, "lowrank_linear", cast=4)
+register_autocast(_lib, "lowrank_linear", cast=True, first=4)
 # torch.compile does not use this table and keeps one op; torch.onnx.export does.
 register_decomposition(torch.ops.lowrank_ops.lowrank_linear.default)(_decomposed)
 
