@@ -66,6 +66,7 @@ class BlockReconstruction:
         lr: peak learning rate of Adam relative to the root mean square of each factor.
         held_out: share of the batches, from the end, that are not used for training. The epoch with the lowest error
             on them is used; a block that does not improve keeps its factors.
+        autocast: ``torch.bfloat16`` runs the models in mixed precision; None does not. Factors and errors stay float32.
         mask, unmasked_rows, forward: as for :func:`lowrank_ops.calibrate`.
         blocks: names of the containers whose children are the blocks, such as ``"model.layers"``; None finds them.
         checkpoint: file written after every block. If it exists, the run resumes from it and gives the same factors,
@@ -93,6 +94,7 @@ class BlockReconstruction:
     blocks: str | Sequence[str] | None = None
     checkpoint: str | Path | None = None
     unmasked_rows: str = "count"
+    autocast: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         check_arguments(type(self), vars(self))
@@ -101,6 +103,19 @@ class BlockReconstruction:
         check_positive(epochs=self.epochs, lr=self.lr)
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out must be a number in (0, 1); got {self.held_out!r}.")
+        if self.autocast not in (None, torch.bfloat16):
+            raise ValueError(f"autocast must be None or torch.bfloat16; got {self.autocast!r}.")
+
+    def precision(self, device: torch.device) -> torch.autocast:
+        """The context of the models' runs; without a cache of weights, which training changes."""
+        return torch.autocast(
+            device.type, self.autocast or torch.bfloat16, self.autocast is not None, cache_enabled=False
+        )
+
+    def run(self, model: nn.Module, batch: Any) -> Any:
+        """The model's output for a batch."""
+        with self.precision(device_of(model)):
+            return (self.forward or call_model)(model, batch)
 
 
 @on_listed_experts
@@ -136,19 +151,19 @@ def reconstruct_blocks(
     found, _ = find_layers(model)
     layers = {fqn: found[fqn] for fqn in factors}
     chains = find_chains(model, layers) if settings.blocks is None else chains_named(model, settings.blocks)
-    run = settings.forward or call_model
     checkpoint = None if settings.checkpoint is None else Path(settings.checkpoint)
     identity: dict[str, Any] = {}
     done: dict[str, Factors] = {}
     if checkpoint is not None:
         own = {name: getattr(settings, name) for name in ("epochs", "lr", "held_out")}
+        own["autocast"] = str(settings.autocast)
         given = digest({fqn: (part.down, part.up, part.bias) for fqn, part in factors.items()})
         identity = run_identity(layers, factors, batches, settings, kind="blocks", start=given, chains=chains, **own)
         done = resume_checkpoint(checkpoint, identity, layers)
 
     masks = Masks(model, settings.mask, settings.unmasked_rows)
     new = dict(factors)
-    with PairedRuns(model, layers, batches, run, masks, chains, strict=settings.blocks is not None) as runs:
+    with PairedRuns(model, layers, batches, settings.run, masks, chains, strict=settings.blocks is not None) as runs:
         members = {block: _layers_in(block_name(model, block), layers) for block in runs.blocks}
         trained = [block for block in runs.blocks if members[block]]
         if not trained:
@@ -211,7 +226,10 @@ def _train(
     calls = dict(runs.block_calls(block))
     name = block_name(runs.model, block)
     module = runs.model.get_submodule(name)
-    if not runs.runs_alone(block, calls[0]):
+    precision = settings.precision(runs.device)
+    with precision:
+        alone = runs.runs_alone(block, calls[0])
+    if not alone:
         raise ValueError(
             f"block {name!r} cannot be run alone: its output depends on values beside its arguments, such as those "
             "that other modules have stored. Use SequentialReconstruction, which runs the whole model."
@@ -230,8 +248,10 @@ def _train(
 
     def error(batch: int) -> Tensor:
         call = calls[batch]
-        difference = rows(runs.run_block(block, call), call) - targets[batch].to(runs.device)
-        return (difference.float() @ metric).square().sum(-1).mean()
+        with precision:
+            output = runs.run_block(block, call)
+        difference = rows(output, call).float() - targets[batch].to(runs.device)
+        return (difference @ metric).square().sum(-1).mean()
 
     held = max(1, round(settings.held_out * len(calls)))
     training, testing = list(calls)[:-held], list(calls)[-held:]
@@ -340,7 +360,7 @@ def _output_metrics(
     To second order, an error e of one row increases the loss by |e L|^2 / 2.
     """
     assert settings.sensitivity is not None
-    device, run = device_of(model), settings.forward or call_model
+    device = device_of(model)
     gradients = OutputGradients()
     masks = Masks(model, settings.mask, settings.unmasked_rows)
     sums: dict[str, Tensor] = {}
@@ -361,7 +381,7 @@ def _output_metrics(
         for batch in ProgressBar(batches, desc="output gradients", unit="batch", disable=not progress):
             moved = move(batch, device)
             # The output is not bound to a name, which would keep this batch's graph during the next forward.
-            loss = objective(settings.sensitivity, run(model, moved), moved, masks.of_output()).loss
+            loss = objective(settings.sensitivity, settings.run(model, moved), moved, masks.of_output()).loss
             for name, values, mask, _ in gradients.of(loss):
                 rows = _rows(name, modules[name], values, mask)
                 rows = rows.to(float64_device(rows.device)).double()
