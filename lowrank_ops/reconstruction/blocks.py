@@ -106,15 +106,15 @@ class BlockReconstruction:
         if self.autocast not in (None, torch.bfloat16):
             raise ValueError(f"autocast must be None or torch.bfloat16; got {self.autocast!r}.")
 
-    def precision(self, device: torch.device) -> torch.autocast:
+    def _precision(self, device: torch.device) -> torch.autocast:
         """The context of the models' runs; without a cache of weights, which training changes."""
         return torch.autocast(
             device.type, self.autocast or torch.bfloat16, self.autocast is not None, cache_enabled=False
         )
 
-    def run(self, model: nn.Module, batch: Any) -> Any:
+    def _run(self, model: nn.Module, batch: Any) -> Any:
         """The model's output for a batch."""
-        with self.precision(device_of(model)):
+        with self._precision(device_of(model)):
             return (self.forward or call_model)(model, batch)
 
 
@@ -163,7 +163,10 @@ def reconstruct_blocks(
 
     masks = Masks(model, settings.mask, settings.unmasked_rows)
     new = dict(factors)
-    with PairedRuns(model, layers, batches, settings.run, masks, chains, strict=settings.blocks is not None) as runs:
+    with (
+        torch.autocast(device_of(model).type, enabled=False),  # the caller's
+        PairedRuns(model, layers, batches, settings._run, masks, chains, strict=settings.blocks is not None) as runs,
+    ):
         members = {block: _layers_in(block_name(model, block), layers) for block in runs.blocks}
         trained = [block for block in runs.blocks if members[block]]
         if not trained:
@@ -226,7 +229,7 @@ def _train(
     calls = dict(runs.block_calls(block))
     name = block_name(runs.model, block)
     module = runs.model.get_submodule(name)
-    precision = settings.precision(runs.device)
+    precision = settings._precision(runs.device)
     with precision:
         alone = runs.runs_alone(block, calls[0])
     if not alone:
@@ -250,8 +253,8 @@ def _train(
         call = calls[batch]
         with precision:
             output = runs.run_block(block, call)
-        difference = rows(output, call).float() - targets[batch].to(runs.device)
-        return (difference @ metric).square().sum(-1).mean()
+        difference = rows(output, call) - targets[batch].to(runs.device)
+        return (difference.float() @ metric).square().sum(-1).mean()
 
     held = max(1, round(settings.held_out * len(calls)))
     training, testing = list(calls)[:-held], list(calls)[-held:]
@@ -381,7 +384,7 @@ def _output_metrics(
         for batch in ProgressBar(batches, desc="output gradients", unit="batch", disable=not progress):
             moved = move(batch, device)
             # The output is not bound to a name, which would keep this batch's graph during the next forward.
-            loss = objective(settings.sensitivity, settings.run(model, moved), moved, masks.of_output()).loss
+            loss = objective(settings.sensitivity, settings._run(model, moved), moved, masks.of_output()).loss
             for name, values, mask, _ in gradients.of(loss):
                 rows = _rows(name, modules[name], values, mask)
                 rows = rows.to(float64_device(rows.device)).double()
