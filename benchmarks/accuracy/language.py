@@ -275,6 +275,7 @@ class Study:
             reconstruction = lro.BlockReconstruction(
                 sequences,
                 sensitivity=self.sensitivity,
+                epochs=3,
                 autocast=self.autocast,
                 checkpoint=self.checkpoint(name, budget, "blocks"),
             )

@@ -48,6 +48,7 @@ from .sequential import chains_named, checked_batches
 
 DAMPING = 1e-3  # of the output metric, relative to its mean diagonal
 WARMUP = 5  # steps
+LOWER = 4.0  # divides the learning rate where the first epoch does not lower the error
 _FIELDS = ("last_hidden_state",)  # of a block's output, where it is an object or a mapping
 
 
@@ -63,7 +64,8 @@ class BlockReconstruction:
             block's error. None: the error of each output feature is relative to the variance of what the block adds to
             its input.
         epochs: passes over the batches for each block.
-        lr: peak learning rate of Adam relative to the root mean square of each factor.
+        lr: peak learning rate of Adam relative to the root mean square of each factor. A block whose error the first
+            epoch does not lower starts again with a quarter of it, at most twice.
         held_out: share of the batches, from the end, that are not used for training. The epoch with the lowest error
             on them is used; a block that does not improve keeps its factors.
         autocast: ``torch.bfloat16`` runs the models in mixed precision; None does not. Factors and errors stay float32.
@@ -87,7 +89,7 @@ class BlockReconstruction:
     batches: Iterable[Any]
     sensitivity: Sensitivity | None = None
     epochs: int = 4
-    lr: float = 2e-3
+    lr: float = 1e-3
     held_out: float = 0.125
     mask: Mask | None = None
     forward: Callable[[nn.Module, Any], Any] | None = None
@@ -275,20 +277,25 @@ def _train(
     for fqn, layer in new.items():
         runs.replace(fqn, layer.requires_grad_(True))
     parameters = [parameter for layer in new.values() for parameter in layer.parameters()]
+    start = [parameter.detach().clone() for parameter in parameters]
     best, states = held_out_error(), None
     if not math.isfinite(best):
         raise NonFiniteActivationError(
             f"block {name!r}: its error is {best} in the compressed model. Check the batches, or run the model in a "
             "wider dtype."
         )
-    for _ in _epochs(parameters, gradients_of, training, settings):
-        if (value := held_out_error()) < best:
-            best, states = value, [parameter.detach().clone() for parameter in parameters]
+    for lr in (settings.lr, settings.lr / LOWER, settings.lr / LOWER**2):
+        for _ in _epochs(parameters, gradients_of, training, settings.epochs, lr):
+            if (value := held_out_error()) < best:
+                best, states = value, [parameter.detach().clone() for parameter in parameters]
+            elif states is None:
+                break
+        if states is not None:
+            break
+        _fill(parameters, start)
     if states is None:
         return {fqn: factors for fqn, (_, factors) in members.items()}
-    with torch.no_grad():
-        for parameter, state in zip(parameters, states, strict=True):
-            parameter.copy_(state)
+    _fill(parameters, states)
     return {fqn: _factors_of(new[fqn], factors) for fqn, (_, factors) in members.items()}
 
 
@@ -296,7 +303,8 @@ def _epochs(
     parameters: Sequence[nn.Parameter],
     gradients_of: Callable[[int], Sequence[Tensor | None]],
     training: Sequence[int],
-    settings: BlockReconstruction,
+    epochs: int,
+    lr: float,
 ) -> Iterator[None]:
     """Adam with a cosine schedule; yields after each epoch.
 
@@ -304,13 +312,13 @@ def _epochs(
     """
     wide = [torch.promote_types(parameter.dtype, torch.float32) for parameter in parameters]
     masters = [parameter.detach().to(dtype, copy=True) for parameter, dtype in zip(parameters, wide, strict=True)]
-    rates = [settings.lr * float(master.square().mean().sqrt()) for master in masters]
+    rates = [lr * float(master.square().mean().sqrt()) for master in masters]
     optimizer = torch.optim.Adam(
         [{"params": [master], "lr": rate} for master, rate in zip(masters, rates, strict=True)]
     )
     generator = torch.Generator().manual_seed(SEED)
-    step, total = 0, settings.epochs * len(training)
-    for _ in range(settings.epochs):
+    step, total = 0, epochs * len(training)
+    for _ in range(epochs):
         for position in torch.randperm(len(training), generator=generator).tolist():
             factor = min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / total))
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -319,11 +327,15 @@ def _epochs(
             for master, gradient in zip(masters, gradients, strict=True):
                 master.grad = None if gradient is None else gradient.to(master.dtype)
             optimizer.step()
-            with torch.no_grad():
-                for parameter, master in zip(parameters, masters, strict=True):
-                    parameter.copy_(master)
+            _fill(parameters, masters)
             step += 1
         yield
+
+
+@torch.no_grad()
+def _fill(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)
 
 
 def _factors_of(layer: LowRankLayer, old: Factors) -> Factors:

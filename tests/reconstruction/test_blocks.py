@@ -125,6 +125,22 @@ def test_narrow_models_are_trained_in_float32(dtype: torch.dtype) -> None:
     assert all(part.down.dtype == dtype for part in found.values())
 
 
+def test_a_rate_that_is_too_high_is_lowered(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, draw = deep(2)
+    batches, others = draw(8), draw(4)
+    factors = one_shot(model, batches, None, rank=6)
+    run, rates = blocks._epochs, []
+
+    def epochs(*args: Any) -> Any:
+        rates.append(args[-1])
+        return run(*args)
+
+    monkeypatch.setattr(blocks, "_epochs", epochs)
+    found = trained(model, factors, batches, lr=0.3)
+    assert set(rates) == {0.3, 0.3 / 4} and error(model, found, others) < error(model, factors, others)
+    assert any(part.reconstructed for part in found.values())
+
+
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 def test_mixed_precision_is_that_of_the_settings(autocast: torch.dtype | None) -> None:
     model, draw = deep(2)
