@@ -170,8 +170,7 @@ class Study:
             kind: [logits_of(dense, ids, self.autocast).half() for ids in self.tests[kind]] for kind in self.tests
         }
         self.dense_perplexity = {
-            kind: compare(self.wanted[kind], dense, test, self.autocast)["perplexity"]
-            for kind, test in self.tests.items()
+            kind: compare(self.wanted[kind], self.wanted[kind], test)["perplexity"] for kind, test in self.tests.items()
         }
         options.cache.mkdir(exist_ok=True)
         self.cached = options.cache / f"{options.calibrate}-{options.tokens}-{options.sensitivity}.safetensors"
@@ -223,7 +222,12 @@ class Study:
             if step in variant.then:
                 self.distill(student, self.text(tokens), self.checkpoint(name, budget, step))
         seconds = time.perf_counter() - started
-        by_kind = {kind: compare(self.wanted[kind], student, test, self.autocast) for kind, test in self.tests.items()}
+        by_kind, forward = {}, 0.0
+        for kind, test in self.tests.items():
+            started = time.process_time()
+            logits = [logits_of(student, ids, self.autocast).half() for ids in test]
+            forward += time.process_time() - started
+            by_kind[kind] = compare(self.wanted[kind], logits, test)
         generated = {}
         if not self.options.no_answers:
             found, speed = answers(student, self.tokenizer)
@@ -233,6 +237,7 @@ class Study:
             "bytes": sum(part.nbytes for part in (*student.parameters(), *student.buffers())),
             "seconds": seconds,
             "calibration_seconds": self.calibration_seconds,
+            "tokens_per_second": sum(ids.numel() for test in self.tests.values() for ids in test) / forward,
             **{f"{kind}_{name}": value for kind, found in by_kind.items() for name, value in found.items()},
             **generated,
         }
@@ -351,36 +356,23 @@ def logits_of(model: nn.Module, ids: Tensor, autocast: torch.dtype | None = None
         return model(input_ids=ids).logits[:, :-1].float().flatten(0, 1)
 
 
-@torch.inference_mode()
-def compare(
-    dense: Sequence[Tensor], student: nn.Module, test: Sequence[Tensor], autocast: torch.dtype | None = None
-) -> dict[str, float]:
+def compare(dense: Sequence[Tensor], student: Sequence[Tensor], test: Sequence[Tensor]) -> dict[str, float]:
     """Perplexity of the student, and how it differs from the dense model: next-token agreement and KL divergence.
 
     Args:
-        dense: the dense model's logits, by batch.
-        student: the model to test.
+        dense, student: the models' logits, by batch.
         test: batches of token ids.
-        autocast: of mixed precision, or None.
     """
-    loss = agreed = divergence = seconds = 0.0
+    loss = agreed = divergence = 0.0
     count = 0
-    for wanted, ids in zip(dense, test, strict=True):
-        started = time.process_time()
-        wanted, logits = wanted.float(), logits_of(student, ids, autocast)
-        seconds += time.process_time() - started
+    for wanted, logits, ids in zip(dense, student, test, strict=True):
+        log_p, log_q = wanted.float().log_softmax(-1), logits.float().log_softmax(-1)
         labels = ids[:, 1:].flatten()
-        log_p = logits.log_softmax(-1)
-        loss -= float(log_p.gather(1, labels.unsqueeze(1)).sum())
-        agreed += float((logits.argmax(-1) == wanted.argmax(-1)).sum())
-        divergence += float(nn.functional.kl_div(log_p, wanted.log_softmax(-1), reduction="sum", log_target=True))
+        loss -= float(log_q.gather(1, labels.unsqueeze(1)).sum())
+        agreed += float((log_q.argmax(-1) == log_p.argmax(-1)).sum())
+        divergence += float(nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True))
         count += labels.numel()
-    return {
-        "perplexity": math.exp(loss / count),
-        "agreement": 100 * agreed / count,
-        "divergence": divergence / count,
-        "tokens_per_second": count / seconds,  # of processor time
-    }
+    return {"perplexity": math.exp(loss / count), "agreement": 100 * agreed / count, "divergence": divergence / count}
 
 
 @torch.inference_mode()

@@ -56,7 +56,8 @@ def test_variants_are_measured_once(model: torch.nn.Module, monkeypatch: pytest.
 
 def test_perplexity_is_that_of_the_labels(model: torch.nn.Module) -> None:
     ids = torch.randint(60, (3, 40))
-    found = language.compare([language.logits_of(model, ids)], model, [ids])
+    logits = [language.logits_of(model, ids)]
+    found = language.compare(logits, logits, [ids])
     loss = model(input_ids=ids, labels=ids).loss
     assert found["perplexity"] == pytest.approx(math.exp(float(loss)), rel=1e-4)
     assert found["agreement"] == 100 and abs(found["divergence"]) < 1e-6
