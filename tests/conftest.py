@@ -35,5 +35,6 @@ def group_calls(monkeypatch):
     kernel = Impl("fake", Backend.TRITON, lambda problem: None, products, bind=lambda problem: products)
     monkeypatch.setattr(grouped, "TABLE", (kernel, *grouped.TABLE))
     monkeypatch.setattr(grouped, "_decisions", BoundedCache(64))
+    monkeypatch.setattr(grouped, "may_fuse", lambda x: True)
     monkeypatch.setenv("LOWRANK_OPS_VERIFY", "off")
     return seen

@@ -63,15 +63,19 @@ def shared_rank(layers: Sequence[LowRankLinear]) -> int:
     return min(held // (in_features + sum(outputs)), in_features, *outputs)
 
 
-def shared_factors(spaces: Sequence[LayerSubspaces], rank: int) -> list[Factors]:
+def shared_factors(spaces: Sequence[LayerSubspaces], rank: int) -> tuple[list[Factors], float]:
     """Factors with one ``down`` that minimize the sum over the layers of |M^1/2 (W - W') C^1/2|^2.
 
     C is the covariance of the common input and M that of a layer's output gradients, damped. Given the span of
     ``down^T`` in the metric of C, spanned by ``directions``, the best ``up`` is W C^1/2 directions for every M.
+
+    Returns:
+        Factors of each layer, and the predicted increase of the loss, with the damping.
     """
     root = spaces[0].input.root  # type: ignore[union-attr]
     inner = sum(space.weight.mT @ (space.loss.metric * space.loss.scale) @ space.weight for space in spaces)  # type: ignore[union-attr]
-    values, directions = (part[..., -rank:] for part in torch.linalg.eigh(root.mT @ inner @ root))
+    spectrum, vectors = torch.linalg.eigh(root.mT @ inner @ root)
+    values, directions = spectrum[-rank:], vectors[:, -rank:]
     down = (root @ directions / values).mT @ inner
     found = []
     for space in spaces:
@@ -79,18 +83,26 @@ def shared_factors(spaces: Sequence[LayerSubspaces], rank: int) -> list[Factors]
         bias = (space.weight - up @ down) @ space.mean
         bias = bias if space.bias is None else bias + space.bias
         found.append(Factors(down, up, bias, rank, "loss", None, 0.0).to(torch.float32))
-    return found
+    return found, 0.5 * float(spectrum[:-rank].clamp_min(0).sum())
 
 
 def with_shared(
     dense: nn.Module, separate: nn.Module, groups: Sequence[Sequence[str]], spaces: Mapping[str, LayerSubspaces]
-) -> tuple[nn.Module, int]:
-    """A copy of ``separate`` whose groups have one ``down`` each, and how many parameters that saves."""
-    factors, saved = {}, 0
+) -> tuple[nn.Module, int, list[float]]:
+    """A copy of ``separate`` whose groups have one ``down`` each.
+
+    Returns:
+        The copy, how many parameters that saves, and per group the predicted loss relative to that of ``separate``.
+    """
+    factors, saved, ratios = {}, 0, []
     for names in groups:
         layers = [separate.get_submodule(name) for name in names]
         rank = shared_rank(layers)  # type: ignore[arg-type]
-        parts = shared_factors([spaces[name] for name in names], rank)
+        parts, increase = shared_factors([spaces[name] for name in names], rank)
+        pairs = zip(names, layers, strict=True)
+        ratios.append(
+            increase / sum(0.5 * float(spaces[name].loss.spectrum[layer.rank :].sum()) for name, layer in pairs)
+        )  # type: ignore[union-attr, misc]
         factors |= dict(zip(names, parts, strict=True))
         held = sum(layer.down.numel() + layer.up.numel() for layer in layers)  # type: ignore[union-attr, operator]
         saved += held - parts[0].down.numel() - sum(part.up.numel() for part in parts)
@@ -98,7 +110,7 @@ def with_shared(
     for name in factors:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, copy.deepcopy(dense.get_submodule(name)))
-    return replace_(model, factors), saved
+    return replace_(model, factors), saved, ratios
 
 
 class Subject:
@@ -143,24 +155,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
             separate = copy.deepcopy(subject.dense)
             config = lro.CompressionConfig(lro.ParameterBudget(case["budget"] / 100), group=True)
             report = lro.compress_(separate, subject.covariances, config, subspaces=spaces)
-            shared, saved = with_shared(subject.dense, separate, report.groups, spaces)
-            for form, model, parameters in (
-                ("separate", separate, report.layer_parameters),
-                ("shared", shared, report.layer_parameters - saved),
-            ):
-                results.add({**case, "form": form}, {"layer_parameters": parameters, **subject.judge(model)})
+            shared, saved, ratios = with_shared(subject.dense, separate, report.groups, spaces)
+            results.add(
+                {**case, "form": "separate"},
+                {"layer_parameters": report.layer_parameters, **subject.judge(separate)},
+            )
+            results.add(
+                {**case, "form": "shared"},
+                {
+                    "layer_parameters": report.layer_parameters - saved,
+                    "loss_ratios": [round(ratio, 3) for ratio in ratios],
+                    **subject.judge(shared),
+                },
+            )
     print(table(results.rows))
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """One line per model and budget: accuracy in percent, or the mean cosine to the dense model."""
-    lines = ["| model | layer parameters | separate | shared |", "|---|---|---|---|"]
+    lines = [
+        "| model | layer parameters | separate | shared | predicted loss, shared / separate |",
+        "|---|---|---|---|---|",
+    ]
     for model, budget in dict.fromkeys((row["model"], row["budget"]) for row in rows):
         cells = []
         for form in ("separate", "shared"):
             case = {"model": model, "budget": budget, "form": form}
             row = next(row for row in rows if case.items() <= row.items())
             cells.append(f"{row['accuracy']:.2f}%" if "accuracy" in row else f"{row['cosine']:.3f}")
+        ratios = row["loss_ratios"]
+        cells.append(f"{min(ratios):.2f} to {max(ratios):.2f}")
         lines.append(f"| {model} | {budget:g}% | {' | '.join(cells)} |")
     return "\n".join(lines)
 

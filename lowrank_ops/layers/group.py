@@ -126,8 +126,10 @@ class LowRankGroup:
 
     def output(self, member: LowRankLinear, x: Tensor) -> Tensor | None:
         """The member's output for ``x`` if the group computes or has computed it, else None: the member runs alone."""
+        if self._wasted > _MAX_WASTED or type(x) is not Tensor or not grouped.may_fuse(x) or x.is_inference():
+            return None
         own = _factors(member)
-        if self._wasted > _MAX_WASTED or own is None or not grouped.unobserved(x, *own.tensors) or x.is_inference():
+        if own is None or not grouped.unobserved(x, *own.tensors):
             return None
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             return None

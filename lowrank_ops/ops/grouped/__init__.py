@@ -136,6 +136,11 @@ def lowrank_linear_grouped(
     return torch.ops.lowrank_ops.lowrank_linear_grouped(x, downs, ups, given, backend=backend)  # type: ignore[no-any-return]
 
 
+def may_fuse(x: Tensor) -> bool:
+    """Whether ``auto`` may have kernels for groups on the device of ``x``, without a look at the problem."""
+    return x.is_cuda
+
+
 def unobserved(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> bool:
     """Whether no autograd, autocast, compiler, trace, profiler or other mode must see a call with these tensors."""
     return can_bypass(x, down, up, bias) and not needs_grad(x, down, up, bias)
