@@ -19,7 +19,7 @@ from .models.experts import on_listed_experts
 from .models.layers import FilterFn, check_not_wrapped, find_layers, tied_layers, with_values
 from .models.running import ProgressBar, exclusive, in_layer
 from .ranks.choose import ChosenRanks
-from .ranks.groups import choose_grouped_ranks
+from .ranks.groups import choose_grouped_sizes
 from .reconstruction import (
     RECONSTRUCTIONS,
     BlockReconstruction,
@@ -112,7 +112,7 @@ def _compress(
     )
     config = resolved(config, subspaces)
     decompose(config.rank, subspaces, progress)
-    ranks, groups = choose_grouped_ranks(config, subspaces)
+    ranks, eight_bit, groups = choose_grouped_sizes(config, subspaces)
     with torch.inference_mode(False):  # parameters created in inference mode could not be trained
         factors = dict(
             factorize_layers(subspaces, ranks, str(config.projection), keep_directions=reused, progress=progress)
@@ -128,6 +128,7 @@ def _compress(
                 centered=config.centered,
                 progress=progress,
             )
+        factors |= {fqn: factors[fqn].stored_as(*chosen) for fqn, chosen in eight_bit.items()}
         report = CompressionReport.build(model, config, subspaces, factors, skipped, groups)
         replace_(model, factors, pivoted=config.pivoted)
     group_(model, groups)

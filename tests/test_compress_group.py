@@ -84,9 +84,11 @@ def test_layers_that_are_dense_by_hand_are_in_no_group(model):
     assert report.groups == () and "no layers share an input" in report.table()
 
 
-def test_pivoted_layers_are_refused():
+def test_layers_without_kernels_for_groups_are_refused():
     with pytest.raises(ValueError, match="pivoted=True does not go with group=True"):
         lro.CompressionConfig(group=True, pivoted=True)
+    with pytest.raises(ValueError, match="group=True does not go with a ByteBudget"):
+        lro.CompressionConfig(lro.ByteBudget(0.5), group=True)
     with pytest.raises(TypeError, match="group must be a bool"):
         lro.CompressionConfig(group=1)
 

@@ -190,13 +190,10 @@ class _Left(NamedTuple):
 
 
 def _factors(member: LowRankLinear) -> _Factors | None:
-    """None for parametrized, pruned or sharded factors, and for those of inference mode, which have no version."""
-    parameters = member._parameters
-    if not {"down", "up", "bias"} <= parameters.keys():
-        return None
-    tensors: Any = (parameters["down"], parameters["up"], parameters["bias"])
-    present = [part for part in tensors if part is not None]
-    if len(present) < 2 or any(part.is_inference() or part.layout is not torch.strided for part in present):
+    """None for parametrized or 8-bit factors, and for those of inference mode, which have no version."""
+    tensors = member.factors()
+    present = [part for part in tensors or () if part is not None]
+    if tensors is None or any(part.is_inference() or part.layout is not torch.strided for part in present):
         return None
     storages = tuple(part.untyped_storage() for part in present)
     state = tuple(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..config import CompressionConfig, Ranks
-from .choose import ChosenRanks, Spaces, choose_ranks, limits_of
+from .choose import ChosenRanks, Rounded, Spaces, choose_sizes, limits_of
 from .costs import UNBOUNDED
 
 MAX_MEMBERS = 3  # that the kernels of a group take
@@ -35,14 +35,14 @@ def groups_of(spaces: Spaces, names: Sequence[str] | None = None) -> Groups:
     return tuple(part for part in parts if len(part) > 1)
 
 
-def choose_grouped_ranks(config: CompressionConfig, spaces: Spaces) -> tuple[ChosenRanks, Groups]:
-    """Ranks by the policy of ``config``, and the groups that are low-rank as a whole; none unless ``config.group``.
+def choose_grouped_sizes(config: CompressionConfig, spaces: Spaces) -> tuple[ChosenRanks, dict[str, Rounded], Groups]:
+    """Sizes by the policy of ``config``, and the groups that are low-rank as a whole; none unless ``config.group``.
 
     A policy may leave some members of a group dense and not the others: it then chooses again with those bounded to
     ranks that save parameters. Layers that are dense by hand, or at every rank, are in no group.
 
     Raises:
-        ValueError: as for :func:`choose_ranks`.
+        ValueError: as for :func:`choose_sizes`.
     """
     bounds = dict(config.bounds)
     limits = limits_of(spaces, config.overrides, config.bounds, pivoted=config.pivoted)
@@ -53,9 +53,9 @@ def choose_grouped_ranks(config: CompressionConfig, spaces: Spaces) -> tuple[Cho
         if config.group
     }
     while True:
-        ranks = choose_ranks(config.rank, spaces, config.overrides, bounds=bounds, pivoted=config.pivoted)
+        ranks, rounded = choose_sizes(config.rank, spaces, config.overrides, bounds=bounds, pivoted=config.pivoted)
         if not config.group:
-            return ranks, ()
+            return ranks, rounded, ()
         groups = groups_of(spaces, [fqn for fqn in spaces if able[fqn] or ranks[fqn] is not None])
         mixed = [
             fqn
@@ -65,6 +65,6 @@ def choose_grouped_ranks(config: CompressionConfig, spaces: Spaces) -> tuple[Cho
             if ranks[fqn] is None
         ]
         if not mixed:
-            return ranks, tuple(group for group in groups if ranks[group[0]] is not None)
+            return ranks, rounded, tuple(group for group in groups if ranks[group[0]] is not None)
         for fqn in mixed:
             bounds[fqn] = limits.bounds.get(fqn, UNBOUNDED).min, min(spaces[fqn].dimensions[1:])

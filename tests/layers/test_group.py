@@ -146,8 +146,9 @@ def test_compiled_and_exported_graphs_hold_single_ops(group_calls, model):
     expected = [alone(layer, x) for layer in model.children()]
     torch.testing.assert_close(compiled(x), expected)
     exported = torch.export.export(model, (x,))
-    for graph in (graphs[0].graph, exported.graph):
-        assert sum(str(node.target).startswith("lowrank_ops.lowrank_linear") for node in graph.nodes) == 3
+    targets = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
+    assert targets == ["lowrank_ops.lowrank_linear"] * 3
+    torch.testing.assert_close(exported.module()(x + 1), [alone(layer, x + 1) for layer in model.children()])
     traced = torch.jit.trace(model, x, check_trace=False, strict=False)
     torch.testing.assert_close(traced(x + 1), [alone(layer, x + 1) for layer in model.children()])
     assert len(group_calls) == 1
@@ -222,11 +223,15 @@ def test_moved_members_and_other_shapes(group_calls, model):
 
 
 @torch.no_grad()
-def test_parametrized_members_run_alone(group_calls, model):
-    nn.utils.parametrizations.weight_norm(model.k, "up")
+@pytest.mark.parametrize("how", ["parametrized", "8-bit"])
+def test_members_with_other_factors_run_alone(group_calls, model, how):
+    if how == "8-bit":
+        model.k.quantize_()
+    else:
+        nn.utils.parametrizations.weight_norm(model.k, "up")
     x = torch.randn(5, 24)
     torch.testing.assert_close(model.q(x), alone(model.q, x))
-    torch.testing.assert_close(model.k(x), alone(model.k, x))
+    torch.testing.assert_close(model.k(x), x @ model.k.product().T + model.k.bias)
     assert not group_calls
 
 

@@ -106,14 +106,19 @@ def test_compile_and_export_keep_one_node():
     args = grouped_inputs(2, 3, biases=(True, False, True))
     graphs = []
 
-    def members(*args):
-        return [y * 2 for y in lowrank_linear_grouped(*args)]
+    def members(*args, backend="auto"):
+        return [y * 2 for y in lowrank_linear_grouped(*args, backend=backend)]
 
     class Layer(torch.nn.Module):
-        def forward(self, *args):
-            return members(*args)
+        def __init__(self, backend):
+            super().__init__()
+            self.backend = backend
 
-    exported = torch.export.export(Layer(), args)
+        def forward(self, *args):
+            return members(*args, backend=self.backend)
+
+    assert "lowrank" not in torch.export.export(Layer("auto"), args).graph_module.code
+    exported = torch.export.export(Layer("reference"), args)
     compiled = torch.compile(members, fullgraph=True, backend=lambda graph, _: (graphs.append(graph), graph.forward)[1])
     torch.testing.assert_close(exported.module()(*args), members(*args))
     torch.testing.assert_close(compiled(*args), members(*args))

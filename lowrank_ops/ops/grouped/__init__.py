@@ -17,7 +17,7 @@ from torch.compiler import is_compiling
 
 from ...arguments import check_arguments, checked
 from .. import _verify
-from .._backend import Backend, Device, Impl, choose, device_facts, row_stride
+from .._backend import FREE, Backend, Device, Impl, choose, device_facts, row_stride
 from .._backend import explain as _explain
 from .._dispatcher import (
     BoundedCache,
@@ -25,6 +25,7 @@ from .._dispatcher import (
     can_bypass,
     has_functorch_wrapper,
     in_transform,
+    is_recorded,
     needs_grad,
     register_autocast,
 )
@@ -125,8 +126,8 @@ def lowrank_linear_grouped(
             return [*_record(run, len(downs), len(ups), backend, x, *downs, *ups, *biases)]
     if not is_compiling():
         _check_types(x, downs, ups, biases)
-    # As for lowrank_linear: nested tensors, transforms and traces of torch.jit do not know the op.
-    if x.is_nested is True or in_transform() or (not is_compiling() and torch.jit.is_tracing()):
+    # As for lowrank_linear: nested tensors, transforms, traces of torch.jit and exports do not know the op.
+    if x.is_nested is True or in_transform() or is_recorded(backend in FREE):
         return reference.products(x, downs, ups, biases)
     if not is_compiling():
         count_flops(torch.ops.lowrank_ops.lowrank_linear_grouped, _flops)
