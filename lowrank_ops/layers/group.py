@@ -30,8 +30,9 @@ def group_(model: nn.Module, groups: Iterable[Sequence[str]]) -> nn.Module:
     profilers and ``torch.func``, and while a CUDA graph is captured.
 
     A group whose outputs are repeatedly left, because its members get different tensors, stops computing together.
-    A copy of all members, also by pickle, is a group; a copy or a replacement of one is a layer of its own. A write to
-    ``x.data`` between the calls of two members is not noticed, as autograd does not notice it either.
+    A copy of all members, also by pickle, is a group; a copy or a replacement of one is a layer of its own. Writes by
+    ``.data`` between the calls of two members, such as ``x.data.add_(1)``, are not noticed, as autograd does not notice
+    them either.
 
     Args:
         model: any module.
@@ -80,6 +81,8 @@ def group_layers(modules: Mapping[str, nn.Module], groups: Iterable[Sequence[str
     for members in found:
         group = LowRankGroup(len(members))
         for place, member in enumerate(members):
+            if member.group is not None:
+                member.group.leave(member)
             member.group, member.place = group, place
             group.join(member)
 
@@ -118,6 +121,11 @@ class LowRankGroup:
         place = self._members[member.place]
         if place is None or place() is None:
             self._members[member.place] = weakref.ref(member)
+
+    def leave(self, member: LowRankLinear) -> None:
+        """Give up the member's place: the others run alone from then on."""
+        if member in self.members():
+            self._members[member.place] = None
 
     def members(self) -> list[LowRankLinear]:
         """The layers; fewer than ``size`` if some were freed or copied alone."""

@@ -235,6 +235,14 @@ def test_members_with_other_factors_run_alone(group_calls, model, how):
     assert not group_calls
 
 
+@torch.no_grad()
+def test_a_new_group_ends_the_old_one(group_calls, model):
+    group_(model, ["qk"])
+    assert_right(model, torch.randn(5, 24))
+    assert len(group_calls) == 1 and model.v.group.members() == [model.v]
+    assert groups_in(model) == [["q", "k"]]
+
+
 @pytest.mark.parametrize(
     ("groups", "message"),
     [
