@@ -298,6 +298,8 @@ def _policy(options: argparse.Namespace) -> RankPolicy | None:
     for name, file in (("--latencies", options.latencies), ("--save-latencies", options.save_latencies)):
         if file is not None and options.latency is None:
             raise Failure(2, f"{name} needs --latency")
+    if options.group and options.bytes is not None:
+        raise Failure(2, "--group cannot be combined with --bytes: no kernels run groups of 8-bit factors")
     if options.pivoted and options.group:
         raise Failure(2, "--pivoted cannot be combined with --group, whose kernels take two factors per layer")
     if options.pivoted and options.latency is not None:
