@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from ..arguments import checked
 from ..ops import grouped
 from ..ops._backend import distrusted_kernels
+from ..ops.grouped import MAX_MEMBERS
 from .linear import LowRankLinear
 
-MAX_MEMBERS = 3  # that the kernels take
 _MAX_WASTED = 3  # calls of the group in a row whose outputs were not all taken; then its members run alone
 
 
