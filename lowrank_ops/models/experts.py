@@ -129,6 +129,20 @@ class ListedExperts(nn.Module):
             output = output + torch.where(weights != 0, y, 0).to(output.dtype)
         return output
 
+    def run_slices(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """The same, also for experts without rows: without branches, which torch.fx does not record."""
+        slots, order = top_k_index.T.flatten().sort(stable=True)
+        ends = torch.searchsorted(slots, slots.new_tensor([*range(self.num_experts)]), right=True).tolist()
+        tokens = order % top_k_index.shape[0]
+        x, weights = hidden_states[tokens], top_k_weights.T.flatten()[order].unsqueeze(1)
+        output, start = torch.zeros_like(hidden_states), 0
+        for expert in range(self.num_experts):
+            part = slice(start, ends[expert])
+            y = self._run(self.projections(expert), x[part], None) * weights[part]
+            output.index_add_(0, tokens[part], y.to(output.dtype))
+            start = ends[expert]
+        return output
+
     def _run(self, projections: Mapping[str, nn.Module], x: Tensor, routed: RoutedRows | None) -> Tensor:
         """The output of one expert for its rows (rows, features)."""
         first, down = projections.values()

@@ -337,6 +337,24 @@ class TestCompression:
             for args in routes:
                 torch.testing.assert_close(run(*args), experts(*args), atol=1e-5, rtol=1e-4)
 
+    @pytest.mark.parametrize("family", ["Mixtral", "GptOss"])
+    def test_plain_copies_need_no_package(self, family: str) -> None:
+        model, x = mixture(family, layers=1), tokens(16)
+        lro.compress_(model, lro.calibrate(model, [x]), lro.ParameterBudget(0.6))
+        plain = lro.layers.to_plain_layers(model)
+        data = pickle.dumps(plain)
+        assert b"lowrank_ops." not in data
+        loaded, x = pickle.loads(data), tokens(2, 7)
+        torch.testing.assert_close(logits(loaded, x), logits(model, x), atol=1e-5, rtol=1e-4)
+        quantized = torch.ao.quantization.quantize_dynamic(loaded, {nn.Linear}, torch.qint8)
+        name, experts = experts_of(quantized)[0]
+        assert "Dynamic" in str(experts.get_submodule("0.down_proj")) and ".experts" in name
+        assert (logits(quantized, x) - logits(model, x)).norm() < 0.1 * logits(model, x).norm()
+        experts, args = experts_of(plain)[0][1], (torch.randn(6, 32), torch.rand(6, 4).topk(2)[1], torch.rand(6, 2))
+        exported = torch.export.export(experts, args).module()
+        args = args[0], args[1].flip(0), args[2]
+        torch.testing.assert_close(exported(*args), experts(*args), atol=1e-5, rtol=1e-4)
+
     def test_an_error_leaves_the_experts_fused(self) -> None:
         model, x = mixture(layers=1), tokens()
         expected, before = logits(model, x), dict(model.named_modules())
