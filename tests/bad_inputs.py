@@ -48,6 +48,9 @@ list(used_up)
 nan, inf = float("nan"), float("inf")
 with_nan = copy.deepcopy(model)
 with_nan[2].weight.data[3, 4] = nan
+patched = copy.deepcopy(model)
+run = patched[0].forward
+patched[0].forward = lambda x: 2 * run(x)
 
 lro.save_pretrained(compressed, "folder", report)
 diverged = copy.deepcopy(compressed)
@@ -184,6 +187,8 @@ BAD: dict[str, list[tuple[str, str]]] = {
         ("lro.search_ranks(model, covariances, model, 0.01)", "TypeError"),
         ("lro.search_ranks(model, covariances, lambda m: nan, 0.01)", "ValueError"),
         ("lro.search_ranks(model, covariances, lambda m: None, 0.01)", "ValueError"),
+        ("lro.search_ranks(model, covariances, lambda m: float(model(batches[0])[0, 0]), 0.01)", "ValueError"),
+        ("lro.search_ranks(patched, covariances, lambda m: float(m(batches[0])[0, 0]), 0.01)", "ValueError"),
         ("lro.search_ranks(model, covariances, lambda m: 1.0, -0.01)", "ValueError"),
         ("lro.search_ranks(model, covariances, lambda m: 1.0, '1%')", "TypeError"),
         ("lro.search_ranks(model, covariances, lambda m: 1.0, 0.01, by='rank')", "ValueError"),

@@ -288,6 +288,12 @@ def experts_listed(
                     experts.unshare_()
 
 
+def list_experts_(model: nn.Module) -> None:
+    """Put :class:`ListedExperts` in the places of the fused experts inside ``model``, for good."""
+    with torch.inference_mode(False):
+        _put_in(model, list_experts(model))
+
+
 def on_listed_experts(function: Callable[Concatenate[nn.Module, P], T]) -> Callable[Concatenate[nn.Module, P], T]:
     """A decorator: calls the function, whose first argument is a model, inside :func:`experts_listed`."""
 

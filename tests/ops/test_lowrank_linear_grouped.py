@@ -6,8 +6,9 @@ from torch.overrides import BaseTorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import lowrank_ops as lro
-from lowrank_ops.ops import BackendUnavailableError, lowrank_linear, lowrank_linear_grouped
+from lowrank_ops.ops import BackendUnavailableError, _triton_device, lowrank_linear, lowrank_linear_grouped
 from lowrank_ops.ops import grouped as op
+from lowrank_ops.ops._backend import Device, choose
 from tests.ops.inputs import assert_grouped, grouped_inputs
 
 OP = torch.ops.lowrank_ops.lowrank_linear_grouped.default
@@ -195,3 +196,32 @@ def test_unavailable_backends_and_explain():
     lines = lro.ops.explain("lowrank_linear_grouped", *args).splitlines()
     assert [line.split(":")[0] for line in lines] == [row.name for row in op.TABLE]
     assert lines[-1] == "members: runs"
+
+
+HOPPER = Device("cuda", 0, (9, 0), 132, 232448)
+
+
+@pytest.mark.parametrize(
+    ("changes", "chosen"),
+    [
+        ({}, "triton.decode"),
+        ({"tokens": 256}, "triton.decode"),
+        ({"tokens": 4096}, "triton.prefill"),
+        ({"tokens": 4096, "ranks": (264, 64, 64)}, "members"),  # prefill keeps ranks up to 256 on chip
+        ({"tokens": 4096, "ranks": (64, 64, 64), "shared": True}, "members"),
+        ({"ranks": (1024, 512, 512), "out_features": (1024, 512, 512)}, "members"),  # above the break-even rank
+        ({"contiguous": False}, "members"),
+        ({"aligned": False}, "members"),
+        ({"ranks": (256, 64, 63)}, "members"),
+        ({"dtype": torch.float32}, "members"),
+        ({"ranks": (8,) * 4, "out_features": (64,) * 4, "biases": (True,) * 4}, "members"),
+    ],
+    ids=str,
+)
+def test_auto_on_a_gpu(changes, chosen, monkeypatch):
+    pytest.importorskip("triton", reason="auto chooses Triton only where it is installed")
+    monkeypatch.setattr(_triton_device, "lacks_proxy_fence", lambda *device: None)
+    problem = op.Problem(
+        1, 4096, (256, 64, 64), (4096, 1024, 1024), False, torch.bfloat16, 4096, True, True, (True, False, True), HOPPER
+    )
+    assert choose(op.TABLE, problem._replace(**changes), "auto").name == chosen

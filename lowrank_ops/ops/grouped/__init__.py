@@ -30,7 +30,7 @@ from .._dispatcher import (
     register_autocast,
 )
 from ..linear import DECOMPOSED, _gradients, _not_a_view, _run, count_flops
-from . import reference
+from . import _triton, reference
 
 Tensors = Sequence[Tensor]
 Biases = Sequence["Tensor | None"]
@@ -53,6 +53,22 @@ class Problem(NamedTuple):
 
 
 TABLE: tuple[Impl, ...] = (
+    Impl(
+        "triton.decode",
+        Backend.TRITON,
+        _triton.supports_decode,
+        _triton.run_decode,
+        _triton.prefers_decode,
+        bind=_triton.bind_decode,
+    ),
+    Impl(
+        "triton.prefill",
+        Backend.TRITON,
+        _triton.supports_prefill,
+        _triton.run_prefill,
+        _triton.prefers_prefill,
+        bind=_triton.bind_prefill,
+    ),
     Impl("members", Backend.REFERENCE, lambda problem: None, lambda problem, *args: reference.products(*args)),
 )
 
