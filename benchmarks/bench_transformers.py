@@ -85,7 +85,8 @@ def experts_case(sizes: Experts, tokens: int, dtype: str) -> Case:
     def forward(which: str) -> Callable[..., Tensor]:
         return lambda *tensors: _experts(sizes, DTYPES[dtype])[which](*tensors)
 
-    variants = {"dense eager": None, "dense grouped_mm": None, "lowrank_ops": "auto", "padded grouped_mm": None}
+    names = "dense eager", "dense grouped_mm", "lowrank_ops", "one op", "padded grouped_mm"
+    variants = {name: "auto" if name == "lowrank_ops" else None for name in names}
     return _case("experts", {"experts": str(sizes), "tokens": tokens, "dtype": dtype}, dtype, make, forward, variants)
 
 
@@ -165,9 +166,17 @@ def _experts(sizes: Experts, dtype: torch.dtype) -> dict[str, Callable[..., Tens
         "dense eager": eager,
         "dense grouped_mm": dense["grouped_mm"],
         "lowrank_ops": thin.eval(),
+        "one op": functools.partial(_one_op, thin),
         "padded grouped_mm": _padded(thin),
         "exact": copy.deepcopy(thin).double(),
     }
+
+
+def _one_op(experts: ListedExperts, *tensors: Tensor) -> Tensor:
+    """As under ``torch.compile`` and on a GPU: one op per projection."""
+    factors = experts.factors()
+    assert factors is not None
+    return experts.run_together(experts.sorted_rows(*tensors), factors)
 
 
 def _padded(experts: ListedExperts) -> Callable[..., Tensor]:
