@@ -57,10 +57,10 @@ class ExpertLinear(nn.Linear):
 class ListedExperts(nn.Module):
     """The experts of a fused module, each an ``nn.ModuleDict`` of its Linears: ``experts.3.gate_up_proj``.
 
-    A drop-in for the fused module that runs like its eager implementation: one expert after another computes the rows
-    that the router sends to it. Under ``torch.compile`` and on a GPU, ``lowrank_ops.ops.lowrank_experts`` computes a
-    projection of all experts, unless one of them has hooks, an adapter or another forward. The Linears are views of the
-    fused parameters.
+    A drop-in for the fused module. Each projection of all experts is one call of ``lowrank_ops.ops.lowrank_experts``.
+    The layers are called, one expert after another on the rows that the router sends to it, if all are dense, if one
+    has hooks, an adapter or another forward, and in eager mode on a CPU for fewer rows than experts. The Linears are
+    views of the fused parameters.
 
     Args:
         fused: an experts module of transformers for which :func:`reason_to_stay_fused` returns None; not changed.
@@ -98,13 +98,13 @@ class ListedExperts(nn.Module):
         if is_recorded():
             return self._run_all(hidden_states, top_k_index, top_k_weights)
         rows = self.sorted_rows(hidden_states, top_k_index, top_k_weights)
-        # In eager mode on a CPU, the op saves no time, and a call keeps the rows of one expert in the cache.
-        together = torch.compiler.is_compiling() or not hidden_states.is_cpu
+        # On a CPU, calls of the few experts that have rows cost less than a list of the factors of all.
+        together = torch.compiler.is_compiling() or not hidden_states.is_cpu or len(rows.x) >= self.num_experts
         if together and (factors := self.factors()) is not None:
             return self.run_together(rows, factors).to(hidden_states.dtype)
         output = torch.zeros_like(hidden_states)
-        # The rows of an expert are in the order of the eager implementation, hence the same bits; no two of them are of
-        # one token, hence index_add_ is deterministic.
+        # The rows of an expert are in the order of transformers' eager implementation, hence the same bits; no two of
+        # them are of one token, hence index_add_ is deterministic.
         start = 0
         for expert, end in enumerate(rows.ends.tolist()):
             if end > start:

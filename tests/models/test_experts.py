@@ -307,16 +307,22 @@ class TestCompression:
         weights, index = torch.rand(20, 4).topk(2)
         index[3:5] = torch.tensor([4, 1])  # 4 is no expert
         args = torch.randn(20, 32), index, weights
+        one_by_one = copy.deepcopy(experts)
+        one_by_one.factors = lambda: None
         graphs = []
         torch.compiler.reset()
         compiled = torch.compile(
             experts, fullgraph=True, dynamic=True, backend=lambda graph, _: (graphs.append(graph), graph.forward)[1]
         )
-        torch.testing.assert_close(compiled(*args), experts(*args), atol=1e-5, rtol=1e-4)
+        for run in (compiled, experts):
+            torch.testing.assert_close(run(*args), one_by_one(*args), atol=1e-5, rtol=1e-4)
         assert sum("lowrank_experts" in str(node.target) for node in graphs[0].graph.nodes) == 2
-        parameters = list(experts.parameters())
-        mine, theirs = (torch.autograd.grad(run(*args).sum(), parameters) for run in (compiled, experts))
+        mine, eager, theirs = (
+            torch.autograd.grad(run(*args).sum(), list(module.parameters()))
+            for run, module in ((compiled, experts), (experts, experts), (one_by_one, one_by_one))
+        )
         torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(eager, theirs, atol=1e-4, rtol=1e-3)
 
     def test_layers_with_hooks_are_called_under_compile(self) -> None:
         model, x = mixture(layers=1), tokens(16)
