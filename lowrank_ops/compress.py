@@ -18,7 +18,7 @@ from .layers.replace import replace_
 from .models.experts import on_listed_experts
 from .models.layers import FilterFn, check_not_wrapped, find_layers, tied_layers, with_values
 from .models.running import ProgressBar, exclusive, in_layer
-from .ranks.choose import ChosenRanks, choose_ranks
+from .ranks.choose import ChosenRanks, choose_sizes
 from .reconstruction import (
     RECONSTRUCTIONS,
     BlockReconstruction,
@@ -111,7 +111,9 @@ def _compress(
     )
     config = resolved(config, subspaces)
     decompose(config.rank, subspaces, progress)
-    ranks = choose_ranks(config.rank, subspaces, config.overrides, bounds=config.bounds, pivoted=config.pivoted)
+    ranks, eight_bit = choose_sizes(
+        config.rank, subspaces, config.overrides, bounds=config.bounds, pivoted=config.pivoted
+    )
     with torch.inference_mode(False):  # parameters created in inference mode could not be trained
         factors = dict(
             factorize_layers(subspaces, ranks, str(config.projection), keep_directions=reused, progress=progress)
@@ -127,6 +129,7 @@ def _compress(
                 centered=config.centered,
                 progress=progress,
             )
+        factors |= {fqn: factors[fqn].stored_as(*chosen) for fqn, chosen in eight_bit.items()}
         report = CompressionReport.build(model, config, subspaces, factors, skipped)
         replace_(model, factors, pivoted=config.pivoted)
     warn_of_few_rows(report.few_rows())

@@ -18,6 +18,7 @@ LATENCIES_VERSION = 1
 PROJECTIONS = ("output", "loss", "utilized", "input", "weight")
 ALLOCATIONS = ("uniform", "variance", "loss")
 RECONSTRUCTIONS = (None, "sequential", "blocks")
+EIGHT_BIT = {"int8": 127.0, "fp8": 448.0}  # formats of 8-bit factors, with their largest magnitudes
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,41 @@ class FlopBudget:
 
     def __post_init__(self) -> None:
         check_share("fraction", self.fraction)
+        check_allocation(self.allocation)
+
+
+@dataclass(frozen=True)
+class ByteBudget:
+    """All considered layers together keep at most ``fraction`` of their bytes, with 8-bit factors where that is better.
+
+    The rank of a layer and the format of each of its factors are chosen together: 8-bit factors leave bytes for larger
+    ranks, and the predicted loss includes that of rounding. Convolutions, layers in ``overrides`` and layers whose
+    output was streamed keep their dtype. Ranks may exceed the one at which the factors have as many parameters as the
+    dense layer; such a layer saves bytes and takes more MACs.
+
+    Args:
+        fraction: share of the bytes of the considered layers, in the model's dtype, in (0, 1]; met from below.
+        form: of 8-bit factors, ``"int8"`` or ``"fp8"`` (float8_e4m3fn), with a float32 scale per row.
+        allocation: as in :class:`ParameterBudget`, per byte. With ``"uniform"`` all factors that can be are 8-bit.
+
+    Example:
+        >>> import torch, lowrank_ops as lro
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 64))
+        >>> covariances = lro.calibrate(model, [torch.randn(256, 64)])
+        >>> report = lro.compress_(model, covariances, lro.ByteBudget(0.25))
+        >>> report.layer_bytes / report.layer_bytes_before <= 0.25
+        True
+        >>> model[0].formats
+        ('int8', 'int8')
+    """
+
+    fraction: float
+    form: str = "int8"
+    allocation: str | None = None
+
+    def __post_init__(self) -> None:
+        check_share("fraction", self.fraction)
+        check_choice("form", self.form, tuple(EIGHT_BIT))
         check_allocation(self.allocation)
 
 
@@ -233,11 +269,12 @@ class Ranks:
         _check_names("ranks", self.ranks)
 
 
-RankPolicy = ExplainedVariance | ParameterBudget | FlopBudget | LatencyBudget | UniformRank | Ranks
+RankPolicy = ExplainedVariance | ParameterBudget | FlopBudget | ByteBudget | LatencyBudget | UniformRank | Ranks
 _POLICIES: dict[str, type[RankPolicy]] = {
     "explained_variance": ExplainedVariance,
     "parameter_budget": ParameterBudget,
     "flop_budget": FlopBudget,
+    "byte_budget": ByteBudget,
     "latency_budget": LatencyBudget,
     "uniform_rank": UniformRank,
     "ranks": Ranks,
@@ -304,6 +341,8 @@ class CompressionConfig:
                 "pivoted=True does not go with a LatencyBudget, because measure_latency times layers of two factors; "
                 "use a ParameterBudget or a FlopBudget."
             )
+        if self.pivoted and isinstance(self.rank, ByteBudget):
+            raise ValueError("pivoted=True does not go with a ByteBudget: pivoted layers have no 8-bit factors.")
         check_choice("reconstruction", self.reconstruction, RECONSTRUCTIONS)
         if self.reconstruction is not None and self.projection == "weight":
             raise ValueError("reconstruction fits the data and projection='weight' ignores it; choose one of the two.")
@@ -330,7 +369,7 @@ class CompressionConfig:
         """The configuration with its open choices filled in, by whether some or all layers have output gradients."""
         projection = self.projection or ("loss" if some_gradients else "output")
         rank = self.rank
-        if isinstance(rank, ParameterBudget | FlopBudget | LatencyBudget) and rank.allocation is None:
+        if isinstance(rank, ParameterBudget | FlopBudget | ByteBudget | LatencyBudget) and rank.allocation is None:
             rank = replace(rank, allocation="loss" if all_gradients else "uniform")
         return replace(self, rank=rank, projection=projection)
 

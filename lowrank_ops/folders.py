@@ -33,10 +33,10 @@ from .files import (
     replacing,
     write_stream,
 )
-from .layers import LowRankLayer
+from .layers import LowRankLayer, LowRankLinear
 from .layers.replace import lowrank_type, swap_
 from .models.layers import all_finite, fused_projections
-from .ranks.choose import choose_ranks
+from .ranks.choose import Rounded, choose_sizes
 from .report import CompressionReport
 from .report.text import warn_of_few_rows
 from .subspaces.layer import LayerSubspaces
@@ -122,9 +122,11 @@ def compress_folder(
     )
     config = resolved(config, subspaces)
     decompose(config.rank, subspaces, progress, max_held_bytes=0)
-    ranks = choose_ranks(config.rank, subspaces, config.overrides, bounds=config.bounds, pivoted=config.pivoted)
+    ranks, eight_bit = choose_sizes(
+        config.rank, subspaces, config.overrides, bounds=config.bounds, pivoted=config.pivoted
+    )
     with torch.inference_mode(False):
-        new = _empty_layers(modules, subspaces, ranks, config)
+        new = _empty_layers(modules, subspaces, ranks, eight_bit, config)
         layout = _layout(weights, new, one_file=not of_transformers)
         compressed = copy.deepcopy(model)
         swap_(compressed, {compressed.get_submodule(fqn): layer for fqn, layer in new.items()})
@@ -139,7 +141,7 @@ def compress_folder(
     names = [*layout, *(texts if of_transformers else [CONFIG_FILE])]
     folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, Factors] = {}
-    tensors = _tensors(weights, layout, new, subspaces, ranks, str(config.projection), found, progress)
+    tensors = _tensors(weights, layout, new, subspaces, ranks, eight_bit, str(config.projection), found, progress)
     with replacing(*(folder / name for name in names)) as files:
         for file, forms in zip(files, layout.values(), strict=False):
             mine = itertools.islice(tensors, len(forms))
@@ -298,6 +300,7 @@ def _empty_layers(
     modules: Mapping[str, nn.Module],
     subspaces: Mapping[str, LayerSubspaces],
     ranks: Mapping[str, int | None],
+    eight_bit: Mapping[str, Rounded],
     config: CompressionConfig,
 ) -> dict[str, LowRankLayer]:
     """The low-rank layers, without values."""
@@ -311,7 +314,12 @@ def _empty_layers(
     }
     if not new:
         raise ValueError("every layer stays dense at these ranks, so nothing was written; allow smaller ranks.")
-    return {fqn: layer.to("meta") for fqn, layer in new.items()}
+    new = {fqn: layer.to("meta") for fqn, layer in new.items()}
+    for fqn, (formats, _, _) in eight_bit.items():
+        layer = new[fqn]
+        assert isinstance(layer, LowRankLinear)
+        layer.set_formats_(formats)
+    return new
 
 
 def _layout(weights: _Weights, new: Mapping[str, nn.Module], *, one_file: bool) -> dict[str, dict[str, Tensor]]:
@@ -357,6 +365,7 @@ def _tensors(
     new: Mapping[str, LowRankLayer],
     subspaces: Mapping[str, LayerSubspaces],
     ranks: Mapping[str, int | None],
+    eight_bit: Mapping[str, Rounded],
     projection: str,
     found: dict[str, Factors],
     progress: bool,
@@ -375,7 +384,11 @@ def _tensors(
             yield from ((name, weights.read(name)) for name in parts)
         else:
             _, result = next(factors)
-            layer = copy.deepcopy(new[fqn]).to_empty(device="cpu").filled_with(result).state_dict()
+            empty = copy.deepcopy(new[fqn])
+            if fqn in eight_bit and isinstance(empty, LowRankLinear):
+                result = result.stored_as(*eight_bit[fqn])
+                empty.dequantize_()
+            layer = empty.to_empty(device="cpu").filled_with(result).state_dict()
             found[fqn] = result.to(device=torch.device("meta"))
             yield from ((name, layer[name.removeprefix(f"{fqn}.")]) for name in parts)
     next(factors, None)  # ends its progress bar

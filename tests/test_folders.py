@@ -19,6 +19,7 @@ transformers = pytest.importorskip("transformers")
 
 LOSS = lro.CompressionConfig(lro.ParameterBudget(0.7))
 OUTPUT = lro.CompressionConfig(lro.ParameterBudget(0.6, "variance"), overrides={"model.layers.1.mlp.up_proj": None})
+BYTES = lro.CompressionConfig(lro.ByteBudget(0.5, "fp8", "variance"))
 UTILIZED = lro.CompressionConfig(lro.ExplainedVariance(0.9), projection="utilized", centered=False, pivoted=True)
 
 
@@ -44,10 +45,13 @@ def contents(folder: Path) -> dict[str, Tensor]:
 def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
+        bits = (tensor.contiguous().view(torch.uint8) for tensor in (found[name], value))
+        assert found[name].dtype == value.dtype and torch.equal(*bits), name
 
 
-@pytest.mark.parametrize(("config", "tied", "shards"), [(LOSS, True, 5), (OUTPUT, False, 5), (UTILIZED, False, 1)])
+@pytest.mark.parametrize(
+    ("config", "tied", "shards"), [(LOSS, True, 5), (OUTPUT, False, 5), (UTILIZED, False, 1), (BYTES, False, 5)]
+)
 def test_transformers_folder_equals_the_loaded_model(
     tmp_path: Path, config: lro.CompressionConfig, tied: bool, shards: int
 ) -> None:

@@ -66,8 +66,9 @@ def to_plain_layers(model: nn.Module) -> nn.Module:
     """A copy of ``model`` whose low-rank layers are ``nn.Sequential`` of two Linears or two convolutions.
 
     The copy has only torch's own layers, and as many parameters as ``model``, plus rank^2 for each pivoted layer. So it
-    can be pickled and loaded without lowrank_ops, scripted, quantized, and exported by tools that support no custom
-    ops. A pair of layers has the sizes of the dense layer as attributes, such as ``stride``, but no ``weight``.
+    can be pickled and loaded without lowrank_ops, scripted, quantized by torchao, and exported by tools that support no
+    custom ops; 8-bit factors get the layer's dtype. A pair of layers has the sizes of the dense layer as attributes,
+    such as ``stride``, but no ``weight``.
 
     The experts of a mixture and the projections of converted attention become such layers too, and can be quantized.
     The module that calls the experts becomes a ``torch.fx.GraphModule``. Those of :func:`convert_attention_` are this
@@ -176,6 +177,8 @@ def _two_layers(layer: LowRankLayer) -> nn.Sequential:
     """Two layers that hold the parameters of ``layer`` itself, or the factors of a pivoted one."""
     if isinstance(layer, PivotedLinear):
         layer = layer.to_lowrank()
+    if isinstance(layer, LowRankLinear):
+        layer.dequantize_()  # of the copy
     has_bias, middle = layer.bias is not None, len(layer.down)
     first: nn.Module
     second: nn.Module

@@ -25,6 +25,7 @@ from ..ranks.costs import (
     stored_rank,
     stored_rank_of,
 )
+from ..ranks.eight_bit import factor_bytes
 from ..subspaces.layer import LayerSubspaces
 from .kinds import kind_of
 from .page import framed, page
@@ -96,6 +97,16 @@ class CompressionReport:
         """Parameters of the considered layers after compression."""
         return sum(layer.parameters for layer in self.layers)
 
+    @property
+    def layer_bytes_before(self) -> int:
+        """Bytes of the considered layers before compression."""
+        return sum(layer.dense_bytes for layer in self.layers)
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of the considered layers after compression, with the scales of 8-bit factors."""
+        return sum(layer.bytes for layer in self.layers)
+
     @checked()
     def with_measured(self, errors: Mapping[str, float]) -> CompressionReport:
         """A copy of the report that also holds the relative errors from :func:`lowrank_ops.measure_errors`.
@@ -157,6 +168,9 @@ class CompressionReport:
             f"model {self.model_parameters_before:,} -> {self.model_parameters:,} "
             f"({self.model_parameters / self.model_parameters_before:.1%})"
         )
+        if any(layer.formats != (None, None) for layer in self.layers):
+            share = self.layer_bytes / self.layer_bytes_before
+            lines.append(f"layer bytes {self.layer_bytes_before:,} -> {self.layer_bytes:,} ({share:.1%})")
         few = few_rows_note(self.few_rows()) + self._rows_note()
         return "\n".join([*lines, *self.fallbacks(), *few, *notes((), self.skipped), self.considered()])
 
@@ -276,6 +290,8 @@ class CompressionReport:
             "layers": [_plain(layer) for layer in self.layers],
             "layer_parameters_before": self.layer_parameters_before,
             "layer_parameters": self.layer_parameters,
+            "layer_bytes_before": self.layer_bytes_before,
+            "layer_bytes": self.layer_bytes,
             "model_parameters_before": self.model_parameters_before,
             "model_parameters": self.model_parameters,
             "skipped": dict(self.skipped),
@@ -311,6 +327,7 @@ def _layer_compression(
         "kind": kind_of(fqn, layer),
         "spectrum": spectrum,
         "dense_macs": macs,
+        "dense_bytes": dense * space.dtype.itemsize,
         "dense_seconds": None if latencies is None else latencies.seconds(fqn, None),
     }
     if factors is None:
@@ -319,17 +336,24 @@ def _layer_compression(
             rank=None,
             stored_rank=None,
             parameters=dense,
+            bytes=shared["dense_bytes"],
             macs=macs,
             seconds=shared["dense_seconds"],
             predicted_error=0.0,
             predicted_loss=0.0,
         )
+    parameters = factor_parameters(space, factors.rank, pivoted=pivoted)
+    biases = 0 if factors.bias is None else factors.bias.numel()
+    stored = (parameters + biases) * space.dtype.itemsize
+    if factors.formats != (None, None):
+        stored = factor_bytes(space, factors.rank, factors.formats) + biases * space.dtype.itemsize
     return LayerCompression(
         **shared,
         rank=factors.rank,
         stored_rank=stored_rank_of(space, factors.rank, pivoted=pivoted),
-        parameters=factor_parameters(space, factors.rank, pivoted=pivoted)
-        + (0 if factors.bias is None else factors.bias.numel()),
+        parameters=parameters + biases,
+        bytes=stored,
+        formats=factors.formats,
         macs=lowrank_macs(space, factors.rank, pivoted=pivoted),
         seconds=None if latencies is None else latencies.seconds(fqn, stored_rank(factors.rank)),
         predicted_error=factors.predicted_error,

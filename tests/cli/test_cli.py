@@ -191,6 +191,15 @@ class TestCompress:
         ]
         assert 0 < sum(products) <= 0.8 * 2 * 16 * 32
 
+    def test_byte_budget_is_kept(self, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main([*COMPRESS, "--bytes", "0.5", "--eight-bit", "fp8", "--json"]) == 0
+        compression = json.loads(capsys.readouterr().out)["compression"]
+        policy = compression["config"]["rank"]
+        assert (policy["policy"], policy["fraction"], policy["form"]) == ("byte_budget", 0.5, "fp8")
+        assert 0 < compression["layer_bytes"] <= 0.5 * compression["layer_bytes_before"]
+        loaded = load_pretrained(build(), project / "out")
+        assert loaded.get_submodule("0").formats == ("fp8", "fp8")
+
     def test_latency_budget_reads_stored_times(self, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
         curve = LatencyCurve(dense=1e-3, ranks=(8,), seconds=(4e-4,))
         layers = {"0": {"a layer": 1}, "2": {"a layer": 1}}
@@ -478,7 +487,12 @@ class TestRefusals:
             ([*ANALYZE, "--explained-variance", "99"], "must be a number in (0, 1]; got '99'"),
             ([*COMPRESS, "--budget", "half"], "must be a number in (0, 1]; got 'half'"),
             ([*COMPRESS, "--budget", "0.5", "--ranks", "r"], "not allowed with argument"),
-            ([*COMPRESS, "--allocation", "variance"], "--allocation needs a budget: --budget, --flops or --latency"),
+            (
+                [*COMPRESS, "--allocation", "variance"],
+                "--allocation needs a budget: --budget, --flops, --bytes or --latency",
+            ),
+            ([*COMPRESS, "--budget", "0.5", "--eight-bit", "int8"], "--eight-bit needs --bytes"),
+            ([*COMPRESS, "--bytes", "0.5", "--pivoted"], "--pivoted cannot be combined with --bytes"),
             ([*COMPRESS, "--projection", "svd"], "invalid choice: 'svd'"),
             ([*COMPRESS[:-2]], "required: --out"),
             ([*COMPRESS[:-1], "cli_project.py"], "--out must be a folder; 'cli_project.py' is a file"),
