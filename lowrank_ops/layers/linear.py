@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from ..models.layers import dimensions, has_transposed_weight
 from ..ops import lowrank_linear
 from ..ops.linear.reference import dequantized
 from ._base import LowRankLayer, check_rank, copy_flags, factorize_layer, initialize
+
+if TYPE_CHECKING:
+    from .group import LowRankGroup
 
 
 class LowRankLinear(LowRankLayer):
@@ -53,6 +56,8 @@ class LowRankLinear(LowRankLayer):
     """
 
     replaced_conv1d: type[nn.Module] | None = None  # transformers' class, where the layer took the place of one
+    group: LowRankGroup | None = None  # of layers with the same input; see group_
+    place: int = 0  # in the group
     _dtype: torch.dtype | None = None  # of the layer before its factors became 8-bit
 
     @checked()
@@ -138,6 +143,8 @@ class LowRankLinear(LowRankLayer):
         return copy_flags(layer, dense)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
+        if not is_compiling() and self.group is not None and (y := self.group.output(self, x)) is not None:
+            return y
         # nn.Module.__getattr__ is slow; read _parameters directly.
         parameters = self._parameters
         if self._dtype is not None:
@@ -146,6 +153,12 @@ class LowRankLinear(LowRankLayer):
         if "down" in parameters and "up" in parameters and "bias" in parameters:
             return lowrank_linear(x, parameters["down"], parameters["up"], parameters["bias"])  # type: ignore[arg-type]
         return lowrank_linear(x, self.down, self.up, self.bias)  # parametrized, pruned or sharded
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, also by pickle: it joins the copy of its group."""
+        super().__setstate__(state)
+        if self.group is not None:
+            self.group.join(self)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from pathlib import Path
+from threading import current_thread, main_thread
 
 import numpy as np
 import pytest
@@ -11,10 +12,12 @@ from torch import nn
 
 import lowrank_ops as lro
 from lowrank_ops.calibration import Calibrator
+from lowrank_ops.files import digest
 from lowrank_ops.layers.replace import replace_
-from lowrank_ops.models.experts import MIN_ROWS, ListedExperts, experts_listed, list_experts
+from lowrank_ops.models.experts import MIN_ROWS, ExpertLinear, ListedExperts, experts_listed, list_experts
 from lowrank_ops.models.layers import find_layers
 from tests.mixtures import FAMILIES, ListOfExperts, experts_of, mixture, tokens
+from tests.models.test_running import in_thread
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings(
@@ -137,6 +140,25 @@ class TestCalibration:
             moments = covariances[f"model.layers.0.mlp.experts.{expert}.gate_up_proj"].activations
             assert moments.count == len(rows) >= MIN_ROWS
             np.testing.assert_allclose(moments.second_moment, rows.T @ rows, rtol=1e-4, atol=1e-4)
+
+    def test_experts_are_served_in_the_middle_of_a_call(self) -> None:
+        """Another thread runs the same experts while one of them is calibrated, with and without rows of its own."""
+        model, x = mixture(layers=1), tokens(4)
+        mask = torch.ones_like(x)
+        mask[:2, 20:] = 0
+        batches = [{"input_ids": x, "attention_mask": mask}]
+        alone, expected, served = lro.calibrate(model, batches, mask="attention_mask"), logits(model, x), []
+
+        def serve(module: nn.Module, args: tuple) -> None:
+            if isinstance(module, ExpertLinear) and current_thread() is main_thread():
+                served.append(in_thread(lambda: logits(model, x)))
+
+        with torch.nn.modules.module.register_module_forward_pre_hook(serve):
+            found = lro.calibrate(model, batches, mask="attention_mask")
+        assert len(served) == 8 and all(torch.equal(each, expected) for each in served)
+        assert {fqn: digest(layer.moments()) for fqn, layer in found.items()} == {
+            fqn: digest(layer.moments()) for fqn, layer in alone.items()
+        }
 
     def test_padding_is_left_out(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for module in ("calibration", "models"):
