@@ -118,6 +118,7 @@ CALLS = {
     "lro.save_pretrained": "model=compressed, path='new'",
     "lro.load_pretrained": "dense_model=model, path='folder'",
     "lro.ops.lowrank_linear": "x=batches[0], down=layer.down, up=layer.up",
+    "lro.ops.lowrank_linear_grouped": "x=batches[0], down=layer.down, ups=[layer.up]",
     "lro.ops.covariance_update_": "second_moment=layer.up, total=layer.up, x=layer.up",
     "lro.ops.conv_covariance_update_": "second_moment=layer.up, total=layer.up, x=layer.up, kernel_size=(3, 3)",
     "lro.ops.covariance_finalize_": "second_moment=layer.up",

@@ -15,7 +15,7 @@ NAMES = {
 }  # fmt: skip
 OPS = {
     "Backend", "BackendUnavailableError", "conv_covariance_update_", "covariance_finalize_", "covariance_update_",
-    "decompositions", "explain", "lowrank_linear",
+    "decompositions", "explain", "lowrank_experts", "lowrank_linear", "lowrank_linear_grouped",
 }  # fmt: skip
 DOCUMENTED = sorted(NAMES - {"ops"})
 FUNCTIONS = [name for name in DOCUMENTED if not inspect.isclass(getattr(lro, name))]

@@ -130,10 +130,11 @@ def calibrate(
             which each row is with this probability, by torch's seed; for convolutions, whole lines of the output. Saves
             the time of the sums, not of the model. Rows left out are not checked for NaN. Reports show the uncertainty
             of variances and errors from that number of rows.
-        max_memory: bound on the bytes of the sums on each device, a number or text such as ``"8GB"``; by default half
-            of the free memory. If the sums need more, the batches run several times, each time for some of the layers;
-            the result is the same up to rounding. A line on stderr then shows the plan, as :func:`plan_calibration`
-            does in advance.
+        max_memory: bound on the bytes of the sums on each device, with the copies of rows that are added to them, a
+            number or text such as ``"8GB"``; by default half of the free memory. If they need more, the batches run
+            several times, each time for some of the layers; the result is the same up to rounding. A line on stderr
+            then shows the plan, as :func:`plan_calibration` does in advance. The model's activations come on top, and
+            with a sensitivity the output gradients of a batch, whose bytes per row the plan shows.
         offload: where finished sums are stored, as lower triangles: ``"cpu"``, in the CPU's memory, or ``"disk"``, in a
             temporary file (in TMPDIR). None leaves them on their device; if they do not fit into ``max_memory``, they
             are moved to the CPU, and if they do not fit there either, to the disk.
@@ -199,9 +200,9 @@ def calibrate(
             "DataLoader, or a larger max_memory."
         )
     parts: list[Covariances] = []
-    seen = 0
+    seen, packed = 0, plan.offload is not None or len(passes) > 1
     for number, layers in enumerate(passes):
-        found = None if saved is None else saved.finished(number)
+        found = None if saved is None else saved.finished(number, packed)
         if found is None:
             part = calibrator if len(passes) == 1 else calibrator._over(layers)
             name = f"calibrating, pass {number + 1} of {len(passes)}" if len(passes) > 1 else "calibrating"
@@ -215,7 +216,7 @@ def calibrate(
             seen, found = count, part.covariances
             if saved is not None:
                 saved.end(number, found)
-        if plan.offload is not None or len(passes) > 1:
+        if packed:
             found.pack_(plan.offload)
         if share_inputs:
             found.share_equal_(parts)
@@ -285,7 +286,7 @@ def plan_calibration(
     """The memory that :func:`calibrate` will need with these arguments: bytes by layer and device, and passes.
 
     Layers that share their input will need less than planned, since sharing is known only when the model runs. The
-    model's own activations are not counted.
+    model's own activations are not counted, and output gradients per row of a batch, since its size is not known.
 
     Args:
         model: as for :func:`calibrate`; may be on the meta device, where no memory bound is known.
@@ -298,11 +299,12 @@ def plan_calibration(
     Example:
         >>> import torch, lowrank_ops as lro
         >>> model = torch.nn.Sequential(torch.nn.Linear(1024, 64), torch.nn.ReLU(), torch.nn.Linear(64, 1024))
-        >>> print(lro.plan_calibration(model, sensitivity="fisher", max_memory="24MB").table())
+        >>> print(lro.plan_calibration(model, sensitivity="fisher", max_memory="40MB").table())
         layer  device  side   activations  output_gradients  token_weighted  pass
         0      cpu     input  8.0 MiB      33.0 KiB          8.0 MiB         1
         2      cpu     input  33.0 KiB     8.0 MiB           33.0 KiB        2
-        calibration: 2 passes over the batches, sums of at most 20.4 MiB on cpu; 12.4 MiB packed in the CPU's memory
+        calibration: 2 passes over the batches, sums of at most 32.4 MiB on cpu, and 3.9 MiB for 1,000 rows of a \
+batch; 12.4 MiB packed in the CPU's memory
     """
     if sensitivity is not None:
         check_sensitivity(sensitivity)

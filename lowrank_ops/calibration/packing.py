@@ -3,35 +3,44 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import tempfile
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..ops import covariance_finalize_
 
+ROWS = 64  # of a matrix that are copied at a time
 
-def in_file(tensor: Tensor) -> Tensor:
-    """A copy in a file that is mapped into memory, and has no name where the system allows that."""
-    if not tensor.numel():
-        return tensor
+
+def empty_in_file(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor in a file that is mapped into memory, and has no name where the system allows that."""
+    if not math.prod(shape):
+        return torch.empty(shape, dtype=dtype)
     handle, name = tempfile.mkstemp(prefix="lowrank_ops_", suffix=".sums")
     try:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(handle, 0, tensor.nbytes)  # a full disk is an error here, and a crash in the mapping
-        mapped = torch.from_file(name, shared=True, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
-        return mapped.copy_(tensor)
+        if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and a crash in the mapping
+            os.posix_fallocate(handle, 0, math.prod(shape) * dtype.itemsize)
+        return torch.from_file(name, shared=True, size=math.prod(shape), dtype=dtype).view(*shape)
     finally:
         os.close(handle)
         with contextlib.suppress(OSError):
             os.unlink(name)
 
 
-def lower_triangle(matrices: Tensor) -> Tensor:
-    """The lower triangles of (..., n, n), row by row, (..., n (n + 1) / 2)."""
-    rows = [matrices[..., i, : i + 1] for i in range(matrices.shape[-1])]
-    return torch.cat(rows, -1) if rows else matrices.flatten(-2)
+def lower_triangle(matrices: Tensor, out: Tensor | None = None) -> Tensor:
+    """The lower triangles of (..., n, n), row by row, (..., n (n + 1) / 2); in ``out`` if that is given."""
+    n = matrices.shape[-1]
+    if out is None:
+        out = matrices.new_empty(*matrices.shape[:-2], n * (n + 1) // 2)
+    for start in range(0, n, ROWS):
+        stop = min(start + ROWS, n)
+        rows = [matrices[..., i, : i + 1] for i in range(start, stop)]
+        out[..., start * (start + 1) // 2 : stop * (stop + 1) // 2] = torch.cat(rows, -1)
+    return out
 
 
 def from_lower_triangle(packed: Tensor, n: int) -> Tensor:

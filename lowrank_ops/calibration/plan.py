@@ -14,7 +14,9 @@ from torch import nn
 
 from ..models.layers import device_of_layer, dimensions
 from ..models.running import has_float64
+from ..ops.covariance.reference import CHUNK_BYTES
 from .experts import twin_name
+from .token_weights import MAX_ELEMENTS
 
 OFFLOADS = (None, "cpu", "disk")
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -30,6 +32,7 @@ class PlannedLayer:
         device: of the layer's weight and of its sums.
         side: which activation is streamed.
         sums: bytes by field of ``LayerStatistics``; less where the layer shares its input with another.
+        gradients: bytes of each row's output gradient, which is kept until the backward pass of a batch ends.
         number: the pass that streams this layer, counted from 0.
     """
 
@@ -37,6 +40,7 @@ class PlannedLayer:
     device: torch.device
     side: str
     sums: Mapping[str, int]
+    gradients: int = 0
     number: int = 0
 
     @property
@@ -52,6 +56,13 @@ class PlannedLayer:
     def largest(self) -> int:
         return max(self.sums.values())
 
+    @property
+    def copies(self) -> int:
+        """Bytes of rows that are copied at a time: shifted or weighted, and in the dtype of the sums."""
+        if self.device.type == "cpu":
+            return 2 * min(CHUNK_BYTES, self.largest)
+        return 16 * min(MAX_ELEMENTS, self.largest // 8)
+
 
 @dataclass(frozen=True)
 class CalibrationPlan:
@@ -60,7 +71,8 @@ class CalibrationPlan:
     Attributes:
         layers: each with its bytes and its pass.
         passes: number of passes over the batches.
-        peak: maximum bytes of the sums, by device.
+        peak: maximum bytes of the sums and of the copies of rows that are added to them, by device.
+        gradients: bytes of output gradients for each row (token, position) of a batch, in the pass that has most.
         kept: bytes of the result.
         bounds: bytes that the sums may take, by device; None if unknown.
         offload: where finished sums are stored as lower triangles, ``"cpu"`` or ``"disk"``; None: whole, on the device.
@@ -69,6 +81,7 @@ class CalibrationPlan:
     layers: tuple[PlannedLayer, ...]
     passes: int
     peak: Mapping[torch.device, int]
+    gradients: int
     kept: int
     bounds: Mapping[torch.device, int | None]
     offload: str | None
@@ -77,9 +90,9 @@ class CalibrationPlan:
         peaks = ", ".join(f"{size(peak)} on {device}" for device, peak in self.peak.items())
         where = {None: "beside the model", "cpu": "packed in the CPU's memory", "disk": "packed on the disk"}
         passes = "1 pass" if self.passes == 1 else f"{self.passes} passes"
-        return (
-            f"calibration: {passes} over the batches, sums of at most {peaks}; {size(self.kept)} {where[self.offload]}"
-        )
+        rows = f", and {size(1000 * self.gradients)} for 1,000 rows of a batch" if self.gradients else ""
+        kept = f"{size(self.kept)} {where[self.offload]}"
+        return f"calibration: {passes} over the batches, sums of at most {peaks}{rows}; {kept}"
 
     def table(self) -> str:
         """One line per layer: device, side, bytes by kind of sums, and pass. The last line is the total."""
@@ -122,14 +135,17 @@ def make_plan(
         device = device_of_layer(layer)
         itemsize = (dtype if has_float64(device) else torch.float32).itemsize
         sizes = {name: itemsize * groups * (n * n + 2 * n) for name, n in sums.items()}
-        planned.append(PlannedLayer(fqn, device, sides[fqn], sizes))
+        weight = layer.get_parameter("weight")
+        gradients = groups * out_features * weight.element_size() if output_gradients else 0
+        planned.append(PlannedLayer(fqn, device, sides[fqn], sizes, gradients))
     devices = dict.fromkeys(one.device for one in planned)
     given = None if max_memory is None else parse_bytes(max_memory)
     bounds = {device: _half(free_memory(device)) if given is None else given for device in devices}
-    whole = {device: sum(one.total for one in planned if one.device == device) for device in devices}
-    fits = all(bound is None or whole[device] <= bound for device, bound in bounds.items())
-    if fits:
-        return CalibrationPlan(tuple(planned), 1, whole, sum(whole.values()), bounds, offload)
+    here = {device: [one for one in planned if one.device == device] for device in devices}
+    whole = {device: sum(one.total for one in of) + max(one.copies for one in of) for device, of in here.items()}
+    if all(bound is None or whole[device] <= bound for device, bound in bounds.items()):
+        kept, gradients = (sum(getattr(one, name) for one in planned) for name in ("total", "gradients"))
+        return CalibrationPlan(tuple(planned), 1, whole, gradients, kept, bounds, offload)
     places: list[str | None] = [offload]
     if offload is None:
         places = ["cpu", "disk"]
@@ -148,8 +164,9 @@ def make_plan(
             "side='output' or dtype=torch.float32, or leave the layer out with filter_fn."
         )
     numbered = tuple(replace(one, number=numbers[one.fqn]) for one in planned)
-    kept = sum(one.packed for one in planned)
-    return CalibrationPlan(numbered, max(numbers.values()) + 1, peak, kept, bounds, place)
+    passes = max(numbers.values()) + 1
+    by_pass = [sum(one.gradients for one in numbered if one.number == number) for number in range(passes)]
+    return CalibrationPlan(numbered, passes, peak, max(by_pass), sum(one.packed for one in planned), bounds, place)
 
 
 def _passes(
@@ -165,10 +182,12 @@ def _passes(
     current: list[PlannedLayer] = []
     number = 0
 
+    packed_here = place is None or (place == "cpu" and _CPU in bounds)  # beside the whole ones
+
     def needed(layers: list[PlannedLayer], device: torch.device) -> int:
         here = [layer for layer in layers if layer.device == device]
-        packing = max((layer.largest // 2 for layer in here), default=0)
-        return kept[device] + sum(layer.total for layer in here) + packing
+        beside = [max(layer.copies, packed_here * layer.largest // 2) for layer in here]
+        return kept[device] + sum(layer.total for layer in here) + max(beside, default=0)
 
     def fits(layers: list[PlannedLayer]) -> bool:
         return all(bound is None or needed(layers, device) <= bound for device, bound in bounds.items())

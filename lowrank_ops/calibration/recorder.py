@@ -18,7 +18,7 @@ from .covariances import Covariances
 from .distributed import rank_and_world
 from .gradients import OutputGradient, OutputGradients
 from .objectives import Sensitivity, objective
-from .packing import from_lower_triangle, lower_triangle
+from .packing import from_lower_triangle
 from .sampling import Sampler
 from .statistics import LayerStatistics, Moments, NonFiniteActivationError
 from .sums import Sums, geometry_of
@@ -192,7 +192,7 @@ class Recorder:
         parts = []
         for i, (kind, sums) in enumerate(self._all_sums()):
             tensors |= {f"{i}.{name}": tensor for name, tensor in sums.moments.tensors().items()}
-            tensors[f"{i}.second_moment"] = lower_triangle(sums.moments.second_moment)
+            tensors[f"{i}.second_moment"] = sums.moments.packed("disk")  # half of the sums, beside them in memory
             shifted = sums.moments.shift is not None
             draws = [sums.sampler.calls, sums.sampler.seen]
             part = {"kind": kind, "calls": sums.calls, "count": sums.moments.count, "shifted": shifted, "draws": draws}

@@ -69,12 +69,12 @@ class CalibrationCheckpoint:
                 "same model, batches and arguments to resume, or another folder."
             )
 
-    def finished(self, number: int) -> Covariances | None:
-        """The statistics of a pass, if it was finished."""
+    def finished(self, number: int, packed: bool) -> Covariances | None:
+        """The statistics of a pass, if it was finished; ``packed`` as for :meth:`Covariances.load`."""
         if number >= self._number:
             return None
         try:
-            return Covariances.load(self._file(number))
+            return Covariances.load(self._file(number), packed=packed)
         except FileNotFoundError:
             raise ValueError(
                 f"checkpoint {str(self._folder)!r} lacks the file {self._file(number).name!r} of a finished pass. "

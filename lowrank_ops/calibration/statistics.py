@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..models.layers import all_finite
 from ..models.running import float64_device, has_float64
-from .packing import from_lower_triangle, in_file, lower_triangle
+from .packing import empty_in_file, from_lower_triangle, lower_triangle
 
 SIDES = ("input", "output")
 
@@ -80,10 +80,19 @@ class Moments:
         Raises:
             OSError: the disk is full.
         """
-        self._stored = self._stored if self.is_packed else lower_triangle(self._stored)
+        self._stored, self._place = self.packed(place), place
         if place is not None:
             self.to_cpu_()
-        self._stored, self._place = in_file(self._stored) if place == "disk" else self._stored, place
+
+    def packed(self, place: str | None) -> Tensor:
+        """The lower triangle of the second moment at a ``place``, as for :meth:`pack_`."""
+        stored, n = self._stored, self.total.shape[-1]
+        device = stored.device if place is None else torch.device("cpu")
+        if self.is_packed and stored.device == device and place != "disk":
+            return stored
+        shape = (*self.total.shape[:-1], n * (n + 1) // 2)
+        out = empty_in_file(shape, stored.dtype) if place == "disk" else stored.new_empty(shape, device=device)
+        return out.copy_(stored) if self.is_packed else lower_triangle(stored, out)
 
     def to_cpu_(self) -> None:
         """Move the sums to the CPU."""

@@ -15,9 +15,10 @@ from ..models.layers import Conv, device_of_layer, dimensions, images, is_conv, 
 from ..models.running import has_float64
 from ..ops import conv_covariance_update_, covariance_update_
 from ..ops.covariance import output_size
+from ..ops.covariance.reference import MIN_CHUNK_BYTES
 from .sampling import Sampler
 from .statistics import Moments
-from .token_weights import MAX_ELEMENTS
+from .token_weights import elements_at_a_time
 
 # Sums are about a shift for features whose mean is more than SHIFT_RATIO of their standard deviations; others lose at
 # most log2(1 + SHIFT_RATIO^2) bits. Both are estimated from about SHIFT_ROWS rows of a layer's first call.
@@ -130,7 +131,7 @@ class Sums:
             rows = self.sampler.of(rows.reshape(-1, total.numel()))
         shift, parts = self.moments.shift, (rows,)
         if shift is not None:
-            parts = rows.reshape(-1, total.numel()).split(max(1, MAX_ELEMENTS // total.numel()))
+            parts = rows.reshape(-1, total.numel()).split(max(1, elements_at_a_time(total) // total.numel()))
         groups = list(zip(second_moment.view(-1, features, features), total.view(-1, features), strict=True))
         for part in parts:
             shifted = part if shift is None else part - shift.flatten()
@@ -202,9 +203,12 @@ def shift_of(rows: Tensor, dtype: torch.dtype) -> Tensor | None:
     """
     if not len(rows):
         return None
-    deviation, mean = torch.std_mean(rows[:: max(1, len(rows) // SHIFT_ROWS)].to(dtype), 0, correction=0)
+    some = rows[:: max(1, len(rows) // SHIFT_ROWS)].flatten(1)
+    columns = some.split(max(1, MIN_CHUNK_BYTES // (len(some) * dtype.itemsize)), 1)
+    parts = [torch.std_mean(part.to(dtype), 0, correction=0) for part in columns]
+    deviation, mean = (torch.cat(each) for each in zip(*parts, strict=True))
     large = mean.abs() > SHIFT_RATIO * deviation  # false for NaN
-    mean = torch.where(large, mean, 0).to(rows.dtype)
+    mean = torch.where(large, mean, 0).to(rows.dtype).view(rows.shape[1:])
     return mean.to(dtype if rows.device.type == "cpu" else rows.dtype) if bool(large.any()) else None
 
 

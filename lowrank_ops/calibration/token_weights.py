@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from ..models.layers import Conv, images, is_conv, pad_input, patches
 from ..models.masks import real_rows
 from ..ops import covariance_update_
+from ..ops.covariance.reference import MIN_CHUNK_BYTES, chunk_bytes
 from .sampling import Sampler
 from .statistics import Moments
 
-MAX_ELEMENTS = 1 << 24  # of a convolution's patches, or of rows in the dtype of the sums, in memory at a time
+MAX_ELEMENTS = 1 << 23  # of copies of rows, or of a convolution's patches, in memory at a time; fewer on the CPU
 
 
 class SavedActivation:
@@ -78,9 +79,10 @@ class SavedActivation:
             return
         weights = _conv_weights(images(layer, gradient), layer.groups)  # (samples, height, width, groups)
         values = images(layer, _padded(layer, values) if self._side == "input" else values)
+        most = elements_at_a_time(moments.total)
         height, line = weights.shape[1], weights.shape[2] * moments.total.numel()
-        lines = min(height, max(1, MAX_ELEMENTS // line))
-        samples = max(1, MAX_ELEMENTS // (line * lines))
+        lines = min(height, max(1, most // line))
+        samples = max(1, most // (line * lines))
         for part, part_weights in zip(values.split(samples), weights.split(samples), strict=True):
             for first, band in zip(range(0, height, lines), part_weights.split(lines, 1), strict=True):
                 if self._side == "input":
@@ -88,6 +90,13 @@ class SavedActivation:
                 else:
                     rows = part[:, :, first : first + lines].movedim(1, -1)
                 add_weighted(moments, rows, band.flatten(0, -2), sampler)
+
+
+def elements_at_a_time(total: Tensor) -> int:
+    """The elements of rows that may be copied at a time, for sums with this total."""
+    if total.device.type != "cpu":
+        return MAX_ELEMENTS
+    return min(MAX_ELEMENTS, chunk_bytes(total) // total.element_size())
 
 
 def _padded(layer: Conv, x: Tensor) -> Tensor:
@@ -138,16 +147,18 @@ def relative_squares(gradient: Tensor, mask: Tensor | None = None) -> Tensor:
     """
     if not gradient.numel():
         return torch.ones(gradient.shape[:-1], device=gradient.device)
-    rows = gradient.to(torch.promote_types(gradient.dtype, torch.float32)).reshape(
-        len(gradient), -1, gradient.shape[-1]
-    )
-    count = torch.full_like(rows[:, 0, 0], rows.shape[1]) if mask is None else mask.flatten(1).sum(1).clamp_min(1)
-    if mask is not None:
-        rows = rows.masked_fill(~mask.view(*rows.shape[:2], 1), 0)
-    largest = rows.abs().amax((1, 2))
+    dtype = torch.promote_types(gradient.dtype, torch.float32)
+    rows = gradient.reshape(len(gradient), -1, gradient.shape[-1])
+    sizes = torch.maximum(rows.amax(-1), -rows.amin(-1)).to(dtype)  # the largest of each row
+    real = None if mask is None else mask.flatten(1)
+    count = torch.full_like(sizes[:, 0], rows.shape[1]) if real is None else real.sum(1).clamp_min(1)
+    largest = (sizes if real is None else sizes.masked_fill(~real, 0)).amax(1)
     nonzero = largest != 0  # true for NaN, which then appears in the weights, where the caller checks for it
-    rows = rows / torch.where(nonzero, largest, 1.0).view(-1, 1, 1)  # avoids underflow of squared small gradients
-    squares = rows.square().sum(-1)
+    scale = torch.where(nonzero, largest, 1.0).view(-1, 1, 1)  # avoids underflow of squared small gradients
+    some = max(1, (MAX_ELEMENTS if rows.device.type != "cpu" else MIN_CHUNK_BYTES // 4) // rows[:, 0].numel())
+    squares = torch.cat([(part.to(dtype) / scale).square().sum(-1) for part in rows.split(some, 1)], 1)
+    if real is not None:
+        squares = squares.masked_fill(~real, 0)
     mean = squares.sum(1, keepdim=True) / count.unsqueeze(1)
     return torch.where(nonzero.unsqueeze(1), squares / mean, 1.0).view(gradient.shape[:-1])
 
@@ -158,23 +169,25 @@ def add_weighted(moments: Moments, rows: Tensor, weights: Tensor, sampler: Sampl
     if chosen is not None:
         chosen = chosen.to(rows.device)
         rows, weights = rows.reshape(-1, moments.total.numel())[chosen], weights[chosen]
-    moment, total = moments.second_moment, moments.total
+    moment, total, shift = moments.second_moment, moments.total, moments.shift
     groups, features = total.numel() // total.shape[-1], total.shape[-1]
     dtype = rows.dtype
     length = weights.to(torch.promote_types(dtype, torch.float32)).sqrt()
-    rows = rows if moments.shift is None else rows - moments.shift.flatten()
-    scaled = rows.reshape(-1, groups, features) * length.unsqueeze(-1)  # in the dtype of ``length``
-    by_group = scaled.movedim(1, 0)  # (groups, rows, features)
+    some = max(1, elements_at_a_time(total) // total.numel())
     with torch.autocast(total.device.type, enabled=False):  # sums must not be rounded
-        # In the dtype of the sums: in float32 a mean much larger than the deviation would cost digits of the variance.
-        wide, some = torch.promote_types(total.dtype, scaled.dtype), max(1, MAX_ELEMENTS // total.numel())
-        for part, lengths in zip(by_group.split(some, 1), length.split(some), strict=True):
-            total += (lengths.T.unsqueeze(1).to(wide) @ part.to(wide)).view_as(total)
-        if groups == 1:
-            # In the dtype of the rows, which is fast; weighted rows may overflow float16.
-            narrow = scaled if dtype == torch.float16 else scaled.to(dtype)
-            covariance_update_(moment, torch.zeros_like(total), narrow)
-        else:  # often hundreds of small ones
-            by_group = by_group.to(moment.dtype)
-            moment.baddbmm_(by_group.mT, by_group)
-    moments.count += len(scaled)
+        for part, lengths in zip(rows.reshape(-1, total.numel()).split(some), length.split(some), strict=True):
+            shifted = part if shift is None else part - shift.flatten()
+            scaled = shifted.reshape(-1, groups, features) * lengths.unsqueeze(-1)  # in the dtype of ``length``
+            by_group = scaled.movedim(1, 0)  # (groups, rows, features)
+            # In the dtype of the sums: in float32 a mean much larger than the deviation would cost digits of the
+            # variance.
+            wide = torch.promote_types(total.dtype, scaled.dtype)
+            total += (lengths.T.unsqueeze(1).to(wide) @ by_group.to(wide)).view_as(total)
+            if groups == 1:
+                # Kernels multiply rows of their own dtype fast; weighted ones may overflow float16.
+                kept = scaled.device.type == "cpu" or dtype == torch.float16
+                covariance_update_(moment, torch.zeros_like(total), scaled if kept else scaled.to(dtype))
+            else:  # often hundreds of small ones
+                by_group = by_group.to(moment.dtype)
+                moment.baddbmm_(by_group.mT, by_group)
+    moments.count += len(weights)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..ops import _native, _verify, covariance, linear
+from ..ops import _native, _verify, covariance, grouped, linear
 from ..ops._backend import Backend, Impl
 from ..ops.covariance import _cuda as covariance_cuda
 from ..ops.linear import _cuda as linear_cuda
@@ -97,8 +97,8 @@ def _kernels(op: str, table: tuple[Impl, ...], problem: Any) -> Iterator[tuple[s
     for impl in table:
         if impl.backend is Backend.TRITON and impl.supports(problem) is None:
             yield impl.name, impl, {}
-    cuda = next(impl for impl in table if impl.backend is Backend.CUDA)
-    if _native.unavailable_on(problem.device.type) is None:
+    cuda = next((impl for impl in table if impl.backend is Backend.CUDA), None)
+    if cuda is not None and _native.unavailable_on(problem.device.type) is None:
         for kernel in _native.KERNELS:
             choice = _native.Choice(kernel=kernel)
             if not _REFUSE[op](problem, choice):
@@ -115,6 +115,9 @@ def _cases(device: torch.device) -> Iterator[tuple[str, tuple[Impl, ...], Any, _
                 down, up = (normal(rank, width) / width**0.5).to(dtype), (normal(outputs, rank) / rank**0.5).to(dtype)
                 yield _linear(x, down, up, normal(outputs).to(dtype), "gelu")
                 yield _linear(x, down.T.contiguous().T, up.T.contiguous().T, None, "none")  # as in the backward
+                yield _grouped(
+                    x, [down, down[: rank // 2]], [up, up[:, : rank // 2].contiguous()], [None, up[:, 0].contiguous()]
+                )
     for dtype, tf32 in (*((dtype, False) for dtype in DTYPES), (torch.float32, False), (torch.float32, True)):
         for state in (torch.float32, torch.float64):
             for matrix in MATRICES:
@@ -142,6 +145,15 @@ def _linear(*args: Any) -> tuple[str, tuple[Impl, ...], Any, _Run]:
         return reference.errors(impl.run(problem, *args, **options), *args)
 
     return "lowrank_linear", linear.TABLE, problem, compare
+
+
+def _grouped(*args: Any) -> tuple[str, tuple[Impl, ...], Any, _Run]:
+    problem = grouped.describe(*args)
+
+    def compare(impl: Impl) -> _verify.Errors | None:
+        return grouped.reference.errors(impl.run(problem, *args), *args)
+
+    return "lowrank_linear_grouped", grouped.TABLE, problem, compare
 
 
 def _comparison(trial: Callable[..., _verify.Errors | None], problem: Any, x: torch.Tensor) -> _Run:

@@ -129,6 +129,11 @@ class LowRankLinear(LowRankLayer):
             return lowrank_linear(x, parameters["down"], parameters["up"], parameters["bias"])  # type: ignore[arg-type]
         return lowrank_linear(x, self.down, self.up, self.bias)  # parametrized, pruned or sharded
 
+    def factors(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """Down, up and bias, if a call of this layer computes only their product; None of a subclass."""
+        plain = type(self) is LowRankLinear and {"down", "up", "bias"} <= self._parameters.keys()
+        return (self.down, self.up, self.bias) if plain else None
+
     def product(self) -> Tensor:
         """The product (out_features, in_features), computed in every call."""
         return self.up @ self.down

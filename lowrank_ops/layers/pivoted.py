@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from ..arguments import checked
 from ..factors.projections import Factors
@@ -114,6 +115,11 @@ class PivotedLinear(LowRankLinear):
             return F.linear(pivots, self._all_coefficients(), self.bias)
         y = torch.cat([pivots, F.linear(pivots, self.up)], -1).index_select(-1, self.order)
         return y if self.bias is None else y + self.bias.to(y.dtype)  # which autocast may have narrowed
+
+    def factors(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """Down, up with the coefficients of the pivots, and bias, while compiling; else None, a call costs less."""
+        plain = type(self) is PivotedLinear and {"down", "up", "bias"} <= self._parameters.keys()
+        return (self.down, self._all_coefficients(), self.bias) if plain and is_compiling() else None
 
     def product(self) -> Tensor:
         """The weight (out_features, in_features), computed in every call."""

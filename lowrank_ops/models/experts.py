@@ -10,8 +10,11 @@ from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
-from .layers import fused_projections, reason_to_stay_fused, tied_layers
+from ..ops import lowrank_experts
+from ..ops._dispatcher import is_recorded
+from .layers import HOOKS, fused_projections, reason_to_stay_fused, tied_layers
 
 MIN_ROWS = 256  # an expert with fewer rows of its own is also calibrated on rows that went to others
 
@@ -43,7 +46,9 @@ class ListedExperts(nn.Module):
     """The experts of a fused module, each an ``nn.ModuleDict`` of its Linears: ``experts.3.gate_up_proj``.
 
     A drop-in for the fused module that runs like its eager implementation: one expert after another computes the rows
-    that the router sends to it. The Linears are views of the fused parameters.
+    that the router sends to it. Under ``torch.compile`` and on a GPU, ``lowrank_ops.ops.lowrank_experts`` computes a
+    projection of all experts, unless one of them has hooks, an adapter or another forward. The Linears are views of the
+    fused parameters.
 
     Args:
         fused: an experts module of transformers for which :func:`reason_to_stay_fused` returns None; not changed.
@@ -78,23 +83,33 @@ class ListedExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """As the fused module: hidden_states (tokens, features), the others (tokens, k); returns (tokens, features)."""
-        if torch.compiler.is_exporting():
+        if is_recorded():
             return self._run_all(hidden_states, top_k_index, top_k_weights)
-        output = torch.zeros_like(hidden_states)
-        # Sorted once, so that each expert works on one slice. The rows of an expert are in the order of the eager
-        # implementation, hence the same bits; no two of them are of one token, hence index_add_ is deterministic.
-        by_slot = top_k_index.T.flatten()
-        order = by_slot.argsort(stable=True)
+        # Sorted once, so that each expert works on one slice; rows at the end, of larger indices, are for no expert.
+        slots, order = top_k_index.T.flatten().sort(stable=True)
+        ends = torch.searchsorted(slots, torch.arange(self.num_experts, device=slots.device), right=True)
         tokens = order % top_k_index.shape[0]
         x, weights = hidden_states[tokens], top_k_weights.T.flatten()[order].unsqueeze(1)
+        # In eager mode on a CPU, the op saves no time, and a call keeps the rows of one expert in the cache.
+        factors = self._factors() if torch.compiler.is_compiling() or not x.is_cpu else None
+        if factors is not None:
+            first, down = factors
+            y = self._after(lowrank_experts(self._between(lowrank_experts(x, ends, *first)), ends, *down)) * weights
+            y = y.masked_fill((slots >= self.num_experts).unsqueeze(1), 0)  # a norm may have a bias
+            # The slots of a token are added in their order; index_add_ adds in any order on a GPU.
+            y = y[order.argsort()].view(*top_k_index.T.shape, y.shape[-1]).sum(0)
+            return y.to(hidden_states.dtype)
+        output = torch.zeros_like(hidden_states)
+        # The rows of an expert are in the order of the eager implementation, hence the same bits; no two of them are of
+        # one token, hence index_add_ is deterministic.
         start = 0
-        for expert, rows in enumerate(by_slot.bincount(minlength=self.num_experts)[: self.num_experts].tolist()):
-            if rows:  # the rows at the end, of larger indices, are for no expert
-                part = slice(start, start + rows)
+        for expert, end in enumerate(ends.tolist()):
+            if end > start:
+                part = slice(start, end)
                 routed = RoutedRows(tokens[part], len(hidden_states))
                 y = self._run(self.projections(expert), x[part], routed) * weights[part]
                 output.index_add_(0, tokens[part], y.to(output.dtype))
-                start += rows
+            start = end
         if self.pool is not None:
             for expert, tokens in self.pool.missing_rows(top_k_index):
                 routed = RoutedRows(tokens, len(hidden_states))
@@ -116,11 +131,31 @@ class ListedExperts(nn.Module):
 
     def _run(self, projections: Mapping[str, nn.Module], x: Tensor, routed: RoutedRows | None) -> Tensor:
         """The output of one expert for its rows (rows, features)."""
-        shell: Any = self._shell
         first, down = projections.values()
-        y = _call(first, x, routed)
-        y = _call(down, shell._apply_gate(y) if shell.has_gate else shell.act_fn(y), routed)
+        return self._after(_call(down, self._between(_call(first, x, routed)), routed))
+
+    def _between(self, y: Tensor) -> Tensor:
+        """The activation, on the output of the first projection."""
+        shell: Any = self._shell
+        return shell._apply_gate(y) if shell.has_gate else shell.act_fn(y)  # type: ignore[no-any-return]
+
+    def _after(self, y: Tensor) -> Tensor:
+        shell: Any = self._shell
         return shell.post_expert_norm(y) if shell.has_post_expert_norm else y
+
+    def _factors(self) -> list[tuple[list[Any], ...]] | None:
+        """Downs, ups and biases of each projection; None if one must be called or none has low-rank factors."""
+        if self.pool is not None or _has_any_global_hook():
+            return None
+        found: list[tuple[list[Any], ...]] = [([], [], []), ([], [], [])]
+        for expert in range(self.num_experts):
+            for layer, lists in zip(self.projections(expert).values(), found, strict=True):
+                factors = _factors_of(layer)
+                if factors is None:
+                    return None
+                for part, factor in zip(lists, factors, strict=True):
+                    part.append(factor)
+        return None if self.is_dense() else found
 
     def to_fused(self) -> nn.Module:
         """The fused module with copies of these weights; all projections must be nn.Linear.
@@ -239,6 +274,12 @@ def experts_listed(
                     experts.unshare_()
 
 
+def list_experts_(model: nn.Module) -> None:
+    """Put :class:`ListedExperts` in the places of the fused experts inside ``model``, for good."""
+    with torch.inference_mode(False):
+        _put_in(model, list_experts(model))
+
+
 def on_listed_experts(function: Callable[Concatenate[nn.Module, P], T]) -> Callable[Concatenate[nn.Module, P], T]:
     """A decorator: calls the function, whose first argument is a model, inside :func:`experts_listed`."""
 
@@ -257,6 +298,18 @@ def _put_in(model: nn.Module, replacements: Mapping[Any, nn.Module]) -> None:
         for name, child in parent._modules.items():
             if child in replacements:
                 parent._modules[name] = replacements[child]
+
+
+def _factors_of(layer: nn.Module) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
+    """Down, up and bias of a layer, or weight, None and bias of an nn.Linear; None if more happens in its call."""
+    if any(getattr(layer, kind) for kind in HOOKS) or "forward" in vars(layer):
+        return None
+    if type(layer) in (nn.Linear, ExpertLinear):
+        found = layer.weight, None, layer.bias
+    elif not hasattr(layer, "factors") or (found := layer.factors()) is None:  # type: ignore[operator]
+        return None
+    plain = all(factor is None or type(factor) in (Tensor, nn.Parameter) for factor in found)
+    return found if plain else None  # type: ignore[return-value]
 
 
 def _linear(fused: nn.Module, name: str, expert: int) -> ExpertLinear:

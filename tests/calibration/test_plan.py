@@ -1,8 +1,9 @@
 """Calibration in bounded memory: plans, passes over the batches, sums kept as lower triangles."""
 
 import copy
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,36 @@ def test_sums_stay_within_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = lro.plan_calibration(model, sensitivity="fisher", max_memory="75kB", offload="disk")
     calibrated(model, max_memory="75kB", offload="disk")
     assert 0 < peak <= max(plan.peak.values()) <= 75_000 and plan.passes > 1
+
+
+def peak_of(run: Callable[[], object], file: Path) -> int:
+    """The most bytes that were allocated at a time."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    profile.export_chrome_trace(str(file))
+    events = [event for event in json.loads(file.read_text())["traceEvents"] if event.get("name") == "[memory]"]
+    events = [event["args"] for event in sorted(events, key=lambda event: event["ts"])]
+    return max(event["Total Allocated"] for event in events) - events[0]["Total Allocated"] + events[0]["Bytes"]
+
+
+@pytest.mark.parametrize("mean", [0, 100])  # about which sums are shifted
+def test_copies_of_rows_stay_within_the_bound(mean: float, tmp_path: Path) -> None:
+    """Calibration takes what the forward, the backward and their gradients take, and what the plan says."""
+    model, batch = nn.Sequential(*(nn.Linear(512, 512) for _ in range(2))), torch.randn(2, 1200, 512) + mean
+
+    def loss(y: Tensor, batch: Tensor) -> Tensor:
+        return y.square().sum()
+
+    def plain() -> object:
+        hidden = model[0](batch)
+        y = model[1](hidden)
+        return torch.autograd.grad(loss(y, batch), [hidden, y])
+
+    expected = peak_of(plain, tmp_path / "plain.json")
+    plan = lro.plan_calibration(model, sensitivity=loss)
+    assert plan.gradients == 2 * 512 * 4
+    taken = peak_of(lambda: lro.calibrate(model, [batch], sensitivity=loss), tmp_path / "calibrated.json")
+    assert 0.9 * plan.kept < taken - expected <= sum(plan.peak.values())
 
 
 def test_files_vanish_with_the_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

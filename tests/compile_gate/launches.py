@@ -16,10 +16,11 @@ import torch
 from triton.runtime.jit import KernelInterface
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lowrank_ops.ops import _tuning, covariance, linear
+from lowrank_ops.ops import _tuning, covariance, grouped, linear
 from lowrank_ops.ops._backend import Backend, Device, choose
 from lowrank_ops.ops._triton_device import arch_of
 from lowrank_ops.ops.covariance import _triton, _triton_conv
+from lowrank_ops.ops.grouped import _triton as grouped_triton
 from lowrank_ops.ops.linear import _triton as linear_triton
 from lowrank_ops.ops.linear._triton_config import DecodeConfig, PrefillConfig
 
@@ -111,7 +112,8 @@ def _record(case, config, launch, *, shared_limit, tma=False):
     for kernel, args, kwargs in calls:
         parts = specialized(kernel, args, kwargs)
         without_mma = kernel.__name__ in WITHOUT_MMA
-        rows = {"down_kernel": "block_r", "up_kernel": "block_n"}.get(kernel.__name__)  # of the weights in an MMA
+        # The rows of the weights in an MMA.
+        rows = {"down_kernel": "block_r", "up_kernel": "block_n"}.get(kernel.__name__.removeprefix("grouped_"))
         mma = "HMMA" if rows and getattr(config, rows) < 64 else not without_mma
         yield Launch(case, kernel, *parts, shared_limit, tma and not without_mma, mma)
 
@@ -260,8 +262,43 @@ def _linear(device):
         )
 
 
+# --- lowrank_linear_grouped -----------------------------------------------------------------------------------------
+
+# The tiles are those of lowrank_linear, so each arch compiles one configuration per kernel. Tokens, rank of the first.
+GROUPED = {80: [(16, 136), (300, 136)], 90: [(64, 264), (12608, 136)], 100: [(1, 136), (12608, 192)]}
+
+
+def _grouped(device, sizes=None):
+    for tokens, rank in sizes or GROUPED[arch_of(device.capability)]:
+        ranks, out_features = (rank, 64, 104), (2056, 512, 520)
+        x = torch.empty(tokens, 4096, dtype=BF16)
+        downs = [torch.empty(rank, 4096, dtype=BF16) for rank in ranks]
+        ups = [torch.empty(out, rank, dtype=BF16) for rank, out in zip(ranks, out_features, strict=True)]
+        biases = [torch.empty(out, dtype=BF16) for out in out_features]
+        ys = [torch.empty(tokens, out, dtype=BF16) for out in out_features]
+        problem = grouped.describe(x, downs, ups, biases)._replace(device=device)
+        decode = tokens <= 256
+        tiles_of = grouped_triton.decode_tiles if decode else grouped_triton.prefill_tiles
+        config = tiles_of(problem)
+        if linear_triton.unfenced(config, device):
+            continue
+        name = "decode" if decode else "prefill"
+        assert choose(grouped.TABLE, problem, "auto").name == f"triton.{name}", (tokens, rank)
+        make = grouped_triton._decode_launcher if decode else grouped_triton._prefill_launcher
+        launcher, tensors = make(problem, config), (x, downs, ups, biases, ys)
+        for launch in _record(
+            f"{name} {tokens} tokens rank {rank}",
+            config,
+            lambda launcher=launcher, tensors=tensors: launcher(*tensors),
+            shared_limit=config.shared_memory(),
+        ):
+            if launch.kernel.__name__ != "sum_kernel":  # that of lowrank_linear
+                yield launch
+
+
 CASES = {
     "covariance_update_": _covariance,
     "conv_covariance_update_": _convolution,
     "lowrank_linear": _linear,
+    "lowrank_linear_grouped": _grouped,
 }

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.ops.inputs import assert_linear, linear_inputs
+from tests.ops.inputs import assert_grouped, assert_linear, grouped_inputs, linear_inputs
 
 if not os.environ.get("TRITON_INTERPRET"):
     pytest.skip("needs TRITON_INTERPRET=1 in a process of its own", allow_module_level=True)
@@ -21,12 +21,16 @@ from lowrank_ops.ops import (
     covariance,
     covariance_update_,
     explain,
+    grouped,
     linear,
     lowrank_linear,
+    lowrank_linear_grouped,
 )
 from lowrank_ops.ops._backend import Backend
 from lowrank_ops.ops._dispatcher import BoundedCache
 from lowrank_ops.ops.covariance import _triton_kernels
+from lowrank_ops.ops.grouped import _triton as grouped_triton
+from lowrank_ops.ops.grouped import _triton_kernels as grouped_kernels
 from lowrank_ops.ops.linear import _triton, _triton_decode_kernels, _triton_prefill_kernels
 
 pytestmark = pytest.mark.interpreter
@@ -35,18 +39,19 @@ pytestmark = pytest.mark.interpreter
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch, tmp_path):
     """``auto`` prefers the Triton kernels, and no call was made or recorded before."""
-    for module, name in ((linear, "TABLE"), (covariance, "TABLE"), (covariance, "CONV_TABLE")):
+    for module, name in ((linear, "TABLE"), (grouped, "TABLE"), (covariance, "TABLE"), (covariance, "CONV_TABLE")):
         table = tuple(
             impl._replace(prefers=lambda problem: True) if impl.backend is Backend.TRITON else impl
             for impl in getattr(module, name)
         )
         monkeypatch.setattr(module, name, table)
-    for module in (linear, covariance):
+    for module in (linear, grouped, covariance):
         monkeypatch.setattr(module, "_decisions", BoundedCache(64))
     monkeypatch.setattr(_verify, "_passed", set())
     monkeypatch.setattr(_backend, "_distrusted", set())
     monkeypatch.setattr(_verify, "files", lambda package: tmp_path)
-    caches = _verify._record, _triton._decode_launcher, _triton._prefill_launcher
+    launchers = ((module._decode_launcher, module._prefill_launcher) for module in (_triton, grouped_triton))
+    caches = _verify._record, *sum(launchers, ())
     for function in caches:
         function.cache_clear()
     yield
@@ -88,6 +93,25 @@ class Linear:
 
     def is_right(self, y):
         assert_linear(y, *self.args, "none")
+
+    def explain(self):
+        return explain(self.op, *self.args)
+
+
+class Grouped:
+    """Calls of ``lowrank_linear_grouped`` with ``tokens`` rows."""
+
+    op = "lowrank_linear_grouped"
+
+    def __init__(self, tokens, module):
+        self.args = grouped_inputs(tokens, ranks=(8, 5), out_features=(16, 9), dtype=torch.bfloat16)
+        self.module = module
+
+    def run(self, **options):
+        return lowrank_linear_grouped(*self.args, **options)
+
+    def is_right(self, ys):
+        assert_grouped(ys, *self.args)
 
     def explain(self):
         return explain(self.op, *self.args)
@@ -143,6 +167,8 @@ class Convolution(Covariance):
 CALLS = {
     "decode": lambda: Linear(5, _triton_decode_kernels),
     "prefill": lambda: Linear(260, _triton_prefill_kernels),
+    "grouped decode": lambda: Grouped(5, grouped_kernels),
+    "grouped prefill": lambda: Grouped(260, grouped_kernels),
     "covariance": Covariance,
     "convolution": Convolution,
 }
@@ -158,7 +184,7 @@ def silently(run):
 @each_call
 def test_right_kernels_are_checked_once(make, monkeypatch):
     call, compared = make(), []
-    reference = linear.reference if call.op == "lowrank_linear" else covariance.reference
+    reference = {Linear: linear, Grouped: grouped}.get(type(call), covariance).reference
     errors = reference.errors
     monkeypatch.setattr(reference, "errors", lambda *args: compared.append(errors(*args)) or compared[-1])
     for _ in range(2):
@@ -169,10 +195,12 @@ def test_right_kernels_are_checked_once(make, monkeypatch):
 PLANTED = {
     "decode": (CALLS["decode"], "store_tile", misplaced),
     "prefill": (CALLS["prefill"], "store_tile", misplaced),
+    "grouped decode": (CALLS["grouped decode"], "store_tile", misplaced),
     "covariance": (Covariance, "add_to", half_added),
     "covariance, nothing": (Covariance, "add_to", nothing_added),
     "convolution": (Convolution, "add_to", half_added),
     "failed launch of decode": (CALLS["decode"], "up_kernel", broken),
+    "failed launch of grouped prefill": (CALLS["grouped prefill"], "grouped_prefill_kernel", broken),
     "failed launch of covariance": (Covariance, "covariance_kernel", broken),
 }
 
@@ -252,7 +280,8 @@ def test_doctor_records_what_is_right(monkeypatch):
     result = verify.verify(torch.device("cpu"), "the interpreter")
     assert result.code == 1 and "WRONG in" in result.text
     right = {(row["op"], row["kernel"]): not row["wrong"] for row in result.document["kernels"]}
-    assert not right.pop(("lowrank_linear", "triton.prefill"))
-    assert len(right) == 3 and all(right.values())
+    for op in ("lowrank_linear", "lowrank_linear_grouped"):
+        assert not right.pop((op, "triton.prefill"))
+    assert len(right) == 4 and all(right.values())
     recorded = json.loads(Path(result.document["record"]).read_text())
     assert {(entry["op"], entry["kernel"]) for entry in recorded["kernels"]} == right.keys()

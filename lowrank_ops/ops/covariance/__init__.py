@@ -204,7 +204,7 @@ def covariance_finalize_(second_moment: Tensor) -> Tensor:
         raise ValueError(f"second_moment must be (..., features, features); got {tuple(second_moment.shape)}.")
     if any(stride == 0 for stride, size in zip(second_moment.stride(), second_moment.shape, strict=True) if size > 1):
         raise ValueError("second_moment is expanded, so its elements share memory; pass a clone.")
-    rows = 4096  # bounds the temporary memory
+    rows = 512  # bounds the temporary memory
     features = second_moment.shape[-1]
     for start in range(0, features, rows):
         stop = min(start + rows, features)

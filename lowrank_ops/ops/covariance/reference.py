@@ -10,6 +10,7 @@ from torch import Tensor
 
 BLOCK = 192  # rows of the second moment per GEMM; almost half of the full (d, d) GEMM is skipped for d >> BLOCK
 CHUNK_BYTES = 16 << 20  # limit of a chunk of rows converted to the state's dtype; memory that the allocator keeps
+MIN_CHUNK_BYTES = 1 << 20  # of rows of few features, whose second moment is smaller
 _TINY = 1e-30
 
 
@@ -39,9 +40,15 @@ def update_conv(
 def blocks(x: Tensor, total: Tensor) -> Iterator[tuple[int, Tensor]]:
     """The rows of ``x`` (..., features) in the dtype of ``total``, some at a time, as those of group 0."""
     rows = x.reshape(-1, x.shape[-1])
-    chunk = max(1, CHUNK_BYTES // max(1, x.shape[-1] * total.element_size()))
+    chunk = max(1, chunk_bytes(total) // max(1, x.shape[-1] * total.element_size()))
     for part in rows.split(chunk):
         yield 0, part.to(total.dtype)
+
+
+def chunk_bytes(total: Tensor) -> int:
+    """Bytes of the rows that are converted to the dtype of ``total`` at a time: not many more than its moment takes."""
+    moment = total.numel() * total.shape[-1] * total.element_size()
+    return min(CHUNK_BYTES, max(MIN_CHUNK_BYTES, moment))
 
 
 def patches(
@@ -57,8 +64,8 @@ def patches(
     channels = x.shape[1]
     height, width = output_size(x.shape[2:], kernel_size, stride, padding, dilation)
     line_bytes = max(1, groups * features * width * total.element_size())
-    lines = max(1, min(height, CHUNK_BYTES // line_bytes))  # of the output
-    images = max(1, CHUNK_BYTES // (line_bytes * height))
+    lines = max(1, min(height, chunk_bytes(total) // line_bytes))  # of the output
+    images = max(1, chunk_bytes(total) // (line_bytes * height))
     vertical, horizontal = padding
     if lines < height and vertical:
         x, vertical = F.pad(x, (0, 0, vertical, vertical)), 0

@@ -27,6 +27,7 @@ from .._dispatcher import (
     can_bypass,
     has_functorch_wrapper,
     in_transform,
+    is_recorded,
     needs_grad,
     register_autocast,
 )
@@ -147,12 +148,12 @@ def lowrank_linear(
     if not is_compiling():
         _check_types(x, down, up, bias)
     # nn.TransformerEncoder passes nested tensors. The comparison is explicit because is_nested of a torch.fx proxy is
-    # not a bool. A trace of torch.jit, also for ONNX, is to run where this op is not known.
-    if x.is_nested is True or in_transform() or (not is_compiling() and torch.jit.is_tracing()):
+    # not a bool.
+    if x.is_nested is True or in_transform() or is_recorded(backend in FREE):
         _check_activation(activation)
         return reference.two_products(x, down, up, bias, activation)
     if not is_compiling():
-        _count_flops()
+        count_flops(torch.ops.lowrank_ops.lowrank_linear, _flops)
     return torch.ops.lowrank_ops.lowrank_linear(x, down, up, bias, activation=activation, backend=backend)
 
 
@@ -460,20 +461,26 @@ def _decomposed(
     return reference.two_products(x, down, up, bias, activation)
 
 
-def decompositions() -> dict[Any, Callable[..., Any]]:
-    """torch.export's default decompositions and that of ``lowrank_linear`` into two matrix products.
+DECOMPOSED: dict[Any, Callable[..., Any]] = {torch.ops.lowrank_ops.lowrank_linear.default: _decomposed}
 
-    For consumers that do not know the op. ``torch.onnx.export(..., dynamo=True)`` uses it by itself.
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """torch.export's default decompositions and those of the low-rank ops into matrix products.
+
+    For exported programs that hold an op because it was called with a named backend; others hold products already.
 
     Example:
         >>> import torch, lowrank_ops as lro
-        >>> exported = torch.export.export(lro.LowRankLinear(64, 32, rank=8), (torch.randn(4, 64),))
-        >>> exported = exported.run_decompositions(lro.ops.decompositions())
+        >>> class Model(torch.nn.Module):
+        ...     def forward(self, x, down, up):
+        ...         return lro.ops.lowrank_linear(x, down, up, backend="reference")
+        >>> tensors = torch.randn(4, 64), torch.randn(8, 64), torch.randn(32, 8)
+        >>> exported = torch.export.export(Model(), tensors).run_decompositions(lro.ops.decompositions())
         >>> "lowrank" in exported.graph_module.code
         False
     """
-    table = torch.export.default_decompositions()
-    table[torch.ops.lowrank_ops.lowrank_linear.default] = _decomposed
+    table: dict[Any, Callable[..., Any]] = torch.export.default_decompositions()
+    table.update(DECOMPOSED)
     return table
 
 
@@ -485,8 +492,8 @@ register_autocast(_lib, "lowrank_linear", cast=True)
 register_decomposition(torch.ops.lowrank_ops.lowrank_linear.default)(_decomposed)
 
 
-def _count_flops() -> None:
-    """Give active FlopCounterModes a formula for the op.
+def count_flops(op: Any, formula: Callable[..., int]) -> None:
+    """Give active FlopCounterModes a formula for an op.
 
     Not registered at import, because ``torch.utils.flop_counter`` imports Triton.
     """
@@ -494,7 +501,7 @@ def _count_flops() -> None:
         for mode in _get_current_dispatch_mode_stack():
             registry = getattr(getattr(mode, "counter", mode), "flop_registry", None)
             if registry is not None:
-                registry.setdefault(torch.ops.lowrank_ops.lowrank_linear, _flops)
+                registry.setdefault(op, formula)
 
 
 def _flops(x: Tensor, down: Tensor, up: Tensor, *args: Any, **kwargs: Any) -> int:

@@ -38,13 +38,13 @@ def load_tile(
 
 
 @triton.jit
-def store_tile(ptr, value, row, column, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Store ``value`` (ROWS, COLUMNS) at (row, column) of a contiguous (rows, columns) matrix."""
+def store_tile(ptr, value, row, column, rows, columns, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Store ``value`` (ROWS, COLUMNS) at (row, column) of a (rows, columns) matrix with the row stride ``stride``."""
     i = tl.arange(0, ROWS)
     j = tl.arange(0, COLUMNS)
-    corner = ptr + (columns.to(tl.int64) * row + column)
+    corner = ptr + (stride.to(tl.int64) * row + column)
     mask = ((row + i) < rows)[:, None] & ((column + j) < columns)[None, :]
-    tl.store(corner + (i[:, None] * columns + j[None, :]), value, mask=mask)
+    tl.store(corner + (i[:, None] * stride + j[None, :]), value, mask=mask)
 
 
 @triton.jit
