@@ -91,6 +91,7 @@ CALLS = {
     "lro.ExplainedVariance": "",
     "lro.ParameterBudget": "fraction=0.5",
     "lro.FlopBudget": "fraction=0.5",
+    "lro.ByteBudget": "fraction=0.5, form='int8'",
     "lro.LatencyBudget": "fraction=0.5, latencies=latencies",
     "lro.measure_latency": "model=model, batch=batches[0]",
     "latencies.save": "path='new'",

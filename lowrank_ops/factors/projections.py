@@ -33,6 +33,8 @@ class Factors:
         reconstructed: made by a reconstruction. ``predicted_error`` then compares the layer's outputs in the dense and
             in the compressed model, so it includes the errors of earlier layers. If the reconstruction used token
             weights, ``predicted_error`` and ``output_variance`` are over token-weighted rows.
+        formats: how a layer stores ``down`` and ``up``: ``"int8"``, ``"fp8"``, or None for its dtype. Here they are not
+            rounded yet.
     """
 
     down: Tensor
@@ -44,6 +46,13 @@ class Factors:
     output_variance: float
     predicted_loss: float | None = None
     reconstructed: bool = False
+    formats: tuple[str | None, str | None] = (None, None)
+
+    def stored_as(self, formats: tuple[str | None, str | None], loss: float, error: float) -> Factors:
+        """The same factors, which layers store in these formats; ``loss`` and ``error`` are added to predicted ones."""
+        known = self.predicted_loss, self.predicted_error
+        added = [None if value is None else value + extra for value, extra in zip(known, (loss, error), strict=True)]
+        return replace(self, formats=formats, predicted_loss=added[0], predicted_error=added[1])
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Factors:
         """The same factors in the dtype, on the device of the layer."""

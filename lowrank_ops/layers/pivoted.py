@@ -59,6 +59,14 @@ class PivotedLinear(LowRankLinear):
         super()._create_parameters(*sizes, **factory)
         self.register_buffer("order", torch.empty(self.out_features, dtype=torch.int32, device=self.down.device))
 
+    def quantize_(self, form: str = "int8", *, down: bool = True, up: bool = True) -> PivotedLinear:
+        """Not supported: errors of the pivot rows reach all others.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("a pivoted layer has no 8-bit factors; replace it by layer.to_lowrank() first.")
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw random pivot rows and coefficients; all entries of the weight have the variance of ``nn.Linear``'s."""
@@ -95,7 +103,8 @@ class PivotedLinear(LowRankLinear):
         """
         if isinstance(layer, PivotedLinear):
             layer = layer.to_lowrank()
-        down, up = layer.down.detach()[: layer.rank], layer.up.detach()[:, : layer.rank]
+        down, up = (factor.detach() for factor in layer.float_factors())
+        down, up = down[: layer.rank], up[:, : layer.rank]
         bias = None if layer.bias is None else layer.bias.detach()
         pivoted = cls.from_factors(layer.to_dense(), Factors(down, up, bias, layer.rank, "", None, 0.0))
         pivoted.replaced_conv1d = layer.replaced_conv1d

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
+from threading import get_ident, local
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -110,10 +111,11 @@ class ListedExperts(nn.Module):
                 y = self._run(self.projections(expert), x[part], routed) * weights[part]
                 output.index_add_(0, tokens[part], y.to(output.dtype))
             start = end
-        if self.pool is not None:
-            for expert, tokens in self.pool.missing_rows(top_k_index):
+        pool = self.pool
+        if pool is not None and pool.thread == get_ident():  # rows of other threads are not those of the calibration
+            for expert, tokens in pool.missing_rows(top_k_index):
                 routed = RoutedRows(tokens, len(hidden_states))
-                y = self._run(self.pool.twins[expert], hidden_states[tokens].detach(), routed)
+                y = self._run(pool.twins[expert], hidden_states[tokens].detach(), routed)
                 if torch.is_grad_enabled():
                     # This adds zero to the output, and gives the twin the gradient of rows sent by the router.
                     y = y * top_k_weights[tokens].mean()
@@ -127,6 +129,20 @@ class ListedExperts(nn.Module):
             weights = torch.where(top_k_index == expert, top_k_weights, 0).sum(1, keepdim=True)
             y = self._run(self.projections(expert), hidden_states, None) * weights
             output = output + torch.where(weights != 0, y, 0).to(output.dtype)
+        return output
+
+    def run_slices(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """The same, also for experts without rows: without branches, which torch.fx does not record."""
+        slots, order = top_k_index.T.flatten().sort(stable=True)
+        ends = torch.searchsorted(slots, slots.new_tensor([*range(self.num_experts)]), right=True).tolist()
+        tokens = order % top_k_index.shape[0]
+        x, weights = hidden_states[tokens], top_k_weights.T.flatten()[order].unsqueeze(1)
+        output, start = torch.zeros_like(hidden_states), 0
+        for expert in range(self.num_experts):
+            part = slice(start, ends[expert])
+            y = self._run(self.projections(expert), x[part], None) * weights[part]
+            output.index_add_(0, tokens[part], y.to(output.dtype))
+            start = ends[expert]
         return output
 
     def _run(self, projections: Mapping[str, nn.Module], x: Tensor, routed: RoutedRows | None) -> Tensor:
@@ -203,9 +219,13 @@ class Pool:
 
     Args:
         experts: their projections get twins: layers with the same parameters that run on the extra rows only.
+
+    Attributes:
+        thread: the one that calibrates.
     """
 
     def __init__(self, experts: ListedExperts) -> None:
+        self.thread = get_ident()
         self.twins = [
             {
                 name: _twin(layer) if isinstance(layer, nn.Linear) else layer
@@ -320,15 +340,29 @@ def _linear(fused: nn.Module, name: str, expert: int) -> ExpertLinear:
     return ExpertLinear.of(weight.T if fused.is_transposed else weight, bias, weights.requires_grad)
 
 
+class _Call(local):
+    """What each thread's call of a projection is for."""
+
+    routed: RoutedRows | None = None
+
+
+_now = _Call()
+
+
+def routed_rows() -> RoutedRows | None:
+    """For the hooks of a projection of an expert, the rows that it is called with."""
+    return _now.routed
+
+
 def _call(layer: nn.Module, x: Tensor, routed: RoutedRows | None) -> Tensor:
-    """Call a projection. For the hooks of a dense one, ``layer.routed`` describes the rows."""
-    if routed is None or not isinstance(layer, nn.Linear):
+    """Call a projection; its hooks, if it has any, can read :func:`routed_rows`."""
+    if routed is None or not any(getattr(layer, kind) for kind in HOOKS):
         return layer(x)
-    layer.routed = routed  # type: ignore[assignment]
+    _now.routed = routed
     try:
         return layer(x)
     finally:
-        del layer.routed
+        _now.routed = None
 
 
 def _twin(layer: nn.Linear) -> nn.Linear:

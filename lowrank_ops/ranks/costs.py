@@ -121,11 +121,16 @@ class Bounds(NamedTuple):
 UNBOUNDED = Bounds()
 
 
+Formats = tuple[str | None, str | None]  # of down and up: "int8" or "fp8"; None: the dtype of the layer
+PLAIN: Formats = (None, None)
+
+
 class Option(NamedTuple):
     """A layer at one size."""
 
     rank: int | None
     cost: int
+    formats: Formats = PLAIN
 
 
 def options_of(fqn: str, space: LayerSubspaces, price: Price, bounds: Bounds = UNBOUNDED) -> list[Option]:

@@ -9,6 +9,7 @@ import torch
 from benchmarks import (
     bench_covariance,
     bench_cpu,
+    bench_grouped,
     bench_lowrank_linear,
     bench_model,
     bench_transformers,
@@ -24,6 +25,7 @@ TINY_VIT = models.TINY_SIZES["tiny ViT"]
 SUITES = {
     "covariance": (bench_covariance, shapes.DTYPES),
     "lowrank_linear": (bench_lowrank_linear, ["bf16"]),
+    "grouped": (bench_grouped, ["bf16"]),
     "model": (bench_model, ["bf16"]),
     "cpu": (bench_cpu, ["fp32"]),
     "transformers": (bench_transformers, ["fp32"]),
@@ -54,6 +56,12 @@ def test_covariances(dtype):
     names, not_run = right_variants(bench_covariance.case(96, 300, dtype))
     assert {"lowrank_ops auto", "lowrank_ops reference", "torch_mm" if dtype == "fp32" else "float32_product"} <= names
     assert {"symmetric_triton", "torch_mm compiled", "lowrank_ops triton"} <= not_run.keys()
+
+
+def test_groups():
+    names, not_run = right_variants(bench_grouped.case(shapes.Group("qkv", 40, (24, 16, 8), (8, 8, 8)), 3, "bf16"))
+    assert names == {"dense", "two_linears", "lowrank_linear", "lowrank_ops auto", "lowrank_ops reference"}
+    assert {"lowrank_ops triton", "lowrank_ops cuda"} <= not_run.keys()
 
 
 def test_convolutions():
