@@ -12,7 +12,7 @@ namespace lowrank_ops::simulator {
 namespace {
 
 // Of CTAs that need not be co-resident. Under ThreadSanitizer a thread takes 3 MB; accesses of CTAs that run one after
-// the other are as unordered to it as those of CTAs that run together.
+// the other are as unordered to it as those of CTAs that run together, but for two threads that used the same stack.
 #ifdef LOWRANK_OPS_RACES
 constexpr int kMaxThreads = 800;
 #else
