@@ -12,7 +12,7 @@ from torch import nn
 from .arguments import checked
 from .calibration.covariances import Covariances
 from .config import CompressionConfig, ExplainedVariance, RankPolicy
-from .factors.projections import Factors, factorize, rounded
+from .factors.projections import Factors, factorize, rounded, stored_as
 from .layers import LowRankLayer, group_
 from .layers.replace import replace_
 from .models.experts import on_listed_experts
@@ -128,7 +128,7 @@ def _compress(
                 centered=config.centered,
                 progress=progress,
             )
-        factors |= {fqn: factors[fqn].stored_as(*chosen) for fqn, chosen in eight_bit.items()}
+        factors |= {fqn: stored_as(factors[fqn], subspaces[fqn], *chosen) for fqn, chosen in eight_bit.items()}
         report = CompressionReport.build(model, config, subspaces, factors, skipped, groups)
         replace_(model, factors, pivoted=config.pivoted)
     group_(model, groups)

@@ -22,7 +22,7 @@ from .calibration.covariances import Covariances
 from .checkpoint import CONFIG_FILE, WEIGHTS_FILE, describe_layers
 from .compress import available, considered_layers, decompose, factorize_layers, resolved
 from .config import CompressionConfig, RankPolicy
-from .factors.projections import Factors
+from .factors.projections import Factors, stored_as
 from .files import (
     HEADER,
     form_of,
@@ -407,7 +407,7 @@ def _tensors(
             _, result = next(factors)
             empty = copy.deepcopy(new[fqn])
             if fqn in eight_bit and isinstance(empty, LowRankLinear):
-                result = result.stored_as(*eight_bit[fqn])
+                result = stored_as(result, subspaces[fqn], *eight_bit[fqn])
                 empty.dequantize_()
             layer = empty.to_empty(device="cpu").filled_with(result).state_dict()
             found[fqn] = result.to(device=torch.device("meta"))
