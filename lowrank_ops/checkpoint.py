@@ -20,10 +20,11 @@ from .factors.eight_bit import DTYPES
 from .files import digests, open_tensors, parse_json, read_header, read_tensor, replacing, write_tensors
 from .layers import LowRankLayer, LowRankLinear, PivotedLinear
 from .layers.conv import GEOMETRY, LowRankConv
+from .layers.group import group_layers, groups_in
 from .layers.pivoted import is_order
 from .layers.replace import has_hooks, lowrank_type, note_replaced, swap_
 from .models.experts import experts_listed
-from .models.layers import check_no_adapters, dimensions, find_layers, is_conv, tied_layers
+from .models.layers import check_no_adapters, check_not_dispatched, dimensions, find_layers, is_conv, tied_layers
 from .models.running import warn_caller
 from .report import CompressionReport
 
@@ -164,6 +165,7 @@ def _distinct_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, st
                 "Store it separately and leave it out of get_extra_state."
             )
         if is_lazy(tensor) or tensor.is_meta:
+            check_not_dispatched(model)
             raise ValueError(
                 f"model has no values at {name!r}: it is lazy or on the meta device. Run or load the model first."
             )
@@ -186,12 +188,14 @@ def describe_layers(model: nn.Module, report: CompressionReport | None = None) -
         ValueError: ``report`` is of another model.
     """
     rows = {} if report is None else {row.fqn: row for row in report.layers if row.rank is not None}
+    groups = {fqn: {"group": i} for i, names in enumerate(groups_in(model)) for fqn in names}
     entries = {
         fqn: {
             **_sizes(module),
             "rank": module.rank,
             "bias": module.bias is not None,
             "calibration_rows": rows[fqn].rows if fqn in rows else None,
+            **groups.get(fqn, {}),
         }
         for fqn, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, LowRankLayer)
@@ -317,7 +321,20 @@ def empty_layers(model: nn.Module, entries: Mapping[str, Mapping[str, Any]]) -> 
                 f"layer {fqn!r} of dense_model has hooks, which its replacement would drop; remove them first."
             )
         layers[dense] = _empty_layer(fqn, dense, entry)
+    _group(entries, {fqn: layers[module] for fqn, module in modules.items() if fqn in entries})
     return layers
+
+
+def _group(entries: Mapping[str, Mapping[str, Any]], layers: Mapping[str, nn.Module]) -> None:
+    """Group new layers as they were; a group of which one layer is left is none."""
+    groups: dict[Any, list[str]] = {}
+    for fqn in layers:
+        if isinstance(index := entries[fqn].get("group"), int):
+            groups.setdefault(index, []).append(fqn)
+    try:
+        group_layers(layers, [names for names in groups.values() if len(names) > 1])
+    except ValueError as error:
+        raise CheckpointError(f"the checkpoint is damaged: {error} {_COPY_AGAIN}") from None
 
 
 def _empty_layer(fqn: str, dense: nn.Module, entry: Mapping[str, Any]) -> nn.Module:

@@ -306,6 +306,10 @@ class CompressionConfig:
             row fewer, so a budget allows larger ranks. Rounding errors are 2 to 4 times those of two factors, and the
             fused kernels do not run these layers. Convolutions, and layers where rank^2 is below the number of
             outputs, whose order is stored as well, keep two factors.
+        group: layers of one module that receive the same tensor, such as q, k and v, or gate and up, become low-rank
+            all or none, and compute their outputs together where kernels do that (:func:`lowrank_ops.layers.group_`).
+            Each layer keeps factors, ranks and names of its own. Layers that ``overrides`` or ``Ranks`` leave dense are
+            in no group.
 
     Example:
         >>> import lowrank_ops as lro
@@ -321,6 +325,7 @@ class CompressionConfig:
     reconstruction: str | None = None
     bounds: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
     pivoted: bool = False
+    group: bool = False
 
     def __post_init__(self) -> None:
         _check_names("overrides", self.overrides)
@@ -333,7 +338,7 @@ class CompressionConfig:
             accepted = ", ".join(policy.__name__ for policy in _POLICIES.values())
             raise TypeError(f"rank must be an int or one of {accepted}; got {self.rank!r}.")
         check_choice("projection", self.projection, (None, *PROJECTIONS))
-        for name, value in (("centered", self.centered), ("pivoted", self.pivoted)):
+        for name, value in (("centered", self.centered), ("pivoted", self.pivoted), ("group", self.group)):
             if not isinstance(value, bool):
                 raise TypeError(f"{name} must be a bool; got {value!r}.")
         if self.pivoted and isinstance(self.rank, LatencyBudget):
@@ -341,6 +346,13 @@ class CompressionConfig:
                 "pivoted=True does not go with a LatencyBudget, because measure_latency times layers of two factors; "
                 "use a ParameterBudget or a FlopBudget."
             )
+        if self.pivoted and self.group:
+            raise ValueError(
+                "pivoted=True does not go with group=True, because the kernels of groups take two factors per layer; "
+                "choose one of the two."
+            )
+        if self.group and isinstance(self.rank, ByteBudget):
+            raise ValueError("group=True does not go with a ByteBudget: no kernels run groups of 8-bit factors.")
         if self.pivoted and isinstance(self.rank, ByteBudget):
             raise ValueError("pivoted=True does not go with a ByteBudget: pivoted layers have no 8-bit factors.")
         check_choice("reconstruction", self.reconstruction, RECONSTRUCTIONS)
@@ -385,6 +397,7 @@ class CompressionConfig:
             "reconstruction": self.reconstruction,
             "bounds": {name: list(pair) for name, pair in self.bounds.items()},
             "pivoted": self.pivoted,
+            "group": self.group,
         }
 
     @classmethod

@@ -22,7 +22,7 @@ from .calibration.covariances import Covariances
 from .checkpoint import CONFIG_FILE, WEIGHTS_FILE, describe_layers
 from .compress import available, considered_layers, decompose, factorize_layers, resolved
 from .config import CompressionConfig, RankPolicy
-from .factors.projections import Factors
+from .factors.projections import Factors, stored_as
 from .files import (
     HEADER,
     form_of,
@@ -33,10 +33,11 @@ from .files import (
     replacing,
     write_stream,
 )
-from .layers import LowRankLayer, LowRankLinear
+from .layers import LowRankLayer, LowRankLinear, group_
 from .layers.replace import lowrank_type, swap_
 from .models.layers import all_finite, fused_projections
-from .ranks.choose import Rounded, choose_sizes
+from .ranks.choose import Rounded
+from .ranks.groups import choose_grouped_sizes
 from .report import CompressionReport
 from .report.text import warn_of_few_rows
 from .subspaces.layer import LayerSubspaces
@@ -131,15 +132,13 @@ def compress_folder(
     )
     config = resolved(config, subspaces)
     decompose(config.rank, subspaces, progress, max_held_bytes=0)
-    ranks, eight_bit = choose_sizes(
-        config.rank, subspaces, config.overrides, bounds=config.bounds, pivoted=config.pivoted
-    )
+    ranks, eight_bit, groups = choose_grouped_sizes(config, subspaces)
     with torch.inference_mode(False):
         new = _empty_layers(modules, subspaces, ranks, eight_bit, config)
         layout = _layout(weights, new, one_file=not of_transformers)
         compressed = copy.deepcopy(model)
         swap_(compressed, {compressed.get_submodule(fqn): layer for fqn, layer in new.items()})
-        described = describe_layers(compressed)
+        described = describe_layers(group_(compressed, groups))
     for fqn, entry in described["layers"].items():
         entry["calibration_rows"] = subspaces[fqn].rows
     texts: dict[str, dict[str, Any]] = {}
@@ -166,7 +165,7 @@ def compress_folder(
         for path in weights.folder.iterdir():
             if path.suffix in _COPIED and path.name not in (*names, INDEX_FILE, CONFIG_FILE) and path.is_file():
                 shutil.copyfile(path, folder / path.name)
-    report = CompressionReport.build(model, config, subspaces, found, {**skipped, **undescribed})
+    report = CompressionReport.build(model, config, subspaces, found, {**skipped, **undescribed}, groups)
     warn_of_few_rows(report.few_rows())
     return report
 
@@ -408,7 +407,7 @@ def _tensors(
             _, result = next(factors)
             empty = copy.deepcopy(new[fqn])
             if fqn in eight_bit and isinstance(empty, LowRankLinear):
-                result = result.stored_as(*eight_bit[fqn])
+                result = stored_as(result, subspaces[fqn], *eight_bit[fqn])
                 empty.dequantize_()
             layer = empty.to_empty(device="cpu").filled_with(result).state_dict()
             found[fqn] = result.to(device=torch.device("meta"))

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 import lowrank_ops as lro
 from lowrank_ops.factors import Factors
+from lowrank_ops.factors.eight_bit import dequantized, quantized
 from lowrank_ops.layers.replace import replace_
 from lowrank_ops.ranks.choose import choose_ranks
 from lowrank_ops.subspaces import LayerSubspaces, layer_subspaces
@@ -91,6 +92,7 @@ VARIANTS = {
     "loss, pivoted, corrected, distilled": BEST._replace(then=("distilled",)),
     "loss, pivoted, corrected, distilled on all": BEST._replace(then=("distilled on all",)),
     "loss, pivoted, corrected, blocks, distilled": BEST._replace(then=("blocks", "distilled")),
+    "no factors, int8": Variant("none", "uniform", form="int8"),
     "loss, int8": Variant("loss", "loss", form="int8"),
     "loss, fp8": Variant("loss", "loss", form="fp8"),
     "loss, corrected, int8": Variant("loss", "loss", corrected=True, form="int8"),
@@ -269,6 +271,11 @@ class Study:
         policy: Any = lro.ParameterBudget(share, variant.allocation)
         if variant.form is not None:
             policy = lro.ByteBudget(share, variant.form, variant.allocation)
+        if variant.projection == "none":
+            weights = [model.get_submodule(fqn).get_parameter("weight") for fqn in self.covariances]
+            for weight in weights:
+                weight.data = dequantized(*quantized(weight.data, str(variant.form))).to(weight)
+            return 0.5 + 2 * sum(map(len, weights)) / sum(weight.numel() for weight in weights)  # 4 bytes per scale
         if variant.projection == "asvd":
             ranks = choose_ranks(policy, subspaces)
             replace_(model, {fqn: asvd(subspaces[fqn], rank) for fqn, rank in ranks.items() if rank is not None})

@@ -134,6 +134,10 @@ def _add_compression(parser: argparse.ArgumentParser) -> None:
         "(default: loss if the covariances hold output gradients, else output)",
     )  # fmt: skip
     factors.add_argument(
+        "--group", action="store_true",
+        help="layers with one input, such as q, k and v, become low-rank all or none and run together on a GPU",
+    )  # fmt: skip
+    factors.add_argument(
         "--pivoted", action="store_true",
         help="store each linear layer as pivot rows of its weight and coefficients of the other rows, which "
         "saves rank^2 parameters",
@@ -273,6 +277,7 @@ def _config(options: argparse.Namespace, policy: RankPolicy | None) -> Compressi
         projection=options.projection,
         overrides=dict.fromkeys(options.keep_dense),
         pivoted=options.pivoted,
+        group=options.group,
     )
 
 
@@ -293,6 +298,10 @@ def _policy(options: argparse.Namespace) -> RankPolicy | None:
     for name, file in (("--latencies", options.latencies), ("--save-latencies", options.save_latencies)):
         if file is not None and options.latency is None:
             raise Failure(2, f"{name} needs --latency")
+    if options.group and options.bytes is not None:
+        raise Failure(2, "--group cannot be combined with --bytes: no kernels run groups of 8-bit factors")
+    if options.pivoted and options.group:
+        raise Failure(2, "--pivoted cannot be combined with --group, whose kernels take two factors per layer")
     if options.pivoted and options.latency is not None:
         raise Failure(2, "--pivoted cannot be combined with --latency, which times layers of two factors")
     if options.latency is not None and options.latencies is None:

@@ -13,8 +13,7 @@ DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 def quantized(factor: Tensor, form: str) -> tuple[Tensor, Tensor]:
     """``factor`` (rows, columns) as 8-bit values and their scales: values times scale is nearest to each element.
 
-    The largest magnitude of a row becomes the largest of the format: 127 of int8, 448 of fp8. Neither smaller scales,
-    which clip, nor columns of ``up`` of equal size gave a smaller error (docs/results.md).
+    The largest magnitude of a row becomes the largest of the format: 127 of int8, 448 of fp8.
 
     Raises:
         ValueError: an element is not finite.
@@ -34,3 +33,8 @@ def empty_quantized(factor: Tensor, form: str) -> tuple[Tensor, Tensor]:
     """Values and scales without content, for a factor (rows, columns)."""
     scale = torch.empty(len(factor), dtype=torch.float32, device=factor.device)
     return torch.empty_like(factor, dtype=DTYPES[form]), scale
+
+
+def dequantized(values: Tensor, scale: Tensor) -> Tensor:
+    """The factor (rows, columns) that these values and scales stand for, float32."""
+    return values.float() * scale.float().unsqueeze(1)

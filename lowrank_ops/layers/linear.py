@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from ..arguments import checked
 from ..calibration.statistics import LayerStatistics
@@ -17,6 +18,9 @@ from ..models.layers import dimensions, has_transposed_weight
 from ..ops import lowrank_linear
 from ..ops.linear.reference import dequantized
 from ._base import LowRankLayer, check_rank, copy_flags, factorize_layer, initialize
+
+if TYPE_CHECKING:
+    from .group import LowRankGroup
 
 
 class LowRankLinear(LowRankLayer):
@@ -52,6 +56,8 @@ class LowRankLinear(LowRankLayer):
     """
 
     replaced_conv1d: type[nn.Module] | None = None  # transformers' class, where the layer took the place of one
+    group: LowRankGroup | None = None  # of layers with the same input; see group_
+    place: int = 0  # in the group
     _dtype: torch.dtype | None = None  # of the layer before its factors became 8-bit
 
     @checked()
@@ -137,6 +143,8 @@ class LowRankLinear(LowRankLayer):
         return copy_flags(layer, dense)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
+        if not is_compiling() and self.group is not None and (y := self.group.output(self, x)) is not None:
+            return y
         # nn.Module.__getattr__ is slow; read _parameters directly.
         parameters = self._parameters
         if self._dtype is not None:
@@ -145,6 +153,12 @@ class LowRankLinear(LowRankLayer):
         if "down" in parameters and "up" in parameters and "bias" in parameters:
             return lowrank_linear(x, parameters["down"], parameters["up"], parameters["bias"])  # type: ignore[arg-type]
         return lowrank_linear(x, self.down, self.up, self.bias)  # parametrized, pruned or sharded
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, also by pickle: it joins the copy of its group."""
+        super().__setstate__(state)
+        if self.group is not None:
+            self.group.join(self)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -291,10 +305,12 @@ class LowRankLinear(LowRankLayer):
             super()._load_from_state_dict(state_dict, prefix, *args)
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
-        """Down, up and bias, if a call of this layer computes only their product; None of a subclass, or 8-bit."""
+        """Down, up and bias, if a call of this layer computes only their product; None of a subclass.
+
+        None of 8-bit factors as well, except while compiling: then they are dequantized.
+        """
         plain = type(self) is LowRankLinear and {"down", "up", "bias"} <= self._parameters.keys()
-        plain = plain and self._dtype is None
-        return (self.down, self.up, self.bias) if plain else None
+        return (*self.float_factors(), self.bias) if plain and (self._dtype is None or is_compiling()) else None
 
     def product(self) -> Tensor:
         """The product (out_features, in_features), computed in every call."""

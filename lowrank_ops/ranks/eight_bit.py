@@ -96,7 +96,7 @@ def rounding_of(space: LayerSubspaces, form: str, *, by_loss: bool) -> Rounding:
     else:
         up = space.output.leading(directions)
         down = up.mT @ space.weight
-    moment = space.loss_moment(centered=False)
+    moment = space.loss_moment(centered=space.centered)  # centered layers have a bias that makes their mean exact
     hidden = ((down @ moment) * down).sum(-1).clamp_min(0)  # E[t_j^2]
     inputs = moment.diagonal()
     ratio = up.abs().amax(0) / down.abs().amax(1)

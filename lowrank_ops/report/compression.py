@@ -53,6 +53,7 @@ class CompressionReport:
         model_parameters_before, model_parameters: of the whole model.
         skipped: ``{fqn: reason}`` of the layers that were not considered, and of modules of other kinds that hold
             matrices, with their share of the model's parameters.
+        groups: names of the layers that compute their outputs together, per group.
     """
 
     config: CompressionConfig
@@ -60,6 +61,7 @@ class CompressionReport:
     model_parameters_before: int
     model_parameters: int
     skipped: Mapping[str, str]
+    groups: tuple[tuple[str, ...], ...] = ()
 
     @classmethod
     def build(
@@ -69,6 +71,7 @@ class CompressionReport:
         subspaces: Mapping[str, LayerSubspaces],
         factors: Mapping[str, Factors],
         skipped: Mapping[str, str],
+        groups: tuple[tuple[str, ...], ...] = (),
     ) -> CompressionReport:
         """Build the report, before the model is changed; ``config`` has its defaults filled in."""
         policy = config.rank
@@ -80,7 +83,7 @@ class CompressionReport:
         before = sum(parameter.numel() for parameter in model.parameters())
         saved = sum(layer.dense_parameters - layer.parameters for layer in layers)
         others = unsupported_weights(model, {*subspaces, *skipped})
-        return cls(config, layers, before, before - saved, {**skipped, **others})
+        return cls(config, layers, before, before - saved, {**skipped, **others}, groups)
 
     @property
     def allocation(self) -> str | None:
@@ -172,7 +175,9 @@ class CompressionReport:
             share = self.layer_bytes / self.layer_bytes_before
             lines.append(f"layer bytes {self.layer_bytes_before:,} -> {self.layer_bytes:,} ({share:.1%})")
         few = few_rows_note(self.few_rows()) + self._rows_note()
-        return "\n".join([*lines, *self.fallbacks(), *few, *notes((), self.skipped), self.considered()])
+        return "\n".join(
+            [*lines, *self._groups_note(), *self.fallbacks(), *few, *notes((), self.skipped), self.considered()]
+        )
 
     def considered(self) -> str:
         """The share of the whole model's parameters that compression considered, in one line."""
@@ -231,6 +236,7 @@ class CompressionReport:
             compression_table(self.layers),
             remarks(
                 [
+                    *self._groups_note(),
                     *self.fallbacks(),
                     *few_rows_note(self.few_rows()),
                     *self._rows_note(),
@@ -270,6 +276,12 @@ class CompressionReport:
     def _rows_note(self) -> list[str]:
         return rows_note([layer for layer in self.layers if layer.rank is not None], errors=True)
 
+    def _groups_note(self) -> list[str]:
+        """How many groups there are, and one of them."""
+        if not self.groups:
+            return ["no layers share an input, so there are no groups"] if self.config.group else []
+        return [f"groups of layers with one input: {len(self.groups)}, such as {', '.join(self.groups[0])}"]
+
     def fallbacks(self) -> list[str]:
         """One line per layer that was not compressed as requested."""
         replaced = [layer for layer in self.layers if layer.rank is not None]
@@ -295,6 +307,7 @@ class CompressionReport:
             "model_parameters_before": self.model_parameters_before,
             "model_parameters": self.model_parameters,
             "skipped": dict(self.skipped),
+            "groups": [list(group) for group in self.groups],
             "few_rows": self.few_rows(),
             "allocation": self.allocation,
             "prediction": None if (prediction := self.prediction()) is None else prediction._asdict(),

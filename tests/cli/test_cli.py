@@ -391,7 +391,7 @@ class TestDoctor:
         out = capsys.readouterr().out
         assert f"torch        {torch.__version__}" in out and "Every operation can run" in out
         blocks = [block for block in out.split("\n\n") if " on cpu\n" in block]
-        assert len(blocks) == 4 and all("runs" in block for block in blocks)
+        assert len(blocks) == 7 and all("runs" in block for block in blocks)
         assert "triton" in out and "cannot run: " in out
 
     def test_kernel_is_shown_with_its_tiles(
@@ -426,7 +426,7 @@ class TestDoctor:
         assert "lowrank_linear sm_90 64 planned" in capsys.readouterr().out
         assert cli.main(["doctor", "--plan", "sm_90", "--json"]) == 0
         plans = json.loads(capsys.readouterr().out)["plans"]
-        assert {plan["op"] for plan in plans} == set(ops._EXPLAIN)
+        assert {plan["op"] for plan in plans} == {"covariance_update_", "conv_covariance_update_", "lowrank_linear"}
 
     def test_plans_are_refused_with_a_reason(
         self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -493,6 +493,8 @@ class TestRefusals:
             ),
             ([*COMPRESS, "--budget", "0.5", "--eight-bit", "int8"], "--eight-bit needs --bytes"),
             ([*COMPRESS, "--bytes", "0.5", "--pivoted"], "--pivoted cannot be combined with --bytes"),
+            ([*COMPRESS, "--group", "--bytes", "0.5"], "--group cannot be combined with --bytes"),
+            ([*COMPRESS, "--group", "--pivoted"], "--pivoted cannot be combined with --group"),
             ([*COMPRESS, "--projection", "svd"], "invalid choice: 'svd'"),
             ([*COMPRESS[:-2]], "required: --out"),
             ([*COMPRESS[:-1], "cli_project.py"], "--out must be a folder; 'cli_project.py' is a file"),

@@ -52,15 +52,15 @@ def assert_runs(config, args, activation="gelu"):
 
 
 @pytest.mark.parametrize("config", ALL.values(), ids=ALL)
-@pytest.mark.parametrize("forms", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("forms", ["int8", "mixed"])
 def test_formats(config, forms):
-    assert_runs(config, inputs((5, 33, 7, 11), forms))
+    assert_runs(config, inputs((5, 33, 7, 11), FORMS[forms]))
 
 
 @pytest.mark.parametrize("config", ALL.values(), ids=ALL)
 @pytest.mark.parametrize(("dtype", "scale_dtype"), [(torch.float16, torch.float32), (BF16, BF16)], ids=str)
 def test_dtypes_and_tails(config, dtype, scale_dtype):
-    assert_runs(config, inputs((19, 104, 24, 72), FORMS["mixed"], dtype, scale_dtype, bias=False), "none")
+    assert_runs(config, inputs((17, 40, 24, 72), FORMS["mixed"], dtype, scale_dtype, bias=False), "none")
 
 
 @pytest.mark.parametrize("config", [SWAPPED, PREFILL], ids=["decode", "prefill"])

@@ -57,9 +57,18 @@ def test_gradients_of_x_and_bias(forms):
     found = torch.autograd.grad(lowrank_linear(*args, activation="silu", **scales).sum(), (x, bias))
     expected = torch.autograd.grad(lowrank_linear(*dequantized(args, scales), activation="silu").sum(), (x, bias))
     torch.testing.assert_close(found, expected)
-    compiled = torch.compile(lambda *tensors: lowrank_linear(*tensors, activation="silu", **scales).sum(),
-                             fullgraph=True, backend="aot_eager")  # fmt: skip
-    torch.testing.assert_close(torch.autograd.grad(compiled(*args), (x, bias)), expected)
+
+
+def test_compiled_backward_matches():
+    args, scales = inputs(4)
+    leaves = args[0].requires_grad_(), args[3].requires_grad_()
+
+    def loss(*tensors):
+        return lowrank_linear(*tensors, activation="silu", **scales).sum()
+
+    expected = torch.autograd.grad(loss(*args), leaves)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(*args), leaves), expected)
 
 
 def test_gradients_of_factors_and_scales_are_refused():
@@ -75,7 +84,7 @@ def test_gradients_of_factors_and_scales_are_refused():
         lowrank_linear(*args, **scales)
 
 
-@pytest.mark.parametrize("forms", [(INT8, INT8), (None, INT8), (FP8, FP8)], ids=["int8", "up", "fp8"])
+@pytest.mark.parametrize("forms", [(INT8, INT8), (None, FP8)], ids=["int8", "up"])
 def test_opcheck(forms):
     (x, down, up, bias), scales = inputs(2, 3, forms=forms)
     tests = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
