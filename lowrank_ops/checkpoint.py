@@ -24,7 +24,7 @@ from .layers.group import group_layers, groups_in
 from .layers.pivoted import is_order
 from .layers.replace import has_hooks, lowrank_type, note_replaced, swap_
 from .models.experts import experts_listed
-from .models.layers import check_no_adapters, dimensions, find_layers, is_conv, tied_layers
+from .models.layers import check_no_adapters, check_not_dispatched, dimensions, find_layers, is_conv, tied_layers
 from .models.running import warn_caller
 from .report import CompressionReport
 
@@ -165,6 +165,7 @@ def _distinct_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, st
                 "Store it separately and leave it out of get_extra_state."
             )
         if is_lazy(tensor) or tensor.is_meta:
+            check_not_dispatched(model)
             raise ValueError(
                 f"model has no values at {name!r}: it is lazy or on the meta device. Run or load the model first."
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..arguments import checked
 from ..ops import grouped
+from ..ops._backend import distrusted_kernels
 from .linear import LowRankLinear
 
 MAX_MEMBERS = 3  # that the kernels take
@@ -149,29 +150,42 @@ class LowRankGroup:
                 if not left.outputs:
                     self._wasted = 0
                 return output.y
-        return self._compute(member, x, state)
+        return self._compute(member, x, state, own)
 
-    def _compute(self, member: LowRankLinear, x: Tensor, state: tuple[Any, ...]) -> Tensor | None:
+    def _compute(self, member: LowRankLinear, x: Tensor, state: tuple[Any, ...], own: _Factors) -> Tensor | None:
         members = self.members()
         if len(members) < self.size or members[member.place] is not member:
             return None
-        factors = [part for part in map(_factors, members) if part is not None]
+        found = [own if one is member else _factors(one) for one in members]
+        factors = [part for part in found if part is not None]
         if len(factors) < self.size:
             return None
         downs, ups, biases = zip(*(part.tensors for part in factors), strict=True)
-        ys = grouped.fused(x, downs, ups, biases)
-        if ys is None:
+        run = self._kernel(x, factors, downs, ups, biases)
+        if run is None:
             return None
+        ys = run(x, downs, ups, biases)
         self._wasted += 1
         storage = x.untyped_storage()
         outputs = {
-            place: _Output(one, y, part, storage)
-            for place, (one, y, part) in enumerate(zip(members, ys, factors, strict=True))
-            if place != member.place
+            place: _Output(one, ys[place], factors[place], factors[place].storages(), storage)
+            for place, one in enumerate(members)
+            if one is not member
         }
         # Outputs that nobody takes are freed with x at the latest.
         self._local.left = _Left(weakref.ref(x, lambda _: outputs.clear()), state, outputs)
         return ys[member.place]
+
+    def _kernel(self, x: Tensor, factors: list[_Factors], *lists: Any) -> Callable[..., list[Tensor]] | None:
+        """What computes the group, which is looked up again only for other shapes, factors or distrusted kernels."""
+        layout = x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15, len(distrusted_kernels())
+        key = *layout, *(part.state for part in factors)
+        ready: tuple[Any, Any] | None = getattr(self._local, "ready", None)
+        if ready is not None and ready[0] == key and not torch.is_grad_enabled():
+            return ready[1]  # type: ignore[no-any-return]
+        decision = grouped.fused(x, *lists)
+        self._local.ready = (key, decision.run) if decision is not None and decision.settled else None
+        return None if decision is None else decision.run
 
 
 class _Factors(NamedTuple):
@@ -179,13 +193,17 @@ class _Factors(NamedTuple):
 
     tensors: tuple[Tensor, Tensor, Tensor | None]
     state: tuple[Any, ...]
-    storages: tuple[Any, ...]  # held, so that no others can have their addresses
+
+    def storages(self) -> list[Any]:
+        """While they are held, no other storage can have their addresses."""
+        return [part.untyped_storage() for part in self.tensors if part is not None]
 
 
 class _Output(NamedTuple):
     member: LowRankLinear
     y: Tensor
     factors: _Factors
+    storages: list[Any]
     storage: Any  # of x, held likewise
 
 
@@ -199,20 +217,22 @@ class _Left(NamedTuple):
 
 def _factors(member: LowRankLinear) -> _Factors | None:
     """None for parametrized or 8-bit factors, and for those of inference mode, which have no version."""
-    tensors = member.factors()
-    present = [part for part in tensors or () if part is not None]
-    if tensors is None or any(part.is_inference() or part.layout is not torch.strided for part in present):
+    parameters = member._parameters  # nn.Module.__getattr__ is slow
+    if member._dtype is not None or not ("down" in parameters and "up" in parameters and "bias" in parameters):
         return None
-    storages = tuple(part.untyped_storage() for part in present)
-    state = tuple(
-        (id(part), part._version, storage._cdata, part.storage_offset(), part.shape, part.stride(), part.dtype)
-        for part, storage in zip(present, storages, strict=True)
-    )
-    return _Factors(tensors, state, storages)
+    tensors: Any = parameters["down"], parameters["up"], parameters["bias"]
+    try:
+        return _Factors(tensors, tuple(None if part is None else (id(part), *_contents(part)) for part in tensors))
+    except (RuntimeError, NotImplementedError):  # no version, or no address
+        return None
+
+
+def _contents(tensor: Tensor) -> tuple[Any, ...]:
+    """Equal as long as no operation has changed the tensor's values, if its storage is held."""
+    return tensor._version, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _state(x: Tensor) -> tuple[Any, ...]:
     """All that outputs depend on beside the factors, and that may change between two calls."""
     stream = torch.cuda.current_stream(x.device) if x.is_cuda else None
-    address = x.untyped_storage()._cdata, x.storage_offset(), x.shape, x.stride(), x.dtype
-    return x._version, *address, torch.is_inference_mode_enabled(), stream
+    return *_contents(x), torch.is_inference_mode_enabled(), stream

@@ -305,10 +305,12 @@ class LowRankLinear(LowRankLayer):
             super()._load_from_state_dict(state_dict, prefix, *args)
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
-        """Down, up and bias, if a call of this layer computes only their product; None of a subclass, or 8-bit."""
+        """Down, up and bias, if a call of this layer computes only their product; None of a subclass.
+
+        None of 8-bit factors as well, except while compiling: then they are dequantized.
+        """
         plain = type(self) is LowRankLinear and {"down", "up", "bias"} <= self._parameters.keys()
-        plain = plain and self._dtype is None
-        return (self.down, self.up, self.bias) if plain else None
+        return (*self.float_factors(), self.bias) if plain and (self._dtype is None or is_compiling()) else None
 
     def product(self) -> Tensor:
         """The product (out_features, in_features), computed in every call."""

@@ -33,15 +33,7 @@ class PivotedLinear(LowRankLinear):
     ``AveragedModel(use_buffers=False)`` does, because averages of integers are rounded. Nothing is padded, and training
     keeps the rank. On every device it runs as two torch matrix products.
 
-    Args:
-        in_features: size of the input's last dimension.
-        out_features: size of the output's last dimension.
-        rank: in [0, min(in_features, out_features)].
-        bias: whether to learn a bias.
-        device, dtype: of the parameters.
-
-    Raises:
-        ValueError: ``rank`` is out of range.
+    Arguments and errors are those of :class:`LowRankLinear`.
 
     Example:
         >>> import torch

@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from ..arguments import checked
 from ..models.experts import ExpertLinear, ListedExperts
-from ..models.layers import check_no_adapters
+from ..models.layers import check_no_adapters, check_not_dispatched
 from ._base import LowRankLayer
 from .conv import GEOMETRY, LowRankConv
 from .linear import LowRankLinear
@@ -37,8 +37,8 @@ def to_dense_layers(model: nn.Module) -> nn.Module:
         To avoid that, compress with ``CompressionConfig(..., centered=False)``.
 
     Raises:
-        ValueError: a low-rank layer has hooks, which would be lost, parametrized factors, or a PEFT adapter; or fused
-            experts have no place for the biases of their low-rank projections.
+        ValueError: a low-rank layer has hooks, which would be lost, parametrized factors, or a PEFT adapter; accelerate
+            moves weights on each call; or fused experts have no place for the biases of their low-rank projections.
 
     Example:
         >>> import torch, lowrank_ops as lro
@@ -81,7 +81,8 @@ def to_plain_layers(model: nn.Module) -> nn.Module:
         The copy. State dict keys ``down`` and ``up`` become ``0.weight`` and ``1.weight``, ``bias`` becomes ``1.bias``.
 
     Raises:
-        ValueError: a low-rank layer has hooks, which would be lost, parametrized factors, or a PEFT adapter; or the
+        ValueError: a low-rank layer has hooks, which would be lost, parametrized factors, or a PEFT adapter; accelerate
+            moves weights on each call; or the
             forward of a module around it reads its ``weight``, as in transformers' T5 and ViT.
 
     Example:
@@ -140,6 +141,7 @@ def _as_graph(experts: ListedExperts) -> fx.GraphModule:
 
 def _converted(model: nn.Module, convert: Callable[[LowRankLayer], nn.Module]) -> nn.Module:
     check_no_adapters(model)
+    check_not_dispatched(model)
     for fqn, module in model.named_modules():
         if isinstance(module, LowRankLayer) and has_hooks(module):
             raise ValueError(f"layer {fqn!r} has hooks, which its replacement would drop; remove them first.")

@@ -78,24 +78,23 @@ class Price(NamedTuple):
         return self.dense(fqn, space) if rank is None else self.lowrank(fqn, space, rank)
 
 
-def in_parameters(pivoted: bool = False) -> Price:
-    """Cost in parameters."""
+def _counted(unit: str, dense: Callable[..., int], lowrank: Callable[..., int], pivoted: bool) -> Price:
     return Price(
-        "parameters",
-        lambda fqn, space: dense_parameters(space),
-        lambda fqn, space, rank: lowrank_parameters(space, rank, pivoted=pivoted),
+        unit,
+        lambda fqn, space: dense(space),
+        lambda fqn, space, rank: lowrank(space, rank, pivoted=pivoted),
         pivoted,
     )
+
+
+def in_parameters(pivoted: bool = False) -> Price:
+    """Cost in parameters."""
+    return _counted("parameters", dense_parameters, lowrank_parameters, pivoted)
 
 
 def in_macs(pivoted: bool = False) -> Price:
     """Cost in MACs."""
-    return Price(
-        "MACs",
-        lambda fqn, space: dense_macs(space),
-        lambda fqn, space, rank: lowrank_macs(space, rank, pivoted=pivoted),
-        pivoted,
-    )
+    return _counted("MACs", dense_macs, lowrank_macs, pivoted)
 
 
 def nanoseconds(latencies: LayerLatencies) -> Price:

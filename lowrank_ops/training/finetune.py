@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..arguments import check_positive, checked
 from ..files import check_file, digest
 from ..layers import LowRankLinear
+from ..models.layers import check_not_dispatched
 from ..models.masks import Mask, Masks, real_rows
 from ..models.running import (
     EMPTY,
@@ -368,6 +369,7 @@ def _check(
     if not trained:
         raise ValueError("student has no parameter that requires gradients; call student.requires_grad_(True).")
     if any(parameter.is_meta for parameter in student.parameters()):
+        check_not_dispatched(student)
         raise ValueError("student has parameters on the meta device, which have no values; load the weights first.")
     if any(parameter.dtype == torch.float16 for parameter in trained):
         raise ValueError(

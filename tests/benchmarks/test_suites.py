@@ -93,7 +93,7 @@ def test_modules_of_transformers():
     names, _ = right_variants(bench_transformers.t5_case(bench_transformers.T5_TINY, 3, "fp32"))
     assert names == {"dense", "lowrank_ops"}
     names, _ = right_variants(bench_transformers.experts_case(bench_transformers.Experts(4, 32, 16, 2), 9, "fp32"))
-    assert names == {"dense eager", "dense grouped_mm", "lowrank_ops", "padded grouped_mm"}
+    assert names == {"dense eager", "dense grouped_mm", "one by one", "one op", "padded grouped_mm"}
 
 
 @pytest.mark.parametrize("name", models.TINY_SIZES)

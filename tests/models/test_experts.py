@@ -320,32 +320,42 @@ class TestCompression:
             experts_of(copied)[0][1].down_proj.zero_()
         assert isinstance(experts_of(model)[0][1], ListedExperts) and logits(model, x).isfinite().all()
 
-    @pytest.mark.parametrize("family, pivoted", [("Mixtral", False), ("GptOss", False), ("Mixtral", True)])
-    def test_compiled_experts_are_one_op_per_projection(self, family: str, pivoted: bool) -> None:
+    @pytest.mark.parametrize(
+        "family, form", [("Mixtral", ""), ("GptOss", ""), ("Mixtral", "pivoted"), ("Qwen3Moe", "8-bit")]
+    )
+    def test_compiled_experts_are_one_op_per_projection(self, family: str, form: str) -> None:
         model, x = mixture(family, layers=1), tokens(16)
-        config = lro.CompressionConfig(lro.ParameterBudget(0.7), pivoted=pivoted)
+        config = lro.CompressionConfig(lro.ParameterBudget(0.7), pivoted=form == "pivoted")
         lro.compress_(model, lro.calibrate(model, [x], filter_fn=only_experts), config)
         experts = experts_of(model)[0][1]
+        if form == "8-bit":
+            lro.layers.quantize_(experts)
         weights, index = torch.rand(20, 4).topk(2)
         index[3:5] = torch.tensor([4, 1])  # 4 is no expert
         args = torch.randn(20, 32), index, weights
+        one_by_one = copy.deepcopy(experts)
+        one_by_one.factors = lambda: None
         graphs = []
         torch.compiler.reset()
         compiled = torch.compile(
             experts, fullgraph=True, dynamic=True, backend=lambda graph, _: (graphs.append(graph), graph.forward)[1]
         )
-        torch.testing.assert_close(compiled(*args), experts(*args), atol=1e-5, rtol=1e-4)
+        for run in (compiled, experts):
+            torch.testing.assert_close(run(*args), one_by_one(*args), atol=1e-5, rtol=1e-4)
         assert sum("lowrank_experts" in str(node.target) for node in graphs[0].graph.nodes) == 2
-        parameters = list(experts.parameters())
-        mine, theirs = (torch.autograd.grad(run(*args).sum(), parameters) for run in (compiled, experts))
+        mine, eager, theirs = (
+            torch.autograd.grad(run(*args).sum(), [part for part in module.parameters() if part.requires_grad])
+            for run, module in ((compiled, experts), (experts, experts), (one_by_one, one_by_one))
+        )
         torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(eager, theirs, atol=1e-4, rtol=1e-3)
 
     def test_layers_with_hooks_are_called_under_compile(self) -> None:
         model, x = mixture(layers=1), tokens(16)
         lro.compress_(model, lro.calibrate(model, [x], filter_fn=only_experts), lro.ParameterBudget(0.5))
         experts, calls = experts_of(model)[0][1], []
         experts.projections(1)["down_proj"].register_forward_hook(lambda *_: calls.append(1))
-        assert experts._factors() is None
+        assert experts.factors() is None
         index, weights = torch.rand(8, 4).topk(2)[1], torch.rand(8, 2)
         torch.compile(experts, backend="eager")(torch.randn(8, 32), index, weights)
         assert calls

@@ -147,8 +147,8 @@ def unobserved(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> bool
     return can_bypass(x, down, up, bias) and not needs_grad(x, down, up, bias)
 
 
-def fused(x: Tensor, downs: Tensors, ups: Tensors, biases: Biases) -> list[Tensor] | None:
-    """The outputs, if ``auto`` has kernels that compute all members at once and nothing observes the call, else None.
+def fused(x: Tensor, downs: Tensors, ups: Tensors, biases: Biases) -> _Decision | None:
+    """How it runs, if ``auto`` has kernels that compute all members at once and nothing observes the call, else None.
 
     None also for arguments that do not fit.
     """
@@ -158,7 +158,7 @@ def fused(x: Tensor, downs: Tensors, ups: Tensors, biases: Biases) -> list[Tenso
         decision = _decision(x, downs, ups, biases, Backend.AUTO)
     except ValueError:
         return None
-    return decision.run(x, downs, ups, biases) if decision.fused else None
+    return decision if decision.fused else None
 
 
 @checked()
@@ -275,6 +275,7 @@ _Bound = Callable[[Tensor, Tensors, Tensors, Biases], list[Tensor]]
 class _Decision(NamedTuple):
     run: _Bound
     fused: bool  # by kernels that compute all members
+    settled: bool = True  # the first call of a kernel is checked before its decision counts for others
 
 
 _PRODUCTS = _Decision(reference.products, False)
@@ -314,7 +315,8 @@ def _decision(x: Tensor, downs: Tensors, ups: Tensors, biases: Biases, backend: 
         decision = _Decision(impl.bind(problem), True)
         first = _verify.first_call("lowrank_linear_grouped", impl, problem, backend, _decisions.clear)
         if first is not None:
-            return _Decision(_checked(first, decision, key), True) if _verify.can_check(x) else decision
+            run = _checked(first, decision, key) if _verify.can_check(x) else decision.run
+            return _Decision(run, True, settled=False)
     _decisions[key] = decision
     return decision
 
