@@ -351,6 +351,11 @@ BAD: dict[str, list[tuple[str, str]]] = {
         ("lro.ops.lowrank_linear(batches[0], layer.down.half(), layer.up)", "ValueError"),
         ("lro.ops.lowrank_linear_grouped(batches[0], [layer.down], [layer.up, layer.up])", "ValueError"),
         ("lro.ops.lowrank_linear_grouped(batches[0], layer.down, layer.up)", "TypeError"),
+        (
+            "lro.ops.lowrank_experts(batches[0], torch.tensor([9, 3]), [layer.down] * 2, [layer.up] * 2, [None] * 2)",
+            "ValueError",
+        ),
+        ("lro.ops.lowrank_experts(batches[0], torch.tensor([40]), [None], [layer.up], [None])", "TypeError"),
         ("lro.ops.covariance_update_(torch.zeros(16, 16), torch.zeros(16), 'x')", "TypeError"),
         ("lro.ops.covariance_update_(torch.zeros(8, 8), torch.zeros(16), batches[0])", "ValueError"),
         ("lro.ops.covariance_update_(torch.zeros(16, 16).half(), torch.zeros(16).half(), batches[0])", "ValueError"),

@@ -7,7 +7,7 @@ import pytest
 import lowrank_ops as lro
 
 NAMES = {
-    "BlockReconstruction", "correct_predictions", "measured_ranks",
+    "BlockReconstruction", "ByteBudget", "correct_predictions", "measured_ranks",
     "calibrate", "Calibrator", "CheckpointError", "compress_", "CompressionConfig", "Covariances", "ExplainedVariance",
     "finetune_", "FlopBudget", "LatencyBudget", "load_pretrained", "LowRankConv2d", "LowRankLinear", "measure_errors",
     "measure_latency", "NonFiniteActivationError", "ops", "ParameterBudget", "plan_calibration", "Ranks", "recalibrate",

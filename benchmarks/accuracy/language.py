@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 import lowrank_ops as lro
 from lowrank_ops.factors import Factors
+from lowrank_ops.factors.eight_bit import dequantized, quantized
 from lowrank_ops.layers.replace import replace_
 from lowrank_ops.ranks.choose import choose_ranks
 from lowrank_ops.subspaces import LayerSubspaces, layer_subspaces
@@ -63,6 +64,7 @@ class Variant(NamedTuple):
     then: tuple[str, ...] = ()  # of "measured", "midpoint", "sequential", "blocks", "distilled", "distilled on all"
     pivoted: bool = False
     corrected: bool = False  # predictions
+    form: str | None = None  # of 8-bit factors of a model in bfloat16; the budget is then of bytes
 
 
 BEST = Variant("loss", "loss", pivoted=True, corrected=True)  # one-shot
@@ -90,6 +92,10 @@ VARIANTS = {
     "loss, pivoted, corrected, distilled": BEST._replace(then=("distilled",)),
     "loss, pivoted, corrected, distilled on all": BEST._replace(then=("distilled on all",)),
     "loss, pivoted, corrected, blocks, distilled": BEST._replace(then=("blocks", "distilled")),
+    "no factors, int8": Variant("none", "uniform", form="int8"),
+    "loss, int8": Variant("loss", "loss", form="int8"),
+    "loss, fp8": Variant("loss", "loss", form="fp8"),
+    "loss, corrected, int8": Variant("loss", "loss", corrected=True, form="int8"),
 }
 
 
@@ -196,6 +202,12 @@ class Study:
         return answers(self.dense, self.tokenizer)[0]
 
     @cached_property
+    def bfloat16(self) -> dict[str, LayerSubspaces]:
+        """Subspaces of the model in bfloat16."""
+        model = copy.deepcopy(self.dense).bfloat16()
+        return layer_subspaces({fqn: model.get_submodule(fqn) for fqn in self.covariances}, self.covariances)
+
+    @cached_property
     def corrected(self) -> dict[str, LayerSubspaces]:
         """Subspaces with corrected predictions, by labels that are drawn from the model's own distribution."""
         file = self.cached.with_suffix(".corrected.pt")
@@ -216,12 +228,18 @@ class Study:
         """Everything that is reported of one compressed model."""
         variant, student = VARIANTS[name], copy.deepcopy(self.dense)
         subspaces = self.corrected if variant.corrected else self.plain  # once for all budgets
+        if variant.form is not None:
+            for fqn, space in self.bfloat16.items():
+                space.loss.corrected = subspaces[fqn].loss.corrected  # type: ignore[union-attr]
+            student, subspaces = student.bfloat16(), self.bfloat16
         started = time.perf_counter()
         kept = self.compress(student, name, budget, subspaces)
         for step, tokens in {"distilled": self.options.tokens, "distilled on all": STEPS * WINDOW}.items():
             if step in variant.then:
                 self.distill(student, self.text(tokens), self.checkpoint(name, budget, step))
         seconds = time.perf_counter() - started
+        size = sum(part.numel() * min(part.itemsize, 2) for part in (*student.parameters(), *student.buffers()))
+        student.float()  # 8-bit factors keep their bits
         by_kind, forward = {}, 0.0
         for kind, test in self.tests.items():
             started = time.process_time()
@@ -234,7 +252,7 @@ class Study:
             generated = {**repetition(self.answers, found), "generated_per_second": speed}
         return {
             "layer_share": kept,
-            "bytes": sum(part.nbytes for part in (*student.parameters(), *student.buffers())),
+            "bytes": size,  # as stored in bfloat16
             "seconds": seconds,
             "calibration_seconds": self.calibration_seconds,
             "tokens_per_second": sum(ids.numel() for test in self.tests.values() for ids in test) / forward,
@@ -248,9 +266,16 @@ class Study:
         return self.cached.with_suffix(f".{budget:g}.{done.replace(', ', '-').replace(' ', '-')}.safetensors")
 
     def compress(self, model: nn.Module, name: str, budget: float, subspaces: dict[str, LayerSubspaces]) -> float:
-        """Compress ``model`` in place; the share of the layers' parameters that it keeps."""
+        """Compress ``model`` in place; the share of the layers' bytes that it keeps."""
         variant, share = VARIANTS[name], budget / 100
-        policy = lro.ParameterBudget(share, variant.allocation)
+        policy: Any = lro.ParameterBudget(share, variant.allocation)
+        if variant.form is not None:
+            policy = lro.ByteBudget(share, variant.form, variant.allocation)
+        if variant.projection == "none":
+            weights = [model.get_submodule(fqn).get_parameter("weight") for fqn in self.covariances]
+            for weight in weights:
+                weight.data = dequantized(*quantized(weight.data, str(variant.form))).to(weight)
+            return 0.5 + 2 * sum(map(len, weights)) / sum(weight.numel() for weight in weights)  # 4 bytes per scale
         if variant.projection == "asvd":
             ranks = choose_ranks(policy, subspaces)
             replace_(model, {fqn: asvd(subspaces[fqn], rank) for fqn, rank in ranks.items() if rank is not None})
@@ -293,7 +318,7 @@ class Study:
             reconstruction=reconstruction,
             progress=True,
         )
-        return report.layer_parameters / report.layer_parameters_before
+        return report.layer_bytes / report.layer_bytes_before
 
     def distill(self, student: nn.Module, text: Tensor, checkpoint: Path) -> None:
         """Train factors, biases and norms by the dense model's next-token distributions, one sequence per step."""

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
+from threading import get_ident, local
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -29,6 +30,18 @@ class RoutedRows(NamedTuple):
     total: int  # the tokens of the forward
 
 
+class SortedRows(NamedTuple):
+    """The slots (tokens, k) of a router, sorted by expert and flattened."""
+
+    experts: Tensor  # those at the end, of larger indices than any expert's, are for none
+    order: Tensor  # of the slots; slot i of all tokens comes before slot i + 1
+    ends: Tensor  # (experts,), of the rows of each expert
+    tokens: Tensor
+    x: Tensor  # (slots, features)
+    weights: Tensor  # (slots, 1)
+    shape: tuple[int, int]  # k and tokens
+
+
 class ExpertLinear(nn.Linear):
     """One projection of one expert, a view of the fused parameters."""
 
@@ -45,10 +58,10 @@ class ExpertLinear(nn.Linear):
 class ListedExperts(nn.Module):
     """The experts of a fused module, each an ``nn.ModuleDict`` of its Linears: ``experts.3.gate_up_proj``.
 
-    A drop-in for the fused module that runs like its eager implementation: one expert after another computes the rows
-    that the router sends to it. Under ``torch.compile`` and on a GPU, ``lowrank_ops.ops.lowrank_experts`` computes a
-    projection of all experts, unless one of them has hooks, an adapter or another forward. The Linears are views of the
-    fused parameters.
+    A drop-in for the fused module. Each projection of all experts is one call of ``lowrank_ops.ops.lowrank_experts``.
+    The layers are called, one expert after another on the rows that the router sends to it, if all are dense, if one
+    has hooks, an adapter or another forward, and in eager mode on a CPU for fewer rows than experts. The Linears are
+    views of the fused parameters.
 
     Args:
         fused: an experts module of transformers for which :func:`reason_to_stay_fused` returns None; not changed.
@@ -85,35 +98,27 @@ class ListedExperts(nn.Module):
         """As the fused module: hidden_states (tokens, features), the others (tokens, k); returns (tokens, features)."""
         if is_recorded():
             return self._run_all(hidden_states, top_k_index, top_k_weights)
-        # Sorted once, so that each expert works on one slice; rows at the end, of larger indices, are for no expert.
-        slots, order = top_k_index.T.flatten().sort(stable=True)
-        ends = torch.searchsorted(slots, torch.arange(self.num_experts, device=slots.device), right=True)
-        tokens = order % top_k_index.shape[0]
-        x, weights = hidden_states[tokens], top_k_weights.T.flatten()[order].unsqueeze(1)
-        # In eager mode on a CPU, the op saves no time, and a call keeps the rows of one expert in the cache.
-        factors = self._factors() if torch.compiler.is_compiling() or not x.is_cpu else None
-        if factors is not None:
-            first, down = factors
-            y = self._after(lowrank_experts(self._between(lowrank_experts(x, ends, *first)), ends, *down)) * weights
-            y = y.masked_fill((slots >= self.num_experts).unsqueeze(1), 0)  # a norm may have a bias
-            # The slots of a token are added in their order; index_add_ adds in any order on a GPU.
-            y = y[order.argsort()].view(*top_k_index.T.shape, y.shape[-1]).sum(0)
-            return y.to(hidden_states.dtype)
+        rows = self.sorted_rows(hidden_states, top_k_index, top_k_weights)
+        # On a CPU, calls of the few experts that have rows cost less than a list of the factors of all.
+        together = torch.compiler.is_compiling() or not hidden_states.is_cpu or len(rows.x) >= self.num_experts
+        if together and (factors := self.factors()) is not None:
+            return self.run_together(rows, factors).to(hidden_states.dtype)
         output = torch.zeros_like(hidden_states)
-        # The rows of an expert are in the order of the eager implementation, hence the same bits; no two of them are of
-        # one token, hence index_add_ is deterministic.
+        # The rows of an expert are in the order of transformers' eager implementation, hence the same bits; no two of
+        # them are of one token, hence index_add_ is deterministic.
         start = 0
-        for expert, end in enumerate(ends.tolist()):
+        for expert, end in enumerate(rows.ends.tolist()):
             if end > start:
                 part = slice(start, end)
-                routed = RoutedRows(tokens[part], len(hidden_states))
-                y = self._run(self.projections(expert), x[part], routed) * weights[part]
-                output.index_add_(0, tokens[part], y.to(output.dtype))
+                routed = RoutedRows(rows.tokens[part], len(hidden_states))
+                y = self._run(self.projections(expert), rows.x[part], routed) * rows.weights[part]
+                output.index_add_(0, rows.tokens[part], y.to(output.dtype))
             start = end
-        if self.pool is not None:
-            for expert, tokens in self.pool.missing_rows(top_k_index):
+        pool = self.pool
+        if pool is not None and pool.thread == get_ident():  # rows of other threads are not those of the calibration
+            for expert, tokens in pool.missing_rows(top_k_index):
                 routed = RoutedRows(tokens, len(hidden_states))
-                y = self._run(self.pool.twins[expert], hidden_states[tokens].detach(), routed)
+                y = self._run(pool.twins[expert], hidden_states[tokens].detach(), routed)
                 if torch.is_grad_enabled():
                     # This adds zero to the output, and gives the twin the gradient of rows sent by the router.
                     y = y * top_k_weights[tokens].mean()
@@ -129,6 +134,35 @@ class ListedExperts(nn.Module):
             output = output + torch.where(weights != 0, y, 0).to(output.dtype)
         return output
 
+    def run_slices(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """The same, also for experts without rows: without branches, which torch.fx does not record."""
+        rows = self.sorted_rows(hidden_states, top_k_index, top_k_weights)
+        output, ends, start = torch.zeros_like(hidden_states), rows.ends.tolist(), 0
+        for expert in range(self.num_experts):
+            part = slice(start, ends[expert])
+            y = self._run(self.projections(expert), rows.x[part], None) * rows.weights[part]
+            output.index_add_(0, rows.tokens[part], y.to(output.dtype))
+            start = ends[expert]
+        return output
+
+    def run_together(self, rows: SortedRows, factors: list[tuple[list[Any], ...]]) -> Tensor:
+        """The output (tokens, features), with one call of ``lowrank_experts`` per projection."""
+        first, down = factors
+        y = lowrank_experts(self._between(lowrank_experts(rows.x, rows.ends, *first)), rows.ends, *down)
+        # A norm may have a bias, which is not to be added to rows of no expert.
+        y = (self._after(y) * rows.weights).masked_fill((rows.experts >= self.num_experts).unsqueeze(1), 0)
+        # The slots of a token are added in their order; index_add_ adds in any order on a GPU.
+        return y[rows.order.argsort()].view(*rows.shape, y.shape[-1]).sum(0)
+
+    def sorted_rows(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> SortedRows:
+        """Sorted once, so that each expert works on one slice."""
+        experts, order = top_k_index.T.flatten().sort(stable=True)
+        ends = torch.searchsorted(experts, experts.new_tensor([*range(self.num_experts)]), right=True)
+        tokens = order % top_k_index.shape[0]
+        weights = top_k_weights.T.flatten()[order].unsqueeze(1)
+        shape = top_k_index.shape[1], top_k_index.shape[0]
+        return SortedRows(experts, order, ends, tokens, hidden_states[tokens], weights, shape)
+
     def _run(self, projections: Mapping[str, nn.Module], x: Tensor, routed: RoutedRows | None) -> Tensor:
         """The output of one expert for its rows (rows, features)."""
         first, down = projections.values()
@@ -143,7 +177,7 @@ class ListedExperts(nn.Module):
         shell: Any = self._shell
         return shell.post_expert_norm(y) if shell.has_post_expert_norm else y
 
-    def _factors(self) -> list[tuple[list[Any], ...]] | None:
+    def factors(self) -> list[tuple[list[Any], ...]] | None:
         """Downs, ups and biases of each projection; None if one must be called or none has low-rank factors."""
         if self.pool is not None or _has_any_global_hook():
             return None
@@ -203,9 +237,13 @@ class Pool:
 
     Args:
         experts: their projections get twins: layers with the same parameters that run on the extra rows only.
+
+    Attributes:
+        thread: the one that calibrates.
     """
 
     def __init__(self, experts: ListedExperts) -> None:
+        self.thread = get_ident()
         self.twins = [
             {
                 name: _twin(layer) if isinstance(layer, nn.Linear) else layer
@@ -320,15 +358,29 @@ def _linear(fused: nn.Module, name: str, expert: int) -> ExpertLinear:
     return ExpertLinear.of(weight.T if fused.is_transposed else weight, bias, weights.requires_grad)
 
 
+class _Call(local):
+    """What each thread's call of a projection is for."""
+
+    routed: RoutedRows | None = None
+
+
+_now = _Call()
+
+
+def routed_rows() -> RoutedRows | None:
+    """For the hooks of a projection of an expert, the rows that it is called with."""
+    return _now.routed
+
+
 def _call(layer: nn.Module, x: Tensor, routed: RoutedRows | None) -> Tensor:
-    """Call a projection. For the hooks of a dense one, ``layer.routed`` describes the rows."""
-    if routed is None or not isinstance(layer, nn.Linear):
+    """Call a projection; its hooks, if it has any, can read :func:`routed_rows`."""
+    if routed is None or not any(getattr(layer, kind) for kind in HOOKS):
         return layer(x)
-    layer.routed = routed  # type: ignore[assignment]
+    _now.routed = routed
     try:
         return layer(x)
     finally:
-        del layer.routed
+        _now.routed = None
 
 
 def _twin(layer: nn.Linear) -> nn.Linear:

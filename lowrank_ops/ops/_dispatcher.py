@@ -124,7 +124,7 @@ class BoundedCache(dict[Hashable, Any]):
         super().__setitem__(key, value)
 
 
-def register_autocast(lib: torch.library.Library, name: str, *, cast: bool) -> None:
+def register_autocast(lib: torch.library.Library, name: str, *, cast: bool, first: int | None = None) -> None:
     """Register ``name`` for autocast. The kernel then runs with autocast off.
 
     Args:
@@ -132,16 +132,17 @@ def register_autocast(lib: torch.library.Library, name: str, *, cast: bool) -> N
         name: of the op.
         cast: True casts the inputs to autocast's dtype, as for ``linear``. False leaves them, for ops that accumulate
             in float32 or float64.
+        first: cast only so many arguments; those after them are scales, which stay float32.
     """
     for device, key in _AUTOCAST_KEYS.items():
-        lib.impl(name, _autocast_kernel(getattr(torch.ops.lowrank_ops, name), device, cast), key)
+        lib.impl(name, _autocast_kernel(getattr(torch.ops.lowrank_ops, name), device, cast, first), key)
 
 
-def _autocast_kernel(op: Callable[..., Any], device: str, cast: bool) -> Callable[..., Any]:
+def _autocast_kernel(op: Callable[..., Any], device: str, cast: bool, first: int | None) -> Callable[..., Any]:
     def run(*args: Any, **options: Any) -> Any:
         if cast:
             dtype = torch.get_autocast_dtype(device)
-            args = tuple(_cast(value, dtype) for value in args)
+            args = (*(_cast(value, dtype) for value in args[:first]), *args[len(args[:first]) :])
         with torch.autocast(device, enabled=False):
             return op(*args, **options)
 

@@ -45,12 +45,35 @@ def linear_inputs(
     )
 
 
-def assert_linear(y: Tensor, x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: str) -> None:
-    """The error of ``y`` against float64 is at most twice that of two library GEMMs in the dtype of ``x``."""
-    wide = [None if tensor is None else tensor.double() for tensor in (x, down, up, bias)]
-    assert_close_to_float64(
-        y, reference.two_products(x, down, up, bias, activation), reference.two_products(*wide, activation)
-    )
+def eight_bit(factor: Tensor, dtype: torch.dtype, scale_dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """An 8-bit factor whose rows have different scales, and the scales."""
+    largest = 127.0 if dtype is torch.int8 else 448.0
+    scale = (factor.float().abs().amax(1).clamp(min=1e-3) / largest).to(scale_dtype)
+    values = (factor.float() / scale.float()[:, None]).clamp(-largest, largest)
+    return (values.round() if dtype is torch.int8 else values).to(dtype), scale
+
+
+def assert_linear(
+    y: Tensor,
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    down_scale: Tensor | None = None,
+    up_scale: Tensor | None = None,
+) -> None:
+    """The error of ``y`` against float64 is at most twice that of two library GEMMs in the dtype of ``x``.
+
+    8-bit factors are exact: their values times their scales are the weights of both.
+    """
+    exact = [
+        factor.double() if scale is None else factor.double() * scale.double()[:, None]
+        for factor, scale in ((down, down_scale), (up, up_scale))
+    ]
+    wide = x.double(), *exact, None if bias is None else bias.double()
+    same = x, *(factor.to(x.dtype) for factor in exact), bias
+    assert_close_to_float64(y, reference.two_products(*same, activation), reference.two_products(*wide, activation))
 
 
 def grouped_inputs(

@@ -54,7 +54,8 @@ def test_value(ends):
 def test_grouped_products_compute_the_same(dtype, ends):  # on a CPU, where grouped_mm has a fallback
     args = filled(*inputs(dtype, whole=False, ends=ends))
     y, expected = reference.grouped(*args), plain(*inputs_in_double(args))
-    bound = 2 * (reference.by_expert(args[0], list(ends), *args[2:]).double() - expected).abs().max() + 1e-6
+    # The bias is rounded separately.
+    bound = 3 * (reference.by_expert(args[0], list(ends), *args[2:]).double() - expected).abs().max() + 1e-6
     assert (y.double() - expected).abs().max() <= bound
     assert not y[ends[-1] :].any()
 

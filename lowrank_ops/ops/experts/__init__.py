@@ -88,6 +88,7 @@ def lowrank_experts(
         (rows, out_features), the dtype of x; rows from ``ends[-1]`` on are zero.
 
     Raises:
+        TypeError: an argument of another type.
         ValueError: a shape, dtype or device does not fit, or ``ends`` is not in ascending order.
 
     Example:
@@ -98,8 +99,7 @@ def lowrank_experts(
         >>> y = lro.ops.lowrank_experts(x, ends, downs, ups, [None, None])
         >>> torch.testing.assert_close(y[4:], lro.ops.lowrank_linear(x[4:], downs[1], ups[1]), atol=1e-4, rtol=1e-4)
     """
-    none = x.new_empty(0)
-    factors = list(downs), [none if up is None else up for up in ups], [none if b is None else b for b in biases]
+    factors = _lists(x, ends, downs, ups, biases)
     if is_recorded() or in_transform():
         return reference.masked(x, ends, *factors)
     if can_bypass(x, ends, x, None) and all_plain(*factors):
@@ -118,10 +118,24 @@ def explain(
     x: Tensor, ends: Tensor, downs: Sequence[Tensor], ups: Sequence[Tensor | None], biases: Sequence[Tensor | None]
 ) -> str:
     """Which implementation runs this ``lowrank_experts`` call, and why the other one does not."""
-    none = x.new_empty(0)
-    factors = list(downs), [none if up is None else up for up in ups], [none if b is None else b for b in biases]
+    factors = _lists(x, ends, downs, ups, biases)
     _check(x, ends, *factors)
     return _explain(TABLE, _describe(x, *factors))
+
+
+def _lists(x: Any, ends: Any, *lists: Any) -> tuple[list[Tensor], ...]:
+    """Downs, ups and biases as the op takes them: an empty tensor where one is missing."""
+    for name, value in (("x", x), ("ends", ends)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor; got {type(value).__name__}.")
+    none = x.new_empty(0)
+    for name, parts in zip(("downs", "ups", "biases"), lists, strict=True):
+        if not isinstance(parts, (list, tuple)):
+            raise TypeError(f"{name} must be a list with one tensor per expert; got {type(parts).__name__}.")
+        for index, part in enumerate(parts):
+            if not isinstance(part, Tensor) and (part is not None or name == "downs"):
+                raise TypeError(f"{name}[{index}] must be a tensor; got {type(part).__name__}.")
+    return tuple([none if part is None else part for part in parts] for parts in lists)
 
 
 def _describe(x: Tensor, downs: list[Tensor], ups: list[Tensor], biases: list[Tensor]) -> Problem:

@@ -119,7 +119,7 @@ def lowrank_linear_grouped(
     downs, ups, biases = _members(down, ups, biases)
     members = [*zip(_each(downs, ups), ups, biases, strict=True)]
     if all(can_bypass(x, *member) for member in members):
-        run = _decision(x, downs, ups, biases, backend)
+        run = _decision(x, downs, ups, biases, backend).run
         if not any(needs_grad(x, *member) for member in members):
             return run(x, downs, ups, biases)
         if not any(has_functorch_wrapper(x, *member) for member in members):
@@ -135,6 +135,30 @@ def lowrank_linear_grouped(
     present = [up.new_zeros(up.shape[0]) if bias is None else bias for up, bias in zip(ups, biases, strict=True)]
     given = [] if all(bias is None for bias in biases) else present
     return torch.ops.lowrank_ops.lowrank_linear_grouped(x, downs, ups, given, backend=backend)  # type: ignore[no-any-return]
+
+
+def may_fuse(x: Tensor) -> bool:
+    """Whether ``auto`` may have kernels for groups on the device of ``x``, without a look at the problem."""
+    return x.is_cuda
+
+
+def unobserved(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> bool:
+    """Whether no autograd, autocast, compiler, trace, profiler or other mode must see a call with these tensors."""
+    return can_bypass(x, down, up, bias) and not needs_grad(x, down, up, bias)
+
+
+def fused(x: Tensor, downs: Tensors, ups: Tensors, biases: Biases) -> _Decision | None:
+    """How it runs, if ``auto`` has kernels that compute all members at once and nothing observes the call, else None.
+
+    None also for arguments that do not fit.
+    """
+    if not all(unobserved(x, *member) for member in zip(downs, ups, biases, strict=True)):
+        return None
+    try:
+        decision = _decision(x, downs, ups, biases, Backend.AUTO)
+    except ValueError:
+        return None
+    return decision if decision.fused else None
 
 
 @checked()
@@ -246,15 +270,24 @@ def _check(x: Tensor, downs: Tensors, ups: Tensors, biases: Biases) -> None:
 
 
 _Bound = Callable[[Tensor, Tensors, Tensors, Biases], list[Tensor]]
+
+
+class _Decision(NamedTuple):
+    run: _Bound
+    fused: bool  # by kernels that compute all members
+    settled: bool = True  # the first call of a kernel is checked before its decision counts for others
+
+
+_PRODUCTS = _Decision(reference.products, False)
 _decisions = BoundedCache(4096)
 
 
-def _decision(x: Tensor, downs: Tensors, ups: Tensors, biases: Biases, backend: str) -> _Bound:
-    """The function that runs a call like this. Arguments are checked and an implementation is bound once per key."""
+def _decision(x: Tensor, downs: Tensors, ups: Tensors, biases: Biases, backend: str) -> _Decision:
+    """How a call like this runs. Arguments are checked and an implementation is bound once per key."""
     members = [*zip(_each(downs, ups), ups, biases, strict=True)]
     if not all(all_strided(x, *member) for member in members):  # no strides to describe
         _check(x, downs, ups, biases)
-        return reference.products
+        return _PRODUCTS
     pointers = x.data_ptr()
     for tensor in (*downs, *ups):
         pointers |= tensor.data_ptr()
@@ -265,25 +298,27 @@ def _decision(x: Tensor, downs: Tensors, ups: Tensors, biases: Biases, backend: 
     )
     key = parts, len(downs), len(ups), pointers & 15 == 0, backend
     try:
-        bound = _decisions.get(key)
+        found = _decisions.get(key)
     except TypeError:  # no hash
         check_arguments(lowrank_linear_grouped, {"backend": backend})
         raise
-    if bound is not None:
-        return bound  # type: ignore[no-any-return]
+    if found is not None:
+        return found  # type: ignore[no-any-return]
     _check(x, downs, ups, biases)
     problem = describe(x, downs, ups, biases)
     impl = choose(TABLE, problem, backend)
     if impl.backend is Backend.REFERENCE:
-        bound = reference.products if problem.shared or backend == Backend.REFERENCE else _one_by_one(backend)
+        one_by_one = not problem.shared and backend != Backend.REFERENCE
+        decision = _Decision(_one_by_one(backend), False) if one_by_one else _PRODUCTS
     else:
         assert impl.bind is not None
-        bound = impl.bind(problem)
+        decision = _Decision(impl.bind(problem), True)
         first = _verify.first_call("lowrank_linear_grouped", impl, problem, backend, _decisions.clear)
         if first is not None:
-            return _checked(first, bound, key) if _verify.can_check(x) else bound
-    _decisions[key] = bound
-    return bound
+            run = _checked(first, decision, key) if _verify.can_check(x) else decision.run
+            return _Decision(run, True, settled=False)
+    _decisions[key] = decision
+    return decision
 
 
 def _one_by_one(backend: str) -> _Bound:
@@ -295,21 +330,21 @@ def _one_by_one(backend: str) -> _Bound:
     return run
 
 
-def _checked(first: _verify.FirstCall, kernel: _Bound, key: Any) -> _Bound:
+def _checked(first: _verify.FirstCall, decision: _Decision, key: Any) -> _Bound:
     """Runs the kernel and compares; the products of the library if the kernel is found wrong."""
 
     def run(x: Tensor, downs: Tensors, ups: Tensors, biases: Biases) -> list[Tensor]:
         results: list[list[Tensor]] = []
 
         def compare() -> tuple[float, float] | None:
-            results.append(kernel(x, downs, ups, biases))
+            results.append(decision.run(x, downs, ups, biases))
             return reference.errors(results[0], x, downs, ups, biases)
 
         with torch.no_grad():
             if not first.check(compare):
                 return reference.products(x, downs, ups, biases)
         if first.passed:
-            _decisions[key] = kernel
+            _decisions[key] = decision
         return results[0]
 
     return run
@@ -327,7 +362,7 @@ def _or_none(biases: Tensors, ups: Tensors) -> Biases:
 
 def _run_group(x: Tensor, downs: Tensors, ups: Tensors, biases: Tensors, *, backend: str = "auto") -> list[Tensor]:
     given = _or_none(biases, ups)
-    return [_not_a_view(y) for y in _decision(x, downs, ups, given, backend)(x, downs, ups, given)]
+    return [_not_a_view(y) for y in _decision(x, downs, ups, given, backend).run(x, downs, ups, given)]
 
 
 def _fake(x: Tensor, downs: Tensors, ups: Tensors, biases: Tensors, *, backend: str = "auto") -> list[Tensor]:
