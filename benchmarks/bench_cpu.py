@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import lowrank_ops as lro
 
-from . import bench_covariance, bench_lowrank_linear, shapes
+from . import bench_covariance, bench_grouped, bench_lowrank_linear, shapes
 from .harness import Case, Variant
 from .suite import main as run
 
@@ -32,6 +32,9 @@ def cases(dtype: str = "fp32", quick: bool = False) -> Iterator[Case]:
     for layer in shapes.CPU_LAYERS[:half]:
         for tokens in shapes.CPU_TOKENS:
             yield bench_lowrank_linear.case(layer, tokens, dtype)
+    for group in shapes.CPU_GROUPS[:half]:
+        for tokens in shapes.CPU_TOKENS:
+            yield bench_grouped.case(group, tokens, dtype)
     yield from map(overhead, MODES)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import lowrank_ops as lro
+from lowrank_ops.factors.eight_bit import quantized
+from lowrank_ops.ops.linear.reference import dequantized
 
 from . import shapes
 from .harness import Case, Tensors, Variant, compile_every_shape, on_cuda
@@ -22,10 +25,11 @@ from .suite import main
 
 
 def cases(dtype: str, quick: bool = False) -> Iterator[Case]:
-    """Every layer with every number of tokens."""
-    for layer in shapes.QUICK_LAYERS if quick else shapes.LAYERS:
-        for tokens in shapes.QUICK_TOKENS if quick else shapes.TOKENS:
-            yield case(layer, tokens, dtype)
+    """Every layer with every number of tokens, then with int8 factors."""
+    for make in (case, eight_bit_case):
+        for layer in shapes.QUICK_LAYERS if quick else shapes.LAYERS:
+            for tokens in shapes.QUICK_TOKENS if quick else shapes.TOKENS:
+                yield make(layer, tokens, dtype)
 
 
 def case(layer: shapes.Layer, tokens: int, dtype: str) -> Case:
@@ -66,6 +70,57 @@ def case(layer: shapes.Layer, tokens: int, dtype: str) -> Case:
         explained=lambda tensors, backend: lro.ops.explain("lowrank_linear", *tensors[:4], backend=backend),
         rotated=4,
     )
+
+
+def eight_bit_case(layer: shapes.Layer, tokens: int, dtype: str) -> Case:
+    """The same with int8 factors, against the dense layer and against dequantized factors."""
+    plain = case(layer, tokens, dtype)
+    in_features, out_features, rank = layer
+    kind = shapes.DTYPES[dtype]
+
+    def make(device: torch.device, seed: int) -> Tensors:
+        x, down, up, bias, _ = plain.make(device, seed)
+        (down, down_scale), (up, up_scale) = quantized(down, "int8"), quantized(up, "int8")
+        factors = dequantized(down, down_scale, kind), dequantized(up, up_scale, kind)
+        return x, down, up, bias, down_scale, up_scale, *factors, factors[1] @ factors[0]
+
+    return replace(
+        plain,
+        shape=plain.shape | {"factors": "int8"},  # type: ignore[operator]
+        bytes=(tokens * (in_features + out_features) + out_features) * kind.itemsize
+        + rank * (in_features + out_features)
+        + 4 * (rank + out_features),
+        make=make,
+        variants=(
+            Variant("dense", lambda *tensors: dense(*tensors[:1], *tensors[6:8], tensors[3], tensors[8])),
+            Variant("two_linears", two_linears_dequantized),
+            *(
+                Variant(f"lowrank_ops {name}", functools.partial(ours_eight_bit, name), backend=name)
+                for name in ("auto", "reference", "triton")
+            ),
+        ),
+        exact=lambda tensors: two_linears(
+            tensors[0].double(),
+            *(dequantized(*pair, torch.float64) for pair in zip(tensors[1:3], tensors[4:6], strict=True)),
+            tensors[3].double(),
+            tensors[8],
+        ),
+        plain=two_linears_dequantized,
+        explained=lambda tensors, backend: lro.ops.explain(
+            "lowrank_linear", *tensors[:4], backend=backend, down_scale=tensors[4], up_scale=tensors[5]
+        ),
+        rotated=8,
+    )
+
+
+def two_linears_dequantized(*tensors: Tensor) -> Tensor:
+    """Two layers with factors that were dequantized before."""
+    return two_linears(tensors[0], *tensors[6:8], tensors[3], tensors[8])
+
+
+def ours_eight_bit(backend: str, *tensors: Tensor) -> Tensor:
+    """``lowrank_linear`` with 8-bit factors."""
+    return lro.ops.lowrank_linear(*tensors[:4], backend=backend, down_scale=tensors[4], up_scale=tensors[5])
 
 
 def dense(x: Tensor, down: Tensor, up: Tensor, bias: Tensor, weight: Tensor) -> Tensor:

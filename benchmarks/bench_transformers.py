@@ -85,7 +85,7 @@ def experts_case(sizes: Experts, tokens: int, dtype: str) -> Case:
     def forward(which: str) -> Callable[..., Tensor]:
         return lambda *tensors: _experts(sizes, DTYPES[dtype])[which](*tensors)
 
-    variants = {"dense eager": None, "dense grouped_mm": None, "lowrank_ops": "auto", "padded grouped_mm": None}
+    variants = dict.fromkeys(("dense eager", "dense grouped_mm", "one by one", "one op", "padded grouped_mm"))
     return _case("experts", {"experts": str(sizes), "tokens": tokens, "dtype": dtype}, dtype, make, forward, variants)
 
 
@@ -164,10 +164,25 @@ def _experts(sizes: Experts, dtype: torch.dtype) -> dict[str, Callable[..., Tens
     return {
         "dense eager": eager,
         "dense grouped_mm": dense["grouped_mm"],
-        "lowrank_ops": thin.eval(),
+        "one by one": _one_by_one(thin.eval()),
+        "one op": functools.partial(_one_op, thin),
         "padded grouped_mm": _padded(thin),
         "exact": copy.deepcopy(thin).double(),
     }
+
+
+def _one_by_one(experts: ListedExperts) -> ListedExperts:
+    """As for fewer rows than experts: one expert after another."""
+    experts = copy.deepcopy(experts)
+    experts.factors = lambda: None  # type: ignore[method-assign]
+    return experts
+
+
+def _one_op(experts: ListedExperts, *tensors: Tensor) -> Tensor:
+    """As for more rows: one op per projection."""
+    factors = experts.factors()
+    assert factors is not None
+    return experts.run_together(experts.sorted_rows(*tensors), factors)
 
 
 def _padded(experts: ListedExperts) -> Callable[..., Tensor]:

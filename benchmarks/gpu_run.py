@@ -26,7 +26,7 @@ import torch
 
 from .suite import ROOT, TABLES, UNFINISHED, load, write
 
-PARTS = ("tests", "tune", "covariance", "lowrank_linear", "model")
+PARTS = ("tests", "tune", "covariance", "lowrank_linear", "grouped", "model")
 MIN_SECONDS = 90.0  # with fewer no part is begun
 LAST_CASE = 60.0  # kept for the case that is being measured when the budget ends
 TESTS_SHARE = 0.4  # of a quick call

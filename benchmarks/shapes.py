@@ -17,6 +17,15 @@ class Layer(NamedTuple):
     rank: int
 
 
+class Group(NamedTuple):
+    """Linear layers of one input, and the ranks of their factors."""
+
+    name: str
+    in_features: int
+    out_features: tuple[int, ...]
+    ranks: tuple[int, ...]
+
+
 class Conv(NamedTuple):
     """A convolution as calibration meets it: batch, channels, square input, square kernel."""
 
@@ -38,6 +47,12 @@ LAYERS = (
     Layer(4096, 4096, 1024),
     Layer(4096, 11008, 1496),
 )
+GROUPS = (
+    Group("ViT-B qkv", 768, (768, 768, 768), (136, 136, 136)),
+    Group("ViT-L qkv", 1024, (1024, 1024, 1024), (168, 168, 168)),
+    Group("Llama qkv", 4096, (4096, 1024, 1024), (512, 256, 256)),  # grouped-query attention
+    Group("Llama gate and up", 4096, (11008, 11008), (752, 752)),
+)
 QUICK_LAYERS = (LAYERS[1], LAYERS[3])
 TOKENS = (1, 4, 16, 64, 256, 2048, 12608, 65536)  # 12608 = 64 images of 197 tokens
 QUICK_TOKENS = (1, 64, 12608)
@@ -58,4 +73,5 @@ CONVS = (
 CPU_COVARIANCE_FEATURES = (512, 1024, 2048, 3072)
 CPU_COVARIANCE_TOKENS = 1024
 CPU_LAYERS = LAYERS[:4]
+CPU_GROUPS = GROUPS[:3]
 CPU_TOKENS = (1, 16, 256)

@@ -4,7 +4,15 @@ from . import ops
 from .calibration import Calibrator, Covariances, NonFiniteActivationError, calibrate, plan_calibration
 from .checkpoint import CheckpointError, load_pretrained, save_pretrained
 from .compress import compress_
-from .config import CompressionConfig, ExplainedVariance, FlopBudget, LatencyBudget, ParameterBudget, Ranks
+from .config import (
+    ByteBudget,
+    CompressionConfig,
+    ExplainedVariance,
+    FlopBudget,
+    LatencyBudget,
+    ParameterBudget,
+    Ranks,
+)
 from .correction import correct_predictions
 from .layers import LowRankConv2d, LowRankLinear, measure_latency
 from .midpoint import recalibrate
@@ -29,6 +37,7 @@ __all__ = [
     "ExplainedVariance",
     "ParameterBudget",
     "FlopBudget",
+    "ByteBudget",
     "LatencyBudget",
     "measure_latency",
     "Ranks",

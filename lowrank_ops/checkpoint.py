@@ -16,21 +16,24 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .arguments import checked
+from .factors.eight_bit import DTYPES
 from .files import digests, open_tensors, parse_json, read_header, read_tensor, replacing, write_tensors
 from .layers import LowRankLayer, LowRankLinear, PivotedLinear
 from .layers.conv import GEOMETRY, LowRankConv
+from .layers.group import group_layers, groups_in
 from .layers.pivoted import is_order
 from .layers.replace import has_hooks, lowrank_type, note_replaced, swap_
 from .models.experts import experts_listed
-from .models.layers import check_no_adapters, dimensions, find_layers, is_conv, tied_layers
+from .models.layers import check_no_adapters, check_not_dispatched, dimensions, find_layers, is_conv, tied_layers
 from .models.running import warn_caller
 from .report import CompressionReport
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "lowrank_config.json"
 FORMAT = "lowrank_ops.checkpoint"
-FORMAT_VERSION = 3  # 1 has no checksums; 2 is written where no layer is pivoted
+FORMAT_VERSION = 4  # 1 has no checksums; 2 is written where no layer is pivoted, 3 where no factor is 8-bit
 
+_EIGHT_BIT = {torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3"}  # as safetensors names them
 _COPY_AGAIN = "Copy or save the checkpoint again."
 _OTHER_MODEL = "Pass the architecture that was compressed."
 
@@ -141,6 +144,9 @@ def _load(dense_model: nn.Module, file: Path, config: dict[str, Any], verify: bo
         for name, old in [*module._parameters.items(), *module._buffers.items()]:
             if id(old) in new:
                 setattr(module, name, new[id(old)])
+    for module in layers.values():
+        if isinstance(module, LowRankLinear):
+            module.follow_dtype_()
     swap_(dense_model, layers)
     note_replaced([target for target in targets.values() if isinstance(target, nn.Parameter)])
     return layers.get(dense_model, dense_model)
@@ -159,6 +165,7 @@ def _distinct_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, st
                 "Store it separately and leave it out of get_extra_state."
             )
         if is_lazy(tensor) or tensor.is_meta:
+            check_not_dispatched(model)
             raise ValueError(
                 f"model has no values at {name!r}: it is lazy or on the meta device. Run or load the model first."
             )
@@ -181,12 +188,14 @@ def describe_layers(model: nn.Module, report: CompressionReport | None = None) -
         ValueError: ``report`` is of another model.
     """
     rows = {} if report is None else {row.fqn: row for row in report.layers if row.rank is not None}
+    groups = {fqn: {"group": i} for i, names in enumerate(groups_in(model)) for fqn in names}
     entries = {
         fqn: {
             **_sizes(module),
             "rank": module.rank,
             "bias": module.bias is not None,
             "calibration_rows": rows[fqn].rows if fqn in rows else None,
+            **groups.get(fqn, {}),
         }
         for fqn, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, LowRankLayer)
@@ -197,7 +206,12 @@ def describe_layers(model: nn.Module, report: CompressionReport | None = None) -
                 f"report does not describe model: it has layer {fqn!r} at rank {row.rank}, and model does not. Pass "
                 "the report that compress_ returned for this model, or none."
             )
-    version = FORMAT_VERSION if any("pivoted" in entry for entry in entries.values()) else 2
+    for fqn, entry in entries.items():
+        layer = model.get_submodule(fqn)
+        if isinstance(layer, LowRankLinear) and layer.formats != (None, None):
+            entry["formats"] = list(layer.formats)
+    keys = {key for entry in entries.values() for key in entry}
+    version = FORMAT_VERSION if "formats" in keys else 3 if "pivoted" in keys else 2
     return {"format": FORMAT, "version": version, "layers": entries}
 
 
@@ -307,7 +321,20 @@ def empty_layers(model: nn.Module, entries: Mapping[str, Mapping[str, Any]]) -> 
                 f"layer {fqn!r} of dense_model has hooks, which its replacement would drop; remove them first."
             )
         layers[dense] = _empty_layer(fqn, dense, entry)
+    _group(entries, {fqn: layers[module] for fqn, module in modules.items() if fqn in entries})
     return layers
+
+
+def _group(entries: Mapping[str, Mapping[str, Any]], layers: Mapping[str, nn.Module]) -> None:
+    """Group new layers as they were; a group of which one layer is left is none."""
+    groups: dict[Any, list[str]] = {}
+    for fqn in layers:
+        if isinstance(index := entries[fqn].get("group"), int):
+            groups.setdefault(index, []).append(fqn)
+    try:
+        group_layers(layers, [names for names in groups.values() if len(names) > 1])
+    except ValueError as error:
+        raise CheckpointError(f"the checkpoint is damaged: {error} {_COPY_AGAIN}") from None
 
 
 def _empty_layer(fqn: str, dense: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
@@ -327,9 +354,20 @@ def _empty_layer(fqn: str, dense: nn.Module, entry: Mapping[str, Any]) -> nn.Mod
         )
     try:
         kind = PivotedLinear if pivoted else lowrank_type(dense)
-        return kind.empty_like(dense, entry.get("rank"), bias)  # type: ignore[arg-type]
+        layer = kind.empty_like(dense, entry.get("rank"), bias)  # type: ignore[arg-type]
+        if "formats" in entry:
+            _set_formats(fqn, layer, entry["formats"])
+        return layer
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"layer {fqn!r} of {CONFIG_FILE}: {error}") from None
+
+
+def _set_formats(fqn: str, layer: nn.Module, formats: Any) -> None:
+    pair = formats if isinstance(formats, list) and len(formats) == 2 else [""]
+    can = isinstance(layer, LowRankLinear) and not isinstance(layer, PivotedLinear)
+    if not can or not all(form is None or form in DTYPES for form in pair):
+        raise CheckpointError(f"layer {fqn!r} of {CONFIG_FILE} has formats {formats!r}. {_COPY_AGAIN}")
+    layer.set_formats_(tuple(pair))  # type: ignore[operator]
 
 
 def _targets(model: nn.Module, layers: Mapping[nn.Module, nn.Module]) -> dict[str, Tensor]:
@@ -376,7 +414,8 @@ def _read_tensors(
                     tensor = read_tensor(file, source, config.get("checksums") if verify else None)
                     values[source] = tensor.to("cpu" if target.is_meta else target.device, copy=True)
                     fqn = source.rpartition(".")[0]
-                    if verify and fqn in config["layers"] and not bool(values[source].isfinite().all()):
+                    wide = values[source].float() if values[source].dtype in _EIGHT_BIT else values[source]
+                    if verify and fqn in config["layers"] and not bool(wide.isfinite().all()):
                         raise ValueError(f"layer {fqn!r} has NaN or inf in {source!r}")
                     of_pivoted = fqn in config["layers"] and config["layers"][fqn].get("pivoted")
                     if verify and of_pivoted and source.endswith("order") and not is_order(values[source]):
@@ -428,13 +467,18 @@ def _check_shapes_and_dtypes(
                 f"{name!r} has shape {shape} in {str(path)!r}, but {tuple(target.shape)} by dense_model and the ranks "
                 f"of {CONFIG_FILE}. Pass the architecture that was compressed, or save the checkpoint again."
             )
+        if dtype != _EIGHT_BIT.get(target.dtype, dtype):
+            raise CheckpointError(
+                f"{name!r} has dtype {dtype} in {str(path)!r}, but {target.dtype} by {CONFIG_FILE}. {_COPY_AGAIN}"
+            )
         if dtype.startswith(("F", "BF")) != target.is_floating_point():
             raise CheckpointError(
                 f"{name!r} has dtype {dtype} in {str(path)!r}, but {target.dtype} in dense_model; only a float tensor "
                 f"can replace a float tensor. {_OTHER_MODEL}"
             )
-    for fqn in layers:
-        names = [f"{fqn}.{part}" if fqn else part for part in ("down", "up", "bias")]
+    for fqn, entry in layers.items():
+        formats = zip(("down", "up", "bias"), [*entry.get("formats", (None, None)), None], strict=True)
+        names = [f"{fqn}.{part}" if fqn else part for part, form in formats if form is None]
         dtypes = {stored[name].get_dtype() for name in names if name in stored}
         if len(dtypes) > 1:
             raise CheckpointError(

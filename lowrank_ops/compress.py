@@ -12,13 +12,14 @@ from torch import nn
 from .arguments import checked
 from .calibration.covariances import Covariances
 from .config import CompressionConfig, ExplainedVariance, RankPolicy
-from .factors.projections import Factors, factorize, rounded
-from .layers import LowRankLayer
+from .factors.projections import Factors, factorize, rounded, stored_as
+from .layers import LowRankLayer, group_
 from .layers.replace import replace_
 from .models.experts import on_listed_experts
 from .models.layers import FilterFn, check_not_wrapped, find_layers, tied_layers, with_values
 from .models.running import ProgressBar, exclusive, in_layer
-from .ranks.choose import ChosenRanks, choose_ranks
+from .ranks.choose import ChosenRanks
+from .ranks.groups import choose_grouped_sizes
 from .reconstruction import (
     RECONSTRUCTIONS,
     BlockReconstruction,
@@ -111,7 +112,7 @@ def _compress(
     )
     config = resolved(config, subspaces)
     decompose(config.rank, subspaces, progress)
-    ranks = choose_ranks(config.rank, subspaces, config.overrides, bounds=config.bounds, pivoted=config.pivoted)
+    ranks, eight_bit, groups = choose_grouped_sizes(config, subspaces)
     with torch.inference_mode(False):  # parameters created in inference mode could not be trained
         factors = dict(
             factorize_layers(subspaces, ranks, str(config.projection), keep_directions=reused, progress=progress)
@@ -127,8 +128,10 @@ def _compress(
                 centered=config.centered,
                 progress=progress,
             )
-        report = CompressionReport.build(model, config, subspaces, factors, skipped)
+        factors |= {fqn: stored_as(factors[fqn], subspaces[fqn], *chosen) for fqn, chosen in eight_bit.items()}
+        report = CompressionReport.build(model, config, subspaces, factors, skipped, groups)
         replace_(model, factors, pivoted=config.pivoted)
+    group_(model, groups)
     warn_of_few_rows(report.few_rows())
     return report
 

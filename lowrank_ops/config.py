@@ -18,6 +18,7 @@ LATENCIES_VERSION = 1
 PROJECTIONS = ("output", "loss", "utilized", "input", "weight")
 ALLOCATIONS = ("uniform", "variance", "loss")
 RECONSTRUCTIONS = (None, "sequential", "blocks")
+EIGHT_BIT = {"int8": 127.0, "fp8": 448.0}  # formats of 8-bit factors, with their largest magnitudes
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,41 @@ class FlopBudget:
 
     def __post_init__(self) -> None:
         check_share("fraction", self.fraction)
+        check_allocation(self.allocation)
+
+
+@dataclass(frozen=True)
+class ByteBudget:
+    """All considered layers together keep at most ``fraction`` of their bytes, with 8-bit factors where that is better.
+
+    The rank of a layer and the format of each of its factors are chosen together: 8-bit factors leave bytes for larger
+    ranks, and the predicted loss includes that of rounding. Convolutions, layers in ``overrides`` and layers whose
+    output was streamed keep their dtype. Ranks may exceed the one at which the factors have as many parameters as the
+    dense layer; such a layer saves bytes and takes more MACs.
+
+    Args:
+        fraction: share of the bytes of the considered layers, in the model's dtype, in (0, 1]; met from below.
+        form: of 8-bit factors, ``"int8"`` or ``"fp8"`` (float8_e4m3fn), with a float32 scale per row.
+        allocation: as in :class:`ParameterBudget`, per byte. With ``"uniform"`` all factors that can be are 8-bit.
+
+    Example:
+        >>> import torch, lowrank_ops as lro
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 64))
+        >>> covariances = lro.calibrate(model, [torch.randn(256, 64)])
+        >>> report = lro.compress_(model, covariances, lro.ByteBudget(0.25))
+        >>> report.layer_bytes / report.layer_bytes_before <= 0.25
+        True
+        >>> model[0].formats
+        ('int8', 'int8')
+    """
+
+    fraction: float
+    form: str = "int8"
+    allocation: str | None = None
+
+    def __post_init__(self) -> None:
+        check_share("fraction", self.fraction)
+        check_choice("form", self.form, tuple(EIGHT_BIT))
         check_allocation(self.allocation)
 
 
@@ -233,11 +269,12 @@ class Ranks:
         _check_names("ranks", self.ranks)
 
 
-RankPolicy = ExplainedVariance | ParameterBudget | FlopBudget | LatencyBudget | UniformRank | Ranks
+RankPolicy = ExplainedVariance | ParameterBudget | FlopBudget | ByteBudget | LatencyBudget | UniformRank | Ranks
 _POLICIES: dict[str, type[RankPolicy]] = {
     "explained_variance": ExplainedVariance,
     "parameter_budget": ParameterBudget,
     "flop_budget": FlopBudget,
+    "byte_budget": ByteBudget,
     "latency_budget": LatencyBudget,
     "uniform_rank": UniformRank,
     "ranks": Ranks,
@@ -269,6 +306,10 @@ class CompressionConfig:
             row fewer, so a budget allows larger ranks. Rounding errors are 2 to 4 times those of two factors, and the
             fused kernels do not run these layers. Convolutions, and layers where rank^2 is below the number of
             outputs, whose order is stored as well, keep two factors.
+        group: layers of one module that receive the same tensor, such as q, k and v, or gate and up, become low-rank
+            all or none, and compute their outputs together where kernels do that (:func:`lowrank_ops.layers.group_`).
+            Each layer keeps factors, ranks and names of its own. Layers that ``overrides`` or ``Ranks`` leave dense are
+            in no group.
 
     Example:
         >>> import lowrank_ops as lro
@@ -284,6 +325,7 @@ class CompressionConfig:
     reconstruction: str | None = None
     bounds: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
     pivoted: bool = False
+    group: bool = False
 
     def __post_init__(self) -> None:
         _check_names("overrides", self.overrides)
@@ -296,7 +338,7 @@ class CompressionConfig:
             accepted = ", ".join(policy.__name__ for policy in _POLICIES.values())
             raise TypeError(f"rank must be an int or one of {accepted}; got {self.rank!r}.")
         check_choice("projection", self.projection, (None, *PROJECTIONS))
-        for name, value in (("centered", self.centered), ("pivoted", self.pivoted)):
+        for name, value in (("centered", self.centered), ("pivoted", self.pivoted), ("group", self.group)):
             if not isinstance(value, bool):
                 raise TypeError(f"{name} must be a bool; got {value!r}.")
         if self.pivoted and isinstance(self.rank, LatencyBudget):
@@ -304,6 +346,15 @@ class CompressionConfig:
                 "pivoted=True does not go with a LatencyBudget, because measure_latency times layers of two factors; "
                 "use a ParameterBudget or a FlopBudget."
             )
+        if self.pivoted and self.group:
+            raise ValueError(
+                "pivoted=True does not go with group=True, because the kernels of groups take two factors per layer; "
+                "choose one of the two."
+            )
+        if self.group and isinstance(self.rank, ByteBudget):
+            raise ValueError("group=True does not go with a ByteBudget: no kernels run groups of 8-bit factors.")
+        if self.pivoted and isinstance(self.rank, ByteBudget):
+            raise ValueError("pivoted=True does not go with a ByteBudget: pivoted layers have no 8-bit factors.")
         check_choice("reconstruction", self.reconstruction, RECONSTRUCTIONS)
         if self.reconstruction is not None and self.projection == "weight":
             raise ValueError("reconstruction fits the data and projection='weight' ignores it; choose one of the two.")
@@ -330,7 +381,7 @@ class CompressionConfig:
         """The configuration with its open choices filled in, by whether some or all layers have output gradients."""
         projection = self.projection or ("loss" if some_gradients else "output")
         rank = self.rank
-        if isinstance(rank, ParameterBudget | FlopBudget | LatencyBudget) and rank.allocation is None:
+        if isinstance(rank, ParameterBudget | FlopBudget | ByteBudget | LatencyBudget) and rank.allocation is None:
             rank = replace(rank, allocation="loss" if all_gradients else "uniform")
         return replace(self, rank=rank, projection=projection)
 
@@ -346,6 +397,7 @@ class CompressionConfig:
             "reconstruction": self.reconstruction,
             "bounds": {name: list(pair) for name, pair in self.bounds.items()},
             "pivoted": self.pivoted,
+            "group": self.group,
         }
 
     @classmethod

@@ -22,7 +22,7 @@ from .calibration.covariances import Covariances
 from .checkpoint import CONFIG_FILE, WEIGHTS_FILE, describe_layers
 from .compress import available, considered_layers, decompose, factorize_layers, resolved
 from .config import CompressionConfig, RankPolicy
-from .factors.projections import Factors
+from .factors.projections import Factors, stored_as
 from .files import (
     HEADER,
     form_of,
@@ -33,10 +33,11 @@ from .files import (
     replacing,
     write_stream,
 )
-from .layers import LowRankLayer
+from .layers import LowRankLayer, LowRankLinear, group_
 from .layers.replace import lowrank_type, swap_
 from .models.layers import all_finite, fused_projections
-from .ranks.choose import choose_ranks
+from .ranks.choose import Rounded
+from .ranks.groups import choose_grouped_sizes
 from .report import CompressionReport
 from .report.text import warn_of_few_rows
 from .subspaces.layer import LayerSubspaces
@@ -79,6 +80,7 @@ def compress_folder(
         TypeError: an argument of another type.
         ValueError: ``source`` is damaged, already compressed or of a class that transformers does not have; covariances
             of another model; a budget that cannot be met; an unavailable ``device``; ``target`` holds other weights.
+            Values are compared with the checksums that :func:`lowrank_ops.save_pretrained` writes.
 
     Example:
         >>> import tempfile, torch, lowrank_ops as lro
@@ -103,7 +105,15 @@ def compress_folder(
     if of_transformers:
         from .integrations.transformers import description, empty_model
 
-        model = empty_model(weights.folder, weights.forms)
+        try:
+            model = empty_model(weights.folder, weights.forms)
+        except (OSError, ValueError):
+            raise
+        except Exception as error:  # of the class, which does not check its configuration
+            raise ValueError(
+                f"source {str(source)!r}: transformers cannot build the model of config.json: {type(error).__name__}: "
+                f"{error}."
+            ) from error
     else:
         model, undescribed = _model_of_state_dict(weights, covariances)
     modules = dict(model.named_modules())
@@ -122,13 +132,13 @@ def compress_folder(
     )
     config = resolved(config, subspaces)
     decompose(config.rank, subspaces, progress, max_held_bytes=0)
-    ranks = choose_ranks(config.rank, subspaces, config.overrides, bounds=config.bounds, pivoted=config.pivoted)
+    ranks, eight_bit, groups = choose_grouped_sizes(config, subspaces)
     with torch.inference_mode(False):
-        new = _empty_layers(modules, subspaces, ranks, config)
+        new = _empty_layers(modules, subspaces, ranks, eight_bit, config)
         layout = _layout(weights, new, one_file=not of_transformers)
         compressed = copy.deepcopy(model)
         swap_(compressed, {compressed.get_submodule(fqn): layer for fqn, layer in new.items()})
-        described = describe_layers(compressed)
+        described = describe_layers(group_(compressed, groups))
     for fqn, entry in described["layers"].items():
         entry["calibration_rows"] = subspaces[fqn].rows
     texts: dict[str, dict[str, Any]] = {}
@@ -139,7 +149,7 @@ def compress_folder(
     names = [*layout, *(texts if of_transformers else [CONFIG_FILE])]
     folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, Factors] = {}
-    tensors = _tensors(weights, layout, new, subspaces, ranks, str(config.projection), found, progress)
+    tensors = _tensors(weights, layout, new, subspaces, ranks, eight_bit, str(config.projection), found, progress)
     with replacing(*(folder / name for name in names)) as files:
         for file, forms in zip(files, layout.values(), strict=False):
             mine = itertools.islice(tensors, len(forms))
@@ -155,7 +165,7 @@ def compress_folder(
         for path in weights.folder.iterdir():
             if path.suffix in _COPIED and path.name not in (*names, INDEX_FILE, CONFIG_FILE) and path.is_file():
                 shutil.copyfile(path, folder / path.name)
-    report = CompressionReport.build(model, config, subspaces, found, {**skipped, **undescribed})
+    report = CompressionReport.build(model, config, subspaces, found, {**skipped, **undescribed}, groups)
     warn_of_few_rows(report.few_rows())
     return report
 
@@ -167,6 +177,7 @@ class _Weights:
         config: of config.json; empty without.
         forms: the tensors by name, without values.
         files: the name of the file of each tensor.
+        checksums: of files that this package wrote; None for other tensors.
         tied: ``{other name: name under which a tensor is stored}``, as this package and safetensors write it.
         index: of several files; None without.
 
@@ -198,6 +209,7 @@ class _Weights:
             raise FileNotFoundError(f"source {str(folder)!r} has no safetensors files; save the model in that format.")
         self.forms: dict[str, Tensor] = {}
         self.files: dict[str, str] = {}
+        self.checksums: dict[str, str | None] = {}
         self.tied: dict[str, str] = {}
         for name in names:
             self._open(name)
@@ -211,6 +223,8 @@ class _Weights:
             with open_tensors(path) as file:
                 metadata, forms = file.metadata() or {}, {key: form_of(file, key) for key in list(file.keys())}
                 header = read_header(file) if HEADER in metadata else {}
+                tied = {**(header.get("tied") or {})}
+                self.checksums |= dict.fromkeys(forms, None) | {**(header.get("checksums") or {})}
         except ValueError as error:
             raise ValueError(f"source: {str(path)!r} is damaged: {error}. Copy it again.") from None
         if header.get("layers"):
@@ -221,18 +235,17 @@ class _Weights:
             )
         self.forms |= forms
         self.files |= dict.fromkeys(forms, name)
-        self.tied |= header.get("tied", {}) or {
-            key: value for key, value in metadata.items() if value in forms and key not in forms
-        }
+        self.tied |= tied or {key: value for key, value in metadata.items() if value in forms and key not in forms}
 
     def read(self, name: str) -> Tensor:
         """A tensor, which is memory of the file until it is copied."""
         path = self.folder / self.files[name]
         try:
             with open_tensors(path) as file:
-                return read_tensor(file, name, None)
+                checksum = self.checksums[name]
+                return read_tensor(file, name, None if checksum is None else {name: checksum})
         except ValueError as error:
-            raise ValueError(f"source: {str(path)!r} was damaged meanwhile: {error}.") from None
+            raise ValueError(f"source: {str(path)!r} is damaged: {error}. Copy it again.") from None
 
     def layer(self, fqn: str, empty: nn.Module) -> nn.Module:
         """The layer ``empty`` with its weight."""
@@ -265,6 +278,11 @@ def _model_of_state_dict(weights: _Weights, covariances: Covariances) -> tuple[n
                 "loaded model instead"
             )
             continue
+        if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
+            raise ValueError(
+                f"source {str(weights.folder)!r}: {fqn}.bias is {tuple(bias.shape)} of {bias.dtype}, which does not "
+                f"fit {fqn}.weight, {tuple(weight.shape)} of {weight.dtype}."
+            )
         sizes = weight.shape[1], weight.shape[0], bias is not None
         places[fqn] = nn.utils.skip_init(nn.Linear, *sizes, device="meta")
         parent, _, name = fqn.rpartition(".")
@@ -272,7 +290,12 @@ def _model_of_state_dict(weights: _Weights, covariances: Covariances) -> tuple[n
     parameters = {name: nn.Parameter(form, requires_grad=False) for name, form in weights.forms.items()}
     for name in [*parameters, *weights.tied]:
         fqn, _, last = name.rpartition(".")
-        place(fqn).register_parameter(last, parameters[weights.tied.get(name, name)])
+        try:
+            place(fqn).register_parameter(last, parameters[weights.tied.get(name, name)])
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"source {str(weights.folder)!r} holds {name!r}, which is no name of a parameter: {error}."
+            ) from None
     return model, undescribed
 
 
@@ -298,6 +321,7 @@ def _empty_layers(
     modules: Mapping[str, nn.Module],
     subspaces: Mapping[str, LayerSubspaces],
     ranks: Mapping[str, int | None],
+    eight_bit: Mapping[str, Rounded],
     config: CompressionConfig,
 ) -> dict[str, LowRankLayer]:
     """The low-rank layers, without values."""
@@ -311,7 +335,12 @@ def _empty_layers(
     }
     if not new:
         raise ValueError("every layer stays dense at these ranks, so nothing was written; allow smaller ranks.")
-    return {fqn: layer.to("meta") for fqn, layer in new.items()}
+    new = {fqn: layer.to("meta") for fqn, layer in new.items()}
+    for fqn, (formats, _, _) in eight_bit.items():
+        layer = new[fqn]
+        assert isinstance(layer, LowRankLinear)
+        layer.set_formats_(formats)
+    return new
 
 
 def _layout(weights: _Weights, new: Mapping[str, nn.Module], *, one_file: bool) -> dict[str, dict[str, Tensor]]:
@@ -357,6 +386,7 @@ def _tensors(
     new: Mapping[str, LowRankLayer],
     subspaces: Mapping[str, LayerSubspaces],
     ranks: Mapping[str, int | None],
+    eight_bit: Mapping[str, Rounded],
     projection: str,
     found: dict[str, Factors],
     progress: bool,
@@ -375,7 +405,11 @@ def _tensors(
             yield from ((name, weights.read(name)) for name in parts)
         else:
             _, result = next(factors)
-            layer = copy.deepcopy(new[fqn]).to_empty(device="cpu").filled_with(result).state_dict()
+            empty = copy.deepcopy(new[fqn])
+            if fqn in eight_bit and isinstance(empty, LowRankLinear):
+                result = stored_as(result, subspaces[fqn], *eight_bit[fqn])
+                empty.dequantize_()
+            layer = empty.to_empty(device="cpu").filled_with(result).state_dict()
             found[fqn] = result.to(device=torch.device("meta"))
             yield from ((name, layer[name.removeprefix(f"{fqn}.")]) for name in parts)
     next(factors, None)  # ends its progress bar

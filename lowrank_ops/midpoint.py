@@ -7,8 +7,7 @@ layers at once; gradients at the midpoint predict those better.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -23,13 +22,13 @@ from .compress import compress_
 from .config import CompressionConfig, RankPolicy
 from .layers import LowRankLayer
 from .layers.replace import swap_
-from .models.experts import on_listed_experts
+from .models.copies import filter_of_original, shared_copy
+from .models.experts import list_experts_
 from .models.layers import bias_vector, find_layers, weight_matrix
 from .models.running import random_state_kept
 
 
 @checked()
-@on_listed_experts
 def recalibrate(
     model: nn.Module,
     covariances: Covariances,
@@ -45,12 +44,14 @@ def recalibrate(
     reconstruction. Costs as much as the calibration with the same batches, and one decomposition of every layer.
 
     Args:
-        model: the model that was calibrated; returned to its previous state.
+        model: the model that was calibrated. It is not changed, and other threads may run it meanwhile: the batches run
+            through a copy of its structure, which has its own buffers.
         covariances: from :func:`lowrank_ops.calibrate` with a sensitivity; not changed.
         batches: as for :func:`lowrank_ops.calibrate`, ideally the same.
         config: how the model is to be compressed, as for :func:`lowrank_ops.compress_`, without a reconstruction;
             layers that will stay dense are named in its overrides.
         options: the keyword arguments that were given to :func:`lowrank_ops.calibrate`; ``sensitivity`` is required.
+            ``forward`` is called with the copy, and has to run it.
 
     Returns:
         New covariances, which share the activation moments with ``covariances``. Two kinds of moments are those of the
@@ -59,8 +60,10 @@ def recalibrate(
         an expert.
 
     Raises:
+        RuntimeError: another thread calibrates or compresses the model when this begins.
         ValueError: covariances without output gradients, no ``sensitivity`` among the options, options other than those
-            of the first calibration, or as for :func:`lowrank_ops.calibrate` and :func:`lowrank_ops.compress_`.
+            of the first calibration, a model that cannot be copied, or as for :func:`lowrank_ops.calibrate` and
+            :func:`lowrank_ops.compress_`.
 
     Example:
         >>> import torch, lowrank_ops as lro
@@ -85,8 +88,10 @@ def recalibrate(
     if unknown := [name for name in options if name not in accepted]:  # before the long work
         raise TypeError(f"options must be keyword arguments of calibrate; it has no {', '.join(unknown)}.")
     check_arguments(calibrate, options)
-    # Apply the filter to the dense layers: it may go by their type or identity.
-    layers, skipped = find_layers(model, options.pop("filter_fn", None))
+    filter_fn = filter_of_original(model, options.pop("filter_fn", None))
+    middle = shared_copy(model)
+    list_experts_(middle)
+    layers, skipped = find_layers(middle, filter_fn)  # while they are dense: the filter may go by their type
     if missing := [fqn for fqn in covariances if fqn not in layers]:
         reasons = "".join(f"\n  {fqn}: {skipped[fqn]}" for fqn in missing if fqn in skipped)
         raise ValueError(
@@ -96,13 +101,12 @@ def recalibrate(
     config = replace(CompressionConfig.of(config), reconstruction=None)
     samples = _samples(covariances)  # grows with each run, so that a third run draws other labels as well
     with torch.inference_mode(False):  # weights made in inference mode would have no gradients
-        with (
-            _midpoint(model, covariances, config, options.get("progress", False)),
-            random_state_kept(model) as generators,
-        ):
+        compress_(middle, covariances, config, progress=options.get("progress", False))
+        _to_midpoint_(middle, layers)
+        with random_state_kept(middle) as generators:
             for generator in generators:  # the same labels and signs would double the noise of the first draw
                 generator.manual_seed((generator.initial_seed() + samples) % 2**63)
-            found = calibrate(model, batches, filter_fn=lambda module, fqn: fqn in covariances, **options)
+            found = calibrate(middle, batches, filter_fn=lambda module, fqn: fqn in covariances, **options)
         return _with_gradients_of(covariances, found)
 
 
@@ -110,27 +114,14 @@ def _samples(covariances: Covariances) -> int:
     return next(layer.output_gradients.count for layer in covariances.values() if layer.output_gradients is not None)
 
 
-@contextmanager
-def _midpoint(model: nn.Module, covariances: Covariances, config: CompressionConfig, progress: bool) -> Iterator[None]:
-    """Dense layers with midpoint weights, inside the ``with`` block only."""
-    dense = dict(model.named_modules(remove_duplicate=False))
-
-    def changed() -> list[tuple[nn.Module, nn.Module]]:
-        """Modules in the model that were not there before, with those that were; an interrupt may come at any step."""
-        now = model.named_modules(remove_duplicate=False)
-        return [(module, dense[fqn]) for fqn, module in now if module is not dense.get(fqn, module)]
-
-    try:
-        compress_(model, covariances, config, progress=progress)
-        swap_(model, {module: _between(module, original) for module, original in dict(changed()).items()})
-        yield
-    finally:
-        swap_(model, dict(changed()))
+def _to_midpoint_(model: nn.Module, dense: Mapping[str, nn.Module]) -> None:
+    """Replace the low-rank layers by dense ones with midpoint weights."""
+    compressed = {module: fqn for fqn, module in model.named_modules() if isinstance(module, LowRankLayer)}
+    swap_(model, {module: _between(module, dense[fqn]) for module, fqn in compressed.items() if fqn in dense})
 
 
 @torch.no_grad()
-def _between(module: nn.Module, dense: nn.Module) -> nn.Module:
-    assert isinstance(module, LowRankLayer)
+def _between(module: LowRankLayer, dense: nn.Module) -> nn.Module:
     middle = module.to_dense()
     weight = middle.get_parameter("weight")
     weight.lerp_(weight_matrix(dense).reshape(weight.shape), 0.5)

@@ -48,6 +48,9 @@ list(used_up)
 nan, inf = float("nan"), float("inf")
 with_nan = copy.deepcopy(model)
 with_nan[2].weight.data[3, 4] = nan
+patched = copy.deepcopy(model)
+run = patched[0].forward
+patched[0].forward = lambda x: 2 * run(x)
 
 lro.save_pretrained(compressed, "folder", report)
 diverged = copy.deepcopy(compressed)
@@ -184,6 +187,8 @@ BAD: dict[str, list[tuple[str, str]]] = {
         ("lro.search_ranks(model, covariances, model, 0.01)", "TypeError"),
         ("lro.search_ranks(model, covariances, lambda m: nan, 0.01)", "ValueError"),
         ("lro.search_ranks(model, covariances, lambda m: None, 0.01)", "ValueError"),
+        ("lro.search_ranks(model, covariances, lambda m: float(model(batches[0])[0, 0]), 0.01)", "ValueError"),
+        ("lro.search_ranks(patched, covariances, lambda m: float(m(batches[0])[0, 0]), 0.01)", "ValueError"),
         ("lro.search_ranks(model, covariances, lambda m: 1.0, -0.01)", "ValueError"),
         ("lro.search_ranks(model, covariances, lambda m: 1.0, '1%')", "TypeError"),
         ("lro.search_ranks(model, covariances, lambda m: 1.0, 0.01, by='rank')", "ValueError"),
@@ -344,6 +349,13 @@ BAD: dict[str, list[tuple[str, str]]] = {
         ("lro.ops.lowrank_linear(batches[0], layer.down, layer.up, activation=['relu'])", "TypeError"),
         ("lro.ops.lowrank_linear(batches[0], layer.down, layer.up, backend='cudnn')", "ValueError"),
         ("lro.ops.lowrank_linear(batches[0], layer.down.half(), layer.up)", "ValueError"),
+        ("lro.ops.lowrank_linear_grouped(batches[0], [layer.down], [layer.up, layer.up])", "ValueError"),
+        ("lro.ops.lowrank_linear_grouped(batches[0], layer.down, layer.up)", "TypeError"),
+        (
+            "lro.ops.lowrank_experts(batches[0], torch.tensor([9, 3]), [layer.down] * 2, [layer.up] * 2, [None] * 2)",
+            "ValueError",
+        ),
+        ("lro.ops.lowrank_experts(batches[0], torch.tensor([40]), [None], [layer.up], [None])", "TypeError"),
         ("lro.ops.covariance_update_(torch.zeros(16, 16), torch.zeros(16), 'x')", "TypeError"),
         ("lro.ops.covariance_update_(torch.zeros(8, 8), torch.zeros(16), batches[0])", "ValueError"),
         ("lro.ops.covariance_update_(torch.zeros(16, 16).half(), torch.zeros(16).half(), batches[0])", "ValueError"),

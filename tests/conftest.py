@@ -17,3 +17,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if without:
         config.hook.pytest_deselected(items=without)
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
+@pytest.fixture
+def group_calls(monkeypatch):
+    """Groups run on the CPU as on a GPU, by products; the inputs of the group's calls."""
+    from lowrank_ops.ops import grouped
+    from lowrank_ops.ops._backend import Backend, Impl
+    from lowrank_ops.ops._dispatcher import BoundedCache
+
+    seen = []
+
+    def products(x, *factors):
+        seen.append(x)
+        return grouped.reference.products(x, *factors)
+
+    kernel = Impl("fake", Backend.TRITON, lambda problem: None, products, bind=lambda problem: products)
+    monkeypatch.setattr(grouped, "TABLE", (kernel, *grouped.TABLE))
+    monkeypatch.setattr(grouped, "_decisions", BoundedCache(64))
+    monkeypatch.setattr(grouped, "may_fuse", lambda x: True)
+    monkeypatch.setenv("LOWRANK_OPS_VERIFY", "off")
+    return seen

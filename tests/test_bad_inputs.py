@@ -91,6 +91,7 @@ CALLS = {
     "lro.ExplainedVariance": "",
     "lro.ParameterBudget": "fraction=0.5",
     "lro.FlopBudget": "fraction=0.5",
+    "lro.ByteBudget": "fraction=0.5, form='int8'",
     "lro.LatencyBudget": "fraction=0.5, latencies=latencies",
     "lro.measure_latency": "model=model, batch=batches[0]",
     "latencies.save": "path='new'",
@@ -117,7 +118,10 @@ CALLS = {
     "lro.finetune_": "student=compressed, batches=batches, teacher=model",
     "lro.save_pretrained": "model=compressed, path='new'",
     "lro.load_pretrained": "dense_model=model, path='folder'",
+    "lro.ops.lowrank_experts": "x=layer.down, ends=torch.tensor([1]), downs=[layer.down], "
+    "ups=[layer.up], biases=[None]",
     "lro.ops.lowrank_linear": "x=batches[0], down=layer.down, up=layer.up",
+    "lro.ops.lowrank_linear_grouped": "x=batches[0], down=layer.down, ups=[layer.up]",
     "lro.ops.covariance_update_": "second_moment=layer.up, total=layer.up, x=layer.up",
     "lro.ops.conv_covariance_update_": "second_moment=layer.up, total=layer.up, x=layer.up, kernel_size=(3, 3)",
     "lro.ops.covariance_finalize_": "second_moment=layer.up",

@@ -16,6 +16,7 @@ CONFIGS = [
     lro.CompressionConfig(lro.Ranks({"re:.*": 16}), "input"),
     lro.CompressionConfig(bounds={"re:.*": (8, None), "head": (0, 16)}),
     lro.CompressionConfig(lro.FlopBudget(0.5), pivoted=True),
+    lro.CompressionConfig(lro.FlopBudget(0.5), group=True),
 ]
 
 
@@ -37,6 +38,7 @@ def test_json_of_a_budget():
         "reconstruction": None,
         "bounds": {},
         "pivoted": False,
+        "group": False,
     }
 
 

@@ -19,6 +19,7 @@ transformers = pytest.importorskip("transformers")
 
 LOSS = lro.CompressionConfig(lro.ParameterBudget(0.7))
 OUTPUT = lro.CompressionConfig(lro.ParameterBudget(0.6, "variance"), overrides={"model.layers.1.mlp.up_proj": None})
+BYTES = lro.CompressionConfig(lro.ByteBudget(0.5, "fp8", "variance"))
 UTILIZED = lro.CompressionConfig(lro.ExplainedVariance(0.9), projection="utilized", centered=False, pivoted=True)
 
 
@@ -44,10 +45,13 @@ def contents(folder: Path) -> dict[str, Tensor]:
 def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
+        bits = (tensor.contiguous().view(torch.uint8) for tensor in (found[name], value))
+        assert found[name].dtype == value.dtype and torch.equal(*bits), name
 
 
-@pytest.mark.parametrize(("config", "tied", "shards"), [(LOSS, True, 5), (OUTPUT, False, 5), (UTILIZED, False, 1)])
+@pytest.mark.parametrize(
+    ("config", "tied", "shards"), [(LOSS, True, 5), (OUTPUT, False, 5), (UTILIZED, False, 1), (BYTES, False, 5)]
+)
 def test_transformers_folder_equals_the_loaded_model(
     tmp_path: Path, config: lro.CompressionConfig, tied: bool, shards: int
 ) -> None:
@@ -206,6 +210,46 @@ def test_what_cannot_be_done_is_refused(tmp_path: Path) -> None:
     compress_folder(dense, tmp_path / "smaller", covariances, 4)
     with pytest.raises(ValueError, match="already compressed"):
         compress_folder(tmp_path / "smaller", tmp_path / "again", covariances)
+
+
+@pytest.mark.parametrize("at", [-1, -600])
+def test_a_flipped_bit_is_noticed_where_there_are_checksums(tmp_path: Path, at: int) -> None:
+    model = small(head=False)
+    covariances = lro.calibrate(model, [torch.randint(50, (200,))])
+    lro.save_pretrained(model, tmp_path / "dense")
+    content = bytearray((tmp_path / "dense" / "model.safetensors").read_bytes())
+    content[at] ^= 1
+    (tmp_path / "dense" / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=r"the values of '\d\.\w+' differ from their checksum"):
+        compress_folder(tmp_path / "dense", tmp_path / "out", covariances, 4)
+    assert not list((tmp_path / "out").glob("*"))
+
+
+@pytest.mark.parametrize("name", ["", ".", "3", "a.", "3..weight", "3.weight.x", "forward.weight", "training"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_names_that_no_parameter_has_are_refused(tmp_path: Path, name: str, tied: bool) -> None:
+    model = small(head=False)
+    covariances = lro.calibrate(model, [torch.randint(50, (200,))])
+    state = model.state_dict() | ({} if tied else {name: torch.ones(2)})
+    safetensors.torch.save_file(state, tmp_path / "a.safetensors", {name: "3.weight"} if tied else None)
+    with pytest.raises(ValueError, match=f"holds {name!r}, which is no name of a parameter"):
+        compress_folder(tmp_path, tmp_path / "out", covariances, 4)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"architectures": 3}, {"hidden_size": "x"}, {"hidden_size": -4}, {"dtype": "nope"}, {"quantization_config": 3}],
+)
+def test_a_configuration_that_builds_no_model_is_a_value_error(tmp_path: Path, change: dict[str, Any]) -> None:
+    pytest.importorskip("transformers")
+    model = small(head=False)
+    covariances = lro.calibrate(model, [torch.randint(50, (200,))])
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "a.safetensors")
+    config = {"model_type": "bert", "architectures": ["BertModel"], **change}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"transformers cannot build the model of config\.json"):
+        compress_folder(tmp_path, tmp_path / "out", covariances, 4)
 
 
 @pytest.mark.parametrize("name", ["../b.safetensors", "missing.safetensors", "..", "", 1, ["a.safetensors"], None])

@@ -7,7 +7,7 @@ import pytest
 import lowrank_ops as lro
 
 NAMES = {
-    "BlockReconstruction", "correct_predictions", "measured_ranks",
+    "BlockReconstruction", "ByteBudget", "correct_predictions", "measured_ranks",
     "calibrate", "Calibrator", "CheckpointError", "compress_", "CompressionConfig", "Covariances", "ExplainedVariance",
     "finetune_", "FlopBudget", "LatencyBudget", "load_pretrained", "LowRankConv2d", "LowRankLinear", "measure_errors",
     "measure_latency", "NonFiniteActivationError", "ops", "ParameterBudget", "plan_calibration", "Ranks", "recalibrate",
@@ -15,7 +15,7 @@ NAMES = {
 }  # fmt: skip
 OPS = {
     "Backend", "BackendUnavailableError", "conv_covariance_update_", "covariance_finalize_", "covariance_update_",
-    "decompositions", "explain", "lowrank_linear",
+    "decompositions", "explain", "lowrank_experts", "lowrank_linear", "lowrank_linear_grouped",
 }  # fmt: skip
 DOCUMENTED = sorted(NAMES - {"ops"})
 FUNCTIONS = [name for name in DOCUMENTED if not inspect.isclass(getattr(lro, name))]

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 import lowrank_ops as lro
 from lowrank_ops.factors import Factors
+from lowrank_ops.factors.eight_bit import dequantized, quantized
 from lowrank_ops.layers.replace import replace_
 from lowrank_ops.ranks.choose import choose_ranks
 from lowrank_ops.subspaces import LayerSubspaces, layer_subspaces
@@ -60,9 +61,13 @@ class Variant(NamedTuple):
 
     projection: str
     allocation: str
-    then: str | None = None  # "measured", "midpoint", "sequential", "blocks", "distilled" or "distilled on all"
+    then: tuple[str, ...] = ()  # of "measured", "midpoint", "sequential", "blocks", "distilled", "distilled on all"
     pivoted: bool = False
     corrected: bool = False  # predictions
+    form: str | None = None  # of 8-bit factors of a model in bfloat16; the budget is then of bytes
+
+
+BEST = Variant("loss", "loss", pivoted=True, corrected=True)  # one-shot
 
 
 # SVD-LLM (Wang et al. 2024, arXiv 2403.07378) computes output PCA with uniform ranks. KFAC-SVD's factors are those by
@@ -73,19 +78,24 @@ VARIANTS = {
     "output, uniform (SVD-LLM)": Variant("output", "uniform"),
     "loss, uniform (KFAC-SVD)": Variant("loss", "uniform"),
     "loss": Variant("loss", "loss"),
-    "loss, measured ranks": Variant("loss", "loss", "measured"),
-    "loss, midpoint": Variant("loss", "loss", "midpoint"),
-    "loss, sequential": Variant("loss", "loss", "sequential"),
-    "loss, blocks": Variant("loss", "loss", "blocks"),
+    "loss, measured ranks": Variant("loss", "loss", ("measured",)),
+    "loss, midpoint": Variant("loss", "loss", ("midpoint",)),
+    "loss, sequential": Variant("loss", "loss", ("sequential",)),
+    "loss, blocks": Variant("loss", "loss", ("blocks",)),
     "output, uniform, pivoted": Variant("output", "uniform", pivoted=True),
     "loss, pivoted": Variant("loss", "loss", pivoted=True),
     "loss, corrected": Variant("loss", "loss", corrected=True),
-    "loss, pivoted, corrected": Variant("loss", "loss", None, True, True),
-    "loss, pivoted, corrected, measured ranks": Variant("loss", "loss", "measured", True, True),
-    "loss, pivoted, corrected, sequential": Variant("loss", "loss", "sequential", True, True),
-    "loss, pivoted, corrected, blocks": Variant("loss", "loss", "blocks", True, True),
-    "loss, pivoted, corrected, distilled": Variant("loss", "loss", "distilled", True, True),
-    "loss, pivoted, corrected, distilled, all text": Variant("loss", "loss", "distilled on all", True, True),
+    "loss, pivoted, corrected": BEST,
+    "loss, pivoted, corrected, measured ranks": BEST._replace(then=("measured",)),
+    "loss, pivoted, corrected, sequential": BEST._replace(then=("sequential",)),
+    "loss, pivoted, corrected, blocks": BEST._replace(then=("blocks",)),
+    "loss, pivoted, corrected, distilled": BEST._replace(then=("distilled",)),
+    "loss, pivoted, corrected, distilled on all": BEST._replace(then=("distilled on all",)),
+    "loss, pivoted, corrected, blocks, distilled": BEST._replace(then=("blocks", "distilled")),
+    "no factors, int8": Variant("none", "uniform", form="int8"),
+    "loss, int8": Variant("loss", "loss", form="int8"),
+    "loss, fp8": Variant("loss", "loss", form="fp8"),
+    "loss, corrected, int8": Variant("loss", "loss", corrected=True, form="int8"),
 }
 
 
@@ -120,7 +130,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, default=Path("language.json"), help="file of rows, read and added to")
     parser.add_argument("--model", type=Path, default=Path("smollm2"), help="folder; written if it does not exist")
-    parser.add_argument("--calibrate", choices=KINDS, default="python", help="kind of text to calibrate on")
+    parser.add_argument("--calibrate", choices=[*KINDS, "both"], default="python", help="kind of text")
     parser.add_argument("--tokens", type=int, default=16384, help="for calibration")
     parser.add_argument("--test-tokens", type=int, default=16384, help="of each kind, to evaluate on")
     parser.add_argument("--budgets", type=float, nargs="+", default=[90, 80, 70, 60, 50], help="%% of layer parameters")
@@ -154,36 +164,48 @@ class Study:
     def __init__(self, dense: nn.Module, tokenizer: Any, options: argparse.Namespace) -> None:
         self.dense, self.tokenizer, self.options = dense, tokenizer, options
         self.autocast = torch.bfloat16 if options.bfloat16 else None
-        texts = {kind: corpus(kind, options.held_out) for kind in {options.calibrate, *options.kinds}}
-        self.tests = {kind: windows(tokenizer, texts[kind].test, options.test_tokens) for kind in options.kinds}
-        self.batches = [
-            {"input_ids": ids} for ids in windows(tokenizer, texts[options.calibrate].calibration, options.tokens)
-        ]
-        self.documents = texts[options.calibrate].calibration
+        calibrated = KINDS if options.calibrate == "both" else (options.calibrate,)
+        texts = {kind: corpus(kind, options.held_out) for kind in {*calibrated, *options.kinds}}
+        self.tests = {
+            kind: windows(tokenizer, texts[kind].test, options.test_tokens).split(BATCH) for kind in options.kinds
+        }
+        self.documents = [texts[kind].calibration for kind in calibrated]
+        self.batches = [{"input_ids": ids} for ids in self.text(options.tokens).split(BATCH)]
         self.sensitivity: Any = label_loss if options.sensitivity == "labels" else options.sensitivity
         self.wanted = {
             kind: [logits_of(dense, ids, self.autocast).half() for ids in self.tests[kind]] for kind in self.tests
         }
         self.dense_perplexity = {
-            kind: compare(self.wanted[kind], dense, test, self.autocast)["perplexity"]
-            for kind, test in self.tests.items()
+            kind: compare(self.wanted[kind], self.wanted[kind], test)["perplexity"] for kind, test in self.tests.items()
         }
         options.cache.mkdir(exist_ok=True)
         self.cached = options.cache / f"{options.calibrate}-{options.tokens}-{options.sensitivity}.safetensors"
         started = time.perf_counter()
         torch.manual_seed(0)
         if not self.cached.exists():
-            lro.calibrate(
+            found = lro.calibrate(
                 dense, self.batches, filter_fn=is_block_layer, sensitivity=self.sensitivity, progress=True
-            ).save(self.cached)
+            )
+            found.save(self.cached)
         self.covariances = lro.Covariances.load(self.cached)
         self.calibration_seconds = time.perf_counter() - started
         layers = {fqn: dense.get_submodule(fqn) for fqn in self.covariances}
         self.plain = layer_subspaces(layers, self.covariances)
 
+    def text(self, tokens: int) -> Tensor:
+        """Sequences (tokens / WINDOW, WINDOW) for calibration, equally many and in turn of every kind."""
+        kinds = [windows(self.tokenizer, part, tokens // len(self.documents)) for part in self.documents]
+        return torch.stack(kinds, 1).flatten(0, 1)
+
     @cached_property
     def answers(self) -> list[list[int]]:
-        return answers(self.dense, self.tokenizer)
+        return answers(self.dense, self.tokenizer)[0]
+
+    @cached_property
+    def bfloat16(self) -> dict[str, LayerSubspaces]:
+        """Subspaces of the model in bfloat16."""
+        model = copy.deepcopy(self.dense).bfloat16()
+        return layer_subspaces({fqn: model.get_submodule(fqn) for fqn in self.covariances}, self.covariances)
 
     @cached_property
     def corrected(self) -> dict[str, LayerSubspaces]:
@@ -192,7 +214,7 @@ class Study:
         if not file.exists():
             with torch.autocast("cpu", self.autocast or torch.bfloat16, self.autocast is not None):
                 found = lro.correct_predictions(
-                    self.dense, self.covariances, self.batches, filter_fn=is_block_layer, progress=True
+                    self.dense, self.covariances, self.batches[::2], filter_fn=is_block_layer, progress=True
                 )
             torch.save({fqn: space.loss.corrected for fqn, space in found.items() if space.loss is not None}, file)
         found = layer_subspaces({fqn: self.dense.get_submodule(fqn) for fqn in self.covariances}, self.covariances)
@@ -206,36 +228,64 @@ class Study:
         """Everything that is reported of one compressed model."""
         variant, student = VARIANTS[name], copy.deepcopy(self.dense)
         subspaces = self.corrected if variant.corrected else self.plain  # once for all budgets
+        if variant.form is not None:
+            for fqn, space in self.bfloat16.items():
+                space.loss.corrected = subspaces[fqn].loss.corrected  # type: ignore[union-attr]
+            student, subspaces = student.bfloat16(), self.bfloat16
         started = time.perf_counter()
-        kept = self.compress(student, variant, budget / 100, subspaces)
-        if variant.then == "distilled":
-            self.distill(student, [batch["input_ids"] for batch in self.batches], f".{budget:g}.safetensors")
-        if variant.then == "distilled on all":
-            self.distill(student, windows(self.tokenizer, self.documents), f".{budget:g}.all.safetensors")
+        kept = self.compress(student, name, budget, subspaces)
+        for step, tokens in {"distilled": self.options.tokens, "distilled on all": STEPS * WINDOW}.items():
+            if step in variant.then:
+                self.distill(student, self.text(tokens), self.checkpoint(name, budget, step))
         seconds = time.perf_counter() - started
-        by_kind = {kind: compare(self.wanted[kind], student, test, self.autocast) for kind, test in self.tests.items()}
+        size = sum(part.numel() * min(part.itemsize, 2) for part in (*student.parameters(), *student.buffers()))
+        student.float()  # 8-bit factors keep their bits
+        by_kind, forward = {}, 0.0
+        for kind, test in self.tests.items():
+            started = time.process_time()
+            logits = [logits_of(student, ids, self.autocast).half() for ids in test]
+            forward += time.process_time() - started
+            by_kind[kind] = compare(self.wanted[kind], logits, test)
+        generated = {}
+        if not self.options.no_answers:
+            found, speed = answers(student, self.tokenizer)
+            generated = {**repetition(self.answers, found), "generated_per_second": speed}
         return {
             "layer_share": kept,
+            "bytes": size,  # as stored in bfloat16
             "seconds": seconds,
             "calibration_seconds": self.calibration_seconds,
+            "tokens_per_second": sum(ids.numel() for test in self.tests.values() for ids in test) / forward,
             **{f"{kind}_{name}": value for kind, found in by_kind.items() for name, value in found.items()},
-            **({} if self.options.no_answers else generated(self.answers, answers(student, self.tokenizer))),
+            **generated,
         }
 
-    def compress(self, model: nn.Module, variant: Variant, share: float, subspaces: dict[str, LayerSubspaces]) -> float:
-        """Compress ``model`` in place; the share of the layers' parameters that it keeps."""
-        policy = lro.ParameterBudget(share, variant.allocation)
+    def checkpoint(self, name: str, budget: float, step: str) -> Path:
+        """The file of a variant's training, up to and including ``step``."""
+        done = name[: name.index(step)] + step
+        return self.cached.with_suffix(f".{budget:g}.{done.replace(', ', '-').replace(' ', '-')}.safetensors")
+
+    def compress(self, model: nn.Module, name: str, budget: float, subspaces: dict[str, LayerSubspaces]) -> float:
+        """Compress ``model`` in place; the share of the layers' bytes that it keeps."""
+        variant, share = VARIANTS[name], budget / 100
+        policy: Any = lro.ParameterBudget(share, variant.allocation)
+        if variant.form is not None:
+            policy = lro.ByteBudget(share, variant.form, variant.allocation)
+        if variant.projection == "none":
+            weights = [model.get_submodule(fqn).get_parameter("weight") for fqn in self.covariances]
+            for weight in weights:
+                weight.data = dequantized(*quantized(weight.data, str(variant.form))).to(weight)
+            return 0.5 + 2 * sum(map(len, weights)) / sum(weight.numel() for weight in weights)  # 4 bytes per scale
         if variant.projection == "asvd":
             ranks = choose_ranks(policy, subspaces)
             replace_(model, {fqn: asvd(subspaces[fqn], rank) for fqn, rank in ranks.items() if rank is not None})
             return share
         config = lro.CompressionConfig(policy, projection=variant.projection, pivoted=variant.pivoted)
         covariances = self.covariances
-        settings: dict[str, Any] = {"batches": self.batches, "sensitivity": self.sensitivity}
-        if variant.then == "midpoint":
+        if "midpoint" in variant.then:
             covariances = lro.recalibrate(model, covariances, self.batches, config, sensitivity=self.sensitivity)
             subspaces = layer_subspaces({fqn: model.get_submodule(fqn) for fqn in covariances}, covariances)
-        if variant.then == "measured":
+        if "measured" in variant.then:
             ranks = lro.measured_ranks(
                 model,
                 covariances,
@@ -247,26 +297,37 @@ class Study:
                 progress=True,
             )
             config = replace(config, rank=ranks)
-        reconstructions = {"sequential": lro.SequentialReconstruction, "blocks": lro.BlockReconstruction}
-        kind = reconstructions.get(variant.then or "")
+        reconstruction: Any = None
+        if "sequential" in variant.then:
+            reconstruction = lro.SequentialReconstruction(self.batches, sensitivity=self.sensitivity)
+        if "blocks" in variant.then:
+            sequences = [{"input_ids": ids} for ids in self.text(self.options.tokens).split(1)]  # one per step
+            reconstruction = lro.BlockReconstruction(
+                sequences,
+                sensitivity=self.sensitivity,
+                epochs=1,
+                autocast=self.autocast,
+                checkpoint=self.checkpoint(name, budget, "blocks"),
+            )
         report = lro.compress_(
             model,
             covariances,
             config,
             is_block_layer,
             subspaces=subspaces,
-            reconstruction=None if kind is None else kind(**settings),
+            reconstruction=reconstruction,
             progress=True,
         )
-        return report.layer_parameters / report.layer_parameters_before
+        return report.layer_bytes / report.layer_bytes_before
 
-    def distill(self, student: nn.Module, text: Sequence[Tensor], suffix: str) -> None:
+    def distill(self, student: nn.Module, text: Tensor, checkpoint: Path) -> None:
         """Train factors, biases and norms by the dense model's next-token distributions, one sequence per step."""
         student.get_parameter("model.embed_tokens.weight").requires_grad_(False)
-        batches = [{"input_ids": ids} for batch in text for ids in batch.split(1)]
+        order = torch.randperm(len(text), generator=torch.Generator().manual_seed(0))
+        batches = [{"input_ids": ids} for ids in text[order].split(1)]
         lro.finetune_(
             student, batches, teacher=self.dense, temperature=1.0, steps=STEPS, lr=self.options.lr, weight_decay=0.0,
-            autocast=self.autocast, checkpoint=self.cached.with_suffix(suffix), checkpoint_every=STEPS // 8,
+            autocast=self.autocast, checkpoint=checkpoint, checkpoint_every=STEPS // 8,
             progress=True,
         )  # fmt: skip
 
@@ -298,19 +359,19 @@ def asvd(space: LayerSubspaces, rank: int) -> Factors:
     return Factors(down, up, space.bias, rank, "weight", None, 0.0).to(space.dtype)
 
 
-def windows(tokenizer: Any, documents: Sequence[str], tokens: int | None = None) -> list[Tensor]:
-    """Batches (BATCH, WINDOW) of ``tokens`` tokens, in windows at equal distances over all documents; None for all.
+def windows(tokenizer: Any, documents: Sequence[str], tokens: int) -> Tensor:
+    """Sequences (tokens / WINDOW, WINDOW), windows at equal distances over all documents.
 
     Raises:
         ValueError: there are not so many.
     """
     ids = [token for document in documents for token in tokenizer(document)["input_ids"]]
     found = len(ids) // WINDOW
-    wanted = found if tokens is None else tokens // WINDOW
+    wanted = tokens // WINDOW
     if found < wanted:
         raise ValueError(f"the documents hold {len(ids)} tokens; {tokens} are asked for.")
     rows = torch.tensor(ids[: found * WINDOW]).view(-1, WINDOW)
-    return list(rows[torch.arange(wanted) * found // wanted].split(BATCH))
+    return rows[torch.arange(wanted) * found // wanted]
 
 
 @torch.inference_mode()
@@ -320,44 +381,38 @@ def logits_of(model: nn.Module, ids: Tensor, autocast: torch.dtype | None = None
         return model(input_ids=ids).logits[:, :-1].float().flatten(0, 1)
 
 
-@torch.inference_mode()
-def compare(
-    dense: Sequence[Tensor], student: nn.Module, test: Sequence[Tensor], autocast: torch.dtype | None = None
-) -> dict[str, float]:
+def compare(dense: Sequence[Tensor], student: Sequence[Tensor], test: Sequence[Tensor]) -> dict[str, float]:
     """Perplexity of the student, and how it differs from the dense model: next-token agreement and KL divergence.
 
     Args:
-        dense: the dense model's logits, by batch.
-        student: the model to test.
+        dense, student: the models' logits, by batch.
         test: batches of token ids.
-        autocast: of mixed precision, or None.
     """
     loss = agreed = divergence = 0.0
     count = 0
-    for wanted, ids in zip(dense, test, strict=True):
-        wanted, logits = wanted.float(), logits_of(student, ids, autocast)
+    for wanted, logits, ids in zip(dense, student, test, strict=True):
+        log_p, log_q = wanted.float().log_softmax(-1), logits.float().log_softmax(-1)
         labels = ids[:, 1:].flatten()
-        log_p = logits.log_softmax(-1)
-        loss -= float(log_p.gather(1, labels.unsqueeze(1)).sum())
-        agreed += float((logits.argmax(-1) == wanted.argmax(-1)).sum())
-        divergence += float(nn.functional.kl_div(log_p, wanted.log_softmax(-1), reduction="sum", log_target=True))
+        loss -= float(log_q.gather(1, labels.unsqueeze(1)).sum())
+        agreed += float((log_q.argmax(-1) == log_p.argmax(-1)).sum())
+        divergence += float(nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True))
         count += labels.numel()
     return {"perplexity": math.exp(loss / count), "agreement": 100 * agreed / count, "divergence": divergence / count}
 
 
 @torch.inference_mode()
-def answers(model: nn.Module, tokenizer: Any, length: int = 32) -> list[list[int]]:
-    """Greedy answers to the prompts, as tokens."""
-    found = []
+def answers(model: nn.Module, tokenizer: Any, length: int = 32) -> tuple[list[list[int]], float]:
+    """Greedy answers to the prompts, as tokens, and tokens per second of processor time, the prompts' included."""
+    found, started = [], time.process_time()
     for prompt in PROMPTS:
         chat = [{"role": "user", "content": prompt}]
         given = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
         answer = model.generate(**given, max_new_tokens=length, do_sample=False)[0, given["input_ids"].shape[1] :]
         found.append(answer.tolist())
-    return found
+    return found, sum(map(len, found)) / (time.process_time() - started)
 
 
-def generated(dense: Sequence[list[int]], student: Sequence[list[int]]) -> dict[str, float]:
+def repetition(dense: Sequence[list[int]], student: Sequence[list[int]]) -> dict[str, float]:
     """Repeated 4-grams of the answers in percent, and tokens that agree with the dense model's answers."""
     repeated = agreed = total = grams = 0
     for wanted, answer in zip(dense, student, strict=True):

@@ -34,6 +34,8 @@ class Variant(NamedTuple):
     projection: str
     allocation: str
     reconstruct: bool = False
+    pivoted: bool = False
+    corrected: bool = False  # predictions
 
 
 VARIANTS = {
@@ -44,6 +46,9 @@ VARIANTS = {
     "loss": Variant("loss", "loss"),
     "output-reconstructed": Variant("output", "uniform", True),
     "loss-reconstructed": Variant("loss", "loss", True),
+    "loss-corrected": Variant("loss", "loss", corrected=True),
+    "loss-pivoted": Variant("loss", "loss", pivoted=True),
+    "loss-pivoted-corrected": Variant("loss", "loss", pivoted=True, corrected=True),
 }
 # What random probes project: the forward to calibrate with, and the sensitivity.
 PROBED: dict[str, tuple[Callable[[nn.Module, Any], Any] | None, str]] = {
@@ -93,11 +98,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 continue
             bench = bench or Bench(folder, kind, options)
             covariances = bench.calibrate(texts)
-            subspaces = layer_subspaces(bench.layers(), covariances)
+            spaces = {False: layer_subspaces(bench.layers(), covariances)}
+            if any(VARIANTS[case["variant"]].corrected for case in missing):
+                spaces[True] = bench.corrected(texts, covariances)
             for case in tqdm(missing, desc=f"{kind}, {texts} texts", unit="model"):
-                student, report = bench.compress(
-                    VARIANTS[case["variant"]], case["budget"], texts, covariances, subspaces
-                )
+                variant = VARIANTS[case["variant"]]
+                student, report = bench.compress(variant, case["budget"], texts, covariances, spaces[variant.corrected])
                 results.add(case, {**bench.judge(student), "layer_share": share(report), **bench.describe(texts)})
     print(table([row for case in asked if (row := results.find(case)) is not None]))
 
@@ -183,6 +189,20 @@ class Bench:
             part.save(path)
         return part
 
+    def corrected(self, texts: int, covariances: lro.Covariances) -> dict[str, LayerSubspaces]:
+        """Subspaces with predictions corrected on the calibration texts."""
+        forward, sensitivity = PROBED[self._options.probed]
+        torch.manual_seed(0)
+        return lro.correct_predictions(
+            self.dense,
+            covariances,
+            tokenize(self._folder, self._corpus.calibration[:texts]),
+            sensitivity=sensitivity,
+            mask="attention_mask",
+            forward=forward,
+            progress=True,
+        )
+
     def compress(
         self,
         variant: Variant,
@@ -193,7 +213,7 @@ class Bench:
     ) -> tuple[nn.Module, CompressionReport]:
         """A compressed copy, and what was done to it; ``budget`` in % of the parameters of all layers."""
         rank = lro.ParameterBudget(budget / 100, variant.allocation)
-        config = lro.CompressionConfig(rank, projection=variant.projection)
+        config = lro.CompressionConfig(rank, projection=variant.projection, pivoted=variant.pivoted)
         student = copy.deepcopy(self.dense)
         forward, sensitivity = PROBED[self._options.probed]
         batches = tokenize(self._folder, self._corpus.calibration[:texts])

@@ -32,6 +32,7 @@ from .results import Results, study_parser, uses_token_weights
 from .train_demo import read_original
 
 PROJECTIONS = ("weight", "input", "utilized", "output", "loss")
+LOSS_VARIANTS = ("loss-pivoted", "loss-corrected", "loss-pivoted-corrected")  # pivoted factors, corrected predictions
 ALLOCATIONS = ("uniform", "variance", "loss")
 WAYS = ("plain", "distilled")
 CALIBRATION_BATCH = 100
@@ -91,7 +92,7 @@ def parser() -> argparse.ArgumentParser:
         "--budgets", type=float, nargs="+", default=[75, 50, 35, 25, 15],
         help="%% of layer parameters; 100 leaves every layer dense",
     )  # fmt: skip
-    parser.add_argument("--projections", nargs="+", choices=PROJECTIONS, default=list(PROJECTIONS))
+    parser.add_argument("--projections", nargs="+", choices=PROJECTIONS + LOSS_VARIANTS, default=list(PROJECTIONS))
     parser.add_argument("--allocations", nargs="+", choices=ALLOCATIONS, default=list(ALLOCATIONS))
     parser.add_argument("--keep-dense", nargs="*", default=[], metavar="LAYER", help="such as head, the classifier")
     parser.add_argument("--probes", type=int, default=1, help="labels drawn per image for the sensitivity")
@@ -199,13 +200,18 @@ class Bench:
         recalibrate: bool = False,
     ) -> tuple[nn.Module, CompressionReport]:
         """A compressed copy, and what was done to it; ``budget`` in % of the parameters of all layers."""
+        projection, *choices = projection.split("-")
         config = lro.CompressionConfig(
             lro.ParameterBudget(budget / 100, allocation),
             projection=projection,
+            pivoted="pivoted" in choices,
             overrides=dict.fromkeys(kept_dense),
         )
         student = copy.deepcopy(self.dense)
         covariances, subspaces = self.covariances, self.subspaces
+        if "corrected" in choices:
+            torch.manual_seed(0)
+            subspaces = lro.correct_predictions(self.dense, covariances, self._batches)
         if recalibrate:
             torch.manual_seed(0)
             covariances = lro.recalibrate(student, covariances, self._batches, config, sensitivity="fisher")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from threading import get_ident
 
 from torch import nn
 
@@ -37,6 +38,7 @@ def pools_of(model: nn.Module, layers: Collection[str]) -> tuple[dict[ListedExpe
 def pooling(pools: Mapping[ListedExperts, Pool]) -> Iterator[None]:
     """Inside the block, experts with few rows also run on rows of other experts."""
     for experts, pool in pools.items():
+        pool.thread = get_ident()
         experts.pool = pool
     try:
         yield

@@ -15,7 +15,9 @@ from ..checkpoint import save_pretrained
 from ..compress import compress_
 from ..config import (
     ALLOCATIONS,
+    EIGHT_BIT,
     PROJECTIONS,
+    ByteBudget,
     CompressionConfig,
     ExplainedVariance,
     FlopBudget,
@@ -99,6 +101,10 @@ def _add_compression(parser: argparse.ArgumentParser) -> None:
     )
     policy.add_argument("--flops", type=share, metavar="SHARE", help="all layers keep at most this share of their MACs")
     policy.add_argument(
+        "--bytes", type=share, metavar="SHARE",
+        help="all layers keep at most this share of their bytes, with 8-bit factors where that is better",
+    )  # fmt: skip
+    policy.add_argument(
         "--latency", type=share, metavar="SHARE",
         help="all layers keep at most this share of their time, given by --latencies or measured with the first batch",
     )  # fmt: skip
@@ -108,6 +114,7 @@ def _add_compression(parser: argparse.ArgumentParser) -> None:
         help="how a budget is shared: equally, by the output variance that it preserves, or by the predicted loss "
         "(default: loss if the covariances hold output gradients, else uniform)",
     )  # fmt: skip
+    ranks.add_argument("--eight-bit", choices=list(EIGHT_BIT), help="the 8-bit factors of --bytes (default: int8)")
     times = ranks.add_mutually_exclusive_group()
     times.add_argument("--latencies", type=Path, metavar="FILE", help="file from --save-latencies, for --latency")
     times.add_argument("--save-latencies", type=Path, metavar="FILE", help="store the measured times for later runs")
@@ -125,6 +132,10 @@ def _add_compression(parser: argparse.ArgumentParser) -> None:
         help="how factors are computed: from output principal components, loss-aware, from the utilized input and "
         "output subspaces, from input principal components, or by SVD of the weight alone "
         "(default: loss if the covariances hold output gradients, else output)",
+    )  # fmt: skip
+    factors.add_argument(
+        "--group", action="store_true",
+        help="layers with one input, such as q, k and v, become low-rank all or none and run together on a GPU",
     )  # fmt: skip
     factors.add_argument(
         "--pivoted", action="store_true",
@@ -158,7 +169,7 @@ def run(options: argparse.Namespace) -> Result:
         raise Failure(2, "--recalibrate records output gradients again; it needs --sensitivity")
     if options.correct and options.sensitivity is None:
         raise Failure(2, "--correct records output gradients again; it needs --sensitivity")
-    shares_by_loss = (options.budget or options.flops or options.latency) and options.allocation in (None, "loss")
+    shares_by_loss = _budget(options) is not None and options.allocation in (None, "loss")
     if options.recalibrate and options.projection not in (None, "loss") and not shares_by_loss:
         raise Failure(2, "--recalibrate needs --projection loss, or a budget with --allocation loss")
     policy = _policy(options)
@@ -266,17 +277,31 @@ def _config(options: argparse.Namespace, policy: RankPolicy | None) -> Compressi
         projection=options.projection,
         overrides=dict.fromkeys(options.keep_dense),
         pivoted=options.pivoted,
+        group=options.group,
     )
+
+
+def _budget(options: argparse.Namespace) -> float | None:
+    """The share of the budget, if there is one."""
+    return options.budget or options.flops or options.bytes or options.latency
 
 
 def _policy(options: argparse.Namespace) -> RankPolicy | None:
     """The requested policy; None if it needs times that are not measured yet."""
     allocation = options.allocation
-    if options.allocation is not None and not (options.budget or options.flops or options.latency):
-        raise Failure(2, "--allocation needs a budget: --budget, --flops or --latency")
+    if options.allocation is not None and _budget(options) is None:
+        raise Failure(2, "--allocation needs a budget: --budget, --flops, --bytes or --latency")
+    if options.eight_bit is not None and options.bytes is None:
+        raise Failure(2, "--eight-bit needs --bytes")
+    if options.pivoted and options.bytes is not None:
+        raise Failure(2, "--pivoted cannot be combined with --bytes: pivoted layers have no 8-bit factors")
     for name, file in (("--latencies", options.latencies), ("--save-latencies", options.save_latencies)):
         if file is not None and options.latency is None:
             raise Failure(2, f"{name} needs --latency")
+    if options.group and options.bytes is not None:
+        raise Failure(2, "--group cannot be combined with --bytes: no kernels run groups of 8-bit factors")
+    if options.pivoted and options.group:
+        raise Failure(2, "--pivoted cannot be combined with --group, whose kernels take two factors per layer")
     if options.pivoted and options.latency is not None:
         raise Failure(2, "--pivoted cannot be combined with --latency, which times layers of two factors")
     if options.latency is not None and options.latencies is None:
@@ -292,6 +317,8 @@ def _policy(options: argparse.Namespace) -> RankPolicy | None:
             raise Failure(2, f"--latencies: {error}") from None
     if options.flops is not None:
         return FlopBudget(options.flops, allocation)
+    if options.bytes is not None:
+        return ByteBudget(options.bytes, options.eight_bit or "int8", allocation)
     if options.budget is not None:
         return ParameterBudget(options.budget, allocation)
     if options.explained_variance is not None:

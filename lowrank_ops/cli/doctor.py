@@ -142,7 +142,7 @@ def _calls(device: str) -> Iterator[dict[str, Any]]:
         return torch.zeros(shape, dtype=dtype, device=device)
 
     sums, width, rank, patch = torch.float64, 1024, 256, 64 * 9
-    typical: list[tuple[str, str, tuple[Tensor, ...], dict[str, Any]]] = [
+    typical: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
         (
             "covariance_update_",
             f"4096 x {width}",
@@ -165,12 +165,25 @@ def _calls(device: str) -> Iterator[dict[str, Any]]:
         )
         for tokens in (1, 4096)
     ]
-    for op, shape, tensors, keywords in typical:
+    members = [zeros(rank, width)] * 3, [zeros(width, rank)] * 3
+    typical += [
+        (
+            "lowrank_linear_grouped",
+            f"{tokens} x {width}, 3 members of rank {rank}",
+            (zeros(tokens, width), *members),
+            {},
+        )
+        for tokens in (1, 4096)
+    ]
+    ends = zeros(3, dtype=torch.int64)
+    tensors = zeros(64, width), ends, *members, [None] * 3
+    typical.append(("lowrank_experts", f"64 x {width}, 3 experts of rank {rank}", tensors, {}))
+    for op, shape, given, keywords in typical:
         yield {
             "op": op,
             "call": f"{shape}, {str(dtype).removeprefix('torch.')}",
             "device": device,
-            "implementations": [_row(line) for line in ops.explain(op, *tensors, **keywords).splitlines()],
+            "implementations": [_row(line) for line in ops.explain(op, *given, **keywords).splitlines()],
         }
 
 

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
-from ..ops import _native, _verify, covariance, linear
-from ..ops._backend import Backend, Impl
+from ..factors.eight_bit import DTYPES as DTYPES_8_BIT
+from ..factors.eight_bit import quantized
+from ..ops import _native, _verify, covariance, grouped, linear
+from ..ops._backend import Backend, Impl, kernel_of
 from ..ops.covariance import _cuda as covariance_cuda
 from ..ops.linear import _cuda as linear_cuda
 from ..ops.linear import reference
@@ -19,6 +21,7 @@ from .command import Failure, Result, one_line
 DTYPES = (torch.bfloat16, torch.float16)
 TOKENS = (1, 7, 64, 200, 3000)
 LAYERS = ((768, 136, 3072), (4096, 512, 1024), (203, 37, 301))  # in_features, rank, out_features
+EIGHT_BIT = [(down, up) for form in DTYPES_8_BIT for down, up in ((form, form), (form, None), (None, form))]
 MATRICES = ((12608, 768), (3000, 4096), (777, 333))  # tokens, features
 IMAGES = ((8, 64, 28, 28), (2, 24, 17, 13))  # batch, channels, height, width
 
@@ -96,9 +99,9 @@ def _kernels(op: str, table: tuple[Impl, ...], problem: Any) -> Iterator[tuple[s
     """The kernels that can run a problem: names, implementations and options of ``impl.run``."""
     for impl in table:
         if impl.backend is Backend.TRITON and impl.supports(problem) is None:
-            yield impl.name, impl, {}
-    cuda = next(impl for impl in table if impl.backend is Backend.CUDA)
-    if _native.unavailable_on(problem.device.type) is None:
+            yield kernel_of(impl, problem), impl, {}
+    cuda = next((impl for impl in table if impl.backend is Backend.CUDA), None)
+    if cuda is not None and _native.unavailable_on(problem.device.type) is None:
         for kernel in _native.KERNELS:
             choice = _native.Choice(kernel=kernel)
             if not _REFUSE[op](problem, choice):
@@ -115,6 +118,16 @@ def _cases(device: torch.device) -> Iterator[tuple[str, tuple[Impl, ...], Any, _
                 down, up = (normal(rank, width) / width**0.5).to(dtype), (normal(outputs, rank) / rank**0.5).to(dtype)
                 yield _linear(x, down, up, normal(outputs).to(dtype), "gelu")
                 yield _linear(x, down.T.contiguous().T, up.T.contiguous().T, None, "none")  # as in the backward
+                for forms in EIGHT_BIT:
+                    pairs = zip((down, up), forms, strict=True)
+                    (down_8, down_scale), (up_8, up_scale) = (
+                        (factor, None) if form is None else quantized(factor, form) for factor, form in pairs
+                    )
+                    scales = {"down_scale": down_scale, "up_scale": up_scale}
+                    yield _linear(x, down_8, up_8, normal(outputs).to(dtype), "gelu", **scales)
+                yield _grouped(
+                    x, [down, down[: rank // 2]], [up, up[:, : rank // 2].contiguous()], [None, up[:, 0].contiguous()]
+                )
     for dtype, tf32 in (*((dtype, False) for dtype in DTYPES), (torch.float32, False), (torch.float32, True)):
         for state in (torch.float32, torch.float64):
             for matrix in MATRICES:
@@ -135,13 +148,22 @@ def _cases(device: torch.device) -> Iterator[tuple[str, tuple[Impl, ...], Any, _
                 yield "conv_covariance_update_", table, problem, _comparison(covariance.trial_conv, problem, x)
 
 
-def _linear(*args: Any) -> tuple[str, tuple[Impl, ...], Any, _Run]:
-    problem = linear.describe(*args)
+def _linear(*args: Any, **scales: Any) -> tuple[str, tuple[Impl, ...], Any, _Run]:
+    problem = linear.describe(*args, **scales)
 
     def compare(impl: Impl, **options: Any) -> _verify.Errors | None:
-        return reference.errors(impl.run(problem, *args, **options), *args)
+        return reference.errors(impl.run(problem, *args, **scales, **options), *args, **scales)
 
     return "lowrank_linear", linear.TABLE, problem, compare
+
+
+def _grouped(*args: Any) -> tuple[str, tuple[Impl, ...], Any, _Run]:
+    problem = grouped.describe(*args)
+
+    def compare(impl: Impl) -> _verify.Errors | None:
+        return grouped.reference.errors(impl.run(problem, *args), *args)
+
+    return "lowrank_linear_grouped", grouped.TABLE, problem, compare
 
 
 def _comparison(trial: Callable[..., _verify.Errors | None], problem: Any, x: torch.Tensor) -> _Run:

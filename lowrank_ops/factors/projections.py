@@ -11,6 +11,7 @@ from ..config import PROJECTIONS, check_choice
 from ..models.layers import all_finite
 from ..subspaces.layer import LayerSubspaces
 from ..subspaces.principal import Subspace, half_product
+from .eight_bit import dequantized, quantized
 
 MAX_HIDDEN = 1024.0  # root mean square of an element of x down^T; outliers of 60 times as much fit into float16
 
@@ -33,6 +34,8 @@ class Factors:
         reconstructed: made by a reconstruction. ``predicted_error`` then compares the layer's outputs in the dense and
             in the compressed model, so it includes the errors of earlier layers. If the reconstruction used token
             weights, ``predicted_error`` and ``output_variance`` are over token-weighted rows.
+        formats: how a layer stores ``down`` and ``up``: ``"int8"``, ``"fp8"``, or None for its dtype. Here they are not
+            rounded yet.
     """
 
     down: Tensor
@@ -44,6 +47,7 @@ class Factors:
     output_variance: float
     predicted_loss: float | None = None
     reconstructed: bool = False
+    formats: tuple[str | None, str | None] = (None, None)
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Factors:
         """The same factors in the dtype, on the device of the layer."""
@@ -139,6 +143,34 @@ def rounded(
                 "dense with overrides={name: None}."
             )
     return result
+
+
+def stored_as(
+    factors: Factors, spaces: LayerSubspaces, formats: tuple[str | None, str | None], loss: float, error: float
+) -> Factors:
+    """``factors`` of :func:`rounded` for a layer that stores them in these formats, with the bias for these.
+
+    Args:
+        factors: in the dtype of the layer; they are rounded to 8 bits when they are put into one.
+        spaces: of the layer.
+        formats: of down and up.
+        loss, error: predicted increases by rounding to 8 bits, added to those of the factors.
+    """
+    down, up = (
+        part if form is None else dequantized(*quantized(part, form))
+        for part, form in zip((factors.down, factors.up), formats, strict=True)
+    )
+    exact = factors.to(spaces.mean.dtype, spaces.mean.device)
+    bias = _with_exact_mean(exact, replace(exact, down=down, up=up), spaces).bias
+    known = factors.predicted_loss, factors.predicted_error
+    added = [None if value is None else value + extra for value, extra in zip(known, (loss, error), strict=True)]
+    return replace(
+        factors,
+        bias=None if bias is None else bias.to(factors.down),
+        formats=formats,
+        predicted_loss=added[0],
+        predicted_error=added[1],
+    )
 
 
 def _with_exact_mean(factors: Factors, result: Factors, spaces: LayerSubspaces) -> Factors:

@@ -26,6 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint import CheckpointError, check_format, describe_layers, empty_layers
 from ..layers._base import LowRankLayer
+from ..layers.linear import LowRankLinear
 from ..layers.pivoted import PivotedLinear, is_order
 from ..layers.plain import CONVERTED
 from ..layers.replace import swap_
@@ -94,6 +95,8 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         if unloaded:
             raise CheckpointError(f"the checkpoint lacks {', '.join(unloaded)}; save the model again.")
         for fqn, module in model.named_modules():
+            if isinstance(module, LowRankLinear):
+                module.follow_dtype_()
             if isinstance(module, PivotedLinear) and not module.order.is_meta and not is_order(module.order):
                 raise CheckpointError(f"{fqn}.order of the checkpoint has not each output once; save the model again.")
         # An ordinary float model, which may be cast, trained and saved as such.

@@ -45,7 +45,7 @@ class LowRankLayer(nn.Module):
         # Dynamo drops a product that is not used. torch.fx has no tensors, parametrized factors are no parameters.
         if is_dynamo_compiling() or down is None or up is None or not isinstance(down, Tensor):
             return self.product()
-        return ProductWeight(self._weight_shape(down, up), up, self.product)
+        return ProductWeight(self._weight_shape(down, up), self._like_weight(up), self.product)
 
     @weight.setter
     def weight(self, value: object) -> None:
@@ -53,6 +53,20 @@ class LowRankLayer(nn.Module):
 
     def _weight_shape(self, down: Tensor, up: Tensor) -> tuple[int, ...]:
         return (up.shape[0], *down.shape[1:])
+
+    def _like_weight(self, up: Tensor) -> Tensor:
+        """A tensor with the dtype, device and gradient flag of the weight."""
+        return up
+
+    def quantize_(self, form: str = "int8", *, down: bool = True, up: bool = True) -> LowRankLayer:
+        """Round the factors to 8 bits, in place.
+
+        Raises:
+            ValueError: a kind of layer that runs with factors in the dtype of its input only.
+        """
+        raise ValueError(
+            f"a {type(self).__name__} has no 8-bit factors; a LowRankLinear has. Leave the layer out with filter_fn."
+        )
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name == "weight" or isinstance(param, ProductWeight):  # pruning registers the old weight by another name

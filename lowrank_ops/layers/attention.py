@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models.layers import HOOKS, check_not_wrapped, is_window_attention, tied_layers
+from ..models.layers import HOOKS, check_not_dispatched, check_not_wrapped, is_window_attention, tied_layers
 from .replace import swap_
 
 _HOOKED = "it has hooks, which would be lost; remove them first"
@@ -210,7 +210,8 @@ def convert_attention_(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: an attention that overrides ``forward``, has hooks or parametrized, quantized or tied weights, or a
-            model that is wrapped for distributed training or has PEFT adapters; the message names it.
+            model that is wrapped for distributed training, dispatched by accelerate or has PEFT adapters; the message
+            names it.
 
     Example:
         >>> import torch, lowrank_ops as lro
@@ -222,6 +223,7 @@ def convert_attention_(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
     check_not_wrapped(model)
+    check_not_dispatched(model)
     tied = tied_layers(model)
     found = {
         module: fqn

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..arguments import checked
 from ..config import LatencyCurve, LayerLatencies
 from ..models.experts import on_listed_experts
-from ..models.layers import FilterFn, dimensions, find_layers, input_of, is_conv
+from ..models.layers import FilterFn, check_not_dispatched, dimensions, find_layers, input_of, is_conv
 from ..models.running import ProgressBar, call_model, device_of, evaluating, hooks, in_batch, move
 from ..ranks.costs import RANK_ALIGNMENT
 from .replace import lowrank_type
@@ -79,7 +79,8 @@ def measure_latency(
         Seconds per call and rank, and the calls of each layer.
 
     Raises:
-        ValueError: ``points`` or ``rounds`` is too small, or the forward pass calls no layer that can be compressed.
+        ValueError: ``points`` or ``rounds`` is too small, accelerate moves weights on each call, or the forward pass
+            calls no layer that can be compressed.
 
     Example:
         >>> import torch
@@ -93,6 +94,7 @@ def measure_latency(
     for name, value, minimum in (("points", points, 2), ("rounds", rounds, 1)):
         if value < minimum:
             raise ValueError(f"{name} must be an integer of at least {minimum}; got {value!r}.")
+    check_not_dispatched(model)
     device = device_of(model)
     calls: dict[str, Counter[str]] = {}
     distinct: dict[str, _Call] = {}

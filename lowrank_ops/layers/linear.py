@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from ..arguments import checked
 from ..calibration.statistics import LayerStatistics
+from ..config import check_choice
+from ..factors.eight_bit import DTYPES, empty_quantized, quantized
+from ..factors.projections import Factors
 from ..models.layers import dimensions, has_transposed_weight
 from ..ops import lowrank_linear
+from ..ops.linear.reference import dequantized
 from ._base import LowRankLayer, check_rank, copy_flags, factorize_layer, initialize
+
+if TYPE_CHECKING:
+    from .group import LowRankGroup
 
 
 class LowRankLinear(LowRankLayer):
@@ -18,6 +29,9 @@ class LowRankLinear(LowRankLayer):
     The parameters are ``down`` (stored_rank, in_features), ``up`` (out_features, stored_rank) and ``bias``
     (out_features,) or None. ``stored_rank`` is ``rank`` rounded up to a multiple of 8, so that every kernel can run
     the layer. The padding is zero and receives zero gradients, so training keeps the rank.
+
+    :meth:`quantize_` makes factors 8-bit; the buffers ``down_scale`` (stored_rank,) and ``up_scale`` (out_features,)
+    then hold a float32 scale for each row. They are None otherwise.
 
     Args:
         in_features: size of the input's last dimension.
@@ -42,6 +56,9 @@ class LowRankLinear(LowRankLayer):
     """
 
     replaced_conv1d: type[nn.Module] | None = None  # transformers' class, where the layer took the place of one
+    group: LowRankGroup | None = None  # of layers with the same input; see group_
+    place: int = 0  # in the group
+    _dtype: torch.dtype | None = None  # of the layer before its factors became 8-bit
 
     @checked()
     def __init__(
@@ -57,6 +74,8 @@ class LowRankLinear(LowRankLayer):
         check_rank(rank, in_features, out_features)
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
         self._create_parameters(*self._factor_shapes(), out_features if bias else None, device=device, dtype=dtype)
+        for name in ("down_scale", "up_scale"):
+            self.register_buffer(name, None)
         self.reset_parameters()
 
     def _factor_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -65,6 +84,7 @@ class LowRankLinear(LowRankLayer):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw random factors; the entries of their product have the variance of a new ``nn.Linear``'s weight."""
+        self._refuse_eight_bit("reset_parameters")
         initialize(self.down, self.up, self.bias, self.rank, self.in_features)
 
     @classmethod
@@ -123,15 +143,179 @@ class LowRankLinear(LowRankLayer):
         return copy_flags(layer, dense)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
+        if not is_compiling() and self.group is not None and (y := self.group.output(self, x)) is not None:
+            return y
         # nn.Module.__getattr__ is slow; read _parameters directly.
         parameters = self._parameters
+        if self._dtype is not None:
+            down_scale, up_scale = self._scales()
+            return lowrank_linear(x, self.down, self.up, self.bias, down_scale=down_scale, up_scale=up_scale)
         if "down" in parameters and "up" in parameters and "bias" in parameters:
             return lowrank_linear(x, parameters["down"], parameters["up"], parameters["bias"])  # type: ignore[arg-type]
         return lowrank_linear(x, self.down, self.up, self.bias)  # parametrized, pruned or sharded
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, also by pickle: it joins the copy of its group."""
+        super().__setstate__(state)
+        if self.group is not None:
+            self.group.join(self)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weight: that of the factors, unless these are 8-bit."""
+        return self._dtype or self.down.dtype
+
+    @property
+    def formats(self) -> tuple[str | None, str | None]:
+        """``"int8"`` or ``"fp8"`` for ``down`` and ``up``; None for a factor that is not 8-bit."""
+        names = {dtype: name for name, dtype in DTYPES.items()}
+        down, up = self._scales()
+        return None if down is None else names[self.down.dtype], None if up is None else names[self.up.dtype]
+
+    def _scales(self) -> tuple[Tensor | None, Tensor | None]:
+        return self._buffers.get("down_scale"), self._buffers.get("up_scale")
+
+    def float_factors(self) -> tuple[Tensor, Tensor]:
+        """``down`` and ``up``, 8-bit ones as tensors of the layer's dtype, computed in every call."""
+        down_scale, up_scale = self._scales()
+        dtype = self._dtype or torch.float32  # not used without scales
+        return dequantized(self.down, down_scale, dtype), dequantized(self.up, up_scale, dtype)
+
+    @torch.no_grad()
+    @checked()
+    def quantize_(self, form: str = "int8", *, down: bool = True, up: bool = True) -> LowRankLinear:
+        """Round the factors to 8 bits with a scale for each of their rows, in place.
+
+        8-bit factors are parameters without gradients; gradients of the input and of the bias are as before, so that
+        an adapter can be trained on them. Casts such as ``layer.half()`` leave 8-bit factors and scales as they are.
+
+        Args:
+            form: ``"int8"``, or ``"fp8"``, which is float8_e4m3fn: its error is about three times as large, and
+                Triton's kernels run it from compute capability 8.9 on.
+            down, up: whether to round each factor.
+
+        Returns:
+            The layer.
+
+        Raises:
+            ValueError: the factors are 8-bit already or parametrized, hold NaN or inf; or ``form`` is unknown. The
+                layer is unchanged.
+
+        Example:
+            >>> import lowrank_ops as lro
+            >>> lro.LowRankLinear(64, 32, rank=12).quantize_("int8")
+            LowRankLinear(in_features=64, out_features=32, rank=12, bias=True, down=int8, up=int8)
+        """
+        self._set_quantized(self._quantized(form, down, up))
+        return self
+
+    def _quantized(self, form: str, down: bool = True, up: bool = True) -> dict[str, tuple[Tensor, Tensor]]:
+        """The values and scales that :meth:`quantize_` sets, by factor."""
+        check_choice("form", form, tuple(DTYPES))
+        self._refuse_eight_bit("quantize_")
+        if not {"down", "up"} <= self._parameters.keys():
+            raise ValueError("the factors are parametrized; call torch.nn.utils.parametrize.remove_parametrizations.")
+        wanted = [name for name, flag in (("down", down), ("up", up)) if flag]
+        return {name: quantized(self.get_parameter(name).detach(), form) for name in wanted}
+
+    def set_formats_(self, formats: tuple[str | None, str | None]) -> None:
+        """Replace ``down`` and ``up`` by 8-bit factors without content, for a state dict that is loaded next."""
+        named = zip(("down", "up"), formats, strict=True)
+        self._set_quantized(
+            {name: empty_quantized(self.get_parameter(name).detach(), form) for name, form in named if form is not None}
+        )
+
+    def follow_dtype_(self) -> None:
+        """After tensors have been replaced: take the dtype of a factor that is not 8-bit or of the bias.
+
+        transformers gives each parameter of a floating-point dtype a gradient, also those in fp8.
+        """
+        if self._dtype is not None:
+            for factor, scale in zip((self.down, self.up), self._scales(), strict=True):
+                factor.requires_grad_(factor.requires_grad and scale is None)
+            pairs = zip((self.down, self.up, self.bias), (*self._scales(), None), strict=True)
+            others = [tensor.dtype for tensor, scale in pairs if tensor is not None and scale is None]
+            self._dtype = (*others, self._dtype)[0]
+
+    def _set_quantized(self, parts: dict[str, tuple[Tensor, Tensor]]) -> None:
+        """Take what :meth:`_quantized` returned."""
+        self._dtype = self.down.dtype if parts else None
+        for name, (values, scale) in parts.items():
+            setattr(self, name, nn.Parameter(values, requires_grad=False))
+            setattr(self, f"{name}_scale", scale)
+
+    @torch.no_grad()
+    def dequantize_(self) -> LowRankLinear:
+        """Replace 8-bit factors by parameters of the layer's dtype, which can be trained, in place.
+
+        Example:
+            >>> import lowrank_ops as lro
+            >>> layer = lro.LowRankLinear(64, 32, rank=12).quantize_()
+            >>> layer.dequantize_().down.dtype
+            torch.float32
+        """
+        for name, factor, scale in zip(("down", "up"), self.float_factors(), self._scales(), strict=True):
+            if scale is not None:
+                setattr(self, name, nn.Parameter(factor))
+                setattr(self, f"{name}_scale", None)
+        self._dtype = None
+        return self
+
+    def _refuse_eight_bit(self, operation: str) -> None:
+        if self._dtype is not None:
+            raise ValueError(f"{operation} needs factors that are not 8-bit; call dequantize_ first.")
+
+    def filled_with(self, factors: Factors) -> LowRankLinear:
+        """The same layer, with the values of ``factors``, in their formats."""
+        self._refuse_eight_bit("filled_with")
+        super().filled_with(factors)
+        down, up = factors.formats
+        if (form := down or up) is not None:
+            self.quantize_(form, down=down is not None, up=up is not None)
+        return self
+
+    def _like_weight(self, up: Tensor) -> Tensor:
+        return up if self._dtype is None else torch.empty(0, dtype=self._dtype, device=up.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LowRankLinear:
+        """Casts reach the bias and a factor that is not 8-bit; 8-bit factors and scales only change their device."""
+        if self._dtype is None:
+            return super()._apply(fn, recurse)
+        pairs = zip((self.down, self.up), self._scales(), strict=True)
+        kept = {id(tensor) for factor, scale in pairs if scale is not None for tensor in (factor, scale)}
+
+        def applied(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            return tensor.to(result.device) if id(tensor) in kept and result.dtype != tensor.dtype else result
+
+        self._dtype = fn(torch.empty(0, dtype=self._dtype, device=self.down.device)).dtype
+        return super()._apply(applied, recurse)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        errors = args[-1]
+        for name in ("down", "up"):
+            given, held = state_dict.get(prefix + name), self._parameters.get(name)
+            dtypes = [tensor.dtype for tensor in (given, held) if isinstance(tensor, Tensor)]
+            if len(set(dtypes)) == 2 and not set(dtypes).isdisjoint(DTYPES.values()):
+                errors.append(
+                    f"{prefix}{name} is {dtypes[0]} in the state dict and {dtypes[1]} in the model; call quantize_ "
+                    "with the same form, or dequantize_, before the state dict is loaded."
+                )
+        if not errors:
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def factors(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """Down, up and bias, if a call of this layer computes only their product; None of a subclass.
+
+        None of 8-bit factors as well, except while compiling: then they are dequantized.
+        """
+        plain = type(self) is LowRankLinear and {"down", "up", "bias"} <= self._parameters.keys()
+        return (*self.float_factors(), self.bias) if plain and (self._dtype is None or is_compiling()) else None
+
     def product(self) -> Tensor:
         """The product (out_features, in_features), computed in every call."""
-        return self.up @ self.down
+        down, up = self.float_factors()
+        return up @ down
 
     def to_dense(self) -> nn.Linear:
         """An ``nn.Linear`` with the product as its weight and the same dtype, device and flags.
@@ -152,7 +336,7 @@ class LowRankLinear(LowRankLayer):
                 self.out_features,
                 bias=self.bias is not None,
                 device=self.down.device,
-                dtype=self.down.dtype,
+                dtype=self.dtype,
             )
         )
 
@@ -160,4 +344,5 @@ class LowRankLinear(LowRankLayer):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
             f"bias={self.bias is not None}"
+            + "".join(f", {name}={form}" for name, form in zip(("down", "up"), self.formats, strict=True) if form)
         )

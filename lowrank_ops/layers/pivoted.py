@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from ..arguments import checked
 from ..factors.projections import Factors
@@ -32,15 +33,7 @@ class PivotedLinear(LowRankLinear):
     ``AveragedModel(use_buffers=False)`` does, because averages of integers are rounded. Nothing is padded, and training
     keeps the rank. On every device it runs as two torch matrix products.
 
-    Args:
-        in_features: size of the input's last dimension.
-        out_features: size of the output's last dimension.
-        rank: in [0, min(in_features, out_features)].
-        bias: whether to learn a bias.
-        device, dtype: of the parameters.
-
-    Raises:
-        ValueError: ``rank`` is out of range.
+    Arguments and errors are those of :class:`LowRankLinear`.
 
     Example:
         >>> import torch
@@ -65,6 +58,14 @@ class PivotedLinear(LowRankLinear):
     def _create_parameters(self, *sizes: Any, **factory: Any) -> None:
         super()._create_parameters(*sizes, **factory)
         self.register_buffer("order", torch.empty(self.out_features, dtype=torch.int32, device=self.down.device))
+
+    def quantize_(self, form: str = "int8", *, down: bool = True, up: bool = True) -> PivotedLinear:
+        """Not supported: errors of the pivot rows reach all others.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("a pivoted layer has no 8-bit factors; replace it by layer.to_lowrank() first.")
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -102,7 +103,8 @@ class PivotedLinear(LowRankLinear):
         """
         if isinstance(layer, PivotedLinear):
             layer = layer.to_lowrank()
-        down, up = layer.down.detach()[: layer.rank], layer.up.detach()[:, : layer.rank]
+        down, up = (factor.detach() for factor in layer.float_factors())
+        down, up = down[: layer.rank], up[:, : layer.rank]
         bias = None if layer.bias is None else layer.bias.detach()
         pivoted = cls.from_factors(layer.to_dense(), Factors(down, up, bias, layer.rank, "", None, 0.0))
         pivoted.replaced_conv1d = layer.replaced_conv1d
@@ -114,6 +116,11 @@ class PivotedLinear(LowRankLinear):
             return F.linear(pivots, self._all_coefficients(), self.bias)
         y = torch.cat([pivots, F.linear(pivots, self.up)], -1).index_select(-1, self.order)
         return y if self.bias is None else y + self.bias.to(y.dtype)  # which autocast may have narrowed
+
+    def factors(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """Down, up with the coefficients of the pivots, and bias, while compiling; else None, a call costs less."""
+        plain = type(self) is PivotedLinear and {"down", "up", "bias"} <= self._parameters.keys()
+        return (self.down, self._all_coefficients(), self.bias) if plain and is_compiling() else None
 
     def product(self) -> Tensor:
         """The weight (out_features, in_features), computed in every call."""

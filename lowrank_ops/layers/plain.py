@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import re
 from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from ..arguments import checked
-from ..models.experts import ListedExperts
-from ..models.layers import check_no_adapters
+from ..models.experts import ExpertLinear, ListedExperts
+from ..models.layers import check_no_adapters, check_not_dispatched
 from ._base import LowRankLayer
 from .conv import GEOMETRY, LowRankConv
 from .linear import LowRankLinear
@@ -33,8 +37,8 @@ def to_dense_layers(model: nn.Module) -> nn.Module:
         To avoid that, compress with ``CompressionConfig(..., centered=False)``.
 
     Raises:
-        ValueError: a low-rank layer has hooks, which would be lost, parametrized factors, or a PEFT adapter; or fused
-            experts have no place for the biases of their low-rank projections.
+        ValueError: a low-rank layer has hooks, which would be lost, parametrized factors, or a PEFT adapter; accelerate
+            moves weights on each call; or fused experts have no place for the biases of their low-rank projections.
 
     Example:
         >>> import torch, lowrank_ops as lro
@@ -62,13 +66,13 @@ def to_plain_layers(model: nn.Module) -> nn.Module:
     """A copy of ``model`` whose low-rank layers are ``nn.Sequential`` of two Linears or two convolutions.
 
     The copy has only torch's own layers, and as many parameters as ``model``, plus rank^2 for each pivoted layer. So it
-    can be pickled and loaded without lowrank_ops, scripted, quantized, and exported by tools that support no custom
-    ops. Code that reads ``layer.weight`` or a convolution's ``stride``, as transformers' T5, ViT and Whisper do, fails:
-    use :func:`to_dense_layers` there.
+    can be pickled and loaded without lowrank_ops, scripted, quantized by torchao, and exported by tools that support no
+    custom ops; 8-bit factors get the layer's dtype. A pair of layers has the sizes of the dense layer as attributes,
+    such as ``stride``, but no ``weight``.
 
     The experts of a mixture and the projections of converted attention become such layers too, and can be quantized.
-    The modules that call them (``ListedExperts``, and those of :func:`convert_attention_`) are this package's, which
-    must be installed where the copy is loaded, but not for a program of ``torch.export`` or ONNX.
+    The module that calls the experts becomes a ``torch.fx.GraphModule``. Those of :func:`convert_attention_` are this
+    package's, which must be installed where the copy is loaded, but not for a program of ``torch.export`` or ONNX.
 
     Args:
         model: any module; not changed.
@@ -77,7 +81,9 @@ def to_plain_layers(model: nn.Module) -> nn.Module:
         The copy. State dict keys ``down`` and ``up`` become ``0.weight`` and ``1.weight``, ``bias`` becomes ``1.bias``.
 
     Raises:
-        ValueError: a low-rank layer has hooks, which would be lost, parametrized factors, or a PEFT adapter.
+        ValueError: a low-rank layer has hooks, which would be lost, parametrized factors, or a PEFT adapter; accelerate
+            moves weights on each call; or the
+            forward of a module around it reads its ``weight``, as in transformers' T5 and ViT.
 
     Example:
         >>> import torch, lowrank_ops as lro
@@ -90,11 +96,52 @@ def to_plain_layers(model: nn.Module) -> nn.Module:
           )
         )
     """
-    return _converted(model, _two_layers)
+    _check_reads(model)
+    converted = _converted(model, _two_layers)
+    graphs: dict[nn.Module, nn.Module] = {
+        module: _as_graph(module) for module in converted.modules() if isinstance(module, ListedExperts)
+    }
+    swap_(converted, graphs)
+    return graphs.get(converted, converted)
+
+
+def _check_reads(model: nn.Module) -> None:
+    """Refuse low-rank layers whose weight a module around them reads in its forward: two layers have none."""
+    forwards: dict[type, str] = {}
+    layers = [fqn for fqn, module in model.named_modules() if isinstance(module, LowRankLayer)]
+    for fqn in layers:
+        names = fqn.split(".")
+        for depth in range(len(names)):
+            kind = type(model.get_submodule(".".join(names[:depth])))
+            if kind not in forwards:
+                forwards[kind] = ""
+                with suppress(OSError, TypeError):  # no source
+                    if not kind.__module__.startswith("torch."):  # which reads weights on its fast path only
+                        forwards[kind] = inspect.getsource(kind.forward)
+            if re.search(rf"\bself\.{re.escape('.'.join(names[depth:]))}\.weight\b", forwards[kind]):
+                raise ValueError(
+                    f"layer {fqn!r}: {kind.__name__} reads its weight, and two plain layers have none. Use "
+                    "to_dense_layers, or leave the layer out of the compression with filter_fn."
+                )
+
+
+def _as_graph(experts: ListedExperts) -> fx.GraphModule:
+    """The same module, with the same state dict, as generated code: it is pickled without this package."""
+    for layer in experts.modules():
+        if isinstance(layer, ExpertLinear):
+            layer.__class__ = nn.Linear  # type: ignore[assignment]  # the subclass only marks what is still dense
+    tracer: Any = fx.Tracer()  # not a subclass, which would be pickled
+    tracer.traced_func_name = ListedExperts.run_slices.__name__
+    tracer.is_leaf_module = lambda module, name: module is not experts
+    graph = tracer.trace(experts)
+    for node in graph.nodes:
+        node.type = None  # the annotations here are strings, which are not pickled
+    return fx.GraphModule(experts, graph).train(experts.training)
 
 
 def _converted(model: nn.Module, convert: Callable[[LowRankLayer], nn.Module]) -> nn.Module:
     check_no_adapters(model)
+    check_not_dispatched(model)
     for fqn, module in model.named_modules():
         if isinstance(module, LowRankLayer) and has_hooks(module):
             raise ValueError(f"layer {fqn!r} has hooks, which its replacement would drop; remove them first.")
@@ -130,6 +177,8 @@ def _two_layers(layer: LowRankLayer) -> nn.Sequential:
     """Two layers that hold the parameters of ``layer`` itself, or the factors of a pivoted one."""
     if isinstance(layer, PivotedLinear):
         layer = layer.to_lowrank()
+    if isinstance(layer, LowRankLinear):
+        layer.dequantize_()  # of the copy
     has_bias, middle = layer.bias is not None, len(layer.down)
     first: nn.Module
     second: nn.Module
@@ -141,4 +190,7 @@ def _two_layers(layer: LowRankLayer) -> nn.Sequential:
         first = nn.Linear(layer.down.shape[1], middle, bias=False, device="meta")
         second = nn.Linear(middle, len(layer.up), bias=has_bias, device="meta")
     first.weight, second.weight, second.bias = layer.down, layer.up, layer.bias
-    return nn.Sequential(first, second).train(layer.training)
+    pair = nn.Sequential(first, second).train(layer.training)
+    for name in GEOMETRY if isinstance(layer, LowRankConv) else ("in_features", "out_features"):
+        setattr(pair, name, getattr(layer, name))
+    return pair

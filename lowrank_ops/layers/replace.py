@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -61,6 +60,15 @@ def replace_(model: nn.Module, factors: Mapping[str, Factors], *, pivoted: bool 
 
 
 def _replace(model: nn.Module, factors: Mapping[str, Factors], pivoted: bool) -> nn.Module:
+    replacements = replacements_of(model, factors, pivoted)
+    swap_(model, replacements)
+    return replacements.get(model, model)
+
+
+def replacements_of(
+    model: nn.Module, factors: Mapping[str, Factors], pivoted: bool = False
+) -> dict[nn.Module, LowRankLayer]:
+    """``{dense layer: its low-rank layer}``; arguments and errors as for :func:`replace_`."""
     check_not_wrapped(model)
     layers, skipped = find_layers(model)
     unknown = [fqn for fqn in factors if fqn not in layers]
@@ -76,37 +84,10 @@ def _replace(model: nn.Module, factors: Mapping[str, Factors], pivoted: bool) ->
             )
         if has_hooks(layers[fqn]):
             raise ValueError(f"layer {fqn!r} has hooks, which its replacement would drop; remove them first.")
-
-    replacements = {
+    return {
         layers[fqn]: lowrank_type(layers[fqn], part.rank if pivoted else None).from_factors(layers[fqn], part)
         for fqn, part in factors.items()
     }
-    swap_(model, replacements)
-    return replacements.get(model, model)
-
-
-@contextmanager
-def replaced(model: nn.Module, factors: Mapping[str, Factors]) -> Iterator[None]:
-    """Compress ``model`` inside the ``with`` block only; arguments and errors as for :func:`replace_`."""
-    with experts_listed(model, names=factors):
-        places = dict(model.named_modules(remove_duplicate=False))
-        mine = {places.get(fqn) for fqn in factors}
-        dense = {fqn: module for fqn, module in places.items() if module in mine}
-        try:
-            replace_(model, factors)
-            yield
-        finally:
-            try:
-                _put_back(model, dense)
-            except BaseException:  # after an interrupt the model is dense as well
-                _put_back(model, dense)
-                raise
-
-
-def _put_back(model: nn.Module, dense: Mapping[str, nn.Module]) -> None:
-    """Put each dense layer in its place, wherever another module is now."""
-    now = dict(model.named_modules(remove_duplicate=False))
-    _set_children(model, {now[fqn]: layer for fqn, layer in dense.items() if now[fqn] is not layer})
 
 
 def swap_(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:

@@ -6,12 +6,16 @@ import copy
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
+from threading import get_ident, local
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
-from .layers import fused_projections, reason_to_stay_fused, tied_layers
+from ..ops import lowrank_experts
+from ..ops._dispatcher import is_recorded
+from .layers import HOOKS, fused_projections, reason_to_stay_fused, tied_layers
 
 MIN_ROWS = 256  # an expert with fewer rows of its own is also calibrated on rows that went to others
 
@@ -24,6 +28,18 @@ class RoutedRows(NamedTuple):
 
     tokens: Tensor  # (rows,), indices
     total: int  # the tokens of the forward
+
+
+class SortedRows(NamedTuple):
+    """The slots (tokens, k) of a router, sorted by expert and flattened."""
+
+    experts: Tensor  # those at the end, of larger indices than any expert's, are for none
+    order: Tensor  # of the slots; slot i of all tokens comes before slot i + 1
+    ends: Tensor  # (experts,), of the rows of each expert
+    tokens: Tensor
+    x: Tensor  # (slots, features)
+    weights: Tensor  # (slots, 1)
+    shape: tuple[int, int]  # k and tokens
 
 
 class ExpertLinear(nn.Linear):
@@ -42,8 +58,10 @@ class ExpertLinear(nn.Linear):
 class ListedExperts(nn.Module):
     """The experts of a fused module, each an ``nn.ModuleDict`` of its Linears: ``experts.3.gate_up_proj``.
 
-    A drop-in for the fused module that runs like its eager implementation: one expert after another computes the rows
-    that the router sends to it. The Linears are views of the fused parameters.
+    A drop-in for the fused module. Each projection of all experts is one call of ``lowrank_ops.ops.lowrank_experts``.
+    The layers are called, one expert after another on the rows that the router sends to it, if all are dense, if one
+    has hooks, an adapter or another forward, and in eager mode on a CPU for fewer rows than experts. The Linears are
+    views of the fused parameters.
 
     Args:
         fused: an experts module of transformers for which :func:`reason_to_stay_fused` returns None; not changed.
@@ -78,27 +96,29 @@ class ListedExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """As the fused module: hidden_states (tokens, features), the others (tokens, k); returns (tokens, features)."""
-        if torch.compiler.is_exporting():
+        if is_recorded():
             return self._run_all(hidden_states, top_k_index, top_k_weights)
+        rows = self.sorted_rows(hidden_states, top_k_index, top_k_weights)
+        # On a CPU, calls of the few experts that have rows cost less than a list of the factors of all.
+        together = torch.compiler.is_compiling() or not hidden_states.is_cpu or len(rows.x) >= self.num_experts
+        if together and (factors := self.factors()) is not None:
+            return self.run_together(rows, factors).to(hidden_states.dtype)
         output = torch.zeros_like(hidden_states)
-        # Sorted once, so that each expert works on one slice. The rows of an expert are in the order of the eager
-        # implementation, hence the same bits; no two of them are of one token, hence index_add_ is deterministic.
-        by_slot = top_k_index.T.flatten()
-        order = by_slot.argsort(stable=True)
-        tokens = order % top_k_index.shape[0]
-        x, weights = hidden_states[tokens], top_k_weights.T.flatten()[order].unsqueeze(1)
+        # The rows of an expert are in the order of transformers' eager implementation, hence the same bits; no two of
+        # them are of one token, hence index_add_ is deterministic.
         start = 0
-        for expert, rows in enumerate(by_slot.bincount(minlength=self.num_experts)[: self.num_experts].tolist()):
-            if rows:  # the rows at the end, of larger indices, are for no expert
-                part = slice(start, start + rows)
-                routed = RoutedRows(tokens[part], len(hidden_states))
-                y = self._run(self.projections(expert), x[part], routed) * weights[part]
-                output.index_add_(0, tokens[part], y.to(output.dtype))
-                start += rows
-        if self.pool is not None:
-            for expert, tokens in self.pool.missing_rows(top_k_index):
+        for expert, end in enumerate(rows.ends.tolist()):
+            if end > start:
+                part = slice(start, end)
+                routed = RoutedRows(rows.tokens[part], len(hidden_states))
+                y = self._run(self.projections(expert), rows.x[part], routed) * rows.weights[part]
+                output.index_add_(0, rows.tokens[part], y.to(output.dtype))
+            start = end
+        pool = self.pool
+        if pool is not None and pool.thread == get_ident():  # rows of other threads are not those of the calibration
+            for expert, tokens in pool.missing_rows(top_k_index):
                 routed = RoutedRows(tokens, len(hidden_states))
-                y = self._run(self.pool.twins[expert], hidden_states[tokens].detach(), routed)
+                y = self._run(pool.twins[expert], hidden_states[tokens].detach(), routed)
                 if torch.is_grad_enabled():
                     # This adds zero to the output, and gives the twin the gradient of rows sent by the router.
                     y = y * top_k_weights[tokens].mean()
@@ -114,13 +134,62 @@ class ListedExperts(nn.Module):
             output = output + torch.where(weights != 0, y, 0).to(output.dtype)
         return output
 
+    def run_slices(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """The same, also for experts without rows: without branches, which torch.fx does not record."""
+        rows = self.sorted_rows(hidden_states, top_k_index, top_k_weights)
+        output, ends, start = torch.zeros_like(hidden_states), rows.ends.tolist(), 0
+        for expert in range(self.num_experts):
+            part = slice(start, ends[expert])
+            y = self._run(self.projections(expert), rows.x[part], None) * rows.weights[part]
+            output.index_add_(0, rows.tokens[part], y.to(output.dtype))
+            start = ends[expert]
+        return output
+
+    def run_together(self, rows: SortedRows, factors: list[tuple[list[Any], ...]]) -> Tensor:
+        """The output (tokens, features), with one call of ``lowrank_experts`` per projection."""
+        first, down = factors
+        y = lowrank_experts(self._between(lowrank_experts(rows.x, rows.ends, *first)), rows.ends, *down)
+        # A norm may have a bias, which is not to be added to rows of no expert.
+        y = (self._after(y) * rows.weights).masked_fill((rows.experts >= self.num_experts).unsqueeze(1), 0)
+        # The slots of a token are added in their order; index_add_ adds in any order on a GPU.
+        return y[rows.order.argsort()].view(*rows.shape, y.shape[-1]).sum(0)
+
+    def sorted_rows(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> SortedRows:
+        """Sorted once, so that each expert works on one slice."""
+        experts, order = top_k_index.T.flatten().sort(stable=True)
+        ends = torch.searchsorted(experts, experts.new_tensor([*range(self.num_experts)]), right=True)
+        tokens = order % top_k_index.shape[0]
+        weights = top_k_weights.T.flatten()[order].unsqueeze(1)
+        shape = top_k_index.shape[1], top_k_index.shape[0]
+        return SortedRows(experts, order, ends, tokens, hidden_states[tokens], weights, shape)
+
     def _run(self, projections: Mapping[str, nn.Module], x: Tensor, routed: RoutedRows | None) -> Tensor:
         """The output of one expert for its rows (rows, features)."""
-        shell: Any = self._shell
         first, down = projections.values()
-        y = _call(first, x, routed)
-        y = _call(down, shell._apply_gate(y) if shell.has_gate else shell.act_fn(y), routed)
+        return self._after(_call(down, self._between(_call(first, x, routed)), routed))
+
+    def _between(self, y: Tensor) -> Tensor:
+        """The activation, on the output of the first projection."""
+        shell: Any = self._shell
+        return shell._apply_gate(y) if shell.has_gate else shell.act_fn(y)  # type: ignore[no-any-return]
+
+    def _after(self, y: Tensor) -> Tensor:
+        shell: Any = self._shell
         return shell.post_expert_norm(y) if shell.has_post_expert_norm else y
+
+    def factors(self) -> list[tuple[list[Any], ...]] | None:
+        """Downs, ups and biases of each projection; None if one must be called or none has low-rank factors."""
+        if self.pool is not None or _has_any_global_hook():
+            return None
+        found: list[tuple[list[Any], ...]] = [([], [], []), ([], [], [])]
+        for expert in range(self.num_experts):
+            for layer, lists in zip(self.projections(expert).values(), found, strict=True):
+                factors = _factors_of(layer)
+                if factors is None:
+                    return None
+                for part, factor in zip(lists, factors, strict=True):
+                    part.append(factor)
+        return None if self.is_dense() else found
 
     def to_fused(self) -> nn.Module:
         """The fused module with copies of these weights; all projections must be nn.Linear.
@@ -168,9 +237,13 @@ class Pool:
 
     Args:
         experts: their projections get twins: layers with the same parameters that run on the extra rows only.
+
+    Attributes:
+        thread: the one that calibrates.
     """
 
     def __init__(self, experts: ListedExperts) -> None:
+        self.thread = get_ident()
         self.twins = [
             {
                 name: _twin(layer) if isinstance(layer, nn.Linear) else layer
@@ -239,6 +312,12 @@ def experts_listed(
                     experts.unshare_()
 
 
+def list_experts_(model: nn.Module) -> None:
+    """Put :class:`ListedExperts` in the places of the fused experts inside ``model``, for good."""
+    with torch.inference_mode(False):
+        _put_in(model, list_experts(model))
+
+
 def on_listed_experts(function: Callable[Concatenate[nn.Module, P], T]) -> Callable[Concatenate[nn.Module, P], T]:
     """A decorator: calls the function, whose first argument is a model, inside :func:`experts_listed`."""
 
@@ -259,6 +338,18 @@ def _put_in(model: nn.Module, replacements: Mapping[Any, nn.Module]) -> None:
                 parent._modules[name] = replacements[child]
 
 
+def _factors_of(layer: nn.Module) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
+    """Down, up and bias of a layer, or weight, None and bias of an nn.Linear; None if more happens in its call."""
+    if any(getattr(layer, kind) for kind in HOOKS) or "forward" in vars(layer):
+        return None
+    if type(layer) in (nn.Linear, ExpertLinear):
+        found = layer.weight, None, layer.bias
+    elif not hasattr(layer, "factors") or (found := layer.factors()) is None:  # type: ignore[operator]
+        return None
+    plain = all(factor is None or type(factor) in (Tensor, nn.Parameter) for factor in found)
+    return found if plain else None  # type: ignore[return-value]
+
+
 def _linear(fused: nn.Module, name: str, expert: int) -> ExpertLinear:
     """Views of the fused parameters (experts, out_features, in_features) or transposed, and (experts, out_features)."""
     weights = fused.get_parameter(name)
@@ -267,15 +358,29 @@ def _linear(fused: nn.Module, name: str, expert: int) -> ExpertLinear:
     return ExpertLinear.of(weight.T if fused.is_transposed else weight, bias, weights.requires_grad)
 
 
+class _Call(local):
+    """What each thread's call of a projection is for."""
+
+    routed: RoutedRows | None = None
+
+
+_now = _Call()
+
+
+def routed_rows() -> RoutedRows | None:
+    """For the hooks of a projection of an expert, the rows that it is called with."""
+    return _now.routed
+
+
 def _call(layer: nn.Module, x: Tensor, routed: RoutedRows | None) -> Tensor:
-    """Call a projection. For the hooks of a dense one, ``layer.routed`` describes the rows."""
-    if routed is None or not isinstance(layer, nn.Linear):
+    """Call a projection; its hooks, if it has any, can read :func:`routed_rows`."""
+    if routed is None or not any(getattr(layer, kind) for kind in HOOKS):
         return layer(x)
-    layer.routed = routed  # type: ignore[assignment]
+    _now.routed = routed
     try:
         return layer(x)
     finally:
-        del layer.routed
+        _now.routed = None
 
 
 def _twin(layer: nn.Linear) -> nn.Linear:

@@ -13,14 +13,13 @@ from torch import Tensor, nn
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 _KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d)
+_WITHOUT_HOOKS = (
+    "load the model without device_map, or call accelerate.hooks.remove_hook_from_module(model, recurse=True)"
+)
 _DISPATCHED = (
-    "accelerate's hooks move its weight on each call, which only calibrate supports; to compress, load the model "
-    "without device_map, or call accelerate.hooks.remove_hook_from_module(model, recurse=True)"
+    f"accelerate's hooks move its weight on each call, which only calibrate supports; to compress, {_WITHOUT_HOOKS}"
 )
-_DISPATCHED_EXPERTS = (
-    "accelerate's hooks move its weights on each call; load the model without device_map, or call "
-    "accelerate.hooks.remove_hook_from_module(model, recurse=True)"
-)
+_DISPATCHED_EXPERTS = f"accelerate's hooks move its weights on each call; {_WITHOUT_HOOKS}"
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 FilterFn = Callable[[nn.Module, str], bool]
@@ -121,6 +120,17 @@ def check_not_wrapped(model: nn.Module) -> None:
                 f"{repr(fqn) if fqn else 'model'} is wrapped by {min(found)}, which would keep the parameters of the "
                 "dense layers. Compress the module first, then wrap it, then create the optimizer."
             )
+
+
+def check_not_dispatched(model: nn.Module) -> None:
+    """Refuse a model whose weights accelerate's hooks move or load on each call.
+
+    Raises:
+        ValueError: a module with such hooks and parameters; the message names it and the remedy.
+    """
+    for fqn, module in model.named_modules():
+        if hasattr(module, "_hf_hook") and module._parameters:
+            raise ValueError(f"{fqn or 'model'} cannot be used as it is: {_DISPATCHED_EXPERTS}.")
 
 
 def check_no_adapters(model: nn.Module) -> None:
@@ -255,11 +265,15 @@ def unsupported_weights(model: nn.Module, known: Collection[str]) -> dict[str, s
     found = {}
     inside = tuple(f"{fqn}." for fqn in known if fqn)
     for fqn, module in model.named_modules():
-        own = list(module.parameters(recurse=False))
+        own = dict(module.named_parameters(recurse=False))
         named = fqn in known or fqn.startswith(inside)
-        if not is_supported(module) and not named and any(p.dim() > 1 for p in own):
-            share = sum(parameter.numel() for parameter in own) / total
-            found[fqn] = f"{type(module).__name__} is not supported; it holds {share:.1%} of the model's parameters"
+        if not is_supported(module) and not named and any(p.dim() > 1 for p in own.values()):
+            share = sum(parameter.numel() for parameter in own.values()) / total
+            what, is_, holds = type(module).__name__, "is", "it holds"
+            if any(True for child in module.children() for _ in child.parameters()):  # which are considered themselves
+                what = f"{', '.join(own)} of {what}"
+                is_, holds = ("are", "they hold") if len(own) > 1 else (is_, holds)
+            found[fqn] = f"{what} {is_} not supported; {holds} {share:.1%} of the model's parameters"
     return found
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .experts import routed_rows
 from .sequences import (
     batch_first_of,
     core_of,
@@ -327,7 +328,7 @@ class Masks:
     def _fit(self, fqn: str, layer: nn.Module, x: Tensor, rows: _Rows) -> _Known:
         """The mask of the rows of ``x``, which are positions of ``rows``, all of them or some."""
         real, leading = rows.real, x.shape[:-1]
-        routed = getattr(layer, "routed", None)
+        routed = routed_rows()
         if routed is not None and routed.total == real.numel():
             return self._fits(real.flatten()[routed.tokens.to(real.device)].unsqueeze(1))  # samples of one position
         square = real.shape[0] == real.shape[1] != 1

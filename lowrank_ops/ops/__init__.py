@@ -1,7 +1,7 @@
-"""The ops: ``lowrank_linear``, ``covariance_update_`` and its convolution form; independent of the rest.
+"""The ops: ``lowrank_linear``, also for groups and experts, ``covariance_update_``, also for convolutions.
 
-One folder per op: ``reference.py`` is plain PyTorch, ``_triton*.py`` and ``_cuda.py`` are kernels, and ``__init__.py``
-lists them in the ``TABLE`` from which ``_backend.choose`` picks.
+Independent of the rest. One folder per op: ``reference.py`` is plain PyTorch, ``_triton*.py`` and ``_cuda.py`` are
+kernels, and ``__init__.py`` lists them in the ``TABLE`` from which ``_backend.choose`` picks.
 """
 
 from __future__ import annotations
@@ -11,15 +11,21 @@ from typing import Any
 
 from ..arguments import checked
 from . import covariance as _covariance
+from . import experts as _experts
+from . import grouped as _grouped
 from . import linear as _linear
 from ._backend import Backend, BackendUnavailableError
 from .covariance import conv_covariance_update_, covariance_finalize_, covariance_update_
+from .experts import lowrank_experts
+from .grouped import lowrank_linear_grouped
 from .linear import decompositions, lowrank_linear
 
 _EXPLAIN: dict[str, Callable[..., str]] = {
     "covariance_update_": _covariance.explain,
     "conv_covariance_update_": _covariance.explain_conv,
+    "lowrank_experts": _experts.explain,
     "lowrank_linear": _linear.explain,
+    "lowrank_linear_grouped": _grouped.explain,
 }
 
 
@@ -28,7 +34,8 @@ def explain(op: str, *args: Any, **options: Any) -> str:
     """Explain which implementation runs a call, and why each other one does not.
 
     Args:
-        op: ``"covariance_update_"``, ``"conv_covariance_update_"`` or ``"lowrank_linear"``.
+        op: ``"covariance_update_"``, ``"conv_covariance_update_"``, ``"lowrank_experts"``, ``"lowrank_linear"`` or
+            ``"lowrank_linear_grouped"``.
         args, options: those of the call. Nothing is computed or changed.
 
     Returns:
@@ -62,5 +69,7 @@ __all__ = [
     "covariance_update_",
     "decompositions",
     "explain",
+    "lowrank_experts",
     "lowrank_linear",
+    "lowrank_linear_grouped",
 ]

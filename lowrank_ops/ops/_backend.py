@@ -140,6 +140,11 @@ def distrust(impl: Impl, problem: Any) -> None:
     choose.cache_clear()
 
 
+def distrusted_kernels() -> set[tuple[Impl, str, Device]]:
+    """Those that ``auto`` avoids; decisions made before one was added are not valid."""
+    return _distrusted
+
+
 def distrusted(impl: Impl, problem: Any) -> str | None:
     """Why ``auto`` no longer chooses the kernel for a supported problem, or None."""
     if _distrusted and (impl, kernel_of(impl, problem), problem.device) in _distrusted:

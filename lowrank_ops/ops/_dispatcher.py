@@ -5,7 +5,7 @@ The dispatcher costs more than a small GEMM. A call that needs none of its featu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -51,6 +51,29 @@ def can_bypass(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> bool
         or forward_ad._current_level >= 0
         or _profiler_enabled()
         or _is_any_autocast_enabled()
+    )
+
+
+def is_exporting() -> bool:
+    """As ``torch.compiler.is_exporting``, which Dynamo of torch 2.10 takes for true in ``torch.compile`` as well."""
+    return torch.compiler._is_exporting_flag
+
+
+def is_recorded(free: bool = True) -> bool:
+    """Whether a trace of ``torch.jit`` or ``torch.export`` is to record torch's own ops instead of a custom one.
+
+    Programs are to run where the custom op is not known. An export records it only for a backend asked for by name, not
+    where the choice is ``free``.
+    """
+    return is_exporting() and free if is_compiling() else torch.jit.is_tracing()
+
+
+def all_plain(*lists: Sequence[Tensor]) -> bool:
+    """Whether :func:`can_bypass` finds nothing in these tensors either."""
+    return all(
+        type(tensor) in _PLAIN and tensor.layout is _STRIDED and not tensor.is_neg()
+        for part in lists
+        for tensor in part
     )
 
 
@@ -101,7 +124,7 @@ class BoundedCache(dict[Hashable, Any]):
         super().__setitem__(key, value)
 
 
-def register_autocast(lib: torch.library.Library, name: str, *, cast: bool) -> None:
+def register_autocast(lib: torch.library.Library, name: str, *, cast: bool, first: int | None = None) -> None:
     """Register ``name`` for autocast. The kernel then runs with autocast off.
 
     Args:
@@ -109,20 +132,24 @@ def register_autocast(lib: torch.library.Library, name: str, *, cast: bool) -> N
         name: of the op.
         cast: True casts the inputs to autocast's dtype, as for ``linear``. False leaves them, for ops that accumulate
             in float32 or float64.
+        first: cast only so many arguments; those after them are scales, which stay float32.
     """
     for device, key in _AUTOCAST_KEYS.items():
-        lib.impl(name, _autocast_kernel(getattr(torch.ops.lowrank_ops, name), device, cast), key)
+        lib.impl(name, _autocast_kernel(getattr(torch.ops.lowrank_ops, name), device, cast, first), key)
 
 
-def _autocast_kernel(op: Callable[..., Any], device: str, cast: bool) -> Callable[..., Any]:
+def _autocast_kernel(op: Callable[..., Any], device: str, cast: bool, first: int | None) -> Callable[..., Any]:
     def run(*args: Any, **options: Any) -> Any:
         if cast:
             dtype = torch.get_autocast_dtype(device)
-            args = tuple(
-                value.to(dtype) if isinstance(value, Tensor) and value.dtype in _AUTOCAST_DTYPES else value
-                for value in args
-            )
+            args = (*(_cast(value, dtype) for value in args[:first]), *args[len(args[:first]) :])
         with torch.autocast(device, enabled=False):
             return op(*args, **options)
 
     return run
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, list):
+        return [_cast(part, dtype) for part in value]
+    return value.to(dtype) if isinstance(value, Tensor) and value.dtype in _AUTOCAST_DTYPES else value

@@ -26,6 +26,7 @@ from . import _native
 from ._backend import Backend, Device, Impl, distrust, kernel_of
 
 VARIABLE = "LOWRANK_OPS_VERIFY"
+_FOLDERS = {"lowrank_linear": ["linear"], "lowrank_linear_grouped": ["linear", "grouped"]}  # with an op's kernels
 Errors = tuple[float, float]  # that of a kernel, and the allowed one
 
 _passed: set[Hashable] = set()  # the buckets that were right in this process
@@ -121,8 +122,8 @@ def compiler(op: str, backend: Backend) -> str:
         return f"cuda {_native.toolkit()}, lowrank_ops {__version__}"
     import triton
 
-    folder = "linear" if op == "lowrank_linear" else "covariance"
-    sources = sorted(Path(__file__).with_name(folder).glob("_triton*.py"))
+    folders = _FOLDERS.get(op, ["covariance"])
+    sources = sorted(path for folder in folders for path in Path(__file__).with_name(folder).glob("_triton*.py"))
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
     return f"triton {triton.__version__}, sources {digest[:12]}"
 

@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from ..subspaces.layer import LayerSubspaces
+from ..subspaces.layer import LayerSubspaces, LossSpace
 from .costs import UNBOUNDED, Bounds, Option, Price, options_of
+from .eight_bit import Rounding, byte_options, can_be_eight_bit, dense_bytes, lowrank_bytes, rounding_of
 
 MIN_STEPS = 2000  # of the knapsack's budget
 STEPS_PER_LAYER = 50
@@ -42,14 +43,73 @@ def allocate(
     Raises:
         ValueError: the cheapest choice exceeds the budget, or an allocation by loss without output gradients.
     """
-    total = math.floor(fraction * sum(price.dense(fqn, space) for fqn, space in spaces.items()))
-    by_hand = sum(price.of(fqn, spaces[fqn], rank) for fqn, rank in fixed.items())
-    budget = total - by_hand
     options = {
         fqn: options_of(fqn, space, price, bounds.get(fqn, UNBOUNDED))
         for fqn, space in spaces.items()
         if fqn not in fixed
     }
+    budget = _budget(fraction, price, spaces, fixed, options)
+    worth = None
+    if allocation != "uniform":
+        worth = {
+            fqn: [(weights or {}).get(fqn, 1.0) * value for value in _worth(fqn, spaces[fqn], choices, allocation)]
+            for fqn, choices in options.items()
+        }
+    taken = _taken(options, worth, budget, hull=allocation == "loss", exactly=exactly)
+    return {fqn: options[fqn][index].rank for fqn, index in taken.items()}
+
+
+def allocate_bytes(
+    fraction: float,
+    allocation: str,
+    form: str,
+    spaces: Mapping[str, LayerSubspaces],
+    fixed: Mapping[str, int | None],
+    bounds: Mapping[str, Bounds],
+) -> dict[str, tuple[Option, Rounding | None]]:
+    """Ranks and formats that take at most ``fraction`` of the dense layers' bytes, and what rounding costs.
+
+    Args:
+        form: of 8-bit factors, ``"int8"`` or ``"fp8"``. Layers in ``fixed``, convolutions and layers whose output was
+            streamed keep their dtype.
+        fraction, allocation, spaces, fixed, bounds: as for :func:`allocate`.
+
+    Raises:
+        ValueError: as for :func:`allocate`.
+    """
+    price = Price("bytes", lambda fqn, space: dense_bytes(space), lambda fqn, space, rank: lowrank_bytes(space, rank))
+    options: dict[str, list[Option]] = {}
+    worth: dict[str, list[float]] = {}
+    roundings: dict[str, Rounding | None] = {}
+    for fqn, space in spaces.items():
+        if fqn in fixed:
+            continue
+        if allocation == "loss":
+            _check_gradients(fqn, space)
+        known = can_be_eight_bit(space)
+        held = space.held_bytes() > 0
+        roundings[fqn] = rounding_of(space, form, by_loss=allocation == "loss") if known else None
+        pairs = byte_options(space, form, bounds.get(fqn, UNBOUNDED), roundings[fqn], allocation)
+        space.release(directions=not held)  # compress_ bounds what is held
+        if not pairs:
+            raise ValueError(f"bounds leave no rank for {fqn!r} that saves bytes; widen them.")
+        options[fqn], worth[fqn] = [option for option, _ in pairs], [value for _, value in pairs]
+    budget = _budget(fraction, price, spaces, fixed, options)
+    taken = _taken(options, None if allocation == "uniform" else worth, budget, hull=True)
+    return {fqn: (options[fqn][index], roundings[fqn]) for fqn, index in taken.items()}
+
+
+def _budget(
+    fraction: float,
+    price: Price,
+    spaces: Mapping[str, LayerSubspaces],
+    fixed: Mapping[str, int | None],
+    options: Mapping[str, list[Option]],
+) -> int:
+    """What the layers that are not fixed may cost."""
+    total = math.floor(fraction * sum(price.dense(fqn, space) for fqn, space in spaces.items()))
+    by_hand = sum(price.of(fqn, spaces[fqn], rank) for fqn, rank in fixed.items())
+    budget = total - by_hand
     minimum = sum(choices[0].cost for choices in options.values())
     if minimum > budget:
         raise ValueError(
@@ -57,16 +117,24 @@ def allocate(
             f"{f' as overrides take {by_hand} of {total}' if fixed else ''}. "
             "Use a larger fraction, lower the bounds if there are any, or leave layers out with filter_fn."
         )
+    return budget
+
+
+def _taken(
+    options: Mapping[str, list[Option]],
+    worth: Mapping[str, list[float]] | None,
+    budget: int,
+    *,
+    hull: bool,
+    exactly: bool = False,
+) -> dict[str, int]:
+    """The index of each layer's option; without ``worth`` all layers keep about the same share of their cost."""
     every = {fqn: list(range(len(choices))) for fqn, choices in options.items()}
-    if allocation == "uniform":
+    if worth is None:
         taken = _by_share(options, budget)
         # the layer that keeps the smallest share of itself first
         _spend(taken, every, options, budget, lambda fqn, now, then: -options[fqn][now].cost / options[fqn][-1].cost)
     else:
-        worth = {
-            fqn: [(weights or {}).get(fqn, 1.0) * value for value in _worth(fqn, spaces[fqn], choices, allocation)]
-            for fqn, choices in options.items()
-        }
 
         def gain(fqn: str, now: int, then: int) -> float:
             return (worth[fqn][then] - worth[fqn][now]) / (options[fqn][then].cost - options[fqn][now].cost)
@@ -75,7 +143,7 @@ def allocate(
         if exactly:
             costs = [[option.cost for option in choices] for choices in options.values()]
             taken = dict(zip(options, knapsack(costs, list(worth.values()), budget), strict=True))
-        elif allocation == "loss":
+        elif hull:
             _spend(
                 taken,
                 {fqn: _upper_hull(fqn, len(choices), gain) for fqn, choices in options.items()},
@@ -84,7 +152,7 @@ def allocate(
                 gain,
             )
         _spend(taken, every, options, budget, gain)
-    return {fqn: options[fqn][index].rank for fqn, index in taken.items()}
+    return taken
 
 
 def _worth(fqn: str, space: LayerSubspaces, options: list[Option], allocation: str) -> list[float]:
@@ -92,14 +160,18 @@ def _worth(fqn: str, space: LayerSubspaces, options: list[Option], allocation: s
     if allocation == "variance":
         shares = space.output.mean_shares()
         return [1.0 if option.rank is None else shares[option.rank] for option in options]
+    spectrum = _check_gradients(fqn, space).spectrum
+    kept = spectrum.reshape(-1, spectrum.shape[-1]).sum(0).cumsum(0).tolist()
+    return [kept[-1] if option.rank is None else kept[option.rank - 1] for option in options]
+
+
+def _check_gradients(fqn: str, space: LayerSubspaces) -> LossSpace:
     if space.loss is None:
         raise ValueError(
             f"allocation='loss' needs output gradients for every layer, and {fqn!r} has none; calibrate with "
             "sensitivity='fisher', 'output' or a loss, leave the layer out with filter_fn, or set it in overrides."
         )
-    spectrum = space.loss.spectrum
-    kept = spectrum.reshape(-1, spectrum.shape[-1]).sum(0).cumsum(0).tolist()
-    return [kept[-1] if option.rank is None else kept[option.rank - 1] for option in options]
+    return space.loss
 
 
 def _upper_hull(fqn: str, options: int, gain: Callable[[str, int, int], float]) -> list[int]:

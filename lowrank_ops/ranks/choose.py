@@ -11,6 +11,7 @@ from functools import singledispatch
 from typing import NamedTuple
 
 from ..config import (
+    ByteBudget,
     ExplainedVariance,
     FlopBudget,
     LatencyBudget,
@@ -21,10 +22,12 @@ from ..config import (
     check_bound,
 )
 from ..subspaces.layer import LayerSubspaces
-from .allocation import allocate
+from .allocation import allocate, allocate_bytes
 from .costs import (
+    PLAIN,
     UNBOUNDED,
     Bounds,
+    Formats,
     Option,
     dense_parameters,
     in_macs,
@@ -36,6 +39,14 @@ from .costs import (
 
 Spaces = Mapping[str, LayerSubspaces]
 ChosenRanks = dict[str, int | None]
+
+
+class Rounded(NamedTuple):
+    """The formats of a layer's factors, and the predicted increases of loss and output error by rounding them."""
+
+    formats: Formats = PLAIN
+    loss: float = 0.0
+    error: float = 0.0
 
 
 def choose_ranks(
@@ -60,9 +71,33 @@ def choose_ranks(
         ValueError: a name that matches no layer, a rank out of range, bounds that leave a layer no rank, a budget that
             cannot be met, an allocation by loss without output gradients.
     """
+    return choose_sizes(policy, spaces, overrides, bounds=bounds, pivoted=pivoted)[0]
+
+
+def choose_sizes(
+    policy: RankPolicy,
+    spaces: Spaces,
+    overrides: Mapping[str, int | None] | None = None,
+    *,
+    bounds: Mapping[str, tuple[int, int | None]] | None = None,
+    pivoted: bool = False,
+) -> tuple[ChosenRanks, dict[str, Rounded]]:
+    """The ranks of :func:`choose_ranks`, and the formats of the layers with 8-bit factors."""
     limits = limits_of(spaces, overrides, bounds, pivoted=pivoted)
-    chosen = {**_choose(policy, spaces, limits), **limits.fixed}
-    return {fqn: chosen[fqn] for fqn in spaces}
+    rounded: dict[str, Rounded] = {}
+    if isinstance(policy, ByteBudget):
+        taken = allocate_bytes(
+            policy.fraction, _set(policy.allocation), policy.form, spaces, limits.fixed, limits.bounds
+        )
+        chosen: ChosenRanks = {fqn: option.rank for fqn, (option, _) in taken.items()}
+        for fqn, (option, rounding) in taken.items():
+            if option.rank is not None and rounding is not None and option.formats != PLAIN:
+                size = option.rank, option.formats
+                rounded[fqn] = Rounded(option.formats, rounding.loss(*size), rounding.error(*size))
+    else:
+        chosen = _choose(policy, spaces, limits)
+    chosen = {**chosen, **limits.fixed}
+    return {fqn: chosen[fqn] for fqn in spaces}, rounded
 
 
 class Limits(NamedTuple):

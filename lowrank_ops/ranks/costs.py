@@ -78,24 +78,23 @@ class Price(NamedTuple):
         return self.dense(fqn, space) if rank is None else self.lowrank(fqn, space, rank)
 
 
-def in_parameters(pivoted: bool = False) -> Price:
-    """Cost in parameters."""
+def _counted(unit: str, dense: Callable[..., int], lowrank: Callable[..., int], pivoted: bool) -> Price:
     return Price(
-        "parameters",
-        lambda fqn, space: dense_parameters(space),
-        lambda fqn, space, rank: lowrank_parameters(space, rank, pivoted=pivoted),
+        unit,
+        lambda fqn, space: dense(space),
+        lambda fqn, space, rank: lowrank(space, rank, pivoted=pivoted),
         pivoted,
     )
+
+
+def in_parameters(pivoted: bool = False) -> Price:
+    """Cost in parameters."""
+    return _counted("parameters", dense_parameters, lowrank_parameters, pivoted)
 
 
 def in_macs(pivoted: bool = False) -> Price:
     """Cost in MACs."""
-    return Price(
-        "MACs",
-        lambda fqn, space: dense_macs(space),
-        lambda fqn, space, rank: lowrank_macs(space, rank, pivoted=pivoted),
-        pivoted,
-    )
+    return _counted("MACs", dense_macs, lowrank_macs, pivoted)
 
 
 def nanoseconds(latencies: LayerLatencies) -> Price:
@@ -122,11 +121,16 @@ class Bounds(NamedTuple):
 UNBOUNDED = Bounds()
 
 
+Formats = tuple[str | None, str | None]  # of down and up: "int8" or "fp8"; None: the dtype of the layer
+PLAIN: Formats = (None, None)
+
+
 class Option(NamedTuple):
     """A layer at one size."""
 
     rank: int | None
     cost: int
+    formats: Formats = PLAIN
 
 
 def options_of(fqn: str, space: LayerSubspaces, price: Price, bounds: Bounds = UNBOUNDED) -> list[Option]:

@@ -26,7 +26,7 @@ from ..calibration.statistics import NonFiniteActivationError
 from ..factors.projections import Factors
 from ..files import digest
 from ..layers import LowRankConv1d, LowRankLayer
-from ..layers.replace import lowrank_type, replaced
+from ..layers.replace import lowrank_type, replacements_of
 from ..models.experts import on_listed_experts
 from ..models.layers import find_layers, is_supported
 from ..models.masks import Mask, Masks, real_rows
@@ -48,6 +48,7 @@ from .sequential import chains_named, checked_batches
 
 DAMPING = 1e-3  # of the output metric, relative to its mean diagonal
 WARMUP = 5  # steps
+LOWER = 4.0  # divides the learning rate where the first epoch does not lower the error
 _FIELDS = ("last_hidden_state",)  # of a block's output, where it is an object or a mapping
 
 
@@ -63,9 +64,11 @@ class BlockReconstruction:
             block's error. None: the error of each output feature is relative to the variance of what the block adds to
             its input.
         epochs: passes over the batches for each block.
-        lr: peak learning rate of Adam relative to the root mean square of each factor.
+        lr: peak learning rate of Adam relative to the root mean square of each factor. A block whose error the first
+            epoch does not lower starts again with a quarter of it, at most twice.
         held_out: share of the batches, from the end, that are not used for training. The epoch with the lowest error
             on them is used; a block that does not improve keeps its factors.
+        autocast: ``torch.bfloat16`` runs the models in mixed precision; None does not. Factors and errors stay float32.
         mask, unmasked_rows, forward: as for :func:`lowrank_ops.calibrate`.
         blocks: names of the containers whose children are the blocks, such as ``"model.layers"``; None finds them.
         checkpoint: file written after every block. If it exists, the run resumes from it and gives the same factors,
@@ -86,13 +89,14 @@ class BlockReconstruction:
     batches: Iterable[Any]
     sensitivity: Sensitivity | None = None
     epochs: int = 4
-    lr: float = 2e-3
+    lr: float = 1e-3
     held_out: float = 0.125
     mask: Mask | None = None
     forward: Callable[[nn.Module, Any], Any] | None = None
     blocks: str | Sequence[str] | None = None
     checkpoint: str | Path | None = None
     unmasked_rows: str = "count"
+    autocast: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         check_arguments(type(self), vars(self))
@@ -101,6 +105,19 @@ class BlockReconstruction:
         check_positive(epochs=self.epochs, lr=self.lr)
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out must be a number in (0, 1); got {self.held_out!r}.")
+        if self.autocast not in (None, torch.bfloat16):
+            raise ValueError(f"autocast must be None or torch.bfloat16; got {self.autocast!r}.")
+
+    def _precision(self, device: torch.device) -> torch.autocast:
+        """The context of the models' runs; without a cache of weights, which training changes."""
+        return torch.autocast(
+            device.type, self.autocast or torch.bfloat16, self.autocast is not None, cache_enabled=False
+        )
+
+    def _run(self, model: nn.Module, batch: Any) -> Any:
+        """The model's output for a batch."""
+        with self._precision(device_of(model)):
+            return (self.forward or call_model)(model, batch)
 
 
 @on_listed_experts
@@ -131,24 +148,26 @@ def reconstruct_blocks(
     batches = checked_batches(model, factors, settings.batches)
     if len(batches) < 2:
         raise ValueError("a block-wise reconstruction needs at least 2 batches, one of them held out; split the batch.")
-    with replaced(model, factors):  # raises now for layers that could not be replaced in the end
-        pass
+    replacements_of(model, factors)  # raises now for layers that could not be replaced in the end
     found, _ = find_layers(model)
     layers = {fqn: found[fqn] for fqn in factors}
     chains = find_chains(model, layers) if settings.blocks is None else chains_named(model, settings.blocks)
-    run = settings.forward or call_model
     checkpoint = None if settings.checkpoint is None else Path(settings.checkpoint)
     identity: dict[str, Any] = {}
     done: dict[str, Factors] = {}
     if checkpoint is not None:
         own = {name: getattr(settings, name) for name in ("epochs", "lr", "held_out")}
+        own["autocast"] = str(settings.autocast)
         given = digest({fqn: (part.down, part.up, part.bias) for fqn, part in factors.items()})
         identity = run_identity(layers, factors, batches, settings, kind="blocks", start=given, chains=chains, **own)
         done = resume_checkpoint(checkpoint, identity, layers)
 
     masks = Masks(model, settings.mask, settings.unmasked_rows)
     new = dict(factors)
-    with PairedRuns(model, layers, batches, run, masks, chains, strict=settings.blocks is not None) as runs:
+    with (
+        torch.autocast(device_of(model).type, enabled=False),  # the caller's
+        PairedRuns(model, layers, batches, settings._run, masks, chains, strict=settings.blocks is not None) as runs,
+    ):
         members = {block: _layers_in(block_name(model, block), layers) for block in runs.blocks}
         trained = [block for block in runs.blocks if members[block]]
         if not trained:
@@ -211,7 +230,10 @@ def _train(
     calls = dict(runs.block_calls(block))
     name = block_name(runs.model, block)
     module = runs.model.get_submodule(name)
-    if not runs.runs_alone(block, calls[0]):
+    precision = settings._precision(runs.device)
+    with precision:
+        alone = runs.runs_alone(block, calls[0])
+    if not alone:
         raise ValueError(
             f"block {name!r} cannot be run alone: its output depends on values beside its arguments, such as those "
             "that other modules have stored. Use SequentialReconstruction, which runs the whole model."
@@ -230,7 +252,9 @@ def _train(
 
     def error(batch: int) -> Tensor:
         call = calls[batch]
-        difference = rows(runs.run_block(block, call), call) - targets[batch].to(runs.device)
+        with precision:
+            output = runs.run_block(block, call)
+        difference = rows(output, call) - targets[batch].to(runs.device)
         return (difference.float() @ metric).square().sum(-1).mean()
 
     held = max(1, round(settings.held_out * len(calls)))
@@ -252,20 +276,25 @@ def _train(
     for fqn, layer in new.items():
         runs.replace(fqn, layer.requires_grad_(True))
     parameters = [parameter for layer in new.values() for parameter in layer.parameters()]
+    start = [parameter.detach().clone() for parameter in parameters]
     best, states = held_out_error(), None
     if not math.isfinite(best):
         raise NonFiniteActivationError(
             f"block {name!r}: its error is {best} in the compressed model. Check the batches, or run the model in a "
             "wider dtype."
         )
-    for _ in _epochs(parameters, gradients_of, training, settings):
-        if (value := held_out_error()) < best:
-            best, states = value, [parameter.detach().clone() for parameter in parameters]
+    for lr in (settings.lr, settings.lr / LOWER, settings.lr / LOWER**2):
+        for _ in _epochs(parameters, gradients_of, training, settings.epochs, lr):
+            if (value := held_out_error()) < best:
+                best, states = value, [parameter.detach().clone() for parameter in parameters]
+            elif states is None:
+                break
+        if states is not None:
+            break
+        _fill(parameters, start)
     if states is None:
         return {fqn: factors for fqn, (_, factors) in members.items()}
-    with torch.no_grad():
-        for parameter, state in zip(parameters, states, strict=True):
-            parameter.copy_(state)
+    _fill(parameters, states)
     return {fqn: _factors_of(new[fqn], factors) for fqn, (_, factors) in members.items()}
 
 
@@ -273,7 +302,8 @@ def _epochs(
     parameters: Sequence[nn.Parameter],
     gradients_of: Callable[[int], Sequence[Tensor | None]],
     training: Sequence[int],
-    settings: BlockReconstruction,
+    epochs: int,
+    lr: float,
 ) -> Iterator[None]:
     """Adam with a cosine schedule; yields after each epoch.
 
@@ -281,13 +311,13 @@ def _epochs(
     """
     wide = [torch.promote_types(parameter.dtype, torch.float32) for parameter in parameters]
     masters = [parameter.detach().to(dtype, copy=True) for parameter, dtype in zip(parameters, wide, strict=True)]
-    rates = [settings.lr * float(master.square().mean().sqrt()) for master in masters]
+    rates = [lr * float(master.square().mean().sqrt()) for master in masters]
     optimizer = torch.optim.Adam(
         [{"params": [master], "lr": rate} for master, rate in zip(masters, rates, strict=True)]
     )
     generator = torch.Generator().manual_seed(SEED)
-    step, total = 0, settings.epochs * len(training)
-    for _ in range(settings.epochs):
+    step, total = 0, epochs * len(training)
+    for _ in range(epochs):
         for position in torch.randperm(len(training), generator=generator).tolist():
             factor = min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / total))
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -296,11 +326,15 @@ def _epochs(
             for master, gradient in zip(masters, gradients, strict=True):
                 master.grad = None if gradient is None else gradient.to(master.dtype)
             optimizer.step()
-            with torch.no_grad():
-                for parameter, master in zip(parameters, masters, strict=True):
-                    parameter.copy_(master)
+            _fill(parameters, masters)
             step += 1
         yield
+
+
+@torch.no_grad()
+def _fill(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)
 
 
 def _factors_of(layer: LowRankLayer, old: Factors) -> Factors:
@@ -340,7 +374,7 @@ def _output_metrics(
     To second order, an error e of one row increases the loss by |e L|^2 / 2.
     """
     assert settings.sensitivity is not None
-    device, run = device_of(model), settings.forward or call_model
+    device = device_of(model)
     gradients = OutputGradients()
     masks = Masks(model, settings.mask, settings.unmasked_rows)
     sums: dict[str, Tensor] = {}
@@ -361,7 +395,7 @@ def _output_metrics(
         for batch in ProgressBar(batches, desc="output gradients", unit="batch", disable=not progress):
             moved = move(batch, device)
             # The output is not bound to a name, which would keep this batch's graph during the next forward.
-            loss = objective(settings.sensitivity, run(model, moved), moved, masks.of_output()).loss
+            loss = objective(settings.sensitivity, settings._run(model, moved), moved, masks.of_output()).loss
             for name, values, mask, _ in gradients.of(loss):
                 rows = _rows(name, modules[name], values, mask)
                 rows = rows.to(float64_device(rows.device)).double()

@@ -25,6 +25,7 @@ from ..ranks.costs import (
     stored_rank,
     stored_rank_of,
 )
+from ..ranks.eight_bit import factor_bytes
 from ..subspaces.layer import LayerSubspaces
 from .kinds import kind_of
 from .page import framed, page
@@ -52,6 +53,7 @@ class CompressionReport:
         model_parameters_before, model_parameters: of the whole model.
         skipped: ``{fqn: reason}`` of the layers that were not considered, and of modules of other kinds that hold
             matrices, with their share of the model's parameters.
+        groups: names of the layers that compute their outputs together, per group.
     """
 
     config: CompressionConfig
@@ -59,6 +61,7 @@ class CompressionReport:
     model_parameters_before: int
     model_parameters: int
     skipped: Mapping[str, str]
+    groups: tuple[tuple[str, ...], ...] = ()
 
     @classmethod
     def build(
@@ -68,6 +71,7 @@ class CompressionReport:
         subspaces: Mapping[str, LayerSubspaces],
         factors: Mapping[str, Factors],
         skipped: Mapping[str, str],
+        groups: tuple[tuple[str, ...], ...] = (),
     ) -> CompressionReport:
         """Build the report, before the model is changed; ``config`` has its defaults filled in."""
         policy = config.rank
@@ -79,7 +83,7 @@ class CompressionReport:
         before = sum(parameter.numel() for parameter in model.parameters())
         saved = sum(layer.dense_parameters - layer.parameters for layer in layers)
         others = unsupported_weights(model, {*subspaces, *skipped})
-        return cls(config, layers, before, before - saved, {**skipped, **others})
+        return cls(config, layers, before, before - saved, {**skipped, **others}, groups)
 
     @property
     def allocation(self) -> str | None:
@@ -95,6 +99,16 @@ class CompressionReport:
     def layer_parameters(self) -> int:
         """Parameters of the considered layers after compression."""
         return sum(layer.parameters for layer in self.layers)
+
+    @property
+    def layer_bytes_before(self) -> int:
+        """Bytes of the considered layers before compression."""
+        return sum(layer.dense_bytes for layer in self.layers)
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of the considered layers after compression, with the scales of 8-bit factors."""
+        return sum(layer.bytes for layer in self.layers)
 
     @checked()
     def with_measured(self, errors: Mapping[str, float]) -> CompressionReport:
@@ -157,8 +171,13 @@ class CompressionReport:
             f"model {self.model_parameters_before:,} -> {self.model_parameters:,} "
             f"({self.model_parameters / self.model_parameters_before:.1%})"
         )
+        if any(layer.formats != (None, None) for layer in self.layers):
+            share = self.layer_bytes / self.layer_bytes_before
+            lines.append(f"layer bytes {self.layer_bytes_before:,} -> {self.layer_bytes:,} ({share:.1%})")
         few = few_rows_note(self.few_rows()) + self._rows_note()
-        return "\n".join([*lines, *self.fallbacks(), *few, *notes((), self.skipped), self.considered()])
+        return "\n".join(
+            [*lines, *self._groups_note(), *self.fallbacks(), *few, *notes((), self.skipped), self.considered()]
+        )
 
     def considered(self) -> str:
         """The share of the whole model's parameters that compression considered, in one line."""
@@ -217,6 +236,7 @@ class CompressionReport:
             compression_table(self.layers),
             remarks(
                 [
+                    *self._groups_note(),
                     *self.fallbacks(),
                     *few_rows_note(self.few_rows()),
                     *self._rows_note(),
@@ -256,6 +276,12 @@ class CompressionReport:
     def _rows_note(self) -> list[str]:
         return rows_note([layer for layer in self.layers if layer.rank is not None], errors=True)
 
+    def _groups_note(self) -> list[str]:
+        """How many groups there are, and one of them."""
+        if not self.groups:
+            return ["no layers share an input, so there are no groups"] if self.config.group else []
+        return [f"groups of layers with one input: {len(self.groups)}, such as {', '.join(self.groups[0])}"]
+
     def fallbacks(self) -> list[str]:
         """One line per layer that was not compressed as requested."""
         replaced = [layer for layer in self.layers if layer.rank is not None]
@@ -276,9 +302,12 @@ class CompressionReport:
             "layers": [_plain(layer) for layer in self.layers],
             "layer_parameters_before": self.layer_parameters_before,
             "layer_parameters": self.layer_parameters,
+            "layer_bytes_before": self.layer_bytes_before,
+            "layer_bytes": self.layer_bytes,
             "model_parameters_before": self.model_parameters_before,
             "model_parameters": self.model_parameters,
             "skipped": dict(self.skipped),
+            "groups": [list(group) for group in self.groups],
             "few_rows": self.few_rows(),
             "allocation": self.allocation,
             "prediction": None if (prediction := self.prediction()) is None else prediction._asdict(),
@@ -311,6 +340,7 @@ def _layer_compression(
         "kind": kind_of(fqn, layer),
         "spectrum": spectrum,
         "dense_macs": macs,
+        "dense_bytes": dense * space.dtype.itemsize,
         "dense_seconds": None if latencies is None else latencies.seconds(fqn, None),
     }
     if factors is None:
@@ -319,17 +349,24 @@ def _layer_compression(
             rank=None,
             stored_rank=None,
             parameters=dense,
+            bytes=shared["dense_bytes"],
             macs=macs,
             seconds=shared["dense_seconds"],
             predicted_error=0.0,
             predicted_loss=0.0,
         )
+    parameters = factor_parameters(space, factors.rank, pivoted=pivoted)
+    biases = 0 if factors.bias is None else factors.bias.numel()
+    stored = (parameters + biases) * space.dtype.itemsize
+    if factors.formats != (None, None):
+        stored = factor_bytes(space, factors.rank, factors.formats) + biases * space.dtype.itemsize
     return LayerCompression(
         **shared,
         rank=factors.rank,
         stored_rank=stored_rank_of(space, factors.rank, pivoted=pivoted),
-        parameters=factor_parameters(space, factors.rank, pivoted=pivoted)
-        + (0 if factors.bias is None else factors.bias.numel()),
+        parameters=parameters + biases,
+        bytes=stored,
+        formats=factors.formats,
         macs=lowrank_macs(space, factors.rank, pivoted=pivoted),
         seconds=None if latencies is None else latencies.seconds(fqn, stored_rank(factors.rank)),
         predicted_error=factors.predicted_error,

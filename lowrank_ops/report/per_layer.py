@@ -50,6 +50,9 @@ class LayerCompression:
     seconds: float | None = None
     measured_error: float | None = None  # relative, on other data; see with_measured. Infinity is null in JSON.
     reconstructed: bool = False  # predicted_error then compares with the dense model, at the compressed model's input
+    dense_bytes: int = 0
+    bytes: int = 0  # with the scales of 8-bit factors
+    formats: tuple[str | None, str | None] = (None, None)  # of 8-bit factors: "int8" or "fp8"; None: the layer's dtype
 
     @property
     def share(self) -> float:
@@ -113,6 +116,11 @@ def compression_columns(layers: Sequence[LayerCompression]) -> CompressionColumn
         )
     if any(layer.measured_error is not None for layer in layers):
         columns["measured error"] = lambda layer: "-" if layer.measured_error is None else percent(layer.measured_error)
+    if any(layer.formats != (None, None) for layer in layers):
+        columns["down, up"] = lambda layer: (
+            "-" if layer.rank is None else ", ".join(form or "as dense" for form in layer.formats)
+        )
+        columns["bytes"] = lambda layer: f"{layer.bytes / layer.dense_bytes:.1%}"
     if all(layer.seconds is not None for layer in layers):
         columns["dense ms"] = lambda layer: f"{1e3 * (layer.dense_seconds or 0):.3f}"
         columns["ms"] = lambda layer: f"{1e3 * (layer.seconds or 0):.3f}"

@@ -14,7 +14,8 @@ from ..arguments import check_positive, checked
 from ..calibration.covariances import Covariances
 from ..compress import considered_layers, decompose, resolved
 from ..config import CompressionConfig, ParameterBudget, Ranks
-from ..models.experts import on_listed_experts
+from ..models.copies import filter_of_original, shared_copy
+from ..models.experts import list_experts_
 from ..models.layers import FilterFn
 from ..models.running import ProgressBar
 from ..ranks.choose import ChosenRanks, limits_of
@@ -25,7 +26,6 @@ MAX_CORRECTION = 10.0  # of a predicted loss in one round, in either direction
 
 
 @checked()
-@on_listed_experts
 def measured_ranks(
     model: nn.Module,
     covariances: Covariances,
@@ -49,9 +49,10 @@ def measured_ranks(
     predicted loss.
 
     Args:
-        model: as for :func:`lowrank_ops.search_ranks`; compressed during each trial and dense again afterwards.
+        model: as for :func:`lowrank_ops.search_ranks`, not changed.
         covariances: with output gradients, from :func:`lowrank_ops.calibrate`.
-        evaluate: ``evaluate(model) -> float``, higher is better, such as the negative loss on a few thousand tokens.
+        evaluate: ``evaluate(trial) -> float`` of a copy of the model, higher is better, such as the negative loss on a
+            few thousand tokens.
         fraction: of the layers' parameters, as in :class:`lowrank_ops.ParameterBudget`.
         num_evaluations: at most this many trials in all; they set the number of groups. At least 2 * ``rounds`` + 3.
         rounds: corrections, each at the ranks of the one before.
@@ -61,9 +62,9 @@ def measured_ranks(
         The ranks, a policy for :func:`lowrank_ops.compress_`; layers that stay dense are not named.
 
     Raises:
-        TypeError: an argument of another type.
-        ValueError: an invalid argument, a budget that cannot be met, statistics without output gradients, an evaluation
-            that is not a finite number, a cache of other trials.
+        RuntimeError, TypeError: as for :func:`lowrank_ops.search_ranks`.
+        ValueError: as for :func:`lowrank_ops.search_ranks`, a budget that cannot be met, statistics without output
+            gradients.
 
     Example:
         >>> import torch, lowrank_ops as lro
@@ -80,10 +81,12 @@ def measured_ranks(
     if num_evaluations < 2 * rounds + 3:
         raise ValueError(f"num_evaluations must be an integer of at least {2 * rounds + 3}; got {num_evaluations!r}.")
     config = replace(CompressionConfig.of(config), rank=ParameterBudget(fraction, "loss"))
-    subspaces, _ = considered_layers(model, covariances, filter_fn, subspaces, centered=config.centered)
+    dense, filter_fn = shared_copy(model), filter_of_original(model, filter_fn)
+    list_experts_(dense)
+    subspaces, _ = considered_layers(dense, covariances, filter_fn, subspaces, centered=config.centered)
     config = resolved(config, subspaces)
     decompose(config.rank, subspaces, progress)
-    measure = accuracy_of(model, evaluate, subspaces, config, cache)
+    measure = accuracy_of(dense, model, evaluate, subspaces, config, cache)
     limits = limits_of(subspaces, config.overrides, config.bounds, pivoted=config.pivoted)
     groups = _groups([fqn for fqn in subspaces if fqn not in limits.fixed], (num_evaluations - 2) // rounds - 1)
     weights = dict.fromkeys(subspaces, 1.0)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from threading import get_ident
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import nn
@@ -16,10 +19,11 @@ from ..calibration.covariances import Covariances
 from ..compress import considered_layers, decompose, factorize_layers, resolved
 from ..config import CompressionConfig, ParameterBudget, Ranks, check_choice
 from ..files import digest
-from ..layers.replace import replaced
-from ..models.experts import on_listed_experts
+from ..layers.replace import replace_
+from ..models.copies import filter_of_original, shared_copy
+from ..models.experts import list_experts_
 from ..models.layers import FilterFn
-from ..models.running import ProgressBar, exclusive, training_flags_kept
+from ..models.running import ProgressBar, hooks, training_flags_kept, warn_caller
 from ..ranks.choose import ChosenRanks, Limits, limits_of
 from ..ranks.costs import Option, dense_parameters, in_parameters
 from ..subspaces.layer import LayerSubspaces
@@ -29,7 +33,6 @@ Measure = Callable[[ChosenRanks], float]
 
 
 @checked()
-@on_listed_experts
 def search_ranks(
     model: nn.Module,
     covariances: Covariances,
@@ -48,10 +51,11 @@ def search_ranks(
     """Search for the smallest ranks whose accuracy is at most ``max_drop`` below that of the dense model.
 
     Args:
-        model: the model that was calibrated; compressed during each trial and dense again afterwards. No other thread
-            may run it meanwhile; for a model that is served, pass ``copy.deepcopy(model)``.
+        model: the model that was calibrated. It is not changed, and other threads may run it meanwhile: trials run on
+            copies of its structure, which share its parameters and have their own buffers.
         covariances: from :func:`lowrank_ops.calibrate`.
-        evaluate: ``evaluate(model) -> float``, higher is better; called with the dense and with compressed models.
+        evaluate: ``evaluate(trial) -> float``, higher is better; called with copies of the model, dense and compressed.
+            It has to run the copy that it is called with: ``model`` itself stays dense.
         max_drop: accepted decrease from the dense model's value, in the units of ``evaluate``.
         by: ``"budget"`` bisects one parameter budget for all layers. ``"layers"`` bisects the rank of each layer, the
             largest layer first. Each trial keeps the layers before it compressed, and each layer may use a share of
@@ -71,9 +75,10 @@ def search_ranks(
         The ranks found, a policy for :func:`lowrank_ops.compress_`; layers that stay dense are not named.
 
     Raises:
+        RuntimeError: another thread calibrates or compresses the model when the search begins.
         TypeError: an argument of another type.
-        ValueError: an invalid argument, an evaluation that is not a finite number, a cache of other trials, or as for
-            :func:`lowrank_ops.compress_`.
+        ValueError: an invalid argument, an evaluation that is not a finite number or runs ``model`` instead of the
+            copy, a model that cannot be copied, a cache of other trials, or as for :func:`lowrank_ops.compress_`.
 
     Example:
         >>> import torch, lowrank_ops as lro
@@ -87,14 +92,16 @@ def search_ranks(
     _check(max_drop, by, {"allocation": allocation, "num_evaluations": num_evaluations})
     num_evaluations = num_evaluations or 10
     config = replace(CompressionConfig.of(config), rank=ParameterBudget(1.0, allocation))
-    subspaces, _ = considered_layers(model, covariances, filter_fn, subspaces, centered=config.centered)
+    dense, filter_fn = shared_copy(model), filter_of_original(model, filter_fn)
+    list_experts_(dense)
+    subspaces, _ = considered_layers(dense, covariances, filter_fn, subspaces, centered=config.centered)
     config = resolved(config, subspaces)
     policy = config.rank
     assert isinstance(policy, ParameterBudget)
     if by == "budget":  # layer by layer, no spectra are used
         decompose(policy, subspaces, progress)
 
-    measure = accuracy_of(model, evaluate, subspaces, config, cache)
+    measure = accuracy_of(dense, model, evaluate, subspaces, config, cache)
     limits = limits_of(subspaces, config.overrides, config.bounds, pivoted=config.pivoted)
     free = {fqn: limits.options(fqn, space) for fqn, space in subspaces.items() if fqn not in limits.fixed}
     trials = num_evaluations if by == "budget" else 1 + sum(len(options).bit_length() for options in free.values())
@@ -109,34 +116,79 @@ def search_ranks(
             bar.update()
             return accuracy
 
-        dense = trial(dict.fromkeys(subspaces))
+        dense_accuracy = trial(dict.fromkeys(subspaces))
         if by == "budget":
             found = _bisect_budget(
-                num_evaluations, str(policy.allocation), subspaces, limits, free, dense - max_drop, trial
+                num_evaluations, str(policy.allocation), subspaces, limits, free, dense_accuracy - max_drop, trial
             )
         else:
-            found = _bisect_layers(max_drop, free, dense, trial)
+            found = _bisect_layers(max_drop, free, dense_accuracy, trial)
     ranks = {fqn: {**found, **limits.fixed}[fqn] for fqn in subspaces}
     return Ranks({fqn: rank for fqn, rank in ranks.items() if rank is not None})
 
 
 def accuracy_of(
+    dense: nn.Module,
     model: nn.Module,
     evaluate: Callable[[nn.Module], float],
     subspaces: Mapping[str, LayerSubspaces],
     config: CompressionConfig,
     cache: str | Path | None,
 ) -> Measure:
-    """A function from ranks to the accuracy of the model compressed to them; stored trials are not repeated."""
+    """A function from ranks to the accuracy of the model compressed to them; stored trials are not repeated.
+
+    Args:
+        dense: a :func:`shared_copy` of ``model``, which is copied again for every trial.
+        model: the user's own, which ``evaluate`` must not run instead.
+        evaluate, config, cache: as for :func:`search_ranks`.
+        subspaces: of the layers considered.
+    """
 
     def accuracy_at(ranks: ChosenRanks) -> float:
         factors = dict(factorize_layers(subspaces, ranks, str(config.projection), keep_directions=True))
-        with exclusive(model), replaced(model, factors), torch.no_grad(), training_flags_kept(model):
-            return _finite(evaluate(model))
+        trial = shared_copy(dense)
+        replace_(trial, factors)
+        mine, others = _Runs(), _Runs(get_ident())
+        with hooks() as handles, torch.no_grad(), training_flags_kept(trial):
+            if factors:  # the dense copy keeps the fast path of nn.TransformerEncoderLayer, which hooks would disable
+                for module in [trial, *(trial.get_submodule(fqn) for fqn in factors)]:
+                    handles.append(module.register_forward_pre_hook(mine))
+                handles.append(trial.register_state_dict_pre_hook(mine))  # saved, to be run elsewhere
+                handles.append(model.register_forward_pre_hook(others))
+            accuracy = evaluate(trial)
+        if factors and not mine.seen:
+            _complain(others.seen)
+        alive = ref(trial)
+        del trial
+        if alive() is not None:
+            gc.collect()  # a model in reference cycles would keep the factors of this trial during the next one
+        return _finite(accuracy)
 
     if cache is None:
         return accuracy_at
-    return TrialCache(cache, _key(model, subspaces, str(config.projection), config.centered)).cached(accuracy_at)
+    return TrialCache(cache, _key(dense, subspaces, str(config.projection), config.centered)).cached(accuracy_at)
+
+
+class _Runs:
+    """A hook that notes whether its module has run, if given a thread, in that one. It can be pickled."""
+
+    def __init__(self, thread: int | None = None) -> None:
+        self.seen, self._thread = False, thread
+
+    def __call__(self, *args: Any) -> None:
+        if self._thread is None or (not torch.compiler.is_compiling() and get_ident() == self._thread):
+            self.seen = True
+
+
+def _complain(ran_model: bool) -> None:
+    if ran_model:
+        raise ValueError(
+            "evaluate ran the model that was given to the search, which stays dense, and not the compressed copy that "
+            "it is called with; write evaluate(trial) so that it runs trial."
+        )
+    warn_caller(
+        "evaluate did not run the compressed copy that it was called with; the search knows nothing of another model."
+    )
 
 
 def _check(max_drop: float, by: str, of_budget: Mapping[str, Any]) -> None:

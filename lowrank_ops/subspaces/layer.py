@@ -97,8 +97,7 @@ class LossSpace:
     def __init__(self, spaces: LayerSubspaces, gradients: Moments) -> None:
         self._spaces, self._gradients, self._device = spaces, gradients, spaces.mean.device
         self._held: tuple[Tensor, Tensor] | None = None  # of a tall layer, W^T M W and its directions
-        self._variances: Tensor | None = None
-        self._values: Tensor | None = None
+        self._lost: tuple[Tensor, Tensor] | None = None  # with each direction: plain output variance, and that in M
         self.corrected: Tensor | None = None
         self.subspace = Subspace(self._decompose_tall if spaces.is_tall else self._decompose)
 
@@ -134,8 +133,7 @@ class LossSpace:
         values, vectors = falling_eigh(root_congruence(matrix, root))
         limit = (noise * root.square().sum(-1)).sum(-1)
         values = denoised(values, limit, lambda start: noise_along(noise, root @ vectors[..., start:]))
-        self._variances = values * torch.linalg.solve_triangular(root.mT, vectors, upper=True).square().sum(-2)
-        self._values = values
+        self._lost = values * torch.linalg.solve_triangular(root.mT, vectors, upper=True).square().sum(-2), values
         return vectors, values * self.scale.unsqueeze(-1)
 
     def _decompose_tall(self) -> tuple[Tensor, Tensor]:
@@ -153,25 +151,24 @@ class LossSpace:
             return noise_along(noise, metric @ columns[..., start:]) / values[..., start:].clamp_min(1e-300)
 
         values = denoised(values, (noise * metric.diagonal(dim1=-2, dim2=-1)).sum(-1), along)
-        self._variances = torch.where(values > 0, squares.sum(-2), 0.0)
-        self._held, self._values = (inner, columns), values
+        self._held, self._lost = (inner, columns), (torch.where(values > 0, squares.sum(-2), 0.0), values)
         return inputs, values * self.scale.unsqueeze(-1)
+
+    def _decomposed(self) -> tuple[Tensor, Tensor]:
+        if self._lost is None:
+            _ = self.subspace.spectrum
+        assert self._lost is not None
+        return self._lost
 
     @property
     def variances(self) -> Tensor:
         """The plain output variance that is lost with each direction, (..., directions)."""
-        if self._variances is None:
-            _ = self.subspace.spectrum
-        assert self._variances is not None
-        return self._variances
+        return self._decomposed()[0]
 
     @property
     def values(self) -> Tensor:
         """The variance along each direction in the metric M, (..., directions)."""
-        if self._values is None:
-            _ = self.subspace.spectrum
-        assert self._values is not None
-        return self._values
+        return self._decomposed()[1]
 
     @property
     def spectrum(self) -> Tensor:

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from ..arguments import check_positive, checked
 from ..files import check_file, digest
+from ..layers import LowRankLinear
+from ..models.layers import check_not_dispatched
 from ..models.masks import Mask, Masks, real_rows
 from ..models.running import (
     EMPTY,
@@ -358,9 +360,16 @@ def _check(
     student: nn.Module, lr: float, weight_decay: float, warmup: float, clip: float, checkpoint_every: int
 ) -> None:
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    for fqn, layer in student.named_modules():
+        if isinstance(layer, LowRankLinear) and layer.formats != (None, None) and not fqn.endswith("base_layer"):
+            raise ValueError(
+                f"student has 8-bit factors, which have no gradients, in layer {fqn!r}: call dequantize_() on it and "
+                "lowrank_ops.layers.quantize_ after the training, or train adapters of PEFT."
+            )
     if not trained:
         raise ValueError("student has no parameter that requires gradients; call student.requires_grad_(True).")
     if any(parameter.is_meta for parameter in student.parameters()):
+        check_not_dispatched(student)
         raise ValueError("student has parameters on the meta device, which have no values; load the weights first.")
     if any(parameter.dtype == torch.float16 for parameter in trained):
         raise ValueError(

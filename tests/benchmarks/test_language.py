@@ -42,20 +42,22 @@ def test_variants_are_measured_once(model: torch.nn.Module, monkeypatch: pytest.
     monkeypatch.setattr(language, "PROMPTS", language.PROMPTS[:1])
     arguments = ["--out", str(tmp_path / "rows.json"), "--tokens", "4096", "--test-tokens", "1024", "--budgets", "60"]
     monkeypatch.setattr(language, "STEPS", 8)
-    variants = ["ASVD", "output, uniform (SVD-LLM)", "loss, blocks", "loss, pivoted, corrected, distilled"]
-    arguments += ["--cache", str(tmp_path / "cache"), "--variants", *variants]
+    variants = ["ASVD", "output, uniform (SVD-LLM)", "loss, blocks", "loss, pivoted, corrected, blocks, distilled"]
+    arguments += ["--calibrate", "both", "--cache", str(tmp_path / "cache"), "--variants", *variants]
     language.main(arguments)
     rows = language.Results(tmp_path / "rows.json").rows
     assert [row["variant"] for row in rows] == variants
     for row in rows:
         assert row["layer_share"] <= 0.6 and row["python_divergence"] > 0 and row["handbook_perplexity"] > 1
+        assert row["bytes"] < sum(part.nbytes for part in model.parameters()) and row["generated_per_second"] > 0
     language.main(arguments)
     assert language.Results(tmp_path / "rows.json").rows == rows
 
 
 def test_perplexity_is_that_of_the_labels(model: torch.nn.Module) -> None:
     ids = torch.randint(60, (3, 40))
-    found = language.compare([language.logits_of(model, ids)], model, [ids])
+    logits = [language.logits_of(model, ids)]
+    found = language.compare(logits, logits, [ids])
     loss = model(input_ids=ids, labels=ids).loss
     assert found["perplexity"] == pytest.approx(math.exp(float(loss)), rel=1e-4)
     assert found["agreement"] == 100 and abs(found["divergence"]) < 1e-6

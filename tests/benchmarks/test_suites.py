@@ -9,6 +9,7 @@ import torch
 from benchmarks import (
     bench_covariance,
     bench_cpu,
+    bench_grouped,
     bench_lowrank_linear,
     bench_model,
     bench_transformers,
@@ -24,6 +25,7 @@ TINY_VIT = models.TINY_SIZES["tiny ViT"]
 SUITES = {
     "covariance": (bench_covariance, shapes.DTYPES),
     "lowrank_linear": (bench_lowrank_linear, ["bf16"]),
+    "grouped": (bench_grouped, ["bf16"]),
     "model": (bench_model, ["bf16"]),
     "cpu": (bench_cpu, ["fp32"]),
     "transformers": (bench_transformers, ["fp32"]),
@@ -56,6 +58,12 @@ def test_covariances(dtype):
     assert {"symmetric_triton", "torch_mm compiled", "lowrank_ops triton"} <= not_run.keys()
 
 
+def test_groups():
+    names, not_run = right_variants(bench_grouped.case(shapes.Group("qkv", 40, (24, 16, 8), (8, 8, 8)), 3, "bf16"))
+    assert names == {"dense", "two_linears", "lowrank_linear", "lowrank_ops auto", "lowrank_ops reference"}
+    assert {"lowrank_ops triton", "lowrank_ops cuda"} <= not_run.keys()
+
+
 def test_convolutions():
     names, _ = right_variants(bench_covariance.conv_case(shapes.Conv(2, 3, 9, 3, 2, 1), "bf16"))
     assert names == {"unfold_and_product", "lowrank_ops auto", "lowrank_ops reference"}
@@ -85,7 +93,7 @@ def test_modules_of_transformers():
     names, _ = right_variants(bench_transformers.t5_case(bench_transformers.T5_TINY, 3, "fp32"))
     assert names == {"dense", "lowrank_ops"}
     names, _ = right_variants(bench_transformers.experts_case(bench_transformers.Experts(4, 32, 16, 2), 9, "fp32"))
-    assert names == {"dense eager", "dense grouped_mm", "lowrank_ops", "padded grouped_mm"}
+    assert names == {"dense eager", "dense grouped_mm", "one by one", "one op", "padded grouped_mm"}
 
 
 @pytest.mark.parametrize("name", models.TINY_SIZES)

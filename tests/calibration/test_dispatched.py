@@ -72,3 +72,26 @@ def test_dispatched_calibrations_are_planned_and_resume_unless_offloaded(tmp_pat
     whole = lro.calibrate(model, X, checkpoint=tmp_path / "saved")
     again = lro.calibrate(model, X, checkpoint=tmp_path / "saved")
     assert torch.equal(again["1"].activations.second_moment, whole["1"].activations.second_moment)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model, folder: lro.measure_latency(model, X[0]),
+        lambda model, folder: lro.layers.to_plain_layers(model),
+        lambda model, folder: lro.layers.to_dense_layers(model),
+        lambda model, folder: lro.layers.convert_attention_(model),
+        lambda model, folder: lro.layers.quantize_(model),
+        lambda model, folder: lro.layers.group_(model, [("1", "3")]),
+        lambda model, folder: lro.finetune_(model, X, teacher=dense()),
+        lambda model, folder: lro.save_pretrained(model, folder / "saved"),
+    ],
+)
+def test_what_needs_the_values_names_accelerate_and_the_remedy(use, tmp_path: Path):
+    model = dispatched(dense(), "offloaded", tmp_path)
+    with pytest.raises(
+        ValueError, match=r"0\.0 cannot .* accelerate's hooks.*accelerate\.hooks\.remove_hook_from_module\(model"
+    ):
+        use(model, tmp_path)
+    accelerate.hooks.remove_hook_from_module(model, recurse=True)
+    assert not model[1].weight.is_meta

@@ -191,6 +191,15 @@ class TestCompress:
         ]
         assert 0 < sum(products) <= 0.8 * 2 * 16 * 32
 
+    def test_byte_budget_is_kept(self, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main([*COMPRESS, "--bytes", "0.5", "--eight-bit", "fp8", "--json"]) == 0
+        compression = json.loads(capsys.readouterr().out)["compression"]
+        policy = compression["config"]["rank"]
+        assert (policy["policy"], policy["fraction"], policy["form"]) == ("byte_budget", 0.5, "fp8")
+        assert 0 < compression["layer_bytes"] <= 0.5 * compression["layer_bytes_before"]
+        loaded = load_pretrained(build(), project / "out")
+        assert loaded.get_submodule("0").formats == ("fp8", "fp8")
+
     def test_latency_budget_reads_stored_times(self, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
         curve = LatencyCurve(dense=1e-3, ranks=(8,), seconds=(4e-4,))
         layers = {"0": {"a layer": 1}, "2": {"a layer": 1}}
@@ -382,7 +391,7 @@ class TestDoctor:
         out = capsys.readouterr().out
         assert f"torch        {torch.__version__}" in out and "Every operation can run" in out
         blocks = [block for block in out.split("\n\n") if " on cpu\n" in block]
-        assert len(blocks) == 4 and all("runs" in block for block in blocks)
+        assert len(blocks) == 7 and all("runs" in block for block in blocks)
         assert "triton" in out and "cannot run: " in out
 
     def test_kernel_is_shown_with_its_tiles(
@@ -417,7 +426,7 @@ class TestDoctor:
         assert "lowrank_linear sm_90 64 planned" in capsys.readouterr().out
         assert cli.main(["doctor", "--plan", "sm_90", "--json"]) == 0
         plans = json.loads(capsys.readouterr().out)["plans"]
-        assert {plan["op"] for plan in plans} == set(ops._EXPLAIN)
+        assert {plan["op"] for plan in plans} == {"covariance_update_", "conv_covariance_update_", "lowrank_linear"}
 
     def test_plans_are_refused_with_a_reason(
         self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -478,7 +487,14 @@ class TestRefusals:
             ([*ANALYZE, "--explained-variance", "99"], "must be a number in (0, 1]; got '99'"),
             ([*COMPRESS, "--budget", "half"], "must be a number in (0, 1]; got 'half'"),
             ([*COMPRESS, "--budget", "0.5", "--ranks", "r"], "not allowed with argument"),
-            ([*COMPRESS, "--allocation", "variance"], "--allocation needs a budget: --budget, --flops or --latency"),
+            (
+                [*COMPRESS, "--allocation", "variance"],
+                "--allocation needs a budget: --budget, --flops, --bytes or --latency",
+            ),
+            ([*COMPRESS, "--budget", "0.5", "--eight-bit", "int8"], "--eight-bit needs --bytes"),
+            ([*COMPRESS, "--bytes", "0.5", "--pivoted"], "--pivoted cannot be combined with --bytes"),
+            ([*COMPRESS, "--group", "--bytes", "0.5"], "--group cannot be combined with --bytes"),
+            ([*COMPRESS, "--group", "--pivoted"], "--pivoted cannot be combined with --group"),
             ([*COMPRESS, "--projection", "svd"], "invalid choice: 'svd'"),
             ([*COMPRESS[:-2]], "required: --out"),
             ([*COMPRESS[:-1], "cli_project.py"], "--out must be a folder; 'cli_project.py' is a file"),
@@ -503,6 +519,7 @@ class TestRefusals:
         ("model", "code", "part"),
         [
             ("cli_project", 2, "MODEL must be hf:DIR, timm:NAME or module:function; got 'cli_project'"),
+            ("", 2, "MODEL must be hf:DIR, timm:NAME or module:function; got ''"),
             ("nowhere:build", 2, "no module 'nowhere' in this folder"),
             ("cli_needs:build", 2, "no module 'a_package_that_is_not_there'"),
             ("cli_project:bild", 2, "'cli_project' has no 'bild'"),

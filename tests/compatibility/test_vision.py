@@ -61,6 +61,8 @@ def test_models_are_compressed_saved_and_loaded(family, tmp_path):
     assert bool(attention) == (family.rpartition(" ")[2] in ("ViT", "DeiT", "Swin", "2"))
     if "torchvision Swin" in family:
         assert {"features.1.1.attn.qkv", "features.1.1.attn.proj"} <= {row.fqn for row in report.layers}
+        words = report.skipped.get("features.1.1.attn", "")
+        assert family[-1] == "2" or words.startswith("relative_position_bias_table of WindowAttention is not supported")
 
 
 @pytest.mark.parametrize("family", ["torchvision Swin", "torchvision Swin 2"])

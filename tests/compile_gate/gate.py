@@ -147,7 +147,7 @@ def _read(arch: int, compiled: Any, log: str) -> Report:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         usage = _tool("cuobjdump", "-res-usage", str(cubin))
-        code = _tool("nvdisasm", "-c", str(cubin))
+        code = _tool("nvdisasm", "--no-dataflow", "-c", str(cubin))
     opcodes = Counter(_OPCODE.findall(code))
     return Report(
         arch=arch,

@@ -16,12 +16,13 @@ import torch
 from triton.runtime.jit import KernelInterface
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lowrank_ops.ops import _tuning, covariance, linear
+from lowrank_ops.ops import _tuning, covariance, grouped, linear
 from lowrank_ops.ops._backend import Backend, Device, choose
 from lowrank_ops.ops._triton_device import arch_of
 from lowrank_ops.ops.covariance import _triton, _triton_conv
+from lowrank_ops.ops.grouped import _triton as grouped_triton
 from lowrank_ops.ops.linear import _triton as linear_triton
-from lowrank_ops.ops.linear._triton_config import DecodeConfig, PrefillConfig
+from lowrank_ops.ops.linear._triton_config import MAX_DECODE_TOKENS, DecodeConfig, PrefillConfig
 
 DEVICES = {
     80: Device("cuda", 0, (8, 0), 108, 166912),  # A100
@@ -30,7 +31,8 @@ DEVICES = {
 }
 WITHOUT_MMA = ("reduce_kernel", "sum_kernel")
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-_NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32", FP64: "fp64"}
+INT8, FP8 = torch.int8, torch.float8_e4m3fn
+_NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32", FP64: "fp64", INT8: "i8", FP8: "fp8e4nv"}
 
 
 class Launch(NamedTuple):
@@ -111,7 +113,8 @@ def _record(case, config, launch, *, shared_limit, tma=False):
     for kernel, args, kwargs in calls:
         parts = specialized(kernel, args, kwargs)
         without_mma = kernel.__name__ in WITHOUT_MMA
-        rows = {"down_kernel": "block_r", "up_kernel": "block_n"}.get(kernel.__name__)  # of the weights in an MMA
+        # The rows of the weights in an MMA.
+        rows = {"down_kernel": "block_r", "up_kernel": "block_n"}.get(kernel.__name__.removeprefix("grouped_"))
         mma = "HMMA" if rows and getattr(config, rows) < 64 else not without_mma
         yield Launch(case, kernel, *parts, shared_limit, tma and not without_mma, mma)
 
@@ -215,6 +218,13 @@ DECODE = [  # tokens, in_features, rank: every block_m, with the slices summed b
 PREFILL = [(tokens, 4096, rank) for rank in (64, 128, 136, 192, 256) for tokens in (300, 12608)]
 BACKWARD = ((64, 4096, 136), (12608, 4096, 136))
 OUT_FEATURES = 2056
+# tokens, in_features, rank and format by arch: what the cast of 8-bit factors changes most, which is where wgmma reads
+# them from shared memory. Under sm_89 no kernel casts fp8.
+EIGHT_BIT = {
+    80: [(12608, 4096, 136, INT8), (16, 4096, 264, INT8)],
+    90: [(12608, 4096, 136, INT8), (12608, 4096, 256, FP8), (64, 4096, 136, INT8), (16, 4096, 136, FP8)],
+    100: [(12608, 4096, 136, INT8)],
+}
 
 
 def linear_problems(device: Device) -> Iterator[tuple[Any, Any, tuple[torch.Tensor, ...]]]:
@@ -237,31 +247,79 @@ def linear_problems(device: Device) -> Iterator[tuple[Any, Any, tuple[torch.Tens
                 yield config, *_linear_problem(device, *sizes)
 
 
-def _linear_problem(device, tokens, in_features, rank, out_features, transposed=False):
+def _linear_problem(device, tokens, in_features, rank, out_features, transposed=False, eight_bit=None):
     x, y = torch.empty(tokens, in_features, dtype=BF16), torch.empty(tokens, out_features, dtype=BF16)
     factors = torch.empty(rank, in_features, dtype=BF16), torch.empty(out_features, rank, dtype=BF16)
     if transposed:
         factors = [factor.T.contiguous().T for factor in factors]
-    bias = torch.empty(out_features, dtype=BF16)
-    problem = linear.describe(x, *factors, bias, "gelu")._replace(device=device)
-    return problem, (x, *factors, bias, y)
+    bias, scales = torch.empty(out_features, dtype=BF16), (None, None)
+    if eight_bit is not None:
+        factors, scales = [factor.to(eight_bit) for factor in factors], (torch.empty(rank), torch.empty(out_features))
+    problem = linear.describe(x, *factors, bias, "gelu", *scales)._replace(device=device)
+    return problem, (x, *factors, bias, y, *scales)
+
+
+def _eight_bit_problems(device):
+    for tokens, in_features, rank, form in EIGHT_BIT[arch_of(device.capability)]:
+        problem, tensors = _linear_problem(device, tokens, in_features, rank, OUT_FEATURES, eight_bit=form)
+        decode = tokens <= MAX_DECODE_TOKENS
+        config = linear_triton.decode_config(problem) if decode else linear_triton.prefill_config(problem)
+        if not linear_triton.unfenced(config, device):
+            assert choose(linear.TABLE, problem, "auto").name == ("triton.decode" if decode else "triton.prefill")
+            yield config, problem, tensors
 
 
 def _linear(device):
-    for config, problem, tensors in linear_problems(device):
+    for config, problem, tensors in (*linear_problems(device), *_eight_bit_problems(device)):
         decode = isinstance(config, DecodeConfig)
         make_launcher = linear_triton._decode_launcher if decode else linear_triton._prefill_launcher
         layout = "" if problem.down_strides[1] == 1 else " transposed"
         yield from _record(
-            f"{'decode' if decode else 'prefill'} {problem.tokens}x{problem.in_features} rank {problem.rank}{layout}",
+            f"{'decode' if decode else 'prefill'} {problem.tokens}x{problem.in_features} rank {problem.rank}{layout}"
+            f"{' 8-bit' if problem.scaled else ''}",
             config,
             lambda make=make_launcher, problem=problem, config=config, tensors=tensors: make(problem, config)(*tensors),
             shared_limit=config.shared_memory(),
         )
 
 
+# --- lowrank_linear_grouped -----------------------------------------------------------------------------------------
+
+# The tiles are those of lowrank_linear, so each arch compiles one configuration per kernel. Tokens, rank of the first.
+GROUPED = {80: [(16, 136), (300, 136)], 90: [(64, 264), (12608, 136)], 100: [(1, 136), (12608, 192)]}
+
+
+def _grouped(device, sizes=None):
+    for tokens, rank in sizes or GROUPED[arch_of(device.capability)]:
+        ranks, out_features = (rank, 64, 104), (2056, 512, 520)
+        x = torch.empty(tokens, 4096, dtype=BF16)
+        downs = [torch.empty(rank, 4096, dtype=BF16) for rank in ranks]
+        ups = [torch.empty(out, rank, dtype=BF16) for rank, out in zip(ranks, out_features, strict=True)]
+        biases = [torch.empty(out, dtype=BF16) for out in out_features]
+        ys = [torch.empty(tokens, out, dtype=BF16) for out in out_features]
+        problem = grouped.describe(x, downs, ups, biases)._replace(device=device)
+        decode = tokens <= 256
+        tiles_of = grouped_triton.decode_tiles if decode else grouped_triton.prefill_tiles
+        config = tiles_of(problem)
+        if linear_triton.unfenced(config, device):
+            continue
+        name = "decode" if decode else "prefill"
+        assert choose(grouped.TABLE, problem, "auto").name == f"triton.{name}", (tokens, rank)
+        make = grouped_triton._decode_launcher if decode else grouped_triton._prefill_launcher
+        launcher, tensors = make(problem, config), (x, downs, ups, biases, ys)
+        for launch in _record(
+            f"{name} {tokens} tokens rank {rank}",
+            config,
+            lambda launcher=launcher, tensors=tensors: launcher(*tensors),
+            shared_limit=config.shared_memory(),
+        ):
+            if launch.kernel.__name__ != "sum_kernel":  # that of lowrank_linear
+                yield launch
+
+
 CASES = {
     "covariance_update_": _covariance,
     "conv_covariance_update_": _convolution,
     "lowrank_linear": _linear,
+    "lowrank_linear_grouped": _grouped,
 }

@@ -27,7 +27,9 @@ ONES = ("covariance_kernel", "conv_covariance_kernel", "reduce_kernel")  # kerne
 )
 def test_kernel_is_clean(arch, launch):
     report = compile_launch(launch, arch)
-    in_flight = 1 if launch.kernel.__name__ == "prefill_kernel" and arch >= 90 else 0
+    # With 8-bit factors Triton 3.9 does not pipeline the second loop for sm_100, so that it loads after each tile.
+    pipelined = arch >= 90 and not (arch == 100 and launch.name.endswith("8-bit prefill_kernel"))
+    in_flight = 1 if launch.kernel.__name__.endswith("prefill_kernel") and pipelined else 0
     spills = KNOWN_SPILLS.get((arch, launch.name), 0)
     assert_clean(report, arch, tma=launch.tma, mma=launch.mma, spills=spills, in_flight=in_flight)
     # supports() refuses by an estimate of shared memory, which must not be below what the compiler takes.

@@ -18,7 +18,7 @@ step() {  # NAME, the second by which it has to have ended, COMMAND: a step that
   echo "=== $name, at most $left s"
   : > "$work/log"
   if ((left > 0)); then
-    timeout --signal=INT --kill-after=5 "$left" "${@:3}" 2>&1 | tee "$work/log"
+    timeout --signal=INT --kill-after=$((budget / 50 + 1)) "$left" "${@:3}" 2>&1 | tee "$work/log"
     code=${PIPESTATUS[0]}
   fi
   local counts

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lowrank_ops as lro
-from lowrank_ops.layers import LowRankConv1d, to_dense_layers, to_plain_layers
+from lowrank_ops.layers import LowRankConv1d, group_, to_dense_layers, to_plain_layers
 
 pytest.importorskip("peft")
 import peft
@@ -259,3 +259,24 @@ def test_a_pivoted_layer_is_refused(net):
     for targets in (["wide"], "all-linear"):
         with pytest.raises(ValueError, match=r"layer 'wide' is pivoted.*layer\.to_lowrank\(\)"):
             peft.get_peft_model(net, peft.LoraConfig(target_modules=targets))
+
+
+def test_members_of_a_group_are_adapted_and_merged(group_calls):
+    """The group computes the base layers' outputs; a merge between two calls is noticed."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({name: lro.LowRankLinear(24, 16, rank=5) for name in "qk"})
+    group_(model, ["qk"])
+    single = copy.deepcopy(model)
+    single["q"].group = single["k"].group = None
+    nets = [adapted(part, target_modules=["q", "k"]) for part in (model, single)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    ours, theirs = ([net.base_model.model[name] for name in "qk"] for net in nets)
+    with torch.no_grad():
+        for change in ("merge", "unmerge"):
+            x = torch.randn(5, 24)
+            torch.testing.assert_close([layer(x) for layer in ours], [layer(x) for layer in theirs], rtol=0, atol=0)
+            ours[0](x)
+            for layer in (*ours, *theirs):
+                getattr(layer, change)()
+            torch.testing.assert_close(ours[1](x), theirs[1](x), rtol=0, atol=0)
+    assert len(group_calls) == 6  # twice one for both, one that is left, and one after the change

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.ops.inputs import assert_linear, linear_inputs
+from tests.ops.inputs import assert_grouped, assert_linear, eight_bit, grouped_inputs, linear_inputs
 
 if not os.environ.get("TRITON_INTERPRET"):
     pytest.skip("needs TRITON_INTERPRET=1 in a process of its own", allow_module_level=True)
@@ -21,12 +21,16 @@ from lowrank_ops.ops import (
     covariance,
     covariance_update_,
     explain,
+    grouped,
     linear,
     lowrank_linear,
+    lowrank_linear_grouped,
 )
 from lowrank_ops.ops._backend import Backend
 from lowrank_ops.ops._dispatcher import BoundedCache
 from lowrank_ops.ops.covariance import _triton_kernels
+from lowrank_ops.ops.grouped import _triton as grouped_triton
+from lowrank_ops.ops.grouped import _triton_kernels as grouped_kernels
 from lowrank_ops.ops.linear import _triton, _triton_decode_kernels, _triton_prefill_kernels
 
 pytestmark = pytest.mark.interpreter
@@ -35,18 +39,19 @@ pytestmark = pytest.mark.interpreter
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch, tmp_path):
     """``auto`` prefers the Triton kernels, and no call was made or recorded before."""
-    for module, name in ((linear, "TABLE"), (covariance, "TABLE"), (covariance, "CONV_TABLE")):
+    for module, name in ((linear, "TABLE"), (grouped, "TABLE"), (covariance, "TABLE"), (covariance, "CONV_TABLE")):
         table = tuple(
             impl._replace(prefers=lambda problem: True) if impl.backend is Backend.TRITON else impl
             for impl in getattr(module, name)
         )
         monkeypatch.setattr(module, name, table)
-    for module in (linear, covariance):
+    for module in (linear, grouped, covariance):
         monkeypatch.setattr(module, "_decisions", BoundedCache(64))
     monkeypatch.setattr(_verify, "_passed", set())
     monkeypatch.setattr(_backend, "_distrusted", set())
     monkeypatch.setattr(_verify, "files", lambda package: tmp_path)
-    caches = _verify._record, _triton._decode_launcher, _triton._prefill_launcher
+    launchers = ((module._decode_launcher, module._prefill_launcher) for module in (_triton, grouped_triton))
+    caches = _verify._record, *sum(launchers, ())
     for function in caches:
         function.cache_clear()
     yield
@@ -65,6 +70,10 @@ def nothing_added(original):
 
 def half_added(original):
     return lambda target, value, mask, DEST: original(target, value * 0.5, mask, DEST)
+
+
+def doubled(original):
+    return lambda *args: original(*args) * 2
 
 
 def broken(original):
@@ -88,6 +97,44 @@ class Linear:
 
     def is_right(self, y):
         assert_linear(y, *self.args, "none")
+
+    def explain(self):
+        return explain(self.op, *self.args)
+
+
+class EightBit(Linear):
+    """Calls with int8 factors."""
+
+    def __init__(self, tokens, module):
+        super().__init__(tokens, module)
+        x, down, up, bias = self.args
+        (down, down_scale), (up, up_scale) = (eight_bit(factor, torch.int8) for factor in (down, up))
+        self.args, self.scales = (x, down, up, bias), {"down_scale": down_scale, "up_scale": up_scale}
+
+    def run(self, **options):
+        return lowrank_linear(*self.args, **self.scales, **options)
+
+    def is_right(self, y):
+        assert_linear(y, *self.args, "none", **self.scales)
+
+    def explain(self):
+        return explain(self.op, *self.args, **self.scales)
+
+
+class Grouped:
+    """Calls of ``lowrank_linear_grouped`` with ``tokens`` rows."""
+
+    op = "lowrank_linear_grouped"
+
+    def __init__(self, tokens, module):
+        self.args = grouped_inputs(tokens, ranks=(8, 5), out_features=(16, 9), dtype=torch.bfloat16)
+        self.module = module
+
+    def run(self, **options):
+        return lowrank_linear_grouped(*self.args, **options)
+
+    def is_right(self, ys):
+        assert_grouped(ys, *self.args)
 
     def explain(self):
         return explain(self.op, *self.args)
@@ -143,6 +190,10 @@ class Convolution(Covariance):
 CALLS = {
     "decode": lambda: Linear(5, _triton_decode_kernels),
     "prefill": lambda: Linear(260, _triton_prefill_kernels),
+    "8-bit decode": lambda: EightBit(5, _triton_decode_kernels),
+    "8-bit prefill": lambda: EightBit(260, _triton_prefill_kernels),
+    "grouped decode": lambda: Grouped(5, grouped_kernels),
+    "grouped prefill": lambda: Grouped(260, grouped_kernels),
     "covariance": Covariance,
     "convolution": Convolution,
 }
@@ -158,7 +209,7 @@ def silently(run):
 @each_call
 def test_right_kernels_are_checked_once(make, monkeypatch):
     call, compared = make(), []
-    reference = linear.reference if call.op == "lowrank_linear" else covariance.reference
+    reference = {Linear: linear, EightBit: linear, Grouped: grouped}.get(type(call), covariance).reference
     errors = reference.errors
     monkeypatch.setattr(reference, "errors", lambda *args: compared.append(errors(*args)) or compared[-1])
     for _ in range(2):
@@ -167,12 +218,16 @@ def test_right_kernels_are_checked_once(make, monkeypatch):
 
 
 PLANTED = {
+    "8-bit decode": (CALLS["8-bit decode"], "load_scale", doubled),
+    "8-bit prefill": (CALLS["8-bit prefill"], "load_scale", doubled),
     "decode": (CALLS["decode"], "store_tile", misplaced),
     "prefill": (CALLS["prefill"], "store_tile", misplaced),
+    "grouped decode": (CALLS["grouped decode"], "store_tile", misplaced),
     "covariance": (Covariance, "add_to", half_added),
     "covariance, nothing": (Covariance, "add_to", nothing_added),
     "convolution": (Convolution, "add_to", half_added),
     "failed launch of decode": (CALLS["decode"], "up_kernel", broken),
+    "failed launch of grouped prefill": (CALLS["grouped prefill"], "grouped_prefill_kernel", broken),
     "failed launch of covariance": (Covariance, "covariance_kernel", broken),
 }
 
@@ -197,7 +252,8 @@ def test_without_the_check(make, how, monkeypatch):
     if how == "environment":
         monkeypatch.setenv("LOWRANK_OPS_VERIFY", "off")
     if how == "recorded":
-        for kernel in ("triton", "triton.decode", "triton.prefill"):
+        regimes = "triton.decode", "triton.prefill"
+        for kernel in ("triton", *regimes, *(f"{regime}.int8.int8" for regime in regimes)):
             key = call.op, kernel, _verify.compiler(call.op, Backend.TRITON)
             _verify.write_record("cpu", "the interpreter", {key: True})
     backend = {"backend": "unverified", "named": "triton"}.get(how, "auto")
@@ -245,6 +301,7 @@ def test_doctor_records_what_is_right(monkeypatch):
     monkeypatch.setattr(verify, "DTYPES", (torch.bfloat16,))
     monkeypatch.setattr(verify, "TOKENS", (3, 260))
     monkeypatch.setattr(verify, "LAYERS", ((24, 8, 16),))
+    monkeypatch.setattr(verify, "EIGHT_BIT", [("int8", "int8"), (None, "fp8")])
     monkeypatch.setattr(verify, "MATRICES", ((20, 17),))
     monkeypatch.setattr(verify, "IMAGES", ((1, 4, 4, 5), (1, 2, 5, 3)))
     store = _triton_prefill_kernels.store_tile
@@ -252,7 +309,10 @@ def test_doctor_records_what_is_right(monkeypatch):
     result = verify.verify(torch.device("cpu"), "the interpreter")
     assert result.code == 1 and "WRONG in" in result.text
     right = {(row["op"], row["kernel"]): not row["wrong"] for row in result.document["kernels"]}
-    assert not right.pop(("lowrank_linear", "triton.prefill"))
-    assert len(right) == 3 and all(right.values())
+    for formats in ("", ".int8.int8", ".bfloat16.float8_e4m3fn"):
+        assert not right.pop(("lowrank_linear", f"triton.prefill{formats}"))
+        assert ("lowrank_linear", f"triton.decode{formats}") in right
+    assert not right.pop(("lowrank_linear_grouped", "triton.prefill"))
+    assert len(right) == 6 and all(right.values())
     recorded = json.loads(Path(result.document["record"]).read_text())
     assert {(entry["op"], entry["kernel"]) for entry in recorded["kernels"]} == right.keys()

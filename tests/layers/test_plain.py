@@ -100,6 +100,33 @@ def test_plain_encoder_layers_run_without_the_fast_path():
             torch.testing.assert_close(convert(encoder)(x), expected)
 
 
+class ReadsStride(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = lro.LowRankConv2d(4, 8, 3, rank=3, stride=2)
+        self.head = nn.ModuleDict({"out": lro.LowRankLinear(8, 6, 2)})
+
+    def forward(self, x):
+        y = self.conv(x).mean((2, 3)) * self.conv.stride[0] / self.conv.out_channels
+        return self.head["out"](y) + self.head.out.in_features
+
+
+class ReadsWeight(ReadsStride):
+    def forward(self, x):
+        return super().forward(x).to(self.head.out.weight.dtype)
+
+
+def test_plain_layers_have_the_sizes_of_the_dense_layer():  # Whisper reads a stride
+    model, x = ReadsStride(), torch.randn(2, 4, 8, 8)
+    torch.testing.assert_close(to_plain_layers(model)(x), model(x))
+
+
+def test_layers_whose_weight_is_read_are_refused():  # T5, ViT
+    with pytest.raises(ValueError, match=r"layer 'head\.out': ReadsWeight reads its weight.*Use to_dense_layers"):
+        to_plain_layers(ReadsWeight())
+    assert to_dense_layers(ReadsWeight())(torch.randn(2, 4, 8, 8)).shape == (2, 6)
+
+
 def with_hook(layer):
     layer.register_forward_hook(lambda *args: None)
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import lowrank_ops as lro
 from lowrank_ops.factors import factorize
-from lowrank_ops.layers.replace import replace_, replaced
+from lowrank_ops.layers.replace import replace_
 from lowrank_ops.models.layers import tied_layers
 from lowrank_ops.subspaces import layer_subspaces
 
@@ -34,26 +34,6 @@ def test_no_factors_change_nothing():
     model = nn.Sequential(nn.Linear(4, 4))
     layer = model[0]
     assert replace_(model, {}) is model and model[0] is layer
-
-
-def test_layers_are_replaced_inside_a_block_only():
-    shared = nn.Linear(8, 8)
-    model = nn.Sequential(shared, nn.ModuleDict({"fc": nn.Linear(8, 8), "again": shared}), nn.Linear(8, 8))
-    before = dict(model.named_modules(remove_duplicate=False))
-    factors = {"0": factors_of(shared, 2), "1.fc": factors_of(model[1]["fc"], 4)}
-    for error in (None, KeyError, KeyboardInterrupt):
-        try:
-            with replaced(model, factors):
-                assert isinstance(model[0], lro.LowRankLinear) and model[0] is model[1]["again"]
-                assert isinstance(model[1]["fc"], lro.LowRankLinear) and model[2] is before["2"]
-                model[2] = nn.Linear(8, 8)  # the user's own change stays
-                if error is not None:
-                    raise error
-        except (KeyError, KeyboardInterrupt) as raised:
-            assert type(raised) is error
-        after = dict(model.named_modules(remove_duplicate=False))
-        assert after.pop("2") is not before["2"] and after == {k: v for k, v in before.items() if k != "2"}
-        model[2] = before["2"]
 
 
 def test_a_model_that_is_the_layer_returns_the_new_layer():

@@ -156,6 +156,17 @@ def test_other_modules_with_matrices_are_named_with_their_share(other):
     assert unsupported_weights(nn.ModuleDict({"outer": model}), {"outer.other"}) == {}
 
 
+def test_parameters_beside_layers_are_named_themselves():  # a table of positions, of torchvision's Swin and ViTs
+    parent = nn.ModuleDict({"qkv": nn.Linear(4, 4, bias=False)})
+    parent.table = nn.Parameter(torch.zeros(2, 4))
+    model = nn.ModuleDict({"attention": parent})
+    found = "table of ModuleDict is not supported; it holds 33.3% of the model's parameters"
+    assert unsupported_weights(model, ()) == {"attention": found}
+    parent.token = nn.Parameter(torch.zeros(1, 8))
+    found = "table, token of ModuleDict are not supported; they hold 50.0% of the model's parameters"
+    assert unsupported_weights(model, ()) == {"attention": found}
+
+
 def test_what_lies_in_a_reported_module_is_not_named_again():
     model = nn.ModuleDict({"a": nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), "ab": nn.Embedding(5, 4)})
     layers, skipped = find_layers(model)

@@ -11,14 +11,17 @@ import lowrank_ops as lro
 class Model(nn.Module):
     """Two layers, and the op with an activation."""
 
-    def __init__(self):
+    def __init__(self, backend="auto"):
         super().__init__()
         torch.manual_seed(0)
+        self.backend = backend
         self.first, self.second = lro.LowRankLinear(24, 16, 5), lro.LowRankLinear(16, 12, 3, bias=False)
 
     def forward(self, x):
         x = self.second(self.first(x))
-        return lro.ops.lowrank_linear(x, self.first.down[:, :12], self.first.up, activation="gelu")
+        return lro.ops.lowrank_linear(
+            x, self.first.down[:, :12], self.first.up, activation="gelu", backend=self.backend
+        )
 
 
 def products(graph):
@@ -27,11 +30,19 @@ def products(graph):
     return sum(name in ("aten.mm.default", "aten.addmm.default", "aten.linear.default") for name in names)
 
 
-@pytest.mark.parametrize("shape", [(4, 24), (2, 3, 24)])
-def test_decomposed_exports_have_two_products_per_layer(shape):
+@pytest.mark.parametrize("shape, strict", [((2, 3, 24), False), ((4, 24), True)])
+def test_exports_have_two_products_per_layer(shape, strict):
     model, x = Model().eval(), torch.randn(shape)
+    exported = torch.export.export(model, (x,), strict=strict)
+    for program in (exported, exported.run_decompositions()):
+        assert products(program.graph) == 6
+        torch.testing.assert_close(program.module()(x), model(x))
+
+
+def test_a_named_backend_keeps_the_op_until_it_is_decomposed():
+    model, x = Model("reference").eval(), torch.randn(4, 24)
     exported = torch.export.export(model, (x,))
-    assert sum("lowrank_linear" in str(node.target) for node in exported.graph.nodes) == 3
+    assert sum("lowrank_linear" in str(node.target) for node in exported.graph.nodes) == 1
     decomposed = exported.run_decompositions(lro.ops.decompositions())
     assert products(decomposed.graph) == 6
     torch.testing.assert_close(decomposed.module()(x), model(x))

@@ -173,13 +173,13 @@ def test_unusual_tensors_are_dispatched(tensors):
     assert torch.allclose(lowrank_linear(negative, *rest), expected, atol=1e-5)
 
 
-def test_export_and_compile_see_the_op(tensors):
+def test_compile_sees_the_op_and_export_two_products(tensors):
     class Layer(torch.nn.Module):
         def forward(self, x):
             return lowrank_linear(x, *tensors[1:])
 
     program = torch.export.export(Layer(), (tensors[0],))
-    assert "lowrank_ops.lowrank_linear" in program.graph_module.code
+    assert "lowrank_ops" not in program.graph_module.code
     graphs = []
 
     def record(graph, inputs):

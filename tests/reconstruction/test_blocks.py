@@ -125,6 +125,34 @@ def test_narrow_models_are_trained_in_float32(dtype: torch.dtype) -> None:
     assert all(part.down.dtype == dtype for part in found.values())
 
 
+def test_a_rate_that_is_too_high_is_lowered(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, draw = deep(2)
+    batches, others = draw(8), draw(4)
+    factors = one_shot(model, batches, None, rank=6)
+    run, rates = blocks._epochs, []
+
+    def epochs(*args: Any) -> Any:
+        rates.append(args[-1])
+        return run(*args)
+
+    monkeypatch.setattr(blocks, "_epochs", epochs)
+    found = trained(model, factors, batches, lr=0.3)
+    assert set(rates) == {0.3, 0.3 / 4} and error(model, found, others) < error(model, factors, others)
+    assert any(part.reconstructed for part in found.values())
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_mixed_precision_is_that_of_the_settings(autocast: torch.dtype | None) -> None:
+    model, draw = deep(2)
+    model, batches = model.float(), [(batch[0].float(),) for batch in draw(8)]
+    factors = one_shot(model, batches, None, rank=6)
+    found = trained(model, factors, batches, lr=1e-3, autocast=autocast)
+    assert all(part.reconstructed and part.down.dtype == torch.float32 for part in found.values())
+    with torch.autocast("cpu", torch.bfloat16):  # whose copies of weights would be those before training
+        inside = trained(model, factors, batches, lr=1e-3, autocast=autocast)
+    assert all(torch.equal(part.down, inside[fqn].down) for fqn, part in found.items())
+
+
 class Interrupt(Exception):
     pass
 
@@ -163,6 +191,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, monkeypatch: pyte
         ({"epochs": 0}, "epochs must be positive; got 0"),
         ({"lr": -1.0}, "lr must be positive; got -1"),
         ({"held_out": 1.0}, "held_out must be a number in"),
+        ({"autocast": torch.float16}, "autocast must be None or torch.bfloat16"),
         ({"sensitivity": "labels"}, "sensitivity must be None"),
         ({"blocks": "nowhere"}, "blocks must name ModuleLists or Sequentials"),
     ],

@@ -25,12 +25,13 @@ import lowrank_ops as lro
 from lowrank_ops.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from lowrank_ops.config import LatencyCurve, LayerLatencies
 from lowrank_ops.files import digest, digests, replacing, write_tensors
+from lowrank_ops.folders import compress_folder
 from lowrank_ops.search.trial_cache import TrialCache
 from tests.reliability.campaign import examples, figures
 from tests.rewriting import content_of
 
 MAX_GROWTH = 64 << 10  # KiB that a campaign may add to the process
-MAX_SECONDS = 5.0  # of one load, on a busy machine
+MAX_SECONDS = 5.0  # of the processor, for one load
 RANKS = lro.Ranks({"0": 4, "2": 3})
 
 
@@ -56,6 +57,12 @@ def load_checkpoint(path: Path) -> str:
     except ValueError:
         assert digest(model.state_dict()) == before and isinstance(model[0], nn.Linear)
         raise
+
+
+def compress_saved(path: Path) -> str:
+    """A dense folder is compressed without loading it."""
+    compress_folder(path.parent, path.parent / "out", lro.calibrate(network(), batches()), RANKS)
+    return digest(lro.load_pretrained(network(), path.parent / "out").state_dict())
 
 
 def load_covariances(path: Path) -> str:
@@ -122,6 +129,7 @@ class Format(NamedTuple):
 FORMATS = {
     "checkpoint": Format(WEIGHTS_FILE, saved_checkpoint, load_checkpoint),
     "checkpoint's JSON copy": Format(CONFIG_FILE, saved_checkpoint, load_checkpoint),
+    "dense folder": Format(WEIGHTS_FILE, lambda path: lro.save_pretrained(network(), path.parent), compress_saved),
     "covariances": Format(
         "covariances",
         lambda path: lro.calibrate(network(), batches(), sensitivity="output").save(path),
@@ -133,7 +141,7 @@ FORMATS = {
     "latencies": Format("file", latencies, latencies),
     "configuration": Format("file", config, config),
 }
-HEADERS = ["checkpoint", "covariances", "reconstruction", "fine-tuning"]
+HEADERS = ["checkpoint", "dense folder", "covariances", "reconstruction", "fine-tuning"]
 
 
 # --- what a load may do ---------------------------------------------------------------------------------------------
@@ -185,7 +193,7 @@ def watched(folder: Path) -> Iterator[None]:
 
 def attempt(format: Format, path: Path, expected: str) -> bool:
     """Load a damaged file: True if it was refused as documented, False if it gave the value that was saved."""
-    started = time.perf_counter()
+    started = time.process_time()
     with warnings.catch_warnings(), watched(path.parent):
         warnings.simplefilter("ignore")
         try:
@@ -194,7 +202,7 @@ def attempt(format: Format, path: Path, expected: str) -> bool:
             assert str(error) and type(error).__module__.split(".")[0] in ("builtins", "lowrank_ops")
             return True
         finally:
-            assert time.perf_counter() - started < MAX_SECONDS
+            assert time.process_time() - started < MAX_SECONDS
     assert found == expected, "loaded, but not what was saved"
     return False
 

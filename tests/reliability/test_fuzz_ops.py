@@ -92,7 +92,8 @@ def assert_within(y: Tensor, x: Tensor, down: Tensor, up: Tensor, bias: Tensor |
     # Two denormals may be flushed to zero: one of t, multiplied by up, and one of y.
     flushed = info.tiny * (4 + (1 + x.shape[-1]) * (up64.abs().sum(-1) + size.sum(-1, keepdim=True)))
     bound = 1.2 * accumulated * info.eps * sums + flushed
-    fits = (sums * 1.01 < info.max) & (size.amax(-1, keepdim=True) * 1.01 < info.max if down.shape[0] else True)
+    limit = info.max / 2 if activation == "gelu" else info.max  # torch's own, of oneDNN, doubles its argument
+    fits = (sums * 1.01 < limit) & (size.amax(-1, keepdim=True) * 1.01 < info.max if down.shape[0] else True)
     dense = up64.abs() @ down64.abs()  # the product that may be formed first
     fits = fits & bool((dense * 1.01 < info.max).all())
     found, expected = y.double(), ACTIVATIONS[activation](expected)

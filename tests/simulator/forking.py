@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch  # noqa: F401  what takes long to import
 
+import tests.ops.inputs
 import tests.tolerance  # noqa: F401
 
 

@@ -14,44 +14,44 @@ namespace {
 
 constexpr size_t kStackBytes = 128 << 10;
 
-// Stacks are reused: every CTA needs hundreds of them.
-std::vector<void*>& idle_stacks() {
-  static std::vector<void*> stacks;
-  return stacks;
+// Stacks are reused: every CTA needs hundreds of them. With each goes what ThreadSanitizer takes for a thread, because
+// making one takes longer than what it does; whoever used both before has ended and happened before.
+struct Reused {
+  void *stack, *known_as;
+};
+std::vector<Reused>& idle() {
+  static std::vector<Reused> idle;
+  return idle;
 }
 
-void* take_stack() {
-  auto& idle = idle_stacks();
-  if (!idle.empty()) {
-    void* stack = idle.back();
-    idle.pop_back();
-    return stack;
+Reused take() {
+  if (!idle().empty()) {
+    const Reused last = idle().back();
+    idle().pop_back();
+    return last;
   }
   void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (stack == MAP_FAILED) throw std::bad_alloc();
-  return stack;
+#ifdef LOWRANK_OPS_RACES
+  return {stack, __tsan_create_fiber(0)};
+#else
+  return {stack, nullptr};
+#endif
 }
 
 }  // namespace
 
-Fiber::Fiber(std::function<void()> body) : body_(std::move(body)), stack_(take_stack()) {
-#ifdef LOWRANK_OPS_RACES
-  known_as_ = __tsan_create_fiber(0);
-#endif
+Fiber::Fiber(std::function<void()> body) : body_(std::move(body)) {
+  const Reused reused = take();
+  stack_ = reused.stack;
+  known_as_ = reused.known_as;
 }
 
-Fiber::~Fiber() {
-  idle_stacks().push_back(stack_);
-#ifdef LOWRANK_OPS_RACES
-  __tsan_destroy_fiber(known_as_);
-#endif
-}
+Fiber::~Fiber() { idle().push_back({stack_, known_as_}); }
 
 void Fiber::enter(unsigned low, unsigned high) {
   Fiber* fiber = reinterpret_cast<Fiber*>(uintptr_t{high} << 32 | low);
-  acquire(fiber->stack_);  // the previous fiber's use of it
   fiber->body_();
-  release(fiber->stack_);
   fiber->ended_ = true;
   fiber->leave();
 }

@@ -22,11 +22,11 @@ class Fiber {
   static void enter(unsigned low, unsigned high);
 
   std::function<void()> body_;
-  void* stack_;
+  void *stack_, *known_as_;  // the latter to ThreadSanitizer
   bool started_ = false, ended_ = false;
 #ifdef LOWRANK_OPS_RACES
   ucontext_t here_, scheduler_;
-  void *known_as_, *scheduler_known_as_;  // to ThreadSanitizer
+  void* scheduler_known_as_;
 #else
   ucontext_t first_;
   jmp_buf here_, scheduler_;  // once started: unlike ucontext, these switch without asking the kernel

@@ -27,10 +27,12 @@ from .._dispatcher import (
     can_bypass,
     has_functorch_wrapper,
     in_transform,
+    is_recorded,
     needs_grad,
     register_autocast,
 )
 from . import _cuda, _triton, reference
+from ._checks import check, check_activation, check_types
 
 
 class Problem(NamedTuple):
@@ -48,6 +50,14 @@ class Problem(NamedTuple):
     has_bias: bool
     activation: str
     device: Device
+    # The dtypes of an 8-bit factor and of its scale; None for a factor in the dtype of x.
+    down_format: tuple[torch.dtype, torch.dtype] | None = None
+    up_format: tuple[torch.dtype, torch.dtype] | None = None
+
+    @property
+    def scaled(self) -> bool:
+        """Whether a factor is 8-bit."""
+        return self.down_format is not None or self.up_format is not None
 
 
 def _dense_costs_less(problem: Problem) -> bool:
@@ -62,9 +72,9 @@ TABLE: tuple[Impl, ...] = (
         "dense",
         Backend.REFERENCE,
         lambda problem: None,
-        lambda problem, *args: reference.dense(*args),
+        lambda problem, *args, **scales: reference.dense(*args, **scales),
         _dense_costs_less,
-        bind=lambda problem: reference.bind(reference.dense, problem.activation),
+        bind=lambda problem: reference.bind(reference.dense, problem.activation, problem.scaled),
     ),
     Impl("cuda.decode", Backend.CUDA, _cuda.supports_decode, _cuda.run, _cuda.prefers_decode, _cuda.plan),
     Impl("cuda.prefill", Backend.CUDA, _cuda.supports_prefill, _cuda.run, _cuda.prefers_prefill, _cuda.plan),
@@ -74,6 +84,7 @@ TABLE: tuple[Impl, ...] = (
         _triton.supports_decode,
         _triton.run_decode,
         _triton.prefers_decode,
+        _triton.plan_decode,
         bind=_triton.bind_decode,
     ),
     Impl(
@@ -82,14 +93,15 @@ TABLE: tuple[Impl, ...] = (
         _triton.supports_prefill,
         _triton.run_prefill,
         _triton.prefers_prefill,
+        _triton.plan_prefill,
         bind=_triton.bind_prefill,
     ),
     Impl(
         "two_products",
         Backend.REFERENCE,
         lambda problem: None,
-        lambda problem, *args: reference.two_products(*args),
-        bind=lambda problem: reference.bind(reference.two_products, problem.activation),
+        lambda problem, *args, **scales: reference.two_products(*args, **scales),
+        bind=lambda problem: reference.bind(reference.two_products, problem.activation, problem.scaled),
     ),
 )
 
@@ -102,6 +114,8 @@ def lowrank_linear(
     *,
     activation: str = "none",
     backend: str = "auto",
+    down_scale: Tensor | None = None,  # (rank,)
+    up_scale: Tensor | None = None,  # (out_features,)
 ) -> Tensor:  # (..., out_features)
     """Apply a low-rank linear layer: ``activation((x down^T) up^T + bias)``.
 
@@ -109,16 +123,21 @@ def lowrank_linear(
     ``torch.nn.functional.linear``. Kernels accumulate in float32 and round ``x down^T`` to the dtype of ``x``, as two
     library GEMMs do.
 
+    Each factor may be 8-bit, with a scale per row: ``down_scale[:, None] * down``. It then has no gradient, and is not
+    cast under autocast. Triton's kernels read its bytes and scale the products. Where they do not run, every call
+    dequantizes it into a tensor of the dtype of ``x``.
+
     Args:
         x: (..., in_features), float64, float32, bfloat16 or float16; any leading shape, also empty. Nested tensors
             and calls inside a ``torch.func`` transform or forward-mode differentiation run as two GEMMs, whatever the
             backend.
-        down: (rank, in_features), the dtype of ``x``.
-        up: (out_features, rank), the dtype of ``x``.
+        down: (rank, in_features), the dtype of ``x``; with ``down_scale`` int8 or float8_e4m3fn.
+        up: (out_features, rank), the dtype of ``x``; with ``up_scale`` int8 or float8_e4m3fn.
         bias: (out_features,), the dtype of ``x``, or None.
         activation: ``"none"``, ``"relu"``, ``"gelu"`` (exact), ``"gelu_tanh"`` or ``"silu"``.
         backend: ``"auto"``, ``"unverified"``, which is ``"auto"`` without the check of a kernel's first calls, or by
             name ``"reference"``, ``"triton"`` or ``"cuda"``.
+        down_scale, up_scale: (rank,) and (out_features,), float32 or bfloat16: of 8-bit factors, otherwise None.
 
     Returns:
         (..., out_features), the dtype of ``x``.
@@ -138,6 +157,8 @@ def lowrank_linear(
         >>> torch.allclose(y, torch.nn.functional.gelu(x @ down.T @ up.T), atol=1e-4)
         True
     """
+    if down_scale is not None or up_scale is not None:
+        return _with_scales(x, down, up, bias, activation, backend, down_scale, up_scale)
     if can_bypass(x, down, up, bias):
         run = _decision(x, down, up, bias, activation, backend)
         if not needs_grad(x, down, up, bias):
@@ -145,27 +166,78 @@ def lowrank_linear(
         if not has_functorch_wrapper(x, down, up, bias):
             return _record(run, activation, backend, x, down, up, bias)
     if not is_compiling():
-        _check_types(x, down, up, bias)
-    # nn.TransformerEncoder passes nested tensors. The comparison is explicit because is_nested of a torch.fx proxy is
-    # not a bool. A trace of torch.jit, also for ONNX, is to run where this op is not known.
-    if x.is_nested is True or in_transform() or (not is_compiling() and torch.jit.is_tracing()):
-        _check_activation(activation)
+        check_types(x=x, down=down, up=up, bias=bias)
+    if _runs_as_products(x, backend):
+        check_activation(activation)
         return reference.two_products(x, down, up, bias, activation)
     if not is_compiling():
-        _count_flops()
+        count_flops(torch.ops.lowrank_ops.lowrank_linear, _flops)
     return torch.ops.lowrank_ops.lowrank_linear(x, down, up, bias, activation=activation, backend=backend)
+
+
+def _runs_as_products(x: Tensor, backend: str) -> bool:
+    """Whether the call runs as torch's GEMMs and not as the op.
+
+    nn.TransformerEncoder passes nested tensors. The comparison is explicit because is_nested of a torch.fx proxy is not
+    a bool.
+    """
+    return x.is_nested is True or in_transform() or is_recorded(backend in FREE)
+
+
+def _with_scales(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    backend: str,
+    down_scale: Tensor | None,
+    up_scale: Tensor | None,
+) -> Tensor:
+    """:func:`lowrank_linear` with an 8-bit factor."""
+    scales = down_scale, up_scale
+    tensors = [tensor for tensor in (x, down, up, bias, *scales) if tensor is not None]
+    if can_bypass(x, down, up, bias) and all(scale is None or can_bypass(scale, x, x, None) for scale in scales):
+        run = _decision(x, down, up, bias, activation, backend, *scales)
+        if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
+            return run(x, down, up, bias, *scales)
+    if not is_compiling():
+        check_types(x=x, down=down, up=up, bias=bias, down_scale=down_scale, up_scale=up_scale)
+    if _runs_as_products(x, backend):
+        check_activation(activation)
+        return reference.two_products(x, down, up, bias, activation, *scales)
+    if not is_compiling():
+        count_flops(torch.ops.lowrank_ops.lowrank_linear, _flops)
+    return torch.ops.lowrank_ops.lowrank_linear(x, down, up, bias, *scales, activation=activation, backend=backend)
 
 
 @checked()
 def explain(
-    x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None, *, activation: str = "none", backend: str = "auto"
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str = "none",
+    backend: str = "auto",
+    down_scale: Tensor | None = None,
+    up_scale: Tensor | None = None,
 ) -> str:
     """Which implementation runs this ``lowrank_linear`` call, and why each other one does not."""
-    _check(x, down, up, bias, activation)
-    return _explain(TABLE, describe(x, down, up, bias, activation), backend)
+    args = x, down, up, bias, activation, down_scale, up_scale
+    check(*args)
+    return _explain(TABLE, describe(*args), backend)
 
 
-def describe(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: str) -> Problem:
+def describe(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    down_scale: Tensor | None = None,
+    up_scale: Tensor | None = None,
+) -> Problem:
     """The problem of a call."""
     in_features = x.shape[-1]
     rank, out_features = down.shape[0], up.shape[0]
@@ -173,6 +245,7 @@ def describe(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activatio
     down_strides, up_strides = down.stride(), up.stride()
     # Addresses and strides in bytes are all multiples of 16 if their bitwise or is.
     low_bits = x.data_ptr() | down.data_ptr() | up.data_ptr()
+    # Strides in elements: rows of 8-bit factors start on 8 bytes, which is as many elements.
     low_bits |= (x_stride | max(down_strides) | max(up_strides)) * x.element_size()
     return Problem(
         x.numel() // in_features if in_features else 0,
@@ -187,57 +260,27 @@ def describe(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activatio
         bias is not None,
         activation,
         device_facts(x.device),
+        None if down_scale is None else (down.dtype, down_scale.dtype),
+        None if up_scale is None else (up.dtype, up_scale.dtype),
     )
 
 
-def _check_types(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> None:
-    for name, tensor in (("x", x), ("down", down), ("up", up), ("bias", bias)):
-        known = tensor is None and name == "bias"
-        if not known and not hasattr(type(tensor), "__torch_function__"):  # which proxies of torch.fx have as well
-            raise TypeError(f"{name} must be a tensor; got {type(tensor).__name__}.")
-
-
-def _check(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: str) -> None:
-    if x.dim() == 0:
-        raise ValueError("x must have shape (..., in_features); got a scalar.")
-    if not x.is_floating_point():
-        raise ValueError(f"x must be a floating-point tensor; got {x.dtype}.")
-    if down.dim() != 2 or down.shape[1] != x.shape[-1]:
-        raise ValueError(
-            f"down must have shape (rank, {x.shape[-1]}) to take x with {x.shape[-1]} features; "
-            f"got {tuple(down.shape)}."
-        )
-    if up.dim() != 2 or up.shape[1] != down.shape[0]:
-        raise ValueError(
-            f"up must have shape (out_features, {down.shape[0]}), the rank of down; got {tuple(up.shape)}."
-        )
-    if bias is not None and bias.shape != up.shape[:1]:
-        raise ValueError(f"bias must have shape ({up.shape[0]},), the rows of up; got {tuple(bias.shape)}.")
-    _check_activation(activation)
-    for name, tensor in (("down", down), ("up", up), ("bias", bias)):
-        if tensor is not None and (tensor.dtype != x.dtype or tensor.device != x.device):
-            raise ValueError(
-                f"{name} must have the dtype and device of x, {x.dtype} on {x.device}; "
-                f"got {tensor.dtype} on {tensor.device}."
-            )
-
-
-def _check_activation(activation: str) -> None:
-    named = isinstance(activation, str)
-    if not named or activation not in reference.ACTIVATIONS:
-        raise (ValueError if named else TypeError)(
-            f"activation must be one of {', '.join(reference.ACTIVATIONS)}; got {activation!r}."
-        )
-
-
-_Bound = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
+_Bound = Callable[..., Tensor]  # of x, down, up and bias, and of both scales if one of them is given
 _decisions = BoundedCache(4096)
 
 
-def _decision(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: str, backend: str) -> _Bound:
+def _decision(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    backend: str,
+    *scales: Tensor | None,  # those of down and up, or nothing
+) -> _Bound:
     """The function that runs a call like this. Arguments are checked and an implementation is bound once per key."""
     dtype, device = x.dtype, x.device
-    alike = (
+    alike = not scales and (
         down.dtype is dtype
         and up.dtype is dtype
         and down.device == device
@@ -245,17 +288,23 @@ def _decision(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activati
         and (bias is None or (bias.dtype is dtype and bias.device == device))
     )
     # The key must contain everything that a check or a choice depends on: cached decisions are not checked again.
-    key = x.shape, dtype, device, down.shape, up.shape, None if bias is None else bias.shape, activation, backend
+    biases = None if bias is None else bias.shape
+    key: tuple[Any, ...] = x.shape, dtype, device, down.shape, up.shape, biases, activation, backend
+    if scales:
+        forms = ((tensor.dtype, tensor.device) for tensor in (down, up, bias, *scales) if tensor is not None)
+        key += (*forms, *(None if scale is None else scale.shape for scale in scales))
+        alike = True
     try:
         bound = _decisions.get(key) if alike else None
     except TypeError:  # no hash
         check_arguments(lowrank_linear, {"activation": activation, "backend": backend})
         raise
     if bound is None:
-        _check(x, down, up, bias, activation)
-        if not all_strided(x, down, up, bias):  # no strides to describe; not cached, as strided tensors share the key
-            return reference.bind(reference.two_products, activation)
-        problem = describe(x, down, up, bias, activation)
+        check(x, down, up, bias, activation, *scales)
+        # No strides to describe; not cached, as strided tensors share the key.
+        if not all_strided(x, down, up, bias) or not all(all_strided(x, x, x, scale) for scale in scales):
+            return reference.bind(reference.two_products, activation, bool(scales))
+        problem = describe(x, down, up, bias, activation, *scales)
         bound = _ByLayout(activation, backend) if _layout_matters(problem, backend) else _bind(problem, backend)
         _decisions[key] = bound
     return bound
@@ -277,7 +326,7 @@ def _bind(problem: Problem, backend: str) -> _Bound:
     impl = choose(TABLE, problem, backend)
     if impl.bind is not None:
         return impl.bind(problem)
-    return lambda x, down, up, bias: impl.run(problem, x, down, up, bias, problem.activation)
+    return lambda x, down, up, bias: impl.run(problem, x, down, up, bias, problem.activation)  # never with scales
 
 
 class _ByLayout:
@@ -287,7 +336,7 @@ class _ByLayout:
         self.activation, self.backend = activation, backend
         self.decisions = BoundedCache(64)
 
-    def __call__(self, x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, *scales: Tensor | None) -> Tensor:
         if down.is_neg() or up.is_neg() or (bias is not None and bias.is_neg()):
             # torch's GEMMs resolve the negative bit themselves, kernels do not.
             down, up = down.resolve_neg(), up.resolve_neg()
@@ -296,27 +345,27 @@ class _ByLayout:
         layout = (x.stride(), down.stride(), up.stride(), aligned)
         bound = self.decisions.get(layout)
         if bound is None:
-            problem = describe(x, down, up, bias, self.activation)
+            problem = describe(x, down, up, bias, self.activation, *scales)
             bound = _bind(problem, self.backend)
             impl = choose(TABLE, problem, self.backend)
             first = _verify.first_call("lowrank_linear", impl, problem, self.backend, _decisions.clear)
-            y = _checked(first, bound, x, down, up, bias) if first is not None and _verify.can_check(x) else None
+            y = None
+            if first is not None and _verify.can_check(x):
+                y = _checked(first, bound, x, down, up, bias, *scales)
             if first is None or first.passed:
                 self.decisions[layout] = bound
             if y is not None:
                 return y
-        return bound(x, down, up, bias)  # type: ignore[no-any-return]
+        return bound(x, down, up, bias, *scales)  # type: ignore[no-any-return]
 
 
-def _checked(
-    first: _verify.FirstCall, kernel: _Bound, x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None
-) -> Tensor:
+def _checked(first: _verify.FirstCall, kernel: _Bound, *tensors: Any) -> Tensor:
     """The kernel's result, or that of two GEMMs if the kernel is found wrong."""
-    args = x, down, up, bias, first.problem.activation
+    args = (*tensors[:4], first.problem.activation, *tensors[4:])
     results: list[Tensor] = []
 
     def run() -> tuple[float, float] | None:
-        results.append(kernel(x, down, up, bias))
+        results.append(kernel(*tensors))
         return reference.errors(results[0], *args)
 
     with torch.no_grad():
@@ -327,7 +376,9 @@ def _checked(
 
 _lib = torch.library.Library("lowrank_ops", "FRAGMENT")
 _lib.define(
-    "lowrank_linear(Tensor x, Tensor down, Tensor up, Tensor? bias=None, *, "
+    "lowrank_linear(Tensor x, Tensor down, Tensor up, Tensor? bias=None, "
+    # Not by keyword, as in the Python function: torch.library's autograd takes no tensors by keyword.
+    "Tensor? down_scale=None, Tensor? up_scale=None, *, "
     'str activation="none", str backend="auto") -> Tensor'
 )
 
@@ -337,11 +388,14 @@ def _run(
     down: Tensor,
     up: Tensor,
     bias: Tensor | None = None,
+    down_scale: Tensor | None = None,
+    up_scale: Tensor | None = None,
     *,
     activation: str = "none",
     backend: str = "auto",
 ) -> Tensor:
-    return _not_a_view(_decision(x, down, up, bias, activation, backend)(x, down, up, bias))
+    scales = () if down_scale is None and up_scale is None else (down_scale, up_scale)
+    return _not_a_view(_decision(x, down, up, bias, activation, backend, *scales)(x, down, up, bias, *scales))
 
 
 def _not_a_view(y: Tensor) -> Tensor:
@@ -357,25 +411,36 @@ def _fake(
     down: Tensor,
     up: Tensor,
     bias: Tensor | None = None,
+    down_scale: Tensor | None = None,
+    up_scale: Tensor | None = None,
     *,
     activation: str = "none",
     backend: str = "auto",
 ) -> Tensor:
-    _check(x, down, up, bias, activation)
+    check(x, down, up, bias, activation, down_scale, up_scale)
     return x.new_empty((*x.shape[:-1], up.shape[0]))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
-    x, down, up, bias = inputs
-    ctx.save_for_backward(x, down, up, bias)
+    # torch omits trailing arguments that have their default: without a bias and scales there are three.
+    x, down, up, bias, down_scale, up_scale = (*inputs, None, None, None)[:6]
+    needed = (*ctx.needs_input_grad, False, False, False)[:6]
+    for place, name, factor, scale in ((1, "down", down, down_scale), (2, "up", up, up_scale)):
+        if scale is not None and (needed[place] or needed[place + 3]):
+            raise ValueError(
+                f"{name} is {factor.dtype} and has no gradient, nor has {name}_scale; call requires_grad_(False) on "
+                "both."
+            )
+    ctx.save_for_backward(x, down, up, bias, down_scale, up_scale)
     ctx.options = keyword_only_inputs
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, down, up, bias = ctx.saved_tensors
-    # torch omits trailing arguments that have their default: without a bias there are three.
-    needed = (*ctx.needs_input_grad[:4], False)[:4]
-    return _gradients(grad, x, down, up, bias, needed, **ctx.options)
+    x, down, up, bias, *scales = ctx.saved_tensors
+    needed = (*ctx.needs_input_grad, False)[:4]
+    down, up = (reference.dequantized(*pair, x.dtype) for pair in zip((down, up), scales, strict=True))
+    gradients = _gradients(grad, x, down, up, bias, needed, **ctx.options)
+    return (*gradients, None, None)[: len(ctx.needs_input_grad)]
 
 
 class _Recorded(torch.autograd.Function):
@@ -453,40 +518,48 @@ def _decomposed(
     down: Tensor,
     up: Tensor,
     bias: Tensor | None = None,
+    down_scale: Tensor | None = None,
+    up_scale: Tensor | None = None,
     *,
     activation: str = "none",
     backend: str = "auto",
 ) -> Tensor:
-    return reference.two_products(x, down, up, bias, activation)
+    return reference.two_products(x, down, up, bias, activation, down_scale, up_scale)
+
+
+DECOMPOSED: dict[Any, Callable[..., Any]] = {torch.ops.lowrank_ops.lowrank_linear.default: _decomposed}
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
-    """torch.export's default decompositions and that of ``lowrank_linear`` into two matrix products.
+    """torch.export's default decompositions and those of the low-rank ops into matrix products.
 
-    For consumers that do not know the op. ``torch.onnx.export(..., dynamo=True)`` uses it by itself.
+    For exported programs that hold an op because it was called with a named backend; others hold products already.
 
     Example:
         >>> import torch, lowrank_ops as lro
-        >>> exported = torch.export.export(lro.LowRankLinear(64, 32, rank=8), (torch.randn(4, 64),))
-        >>> exported = exported.run_decompositions(lro.ops.decompositions())
+        >>> class Model(torch.nn.Module):
+        ...     def forward(self, x, down, up):
+        ...         return lro.ops.lowrank_linear(x, down, up, backend="reference")
+        >>> tensors = torch.randn(4, 64), torch.randn(8, 64), torch.randn(32, 8)
+        >>> exported = torch.export.export(Model(), tensors).run_decompositions(lro.ops.decompositions())
         >>> "lowrank" in exported.graph_module.code
         False
     """
-    table = torch.export.default_decompositions()
-    table[torch.ops.lowrank_ops.lowrank_linear.default] = _decomposed
+    table: dict[Any, Callable[..., Any]] = torch.export.default_decompositions()
+    table.update(DECOMPOSED)
     return table
 
 
 _lib.impl("lowrank_linear", _run, "CompositeExplicitAutograd")
 torch.library.register_fake("lowrank_ops::lowrank_linear", _fake, lib=_lib)
 torch.library.register_autograd("lowrank_ops::lowrank_linear", _backward, setup_context=_setup_context, lib=_lib)
-register_autocast(_lib, "lowrank_linear", cast=True)
+register_autocast(_lib, "lowrank_linear", cast=True, first=4)
 # torch.compile does not use this table and keeps one op; torch.onnx.export does.
 register_decomposition(torch.ops.lowrank_ops.lowrank_linear.default)(_decomposed)
 
 
-def _count_flops() -> None:
-    """Give active FlopCounterModes a formula for the op.
+def count_flops(op: Any, formula: Callable[..., int]) -> None:
+    """Give active FlopCounterModes a formula for an op.
 
     Not registered at import, because ``torch.utils.flop_counter`` imports Triton.
     """
@@ -494,7 +567,7 @@ def _count_flops() -> None:
         for mode in _get_current_dispatch_mode_stack():
             registry = getattr(getattr(mode, "counter", mode), "flop_registry", None)
             if registry is not None:
-                registry.setdefault(torch.ops.lowrank_ops.lowrank_linear, _flops)
+                registry.setdefault(op, formula)
 
 
 def _flops(x: Tensor, down: Tensor, up: Tensor, *args: Any, **kwargs: Any) -> int:

@@ -69,6 +69,8 @@ def _planned(problem: Problem, kind: str, choice: _native.Choice = _native.DEFAU
     """``(reason, "")`` if no kernel whose name starts with ``kind`` runs the problem, else ``("", plan)``."""
     if (reason := _native.unavailable_on(problem.device.type)) is not None:
         return reason, ""
+    if problem.scaled:
+        return "takes no 8-bit factors; Triton's kernels do", ""
     if problem.x_stride == 0:
         return "x is not a matrix with unit column stride; pass x.contiguous()", ""
     if problem.tokens == 0:

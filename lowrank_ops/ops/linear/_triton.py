@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _MAX_STRIDE = 2**22  # offsets inside a tile, of up to 512 rows, are 32-bit
 _SUM_BLOCK = 1024
 
-_Launcher = Callable[..., None]  # launches the kernels on (x, down, up, bias, y)
+_Launcher = Callable[..., None]  # launches the kernels on (x, down, up, bias, y, down_scale, up_scale)
 
 
 def supports_decode(problem: Problem, config: DecodeConfig | None = None) -> str | None:
@@ -80,6 +80,23 @@ def prefers_prefill(problem: Problem) -> bool:
     return _preferred("triton.prefill", problem)
 
 
+def plan_decode(problem: Problem) -> str:
+    """The name of the kernels for 8-bit factors; for others that of the implementation says all."""
+    return _eight_bit("triton.decode", problem)
+
+
+def plan_prefill(problem: Problem) -> str:
+    """The name of the kernel for 8-bit factors; for others that of the implementation says all."""
+    return _eight_bit("triton.prefill", problem)
+
+
+def _eight_bit(name: str, problem: Problem) -> str:
+    """``triton.decode.int8.float8_e4m3fn``: a kernel of its own for each pair of formats of down and up."""
+    forms = (problem.down_format, problem.up_format)
+    formats = [str(form[0] if form else problem.dtype).removeprefix("torch.") for form in forms]
+    return ".".join([name, *formats]) if problem.scaled else ""
+
+
 def run_decode(
     problem: Problem,
     x: Tensor,  # (..., in_features)
@@ -88,9 +105,12 @@ def run_decode(
     bias: Tensor | None,  # (out_features,)
     activation: str,
     config: DecodeConfig | None = None,
+    *,
+    down_scale: Tensor | None = None,  # (rank,)
+    up_scale: Tensor | None = None,  # (out_features,)
 ) -> Tensor:  # (..., out_features)
     """Run ``problem`` with the decode kernels, with ``config`` or the configuration chosen for it."""
-    return _bind(problem, _decode_launcher, config)(x, down, up, bias)
+    return _bind(problem, _decode_launcher, config)(x, down, up, bias, down_scale, up_scale)
 
 
 def run_prefill(
@@ -101,30 +121,40 @@ def run_prefill(
     bias: Tensor | None,  # (out_features,)
     activation: str,
     config: PrefillConfig | None = None,
+    *,
+    down_scale: Tensor | None = None,  # (rank,)
+    up_scale: Tensor | None = None,  # (out_features,)
 ) -> Tensor:  # (..., out_features)
     """Run ``problem`` with the prefill kernel, with ``config`` or the configuration chosen for it."""
-    return _bind(problem, _prefill_launcher, config)(x, down, up, bias)
+    return _bind(problem, _prefill_launcher, config)(x, down, up, bias, down_scale, up_scale)
 
 
 def bind_decode(problem: Problem) -> Callable[..., Tensor]:
-    """:func:`run_decode` for ``problem`` as a function of (x, down, up, bias)."""
+    """:func:`run_decode` for ``problem`` as a function of (x, down, up, bias) and the scales of 8-bit factors."""
     return _bind(problem, _decode_launcher)
 
 
 def bind_prefill(problem: Problem) -> Callable[..., Tensor]:
-    """:func:`run_prefill` for ``problem`` as a function of (x, down, up, bias)."""
+    """:func:`run_prefill` for ``problem`` as a function of (x, down, up, bias) and the scales of 8-bit factors."""
     return _bind(problem, _prefill_launcher)
 
 
 def _bind(problem: Problem, make_launcher: Callable[..., _Launcher], *config: Any) -> Callable[..., Tensor]:
     out_features, device = problem.out_features, problem.device
     if not problem.tokens:
-        return lambda x, down, up, bias: x.new_empty((*x.shape[:-1], out_features))
+        return lambda x, *others: x.new_empty((*x.shape[:-1], out_features))
     launcher = make_launcher(problem, *config)
 
-    def run(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
+    def run(
+        x: Tensor,
+        down: Tensor,
+        up: Tensor,
+        bias: Tensor | None,
+        down_scale: Tensor | None = None,
+        up_scale: Tensor | None = None,
+    ) -> Tensor:
         y = x.new_empty((*x.shape[:-1], out_features))
-        _on_device(device, launcher, x, down, up, bias, y)
+        _on_device(device, launcher, x, down, up, bias, y, down_scale, up_scale)
         return y
 
     return run
@@ -164,7 +194,7 @@ class _Launch:
 
 @functools.lru_cache(maxsize=4096)
 def _decode_launcher(problem: Problem, config: DecodeConfig | None = None) -> _Launcher:
-    """A function of (x, down, up, bias, y) that launches the decode kernels for ``problem``."""
+    """The launcher of the decode kernels for ``problem``."""
     from . import _triton_decode_kernels as kernels
 
     config = config or decode_config(problem)
@@ -180,17 +210,19 @@ def _decode_launcher(problem: Problem, config: DecodeConfig | None = None) -> _L
         kernels.down_kernel,
         (-(-rank // config.block_r), slices, token_blocks),
         (tokens, in_units, rank_units, problem.x_stride // unit, down_stride // unit, slice_blocks),
-        (unit, down_k_contiguous, config.block_m, config.block_r, config.block_k, pdl),
+        (unit, down_k_contiguous, problem.down_format is not None, config.block_m, config.block_r, config.block_k, pdl),
         problem.aligned,
         num_warps=config.down_warps,
         num_stages=config.down_stages,
     )
+    scaled = problem.up_format is not None
+    up_slices = slices if config.fold else 1
     tiles = (config.block_m, config.block_n, config.slab, config.rest, pdl)
     launch_up = _Launch(
         kernels.up_kernel,
         (-(-problem.out_features // config.block_n), token_blocks, 1),
         (tokens, rank_units, out_units, up_stride // unit),
-        (unit, up_r_contiguous, slices if config.fold else 1, problem.has_bias, problem.activation, *tiles),
+        (unit, up_r_contiguous, scaled, up_slices, problem.has_bias, problem.activation, *tiles),
         problem.aligned,
         num_warps=config.up_warps,
         num_stages=config.up_stages,
@@ -199,10 +231,13 @@ def _decode_launcher(problem: Problem, config: DecodeConfig | None = None) -> _L
     if slices == 1 or config.fold:
         partial_dtype = torch.float32 if config.fold else problem.dtype
 
-        def launch_two(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, y: Tensor) -> None:
+        def launch_two(
+            x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, y: Tensor, *scales: Tensor | None
+        ) -> None:
+            down_scale, up_scale = scales or (None, None)
             partial = torch.empty((slices, tokens, rank), dtype=partial_dtype, device=x.device)
-            launch_down(x, down, partial)
-            launch_up(partial, up, _bias_or(x, bias), y)
+            launch_down(x, down, _vector_or(x, down_scale), partial)
+            launch_up(partial, up, _vector_or(x, up_scale), _vector_or(x, bias), y)
 
         return launch_two
 
@@ -216,19 +251,22 @@ def _decode_launcher(problem: Problem, config: DecodeConfig | None = None) -> _L
         **options,
     )
 
-    def launch_three(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    def launch_three(
+        x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, y: Tensor, *scales: Tensor | None
+    ) -> None:
+        down_scale, up_scale = scales or (None, None)
         partial = torch.empty((slices, tokens, rank), dtype=torch.float32, device=x.device)
         t = torch.empty((tokens, rank), dtype=x.dtype, device=x.device)
-        launch_down(x, down, partial)
+        launch_down(x, down, _vector_or(x, down_scale), partial)
         launch_sum(partial, t)
-        launch_up(t, up, _bias_or(x, bias), y)
+        launch_up(t, up, _vector_or(x, up_scale), _vector_or(x, bias), y)
 
     return launch_three
 
 
 @functools.lru_cache(maxsize=4096)
 def _prefill_launcher(problem: Problem, config: PrefillConfig | None = None) -> _Launcher:
-    """A function of (x, down, up, bias, y) that launches the prefill kernel for ``problem``."""
+    """The launcher of the prefill kernel for ``problem``."""
     from ._triton_prefill_kernels import prefill_kernel
 
     config = config or prefill_config(problem)
@@ -239,22 +277,28 @@ def _prefill_launcher(problem: Problem, config: PrefillConfig | None = None) -> 
     work = -(-problem.tokens // config.block_m) * config.parts
     pieces, stages = (config.piece_0, config.piece_1), (config.stages_k, config.stages_n)
     tiles = (config.block_m, config.block_n, config.block_k, *pieces, *stages)
+    scaled = (problem.down_format is not None, problem.up_format is not None)
     sizes = (problem.in_features, problem.rank, problem.out_features, problem.x_stride, down_stride, up_stride)
     launch = _Launch(
         prefill_kernel,
         (min(work, problem.device.sm_count or 1), 1, 1),
         (problem.tokens, *(size // unit for size in sizes), config.parts),
-        (unit, down_k_contiguous, up_r_contiguous, problem.has_bias, problem.activation, *tiles),
+        (unit, down_k_contiguous, up_r_contiguous, *scaled, problem.has_bias, problem.activation, *tiles),
         problem.aligned,
         num_warps=config.warps,
         num_stages=config.stages_k,
     )
-    return lambda x, down, up, bias, y: launch(x, down, up, _bias_or(x, bias), y)
+
+    def run(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, y: Tensor, *scales: Tensor | None) -> None:
+        down_scale, up_scale = scales or (None, None)
+        launch(x, down, _vector_or(x, down_scale), up, _vector_or(x, up_scale), _vector_or(x, bias), y)
+
+    return run
 
 
-def _bias_or(x: Tensor, bias: Tensor | None) -> Tensor:
-    """The contiguous bias, or ``x`` as a pointer that the kernel does not load from."""
-    return x if bias is None else bias.contiguous()
+def _vector_or(x: Tensor, vector: Tensor | None) -> Tensor:
+    """The contiguous bias or scale, or ``x`` as a pointer that the kernel does not load from."""
+    return x if vector is None else vector.resolve_neg().contiguous()
 
 
 def _on_device(device: Device, launcher: _Launcher, *tensors: Tensor | None) -> None:
@@ -273,6 +317,10 @@ def _unsupported(problem: Problem) -> str | None:
         return reason
     if problem.dtype not in (torch.bfloat16, torch.float16):
         return f"takes bfloat16 or float16; this x is {problem.dtype}"
+    formats = [form[0] for form in (problem.down_format, problem.up_format) if form is not None]
+    before_fp8 = torch.version.hip is not None or problem.device.capability < (8, 9)
+    if torch.float8_e4m3fn in formats and problem.device.type == "cuda" and before_fp8:
+        return "casts float8_e4m3fn factors on CUDA devices of compute capability 8.9 or newer only; use int8"
     if not (problem.in_features and problem.rank and problem.out_features):
         return "takes no empty factors"
     if problem.x_stride == 0:

@@ -100,6 +100,7 @@ _PREFILL_SMALL_TILES = (
     PrefillConfig(64, 64, 64, 128, 16, 8, 3, 3),
     PrefillConfig(64, 64, 64, 256, 0, 8, 3, 3),
 )
+_PREFILL_256 = PrefillConfig(128, 64, 64, 256, 0, 8, 3, 3)  # spills with 8-bit factors, which registers cast
 _PREFILL: dict[str, tuple[PrefillConfig, ...]] = {
     "sm80": (
         PrefillConfig(64, 64, 64, 64, 0, 8, 3, 2),
@@ -109,7 +110,7 @@ _PREFILL: dict[str, tuple[PrefillConfig, ...]] = {
     ),
     "sm90": (
         *_PREFILL_LARGE_TILES,
-        PrefillConfig(128, 64, 64, 256, 0, 8, 3, 3),
+        _PREFILL_256,
         *_PREFILL_SMALL_TILES,
     ),
     "sm100": (*_PREFILL_LARGE_TILES, *_PREFILL_SMALL_TILES),
@@ -143,7 +144,7 @@ def prefill_config(problem: Problem) -> PrefillConfig | None:
     candidates = [
         _cheapest_parts(config, problem)
         for config in _PREFILL[arch(problem.device.capability)]
-        if config.rank >= problem.rank and _fits(config, problem)
+        if config.rank >= problem.rank and _fits(config, problem) and not (problem.scaled and config == _PREFILL_256)
     ]
     return min(candidates, key=lambda candidate: candidate[0])[1] if candidates else None
 
@@ -223,7 +224,11 @@ def tuned_entry(problem: Problem) -> dict[str, Any] | None:
         "in_features": problem.in_features,
         "rank": problem.rank,
         "out_features": problem.out_features,
-        "dtype": str(problem.dtype).removeprefix("torch."),
+        "dtype": " ".join(
+            str(form[0] if isinstance(form, tuple) else form).removeprefix("torch.")
+            for form in (problem.dtype, problem.down_format, problem.up_format)
+            if form is not None
+        ),
     }
     return _tuning.nearest("lowrank_linear", arch(problem.device.capability), shape)
 

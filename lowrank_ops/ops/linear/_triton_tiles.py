@@ -1,4 +1,4 @@
-"""Device functions that the kernels of ``lowrank_linear`` share: tile loads and stores, dot, rounding, activations.
+"""Device functions that the kernels of ``lowrank_linear`` share: loads, stores, casts, dot, rounding, activations.
 
 Triton's CPU interpreter computes bfloat16 dots wrongly and truncates casts to bfloat16. Under the interpreter, ``dot``
 upcasts to float32 and ``round_to`` rounds to nearest even by hand, so that its results are those of the hardware.
@@ -38,13 +38,28 @@ def load_tile(
 
 
 @triton.jit
-def store_tile(ptr, value, row, column, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Store ``value`` (ROWS, COLUMNS) at (row, column) of a contiguous (rows, columns) matrix."""
+def store_tile(ptr, value, row, column, rows, columns, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Store ``value`` (ROWS, COLUMNS) at (row, column) of a (rows, columns) matrix with the row stride ``stride``."""
     i = tl.arange(0, ROWS)
     j = tl.arange(0, COLUMNS)
-    corner = ptr + (columns.to(tl.int64) * row + column)
+    corner = ptr + (stride.to(tl.int64) * row + column)
     mask = ((row + i) < rows)[:, None] & ((column + j) < columns)[None, :]
-    tl.store(corner + (i[:, None] * columns + j[None, :]), value, mask=mask)
+    tl.store(corner + (i[:, None] * stride + j[None, :]), value, mask=mask)
+
+
+@triton.jit
+def widened(tile, dtype: tl.constexpr):
+    """An 8-bit tile in the 16-bit ``dtype``, which holds all of its values; a 16-bit tile as it is."""
+    if tile.dtype != dtype:
+        tile = tile.to(tl.float32 if INTERPRETED else dtype)
+    return tile
+
+
+@triton.jit
+def load_scale(ptr, first, count, COUNT: tl.constexpr):
+    """float32 scales of the rows from ``first`` on, zero past the last one."""
+    rows = first + tl.arange(0, COUNT)
+    return tl.load(ptr + rows, mask=rows < count, other=0.0).to(tl.float32)
 
 
 @triton.jit

@@ -24,18 +24,49 @@ _ACTIVATION_BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def two_products(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """``activation((x down^T) up^T + bias)`` with two GEMMs; the bias is in the second one's epilogue."""
+def dequantized(factor: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``factor``, or an 8-bit one times its scale per row: computed in float32 or wider, then rounded to ``dtype``."""
+    if scale is None:
+        return factor
+    wide = torch.promote_types(dtype, torch.float32)
+    return (factor.to(wide) * scale.to(wide).unsqueeze(1)).to(dtype)
+
+
+def two_products(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    down_scale: Tensor | None = None,
+    up_scale: Tensor | None = None,
+) -> Tensor:
+    """``activation((x down^T) up^T + bias)`` with two GEMMs; the bias is in the second one's epilogue.
+
+    8-bit factors are dequantized in every call: that writes and reads both in the dtype of ``x``.
+    """
+    down, up = dequantized(down, down_scale, x.dtype), dequantized(up, up_scale, x.dtype)
     return ACTIVATIONS[activation](F.linear(F.linear(x, down), up, bias))
 
 
-def dense(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+def dense(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    down_scale: Tensor | None = None,
+    up_scale: Tensor | None = None,
+) -> Tensor:
     """The same with ``up down`` formed first: fewer FLOPs above the break-even rank when there are many tokens."""
+    down, up = dequantized(down, down_scale, x.dtype), dequantized(up, up_scale, x.dtype)
     return ACTIVATIONS[activation](F.linear(x, up @ down, bias))
 
 
-def bind(implementation: Callable[..., Tensor], activation: str) -> Callable[..., Tensor]:
-    """``two_products`` or ``dense`` as a function of the tensors alone."""
+def bind(implementation: Callable[..., Tensor], activation: str, scaled: bool = False) -> Callable[..., Tensor]:
+    """``two_products`` or ``dense`` as a function of the tensors alone, with the scales if ``scaled``."""
+    if scaled:
+        return lambda x, down, up, bias, *scales: implementation(x, down, up, bias, activation, *scales)
     if activation != "none":
         return lambda x, down, up, bias: implementation(x, down, up, bias, activation)
     # The most frequent call, without the lookup of an activation.
@@ -46,7 +77,14 @@ def bind(implementation: Callable[..., Tensor], activation: str) -> Callable[...
 
 
 def errors(
-    y: Tensor, x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: str
+    y: Tensor,
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    down_scale: Tensor | None = None,
+    up_scale: Tensor | None = None,
 ) -> tuple[float, float] | None:
     """The error of ``y`` on at most 64 of its rows, against float64, and twice that of :func:`two_products`.
 
@@ -58,8 +96,9 @@ def errors(
     # Spread over all tiles, with the first and the last row.
     rows = torch.linspace(0, tokens - 1, min(tokens, 64), dtype=torch.float64, device=x.device).long()
     x, y = x.reshape(tokens, in_features)[rows], y.reshape(tokens, out_features)[rows].double()
-    same = two_products(x, down, up, bias, activation).double()
-    wide = two_products(x.double(), down.double(), up.double(), None if bias is None else bias.double(), activation)
+    same = two_products(x, down, up, bias, activation, down_scale, up_scale).double()
+    down, up = (dequantized(*pair, torch.float64).double() for pair in ((down, down_scale), (up, up_scale)))
+    wide = two_products(x.double(), down, up, None if bias is None else bias.double(), activation)
     finite = same.isfinite() & wide.isfinite()
     if not x.any() or not finite.any():
         return None

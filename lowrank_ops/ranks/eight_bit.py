@@ -1,0 +1,168 @@
+"""What rounding the factors of a layer to 8 bits costs, predicted from its statistics, and its sizes in bytes."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..config import EIGHT_BIT
+from ..subspaces.layer import DAMPING, LayerSubspaces
+from .costs import (
+    PLAIN,
+    RANK_ALIGNMENT,
+    Bounds,
+    Formats,
+    Option,
+    dense_parameters,
+    factor_parameters,
+    lowrank_parameters,
+    stored_rank,
+)
+
+SCALE_BYTES = 4  # per row
+
+# Mean square error in float8_e4m3fn, with 3 bits of mantissa, relative to the mean square of the values, which are
+# taken as uniform in their logarithm: the spacing of those in [1, 2) is 1/8, and their mean square 1.5 / ln 2.
+_FP8_ERROR = (1 / 8) ** 2 / 12 / (1.5 / math.log(2))
+
+
+def dense_bytes(spaces: LayerSubspaces) -> int:
+    """Bytes of the dense layer."""
+    return dense_parameters(spaces) * spaces.dtype.itemsize
+
+
+def lowrank_bytes(spaces: LayerSubspaces, rank: int, formats: Formats = PLAIN) -> int:
+    """Bytes of the low-rank layer; centering adds a bias to a layer without one."""
+    biases = lowrank_parameters(spaces, rank) - factor_parameters(spaces, rank)
+    return factor_bytes(spaces, rank, formats) + biases * spaces.dtype.itemsize
+
+
+def factor_bytes(spaces: LayerSubspaces, rank: int, formats: Formats = PLAIN) -> int:
+    """Bytes of the two factors, with the scales of 8-bit ones."""
+    groups, in_features, out_features = spaces.dimensions
+    stored, width = groups * stored_rank(rank), spaces.dtype.itemsize
+    down = stored * in_features * (width if formats[0] is None else 1) + (SCALE_BYTES * stored if formats[0] else 0)
+    up = stored * out_features * (width if formats[1] is None else 1) + (
+        SCALE_BYTES * out_features if formats[1] else 0
+    )
+    return down + up
+
+
+class Rounding(NamedTuple):
+    """What rounding adds by rank: entry r is that of factors with the first r directions, (directions + 1,)."""
+
+    down_loss: Tensor  # of one sample, to second order; zero without output gradients
+    up_loss: Tensor
+    down_error: Tensor  # E|y - y'|^2
+    up_error: Tensor
+
+    def loss(self, rank: int, formats: Formats) -> float:
+        """The increase of the loss by rounding the factors that have a format."""
+        return _sum(self.down_loss, self.up_loss, rank, formats)
+
+    def error(self, rank: int, formats: Formats) -> float:
+        """The error of the outputs by rounding the factors that have a format."""
+        return _sum(self.down_error, self.up_error, rank, formats)
+
+
+def _sum(down: Tensor, up: Tensor, rank: int, formats: Formats) -> float:
+    return sum(float(part[rank]) for part, form in zip((down, up), formats, strict=True) if form is not None)
+
+
+def can_be_eight_bit(space: LayerSubspaces) -> bool:
+    """Whether the layer's factors can be 8-bit and the error of that is known: its input was streamed."""
+    return space.is_linear and space.statistics.side == "input"
+
+
+def rounding_of(space: LayerSubspaces, form: str, *, by_loss: bool) -> Rounding:
+    """Predict rounding for the factors of all ranks, by loss or of the output principal components.
+
+    Roundings of elements are independent of each other and of the input, so their mean squares add up: an error e in
+    row j of ``down`` causes the output error u_j e^T x, one in ``up`` the error e t_j. The factors are scaled as
+    :func:`lowrank_ops.factors.factorize` does it: the largest elements of both are equal, direction by direction.
+
+    Args:
+        space: of a linear layer whose input was streamed.
+        form: ``"int8"`` or ``"fp8"``.
+        by_loss: the directions of the loss; needs output gradients.
+    """
+    directions = min(space.dimensions[1:])
+    if by_loss:
+        assert space.loss is not None
+        _, down, up = space.loss.projection(directions)
+    else:
+        up = space.output.leading(directions)
+        down = up.mT @ space.weight
+    moment = space.loss_moment(centered=space.centered)  # centered layers have a bias that makes their mean exact
+    hidden = ((down @ moment) * down).sum(-1).clamp_min(0)  # E[t_j^2]
+    inputs = moment.diagonal()
+    ratio = up.abs().amax(0) / down.abs().amax(1)
+    factors = torch.exp2((torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0).log2() / 2).floor())
+    up, down, hidden = up / factors, down * factors.unsqueeze(1), hidden * factors.square()
+    squares = up.square().sum(0)
+    of_outputs, of_directions = torch.zeros(len(up), dtype=up.dtype, device=up.device), torch.zeros_like(squares)
+    if by_loss:
+        gradients = space.statistics.output_gradients
+        assert space.loss is not None and gradients is not None
+        of_outputs = gradients.moment(centered=False).diagonal().to(up)
+        of_directions = space.loss.scale * (factors.square().reciprocal() - DAMPING * squares).clamp_min(0)  # P^T G P
+    if form == "fp8":
+        rows = _FP8_ERROR * (down.square() @ inputs)
+        elements = _FP8_ERROR * up.square() * hidden
+        up_loss, up_error = (of_outputs @ elements).cumsum(0), elements.sum(0).cumsum(0)
+    else:
+        rows = (down.abs().amax(1) / EIGHT_BIT[form]).square() / 12 * inputs.sum()
+        steps = (up.abs().cummax(1).values / EIGHT_BIT[form]).square() / 12  # (out_features, rank)
+        total = hidden.cumsum(0)
+        up_loss, up_error = (of_outputs @ steps) * total, steps.sum(0) * total
+    down_loss, down_error = (rows * of_directions).cumsum(0), (rows * squares).cumsum(0)
+    parts = (down_loss / 2, up_loss / 2, down_error, up_error)
+    return Rounding(*(torch.cat([part.new_zeros(1), part]).cpu() for part in parts))
+
+
+def byte_options(
+    space: LayerSubspaces, form: str, bounds: Bounds, rounding: Rounding | None, allocation: str
+) -> list[tuple[Option, float]]:
+    """Sizes and what each is worth, in ascending order of bytes; those worth no more than a smaller one are left out.
+
+    Without ``rounding``, factors keep the dtype of the layer. The worth is what ``allocation`` maximizes: the loss that
+    is saved, doubled, or the share of the output variance that is kept, less what rounding costs of it.
+    """
+    dense = Option(None, dense_bytes(space))
+    formats: list[Formats] = [PLAIN] if rounding is None else [PLAIN, (form, None), (None, form), (form, form)]
+    if allocation == "uniform":
+        formats = formats[-1:]
+    kept = _kept(space, allocation)
+    largest = min(space.dimensions[1:] if bounds.max is None else (*space.dimensions[1:], bounds.max))
+    found = [(dense, kept[-1])] if bounds.max is None else []
+    for rank in range(RANK_ALIGNMENT, largest + 1, RANK_ALIGNMENT):
+        for chosen in formats:
+            option = Option(rank, lowrank_bytes(space, rank, chosen), chosen)
+            if rank >= bounds.min and option.cost < dense.cost:
+                lost = 0.0
+                if rounding is not None and allocation == "loss":
+                    lost = 2 * rounding.loss(rank, chosen)
+                elif rounding is not None and allocation == "variance":
+                    lost = rounding.error(rank, chosen) / max(space.output_variance, 1e-300)
+                found.append((option, kept[rank] - lost))
+    found.sort(key=lambda pair: (pair[0].cost, -pair[1]))
+    rising: list[tuple[Option, float]] = []
+    for option, worth in found:
+        if not rising or worth > rising[-1][1]:
+            rising.append((option, worth))
+    return rising
+
+
+def _kept(space: LayerSubspaces, allocation: str) -> list[float]:
+    """The worth of each rank before rounding, from 0 to all directions."""
+    directions = min(space.dimensions[1:])
+    if allocation == "uniform":
+        return [float(rank) for rank in range(directions + 1)]
+    if allocation == "variance":
+        return [float(space.output.explained(rank).mean()) for rank in range(directions + 1)]
+    assert space.loss is not None
+    spectrum = space.loss.spectrum
+    return [0.0, *spectrum.reshape(-1, spectrum.shape[-1]).sum(0).cumsum(0).tolist()]

@@ -1,0 +1,173 @@
+"""ByteBudget: ranks and formats of factors by predicted loss, in bytes."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import lowrank_ops as lro
+from lowrank_ops.factors import factorize
+from lowrank_ops.factors.eight_bit import DTYPES, quantized
+from lowrank_ops.ranks.choose import choose_sizes
+from lowrank_ops.ranks.eight_bit import lowrank_bytes, rounding_of
+from lowrank_ops.subspaces import layer_subspaces
+
+
+def build(dtype=torch.bfloat16):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(96, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 48)).to(dtype)
+
+
+@pytest.fixture(scope="module")
+def calibrated():
+    torch.manual_seed(1)
+    x = torch.randn(400, 96) @ torch.diag(torch.linspace(1.5, 0.1, 96))
+    return {
+        sensitivity: lro.calibrate(build(), [x.bfloat16()], sensitivity=sensitivity) for sensitivity in (None, "output")
+    }
+
+
+def stored_bytes(model):
+    return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+
+
+@pytest.mark.parametrize("form", DTYPES)
+@pytest.mark.parametrize("fraction", [0.8, 0.4, 0.2])
+@pytest.mark.parametrize("sensitivity", [None, "output"])
+def test_budget_is_met_in_bytes(calibrated, form, fraction, sensitivity):
+    model = build()
+    report = lro.compress_(model, calibrated[sensitivity], lro.ByteBudget(fraction, form))
+    assert (
+        report.layer_bytes
+        == stored_bytes(model)
+        <= fraction * stored_bytes(build())
+        == fraction * report.layer_bytes_before
+    )
+    assert {form for row in report.layers for form in row.formats if form} == {form}
+    formats = {fqn: layer.formats for fqn, layer in model.named_modules() if isinstance(layer, lro.LowRankLinear)}
+    assert formats == {row.fqn: row.formats for row in report.layers if row.rank is not None}
+    assert "layer bytes" in report.table() and "down, up" in report.table()
+    assert report.to_dict()["layer_bytes"] == report.layer_bytes
+
+
+def test_eight_bit_factors_are_better_at_equal_bytes(calibrated):
+    covariances = calibrated["output"]
+    for fraction in (0.8, 0.5, 0.3):
+        losses = [
+            lro.compress_(build(), covariances, policy(fraction)).predicted_loss
+            for policy in (lro.ByteBudget, lro.ParameterBudget)
+        ]
+        assert losses[0] < 0.8 * losses[1]
+
+
+@pytest.mark.parametrize("form", DTYPES)
+def test_predicted_rounding_is_that_of_the_factors(calibrated, form):
+    layers = {"0": build()[0], "2": build()[2]}
+    for space in layer_subspaces(layers, calibrated["output"]).values():
+        gradients, moment = space.gradient_moment, space.loss_moment(centered=True)
+        for by_loss in (True, False):
+            predicted = rounding_of(space, form, by_loss=by_loss)
+            for rank in (24, 48):
+                factors = factorize(space, rank, "loss" if by_loss else "output")
+                exact = factors.up @ factors.down
+                for formats in ((form, None), (None, form), (form, form)):
+                    pairs = zip((factors.down, factors.up), formats, strict=True)
+                    down, up = (
+                        part
+                        if kind is None
+                        else (lambda values, scale: values.double() * scale[:, None])(*quantized(part, kind))
+                        for part, kind in pairs
+                    )
+                    change = up @ down - exact
+                    weighted = change @ moment
+                    error = float((weighted * change).sum())
+                    assert predicted.error(rank, formats) == pytest.approx(error, rel=0.2)
+                    if by_loss:
+                        loss = 0.5 * float(((gradients @ change) * weighted).sum())
+                        assert predicted.loss(rank, formats) == pytest.approx(loss, rel=0.2)
+
+
+def test_widths_are_chosen_by_loss(calibrated):
+    """No other choice of ranks and formats of two layers within the budget has a smaller predicted loss, by 2%."""
+    layers = {"0": build()[0], "2": build()[2]}
+    spaces = layer_subspaces(layers, calibrated["output"])
+    policy = lro.ByteBudget(0.35, "fp8", "loss")
+    ranks, rounded = choose_sizes(policy, spaces)
+    roundings = {fqn: rounding_of(space, "fp8", by_loss=True) for fqn, space in spaces.items()}
+
+    def loss(fqn, rank, formats):
+        return 0.5 * float(spaces[fqn].loss.spectrum[rank:].sum()) + roundings[fqn].loss(rank, formats)
+
+    def options(fqn):
+        kinds = [(a, b) for a in (None, "fp8") for b in (None, "fp8")]
+        sizes = ((rank, kind) for rank in range(8, min(spaces[fqn].dimensions[1:]) + 1, 8) for kind in kinds)
+        return [(lowrank_bytes(spaces[fqn], *size), loss(fqn, *size)) for size in sizes]
+
+    budget = 0.35 * sum(2 * (layer.weight.numel() + layer.bias.numel()) for layer in layers.values())
+    best = min(a[1] + b[1] for a in options("0") for b in options("2") if a[0] + b[0] <= budget)
+    chosen = sum(loss(fqn, ranks[fqn], rounded[fqn].formats if fqn in rounded else (None, None)) for fqn in spaces)
+    assert chosen <= best * 1.02
+
+
+def test_smallest_rank_overrides_and_other_kinds(calibrated):
+    covariances = calibrated["output"]
+    spaces = layer_subspaces({"0": build()[0]}, covariances)
+    smallest = lowrank_bytes(spaces["0"], 8, ("int8", "int8"))
+    assert smallest == 8 * (96 + 128) + 4 * (8 + 128) + 2 * 128
+    dense = 2 * (96 * 128 + 128)
+    ranks, rounded = choose_sizes(lro.ByteBudget(smallest / dense, allocation="loss"), spaces)
+    assert ranks == {"0": 8} and rounded["0"].formats == ("int8", "int8")
+    with pytest.raises(ValueError, match=f"the smallest ranks take {smallest} bytes, {smallest - 1} are left"):
+        choose_sizes(lro.ByteBudget((smallest - 0.5) / dense, allocation="loss"), spaces)
+    model = build()
+    lro.compress_(model, covariances, lro.CompressionConfig(lro.ByteBudget(0.5), overrides={"0": 16, "4": None}))
+    assert model[0].formats == (None, None) and model[0].rank == 16 and type(model[4]) is nn.Linear
+    conv = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 16, 32))
+    covariances = lro.calibrate(conv, [torch.randn(200, 8, 6, 6)])
+    report = lro.compress_(conv, covariances, lro.ByteBudget(0.4))
+    assert [row.formats for row in report.layers] == [(None, None), ("int8", "int8")]
+    assert report.layer_bytes == stored_bytes(conv)
+
+
+def test_streamed_outputs_keep_their_dtype():
+    model = build()
+    covariances = lro.calibrate(model, [torch.randn(300, 96).bfloat16()], side="output")
+    report = lro.compress_(model, covariances, lro.ByteBudget(0.5))
+    assert all(row.formats == (None, None) for row in report.layers) and report.layer_bytes == stored_bytes(model)
+
+
+def test_configuration():
+    config = lro.CompressionConfig(lro.ByteBudget(0.5, "fp8", "loss"))
+    assert lro.CompressionConfig.from_json(config.to_json()) == config
+    with pytest.raises(ValueError, match="form must be one of 'int8', 'fp8'; got 'int4'"):
+        lro.ByteBudget(0.5, "int4")
+    with pytest.raises(ValueError, match="pivoted=True does not go with a ByteBudget"):
+        lro.CompressionConfig(lro.ByteBudget(0.5), pivoted=True)
+
+
+def test_reconstruction_and_checkpoint(calibrated, tmp_path):
+    torch.manual_seed(2)
+    batches = [torch.randn(300, 96).bfloat16()]
+    model = build()
+    report = lro.compress_(
+        model, calibrated[None], lro.ByteBudget(0.5), reconstruction=lro.SequentialReconstruction(batches)
+    )
+    lro.save_pretrained(model, tmp_path, report)
+    loaded = lro.load_pretrained(build(torch.float32), tmp_path)
+    assert torch.equal(loaded(batches[0]), model(batches[0]))
+    assert loaded[0].dtype is torch.bfloat16 and loaded[0].formats == model[0].formats
+    copied = copy.deepcopy(loaded).float()
+    assert copied[0].down.dtype is torch.int8 and copied[0].weight.dtype is torch.float32
+
+
+def test_mean_outputs_are_exact():
+    torch.manual_seed(3)
+    x = torch.randn(300, 96) + 5 * torch.randn(96)
+    model = build(torch.float32)
+    dense = [layer for layer in model if isinstance(layer, nn.Linear)]
+    covariances = lro.calibrate(model, [x])
+    lro.compress_(model, covariances, lro.ByteBudget(0.2, "fp8"), lambda module, fqn: fqn == "0")
+    assert model[0].formats == ("fp8", "fp8")
+    difference = model[0](x) - dense[0](x)
+    assert difference.mean(0).abs().max() < 1e-4 < difference.std()
