@@ -183,8 +183,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             case = {"model": model, "budget": budget, "form": form}
             row = next(row for row in rows if case.items() <= row.items())
             cells.append(f"{row['accuracy']:.2f}%" if "accuracy" in row else f"{row['cosine']:.3f}")
-        ratios = row["loss_ratios"]
-        cells.append(f"{min(ratios):.2f} to {max(ratios):.2f}")
+        ratios = row.get("loss_ratios")
+        cells.append(f"{min(ratios):.2f} to {max(ratios):.2f}" if ratios else "not measured")
         lines.append(f"| {model} | {budget:g}% | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -5,23 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..config import CompressionConfig, Ranks
+from ..ops.grouped import MAX_MEMBERS
 from .choose import ChosenRanks, Rounded, Spaces, choose_sizes, limits_of
 from .costs import UNBOUNDED
-
-MAX_MEMBERS = 3  # that the kernels of a group take
 
 Groups = tuple[tuple[str, ...], ...]
 
 
-def groups_of(spaces: Spaces, names: Sequence[str] | None = None) -> Groups:
+def groups_of(spaces: Spaces, names: Sequence[str]) -> Groups:
     """The linear layers of one parent module that share their input statistics, in groups of two or three.
 
     Args:
         spaces: of the layers considered.
-        names: of those that may be in a group; None for all.
+        names: of those that may be in a group.
     """
     found: dict[tuple[object, ...], list[str]] = {}
-    for fqn in spaces if names is None else names:
+    for fqn in names:
         space = spaces[fqn]
         if space.is_linear and space.statistics.side == "input":
             parent = fqn.rpartition(".")[0]

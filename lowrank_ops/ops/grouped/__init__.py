@@ -32,6 +32,7 @@ from .._dispatcher import (
 from ..linear import DECOMPOSED, _gradients, _not_a_view, _run, count_flops
 from . import _triton, reference
 
+MAX_MEMBERS = _triton.MAX_MEMBERS  # of a group that kernels take
 Tensors = Sequence[Tensor]
 Biases = Sequence["Tensor | None"]
 
