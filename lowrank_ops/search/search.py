@@ -55,7 +55,8 @@ def search_ranks(
             copies of its structure, which share its parameters and have their own buffers.
         covariances: from :func:`lowrank_ops.calibrate`.
         evaluate: ``evaluate(trial) -> float``, higher is better; called with copies of the model, dense and compressed.
-            It has to run the copy that it is called with: ``model`` itself stays dense.
+            It has to run the copy that it is called with: ``model`` itself stays dense. To train a trial, train
+            ``copy.deepcopy(trial)``: what is written into a trial's dense parameters is written into the model's.
         max_drop: accepted decrease from the dense model's value, in the units of ``evaluate``.
         by: ``"budget"`` bisects one parameter budget for all layers. ``"layers"`` bisects the rank of each layer, the
             largest layer first. Each trial keeps the layers before it compressed, and each layer may use a share of
@@ -170,10 +171,13 @@ def accuracy_of(
 
 
 class _Runs:
-    """A hook that notes whether its module has run, if given a thread, in that one. It can be pickled."""
+    """A hook that notes whether its module or a copy has run, if given a thread, in that one. It can be pickled."""
 
     def __init__(self, thread: int | None = None) -> None:
         self.seen, self._thread = False, thread
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Runs:
+        return self
 
     def __call__(self, *args: Any) -> None:
         if self._thread is None or (not torch.compiler.is_compiling() and get_ident() == self._thread):

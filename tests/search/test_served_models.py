@@ -1,5 +1,6 @@
 """A model can be served during searches and recalibrate: trial layers are in copies only."""
 
+import copy
 import gc
 import pickle
 import warnings
@@ -132,6 +133,24 @@ def test_an_evaluation_of_something_else_gets_a_warning() -> None:
     for evaluate in (lambda trial: score(part), lambda trial: in_thread(lambda: score(model))):
         with pytest.warns(UserWarning, match="evaluate did not run the compressed copy that it was called with"):
             search(model, evaluate)
+
+
+def test_a_copy_of_a_trial_may_be_trained() -> None:
+    model = network()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def evaluate(trial: nn.Module) -> float:
+        trained = copy.deepcopy(trial)
+        with torch.enable_grad():
+            trained(X).square().mean().backward()
+        for parameter in trained.parameters():
+            parameter.sub_(0.1)
+        return score(trained)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        search(model, evaluate)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_a_trial_may_be_saved_to_run_elsewhere(tmp_path) -> None:
