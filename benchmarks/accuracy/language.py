@@ -305,7 +305,7 @@ class Study:
             reconstruction = lro.BlockReconstruction(
                 sequences,
                 sensitivity=self.sensitivity,
-                epochs=3,
+                epochs=1,
                 autocast=self.autocast,
                 checkpoint=self.checkpoint(name, budget, "blocks"),
             )

@@ -134,7 +134,7 @@ def calibration_arguments(options: argparse.Namespace) -> dict[str, Any]:
 def load_model_of(options: argparse.Namespace) -> nn.Module:
     if (options.model is None) == (options.positional_model is None):
         raise Failure(2, "one model is needed: --model hf:DIR, timm:NAME or module:function")
-    options.model = options.model or options.positional_model
+    options.model = options.positional_model if options.model is None else options.model
     model = sources.named_model(options)
     if model is None:
         source = import_callable(options.model, "MODEL")

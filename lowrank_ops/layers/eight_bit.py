@@ -6,7 +6,7 @@ from torch import nn
 
 from ..arguments import checked
 from ..config import EIGHT_BIT, check_choice
-from ..models.layers import FilterFn, check_no_adapters
+from ..models.layers import FilterFn, check_no_adapters, check_not_dispatched
 from ._base import LowRankLayer
 from .linear import LowRankLinear
 from .pivoted import PivotedLinear
@@ -29,8 +29,8 @@ def quantize_(model: nn.Module, form: str = "int8", filter_fn: FilterFn | None =
         ``model``.
 
     Raises:
-        ValueError: no layer is selected, or one that cannot be 8-bit, is already, or has PEFT adapters; the message
-            names it.
+        ValueError: no layer is selected, or one that cannot be 8-bit, is already, has PEFT adapters or weights that
+            accelerate moves on each call; the message names it.
 
     Example:
         >>> import torch, lowrank_ops as lro
@@ -43,6 +43,7 @@ def quantize_(model: nn.Module, form: str = "int8", filter_fn: FilterFn | None =
     """
     check_choice("form", form, tuple(EIGHT_BIT))
     check_no_adapters(model)
+    check_not_dispatched(model)
     layers = {fqn: layer for fqn, layer in model.named_modules() if isinstance(layer, LowRankLayer)}
     if filter_fn is None:
         chosen = {fqn: layer for fqn, layer in layers.items() if _can_be_eight_bit(layer)}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import checked
+from ..models.layers import check_not_dispatched
 from ..ops import grouped
 from ..ops._backend import distrusted_kernels
 from ..ops.grouped import MAX_MEMBERS
@@ -45,7 +46,7 @@ def group_(model: nn.Module, groups: Iterable[Sequence[str]]) -> nn.Module:
     Raises:
         TypeError: an argument of another type.
         ValueError: a name that is not a :class:`lowrank_ops.LowRankLinear`, layers that do not fit together, or a layer
-            in two groups; no layer is grouped then.
+            in two groups, or accelerate moves weights on each call; no layer is grouped then.
 
     Example:
         >>> import torch, lowrank_ops as lro
@@ -54,6 +55,7 @@ def group_(model: nn.Module, groups: Iterable[Sequence[str]]) -> nn.Module:
         >>> model["q"].group
         LowRankGroup(3 layers)
     """
+    check_not_dispatched(model)
     group_layers(dict(model.named_modules(remove_duplicate=False)), groups)
     return model
 

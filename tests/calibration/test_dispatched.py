@@ -81,6 +81,8 @@ def test_dispatched_calibrations_are_planned_and_resume_unless_offloaded(tmp_pat
         lambda model, folder: lro.layers.to_plain_layers(model),
         lambda model, folder: lro.layers.to_dense_layers(model),
         lambda model, folder: lro.layers.convert_attention_(model),
+        lambda model, folder: lro.layers.quantize_(model),
+        lambda model, folder: lro.layers.group_(model, [("1", "3")]),
         lambda model, folder: lro.finetune_(model, X, teacher=dense()),
         lambda model, folder: lro.save_pretrained(model, folder / "saved"),
     ],

@@ -519,6 +519,7 @@ class TestRefusals:
         ("model", "code", "part"),
         [
             ("cli_project", 2, "MODEL must be hf:DIR, timm:NAME or module:function; got 'cli_project'"),
+            ("", 2, "MODEL must be hf:DIR, timm:NAME or module:function; got ''"),
             ("nowhere:build", 2, "no module 'nowhere' in this folder"),
             ("cli_needs:build", 2, "no module 'a_package_that_is_not_there'"),
             ("cli_project:bild", 2, "'cli_project' has no 'bild'"),
