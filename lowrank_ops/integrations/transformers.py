@@ -264,7 +264,7 @@ def model_card(model: nn.Module) -> str:
         ## Low-rank layers
         <BLANKLINE>
         - Layers that are products of two low-rank factors, by `lowrank_ops` ...: 1
-        - Their parameters: 800, 38.5% of the 2,080 of the dense layers
+        - Their parameters: 800, 38.5% of the 2,080 of the dense layers that they replace
         - Their ranks: 8 to 8, median 8; `config.json` lists them
         ...
     """
@@ -278,7 +278,7 @@ def model_card(model: nn.Module) -> str:
 ## Low-rank layers
 
 - Layers that are products of two low-rank factors, by `lowrank_ops` {__version__}: {len(layers)}
-- Their parameters: {held:,}, {held / dense:.1%} of the {dense:,} of the dense layers
+- Their parameters: {held:,}, {held / dense:.1%} of the {dense:,} of the dense layers that they replace
 - Their ranks: {ranks[0]} to {ranks[-1]}, median {ranks[len(ranks) // 2]}; `config.json` lists them
 
 Loading needs the package:
