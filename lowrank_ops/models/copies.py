@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dis
+import functools
 import gc
 from collections.abc import Iterator
-from types import FunctionType, ModuleType
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 from weakref import ProxyTypes, ReferenceType
 
@@ -83,7 +85,7 @@ def _alias(parameter: nn.Parameter) -> nn.Parameter:
 
 
 def _reachable(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Every object that a model refers to, with the attribute; not through classes and global variables."""
+    """Every object that a model refers to, with the attribute; of classes, only what ``forward`` reads."""
     names = {module: fqn for fqn, module in model.named_modules()}
     seen: dict[int, Any] = {}
     left: list[tuple[str, Any]] = [("model", model)]
@@ -97,14 +99,32 @@ def _reachable(model: nn.Module) -> Iterator[tuple[str, Any]]:
             continue
         if isinstance(value, nn.Module):
             fqn = names.get(value, f"a {type(value).__name__}") or "model"
+            left.append((f"{fqn}.forward", type(value).forward))
             left += [(f"{fqn}.{name}", part) for name, part in dict(vars(value)).items() if name != "extra_repr"]
         elif isinstance(value, ReferenceType):
             left.append((where, value()))
         elif isinstance(value, FunctionType):
             held = [*(value.__closure__ or ()), value.__defaults__, value.__kwdefaults__, vars(value)]
-            left += [(where, part) for part in held]
+            left += [(where, part) for part in [*held, *_globals_of(value)]]
         elif not isinstance(value, Tensor):
             left += [(where, part) for part in gc.get_referents(value) if gc.is_tracked(part)]
+
+
+def _globals_of(function: FunctionType) -> list[Any]:
+    """The globals that a function reads, as in a notebook: modules, methods and containers; and functions beside it."""
+    found = [function.__globals__.get(name) for name in _global_names(function.__code__)]
+    kinds = (nn.Module, MethodType, functools.partial, dict, list, set, tuple)
+    return [
+        part
+        for part in found
+        if isinstance(part, kinds) or (isinstance(part, FunctionType) and part.__globals__ is function.__globals__)
+    ]
+
+
+@functools.lru_cache(1024)
+def _global_names(code: CodeType) -> frozenset[str]:
+    own = {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
+    return frozenset(own).union(*(_global_names(part) for part in code.co_consts if isinstance(part, CodeType)))
 
 
 def _check_parameters(model: nn.Module, copied: nn.Module) -> None:

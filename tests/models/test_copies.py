@@ -105,6 +105,27 @@ class Locked(Around):
         self.body[2].state = {"lock": Lock()}
 
 
+GLOBAL: dict[str, nn.Module] = {}  # as names of a notebook
+
+
+def doubled(x):
+    return 2 * GLOBAL["layer"].forward(x)
+
+
+class GlobalInAFunction(Around):
+    def prepare(self) -> None:
+        GLOBAL["layer"] = self.body[0]
+        self.body[1].forward = lambda x: doubled(x)
+
+
+class GlobalInForward(Around):
+    def prepare(self) -> None:
+        GLOBAL["layer"] = self.body[0]
+
+    def forward(self, x):
+        return GLOBAL["layer"](x)
+
+
 class Fresh(nn.Linear):
     def __deepcopy__(self, memo):
         return Fresh(8, 8)
@@ -169,6 +190,8 @@ def test_a_copy_computes_the_same_and_is_independent(make) -> None:
         (ListInClosure, r"in the copy, body\.2\._forward_hooks would still refer to the model's own list"),
         (MethodOfAList, r"in the copy, model\.add would still refer to the model's own list"),
         (ForwardInClosure, r"in the copy, body\.0\.forward would still refer to the model's own Linear"),
+        (GlobalInAFunction, r"in the copy, body\.1\.forward would still refer to the model's own Linear"),
+        (GlobalInForward, r"in the copy, model\.forward would still refer to the model's own Linear"),
         (Cached, r"in the copy, model\.run would still refer to the model's own Sequential"),
         (WeakParent, r"in the copy, body\.2\.parent would still refer to the model's own WeakParent"),
         (ProxyOfParent, r"body\.2\.parent holds a weak proxy"),
@@ -179,6 +202,7 @@ def test_a_copy_computes_the_same_and_is_independent(make) -> None:
 )
 def test_a_model_that_cannot_be_copied_is_refused(make, message) -> None:
     model = make()
+    GLOBAL["other"] = base()
     with pytest.raises(ValueError, match=f"model cannot be copied: {message}"):
         shared_copy(model)
 
