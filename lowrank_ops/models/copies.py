@@ -113,8 +113,8 @@ def _reachable(model: nn.Module) -> Iterator[tuple[str, Any]]:
 def _globals_of(function: FunctionType) -> list[Any]:
     """The globals that a function reads: modules, methods and containers; and functions beside it.
 
-    A script or notebook that replaces a forward, ``run = layer.forward; layer.forward = lambda x: 2 * run(x)``, refers to
-    the model's layer in this way.
+    A notebook that replaces a forward, ``run = layer.forward; layer.forward = lambda x: 2 * run(x)``, refers to the
+    model's layer in this way.
     """
     found = [function.__globals__.get(name) for name in _global_names(function.__code__)]
     kinds = (nn.Module, MethodType, functools.partial, dict, list, set, tuple)
