@@ -70,8 +70,8 @@ native: $(VENV)/ready-dev
 	  echo "no nvcc: the CUDA library is not built and its tests are not run"; \
 	fi
 
-KERNEL_TESTS := tests/simulator tests/compile_gate tests/native
-OTHER_TESTS := tests/benchmarks benchmarks tests/compatibility tests/demo tests/reliability tests/test_docs.py
+KERNEL_TESTS := tests/native tests/simulator tests/compile_gate
+OTHER_TESTS := tests/test_docs.py tests/demo tests/benchmarks benchmarks tests/compatibility tests/reliability
 
 # These alone have to cover 90% of the package: tracing makes Python two fifths slower, and Triton's interpreter 2.4 times.
 test-unit: $(VENV)/ready-dev
