@@ -89,12 +89,14 @@ def assert_within(y: Tensor, x: Tensor, down: Tensor, up: Tensor, bias: Tensor |
     sums = size @ up64.abs().T + (0 if wide[3] is None else wide[3].abs())
     info = torch.finfo(y.dtype)
     accumulated = 8 if y.dtype in (torch.bfloat16, torch.float16) else 8 + x.shape[-1] + down.shape[0]
-    # Two denormals may be flushed to zero: one of t, multiplied by up, and one of y.
-    flushed = info.tiny * (4 + (1 + x.shape[-1]) * (up64.abs().sum(-1) + size.sum(-1, keepdim=True)))
+    dense = up64.abs() @ down64.abs()  # the product that may be formed first
+    # Denormals may be flushed to zero: of the operands, of t, which is multiplied by up, and of y.
+    outer = up64.abs().sum(-1)
+    flushed = 4 + (1 + x.shape[-1]) * (outer + size.sum(-1, keepdim=True))
+    flushed = info.tiny * (flushed + dense.sum(-1) + x64.abs().sum(-1, keepdim=True) * outer)
     bound = 1.2 * accumulated * info.eps * sums + flushed
     limit = info.max / 2 if activation == "gelu" else info.max  # torch's own, of oneDNN, doubles its argument
     fits = (sums * 1.01 < limit) & (size.amax(-1, keepdim=True) * 1.01 < info.max if down.shape[0] else True)
-    dense = up64.abs() @ down64.abs()  # the product that may be formed first
     fits = fits & bool((dense * 1.01 < info.max).all())
     found, expected = y.double(), ACTIVATIONS[activation](expected)
     wrong = fits & ~((found - expected).abs() <= bound + info.eps * expected.abs())
