@@ -93,8 +93,8 @@ def assert_within(y: Tensor, x: Tensor, down: Tensor, up: Tensor, bias: Tensor |
     # Denormals may be flushed to zero: of the operands, of t, which is multiplied by up, and of y.
     outer = up64.abs().sum(-1)
     flushed = 4 + (1 + x.shape[-1]) * (outer + size.sum(-1, keepdim=True))
-    flushed = info.tiny * (flushed + dense.sum(-1) + x64.abs().sum(-1, keepdim=True) * outer)
-    bound = 1.2 * accumulated * info.eps * sums + flushed
+    flushed += dense.sum(-1) + (x64.abs().sum(-1, keepdim=True) * outer).nan_to_num(nan=0.0)  # rank 0 and infinite x
+    bound = 1.2 * accumulated * info.eps * sums + info.tiny * flushed
     limit = info.max / 2 if activation == "gelu" else info.max  # torch's own, of oneDNN, doubles its argument
     fits = (sums * 1.01 < limit) & (size.amax(-1, keepdim=True) * 1.01 < info.max if down.shape[0] else True)
     fits = fits & bool((dense * 1.01 < info.max).all())
