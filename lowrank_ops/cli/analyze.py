@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-from pathlib import Path
 from typing import Any
 
 from ..report import utilization
-from .command import Failure, Result, add_command, add_output, check_folder, document, share
+from .command import Failure, Result, add_command, add_output, check_folder, document, path, share
 from .inputs import add_calibration, calibrated
 
 _ANALYZE = """\
@@ -30,8 +29,8 @@ def add(commands: Any) -> None:
         "--explained-variance", type=share, default=0.99, metavar="SHARE",
         help="share of the variance, in (0, 1], that the counted directions hold (default: %(default)s)",
     )  # fmt: skip
-    analyze.add_argument("--plot", type=Path, metavar="FILE", help="also write a bar chart: .png, .svg or .pdf")
-    analyze.add_argument("--html", type=Path, metavar="FILE", help="also write an HTML page with charts and tables")
+    analyze.add_argument("--plot", type=path, metavar="FILE", help="also write a bar chart: .png, .svg or .pdf")
+    analyze.add_argument("--html", type=path, metavar="FILE", help="also write an HTML page with charts and tables")
     add_output(analyze)
 
 

@@ -71,6 +71,12 @@ def share(text: str) -> float:
     return value
 
 
+def path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("must be a path; got an empty one, which a shell makes of an unset variable")
+    return Path(text)
+
+
 def whole(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"must be a whole number from 1; got {text!r}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -34,7 +33,7 @@ from ..layers.latency import measure_latency
 from ..midpoint import recalibrate
 from ..reconstruction import RECONSTRUCTIONS
 from ..report.compression import CompressionReport
-from .command import Failure, Result, add_command, add_output, check_folder, document, failing_as, share
+from .command import Failure, Result, add_command, add_output, check_folder, document, failing_as, path, share
 from .inputs import add_calibration, calibrated, calibration_arguments, given_calibration, load_batches
 from .resume import Progress
 from .sources import save_processors
@@ -78,11 +77,11 @@ def add(commands: Any) -> None:
         help="store covariances and the progress of the reconstruction in FOLDER.resume, and resume from there",
     )  # fmt: skip
     compress.add_argument(
-        "--from-checkpoint", type=Path, metavar="DIR",
+        "--from-checkpoint", type=path, metavar="DIR",
         help="instead of --model: a folder of safetensors that is compressed layer by layer without loading it, with "
         "--covariances; of transformers, or of any state dict of nn.Linear layers",
     )  # fmt: skip
-    compress.add_argument("--html", type=Path, metavar="FILE", help="also write an HTML page with charts and tables")
+    compress.add_argument("--html", type=path, metavar="FILE", help="also write an HTML page with charts and tables")
     add_output(compress)
 
 
@@ -108,7 +107,7 @@ def _add_compression(parser: argparse.ArgumentParser) -> None:
         "--latency", type=share, metavar="SHARE",
         help="all layers keep at most this share of their time, given by --latencies or measured with the first batch",
     )  # fmt: skip
-    policy.add_argument("--ranks", type=Path, metavar="FILE", help='JSON file: {"layer name or re:pattern": rank, ...}')
+    policy.add_argument("--ranks", type=path, metavar="FILE", help='JSON file: {"layer name or re:pattern": rank, ...}')
     ranks.add_argument(
         "--allocation", choices=ALLOCATIONS,
         help="how a budget is shared: equally, by the output variance that it preserves, or by the predicted loss "
@@ -116,8 +115,8 @@ def _add_compression(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     ranks.add_argument("--eight-bit", choices=list(EIGHT_BIT), help="the 8-bit factors of --bytes (default: int8)")
     times = ranks.add_mutually_exclusive_group()
-    times.add_argument("--latencies", type=Path, metavar="FILE", help="file from --save-latencies, for --latency")
-    times.add_argument("--save-latencies", type=Path, metavar="FILE", help="store the measured times for later runs")
+    times.add_argument("--latencies", type=path, metavar="FILE", help="file from --save-latencies, for --latency")
+    times.add_argument("--save-latencies", type=path, metavar="FILE", help="store the measured times for later runs")
     ranks.add_argument(
         "--keep-dense", action="append", default=[], metavar="LAYER",
         help="layer name or re:pattern to leave dense; can be repeated",
@@ -151,7 +150,7 @@ def _add_compression(parser: argparse.ArgumentParser) -> None:
         "--recalibrate", action="store_true",
         help="run --calibration again at the midpoint of the dense and the compressed model, and use both gradients",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where to write the compressed model")
+    parser.add_argument("--out", type=path, required=True, metavar="FOLDER", help="where to write the compressed model")
 
 
 def run(options: argparse.Namespace) -> Result:

@@ -9,7 +9,6 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import safetensors
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from ..calibration.calibrator import calibrate
 from ..calibration.covariances import Covariances
 from . import sources
-from .command import Failure, check_folder, failing_as, one_line, share, whole
+from .command import Failure, check_folder, failing_as, one_line, path, share, whole
 
 
 def add_calibration(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +31,7 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
         "without arguments, which returns the model",
     )  # fmt: skip
     data.add_argument(
-        "--checkpoint", type=Path, metavar="FILE", help="safetensors file with weights to load into the model"
+        "--checkpoint", type=path, metavar="FILE", help="safetensors file with weights to load into the model"
     )
     data.add_argument(
         "--device",
@@ -46,7 +45,7 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
         "module:function, called without arguments, which returns an iterable of batches",
     )  # fmt: skip
     source.add_argument(
-        "--covariances", type=Path, metavar="FILE", help="file from --save-covariances, instead of --calibration"
+        "--covariances", type=path, metavar="FILE", help="file from --save-covariances, instead of --calibration"
     )
     for flag, default, what in (
         ("--batch-size", sources.BATCH_SIZE, "texts or images per batch"),
@@ -56,7 +55,7 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
         data.add_argument(flag, type=whole, metavar="N", help=f"{what} (default: {default})")
     calibration = parser.add_argument_group("calibration")
     calibration.add_argument(
-        "--save-covariances", type=Path, metavar="FILE", help="store the covariances for later runs"
+        "--save-covariances", type=path, metavar="FILE", help="store the covariances for later runs"
     )
     calibration.add_argument(
         "--mask",

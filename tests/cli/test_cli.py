@@ -555,6 +555,11 @@ class TestRefusals:
         line = refused(capsys, 2, *ANALYZE, "--checkpoint", "part.safetensors")
         assert 'Missing key(s) in state_dict: "0.bias", "2.bias", "2.weight"' in line
 
+    def test_empty_paths(self, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        for argv in ((*COMPRESS[:-2], "--out"), (*ANALYZE, "--html"), (*ANALYZE[:2], "--covariances")):
+            assert f"{argv[-1]}: must be a path; got an empty one" in refused(capsys, 2, *argv, "")
+        assert not (project / "config.json").exists()
+
     def test_bad_covariances(self, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
         argv = ("analyze", "cli_project:build", "--covariances")
         assert "none" in refused(capsys, 2, *argv, "none")
