@@ -39,7 +39,7 @@ void what_is_not_finite_stays_so() {
 }
 
 // The other gelu misses it by far.
-void the_bound_tells_other_formulas() {
+void the_bound_rejects_other_formulas() {
   const auto tanh_form = [](double y) {
     return 0.5 * y * (1.0 + std::tanh(0.79788456080286536 * (y + 0.044715 * y * y * y)));
   };
@@ -51,6 +51,6 @@ void the_bound_tells_other_formulas() {
 int main() {
   every_bfloat16_and_what_lies_between();
   what_is_not_finite_stays_so();
-  the_bound_tells_other_formulas();
+  the_bound_rejects_other_formulas();
   return lowrank_ops::tests::result();
 }

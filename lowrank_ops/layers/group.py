@@ -191,7 +191,7 @@ class LowRankGroup:
 
 
 class _Factors(NamedTuple):
-    """The parameters of a member, and what tells whether they were changed."""
+    """The parameters of a member, and what shows whether they were changed."""
 
     tensors: tuple[Tensor, Tensor, Tensor | None]
     state: tuple[Any, ...]

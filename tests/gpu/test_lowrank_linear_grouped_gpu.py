@@ -52,7 +52,7 @@ def test_members_take_their_outputs_from_one_call(tokens, monkeypatch):
     with torch.cuda.stream(stream):
         stream.wait_stream(torch.cuda.default_stream())
         layers["k"](x)
-    assert len(calls) == 8  # computed anew on the other stream
+    assert len(calls) == 8  # computed again on the other stream
     for layer in layers.values():
         lro.ops.lowrank_linear(x, layer.down, layer.up, layer.bias)  # compiles what the capture launches
     graph = torch.cuda.CUDAGraph()

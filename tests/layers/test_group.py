@@ -49,7 +49,7 @@ def test_one_call_serves_all_members(group_calls, model):
     assert len({y.untyped_storage().data_ptr() for y in ys}) == 3
     x = torch.randn(5, 24)
     assert_right(model, x)
-    assert_right(model, x)  # the outputs were taken: the same x computes anew
+    assert_right(model, x)  # the outputs were taken: the same x is computed again
     assert len(group_calls) == 5
 
 
