@@ -92,7 +92,7 @@ class ByteBudget:
     Args:
         fraction: share of the bytes of the considered layers, in the model's dtype, in (0, 1]; met from below.
         form: of 8-bit factors, ``"int8"`` or ``"fp8"`` (float8_e4m3fn), with a float32 scale per row.
-        allocation: as in :class:`ParameterBudget`, per byte. With ``"uniform"`` all factors that can be are 8-bit.
+        allocation: as in :class:`ParameterBudget`, per byte. With ``"uniform"``, every factor that can be 8-bit is.
 
     Example:
         >>> import torch, lowrank_ops as lro

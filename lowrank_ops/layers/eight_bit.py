@@ -29,8 +29,8 @@ def quantize_(model: nn.Module, form: str = "int8", filter_fn: FilterFn | None =
         ``model``.
 
     Raises:
-        ValueError: no layer is selected, or one that cannot be 8-bit, is already, has PEFT adapters or weights that
-            accelerate moves on each call; the message names it.
+        ValueError: no layer is selected, or a selected layer cannot be 8-bit, is 8-bit already, has PEFT adapters or
+            has weights that accelerate moves on each call; the message names it.
 
     Example:
         >>> import torch, lowrank_ops as lro

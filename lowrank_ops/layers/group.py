@@ -24,29 +24,29 @@ _MAX_WASTED = 3  # calls of the group in a row whose outputs were not all taken;
 def group_(model: nn.Module, groups: Iterable[Sequence[str]]) -> nn.Module:
     """Let low-rank layers that receive the same tensor compute their outputs together, in place.
 
-    The layers, their parameters, hooks and state dict stay as they are, and results do up to rounding: the first call
-    of a member with a tensor runs :func:`lowrank_ops.ops.lowrank_linear_grouped` for all members. The others take their
-    outputs from it if they are called with that tensor in the same thread, and neither it nor their parameters were
-    changed. That is done only where kernels for groups run (on a GPU) and where no gradient is recorded. Elsewhere each
-    member runs alone, and so it does with tensors of inference mode, under autocast, ``torch.compile``, tracing,
-    profilers and ``torch.func``, and while a CUDA graph is captured.
+    The layers, their parameters, hooks and state dict stay as they are, and so do results, up to rounding: the first
+    call of a member with a tensor runs :func:`lowrank_ops.ops.lowrank_linear_grouped` for all members. The others
+    return their outputs of that call if they are called with that tensor in the same thread, and neither the tensor nor
+    their parameters were changed. This happens only where kernels for groups run (on a GPU) and where no gradient is
+    recorded. Elsewhere each member runs alone. So it does with inference tensors, under autocast, ``torch.compile``,
+    tracing, profilers and ``torch.func``, and while a CUDA graph is captured.
 
-    A group whose outputs are repeatedly left, because its members get different tensors, stops computing together.
-    A copy of all members, also by pickle, is a group; a copy or a replacement of one is a layer of its own. Writes by
-    ``.data`` between the calls of two members, such as ``x.data.add_(1)``, are not noticed, as autograd does not notice
-    them either.
+    A group whose outputs are repeatedly not used, because its members get different tensors, stops computing together.
+    A copy of all members, also by pickle, is a group; a copy or a replacement of one is a layer of its own. Writes
+    through ``.data`` between the calls of two members, such as ``x.data.add_(1)``, are not detected; autograd does not
+    detect them either.
 
     Args:
         model: any module.
-        groups: names of layers per group, two or three of the same number of inputs, device and dtype.
+        groups: names of layers per group, two or three with the same ``in_features``, device and dtype.
 
     Returns:
         ``model``.
 
     Raises:
         TypeError: an argument of another type.
-        ValueError: a name that is not a :class:`lowrank_ops.LowRankLinear`, layers that do not fit together, or a layer
-            in two groups, or accelerate moves weights on each call; no layer is grouped then.
+        ValueError: a name that is not a :class:`lowrank_ops.LowRankLinear`, layers that do not fit together, a layer in
+            two groups, or weights that accelerate moves on each call; no layer is grouped then.
 
     Example:
         >>> import torch, lowrank_ops as lro

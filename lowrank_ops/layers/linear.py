@@ -186,8 +186,8 @@ class LowRankLinear(LowRankLayer):
     def quantize_(self, form: str = "int8", *, down: bool = True, up: bool = True) -> LowRankLinear:
         """Round the factors to 8 bits with a scale for each of their rows, in place.
 
-        8-bit factors are parameters without gradients; gradients of the input and of the bias are as before, so that
-        an adapter can be trained on them. Casts such as ``layer.half()`` leave 8-bit factors and scales as they are.
+        8-bit factors are parameters without gradients; gradients of the input and of the bias are as before, so an
+        adapter can be trained on top. Casts such as ``layer.half()`` leave 8-bit factors and scales as they are.
 
         Args:
             form: ``"int8"``, or ``"fp8"``, which is float8_e4m3fn: its error is about three times as large, and
@@ -198,7 +198,7 @@ class LowRankLinear(LowRankLayer):
             The layer.
 
         Raises:
-            ValueError: the factors are 8-bit already or parametrized, hold NaN or inf; or ``form`` is unknown. The
+            ValueError: the factors are 8-bit already, are parametrized, or hold NaN or inf; or ``form`` is unknown. The
                 layer is unchanged.
 
         Example:

@@ -85,13 +85,13 @@ def lowrank_linear_grouped(
     """Apply several low-rank linear layers to one input: ``(x down_i^T) up_i^T + bias_i``.
 
     For projections that receive the same tensor, as q, k and v of an attention, or gate and up of an MLP. The kernels
-    read x once and compute all members in the launches of one. Differentiable once in all tensors. Autocast, rounding
-    and accumulation are those of :func:`lowrank_linear`.
+    read x once and compute all members in as many launches as one member takes. Differentiable once in all tensors.
+    Autocast, rounding and accumulation are those of :func:`lowrank_linear`.
 
     Args:
         x: (..., in_features), float64, float32, bfloat16 or float16; as for :func:`lowrank_linear`.
         down: a list with one (rank, in_features) per member; ranks may differ. Or one tensor (rank, in_features), which
-            all members share. Factors that are stacked in one tensor are ``stacked.split(ranks)``.
+            all members share. Pass factors that are stacked in one tensor as ``stacked.split(ranks)``.
         ups: (out_features, rank) per member, with the rank of its ``down``.
         biases: (out_features,) or None per member; None if no member has one. All tensors have the dtype of ``x``.
         backend: as for :func:`lowrank_linear`. There are no CUDA kernels, only Triton's. Where no kernel for groups
