@@ -87,7 +87,8 @@ class ByteBudget:
     The rank of a layer and the format of each of its factors are chosen together: 8-bit factors leave bytes for larger
     ranks, and the predicted loss includes that of rounding. Convolutions, layers in ``overrides`` and layers whose
     output was streamed keep their dtype. Ranks may exceed the one at which the factors have as many parameters as the
-    dense layer; such a layer saves bytes and takes more MACs.
+    dense layer; such a layer saves bytes and takes more MACs. Dense 8-bit weights are not among the choices: at half of
+    16-bit weights' bytes or more they lose less than factors.
 
     Args:
         fraction: share of the bytes of the considered layers, in the model's dtype, in (0, 1]; met from below.
