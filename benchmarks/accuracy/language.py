@@ -27,8 +27,9 @@ from tqdm import tqdm
 
 import lowrank_ops as lro
 from lowrank_ops.factors import Factors
-from lowrank_ops.factors.eight_bit import dequantized, quantized
+from lowrank_ops.factors.eight_bit import quantized
 from lowrank_ops.layers.replace import replace_
+from lowrank_ops.ops.linear.reference import dequantized
 from lowrank_ops.ranks.choose import choose_ranks
 from lowrank_ops.subspaces import LayerSubspaces, layer_subspaces
 
@@ -274,7 +275,7 @@ class Study:
         if variant.projection == "none":
             weights = [model.get_submodule(fqn).get_parameter("weight") for fqn in self.covariances]
             for weight in weights:
-                weight.data = dequantized(*quantized(weight.data, str(variant.form))).to(weight)
+                weight.data = dequantized(*quantized(weight.data, str(variant.form)), weight.dtype)
             return 0.5 + 2 * sum(map(len, weights)) / sum(weight.numel() for weight in weights)  # 4 bytes per scale
         if variant.projection == "asvd":
             ranks = choose_ranks(policy, subspaces)

@@ -33,8 +33,3 @@ def empty_quantized(factor: Tensor, form: str) -> tuple[Tensor, Tensor]:
     """Values and scales without content, for a factor (rows, columns)."""
     scale = torch.empty(len(factor), dtype=torch.float32, device=factor.device)
     return torch.empty_like(factor, dtype=DTYPES[form]), scale
-
-
-def dequantized(values: Tensor, scale: Tensor) -> Tensor:
-    """The factor (rows, columns) that these values and scales stand for, float32."""
-    return values.float() * scale.float().unsqueeze(1)

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from ..config import PROJECTIONS, check_choice
 from ..models.layers import all_finite
+from ..ops.linear.reference import dequantized
 from ..subspaces.layer import LayerSubspaces
 from ..subspaces.principal import Subspace, half_product
-from .eight_bit import dequantized, quantized
+from .eight_bit import quantized
 
 MAX_HIDDEN = 1024.0  # root mean square of an element of x down^T; outliers of 60 times as much fit into float16
 
@@ -157,7 +158,7 @@ def stored_as(
         loss, error: predicted increases by rounding to 8 bits, added to those of the factors.
     """
     down, up = (
-        part if form is None else dequantized(*quantized(part, form))
+        part if form is None else dequantized(*quantized(part, form), torch.float32)
         for part, form in zip((factors.down, factors.up), formats, strict=True)
     )
     exact = factors.to(spaces.mean.dtype, spaces.mean.device)
