@@ -91,7 +91,8 @@ class ByteBudget:
     16-bit weights' bytes or more they lose less than factors.
 
     Args:
-        fraction: share of the bytes of the considered layers, in the model's dtype, in (0, 1]; met exactly or from below.
+        fraction: share of the bytes of the considered layers, in the model's dtype, in (0, 1]; met exactly or from
+            below.
         form: of 8-bit factors, ``"int8"`` or ``"fp8"`` (float8_e4m3fn), with a float32 scale per row.
         allocation: as in :class:`ParameterBudget`, per byte. With ``"uniform"``, every factor that can be 8-bit is.
 
