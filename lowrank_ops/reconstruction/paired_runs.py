@@ -160,8 +160,8 @@ class PairedRuns:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._stored.clear()
         self._stack.close()
+        self._stored.clear()
 
     def replace(self, fqn: str, replacement: nn.Module) -> None:
         """Use ``replacement`` for a layer in the compressed run from now on."""

@@ -133,7 +133,7 @@ def lowrank_linear_grouped(
     if not is_compiling():
         count_flops(torch.ops.lowrank_ops.lowrank_linear_grouped, _flops)
     # A list that autograd supports holds tensors only.
-    present = [up.new_zeros(up.shape[0]) if bias is None else bias for up, bias in zip(ups, biases, strict=True)]
+    present = [up.new_zeros(up.shape[:1]) if bias is None else bias for up, bias in zip(ups, biases, strict=True)]
     given = [] if all(bias is None for bias in biases) else present
     return torch.ops.lowrank_ops.lowrank_linear_grouped(x, downs, ups, given, backend=backend)  # type: ignore[no-any-return]
 
