@@ -1,8 +1,7 @@
 """``tokens=``: a random share of the rows, unbiased, seeded, and how far the reports say it can be off."""
 
-from typing import Any
-
 import math
+from typing import Any
 
 import pytest
 import torch
