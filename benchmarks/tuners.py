@@ -20,6 +20,7 @@ from lowrank_ops.ops.covariance import _triton_conv as _conv_triton
 from lowrank_ops.ops.linear import _cuda as _linear_cuda
 from lowrank_ops.ops.linear import _triton as _linear_triton
 from lowrank_ops.ops.linear import _triton_config as _linear_config
+from lowrank_ops.ops.linear import reference as _linear_reference
 
 from . import bench_covariance, bench_lowrank_linear
 from .harness import META, Case, Tensors
@@ -194,7 +195,7 @@ class ConvCovarianceTuner(CovarianceTuner):
 
 
 class LowRankLinearTuner(Tuner):
-    """``lowrank_linear``."""
+    """``lowrank_linear``, also with int8 factors."""
 
     op = "lowrank_linear"
     table = _linear.TABLE
@@ -230,10 +231,10 @@ class LowRankLinearTuner(Tuner):
         return () if dtype == "fp32" else bench_lowrank_linear.cases(dtype, quick)
 
     def problem(self, tensors: Tensors, case: Case) -> Any:
-        return _linear.describe(*tensors[:4], "none")
+        return _linear.describe(*tensors[:4], "none", *(tensors[4:6] if "factors" in case.shape else ()))
 
     def shape(self, problem: Any, case: Case) -> Shape:
-        return {**case.shape, "dtype": str(case.dtype).removeprefix("torch.")}
+        return _linear_config.table_shape(problem)
 
     def arch(self, device: Device) -> str:
         return _linear_config.arch(device.capability)
@@ -267,14 +268,16 @@ class LowRankLinearTuner(Tuner):
         return _linear_cuda.refuse(problem, config, candidate.impl.removeprefix("cuda.")) or None
 
     def runner(self, candidate: Candidate, problem: Any) -> Callable[..., Any]:
-        if candidate.impl == "two_products":
-            return bench_lowrank_linear.two_linears
         if candidate.impl.startswith("cuda"):
-            return lambda x, down, up, bias, weight: _linear_cuda.run(
-                problem, x, down, up, bias, "none", candidate.config
-            )
+            return lambda *tensors: _linear_cuda.run(problem, *tensors[:4], "none", candidate.config)
+
+        def scales(tensors: Tensors) -> dict[str, torch.Tensor]:
+            return {"down_scale": tensors[4], "up_scale": tensors[5]} if problem.scaled else {}
+
+        if candidate.impl == "two_products":
+            return lambda *tensors: _linear_reference.two_products(*tensors[:4], "none", **scales(tensors))
         run = _linear_triton.run_decode if candidate.impl == "triton.decode" else _linear_triton.run_prefill
-        return lambda x, down, up, bias, weight: run(problem, x, down, up, bias, "none", candidate.config)
+        return lambda *tensors: run(problem, *tensors[:4], "none", candidate.config, **scales(tensors))
 
 
 H200 = Device("cuda", 0, (9, 0), 132, 232448)  # for the dry run

@@ -114,6 +114,24 @@ def test_a_table_chooses_the_implementation(write, op, impl):
     assert choose(table, problem, "auto").name == impl
 
 
+def test_eight_bit_factors_have_entries_of_their_own(write):
+    """The candidates get the scales, and the package finds the entry for int8 factors only."""
+    tuner = TUNERS["lowrank_linear"]
+    shape, case = next(pair for pair in tuner.shapes() if "factors" in pair[1].shape)
+    assert shape["dtype"] == "bfloat16 int8 int8"
+    problem = on_device(tuner, case, H200)
+    start = next(start for start in tuner.starts(problem) if start.impl == "triton.decode")
+    changed = dataclasses.replace(start.config, up_stages=start.config.up_stages + 1)
+    write(tuner, shape, Candidate("triton.decode", changed))
+    plain = problem._replace(down_format=None, up_format=None)
+    assert linear_config.decode_config(problem) == changed != linear_config.decode_config(plain)
+
+    tensors = case.make(CPU, 0)
+    y = tuner.runner(Candidate("two_products", None), problem)(*tensors)
+    exact = case.exact(tensors)
+    assert (y - exact).norm() < 0.01 * exact.norm()
+
+
 class Fake(tuners.CovarianceTuner):
     """Three shapes with different numbers of tokens."""
 
