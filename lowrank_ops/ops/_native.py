@@ -179,8 +179,8 @@ def plan(
         raise ValueError(f"arch must be one of {', '.join(map(repr, MACHINES))}; got {arch!r}.")
     typical, chosen = MACHINES[arch], Choice(**choice)
     if op in ("lowrank_linear", "lowrank_linear_grouped"):
-        sizes = [[size] if isinstance(size, int) else size for size in (rank, out_features)]
-        reason, text = plan_lowrank_linear(tokens, in_features, *sizes, shared, dtype, aligned, typical, chosen)
+        ranks, outs = ([size] if isinstance(size, int) else size for size in (rank, out_features))
+        reason, text = plan_lowrank_linear(tokens, in_features, ranks, outs, shared, dtype, aligned, typical, chosen)
     elif op in ("covariance_update_", "conv_covariance_update_"):
         source = "patches" if op.startswith("conv") else "aligned_matrix" if aligned else "matrix"
         reason, text = plan_covariance(tokens, features, groups, dtype, source, allow_tf32, typical, chosen)

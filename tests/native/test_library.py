@@ -232,7 +232,11 @@ def test_a_tuned_choice_is_followed_where_it_is_legal(library: Path, monkeypatch
 
 def test_the_tuner_has_legal_cuda_configurations_to_search(library: Path) -> None:
     """More than one plan around the starting points."""
-    for op, impls in (("covariance_update", ["cuda"]), ("lowrank_linear", ["cuda.decode", "cuda.prefill"])):
+    for op, impls in (
+        ("covariance_update", ["cuda"]),
+        ("lowrank_linear", ["cuda.decode", "cuda.prefill"]),
+        ("lowrank_linear_grouped", ["cuda"]),
+    ):
         tuner = TUNERS[op]
         for impl in impls:
             legal = set()

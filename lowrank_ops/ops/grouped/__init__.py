@@ -54,6 +54,7 @@ class Problem(NamedTuple):
 
 
 TABLE: tuple[Impl, ...] = (
+    Impl("cuda", Backend.CUDA, _cuda.supports, _cuda.run, _cuda.prefers, _cuda.plan, bind=_cuda.bind),
     Impl(
         "triton.decode",
         Backend.TRITON,
@@ -70,8 +71,6 @@ TABLE: tuple[Impl, ...] = (
         _triton.prefers_prefill,
         bind=_triton.bind_prefill,
     ),
-    # Only on request: no table is tuned for groups that would show where it is the fastest.
-    Impl("cuda", Backend.CUDA, _cuda.supports, _cuda.run, lambda problem: False, _cuda.plan, bind=_cuda.bind),
     Impl("members", Backend.REFERENCE, lambda problem: None, lambda problem, *args: reference.products(*args)),
 )
 
@@ -96,9 +95,8 @@ def lowrank_linear_grouped(
             all members share. Pass factors that are stacked in one tensor as ``stacked.split(ranks)``.
         ups: (out_features, rank) per member, with the rank of its ``down``.
         biases: (out_features,) or None per member; None if no member has one. All tensors have the dtype of ``x``.
-        backend: as for :func:`lowrank_linear`. ``"auto"`` does not take the CUDA kernels, which are not tuned for
-            groups. Where no kernel for groups runs, members are computed one after another as :func:`lowrank_linear`
-            would.
+        backend: as for :func:`lowrank_linear`. Where no kernel for groups runs, members are computed one after another
+            as :func:`lowrank_linear` would.
 
     Returns:
         A list of (..., out_features), one per member, in the dtype of ``x``.

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .. import _native
+from .. import _native, _tuning
+from ._triton import tuned_entry
 
 if TYPE_CHECKING:
     from . import Problem
@@ -18,7 +20,21 @@ Tensors = Sequence[Tensor]
 
 def supports(problem: Problem) -> str | None:
     """None if a kernel runs the problem, else the reason."""
-    return refuse(problem, _native.DEFAULT_CHOICE) or None
+    choice = choice_for(problem) if problem.device.type == "cuda" else _native.DEFAULT_CHOICE
+    return refuse(problem, choice) or None
+
+
+def prefers(problem: Problem) -> bool:
+    """Only where the tuned table measured it as the fastest."""
+    entry = tuned_entry(problem)
+    return entry is not None and entry["impl"] == "cuda"
+
+
+@functools.lru_cache(maxsize=8192)
+def choice_for(problem: Problem) -> _native.Choice:
+    """The tuned choice of the nearest group if it is legal for the problem, else the planner's default."""
+    tuned = _tuning.configured(tuned_entry(problem), "cuda", _native.Choice)
+    return _native.usable_choice(tuned, lambda choice: refuse(problem, choice))
 
 
 def refuse(problem: Problem, choice: _native.Choice) -> str:
@@ -28,7 +44,7 @@ def refuse(problem: Problem, choice: _native.Choice) -> str:
 
 def plan(problem: Problem) -> str:
     """The launch of a supported problem, in one line."""
-    return _planned(problem, _native.DEFAULT_CHOICE)[1]
+    return _planned(problem, choice_for(problem))[1]
 
 
 def _planned(problem: Problem, choice: _native.Choice) -> tuple[str, str]:
@@ -53,17 +69,19 @@ def run(
     downs: Tensors,  # (rank, in_features) per member, or one for all
     ups: Tensors,  # (out_features, rank) per member
     biases: Sequence[Tensor | None],  # (out_features,) per member
-    choice: _native.Choice = _native.DEFAULT_CHOICE,
+    choice: _native.Choice | None = None,  # None: that of the tuned table
 ) -> list[Tensor]:  # (..., out_features) per member
     """Launch the planned kernel: as many launches as a single layer takes."""
     shapes = [(*x.shape[:-1], out) for out in problem.out_features]
     if problem.tokens == 0:
         return [x.new_empty(shape) for shape in shapes]
     rows = x.reshape(problem.tokens, problem.in_features)
-    ys = torch.ops.lowrank_ops._cuda_lowrank_linear_grouped(rows, [*downs], [*ups], [*biases], *choice)
+    chosen = choice_for(problem) if choice is None else choice
+    ys = torch.ops.lowrank_ops._cuda_lowrank_linear_grouped(rows, [*downs], [*ups], [*biases], *chosen)
     return [y.view(shape) for y, shape in zip(ys, shapes, strict=True)]
 
 
 def bind(problem: Problem) -> Callable[..., list[Tensor]]:
     """:func:`run` for ``problem`` as a function of x, downs, ups and biases."""
-    return lambda *tensors: run(problem, *tensors)
+    choice = choice_for(problem)
+    return lambda x, downs, ups, biases: run(problem, x, downs, ups, biases, choice)
