@@ -246,9 +246,12 @@ FAULTS = {
         VALUES,
         DECODE_LAYOUT,
     ),
-    "decode_sm80: a member's rows of down of the one before": Fault(
-        DECODE80, "return {member, index};", "return {member, index + (member > 1)};", "decode_sm80-group", VALUES,
-        DECODE_LAYOUT,
+    "decode_sm80: the rank of the last member": Fault(
+        DECODE80,
+        "const int steps = static_cast<int>(ceil_div(args.rank, kFeatures));",
+        "const int steps = static_cast<int>(ceil_div(group.members[group.count - 1].rank, kFeatures));",
+        "decode_sm80-group-splits",
+        VALUES,
     ),
     "decode_sm80: a tile of up straddles two members": Fault(
         DECODE80,
