@@ -82,6 +82,7 @@ def calibrate(options: argparse.Namespace) -> dict[str, Any]:
     runs: dict[str, Callable[[], object]] = {
         "forward": forward,
         "calibrate": run(),
+        "calibrate, side='smaller'": run(side="smaller"),
         "calibrate, float32 sums": run(dtype=torch.float32),
         "calibrate, tokens=0.12": run(tokens=0.12),
         "calibrate, fisher, without token weights": run(sensitivity="fisher", token_weights=False),
