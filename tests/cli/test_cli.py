@@ -426,7 +426,8 @@ class TestDoctor:
         assert "lowrank_linear sm_90 64 planned" in capsys.readouterr().out
         assert cli.main(["doctor", "--plan", "sm_90", "--json"]) == 0
         plans = json.loads(capsys.readouterr().out)["plans"]
-        assert {plan["op"] for plan in plans} == {"covariance_update_", "conv_covariance_update_", "lowrank_linear"}
+        ops = {"covariance_update_", "conv_covariance_update_", "lowrank_linear", "lowrank_linear_grouped"}
+        assert {plan["op"] for plan in plans} == ops
 
     def test_plans_are_refused_with_a_reason(
         self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
