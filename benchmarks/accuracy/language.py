@@ -65,7 +65,7 @@ class Variant(NamedTuple):
     then: tuple[str, ...] = ()  # of "measured", "midpoint", "sequential", "blocks", "distilled", "distilled on all"
     pivoted: bool = False
     corrected: bool = False  # predictions
-    form: str | None = None  # of 8-bit factors of a model in bfloat16; the budget is then of bytes
+    form: str | None = None  # of 8-bit factors and weights of a model in bfloat16; the budget is then of bytes
 
 
 BEST = Variant("loss", "loss", pivoted=True, corrected=True)  # one-shot
@@ -97,6 +97,7 @@ VARIANTS = {
     "loss, int8": Variant("loss", "loss", form="int8"),
     "loss, fp8": Variant("loss", "loss", form="fp8"),
     "loss, corrected, int8": Variant("loss", "loss", corrected=True, form="int8"),
+    "loss, corrected, fp8": Variant("loss", "loss", corrected=True, form="fp8"),
 }
 
 

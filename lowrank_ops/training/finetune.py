@@ -361,10 +361,11 @@ def _check(
 ) -> None:
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     for fqn, layer in student.named_modules():
-        if isinstance(layer, LowRankLinear) and layer.formats != (None, None) and not fqn.endswith("base_layer"):
+        if isinstance(layer, LowRankLinear) and any(layer.formats) and not fqn.endswith("base_layer"):
             raise ValueError(
                 f"student has 8-bit factors, which have no gradients, in layer {fqn!r}: call dequantize_() on it and "
-                "lowrank_ops.layers.quantize_ after the training, or train adapters of PEFT."
+                "lowrank_ops.layers.quantize_ after the training (replace an EightBitLinear by layer.to_dense()), or "
+                "train adapters of PEFT."
             )
     if not trained:
         raise ValueError("student has no parameter that requires gradients; call student.requires_grad_(True).")
