@@ -239,6 +239,8 @@ class PairedRuns:
                 def on_output(chain: str, index: int, output: Any, batch: int = batch) -> None:
                     if index + 1 == position.get(chain):
                         stored[chain, False, batch] = _copied(output, _CPU)
+                    if batch and (chain, index) == self.blocks[-1]:  # the first batch's output is compared
+                        raise _Reached
 
                 output = self._run(batch, False, on_output=on_output)
                 outputs = outputs or [_copied(output_tensor(output, LOGITS), _CPU)]
