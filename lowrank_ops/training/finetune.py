@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import check_positive, checked
+from ..calibration.objectives import divergence
 from ..files import check_file, digest
 from ..layers import LowRankLinear
 from ..models.layers import check_not_dispatched
@@ -201,7 +202,9 @@ class _Objective:
                 target = run(teacher, batch) if teacher is not None and (self.match or self.soft_weight) else None
         soft = None
         if teacher is not None and self.soft_weight:
-            soft = _divergence(output, target, self.temperature, self.masks.of_output())
+            soft = divergence(
+                output, target, self.masks.of_output(), self.temperature, "teacher", "soft_weight=0 and a loss"
+            )
         hard = None if self.loss is None else _checked_loss(self.loss(output, batch))
         if hard is not None and soft is not None:
             soft, hard = self.soft_weight * soft, (1 - self.soft_weight) * hard
@@ -278,25 +281,6 @@ def _checked_loss(value: Any) -> Tensor:
             f"loss must return a scalar tensor that depends on the student's parameters; it returned {given}{without}."
         )
     return value.sum()
-
-
-def _divergence(output: Any, target: Any, temperature: float, mask: Tensor | None) -> Tensor:
-    """temperature^2 KL(teacher || student) of the softened distributions, mean over the rows that are real."""
-    logits = [found for part in (output, target) if (found := output_tensor(part, ("logits",))) is not None]
-    if len(logits) < 2:
-        raise ValueError(
-            f"teacher needs logits in the models' output, a tensor or a field 'logits'; got {type(output).__name__}. "
-            "Pass a forward that returns logits, or soft_weight=0 and a loss."
-        )
-    if logits[0].shape != logits[1].shape:
-        raise ValueError(
-            f"teacher gives logits of shape {tuple(logits[1].shape)} where the student gives {tuple(logits[0].shape)}; "
-            "pass the dense model of this student, or a forward that returns logits of one shape."
-        )
-    if mask is not None and all(part.shape[:-1] == mask.shape for part in logits):  # not logits of a whole sequence
-        logits = [real_rows(part, mask) for part in logits]
-    student, teacher = ((part.flatten(0, -2).float() / temperature).log_softmax(-1) for part in logits)
-    return temperature**2 * nn.functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
 def _mismatch(
