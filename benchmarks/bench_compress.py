@@ -88,6 +88,23 @@ def random_model(
     return model, {kind: lro.Covariances(statistics) for kind, statistics in kinds.items()}
 
 
+def on_smaller_side(layer: nn.Module, statistics: LayerStatistics) -> LayerStatistics:
+    """What ``calibrate(side="smaller")`` streams: of a layer whose output is narrower, the output."""
+    weight = layer.get_parameter("weight").detach().double()
+    if weight.shape[0] >= weight.shape[1]:
+        return statistics
+
+    def of_output(moments: Moments | None) -> Moments | None:
+        if moments is None:
+            return None
+        shift = None if moments.shift is None else weight @ moments.shift.double()
+        return Moments(weight @ moments.second_moment @ weight.T, weight @ moments.total, moments.count, shift)
+
+    outputs = of_output(statistics.activations)
+    assert outputs is not None
+    return LayerStatistics("output", outputs, statistics.output_gradients, of_output(statistics.token_weighted))
+
+
 def real_model(folder: Path, blocks: int, tokens: int) -> tuple[nn.Module, dict[str, lro.Covariances]]:
     """The same of the first blocks of a language model."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -175,9 +192,13 @@ def variants(model: nn.Module, statistics: dict[str, lro.Covariances], ratio: fl
     def copied() -> nn.Module:
         return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
-    def compress(kind: str, **options: Any) -> Callable[[], object]:
-        config = lro.CompressionConfig(budget, **options)
-        return lambda: lro.compress_(copied(), statistics[kind], config)
+    def compress(kind: str, side: str = "input", **options: Any) -> Callable[[], object]:
+        config, given = lro.CompressionConfig(budget, **options), statistics[kind]
+        if side == "smaller":
+            given = lro.Covariances(
+                {fqn: on_smaller_side(model.get_submodule(fqn), part) for fqn, part in given.items()}
+            )
+        return lambda: lro.compress_(copied(), given, config)
 
     return {
         "SVD-LLM float32": lambda: svd_llm(model, statistics["plain"], torch.float32, ratio),
@@ -187,6 +208,9 @@ def variants(model: nn.Module, statistics: dict[str, lro.Covariances], ratio: fl
         "utilized": compress("plain", projection="utilized"),
         "loss": compress("gradients"),
         "loss, token weights": compress("token weights"),
+        "output, side='smaller'": compress("plain", "smaller"),
+        "loss, side='smaller'": compress("gradients", "smaller"),
+        "loss, token weights, side='smaller'": compress("token weights", "smaller"),
     }
 
 

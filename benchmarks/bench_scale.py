@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 import lowrank_ops as lro
-from lowrank_ops.calibration import LayerStatistics
+from lowrank_ops.calibration import LayerStatistics, Moments
 from lowrank_ops.factors import factorize
 from lowrank_ops.subspaces import layer_subspaces
 from lowrank_ops.subspaces.layer import DAMPING
@@ -39,6 +39,7 @@ from .suite import environment, write
 
 RESULTS = Path(__file__).parent / "results"
 BLOCKS, VOCABULARY = 22, 32_000
+LAYER_COUNTS = (4, 16, 64)
 MEMORY = "2GB"
 # Blocks of known models, and of each input of a block its features and those of the outputs computed from it.
 KNOWN = {
@@ -82,6 +83,7 @@ def calibrate(options: argparse.Namespace) -> dict[str, Any]:
     runs: dict[str, Callable[[], object]] = {
         "forward": forward,
         "calibrate": run(),
+        "calibrate, side='smaller'": run(side="smaller"),
         "calibrate, float32 sums": run(dtype=torch.float32),
         "calibrate, tokens=0.12": run(tokens=0.12),
         "calibrate, fisher, without token weights": run(sensitivity="fisher", token_weights=False),
@@ -188,12 +190,28 @@ def growth(options: argparse.Namespace) -> dict[str, Any]:
         name: round(math.log(found[widest, widest] / found[last, last]) / math.log(widest / last), 2)
         for name, found in times.items()
     }
+    by_count = {count: layers_of_512(count) for count in LAYER_COUNTS}
     models = {name: predicted(*shapes, times) for name, shapes in KNOWN.items()}
     return {
         "seconds": {name: {f"{i}->{o}": round(s, 4) for (i, o), s in found.items()} for name, found in times.items()},
         "exponents": exponents,
+        "seconds by number of layers": by_count,
         "predicted, not measured": models,
     }
+
+
+def layers_of_512(count: int) -> dict[str, float]:
+    """Seconds of compressing so many Linears (512 to 512), each with statistics of its own."""
+    torch.manual_seed(0)
+    rows = random_rows(1024, 512)
+
+    def run(projection: str, gradients: Moments | None) -> float:
+        model = nn.ModuleDict({str(i): nn.Linear(512, 512, bias=False, dtype=torch.bfloat16) for i in range(count)})
+        statistics = lro.Covariances({fqn: LayerStatistics("input", moments_of(rows), gradients) for fqn in model})
+        config = lro.CompressionConfig(lro.ParameterBudget(0.5), projection=projection)
+        return seconds(lambda: lro.compress_(model, statistics, config))
+
+    return {"output": run("output", None), "loss": run("loss", moments_of(1e-3 * rows))}
 
 
 def one_layer(inputs: int, outputs: int) -> dict[str, float]:

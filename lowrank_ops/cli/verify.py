@@ -14,6 +14,7 @@ from ..factors.eight_bit import quantized
 from ..ops import _native, _verify, covariance, grouped, linear
 from ..ops._backend import Backend, Impl, kernel_of
 from ..ops.covariance import _cuda as covariance_cuda
+from ..ops.grouped import _cuda as grouped_cuda
 from ..ops.linear import _cuda as linear_cuda
 from ..ops.linear import reference
 from .command import Failure, Result, one_line
@@ -29,6 +30,7 @@ _REFUSE: dict[str, Callable[..., str]] = {
     "covariance_update_": covariance_cuda.refuse,
     "conv_covariance_update_": covariance_cuda.refuse_conv,
     "lowrank_linear": linear_cuda.refuse,
+    "lowrank_linear_grouped": grouped_cuda.refuse,
 }
 _Run = Callable[..., "_verify.Errors | None"]  # of an implementation and its options
 
@@ -160,8 +162,8 @@ def _linear(*args: Any, **scales: Any) -> tuple[str, tuple[Impl, ...], Any, _Run
 def _grouped(*args: Any) -> tuple[str, tuple[Impl, ...], Any, _Run]:
     problem = grouped.describe(*args)
 
-    def compare(impl: Impl) -> _verify.Errors | None:
-        return grouped.reference.errors(impl.run(problem, *args), *args)
+    def compare(impl: Impl, **options: Any) -> _verify.Errors | None:
+        return grouped.reference.errors(impl.run(problem, *args, **options), *args)
 
     return "lowrank_linear_grouped", grouped.TABLE, problem, compare
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from torch import Tensor
 import lowrank_ops as lro
 
 transformers = pytest.importorskip("transformers")
+from huggingface_hub import ModelCard  # noqa: E402
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from lowrank_ops.integrations.transformers import LowRankConfig, model_card  # noqa: E402
@@ -282,3 +286,27 @@ print(type(AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}).lm_head).__na
     lines = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.splitlines()
     assert "lowrank_ops (install this package" in lines[0]
     assert lines[1] == "LowRankLinear"
+
+
+def test_push_to_hub_uploads_a_loadable_folder(
+    model: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Hub:
+        """Stores what is uploaded."""
+
+        def create_repo(self, repo_id: str, **options: object) -> SimpleNamespace:
+            return SimpleNamespace(repo_id=repo_id)
+
+        def create_commit(self, operations: list[Any], **options: object) -> None:
+            for operation in operations:
+                shutil.copy(operation.path_or_fileobj, tmp_path / operation.path_in_repo)
+
+    monkeypatch.setattr(transformers.utils.hub, "hf_api", Hub)
+    monkeypatch.setattr(
+        transformers.utils.hub, "create_and_tag_model_card", lambda *args, **options: ModelCard("# Card")
+    )
+    model.push_to_hub("someone/llama", max_shard_size="10KB")
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["quant_method"] == "lowrank"
+    assert len([*tmp_path.glob("model-*.safetensors")]) > 1
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, low_cpu_mem_usage=True)
+    assert torch.equal(logits(loaded.eval()), logits(model))
