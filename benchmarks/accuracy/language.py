@@ -40,6 +40,7 @@ KINDS = ("python", "handbook")
 STEPS = 200  # of a distillation, one sequence each
 WINDOW = 256  # tokens of one sequence
 BATCH = 4  # sequences
+DAMPING = 0.1  # of the inputs; half of it of the output gradients
 MEASURED = 2  # calibration batches that measured ranks are evaluated on
 PROMPTS = (
     "What is the capital of France?",
@@ -65,10 +66,12 @@ class Variant(NamedTuple):
     then: tuple[str, ...] = ()  # of "measured", "midpoint", "sequential", "blocks", "distilled", "distilled on all"
     pivoted: bool = False
     corrected: bool = False  # predictions
+    damped: bool = False  # statistics, by DAMPING
     form: str | None = None  # of 8-bit factors and weights of a model in bfloat16; the budget is then of bytes
 
 
-BEST = Variant("loss", "loss", pivoted=True, corrected=True)  # one-shot
+PIVOTED = Variant("loss", "loss", pivoted=True, corrected=True)
+BEST = PIVOTED._replace(damped=True)  # one-shot
 
 
 # SVD-LLM (Wang et al. 2024, arXiv 2403.07378) computes output PCA with uniform ranks. KFAC-SVD's factors are those by
@@ -86,13 +89,15 @@ VARIANTS = {
     "output, uniform, pivoted": Variant("output", "uniform", pivoted=True),
     "loss, pivoted": Variant("loss", "loss", pivoted=True),
     "loss, corrected": Variant("loss", "loss", corrected=True),
-    "loss, pivoted, corrected": BEST,
-    "loss, pivoted, corrected, measured ranks": BEST._replace(then=("measured",)),
-    "loss, pivoted, corrected, sequential": BEST._replace(then=("sequential",)),
-    "loss, pivoted, corrected, blocks": BEST._replace(then=("blocks",)),
-    "loss, pivoted, corrected, distilled": BEST._replace(then=("distilled",)),
-    "loss, pivoted, corrected, distilled on all": BEST._replace(then=("distilled on all",)),
-    "loss, pivoted, corrected, blocks, distilled": BEST._replace(then=("blocks", "distilled")),
+    "loss, pivoted, corrected": PIVOTED,
+    "loss, damped": Variant("loss", "loss", damped=True),
+    "loss, damped, pivoted, corrected": BEST,
+    "loss, damped, pivoted, corrected, measured ranks": BEST._replace(then=("measured",)),
+    "loss, damped, pivoted, corrected, sequential": BEST._replace(then=("sequential",)),
+    "loss, damped, pivoted, corrected, blocks": BEST._replace(then=("blocks",)),
+    "loss, damped, pivoted, corrected, distilled": BEST._replace(then=("distilled",)),
+    "loss, damped, pivoted, corrected, distilled on all": BEST._replace(then=("distilled on all",)),
+    "loss, damped, pivoted, corrected, blocks, distilled": BEST._replace(then=("blocks", "distilled")),
     "no factors, int8": Variant("none", "uniform", form="int8"),
     "loss, int8": Variant("loss", "loss", form="int8"),
     "loss, fp8": Variant("loss", "loss", form="fp8"),
