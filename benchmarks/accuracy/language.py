@@ -40,7 +40,7 @@ KINDS = ("python", "handbook")
 STEPS = 200  # of a distillation, one sequence each
 WINDOW = 256  # tokens of one sequence
 BATCH = 4  # sequences
-MEASURED = 2  # calibration batches that measured ranks are evaluated on
+MEASURED = 4  # every so many-th calibration batch is one that measured ranks are corrected by
 PROMPTS = (
     "What is the capital of France?",
     "Write a haiku about the sea.",
@@ -287,16 +287,17 @@ class Study:
             covariances = lro.recalibrate(model, covariances, self.batches, config, sensitivity=self.sensitivity)
             subspaces = layer_subspaces({fqn: model.get_submodule(fqn) for fqn in covariances}, covariances)
         if "measured" in variant.then:
-            ranks = lro.measured_ranks(
-                model,
-                covariances,
-                self.negative_loss,
-                share,
-                config=config,
-                subspaces=subspaces,
-                filter_fn=is_block_layer,
-                progress=True,
-            )
+            with torch.autocast("cpu", self.autocast or torch.bfloat16, self.autocast is not None):
+                ranks = lro.measured_ranks(
+                    model,
+                    covariances,
+                    self.batches[::MEASURED],
+                    share,
+                    config=config,
+                    subspaces=subspaces,
+                    filter_fn=is_block_layer,
+                    progress=True,
+                )
             config = replace(config, rank=ranks)
         reconstruction: Any = None
         if "sequential" in variant.then:
@@ -331,11 +332,6 @@ class Study:
             autocast=self.autocast, checkpoint=checkpoint, checkpoint_every=STEPS // 8,
             progress=True,
         )  # fmt: skip
-
-    def negative_loss(self, model: nn.Module) -> float:
-        """Minus the mean loss on the first calibration batches."""
-        losses = [float(label_loss(model(**batch), batch).sum()) for batch in self.batches[:MEASURED]]
-        return -sum(losses) / sum(batch["input_ids"].numel() for batch in self.batches[:MEASURED])
 
 
 def is_block_layer(module: nn.Module, fqn: str) -> bool:
