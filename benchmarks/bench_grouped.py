@@ -49,7 +49,7 @@ def case(group: shapes.Group, tokens: int, dtype: str) -> Case:
         return tuple(tensors)
 
     def variant(name: str, run: Callable[[Tensor, Members], list[Tensor]], backend: str | None = None) -> Variant:
-        return Variant(name, lambda x, *tensors: run(x, _members(tensors)), backend=backend)
+        return Variant(name, lambda *tensors: run(tensors[0], members_of(tensors)), backend=backend)
 
     names = [backend.value for backend in lro.ops.Backend if backend != "unverified"]
     plain = variant("two_linears", two_linears)
@@ -70,13 +70,19 @@ def case(group: shapes.Group, tokens: int, dtype: str) -> Case:
         exact=lambda tensors: torch.cat(plain.run(*(tensor.double() for tensor in tensors)), -1),
         plain=plain.run,
         explained=lambda tensors, backend: lro.ops.explain(
-            "lowrank_linear_grouped", tensors[0], *_lists(_members(tensors[1:])), backend=backend
+            "lowrank_linear_grouped", *arguments(tensors), backend=backend
         ),
     )
 
 
-def _members(tensors: Sequence[Tensor]) -> Members:
-    return [tuple(tensors[first : first + 4]) for first in range(0, len(tensors), 4)]
+def members_of(tensors: Sequence[Tensor]) -> Members:
+    """Those of a case's tensors, which begin with x."""
+    return [tuple(tensors[first : first + 4]) for first in range(1, len(tensors), 4)]
+
+
+def arguments(tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    """The op's x, downs, ups and biases from a case's tensors."""
+    return tensors[0], *_lists(members_of(tensors))  # type: ignore[return-value]
 
 
 def _lists(members: Members) -> list[list[Tensor]]:

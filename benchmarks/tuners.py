@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,17 +12,21 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 from lowrank_ops.ops import covariance as _covariance
+from lowrank_ops.ops import grouped as _grouped
 from lowrank_ops.ops import linear as _linear
 from lowrank_ops.ops._backend import Device, choose
 from lowrank_ops.ops._native import Choice
 from lowrank_ops.ops.covariance import _cuda as _covariance_cuda
 from lowrank_ops.ops.covariance import _triton as _covariance_triton
 from lowrank_ops.ops.covariance import _triton_conv as _conv_triton
+from lowrank_ops.ops.grouped import _cuda as _grouped_cuda
+from lowrank_ops.ops.grouped import _triton as _grouped_triton
 from lowrank_ops.ops.linear import _cuda as _linear_cuda
 from lowrank_ops.ops.linear import _triton as _linear_triton
 from lowrank_ops.ops.linear import _triton_config as _linear_config
+from lowrank_ops.ops.linear import reference as _linear_reference
 
-from . import bench_covariance, bench_lowrank_linear
+from . import bench_covariance, bench_grouped, bench_lowrank_linear
 from .harness import META, Case, Tensors
 from .shapes import DTYPES
 
@@ -194,7 +199,7 @@ class ConvCovarianceTuner(CovarianceTuner):
 
 
 class LowRankLinearTuner(Tuner):
-    """``lowrank_linear``."""
+    """``lowrank_linear``, also with int8 factors."""
 
     op = "lowrank_linear"
     table = _linear.TABLE
@@ -230,10 +235,10 @@ class LowRankLinearTuner(Tuner):
         return () if dtype == "fp32" else bench_lowrank_linear.cases(dtype, quick)
 
     def problem(self, tensors: Tensors, case: Case) -> Any:
-        return _linear.describe(*tensors[:4], "none")
+        return _linear.describe(*tensors[:4], "none", *(tensors[4:6] if "factors" in case.shape else ()))
 
     def shape(self, problem: Any, case: Case) -> Shape:
-        return {**case.shape, "dtype": str(case.dtype).removeprefix("torch.")}
+        return _linear_config.table_shape(problem)
 
     def arch(self, device: Device) -> str:
         return _linear_config.arch(device.capability)
@@ -267,19 +272,75 @@ class LowRankLinearTuner(Tuner):
         return _linear_cuda.refuse(problem, config, candidate.impl.removeprefix("cuda.")) or None
 
     def runner(self, candidate: Candidate, problem: Any) -> Callable[..., Any]:
-        if candidate.impl == "two_products":
-            return bench_lowrank_linear.two_linears
         if candidate.impl.startswith("cuda"):
-            return lambda x, down, up, bias, weight: _linear_cuda.run(
-                problem, x, down, up, bias, "none", candidate.config
-            )
+            return lambda *tensors: _linear_cuda.run(problem, *tensors[:4], "none", candidate.config)
+
+        def scales(tensors: Tensors) -> dict[str, torch.Tensor]:
+            return {"down_scale": tensors[4], "up_scale": tensors[5]} if problem.scaled else {}
+
+        if candidate.impl == "two_products":
+            return lambda *tensors: _linear_reference.two_products(*tensors[:4], "none", **scales(tensors))
         run = _linear_triton.run_decode if candidate.impl == "triton.decode" else _linear_triton.run_prefill
-        return lambda x, down, up, bias, weight: run(problem, x, down, up, bias, "none", candidate.config)
+        return lambda *tensors: run(problem, *tensors[:4], "none", candidate.config, **scales(tensors))
+
+
+class GroupedTuner(LowRankLinearTuner):
+    """``lowrank_linear_grouped``."""
+
+    op = "lowrank_linear_grouped"
+    table = _grouped.TABLE
+    options: ClassVar[Fields] = {
+        "triton.decode": LowRankLinearTuner.options["triton.decode"] | {"block_m": (16, 32, 64)},
+        "triton.prefill": LowRankLinearTuner.options["triton.prefill"],
+        "cuda": {
+            "kernel": ("decode_sm80", "decode_sm90"),
+            "splits": (0, 1, 2, 4, 8, 16),
+            "token_tile": (0, 128, 192, 256),
+        },
+    }
+
+    def cases(self, dtype: str, quick: bool) -> Iterable[Case]:
+        return () if dtype == "fp32" else bench_grouped.cases(dtype, quick)
+
+    def problem(self, tensors: Tensors, case: Case) -> Any:
+        return _grouped.describe(*bench_grouped.arguments(tensors))
+
+    def shape(self, problem: Any, case: Case) -> Shape:
+        return _grouped_triton.table_shape(problem)
+
+    def candidates(self, problem: Any) -> list[Candidate]:
+        name = self.arch(problem.device)
+        decode = [_grouped_triton.decode_tiles(problem), *_linear_config.shipped_decode(name)]
+        prefill = [_grouped_triton.prefill_tiles(problem), *_linear_config.shipped_prefill(name)]
+        choices = [_grouped_cuda.choice_for(problem), Choice(), *map(Choice, self.options["cuda"]["kernel"])]
+        listed = [Candidate("triton.decode", config) for config in decode if config.block_m <= 64]
+        listed += [Candidate("triton.prefill", config) for config in prefill if config]
+        return [*listed, *(Candidate("cuda", choice) for choice in choices), Candidate("members", None)]
+
+    def refuse(self, candidate: Candidate, problem: Any) -> str | None:
+        config = candidate.config
+        if candidate.impl == "cuda":
+            return _grouped_cuda.refuse(problem, config) or None
+        if candidate.impl == "triton.decode":
+            if config.fold and config.slices == 1:
+                return "one slice leaves nothing to add"
+            return _grouped_triton.supports_decode(problem, config)
+        return _grouped_triton.supports_prefill(problem, config) if candidate.impl == "triton.prefill" else None
+
+    def runner(self, candidate: Candidate, problem: Any) -> Callable[..., Any]:
+        if candidate.impl == "members":
+            return lambda *tensors: bench_grouped.one_by_one(tensors[0], bench_grouped.members_of(tensors))
+        runs = {
+            "cuda": functools.partial(_grouped_cuda.run, choice=candidate.config),
+            "triton.decode": functools.partial(_grouped_triton.run_decode, config=candidate.config),
+            "triton.prefill": functools.partial(_grouped_triton.run_prefill, config=candidate.config),
+        }
+        return lambda *tensors: runs[candidate.impl](problem, *bench_grouped.arguments(tensors))
 
 
 H200 = Device("cuda", 0, (9, 0), 132, 232448)  # for the dry run
 TUNERS: dict[str, Tuner] = {
-    tuner.op: tuner for tuner in (CovarianceTuner(), ConvCovarianceTuner(), LowRankLinearTuner())
+    tuner.op: tuner for tuner in (CovarianceTuner(), ConvCovarianceTuner(), LowRankLinearTuner(), GroupedTuner())
 }
 
 

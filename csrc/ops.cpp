@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "covariance/covariance.h"
+#include "host_device.h"
 #include "lowrank_linear/lowrank_linear.h"
 #include "remember.h"
 #include "tensors.h"
@@ -177,91 +178,116 @@ lowrank_linear::Activation parse_activation(const std::string& name) {
 }
 
 const LowRankPlan& planned(const LowRankProblem& problem) {
-  const auto& [tokens, in_features, rank, out_features, dtype, aligned, machine, choice] = problem;
-  return remember(std::tuple{tokens, in_features, rank, out_features, dtype, aligned, key_of(machine), key_of(choice)},
+  const auto& [tokens, in_features, rank, out_features, dtype, aligned, machine, choice, others, shared] = problem;
+  return remember(std::tuple{tokens, in_features, rank, out_features, dtype, aligned, key_of(machine), key_of(choice),
+                             others, shared},
                   [&] { return plan_lowrank_linear(problem); });
 }
 
-void launch_lowrank_linear(const LowRankPlan& plan, const lowrank_linear::Arguments& args, Dtype dtype,
+void launch_lowrank_linear(const LowRankPlan& plan, const lowrank_linear::Group& group, Dtype dtype,
                            const Launch& launch) {
 #ifdef LOWRANK_OPS_SM90
-  if (plan.kernel == "decode_sm90") return lowrank_linear::launch_decode_sm90(plan, args, dtype, launch);
-  if (plan.kernel == "prefill_sm90") return lowrank_linear::launch_prefill_sm90(plan, args, dtype, launch);
+  if (plan.kernel == "decode_sm90") return lowrank_linear::launch_decode_sm90(plan, group, dtype, launch);
+  if (plan.kernel == "prefill_sm90") return lowrank_linear::launch_prefill_sm90(plan, group, dtype, launch);
 #endif
-  lowrank_linear::launch_decode_sm80(plan, args, dtype, launch);
+  lowrank_linear::launch_decode_sm80(plan, group, dtype, launch);
+}
+
+// The members' outputs. `downs`: one for each of `ups`, or one for all.
+std::vector<Tensor> forward(const Tensor& x, const std::vector<Tensor>& downs, const std::vector<Tensor>& ups,
+                            const std::vector<std::optional<Tensor>>& biases, const std::string& activation,
+                            const Choice& choice) {
+  STD_TORCH_CHECK(!ups.empty() && ups.size() <= kMaxMembers && biases.size() == ups.size() &&
+                      (downs.size() == ups.size() || downs.size() == 1),
+                  "lowrank_linear takes 1 to ", kMaxMembers, " members");
+  STD_TORCH_CHECK(x.dim() == 2, "x must be a matrix");
+  const DeviceGuard guard(x.get_device_index());
+  const Machine& machine = machine_of(x.get_device_index());
+  const auto what = [&] {
+    std::string text = "lowrank_linear of x " + shape_of(x);
+    for (const Tensor& down : downs) text += ", down " + shape_of(down);
+    for (const Tensor& up : ups) text += ", up " + shape_of(up);
+    return text + on_arch(machine);
+  };
+  const auto is_row_major = [](const Tensor& matrix) { return matrix.size(1) == 1 || matrix.stride(1) == 1; };
+  STD_TORCH_CHECK(is_row_major(x), what(), ": a matrix is not row-major");
+  const bool shared = downs.size() < ups.size();
+  bool on_16_bytes = aligned(x);
+  std::vector<int64_t> ranks, outs;
+  lowrank_linear::Group group{};
+  group.count = static_cast<int>(ups.size());
+  group.downs = static_cast<int>(downs.size());
+  for (size_t i = 0; i < ups.size(); ++i) {
+    const Tensor &down = downs[shared ? 0 : i], &up = ups[i];
+    const std::optional<Tensor>& bias = biases[i];
+    STD_TORCH_CHECK(down.dim() == 2 && up.dim() == 2, "down and up must be matrices");
+    lowrank_linear::Arguments& args = group.members[i];
+    args.tokens = x.size(0);
+    args.in_features = x.size(1);
+    args.rank = down.size(0);
+    args.out_features = up.size(0);
+    STD_TORCH_CHECK(down.size(1) == args.in_features && up.size(1) == args.rank, what(), ": shapes do not fit");
+    for (const Tensor* factor : {&down, &up}) {
+      STD_TORCH_CHECK(x.scalar_type() == factor->scalar_type(), what(), ": dtypes differ");
+      STD_TORCH_CHECK(is_row_major(*factor), what(), ": a matrix is not row-major");
+      on_16_bytes = on_16_bytes && aligned(*factor);
+    }
+    if (bias)
+      STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == args.out_features && bias->is_contiguous() &&
+                          bias->scalar_type() == x.scalar_type(),
+                      what(), ": bias does not fit");
+    args.x = x.const_data_ptr();
+    args.down = down.const_data_ptr();
+    args.up = up.const_data_ptr();
+    args.bias = bias ? bias->const_data_ptr() : nullptr;
+    args.x_stride = x.stride(0);
+    args.down_stride = down.stride(0);
+    args.up_stride = up.stride(0);
+    args.activation = parse_activation(activation);
+    group.rank = max64(group.rank, args.rank);
+    ranks.push_back(args.rank);
+    outs.push_back(args.out_features);
+  }
+  const Dtype dtype = dtype_of(x);
+  const LowRankPlan& plan =
+      planned(group_problem(x.size(0), x.size(1), ranks, outs, shared, dtype, on_16_bytes, machine, choice));
+  STD_TORCH_CHECK(plan.reason.empty(), what(), " cannot run: ", plan.reason);
+
+  std::optional<Tensor> scratch;
+  if (plan.scratch_floats) scratch = scratch_like(x, plan.scratch_floats);
+  std::vector<Tensor> ys;
+  for (int i = 0; i < group.count; ++i) {
+    lowrank_linear::Arguments& args = group.members[i];
+    ys.push_back(torch::stable::new_empty(x, {args.tokens, args.out_features}));
+    args.y = ys.back().mutable_data_ptr();
+    args.scratch = scratch ? static_cast<float*>(scratch->mutable_data_ptr()) : nullptr;
+    args.split_features = plan.split_features;
+    args.splits = plan.splits;
+    args.resident_tiles = plan.resident_tiles;
+  }
+  const Launch launch{current_stream(x.get_device_index()), x.get_device_index(), machine.shared_memory, what};
+  launch_lowrank_linear(plan, group, dtype, launch);
+  return ys;
 }
 
 Tensor lowrank_linear_forward(Tensor x, Tensor down, Tensor up, std::optional<Tensor> bias, std::string activation,
                               std::string kernel, int64_t splits, int64_t token_tile) {
-  STD_TORCH_CHECK(x.dim() == 2 && down.dim() == 2 && up.dim() == 2, "x, down and up must be matrices");
-  const DeviceGuard guard(x.get_device_index());
-  const Machine& machine = machine_of(x.get_device_index());
-  const auto what = [&] {
-    return "lowrank_linear of x " + shape_of(x) + ", down " + shape_of(down) + ", up " + shape_of(up) +
-           on_arch(machine);
-  };
-  lowrank_linear::Arguments args{};
-  args.tokens = x.size(0);
-  args.in_features = x.size(1);
-  args.rank = down.size(0);
-  args.out_features = up.size(0);
-  STD_TORCH_CHECK(down.size(1) == args.in_features && up.size(1) == args.rank, what(), ": shapes do not fit");
-  STD_TORCH_CHECK(x.scalar_type() == down.scalar_type() && x.scalar_type() == up.scalar_type(), what(),
-                  ": dtypes differ");
-  for (const Tensor* matrix : {&x, &down, &up})
-    STD_TORCH_CHECK(matrix->size(1) == 1 || matrix->stride(1) == 1, what(), ": a matrix is not row-major");
-  if (bias)
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == args.out_features && bias->is_contiguous() &&
-                        bias->scalar_type() == x.scalar_type(),
-                    what(), ": bias does not fit");
-
-  const bool on_16_bytes = aligned(x) && aligned(down) && aligned(up);
-  const Dtype dtype = dtype_of(x);
-  const LowRankPlan& plan = planned({args.tokens,
-                                     args.in_features,
-                                     args.rank,
-                                     args.out_features,
-                                     dtype,
-                                     on_16_bytes,
-                                     machine,
-                                     {kernel, splits, token_tile}});
-  STD_TORCH_CHECK(plan.reason.empty(), what(), " cannot run: ", plan.reason);
-
-  Tensor y = torch::stable::new_empty(x, {args.tokens, args.out_features});
-  std::optional<Tensor> scratch;
-  if (plan.scratch_floats) scratch = scratch_like(x, plan.scratch_floats);
-  args.x = x.const_data_ptr();
-  args.down = down.const_data_ptr();
-  args.up = up.const_data_ptr();
-  args.bias = bias ? bias->const_data_ptr() : nullptr;
-  args.y = y.mutable_data_ptr();
-  args.scratch = scratch ? static_cast<float*>(scratch->mutable_data_ptr()) : nullptr;
-  args.x_stride = x.stride(0);
-  args.down_stride = down.stride(0);
-  args.up_stride = up.stride(0);
-  args.split_features = plan.split_features;
-  args.splits = plan.splits;
-  args.resident_tiles = plan.resident_tiles;
-  args.activation = parse_activation(activation);
-  const Launch launch{current_stream(x.get_device_index()), x.get_device_index(), machine.shared_memory, what};
-  launch_lowrank_linear(plan, args, dtype, launch);
-  return y;
+  return forward(x, {down}, {up}, {bias}, activation, {kernel, splits, token_tile})[0];
 }
 
-std::tuple<std::string, std::string> explain_lowrank_linear(int64_t tokens, int64_t in_features, int64_t rank,
-                                                            int64_t out_features, std::string dtype, bool aligned,
-                                                            int64_t capability, int64_t sm_count, int64_t shared_memory,
-                                                            std::vector<int64_t> clusters, std::string kernel,
-                                                            int64_t splits, int64_t token_tile) {
+std::vector<Tensor> lowrank_linear_grouped_forward(Tensor x, std::vector<Tensor> downs, std::vector<Tensor> ups,
+                                                   std::vector<std::optional<Tensor>> biases, std::string kernel,
+                                                   int64_t splits, int64_t token_tile) {
+  return forward(x, downs, ups, biases, "none", {kernel, splits, token_tile});
+}
+
+std::tuple<std::string, std::string> explain_lowrank_linear(
+    int64_t tokens, int64_t in_features, std::vector<int64_t> ranks, std::vector<int64_t> out_features, bool shared,
+    std::string dtype, bool aligned, int64_t capability, int64_t sm_count, int64_t shared_memory,
+    std::vector<int64_t> clusters, std::string kernel, int64_t splits, int64_t token_tile) {
   const Machine machine = parse_machine(capability, sm_count, shared_memory, clusters);
-  return explain(plan_lowrank_linear({tokens,
-                                      in_features,
-                                      rank,
-                                      out_features,
-                                      parse_dtype(dtype),
-                                      aligned,
-                                      machine,
-                                      {kernel, splits, token_tile}}),
+  return explain(plan_lowrank_linear(group_problem(tokens, in_features, ranks, out_features, shared, parse_dtype(dtype),
+                                                   aligned, machine, {kernel, splits, token_tile})),
                  capability);
 }
 
@@ -301,13 +327,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lowrank_ops, m) {
       "_cuda_lowrank_linear(Tensor x, Tensor down, Tensor up, Tensor? bias, str activation, str kernel=\"\", "
       "int splits=0, int token_tile=0) -> Tensor");
   m.def(
+      "_cuda_lowrank_linear_grouped(Tensor x, Tensor[] downs, Tensor[] ups, Tensor?[] biases, str kernel=\"\", "
+      "int splits=0, int token_tile=0) -> Tensor[]");
+  m.def(
       "_plan_covariance(int tokens, int features, int groups, str dtype, str source, bool allow_tf32, "
       "int capability, int sm_count, int shared_memory, int[] clusters, str kernel=\"\", int splits=0, int "
       "token_tile=0) -> "
       "(str, str)");
   m.def(
-      "_plan_lowrank_linear(int tokens, int in_features, int rank, int out_features, str dtype, bool aligned, "
-      "int capability, int sm_count, int shared_memory, int[] clusters, str kernel=\"\", int splits=0, int "
+      "_plan_lowrank_linear(int tokens, int in_features, int[] ranks, int[] out_features, bool shared, str dtype, "
+      "bool aligned, int capability, int sm_count, int shared_memory, int[] clusters, str kernel=\"\", int splits=0, "
+      "int "
       "token_tile=0) -> "
       "(str, str)");
   m.def("_clusters(int device) -> (int, int, int)");
@@ -318,6 +348,7 @@ STABLE_TORCH_LIBRARY_IMPL(lowrank_ops, CUDA, m) {
   m.impl("_cuda_covariance_update_", TORCH_BOX(&covariance_update));
   m.impl("_cuda_conv_covariance_update_", TORCH_BOX(&conv_covariance_update));
   m.impl("_cuda_lowrank_linear", TORCH_BOX(&lowrank_linear_forward));
+  m.impl("_cuda_lowrank_linear_grouped", TORCH_BOX(&lowrank_linear_grouped_forward));
 }
 
 // No tensor among the arguments: the only key that such a call reaches.

@@ -231,15 +231,37 @@ std::string describe(const CovariancePlan& plan) {
 
 namespace {
 
+// The sum of count(rank) over what a group has of down: one, if all members share it, or one for each.
+template <class Count>
+int64_t sum_over_downs(const LowRankProblem& problem, const Count& count) {
+  int64_t sum = count(problem.rank);
+  for (const auto& [rank, out_features] : problem.others) sum += problem.shared ? 0 : count(rank);
+  return sum;
+}
+
+int64_t max_rank(const LowRankProblem& problem) {
+  int64_t max = problem.rank;
+  for (const auto& [rank, out_features] : problem.others) max = max64(max, rank);
+  return max;
+}
+
+// Whether each row of down and up, where the first one starts on 16 bytes, starts and ends there.
+bool rows_in_vectors(const LowRankProblem& problem) {
+  using lowrank_linear::kVector;
+  const auto odd = [](int64_t rank) { return int64_t{rank % kVector != 0}; };
+  return problem.aligned && problem.in_features % kVector == 0 && sum_over_downs(problem, odd) == 0;
+}
+
 // Two kernels, for any alignment and every machine.
 LowRankPlan plan_decode_sm80(const LowRankProblem& problem) {
   using namespace lowrank_linear;
   LowRankPlan plan;
   plan.kernel = "decode_sm80";
-  plan.vectorized = problem.aligned && problem.in_features % kVector == 0 && problem.rank % kVector == 0;
+  const int64_t largest_rank = max_rank(problem);
+  plan.vectorized = rows_in_vectors(problem);
   // A CTA keeps t of its tokens in shared memory: a smaller token tile where the rank is large.
   const auto up_bytes = [&](int token_tile) {
-    return max64(token_tile * rank_pitch(problem.rank), sum_bytes(kRows * up_row_tiles(token_tile), token_tile));
+    return max64(token_tile * rank_pitch(largest_rank), sum_bytes(kRows * up_row_tiles(token_tile), token_tile));
   };
   plan.token_tile = kDecodeSm80Variants[0].token_tile;
   for (const DecodeVariant& variant : kDecodeSm80Variants) {
@@ -253,7 +275,7 @@ LowRankPlan plan_decode_sm80(const LowRankProblem& problem) {
   plan.shared_bytes_down = sum_bytes(plan.rows_down, plan.token_tile);
   plan.shared_bytes_up = up_bytes(plan.token_tile);
   if (plan.shared_bytes_up > problem.machine.shared_memory) {
-    plan.reason = "rank " + std::to_string(problem.rank) + " needs " + std::to_string(plan.shared_bytes_up) +
+    plan.reason = "rank " + std::to_string(largest_rank) + " needs " + std::to_string(plan.shared_bytes_up) +
                   " bytes of shared memory per CTA, the device has " + std::to_string(problem.machine.shared_memory);
     return plan;
   }
@@ -262,13 +284,15 @@ LowRankPlan plan_decode_sm80(const LowRankProblem& problem) {
   constexpr int64_t kMaxOwnSplits = 8;
   constexpr int64_t kMaxChosenSplits = 32;
   int64_t steps = ceil_div(problem.in_features, kFeatures);
-  int64_t splits_for_all_sms = problem.machine.sm_count / ceil_div(problem.rank, kRows);
+  const int64_t units = sum_over_downs(problem, [](int64_t rank) { return ceil_div(rank, kRows); });
+  int64_t splits_for_all_sms = problem.machine.sm_count / units;
   int64_t splits = max64(1, min64(min64(splits_for_all_sms, kMaxOwnSplits), steps / kMinSteps));
   if (problem.choice.splits > 0) splits = min64(problem.choice.splits, steps);
   plan.split_features = ceil_div(steps, splits) * kFeatures;
   plan.splits = static_cast<int>(ceil_div(problem.in_features, plan.split_features));
   plan.reason = splits_refusal(problem.choice, plan.splits, kMaxChosenSplits);
-  plan.scratch_floats = scratch_floats(problem.tokens, problem.rank, plan.token_tile, plan.splits);
+  plan.scratch_floats = sum_over_downs(
+      problem, [&](int64_t rank) { return scratch_floats(problem.tokens, rank, plan.token_tile, plan.splits); });
   plan.dependent_launch = problem.machine.capability >= 90;
   return plan;
 }
@@ -283,19 +307,20 @@ LowRankPlan plan_decode_sm90(const LowRankProblem& problem) {
     plan.reason = "it needs compute capability 9.0";
     return plan;
   }
-  if (!problem.aligned || problem.in_features % kVector != 0 || problem.rank % kVector != 0) {
+  if (!rows_in_vectors(problem)) {
     plan.reason = "rows do not start and end on 16 bytes";
     return plan;
   }
   // All tokens at once, but at least one tile of up: a smaller token tile if need be.
-  const int64_t tile_bytes = kRows * rank_pitch(problem.rank);
+  const int64_t largest_rank = max_rank(problem);
+  const int64_t tile_bytes = kRows * rank_pitch(largest_rank);
   const auto max_resident_tiles = [&](int rows) {
-    return (machine.shared_memory - smem_layout(rows, plan.token_tile, problem.rank, 0).bytes) / tile_bytes;
+    return (machine.shared_memory - smem_layout(rows, plan.token_tile, largest_rank, 0).bytes) / tile_bytes;
   };
   plan.token_tile = decode_token_tile(problem.tokens);
   while (plan.token_tile > 8 && max_resident_tiles(kRows) < 1) plan.token_tile /= 2;
   if (max_resident_tiles(kRows) < 1) {
-    plan.reason = "rank " + std::to_string(problem.rank) + " leaves no room for a tile of up in " +
+    plan.reason = "rank " + std::to_string(largest_rank) + " leaves no room for a tile of up in " +
                   std::to_string(machine.shared_memory) + " bytes of shared memory";
     return plan;
   }
@@ -305,11 +330,13 @@ LowRankPlan plan_decode_sm90(const LowRankProblem& problem) {
   // The rows and the cluster with the lowest cost, in 16-byte vectors of a lane: for down waves of work units, each of
   // a warp's steps, which load rows and tokens, and a reduction; for up the tiles that do not fit and are streamed.
   const int64_t steps = ceil_div(problem.in_features, kFeatures);
-  const int64_t tiles_up = ceil_div(problem.out_features, kRows);
+  int64_t tiles_up = ceil_div(problem.out_features, kRows);
+  for (const auto& [rank, out_features] : problem.others) tiles_up += ceil_div(out_features, kRows);
   int64_t min_cost = std::numeric_limits<int64_t>::max();
   for (const DecodeSm90Variant& v : kDecodeSm90Variants) {
     if (v.token_tile != plan.token_tile || max_resident_tiles(v.rows()) < 1) continue;
-    const int64_t units = work_units(problem.rank, v.rows(), problem.tokens, v.token_tile);
+    const int64_t units =
+        sum_over_downs(problem, [&](int64_t rank) { return work_units(rank, v.rows(), problem.tokens, v.token_tile); });
     for (int cluster = 1; cluster <= kMaxCluster; cluster *= 2) {
       if (problem.choice.splits != 0 && problem.choice.splits != cluster) continue;
       const int64_t clusters = min64(resident_clusters(machine, cluster), max64(units, ceil_div(tiles_up, cluster)));
@@ -318,7 +345,7 @@ LowRankPlan plan_decode_sm90(const LowRankProblem& problem) {
       const int64_t resident_tiles = min64(max_resident_tiles(v.rows()), tiles);
       const int64_t reduction = 24 + v.rows() * v.token_tile / 256;
       const int64_t down = ceil_div(ceil_div(steps, cluster), kWarps) * (v.rows() + v.token_tile) + reduction;
-      const int64_t streamed = (tiles - resident_tiles) * kRows * ceil_div(ceil_div(problem.rank, kFeatures), kWarps);
+      const int64_t streamed = (tiles - resident_tiles) * kRows * ceil_div(ceil_div(largest_rank, kFeatures), kWarps);
       const int64_t cost = ceil_div(units, clusters) * down + streamed;
       if (cost >= min_cost) continue;
       min_cost = cost;
@@ -334,8 +361,8 @@ LowRankPlan plan_decode_sm90(const LowRankProblem& problem) {
   }
   // The last CTAs of a cluster may have no features; they still reduce their part of the sums.
   plan.split_features = ceil_div(steps, plan.splits) * kFeatures;
-  plan.shared_bytes = smem_layout(plan.rows_down, plan.token_tile, problem.rank, plan.resident_tiles).bytes;
-  plan.scratch_floats = ceil_div(problem.tokens * problem.rank, 2);
+  plan.shared_bytes = smem_layout(plan.rows_down, plan.token_tile, largest_rank, plan.resident_tiles).bytes;
+  plan.scratch_floats = sum_over_downs(problem, [&](int64_t rank) { return t_floats(problem.tokens, rank); });
   return plan;
 }
 
@@ -343,18 +370,20 @@ LowRankPlan plan_decode_sm90(const LowRankProblem& problem) {
 // by its loads, and the rows of up. A wgmma takes N / 2 cycles of the tensor cores, and of shared memory, at 128 bytes
 // a cycle, its operands: 32 N bytes of B and, unless A is in registers as t is, 2048 of A. A CTA gets 25 bytes a cycle
 // from L2 while all read; the epilogue of a tile of up takes 600, by one warpgroup while the others compute; a CTA's
-// start 2000. None of these is measured.
-int64_t prefill_cycles(const lowrank_linear::prefill::Variant& v, const LowRankProblem& problem, int64_t token_tiles,
+// start 2000. Members of a group count as the largest of them. None of these is measured.
+int64_t prefill_cycles(const lowrank_linear::prefill::Variant& v, const LowRankProblem& problem, int64_t tiles,
                        int64_t clusters) {
   using namespace lowrank_linear::prefill;
   const auto step = [&](int64_t mma, int64_t mmas, int64_t bytes) {
     return max64(mma * mmas * v.warpgroups, bytes / 25);
   };
-  const int64_t waves = ceil_div(token_tiles, clusters);
+  const int64_t waves = ceil_div(tiles, clusters);
+  int64_t out_features = problem.out_features;
+  for (const auto& [rank, other] : problem.others) out_features = max64(out_features, other);
   const int64_t load_bytes = x_bytes(v) / v.cluster + v.columns() * kRowBytes / v.peers;
   const int64_t down = ceil_div(problem.in_features, kTileK) *
                        step(max64(v.columns() / 2, (2048 + 32 * v.columns()) / 128), kTileK / kMmaK, load_bytes);
-  const int64_t up = up_tiles(0, v.cluster, problem.out_features) *
+  const int64_t up = up_tiles(0, v.cluster, out_features) *
                      (step(kTileN / 2, v.steps(), up_step_bytes(v) / v.peers) + 600 / v.warpgroups);
   return waves * (down + up + 2000);
 }
@@ -373,7 +402,8 @@ LowRankPlan plan_prefill_sm90(const LowRankProblem& problem) {
   const Choice& choice = problem.choice;
   if (machine.capability != 90) return refuse("it needs compute capability 9.0");
   if (!problem.aligned) return refuse("rows of x, down and up must start on 16 bytes");
-  if (problem.rank > kMaxRank) return refuse("the rank must be at most 256, got " + std::to_string(problem.rank));
+  const int64_t largest_rank = max_rank(problem), members = 1 + static_cast<int64_t>(problem.others.size());
+  if (largest_rank > kMaxRank) return refuse("the rank must be at most 256, got " + std::to_string(largest_rank));
   // TMA has 32-bit row coordinates, also for rows past the last token, up to the end of its tile.
   if (problem.tokens > std::numeric_limits<int32_t>::max() - kMaxTokenTile)
     return refuse("it takes at most 2^31 - " + std::to_string(kMaxTokenTile + 1));
@@ -383,9 +413,9 @@ LowRankPlan plan_prefill_sm90(const LowRankProblem& problem) {
 
   int64_t min_cost = std::numeric_limits<int64_t>::max();
   for (const Variant& v : kVariants) {
-    const int64_t tiles = ceil_div(problem.tokens, v.token_tile());
+    const int64_t tiles = ceil_div(problem.tokens, v.token_tile()) * members;
     const int64_t clusters = resident_clusters(machine, v.ctas());
-    if (v.rank_tile < problem.rank || shared_bytes(v) > machine.shared_memory || clusters == 0) continue;
+    if (v.rank_tile < largest_rank || shared_bytes(v) > machine.shared_memory || clusters == 0) continue;
     if (tiles * v.ctas() > kMaxGridX) continue;
     if (choice.splits != 0 && choice.splits != v.cluster) continue;
     if (choice.token_tile != 0 && choice.token_tile != v.token_tile()) continue;
@@ -421,11 +451,18 @@ LowRankPlan plan_lowrank_linear(const LowRankProblem& problem) {
   if (std::string reason = machine_refusal(problem.machine); !reason.empty()) return refuse(reason);
   if (problem.dtype != Dtype::bfloat16 && problem.dtype != Dtype::float16)
     return refuse(std::string("it takes bfloat16 or float16, not ") + name(problem.dtype));
-  if (problem.tokens < 1 || problem.in_features < 1 || problem.rank < 1 || problem.out_features < 1)
-    return refuse("a dimension is empty");
+  if (problem.others.size() >= kMaxMembers)
+    return refuse("it takes at most " + std::to_string(kMaxMembers) + " members");
+  auto members = problem.others;
+  members.emplace_back(problem.rank, problem.out_features);
   constexpr int64_t kMaxFeatures = int64_t{1} << 30;
-  if (problem.in_features > kMaxFeatures || problem.out_features > kMaxFeatures)
-    return refuse("it takes at most 2^30 features");
+  for (const auto& [rank, out_features] : members) {
+    if (problem.tokens < 1 || problem.in_features < 1 || rank < 1 || out_features < 1)
+      return refuse("a dimension is empty");
+    if (problem.in_features > kMaxFeatures || out_features > kMaxFeatures)
+      return refuse("it takes at most 2^30 features");
+    if (problem.shared && rank != problem.rank) return refuse("members that share down differ in rank");
+  }
   const std::string& chosen = problem.choice.kernel;
   const bool decode_chosen = chosen == "decode_sm80" || chosen == "decode_sm90";
   const int64_t max_decode = decode_chosen ? lowrank_linear::kMaxChosenTokens : lowrank_linear::kMaxTokens;
@@ -439,6 +476,17 @@ LowRankPlan plan_lowrank_linear(const LowRankProblem& problem) {
     if (plan.reason.empty() || !chosen.empty()) return plan;
   }
   return plan_decode_sm80(problem);
+}
+
+LowRankProblem group_problem(int64_t tokens, int64_t in_features, const std::vector<int64_t>& ranks,
+                             const std::vector<int64_t>& out_features, bool shared, Dtype dtype, bool aligned,
+                             const Machine& machine, const Choice& choice) {
+  if (ranks.empty() || ranks.size() != out_features.size())
+    throw std::invalid_argument("ranks and out_features must have one value for each member");
+  LowRankProblem problem{tokens, in_features, ranks[0], out_features[0], dtype, aligned, machine, choice};
+  for (size_t i = 1; i < ranks.size(); ++i) problem.others.emplace_back(ranks[i], out_features[i]);
+  problem.shared = shared;
+  return problem;
 }
 
 std::string describe(const LowRankPlan& plan) {

@@ -4,6 +4,7 @@
 #include <array>
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace lowrank_ops {
@@ -81,15 +82,19 @@ std::string describe(const CovariancePlan& plan);
 
 // ---- lowrank_linear ----
 
+constexpr int kMaxMembers = 3;  // of lowrank_linear_grouped
+
 struct LowRankProblem {
   int64_t tokens;
   int64_t in_features;
-  int64_t rank;
-  int64_t out_features;
+  int64_t rank;          // of the first member
+  int64_t out_features;  // likewise
   Dtype dtype;
   bool aligned;  // x, down, up and all their rows start on 16 bytes
   Machine machine;
   Choice choice = {};
+  std::vector<std::pair<int64_t, int64_t>> others = {};  // rank and out_features of a group's other members
+  bool shared = false;                                   // all members have the first one's down
 };
 
 struct LowRankPlan {
@@ -119,6 +124,11 @@ struct LowRankPlan {
 };
 
 LowRankPlan plan_lowrank_linear(const LowRankProblem& problem);
+
+// From the sizes of all members; throws std::invalid_argument if `ranks` and `out_features` are empty or do not pair.
+LowRankProblem group_problem(int64_t tokens, int64_t in_features, const std::vector<int64_t>& ranks,
+                             const std::vector<int64_t>& out_features, bool shared, Dtype dtype, bool aligned,
+                             const Machine& machine, const Choice& choice);
 std::string describe(const LowRankPlan& plan);
 
 }  // namespace lowrank_ops

@@ -41,19 +41,16 @@ PYBIND11_MODULE(_planner, m) {
       arg("token_tile") = 0);
   m.def(
       "plan_lowrank_linear",
-      [](int64_t tokens, int64_t in_features, int64_t rank, int64_t out_features, const std::string& dtype,
-         bool aligned, int64_t capability, int64_t sm_count, int64_t shared_memory,
-         const std::vector<int64_t>& clusters, const std::string& kernel, int64_t splits, int64_t token_tile) {
-        return explain(plan_lowrank_linear({tokens,
-                                            in_features,
-                                            rank,
-                                            out_features,
-                                            parse_dtype(dtype),
-                                            aligned,
-                                            parse_machine(capability, sm_count, shared_memory, clusters),
-                                            {kernel, splits, token_tile}}));
+      [](int64_t tokens, int64_t in_features, const std::vector<int64_t>& ranks,
+         const std::vector<int64_t>& out_features, bool shared, const std::string& dtype, bool aligned,
+         int64_t capability, int64_t sm_count, int64_t shared_memory, const std::vector<int64_t>& clusters,
+         const std::string& kernel, int64_t splits, int64_t token_tile) {
+        const Machine machine = parse_machine(capability, sm_count, shared_memory, clusters);
+        return explain(
+            plan_lowrank_linear(group_problem(tokens, in_features, ranks, out_features, shared, parse_dtype(dtype),
+                                              aligned, machine, {kernel, splits, token_tile})));
       },
-      arg("tokens"), arg("in_features"), arg("rank"), arg("out_features"), arg("dtype"), arg("aligned"),
+      arg("tokens"), arg("in_features"), arg("ranks"), arg("out_features"), arg("shared"), arg("dtype"), arg("aligned"),
       arg("capability"), arg("sm_count"), arg("shared_memory"), arg("clusters"), arg("kernel") = "", arg("splits") = 0,
       arg("token_tile") = 0);
 }

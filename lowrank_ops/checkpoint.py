@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 from .arguments import checked
 from .factors.eight_bit import DTYPES
 from .files import digests, open_tensors, parse_json, read_header, read_tensor, replacing, write_tensors
-from .layers import LowRankLayer, LowRankLinear, PivotedLinear
+from .layers import EightBitLinear, LowRankLayer, LowRankLinear, PivotedLinear
 from .layers.conv import GEOMETRY, LowRankConv
 from .layers.group import group_layers, groups_in
 from .layers.pivoted import is_order
@@ -144,9 +144,10 @@ def _load(dense_model: nn.Module, file: Path, config: dict[str, Any], verify: bo
         for name, old in [*module._parameters.items(), *module._buffers.items()]:
             if id(old) in new:
                 setattr(module, name, new[id(old)])
-    for module in layers.values():
-        if isinstance(module, LowRankLinear):
-            module.follow_dtype_()
+    for fqn, entry in config["layers"].items():
+        layer = layers[dense_model.get_submodule(fqn)]
+        if isinstance(layer, LowRankLinear):
+            layer.follow_dtype_(getattr(torch, entry.get("dtype", ""), None))
     swap_(dense_model, layers)
     note_replaced([target for target in targets.values() if isinstance(target, nn.Parameter)])
     return layers.get(dense_model, dense_model)
@@ -187,7 +188,7 @@ def describe_layers(model: nn.Module, report: CompressionReport | None = None) -
     Raises:
         ValueError: ``report`` is of another model.
     """
-    rows = {} if report is None else {row.fqn: row for row in report.layers if row.rank is not None}
+    rows = {} if report is None else {row.fqn: row for row in report.layers if row.is_replaced}
     groups = {fqn: {"group": i} for i, names in enumerate(groups_in(model)) for fqn in names}
     entries = {
         fqn: {
@@ -201,15 +202,16 @@ def describe_layers(model: nn.Module, report: CompressionReport | None = None) -
         if isinstance(module, LowRankLayer)
     }
     for fqn, row in rows.items():
-        if fqn not in entries or entries[fqn]["rank"] != row.rank:
+        if fqn not in entries or row.rank not in (None, entries[fqn]["rank"]):
+            size = "with an 8-bit weight" if row.rank is None else f"at rank {row.rank}"
             raise ValueError(
-                f"report does not describe model: it has layer {fqn!r} at rank {row.rank}, and model does not. Pass "
+                f"report does not describe model: it has layer {fqn!r} {size}, and model does not. Pass "
                 "the report that compress_ returned for this model, or none."
             )
     for fqn, entry in entries.items():
         layer = model.get_submodule(fqn)
-        if isinstance(layer, LowRankLinear) and layer.formats != (None, None):
-            entry["formats"] = list(layer.formats)
+        if isinstance(layer, LowRankLinear) and any(layer.formats):
+            entry |= {"formats": list(layer.formats), "dtype": str(layer.dtype).removeprefix("torch.")}
     keys = {key for entry in entries.values() for key in entry}
     version = FORMAT_VERSION if "formats" in keys else 3 if "pivoted" in keys else 2
     return {"format": FORMAT, "version": version, "layers": entries}
@@ -353,21 +355,25 @@ def _empty_layer(fqn: str, dense: nn.Module, entry: Mapping[str, Any]) -> nn.Mod
             f"{_OTHER_MODEL}"
         )
     try:
+        formats = entry.get("formats")
         kind = PivotedLinear if pivoted else lowrank_type(dense)
+        if isinstance(formats, list) and len(formats) == 1 and kind is LowRankLinear:
+            kind = EightBitLinear
         layer = kind.empty_like(dense, entry.get("rank"), bias)  # type: ignore[arg-type]
-        if "formats" in entry:
-            _set_formats(fqn, layer, entry["formats"])
+        if formats is not None:
+            _set_formats(fqn, layer, formats, entry.get("dtype"))
         return layer
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"layer {fqn!r} of {CONFIG_FILE}: {error}") from None
 
 
-def _set_formats(fqn: str, layer: nn.Module, formats: Any) -> None:
-    pair = formats if isinstance(formats, list) and len(formats) == 2 else [""]
-    can = isinstance(layer, LowRankLinear) and not isinstance(layer, PivotedLinear)
-    if not can or not all(form is None or form in DTYPES for form in pair):
+def _set_formats(fqn: str, layer: nn.Module, formats: Any, dtype: Any) -> None:
+    can = isinstance(layer, LowRankLinear) and not isinstance(layer, PivotedLinear) and isinstance(formats, list)
+    if not can or len(formats) != len(layer.matrices) or any(form not in (None, *DTYPES) for form in formats):  # type: ignore[arg-type]
         raise CheckpointError(f"layer {fqn!r} of {CONFIG_FILE} has formats {formats!r}. {_COPY_AGAIN}")
-    layer.set_formats_(tuple(pair))  # type: ignore[operator]
+    if dtype not in (None, "float16", "bfloat16", "float32", "float64"):
+        raise CheckpointError(f"layer {fqn!r} of {CONFIG_FILE} has dtype {dtype!r}. {_COPY_AGAIN}")
+    layer.set_formats_(tuple(formats))  # type: ignore[operator]
 
 
 def _targets(model: nn.Module, layers: Mapping[nn.Module, nn.Module]) -> dict[str, Tensor]:
@@ -477,8 +483,9 @@ def _check_shapes_and_dtypes(
                 f"can replace a float tensor. {_OTHER_MODEL}"
             )
     for fqn, entry in layers.items():
-        formats = zip(("down", "up", "bias"), [*entry.get("formats", (None, None)), None], strict=True)
-        names = [f"{fqn}.{part}" if fqn else part for part, form in formats if form is None]
+        formats = [*entry.get("formats", (None, None)), None]
+        parts = ("down", "up", "bias") if len(formats) == 3 else ("values", "bias")
+        names = [f"{fqn}.{part}" if fqn else part for part, form in zip(parts, formats, strict=True) if form is None]
         dtypes = {stored[name].get_dtype() for name in names if name in stored}
         if len(dtypes) > 1:
             raise CheckpointError(

@@ -12,13 +12,13 @@ from torch import nn
 from .arguments import checked
 from .calibration.covariances import Covariances
 from .config import CompressionConfig, ExplainedVariance, RankPolicy
-from .factors.projections import Factors, factorize, rounded, stored_as
-from .layers import LowRankLayer, group_
+from .factors.projections import Factors, eight_bit_weight, factorize, rounded, stored_as
+from .layers import EightBitLinear, LowRankLayer, group_
 from .layers.replace import replace_
 from .models.experts import on_listed_experts
 from .models.layers import FilterFn, check_not_wrapped, find_layers, tied_layers, with_values
 from .models.running import ProgressBar, exclusive, in_layer
-from .ranks.choose import ChosenRanks
+from .ranks.choose import ChosenRanks, Rounded
 from .ranks.groups import choose_grouped_sizes
 from .reconstruction import (
     RECONSTRUCTIONS,
@@ -128,7 +128,9 @@ def _compress(
                 centered=config.centered,
                 progress=progress,
             )
-        factors |= {fqn: stored_as(factors[fqn], subspaces[fqn], *chosen) for fqn, chosen in eight_bit.items()}
+        for fqn, chosen in eight_bit.items():
+            factors[fqn] = in_eight_bits(factors.get(fqn), subspaces[fqn], str(config.projection), chosen)
+            subspaces[fqn].release(directions=False)
         report = CompressionReport.build(model, config, subspaces, factors, skipped, groups)
         replace_(model, factors, pivoted=config.pivoted)
     group_(model, groups)
@@ -188,7 +190,7 @@ def considered_layers(
     skipped |= unreached | {fqn: covariances.skipped[fqn] for fqn in unreached if fqn in covariances.skipped}
     for fqn, module in model.named_modules():
         if isinstance(module, LowRankLayer):
-            skipped[fqn] = "it is low-rank already"
+            skipped[fqn] = f"it is {'8-bit' if isinstance(module, EightBitLinear) else 'low-rank'} already"
     given = _checked_subspaces(subspaces, layers, covariances)
     if any(space.centered != centered or device not in (None, space.device) for space in given.values()):
         if any(space.loss is not None and space.loss.corrected is not None for space in given.values()):
@@ -295,6 +297,13 @@ def factorize_layers(
             drop = not keep_directions or held > MAX_HELD_BYTES
             space.release(directions=drop, shared=not left[id(space.input)])
             yield fqn, factors
+
+
+def in_eight_bits(factors: Factors | None, space: LayerSubspaces, projection: str, chosen: Rounded) -> Factors:
+    """``factors``, or the weight of a layer that stays dense, for a layer that stores 8 bits."""
+    if factors is None:
+        return eight_bit_weight(space, projection, *chosen)
+    return stored_as(factors, space, *chosen)
 
 
 def available(device: torch.device | str) -> torch.device:

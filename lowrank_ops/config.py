@@ -82,18 +82,18 @@ class FlopBudget:
 
 @dataclass(frozen=True)
 class ByteBudget:
-    """All considered layers together keep at most ``fraction`` of their bytes, with 8-bit factors where that is better.
+    """All considered layers together keep at most ``fraction`` of their bytes, with 8 bits per element where better.
 
-    The rank of a layer and the format of each of its factors are chosen together: 8-bit factors leave bytes for larger
-    ranks, and the predicted loss includes that of rounding. Convolutions, layers in ``overrides`` and layers whose
-    output was streamed keep their dtype. Ranks may exceed the one at which the factors have as many parameters as the
-    dense layer; such a layer saves bytes and takes more MACs. Dense 8-bit weights are not among the choices: at half of
-    16-bit weights' bytes or more they lose less than factors.
+    A layer stays dense, in its dtype or with an 8-bit weight (:class:`lowrank_ops.layers.EightBitLinear`), or gets
+    factors, each in its dtype or in 8 bits. Rank and formats are chosen together, and the predicted loss includes that
+    of rounding. Convolutions, layers in ``overrides`` and layers whose output was streamed keep their dtype. Ranks may
+    exceed the one at which the factors have as many parameters as the dense layer; such a layer saves bytes and takes
+    more MACs.
 
     Args:
         fraction: share of the bytes of the considered layers, in the model's dtype, in (0, 1]; met exactly or from
             below.
-        form: of 8-bit factors, ``"int8"`` or ``"fp8"`` (float8_e4m3fn), with a float32 scale per row.
+        form: of 8-bit factors and weights, ``"int8"`` or ``"fp8"`` (float8_e4m3fn), with a float32 scale per row.
         allocation: as in :class:`ParameterBudget`, per byte. With ``"uniform"``, every factor that can be 8-bit is.
 
     Example:

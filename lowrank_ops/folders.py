@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from .arguments import checked
 from .calibration.covariances import Covariances
 from .checkpoint import CONFIG_FILE, WEIGHTS_FILE, describe_layers
-from .compress import available, considered_layers, decompose, factorize_layers, resolved
+from .compress import available, considered_layers, decompose, factorize_layers, in_eight_bits, resolved
 from .config import CompressionConfig, RankPolicy
-from .factors.projections import Factors, stored_as
+from .factors.projections import Factors
 from .files import (
     HEADER,
     form_of,
@@ -33,7 +33,7 @@ from .files import (
     replacing,
     write_stream,
 )
-from .layers import LowRankLayer, LowRankLinear, group_
+from .layers import EightBitLinear, LowRankLayer, LowRankLinear, group_
 from .layers.replace import lowrank_type, swap_
 from .models.layers import all_finite, fused_projections
 from .ranks.choose import Rounded
@@ -324,15 +324,14 @@ def _empty_layers(
     eight_bit: Mapping[str, Rounded],
     config: CompressionConfig,
 ) -> dict[str, LowRankLayer]:
-    """The low-rank layers, without values."""
+    """The low-rank and 8-bit layers, without values."""
     shifted = config.centered and config.projection != "weight"
-    new = {
-        fqn: lowrank_type(modules[fqn], rank if config.pivoted else None).empty_like(
-            modules[fqn], rank, shifted or subspaces[fqn].bias is not None
-        )
-        for fqn, rank in ranks.items()
-        if rank is not None
-    }
+    new: dict[str, LowRankLayer] = {}
+    for fqn, rank in ranks.items():
+        if rank is not None or fqn in eight_bit:
+            kind = EightBitLinear if rank is None else lowrank_type(modules[fqn], rank if config.pivoted else None)
+            bias = subspaces[fqn].bias is not None or (shifted and rank is not None)
+            new[fqn] = kind.empty_like(modules[fqn], rank or 0, bias)
     if not new:
         raise ValueError("every layer stays dense at these ranks, so nothing was written; allow smaller ranks.")
     new = {fqn: layer.to("meta") for fqn, layer in new.items()}
@@ -399,16 +398,20 @@ def _tensors(
 
     names = [name for forms in layout.values() for name in forms]
     order = dict.fromkeys(fqn for fqn in map(layer_of, names) if fqn is not None)
-    factors = factorize_layers(subspaces, {fqn: ranks[fqn] for fqn in order}, projection, progress=progress)
+    factored = {fqn: ranks[fqn] for fqn in order}  # those without a rank give no factors
+    factors = factorize_layers(subspaces, factored, projection, progress=progress)
     for fqn, parts in itertools.groupby(names, layer_of):
         if fqn is None:
             yield from ((name, weights.read(name)) for name in parts)
         else:
-            _, result = next(factors)
+            result = next(factors)[1] if ranks[fqn] is not None else None
             empty = copy.deepcopy(new[fqn])
-            if fqn in eight_bit and isinstance(empty, LowRankLinear):
-                result = stored_as(result, subspaces[fqn], *eight_bit[fqn])
+            if fqn in eight_bit:
+                result = in_eight_bits(result, subspaces[fqn], projection, eight_bit[fqn])
+                subspaces[fqn].release()
+            if isinstance(empty, LowRankLinear) and not isinstance(empty, EightBitLinear):
                 empty.dequantize_()
+            assert result is not None
             layer = empty.to_empty(device="cpu").filled_with(result).state_dict()
             found[fqn] = result.to(device=torch.device("meta"))
             yield from ((name, layer[name.removeprefix(f"{fqn}.")]) for name in parts)

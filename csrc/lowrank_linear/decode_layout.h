@@ -45,6 +45,33 @@ constexpr DecodeSm90Variant kDecodeSm90Variants[] = {
     {8, 1}, {16, 1}, {32, 1}, {32, 2}, {64, 1}, {64, 2}, {64, 4},
 };
 
+// ---- the members of a group ----
+
+struct Span {
+  int64_t begin, end;
+};
+
+struct Place {
+  int member;
+  int64_t index;  // within the member
+};
+// Of an index into the items of all members, of which a member has count(member).
+template <class Count>
+LRO_HD constexpr Place place_of(int64_t index, int members, const Count& count) {
+  int member = 0;
+  for (; member < members - 1; ++member) {
+    const int64_t items = count(member);
+    if (index < items) break;
+    index -= items;
+  }
+  return {member, index};
+}
+
+// The part of `span` within the `items` items from `first` on, counted from `first`; empty where begin >= end.
+LRO_HD constexpr Span part_of_member(const Span& span, int64_t first, int64_t items) {
+  return {max64(span.begin - first, 0), min64(span.end - first, items)};
+}
+
 // ---- a warp's step ----
 
 // The first feature that a lane holds of a step, for weights and tokens alike.
@@ -70,7 +97,7 @@ LRO_HD constexpr int64_t sum_bytes(int rows, int token_tile) {
 }
 
 // decode_sm80's scratch, offsets in floats: t in the dtype of x, rows of whole units; where features are split, the
-// sums of each unit (16 rows of down, a token tile) by split, then a counter for each unit.
+// sums of each unit (16 rows of down, a token tile) by split. Then, behind those of all members, a counter for each unit.
 LRO_HD constexpr int64_t scratch_columns(int64_t rank) { return round_up(rank, kRows); }
 LRO_HD constexpr int64_t scratch_units(int64_t tokens, int64_t rank, int token_tile) {
   return ceil_div(rank, kRows) * ceil_div(tokens, token_tile);
@@ -79,24 +106,23 @@ LRO_HD constexpr int64_t partials_offset(int64_t tokens, int64_t rank) { return 
 LRO_HD constexpr int64_t partial_index(int64_t unit, int64_t split, int64_t splits, int token_tile) {
   return (unit * splits + split) * kRows * token_tile;
 }
-LRO_HD constexpr int64_t counters_offset(int64_t tokens, int64_t rank, int token_tile, int64_t splits) {
+LRO_HD constexpr int64_t member_floats(int64_t tokens, int64_t rank, int token_tile, int64_t splits) {
   const int64_t units = splits > 1 ? scratch_units(tokens, rank, token_tile) : 0;
   return partials_offset(tokens, rank) + partial_index(units, 0, splits, token_tile);
 }
 LRO_HD constexpr int64_t scratch_floats(int64_t tokens, int64_t rank, int token_tile, int64_t splits) {
   const int64_t counters = splits > 1 ? scratch_units(tokens, rank, token_tile) : 0;
-  return counters_offset(tokens, rank, token_tile, splits) + counters;
+  return member_floats(tokens, rank, token_tile, splits) + counters;
 }
 
 // t and rows of up in shared memory: bytes between rows of 16-bit values. 64 bytes past a multiple of 128: the eight
 // lanes of a phase read two rows of four vectors each and touch every bank once.
 LRO_HD constexpr int64_t rank_pitch(int64_t rank) { return round_up(rank * 2, 128) + 64; }
 
-// ---- decode_sm90: distribution of work over clusters and CTAs ----
+// decode_sm90's scratch of a member: t (tokens, rank) in the dtype of x.
+LRO_HD constexpr int64_t t_floats(int64_t tokens, int64_t rank) { return ceil_div(tokens * rank, 2); }
 
-struct Span {
-  int64_t begin, end;
-};
+// ---- decode_sm90: distribution of work over clusters and CTAs ----
 
 // The features of down that a CTA of the cluster sums; empty past the last.
 LRO_HD constexpr Span features_of_cta(int cluster_rank, int64_t split_features, int64_t in_features) {
@@ -124,9 +150,8 @@ LRO_HD constexpr Span sums_of_cta(int cluster_rank, int cluster, int sums) {
 // A CTA's sum i of a unit, in two buffers by turns: one is read by the cluster while the next is written.
 LRO_HD constexpr int cta_sum_index(int round, int i, int sums) { return round % 2 * sums + i; }
 
-// The 16-row tiles of up that a CTA multiplies.
-LRO_HD constexpr Span slab_of_cta(int64_t cta, int64_t ctas, int64_t out_features) {
-  const int64_t tiles = ceil_div(out_features, kRows);
+// Of the 16-row tiles of up, those that a CTA multiplies.
+LRO_HD constexpr Span slab_of_cta(int64_t cta, int64_t ctas, int64_t tiles) {
   return {cta * tiles / ctas, (cta + 1) * tiles / ctas};
 }
 

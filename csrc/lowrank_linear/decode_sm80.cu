@@ -1,8 +1,10 @@
-// y = activation((x down^T) up^T + bias) for few tokens, bound by reading the weights once. Two kernels.
+// y = activation((x down^T) up^T + bias) for few tokens, bound by reading the weights once, of a layer or of each
+// member of a group. Two kernels.
 //
 //                  decode_down_sm80                             decode_up_sm80
 //   computes       t = x down^T, rounded                        t up^T, bias, activation
 //   grid           (16 rows of down, splits, token tiles)       (16 or 32 rows of up, 1, token tiles)
+//                  rows of one member of the group              the same
 //   CTA            8 warps, K steps of 32 round-robin           the same
 //   pipeline       4 steps of weights per warp in registers     the same; the first 4 are loaded before the PDL wait
 //   splits         sums to scratch; the last CTA of a unit to    -
@@ -24,10 +26,13 @@ namespace lowrank_ops::lowrank_linear {
 namespace {
 
 template <class Element, int kTokenGroups, bool kVectorized>
-__global__ void __launch_bounds__(kThreads, 1) decode_down_sm80(const __grid_constant__ Arguments args) {
+__global__ void __launch_bounds__(kThreads, 1) decode_down_sm80(const __grid_constant__ Group group) {
   extern __shared__ __align__(128) unsigned char shared[];
   arch::griddepcontrol_launch_dependents();
-  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kRows;
+  const Place at =
+      place_of(blockIdx.x, group.downs, [&](int member) { return ceil_div(group.members[member].rank, kRows); });
+  const Arguments& args = group.members[at.member];
+  const int64_t first_row = at.index * kRows;
   constexpr int kTokens = kTokenGroups * 8;
   const int64_t first_token = static_cast<int64_t>(blockIdx.z) * kTokens;
   const int64_t begin = blockIdx.y * args.split_features;
@@ -50,7 +55,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_down_sm80(const __grid_con
   if (args.splits == 1)
     return each([&](int i) { store_t(i, reduce_warp_sums<1, kTokenGroups>(sums, i % kRows, i / kRows)); });
 
-  const int64_t unit = blockIdx.z * ceil_div(args.rank, kRows) + blockIdx.x;
+  const int64_t unit = blockIdx.z * ceil_div(args.rank, kRows) + at.index;
   float* partials = args.scratch + partials_offset(args.tokens, args.rank);
   const auto partial = [&](int split, int i) {
     return partials + partial_index(unit, split, args.splits, kTokens) + i;
@@ -58,11 +63,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_down_sm80(const __grid_con
   each([&](int i) { *partial(blockIdx.y, i) = reduce_warp_sums<1, kTokenGroups>(sums, i % kRows, i / kRows); });
   __syncthreads();  // all of this CTA's sums have been written, and those of its warps read
   int& arrived = reinterpret_cast<int&>(*shared);
-  if (threadIdx.x == 0) {
-    auto* counters =
-        reinterpret_cast<unsigned*>(args.scratch) + counters_offset(args.tokens, args.rank, kTokens, args.splits);
-    arrived = static_cast<int>(arch::atom_add_acq_rel(counters + unit, 1u));
-  }
+  if (threadIdx.x == 0) arrived = static_cast<int>(arch::atom_add_acq_rel(args.counters + unit, 1u));
   __syncthreads();
   if (arrived != args.splits - 1) return;
   each([&](int i) {
@@ -74,11 +75,15 @@ __global__ void __launch_bounds__(kThreads, 1) decode_down_sm80(const __grid_con
 }
 
 template <class Element, int kTokenGroups, bool kVectorized>
-__global__ void __launch_bounds__(kThreads, 1) decode_up_sm80(const __grid_constant__ Arguments args) {
+__global__ void __launch_bounds__(kThreads, 1) decode_up_sm80(const __grid_constant__ Group group) {
   extern __shared__ __align__(128) unsigned char shared[];
   constexpr int kRowTiles = up_row_tiles(kTokenGroups * 8);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kRowTiles * kRows;
+  const Place at = place_of(blockIdx.x, group.count, [&](int member) {
+    return ceil_div(group.members[member].out_features, kRowTiles * kRows);
+  });
+  const Arguments& args = group.members[at.member];
+  const int64_t first_row = at.index * kRowTiles * kRows;
   const int64_t first_token = static_cast<int64_t>(blockIdx.z) * kTokenGroups * 8;
   const int steps = static_cast<int>(ceil_div(args.rank, kFeatures));
   const Element* up = static_cast<const Element*>(args.up);
@@ -124,47 +129,58 @@ __global__ void __launch_bounds__(kThreads, 1) decode_up_sm80(const __grid_const
 }
 
 template <class Element, int kTokenGroups, bool kVectorized>
-void launch_pair(const LowRankPlan& plan, const Arguments& args, const Launch& launch) {
+void launch_pair(const LowRankPlan& plan, Group group, const Launch& launch) {
   const auto down = decode_down_sm80<Element, kTokenGroups, kVectorized>;
   const auto up = decode_up_sm80<Element, kTokenGroups, kVectorized>;
-  const unsigned token_tiles = static_cast<unsigned>(ceil_div(args.tokens, plan.token_tile));
+  const int64_t tokens = group.members[0].tokens;
+  const unsigned token_tiles = static_cast<unsigned>(ceil_div(tokens, plan.token_tile));
   opt_in_shared_memory(down, launch.shared_memory, launch);
   opt_in_shared_memory(up, launch.shared_memory, launch);
 
-  if (plan.splits > 1) {
-    const int64_t counters = counters_offset(args.tokens, args.rank, plan.token_tile, plan.splits);
-    const int64_t bytes = (plan.scratch_floats - counters) * static_cast<int64_t>(sizeof(unsigned));
-    check(cudaMemsetAsync(args.scratch + counters, 0, static_cast<size_t>(bytes), launch.stream), launch);
+  auto* counters = reinterpret_cast<unsigned*>(
+      place_scratch(group, [&](int64_t rank) { return member_floats(tokens, rank, plan.token_tile, plan.splits); }));
+  unsigned* next = counters;
+  int64_t rows_down = 0, rows_up = 0;  // CTAs, along the first axis
+  for (int i = 0; i < group.downs; ++i) {
+    group.members[i].counters = next;
+    next += scratch_units(tokens, group.members[i].rank, plan.token_tile);
+    rows_down += ceil_div(group.members[i].rank, plan.rows_down);
   }
-  const dim3 down_grid(static_cast<unsigned>(ceil_div(args.rank, plan.rows_down)), plan.splits, token_tiles);
-  launch_kernel(down, {down_grid, kThreads, plan.shared_bytes_down}, launch, args);
-  const dim3 up_grid(static_cast<unsigned>(ceil_div(args.out_features, plan.rows_up)), 1, token_tiles);
-  launch_kernel(up, {up_grid, kThreads, plan.shared_bytes_up, 0, false, plan.dependent_launch}, launch, args);
+  for (int i = 0; i < group.count; ++i) rows_up += ceil_div(group.members[i].out_features, plan.rows_up);
+
+  if (plan.splits > 1) {
+    const size_t bytes = static_cast<size_t>(next - counters) * sizeof(unsigned);
+    check(cudaMemsetAsync(counters, 0, bytes, launch.stream), launch);
+  }
+  const dim3 down_grid(static_cast<unsigned>(rows_down), plan.splits, token_tiles);
+  launch_kernel(down, {down_grid, kThreads, plan.shared_bytes_down}, launch, group);
+  const dim3 up_grid(static_cast<unsigned>(rows_up), 1, token_tiles);
+  launch_kernel(up, {up_grid, kThreads, plan.shared_bytes_up, 0, false, plan.dependent_launch}, launch, group);
 }
 
 // False where the plan is for another variant.
 template <class Element, int kTokenTile, bool kVectorized>
-bool launch_if_planned(const LowRankPlan& plan, const Arguments& args, const Launch& launch) {
+bool launch_if_planned(const LowRankPlan& plan, const Group& group, const Launch& launch) {
   if (plan.token_tile != kTokenTile || plan.vectorized != kVectorized) return false;
-  launch_pair<Element, kTokenTile / 8, kVectorized>(plan, args, launch);
+  launch_pair<Element, kTokenTile / 8, kVectorized>(plan, group, launch);
   return true;
 }
 
 template <class Element, size_t... kIndices>
-bool launch_planned(const LowRankPlan& plan, const Arguments& args, const Launch& launch,
+bool launch_planned(const LowRankPlan& plan, const Group& group, const Launch& launch,
                     std::index_sequence<kIndices...>) {
   return (
       launch_if_planned<Element, kDecodeSm80Variants[kIndices].token_tile, kDecodeSm80Variants[kIndices].vectorized>(
-          plan, args, launch) ||
+          plan, group, launch) ||
       ...);
 }
 
 }  // namespace
 
-void launch_decode_sm80(const LowRankPlan& plan, const Arguments& args, Dtype dtype, const Launch& launch) {
+void launch_decode_sm80(const LowRankPlan& plan, const Group& group, Dtype dtype, const Launch& launch) {
   dispatch_16_bit(dtype, [&](auto element) {
     constexpr auto kAll = std::make_index_sequence<std::size(kDecodeSm80Variants)>{};
-    const bool launched = launch_planned<decltype(element)>(plan, args, launch, kAll);
+    const bool launched = launch_planned<decltype(element)>(plan, group, launch, kAll);
     check(launched ? cudaSuccess : cudaErrorInvalidValue, launch);
   });
 }

@@ -1,4 +1,5 @@
-// y = activation((x down^T) up^T + bias) for few tokens in one cooperative launch (sm_90).
+// y = activation((x down^T) up^T + bias) for few tokens in one cooperative launch (sm_90), of a layer or of each member
+// of a group. Work units of down and tiles of up are counted through all members.
 //
 //   grid           one CTA per SM at most, all co-resident; clusters of 1, 2, 4 or 8
 //   CTA            8 warps
@@ -35,43 +36,70 @@ struct Slab {
   int64_t resident;  // the first ones, in shared memory
 };
 
+// Calls body(member, its tiles, the number in `span` of the first one) for each member with tiles in `span`.
+template <class Body>
+__device__ __forceinline__ void each_member(const Group& group, const Span& span, const Body& body) {
+  int64_t first = 0;
+  for (int i = 0; i < group.count; ++i) {
+    const int64_t tiles = ceil_div(group.members[i].out_features, kRows);
+    const Span own = part_of_member(span, first, tiles);
+    if (own.begin < own.end) body(group.members[i], own, first + own.begin - span.begin);
+    first += tiles;
+  }
+}
+
 // All threads. The mbarrier at the start of shared memory completes once, when the resident rows have arrived.
 template <class Element>
-__device__ __forceinline__ void load_slab(const Slab& slab, const Arguments& args, unsigned char* shared,
+__device__ __forceinline__ void load_slab(const Slab& slab, const Group& group, unsigned char* shared,
                                           int64_t slab_offset) {
   const uint32_t mbarrier = arch::cast_smem_ptr_to_uint(shared);
-  const int64_t first = slab.tiles.begin * kRows;
-  const int rows = static_cast<int>(min64(slab.resident * kRows, args.out_features - first));
-  const int bytes = static_cast<int>(args.rank * 2);
+  const Span resident{slab.tiles.begin, slab.tiles.begin + slab.resident};
+  const auto rows_of = [](const Arguments& args, const Span& tiles) {
+    return static_cast<int>(min64(tiles.end * kRows, args.out_features) - tiles.begin * kRows);
+  };
   if (threadIdx.x == 0) {
+    int bytes = 0;
+    each_member(group, resident, [&](const Arguments& args, const Span& tiles, int64_t) {
+      bytes += rows_of(args, tiles) * static_cast<int>(args.rank * 2);
+    });
     arch::mbarrier_init(mbarrier, 1);
     arch::fence_mbarrier_init();
-    arch::mbarrier_arrive_expect_tx(mbarrier, rows * bytes);
+    arch::mbarrier_arrive_expect_tx(mbarrier, bytes);
   }
   __syncthreads();
   if (threadIdx.x % 32 != 0) return;  // bulk copies are issued per thread: one of each warp
-  for (int row = threadIdx.x / 32; row < rows; row += kWarps)
-    arch::bulk_load(mbarrier + static_cast<uint32_t>(slab_offset + row * rank_pitch(args.rank)),
-                    static_cast<const Element*>(args.up) + (first + row) * args.up_stride, bytes, mbarrier);
+  each_member(group, resident, [&](const Arguments& args, const Span& tiles, int64_t index) {
+    const int rows = rows_of(args, tiles);
+    for (int row = threadIdx.x / 32; row < rows; row += kWarps)
+      arch::bulk_load(mbarrier + static_cast<uint32_t>(slab_offset + (index * kRows + row) * rank_pitch(group.rank)),
+                      static_cast<const Element*>(args.up) + (tiles.begin * kRows + row) * args.up_stride,
+                      static_cast<int>(args.rank * 2), mbarrier);
+  });
 }
 
 // t = x down^T, rounded, to scratch: work units round-robin over the clusters.
 template <class Element, int kTokenGroups, int kRowTiles>
-__device__ __forceinline__ void compute_down(const Arguments& args, unsigned char* shared, const SmemLayout& at) {
+__device__ __forceinline__ void compute_down(const Group& group, unsigned char* shared, const SmemLayout& at) {
   constexpr int kTokens = kTokenGroups * 8, kUnitRows = kRowTiles * kRows, kSums = kUnitRows * kTokens;
   const cg::cluster_group cluster = cg::this_cluster();
   const int cluster_rank = static_cast<int>(cluster.block_rank()), ctas = static_cast<int>(cluster.num_blocks());
   const int64_t clusters = gridDim.x / ctas;
-  const Span features = features_of_cta(cluster_rank, args.split_features, args.in_features);
+  const Arguments& same = group.members[0];  // in tokens and features
+  const Span features = features_of_cta(cluster_rank, same.split_features, same.in_features);
   const Span mine = sums_of_cta(cluster_rank, ctas, kSums);
   float* warp_sums = reinterpret_cast<float*>(shared + at.warp_sums);
   float* cta_sums = reinterpret_cast<float*>(shared + at.cta_sums);
-  Element* t = reinterpret_cast<Element*>(args.scratch);
+  const auto units_of = [&](int member) {
+    return work_units(group.members[member].rank, kUnitRows, same.tokens, kTokens);
+  };
+  int64_t units = 0;
+  for (int member = 0; member < group.downs; ++member) units += units_of(member);
 
   int round = 0;
-  const int64_t units = work_units(args.rank, kUnitRows, args.tokens, kTokens);
   for (int64_t i = blockIdx.x / ctas; i < units; i += clusters, ++round) {
-    const WorkUnit unit = work_unit_at(i, args.rank, kUnitRows, kTokens);
+    const Place place = place_of(i, group.downs, units_of);
+    const Arguments& args = group.members[place.member];
+    const WorkUnit unit = work_unit_at(place.index, args.rank, kUnitRows, kTokens);
     float acc[kRowTiles][kTokenGroups][4] = {};
     mma_down<Element, kRowTiles, kTokenGroups, true>(acc, static_cast<const Element*>(args.down), args.down_stride,
                                                      unit.first_row, args.rank, static_cast<const Element*>(args.x),
@@ -84,6 +112,7 @@ __device__ __forceinline__ void compute_down(const Arguments& args, unsigned cha
     // All CTAs of the cluster have written this round's sums and read those of the round before the last, whose buffer
     // the next round reuses. It is the CTA's own barrier, too: warp_sums may be overwritten.
     cluster.sync();
+    Element* t = reinterpret_cast<Element*>(args.scratch);
     for (int j = static_cast<int>(mine.begin) + threadIdx.x; j < mine.end; j += kThreads) {
       const int64_t r = unit.first_row + j % kUnitRows, token = unit.first_token + j / kUnitRows;
       float sum = 0.0f;
@@ -97,10 +126,9 @@ __device__ __forceinline__ void compute_down(const Arguments& args, unsigned cha
 // A warp's MMAs of 16 resident rows of up with t.
 template <class Element, int kTokenGroups>
 __device__ __forceinline__ void mma_resident(float (&acc)[1][kTokenGroups][4], const unsigned char* tile, int64_t rows,
-                                             const unsigned char* t, int64_t rank) {
+                                             const unsigned char* t, int64_t rank, int64_t pitch) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int steps = static_cast<int>(ceil_div(rank, kFeatures));
-  const int64_t pitch = rank_pitch(rank);
 #pragma unroll 2
   for (int i = 0; step_of_warp(warp, i) < steps; ++i) {
     const int64_t feature = int64_t{step_of_warp(warp, i)} * kFeatures + lane_feature(lane);
@@ -120,7 +148,7 @@ __device__ __forceinline__ void mma_resident(float (&acc)[1][kTokenGroups][4], c
 // The same with rows streamed from global memory.
 template <class Element, int kTokenGroups>
 __device__ __forceinline__ void mma_streamed(float (&acc)[1][kTokenGroups][4], const Arguments& args, int64_t first_row,
-                                             const unsigned char* t) {
+                                             const unsigned char* t, int64_t pitch) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int steps = static_cast<int>(ceil_div(args.rank, kFeatures));
   for (int i = 0; step_of_warp(warp, i) < steps; i += kPrefetch) {
@@ -135,88 +163,92 @@ __device__ __forceinline__ void mma_streamed(float (&acc)[1][kTokenGroups][4], c
       const int64_t feature = int64_t{step_of_warp(warp, i + j)} * kFeatures + lane_feature(lane);
 #pragma unroll
       for (int group = 0; group < kTokenGroups; ++group)
-        mma_step<Element>(
-            acc, weights[j],
-            load_shared(t + (group * 8 + lane_token(lane)) * rank_pitch(args.rank), feature, feature < args.rank),
-            group);
+        mma_step<Element>(acc, weights[j],
+                          load_shared(t + (group * 8 + lane_token(lane)) * pitch, feature, feature < args.rank), group);
     }
   }
 }
 
 template <class Element, int kTokenGroups>
-__device__ __forceinline__ void compute_up(const Slab& slab, const Arguments& args, unsigned char* shared,
+__device__ __forceinline__ void compute_up(const Slab& slab, const Group& group, unsigned char* shared,
                                            const SmemLayout& at) {
   constexpr int kTokens = kTokenGroups * 8;
   float* sums = reinterpret_cast<float*>(shared + at.warp_sums);
-  const int vectors = static_cast<int>(args.rank / kVector);  // columns past the last rank are not read
-  for (int64_t first_token = 0; first_token < args.tokens; first_token += kTokens) {
-    gather_t<kTokens>(reinterpret_cast<const uint4*>(args.scratch) + first_token * vectors, args.tokens - first_token,
-                      vectors, rank_pitch(args.rank), shared + at.t);
-    arch::mbarrier_wait(arch::cast_smem_ptr_to_uint(shared), 0);
-    __syncthreads();
-    for (int64_t tile = slab.tiles.begin; tile < slab.tiles.end; ++tile) {
-      const int64_t index = tile - slab.tiles.begin, first_row = tile * kRows;
-      float acc[1][kTokenGroups][4] = {};
-      if (index < slab.resident)
-        mma_resident<Element, kTokenGroups>(acc, shared + at.slab + index * kRows * rank_pitch(args.rank),
-                                            args.out_features - first_row, shared + at.t, args.rank);
-      else
-        mma_streamed<Element, kTokenGroups>(acc, args, first_row, shared + at.t);
-      store_warp_sums(acc, sums);
-      for (int i = threadIdx.x; i < kRows * kTokens; i += kThreads) {
-        const int64_t n = first_row + i % kRows, token = first_token + i / kRows;
-        if (n >= args.out_features || token >= args.tokens) continue;
-        store_output<Element>(args, token, n, reduce_warp_sums<1, kTokenGroups>(sums, i % kRows, i / kRows));
+  const int64_t pitch = rank_pitch(group.rank);
+  for (int64_t first_token = 0; first_token < group.members[0].tokens; first_token += kTokens)
+    each_member(group, slab.tiles, [&](const Arguments& args, const Span& tiles, int64_t first_index) {
+      const int vectors = static_cast<int>(args.rank / kVector);  // columns past the last rank are not read
+      gather_t<kTokens>(reinterpret_cast<const uint4*>(args.scratch) + first_token * vectors, args.tokens - first_token,
+                        vectors, pitch, shared + at.t);
+      arch::mbarrier_wait(arch::cast_smem_ptr_to_uint(shared), 0);
+      __syncthreads();
+      for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
+        const int64_t index = first_index + tile - tiles.begin, first_row = tile * kRows;
+        float acc[1][kTokenGroups][4] = {};
+        if (index < slab.resident)
+          mma_resident<Element, kTokenGroups>(acc, shared + at.slab + index * kRows * pitch,
+                                              args.out_features - first_row, shared + at.t, args.rank, pitch);
+        else
+          mma_streamed<Element, kTokenGroups>(acc, args, first_row, shared + at.t, pitch);
+        store_warp_sums(acc, sums);
+        for (int i = threadIdx.x; i < kRows * kTokens; i += kThreads) {
+          const int64_t n = first_row + i % kRows, token = first_token + i / kRows;
+          if (n >= args.out_features || token >= args.tokens) continue;
+          store_output<Element>(args, token, n, reduce_warp_sums<1, kTokenGroups>(sums, i % kRows, i / kRows));
+        }
+        __syncthreads();  // the sums have been read, and after the last tile t
       }
-      __syncthreads();  // the sums have been read, and after the last tile t
-    }
-  }
+    });
 }
 
 template <class Element, int kTokenGroups, int kRowTiles>
-__global__ void __launch_bounds__(kThreads, 1) decode_sm90(const __grid_constant__ Arguments args) {
+__global__ void __launch_bounds__(kThreads, 1) decode_sm90(const __grid_constant__ Group group) {
   extern __shared__ __align__(128) unsigned char shared[];
-  const SmemLayout at = smem_layout(kRowTiles * kRows, kTokenGroups * 8, args.rank, args.resident_tiles);
-  Slab slab{slab_of_cta(blockIdx.x, gridDim.x, args.out_features), 0};
-  slab.resident = min64(args.resident_tiles, slab.tiles.end - slab.tiles.begin);
-  load_slab<Element>(slab, args, shared, at.slab);
+  const int64_t resident_tiles = group.members[0].resident_tiles;
+  const SmemLayout at = smem_layout(kRowTiles * kRows, kTokenGroups * 8, group.rank, resident_tiles);
+  int64_t tiles = 0;
+  for (int i = 0; i < group.count; ++i) tiles += ceil_div(group.members[i].out_features, kRows);
+  Slab slab{slab_of_cta(blockIdx.x, gridDim.x, tiles), 0};
+  slab.resident = min64(resident_tiles, slab.tiles.end - slab.tiles.begin);
+  load_slab<Element>(slab, group, shared, at.slab);
   __syncwarp();
-  compute_down<Element, kTokenGroups, kRowTiles>(args, shared, at);
+  compute_down<Element, kTokenGroups, kRowTiles>(group, shared, at);
   // t is written, and no CTA reads another one's shared memory any more.
   cg::this_grid().sync();
-  compute_up<Element, kTokenGroups>(slab, args, shared, at);
+  compute_up<Element, kTokenGroups>(slab, group, shared, at);
 }
 
 template <class Element, int kTokenGroups, int kRowTiles>
-void launch_variant(const LowRankPlan& plan, const Arguments& args, const Launch& launch) {
+void launch_variant(const LowRankPlan& plan, Group group, const Launch& launch) {
   const auto kernel = decode_sm90<Element, kTokenGroups, kRowTiles>;
   opt_in_shared_memory(kernel, launch.shared_memory, launch);
+  place_scratch(group, [&](int64_t rank) { return t_floats(group.members[0].tokens, rank); });
   const dim3 grid(static_cast<unsigned>(plan.ctas));
-  launch_kernel(kernel, {grid, kThreads, plan.shared_bytes, plan.cluster, true}, launch, args);
+  launch_kernel(kernel, {grid, kThreads, plan.shared_bytes, plan.cluster, true}, launch, group);
 }
 
 // False where the plan is for another variant.
 template <class Element, int kTokenTile, int kRowTiles>
-bool launch_if_planned(const LowRankPlan& plan, const Arguments& args, const Launch& launch) {
+bool launch_if_planned(const LowRankPlan& plan, const Group& group, const Launch& launch) {
   if (plan.token_tile != kTokenTile || plan.rows_down != kRowTiles * kRows) return false;
-  launch_variant<Element, kTokenTile / 8, kRowTiles>(plan, args, launch);
+  launch_variant<Element, kTokenTile / 8, kRowTiles>(plan, group, launch);
   return true;
 }
 
 template <class Element, size_t... kIndices>
-bool launch_planned(const LowRankPlan& plan, const Arguments& args, const Launch& launch,
+bool launch_planned(const LowRankPlan& plan, const Group& group, const Launch& launch,
                     std::index_sequence<kIndices...>) {
   return (launch_if_planned<Element, kDecodeSm90Variants[kIndices].token_tile, kDecodeSm90Variants[kIndices].row_tiles>(
-              plan, args, launch) ||
+              plan, group, launch) ||
           ...);
 }
 
 }  // namespace
 
-void launch_decode_sm90(const LowRankPlan& plan, const Arguments& args, Dtype dtype, const Launch& launch) {
+void launch_decode_sm90(const LowRankPlan& plan, const Group& group, Dtype dtype, const Launch& launch) {
   dispatch_16_bit(dtype, [&](auto element) {
     constexpr auto kAll = std::make_index_sequence<std::size(kDecodeSm90Variants)>{};
-    const bool launched = launch_planned<decltype(element)>(plan, args, launch, kAll);
+    const bool launched = launch_planned<decltype(element)>(plan, group, launch, kAll);
     check(launched ? cudaSuccess : cudaErrorInvalidValue, launch);
   });
 }

@@ -18,6 +18,7 @@ struct Arguments {
   void* y;                                   // (tokens, out_features), contiguous
   float* scratch;                            // decode_sm80: decode_layout.h
                                              // decode_sm90: t (tokens, rank) in the dtype of x
+  unsigned* counters;                        // decode_sm80: of the units of down, where features are split
   int64_t x_stride, down_stride, up_stride;  // elements between rows
   int64_t tokens, in_features, rank, out_features;
   int64_t split_features;
@@ -26,9 +27,29 @@ struct Arguments {
   Activation activation;
 };
 
-void launch_decode_sm80(const LowRankPlan& plan, const Arguments& arguments, Dtype dtype, const Launch& launch);
-void launch_decode_sm90(const LowRankPlan& plan, const Arguments& arguments, Dtype dtype, const Launch& launch);
-void launch_prefill_sm90(const LowRankPlan& plan, const Arguments& arguments, Dtype dtype, const Launch& launch);
+// What a launch computes: a layer, or the members of lowrank_linear_grouped.
+struct Group {
+  Arguments members[kMaxMembers];
+  int count;
+  int downs;     // 1 where all members have the first one's down, and so its t; else `count`
+  int64_t rank;  // the largest
+};
+
+// Gives each member floats(rank) of the scratch that the first one has, one after another; returns what follows.
+template <class Floats>
+float* place_scratch(Group& group, const Floats& floats) {
+  float* next = group.members[0].scratch;
+  for (int i = 0; i < group.downs; ++i) {
+    group.members[i].scratch = next;
+    next += floats(group.members[i].rank);
+  }
+  for (int i = group.downs; i < group.count; ++i) group.members[i].scratch = group.members[0].scratch;
+  return next;
+}
+
+void launch_decode_sm80(const LowRankPlan& plan, const Group& group, Dtype dtype, const Launch& launch);
+void launch_decode_sm90(const LowRankPlan& plan, const Group& group, Dtype dtype, const Launch& launch);
+void launch_prefill_sm90(const LowRankPlan& plan, const Group& group, Dtype dtype, const Launch& launch);
 
 // Machine::clusters of the current device, which has code for sm_90a.
 std::array<int64_t, 3> count_clusters(const Launch& launch);

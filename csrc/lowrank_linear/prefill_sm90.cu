@@ -1,7 +1,8 @@
 // y = activation((x down^T) up^T + bias) for many tokens and ranks up to 256: two GEMMs back to back, t on the chip
-// (sm_90).
+// (sm_90). Of a layer, or of each member of a group.
 //
-//   grid           one cluster per token tile; Variant gives its cluster, warpgroups and peers
+//   grid           one cluster per token tile and member, the members of a tile one after another, so that x comes from
+//                  L2 for all but the first; Variant gives its cluster, warpgroups and peers
 //   cluster        1 CTA; or 2, 4, 8 CTAs that share a token tile: each loads part of x for all (multicast), sums some
 //                  columns of t, exchanges them through DSMEM and multiplies every cluster-th tile of up;
 //                  or a pair of peers with a token tile each, which multicast each other half of the weights
@@ -35,7 +36,7 @@ namespace p = prefill;
 using arch::smem_descriptor_k_major;
 
 struct Maps {
-  CUtensorMap x, down, up;
+  CUtensorMap x, down[kMaxMembers], up[kMaxMembers];
 };
 
 template <class Element, int kRankTile, int kCluster, int kPeers, int kWarpgroups>
@@ -53,6 +54,7 @@ struct Cta {
   Pipeline pipeline;
   int cluster_rank;
   int tile_rank;  // among the CTAs that share a token tile
+  int member;
   int64_t first_token;
   int down_steps;
   int up_tiles;
@@ -64,14 +66,14 @@ struct Cta {
       pipeline.producer_acquire(step, p::down_step_bytes(kVariant));
       load<kCluster>(pipeline.stage(step), &maps.x, step * p::kTileK, static_cast<int>(first_token),
                      p::x_tile_rows(kVariant), pipeline.full(step));
-      load<kPeers>(pipeline.stage(step) + p::x_bytes(kVariant), &maps.down, step * p::kTileK, tile_rank * kColumns,
-                   p::down_tile_rows(kVariant), pipeline.full(step));
+      load<kPeers>(pipeline.stage(step) + p::x_bytes(kVariant), &maps.down[member], step * p::kTileK,
+                   tile_rank * kColumns, p::down_tile_rows(kVariant), pipeline.full(step));
     }
     for (int n = 0; n < up_tiles; ++n, ++step) {
       pipeline.producer_acquire(step, p::up_step_bytes(kVariant));
       const int row = static_cast<int>(p::up_tile(tile_rank, n, kCluster)) * p::kTileN;
       for (int k = 0; k < p::up_tiles_k(kVariant); ++k)
-        load<kPeers>(pipeline.stage(step) + k * p::kUpTileBytes, &maps.up, k * p::kTileK, row,
+        load<kPeers>(pipeline.stage(step) + k * p::kUpTileBytes, &maps.up[member], k * p::kTileK, row,
                      p::up_tile_rows(kVariant), pipeline.full(step));
     }
     if (kPeers > 1) pipeline.producer_tail(step);
@@ -239,26 +241,31 @@ struct Cta {
 
 template <class Element, int kRankTile, int kCluster, int kPeers, int kWarpgroups>
 __global__ void __launch_bounds__(p::Variant{kRankTile, kCluster, kWarpgroups, kPeers}.threads(), 1)
-    prefill_sm90(const __grid_constant__ Maps maps, const __grid_constant__ Arguments args) {
+    prefill_sm90(const __grid_constant__ Maps maps, const __grid_constant__ Group group) {
   extern __shared__ unsigned char unaligned[];
   using ThisCta = Cta<Element, kRankTile, kCluster, kPeers, kWarpgroups>;
   constexpr p::Variant kVariant = ThisCta::kVariant;
   constexpr int kConsumers = kVariant.consumers();
   const int cluster_rank = kVariant.ctas() == 1 ? 0 : arch::cluster_ctarank();
   const int tile_rank = kCluster == 1 ? 0 : cluster_rank;
+  const unsigned cluster = blockIdx.x / kVariant.ctas(), token_tile = cluster / group.count;
+  const int member = static_cast<int>(cluster % group.count);
+  const Arguments& args = group.members[member];
+  const int64_t cta_tile = int64_t{token_tile} * kPeers + blockIdx.x % kVariant.ctas() / kCluster;
   const uint32_t first_stage =
       static_cast<uint32_t>(round_up(arch::cast_smem_ptr_to_uint(unaligned), arch::kSwizzleAlignment));
   const ThisCta cta{args,
                     {first_stage + p::mbarrier_offset(kVariant), first_stage},
                     cluster_rank,
                     tile_rank,
-                    static_cast<int64_t>(blockIdx.x / kCluster) * kVariant.cta_tokens(),
+                    member,
+                    cta_tile * kVariant.cta_tokens(),
                     static_cast<int>(ceil_div(args.in_features, p::kTileK)),
                     p::up_tiles(tile_rank, kCluster, args.out_features)};
   if (threadIdx.x == 0) {
     arch::prefetch_tensormap(&maps.x);
-    arch::prefetch_tensormap(&maps.down);
-    arch::prefetch_tensormap(&maps.up);
+    arch::prefetch_tensormap(&maps.down[member]);
+    arch::prefetch_tensormap(&maps.up[member]);
     cta.pipeline.init(kConsumers / 32);
     arch::fence_mbarrier_init();
   }
@@ -281,43 +288,49 @@ __global__ void __launch_bounds__(p::Variant{kRankTile, kCluster, kWarpgroups, k
 }
 
 template <class Element, int kRankTile, int kCluster, int kPeers, int kWarpgroups>
-void launch_variant(const LowRankPlan& plan, const Arguments& args, const Launch& launch) {
+void launch_variant(const LowRankPlan& plan, const Group& group, const Launch& launch) {
   constexpr p::Variant kVariant{kRankTile, kCluster, kWarpgroups, kPeers};
   const auto kernel = prefill_sm90<Element, kRankTile, kCluster, kPeers, kWarpgroups>;
   opt_in_shared_memory(kernel, plan.shared_bytes, launch);
-  const Maps maps{arch::encode_tensor_map_2d<Element>(args.x, args.tokens, args.in_features, args.x_stride,
-                                                      p::x_tile_rows(kVariant), p::kTileK, launch),
-                  arch::tensor_map_of_weight<Element>(args.down, args.rank, args.in_features, args.down_stride,
-                                                      p::down_tile_rows(kVariant), p::kTileK, launch),
-                  arch::tensor_map_of_weight<Element>(args.up, args.out_features, args.rank, args.up_stride,
-                                                      p::up_tile_rows(kVariant), p::kTileK, launch)};
+  const Arguments& first = group.members[0];
+  Maps maps{arch::encode_tensor_map_2d<Element>(first.x, first.tokens, first.in_features, first.x_stride,
+                                                p::x_tile_rows(kVariant), p::kTileK, launch),
+            {},
+            {}};
+  for (int i = 0; i < group.count; ++i) {
+    const Arguments& args = group.members[i];
+    maps.down[i] = arch::tensor_map_of_weight<Element>(args.down, args.rank, args.in_features, args.down_stride,
+                                                       p::down_tile_rows(kVariant), p::kTileK, launch);
+    maps.up[i] = arch::tensor_map_of_weight<Element>(args.up, args.out_features, args.rank, args.up_stride,
+                                                     p::up_tile_rows(kVariant), p::kTileK, launch);
+  }
   const dim3 grid(static_cast<unsigned>(plan.ctas));
-  launch_kernel(kernel, {grid, kVariant.threads(), plan.shared_bytes, kVariant.ctas()}, launch, maps, args);
+  launch_kernel(kernel, {grid, kVariant.threads(), plan.shared_bytes, kVariant.ctas()}, launch, maps, group);
 }
 
 // False where the plan is for another variant.
 template <class Element, int kRankTile, int kCluster, int kPeers, int kWarpgroups>
-bool launch_if_planned(const LowRankPlan& plan, const Arguments& args, const Launch& launch) {
+bool launch_if_planned(const LowRankPlan& plan, const Group& group, const Launch& launch) {
   constexpr p::Variant kVariant{kRankTile, kCluster, kWarpgroups, kPeers};
   if (plan.rank_tile != kRankTile || plan.cluster != kCluster || plan.token_tile != kVariant.token_tile()) return false;
-  launch_variant<Element, kRankTile, kCluster, kPeers, kWarpgroups>(plan, args, launch);
+  launch_variant<Element, kRankTile, kCluster, kPeers, kWarpgroups>(plan, group, launch);
   return true;
 }
 
 template <class Element, size_t... kIndices>
-bool launch_planned(const LowRankPlan& plan, const Arguments& args, const Launch& launch,
+bool launch_planned(const LowRankPlan& plan, const Group& group, const Launch& launch,
                     std::index_sequence<kIndices...>) {
   return (launch_if_planned<Element, p::kVariants[kIndices].rank_tile, p::kVariants[kIndices].cluster,
-                            p::kVariants[kIndices].peers, p::kVariants[kIndices].warpgroups>(plan, args, launch) ||
+                            p::kVariants[kIndices].peers, p::kVariants[kIndices].warpgroups>(plan, group, launch) ||
           ...);
 }
 
 }  // namespace
 
-void launch_prefill_sm90(const LowRankPlan& plan, const Arguments& args, Dtype dtype, const Launch& launch) {
+void launch_prefill_sm90(const LowRankPlan& plan, const Group& group, Dtype dtype, const Launch& launch) {
   dispatch_16_bit(dtype, [&](auto element) {
     constexpr auto kAll = std::make_index_sequence<std::size(p::kVariants)>{};
-    const bool launched = launch_planned<decltype(element)>(plan, args, launch, kAll);
+    const bool launched = launch_planned<decltype(element)>(plan, group, launch, kAll);
     check(launched ? cudaSuccess : cudaErrorInvalidValue, launch);
   });
 }

@@ -88,7 +88,7 @@ void slabs_cover_up_once() {
   const auto expect_slabs = [](int64_t ctas, int64_t out) {
     int64_t next = 0;
     for (int64_t cta = 0; cta < ctas; ++cta) {
-      const Span slab = slab_of_cta(cta, ctas, out);
+      const Span slab = slab_of_cta(cta, ctas, ceil_div(out, kRows));
       EXPECT(slab.begin == next && slab.end >= slab.begin && slab.begin * kRows < out);
       EXPECT(slab.end - slab.begin <= ceil_div(ceil_div(out, kRows), ctas));
       next = slab.end;
@@ -101,6 +101,34 @@ void slabs_cover_up_once() {
   for (int i = 0; i < 200; ++i)  // and where rows x rank passes 2^31
     expect_slabs(1 + static_cast<int64_t>(random() % 200),
                  (int64_t{1} << 29) + static_cast<int64_t>(random() % (1 << 29)));
+}
+
+void items_of_a_group_belong_to_one_member() {
+  for (const std::vector<int64_t>& items : {std::vector<int64_t>{5}, {3, 1}, {1, 4, 2}, {7, 7, 7}}) {
+    const int members = static_cast<int>(items.size());
+    int64_t all = 0;
+    for (int64_t count : items) all += count;
+    int64_t index = 0;
+    for (int member = 0; member < members; ++member)
+      for (int64_t i = 0; i < items[member]; ++i, ++index) {
+        const Place place = place_of(index, members, [&](int which) { return items[which]; });
+        EXPECT(place.member == member && place.index == i);
+      }
+    // Every span is the members' parts one after another.
+    for (int64_t begin = 0; begin <= all; ++begin)
+      for (int64_t end = begin; end <= all; ++end) {
+        int64_t first = 0, next = begin;
+        for (int64_t count : items) {
+          const Span part = part_of_member({begin, end}, first, count);
+          if (part.begin < part.end) {
+            EXPECT(part.begin >= 0 && part.end <= count && first + part.begin == next);
+            next = first + part.end;
+          }
+          first += count;
+        }
+        EXPECT(next == end);
+      }
+  }
 }
 
 // A CTA writes the sums of the next round while its cluster still reads those of this one.
@@ -138,7 +166,7 @@ void scratch_has_everything_once() {
           for (int64_t i = 0; i < tokens * scratch_columns(rank) / 2; ++i) ++seen.at(i);
           const int64_t units = splits > 1 ? scratch_units(tokens, rank, tile) : 0;
           for (int64_t unit = 0; unit < units; ++unit) {
-            ++seen.at(counters_offset(tokens, rank, tile, splits) + unit);
+            ++seen.at(member_floats(tokens, rank, tile, splits) + unit);
             for (int64_t split = 0; split < splits; ++split)
               for (int i = 0; i < kRows * tile; ++i)
                 ++seen.at(partials_offset(tokens, rank) + partial_index(unit, split, splits, tile) + i);
@@ -239,6 +267,7 @@ int main() {
   ctas_of_a_cluster_cover_features_and_sums_once();
   work_units_cover_rows_and_tokens_once();
   slabs_cover_up_once();
+  items_of_a_group_belong_to_one_member();
   consecutive_rounds_have_their_own_buffers();
   regions_of_shared_memory_do_not_overlap();
   scratch_has_everything_once();

@@ -53,20 +53,27 @@ void expect_legal(const LowRankProblem& problem) {
   EXPECT(plan.token_tile <= (plan.kernel == "prefill_sm90" ? prefill::kMaxTokenTile : 64));
   EXPECT(plan.split_features % kFeatures == 0 || plan.kernel == "prefill_sm90");
   EXPECT(plan.splits * plan.split_features >= problem.in_features);
-  EXPECT(scratch_columns(problem.rank) * 2 <= rank_pitch(problem.rank));
+  std::vector<int64_t> ranks{problem.rank};  // of each down
+  for (const auto& [rank, out_features] : problem.others)
+    if (!problem.shared) ranks.push_back(rank);
+  const int64_t largest = *std::max_element(ranks.begin(), ranks.end());
+  const bool vectors = problem.aligned && problem.in_features % 8 == 0 &&
+                       std::all_of(ranks.begin(), ranks.end(), [](int64_t rank) { return rank % 8 == 0; });
+  EXPECT(scratch_columns(largest) * 2 <= rank_pitch(largest));
   if (plan.kernel == "decode_sm90") {
-    EXPECT(problem.machine.capability == 90 && problem.aligned && problem.in_features % 8 == 0 &&
-           problem.rank % 8 == 0);
+    EXPECT(problem.machine.capability == 90 && vectors);
     EXPECT(std::any_of(std::begin(kDecodeSm90Variants), std::end(kDecodeSm90Variants), [&](const DecodeSm90Variant& v) {
       return v.token_tile == plan.token_tile && v.rows() == plan.rows_down;
     }));
-    EXPECT(plan.shared_bytes == smem_layout(plan.rows_down, plan.token_tile, problem.rank, plan.resident_tiles).bytes);
+    EXPECT(plan.shared_bytes == smem_layout(plan.rows_down, plan.token_tile, largest, plan.resident_tiles).bytes);
     EXPECT(plan.shared_bytes <= problem.machine.shared_memory && plan.shared_bytes < (1 << 20));  // tx-count
     EXPECT(plan.splits == 1 || plan.splits == 2 || plan.splits == 4 || plan.splits == 8);
     EXPECT(plan.ctas % plan.splits == 0 && plan.ctas >= plan.splits);
     EXPECT(plan.ctas <= resident_clusters(problem.machine, plan.cluster) * plan.cluster);
     EXPECT(plan.resident_tiles >= 1);
-    EXPECT(plan.scratch_floats * 2 >= problem.tokens * problem.rank);
+    int64_t floats = 0;
+    for (int64_t rank : ranks) floats += t_floats(problem.tokens, rank);
+    EXPECT(plan.scratch_floats == floats && plan.scratch_floats * 2 >= problem.tokens * problem.rank);
     EXPECT(!plan.dependent_launch);
   } else if (plan.kernel == "prefill_sm90") {
     EXPECT(problem.machine.capability == 90 && problem.aligned && problem.tokens > 64);
@@ -75,12 +82,13 @@ void expect_legal(const LowRankProblem& problem) {
     };
     const auto variant = std::find_if(std::begin(prefill::kVariants), std::end(prefill::kVariants), planned);
     EXPECT(variant != std::end(prefill::kVariants));
-    EXPECT(plan.rank_tile >= problem.rank && plan.threads == variant->threads());
+    EXPECT(plan.rank_tile >= largest && plan.threads == variant->threads());
     EXPECT(plan.rows_down == variant->columns() && plan.rows_down * plan.cluster >= plan.rank_tile);
     EXPECT(plan.stages >= 2 && plan.stages <= prefill::kMaxStages);
     EXPECT(plan.shared_bytes == prefill::shared_bytes(*variant));
     EXPECT(plan.shared_bytes <= problem.machine.shared_memory);
-    EXPECT(plan.ctas == ceil_div(problem.tokens, plan.token_tile) * variant->ctas());
+    const int64_t members = 1 + static_cast<int64_t>(problem.others.size());
+    EXPECT(plan.ctas == ceil_div(problem.tokens, plan.token_tile) * members * variant->ctas());
     EXPECT(plan.ctas < (int64_t{1} << 31));
     EXPECT(plan.scratch_floats == 0 && !plan.dependent_launch);
   } else {
@@ -88,13 +96,15 @@ void expect_legal(const LowRankProblem& problem) {
     EXPECT(std::any_of(std::begin(kDecodeSm80Variants), std::end(kDecodeSm80Variants), [&](const DecodeVariant& v) {
       return v.token_tile == plan.token_tile && v.vectorized == plan.vectorized;
     }));
-    EXPECT(plan.vectorized == (problem.aligned && problem.in_features % 8 == 0 && problem.rank % 8 == 0));
+    EXPECT(plan.vectorized == vectors);
     EXPECT(plan.shared_bytes_up <= problem.machine.shared_memory);
     EXPECT(plan.shared_bytes_down <= problem.machine.shared_memory);
     EXPECT((plan.splits - 1) * plan.split_features < problem.in_features);
-    EXPECT(plan.scratch_floats == scratch_floats(problem.tokens, problem.rank, plan.token_tile, plan.splits));
+    int64_t floats = 0;
+    for (int64_t rank : ranks) floats += scratch_floats(problem.tokens, rank, plan.token_tile, plan.splits);
+    EXPECT(plan.scratch_floats == floats);
     EXPECT(plan.dependent_launch == (problem.machine.capability >= 90));
-    EXPECT(plan.token_tile * rank_pitch(problem.rank) <= plan.shared_bytes_up);
+    EXPECT(plan.token_tile * rank_pitch(largest) <= plan.shared_bytes_up);
   }
 }
 
@@ -114,10 +124,39 @@ void every_plan_is_legal() {
                                   random() % 2 == 0, machine});
       expect_legal(LowRankProblem{1 + static_cast<int64_t>(random() % 64), up_to(30), 8 * up_to(9), up_to(30), half,
                                   true, machine});
-      if (machine.capability == 90)
+      LowRankProblem group{
+          1 + static_cast<int64_t>(random() % 64), 8 * up_to(17), 8 * up_to(9), up_to(30), half, true, machine};
+      group.shared = random() % 2 == 0;
+      for (size_t others = 1 + random() % 2; group.others.size() < others;)
+        group.others.emplace_back(group.shared ? group.rank : random() % 4 ? 8 * up_to(9) : up_to(12), up_to(30));
+      expect_legal(group);
+      if (machine.capability == 90) {
+        LowRankProblem prefill{64 + up_to(28), up_to(30), 1 + static_cast<int64_t>(random() % 256), up_to(30), half,
+                               true,           machine};
+        prefill.others = {{1 + static_cast<int64_t>(random() % 256), up_to(30)}};
+        expect_legal(prefill);
         expect_legal(LowRankProblem{64 + up_to(30.9), up_to(30), 1 + static_cast<int64_t>(random() % 256), up_to(30),
                                     half, true, machine});
+      }
     }
+}
+
+// The down of a group fills the SMs as that of one layer with all its ranks does.
+void groups_split_as_one_layer() {
+  const auto plan = [](const std::vector<int64_t>& ranks, bool shared, const Machine& machine) {
+    const std::vector<int64_t> outs(ranks.size(), 1024);
+    return plan_lowrank_linear(group_problem(4, 4096, ranks, outs, shared, Dtype::bfloat16, true, machine, {}));
+  };
+  for (const Machine& machine : kMachines) {
+    const LowRankPlan layer = plan({512}, false, machine), group = plan({256, 128, 128}, false, machine);
+    EXPECT(layer.kernel == group.kernel && layer.splits == group.splits);
+    EXPECT(plan({128, 128, 128}, true, machine).splits == plan({128}, false, machine).splits);
+    EXPECT(plan({128, 128, 128}, true, machine).scratch_floats == plan({128}, false, machine).scratch_floats);
+  }
+  const auto reason = [&](std::vector<int64_t> ranks, bool shared) { return plan(ranks, shared, kMachines[3]).reason; };
+  EXPECT(reason({8, 8, 8, 8}, false).find("at most 3 members") != std::string::npos);
+  EXPECT(reason({8, 0}, false).find("empty") != std::string::npos);
+  EXPECT(reason({8, 16}, true).find("share down differ in rank") != std::string::npos);
 }
 
 void hopper_covariances_use_wgmma_where_possible() {
@@ -454,6 +493,7 @@ void names_are_parsed() {
 
 int main() {
   every_plan_is_legal();
+  groups_split_as_one_layer();
   hopper_covariances_use_wgmma_where_possible();
   hopper_decodes_in_one_launch_where_possible();
   few_token_tiles_are_shared_by_clusters();

@@ -41,6 +41,7 @@ from ..models.running import (
     in_batch,
     move,
     random_state_kept,
+    uninterrupted_exits,
     warn_caller,
     without_fast_path,
 )
@@ -128,7 +129,7 @@ def calibrate(
             under ``torch.inference_mode`` are not shared, because in-place changes to them cannot be detected.
         tokens: share of the rows (tokens, positions) that is used: in each call of a layer a random subset, in
             which each row is with this probability, by torch's seed; for convolutions, whole lines of the output. Saves
-            the time of the sums, not of the model. Rows left out are not checked for NaN. Reports show the uncertainty
+            the time of the sums, not of the model. Rows left out are checked for NaN too. Reports show the uncertainty
             of variances and errors from that number of rows.
         max_memory: bound on the bytes of the sums on each device, with the copies of rows that are added to them, a
             number or text such as ``"8GB"``; by default half of the free memory. If they need more, the batches run
@@ -244,7 +245,7 @@ def _run(
     """Run the batches inside the calibrator's block, and return their number."""
     model = calibrator._model
     device, seen = device_of(model), 0
-    with ExitStack() as stack:
+    with uninterrupted_exits(), ExitStack() as stack:
         if sensitivity is not None:
             stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.set_grad_enabled(sensitivity is not None))

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..files import digest
+from ..models.masks import real_rows
 from ..models.running import output_tensor
 from .distributed import rank_and_world
 
@@ -92,6 +93,7 @@ def objective(sensitivity: Sensitivity, output: Any, batch: Any, mask: Tensor | 
     return Objective(-log_likelihood.gather(-1, labels).sum(), len(labels))
 
 
+<<<<<<< HEAD
 def distance(sensitivity: Sensitivity, output: Any, target: Any, batch: Any, mask: Tensor | None) -> Tensor:
     """The loss of a changed model, whose second derivative at the dense model is what :func:`objective` streams.
 
@@ -121,6 +123,33 @@ def distance(sensitivity: Sensitivity, output: Any, target: Any, batch: Any, mas
         return 0.5 * (changed.float() - dense.float()).square().sum()
     log_q, log_p = (part.flatten(0, -2).float().log_softmax(-1) for part in (changed, dense))
     return F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+=======
+def divergence(output: Any, dense: Any, mask: Tensor | None, temperature: float, argument: str, instead: str) -> Tensor:
+    """temperature^2 KL(dense || student) of the softened distributions, mean over the rows that are real.
+
+    Args:
+        output, dense: of the student, which is compressed, and of the dense model, with logits (..., classes).
+        mask: (batch, positions), the real positions.
+        temperature: divides the logits.
+        argument, instead: what asked for the divergence and what could be passed instead, for errors.
+    """
+    logits = [found for part in (output, dense) if (found := output_tensor(part, ("logits",))) is not None]
+    if len(logits) < 2:
+        raise ValueError(
+            f"{argument} needs logits in the models' output, a tensor or a field 'logits'; got "
+            f"{type(output).__name__}. Pass a forward that returns logits, or {instead}."
+        )
+    if logits[0].shape != logits[1].shape:
+        raise ValueError(
+            f"{argument} gives logits of shape {tuple(logits[1].shape)} where the student gives "
+            f"{tuple(logits[0].shape)}; pass the dense model of this student, or a forward that returns logits of one "
+            "shape."
+        )
+    if mask is not None and all(part.shape[:-1] == mask.shape for part in logits):  # not logits of a whole sequence
+        logits = [real_rows(part, mask) for part in logits]
+    log_q, log_p = ((part.flatten(0, -2).float() / temperature).log_softmax(-1) for part in logits)
+    return temperature**2 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+>>>>>>> main
 
 
 def _generator(batch: Any, device: torch.device) -> torch.Generator:

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..models.layers import bias_vector, input_of, is_conv, output_rows
 from ..models.masks import Masks, real_rows
-from ..models.running import in_layer, remove
+from ..models.running import in_layer
 from ..ops import covariance_finalize_
 from .covariances import Covariances
 from .distributed import rank_and_world
@@ -169,7 +169,8 @@ class Recorder:
 
     def detach(self) -> None:
         """Remove every hook, and drop the graphs of forwards that no loss was observed for."""
-        remove(self._handles)
+        for handle in self._handles:
+            handle.remove()
         self._gradients = OutputGradients()
 
     def _new_sums(self, fqn: str, side: str, dtype: torch.dtype, what: str, of_loss: bool = False) -> Sums:

@@ -101,7 +101,7 @@ def _add_compression(parser: argparse.ArgumentParser) -> None:
     policy.add_argument("--flops", type=share, metavar="SHARE", help="all layers keep at most this share of their MACs")
     policy.add_argument(
         "--bytes", type=share, metavar="SHARE",
-        help="all layers keep at most this share of their bytes, with 8-bit factors where that is better",
+        help="all layers keep at most this share of their bytes, with 8-bit factors or weights where that is better",
     )  # fmt: skip
     policy.add_argument(
         "--latency", type=share, metavar="SHARE",
@@ -113,7 +113,7 @@ def _add_compression(parser: argparse.ArgumentParser) -> None:
         help="how a budget is shared: equally, by the output variance that it preserves, or by the predicted loss "
         "(default: loss if the covariances hold output gradients, else uniform)",
     )  # fmt: skip
-    ranks.add_argument("--eight-bit", choices=list(EIGHT_BIT), help="the 8-bit factors of --bytes (default: int8)")
+    ranks.add_argument("--eight-bit", choices=list(EIGHT_BIT), help="the 8-bit format of --bytes (default: int8)")
     times = ranks.add_mutually_exclusive_group()
     times.add_argument("--latencies", type=path, metavar="FILE", help="file from --save-latencies, for --latency")
     times.add_argument("--save-latencies", type=path, metavar="FILE", help="store the measured times for later runs")
@@ -210,7 +210,7 @@ def run(options: argparse.Namespace) -> Result:
                 model, covariances, batches, sensitivity=options.sensitivity, mask=options.mask, progress=True
             )
     report = compress_(model, covariances, config, subspaces=subspaces, reconstruction=reconstruction, progress=True)
-    if all(layer.rank is None for layer in report.layers):
+    if not any(layer.is_replaced for layer in report.layers):
         raise Failure(1, "every layer stays dense at these ranks, so nothing was written; allow smaller ranks")
     loading = _save(model, options, report)
     progress.finish()

@@ -91,7 +91,7 @@ def run(options: argparse.Namespace) -> Result:
 
 def _plans(arch: str) -> Result:
     """The native planner's choice for typical calls on an arch. Unlike ``explain``, it needs no tensors on a device."""
-    calls: list[tuple[str, dict[str, int]]] = [
+    calls: list[tuple[str, dict[str, Any]]] = [
         ("covariance_update_", {"tokens": tokens, "features": features})
         for tokens, features in ((12608, 768), (8192, 4096))
     ]
@@ -101,12 +101,13 @@ def _plans(arch: str) -> Result:
         for width, rank, outputs in ((768, 136, 768), (768, 216, 3072), (4096, 512, 4096))
         for tokens in (1, 64, 2048, 12608)
     ]
+    grouped_query = {"in_features": 4096, "rank": (512, 256, 256), "out_features": (4096, 1024, 1024)}
+    calls += [("lowrank_linear_grouped", {"tokens": tokens, **grouped_query}) for tokens in (1, 64)]
     plans: list[dict[str, Any]] = []
     lines = [f"bfloat16 on {arch}"]
     for op, call in calls:
-        shape: dict[str, Any] = {**call}
         try:
-            plan = _native.plan(op, arch, torch.bfloat16, **shape)
+            plan = _native.plan(op, arch, torch.bfloat16, **call)
         except RuntimeError as error:
             raise Failure(1, one_line(error)) from error
         plans.append({"op": op, "call": call, "plan": plan})

@@ -14,6 +14,7 @@ from ..factors.eight_bit import quantized
 from ..ops import _native, _verify, covariance, grouped, linear
 from ..ops._backend import Backend, Impl, kernel_of
 from ..ops.covariance import _cuda as covariance_cuda
+from ..ops.grouped import _cuda as grouped_cuda
 from ..ops.linear import _cuda as linear_cuda
 from ..ops.linear import reference
 from .command import Failure, Result, one_line
@@ -29,6 +30,7 @@ _REFUSE: dict[str, Callable[..., str]] = {
     "covariance_update_": covariance_cuda.refuse,
     "conv_covariance_update_": covariance_cuda.refuse_conv,
     "lowrank_linear": linear_cuda.refuse,
+    "lowrank_linear_grouped": grouped_cuda.refuse,
 }
 _Run = Callable[..., "_verify.Errors | None"]  # of an implementation and its options
 
@@ -128,6 +130,7 @@ def _cases(device: torch.device) -> Iterator[tuple[str, tuple[Impl, ...], Any, _
                 yield _grouped(
                     x, [down, down[: rank // 2]], [up, up[:, : rank // 2].contiguous()], [None, up[:, 0].contiguous()]
                 )
+                yield _grouped(x, [down], [up, up[: outputs // 2], up[:8]], [None] * 3)  # one down for all
     for dtype, tf32 in (*((dtype, False) for dtype in DTYPES), (torch.float32, False), (torch.float32, True)):
         for state in (torch.float32, torch.float64):
             for matrix in MATRICES:
@@ -160,8 +163,8 @@ def _linear(*args: Any, **scales: Any) -> tuple[str, tuple[Impl, ...], Any, _Run
 def _grouped(*args: Any) -> tuple[str, tuple[Impl, ...], Any, _Run]:
     problem = grouped.describe(*args)
 
-    def compare(impl: Impl) -> _verify.Errors | None:
-        return grouped.reference.errors(impl.run(problem, *args), *args)
+    def compare(impl: Impl, **options: Any) -> _verify.Errors | None:
+        return grouped.reference.errors(impl.run(problem, *args, **options), *args)
 
     return "lowrank_linear_grouped", grouped.TABLE, problem, compare
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from ..config import PROJECTIONS, check_choice
 from ..models.layers import all_finite
 from ..ops.linear.reference import dequantized
+from ..ranks.costs import PLAIN, Formats
 from ..subspaces.layer import LayerSubspaces
 from ..subspaces.principal import Subspace, half_product
 from .eight_bit import quantized
@@ -36,7 +38,7 @@ class Factors:
             in the compressed model, so it includes the errors of earlier layers. If the reconstruction used token
             weights, ``predicted_error`` and ``output_variance`` are over token-weighted rows.
         formats: how a layer stores ``down`` and ``up``: ``"int8"``, ``"fp8"``, or None for its dtype. Here they are not
-            rounded yet.
+            rounded yet. One format only: ``down`` is the weight of a layer that stays dense, and ``up`` is empty.
     """
 
     down: Tensor
@@ -48,7 +50,18 @@ class Factors:
     output_variance: float
     predicted_loss: float | None = None
     reconstructed: bool = False
-    formats: tuple[str | None, str | None] = (None, None)
+    formats: Formats = PLAIN
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether ``down`` is the whole weight."""
+        return len(self.formats) == 1
+
+    @classmethod
+    def of_weight(cls, weight: Tensor, bias: Tensor | None, form: str, **predicted: Any) -> Factors:
+        """A weight (out_features, in_features) that a dense layer stores in 8 bits."""
+        values = {"predicted_error": None, "output_variance": 0.0, **predicted}
+        return cls(weight, weight.new_empty(len(weight), 0), bias, min(weight.shape), "", formats=(form,), **values)
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Factors:
         """The same factors in the dtype, on the device of the layer."""
@@ -146,9 +159,7 @@ def rounded(
     return result
 
 
-def stored_as(
-    factors: Factors, spaces: LayerSubspaces, formats: tuple[str | None, str | None], loss: float, error: float
-) -> Factors:
+def stored_as(factors: Factors, spaces: LayerSubspaces, formats: Formats, loss: float, error: float) -> Factors:
     """``factors`` of :func:`rounded` for a layer that stores them in these formats, with the bias for these.
 
     Args:
@@ -172,6 +183,30 @@ def stored_as(
         predicted_loss=added[0],
         predicted_error=added[1],
     )
+
+
+def eight_bit_weight(spaces: LayerSubspaces, projection: str, formats: Formats, loss: float, error: float) -> Factors:
+    """The weight of a layer that stays dense and stores it in 8 bits; its bias, if any, makes the mean output exact.
+
+    Args:
+        spaces: of the layer.
+        projection: of the other layers; the bias stays as it is for ``"weight"``, which ignores the data.
+        formats: of the weight.
+        loss, error: predicted increases by rounding.
+    """
+    (form,) = formats
+    assert form is not None
+    weight = spaces.weight.to(spaces.dtype)
+    bias = None if spaces.bias is None else spaces.bias.to(spaces.weight)
+    if bias is not None and spaces.centered and projection != "weight":
+        lost = spaces.weight - dequantized(*quantized(weight, form), spaces.dtype).to(spaces.weight)
+        bias += lost @ spaces.mean
+    predicted = {
+        "predicted_error": error,
+        "predicted_loss": None if spaces.loss is None else loss,
+        "output_variance": spaces.output_variance,
+    }
+    return Factors.of_weight(weight, bias, form, **predicted).to(spaces.dtype, spaces.layer_device)
 
 
 def _with_exact_mean(factors: Factors, result: Factors, spaces: LayerSubspaces) -> Factors:

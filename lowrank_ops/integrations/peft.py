@@ -58,10 +58,11 @@ class _Adapter(lora.LoraLayer):
 
     def _merge_one(self, name: str, safe_merge: bool) -> None:
         layer = self.get_base_layer()
-        if isinstance(layer, LowRankLinear) and layer.formats != (None, None):
+        if isinstance(layer, LowRankLinear) and any(layer.formats):
             raise RuntimeError(
                 f"the adapter {name!r} cannot be merged into 8-bit factors, which would be rounded again; call "
-                "dequantize_() on the low-rank layers first, and lowrank_ops.layers.quantize_ afterwards."
+                "dequantize_() on the low-rank layers first, and lowrank_ops.layers.quantize_ afterwards. An "
+                "EightBitLinear has no dequantize_; keep the adapter."
             )
         bias = None if layer.bias is None else layer.bias.data
         before = self._unmerged or (layer.rank, layer.down.data, layer.up.data, bias)

@@ -26,6 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint import CheckpointError, check_format, describe_layers, empty_layers
 from ..layers._base import LowRankLayer
+from ..layers.eight_bit import EightBitLinear
 from ..layers.linear import LowRankLinear
 from ..layers.pivoted import PivotedLinear, is_order
 from ..layers.plain import CONVERTED
@@ -268,9 +269,11 @@ def model_card(model: nn.Module) -> str:
         - Their ranks: 8 to 8, median 8; `config.json` lists them
         ...
     """
-    layers = [layer for layer in model.modules() if isinstance(layer, LowRankLayer)]
+    found = [layer for layer in model.modules() if isinstance(layer, LowRankLayer)]
+    layers = [layer for layer in found if not isinstance(layer, EightBitLinear)]
     if not layers:
         raise ValueError("model has no low-rank layers to describe; call compress_ first.")
+    rounded = f"- Dense layers with 8-bit weights: {len(found) - len(layers)}\n" if len(found) > len(layers) else ""
     held = sum(parameter.numel() for layer in layers for parameter in layer.parameters(recurse=False))
     dense = sum(layer.weight.numel() + (0 if layer.bias is None else layer.bias.numel()) for layer in layers)
     ranks = sorted(layer.rank for layer in layers)
@@ -280,7 +283,7 @@ def model_card(model: nn.Module) -> str:
 - Layers that are products of two low-rank factors, by `lowrank_ops` {__version__}: {len(layers)}
 - Their parameters: {held:,}, {held / dense:.1%} of the {dense:,} of the dense layers that they replace
 - Their ranks: {ranks[0]} to {ranks[-1]}, median {ranks[len(ranks) // 2]}; `config.json` lists them
-
+{rounded}
 Loading needs the package:
 
 ```python

@@ -7,6 +7,7 @@ from ._base import LowRankLayer as LowRankLayer
 from .attention import convert_attention_ as convert_attention_
 from .conv import LowRankConv1d as LowRankConv1d
 from .conv import LowRankConv2d as LowRankConv2d
+from .eight_bit import EightBitLinear as EightBitLinear
 from .eight_bit import quantize_ as quantize_
 from .group import group_ as group_
 from .latency import measure_latency as measure_latency

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ class LowRankLayer(nn.Module):
     up: nn.Parameter
     bias: nn.Parameter | None
     rank: int
+    matrices: ClassVar[tuple[str, ...]] = ("down", "up")  # the parameters of which the weight is made
 
     @property
     def stored_rank(self) -> int:
@@ -41,18 +42,19 @@ class LowRankLayer(nn.Module):
 
         Reading shape, dtype and device is free; an operation on the values computes the product. Writes raise.
         """
-        down, up = self._parameters.get("down"), self._parameters.get("up")
-        # Dynamo drops a product that is not used. torch.fx has no tensors, parametrized factors are no parameters.
-        if is_dynamo_compiling() or down is None or up is None or not isinstance(down, Tensor):
+        if is_dynamo_compiling():  # which drops a product that is not used
             return self.product()
-        return ProductWeight(self._weight_shape(down, up), self._like_weight(up), self.product)
+        parts = [part for part in map(self._parameters.get, self.matrices) if isinstance(part, Tensor)]
+        if len(parts) < len(self.matrices):  # torch.fx has no tensors, parametrized factors are no parameters
+            return self.product()
+        return ProductWeight(self._weight_shape(*parts), self._like_weight(parts[-1]), self.product)
 
     @weight.setter
     def weight(self, value: object) -> None:
         raise lost_write("setting a tensor")
 
-    def _weight_shape(self, down: Tensor, up: Tensor) -> tuple[int, ...]:
-        return (up.shape[0], *down.shape[1:])
+    def _weight_shape(self, *parts: Tensor) -> tuple[int, ...]:
+        return (parts[-1].shape[0], *parts[0].shape[1:])
 
     def _like_weight(self, up: Tensor) -> Tensor:
         """A tensor with the dtype, device and gradient flag of the weight."""
@@ -183,9 +185,9 @@ def initialize(down: Tensor, up: Tensor, bias: Tensor | None, rank: int, fan_in:
 
 
 def copy_flags(layer: Layer, source: nn.Module) -> Layer:
-    """Copy training and gradient flags: the factors follow the weight of ``source``, the bias follows its bias."""
+    """Copy training and gradient flags: float factors follow the weight of ``source``, the bias follows its bias."""
     flags = {name: parameter.requires_grad for name, parameter in source.named_parameters(recurse=False)}
     weight = any(flag for name, flag in flags.items() if name != "bias")
     for name, parameter in layer.named_parameters(recurse=False):
-        parameter.requires_grad_(flags.get("bias", weight) if name == "bias" else weight)
+        parameter.requires_grad_(flags.get("bias", weight) if name == "bias" else weight and parameter.itemsize > 1)
     return layer.train(source.training)

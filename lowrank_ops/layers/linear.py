@@ -17,6 +17,7 @@ from ..factors.projections import Factors
 from ..models.layers import dimensions, has_transposed_weight
 from ..ops import lowrank_linear
 from ..ops.linear.reference import dequantized
+from ..ranks.costs import Formats
 from ._base import LowRankLayer, check_rank, copy_flags, factorize_layer, initialize
 
 if TYPE_CHECKING:
@@ -74,8 +75,8 @@ class LowRankLinear(LowRankLayer):
         check_rank(rank, in_features, out_features)
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
         self._create_parameters(*self._factor_shapes(), out_features if bias else None, device=device, dtype=dtype)
-        for name in ("down_scale", "up_scale"):
-            self.register_buffer(name, None)
+        for name in self.matrices:
+            self.register_buffer(f"{name}_scale", None)
         self.reset_parameters()
 
     def _factor_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -148,8 +149,8 @@ class LowRankLinear(LowRankLayer):
         # nn.Module.__getattr__ is slow; read _parameters directly.
         parameters = self._parameters
         if self._dtype is not None:
-            down_scale, up_scale = self._scales()
-            return lowrank_linear(x, self.down, self.up, self.bias, down_scale=down_scale, up_scale=up_scale)
+            (down, down_scale), (up, up_scale) = self._parts()
+            return lowrank_linear(x, down, up, self.bias, down_scale=down_scale, up_scale=up_scale)
         if "down" in parameters and "up" in parameters and "bias" in parameters:
             return lowrank_linear(x, parameters["down"], parameters["up"], parameters["bias"])  # type: ignore[arg-type]
         return lowrank_linear(x, self.down, self.up, self.bias)  # parametrized, pruned or sharded
@@ -163,23 +164,22 @@ class LowRankLinear(LowRankLayer):
     @property
     def dtype(self) -> torch.dtype:
         """Of the weight: that of the factors, unless these are 8-bit."""
-        return self._dtype or self.down.dtype
+        return self._dtype or self._parts()[0][0].dtype
 
     @property
-    def formats(self) -> tuple[str | None, str | None]:
+    def formats(self) -> Formats:
         """``"int8"`` or ``"fp8"`` for ``down`` and ``up``; None for a factor that is not 8-bit."""
         names = {dtype: name for name, dtype in DTYPES.items()}
-        down, up = self._scales()
-        return None if down is None else names[self.down.dtype], None if up is None else names[self.up.dtype]
+        return tuple(None if scale is None else names[part.dtype] for part, scale in self._parts())
 
-    def _scales(self) -> tuple[Tensor | None, Tensor | None]:
-        return self._buffers.get("down_scale"), self._buffers.get("up_scale")
+    def _parts(self) -> list[tuple[Tensor, Tensor | None]]:
+        """The matrices with their scales."""
+        return [(getattr(self, name), self._buffers.get(f"{name}_scale")) for name in self.matrices]
 
-    def float_factors(self) -> tuple[Tensor, Tensor]:
+    def float_factors(self) -> tuple[Tensor, ...]:
         """``down`` and ``up``, 8-bit ones as tensors of the layer's dtype, computed in every call."""
-        down_scale, up_scale = self._scales()
         dtype = self._dtype or torch.float32  # not used without scales
-        return dequantized(self.down, down_scale, dtype), dequantized(self.up, up_scale, dtype)
+        return tuple(dequantized(part, scale, dtype) for part, scale in self._parts())
 
     @torch.no_grad()
     @checked()
@@ -206,40 +206,40 @@ class LowRankLinear(LowRankLayer):
             >>> lro.LowRankLinear(64, 32, rank=12).quantize_("int8")
             LowRankLinear(in_features=64, out_features=32, rank=12, bias=True, down=int8, up=int8)
         """
-        self._set_quantized(self._quantized(form, down, up))
+        check_choice("form", form, tuple(DTYPES))
+        self._set_quantized(self._quantized((form if down else None, form if up else None)))
         return self
 
-    def _quantized(self, form: str, down: bool = True, up: bool = True) -> dict[str, tuple[Tensor, Tensor]]:
-        """The values and scales that :meth:`quantize_` sets, by factor."""
-        check_choice("form", form, tuple(DTYPES))
+    def _quantized(self, formats: Formats) -> dict[str, tuple[Tensor, Tensor]]:
+        """Values and scales of the matrices that have a format, by name."""
         self._refuse_eight_bit("quantize_")
-        if not {"down", "up"} <= self._parameters.keys():
+        if not self._parameters.keys() >= {*self.matrices}:
             raise ValueError("the factors are parametrized; call torch.nn.utils.parametrize.remove_parametrizations.")
-        wanted = [name for name, flag in (("down", down), ("up", up)) if flag]
-        return {name: quantized(self.get_parameter(name).detach(), form) for name in wanted}
+        named = zip(self.matrices, formats, strict=True)
+        return {name: quantized(self.get_parameter(name).detach(), form) for name, form in named if form is not None}
 
-    def set_formats_(self, formats: tuple[str | None, str | None]) -> None:
-        """Replace ``down`` and ``up`` by 8-bit factors without content, for a state dict that is loaded next."""
-        named = zip(("down", "up"), formats, strict=True)
+    def set_formats_(self, formats: Formats) -> None:
+        """Replace the factors by 8-bit ones without content, for a state dict that is loaded next."""
+        named = zip(self.matrices, formats, strict=True)
         self._set_quantized(
             {name: empty_quantized(self.get_parameter(name).detach(), form) for name, form in named if form is not None}
         )
 
-    def follow_dtype_(self) -> None:
-        """After tensors have been replaced: take the dtype of a factor that is not 8-bit or of the bias.
+    def follow_dtype_(self, dtype: torch.dtype | None = None) -> None:
+        """After tensors have been replaced: take the dtype of a factor that is not 8-bit, or of the bias, or ``dtype``.
 
         transformers gives each parameter of a floating-point dtype a gradient, also those in fp8.
         """
         if self._dtype is not None:
-            for factor, scale in zip((self.down, self.up), self._scales(), strict=True):
+            for factor, scale in self._parts():
                 factor.requires_grad_(factor.requires_grad and scale is None)
-            pairs = zip((self.down, self.up, self.bias), (*self._scales(), None), strict=True)
+            pairs = [*self._parts(), (self.bias, None)]
             others = [tensor.dtype for tensor, scale in pairs if tensor is not None and scale is None]
-            self._dtype = (*others, self._dtype)[0]
+            self._dtype = (*others, dtype or self._dtype)[0]
 
     def _set_quantized(self, parts: dict[str, tuple[Tensor, Tensor]]) -> None:
         """Take what :meth:`_quantized` returned."""
-        self._dtype = self.down.dtype if parts else None
+        self._dtype = self.dtype if parts else None
         for name, (values, scale) in parts.items():
             setattr(self, name, nn.Parameter(values, requires_grad=False))
             setattr(self, f"{name}_scale", scale)
@@ -254,8 +254,8 @@ class LowRankLinear(LowRankLayer):
             >>> layer.dequantize_().down.dtype
             torch.float32
         """
-        for name, factor, scale in zip(("down", "up"), self.float_factors(), self._scales(), strict=True):
-            if scale is not None:
+        for name, factor, form in zip(self.matrices, self.float_factors(), self.formats, strict=True):
+            if form is not None:
                 setattr(self, name, nn.Parameter(factor))
                 setattr(self, f"{name}_scale", None)
         self._dtype = None
@@ -269,31 +269,29 @@ class LowRankLinear(LowRankLayer):
         """The same layer, with the values of ``factors``, in their formats."""
         self._refuse_eight_bit("filled_with")
         super().filled_with(factors)
-        down, up = factors.formats
-        if (form := down or up) is not None:
-            self.quantize_(form, down=down is not None, up=up is not None)
+        self._set_quantized(self._quantized(factors.formats))
         return self
 
-    def _like_weight(self, up: Tensor) -> Tensor:
-        return up if self._dtype is None else torch.empty(0, dtype=self._dtype, device=up.device)
+    def _like_weight(self, part: Tensor) -> Tensor:
+        return part if self._dtype is None else torch.empty(0, dtype=self._dtype, device=part.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LowRankLinear:
         """Casts reach the bias and a factor that is not 8-bit; 8-bit factors and scales only change their device."""
         if self._dtype is None:
             return super()._apply(fn, recurse)
-        pairs = zip((self.down, self.up), self._scales(), strict=True)
+        pairs = self._parts()
         kept = {id(tensor) for factor, scale in pairs if scale is not None for tensor in (factor, scale)}
 
         def applied(tensor: Tensor) -> Tensor:
             result = fn(tensor)
             return tensor.to(result.device) if id(tensor) in kept and result.dtype != tensor.dtype else result
 
-        self._dtype = fn(torch.empty(0, dtype=self._dtype, device=self.down.device)).dtype
+        self._dtype = fn(torch.empty(0, dtype=self._dtype, device=pairs[0][0].device)).dtype
         return super()._apply(applied, recurse)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         errors = args[-1]
-        for name in ("down", "up"):
+        for name in self.matrices:
             given, held = state_dict.get(prefix + name), self._parameters.get(name)
             dtypes = [tensor.dtype for tensor in (given, held) if isinstance(tensor, Tensor)]
             if len(set(dtypes)) == 2 and not set(dtypes).isdisjoint(DTYPES.values()):
@@ -304,13 +302,16 @@ class LowRankLinear(LowRankLayer):
         if not errors:
             super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def factors(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    def factors(self) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
         """Down, up and bias, if a call of this layer computes only their product; None of a subclass.
 
         None of 8-bit factors as well, except while compiling: then they are dequantized.
         """
         plain = type(self) is LowRankLinear and {"down", "up", "bias"} <= self._parameters.keys()
-        return (*self.float_factors(), self.bias) if plain and (self._dtype is None or is_compiling()) else None
+        if not plain or (self._dtype is not None and not is_compiling()):
+            return None
+        down, up = self.float_factors()
+        return down, up, self.bias
 
     def product(self) -> Tensor:
         """The product (out_features, in_features), computed in every call."""
@@ -335,7 +336,7 @@ class LowRankLinear(LowRankLayer):
                 self.in_features,
                 self.out_features,
                 bias=self.bias is not None,
-                device=self.down.device,
+                device=self._parts()[0][0].device,
                 dtype=self.dtype,
             )
         )
@@ -344,5 +345,5 @@ class LowRankLinear(LowRankLayer):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
             f"bias={self.bias is not None}"
-            + "".join(f", {name}={form}" for name, form in zip(("down", "up"), self.formats, strict=True) if form)
+            + "".join(f", {name}={form}" for name, form in zip(self.matrices, self.formats, strict=True) if form)
         )

@@ -117,7 +117,7 @@ class PivotedLinear(LowRankLinear):
         y = torch.cat([pivots, F.linear(pivots, self.up)], -1).index_select(-1, self.order)
         return y if self.bias is None else y + self.bias.to(y.dtype)  # which autocast may have narrowed
 
-    def factors(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    def factors(self) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
         """Down, up with the coefficients of the pivots, and bias, while compiling; else None, a call costs less."""
         plain = type(self) is PivotedLinear and {"down", "up", "bias"} <= self._parameters.keys()
         return (self.down, self._all_coefficients(), self.bias) if plain and is_compiling() else None
@@ -151,7 +151,7 @@ class PivotedLinear(LowRankLinear):
         eye = torch.eye(self.rank, dtype=self.up.dtype, device=self.up.device)
         return torch.cat([eye, self.up]).index_select(0, self.order)
 
-    def _weight_shape(self, down: Tensor, up: Tensor) -> tuple[int, ...]:
+    def _weight_shape(self, *parts: Tensor) -> tuple[int, ...]:
         return self.out_features, self.in_features
 
 

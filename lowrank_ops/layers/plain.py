@@ -17,6 +17,7 @@ from ..models.experts import ExpertLinear, ListedExperts
 from ..models.layers import check_no_adapters, check_not_dispatched
 from ._base import LowRankLayer
 from .conv import GEOMETRY, LowRankConv
+from .eight_bit import EightBitLinear
 from .linear import LowRankLinear
 from .pivoted import PivotedLinear
 from .replace import has_hooks, swap_
@@ -67,7 +68,8 @@ def to_plain_layers(model: nn.Module) -> nn.Module:
 
     The copy has only torch's own layers, and as many parameters as ``model``, plus rank^2 for each pivoted layer. So it
     can be pickled and loaded without lowrank_ops, scripted, quantized by torchao, and exported by tools that support no
-    custom ops; 8-bit factors get the layer's dtype. A pair of layers has the sizes of the dense layer as attributes,
+    custom ops; 8-bit factors get the layer's dtype, and a dense layer with an 8-bit weight becomes an ``nn.Linear``. A
+    pair of layers has the sizes of the dense layer as attributes,
     such as ``stride``, but no ``weight``.
 
     The experts of a mixture and the projections of converted attention become such layers too, and can be quantized.
@@ -110,6 +112,8 @@ def _check_reads(model: nn.Module) -> None:
     forwards: dict[type, str] = {}
     layers = [fqn for fqn, module in model.named_modules() if isinstance(module, LowRankLayer)]
     for fqn in layers:
+        if isinstance(model.get_submodule(fqn), EightBitLinear):  # which becomes an nn.Linear
+            continue
         names = fqn.split(".")
         for depth in range(len(names)):
             kind = type(model.get_submodule(".".join(names[:depth])))
@@ -145,7 +149,7 @@ def _converted(model: nn.Module, convert: Callable[[LowRankLayer], nn.Module]) -
     for fqn, module in model.named_modules():
         if isinstance(module, LowRankLayer) and has_hooks(module):
             raise ValueError(f"layer {fqn!r} has hooks, which its replacement would drop; remove them first.")
-        if isinstance(module, LowRankLayer) and not {"down", "up", "bias"} <= module._parameters.keys():
+        if isinstance(module, LowRankLayer) and not module._parameters.keys() >= {*module.matrices, "bias"}:
             raise ValueError(
                 f"layer {fqn!r} has parametrized factors; "
                 "call torch.nn.utils.parametrize.remove_parametrizations first."
@@ -173,8 +177,10 @@ def _dense_layer(layer: LowRankLayer) -> nn.Module:
     return conv1d.train(dense.training)
 
 
-def _two_layers(layer: LowRankLayer) -> nn.Sequential:
-    """Two layers that hold the parameters of ``layer`` itself, or the factors of a pivoted one."""
+def _two_layers(layer: LowRankLayer) -> nn.Module:
+    """Two layers that hold the parameters of ``layer`` itself, or the factors of a pivoted one; one of a dense one."""
+    if isinstance(layer, EightBitLinear):
+        return layer.to_dense()
     if isinstance(layer, PivotedLinear):
         layer = layer.to_lowrank()
     if isinstance(layer, LowRankLinear):

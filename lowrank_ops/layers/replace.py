@@ -18,6 +18,7 @@ from ..models.running import warn_caller
 from ..ranks.costs import pivoting_saves
 from ._base import LowRankLayer
 from .conv import LowRankConv1d, LowRankConv2d
+from .eight_bit import EightBitLinear
 from .linear import LowRankLinear
 from .pivoted import PivotedLinear
 
@@ -31,7 +32,8 @@ def replace_(model: nn.Module, factors: Mapping[str, Factors], *, pivoted: bool 
 
     Args:
         model: any module.
-        factors: ``{fqn: Factors}``, from :func:`lowrank_ops.factors.factorize` for example.
+        factors: ``{fqn: Factors}``, from :func:`lowrank_ops.factors.factorize` for example; those of
+            :meth:`Factors.of_weight` make a dense layer with an 8-bit weight.
         pivoted: store linear layers as :class:`lowrank_ops.layers.PivotedLinear`, where that takes fewer parameters.
 
     Returns:
@@ -85,7 +87,9 @@ def replacements_of(
         if has_hooks(layers[fqn]):
             raise ValueError(f"layer {fqn!r} has hooks, which its replacement would drop; remove them first.")
     return {
-        layers[fqn]: lowrank_type(layers[fqn], part.rank if pivoted else None).from_factors(layers[fqn], part)
+        layers[fqn]: (
+            EightBitLinear if part.is_dense else lowrank_type(layers[fqn], part.rank if pivoted else None)
+        ).from_factors(layers[fqn], part)
         for fqn, part in factors.items()
     }
 

@@ -16,6 +16,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..ops import lowrank_experts
 from ..ops._dispatcher import is_recorded
 from .layers import HOOKS, fused_projections, reason_to_stay_fused, tied_layers
+from .running import uninterrupted_exits
 
 MIN_ROWS = 256  # an expert with fewer rows of its own is also calibrated on rows that went to others
 
@@ -301,15 +302,16 @@ def experts_listed(
     """
     with torch.inference_mode(False):  # parameters created in inference mode could not be trained
         listed = list_experts(model, names) if listed is None else listed
-    try:
-        _put_in(model, listed)
-        yield
-    finally:
-        _put_in(model, {experts: fused for fused, experts in listed.items() if experts.is_dense()})
-        with torch.inference_mode(False):
-            for experts in listed.values():
-                if not experts.is_dense():
-                    experts.unshare_()
+    with uninterrupted_exits():
+        try:
+            _put_in(model, listed)
+            yield
+        finally:
+            _put_in(model, {experts: fused for fused, experts in listed.items() if experts.is_dense()})
+            with torch.inference_mode(False):
+                for experts in listed.values():
+                    if not experts.is_dense():
+                        experts.unshare_()
 
 
 def list_experts_(model: nn.Module) -> None:

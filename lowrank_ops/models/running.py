@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import _thread
+import contextlib
 import functools
 import math
+import os
+import signal
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import Lock, RLock, get_ident
+from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,6 +26,8 @@ from tqdm.auto import tqdm
 
 EMPTY = "batches was empty; pass at least one batch, and not a generator that is used up."
 _MODES = ("train", "eval")
+PATIENCE = 5.0  # seconds
+_PROTECTED = ("__enter__", "__exit__", "register_")  # functions that change a model, or what undoes that
 
 
 class ProgressBar(tqdm):  # type: ignore[type-arg]
@@ -32,24 +41,64 @@ class ProgressBar(tqdm):  # type: ignore[type-arg]
 
 
 @contextmanager
+def uninterrupted_exits() -> Iterator[None]:
+    """Inside the block, a Ctrl-C that comes while something is changed or restored is raised when that has ended.
+
+    Python raises KeyboardInterrupt between any two instructions, also before the first one of an ``__exit__``, which
+    can therefore not catch it. What changes a model for a while enters this block first.
+    """
+    handle = signal.getsignal(signal.SIGINT)
+    in_main = threading.current_thread() is threading.main_thread()  # others cannot set handlers, and get no signals
+    if not in_main or not callable(handle) or isinstance(handle, _Deferring):
+        yield
+        return
+    deferring = _Deferring(handle)
+    try:
+        signal.signal(signal.SIGINT, deferring)
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is deferring:
+            signal.signal(signal.SIGINT, handle)
+
+
+class _Deferring:
+    """A handler of SIGINT that waits, for a few seconds at most, until no function of ``_PROTECTED`` runs."""
+
+    def __init__(self, handle: Callable[[int, FrameType | None], Any]) -> None:
+        self._handle, self._first, self._again = handle, 0.0, False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self._first = self._first or time.monotonic()
+        # contextlib's other functions may be about to call one of them, or have just called it.
+        waits, inner = frame is not None and frame.f_code.co_filename == contextlib.__file__, frame
+        while inner is not None and not waits:
+            waits, inner = inner.f_code.co_name.startswith(_PROTECTED), inner.f_back
+        if not waits or time.monotonic() - self._first > PATIENCE:
+            self._first = 0.0
+            self._handle(number, frame)
+        elif not self._again:
+            self._again = True
+            _thread.start_new_thread(self._interrupt_again, ())
+
+    def _interrupt_again(self) -> None:
+        time.sleep(0.001)
+        self._again = False
+        if sys.platform == "win32":
+            _thread.interrupt_main()
+        else:  # ends a wait of the main thread as well
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@contextmanager
 def hooks() -> Iterator[list[RemovableHandle]]:
     """A list for the handles of hooks, which are removed after the block, however it ends."""
     handles: list[RemovableHandle] = []
-    try:
-        yield handles
-    finally:
-        remove(handles)
-
-
-def remove(handles: Sequence[RemovableHandle]) -> None:
-    """Remove hooks; an interrupt meanwhile is raised when they are gone."""
-    try:
-        for handle in handles:
-            handle.remove()
-    except BaseException:
-        for handle in handles:
-            handle.remove()
-        raise
+    with uninterrupted_exits():
+        try:
+            yield handles
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def warn_caller(message: str) -> None:
@@ -101,20 +150,21 @@ def exclusive(model: nn.Module) -> Iterator[None]:
         RuntimeError: another thread works on the model, or on one of its modules.
     """
     thread, modules = get_ident(), list(model.modules())
-    with _owners_lock:
-        if any(_owners.get(module, thread) != thread for module in modules):
-            raise RuntimeError(
-                "another thread calibrates, compresses or searches this model or shares modules with it; wait for that "
-                "thread, or work on copy.deepcopy(model)."
-            )
-        new = [module for module in modules if module not in _owners]
-        _owners.update(dict.fromkeys(new, thread))
-    try:
-        yield
-    finally:
+    with uninterrupted_exits():
         with _owners_lock:
-            for module in new:
-                _owners.pop(module, None)
+            if any(_owners.get(module, thread) != thread for module in modules):
+                raise RuntimeError(
+                    "another thread calibrates, compresses or searches this model or shares modules with it; wait for "
+                    "that thread, or work on copy.deepcopy(model)."
+                )
+            new = [module for module in modules if module not in _owners]
+            _owners.update(dict.fromkeys(new, thread))
+        try:
+            yield
+        finally:
+            with _owners_lock:
+                for module in new:
+                    _owners.pop(module, None)
 
 
 @contextmanager
@@ -130,13 +180,8 @@ def training_flags_kept(*models: nn.Module, trained: bool = False) -> Iterator[N
     try:
         yield
     finally:
-        try:
-            for model in models:
-                _set_modes(model, training)
-        except BaseException:  # an interrupt is raised when the modes are back
-            for model in models:
-                _set_modes(model, training)
-            raise
+        for model in models:
+            _set_modes(model, training)
         changed = [fqn or "(the model)" for module, fqn in named.items() if not _alike(before[module], _norms(module))]
         if changed and not trained:
             warn_caller(
@@ -148,7 +193,7 @@ def training_flags_kept(*models: nn.Module, trained: bool = False) -> Iterator[N
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
     """Eval mode inside the block; every module is back in its own mode afterwards."""
-    with training_flags_kept(*models):
+    with uninterrupted_exits(), training_flags_kept(*models):
         for model in models:
             _set_modes(model, dict.fromkeys(model.modules(), False))
         yield
@@ -212,6 +257,7 @@ def without_fast_path(wanted: bool = True) -> Iterator[None]:
 def differentiable(model: nn.Module, seed: int) -> Iterator[None]:
     """Eval mode with gradients and a seed inside the block; modes and random states are restored."""
     with (
+        uninterrupted_exits(),
         torch.inference_mode(False),
         torch.enable_grad(),
         random_state_kept(model) as generators,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,7 +63,7 @@ def unavailable() -> str | None:
         torch.ops.load_library(LIBRARY)
     except OSError as error:
         return f"the native library does not load: {error}"
-    if not hasattr(torch.ops.lowrank_ops, "_cuda_driver"):
+    if not hasattr(torch.ops.lowrank_ops, "_cuda_lowrank_linear_grouped"):
         return "the native library is older than this package: reinstall to build it again"
     driver, built = cuda_versions()
     if driver and int(driver.split(".")[0]) < (major := int(built.split(".")[0])):
@@ -129,8 +129,9 @@ def plan_covariance(
 def plan_lowrank_linear(
     tokens: int,
     in_features: int,
-    rank: int,
-    out_features: int,
+    ranks: Sequence[int],  # of a layer, or of each member of a group
+    out_features: Sequence[int],
+    shared: bool,  # the members have one down
     dtype: torch.dtype,
     aligned: bool,  # matrices and their rows start on 16 bytes
     machine: Machine,
@@ -138,7 +139,8 @@ def plan_lowrank_linear(
 ) -> tuple[str, str]:
     """``("", plan)``, or ``(reason, "")`` where no kernel can run the problem."""
     planner = _planner("plan_lowrank_linear")
-    return planner(tokens, in_features, rank, out_features, dtype_name(dtype), aligned, *machine, *choice)
+    sizes = tokens, in_features, list(ranks), list(out_features), shared
+    return planner(*sizes, dtype_name(dtype), aligned, *machine, *choice)
 
 
 def plan(
@@ -152,15 +154,17 @@ def plan(
     groups: int = 1,
     allow_tf32: bool = False,
     in_features: int = 0,
-    rank: int = 0,
-    out_features: int = 0,
+    rank: int | Sequence[int] = 0,
+    out_features: int | Sequence[int] = 0,
+    shared: bool = False,
     **choice: Any,
 ) -> str:
     """The planner's default for a problem on a typical device of ``arch``: one line, or ``"cannot run: <reason>"``.
 
     Args:
         op: ``"covariance_update_"`` or ``"conv_covariance_update_"``, which take ``features``, ``groups`` and
-            ``allow_tf32``, or ``"lowrank_linear"``, which takes ``in_features``, ``rank`` and ``out_features``.
+            ``allow_tf32``, or ``"lowrank_linear"``, which takes ``in_features``, ``rank`` and ``out_features``, or
+            ``"lowrank_linear_grouped"``, which takes these two of each member, and ``shared``.
         arch: a key of ``MACHINES``.
         dtype: of the inputs.
         tokens: rows of ``x``; for a convolution, patches.
@@ -174,13 +178,17 @@ def plan(
     if arch not in MACHINES:
         raise ValueError(f"arch must be one of {', '.join(map(repr, MACHINES))}; got {arch!r}.")
     typical, chosen = MACHINES[arch], Choice(**choice)
-    if op == "lowrank_linear":
-        reason, text = plan_lowrank_linear(tokens, in_features, rank, out_features, dtype, aligned, typical, chosen)
+    if op in ("lowrank_linear", "lowrank_linear_grouped"):
+        ranks, outs = ([size] if isinstance(size, int) else size for size in (rank, out_features))
+        reason, text = plan_lowrank_linear(tokens, in_features, ranks, outs, shared, dtype, aligned, typical, chosen)
     elif op in ("covariance_update_", "conv_covariance_update_"):
         source = "patches" if op.startswith("conv") else "aligned_matrix" if aligned else "matrix"
         reason, text = plan_covariance(tokens, features, groups, dtype, source, allow_tf32, typical, chosen)
     else:
-        raise ValueError(f"op must be covariance_update_, conv_covariance_update_ or lowrank_linear; got {op!r}.")
+        raise ValueError(
+            "op must be covariance_update_, conv_covariance_update_, lowrank_linear or lowrank_linear_grouped; "
+            f"got {op!r}."
+        )
     return f"cannot run: {reason}" if reason else text
 
 

@@ -70,8 +70,8 @@ def allocate_bytes(
     """Ranks and formats that take at most ``fraction`` of the dense layers' bytes, and what rounding costs.
 
     Args:
-        form: of 8-bit factors, ``"int8"`` or ``"fp8"``. Layers in ``fixed``, convolutions and layers whose output was
-            streamed keep their dtype.
+        form: of 8-bit factors and weights, ``"int8"`` or ``"fp8"``. Layers in ``fixed``, convolutions and layers whose
+            output was streamed keep their dtype.
         fraction, allocation, spaces, fixed, bounds: as for :func:`allocate`.
 
     Raises:

@@ -42,7 +42,7 @@ ChosenRanks = dict[str, int | None]
 
 
 class Rounded(NamedTuple):
-    """The formats of a layer's factors, and the predicted increases of loss and output error by rounding them."""
+    """The formats of a layer's factors or dense weight, and the predicted increases of loss and output error."""
 
     formats: Formats = PLAIN
     loss: float = 0.0
@@ -82,7 +82,7 @@ def choose_sizes(
     bounds: Mapping[str, tuple[int, int | None]] | None = None,
     pivoted: bool = False,
 ) -> tuple[ChosenRanks, dict[str, Rounded]]:
-    """The ranks of :func:`choose_ranks`, and the formats of the layers with 8-bit factors."""
+    """The ranks of :func:`choose_ranks`, and the formats of the layers with 8-bit factors or weights."""
     limits = limits_of(spaces, overrides, bounds, pivoted=pivoted)
     rounded: dict[str, Rounded] = {}
     if isinstance(policy, ByteBudget):
@@ -91,7 +91,7 @@ def choose_sizes(
         )
         chosen: ChosenRanks = {fqn: option.rank for fqn, (option, _) in taken.items()}
         for fqn, (option, rounding) in taken.items():
-            if option.rank is not None and rounding is not None and option.formats != PLAIN:
+            if rounding is not None and option.formats != PLAIN:
                 size = option.rank, option.formats
                 rounded[fqn] = Rounded(option.formats, rounding.loss(*size), rounding.error(*size))
     else:

@@ -121,7 +121,8 @@ class Bounds(NamedTuple):
 UNBOUNDED = Bounds()
 
 
-Formats = tuple[str | None, str | None]  # of down and up: "int8" or "fp8"; None: the dtype of the layer
+# Of down and up, or one of the whole weight of a dense layer: "int8" or "fp8"; None: the dtype of the layer.
+Formats = tuple[str | None, ...]
 PLAIN: Formats = (None, None)
 
 

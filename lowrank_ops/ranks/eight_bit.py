@@ -1,4 +1,4 @@
-"""What rounding the factors of a layer to 8 bits costs, predicted from its statistics, and its sizes in bytes."""
+"""What rounding a layer's factors, or its weight, to 8 bits costs, predicted from its statistics; sizes in bytes."""
 
 from __future__ import annotations
 
@@ -34,6 +34,17 @@ def dense_bytes(spaces: LayerSubspaces) -> int:
     return dense_parameters(spaces) * spaces.dtype.itemsize
 
 
+def weight_bytes(spaces: LayerSubspaces) -> int:
+    """Bytes of a dense layer's weight in 8 bits, with its scales."""
+    _, in_features, out_features = spaces.dimensions
+    return out_features * (in_features + SCALE_BYTES)
+
+
+def eight_bit_bytes(spaces: LayerSubspaces) -> int:
+    """Bytes of the dense layer with an 8-bit weight."""
+    return weight_bytes(spaces) + (0 if spaces.bias is None else spaces.bias.nbytes)
+
+
 def lowrank_bytes(spaces: LayerSubspaces, rank: int, formats: Formats = PLAIN) -> int:
     """Bytes of the low-rank layer; centering adds a bias to a layer without one."""
     biases = lowrank_parameters(spaces, rank) - factor_parameters(spaces, rank)
@@ -54,18 +65,20 @@ def factor_bytes(spaces: LayerSubspaces, rank: int, formats: Formats = PLAIN) ->
 class Rounding(NamedTuple):
     """What rounding adds by rank: entry r is that of factors with the first r directions, (directions + 1,)."""
 
-    down_loss: Tensor  # of one sample, to second order; zero without output gradients
+    dense_loss: float  # of the layer that stays dense, by rounding its weight
+    dense_error: float
+    down_loss: Tensor  # of one sample, to second order; zero where no output gradients were streamed
     up_loss: Tensor
     down_error: Tensor  # E|y - y'|^2
     up_error: Tensor
 
-    def loss(self, rank: int, formats: Formats) -> float:
-        """The increase of the loss by rounding the factors that have a format."""
-        return _sum(self.down_loss, self.up_loss, rank, formats)
+    def loss(self, rank: int | None, formats: Formats) -> float:
+        """The increase of the loss by rounding the factors that have a format, or the weight without a rank."""
+        return self.dense_loss if rank is None else _sum(self.down_loss, self.up_loss, rank, formats)
 
-    def error(self, rank: int, formats: Formats) -> float:
-        """The error of the outputs by rounding the factors that have a format."""
-        return _sum(self.down_error, self.up_error, rank, formats)
+    def error(self, rank: int | None, formats: Formats) -> float:
+        """The error of the outputs by rounding the factors that have a format, or the weight without a rank."""
+        return self.dense_error if rank is None else _sum(self.down_error, self.up_error, rank, formats)
 
 
 def _sum(down: Tensor, up: Tensor, rank: int, formats: Formats) -> float:
@@ -73,16 +86,17 @@ def _sum(down: Tensor, up: Tensor, rank: int, formats: Formats) -> float:
 
 
 def can_be_eight_bit(space: LayerSubspaces) -> bool:
-    """Whether the layer's factors can be 8-bit and the error of that is known: its input was streamed."""
+    """Whether factors and weight can be 8-bit and the error of that is known: of a linear layer, its input streamed."""
     return space.is_linear and space.statistics.side == "input"
 
 
 def rounding_of(space: LayerSubspaces, form: str, *, by_loss: bool) -> Rounding:
-    """Predict rounding for the factors of all ranks, by loss or of the output principal components.
+    """Predict rounding for the factors of all ranks, by loss or of the output principal components, and the weight.
 
     Roundings of elements are independent of each other and of the input, so their mean squares add up: an error e in
-    row j of ``down`` causes the output error u_j e^T x, one in ``up`` the error e t_j. The factors are scaled as
-    :func:`lowrank_ops.factors.factorize` does it: the largest elements of both are equal, direction by direction.
+    row j of ``down`` causes the output error u_j e^T x, one in ``up`` the error e t_j, one in row i of the weight
+    e^T x in output i. The factors are scaled as :func:`lowrank_ops.factors.factorize` does it: the largest elements of
+    both are equal, direction by direction.
 
     Args:
         space: of a linear layer whose input was streamed.
@@ -104,23 +118,34 @@ def rounding_of(space: LayerSubspaces, form: str, *, by_loss: bool) -> Rounding:
     up, down, hidden = up / factors, down * factors.unsqueeze(1), hidden * factors.square()
     squares = up.square().sum(0)
     of_outputs, of_directions = torch.zeros(len(up), dtype=up.dtype, device=up.device), torch.zeros_like(squares)
-    if by_loss:
-        gradients = space.statistics.output_gradients
-        assert space.loss is not None and gradients is not None
-        of_outputs = gradients.moment(centered=False).diagonal().to(up)
-        of_directions = space.loss.scale * (factors.square().reciprocal() - DAMPING * squares).clamp_min(0)  # P^T G P
+    if (gradients := space.gradient_moment) is not None:
+        of_outputs = gradients.diagonal()
+        if by_loss:
+            assert space.loss is not None
+            of_directions = space.loss.scale * (factors.square().reciprocal() - DAMPING * squares).clamp_min(0)
+        else:
+            of_directions = (up * (gradients @ up)).sum(0)  # the diagonal of P^T G P, as above
+    rows = _errors_of_rows(down, inputs, form)
+    of_dense = inputs if space.bias is not None else space.loss_moment(centered=False).diagonal()
+    outputs = _errors_of_rows(space.weight, of_dense, form)
     if form == "fp8":
-        rows = _FP8_ERROR * (down.square() @ inputs)
         elements = _FP8_ERROR * up.square() * hidden
         up_loss, up_error = (of_outputs @ elements).cumsum(0), elements.sum(0).cumsum(0)
     else:
-        rows = (down.abs().amax(1) / EIGHT_BIT[form]).square() / 12 * inputs.sum()
         steps = (up.abs().cummax(1).values / EIGHT_BIT[form]).square() / 12  # (out_features, rank)
         total = hidden.cumsum(0)
         up_loss, up_error = (of_outputs @ steps) * total, steps.sum(0) * total
     down_loss, down_error = (rows * of_directions).cumsum(0), (rows * squares).cumsum(0)
     parts = (down_loss / 2, up_loss / 2, down_error, up_error)
-    return Rounding(*(torch.cat([part.new_zeros(1), part]).cpu() for part in parts))
+    by_rank = (torch.cat([part.new_zeros(1), part]).cpu() for part in parts)
+    return Rounding(float(of_outputs @ outputs) / 2, float(outputs.sum()), *by_rank)
+
+
+def _errors_of_rows(matrix: Tensor, inputs: Tensor, form: str) -> Tensor:
+    """E[(e^T x)^2] for the rounding e of each row of ``matrix``, given E[x_j^2]."""
+    if form == "fp8":
+        return _FP8_ERROR * (matrix.square() @ inputs)
+    return (matrix.abs().amax(1) / EIGHT_BIT[form]).square() / 12 * inputs.sum()
 
 
 def byte_options(
@@ -128,8 +153,9 @@ def byte_options(
 ) -> list[tuple[Option, float]]:
     """Sizes and what each is worth, in ascending order of bytes; those worth no more than a smaller one are left out.
 
-    Without ``rounding``, factors keep the dtype of the layer. The worth is what ``allocation`` maximizes: the loss that
-    is saved, doubled, or the share of the output variance that is kept, less what rounding costs of it.
+    Without ``rounding``, factors and dense weights keep the dtype of the layer. The worth is what ``allocation``
+    maximizes: the loss that is saved, doubled, or the share of the output variance that is kept, less what rounding
+    costs of it. In a uniform allocation, rounding costs less than one direction.
     """
     dense = Option(None, dense_bytes(space))
     formats: list[Formats] = [PLAIN] if rounding is None else [PLAIN, (form, None), (None, form), (form, form)]
@@ -138,16 +164,23 @@ def byte_options(
     kept = _kept(space, allocation)
     largest = min(space.dimensions[1:] if bounds.max is None else (*space.dimensions[1:], bounds.max))
     found = [(dense, kept[-1])] if bounds.max is None else []
+
+    def add(option: Option, worth: float) -> None:
+        if option.cost >= dense.cost:
+            return
+        if rounding is not None and allocation == "loss":
+            worth -= 2 * rounding.loss(option.rank, option.formats)
+        elif rounding is not None and allocation == "variance":
+            worth -= rounding.error(option.rank, option.formats) / max(space.output_variance, 1e-300)
+        elif rounding is not None:
+            worth -= 0.5
+        found.append((option, worth))
+
+    if bounds.max is None and rounding is not None:
+        add(Option(None, eight_bit_bytes(space), (form,)), kept[-1])
     for rank in range(RANK_ALIGNMENT, largest + 1, RANK_ALIGNMENT):
-        for chosen in formats:
-            option = Option(rank, lowrank_bytes(space, rank, chosen), chosen)
-            if rank >= bounds.min and option.cost < dense.cost:
-                lost = 0.0
-                if rounding is not None and allocation == "loss":
-                    lost = 2 * rounding.loss(rank, chosen)
-                elif rounding is not None and allocation == "variance":
-                    lost = rounding.error(rank, chosen) / max(space.output_variance, 1e-300)
-                found.append((option, kept[rank] - lost))
+        for chosen in formats if rank >= bounds.min else ():
+            add(Option(rank, lowrank_bytes(space, rank, chosen), chosen), kept[rank])
     found.sort(key=lambda pair: (pair[0].cost, -pair[1]))
     rising: list[tuple[Option, float]] = []
     for option, worth in found:

@@ -1,8 +1,8 @@
-"""Block-wise reconstruction: the factors of one block at a time, trained towards the dense block's output.
+"""Block-wise reconstruction: the factors of one or several blocks at a time, trained towards the dense model.
 
-One-shot factors minimize each layer's own error. Here all factors of a block are trained together, from the compressed
-model's input of the block to the dense model's output of it, so that they correct each other's errors and those of
-earlier blocks.
+One-shot factors minimize each layer's own error. Here all factors of a block are trained together, on the compressed
+model's input of the block, so that they correct each other's errors and those of earlier blocks. They are trained
+towards the dense block's output, or towards the dense model's logits.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch.utils._pytree import tree_map
 from ..arguments import check_arguments, check_positive
 from ..calibration.call_weights import SEED
 from ..calibration.gradients import OutputGradients
-from ..calibration.objectives import Sensitivity, check_sensitivity, objective
+from ..calibration.objectives import Sensitivity, check_sensitivity, divergence, objective
 from ..calibration.statistics import NonFiniteActivationError
 from ..factors.projections import Factors
 from ..files import digest
@@ -43,13 +44,13 @@ from ..models.running import (
     warn_caller,
 )
 from .checkpoint import resume_checkpoint, run_identity, save_checkpoint
-from .paired_runs import Block, BlockCall, PairedRuns, Position, block_name, find_chains
+from .paired_runs import OUTPUT_FIELDS, Block, PairedRuns, block_name, find_chains
 from .sequential import chains_named, checked_batches
 
 DAMPING = 1e-3  # of the output metric, relative to its mean diagonal
 WARMUP = 5  # steps
 LOWER = 4.0  # divides the learning rate where the first epoch does not lower the error
-_FIELDS = ("last_hidden_state",)  # of a block's output, where it is an object or a mapping
+TARGETS = ("block", "logits")
 
 
 @dataclass(frozen=True)
@@ -59,19 +60,25 @@ class BlockReconstruction:
     Args:
         batches: as for :func:`lowrank_ops.calibrate`, preferably the same and at least 2; held in memory. One optimizer
             step takes one batch.
-        sensitivity: as for :func:`lowrank_ops.calibrate`, preferably the same. One more forward and backward pass of
-            the dense model measures the second moment of the gradient at every block's output, which weights the
-            block's error. None: the error of each output feature is relative to the variance of what the block adds to
-            its input.
-        epochs: passes over the batches for each block.
-        lr: peak learning rate of Adam relative to the root mean square of each factor. A block whose error the first
-            epoch does not lower starts again with a quarter of it, at most twice.
+        sensitivity: as for :func:`lowrank_ops.calibrate`, preferably the same; for ``target="block"``. One more forward
+            and backward pass of the dense model measures the second moment of the gradient at every block's output,
+            which weights the block's error. None: the error of each output feature is relative to the variance of what
+            the block adds to its input.
+        target: ``"block"``: the dense block's output. ``"logits"``: the model's output, whose Kullback-Leibler
+            divergence from the dense model's goes through the rest of the compressed model, whose factors are fixed
+            meanwhile. That needs logits and takes longer, but later blocks decide which errors matter, so the loss of
+            a language model falls much further. A step needs the memory of a forward and backward of the whole model.
+        together: blocks that are trained at a time, towards the output of the last of them. With ``target="logits"``,
+            5 take a fifth of the time.
+        epochs: passes over the batches for each training.
+        lr: peak learning rate of Adam relative to the root mean square of each factor. Blocks whose error the first
+            epoch does not lower start again with a quarter of it, at most twice.
         held_out: share of the batches, from the end, that are not used for training. The epoch with the lowest error
-            on them is used; a block that does not improve keeps its factors.
+            on them is used; blocks that do not improve keep their factors.
         autocast: ``torch.bfloat16`` runs the models in mixed precision; None does not. Factors and errors stay float32.
         mask, unmasked_rows, forward: as for :func:`lowrank_ops.calibrate`.
         blocks: names of the containers whose children are the blocks, such as ``"model.layers"``; None finds them.
-        checkpoint: file written after every block. If it exists, the run resumes from it and gives the same factors,
+        checkpoint: file written after every training. If it exists, the run resumes from it and gives the same factors,
             provided that weights, factors, batches and settings are the same, which is checked.
 
     Example:
@@ -88,6 +95,8 @@ class BlockReconstruction:
 
     batches: Iterable[Any]
     sensitivity: Sensitivity | None = None
+    target: str = "block"
+    together: int = 1
     epochs: int = 4
     lr: float = 1e-3
     held_out: float = 0.125
@@ -102,7 +111,11 @@ class BlockReconstruction:
         check_arguments(type(self), vars(self))
         if self.sensitivity is not None:
             check_sensitivity(self.sensitivity)
-        check_positive(epochs=self.epochs, lr=self.lr)
+        if self.target not in TARGETS:
+            raise ValueError(f"target must be one of {', '.join(map(repr, TARGETS))}; got {self.target!r}.")
+        if self.target == "logits" and self.sensitivity is not None:
+            raise ValueError("sensitivity weights the error of target='block'; leave it out with target='logits'.")
+        check_positive(together=self.together, epochs=self.epochs, lr=self.lr)
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out must be a number in (0, 1); got {self.held_out!r}.")
         if self.autocast not in (None, torch.bfloat16):
@@ -124,10 +137,11 @@ class BlockReconstruction:
 def reconstruct_blocks(
     model: nn.Module, factors: Mapping[str, Factors], settings: BlockReconstruction, *, progress: bool = False
 ) -> dict[str, Factors]:
-    """Train factors towards the dense model's outputs, block by block in the order of the calls.
+    """Train factors towards the dense model, block by block in the order of the calls.
 
-    The dense model and the one with the factors trained so far run side by side, and the inputs and outputs of one
-    block are kept in main memory. Layers outside of blocks keep their factors, and a warning names them.
+    The dense model and the one with the factors trained so far run side by side. Kept in main memory are both inputs of
+    a block and its dense output, or the last block's for ``target="logits"``, of all batches. Layers outside of blocks
+    keep their factors, and a warning names them.
 
     Args:
         model: the dense model; run in eval mode and returned to its previous state.
@@ -142,8 +156,7 @@ def reconstruct_blocks(
     Raises:
         NonFiniteActivationError: NaN or inf in the error or the output gradient of a block.
         ValueError: an invalid setting, fewer than 2 batches, no blocks, layers that cannot be replaced, a checkpoint of
-            another run, a batch whose loss depends on no block, a block whose output depends on values beside its
-            arguments.
+            another run, a batch whose loss depends on no block, a model without logits for ``target="logits"``.
     """
     batches = checked_batches(model, factors, settings.batches)
     if len(batches) < 2:
@@ -156,7 +169,7 @@ def reconstruct_blocks(
     identity: dict[str, Any] = {}
     done: dict[str, Factors] = {}
     if checkpoint is not None:
-        own = {name: getattr(settings, name) for name in ("epochs", "lr", "held_out")}
+        own = {name: getattr(settings, name) for name in ("target", "together", "epochs", "lr", "held_out")}
         own["autocast"] = str(settings.autocast)
         given = digest({fqn: (part.down, part.up, part.bias) for fqn, part in factors.items()})
         identity = run_identity(layers, factors, batches, settings, kind="blocks", start=given, chains=chains, **own)
@@ -169,31 +182,29 @@ def reconstruct_blocks(
         PairedRuns(model, layers, batches, settings._run, masks, chains, strict=settings.blocks is not None) as runs,
     ):
         members = {block: _layers_in(block_name(model, block), layers) for block in runs.blocks}
-        trained = [block for block in runs.blocks if members[block]]
-        if not trained:
+        windows = _windows([block for block in runs.blocks if members[block]], settings.together)
+        if not windows:
             raise ValueError(
                 "the model has no blocks to reconstruct: no ModuleList or Sequential whose children hold the layers "
                 "and are called one after another, each on the last one's output alone. Use SequentialReconstruction, "
                 "which needs none."
             )
+        inside = {window: [fqn for block in window for fqn in members[block]] for window in windows}
         metrics = {}
-        if settings.sensitivity is not None and not all(fqn in done for block in trained for fqn in members[block]):
-            metrics = _output_metrics(model, trained, batches, settings, progress)
+        if settings.sensitivity is not None and not all(fqn in done for part in inside.values() for fqn in part):
+            metrics = _output_metrics(model, [window[-1] for window in windows], batches, settings, progress)
         for fqn, layer in layers.items():
             runs.replace(fqn, lowrank_type(layer).from_factors(layer, new[fqn]))
-        position: Position = {}
         ready: dict[str, Factors] = {}
-        with ProgressBar(total=len(trained), desc="reconstructing", unit="block", disable=not progress) as bar:
-            for block in runs.blocks:
-                runs.advance(position)
-                position = {**position, block[0]: block[1] + 1}  # from the next block on
-                if block not in trained:
-                    continue
-                if all(fqn in done for fqn in members[block]):
-                    result = {fqn: done[fqn] for fqn in members[block]}
+        with ProgressBar(total=len(windows), desc="reconstructing", unit="window", disable=not progress) as bar:
+            for window, names in inside.items():
+                if all(fqn in done for fqn in names):
+                    result = {fqn: done[fqn] for fqn in names}
                 else:
-                    inside = {fqn: (layers[fqn], new[fqn]) for fqn in members[block]}
-                    result = _train(runs, block, inside, settings, metrics.get(block))
+                    before = runs.blocks[: runs.blocks.index(window[0])]
+                    runs.advance({chain: index + 1 for chain, index in before})
+                    parts = {fqn: (layers[fqn], new[fqn]) for fqn in names}
+                    result = _train(runs, window, parts, settings, masks, metrics.get(window[-1]))
                 for fqn, part in result.items():
                     new[fqn] = ready[fqn] = part
                     runs.replace(fqn, lowrank_type(layers[fqn]).from_factors(layers[fqn], part))
@@ -202,63 +213,73 @@ def reconstruct_blocks(
                     save_checkpoint(checkpoint, identity, ready)
     if (warning := masks.finish()) is not None:
         warn_caller(warning)
-    outside = [fqn for fqn in layers if not any(fqn in inside for inside in members.values())]
+    outside = [fqn for fqn in layers if not any(fqn in names for names in members.values())]
     if outside:
         warn_caller(f"these layers are in no block and are not reconstructed: {shortened(outside)}")
     return new
-
-
-def _start(rows: Callable[[Any, BlockCall], Tensor], call: BlockCall, target: Tensor) -> Tensor:
-    """The rows of the block's input if they are of the output's shape; else zero."""
-    given = output_tensor([*call.args, *call.kwargs.values()], ())
-    start = None if given is None or given.dim() < 2 else rows(given, call)
-    return start if start is not None and start.shape == target.shape else torch.zeros(())
 
 
 def _layers_in(name: str, layers: Iterable[str]) -> list[str]:
     return [fqn for fqn in layers if fqn == name or fqn.startswith(f"{name}.")]
 
 
-def _train(
-    runs: PairedRuns,
-    block: Block,
-    members: Mapping[str, tuple[nn.Module, Factors]],
-    settings: BlockReconstruction,
-    metric: Tensor | None,
-) -> dict[str, Factors]:
-    """The trained factors of one block's layers; the given ones if training does not improve the block."""
-    calls = dict(runs.block_calls(block))
-    name = block_name(runs.model, block)
+def _windows(blocks: Sequence[Block], together: int) -> list[tuple[Block, ...]]:
+    """Successive blocks of one chain, as many as are trained together."""
+    chains = [list(part) for _, part in groupby(blocks, key=lambda block: block[0])]
+    return [tuple(part[start : start + together]) for part in chains for start in range(0, len(part), together)]
+
+
+def _block_error(
+    runs: PairedRuns, window: Sequence[Block], settings: BlockReconstruction, metric: Tensor | None
+) -> Callable[[int], Tensor]:
+    """The error of the last block's output, by batch, in the metric."""
+    name = block_name(runs.model, window[-1])
     module = runs.model.get_submodule(name)
-    precision = settings._precision(runs.device)
-    with precision:
-        alone = runs.runs_alone(block, calls[0])
-    if not alone:
-        raise ValueError(
-            f"block {name!r} cannot be run alone: its output depends on values beside its arguments, such as those "
-            "that other modules have stored. Use SequentialReconstruction, which runs the whole model."
-        )
 
-    def rows(output: Any, call: BlockCall) -> Tensor:
-        found = output_tensor(output, _FIELDS)
+    def rows(values: Any, mask: Tensor | None) -> Tensor:
+        found = output_tensor(values, OUTPUT_FIELDS)
         if found is None:
-            raise ValueError(f"block {name!r} returns {type(output).__name__}, which holds no float tensor.")
-        return _rows(name, module, found, call.mask)
+            raise ValueError(f"block {name!r} returns {type(values).__name__}, which holds no float tensor.")
+        return _rows(name, module, found, mask)
 
-    targets = {batch: rows(runs.dense_output(block, batch), call) for batch, call in calls.items()}
-    if metric is None:
-        metric = _relative_metric([targets[batch] - _start(rows, calls[batch], targets[batch]) for batch in calls])
-    metric = metric.to(runs.device)
+    targets, added = [], []
+    for batch in range(len(runs.batches)):
+        dense = runs.section(window[0], window[-1], batch, False)
+        targets.append(rows(dense.output, dense.mask).to("cpu", copy=True))
+        if metric is None:
+            given = dense.input
+            start = torch.zeros(()) if given is None or given.dim() < 2 else rows(given, dense.mask).cpu()
+            added.append(targets[-1] - start if start.shape == targets[-1].shape else targets[-1])
+    root = (_relative_metric(added) if metric is None else metric).to(runs.device)
 
     def error(batch: int) -> Tensor:
-        call = calls[batch]
-        with precision:
-            output = runs.run_block(block, call)
-        difference = rows(output, call) - targets[batch].to(runs.device)
-        return (difference.float() @ metric).square().sum(-1).mean()
+        compressed = runs.section(window[0], window[-1], batch, True)
+        difference = rows(compressed.output, compressed.mask) - targets[batch].to(runs.device)
+        return (difference.float() @ root).square().sum(-1).mean()
 
-    held = max(1, round(settings.held_out * len(calls)))
-    training, testing = list(calls)[:-held], list(calls)[-held:]
+    return error
+
+
+def _train(
+    runs: PairedRuns,
+    window: Sequence[Block],
+    members: Mapping[str, tuple[nn.Module, Factors]],
+    settings: BlockReconstruction,
+    masks: Masks,
+    metric: Tensor | None,
+) -> dict[str, Factors]:
+    """The trained factors of the layers in one or several blocks; the given ones if training does not help."""
+    name = block_name(runs.model, window[0])
+
+    def divergence_of(batch: int) -> Tensor:
+        with torch.no_grad():
+            dense = runs.dense_output(batch)
+        return divergence(runs.output(batch), dense, masks.of_output(), 1.0, "target='logits'", "target='block'")
+
+    error = divergence_of if settings.target == "logits" else _block_error(runs, window, settings, metric)
+    held = max(1, round(settings.held_out * len(runs.batches)))
+    everything = list(range(len(runs.batches)))
+    training, testing = everything[:-held], everything[-held:]
 
     def held_out_error() -> float:
         with torch.no_grad():
@@ -385,7 +406,7 @@ def _output_metrics(
         for name, module in modules.items():
 
             def watch(module: nn.Module, args: Any, output: Any, name: str = name) -> Any:
-                found = output_tensor(output, _FIELDS)
+                found = output_tensor(output, OUTPUT_FIELDS)
                 if found is None:
                     return None
                 start = gradients.watch(name, found, masks.of_block(name, module, found), None)

@@ -7,7 +7,6 @@ about the arguments of blocks.
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -32,6 +31,8 @@ from ..models.running import (
     without_fast_path,
 )
 
+LOGITS = ("logits",)
+OUTPUT_FIELDS = ("last_hidden_state",)  # of a block's output, where it is an object or a mapping
 Block = tuple[str, int]  # a chain, and the index of one of its children
 _CPU = torch.device("cpu")
 Position = dict[str, int]  # by chain: how many of its children have been passed
@@ -57,16 +58,17 @@ class Group:
 
 
 @dataclass(frozen=True)
-class BlockCall:
-    """One call of a block.
+class Section:
+    """One run through one or several blocks.
 
     Attributes:
-        args, kwargs: what it was called with, tensors on the CPU.
-        mask: of the rows of its first tensor.
+        input: the first tensor that the first one received, if any.
+        output: of the last one.
+        mask: of the rows of that output.
     """
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    input: Tensor | None
+    output: Any
     mask: Tensor | None
 
 
@@ -136,7 +138,7 @@ class PairedRuns:
         self._on_input: Callable[[str, Tensor], None] = lambda fqn, x: None  # a layer's input
         self._on_output: Callable[[str, int, Any], None] = lambda chain, index, output: None  # a child's output
         self._on_block: Callable[[Block, tuple[Any, ...], dict[str, Any]], None] = lambda block, args, kwargs: None
-        self._block_runs: dict[Block, Callable[..., Any]] = {}  # a child's own forward
+        self._ends: tuple[Position, dict[tuple[str, bool, int], Any]] | None = None
         self._stack = ExitStack()
         self.groups: list[Group] = []
         self.blocks: list[Block] = []  # children of chains, in the order of their calls
@@ -160,8 +162,9 @@ class PairedRuns:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._stored.clear()
         self._stack.close()
+        self._stored.clear()
+        self._ends = None
 
     def replace(self, fqn: str, replacement: nn.Module) -> None:
         """Use ``replacement`` for a layer in the compressed run from now on."""
@@ -183,50 +186,70 @@ class PairedRuns:
             z, masks = self._inputs_of(group, batch, compressed=True)
             yield batch, x, z, masks
 
-    def block_calls(self, block: Block) -> Iterator[tuple[int, BlockCall]]:
-        """Per batch: its index, and the call of a block in the compressed run, after all blocks before it."""
-        for batch in range(len(self.batches)):
-            calls: list[BlockCall] = []
+    def section(self, first: Block, last: Block, batch: int, compressed: bool) -> Section:
+        """One run up to and including a block, from the stored position; gradients flow if they are enabled."""
+        inputs: list[Tensor | None] = []
+        found: list[tuple[Any, Tensor | None]] = []
+        name = block_name(self.model, last)
 
-            def on_block(called: Block, args: tuple[Any, ...], kwargs: dict[str, Any], calls: Any = calls) -> None:
-                if called == block:
-                    name = block_name(self.model, block)
-                    x = output_tensor([*args, *kwargs.values()], ())
-                    mask = self._masks.of_block(name, self.model.get_submodule(name), x)
-                    calls.append(BlockCall(move(_snapshot(args), _CPU), move(_snapshot(kwargs), _CPU), mask))
-                    raise _Reached
+        def on_block(called: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if called == first:
+                x = output_tensor([*args, *kwargs.values()], ())
+                inputs.append(None if x is None else x.detach().clone())
 
-            self._on_block = on_block
-            try:
-                self._run(batch, True)
-            finally:
-                self._on_block = lambda block, args, kwargs: None
-            if not calls:
-                raise self._missed(block, batch)
-            yield batch, calls[0]
+        def on_output(chain: str, index: int, output: Any) -> None:
+            if (chain, index) == last:
+                y = output_tensor(output, OUTPUT_FIELDS)
+                found.append((output, self._masks.of_block(name, self.model.get_submodule(name), y)))
+                raise _Reached
 
-    def dense_output(self, block: Block, batch: int) -> Any:
-        """The output of a block in the dense run, on the CPU."""
-        return self._output_of(*block, batch, compressed=False)
-
-    def run_block(self, block: Block, call: BlockCall) -> Any:
-        """Call one block with the replacements so far; gradients flow if they are enabled."""
-        self._compressed = True
+        self._on_block = on_block
         try:
-            args, kwargs = (move(_snapshot(part), self.device) for part in (call.args, call.kwargs))
-            return self._block_runs[block](*args, **kwargs)
+            self._run(batch, compressed, on_output=on_output)
         finally:
-            self._compressed = False
+            self._on_block = lambda block, args, kwargs: None
+        if not found:
+            raise self._missed(last, batch)
+        return Section(inputs[0], *found[0])
 
-    def runs_alone(self, block: Block, call: BlockCall) -> bool:
-        """Whether a block, called on its arguments for the first batch, gives what it gives in a whole run.
+    def output(self, batch: int) -> Any:
+        """The compressed model's output, from the stored position; gradients flow if they are enabled."""
+        return self._run(batch, True)
 
-        Another run comes in between, as in :meth:`_first_broken`.
-        """
-        expected, passed = self._output_of(*block, 0, compressed=True), self._passed
-        self._disturb()
-        self._passed = passed
-        return _all_close(_copied(self.run_block(block, call), _CPU), expected)
+    def dense_output(self, batch: int) -> Any:
+        """The dense model's output. Only what follows the blocks is run, after a first call that runs the whole."""
+        if self._ends is None:
+            self._ends = self._stored_ends()
+        kept = self._passed, self._stored
+        self._passed, self._stored = self._ends
+        try:
+            return self._run(batch, False)
+        finally:
+            self._passed, self._stored = kept
+
+    def _stored_ends(self) -> tuple[Position, dict[tuple[str, bool, int], Any]]:
+        """The position after all blocks, and the dense run's outputs there; none if the model's output needs more."""
+        kept, position = (self._passed, self._stored), {chain: index + 1 for chain, index in self.blocks}
+        stored: dict[tuple[str, bool, int], Any] = {}
+        outputs: list[Any] = []
+        self._passed = {}
+        try:
+            for batch in range(len(self.batches)):
+
+                def on_output(chain: str, index: int, output: Any, batch: int = batch) -> None:
+                    if index + 1 == position.get(chain):
+                        stored[chain, False, batch] = _copied(output, _CPU)
+                    if batch and (chain, index) == self.blocks[-1]:  # the first batch's output is compared
+                        raise _Reached
+
+                output = self._run(batch, False, on_output=on_output)
+                outputs = outputs or [_copied(output_tensor(output, LOGITS), _CPU)]
+            self._disturb()
+            self._passed, self._stored = position, stored
+            found = _copied(output_tensor(self._run(0, False), LOGITS), _CPU)
+        finally:
+            self._passed, self._stored = kept
+        return (position, stored) if _all_close(found, outputs[0]) else ({}, {})
 
     def _attach(self, stack: ExitStack, fqn: str, layer: nn.Module) -> None:
         dense = layer.forward
@@ -247,7 +270,7 @@ class PairedRuns:
         _override(stack, layer, forward)
 
     def _route_child(self, stack: ExitStack, chain: str, index: int, child: nn.Module) -> None:
-        run = self._block_runs[chain, index] = child.forward
+        run = child.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if index < self._passed.get(chain, 0):
@@ -265,15 +288,16 @@ class PairedRuns:
         compressed: bool,
         on_input: Callable[[str, Tensor], None] | None = None,
         on_output: Callable[[str, int, Any], None] | None = None,
-    ) -> None:
+    ) -> Any:
+        """What the model returns; None if a callback has ended the run."""
         self._batch, self._compressed = batch, compressed
         self._on_input = on_input or (lambda fqn, x: None)
         self._on_output = on_output or (lambda chain, index, output: None)
         try:
             with in_batch(batch):
-                self._forward(self.model, move(self.batches[batch], self.device))
+                return self._forward(self.model, move(self.batches[batch], self.device))
         except _Reached:
-            pass
+            return None
         finally:
             self._compressed = False
             self._on_input, self._on_output = (lambda fqn, x: None), (lambda chain, index, output: None)
@@ -456,18 +480,6 @@ def _copied(value: Any, device: torch.device) -> Any:
     if type(value) is dict:
         return {key: _copied(part, device) for key, part in value.items()}
     return value
-
-
-def _snapshot(value: Any) -> Any:
-    """A copy of a call's arguments, objects included: caches of keys and values grow with every call."""
-    if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
-        return type(value)(_snapshot(part) for part in value)
-    if type(value) is dict:
-        return {key: _snapshot(part) for key, part in value.items()}
-    if isinstance(value, nn.Module) or callable(value):
-        return value
-    with torch.no_grad():
-        return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
 def _close(x: Tensor, expected: Tensor) -> bool:

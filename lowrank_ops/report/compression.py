@@ -18,6 +18,7 @@ from ..config import CompressionConfig, LatencyBudget, LayerLatencies, Ranks
 from ..factors.projections import Factors
 from ..models.layers import unsupported_weights
 from ..ranks.costs import (
+    PLAIN,
     dense_macs,
     dense_parameters,
     factor_parameters,
@@ -25,7 +26,7 @@ from ..ranks.costs import (
     stored_rank,
     stored_rank_of,
 )
-from ..ranks.eight_bit import factor_bytes
+from ..ranks.eight_bit import factor_bytes, weight_bytes
 from ..subspaces.layer import LayerSubspaces
 from .kinds import kind_of
 from .page import framed, page
@@ -135,7 +136,7 @@ class CompressionReport:
         return [
             (layer, layer.relative_error, layer.measured_error)
             for layer in self.layers
-            if layer.rank is not None
+            if layer.is_replaced
             and not layer.reconstructed
             and layer.relative_error
             and layer.measured_error
@@ -171,7 +172,7 @@ class CompressionReport:
             f"model {self.model_parameters_before:,} -> {self.model_parameters:,} "
             f"({self.model_parameters / self.model_parameters_before:.1%})"
         )
-        if any(layer.formats != (None, None) for layer in self.layers):
+        if any(layer.formats != PLAIN for layer in self.layers):
             share = self.layer_bytes / self.layer_bytes_before
             lines.append(f"layer bytes {self.layer_bytes_before:,} -> {self.layer_bytes:,} ({share:.1%})")
         few = few_rows_note(self.few_rows()) + self._rows_note()
@@ -217,7 +218,7 @@ class CompressionReport:
             ("Model parameters", f"{model_kept:.1%}", f"{self.model_parameters_before:,} → {self.model_parameters:,}"),
             (
                 "Layers replaced",
-                str(sum(layer.rank is not None for layer in self.layers)),
+                str(sum(layer.is_replaced for layer in self.layers)),
                 f"of {len(self.layers)} considered",
             ),
         ]
@@ -265,13 +266,13 @@ class CompressionReport:
     def predicted_loss(self) -> float | None:
         """The predicted increase of the loss per sample, summed over the layers; None: unknown for all that changed."""
         known = [layer for layer in self.layers if layer.predicted_loss is not None]
-        if all(layer.rank is None for layer in known):
+        if not any(layer.is_replaced for layer in known):
             return None
         return sum(layer.predicted_loss or 0.0 for layer in known)
 
     def few_rows(self) -> list[str]:
         """The replaced layers with fewer calibration rows than min(in_features, out_features), with both numbers."""
-        return few_rows(layer for layer in self.layers if layer.rank is not None)
+        return few_rows(layer for layer in self.layers if layer.rank is not None)  # rounding a weight needs few
 
     def _rows_note(self) -> list[str]:
         return rows_note([layer for layer in self.layers if layer.rank is not None], errors=True)
@@ -355,10 +356,23 @@ def _layer_compression(
             predicted_error=0.0,
             predicted_loss=0.0,
         )
-    parameters = factor_parameters(space, factors.rank, pivoted=pivoted)
     biases = 0 if factors.bias is None else factors.bias.numel()
+    if factors.is_dense:
+        return LayerCompression(
+            **shared,
+            rank=None,
+            stored_rank=None,
+            parameters=in_features * out_features + biases,
+            bytes=weight_bytes(space) + biases * space.dtype.itemsize,
+            formats=factors.formats,
+            macs=macs,
+            seconds=None,
+            predicted_error=factors.predicted_error,
+            predicted_loss=factors.predicted_loss,
+        )
+    parameters = factor_parameters(space, factors.rank, pivoted=pivoted)
     stored = (parameters + biases) * space.dtype.itemsize
-    if factors.formats != (None, None):
+    if factors.formats != PLAIN:
         stored = factor_bytes(space, factors.rank, factors.formats) + biases * space.dtype.itemsize
     return LayerCompression(
         **shared,

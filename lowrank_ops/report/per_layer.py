@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from ..ranks.costs import PLAIN, Formats
 from .text import percent
 
 
@@ -52,7 +53,12 @@ class LayerCompression:
     reconstructed: bool = False  # predicted_error then compares with the dense model, at the compressed model's input
     dense_bytes: int = 0
     bytes: int = 0  # with the scales of 8-bit factors
-    formats: tuple[str | None, str | None] = (None, None)  # of 8-bit factors: "int8" or "fp8"; None: the layer's dtype
+    formats: Formats = PLAIN  # of both factors, or of a dense weight: "int8" or "fp8"; None: the layer's dtype
+
+    @property
+    def is_replaced(self) -> bool:
+        """Whether the layer has factors or an 8-bit weight."""
+        return self.rank is not None or self.formats != PLAIN
 
     @property
     def share(self) -> float:
@@ -110,15 +116,15 @@ def compression_columns(layers: Sequence[LayerCompression]) -> CompressionColumn
         "MACs": lambda layer: f"{layer.macs / layer.dense_macs:.1%}" if layer.dense_macs else "-",
         "predicted error": lambda layer: percent(layer.relative_error),
     }
-    if any(layer.predicted_loss is not None and layer.rank is not None for layer in layers):
+    if any(layer.predicted_loss is not None and layer.is_replaced for layer in layers):
         columns["loss increase"] = lambda layer: (
             "unknown" if layer.predicted_loss is None else f"{layer.predicted_loss:.3g}"
         )
     if any(layer.measured_error is not None for layer in layers):
         columns["measured error"] = lambda layer: "-" if layer.measured_error is None else percent(layer.measured_error)
-    if any(layer.formats != (None, None) for layer in layers):
+    if any(layer.formats != PLAIN for layer in layers):
         columns["down, up"] = lambda layer: (
-            "-" if layer.rank is None else ", ".join(form or "as dense" for form in layer.formats)
+            ", ".join(form or "as dense" for form in layer.formats) if layer.is_replaced else "-"
         )
         columns["bytes"] = lambda layer: f"{layer.bytes / layer.dense_bytes:.1%}"
     if all(layer.seconds is not None for layer in layers):

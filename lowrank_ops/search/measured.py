@@ -81,9 +81,8 @@ def measured_ranks(
         progress: show a progress bar.
 
     Returns:
-        The ranks, a policy for :func:`lowrank_ops.compress_`; layers that stay dense are not named. Where a layer is
-        not called as a module, such as the output projection of ``nn.MultiheadAttention``, its prediction is not
-        corrected.
+        The ranks, a policy for :func:`lowrank_ops.compress_`; layers that stay dense are not named. The prediction of a
+        layer that no batch reaches, such as an expert, is not corrected.
 
     Raises:
         RuntimeError: another thread calibrates or compresses the model when this begins.

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import check_positive, checked
+from ..calibration.objectives import divergence
 from ..files import check_file, digest
 from ..layers import LowRankLinear
 from ..models.layers import check_not_dispatched
@@ -201,7 +202,9 @@ class _Objective:
                 target = run(teacher, batch) if teacher is not None and (self.match or self.soft_weight) else None
         soft = None
         if teacher is not None and self.soft_weight:
-            soft = _divergence(output, target, self.temperature, self.masks.of_output())
+            soft = divergence(
+                output, target, self.masks.of_output(), self.temperature, "teacher", "soft_weight=0 and a loss"
+            )
         hard = None if self.loss is None else _checked_loss(self.loss(output, batch))
         if hard is not None and soft is not None:
             soft, hard = self.soft_weight * soft, (1 - self.soft_weight) * hard
@@ -280,25 +283,6 @@ def _checked_loss(value: Any) -> Tensor:
     return value.sum()
 
 
-def _divergence(output: Any, target: Any, temperature: float, mask: Tensor | None) -> Tensor:
-    """temperature^2 KL(teacher || student) of the softened distributions, mean over the rows that are real."""
-    logits = [found for part in (output, target) if (found := output_tensor(part, ("logits",))) is not None]
-    if len(logits) < 2:
-        raise ValueError(
-            f"teacher needs logits in the models' output, a tensor or a field 'logits'; got {type(output).__name__}. "
-            "Pass a forward that returns logits, or soft_weight=0 and a loss."
-        )
-    if logits[0].shape != logits[1].shape:
-        raise ValueError(
-            f"teacher gives logits of shape {tuple(logits[1].shape)} where the student gives {tuple(logits[0].shape)}; "
-            "pass the dense model of this student, or a forward that returns logits of one shape."
-        )
-    if mask is not None and all(part.shape[:-1] == mask.shape for part in logits):  # not logits of a whole sequence
-        logits = [real_rows(part, mask) for part in logits]
-    student, teacher = ((part.flatten(0, -2).float() / temperature).log_softmax(-1) for part in logits)
-    return temperature**2 * nn.functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
-
-
 def _mismatch(
     student_outputs: dict[str, list[Any]],
     teacher_outputs: dict[str, list[Any]],
@@ -361,10 +345,11 @@ def _check(
 ) -> None:
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     for fqn, layer in student.named_modules():
-        if isinstance(layer, LowRankLinear) and layer.formats != (None, None) and not fqn.endswith("base_layer"):
+        if isinstance(layer, LowRankLinear) and any(layer.formats) and not fqn.endswith("base_layer"):
             raise ValueError(
                 f"student has 8-bit factors, which have no gradients, in layer {fqn!r}: call dequantize_() on it and "
-                "lowrank_ops.layers.quantize_ after the training, or train adapters of PEFT."
+                "lowrank_ops.layers.quantize_ after the training (replace an EightBitLinear by layer.to_dense()), or "
+                "train adapters of PEFT."
             )
     if not trained:
         raise ValueError("student has no parameter that requires gradients; call student.requires_grad_(True).")

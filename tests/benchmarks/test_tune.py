@@ -15,6 +15,8 @@ from lowrank_ops.ops._backend import choose
 from lowrank_ops.ops.covariance import _cuda as covariance_cuda
 from lowrank_ops.ops.covariance import _triton as covariance_triton
 from lowrank_ops.ops.covariance import _triton_conv as conv_triton
+from lowrank_ops.ops.grouped import _cuda as grouped_cuda
+from lowrank_ops.ops.grouped import _triton as grouped_triton
 from lowrank_ops.ops.linear import _cuda as linear_cuda
 from lowrank_ops.ops.linear import _triton_config as linear_config
 
@@ -30,6 +32,7 @@ CACHED = (
     covariance_cuda.choice_for,
     covariance_cuda.conv_choice_for,
     linear_cuda.choice_for,
+    grouped_cuda.choice_for,
 )
 
 
@@ -54,7 +57,7 @@ def write(tmp_path, monkeypatch):
 @pytest.mark.parametrize("op", TUNERS)
 def test_what_would_run_now_comes_first_and_is_legal(op):
     tuner = TUNERS[op]
-    for _, case in tuner.shapes()[::3]:
+    for _, case in tuner.shapes()[::7]:
         problem = on_device(tuner, case, H200)
         starts = tuner.starts(problem)
         assert len(starts) == len(set(starts)) and tuner.refuse(starts[0], problem) is None, str(case)
@@ -80,13 +83,15 @@ def test_neighbors_differ_in_one_field_and_may_be_illegal(op):
         ("covariance_update", "num_stages", covariance_triton.config_for),
         ("conv_covariance_update", "num_stages", conv_triton.config_for),
         ("lowrank_linear", "up_stages", linear_config.decode_config),
+        ("lowrank_linear_grouped", "up_stages", grouped_triton.decode_tiles),
     ],
 )
 def test_the_package_reads_a_table_as_it_was_written(write, op, field, config_of):
     tuner = TUNERS[op]
-    shape, case = tuner.shapes(quick=True)[1 if op == "lowrank_linear" else 0]
+    decode = op.startswith("lowrank_linear")
+    shape, case = tuner.shapes(quick=True)[1 if decode else 0]
     problem = on_device(tuner, case, H200)
-    impl = "triton.decode" if op == "lowrank_linear" else "triton"
+    impl = "triton.decode" if decode else "triton"
     start = next(start for start in tuner.starts(problem) if start.impl == impl)
     changed = dataclasses.replace(start.config, **{field: getattr(start.config, field) - 1})
     write(tuner, shape, Candidate(impl, changed))
@@ -101,6 +106,9 @@ def test_the_package_reads_a_table_as_it_was_written(write, op, field, config_of
         ("lowrank_linear", "cuda.decode"),
         ("lowrank_linear", "cuda.prefill"),
         ("lowrank_linear", "two_products"),
+        ("lowrank_linear_grouped", "cuda"),
+        ("lowrank_linear_grouped", "triton.prefill"),
+        ("lowrank_linear_grouped", "members"),
     ],
 )
 def test_a_table_chooses_the_implementation(write, op, impl):
@@ -112,6 +120,24 @@ def test_a_table_chooses_the_implementation(write, op, impl):
     assert choose(table, problem, "auto").name != impl
     write(tuner, shape, Candidate(impl, None))
     assert choose(table, problem, "auto").name == impl
+
+
+def test_eight_bit_factors_have_entries_of_their_own(write):
+    """The candidates get the scales, and the package finds the entry for int8 factors only."""
+    tuner = TUNERS["lowrank_linear"]
+    shape, case = next(pair for pair in tuner.shapes() if "factors" in pair[1].shape)
+    assert shape["dtype"] == "bfloat16 int8 int8"
+    problem = on_device(tuner, case, H200)
+    start = next(start for start in tuner.starts(problem) if start.impl == "triton.decode")
+    changed = dataclasses.replace(start.config, up_stages=start.config.up_stages + 1)
+    write(tuner, shape, Candidate("triton.decode", changed))
+    plain = problem._replace(down_format=None, up_format=None)
+    assert linear_config.decode_config(problem) == changed != linear_config.decode_config(plain)
+
+    tensors = case.make(CPU, 0)
+    y = tuner.runner(Candidate("two_products", None), problem)(*tensors)
+    exact = case.exact(tensors)
+    assert (y - exact).norm() < 0.01 * exact.norm()
 
 
 class Fake(tuners.CovarianceTuner):

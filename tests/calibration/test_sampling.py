@@ -1,5 +1,6 @@
 """``tokens=``: a random share of the rows, unbiased, seeded, and how far the reports say it can be off."""
 
+import math
 from typing import Any
 
 import pytest
@@ -82,3 +83,24 @@ def test_reports_say_how_far_they_can_be_off() -> None:
     )
     assert "variances are within 14.1% (two" in lro.utilization(dense, covariances).table()
     assert rows_note([], errors=True) == []
+
+
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+@pytest.mark.parametrize(
+    ("model", "shape", "options"),
+    [
+        (nn.Sequential(nn.Linear(4, 3)), (50, 4), {}),
+        (nn.Sequential(nn.Linear(4, 3)), (5, 10, 4), {"side": "output"}),
+        (nn.Sequential(nn.Linear(4, 3, dtype=torch.float16)), (50, 4), {"sensitivity": "output"}),
+        (nn.Sequential(nn.Conv2d(2, 3, 2)), (2, 2, 20, 5), {}),
+    ],
+    ids=["input", "output", "float16", "convolution"],
+)
+def test_rows_that_are_not_drawn_must_be_finite(model, shape, options, value):
+    """One number at a time, all of them; about one row in fifty is drawn."""
+    dtype = next(model.parameters()).dtype
+    for place in range(0, math.prod(shape), 23):
+        batches = [torch.randn(shape).to(dtype) for _ in range(2)]
+        batches[1].view(-1)[place] = value
+        with pytest.raises(lro.NonFiniteActivationError, match=r"layer '0': .* holds NaN or inf .* in batch 1"):
+            lro.calibrate(model, batches, tokens=0.02, **options)

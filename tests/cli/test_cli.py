@@ -198,7 +198,7 @@ class TestCompress:
         assert (policy["policy"], policy["fraction"], policy["form"]) == ("byte_budget", 0.5, "fp8")
         assert 0 < compression["layer_bytes"] <= 0.5 * compression["layer_bytes_before"]
         loaded = load_pretrained(build(), project / "out")
-        assert loaded.get_submodule("0").formats == ("fp8", "fp8")
+        assert loaded.get_submodule("0").formats == ("fp8",)
 
     def test_latency_budget_reads_stored_times(self, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
         curve = LatencyCurve(dense=1e-3, ranks=(8,), seconds=(4e-4,))
@@ -426,7 +426,8 @@ class TestDoctor:
         assert "lowrank_linear sm_90 64 planned" in capsys.readouterr().out
         assert cli.main(["doctor", "--plan", "sm_90", "--json"]) == 0
         plans = json.loads(capsys.readouterr().out)["plans"]
-        assert {plan["op"] for plan in plans} == {"covariance_update_", "conv_covariance_update_", "lowrank_linear"}
+        ops = {"covariance_update_", "conv_covariance_update_", "lowrank_linear", "lowrank_linear_grouped"}
+        assert {plan["op"] for plan in plans} == ops
 
     def test_plans_are_refused_with_a_reason(
         self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

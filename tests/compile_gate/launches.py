@@ -243,8 +243,9 @@ def linear_problems(device: Device) -> Iterator[tuple[Any, Any, tuple[torch.Tens
     for impl, kind in (("triton.decode", DecodeConfig), ("triton.prefill", PrefillConfig)):
         for shape, config in _tuned("lowrank_linear", device, impl, kind):
             sizes = (shape[key] for key in ("tokens", "in_features", "rank", "out_features"))
+            eight_bit = next((form for form in (INT8, FP8) if str(form)[6:] in shape["dtype"]), None)
             if not linear_triton.unfenced(config, device):
-                yield config, *_linear_problem(device, *sizes)
+                yield config, *_linear_problem(device, *sizes, eight_bit=eight_bit)
 
 
 def _linear_problem(device, tokens, in_features, rank, out_features, transposed=False, eight_bit=None):
@@ -290,7 +291,11 @@ GROUPED = {80: [(16, 136), (300, 136)], 90: [(64, 264), (12608, 136)], 100: [(1,
 
 
 def _grouped(device, sizes=None):
-    for tokens, rank in sizes or GROUPED[arch_of(device.capability)]:
+    cases = [(*case, None) for case in sizes or GROUPED[arch_of(device.capability)]]
+    for impl, kind in (("triton.decode", DecodeConfig), ("triton.prefill", PrefillConfig)):
+        tuned = _tuned("lowrank_linear_grouped", device, impl, kind)
+        cases += [(shape["tokens"], shape["rank"], config) for shape, config in tuned]
+    for tokens, rank, tuned_config in cases:
         ranks, out_features = (rank, 64, 104), (2056, 512, 520)
         x = torch.empty(tokens, 4096, dtype=BF16)
         downs = [torch.empty(rank, 4096, dtype=BF16) for rank in ranks]
@@ -298,13 +303,13 @@ def _grouped(device, sizes=None):
         biases = [torch.empty(out, dtype=BF16) for out in out_features]
         ys = [torch.empty(tokens, out, dtype=BF16) for out in out_features]
         problem = grouped.describe(x, downs, ups, biases)._replace(device=device)
-        decode = tokens <= 256
+        decode = isinstance(tuned_config, DecodeConfig) if tuned_config else tokens <= 256
         tiles_of = grouped_triton.decode_tiles if decode else grouped_triton.prefill_tiles
-        config = tiles_of(problem)
+        config = tuned_config or tiles_of(problem)
         if linear_triton.unfenced(config, device):
             continue
         name = "decode" if decode else "prefill"
-        assert choose(grouped.TABLE, problem, "auto").name == f"triton.{name}", (tokens, rank)
+        assert tuned_config or choose(grouped.TABLE, problem, "auto").name == f"triton.{name}", (tokens, rank)
         make = grouped_triton._decode_launcher if decode else grouped_triton._prefill_launcher
         launcher, tensors = make(problem, config), (x, downs, ups, biases, ys)
         for launch in _record(

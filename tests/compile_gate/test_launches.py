@@ -74,12 +74,14 @@ def test_tuned_configurations_are_launched(monkeypatch):
         "covariance_update": {"shape": shape, "impl": "triton", "config": dataclasses.asdict(config)},
         "conv_covariance_update": {"shape": shape, "impl": "triton", "config": dataclasses.asdict(config)},
         "lowrank_linear": {"shape": sizes, "impl": "triton.decode", "config": dataclasses.asdict(decode)},
+        "lowrank_linear_grouped": {"shape": sizes, "impl": "triton.decode", "config": dataclasses.asdict(decode)},
     }
     monkeypatch.setattr(_tuning, "load", lambda op, arch: (entries[op],))
     monkeypatch.setattr(_tuning, "nearest", lambda op, arch, shape: None)
     for op in ("covariance_update_", "conv_covariance_update_"):
         assert any(launch.constexprs.get("BLOCK_T") == 128 for launch in launches(op, 80))
-    assert any(launch.constexprs.get("BLOCK_K") == 64 for launch in launches("lowrank_linear", 80))
+    for op in ("lowrank_linear", "lowrank_linear_grouped"):
+        assert any(launch.constexprs.get("BLOCK_K") == 64 for launch in launches(op, 80))
 
 
 def planted(case, **constexprs):

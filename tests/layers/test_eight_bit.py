@@ -1,4 +1,4 @@
-"""8-bit factors of LowRankLinear: values, casts, state dicts, conversions, and what is refused."""
+"""8-bit factors, and weights of dense layers: values, casts, state dicts, conversions, and what is refused."""
 
 import copy
 
@@ -8,7 +8,7 @@ from torch import nn
 
 import lowrank_ops as lro
 from lowrank_ops.factors.eight_bit import quantized
-from lowrank_ops.layers import LowRankConv2d, PivotedLinear, quantize_
+from lowrank_ops.layers import EightBitLinear, LowRankConv2d, PivotedLinear, quantize_
 
 EVERY = {"filter_fn": lambda module, fqn: True}
 FORMS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -18,6 +18,11 @@ def layer(form=None, **options):
     torch.manual_seed(0)
     built = lro.LowRankLinear(40, 24, rank=12, **options)
     return built if form is None else built.quantize_(form)
+
+
+def dense(form, **options):
+    torch.manual_seed(0)
+    return EightBitLinear(40, 24, form, **options)
 
 
 def inputs(dtype=torch.float32):
@@ -44,10 +49,11 @@ def test_rounding_is_to_the_nearest_value(form):
     )
 
 
+@pytest.mark.parametrize("build", [layer, dense])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_forward_weight_and_dense_agree(form, dtype):
-    quantized_layer = layer(form, dtype=dtype)
+def test_forward_weight_and_dense_agree(build, form, dtype):
+    quantized_layer = build(form, dtype=dtype)
     x = inputs(dtype)
     y, weight = quantized_layer(x), quantized_layer.weight
     assert (weight.dtype, weight.shape, y.dtype) == (dtype, (24, 40), dtype)
@@ -58,7 +64,7 @@ def test_forward_weight_and_dense_agree(form, dtype):
                    lro.layers.to_plain_layers(nn.Sequential(quantized_layer))):  # fmt: skip
         torch.testing.assert_close(copied(x), y, **tolerance)
         assert all(parameter.dtype is dtype for parameter in copied.parameters())
-    assert quantized_layer.formats == (form, form)
+    assert quantized_layer.formats == (form,) * len(quantized_layer.matrices)
 
 
 def test_one_factor():
@@ -70,10 +76,11 @@ def test_one_factor():
     assert down.half().up.dtype is torch.float16 and down.dtype is torch.float16
 
 
+@pytest.mark.parametrize("build", [layer, dense])
 @pytest.mark.parametrize("form", FORMS)
-def test_casts_and_copies_keep_the_bits(form):
-    before = layer(form)
-    kept = ("down", "up", "down_scale", "up_scale")
+def test_casts_and_copies_keep_the_bits(build, form):
+    before = build(form)
+    kept = [f"{name}{end}" for name in before.matrices for end in ("", "_scale")]
     casts = (
         lambda module: module.half(),
         lambda module: module.bfloat16().float(),
@@ -89,11 +96,13 @@ def test_casts_and_copies_keep_the_bits(form):
         assert after.dtype is after.bias.dtype is after.weight.dtype
         assert after(inputs(after.dtype)).dtype is after.dtype
     meta = copy.deepcopy(before).to("meta")
-    assert meta.down.is_meta and meta.up_scale.is_meta and meta.to_empty(device="cpu").down.dtype is FORMS[form]
+    assert all(getattr(meta, name).is_meta for name in kept)
+    assert getattr(meta.to_empty(device="cpu"), kept[0]).dtype is FORMS[form]
 
 
-def test_gradients_reach_the_input_and_the_bias():
-    quantized_layer, x = layer("int8"), inputs().requires_grad_()
+@pytest.mark.parametrize("build", [layer, dense])
+def test_gradients_reach_the_input_and_the_bias(build):
+    quantized_layer, x = build("int8"), inputs().requires_grad_()
     quantized_layer(x).sum().backward()
     torch.testing.assert_close(x.grad, quantized_layer.product().sum(0).expand_as(x))
     assert quantized_layer.bias.grad is not None
@@ -123,8 +132,9 @@ def test_dequantized_factors_can_be_trained():
     assert quantized_layer.down.grad is not None and list(quantized_layer.state_dict()) == ["down", "up", "bias"]
 
 
-def test_export_and_compile():
-    quantized_layer = layer("fp8")
+@pytest.mark.parametrize("build", [layer, dense])
+def test_export_and_compile(build):
+    quantized_layer = build("fp8")
     exported = torch.export.export(quantized_layer, (inputs(),))
     torch.testing.assert_close(exported.module()(inputs()), quantized_layer(inputs()))
     compiled = torch.compile(quantized_layer, fullgraph=True, backend="eager")
@@ -170,6 +180,30 @@ def test_layer_refusals():
     assert broken.formats == (None, None) and broken.down.requires_grad
     with pytest.raises(ValueError, match=r"8-bit factors, which have no gradients, in layer '0': call dequantize_"):
         lro.finetune_(nn.Sequential(quantized_layer), [inputs()], loss=lambda y, batch: y.sum(), steps=1)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_of_dense_layers(form):
+    linear, x = nn.Linear(40, 24).bfloat16().eval(), inputs(torch.bfloat16)
+    linear.weight.data[2], linear.bias.requires_grad = 0, False
+    linear.weight.data[3, 5] = 1000  # an outlier costs its own row only
+    rounded = EightBitLinear.from_linear(linear, form)
+    assert not rounded.training and not rounded.bias.requires_grad and not rounded.values.requires_grad
+    assert type(rounded.to_dense()) is nn.Linear and torch.equal(rounded.to_dense()(x), rounded(x))
+    error = (rounded.weight - linear.weight).float().abs()
+    limit = linear.weight.float().abs().amax(1) / {"int8": 120, "fp8": 12}[form]  # and bfloat16
+    assert (error.amax(1) <= limit).all() and error[2].eq(0).all()
+    target = dense(form, dtype=torch.bfloat16)
+    target.load_state_dict(rounded.state_dict())
+    assert torch.equal(target(x), rounded(x)) and list(target.state_dict()) == ["values", "bias", "values_scale"]
+    for refused in (rounded.quantize_, rounded.dequantize_, rounded.reset_parameters):
+        with pytest.raises(ValueError, match="an EightBitLinear stays 8-bit; replace it by"):
+            refused()
+    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Linear; got Conv2d"):
+        EightBitLinear.from_linear(nn.Conv2d(3, 4, 1))
+    linear.weight.data[0, 0] = torch.inf
+    with pytest.raises(ValueError, match="holds NaN or inf"):
+        EightBitLinear.from_linear(linear)
 
 
 def test_pivoted_copy_of_an_eight_bit_layer():

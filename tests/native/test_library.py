@@ -21,6 +21,7 @@ from lowrank_ops.ops import (
     covariance,
     covariance_update_,
     explain,
+    grouped,
     lowrank_linear,
 )
 from lowrank_ops.ops._backend import Device
@@ -38,7 +39,8 @@ H200 = Device("cuda", 0, (9, 0), 132, 232448)
 
 def test_loads(library: Path) -> None:
     assert _native.unavailable() is None
-    for name in ("_cuda_covariance_update_", "_cuda_conv_covariance_update_", "_cuda_lowrank_linear"):
+    ops = ("covariance_update_", "conv_covariance_update_", "lowrank_linear", "lowrank_linear_grouped")
+    for name in (f"_cuda_{op}" for op in ops):
         assert hasattr(torch.ops.lowrank_ops, name)
 
 
@@ -230,7 +232,11 @@ def test_a_tuned_choice_is_followed_where_it_is_legal(library: Path, monkeypatch
 
 def test_the_tuner_has_legal_cuda_configurations_to_search(library: Path) -> None:
     """More than one plan around the starting points."""
-    for op, impls in (("covariance_update", ["cuda"]), ("lowrank_linear", ["cuda.decode", "cuda.prefill"])):
+    for op, impls in (
+        ("covariance_update", ["cuda"]),
+        ("lowrank_linear", ["cuda.decode", "cuda.prefill"]),
+        ("lowrank_linear_grouped", ["cuda"]),
+    ):
         tuner = TUNERS[op]
         for impl in impls:
             legal = set()
@@ -259,7 +265,8 @@ def test_the_module_and_the_library_plan_alike(library: Path) -> None:
         if "no code for" not in mine[0]:
             assert mine == _planner.plan_covariance(*arguments)
     for machine, dtype, tokens, rank in itertools.product(machines, dtypes, [1, 64, 65, 12608], [1, 136, 1492, 30000]):
-        linear = (tokens, 4096, rank, 11008, dtype, True, *machine)
+        members = ([rank], [11008], False) if tokens == 1 else ([rank, 64], [11008, 40], False)
+        linear = (tokens, 4096, *members, dtype, True, *machine)
         mine = torch.ops.lowrank_ops._plan_lowrank_linear(*linear)
         if "no code for" not in mine[0]:
             assert mine == _planner.plan_lowrank_linear(*linear)
@@ -303,6 +310,31 @@ def test_explain_names_the_kernel_and_its_tiles(library: Path) -> None:
     assert "cuda.decode: runs, by decode_sm90: 16 tokens" in text
     assert "cuda.prefill: cannot run: 16 tokens are for decode_sm90\n" in f"{text}\n"
     assert "cuda: cannot run: it needs a CUDA device" in explain("covariance_update_", state, state[0], x).splitlines()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "in_features", "ranks", "outs", "says"),
+    [
+        (4, 768, (136,) * 3, (768,) * 3, "runs, by decode_sm90: 8 tokens"),
+        (64, 4096, (512, 256, 256), (4096, 1024, 1024), "runs, by decode_sm90: 64 tokens"),
+        (16, 4096, (752, 752), (11008, 11008), "runs, by decode_sm90: 16 tokens"),
+        (16, 576, (128, 64, 60), (576, 192, 192), "runs, by decode_sm80: 64 tokens"),  # rows off 16 bytes
+        (2048, 576, (128, 64, 64), (576, 192, 192), "runs, by prefill_sm90: "),
+        (2048, 576, (128, 64, 60), (576, 192, 192), "cannot run: .* must start on 16 bytes"),
+        (2048, 4096, (512, 256, 256), (4096, 1024, 1024), "cannot run: .* the rank must be at most 256, got 512"),
+        (1, 64, (8,) * 4, (8,) * 4, "cannot run: it takes at most 3 members"),
+    ],
+)
+def test_groups_are_planned(library: Path, tokens: int, in_features: int, ranks, outs, says: str) -> None:
+    assert _native.unavailable() is None
+    bf16 = {"dtype": torch.bfloat16}
+    downs = [torch.empty(rank, in_features, **bf16) for rank in ranks]
+    ups = [torch.empty(out, rank, **bf16) for rank, out in zip(ranks, outs, strict=True)]
+    problem = grouped.describe(torch.empty(tokens, in_features, **bf16), downs, ups, [None] * len(ups))
+    text = _backend.explain(grouped.TABLE, problem._replace(device=H200), "cuda")
+    assert re.search(rf"^cuda: {says}", text, re.MULTILINE), text
+    strided = _backend.explain(grouped.TABLE, problem._replace(device=H200, contiguous=False), "cuda")
+    assert "cuda: cannot run: takes contiguous factors and biases" in strided.splitlines()
 
 
 def test_plans_need_a_planner(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

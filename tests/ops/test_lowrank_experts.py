@@ -140,6 +140,10 @@ def test_flops_are_those_of_the_rows_of_each_expert():
         (lambda a: a.__setitem__(1, torch.tensor([1.0, 2, 3, 4])), "ends must be int32 or int64"),
         (lambda a: a.__setitem__(1, torch.tensor([4, 2, 7, 9])), "ends must be in ascending order and at most 11"),
         (lambda a: a.__setitem__(1, torch.tensor([4, 5, 7, 12])), "ends must be in ascending order and at most 11"),
+        (
+            lambda a: (a[2].__setitem__(0, torch.ones(())), a[3].__setitem__(0, None)),
+            r"downs\[0\] must have shape \(rank",
+        ),
         (lambda a: a[2].pop(), "one entry per expert; got 4, 3, 4 and 4"),
         (lambda a: a[3].__setitem__(1, torch.randn(24, 4)), r"downs\[1\] .* ups\[1\] \(24, rank\); got \(3, 16\)"),
         (lambda a: a[2].__setitem__(2, torch.randn(23, 16)), r"downs\[2\], a whole weight, must have shape \(24, 16\)"),

@@ -56,6 +56,73 @@ def test_every_architecture_is_left_as_it_was(name: str) -> None:
     call(model, batches[0])
 
 
+def divergence(model: nn.Module, factors: dict[str, Factors], batches: Any) -> float:
+    """Of the whole model's distributions from the dense model's, by torch's own classes."""
+    compressed = replace_(copy.deepcopy(model), factors)
+    with torch.no_grad():
+        p, q = (torch.cat([call(part, batch) for batch in batches]).softmax(-1) for part in (model, compressed))
+    return float(torch.distributions.kl_divergence(*(torch.distributions.Categorical(x) for x in (p, q))).mean())
+
+
+@pytest.mark.parametrize("together", [1, 3])
+def test_logits_as_the_target_lower_the_divergence(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, draw = deep(4)
+    batches, others = draw(8), draw(4)
+    factors = one_shot(model, batches, None, rank=6)
+    run, windows, seen = blocks._train, [], []
+
+    def watched(runs: Any, window: Any, *args: Any) -> Any:
+        windows.append([index for _, index in window])
+        seen.extend(float((runs.dense_output(b) - call(model, batch)).abs().max()) for b, batch in enumerate(batches))
+        return run(runs, window, *args)
+
+    monkeypatch.setattr(blocks, "_train", watched)
+    found = trained(model, factors, batches, target="logits", together=together, lr=1e-2)
+    assert windows == ([[0], [1], [2], [3]] if together == 1 else [[0, 1, 2], [3]])
+    assert max(seen) < 1e-12
+    assert divergence(model, found, others) < 0.92 * divergence(model, factors, others)
+
+
+class ReadsItsInput(nn.Module):
+    """What follows the blocks reads a value that the first block has stored."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks, self.head = nn.ModuleList(Residual() for _ in range(2)), nn.Linear(8, 3)
+        self.blocks[0].register_forward_hook(lambda module, args, output: setattr(self, "kept", output))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x + self.kept)
+
+
+def test_the_dense_logits_are_those_of_a_whole_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, batches = ReadsItsInput().double(), [(torch.randn(20, 8).double(),) for _ in range(3)]
+    expected = [call(model, batch) for batch in batches]
+    factors = {f: part for f, part in one_shot(model, batches, None).items() if f != "head"}
+
+    def watched(runs: Any, window: Any, given: Any, *args: Any) -> dict[str, Factors]:
+        for index in (2, 0, 1):
+            torch.testing.assert_close(runs.dense_output(index), expected[index])
+        return {fqn: part for fqn, (_, part) in given.items()}
+
+    monkeypatch.setattr(blocks, "_train", watched)
+    trained(model, factors, batches, target="logits")
+
+
+def test_logits_as_the_target_need_logits() -> None:
+    model, batches, mask = made("bert")
+    with pytest.raises(ValueError, match=r"target=.logits. needs logits .* or target=.block."):
+        trained(model, one_shot(model, batches, mask), batches, mask=mask, target="logits")
+
+
+def test_windows_stay_in_their_chain() -> None:
+    order = [("a", 0), ("a", 1), ("a", 2), ("b", 0), ("b", 2)]
+    assert blocks._windows(order, 2) == [(order[0], order[1]), (order[2],), (order[3], order[4])]
+
+
 def test_blocks_that_write_to_their_input_are_refused() -> None:
     model, batches, _ = made("two towers")
     with pytest.raises(ValueError, match=r"block 'decoder\.0' cannot be trained: .*inplace operation"):
@@ -157,38 +224,45 @@ class Interrupt(Exception):
     pass
 
 
-def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, draw = deep(3)
+@pytest.mark.parametrize("target", ["block", "logits"])
+def test_a_resumed_run_ends_with_the_same_bits(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, draw = deep(6 if target == "logits" else 3)
     batches = draw(4)
     factors = one_shot(model, batches, None, rank=6)
-    unbroken = trained(model, factors, batches)
+    settings: Any = {"target": target, "together": 2 if target == "logits" else 1}
+    unbroken = trained(model, factors, batches, **settings)
     run, done = blocks._train, []
 
-    def interrupted(runs: Any, block: Any, *args: Any) -> Any:
-        done.append(block[1])
-        if done == [0, 1]:
+    def interrupted(runs: Any, window: Any, *args: Any) -> Any:
+        done.append(window[0][1])
+        if len(done) == 2:
             raise Interrupt
-        return run(runs, block, *args)
+        return run(runs, window, *args)
 
     monkeypatch.setattr(blocks, "_train", interrupted)
     path = tmp_path / "factors.safetensors"
     with pytest.raises(Interrupt):
-        trained(model, factors, batches, checkpoint=path)
-    found = trained(model, factors, batches, checkpoint=path)
-    assert done == [0, 1, 1, 2]
+        trained(model, factors, batches, checkpoint=path, **settings)
+    found = trained(model, factors, batches, checkpoint=path, **settings)
+    assert done == [index * settings["together"] for index in (0, 1, 1, 2)]
     for fqn, part in unbroken.items():
         assert torch.equal(found[fqn].down, part.down) and torch.equal(found[fqn].up, part.up)
         assert found[fqn].reconstructed == part.reconstructed
     with pytest.raises(ValueError, match="is of another run: its epochs differ"):
-        trained(model, factors, batches, epochs=2, checkpoint=path)
+        trained(model, factors, batches, epochs=2, checkpoint=path, **settings)
     with pytest.raises(ValueError, match="is of another run: its start differ"):
-        trained(model, {fqn: part.to(torch.float32) for fqn, part in factors.items()}, batches, checkpoint=path)
+        trained(
+            model, {fqn: part.to(torch.float32) for fqn, part in factors.items()}, batches, checkpoint=path, **settings
+        )
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"epochs": 0}, "epochs must be positive; got 0"),
+        ({"together": 0}, "together must be positive; got 0"),
+        ({"target": "output"}, "target must be one of 'block', 'logits'; got 'output'"),
+        ({"target": "logits", "sensitivity": "fisher"}, "sensitivity weights the error of target='block'; leave it"),
         ({"lr": -1.0}, "lr must be positive; got -1"),
         ({"held_out": 1.0}, "held_out must be a number in"),
         ({"autocast": torch.float16}, "autocast must be None or torch.bfloat16"),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import os
 import random
 import signal
 import threading
+import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +63,19 @@ def state_of(*models: nn.Module) -> list[Any]:
     return found
 
 
+def handed_back(model: nn.Module) -> list[Any]:
+    """What new layers take over from the old ones, and the setting of the process that runs change."""
+    modules = [(module.training, [len(getattr(module, kind)) for kind in HOOKS]) for module in model.modules()]
+    return [*modules, *state_of()]
+
+
 def reconstruct(model: nn.Module, covariances: lro.Covariances) -> None:
     reconstruction = lro.SequentialReconstruction(batches(), sensitivity="output")
+    lro.compress_(model, covariances, RANKS, reconstruction=reconstruction)
+
+
+def reconstruct_blocks(model: nn.Module, covariances: lro.Covariances) -> None:
+    reconstruction = lro.BlockReconstruction(batches(), sensitivity="output", epochs=1)
     lro.compress_(model, covariances, RANKS, reconstruction=reconstruction)
 
 
@@ -82,14 +96,32 @@ def prepared() -> tuple[nn.Module, nn.Module, lro.Covariances, nn.Module]:
     return model, other, covariances, compressed
 
 
-# What is interrupted; fine-tuning may leave other values, and compress_ that ends in time other layers.
+# What is interrupted; fine-tuning may leave other values.
 INTERRUPTED: dict[str, Callable[..., Any]] = {
     "calibrate": lambda model, other, covariances, compressed: lro.calibrate(model, batches(), sensitivity="output"),
     "compress_ with a reconstruction": lambda model, other, covariances, compressed: reconstruct(model, covariances),
+    "compress_ with a block reconstruction": lambda model, other, covariances, compressed: reconstruct_blocks(
+        model, covariances
+    ),
     "search_ranks": lambda model, other, covariances, compressed: search(model, covariances),
     "measure_errors": lambda model, other, covariances, compressed: measure_errors(model, compressed, batches()),
     "finetune_": lambda model, other, covariances, compressed: finetune(other, model),
 }
+
+
+@contextmanager
+def ctrl_c(after: float) -> Iterator[None]:
+    """SIGINT from another process, so many seconds after the block has begun, unless that has ended."""
+    parent, child = os.getpid(), os.fork()
+    if not child:
+        time.sleep(after)
+        os.kill(parent, signal.SIGINT)
+        os._exit(0)
+    try:
+        yield
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 if LONG:  # at random moments, which a failure in make test could not repeat
@@ -99,37 +131,34 @@ if LONG:  # at random moments, which a failure in make test could not repeat
     def test_an_interrupt_leaves_the_model_as_it_was(name: str) -> None:
         work = INTERRUPTED[name]
         generator, seen, seconds = random.Random(0), Counter[str](), 0.1
-
-        def interrupt(number: int, frame: Any) -> None:
-            raise KeyboardInterrupt
-
-        old = signal.signal(signal.SIGALRM, interrupt)
-        try:
-            with figures(f"interrupted: {name}") as counts:
-                while seen["interrupted"] < 40:
-                    parts = prepared()
-                    watched = [parts[0], parts[3]]
-                    before = state_of(*watched)
-                    hooks = [[len(getattr(module, kind)) for kind in HOOKS] for module in parts[1].modules()]
-                    try:
-                        signal.setitimer(signal.ITIMER_REAL, max(1e-4, generator.uniform(0, seconds)))
+        with figures(f"interrupted: {name}") as counts:
+            while seen["cases"] < 200:
+                parts = prepared()
+                watched = [parts[0], parts[3]]
+                before = state_of(*watched)
+                hooks = [[len(getattr(module, kind)) for kind in HOOKS] for module in parts[1].modules()]
+                ended = False
+                try:
+                    with ctrl_c(generator.uniform(0, seconds)):
                         work(*parts)
-                        signal.setitimer(signal.ITIMER_REAL, 0)
-                        seconds *= 0.8  # it ended before
-                    except KeyboardInterrupt:
-                        seconds *= 1.05
-                        seen["interrupted"] += 1
-                        found = [[len(getattr(module, kind)) for kind in HOOKS] for module in parts[1].modules()]
-                        if state_of(*watched) == before and found == hooks:
-                            work(*parts)  # nothing is locked
-                        else:
-                            seen["left"] += 1
-                counts.update(cases=seen["interrupted"], left=seen["left"])
-                # Python may raise between any two instructions, also of contextlib while it calls the cleanup.
-                assert seen["left"] <= 2
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, old)
+                        ended = True
+                        time.sleep(0.2)  # for an interrupt that waited
+                    seconds *= 0.8
+                except KeyboardInterrupt:
+                    if ended:
+                        continue
+                    seconds *= 1.05
+                    seen["cases"] += 1
+                    found = [[len(getattr(module, kind)) for kind in HOOKS] for module in parts[1].modules()]
+                    assert found == hooks
+                    if isinstance(parts[0][0], lro.LowRankLinear):  # in the last instructions of compress_
+                        assert handed_back(parts[0]) == handed_back(prepared()[0])
+                        assert all(isinstance(parts[0].get_submodule(fqn), lro.LowRankLinear) for fqn in RANKS.ranks)
+                        seen["new"] += 1
+                        continue
+                    assert state_of(*watched) == before
+                    work(*parts)  # nothing is locked
+            counts.update(seen)
 
 
 class Failing(nn.Module):

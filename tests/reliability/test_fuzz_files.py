@@ -12,6 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,8 @@ from lowrank_ops.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from lowrank_ops.config import LatencyCurve, LayerLatencies
 from lowrank_ops.files import digest, digests, replacing, write_tensors
 from lowrank_ops.folders import compress_folder
+from lowrank_ops.layers import LowRankLayer
+from lowrank_ops.layers.group import groups_in
 from lowrank_ops.search.trial_cache import TrialCache
 from tests.reliability.campaign import examples, figures
 from tests.rewriting import content_of
@@ -40,6 +43,18 @@ def network() -> nn.Sequential:
     return nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 6))
 
 
+class Siblings(nn.Module):
+    """Two layers of one input, which are grouped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k = nn.Linear(8, 12), nn.Linear(8, 12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.q(x) * self.k(x)
+
+
 def batches() -> list[torch.Tensor]:
     torch.manual_seed(1)
     return [torch.randn(24, 8) for _ in range(2)]
@@ -49,14 +64,21 @@ def squared(output: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
     return output.square().mean()
 
 
-def load_checkpoint(path: Path) -> str:
-    model = network()
+def load_checkpoint(path: Path, make: Callable[[], nn.Module] = network) -> str:
+    model = make()
     before = digest(model.state_dict())
     try:
-        return digest(lro.load_pretrained(model, path.parent).state_dict())
+        lro.load_pretrained(model, path.parent)
     except ValueError:
-        assert digest(model.state_dict()) == before and isinstance(model[0], nn.Linear)
+        assert digest(model.state_dict()) == before
+        assert not any(isinstance(part, LowRankLayer) for part in model.modules())
         raise
+    model(batches()[0])
+    return digest(model.state_dict()) + repr(groups_in(model))
+
+
+def load_siblings(path: Path) -> str:
+    return load_checkpoint(path, Siblings)
 
 
 def compress_saved(path: Path) -> str:
@@ -72,11 +94,15 @@ def load_covariances(path: Path) -> str:
     )
 
 
-def reconstruct(path: Path) -> str:
+def reconstruct(path: Path, make: Any = lro.SequentialReconstruction) -> str:
     model = network()
-    settings = lro.SequentialReconstruction(batches(), checkpoint=path)
+    settings = make(batches(), checkpoint=path)
     report = lro.compress_(model, lro.calibrate(model, batches()), RANKS, reconstruction=settings)
     return digest(model.state_dict()) + repr([layer.predicted_error for layer in report.layers])
+
+
+def reconstruct_blocks(path: Path) -> str:
+    return reconstruct(path, partial(lro.BlockReconstruction, epochs=1))
 
 
 def finetune(path: Path) -> str:
@@ -113,9 +139,20 @@ def config(path: Path) -> str:
     return ""
 
 
-def saved_checkpoint(path: Path) -> None:
+def saved_checkpoint(path: Path, make: Callable[[], nn.Module] = network, **options: Any) -> None:
+    model = make()
+    settings = lro.CompressionConfig(**({"rank": RANKS} | options))
+    report = lro.compress_(model, lro.calibrate(model, batches(), sensitivity="output"), settings)
+    lro.save_pretrained(model, path.parent, report)
+
+
+def saved_eight_bit(path: Path) -> None:
+    """One factor of each form, and one of the layer's dtype."""
     model = network()
-    lro.save_pretrained(model, path.parent, lro.compress_(model, lro.calibrate(model, batches()), RANKS))
+    lro.compress_(model, lro.calibrate(model, batches()), RANKS)
+    model[0].quantize_("int8")
+    model[2].quantize_("fp8", up=False)
+    lro.save_pretrained(model, path.parent)
 
 
 class Format(NamedTuple):
@@ -128,6 +165,11 @@ class Format(NamedTuple):
 
 FORMATS = {
     "checkpoint": Format(WEIGHTS_FILE, saved_checkpoint, load_checkpoint),
+    "checkpoint, 8-bit factors": Format(WEIGHTS_FILE, saved_eight_bit, load_checkpoint),
+    "checkpoint, pivoted layers": Format(WEIGHTS_FILE, partial(saved_checkpoint, pivoted=True), load_checkpoint),
+    "checkpoint, grouped layers": Format(
+        WEIGHTS_FILE, partial(saved_checkpoint, make=Siblings, rank=4, group=True), load_siblings
+    ),
     "checkpoint's JSON copy": Format(CONFIG_FILE, saved_checkpoint, load_checkpoint),
     "dense folder": Format(WEIGHTS_FILE, lambda path: lro.save_pretrained(network(), path.parent), compress_saved),
     "covariances": Format(
@@ -136,12 +178,13 @@ FORMATS = {
         load_covariances,
     ),
     "reconstruction": Format("file", reconstruct, reconstruct),
+    "block reconstruction": Format("file", reconstruct_blocks, reconstruct_blocks),
     "fine-tuning": Format("file", finetune, finetune),
     "trial cache": Format("file", search, search),
     "latencies": Format("file", latencies, latencies),
     "configuration": Format("file", config, config),
 }
-HEADERS = ["checkpoint", "dense folder", "covariances", "reconstruction", "fine-tuning"]
+HEADERS = [n for n in FORMATS if n not in ("checkpoint's JSON copy", "trial cache", "latencies", "configuration")]
 
 
 # --- what a load may do ---------------------------------------------------------------------------------------------

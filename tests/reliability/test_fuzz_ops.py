@@ -13,10 +13,19 @@ from hypothesis import given
 from torch import Tensor
 
 import lowrank_ops as lro
-from lowrank_ops.ops import conv_covariance_update_, covariance_finalize_, covariance_update_, lowrank_linear
+from lowrank_ops.factors.eight_bit import DTYPES as EIGHT_BIT
+from lowrank_ops.ops import (
+    conv_covariance_update_,
+    covariance_finalize_,
+    covariance_update_,
+    lowrank_experts,
+    lowrank_linear,
+    lowrank_linear_grouped,
+)
 from lowrank_ops.ops import covariance as covariance_op
 from lowrank_ops.ops import linear as linear_op
 from lowrank_ops.ops._backend import Backend, Device, choose
+from lowrank_ops.ops.linear.reference import dequantized
 from tests.ops.inputs import ACTIVATIONS
 from tests.reliability.campaign import examples, figures
 
@@ -78,6 +87,15 @@ def tensors(draw: st.DrawFn, shape: tuple[int, ...], dtype: torch.dtype) -> Tens
     return LAYOUTS[draw(st.sampled_from(sorted(LAYOUTS)))](values(shape, dtype, draw(KINDS)))
 
 
+@st.composite
+def eight_bit(draw: st.DrawFn, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """A factor of any 8-bit values, and its scales."""
+    form = EIGHT_BIT[draw(st.sampled_from(sorted(EIGHT_BIT)))]
+    layout = draw(st.sampled_from(["contiguous", "transposed", "misaligned", "expanded"]))  # torch cannot add fp8
+    scale = draw(tensors(shape[:1], draw(st.sampled_from([torch.float32, torch.bfloat16]))))
+    return LAYOUTS[layout]((40 * torch.randn(shape)).clamp(-127, 127).to(form)), scale
+
+
 def assert_within(y: Tensor, x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: str) -> None:
     """``y`` is as close to float64 as two products in its dtype can be; what overflows or is NaN shows."""
     wide = [None if part is None else part.double() for part in (x, down, up, bias)]
@@ -129,6 +147,92 @@ def test_lowrank_linear_is_right_on_any_tensor() -> None:
         seen["cases"] += 1
 
     with figures("lowrank_linear") as counts:
+        check()
+        counts.update(seen)
+
+
+def test_eight_bit_factors_are_right_on_any_tensor() -> None:
+    """Either factor, or both: the result is that of their values times their scales in the dtype of x."""
+    seen: Counter[str] = Counter()
+
+    @examples(15, 2000)
+    @given(st.data())
+    def check(data: st.DataObject) -> None:
+        torch.manual_seed(data.draw(SEEDS))
+        dtype, activation = data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from(sorted(ACTIVATIONS)))
+        n, rank, m = data.draw(SIZES), data.draw(SIZES), data.draw(SIZES)
+        x, bias = data.draw(tensors((*data.draw(LEADING), n), dtype)), data.draw(st.none() | tensors((m,), dtype))
+        which = data.draw(st.sampled_from(["down", "up", "both"]))
+        parts = [
+            data.draw(eight_bit(shape)) if which in (name, "both") else (data.draw(tensors(shape, dtype)), None)
+            for name, shape in (("down", (rank, n)), ("up", (m, rank)))
+        ]
+        x.requires_grad_(recorded := data.draw(st.booleans()))
+        (down, down_scale), (up, up_scale) = parts
+        scales = {"down_scale": down_scale, "up_scale": up_scale}
+        y = lowrank_linear(x, down, up, bias, activation=activation, **scales)
+        assert y.shape == (*x.shape[:-1], m) and y.dtype == dtype and y.requires_grad == recorded
+        assert_within(y.detach(), x.detach(), *(dequantized(*part, dtype) for part in parts), bias, activation)
+        seen["cases"] += 1
+
+    with figures("lowrank_linear, 8-bit factors") as counts:
+        check()
+        counts.update(seen)
+
+
+def test_grouped_layers_are_right_on_any_tensor() -> None:
+    seen: Counter[str] = Counter()
+
+    @examples(15, 2000)
+    @given(st.data())
+    def check(data: st.DataObject) -> None:
+        torch.manual_seed(data.draw(SEEDS))
+        dtype, n, members = data.draw(st.sampled_from(DTYPES)), data.draw(SIZES), data.draw(st.integers(1, 4))
+        x, shared = data.draw(tensors((*data.draw(LEADING), n), dtype)), data.draw(st.booleans())
+        ranks = [data.draw(SIZES)] * members if shared else [data.draw(SIZES) for _ in range(members)]
+        downs = [data.draw(tensors((rank, n), dtype)) for rank in (ranks[:1] if shared else ranks)]
+        ups = [data.draw(tensors((data.draw(SIZES), rank), dtype)) for rank in ranks]
+        biases = [data.draw(st.none() | tensors((len(up),), dtype)) for up in ups]
+        ups[0].requires_grad_(data.draw(st.booleans()))
+        ys = lowrank_linear_grouped(x, downs[0] if shared else downs, ups, biases)
+        assert len(ys) == members
+        for y, down, up, bias in zip(ys, downs * members if shared else downs, ups, biases, strict=True):
+            assert y.shape == (*x.shape[:-1], len(up)) and y.dtype == dtype
+            assert_within(y.detach(), x, down, up.detach(), bias, "none")
+        seen["cases"] += 1
+
+    with figures("lowrank_linear_grouped") as counts:
+        check()
+        counts.update(seen)
+
+
+def test_experts_are_right_on_any_tensor() -> None:
+    """Experts without rows, with whole weights, and rows of no expert among them."""
+    seen: Counter[str] = Counter()
+
+    @examples(15, 2000)
+    @given(st.data())
+    def check(data: st.DataObject) -> None:
+        torch.manual_seed(data.draw(SEEDS))
+        dtype, n, m = data.draw(st.sampled_from(DTYPES)), data.draw(SIZES), data.draw(SIZES)
+        x, experts = data.draw(tensors((data.draw(SIZES), n), dtype)), data.draw(st.integers(1, 4))
+        ends = sorted(data.draw(st.integers(0, len(x))) for _ in range(experts))
+        downs, ups, biases = [], [], []
+        for _ in range(experts):
+            rank, whole = data.draw(SIZES), data.draw(st.booleans())
+            downs.append(data.draw(tensors((m if whole else rank, n), dtype)))
+            ups.append(None if whole else data.draw(tensors((m, rank), dtype)))
+            biases.append(data.draw(st.none() | tensors((m,), dtype)))
+        downs[0].requires_grad_(data.draw(st.booleans()))
+        kind = data.draw(st.sampled_from([torch.int32, torch.int64]))
+        y = lowrank_experts(x, torch.tensor(ends, dtype=kind), downs, ups, biases).detach()
+        assert y.shape == (len(x), m) and y.dtype == dtype and not y[ends[-1] :].any()
+        for start, end, down, up, bias in zip([0, *ends], ends, downs, ups, biases, strict=False):
+            first = down.detach() if up is not None else torch.eye(n, dtype=dtype)
+            assert_within(y[start:end], x[start:end], first, down.detach() if up is None else up, bias, "none")
+        seen["cases"] += 1
+
+    with figures("lowrank_experts") as counts:
         check()
         counts.update(seen)
 
@@ -252,6 +356,9 @@ def test_convolutions_are_covariances_of_their_patches() -> None:
         counts.update(seen)
 
 
+NAMES = ("x ", "down", "up", "bias", "second_moment", "total", "ends")  # of arguments: an error begins with one
+
+
 def test_unfit_arguments_are_documented_errors() -> None:
     """Shapes, dtypes and types at random: most calls are refused, none in another way."""
     seen: Counter[str] = Counter()
@@ -267,11 +374,21 @@ def test_unfit_arguments_are_documented_errors() -> None:
     def check(data: st.DataObject) -> None:
         parts = data.draw(st.lists(anything, min_size=4, max_size=4))
         before = [part.clone() if isinstance(part, Tensor) else part for part in parts]
-        call = data.draw(st.sampled_from([lambda: lowrank_linear(*parts), lambda: covariance_update_(*parts[:3])]))
+        x, down, up, bias = parts
+        calls = [
+            lambda: lowrank_linear(*parts),
+            lambda: covariance_update_(*parts[:3]),
+            lambda: lowrank_linear(x, torch.ones(2, 4), torch.ones(4, 2), down_scale=down, up_scale=up),
+            lambda: lowrank_linear(x, torch.ones(2, 4).to(torch.int8), up, down_scale=down),
+            lambda: lowrank_linear_grouped(x, [down, torch.ones(2, 4)], [up, up], [bias, None]),
+            lambda: lowrank_linear_grouped(x, down, [up, up], bias),
+            lambda: lowrank_experts(x, down, [up], [None], [bias]),
+            lambda: lowrank_experts(x, torch.tensor([1, 2]), [down, down], [up, up], [bias, None]),
+        ]
         try:
-            call()
+            data.draw(st.sampled_from(calls))()
         except (ValueError, TypeError) as error:
-            assert str(error).startswith(("x ", "down ", "up ", "bias ", "second_moment", "total")), error
+            assert str(error).startswith(NAMES), error
             for part, old in zip(parts, before, strict=True):
                 assert not isinstance(part, Tensor) or part.is_meta or part.is_sparse or torch.equal(part, old)
             seen["refused"] += 1
@@ -342,8 +459,13 @@ def test_every_problem_has_an_implementation() -> None:
         counts.update(seen)
 
 
-def test_low_rank_layers_take_what_linear_layers_take() -> None:
+@pytest.mark.parametrize("kind", ["two factors", "int8", "fp8", "pivoted"])
+def test_low_rank_layers_take_what_linear_layers_take(kind: str) -> None:
     layer, linear = lro.LowRankLinear(8, 6, rank=3), torch.nn.Linear(8, 6)
+    if kind == "pivoted":
+        layer = lro.layers.PivotedLinear(8, 6, rank=3)
+    elif kind != "two factors":
+        layer.quantize_(kind)
     for name, view in LAYOUTS.items():
         x = view(torch.randn(2, 3, 8))
         assert layer(x).shape == linear(x).shape, name

@@ -89,7 +89,19 @@ class Simulated:
         """Returns y and the plan."""
         on_16_bytes = all(m.data_ptr() % 16 == 0 and m.stride(0) * 2 % 16 == 0 for m in (x, down, up))
         reason, plan = self.ops._plan_lowrank_linear(
-            *x.shape, *up.T.shape, str(x.dtype)[6:], on_16_bytes, *self.machine, *choice
+            *x.shape, *([size] for size in up.T.shape), False, str(x.dtype)[6:], on_16_bytes, *self.machine, *choice
         )
         assert not reason, reason
         return self.ops._cuda_lowrank_linear(x, down, up, bias, activation, *choice), str(plan)
+
+    def lowrank_linear_grouped(
+        self, x: Tensor, downs: list[Tensor], ups: list[Tensor], biases: list[Tensor | None], choice: Any = ("", 0, 0)
+    ) -> tuple[list[Tensor], str]:
+        """Returns the members' outputs and the plan."""
+        on_16_bytes = all(m.data_ptr() % 16 == 0 and m.stride(0) * 2 % 16 == 0 for m in (x, *downs, *ups))
+        ranks, outs = ([up.shape[axis] for up in ups] for axis in (1, 0))
+        reason, plan = self.ops._plan_lowrank_linear(
+            *x.shape, ranks, outs, len(downs) < len(ups), str(x.dtype)[6:], on_16_bytes, *self.machine, *choice
+        )
+        assert not reason, reason
+        return self.ops._cuda_lowrank_linear_grouped(x, downs, ups, biases, *choice), str(plan)

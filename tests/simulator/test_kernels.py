@@ -259,6 +259,55 @@ def test_lowrank_linear(simulated: Simulated, order, case):
     assert re.match(expected, plan), plan
 
 
+GROUPS = {  # machine, dtype, (tokens, in_features), ranks, out_features, one down for all, offset, choice, the plan
+    "decode_sm80-group": (SM80, BF16, (5, 256), (64, 24, 40), (72, 40, 8), False, 0, "decode_sm80", "decode_sm80: 8"),
+    "decode_sm80-group-splits": (
+        SM80.sms(64), FP16, (20, 2048), (40, 16), (40, 136), False, 0, "", r"decode_sm80: 32 .* x [2-8] splits"
+    ),
+    "decode_sm80-group-any-alignment": (SM80, BF16, (33, 99), (17, 3, 16), (33, 5, 1), False, 1, "", "decode_sm80: 64"),
+    "decode_sm80-group-shared": (SM90, FP16, (9, 1024), (24,) * 3, (72, 24, 24), True, 0, "decode_sm80", "decode_sm80"),
+    "decode_sm90-group": (SM90, BF16, (4, 264), (40, 16, 24), (136, 24, 40), False, 0, "", "decode_sm90: 8 tokens"),
+    "decode_sm90-group-clusters": (
+        SM90.sms(16), FP16, (20, 2048), (24, 8), (200, 72), False, 0, "", "decode_sm90: 32 .* clusters of [248]"
+    ),
+    "decode_sm90-group-rounds": (SM90.sms(2), BF16, (40, 512), (72, 136, 8), (40, 8, 24), False, 0, "", "decode_sm90"),
+    "decode_sm90-group-one-CTA": (SM90.sms(1), BF16, (3, 72), (16, 40, 8), (20, 9, 33), False, 0, "", "decode_sm90"),
+    "decode_sm90-group-streamed-rows": (
+        Machine(90, 2, 40000), BF16, (30, 64), (104, 24, 64), (130, 200, 90), False, 0, "", "decode_sm90"
+    ),
+    "decode_sm90-group-shared": (SM90, FP16, (64, 136), (48,) * 3, (100, 40, 40), True, 0, "", "decode_sm90: 64"),
+    "prefill_sm90-group": (SM90, BF16, (130, 200), (64, 40, 24), (136, 72, 5), False, 0, "", "prefill_sm90"),
+    "prefill_sm90-group-clusters": (
+        SM90, FP16, (100, 512), (128, 56), (392, 64), False, 0, "", "prefill_sm90: .* clusters of [248]"
+    ),
+    "prefill_sm90-group-peers": (
+        SM90.sms(2), BF16, (600, 72), (64, 16), (64, 40), False, 0, ("prefill_sm90", 1, 256), ".* pairs of CTAs"
+    ),
+    "prefill_sm90-group-shared": (SM90, BF16, (150, 64), (40,) * 3, (72, 40, 40), True, 0, "", "prefill_sm90"),
+}  # fmt: skip
+
+
+@pytest.mark.orders(2)
+@pytest.mark.parametrize("case", GROUPS.values(), ids=GROUPS)
+def test_lowrank_linear_grouped(simulated: Simulated, order, case):
+    """Members of other ranks and sizes, one of them without a bias, each next to NaN."""
+    machine, dtype, (tokens, in_features), ranks, outs, shared, offset, kernel, expected = case
+    x = among_nan(normal(tokens, in_features, dtype=dtype), offset, 0)
+    downs, ups, biases = [], [], []
+    for seed, (rank, out) in enumerate(zip(ranks, outs, strict=True)):
+        downs.append(among_nan(normal(rank, in_features, dtype=dtype, seed=1 + seed) / in_features**0.5, offset, 0))
+        ups.append(among_nan(normal(out, rank, dtype=dtype, seed=4 + seed) / rank**0.5, offset, 0))
+        biases.append(None if seed == 1 else normal(out, dtype=dtype, seed=7 + seed))
+    downs = downs[:1] if shared else downs
+    simulated.configure(machine, *order)
+    choice = (kernel, 0, 0) if isinstance(kernel, str) else kernel
+    ys, plan = simulated.lowrank_linear_grouped(x, downs, ups, biases, choice)
+    assert re.match(expected, plan), plan
+    for y, down, up, bias in zip(ys, downs * (len(ups) // len(downs)), ups, biases, strict=True):
+        exact = F.linear(F.linear(x.double(), down.double()), up.double(), None if bias is None else bias.double())
+        assert_close_to_float64(y, F.linear(F.linear(x, down), up, bias), exact)
+
+
 def test_results_have_the_same_bits_in_every_order(simulated: Simulated):
     x, down, up = (normal(*shape, dtype=BF16) for shape in ((70, 512), (136, 512), (200, 136)))
     results = []

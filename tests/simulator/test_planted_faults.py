@@ -220,7 +220,7 @@ FAULTS = {
     ),
     "decode_sm80: counters start anywhere": Fault(
         DECODE80,
-        "check(cudaMemsetAsync(args.scratch + counters, 0, static_cast<size_t>(bytes), launch.stream), launch);",
+        "check(cudaMemsetAsync(counters, 0, bytes, launch.stream), launch);",
         "static_cast<void>(bytes);",
         "decode_sm80-splits",
         VALUES,
@@ -233,8 +233,8 @@ FAULTS = {
     ),
     "decode_sm80: rows of a neighboring CTA": Fault(
         DECODE80,
-        "const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kRowTiles * kRows;",
-        "const int64_t first_row = static_cast<int64_t>(blockIdx.x ^ 1) * kRowTiles * kRows + (blockIdx.x & 1);",
+        "const int64_t first_row = at.index * kRowTiles * kRows;",
+        "const int64_t first_row = (at.index ^ 1) * kRowTiles * kRows + (at.index & 1);",
         "decode_sm80",
         VALUES,
     ),
@@ -246,7 +246,75 @@ FAULTS = {
         VALUES,
         DECODE_LAYOUT,
     ),
+    "decode_sm80: the rank of the last member": Fault(
+        DECODE80,
+        "const int steps = static_cast<int>(ceil_div(args.rank, kFeatures));",
+        "const int steps = static_cast<int>(ceil_div(group.members[group.count - 1].rank, kFeatures));",
+        "decode_sm80-group-splits",
+        VALUES,
+    ),
+    "decode_sm80: a tile of up straddles two members": Fault(
+        DECODE80,
+        "return ceil_div(group.members[member].out_features, kRowTiles * kRows);",
+        "return group.members[member].out_features / (kRowTiles * kRows);",
+        "decode_sm80-group",
+        VALUES,
+    ),
+    "decode_sm80: members' t in the same memory": Fault(
+        DECODE80, "next += floats(group.members[i].rank);", "next += 0 * floats(group.members[i].rank);",
+        "decode_sm80-group", VALUES, "lowrank_linear/lowrank_linear.h",
+    ),
+    "decode_sm80: members count in the same counters": Fault(
+        DECODE80,
+        "next += scratch_units(tokens, group.members[i].rank, plan.token_tile);",
+        "next += 0 * scratch_units(tokens, group.members[i].rank, plan.token_tile);",
+        "decode_sm80-group-splits",
+        VALUES,
+    ),
+    "decode_sm80: only the first member's counters are cleared": Fault(
+        DECODE80,
+        "static_cast<size_t>(next - counters) * sizeof(unsigned)",
+        "static_cast<size_t>(next > counters) * sizeof(unsigned)",
+        "decode_sm80-group-splits",
+        VALUES,
+    ),
     # ---- decode_sm90 ----
+    "decode_sm90: t of the member before": Fault(
+        DECODE90,
+        "gather_t<kTokens>(reinterpret_cast<const uint4*>(args.scratch)",
+        "gather_t<kTokens>(reinterpret_cast<const uint4*>(group.members[0].scratch)",
+        "decode_sm90-group",
+        VALUES,
+    ),
+    "decode_sm90: the last rows of a member are left out": Fault(
+        DECODE90,
+        "const int64_t tiles = ceil_div(group.members[i].out_features, kRows);\n    const Span own",
+        "const int64_t tiles = group.members[i].out_features / kRows;\n    const Span own",
+        "decode_sm90-group",
+        f"{VALUES}|deadlock",
+    ),
+    "decode_sm90: a member's rows where the slab begins": Fault(
+        DECODE90,
+        "slab_offset + (index * kRows + row)",
+        "slab_offset + (0 * index * kRows + row)",
+        "decode_sm90-group",
+        VALUES,
+    ),
+    "decode_sm90: rows at the pitch of the member's own rank": Fault(
+        DECODE90,
+        "(index * kRows + row) * rank_pitch(group.rank)",
+        "(index * kRows + row) * rank_pitch(args.rank)",
+        "decode_sm90-group",
+        VALUES,
+    ),
+    "decode_sm90: bytes of one member are expected": Fault(
+        DECODE90, "bytes += rows_of(args, tiles)", "bytes = rows_of(args, tiles)", "decode_sm90-group",
+        f"{VALUES}|deadlock|still to write|more bytes",
+    ),
+    "decode_sm90: work units of the largest rank only": Fault(
+        DECODE90, "member < group.downs; ++member) units +=", "member < 1; ++member) units +=", "decode_sm90-group",
+        VALUES,
+    ),
     "decode_sm90: t is read before all CTAs have written it": Fault(
         DECODE90, "cg::this_grid().sync();", "", "decode_sm90", VALUES
     ),
@@ -273,8 +341,8 @@ FAULTS = {
     ),
     "decode_sm90: the slab is a tile longer than its memory": Fault(
         DECODE90,
-        "min64(args.resident_tiles, slab",
-        "min64(args.resident_tiles + 1, slab",
+        "min64(resident_tiles, slab",
+        "min64(resident_tiles + 1, slab",
         "decode_sm90",
         "within the CTA's shared memory",
     ),
@@ -288,7 +356,7 @@ FAULTS = {
     ),
     "decode_sm90: streamed rows are left out": Fault(
         DECODE90,
-        "mma_streamed<Element, kTokenGroups>(acc, args, first_row, shared + at.t);",
+        "mma_streamed<Element, kTokenGroups>(acc, args, first_row, shared + at.t, pitch);",
         "(void)0;",
         "decode_sm90",
         VALUES,
@@ -401,6 +469,19 @@ FAULTS = {
     ),
     "prefill_sm90: vectors of y are not transposed": Fault(
         PREFILL, "int round = 0; round < 2; ++round", "int round = 0; round < 1; ++round", "prefill_sm90", VALUES
+    ),
+    "prefill_sm90: down of the first member": Fault(
+        PREFILL, "&maps.down[member], step", "&maps.down[0], step", "prefill_sm90-group", VALUES
+    ),
+    "prefill_sm90: members that follow each other in blocks": Fault(
+        PREFILL,
+        "static_cast<int>(cluster % group.count);",
+        "static_cast<int>(blockIdx.x % group.count);",
+        "prefill_sm90-group",
+        f"{VALUES}|deadlock",
+    ),
+    "prefill_sm90: token tiles of a single layer": Fault(
+        PREFILL, "token_tile = cluster / group.count;", "token_tile = cluster;", "prefill_sm90-group", VALUES
     ),
     "prefill_sm90: the last tile of K is left out": Fault(
         PREFILL,

@@ -22,8 +22,10 @@ CASES = {
     "covariance_sm90": "test_covariance and (sm90-float16 or sm90-stages or sm90-splits)",
     "covariance_sm90_wide": "test_wide_covariance and (one-tile or whole-and or 1-float64)",
     "convolution": "test_conv_covariance and (same or groups and not tf32)",
-    "decode_sm80": "decode_sm80-8-tokens or decode_sm80-any or decode_sm80-dependent or decode_sm80-splits",
-    "decode_sm90": "decode_sm90-8-tokens or decode_sm90-clusters or decode_sm90-streamed or 140-decode_sm90-2",
+    "decode_sm80": "decode_sm80-8-tokens or decode_sm80-any or decode_sm80-dependent or decode_sm80-splits "
+    "or decode_sm80-group-splits",
+    "decode_sm90": "decode_sm90-8-tokens or decode_sm90-clusters or decode_sm90-streamed or 140-decode_sm90-2 "
+    "or decode_sm90-group-one-CTA",
     "prefill_sm90": "prefill_sm90-few or prefill_sm90-two-tiles or prefill_sm90-clusters",
     "prefill_sm90 peers": "test_every_prefill_variant and 64-1-256",
 }

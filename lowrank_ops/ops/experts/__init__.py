@@ -162,6 +162,8 @@ def _check(x: Tensor, ends: Tensor, downs: list[Tensor], ups: list[Tensor], bias
             "ends, downs, ups and biases must have one entry per expert; got "
             f"{len(ends)}, {len(downs)}, {len(ups)} and {len(biases)}."
         )
+    if downs[0].dim() != 2:
+        raise ValueError(f"downs[0] must have shape (rank, {x.shape[1]}); got {tuple(downs[0].shape)}.")
     features = reference.out_features(downs, ups)
     dtype, device, in_features = x.dtype, x.device, x.shape[1]
     for index, (down, up, bias) in enumerate(zip(downs, ups, biases, strict=True)):

@@ -1,7 +1,7 @@
 """Defines ``lowrank_ops::lowrank_linear_grouped``: several low-rank linear layers of one input, such as q, k and v.
 
 Laid out as ``ops/linear``, whose kernels' tiles, backward and choice for single layers it uses. ``reference`` holds the
-library GEMMs, ``_triton`` the kernels.
+library GEMMs, ``_triton`` and ``_cuda`` the kernels.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .._dispatcher import (
     register_autocast,
 )
 from ..linear import DECOMPOSED, _gradients, _not_a_view, _run, count_flops
-from . import _triton, reference
+from . import _cuda, _triton, reference
 
 MAX_MEMBERS = _triton.MAX_MEMBERS  # of a group that kernels take
 Tensors = Sequence[Tensor]
@@ -54,6 +54,7 @@ class Problem(NamedTuple):
 
 
 TABLE: tuple[Impl, ...] = (
+    Impl("cuda", Backend.CUDA, _cuda.supports, _cuda.run, _cuda.prefers, _cuda.plan, bind=_cuda.bind),
     Impl(
         "triton.decode",
         Backend.TRITON,
@@ -94,8 +95,8 @@ def lowrank_linear_grouped(
             all members share. Pass factors that are stacked in one tensor as ``stacked.split(ranks)``.
         ups: (out_features, rank) per member, with the rank of its ``down``.
         biases: (out_features,) or None per member; None if no member has one. All tensors have the dtype of ``x``.
-        backend: as for :func:`lowrank_linear`. There are no CUDA kernels, only Triton's. Where no kernel for groups
-            runs, members are computed one after another as :func:`lowrank_linear` would.
+        backend: as for :func:`lowrank_linear`. Where no kernel for groups runs, members are computed one after another
+            as :func:`lowrank_linear` would.
 
     Returns:
         A list of (..., out_features), one per member, in the dtype of ``x``.
@@ -133,7 +134,7 @@ def lowrank_linear_grouped(
     if not is_compiling():
         count_flops(torch.ops.lowrank_ops.lowrank_linear_grouped, _flops)
     # A list that autograd supports holds tensors only.
-    present = [up.new_zeros(up.shape[0]) if bias is None else bias for up, bias in zip(ups, biases, strict=True)]
+    present = [up.new_zeros(up.shape[:1]) if bias is None else bias for up, bias in zip(ups, biases, strict=True)]
     given = [] if all(bias is None for bias in biases) else present
     return torch.ops.lowrank_ops.lowrank_linear_grouped(x, downs, ups, given, backend=backend)  # type: ignore[no-any-return]
 

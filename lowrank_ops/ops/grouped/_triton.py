@@ -1,6 +1,7 @@
 """Runs ``lowrank_linear_grouped`` with Triton kernels: what they support, when ``auto`` prefers them, their launches.
 
-Tiles are those that ``lowrank_linear`` would take for a layer of the group's largest rank, also from its tuned table.
+Tiles are those of the tuned table, or what ``lowrank_linear`` would take for a layer of the group's largest rank, also
+from its own table.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .. import _tuning
 from ..linear import Problem as Layer
 from ..linear import _triton as single
 from ..linear._triton import _SUM_BLOCK, _has_pdl, _Launch, _on_device
-from ..linear._triton_config import DecodeConfig, PrefillConfig, decode_config, prefill_config
+from ..linear._triton_config import DecodeConfig, PrefillConfig, arch, decode_config, prefill_config
 
 if TYPE_CHECKING:
     from . import Problem
@@ -39,23 +41,44 @@ def supports_prefill(problem: Problem, config: PrefillConfig | None = None) -> s
 
 def prefill_tiles(problem: Problem) -> PrefillConfig | None:
     """None if no configuration covers the largest rank."""
-    return prefill_config(_by_member(problem))
+    tuned = _tuning.configured(tuned_entry(problem), "triton.prefill", PrefillConfig)
+    return tuned if tuned and tuned.rank >= max(problem.ranks) else prefill_config(_by_member(problem))
 
 
 def decode_tiles(problem: Problem) -> DecodeConfig:
-    """Tiles of at most 64 tokens: with those of 128, grouped_down_kernel spills on sm_100."""
+    """By default of at most 64 tokens: with 128, grouped_down_kernel spills on sm_100."""
+    if tuned := _tuning.configured(tuned_entry(problem), "triton.decode", DecodeConfig):
+        return tuned
     layer = _as_layer(problem)
     return decode_config(layer._replace(tokens=min(layer.tokens, 64)))
 
 
 def prefers_decode(problem: Problem) -> bool:
     """Below the break-even rank, as for ``lowrank_linear``: three launches or fewer for the whole group."""
-    return _preferred(problem)
+    return _preferred("triton.decode", problem)
 
 
 def prefers_prefill(problem: Problem) -> bool:
     """Likewise, unless t of a shared down would be recomputed per member."""
-    return not problem.shared and _preferred(problem)
+    return not problem.shared and _preferred("triton.prefill", problem)
+
+
+def table_shape(problem: Problem) -> dict[str, Any]:
+    """The problem under the keys of the tuned table."""
+    return {
+        "tokens": problem.tokens,
+        "in_features": problem.in_features,
+        "rank": max(problem.ranks),
+        "out_features": sum(problem.out_features),
+        "members": len(problem.ranks),
+        "shared": problem.shared,
+        "dtype": str(problem.dtype).removeprefix("torch."),
+    }
+
+
+def tuned_entry(problem: Problem) -> dict[str, Any] | None:
+    """The tuned table's entry for the nearest group, of any backend, if there is a table."""
+    return _tuning.nearest("lowrank_linear_grouped", arch(problem.device.capability), table_shape(problem))
 
 
 def run_decode(problem: Problem, *tensors: Any, config: DecodeConfig | None = None) -> list[Tensor]:
@@ -120,9 +143,11 @@ def _unsupported(problem: Problem) -> str | None:
     return None
 
 
-def _preferred(problem: Problem) -> bool:
+def _preferred(name: str, problem: Problem) -> bool:
     if problem.device.type != "cuda" or _unit(problem) != 8 or len(problem.ranks) < 2:
         return False
+    if (entry := tuned_entry(problem)) is not None:
+        return bool(entry["impl"] == name)
     pairs = zip(problem.ranks, problem.out_features, strict=True)
     factors = sum(rank * (problem.in_features + out) for rank, out in pairs)
     return factors < problem.in_features * sum(problem.out_features)

@@ -78,8 +78,9 @@ def _planned(problem: Problem, kind: str, choice: _native.Choice = _native.DEFAU
     reason, plan = _native.plan_lowrank_linear(
         problem.tokens,
         problem.in_features,
-        problem.rank,
-        problem.out_features,
+        [problem.rank],
+        [problem.out_features],
+        False,
         problem.dtype,
         _aligned(problem),
         _native.machine(problem.device),

@@ -217,9 +217,9 @@ def refusal(config: DecodeConfig | PrefillConfig | None, problem: Problem) -> st
     return None
 
 
-def tuned_entry(problem: Problem) -> dict[str, Any] | None:
-    """The tuned table's entry for the nearest problem, of any backend, if there is a table."""
-    shape = {
+def table_shape(problem: Problem) -> dict[str, Any]:
+    """The problem under the keys of the tuned table. ``dtype`` has the formats of 8-bit factors behind that of x."""
+    return {
         "tokens": problem.tokens,
         "in_features": problem.in_features,
         "rank": problem.rank,
@@ -230,7 +230,11 @@ def tuned_entry(problem: Problem) -> dict[str, Any] | None:
             if form is not None
         ),
     }
-    return _tuning.nearest("lowrank_linear", arch(problem.device.capability), shape)
+
+
+def tuned_entry(problem: Problem) -> dict[str, Any] | None:
+    """The tuned table's entry for the nearest problem, of any backend, if there is a table."""
+    return _tuning.nearest("lowrank_linear", arch(problem.device.capability), table_shape(problem))
 
 
 def _tuned_configs(impl: str, kind: type[Config], name: str) -> list[Config]:
