@@ -93,7 +93,6 @@ def objective(sensitivity: Sensitivity, output: Any, batch: Any, mask: Tensor | 
     return Objective(-log_likelihood.gather(-1, labels).sum(), len(labels))
 
 
-<<<<<<< HEAD
 def distance(sensitivity: Sensitivity, output: Any, target: Any, batch: Any, mask: Tensor | None) -> Tensor:
     """The loss of a changed model, whose second derivative at the dense model is what :func:`objective` streams.
 
@@ -123,7 +122,8 @@ def distance(sensitivity: Sensitivity, output: Any, target: Any, batch: Any, mas
         return 0.5 * (changed.float() - dense.float()).square().sum()
     log_q, log_p = (part.flatten(0, -2).float().log_softmax(-1) for part in (changed, dense))
     return F.kl_div(log_q, log_p, reduction="sum", log_target=True)
-=======
+
+
 def divergence(output: Any, dense: Any, mask: Tensor | None, temperature: float, argument: str, instead: str) -> Tensor:
     """temperature^2 KL(dense || student) of the softened distributions, mean over the rows that are real.
 
@@ -149,7 +149,6 @@ def divergence(output: Any, dense: Any, mask: Tensor | None, temperature: float,
         logits = [real_rows(part, mask) for part in logits]
     log_q, log_p = ((part.flatten(0, -2).float() / temperature).log_softmax(-1) for part in logits)
     return temperature**2 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
->>>>>>> main
 
 
 def _generator(batch: Any, device: torch.device) -> torch.Generator:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -169,14 +170,18 @@ def _differentiated(
                 with torch.no_grad():
                     target = None if callable(sensitivity) else forward(dense, moved)
                 loss = distance(sensitivity, output, target, moved, masks.of_output())
-            if not bool(loss.isfinite()):
-                raise ValueError(f"the loss of the compressed model is {float(loss)} in batch {index} (from 0).")
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"the loss of the compressed model is {value} in batch {index} (counted from 0). Check the batch and "
+                    "the loss, or run the model in a wider dtype."
+                )
             if gates and not loss.requires_grad:
                 raise ValueError(
                     "the loss does not depend on the compressed layers: forward and sensitivity must not detach "
                     "outputs, and forward has to run the copy that it is called with."
                 )
-            total += float(loss.detach())
+            total += value
             if gates:
                 gradients = torch.autograd.grad(loss, list(gates.values()), allow_unused=True)
                 for fqn, gradient in zip(gates, gradients, strict=True):
