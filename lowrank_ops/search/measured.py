@@ -173,8 +173,8 @@ def _differentiated(
             value = float(loss.detach())
             if not math.isfinite(value):
                 raise ValueError(
-                    f"the loss of the compressed model is {value} in batch {index} (counted from 0). Check the batch and "
-                    "the loss, or run the model in a wider dtype."
+                    f"the loss of the compressed model is {value} in batch {index} (counted from 0). Check the batch "
+                    "and the loss, or run the model in a wider dtype."
                 )
             if gates and not loss.requires_grad:
                 raise ValueError(
