@@ -98,7 +98,7 @@ CALLS = {
     "type(latencies).load": "path='list.json'",
     "lro.Ranks": "ranks={}",
     "lro.search_ranks": "model=model, covariances=covariances, evaluate=print, max_drop=0.1",
-    "lro.measured_ranks": "model=model, covariances=covariances, evaluate=print, fraction=0.8",
+    "lro.measured_ranks": "model=model, covariances=covariances, batches=batches, fraction=0.8",
     "lro.CompressionConfig": "",
     "lro.CompressionConfig.from_json": "text='{}'",
     "lro.compress_": "model=model, covariances=covariances",

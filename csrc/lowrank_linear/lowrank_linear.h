@@ -35,7 +35,7 @@ struct Group {
   int64_t rank;  // the largest
 };
 
-// The group with each member's scratch, which takes floats(rank), one after another; and what follows them.
+// Gives each member floats(rank) of the scratch that the first one has, one after another; returns what follows.
 template <class Floats>
 float* place_scratch(Group& group, const Floats& floats) {
   float* next = group.members[0].scratch;

@@ -56,7 +56,7 @@ def objective(sensitivity: Sensitivity, output: Any, batch: Any, mask: Tensor | 
             by sample; ``"fisher"``: the negative log-likelihood of labels drawn from the model's own distribution;
             ``"output"``: the output times random signs, whose expected squared gradient is that of the squared
             output (Hutchinson 1989); ``"pooled"``: the same for outputs (batch, positions, features) whose mean over
-            the positions is what is used, up to its length (sentence embeddings), see :func:`_pooled_signs`.
+            the positions is what is used, up to its length (sentence embeddings), see :func:`_pooled`.
         output: of the model.
         batch: that the model was given.
         mask: (batch, positions), the real positions; drops the others from outputs (batch, positions, features).
@@ -80,7 +80,9 @@ def objective(sensitivity: Sensitivity, output: Any, batch: Any, mask: Tensor | 
     samples = len(values)
     generator = _generator(batch, values.device)
     if sensitivity == "pooled":
-        return Objective(_pooled_signs(values, mask, generator), samples)
+        rows, mean = _pooled(values, mask)
+        of_rows, of_mean = _signs(rows, generator), _signs(mean, generator)
+        return Objective((rows * of_rows).sum() + (mean * of_mean).sum(), samples)
     if mask is not None and values.shape[:-1] == mask.shape:
         values = values[mask.to(values.device)]
     if sensitivity == "output":
@@ -89,6 +91,37 @@ def objective(sensitivity: Sensitivity, output: Any, batch: Any, mask: Tensor | 
     log_likelihood = values.flatten(0, -2).float().log_softmax(-1)  # (draws, classes)
     labels = torch.multinomial(log_likelihood.detach().exp(), 1, generator=generator)
     return Objective(-log_likelihood.gather(-1, labels).sum(), len(labels))
+
+
+def distance(sensitivity: Sensitivity, output: Any, target: Any, batch: Any, mask: Tensor | None) -> Tensor:
+    """The loss of a changed model, whose second derivative at the dense model is what :func:`objective` streams.
+
+    Args:
+        sensitivity, output, batch, mask: as for :func:`objective`.
+        target: the dense model's output; not used if ``sensitivity`` is a function.
+
+    Returns:
+        A scalar, summed over samples: the function's value, the Kullback-Leibler divergence of ``"fisher"``, or half
+        the squared difference of ``"output"`` and ``"pooled"``.
+    """
+    if callable(sensitivity):
+        return objective(sensitivity, output, batch, mask).loss
+    changed, dense = (_tensor(part, sensitivity) for part in (output, target))
+    if changed.shape != dense.shape:
+        raise ValueError(
+            f"the compressed model returns {tuple(changed.shape)} where the dense returns {tuple(dense.shape)}; the "
+            "shape of the output must not depend on the weights, or pass a function as sensitivity."
+        )
+    if sensitivity == "pooled":
+        rows, mean = _pooled(dense, mask)
+        changed_rows, changed_mean = _pooled(changed, mask, mean.norm(dim=-1, keepdim=True))
+        return 0.5 * ((changed_rows - rows).square().sum() + (changed_mean - mean).square().sum())
+    if mask is not None and changed.shape[:-1] == mask.shape:
+        changed, dense = (part[mask.to(part.device)] for part in (changed, dense))
+    if sensitivity == "output":
+        return 0.5 * (changed.float() - dense.float()).square().sum()
+    log_q, log_p = (part.flatten(0, -2).float().log_softmax(-1) for part in (changed, dense))
+    return F.kl_div(log_q, log_p, reduction="sum", log_target=True)
 
 
 def divergence(output: Any, dense: Any, mask: Tensor | None, temperature: float, argument: str, instead: str) -> Tensor:
@@ -129,8 +162,8 @@ def _signs(values: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randint(2, values.shape, generator=generator, device=values.device, dtype=torch.int8) * 2 - 1
 
 
-def _pooled_signs(values: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
-    """Random signs times every row, plus random signs times the direction of their mean; a scalar.
+def _pooled(values: Tensor, mask: Tensor | None, length: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Every row, and the direction of their mean, (batch, features), times ``length`` (batch, 1).
 
     Calibration sums the effects of single rows on the loss. That underestimates errors which the rows of a sample have
     in common: they add up in the mean, while errors of single rows cancel. With the mean's term alone, layers near the
@@ -146,9 +179,9 @@ def _pooled_signs(values: Tensor, mask: Tensor | None, generator: torch.Generato
     values = values.float()
     real = torch.ones_like(values[..., :1]) if mask is None else mask.to(values).unsqueeze(-1)
     total = (values * real).sum(1)  # (batch, features)
-    direction = F.normalize(total, dim=-1) * (MEAN_SCALE * total.detach().norm(dim=-1, keepdim=True))
-    of_rows, of_mean = _signs(values, generator), _signs(direction, generator)
-    return (values * of_rows * real).sum() + (direction * of_mean).sum()
+    if length is None:
+        length = MEAN_SCALE * total.detach().norm(dim=-1, keepdim=True)
+    return values * real, F.normalize(total, dim=-1) * length
 
 
 def _tensor(output: Any, kind: str) -> Tensor:

@@ -130,6 +130,7 @@ def _cases(device: torch.device) -> Iterator[tuple[str, tuple[Impl, ...], Any, _
                 yield _grouped(
                     x, [down, down[: rank // 2]], [up, up[:, : rank // 2].contiguous()], [None, up[:, 0].contiguous()]
                 )
+                yield _grouped(x, [down], [up, up[: outputs // 2], up[:8]], [None] * 3)  # one down for all
     for dtype, tf32 in (*((dtype, False) for dtype in DTYPES), (torch.float32, False), (torch.float32, True)):
         for state in (torch.float32, torch.float64):
             for matrix in MATRICES:

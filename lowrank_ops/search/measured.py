@@ -1,157 +1,220 @@
-"""measured_ranks: a budget allocated by predicted losses that trial compressions correct."""
+"""measured_ranks: a budget allocated by predicted losses that gradients of the compressed model correct."""
 
 from __future__ import annotations
 
-import re
-from collections import Counter
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..arguments import check_positive, checked
+from ..calibration.call_weights import SEED
 from ..calibration.covariances import Covariances
-from ..compress import considered_layers, decompose, resolved
+from ..calibration.objectives import Sensitivity, check_sensitivity, distance
+from ..compress import considered_layers, decompose, factorize_layers, resolved
 from ..config import CompressionConfig, ParameterBudget, Ranks
+from ..layers.replace import replace_
 from ..models.copies import filter_of_original, shared_copy
 from ..models.experts import list_experts_
 from ..models.layers import FilterFn
-from ..models.running import ProgressBar
+from ..models.masks import Mask, Masks
+from ..models.running import (
+    EMPTY,
+    ProgressBar,
+    call_model,
+    device_of,
+    differentiable,
+    evaluating,
+    hooks,
+    in_batch,
+    move,
+    warn_caller,
+)
 from ..ranks.choose import ChosenRanks, limits_of
 from ..subspaces.layer import LayerSubspaces
-from .search import accuracy_of
 
-MAX_CORRECTION = 10.0  # of a predicted loss in one round, in either direction
+MAX_CORRECTION = 10.0  # of a predicted loss, relative to all layers, in either direction
 
 
 @checked()
 def measured_ranks(
     model: nn.Module,
     covariances: Covariances,
-    evaluate: Callable[[nn.Module], float],
+    batches: Iterable[Any],
     fraction: float,
     *,
-    num_evaluations: int = 40,
+    sensitivity: Sensitivity = "fisher",
     rounds: int = 2,
     config: CompressionConfig | None = None,
     filter_fn: FilterFn | None = None,
+    mask: Mask | None = None,
+    unmasked_rows: str = "count",
+    forward: Callable[[nn.Module, Any], Any] | None = None,
     subspaces: Mapping[str, LayerSubspaces] | None = None,
-    cache: str | Path | None = None,
     progress: bool = False,
 ) -> Ranks:
-    """Ranks for a parameter budget, allocated by loss as trial compressions measure it.
+    """Ranks for a parameter budget, allocated by loss as gradients of the compressed model correct it.
 
-    The predicted loss of a layer ignores how other layers change its error. Layers are grouped by kind (their name
-    without numbers) and depth. Each round evaluates the model at the current ranks, and once per group with that group
-    left dense. The ratio of a group's measured to its predicted increase of the loss corrects the predictions of its
-    layers. The ranks with the best evaluation are returned, so by ``evaluate`` they are never worse than the ranks by
-    predicted loss.
+    The predicted loss of a layer ignores how other layers change its error. Each round compresses a copy of the model
+    and differentiates its loss by a factor of each layer's error, the output of the dense layer minus that of the
+    low-rank one. To second order, and with layers that do not interact, that derivative is the predicted loss twice.
+    The ratio of the two corrects the predictions of the layer, and the budget is allocated again. The ranks with the
+    lowest loss are returned. Costs ``rounds`` + 1 factorizations, forward passes and almost as many backward passes.
 
     Args:
-        model: as for :func:`lowrank_ops.search_ranks`, not changed.
+        model: the model that was calibrated. It is not changed, and other threads may run it meanwhile: the batches run
+            through copies of its structure, which share its parameters and have their own buffers.
         covariances: with output gradients, from :func:`lowrank_ops.calibrate`.
-        evaluate: ``evaluate(trial) -> float`` of a copy of the model, higher is better, such as the negative loss on a
-            few thousand tokens.
+        batches: as for :func:`lowrank_ops.calibrate`; a few thousand tokens or a few hundred images.
         fraction: of the layers' parameters, as in :class:`lowrank_ops.ParameterBudget`.
-        num_evaluations: at most this many trials in all; they set the number of groups. At least 2 * ``rounds`` + 3.
+        sensitivity: the loss. A function ``loss(output, batch)``, as for :func:`lowrank_ops.calibrate`; or the distance
+            from the dense model's output: ``"fisher"``: the Kullback-Leibler divergence of the distributions;
+            ``"output"``: half the squared difference; ``"pooled"``: of rows and of their mean, weighted as in
+            calibration.
         rounds: corrections, each at the ranks of the one before.
-        config, filter_fn, subspaces, cache, progress: as for :func:`lowrank_ops.search_ranks`.
+        config: projection, centering, overrides, bounds and pivoting; its rank policy is not used.
+        filter_fn, subspaces: as for :func:`lowrank_ops.compress_`.
+        mask, unmasked_rows, forward: as for :func:`lowrank_ops.calibrate`. ``forward`` has to run the copy that it is
+            called with.
+        progress: show a progress bar.
 
     Returns:
-        The ranks, a policy for :func:`lowrank_ops.compress_`; layers that stay dense are not named.
+        The ranks, a policy for :func:`lowrank_ops.compress_`; layers that stay dense are not named. The prediction of a
+        layer that no batch reaches, such as an expert, is not corrected.
 
     Raises:
-        RuntimeError, TypeError: as for :func:`lowrank_ops.search_ranks`.
-        ValueError: as for :func:`lowrank_ops.search_ranks`, a budget that cannot be met, statistics without output
-            gradients.
+        RuntimeError: another thread calibrates or compresses the model when this begins.
+        ValueError: an invalid argument, a budget that cannot be met, statistics without output gradients, a loss that
+            is not finite or does not depend on the compressed layers, a model that cannot be copied, or as for
+            :func:`lowrank_ops.compress_`.
 
     Example:
         >>> import torch, lowrank_ops as lro
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 64))
-        >>> x = torch.randn(256, 64)
-        >>> y = model(x).detach()
-        >>> covariances = lro.calibrate(model, [x], sensitivity="output")
-        >>> def accuracy(m):
-        ...     return -float((m(x) - y).square().mean())
-        >>> ranks = lro.measured_ranks(model, covariances, accuracy, 0.5, num_evaluations=8)
+        >>> batches = [torch.randn(256, 64)]
+        >>> covariances = lro.calibrate(model, batches, sensitivity="fisher")
+        >>> ranks = lro.measured_ranks(model, covariances, batches, 0.5)
         >>> report = lro.compress_(model, covariances, ranks)
     """
+    check_sensitivity(sensitivity)
     check_positive(rounds=rounds)
-    if num_evaluations < 2 * rounds + 3:
-        raise ValueError(f"num_evaluations must be an integer of at least {2 * rounds + 3}; got {num_evaluations!r}.")
     config = replace(CompressionConfig.of(config), rank=ParameterBudget(fraction, "loss"))
-    dense, filter_fn = shared_copy(model), filter_of_original(model, filter_fn)
+    batches = list(batches)
+    if not batches:
+        raise ValueError(EMPTY)
+    dense, filter_fn = shared_copy(model).requires_grad_(False), filter_of_original(model, filter_fn)
     list_experts_(dense)
     subspaces, _ = considered_layers(dense, covariances, filter_fn, subspaces, centered=config.centered)
     config = resolved(config, subspaces)
     decompose(config.rank, subspaces, progress)
-    measure = accuracy_of(dense, model, evaluate, subspaces, config, cache)
     limits = limits_of(subspaces, config.overrides, config.bounds, pivoted=config.pivoted)
-    groups = _groups([fqn for fqn in subspaces if fqn not in limits.fixed], (num_evaluations - 2) // rounds - 1)
-    weights = dict.fromkeys(subspaces, 1.0)
+    caused: dict[str, float] = {}  # in all rounds
+    predicted: dict[str, float] = {}
     best: tuple[float, ChosenRanks] | None = None
-    with ProgressBar(total=1 + rounds * (1 + len(groups)), desc="measuring", unit="trial", disable=not progress) as bar:
-
-        def trial(ranks: ChosenRanks) -> float:
-            accuracy = measure(ranks)
-            bar.set_postfix(accuracy=f"{accuracy:.4g}")
-            bar.update()
-            return accuracy
-
-        for last in [*([False] * rounds), True]:
-            ranks = limits.allocate(fraction, "loss", subspaces, weights)
-            accuracy = trial(ranks)
-            if best is None or accuracy > best[0]:
-                best = accuracy, ranks
-            if not last:
-                caused = [trial({**ranks, **dict.fromkeys(members)}) - accuracy for members in groups]
-                predicted = [sum(_dropped(subspaces[fqn], ranks[fqn]) for fqn in members) for members in groups]
-                for members, correction in zip(groups, _corrections(caused, predicted), strict=True):
-                    if correction is not None:
-                        weights |= dict.fromkeys(members, correction)
+    total = (rounds + 1) * len(batches)
+    with (
+        torch.inference_mode(False),
+        ProgressBar(total=total, desc="measuring", unit="batch", disable=not progress) as bar,
+    ):
+        for step in range(rounds + 1):
+            ranks = limits.allocate(fraction, "loss", subspaces, _corrections(caused, predicted))
+            trial = shared_copy(dense)
+            replace_(trial, dict(factorize_layers(subspaces, ranks, str(config.projection), keep_directions=True)))
+            gated = [fqn for fqn, rank in ranks.items() if rank is not None and fqn not in limits.fixed]
+            masks = Masks(trial, mask, unmasked_rows)
+            loss, found = _differentiated(
+                dense, trial, gated if step < rounds else [], batches, sensitivity, masks, forward or call_model, bar
+            )
+            bar.set_postfix(loss=f"{loss:.4g}")
+            if best is None or loss < best[0]:
+                best = loss, ranks
+            for fqn, value in found.items():
+                caused[fqn] = caused.get(fqn, 0.0) + value
+                predicted[fqn] = predicted.get(fqn, 0.0) + _dropped(subspaces[fqn], ranks[fqn])
+    if (warning := masks.finish()) is not None:  # the same in all rounds
+        warn_caller(warning)
     assert best is not None
     return Ranks({fqn: rank for fqn, rank in best[1].items() if rank is not None})
 
 
-def _groups(layers: Iterable[str], limit: int) -> list[list[str]]:
-    """At most ``limit`` groups of layers of one kind and of neighboring depth."""
-    kinds: dict[str, list[str]] = {}
-    for fqn in layers:
-        kinds.setdefault(re.sub(r"\d+", "", fqn), []).append(fqn)
-    if len(kinds) > limit:  # too many kinds: all layers by depth
-        kinds = {"": [fqn for members in kinds.values() for fqn in members]}
-    bands = Counter(dict.fromkeys(kinds, 1))
-    while bands.total() < limit:
-        kind = max(kinds, key=lambda kind: len(kinds[kind]) / bands[kind])
-        if len(kinds[kind]) == bands[kind]:
-            break
-        bands[kind] += 1
-    found = []
-    for kind, members in kinds.items():
-        size, rest = divmod(len(members), bands[kind])
-        start = 0
-        for band in range(bands[kind]):
-            stop = start + size + (band < rest)
-            found.append(members[start:stop])
-            start = stop
-    return found
+def _differentiated(
+    dense: nn.Module,
+    trial: nn.Module,
+    gated: Sequence[str],
+    batches: Sequence[Any],
+    sensitivity: Sensitivity,
+    masks: Masks,
+    forward: Callable[[nn.Module, Any], Any],
+    bar: ProgressBar,
+) -> tuple[float, dict[str, float]]:
+    """The loss of a trial, summed over the batches, and minus its derivative by leaving out each layer's error.
+
+    Args:
+        gated: the low-rank layers. Those that no batch calls are not in the result.
+    """
+    device = device_of(trial)
+    gates = {fqn: torch.zeros((), device=device, requires_grad=True) for fqn in gated}
+    total, caused = 0.0, dict[str, float]()
+    with differentiable(trial, SEED), evaluating(dense), hooks() as handles, torch.set_grad_enabled(bool(gates)):
+        masks.attach(handles)
+        for fqn, gate in gates.items():
+            hook = _without_error(dense.get_submodule(fqn), gate)
+            handles.append(trial.get_submodule(fqn).register_forward_hook(hook, with_kwargs=True))
+        for index, batch in enumerate(batches):
+            with in_batch(index):
+                moved = move(batch, device)
+                output = forward(trial, moved)
+                with torch.no_grad():
+                    target = None if callable(sensitivity) else forward(dense, moved)
+                loss = distance(sensitivity, output, target, moved, masks.of_output())
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"the loss of the compressed model is {value} in batch {index} (counted from 0). Check the batch "
+                    "and the loss, or run the model in a wider dtype."
+                )
+            if gates and not loss.requires_grad:
+                raise ValueError(
+                    "the loss does not depend on the compressed layers: forward and sensitivity must not detach "
+                    "outputs, and forward has to run the copy that it is called with."
+                )
+            total += value
+            if gates:
+                gradients = torch.autograd.grad(loss, list(gates.values()), allow_unused=True)
+                for fqn, gradient in zip(gates, gradients, strict=True):
+                    if gradient is not None:
+                        caused[fqn] = caused.get(fqn, 0.0) - float(gradient)
+            bar.update()
+    return total, caused
+
+
+def _without_error(dense: nn.Module, gate: Tensor) -> Callable[..., Tensor]:
+    """A forward hook that subtracts ``gate`` times the layer's error from its output."""
+
+    def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+        return output + gate * (dense(*args, **kwargs) - output)
+
+    return hook
 
 
 def _dropped(space: LayerSubspaces, rank: int | None) -> float:
-    """The predicted increase of the loss at a rank."""
+    """Twice the predicted increase of the loss at a rank."""
     assert space.loss is not None
     spectrum = space.loss.spectrum
     return 0.0 if rank is None else float(spectrum[..., rank:].sum())
 
 
-def _corrections(caused: Sequence[float], predicted: Sequence[float]) -> list[float | None]:
-    """By group, its measured over its predicted increase, relative to all groups; None if the group is dense.
+def _corrections(caused: Mapping[str, float], predicted: Mapping[str, float]) -> dict[str, float]:
+    """By layer, its measured over its predicted increase of the loss, relative to all layers.
 
-    Bounded: few tokens may show no increase for a group, which must not lose all its rank.
+    Bounded: few tokens may show no increase for a layer, which must not lose all its rank.
     """
-    scale = sum(max(value, 0.0) for value in caused) / sum(predicted) if any(predicted) else 0.0
-    if not scale:
-        return [None] * len(caused)
-    ratios = [value / (of * scale) if of else None for value, of in zip(caused, predicted, strict=True)]
-    return [None if ratio is None else min(max(ratio, 1 / MAX_CORRECTION), MAX_CORRECTION) for ratio in ratios]
+    total = sum(predicted.values())
+    scale = sum(caused.values()) / total if total else 0.0
+    if scale <= 0:
+        return {}
+    ratios = {fqn: value / (predicted[fqn] * scale) for fqn, value in caused.items() if predicted[fqn]}
+    return {fqn: min(max(ratio, 1 / MAX_CORRECTION), MAX_CORRECTION) for fqn, ratio in ratios.items()}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lowrank_ops as lro
 from lowrank_ops.calibration import objectives
-from lowrank_ops.calibration.objectives import MEAN_SCALE, _generator, _signs, objective
+from lowrank_ops.calibration.objectives import MEAN_SCALE, _generator, _signs, distance, objective
 from tests.calibration.comparing import assert_same_statistics
 
 
@@ -365,3 +365,27 @@ def test_processes_seeded_alike_draw_independently(monkeypatch: pytest.MonkeyPat
         seen.append(torch.autograd.grad(objective("fisher", values, values, None).loss, values)[0])
     assert torch.equal(seen[0], seen[3])
     assert not any(torch.equal(seen[a], seen[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
+
+
+@pytest.mark.parametrize("kind", ["fisher", "output", "pooled"])
+def test_distance_has_the_curvature_that_gradients_are_drawn_for(kind: str) -> None:
+    values, mask = torch.randn(1, 3, 4, dtype=torch.float64), torch.tensor([[True, True, False]])
+    assert float(distance(kind, values, values, None, mask)) == pytest.approx(0, abs=1e-12)
+
+    def of(changed: Tensor) -> Tensor:
+        return distance(kind, changed.view(values.shape), values, None, mask)
+
+    expected = torch.eye(12, dtype=torch.float64)
+    if kind == "fisher":
+        p = values.flatten(0, 1).softmax(-1)
+        expected = torch.block_diag(*(row.diag() - row.outer(row) for row in p))
+    if kind == "pooled":
+        mean = nn.functional.normalize(values[0, :2].sum(0), dim=0)
+        expected += MEAN_SCALE**2 * (torch.eye(4) - mean.outer(mean)).tile(3, 3)
+    expected[8:] = expected[:, 8:] = 0  # padding
+    torch.testing.assert_close(torch.autograd.functional.hessian(of, values.flatten()), expected)
+
+
+def test_distance_of_other_shapes_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"returns \(2, 3\) where the dense returns \(2, 4\)"):
+        distance("output", torch.zeros(2, 3), torch.zeros(2, 4), None, None)
