@@ -92,6 +92,7 @@ VARIANTS = {
     "loss, pivoted, corrected": PIVOTED,
     "loss, damped": Variant("loss", "loss", damped=True),
     "loss, damped, pivoted, corrected": BEST,
+    "loss, damped, pivoted, measured ranks": BEST._replace(corrected=False, then=("measured",)),
     "loss, damped, pivoted, corrected, measured ranks": BEST._replace(then=("measured",)),
     "loss, damped, pivoted, corrected, measured ranks, blocks": BEST._replace(then=("measured", "blocks")),
     "loss, damped, pivoted, corrected, measured ranks, distilled": BEST._replace(then=("measured", "distilled")),
