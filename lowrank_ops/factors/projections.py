@@ -174,8 +174,9 @@ def stored_as(
         pivoted: the layer stores pivot rows and coefficients.
     """
     pivots = pivots_of(factors.down, factors.up) if pivoted else None
+    wide = torch.promote_types(factors.down.dtype, torch.float32)
     down, up = (
-        part if form is None else dequantized(*quantized(part, form), torch.float32)
+        part if form is None else dequantized(*quantized(part, form), wide)
         for part, form in zip((pivots or (factors.down, factors.up))[:2], formats, strict=True)
     )
     if pivots is not None:
