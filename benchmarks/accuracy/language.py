@@ -40,6 +40,7 @@ KINDS = ("python", "handbook")
 STEPS = 200  # of a distillation, one sequence each
 WINDOW = 256  # tokens of one sequence
 BATCH = 4  # sequences
+DAMPING = 0.1  # of the inputs; half of it of the output gradients
 MEASURED = 4  # every so many-th calibration batch is one that measured ranks are corrected by
 PROMPTS = (
     "What is the capital of France?",
@@ -65,10 +66,12 @@ class Variant(NamedTuple):
     then: tuple[str, ...] = ()  # of "measured", "midpoint", "sequential", "blocks", "distilled", "distilled on all"
     pivoted: bool = False
     corrected: bool = False  # predictions
+    damped: bool = False  # statistics, by DAMPING
     form: str | None = None  # of 8-bit factors and weights of a model in bfloat16; the budget is then of bytes
 
 
-BEST = Variant("loss", "loss", pivoted=True, corrected=True)  # one-shot
+PIVOTED = Variant("loss", "loss", pivoted=True, corrected=True)
+BEST = PIVOTED._replace(damped=True)  # one-shot
 
 
 # SVD-LLM (Wang et al. 2024, arXiv 2403.07378) computes output PCA with uniform ranks. KFAC-SVD's factors are those by
@@ -86,13 +89,18 @@ VARIANTS = {
     "output, uniform, pivoted": Variant("output", "uniform", pivoted=True),
     "loss, pivoted": Variant("loss", "loss", pivoted=True),
     "loss, corrected": Variant("loss", "loss", corrected=True),
-    "loss, pivoted, corrected": BEST,
-    "loss, pivoted, corrected, measured ranks": BEST._replace(then=("measured",)),
-    "loss, pivoted, corrected, sequential": BEST._replace(then=("sequential",)),
-    "loss, pivoted, corrected, blocks": BEST._replace(then=("blocks",)),
-    "loss, pivoted, corrected, distilled": BEST._replace(then=("distilled",)),
-    "loss, pivoted, corrected, distilled on all": BEST._replace(then=("distilled on all",)),
-    "loss, pivoted, corrected, blocks, distilled": BEST._replace(then=("blocks", "distilled")),
+    "loss, pivoted, corrected": PIVOTED,
+    "loss, damped": Variant("loss", "loss", damped=True),
+    "loss, damped, pivoted, corrected": BEST,
+    "loss, damped, pivoted, measured ranks": BEST._replace(corrected=False, then=("measured",)),
+    "loss, damped, pivoted, corrected, measured ranks": BEST._replace(then=("measured",)),
+    "loss, damped, pivoted, corrected, measured ranks, blocks": BEST._replace(then=("measured", "blocks")),
+    "loss, damped, pivoted, corrected, measured ranks, distilled": BEST._replace(then=("measured", "distilled")),
+    "loss, damped, pivoted, corrected, sequential": BEST._replace(then=("sequential",)),
+    "loss, damped, pivoted, corrected, blocks": BEST._replace(then=("blocks",)),
+    "loss, damped, pivoted, corrected, distilled": BEST._replace(then=("distilled",)),
+    "loss, damped, pivoted, corrected, distilled on all": BEST._replace(then=("distilled on all",)),
+    "loss, damped, pivoted, corrected, blocks, distilled": BEST._replace(then=("blocks", "distilled")),
     "no factors, int8": Variant("none", "uniform", form="int8"),
     "loss, int8": Variant("loss", "loss", form="int8"),
     "loss, fp8": Variant("loss", "loss", form="fp8"),
@@ -189,10 +197,9 @@ class Study:
                 dense, self.batches, filter_fn=is_block_layer, sensitivity=self.sensitivity, progress=True
             )
             found.save(self.cached)
-        self.covariances = lro.Covariances.load(self.cached)
+        self.covariances = lro.Covariances.load(self.cached, packed=True)
         self.calibration_seconds = time.perf_counter() - started
-        layers = {fqn: dense.get_submodule(fqn) for fqn in self.covariances}
-        self.plain = layer_subspaces(layers, self.covariances)
+        self.kept: tuple[Any, ...] = (None,)  # by subspaces
 
     def text(self, tokens: int) -> Tensor:
         """Sequences (tokens / WINDOW, WINDOW) for calibration, equally many and in turn of every kind."""
@@ -203,39 +210,41 @@ class Study:
     def answers(self) -> list[list[int]]:
         return answers(self.dense, self.tokenizer)[0]
 
-    @cached_property
-    def bfloat16(self) -> dict[str, LayerSubspaces]:
-        """Subspaces of the model in bfloat16."""
-        model = copy.deepcopy(self.dense).bfloat16()
-        return layer_subspaces({fqn: model.get_submodule(fqn) for fqn in self.covariances}, self.covariances)
+    def subspaces(self, variant: Variant) -> tuple[lro.Covariances, dict[str, LayerSubspaces]]:
+        """Statistics and subspaces of a variant, kept until one needs others."""
+        kind = (variant.damped, variant.corrected, variant.form is not None)
+        if self.kept[0] != kind:
+            self.kept = (None,)  # frees their memory
+            covariances = self.covariances.damped(DAMPING) if variant.damped else self.covariances
+            model = self.dense if variant.form is None else copy.deepcopy(self.dense).bfloat16()
+            found = layer_subspaces({fqn: model.get_submodule(fqn) for fqn in covariances}, covariances)
+            if variant.corrected:
+                file = self.cached.with_suffix(".damped.corrected.pt" if variant.damped else ".corrected.pt")
+                if not file.exists():
+                    torch.save(self.corrections(covariances), file)
+                for fqn, spectrum in torch.load(file).items():
+                    loss = found[fqn].loss
+                    assert loss is not None
+                    loss.corrected = spectrum
+            self.kept = kind, covariances, found
+        return self.kept[1:]  # type: ignore[return-value]
 
-    @cached_property
-    def corrected(self) -> dict[str, LayerSubspaces]:
-        """Subspaces with corrected predictions, by labels that are drawn from the model's own distribution."""
-        file = self.cached.with_suffix(".corrected.pt")
-        if not file.exists():
-            with torch.autocast("cpu", self.autocast or torch.bfloat16, self.autocast is not None):
-                found = lro.correct_predictions(
-                    self.dense, self.covariances, self.batches[::2], filter_fn=is_block_layer, progress=True
-                )
-            torch.save({fqn: space.loss.corrected for fqn, space in found.items() if space.loss is not None}, file)
-        found = layer_subspaces({fqn: self.dense.get_submodule(fqn) for fqn in self.covariances}, self.covariances)
-        for fqn, spectrum in torch.load(file).items():
-            loss = found[fqn].loss
-            assert loss is not None
-            loss.corrected = spectrum
-        return found
+    def corrections(self, covariances: lro.Covariances) -> dict[str, Tensor]:
+        """Corrected spectra, by labels that are drawn from the model's own distribution."""
+        with torch.autocast("cpu", self.autocast or torch.bfloat16, self.autocast is not None):
+            found = lro.correct_predictions(
+                self.dense, covariances, self.batches[::2], filter_fn=is_block_layer, progress=True
+            )
+        return {fqn: space.loss.corrected for fqn, space in found.items() if space.loss is not None}  # type: ignore[misc]
 
     def measure(self, name: str, budget: float) -> dict[str, Any]:
         """Everything that is reported of one compressed model."""
         variant, student = VARIANTS[name], copy.deepcopy(self.dense)
-        subspaces = self.corrected if variant.corrected else self.plain  # once for all budgets
         if variant.form is not None:
-            for fqn, space in self.bfloat16.items():
-                space.loss.corrected = subspaces[fqn].loss.corrected  # type: ignore[union-attr]
-            student, subspaces = student.bfloat16(), self.bfloat16
+            student = student.bfloat16()
+        statistics = self.subspaces(variant)
         started = time.perf_counter()
-        kept = self.compress(student, name, budget, subspaces)
+        kept = self.compress(student, name, budget, *statistics)
         for step, tokens in {"distilled": self.options.tokens, "distilled on all": STEPS * WINDOW}.items():
             if step in variant.then:
                 self.distill(student, self.text(tokens), self.checkpoint(name, budget, step))
@@ -267,7 +276,14 @@ class Study:
         done = name[: name.index(step)] + step
         return self.cached.with_suffix(f".{budget:g}.{done.replace(', ', '-').replace(' ', '-')}.safetensors")
 
-    def compress(self, model: nn.Module, name: str, budget: float, subspaces: dict[str, LayerSubspaces]) -> float:
+    def compress(
+        self,
+        model: nn.Module,
+        name: str,
+        budget: float,
+        covariances: lro.Covariances,
+        subspaces: dict[str, LayerSubspaces],
+    ) -> float:
         """Compress ``model`` in place; the share of the layers' bytes that it keeps."""
         variant, share = VARIANTS[name], budget / 100
         policy: Any = lro.ParameterBudget(share, variant.allocation)
@@ -279,11 +295,10 @@ class Study:
                 weight.data = dequantized(*quantized(weight.data, str(variant.form)), weight.dtype)
             return 0.5 + 2 * sum(map(len, weights)) / sum(weight.numel() for weight in weights)  # 4 bytes per scale
         if variant.projection == "asvd":
-            ranks = choose_ranks(policy, subspaces)
-            replace_(model, {fqn: asvd(subspaces[fqn], rank) for fqn, rank in ranks.items() if rank is not None})
+            chosen = choose_ranks(policy, subspaces)
+            replace_(model, {fqn: asvd(subspaces[fqn], rank) for fqn, rank in chosen.items() if rank is not None})
             return share
         config = lro.CompressionConfig(policy, projection=variant.projection, pivoted=variant.pivoted)
-        covariances = self.covariances
         if "midpoint" in variant.then:
             covariances = lro.recalibrate(model, covariances, self.batches, config, sensitivity=self.sensitivity)
             subspaces = layer_subspaces({fqn: model.get_submodule(fqn) for fqn in covariances}, covariances)

@@ -70,7 +70,7 @@ def read_covariances(
                 read = {name: read_tensor(file, f"{i}.{name}", checksums) for name in names}
                 if version == _FORMAT and not packed:
                     read["second_moment"] = from_lower_triangle(read["second_moment"], read["total"].shape[-1])
-                moments.append(Moments(**read, count=count))
+                moments.append(Moments(**read, count=count, place="disk" if packed and version == _FORMAT else None))
         layers = {
             fqn: LayerStatistics(entry["side"], **{name: moments[entry[name]] for name in MOMENTS if name in entry})
             for fqn, entry in header["layers"].items()

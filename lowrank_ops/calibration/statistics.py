@@ -36,10 +36,17 @@ class Moments:
 
     shift: Tensor | None = None
 
-    def __init__(self, second_moment: Tensor, total: Tensor, count: int = 0, shift: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        second_moment: Tensor,
+        total: Tensor,
+        count: int = 0,
+        shift: Tensor | None = None,
+        *,
+        place: str | None = None,
+    ) -> None:
         self._stored = second_moment  # or its lower triangle, after pack_
-        self.total, self.count, self.shift = total, count, shift
-        self._place: str | None = None
+        self.total, self.count, self.shift, self._place = total, count, shift, place
 
     def __repr__(self) -> str:
         place = f", packed in {self._place or 'memory'}" if self.is_packed else ""
@@ -142,8 +149,12 @@ class Moments:
     def _squares(self) -> Tensor:
         if not self.is_packed:
             return self._stored.diagonal(dim1=-2, dim2=-1)
+        return self._stored[..., self._packed_diagonal]
+
+    @property
+    def _packed_diagonal(self) -> Tensor:
         rows = torch.arange(1, self.total.shape[-1] + 1, device=self._stored.device)
-        return self._stored[..., rows * (rows + 1) // 2 - 1]
+        return rows * (rows + 1) // 2 - 1
 
     @property
     def rounding(self) -> float:
@@ -169,6 +180,23 @@ class Moments:
             _add_outer(moment, self.offset, -1)
             _add_outer(moment, self.mean, 1)
         return moment
+
+    def damped(self, share: float, *, centered: bool) -> Moments:
+        """The same moments with independent noise on every feature, whose variance is ``share`` of the mean variance.
+
+        Or of the mean square, if not ``centered``.
+        """
+        squares = self._squares.double()
+        if centered:
+            squares = (squares - max(self.count, 1) * self.offset.square()).clamp_min(0)
+        stored = self.packed("disk") if self._place == "disk" else self._stored.clone()
+        found = Moments(stored, self.total, self.count, self.shift, place=self._place)
+        noise = (share * squares.mean(-1, keepdim=True)).to(stored.dtype)
+        if self.is_packed:
+            stored[..., self._packed_diagonal] += noise
+        else:
+            stored.diagonal(dim1=-2, dim2=-1).add_(noise)
+        return found
 
     def about(self, shift: Tensor | None) -> Moments:
         """The same rows as sums about another shift; ``count`` must be the number of rows."""

@@ -122,6 +122,10 @@ def _add_compression(parser: argparse.ArgumentParser) -> None:
         help="layer name or re:pattern to leave dense; can be repeated",
     )  # fmt: skip
     ranks.add_argument(
+        "--damping", type=share, metavar="SHARE",
+        help="ranks and factors for inputs with noise of this share of their variance, and gradients with half of it",
+    )  # fmt: skip
+    ranks.add_argument(
         "--correct", action="store_true",
         help="run --calibration again and measure how the errors of a sample's tokens add up, for ranks by loss",
     )  # fmt: skip
@@ -192,6 +196,7 @@ def run(options: argparse.Namespace) -> Result:
                     model, covariances, load_batches(options, model), config, **calibration_arguments(options)
                 ),
             )
+    covariances = _damped(options, covariances)
     reconstruction = None
     if options.reconstruct:
         make = RECONSTRUCTIONS[options.reconstruct]
@@ -239,7 +244,7 @@ def _run_on_folder(options: argparse.Namespace) -> Result:
     report = compress_folder(
         source,
         options.out,
-        Covariances.load(options.covariances, packed=True),
+        _damped(options, Covariances.load(options.covariances, packed=True)),
         _config(options, _policy(options)),
         device=options.device,
         progress=True,
@@ -248,6 +253,13 @@ def _run_on_folder(options: argparse.Namespace) -> Result:
     if (options.out / "config.json").exists():
         loader = "import lowrank_ops, transformers; from_pretrained({!r}) of the model's class"
     return _result(options, report, loader.format(str(options.out)))
+
+
+def _damped(options: argparse.Namespace, covariances: Covariances) -> Covariances:
+    if options.damping is None:
+        return covariances
+    with failing_as("--damping"):
+        return covariances.damped(options.damping)
 
 
 def _result(options: argparse.Namespace, report: CompressionReport, loading: str) -> Result:

@@ -168,8 +168,9 @@ def stored_as(factors: Factors, spaces: LayerSubspaces, formats: Formats, loss: 
         formats: of down and up.
         loss, error: predicted increases by rounding to 8 bits, added to those of the factors.
     """
+    wide = torch.promote_types(factors.down.dtype, torch.float32)
     down, up = (
-        part if form is None else dequantized(*quantized(part, form), torch.float32)
+        part if form is None else dequantized(*quantized(part, form), wide)
         for part, form in zip((factors.down, factors.up), formats, strict=True)
     )
     exact = factors.to(spaces.mean.dtype, spaces.mean.device)

@@ -47,25 +47,24 @@ def uninterrupted_exits() -> Iterator[None]:
     Python raises KeyboardInterrupt between any two instructions, also before the first one of an ``__exit__``, which
     can therefore not catch it. What changes a model for a while enters this block first.
     """
-    handle = signal.getsignal(signal.SIGINT)
     in_main = threading.current_thread() is threading.main_thread()  # others cannot set handlers, and get no signals
-    if not in_main or not callable(handle) or isinstance(handle, _Deferring):
+    if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # the user's own, or ours
         yield
         return
-    deferring = _Deferring(handle)
+    deferring = _Deferring()
     try:
         signal.signal(signal.SIGINT, deferring)
         yield
     finally:
         if signal.getsignal(signal.SIGINT) is deferring:
-            signal.signal(signal.SIGINT, handle)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class _Deferring:
     """A handler of SIGINT that waits, for a few seconds at most, until no function of ``_PROTECTED`` runs."""
 
-    def __init__(self, handle: Callable[[int, FrameType | None], Any]) -> None:
-        self._handle, self._first, self._again = handle, 0.0, False
+    def __init__(self) -> None:
+        self._first, self._again = 0.0, False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         self._first = self._first or time.monotonic()
@@ -75,8 +74,8 @@ class _Deferring:
             waits, inner = inner.f_code.co_name.startswith(_PROTECTED), inner.f_back
         if not waits or time.monotonic() - self._first > PATIENCE:
             self._first = 0.0
-            self._handle(number, frame)
-        elif not self._again:
+            raise KeyboardInterrupt
+        if not self._again:
             self._again = True
             _thread.start_new_thread(self._interrupt_again, ())
 

@@ -75,6 +75,53 @@ def test_shared_moments_are_stored_once():
     assert list(covariances.skipped) == ["attention"]
 
 
+# --- damping ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["memory", "packed", "disk"])
+def test_damped_adds_noise_to_every_feature(place):
+    covariances = calibrated(images(), sensitivity="output")
+    before = {fqn: copy.deepcopy(layer.moments()) for fqn, layer in covariances.items()}
+    if place != "memory":
+        covariances.pack_("disk" if place == "disk" else None)
+    damped = covariances.damped(0.1, output_gradients=0.02)
+    assert damped.unreached == covariances.unreached and shared_inputs(damped) == [["conv"], ["a", "b"]]
+    for fqn, layer in damped.items():
+        for name, moments in layer.moments().items():
+            old, centered = before[fqn][name], name != "output_gradients"
+            of_features = old.moment(centered=centered).diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+            noise = (0.02 if name == "output_gradients" else 0.1) * of_features
+            expected = old.moment(centered=centered) + torch.diag_embed(noise.expand(old.mean.shape))
+            torch.testing.assert_close(moments.moment(centered=centered), expected)
+            torch.testing.assert_close(moments.mean, old.mean)
+            assert moments.is_packed == (place != "memory")
+            assert covariances[fqn].moments()[name].equals(before[fqn][name]) or moments.is_packed  # not changed
+
+
+def test_damped_factors_bear_noise_better():
+    model, rows = nn.Sequential(nn.Linear(32, 32)), torch.randn(400, 4) @ torch.randn(4, 32)
+    rows += 1e-3 * torch.randn_like(rows)
+    noisy = rows + 0.3 * rows.std() * torch.randn_like(rows)
+    covariances, errors = lro.calibrate(model, [rows]), []
+    for given in (covariances, covariances.damped(0.09)):
+        compressed = copy.deepcopy(model)
+        lro.compress_(compressed, given, lro.CompressionConfig(8))
+        errors.append((compressed(noisy) - model(noisy)).square().mean().item())
+    assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("arguments", [(-0.1,), (float("inf"),), (0.1, -1.0), (0.1, float("nan"))])
+def test_damping_refuses_impossible_noise(arguments):
+    with pytest.raises(ValueError, match="must be a finite number >= 0"):
+        calibrated(images()).damped(*arguments)
+
+
+def test_damping_refuses_streamed_outputs():
+    covariances = calibrated(images(), side="output")
+    with pytest.raises(ValueError, match=r'these layers were streamed.*conv, a, b.*side="input"'):
+        covariances.damped(0.1)
+
+
 # --- merge ------------------------------------------------------------------------------------------------------
 
 

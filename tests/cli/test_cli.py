@@ -347,6 +347,17 @@ class TestCompress:
     ) -> None:
         assert reason in refused(capsys, 2, *COMPRESS, "--recalibrate", *arguments)
 
+    def test_damping_changes_the_factors(self, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        argv = [*COMPRESS, "--sensitivity", "fisher", "--json", "--budget", "0.8"]
+        predicted = []
+        for more in ([], ["--damping", "0.1"]):
+            assert cli.main([*argv, *more]) == 0
+            layers = json.loads(capsys.readouterr().out)["compression"]["layers"]
+            predicted.append([layer["predicted_loss"] for layer in layers])
+        assert predicted[0] != predicted[1]
+        line = refused(capsys, 1, *COMPRESS, "--side", "output", "--budget", "0.8", "--damping", "0.1")
+        assert "--damping failed: the outputs of these layers were streamed" in line
+
     def test_correct_changes_the_predicted_loss(self, capsys: pytest.CaptureFixture[str]) -> None:
         argv = [*COMPRESS, "--sensitivity", "fisher", "--json", "--budget", "0.8"]
         predicted = []

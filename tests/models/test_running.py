@@ -310,18 +310,24 @@ def test_an_interrupt_does_not_wait_for_ever(monkeypatch):
         pass
 
 
-def test_handlers_of_the_user_are_called_and_kept():
-    called: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: called.append(number))
+def test_handlers_of_the_user_stay():
+    mine, called = lambda number, frame: called.append(number), []
+    before = signal.getsignal(signal.SIGINT)
     try:
-        mine = signal.getsignal(signal.SIGINT)
         with evaluating(small()):
-            signal.raise_signal(signal.SIGINT)
+            signal.signal(signal.SIGINT, mine)
+            with evaluating(small()):
+                signal.raise_signal(signal.SIGINT)
         assert called == [signal.SIGINT] and signal.getsignal(signal.SIGINT) is mine
-        with evaluating(small()):
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-        with evaluating(small()):  # nothing to call
-            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_other_threads_do_not_touch_handlers():
+    before = signal.getsignal(signal.SIGINT)
+
+    def work() -> object:
+        with evaluating(small()):
+            return signal.getsignal(signal.SIGINT)
+
+    assert in_thread(work) is before

@@ -147,12 +147,17 @@ def saved_checkpoint(path: Path, make: Callable[[], nn.Module] = network, **opti
 
 
 def saved_eight_bit(path: Path) -> None:
-    """One factor of each form, and one of the layer's dtype."""
-    model = network()
+    """Factors of each form, one of the layer's dtype, and a dense layer."""
+    model = nn.Sequential(*network(), nn.Linear(6, 6))
     lro.compress_(model, lro.calibrate(model, batches()), RANKS)
     model[0].quantize_("int8")
     model[2].quantize_("fp8", up=False)
+    model[3] = lro.layers.EightBitLinear.from_linear(model[3])
     lro.save_pretrained(model, path.parent)
+
+
+def load_eight_bit(path: Path) -> str:
+    return load_checkpoint(path, lambda: nn.Sequential(*network(), nn.Linear(6, 6)))
 
 
 class Format(NamedTuple):
@@ -165,7 +170,7 @@ class Format(NamedTuple):
 
 FORMATS = {
     "checkpoint": Format(WEIGHTS_FILE, saved_checkpoint, load_checkpoint),
-    "checkpoint, 8-bit factors": Format(WEIGHTS_FILE, saved_eight_bit, load_checkpoint),
+    "checkpoint, 8-bit factors": Format(WEIGHTS_FILE, saved_eight_bit, load_eight_bit),
     "checkpoint, pivoted layers": Format(WEIGHTS_FILE, partial(saved_checkpoint, pivoted=True), load_checkpoint),
     "checkpoint, grouped layers": Format(
         WEIGHTS_FILE, partial(saved_checkpoint, make=Siblings, rank=4, group=True), load_siblings

@@ -459,11 +459,13 @@ def test_every_problem_has_an_implementation() -> None:
         counts.update(seen)
 
 
-@pytest.mark.parametrize("kind", ["two factors", "int8", "fp8", "pivoted"])
+@pytest.mark.parametrize("kind", ["two factors", "int8", "fp8", "pivoted", "8-bit weight"])
 def test_low_rank_layers_take_what_linear_layers_take(kind: str) -> None:
     layer, linear = lro.LowRankLinear(8, 6, rank=3), torch.nn.Linear(8, 6)
     if kind == "pivoted":
         layer = lro.layers.PivotedLinear(8, 6, rank=3)
+    elif kind == "8-bit weight":
+        layer = lro.layers.EightBitLinear(8, 6)
     elif kind != "two factors":
         layer.quantize_(kind)
     for name, view in LAYOUTS.items():

@@ -11,6 +11,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -22,7 +23,7 @@ from torch import nn
 import lowrank_ops as lro
 from lowrank_ops.calibration import resume
 from lowrank_ops.files import digest
-from tests.reliability.campaign import figures, sized
+from tests.reliability.campaign import LONG, figures, sized
 
 
 def network(seed: int = 0) -> nn.Sequential:
@@ -41,6 +42,12 @@ RANKS = lro.Ranks({"0": 6, "2": 8, "4": 4})
 def compress(folder: Path, seed: int) -> None:
     model = network(seed)
     report = lro.compress_(model, lro.calibrate(model, batches(), sensitivity="output"), RANKS)
+    lro.save_pretrained(model, folder, report)
+
+
+def compress_to_eight_bits(folder: Path, seed: int) -> None:
+    model = network(seed)
+    report = lro.compress_(model, lro.calibrate(model, batches()), lro.ByteBudget(0.3, allocation="uniform"))
     lro.save_pretrained(model, folder, report)
 
 
@@ -66,11 +73,15 @@ def covariances(folder: Path) -> str:
     return digest({fqn: layer.moments() for fqn, layer in lro.Covariances.load(folder / "file").items()})
 
 
-def reconstruct(folder: Path, seed: int = 0) -> None:
+def reconstruct(folder: Path, seed: int = 0, kind: Any = lro.SequentialReconstruction) -> None:
     model = network()
-    settings = lro.SequentialReconstruction(batches(), checkpoint=folder / "file")
+    settings = kind(batches(), checkpoint=folder / "file")
     lro.compress_(model, lro.calibrate(model, batches()), RANKS, reconstruction=settings)
     lro.save_pretrained(model, folder / "result")
+
+
+def reconstruct_blocks(folder: Path, seed: int = 0) -> None:
+    reconstruct(folder, kind=partial(lro.BlockReconstruction, epochs=1))
 
 
 def finetune(folder: Path, seed: int = 0) -> None:
@@ -124,6 +135,11 @@ WORKS = {
     "finetune_, resumed": Work(finetune, result, False),
     "search_ranks with a cache, resumed": Work(search, result, False),
 }
+if LONG:  # make test has enough of their kind
+    WORKS |= {
+        "compress_ to 8 bits and save_pretrained over a good checkpoint": Work(compress_to_eight_bits, loaded, True),
+        "compress_ with a block reconstruction, resumed": Work(reconstruct_blocks, result, False),
+    }
 
 
 def in_a_child(work: Callable[[], object], after: float | None = None) -> bool:

@@ -11,7 +11,13 @@ import torch
 from torch import nn
 
 import lowrank_ops as lro
-from lowrank_ops.ops import covariance_finalize_, covariance_update_, lowrank_linear
+from lowrank_ops.ops import (
+    covariance_finalize_,
+    covariance_update_,
+    lowrank_experts,
+    lowrank_linear,
+    lowrank_linear_grouped,
+)
 from tests.reliability.campaign import LONG, figures, sized
 
 GROWTH = 4 << 20  # bytes; the allocator's own noise
@@ -41,6 +47,14 @@ def forwards(call: int) -> None:
     lowrank_linear(x, FACTORS[0], FACTORS[1])
 
 
+def layer_forwards(call: int) -> None:
+    """8-bit, pivoted and grouped layers and experts, also of new shapes."""
+    x = torch.randn(1 + call % 5000, 16)[-64:]
+    LAYERS[call % len(LAYERS)](x)
+    lowrank_linear_grouped(x, [FACTORS[0]] * 2, [FACTORS[1]] * 2)
+    lowrank_experts(x, torch.tensor([len(x) // 2, len(x)]), [FACTORS[0]] * 2, [FACTORS[1]] * 2, [None] * 2)
+
+
 def backwards(call: int) -> None:
     lowrank_linear(torch.randn(8, 16), FACTORS[0].clone().requires_grad_(), FACTORS[1]).sum().backward()
 
@@ -54,8 +68,15 @@ def calibrations(call: int) -> None:
 
 STATE = torch.zeros(64, 64), torch.zeros(64)
 FACTORS = torch.randn(8, 16), torch.randn(24, 8)
+LAYERS = [
+    lro.LowRankLinear(16, 24, 8).quantize_("int8"),
+    lro.LowRankLinear(16, 24, 8).quantize_("fp8"),
+    lro.layers.EightBitLinear(16, 24),
+    lro.layers.PivotedLinear(16, 24, 8),
+]
 MODEL = nn.Sequential(nn.Linear(32, 48), nn.Tanh(), nn.Linear(48, 32))
 WORKS = {"updates": (updates, 600, 10000), "forwards": (forwards, 600, 10000), "backwards": (backwards, 200, 10000)}
+WORKS["forwards of other layers"] = (layer_forwards, 100, 10000)
 WORKS["calibrations and compressions"] = (calibrations, 5, 100)
 
 

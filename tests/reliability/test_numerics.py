@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from collections.abc import Iterator
 
@@ -79,20 +80,45 @@ def test_predicted_errors_are_measured(kind: str) -> None:
                     for rank in RANKS:
                         for projection in ("output", "loss", "utilized", "input"):
                             factors = factorize(space, rank, projection)
-                            layer = lro.LowRankLinear.from_factors(model[0], factors)
-                            error, size = measured(model[0], x, layer), float(model[0](x).square().sum(-1).mean())
+                            size, variance = float(model[0](x).square().sum(-1).mean()), factors.output_variance
                             assert factors.predicted_error is not None
-                            # Both outputs are rounded: their difference by a few eps of their size.
-                            rounding = 64 * torch.finfo(torch.float64).eps * size**0.5
-                            differ = abs(factors.predicted_error - error) - (2 * error**0.5 + rounding) * rounding
-                            variance = factors.output_variance
-                            assert differ <= 1e-6 * variance, (count, centered, rank, projection, differ, variance)
-                            worst = max(worst, differ / variance if variance else 0.0)
-                            counts["cases"] = counts.get("cases", 0) + 1
+                            for form in (lro.LowRankLinear, lro.layers.PivotedLinear):
+                                error = measured(model[0], x, form.from_factors(model[0], factors))
+                                # Both outputs are rounded: their difference by a few eps of their size.
+                                rounding = 64 * torch.finfo(torch.float64).eps * size**0.5
+                                differ = abs(factors.predicted_error - error) - (2 * error**0.5 + rounding) * rounding
+                                case = (count, centered, rank, projection, form, differ, variance)
+                                assert differ <= 1e-6 * variance, case
+                                worst = max(worst, differ / variance if variance else 0.0)
+                                counts["cases"] = counts.get("cases", 0) + 1
                             if projection == "output":
                                 assert factors.predicted_error <= before * (1 + 1e-9), "not monotone in the rank"
                                 before = factors.predicted_error
         counts["worst"] = float(f"{worst:.1g}")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_errors_of_eight_bits_are_predicted() -> None:
+    """Roundings are taken as independent, so the error that is measured differs from the predicted one by chance."""
+    worst = cases = 0.0
+    with figures("predicted and measured error: 8 bits, all of these") as counts:
+        for seed, kind, count in itertools.product(range(sized(1, 5)), KINDS if LONG else KINDS[:4:3], COUNTS):
+            torch.manual_seed(seed)
+            x, dense = rows(kind, count), network()
+            covariances = lro.calibrate(dense, [x])
+            size = float(dense(x).square().sum(-1).mean())
+            for form, fraction, allocation in itertools.product(
+                ("int8", "fp8"), (0.15, 0.2, 0.4), ("variance", "uniform")
+            ):
+                model = copy.deepcopy(dense)
+                report = lro.compress_(model, covariances, lro.ByteBudget(fraction, form, allocation))
+                error, predicted = measured(dense, x, model), report.layers[0].predicted_error
+                assert predicted is not None
+                rounding = (64 * torch.finfo(torch.float64).eps) ** 2 * size
+                assert error <= 4 * predicted + rounding, (kind, count, form, fraction, allocation, error, predicted)
+                worst = max(worst, (error - rounding) / predicted if predicted else 0.0)
+                cases += 1
+        counts.update(cases=int(cases), times_the_predicted=float(f"{worst:.2g}"))
 
 
 @pytest.mark.filterwarnings("ignore")
