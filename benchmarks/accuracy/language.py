@@ -106,6 +106,8 @@ VARIANTS = {
     "loss, fp8": Variant("loss", "loss", form="fp8"),
     "loss, corrected, int8": Variant("loss", "loss", corrected=True, form="int8"),
     "loss, corrected, fp8": Variant("loss", "loss", corrected=True, form="fp8"),
+    "loss, pivoted, corrected, int8": BEST._replace(form="int8"),
+    "loss, pivoted, corrected, fp8": BEST._replace(form="fp8"),
 }
 
 

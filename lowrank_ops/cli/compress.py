@@ -304,8 +304,6 @@ def _policy(options: argparse.Namespace) -> RankPolicy | None:
         raise Failure(2, "--allocation needs a budget: --budget, --flops, --bytes or --latency")
     if options.eight_bit is not None and options.bytes is None:
         raise Failure(2, "--eight-bit needs --bytes")
-    if options.pivoted and options.bytes is not None:
-        raise Failure(2, "--pivoted cannot be combined with --bytes: pivoted layers have no 8-bit factors")
     for name, file in (("--latencies", options.latencies), ("--save-latencies", options.save_latencies)):
         if file is not None and options.latency is None:
             raise Failure(2, f"{name} needs --latency")

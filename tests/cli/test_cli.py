@@ -504,7 +504,6 @@ class TestRefusals:
                 "--allocation needs a budget: --budget, --flops, --bytes or --latency",
             ),
             ([*COMPRESS, "--budget", "0.5", "--eight-bit", "int8"], "--eight-bit needs --bytes"),
-            ([*COMPRESS, "--bytes", "0.5", "--pivoted"], "--pivoted cannot be combined with --bytes"),
             ([*COMPRESS, "--group", "--bytes", "0.5"], "--group cannot be combined with --bytes"),
             ([*COMPRESS, "--group", "--pivoted"], "--pivoted cannot be combined with --group"),
             ([*COMPRESS, "--projection", "svd"], "invalid choice: 'svd'"),
