@@ -173,8 +173,8 @@ def stored_as(
         loss, error: predicted increases by rounding to 8 bits, added to those of the factors.
         pivoted: the layer stores pivot rows and coefficients.
     """
-    wide = torch.promote_types(factors.down.dtype, torch.float32)
     pivots = pivots_of(factors.down, factors.up) if pivoted else None
+    wide = torch.promote_types(factors.down.dtype, torch.float32)
     down, up = (
         part if form is None else dequantized(*quantized(part, form), wide)
         for part, form in zip((pivots or (factors.down, factors.up))[:2], formats, strict=True)
