@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -93,10 +94,13 @@ def run(folder: Path, budget: float, tokens: int, prompt: str) -> int:
     show(f"SmolLM2-135M-Instruct: {dense.num_parameters():,} parameters")
 
     batches = [{"input_ids": rows} for rows in calibration.split(2)]
-    covariances = lro.calibrate(model, batches, sensitivity="fisher")
+    covariances = lro.calibrate(model, batches, sensitivity="fisher").damped(0.1)
     show(f"calibrated on {calibration.numel():,} tokens")
-    config = lro.CompressionConfig(lro.ParameterBudget(budget), pivoted=True)
-    report = lro.compress_(model, covariances, config)
+    subspaces = lro.correct_predictions(model, covariances, batches[::2])
+    config = lro.CompressionConfig(pivoted=True)
+    ranks = lro.measured_ranks(model, covariances, batches[::2], budget, config=config, subspaces=subspaces)
+    show("chose ranks")
+    report = lro.compress_(model, covariances, replace(config, rank=ranks), subspaces=subspaces)
     kept, before = report.layer_parameters, report.layer_parameters_before
     show(f"compressed: {kept:,} of {before:,} parameters in {len(report.layers)} layers ({kept / before:.1%})")
     smaller = folder / "smaller"

@@ -368,7 +368,7 @@ def _empty_layer(fqn: str, dense: nn.Module, entry: Mapping[str, Any]) -> nn.Mod
 
 
 def _set_formats(fqn: str, layer: nn.Module, formats: Any, dtype: Any) -> None:
-    can = isinstance(layer, LowRankLinear) and not isinstance(layer, PivotedLinear) and isinstance(formats, list)
+    can = isinstance(layer, LowRankLinear) and isinstance(formats, list)
     if not can or len(formats) != len(layer.matrices) or any(form not in (None, *DTYPES) for form in formats):  # type: ignore[arg-type]
         raise CheckpointError(f"layer {fqn!r} of {CONFIG_FILE} has formats {formats!r}. {_COPY_AGAIN}")
     if dtype not in (None, "float16", "bfloat16", "float32", "float64"):

@@ -19,6 +19,7 @@ from .models.experts import on_listed_experts
 from .models.layers import FilterFn, check_not_wrapped, find_layers, tied_layers, with_values
 from .models.running import ProgressBar, exclusive, in_layer
 from .ranks.choose import ChosenRanks, Rounded
+from .ranks.costs import is_pivoted
 from .ranks.groups import choose_grouped_sizes
 from .reconstruction import (
     RECONSTRUCTIONS,
@@ -117,7 +118,9 @@ def _compress(
         factors = dict(
             factorize_layers(subspaces, ranks, str(config.projection), keep_directions=reused, progress=progress)
         )
-        if isinstance(reconstruction, BlockReconstruction):
+        if not factors:  # all layers stay dense
+            pass
+        elif isinstance(reconstruction, BlockReconstruction):
             factors = reconstruct_blocks(model, factors, reconstruction, progress=progress)
         elif reconstruction is not None:
             factors = reconstruct_factors(
@@ -129,7 +132,7 @@ def _compress(
                 progress=progress,
             )
         for fqn, chosen in eight_bit.items():
-            factors[fqn] = in_eight_bits(factors.get(fqn), subspaces[fqn], str(config.projection), chosen)
+            factors[fqn] = in_eight_bits(factors.get(fqn), subspaces[fqn], config, chosen)
             subspaces[fqn].release(directions=False)
         report = CompressionReport.build(model, config, subspaces, factors, skipped, groups)
         replace_(model, factors, pivoted=config.pivoted)
@@ -299,11 +302,13 @@ def factorize_layers(
             yield fqn, factors
 
 
-def in_eight_bits(factors: Factors | None, space: LayerSubspaces, projection: str, chosen: Rounded) -> Factors:
+def in_eight_bits(
+    factors: Factors | None, space: LayerSubspaces, config: CompressionConfig, chosen: Rounded
+) -> Factors:
     """``factors``, or the weight of a layer that stays dense, for a layer that stores 8 bits."""
     if factors is None:
-        return eight_bit_weight(space, projection, *chosen)
-    return stored_as(factors, space, *chosen)
+        return eight_bit_weight(space, str(config.projection), *chosen)
+    return stored_as(factors, space, *chosen, pivoted=is_pivoted(space, factors.rank, config.pivoted))
 
 
 def available(device: torch.device | str) -> torch.device:

@@ -306,8 +306,8 @@ class CompressionConfig:
         pivoted: store rows of each linear layer's weight and the coefficients of its other rows, by
             :class:`lowrank_ops.layers.PivotedLinear`: the same function with rank^2 parameters and as many MACs per
             row fewer, so a budget allows larger ranks. Rounding errors are 2 to 4 times those of two factors, and the
-            fused kernels do not run these layers. Convolutions, and layers where rank^2 is below the number of
-            outputs, whose order is stored as well, keep two factors.
+            fused kernels do not run these layers. With a :class:`ByteBudget` their factors can be 8-bit. Convolutions,
+            and layers where rank^2 is below the number of outputs, whose order is stored as well, keep two factors.
         group: layers of one module that receive the same tensor, such as q, k and v, or gate and up, become low-rank
             all or none, and compute their outputs together where kernels do that (:func:`lowrank_ops.layers.group_`).
             Each layer keeps factors, ranks and names of its own. Layers that ``overrides`` or ``Ranks`` leave dense are
@@ -355,8 +355,6 @@ class CompressionConfig:
             )
         if self.group and isinstance(self.rank, ByteBudget):
             raise ValueError("group=True does not go with a ByteBudget: no kernels run groups of 8-bit factors.")
-        if self.pivoted and isinstance(self.rank, ByteBudget):
-            raise ValueError("pivoted=True does not go with a ByteBudget: pivoted layers have no 8-bit factors.")
         check_choice("reconstruction", self.reconstruction, RECONSTRUCTIONS)
         if self.reconstruction is not None and self.projection == "weight":
             raise ValueError("reconstruction fits the data and projection='weight' ignores it; choose one of the two.")

@@ -149,7 +149,7 @@ def compress_folder(
     names = [*layout, *(texts if of_transformers else [CONFIG_FILE])]
     folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, Factors] = {}
-    tensors = _tensors(weights, layout, new, subspaces, ranks, eight_bit, str(config.projection), found, progress)
+    tensors = _tensors(weights, layout, new, subspaces, ranks, eight_bit, config, found, progress)
     with replacing(*(folder / name for name in names)) as files:
         for file, forms in zip(files, layout.values(), strict=False):
             mine = itertools.islice(tensors, len(forms))
@@ -386,7 +386,7 @@ def _tensors(
     subspaces: Mapping[str, LayerSubspaces],
     ranks: Mapping[str, int | None],
     eight_bit: Mapping[str, Rounded],
-    projection: str,
+    config: CompressionConfig,
     found: dict[str, Factors],
     progress: bool,
 ) -> Iterator[tuple[str, Tensor]]:
@@ -399,7 +399,7 @@ def _tensors(
     names = [name for forms in layout.values() for name in forms]
     order = dict.fromkeys(fqn for fqn in map(layer_of, names) if fqn is not None)
     factored = {fqn: ranks[fqn] for fqn in order}  # those without a rank give no factors
-    factors = factorize_layers(subspaces, factored, projection, progress=progress)
+    factors = factorize_layers(subspaces, factored, str(config.projection), progress=progress)
     for fqn, parts in itertools.groupby(names, layer_of):
         if fqn is None:
             yield from ((name, weights.read(name)) for name in parts)
@@ -407,7 +407,7 @@ def _tensors(
             result = next(factors)[1] if ranks[fqn] is not None else None
             empty = copy.deepcopy(new[fqn])
             if fqn in eight_bit:
-                result = in_eight_bits(result, subspaces[fqn], projection, eight_bit[fqn])
+                result = in_eight_bits(result, subspaces[fqn], config, eight_bit[fqn])
                 subspaces[fqn].release()
             if isinstance(empty, LowRankLinear) and not isinstance(empty, EightBitLinear):
                 empty.dequantize_()

@@ -20,6 +20,7 @@ transformers = pytest.importorskip("transformers")
 LOSS = lro.CompressionConfig(lro.ParameterBudget(0.7))
 OUTPUT = lro.CompressionConfig(lro.ParameterBudget(0.6, "variance"), overrides={"model.layers.1.mlp.up_proj": None})
 BYTES = lro.CompressionConfig(lro.ByteBudget(0.5, "fp8", "variance"))
+PIVOTED = lro.CompressionConfig(lro.ByteBudget(0.45, allocation="variance"), pivoted=True)
 UTILIZED = lro.CompressionConfig(lro.ExplainedVariance(0.9), projection="utilized", centered=False, pivoted=True)
 
 
@@ -50,7 +51,8 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "tied", "shards"), [(LOSS, True, 5), (OUTPUT, False, 5), (UTILIZED, False, 1), (BYTES, False, 5)]
+    ("config", "tied", "shards"),
+    [(LOSS, True, 5), (OUTPUT, False, 5), (UTILIZED, False, 1), (BYTES, False, 5), (PIVOTED, True, 5)],
 )
 def test_transformers_folder_equals_the_loaded_model(
     tmp_path: Path, config: lro.CompressionConfig, tied: bool, shards: int

@@ -92,6 +92,7 @@ VARIANTS = {
     "loss, pivoted, corrected": PIVOTED,
     "loss, damped": Variant("loss", "loss", damped=True),
     "loss, damped, pivoted, corrected": BEST,
+    "loss, damped, pivoted, measured ranks": BEST._replace(corrected=False, then=("measured",)),
     "loss, damped, pivoted, corrected, measured ranks": BEST._replace(then=("measured",)),
     "loss, damped, pivoted, corrected, measured ranks, blocks": BEST._replace(then=("measured", "blocks")),
     "loss, damped, pivoted, corrected, measured ranks, distilled": BEST._replace(then=("measured", "distilled")),
@@ -105,6 +106,8 @@ VARIANTS = {
     "loss, fp8": Variant("loss", "loss", form="fp8"),
     "loss, corrected, int8": Variant("loss", "loss", corrected=True, form="int8"),
     "loss, corrected, fp8": Variant("loss", "loss", corrected=True, form="fp8"),
+    "loss, pivoted, corrected, int8": BEST._replace(form="int8"),
+    "loss, pivoted, corrected, fp8": BEST._replace(form="fp8"),
 }
 
 

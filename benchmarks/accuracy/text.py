@@ -90,6 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                             "recalibrated": options.recalibrate and "loss" in VARIANTS[variant],
                             "split": options.split,
                             "held_out": options.held_out,
+                            **({"damping": options.damping} if options.damping else {}),
                         }
                     )
             missing = [case for case in asked if case["kind"] == kind and case["texts"] == texts]
@@ -97,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if not missing:
                 continue
             bench = bench or Bench(folder, kind, options)
-            covariances = bench.calibrate(texts)
+            covariances = bench.calibrate(texts).damped(options.damping)
             spaces = {False: layer_subspaces(bench.layers(), covariances)}
             if any(VARIANTS[case["variant"]].corrected for case in missing):
                 spaces[True] = bench.corrected(texts, covariances)
@@ -118,6 +119,7 @@ def parser() -> argparse.ArgumentParser:
         "--probed", choices=list(PROBED), default="pooled", help="output whose gradients are accumulated"
     )
     parser.add_argument("--probes", type=int, default=1, help="random projections per batch for the sensitivity")
+    parser.add_argument("--damping", type=float, default=0.0, help="of the statistics")
     parser.add_argument(
         "--token-weights",
         action=argparse.BooleanOptionalAction,

@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         held_out = train.held_out_images if train is not None and options.held_out else load_images("test")
         bench = Bench(*held_out, options.device)
         images = load_images("calibration")[0]  # the 2,000 that ship
-        covariances = bench.calibrate(images, options.probes, options.token_weights)
+        covariances = bench.calibrate(images, options.probes, options.token_weights).damped(options.damping)
         missing.sort(key=lambda case: case["token_weights"])
         in_use: bool | None = None
         for case in tqdm(missing, desc="compressing and evaluating", unit="model"):
@@ -96,6 +96,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--allocations", nargs="+", choices=ALLOCATIONS, default=list(ALLOCATIONS))
     parser.add_argument("--keep-dense", nargs="*", default=[], metavar="LAYER", help="such as head, the classifier")
     parser.add_argument("--probes", type=int, default=1, help="labels drawn per image for the sensitivity")
+    parser.add_argument("--damping", type=float, default=0.0, help="of the statistics")
     parser.add_argument(
         "--token-weights",
         action=argparse.BooleanOptionalAction,
@@ -127,6 +128,8 @@ def parser() -> argparse.ArgumentParser:
 def asked(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The cases of this command, by which rows are found."""
     setup: dict[str, Any] = {"kept_dense": " ".join(options.keep_dense), "probes": options.probes}
+    if options.damping:
+        setup["damping"] = options.damping
     cases: list[dict[str, Any]] = [
         {
             "budget": budget,

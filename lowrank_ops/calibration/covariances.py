@@ -126,7 +126,8 @@ class Covariances(Mapping[str, LayerStatistics]):
             for name, moments in layer.moments().items():
                 if id(moments) not in done:
                     done[id(moments)] = moments.damped(shares[name], centered=name != "output_gradients")
-            layers[fqn] = replace(layer, **{name: done[id(moments)] for name, moments in layer.moments().items()})
+            changed: dict[str, Any] = {name: done[id(moments)] for name, moments in layer.moments().items()}
+            layers[fqn] = replace(layer, **changed)
         return Covariances(layers, self.unreached, self.skipped)
 
     @checked()

@@ -33,6 +33,7 @@ from ..layers.latency import measure_latency
 from ..midpoint import recalibrate
 from ..reconstruction import RECONSTRUCTIONS
 from ..report.compression import CompressionReport
+from ..search import measured_ranks
 from .command import Failure, Result, add_command, add_output, check_folder, document, failing_as, path, share
 from .inputs import add_calibration, calibrated, calibration_arguments, given_calibration, load_batches
 from .resume import Progress
@@ -129,6 +130,11 @@ def _add_compression(parser: argparse.ArgumentParser) -> None:
         "--correct", action="store_true",
         help="run --calibration again and measure how the errors of a sample's tokens add up, for ranks by loss",
     )  # fmt: skip
+    ranks.add_argument(
+        "--measure", action="store_true",
+        help="with --budget: compress copies of the model, and divide the budget by loss as their gradients on "
+        "--calibration correct it",
+    )  # fmt: skip
     factors = parser.add_argument_group("factors")
     factors.add_argument(
         "--projection", choices=PROJECTIONS,
@@ -164,14 +170,14 @@ def run(options: argparse.Namespace) -> Result:
         check_folder(options.html, "--html")
     if options.from_checkpoint is not None:
         return _run_on_folder(options)
-    modes = {"--reconstruct": options.reconstruct, "--recalibrate": options.recalibrate, "--correct": options.correct}
-    for flag, given in modes.items():
+    modes = {"--recalibrate": options.recalibrate, "--correct": options.correct, "--measure": options.measure}
+    for flag, given in (("--reconstruct", options.reconstruct), *modes.items()):
         if given and options.batches is None:
             raise Failure(2, f"{flag} runs the model on --calibration; it cannot be combined with --covariances")
-    if options.recalibrate and options.sensitivity is None:
-        raise Failure(2, "--recalibrate records output gradients again; it needs --sensitivity")
-    if options.correct and options.sensitivity is None:
-        raise Failure(2, "--correct records output gradients again; it needs --sensitivity")
+        if given and flag in modes and options.sensitivity is None:
+            raise Failure(2, f"{flag} records output gradients again; it needs --sensitivity")
+    if options.measure and (options.budget is None or options.allocation not in (None, "loss")):
+        raise Failure(2, "--measure divides --budget by loss; it needs --budget, and no other --allocation")
     shares_by_loss = _budget(options) is not None and options.allocation in (None, "loss")
     if options.recalibrate and options.projection not in (None, "loss") and not shares_by_loss:
         raise Failure(2, "--recalibrate needs --projection loss, or a budget with --allocation loss")
@@ -214,6 +220,14 @@ def run(options: argparse.Namespace) -> Result:
             subspaces = correct_predictions(
                 model, covariances, batches, sensitivity=options.sensitivity, mask=options.mask, progress=True
             )
+    if options.measure:
+        batches = load_batches(options, model)  # which may set the mask
+        with failing_as("measuring", but=ValueError):
+            ranks = measured_ranks(
+                model, covariances, batches, options.budget, sensitivity=options.sensitivity, config=config,
+                subspaces=subspaces, mask=options.mask, progress=True,
+            )  # fmt: skip
+        config = replace(config, rank=ranks)
     report = compress_(model, covariances, config, subspaces=subspaces, reconstruction=reconstruction, progress=True)
     if not any(layer.is_replaced for layer in report.layers):
         raise Failure(1, "every layer stays dense at these ranks, so nothing was written; allow smaller ranks")
@@ -232,6 +246,7 @@ def _run_on_folder(options: argparse.Namespace) -> Result:
         "--reconstruct": options.reconstruct,
         "--recalibrate": options.recalibrate,
         "--correct": options.correct,
+        "--measure": options.measure,
         "--resume": options.resume,
         "--save-covariances": options.save_covariances,
         "--save-latencies": options.save_latencies,
@@ -304,8 +319,6 @@ def _policy(options: argparse.Namespace) -> RankPolicy | None:
         raise Failure(2, "--allocation needs a budget: --budget, --flops, --bytes or --latency")
     if options.eight_bit is not None and options.bytes is None:
         raise Failure(2, "--eight-bit needs --bytes")
-    if options.pivoted and options.bytes is not None:
-        raise Failure(2, "--pivoted cannot be combined with --bytes: pivoted layers have no 8-bit factors")
     for name, file in (("--latencies", options.latencies), ("--save-latencies", options.save_latencies)):
         if file is not None and options.latency is None:
             raise Failure(2, f"{name} needs --latency")

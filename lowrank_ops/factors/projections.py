@@ -15,6 +15,7 @@ from ..ranks.costs import PLAIN, Formats
 from ..subspaces.layer import LayerSubspaces
 from ..subspaces.principal import Subspace, half_product
 from .eight_bit import quantized
+from .pivoted import Pivots, all_coefficients, pivots_of
 
 MAX_HIDDEN = 1024.0  # root mean square of an element of x down^T; outliers of 60 times as much fit into float16
 
@@ -51,6 +52,7 @@ class Factors:
     predicted_loss: float | None = None
     reconstructed: bool = False
     formats: Formats = PLAIN
+    pivots: Pivots | None = None  # of a pivoted layer with 8-bit factors; others compute them from the factors
 
     @property
     def is_dense(self) -> bool:
@@ -69,7 +71,7 @@ class Factors:
             None if part is None else part.to(device=device, dtype=dtype) for part in (self.down, self.up, self.bias)
         )
         assert down is not None and up is not None
-        return replace(self, down=down, up=up, bias=bias)
+        return replace(self, down=down, up=up, bias=bias, pivots=None)
 
 
 def factorize(spaces: LayerSubspaces, rank: int, projection: str = "output") -> Factors:
@@ -159,7 +161,9 @@ def rounded(
     return result
 
 
-def stored_as(factors: Factors, spaces: LayerSubspaces, formats: Formats, loss: float, error: float) -> Factors:
+def stored_as(
+    factors: Factors, spaces: LayerSubspaces, formats: Formats, loss: float, error: float, *, pivoted: bool = False
+) -> Factors:
     """``factors`` of :func:`rounded` for a layer that stores them in these formats, with the bias for these.
 
     Args:
@@ -167,12 +171,16 @@ def stored_as(factors: Factors, spaces: LayerSubspaces, formats: Formats, loss: 
         spaces: of the layer.
         formats: of down and up.
         loss, error: predicted increases by rounding to 8 bits, added to those of the factors.
+        pivoted: the layer stores pivot rows and coefficients.
     """
+    pivots = pivots_of(factors.down, factors.up) if pivoted else None
     wide = torch.promote_types(factors.down.dtype, torch.float32)
     down, up = (
         part if form is None else dequantized(*quantized(part, form), wide)
-        for part, form in zip((factors.down, factors.up), formats, strict=True)
+        for part, form in zip((pivots or (factors.down, factors.up))[:2], formats, strict=True)
     )
+    if pivots is not None:
+        up = all_coefficients(up, pivots.order)
     exact = factors.to(spaces.mean.dtype, spaces.mean.device)
     bias = _with_exact_mean(exact, replace(exact, down=down, up=up), spaces).bias
     known = factors.predicted_loss, factors.predicted_error
@@ -181,6 +189,7 @@ def stored_as(factors: Factors, spaces: LayerSubspaces, formats: Formats, loss: 
         factors,
         bias=None if bias is None else bias.to(factors.down),
         formats=formats,
+        pivots=pivots,
         predicted_loss=added[0],
         predicted_error=added[1],
     )

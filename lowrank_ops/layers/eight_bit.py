@@ -25,7 +25,6 @@ from ..models.layers import (
 )
 from ._base import LowRankLayer, copy_flags
 from .linear import LowRankLinear
-from .pivoted import PivotedLinear
 
 
 class EightBitLinear(LowRankLinear):
@@ -174,7 +173,7 @@ def quantize_(model: nn.Module, form: str = "int8", filter_fn: FilterFn | None =
         model: any module.
         form: ``"int8"`` or ``"fp8"``, as for :meth:`lowrank_ops.LowRankLinear.quantize_`.
         filter_fn: ``filter_fn(module, fqn) -> bool`` selects among the low-rank layers. None selects those that can be
-            8-bit and are not yet: no convolutions and no pivoted layers.
+            8-bit and are not yet: no convolutions.
 
     Returns:
         ``model``.
@@ -207,7 +206,7 @@ def quantize_(model: nn.Module, form: str = "int8", filter_fn: FilterFn | None =
     found = {}
     for fqn, layer in chosen.items():
         try:
-            if not isinstance(layer, LowRankLinear) or isinstance(layer, PivotedLinear):
+            if not isinstance(layer, LowRankLinear):
                 layer.quantize_(form)  # refuses
             else:
                 found[layer] = layer._quantized((form, form))
@@ -219,4 +218,4 @@ def quantize_(model: nn.Module, form: str = "int8", filter_fn: FilterFn | None =
 
 
 def _can_be_eight_bit(layer: LowRankLayer) -> bool:
-    return isinstance(layer, LowRankLinear) and not isinstance(layer, PivotedLinear) and not any(layer.formats)
+    return isinstance(layer, LowRankLinear) and not any(layer.formats)

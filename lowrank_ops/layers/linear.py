@@ -276,17 +276,19 @@ class LowRankLinear(LowRankLayer):
         return part if self._dtype is None else torch.empty(0, dtype=self._dtype, device=part.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LowRankLinear:
-        """Casts reach the bias and a factor that is not 8-bit; 8-bit factors and scales only change their device."""
-        if self._dtype is None:
+        """Casts reach float factors and the bias; 8-bit factors, scales and other buffers only change their device."""
+        kept = {id(tensor) for tensor in self._buffers.values() if tensor is not None}
+        if not kept:
             return super()._apply(fn, recurse)
         pairs = self._parts()
-        kept = {id(tensor) for factor, scale in pairs if scale is not None for tensor in (factor, scale)}
+        kept |= {id(factor) for factor, scale in pairs if scale is not None}
 
         def applied(tensor: Tensor) -> Tensor:
             result = fn(tensor)
             return tensor.to(result.device) if id(tensor) in kept and result.dtype != tensor.dtype else result
 
-        self._dtype = fn(torch.empty(0, dtype=self._dtype, device=pairs[0][0].device)).dtype
+        if self._dtype is not None:
+            self._dtype = fn(torch.empty(0, dtype=self._dtype, device=pairs[0][0].device)).dtype
         return super()._apply(applied, recurse)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:

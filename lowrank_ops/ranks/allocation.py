@@ -66,6 +66,8 @@ def allocate_bytes(
     spaces: Mapping[str, LayerSubspaces],
     fixed: Mapping[str, int | None],
     bounds: Mapping[str, Bounds],
+    *,
+    pivoted: bool = False,
 ) -> dict[str, tuple[Option, Rounding | None]]:
     """Ranks and formats that take at most ``fraction`` of the dense layers' bytes, and what rounding costs.
 
@@ -73,11 +75,17 @@ def allocate_bytes(
         form: of 8-bit factors and weights, ``"int8"`` or ``"fp8"``. Layers in ``fixed``, convolutions and layers whose
             output was streamed keep their dtype.
         fraction, allocation, spaces, fixed, bounds: as for :func:`allocate`.
+        pivoted: linear layers are pivoted where that is smaller.
 
     Raises:
         ValueError: as for :func:`allocate`.
     """
-    price = Price("bytes", lambda fqn, space: dense_bytes(space), lambda fqn, space, rank: lowrank_bytes(space, rank))
+    price = Price(
+        "bytes",
+        lambda fqn, space: dense_bytes(space),
+        lambda fqn, space, rank: lowrank_bytes(space, rank, pivoted=pivoted),
+        pivoted,
+    )
     options: dict[str, list[Option]] = {}
     worth: dict[str, list[float]] = {}
     roundings: dict[str, Rounding | None] = {}
@@ -88,8 +96,8 @@ def allocate_bytes(
             _check_gradients(fqn, space)
         known = can_be_eight_bit(space)
         held = space.held_bytes() > 0
-        roundings[fqn] = rounding_of(space, form, by_loss=allocation == "loss") if known else None
-        pairs = byte_options(space, form, bounds.get(fqn, UNBOUNDED), roundings[fqn], allocation)
+        roundings[fqn] = rounding_of(space, form, by_loss=allocation == "loss", pivoted=pivoted) if known else None
+        pairs = byte_options(space, form, bounds.get(fqn, UNBOUNDED), roundings[fqn], allocation, pivoted=pivoted)
         space.release(directions=not held)  # compress_ bounds what is held
         if not pairs:
             raise ValueError(f"bounds leave no rank for {fqn!r} that saves bytes; widen them.")

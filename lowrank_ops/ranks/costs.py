@@ -18,7 +18,7 @@ def stored_rank(rank: int) -> int:
 
 def stored_rank_of(spaces: LayerSubspaces, rank: int, *, pivoted: bool = False) -> int:
     """The rank as stored: a pivoted layer has no padding."""
-    return rank if _is_pivoted(spaces, rank, pivoted) else stored_rank(rank)
+    return rank if is_pivoted(spaces, rank, pivoted) else stored_rank(rank)
 
 
 def dense_parameters(spaces: LayerSubspaces) -> int:
@@ -32,14 +32,15 @@ def pivoting_saves(rank: int, out_features: int) -> bool:
     return rank**2 > out_features
 
 
-def _is_pivoted(spaces: LayerSubspaces, rank: int, pivoted: bool) -> bool:
+def is_pivoted(spaces: LayerSubspaces, rank: int, pivoted: bool) -> bool:
+    """Whether the layer is pivoted at this rank, given whether it may be."""
     return pivoted and spaces.is_linear and pivoting_saves(rank, spaces.dimensions.out_features)
 
 
 def factor_parameters(spaces: LayerSubspaces, rank: int, *, pivoted: bool = False) -> int:
     """Parameters of the two factors; of pivoted ones, the order of the outputs counts as one each."""
     groups, in_features, out_features = spaces.dimensions
-    if _is_pivoted(spaces, rank, pivoted):
+    if is_pivoted(spaces, rank, pivoted):
         return rank * (in_features + out_features - rank) + out_features
     return groups * stored_rank(rank) * (in_features + out_features)
 
@@ -60,7 +61,7 @@ def dense_macs(spaces: LayerSubspaces) -> int:
 def lowrank_macs(spaces: LayerSubspaces, rank: int, *, pivoted: bool = False) -> int:
     """MACs of the low-rank layer, over the calibration rows."""
     groups, in_features, out_features = spaces.dimensions
-    if _is_pivoted(spaces, rank, pivoted):
+    if is_pivoted(spaces, rank, pivoted):
         return spaces.rows * rank * (in_features + out_features - rank)
     return spaces.rows * groups * stored_rank(rank) * (in_features + out_features)
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..config import EIGHT_BIT
 from ..subspaces.layer import DAMPING, LayerSubspaces
+from ..subspaces.pivots import pivoted_rows
 from .costs import (
     PLAIN,
     RANK_ALIGNMENT,
@@ -18,11 +20,14 @@ from .costs import (
     Option,
     dense_parameters,
     factor_parameters,
+    is_pivoted,
     lowrank_parameters,
     stored_rank,
 )
 
 SCALE_BYTES = 4  # per row
+ORDER_BYTES = 4  # per output of a pivoted layer
+PIVOTED_RANKS = 4  # at which the rounding of pivoted factors is predicted; between them it is interpolated
 
 # Mean square error in float8_e4m3fn, with 3 bits of mantissa, relative to the mean square of the values, which are
 # taken as uniform in their logarithm: the spacing of those in [1, 2) is 1/8, and their mean square 1.5 / ln 2.
@@ -45,15 +50,22 @@ def eight_bit_bytes(spaces: LayerSubspaces) -> int:
     return weight_bytes(spaces) + (0 if spaces.bias is None else spaces.bias.nbytes)
 
 
-def lowrank_bytes(spaces: LayerSubspaces, rank: int, formats: Formats = PLAIN) -> int:
+def lowrank_bytes(spaces: LayerSubspaces, rank: int, formats: Formats = PLAIN, *, pivoted: bool = False) -> int:
     """Bytes of the low-rank layer; centering adds a bias to a layer without one."""
     biases = lowrank_parameters(spaces, rank) - factor_parameters(spaces, rank)
-    return factor_bytes(spaces, rank, formats) + biases * spaces.dtype.itemsize
+    return factor_bytes(spaces, rank, formats, pivoted=pivoted) + biases * spaces.dtype.itemsize
 
 
-def factor_bytes(spaces: LayerSubspaces, rank: int, formats: Formats = PLAIN) -> int:
-    """Bytes of the two factors, with the scales of 8-bit ones."""
+def factor_bytes(spaces: LayerSubspaces, rank: int, formats: Formats = PLAIN, *, pivoted: bool = False) -> int:
+    """Bytes of the two factors, with the scales of 8-bit ones, and the order of the outputs of pivoted ones."""
     groups, in_features, out_features = spaces.dimensions
+    if is_pivoted(spaces, rank, pivoted):
+        sizes = (rank, in_features), (out_features - rank, rank)
+        widths = (
+            rows * (spaces.dtype.itemsize * columns if form is None else columns + SCALE_BYTES)
+            for (rows, columns), form in zip(sizes, formats, strict=True)
+        )
+        return sum(widths) + ORDER_BYTES * out_features
     stored, width = groups * stored_rank(rank), spaces.dtype.itemsize
     down = stored * in_features * (width if formats[0] is None else 1) + (SCALE_BYTES * stored if formats[0] else 0)
     up = stored * out_features * (width if formats[1] is None else 1) + (
@@ -90,7 +102,7 @@ def can_be_eight_bit(space: LayerSubspaces) -> bool:
     return space.is_linear and space.statistics.side == "input"
 
 
-def rounding_of(space: LayerSubspaces, form: str, *, by_loss: bool) -> Rounding:
+def rounding_of(space: LayerSubspaces, form: str, *, by_loss: bool, pivoted: bool = False) -> Rounding:
     """Predict rounding for the factors of all ranks, by loss or of the output principal components, and the weight.
 
     Roundings of elements are independent of each other and of the input, so their mean squares add up: an error e in
@@ -102,6 +114,8 @@ def rounding_of(space: LayerSubspaces, form: str, *, by_loss: bool) -> Rounding:
         space: of a linear layer whose input was streamed.
         form: ``"int8"`` or ``"fp8"``.
         by_loss: the directions of the loss; needs output gradients.
+        pivoted: the layer is pivoted where that is smaller: an error e in a pivot row is one in the rows that are
+            combinations of it as well, by their coefficients.
     """
     directions = min(space.dimensions[1:])
     if by_loss:
@@ -137,8 +151,42 @@ def rounding_of(space: LayerSubspaces, form: str, *, by_loss: bool) -> Rounding:
         up_loss, up_error = (of_outputs @ steps) * total, steps.sum(0) * total
     down_loss, down_error = (rows * of_directions).cumsum(0), (rows * squares).cumsum(0)
     parts = (down_loss / 2, up_loss / 2, down_error, up_error)
-    by_rank = (torch.cat([part.new_zeros(1), part]).cpu() for part in parts)
+    by_rank = [torch.cat([part.new_zeros(1), part]).cpu() for part in parts]
+    smallest = next((rank for rank in range(directions + 1) if is_pivoted(space, rank, pivoted)), None)
+    if smallest is not None:
+        ranks = torch.linspace(smallest, directions, PIVOTED_RANKS).long().unique().tolist()
+        found = [_pivoted_rounding(down, up, hidden, inputs, gradients, form, rank) for rank in ranks]
+        for part, values in zip(by_rank, zip(*found, strict=True), strict=True):
+            between = np.interp(range(smallest, directions + 1), ranks, values)
+            part[smallest:] = torch.from_numpy(between)
     return Rounding(float(of_outputs @ outputs) / 2, float(outputs.sum()), *by_rank)
+
+
+def _pivoted_rounding(
+    down: Tensor, up: Tensor, hidden: Tensor, inputs: Tensor, gradients: Tensor | None, form: str, rank: int
+) -> tuple[float, float, float, float]:
+    """The fields of a :class:`Rounding` at one rank.
+
+    Args:
+        down, up: the factors of all ranks, float64.
+        hidden: E[t_j^2] of t = down x, whose elements are taken as uncorrelated.
+        inputs: E[x_j^2].
+        gradients: second moment of the output gradients, or None.
+        form, rank: of the layer.
+    """
+    pivots, others, coefficients = pivoted_rows(up[:, :rank])
+    of_rows = _errors_of_rows(up[pivots, :rank] @ down[:rank], inputs, form)
+    squares = up[pivots, :rank].square() @ hidden[:rank]  # E[y_j^2] of the pivots
+    of_others = _errors_of_rows(coefficients, squares, form) if len(others) else squares.new_zeros(0)
+    down_loss = up_loss = 0.0
+    if gradients is not None:
+        spread = torch.cat([torch.eye(rank).to(coefficients), coefficients])  # of a pivot's error, (out_features, rank)
+        order = torch.cat([pivots, others])
+        of_pivots = (spread * (gradients[order][:, order] @ spread)).sum(0)
+        down_loss = 0.5 * float(of_pivots @ of_rows)
+        up_loss = 0.5 * float(gradients.diagonal()[others] @ of_others)
+    down_error = float((1 + coefficients.square().sum(0)) @ of_rows)
+    return down_loss, up_loss, down_error, float(of_others.sum())
 
 
 def _errors_of_rows(matrix: Tensor, inputs: Tensor, form: str) -> Tensor:
@@ -149,7 +197,13 @@ def _errors_of_rows(matrix: Tensor, inputs: Tensor, form: str) -> Tensor:
 
 
 def byte_options(
-    space: LayerSubspaces, form: str, bounds: Bounds, rounding: Rounding | None, allocation: str
+    space: LayerSubspaces,
+    form: str,
+    bounds: Bounds,
+    rounding: Rounding | None,
+    allocation: str,
+    *,
+    pivoted: bool = False,
 ) -> list[tuple[Option, float]]:
     """Sizes and what each is worth, in ascending order of bytes; those worth no more than a smaller one are left out.
 
@@ -180,7 +234,7 @@ def byte_options(
         add(Option(None, eight_bit_bytes(space), (form,)), kept[-1])
     for rank in range(RANK_ALIGNMENT, largest + 1, RANK_ALIGNMENT):
         for chosen in formats if rank >= bounds.min else ():
-            add(Option(rank, lowrank_bytes(space, rank, chosen), chosen), kept[rank])
+            add(Option(rank, lowrank_bytes(space, rank, chosen, pivoted=pivoted), chosen), kept[rank])
     found.sort(key=lambda pair: (pair[0].cost, -pair[1]))
     rising: list[tuple[Option, float]] = []
     for option, worth in found:

@@ -371,9 +371,7 @@ def _layer_compression(
             predicted_loss=factors.predicted_loss,
         )
     parameters = factor_parameters(space, factors.rank, pivoted=pivoted)
-    stored = (parameters + biases) * space.dtype.itemsize
-    if factors.formats != PLAIN:
-        stored = factor_bytes(space, factors.rank, factors.formats) + biases * space.dtype.itemsize
+    stored = factor_bytes(space, factors.rank, factors.formats, pivoted=pivoted) + biases * space.dtype.itemsize
     return LayerCompression(
         **shared,
         rank=factors.rank,

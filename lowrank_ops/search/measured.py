@@ -58,11 +58,14 @@ def measured_ranks(
 ) -> Ranks:
     """Ranks for a parameter budget, allocated by loss as gradients of the compressed model correct it.
 
-    The predicted loss of a layer ignores how other layers change its error. Each round compresses a copy of the model
-    and differentiates its loss by a factor of each layer's error, the output of the dense layer minus that of the
-    low-rank one. To second order, and with layers that do not interact, that derivative is the predicted loss twice.
-    The ratio of the two corrects the predictions of the layer, and the budget is allocated again. The ranks with the
-    lowest loss are returned. Costs ``rounds`` + 1 factorizations, forward passes and almost as many backward passes.
+    The predicted loss of a layer ignores the errors of other layers. Each round compresses a copy of the model and
+    differentiates the copy's loss by a factor of each layer's error, the difference between the outputs of the dense
+    and the low-rank layer. If layers did not interact, this derivative would be twice the predicted loss. The ratio of
+    the two corrects the predictions of the layer, and the budget is allocated again. The ranks with the lowest loss are
+    returned.
+
+    Costs ``rounds`` + 1 factorizations and forward passes and ``rounds`` backward passes over the batches. In the
+    backward passes all low-rank layers also run dense, and a distance as the loss runs the dense model.
 
     Args:
         model: the model that was calibrated. It is not changed, and other threads may run it meanwhile: the batches run

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -370,7 +371,22 @@ class TestCompress:
             capsys, 2, *COMPRESS, "--correct"
         )
 
-    @pytest.mark.parametrize("flag", [["--reconstruct", "sequential"], ["--recalibrate"], ["--correct"]])
+    def test_measure_gives_the_ranks(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        argv, found = [*COMPRESS, "--sensitivity", "fisher", "--json", "--budget", "0.8", "--measure"], []
+
+        def noted(*args: Any, **options: Any) -> lro.Ranks:
+            found.append(lro.measured_ranks(*args, **options))
+            return found[-1]
+
+        monkeypatch.setattr("lowrank_ops.cli.compress.measured_ranks", noted)
+        assert cli.main(argv) == 0
+        layers = json.loads(capsys.readouterr().out)["compression"]["layers"]
+        assert {layer["fqn"]: layer["rank"] for layer in layers if layer["rank"] is not None} == found[0].ranks
+        for more in (["--budget", "0.6", "--allocation", "uniform"], ["--flops", "0.6"]):
+            line = refused(capsys, 2, *COMPRESS, "--sensitivity", "fisher", "--measure", *more)
+            assert "--measure divides --budget by loss; it needs --budget, and no other --allocation" in line
+
+    @pytest.mark.parametrize("flag", [["--reconstruct", "sequential"], ["--recalibrate"], ["--correct"], ["--measure"]])
     def test_modes_that_run_the_model_need_batches(self, capsys: pytest.CaptureFixture[str], flag: list[str]) -> None:
         argv = ("compress", "cli_project:build", "--covariances", "c.safetensors", "--out", "out")
         line = refused(capsys, 2, *argv, *flag)
@@ -504,7 +520,6 @@ class TestRefusals:
                 "--allocation needs a budget: --budget, --flops, --bytes or --latency",
             ),
             ([*COMPRESS, "--budget", "0.5", "--eight-bit", "int8"], "--eight-bit needs --bytes"),
-            ([*COMPRESS, "--bytes", "0.5", "--pivoted"], "--pivoted cannot be combined with --bytes"),
             ([*COMPRESS, "--group", "--bytes", "0.5"], "--group cannot be combined with --bytes"),
             ([*COMPRESS, "--group", "--pivoted"], "--pivoted cannot be combined with --group"),
             ([*COMPRESS, "--projection", "svd"], "invalid choice: 'svd'"),

@@ -9,7 +9,7 @@ from torch import nn
 
 import lowrank_ops as lro
 from lowrank_ops.layers import PivotedLinear
-from lowrank_ops.layers.pivoted import MAX_COEFFICIENT, pivoted_rows
+from lowrank_ops.subspaces.pivots import MAX_COEFFICIENT, pivoted_rows
 from tests.conv1d import Conv1D
 
 # (outputs, inputs, rank)

@@ -9,7 +9,8 @@ from torch import nn
 import lowrank_ops as lro
 from lowrank_ops.factors import factorize
 from lowrank_ops.factors.eight_bit import DTYPES, quantized
-from lowrank_ops.layers import EightBitLinear
+from lowrank_ops.factors.pivoted import all_coefficients, pivots_of
+from lowrank_ops.layers import EightBitLinear, PivotedLinear
 from lowrank_ops.ops.linear.reference import dequantized
 from lowrank_ops.ranks.choose import choose_sizes
 from lowrank_ops.ranks.eight_bit import eight_bit_bytes, lowrank_bytes, rounding_of
@@ -37,9 +38,12 @@ def stored_bytes(model):
 @pytest.mark.parametrize("form", DTYPES)
 @pytest.mark.parametrize("fraction", [0.8, 0.4, 0.2])
 @pytest.mark.parametrize("sensitivity", [None, "output"])
-def test_budget_is_met_in_bytes(calibrated, form, fraction, sensitivity):
+@pytest.mark.parametrize("pivoted", [False, True])
+def test_budget_is_met_in_bytes(calibrated, form, fraction, sensitivity, pivoted):
     model = build()
-    report = lro.compress_(model, calibrated[sensitivity], lro.ByteBudget(fraction, form))
+    config = lro.CompressionConfig(lro.ByteBudget(fraction, form), pivoted=pivoted)
+    report = lro.compress_(model, calibrated[sensitivity], config)
+    assert any(isinstance(layer, PivotedLinear) for layer in model) == (pivoted and fraction < 0.8)
     assert (
         report.layer_bytes
         == stored_bytes(model)
@@ -92,6 +96,28 @@ def test_predicted_rounding_is_that_of_the_factors(calibrated, form):
                     assert predicted.error(rank, formats) == pytest.approx(error, rel=0.2)
                     loss = 0.5 * float(((gradients @ change) * weighted).sum())
                     assert predicted.loss(rank, formats) == pytest.approx(loss, rel=0.2)
+
+
+@pytest.mark.parametrize("form", DTYPES)
+def test_predicted_rounding_is_that_of_pivoted_factors(calibrated, form):
+    space = layer_subspaces({"0": build()[0]}, calibrated["output"])["0"]
+    gradients, moment = space.gradient_moment, space.loss_moment(centered=True)
+    predicted = rounding_of(space, form, by_loss=True, pivoted=True)
+    plain = rounding_of(space, form, by_loss=True)
+    assert torch.equal(predicted.up_loss[:12], plain.up_loss[:12])  # 12^2 > 128 outputs
+    for rank in (16, 48, 80):
+        factors = factorize(space, rank, "loss")
+        pivots = pivots_of(factors.down, factors.up)
+        for formats in ((form, None), (None, form)):
+            pairs = zip(pivots[:2], formats, strict=True)
+            down, up = (
+                part if kind is None else dequantized(*quantized(part, kind), torch.float64) for part, kind in pairs
+            )
+            change = all_coefficients(up, pivots.order) @ down - factors.up @ factors.down
+            weighted = change @ moment
+            assert predicted.error(rank, formats) == pytest.approx(float((weighted * change).sum()), rel=0.3)
+            loss = 0.5 * float(((gradients @ change) * weighted).sum())
+            assert predicted.loss(rank, formats) == pytest.approx(loss, rel=0.3)
 
 
 def test_widths_are_chosen_by_loss(calibrated):
@@ -152,17 +178,14 @@ def test_configuration():
     assert lro.CompressionConfig.from_json(config.to_json()) == config
     with pytest.raises(ValueError, match="form must be one of 'int8', 'fp8'; got 'int4'"):
         lro.ByteBudget(0.5, "int4")
-    with pytest.raises(ValueError, match="pivoted=True does not go with a ByteBudget"):
-        lro.CompressionConfig(lro.ByteBudget(0.5), pivoted=True)
 
 
-def test_reconstruction_and_checkpoint(calibrated, tmp_path):
+@pytest.mark.parametrize("pivoted", [False, True])
+def test_reconstruction_and_checkpoint(calibrated, tmp_path, pivoted):
     torch.manual_seed(2)
     batches = [torch.randn(300, 96).bfloat16()]
-    model = build()
-    report = lro.compress_(
-        model, calibrated[None], lro.ByteBudget(0.5), reconstruction=lro.SequentialReconstruction(batches)
-    )
+    model, config = build(), lro.CompressionConfig(lro.ByteBudget(0.5), pivoted=pivoted)
+    report = lro.compress_(model, calibrated[None], config, reconstruction=lro.SequentialReconstruction(batches))
     lro.save_pretrained(model, tmp_path, report)
     loaded = lro.load_pretrained(build(torch.float32), tmp_path)
     assert torch.equal(loaded(batches[0]), model(batches[0]))
@@ -171,13 +194,15 @@ def test_reconstruction_and_checkpoint(calibrated, tmp_path):
     assert copied[0].down.dtype is torch.int8 and copied[0].weight.dtype is torch.float32
 
 
-def test_mean_outputs_are_exact():
+@pytest.mark.parametrize("pivoted", [False, True])
+def test_mean_outputs_are_exact(pivoted):
     torch.manual_seed(3)
     x = torch.randn(300, 96) + 5 * torch.randn(96)
     model = build(torch.float32)
     dense = [layer for layer in model if isinstance(layer, nn.Linear)]
     covariances = lro.calibrate(model, [x])
-    lro.compress_(model, covariances, lro.ByteBudget(0.2, "fp8"), lambda module, fqn: fqn == "0")
-    assert model[0].formats == ("fp8", "fp8")
+    config = lro.CompressionConfig(lro.ByteBudget(0.2, "fp8"), pivoted=pivoted)
+    lro.compress_(model, covariances, config, lambda module, fqn: fqn == "0")
+    assert model[0].formats == ("fp8", "fp8") and isinstance(model[0], PivotedLinear) == pivoted
     difference = model[0](x) - dense[0](x)
     assert difference.mean(0).abs().max() < 1e-4 < difference.std()
