@@ -90,6 +90,7 @@ VARIANTS = {
     "loss, pivoted": Variant("loss", "loss", pivoted=True),
     "loss, corrected": Variant("loss", "loss", corrected=True),
     "loss, pivoted, corrected": PIVOTED,
+    "loss, pivoted, corrected, distilled": PIVOTED._replace(then=("distilled",)),
     "loss, damped": Variant("loss", "loss", damped=True),
     "loss, damped, pivoted, corrected": BEST,
     "loss, damped, pivoted, measured ranks": BEST._replace(corrected=False, then=("measured",)),
