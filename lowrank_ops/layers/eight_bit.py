@@ -110,7 +110,7 @@ class EightBitLinear(LowRankLinear):
             >>> torch.testing.assert_close(layer(x), linear(x), atol=0.02, rtol=0.02)
         """
         if not isinstance(linear, nn.Linear) and not has_transposed_weight(linear):
-            raise TypeError(f"linear must be a torch.nn.Linear; got {type(linear).__name__}.")
+            raise TypeError(f"linear must be a torch.nn.Linear or transformers' Conv1D; got {type(linear).__name__}.")
         check_choice("form", form, tuple(EIGHT_BIT))
         weight = weight_matrix(linear)
         return cls.from_factors(linear, Factors.of_weight(weight, bias_vector(linear), form))
@@ -165,9 +165,9 @@ class EightBitLinear(LowRankLinear):
 def quantize_(model: nn.Module, form: str = "int8", filter_fn: FilterFn | None = None) -> nn.Module:
     """Round the factors of a model's low-rank layers to 8 bits, in place; on an error the model is unchanged.
 
-    Layers that are not low-rank stay as they are: a :class:`lowrank_ops.ByteBudget` makes those 8-bit that it leaves
-    dense, :class:`EightBitLinear` makes one. For other formats, convert the model with :func:`to_plain_layers` and use
-    torchao's function of the same name.
+    Layers that are not low-rank stay as they are. :meth:`EightBitLinear.from_linear` rounds the weight of one, and a
+    :class:`lowrank_ops.ByteBudget` rounds those of the layers that it leaves dense, where that is better. For other
+    formats, convert the model with :func:`to_plain_layers` and use torchao's function of the same name.
 
     Args:
         model: any module.
