@@ -110,7 +110,7 @@ class EightBitLinear(LowRankLinear):
             >>> torch.testing.assert_close(layer(x), linear(x), atol=0.02, rtol=0.02)
         """
         if not isinstance(linear, nn.Linear) and not has_transposed_weight(linear):
-            raise TypeError(f"linear must be a torch.nn.Linear or transformers' Conv1D; got {type(linear).__name__}.")
+            raise TypeError(f"linear must be a torch.nn.Linear; got {type(linear).__name__}.")
         check_choice("form", form, tuple(EIGHT_BIT))
         weight = weight_matrix(linear)
         return cls.from_factors(linear, Factors.of_weight(weight, bias_vector(linear), form))
