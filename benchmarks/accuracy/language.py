@@ -109,6 +109,7 @@ VARIANTS = {
     "loss, corrected, fp8": Variant("loss", "loss", corrected=True, form="fp8"),
     "loss, pivoted, corrected, int8": PIVOTED._replace(form="int8"),
     "loss, pivoted, corrected, fp8": PIVOTED._replace(form="fp8"),
+    "loss, damped, pivoted, corrected, int8": BEST._replace(form="int8"),
 }
 
 
