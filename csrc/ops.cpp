@@ -193,7 +193,7 @@ void launch_lowrank_linear(const LowRankPlan& plan, const lowrank_linear::Group&
   lowrank_linear::launch_decode_sm80(plan, group, dtype, launch);
 }
 
-// The members' outputs. `downs`: one for each of `ups`, or one for all.
+// The outputs of all members. `downs` holds one for each of `ups`, or one for all.
 std::vector<Tensor> forward(const Tensor& x, const std::vector<Tensor>& downs, const std::vector<Tensor>& ups,
                             const std::vector<std::optional<Tensor>>& biases, const std::string& activation,
                             const Choice& choice) {

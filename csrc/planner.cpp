@@ -231,7 +231,7 @@ std::string describe(const CovariancePlan& plan) {
 
 namespace {
 
-// The sum of count(rank) over what a group has of down: one, if all members share it, or one for each.
+// The sum of count(rank) over the downs of a group: one that all members share, or one for each member.
 template <class Count>
 int64_t sum_over_downs(const LowRankProblem& problem, const Count& count) {
   int64_t sum = count(problem.rank);
@@ -245,7 +245,7 @@ int64_t max_rank(const LowRankProblem& problem) {
   return max;
 }
 
-// Whether each row of down and up, where the first one starts on 16 bytes, starts and ends there.
+// Whether every row of x, down and up consists of whole vectors of 16 bytes.
 bool rows_in_vectors(const LowRankProblem& problem) {
   using lowrank_linear::kVector;
   const auto odd = [](int64_t rank) { return int64_t{rank % kVector != 0}; };

@@ -18,7 +18,7 @@ LATENCIES_VERSION = 1
 PROJECTIONS = ("output", "loss", "utilized", "input", "weight")
 ALLOCATIONS = ("uniform", "variance", "loss")
 RECONSTRUCTIONS = (None, "sequential", "blocks")
-EIGHT_BIT = {"int8": 127.0, "fp8": 448.0}  # formats of 8-bit factors, with their largest magnitudes
+EIGHT_BIT = {"int8": 127.0, "fp8": 448.0}  # 8-bit formats, with their largest magnitudes
 
 
 @dataclass(frozen=True)

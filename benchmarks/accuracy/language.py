@@ -41,7 +41,7 @@ STEPS = 200  # of a distillation, one sequence each
 WINDOW = 256  # tokens of one sequence
 BATCH = 4  # sequences
 DAMPING = 0.1  # of the inputs; half of it of the output gradients
-MEASURED = 4  # every so many-th calibration batch is one that measured ranks are corrected by
+MEASURED = 4  # measured ranks take every fourth calibration batch
 PROMPTS = (
     "What is the capital of France?",
     "Write a haiku about the sea.",
@@ -107,8 +107,9 @@ VARIANTS = {
     "loss, fp8": Variant("loss", "loss", form="fp8"),
     "loss, corrected, int8": Variant("loss", "loss", corrected=True, form="int8"),
     "loss, corrected, fp8": Variant("loss", "loss", corrected=True, form="fp8"),
-    "loss, pivoted, corrected, int8": BEST._replace(form="int8"),
-    "loss, pivoted, corrected, fp8": BEST._replace(form="fp8"),
+    "loss, pivoted, corrected, int8": PIVOTED._replace(form="int8"),
+    "loss, pivoted, corrected, fp8": PIVOTED._replace(form="fp8"),
+    "loss, damped, pivoted, corrected, int8": BEST._replace(form="int8"),
 }
 
 
@@ -322,7 +323,7 @@ class Study:
         if "sequential" in variant.then:
             reconstruction = lro.SequentialReconstruction(self.batches, sensitivity=self.sensitivity)
         if "blocks" in variant.then:
-            sequences = [  # one per step; logits at every fourth position cost less time than they tell
+            sequences = [  # one per step; logits at every fourth position, to save time
                 {"input_ids": ids, "logits_to_keep": torch.arange(index % 4, WINDOW - 1, 4)}
                 for index, ids in enumerate(self.text(self.options.tokens).split(1))
             ]

@@ -119,7 +119,7 @@ def parser() -> argparse.ArgumentParser:
         "--probed", choices=list(PROBED), default="pooled", help="output whose gradients are accumulated"
     )
     parser.add_argument("--probes", type=int, default=1, help="random projections per batch for the sensitivity")
-    parser.add_argument("--damping", type=float, default=0.0, help="of the statistics")
+    parser.add_argument("--damping", type=float, default=0.0, help="of the statistics, by Covariances.damped")
     parser.add_argument(
         "--token-weights",
         action=argparse.BooleanOptionalAction,

@@ -96,7 +96,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--allocations", nargs="+", choices=ALLOCATIONS, default=list(ALLOCATIONS))
     parser.add_argument("--keep-dense", nargs="*", default=[], metavar="LAYER", help="such as head, the classifier")
     parser.add_argument("--probes", type=int, default=1, help="labels drawn per image for the sensitivity")
-    parser.add_argument("--damping", type=float, default=0.0, help="of the statistics")
+    parser.add_argument("--damping", type=float, default=0.0, help="of the statistics, by Covariances.damped")
     parser.add_argument(
         "--token-weights",
         action=argparse.BooleanOptionalAction,

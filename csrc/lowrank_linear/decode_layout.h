@@ -55,7 +55,7 @@ struct Place {
   int member;
   int64_t index;  // within the member
 };
-// Of an index into the items of all members, of which a member has count(member).
+// Where an index into the items of all members is; a member has count(member) items.
 template <class Count>
 LRO_HD constexpr Place place_of(int64_t index, int members, const Count& count) {
   int member = 0;
@@ -150,7 +150,7 @@ LRO_HD constexpr Span sums_of_cta(int cluster_rank, int cluster, int sums) {
 // A CTA's sum i of a unit, in two buffers by turns: one is read by the cluster while the next is written.
 LRO_HD constexpr int cta_sum_index(int round, int i, int sums) { return round % 2 * sums + i; }
 
-// Of the 16-row tiles of up, those that a CTA multiplies.
+// Those of `tiles`, the 16-row tiles of up of all members, that a CTA multiplies.
 LRO_HD constexpr Span slab_of_cta(int64_t cta, int64_t ctas, int64_t tiles) {
   return {cta * tiles / ctas, (cta + 1) * tiles / ctas};
 }

@@ -36,7 +36,7 @@ struct Slab {
   int64_t resident;  // the first ones, in shared memory
 };
 
-// Calls body(member, its tiles, the number in `span` of the first one) for each member with tiles in `span`.
+// Calls body(member, its tiles in `span`, how many of `span` come before them) for each member that has any.
 template <class Body>
 __device__ __forceinline__ void each_member(const Group& group, const Span& span, const Body& body) {
   int64_t first = 0;

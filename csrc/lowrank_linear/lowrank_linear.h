@@ -35,7 +35,7 @@ struct Group {
   int64_t rank;  // the largest
 };
 
-// Gives each member floats(rank) of the scratch that the first one has, one after another; returns what follows.
+// Divides the scratch, which the first member points to: floats(rank) for each down. Returns the end of the last part.
 template <class Floats>
 float* place_scratch(Group& group, const Floats& floats) {
   float* next = group.members[0].scratch;

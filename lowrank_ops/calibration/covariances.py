@@ -91,15 +91,16 @@ class Covariances(Mapping[str, LayerStatistics]):
     def damped(self, inputs: float, output_gradients: float | None = None) -> Covariances:
         """The same statistics as if inputs and output gradients had independent noise on every feature.
 
-        Layers of a compressed model receive inputs with the errors of the layers before, in directions that calibration
-        has hardly seen, and so do texts of another kind. Factors from damped statistics bear such errors better. In
-        return, errors on the calibration rows are larger, and reports predict errors with the noise. Apply it once, to
-        the sum of all batches. The damping is that of K-FAC (Martens & Grosse 2015, arXiv 1503.05671).
+        In a compressed model, the errors of earlier layers change the input of a layer in directions in which
+        calibration saw almost no variance. Texts of another kind do so too. Ranks and factors from damped statistics
+        preserve these directions. In return, errors on the calibration rows are larger, and reports include the noise
+        in the errors that they predict. Apply it once, to the sum of all batches. The damping is that of K-FAC (Martens
+        & Grosse 2015, arXiv 1503.05671).
 
         Args:
             inputs: variance of the noise relative to the mean variance of the features of each layer's input; 0.1 for
                 language models.
-            output_gradients: the same for gradients, relative to their mean square; None is half of ``inputs``.
+            output_gradients: the same for output gradients, relative to their mean square; None is half of ``inputs``.
 
         Raises:
             ValueError: a negative number or infinity; layers whose output was streamed instead of the input.
@@ -120,7 +121,7 @@ class Covariances(Mapping[str, LayerStatistics]):
                 f"the outputs of these layers were streamed, so noise on their inputs is not known: "
                 f'{shortened(streamed)}. Calibrate with side="input".'
             )
-        done: dict[int, Moments] = {}  # layers that share moments go on sharing them
+        done: dict[int, Moments] = {}  # layers that share moments keep sharing them
         layers = {}
         for fqn, layer in self.items():
             for name, moments in layer.moments().items():

@@ -43,7 +43,7 @@ def check_sensitivity(sensitivity: object) -> None:
     """Raise ValueError for what :func:`objective` cannot use."""
     if not callable(sensitivity) and sensitivity not in KINDS:
         raise ValueError(
-            f"sensitivity must be None, a function loss(output, batch), or one of {', '.join(map(repr, KINDS))}; "
+            f"sensitivity must be a function loss(output, batch), or one of {', '.join(map(repr, KINDS))}; "
             f"got {sensitivity!r}."
         )
 

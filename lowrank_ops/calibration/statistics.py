@@ -187,9 +187,10 @@ class Moments:
         return moment
 
     def damped(self, share: float, *, centered: bool) -> Moments:
-        """The same moments with independent noise on every feature, whose variance is ``share`` of the mean variance.
+        """The same moments with independent noise on every feature.
 
-        Or of the mean square, if not ``centered``.
+        The variance of the noise is ``share`` of the mean variance of the features, or of their mean square if not
+        ``centered``.
         """
         squares = self._squares.double()
         if centered:

@@ -132,8 +132,8 @@ def _add_compression(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     ranks.add_argument(
         "--measure", action="store_true",
-        help="with --budget: compress copies of the model, and divide the budget by loss as their gradients on "
-        "--calibration correct it",
+        help="with --budget: compress copies of the model, and divide the budget by predicted losses that gradients of "
+        "the copies on --calibration correct",
     )  # fmt: skip
     factors = parser.add_argument_group("factors")
     factors.add_argument(

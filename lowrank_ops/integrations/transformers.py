@@ -255,8 +255,10 @@ def _register() -> None:
 def model_card(model: nn.Module) -> str:
     """A section of a model card, in Markdown: number, parameters and ranks of the low-rank layers of ``model``.
 
+    Dense layers with 8-bit weights are counted on a line of their own.
+
     Raises:
-        ValueError: ``model`` has no low-rank layers.
+        ValueError: ``model`` has neither.
 
     Example:
         >>> import torch, lowrank_ops as lro
@@ -271,19 +273,27 @@ def model_card(model: nn.Module) -> str:
     """
     found = [layer for layer in model.modules() if isinstance(layer, LowRankLayer)]
     layers = [layer for layer in found if not isinstance(layer, EightBitLinear)]
-    if not layers:
+    if not found:
         raise ValueError("model has no low-rank layers to describe; call compress_ first.")
-    rounded = f"- Dense layers with 8-bit weights: {len(found) - len(layers)}\n" if len(found) > len(layers) else ""
-    held = sum(parameter.numel() for layer in layers for parameter in layer.parameters(recurse=False))
-    dense = sum(layer.weight.numel() + (0 if layer.bias is None else layer.bias.numel()) for layer in layers)
-    ranks = sorted(layer.rank for layer in layers)
+    lines = []
+    if layers:
+        held = sum(parameter.numel() for layer in layers for parameter in layer.parameters(recurse=False))
+        dense = sum(layer.weight.numel() + (0 if layer.bias is None else layer.bias.numel()) for layer in layers)
+        ranks = sorted(layer.rank for layer in layers)
+        lines = [
+            f"- Layers that are products of two low-rank factors, by `lowrank_ops` {__version__}: {len(layers)}",
+            f"- Their parameters: {held:,}, {held / dense:.1%} of the {dense:,} of the dense layers that they replace",
+            f"- Their ranks: {ranks[0]} to {ranks[-1]}, median {ranks[len(ranks) // 2]}; `config.json` lists them",
+        ]
+    if len(found) > len(layers):
+        rounded = len(found) - len(layers)
+        lines.append(f"- Dense layers with 8-bit weights, by `lowrank_ops` {__version__}: {rounded}")
+    text = "\n".join(lines)
     return f"""\
 ## Low-rank layers
 
-- Layers that are products of two low-rank factors, by `lowrank_ops` {__version__}: {len(layers)}
-- Their parameters: {held:,}, {held / dense:.1%} of the {dense:,} of the dense layers that they replace
-- Their ranks: {ranks[0]} to {ranks[-1]}, median {ranks[len(ranks) // 2]}; `config.json` lists them
-{rounded}
+{text}
+
 Loading needs the package:
 
 ```python

@@ -165,9 +165,9 @@ class EightBitLinear(LowRankLinear):
 def quantize_(model: nn.Module, form: str = "int8", filter_fn: FilterFn | None = None) -> nn.Module:
     """Round the factors of a model's low-rank layers to 8 bits, in place; on an error the model is unchanged.
 
-    Layers that are not low-rank stay as they are: a :class:`lowrank_ops.ByteBudget` makes those 8-bit that it leaves
-    dense, :class:`EightBitLinear` makes one. For other formats, convert the model with :func:`to_plain_layers` and use
-    torchao's function of the same name.
+    Layers that are not low-rank stay as they are. :meth:`EightBitLinear.from_linear` rounds the weight of one, and a
+    :class:`lowrank_ops.ByteBudget` rounds those of the layers that it leaves dense, where that is better. For other
+    formats, convert the model with :func:`to_plain_layers` and use torchao's function of the same name.
 
     Args:
         model: any module.

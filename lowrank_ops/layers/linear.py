@@ -168,7 +168,7 @@ class LowRankLinear(LowRankLayer):
 
     @property
     def formats(self) -> Formats:
-        """``"int8"`` or ``"fp8"`` for ``down`` and ``up``; None for a factor that is not 8-bit."""
+        """``"int8"`` or ``"fp8"`` for each of ``matrices``, ``down`` and ``up``; None for one that is not 8-bit."""
         names = {dtype: name for name, dtype in DTYPES.items()}
         return tuple(None if scale is None else names[part.dtype] for part, scale in self._parts())
 

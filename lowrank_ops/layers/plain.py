@@ -69,8 +69,7 @@ def to_plain_layers(model: nn.Module) -> nn.Module:
     The copy has only torch's own layers, and as many parameters as ``model``, plus rank^2 for each pivoted layer. So it
     can be pickled and loaded without lowrank_ops, scripted, quantized by torchao, and exported by tools that support no
     custom ops; 8-bit factors get the layer's dtype, and a dense layer with an 8-bit weight becomes an ``nn.Linear``. A
-    pair of layers has the sizes of the dense layer as attributes,
-    such as ``stride``, but no ``weight``.
+    pair of layers has the sizes of the dense layer as attributes, such as ``stride``, but no ``weight``.
 
     The experts of a mixture and the projections of converted attention become such layers too, and can be quantized.
     The module that calls the experts becomes a ``torch.fx.GraphModule``. Those of :func:`convert_attention_` are this
@@ -178,7 +177,7 @@ def _dense_layer(layer: LowRankLayer) -> nn.Module:
 
 
 def _two_layers(layer: LowRankLayer) -> nn.Module:
-    """Two layers that hold the parameters of ``layer`` itself, or the factors of a pivoted one; one of a dense one."""
+    """Two layers that hold the parameters of ``layer`` itself, or the factors of a pivoted one; of 8-bit dense, one."""
     if isinstance(layer, EightBitLinear):
         return layer.to_dense()
     if isinstance(layer, PivotedLinear):

@@ -26,8 +26,8 @@ from tqdm.auto import tqdm
 
 EMPTY = "batches was empty; pass at least one batch, and not a generator that is used up."
 _MODES = ("train", "eval")
-PATIENCE = 5.0  # seconds
-_PROTECTED = ("__enter__", "__exit__", "register_")  # functions that change a model, or what undoes that
+PATIENCE = 5.0  # seconds that a Ctrl-C waits at most
+_PROTECTED = ("__enter__", "__exit__", "register_")  # how the names of functions begin that change or restore a model
 
 
 class ProgressBar(tqdm):  # type: ignore[type-arg]

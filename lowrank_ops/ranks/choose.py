@@ -91,7 +91,13 @@ def choose_sizes(
     rounded: dict[str, Rounded] = {}
     if isinstance(policy, ByteBudget):
         taken = allocate_bytes(
-            policy.fraction, _set(policy.allocation), policy.form, spaces, *limits[:2], pivoted=pivoted
+            policy.fraction,
+            _set(policy.allocation),
+            policy.form,
+            spaces,
+            limits.fixed,
+            limits.bounds,
+            pivoted=pivoted,
         )
         chosen: ChosenRanks = {fqn: option.rank for fqn, (option, _) in taken.items()}
         for fqn, (option, rounding) in taken.items():

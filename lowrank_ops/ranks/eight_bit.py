@@ -138,7 +138,7 @@ def rounding_of(space: LayerSubspaces, form: str, *, by_loss: bool, pivoted: boo
             assert space.loss is not None
             of_directions = space.loss.scale * (factors.square().reciprocal() - DAMPING * squares).clamp_min(0)
         else:
-            of_directions = (up * (gradients @ up)).sum(0)  # the diagonal of P^T G P, as above
+            of_directions = (up * (gradients @ up)).sum(0)  # the diagonal of up^T G up
     rows = _errors_of_rows(down, inputs, form)
     of_dense = inputs if space.bias is not None else space.loss_moment(centered=False).diagonal()
     outputs = _errors_of_rows(space.weight, of_dense, form)

@@ -64,12 +64,13 @@ class BlockReconstruction:
             and backward pass of the dense model measures the second moment of the gradient at every block's output,
             which weights the block's error. None: the error of each output feature is relative to the variance of what
             the block adds to its input.
-        target: ``"block"``: the dense block's output. ``"logits"``: the model's output, whose Kullback-Leibler
-            divergence from the dense model's goes through the rest of the compressed model, whose factors are fixed
-            meanwhile. That needs logits and takes longer, but later blocks decide which errors matter, so the loss of
-            a language model falls much further. A step needs the memory of a forward and backward of the whole model.
-        together: blocks that are trained at a time, towards the output of the last of them. With ``target="logits"``,
-            5 take a fifth of the time.
+        target: ``"block"``: the dense block's output. ``"logits"``: the dense model's logits. The error is then the
+            Kullback-Leibler divergence of the compressed model's distributions, and gradients pass through all later
+            blocks, whose factors are fixed meanwhile. This lowers the loss of a language model much further, because
+            later blocks decide which errors matter. It takes longer, and a step needs the memory of a forward and
+            backward pass of the whole model.
+        together: number of blocks that are trained at a time, towards the output of the last of them. With
+            ``target="logits"``, 5 take a fifth of the time.
         epochs: passes over the batches for each training.
         lr: peak learning rate of Adam relative to the root mean square of each factor. Blocks whose error the first
             epoch does not lower start again with a quarter of it, at most twice.

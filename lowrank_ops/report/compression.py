@@ -108,7 +108,7 @@ class CompressionReport:
 
     @property
     def layer_bytes(self) -> int:
-        """Bytes of the considered layers after compression, with the scales of 8-bit factors."""
+        """Bytes of the considered layers after compression, with the scales of 8-bit factors and weights."""
         return sum(layer.bytes for layer in self.layers)
 
     @checked()

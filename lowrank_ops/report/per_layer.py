@@ -52,7 +52,7 @@ class LayerCompression:
     measured_error: float | None = None  # relative, on other data; see with_measured. Infinity is null in JSON.
     reconstructed: bool = False  # predicted_error then compares with the dense model, at the compressed model's input
     dense_bytes: int = 0
-    bytes: int = 0  # with the scales of 8-bit factors
+    bytes: int = 0  # with the scales of 8-bit factors and weights
     formats: Formats = PLAIN  # of both factors, or of a dense weight: "int8" or "fp8"; None: the layer's dtype
 
     @property

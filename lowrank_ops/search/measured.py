@@ -1,4 +1,4 @@
-"""measured_ranks: a budget allocated by predicted losses that gradients of the compressed model correct."""
+"""measured_ranks: a parameter budget, allocated by predicted losses that gradients of the compressed model correct."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ def measured_ranks(
     subspaces: Mapping[str, LayerSubspaces] | None = None,
     progress: bool = False,
 ) -> Ranks:
-    """Ranks for a parameter budget, allocated by loss as gradients of the compressed model correct it.
+    """Ranks for a parameter budget, allocated by predicted losses that gradients of the compressed model correct.
 
-    The predicted loss of a layer ignores the errors of other layers. Each round compresses a copy of the model and
-    differentiates the copy's loss by a factor of each layer's error, the difference between the outputs of the dense
-    and the low-rank layer. If layers did not interact, this derivative would be twice the predicted loss. The ratio of
-    the two corrects the predictions of the layer, and the budget is allocated again. The ranks with the lowest loss are
-    returned.
+    The predicted loss of a layer ignores the errors of other layers. Each round compresses a copy of the model. The
+    error of a layer, its output less that of the dense layer, is scaled by a number, which is 1, and the copy's loss is
+    differentiated with respect to it. If layers did not interact, the derivative would be twice the predicted loss. The
+    ratio of the two corrects the predictions of the layer, and the budget is allocated again. The ranks with the lowest
+    loss are returned.
 
     Costs ``rounds`` + 1 factorizations and forward passes and ``rounds`` backward passes over the batches. In the
     backward passes all low-rank layers also run dense, and a distance as the loss runs the dense model.
@@ -119,7 +119,7 @@ def measured_ranks(
     config = resolved(config, subspaces)
     decompose(config.rank, subspaces, progress)
     fixed = limits_of(subspaces, config.overrides, config.bounds).fixed
-    caused: dict[str, float] = {}  # in all rounds
+    measured: dict[str, float] = {}  # by layer, summed over the rounds
     predicted: dict[str, float] = {}
     best: tuple[float, ChosenRanks] | None = None
     total = (rounds + 1) * len(batches)
@@ -128,7 +128,7 @@ def measured_ranks(
         ProgressBar(total=total, desc="measuring", unit="batch", disable=not progress) as bar,
     ):
         for step in range(rounds + 1):
-            ranks, *_ = choose_grouped_sizes(config, subspaces, _corrections(caused, predicted))
+            ranks, *_ = choose_grouped_sizes(config, subspaces, _corrections(measured, predicted))
             trial = shared_copy(dense)
             replace_(trial, dict(factorize_layers(subspaces, ranks, str(config.projection), keep_directions=True)))
             gated = [fqn for fqn, rank in ranks.items() if rank is not None and fqn not in fixed]
@@ -140,7 +140,7 @@ def measured_ranks(
             if best is None or loss < best[0]:
                 best = loss, ranks
             for fqn, value in found.items():
-                caused[fqn] = caused.get(fqn, 0.0) + value
+                measured[fqn] = measured.get(fqn, 0.0) + value
                 predicted[fqn] = predicted.get(fqn, 0.0) + _dropped(subspaces[fqn], ranks[fqn])
     if (warning := masks.finish()) is not None:  # the same in all rounds
         warn_caller(warning)
@@ -158,14 +158,14 @@ def _differentiated(
     forward: Callable[[nn.Module, Any], Any],
     bar: ProgressBar,
 ) -> tuple[float, dict[str, float]]:
-    """The loss of a trial, summed over the batches, and minus its derivative by leaving out each layer's error.
+    """The loss of a trial, summed over the batches, and its derivatives by the scales of the layers' errors, at 1.
 
     Args:
-        gated: the low-rank layers. Those that no batch calls are not in the result.
+        gated: the low-rank layers whose errors are scaled. Those that no batch calls are not in the result.
     """
     device = device_of(trial)
     gates = {fqn: torch.zeros((), device=device, requires_grad=True) for fqn in gated}
-    total, caused = 0.0, dict[str, float]()
+    total, derivatives = 0.0, dict[str, float]()
     with differentiable(trial, SEED), evaluating(dense), hooks() as handles, torch.set_grad_enabled(bool(gates)):
         masks.attach(handles)
         for fqn, gate in gates.items():
@@ -191,15 +191,15 @@ def _differentiated(
                 gradients = torch.autograd.grad(loss, list(gates.values()), allow_unused=True)
                 for fqn, gradient in zip(gates, gradients, strict=True):
                     if gradient is not None:
-                        caused[fqn] = caused.get(fqn, 0.0) - float(gradient)
+                        derivatives[fqn] = derivatives.get(fqn, 0.0) - float(gradient)
             bar.update()
-    if gates and not caused:
+    if gates and not derivatives:
         raise ValueError(_INDEPENDENT)
-    return total, caused
+    return total, derivatives
 
 
 def _without_error(dense: nn.Module, gate: Tensor) -> Callable[..., Tensor]:
-    """A forward hook that subtracts ``gate`` times the layer's error from its output."""
+    """A forward hook that scales the layer's error by 1 - ``gate``."""
 
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
         return output + gate * (dense(*args, **kwargs) - output)
@@ -208,20 +208,20 @@ def _without_error(dense: nn.Module, gate: Tensor) -> Callable[..., Tensor]:
 
 
 def _dropped(space: LayerSubspaces, rank: int | None) -> float:
-    """Twice the predicted increase of the loss at a rank."""
+    """Twice the predicted loss of a layer at a rank."""
     assert space.loss is not None
     spectrum = space.loss.spectrum
     return 0.0 if rank is None else float(spectrum[..., rank:].sum())
 
 
-def _corrections(caused: Mapping[str, float], predicted: Mapping[str, float]) -> dict[str, float]:
-    """By layer, its measured over its predicted increase of the loss, relative to all layers.
+def _corrections(measured: Mapping[str, float], predicted: Mapping[str, float]) -> dict[str, float]:
+    """By layer, the ratio of its measured to its predicted loss, relative to that of all layers.
 
-    Bounded: few tokens may show no increase for a layer, which must not lose all its rank.
+    Bounded: on few tokens, the measured loss of a layer may be zero or negative, but the layer must not lose all rank.
     """
     total = sum(predicted.values())
-    scale = sum(caused.values()) / total if total else 0.0
+    scale = sum(measured.values()) / total if total else 0.0
     if scale <= 0:
         return {}
-    ratios = {fqn: value / (predicted[fqn] * scale) for fqn, value in caused.items() if predicted[fqn]}
+    ratios = {fqn: value / (predicted[fqn] * scale) for fqn, value in measured.items() if predicted[fqn]}
     return {fqn: min(max(ratio, 1 / MAX_CORRECTION), MAX_CORRECTION) for fqn, ratio in ratios.items()}

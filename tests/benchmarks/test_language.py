@@ -35,6 +35,12 @@ def model() -> torch.nn.Module:
     return transformers.LlamaForCausalLM(config).eval()
 
 
+def test_names_of_variants_list_their_options() -> None:
+    for name, variant in language.VARIANTS.items():
+        for option in ("damped", "pivoted", "corrected"):
+            assert getattr(variant, option) == (option in name.split(", ")), name
+
+
 def test_variants_are_measured_once(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     texts = [" ".join(str(i * k) for i in range(300)) for k in range(1, 30)]
     monkeypatch.setattr(language, "corpus", lambda kind, held_out: Corpus(texts[:5], texts[5:10], texts[10:]))

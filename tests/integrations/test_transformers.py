@@ -229,6 +229,9 @@ def test_model_card_section(model: LlamaForCausalLM) -> None:
     assert "LlamaForCausalLM.from_pretrained" in section
     with pytest.raises(ValueError, match="no low-rank layers"):
         model_card(dense())
+    rounded = torch.nn.Sequential(lro.layers.EightBitLinear(8, 6))  # as a ByteBudget may leave all layers
+    assert f"8-bit weights, by `lowrank_ops` {lro.__version__}: 1\n" in model_card(rounded)
+    assert "ranks:" not in model_card(rounded)
 
 
 def test_copies_are_saved_as_well(model: LlamaForCausalLM, tmp_path: Path) -> None:

@@ -266,7 +266,7 @@ def test_a_resumed_run_ends_with_the_same_bits(target: str, tmp_path: Path, monk
         ({"lr": -1.0}, "lr must be positive; got -1"),
         ({"held_out": 1.0}, "held_out must be a number in"),
         ({"autocast": torch.float16}, "autocast must be None or torch.bfloat16"),
-        ({"sensitivity": "labels"}, "sensitivity must be None"),
+        ({"sensitivity": "labels"}, "sensitivity must be a function"),
         ({"blocks": "nowhere"}, "blocks must name ModuleLists or Sequentials"),
     ],
 )
