@@ -138,10 +138,11 @@ def detached(output: Tensor, batch: Tensor) -> Tensor:
         ({"sensitivity": "hessian"}, "sensitivity must be a function"),
         ({"sensitivity": detached}, "the loss does not depend on the compressed layers"),
         ({"sensitivity": lambda output, batch: output.sum(1) * torch.nan}, "loss of the compressed model is nan in"),
+        ({"sensitivity": lambda output, batch: (0 * output).sum().sqrt()}, "layer 'a': the gradient of the loss"),
         ({"batches": []}, "batches was empty"),
         ({"fraction": 0.0001}, "cannot be met"),
     ],
-    ids=["rounds", "sensitivity", "detached", "nan", "empty", "budget"],
+    ids=["rounds", "sensitivity", "detached", "nan", "nan gradient", "empty", "budget"],
 )
 def test_bad_arguments_are_refused(heads: Calibrated, options: dict[str, object], message: str) -> None:
     given: dict[str, object] = {"batches": heads_batches(), "fraction": 0.5, **options}
