@@ -48,12 +48,13 @@ class OutputGradients:
         if y.is_inference() or not torch.is_grad_enabled():
             return None
         saved = None if save is None else save()
-        if y.requires_grad:
+        if y.requires_grad and not y._is_view():
             self._edges.append((get_gradient_edge(y), fqn, mask, saved))
             return None
-        # Nothing before this layer requires a gradient, so the graph starts here: at a copy, because the model may
-        # change the output in place, which autograd forbids for a leaf.
-        start = y.detach().requires_grad_().clone()
+        # A copy, because the model may change the output in place: of a view, as Linear returns for more than two
+        # dimensions, that takes the edge out of the graph. If nothing before this layer requires a gradient, the graph
+        # starts here; autograd forbids changes in place for a leaf.
+        start = (y if y.requires_grad else y.detach().requires_grad_()).clone()
         self._edges.append((get_gradient_edge(start), fqn, mask, saved))
         return start
 

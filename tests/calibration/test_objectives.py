@@ -149,8 +149,9 @@ class Twice(nn.Module):
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_gradients_of_both_calls_of_a_layer_are_summed(frozen: bool) -> None:
-    model, x = Twice().double().requires_grad_(not frozen), torch.randn(9, 4).double()
+@pytest.mark.parametrize("shape", [(9, 4), (9, 2, 4)], ids=["rows", "view"])  # as Linear returns for 3-D
+def test_gradients_of_both_calls_of_a_layer_are_summed(frozen: bool, shape: tuple[int, ...]) -> None:
+    model, x = Twice().double().requires_grad_(not frozen), torch.randn(shape).double()
     covariances = lro.calibrate(
         model, [x], sensitivity=lambda output, batch: output.logits.square().sum(), share_inputs=False
     )
@@ -159,7 +160,7 @@ def test_gradients_of_both_calls_of_a_layer_are_summed(frozen: bool) -> None:
     first_call = model.layer(x).detach().requires_grad_()
     second_call = model.layer((first_call + x).relu())
     gradients = torch.autograd.grad(second_call.square().sum(), [first_call, second_call])
-    expected = sum(g.T @ g for g in gradients)
+    expected = sum(g.flatten(0, -2).T @ g.flatten(0, -2) for g in gradients)
     found = covariances["layer"].output_gradients
     torch.testing.assert_close(found.second_moment, expected)
     assert found.count == 9
