@@ -149,7 +149,7 @@ class Covariances(Mapping[str, LayerStatistics]):
         merged = {}
         for key, count in union.counts.items():
             found = [part[index] for part, index in zip(parts, key.indices, strict=True) if index is not None]
-            total = found[0] if len(found) == 1 else found[0].plus(found[1])
+            total = found[0].copied() if len(found) == 1 else found[0].plus(found[1])
             merged[key] = total.with_count(count)
         return Covariances(union.layers(merged), union.unreached, self.skipped)
 

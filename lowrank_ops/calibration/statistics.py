@@ -124,6 +124,11 @@ class Moments:
             return False
         return all(torch.equal(mine[name], others[name]) for name in ("total", *mine))
 
+    def copied(self) -> Moments:
+        """The same sums at the same place, in memory or a file of their own."""
+        stored = self.packed("disk") if self._place == "disk" else self._stored.clone()
+        return Moments(stored, self.total.clone(), self.count, self.shift, place=self._place)
+
     def with_count(self, count: int) -> Moments:
         """The same sums, of another number of rows."""
         other = copy.copy(self)
@@ -190,8 +195,8 @@ class Moments:
         squares = self._squares.double()
         if centered:
             squares = (squares - max(self.count, 1) * self.offset.square()).clamp_min(0)
-        stored = self.packed("disk") if self._place == "disk" else self._stored.clone()
-        found = Moments(stored, self.total, self.count, self.shift, place=self._place)
+        found = self.copied()
+        stored = found._stored
         noise = (share * squares.mean(-1, keepdim=True)).to(stored.dtype)
         if self.is_packed:
             stored[..., self._packed_diagonal] += noise

@@ -81,9 +81,13 @@ def choose_sizes(
     *,
     bounds: Mapping[str, tuple[int, int | None]] | None = None,
     pivoted: bool = False,
+    weights: Mapping[str, float] | None = None,
 ) -> tuple[ChosenRanks, dict[str, Rounded]]:
-    """The ranks of :func:`choose_ranks`, and the formats of the layers with 8-bit factors or weights."""
-    limits = limits_of(spaces, overrides, bounds, pivoted=pivoted)
+    """The ranks of :func:`choose_ranks`, and the formats of the layers with 8-bit factors or weights.
+
+    ``weights`` are factors of the layers' gains, for a :class:`ParameterBudget`; by default 1.
+    """
+    limits = limits_of(spaces, overrides, bounds, pivoted=pivoted)._replace(weights=weights)
     rounded: dict[str, Rounded] = {}
     if isinstance(policy, ByteBudget):
         taken = allocate_bytes(
@@ -107,22 +111,21 @@ def choose_sizes(
 
 
 class Limits(NamedTuple):
-    """Ranks that a policy does not choose, bounds on those that it does, and whether the layers are pivoted."""
+    """Ranks that a policy does not choose, bounds on those that it does, whether layers are pivoted, and weights."""
 
     fixed: ChosenRanks
     bounds: Mapping[str, Bounds]
     pivoted: bool = False
+    weights: Mapping[str, float] | None = None  # of the gains in a parameter budget
 
     def options(self, fqn: str, space: LayerSubspaces) -> list[Option]:
         """The sizes that a layer may have, in ascending order of parameters."""
         return options_of(fqn, space, in_parameters(self.pivoted), self.bounds.get(fqn, UNBOUNDED))
 
-    def allocate(
-        self, fraction: float, allocation: str, spaces: Spaces, weights: Mapping[str, float] | None = None
-    ) -> ChosenRanks:
+    def allocate(self, fraction: float, allocation: str, spaces: Spaces) -> ChosenRanks:
         """A rank for every layer, within a share of the layers' parameters."""
         price = in_parameters(self.pivoted)
-        found = allocate(fraction, allocation, price, spaces, self.fixed, self.bounds, weights=weights)
+        found = allocate(fraction, allocation, price, spaces, self.fixed, self.bounds, weights=self.weights)
         return {fqn: {**found, **self.fixed}[fqn] for fqn in spaces}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ..config import CompressionConfig, Ranks
 from ..ops.grouped import MAX_MEMBERS
@@ -34,11 +34,14 @@ def groups_of(spaces: Spaces, names: Sequence[str]) -> Groups:
     return tuple(part for part in parts if len(part) > 1)
 
 
-def choose_grouped_sizes(config: CompressionConfig, spaces: Spaces) -> tuple[ChosenRanks, dict[str, Rounded], Groups]:
+def choose_grouped_sizes(
+    config: CompressionConfig, spaces: Spaces, weights: Mapping[str, float] | None = None
+) -> tuple[ChosenRanks, dict[str, Rounded], Groups]:
     """Sizes by the policy of ``config``, and the groups that are low-rank as a whole; none unless ``config.group``.
 
     A policy may leave some members of a group dense and not the others: it then chooses again with those bounded to
-    ranks that save parameters. Layers that are dense by hand, or at every rank, are in no group.
+    ranks that save parameters. Layers that are dense by hand, or at every rank, are in no group. ``weights`` as for
+    :func:`choose_sizes`.
 
     Raises:
         ValueError: as for :func:`choose_sizes`.
@@ -52,7 +55,9 @@ def choose_grouped_sizes(config: CompressionConfig, spaces: Spaces) -> tuple[Cho
         if config.group
     }
     while True:
-        ranks, rounded = choose_sizes(config.rank, spaces, config.overrides, bounds=bounds, pivoted=config.pivoted)
+        ranks, rounded = choose_sizes(
+            config.rank, spaces, config.overrides, bounds=bounds, pivoted=config.pivoted, weights=weights
+        )
         if not config.group:
             return ranks, rounded, ()
         groups = groups_of(spaces, [fqn for fqn in spaces if able[fqn] or ranks[fqn] is not None])

@@ -34,8 +34,13 @@ from ..models.running import (
     warn_caller,
 )
 from ..ranks.choose import ChosenRanks, limits_of
+from ..ranks.groups import choose_grouped_sizes
 from ..subspaces.layer import LayerSubspaces
 
+_INDEPENDENT = (
+    "the loss does not depend on the compressed layers: forward and sensitivity must not detach outputs, and forward "
+    "has to run the copy that it is called with."
+)
 MAX_CORRECTION = 10.0  # of a predicted loss, relative to all layers, in either direction
 
 
@@ -78,7 +83,7 @@ def measured_ranks(
             ``"output"``: half the squared difference; ``"pooled"``: of rows and of their mean, weighted as in
             calibration.
         rounds: corrections, each at the ranks of the one before.
-        config: projection, centering, overrides, bounds and pivoting; its rank policy is not used.
+        config: projection, centering, overrides, bounds, pivoting and groups; its rank policy is not used.
         filter_fn, subspaces: as for :func:`lowrank_ops.compress_`.
         mask, unmasked_rows, forward: as for :func:`lowrank_ops.calibrate`. ``forward`` has to run the copy that it is
             called with.
@@ -113,7 +118,7 @@ def measured_ranks(
     subspaces, _ = considered_layers(dense, covariances, filter_fn, subspaces, centered=config.centered)
     config = resolved(config, subspaces)
     decompose(config.rank, subspaces, progress)
-    limits = limits_of(subspaces, config.overrides, config.bounds, pivoted=config.pivoted)
+    fixed = limits_of(subspaces, config.overrides, config.bounds).fixed
     measured: dict[str, float] = {}  # by layer, summed over the rounds
     predicted: dict[str, float] = {}
     best: tuple[float, ChosenRanks] | None = None
@@ -123,10 +128,10 @@ def measured_ranks(
         ProgressBar(total=total, desc="measuring", unit="batch", disable=not progress) as bar,
     ):
         for step in range(rounds + 1):
-            ranks = limits.allocate(fraction, "loss", subspaces, _corrections(measured, predicted))
+            ranks, *_ = choose_grouped_sizes(config, subspaces, _corrections(measured, predicted))
             trial = shared_copy(dense)
             replace_(trial, dict(factorize_layers(subspaces, ranks, str(config.projection), keep_directions=True)))
-            gated = [fqn for fqn, rank in ranks.items() if rank is not None and fqn not in limits.fixed]
+            gated = [fqn for fqn, rank in ranks.items() if rank is not None and fqn not in fixed]
             masks = Masks(trial, mask, unmasked_rows)
             loss, found = _differentiated(
                 dense, trial, gated if step < rounds else [], batches, sensitivity, masks, forward or call_model, bar
@@ -180,10 +185,7 @@ def _differentiated(
                     "and the loss, or run the model in a wider dtype."
                 )
             if gates and not loss.requires_grad:
-                raise ValueError(
-                    "the loss does not depend on the compressed layers: forward and sensitivity must not detach "
-                    "outputs, and forward has to run the copy that it is called with."
-                )
+                raise ValueError(_INDEPENDENT)
             total += value
             if gates:
                 gradients = torch.autograd.grad(loss, list(gates.values()), allow_unused=True)
@@ -191,6 +193,8 @@ def _differentiated(
                     if gradient is not None:
                         derivatives[fqn] = derivatives.get(fqn, 0.0) - float(gradient)
             bar.update()
+    if gates and not derivatives:
+        raise ValueError(_INDEPENDENT)
     return total, derivatives
 
 

@@ -78,6 +78,15 @@ def test_shared_moments_are_stored_once():
 # --- damping ----------------------------------------------------------------------------------------------------
 
 
+def assert_own_memory(new, old):
+    """``all_reduce_`` sums in place, which must not change the statistics that others were made from."""
+    for fqn, layer in new.items():
+        for name, moments in layer.moments().items():
+            for key in ("second_moment", "total"):
+                pointers = {part.tensors()[key].data_ptr() for part in (moments, old[fqn].moments()[name])}
+                assert len(pointers) == 2, (fqn, name, key)
+
+
 @pytest.mark.parametrize("place", ["memory", "packed", "disk"])
 def test_damped_adds_noise_to_every_feature(place):
     covariances = calibrated(images(), sensitivity="output")
@@ -96,6 +105,7 @@ def test_damped_adds_noise_to_every_feature(place):
             torch.testing.assert_close(moments.mean, old.mean)
             assert moments.is_packed == (place != "memory")
             assert covariances[fqn].moments()[name].equals(before[fqn][name]) or moments.is_packed  # not changed
+    assert_own_memory(damped, covariances)
 
 
 def test_damped_factors_bear_noise_better():
@@ -132,6 +142,9 @@ def test_merge_equals_calibrating_on_both(side):
     merged = parts[0].merge(parts[1]).merge(parts[2])
     assert_same_statistics(merged, calibrated(x, model, side=side), 1e-6)
     assert parts[0]["a"].activations.count == 4  # the parts are unchanged
+    assert_own_memory(parts[0].merge(parts[1]), parts[0])
+    none = lro.Covariances({}, tuple(parts[0]))
+    assert_own_memory(none.merge(parts[0]), parts[0])  # of layers that only one of them has reached
 
 
 def test_merge_of_other_sides_names_the_layers():

@@ -208,6 +208,10 @@ def test_weights_of_dense_layers(form):
     linear.weight.data[0, 0] = torch.inf
     with pytest.raises(ValueError, match="holds NaN or inf"):
         EightBitLinear.from_linear(linear)
+    wide = nn.Linear(4, 4, dtype=torch.float64)
+    wide.weight.data[0, 0] = 1e300
+    with pytest.raises(ValueError, match="exceeds float32"):
+        EightBitLinear.from_linear(wide)
 
 
 def test_pivoted_copy_of_an_eight_bit_layer():

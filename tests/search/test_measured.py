@@ -106,6 +106,21 @@ def test_other_layers_and_modes_stay_as_they_are(calibrated: Calibrated, model: 
     assert all(part.requires_grad and part.grad is None for part in model.parameters())
 
 
+def test_groups_are_low_rank_as_a_whole(heads: Calibrated) -> None:
+    model, batches = heads.model, heads_batches()
+
+    def loss(output: Tensor, batch: Tensor) -> Tensor:  # only errors of b count
+        return (output - model(batch).detach())[:, 64:].square().sum(1)
+
+    config = lro.CompressionConfig(group=True)
+    alone, together = (
+        lro.measured_ranks(model, heads.covariances, batches, 0.65, sensitivity=loss, config=each)
+        for each in (None, config)
+    )
+    assert alone.ranks.keys() == {"a"}
+    assert together.ranks.keys() == {"a", "b"}
+
+
 def test_corrections_are_bounded_and_relative() -> None:
     found = measured._corrections({"a": 2.0, "b": -1.0, "c": 999.0, "d": 1.0}, {"a": 2.0, "b": 1, "c": 1, "d": 997})
     assert found == {"a": 1.0, "b": 0.1, "c": 10.0, "d": 0.1}
@@ -140,8 +155,9 @@ def test_the_model_itself_and_plain_statistics_are_refused(heads: Calibrated) ->
         with torch.no_grad():
             return heads.model(batch)
 
-    with pytest.raises(ValueError, match="forward has to run the copy"):
-        lro.measured_ranks(heads.model, heads.covariances, heads_batches(), 0.5, forward=itself)
+    for forward in (itself, lambda trial, batch: heads.model(batch)):
+        with pytest.raises(ValueError, match="forward has to run the copy"):
+            lro.measured_ranks(heads.model, heads.covariances, heads_batches(), 0.5, forward=forward)
     plain = lro.calibrate(heads.model, heads_batches())
     with pytest.raises(ValueError, match="output gradients"):
         lro.measured_ranks(heads.model, plain, heads_batches(), 0.5)
