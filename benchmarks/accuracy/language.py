@@ -97,6 +97,9 @@ VARIANTS = {
     "loss, damped, pivoted, corrected, measured ranks": BEST._replace(then=("measured",)),
     "loss, damped, pivoted, corrected, measured ranks, blocks": BEST._replace(then=("measured", "blocks")),
     "loss, damped, pivoted, corrected, measured ranks, distilled": BEST._replace(then=("measured", "distilled")),
+    "loss, damped, pivoted, corrected, measured ranks, blocks, distilled": BEST._replace(
+        then=("measured", "blocks", "distilled")
+    ),
     "loss, damped, pivoted, corrected, sequential": BEST._replace(then=("sequential",)),
     "loss, damped, pivoted, corrected, blocks": BEST._replace(then=("blocks",)),
     "loss, damped, pivoted, corrected, distilled": BEST._replace(then=("distilled",)),
