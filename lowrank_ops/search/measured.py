@@ -190,14 +190,13 @@ def _differentiated(
             if gates:
                 gradients = torch.autograd.grad(loss, list(gates.values()), allow_unused=True)
                 for fqn, gradient in zip(gates, gradients, strict=True):
-                    if gradient is None:
-                        continue
-                    if not bool(gradient.isfinite()):
+                    if gradient is not None and not bool(gradient.isfinite()):
                         raise ValueError(
                             f"layer {fqn!r}: the gradient of the loss by its error is {float(gradient)} in batch "
                             f"{index} (counted from 0). Check the loss, or run the model in a wider dtype."
                         )
-                    derivatives[fqn] = derivatives.get(fqn, 0.0) - float(gradient)
+                    if gradient is not None:
+                        derivatives[fqn] = derivatives.get(fqn, 0.0) - float(gradient)
             bar.update()
     if gates and not derivatives:
         raise ValueError(_INDEPENDENT)
