@@ -278,6 +278,15 @@ class Interrupting:
         self.removed = True
 
 
+@pytest.fixture
+def default_handler():
+    """Python's handler of SIGINT, which a shell's background jobs do not have."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("default_handler")
 def test_an_interrupt_waits_until_everything_is_restored():
     handles, before = [Interrupting(), Interrupting()], signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
@@ -288,6 +297,7 @@ def test_an_interrupt_waits_until_everything_is_restored():
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.usefixtures("default_handler")
 def test_an_interrupt_is_raised_at_once_where_nothing_is_restored():
     model = small()
     with pytest.raises(KeyboardInterrupt), evaluating(model), hooks():
@@ -296,6 +306,7 @@ def test_an_interrupt_is_raised_at_once_where_nothing_is_restored():
     assert model.training
 
 
+@pytest.mark.usefixtures("default_handler")
 def test_an_interrupt_does_not_wait_for_ever(monkeypatch):
     monkeypatch.setattr(running, "PATIENCE", 0.05)
 
