@@ -119,8 +119,8 @@ def _compress(
             factorize_layers(subspaces, ranks, str(config.projection), keep_directions=reused, progress=progress)
         )
         if not factors:  # all layers stay dense
-            pass
-        elif isinstance(reconstruction, BlockReconstruction):
+            reconstruction = None
+        if isinstance(reconstruction, BlockReconstruction):
             factors = reconstruct_blocks(model, factors, reconstruction, progress=progress)
         elif reconstruction is not None:
             factors = reconstruct_factors(

@@ -82,38 +82,39 @@ VARIANTS = {
     "output, uniform (SVD-LLM)": Variant("output", "uniform"),
     "loss, uniform (KFAC-SVD)": Variant("loss", "uniform"),
     "loss": Variant("loss", "loss"),
-    "loss, measured ranks": Variant("loss", "loss", ("measured",)),
     "loss, midpoint": Variant("loss", "loss", ("midpoint",)),
     "loss, sequential": Variant("loss", "loss", ("sequential",)),
     "loss, blocks": Variant("loss", "loss", ("blocks",)),
-    "output, uniform, pivoted": Variant("output", "uniform", pivoted=True),
     "loss, pivoted": Variant("loss", "loss", pivoted=True),
     "loss, corrected": Variant("loss", "loss", corrected=True),
     "loss, pivoted, corrected": PIVOTED,
     "loss, pivoted, corrected, distilled": PIVOTED._replace(then=("distilled",)),
-    "loss, damped": Variant("loss", "loss", damped=True),
     "loss, damped, pivoted, corrected": BEST,
-    "loss, damped, pivoted, measured ranks": BEST._replace(corrected=False, then=("measured",)),
     "loss, damped, pivoted, corrected, measured ranks": BEST._replace(then=("measured",)),
     "loss, damped, pivoted, corrected, measured ranks, blocks": BEST._replace(then=("measured", "blocks")),
     "loss, damped, pivoted, corrected, measured ranks, distilled": BEST._replace(then=("measured", "distilled")),
     "loss, damped, pivoted, corrected, measured ranks, blocks, distilled": BEST._replace(
         then=("measured", "blocks", "distilled")
     ),
-    "loss, damped, pivoted, corrected, sequential": BEST._replace(then=("sequential",)),
-    "loss, damped, pivoted, corrected, blocks": BEST._replace(then=("blocks",)),
-    "loss, damped, pivoted, corrected, distilled": BEST._replace(then=("distilled",)),
     "loss, damped, pivoted, corrected, distilled on all": BEST._replace(then=("distilled on all",)),
     "loss, damped, pivoted, corrected, blocks, distilled": BEST._replace(then=("blocks", "distilled")),
     "no factors, int8": Variant("none", "uniform", form="int8"),
-    "loss, int8": Variant("loss", "loss", form="int8"),
-    "loss, fp8": Variant("loss", "loss", form="fp8"),
     "loss, corrected, int8": Variant("loss", "loss", corrected=True, form="int8"),
     "loss, corrected, fp8": Variant("loss", "loss", corrected=True, form="fp8"),
     "loss, pivoted, corrected, int8": PIVOTED._replace(form="int8"),
-    "loss, pivoted, corrected, fp8": PIVOTED._replace(form="fp8"),
     "loss, damped, pivoted, corrected, int8": BEST._replace(form="int8"),
 }
+
+ONE_SHOT = (  # by default
+    "weight SVD",
+    "ASVD",
+    "output, uniform (SVD-LLM)",
+    "loss, uniform (KFAC-SVD)",
+    "loss",
+    "loss, pivoted, corrected",
+    "loss, damped, pivoted, corrected",
+    "loss, damped, pivoted, corrected, measured ranks",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -151,7 +152,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, default=16384, help="for calibration")
     parser.add_argument("--test-tokens", type=int, default=16384, help="of each kind, to evaluate on")
     parser.add_argument("--budgets", type=float, nargs="+", default=[90, 80, 70, 60, 50], help="%% of layer parameters")
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=ONE_SHOT)
     parser.add_argument("--sensitivity", choices=["labels", "fisher"], default="labels")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="kinds of text to test on")
     parser.add_argument("--held-out", type=int, default=20, help="documents of each kind that are tested on")
