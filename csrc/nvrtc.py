@@ -36,8 +36,10 @@ class Library:
     """A library of the toolkit. A function that fails raises SystemExit with the library's words."""
 
     def __init__(self, toolkit: Path, name: str) -> None:
-        path = next(toolkit.rglob(f"lib{name}.so.*"))
-        self.library = ctypes.CDLL(str(path))
+        paths = list(toolkit.glob(f"*/lib/lib{name}.so.*"))
+        if not paths:
+            raise SystemExit(f"{toolkit} has no */lib/lib{name}.so.*")
+        self.library = ctypes.CDLL(str(paths[0]))
         self.error = self.library[{"nvrtc": "nvrtcGetErrorString", "nvfatbin": "nvFatbinGetErrorString"}[name]]
         self.error.restype = ctypes.c_char_p
 
@@ -61,13 +63,8 @@ def missing_kernels(launchers: str) -> dict[str, str]:
     found = {}
     for symbol, name in zip(undefined(), undefined("--demangle"), strict=True):
         if name.startswith("void lowrank_ops::") and name.endswith(")"):  # a function template
-            found[name.removeprefix("void ")[: closing_angle(name) - len("void ")]] = symbol
+            found[name[len("void ") : name.rindex(">(") + 1]] = symbol
     return found
-
-
-def closing_angle(name: str) -> int:
-    """Where the template arguments end."""
-    return name.rindex(">(") + 1
 
 
 def compile_kernels(
