@@ -42,7 +42,7 @@ def find_nvrtc():
     folder = os.environ.get("LOWRANK_OPS_NVRTC")
     if folder and not list(Path(folder).glob("*/lib/libnvrtc.so.1?")):
         raise SystemExit(f"LOWRANK_OPS_NVRTC must be a folder that has */lib/libnvrtc.so.1?; got {folder!r}.")
-    return folder
+    return folder and str(Path(folder).resolve())
 
 
 def cuda_major():
