@@ -12,8 +12,9 @@ from torch import nn
 from .arguments import checked
 from .calibration.covariances import Covariances
 from .config import CompressionConfig, ExplainedVariance, RankPolicy
+from .factors.channels import narrowed
 from .factors.projections import Factors, eight_bit_weight, factorize, rounded, stored_as
-from .layers import EightBitLinear, LowRankLayer, group_
+from .layers import EightBitLinear, LowRankLayer, NarrowLinear, group_
 from .layers.replace import replace_
 from .models.experts import on_listed_experts
 from .models.layers import FilterFn, check_not_wrapped, find_layers, tied_layers, with_values
@@ -30,6 +31,7 @@ from .reconstruction import (
 )
 from .report import CompressionReport
 from .report.text import warn_of_few_rows
+from .subspaces.channels import ChannelSubspaces, with_channels
 from .subspaces.layer import LayerSubspaces, layer_subspaces
 
 # Decompositions held between choosing ranks and factorizing, and for the next call; beyond this they are recomputed.
@@ -112,11 +114,12 @@ def _compress(
         model, covariances, filter_fn, subspaces, centered=config.centered, device=device
     )
     config = resolved(config, subspaces)
-    decompose(config.rank, subspaces, progress)
-    ranks, eight_bit, groups = choose_grouped_sizes(config, subspaces)
+    members = with_channels(model, subspaces, config.channels_of)
+    decompose(config.rank, members, progress)
+    ranks, eight_bit, groups = choose_grouped_sizes(config, members)
     with torch.inference_mode(False):  # parameters created in inference mode could not be trained
         factors = dict(
-            factorize_layers(subspaces, ranks, str(config.projection), keep_directions=reused, progress=progress)
+            factorize_layers(members, ranks, str(config.projection), keep_directions=reused, progress=progress)
         )
         if not factors:  # all layers stay dense
             reconstruction = None
@@ -192,6 +195,9 @@ def considered_layers(
     unreached = {fqn: "no calibration batch reached it" for fqn in layers if fqn not in covariances}
     skipped |= unreached | {fqn: covariances.skipped[fqn] for fqn in unreached if fqn in covariances.skipped}
     for fqn, module in model.named_modules():
+        if isinstance(module, NarrowLinear):
+            layers.pop(fqn, None)
+            skipped[fqn] = "it has fewer channels already"
         if isinstance(module, LowRankLayer):
             skipped[fqn] = f"it is {'8-bit' if isinstance(module, EightBitLinear) else 'low-rank'} already"
     given = _checked_subspaces(subspaces, layers, covariances)
@@ -280,7 +286,7 @@ def factorize_layers(
     """Names and factors of the layers that have a rank, one by one, in the dtype and on the device of their weights.
 
     Args:
-        subspaces: of the layers.
+        subspaces: of the layers; those of an MLP give the factors of all its layers.
         ranks: ``{fqn: rank or None}``.
         projection: as for :func:`lowrank_ops.factors.factorize`.
         keep_directions: keep the decompositions, up to ``MAX_HELD_BYTES``, for other ranks of the same layers.
@@ -292,14 +298,18 @@ def factorize_layers(
             space = subspaces[fqn]
             try:
                 with in_layer(fqn):
-                    factors = rounded(factorize(space, rank, projection), space, space.dtype, space.layer_device)
+                    if isinstance(space, ChannelSubspaces):
+                        found = narrowed(fqn, space, rank, projection)
+                    else:
+                        factors = factorize(space, rank, projection)
+                        found = {fqn: rounded(factors, space, space.dtype, space.layer_device)}
             except ValueError as error:
                 raise ValueError(f"layer {fqn!r}: {error}") from None
             left[id(space.input)] -= 1
             held = sum(other.held_bytes() for other in subspaces.values()) if keep_directions else 0
             drop = not keep_directions or held > MAX_HELD_BYTES
             space.release(directions=drop, shared=not left[id(space.input)])
-            yield fqn, factors
+            yield from found.items()
 
 
 def in_eight_bits(

@@ -20,6 +20,7 @@ from ._base import LowRankLayer
 from .conv import LowRankConv1d, LowRankConv2d
 from .eight_bit import EightBitLinear
 from .linear import LowRankLinear
+from .narrow import NarrowLinear
 from .pivoted import PivotedLinear
 
 
@@ -33,7 +34,7 @@ def replace_(model: nn.Module, factors: Mapping[str, Factors], *, pivoted: bool 
     Args:
         model: any module.
         factors: ``{fqn: Factors}``, from :func:`lowrank_ops.factors.factorize` for example; those of
-            :meth:`Factors.of_weight` make a dense layer with an 8-bit weight.
+            :meth:`Factors.of_weight` make a dense layer, with an 8-bit weight or fewer channels.
         pivoted: store linear layers as :class:`lowrank_ops.layers.PivotedLinear`, where that takes fewer parameters.
 
     Returns:
@@ -69,8 +70,8 @@ def _replace(model: nn.Module, factors: Mapping[str, Factors], pivoted: bool) ->
 
 def replacements_of(
     model: nn.Module, factors: Mapping[str, Factors], pivoted: bool = False
-) -> dict[nn.Module, LowRankLayer]:
-    """``{dense layer: its low-rank layer}``; arguments and errors as for :func:`replace_`."""
+) -> dict[nn.Module, LowRankLayer | NarrowLinear]:
+    """``{dense layer: its replacement}``; arguments and errors as for :func:`replace_`."""
     check_not_wrapped(model)
     layers, skipped = find_layers(model)
     unknown = [fqn for fqn in factors if fqn not in layers]
@@ -84,14 +85,19 @@ def replacements_of(
                 f"layer {fqn!r} cannot be replaced: its weight is tied to {tied[fqn]!r}. "
                 "Untie the two or leave the layer out with filter_fn."
             )
+        if isinstance(layers[fqn], NarrowLinear):
+            raise ValueError(f"layer {fqn!r} cannot be replaced: it has fewer channels already.")
         if has_hooks(layers[fqn]):
             raise ValueError(f"layer {fqn!r} has hooks, which its replacement would drop; remove them first.")
-    return {
-        layers[fqn]: (
-            EightBitLinear if part.is_dense else lowrank_type(layers[fqn], part.rank if pivoted else None)
-        ).from_factors(layers[fqn], part)
-        for fqn, part in factors.items()
-    }
+    return {layers[fqn]: replacement(layers[fqn], part, pivoted) for fqn, part in factors.items()}
+
+
+def replacement(dense: nn.Module, factors: Factors, pivoted: bool = False) -> LowRankLayer | NarrowLinear:
+    """The layer that holds ``factors`` in place of ``dense``."""
+    if factors.kept is not None:
+        return NarrowLinear.from_factors(dense, factors)
+    kind = EightBitLinear if factors.is_dense else lowrank_type(dense, factors.rank if pivoted else None)
+    return kind.from_factors(dense, factors)
 
 
 def swap_(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
