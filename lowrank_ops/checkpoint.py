@@ -382,11 +382,13 @@ def _empty_layer(fqn: str, dense: nn.Module, entry: Mapping[str, Any]) -> nn.Mod
 
 
 def _narrow_layer(fqn: str, dense: nn.Module, features: Any, bias: bool) -> NarrowLinear:
-    largest = dimensions(dense)[1:]
     pair = isinstance(features, list) and len(features) == 2 and all(type(size) is int for size in features)
-    if not isinstance(dense, nn.Linear) or not pair or not all(map(lambda n, m: 1 <= n <= m, features, largest)):
+    if not isinstance(dense, nn.Linear) or not pair:
         raise CheckpointError(f"layer {fqn!r} of {CONFIG_FILE} has narrow {features!r}. {_COPY_AGAIN}")
-    return NarrowLinear.empty_like(dense, *features, bias)
+    try:
+        return NarrowLinear.empty_like(dense, features[0], features[1], bias)
+    except ValueError as error:
+        raise CheckpointError(f"layer {fqn!r} of {CONFIG_FILE}: {error}") from None
 
 
 def _set_formats(fqn: str, layer: nn.Module, formats: Any, dtype: Any) -> None:

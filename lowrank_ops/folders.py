@@ -123,7 +123,7 @@ def compress_folder(
             modules[fqn].bias = nn.Parameter(weights.read(f"{fqn}.bias").clone(), requires_grad=False)
     if config.channels_of:
         raise ValueError(
-            "channels runs the MLPs of the model, and compress_folder does not load it; load the model and use compress_."
+            "channels runs the MLPs of the model, which compress_folder does not load; load it and call compress_."
         )
     subspaces, skipped = considered_layers(
         model,

@@ -101,8 +101,8 @@ def recalibrate(
     config = replace(CompressionConfig.of(config), reconstruction=None)
     if config.channels_of:
         raise ValueError(
-            "recalibrate has no midpoint of an MLP with all of its channels and one with fewer; leave channels out of its "
-            "config, so that the MLPs have factors at the midpoint."
+            "recalibrate has no midpoint of an MLP with all of its channels and one with fewer; leave channels out of "
+            "its config, so that the MLPs have factors at the midpoint."
         )
     samples = _samples(covariances)  # grows with each run, so that a third run draws other labels as well
     with torch.inference_mode(False):  # weights made in inference mode would have no gradients

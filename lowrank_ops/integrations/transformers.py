@@ -216,7 +216,11 @@ def _check_copy(model: PreTrainedModel) -> None:
         return
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in type(model)(model.config).state_dict().items()}
-    kinds = (LowRankLayer, NarrowLinear, ListedExperts)  # of a copy that was compressed again; config.json describes them
+    kinds = (
+        LowRankLayer,
+        NarrowLinear,
+        ListedExperts,
+    )  # of a copy that was compressed again; config.json describes them
     described = tuple(f"{fqn}." for fqn, module in model.named_modules() if isinstance(module, kinds))
     unknown = [
         name
@@ -295,8 +299,8 @@ def model_card(model: nn.Module) -> str:
         held = sum(layer.weight.numel() for layer in narrow)
         dense = sum(math.prod(layer.dense_features) for layer in narrow)
         lines.append(
-            f"- Layers of MLPs with fewer channels, by `lowrank_ops` {__version__}: {len(narrow)}, with {held / dense:.1%} "
-            f"of the {dense:,} elements of their dense weights"
+            f"- Layers of MLPs with fewer channels, by `lowrank_ops` {__version__}: {len(narrow)}, with "
+            f"{held / dense:.1%} of the {dense:,} elements of their dense weights"
         )
     text = "\n".join(lines)
     return f"""\

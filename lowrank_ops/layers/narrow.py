@@ -81,7 +81,7 @@ class NarrowLinear(nn.Linear):
 
     def to_plain(self) -> nn.Linear:
         """An ``nn.Linear`` with the parameters of this layer."""
-        return self._linear(self.weight, self.bias)
+        return self._linear(self._parameters["weight"], self.bias)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def to_dense(self) -> nn.Linear:

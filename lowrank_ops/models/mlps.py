@@ -52,10 +52,11 @@ def find_mlps(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[Mlp]:
     taken: set[str] = set()
     for consumer in linear:
         for holder, producers in _candidates(consumer, linear):
-            mlp = Mlp(producers, consumer)
-            if taken.isdisjoint((consumer, *producers)) and _drops_channels(model.get_submodule(holder), holder, mlp):
-                found.append(mlp)
-                taken.update((consumer, *producers))
+            names = (*producers, consumer)
+            parts = [linear[fqn] for fqn in names]
+            if taken.isdisjoint(names) and _drops_channels(model.get_submodule(holder), holder, names, parts):
+                found.append(Mlp(producers, consumer))
+                taken.update(names)
                 break
     return found
 
@@ -86,31 +87,33 @@ def _parent(fqn: str) -> str:
     return fqn.rpartition(".")[0]
 
 
-def _drops_channels(holder: nn.Module, prefix: str, mlp: Mlp) -> bool:
-    """Whether ``holder``, named ``prefix``, gives the same outputs without channels as with columns of zeros."""
+def _drops_channels(holder: nn.Module, prefix: str, names: Sequence[str], layers: Sequence[nn.Linear]) -> bool:
+    """Whether ``holder`` gives the same outputs without channels as with columns of zeros.
+
+    Args:
+        holder: a module, whose name is ``prefix``.
+        names, layers: of the producers, then of the consumer.
+    """
     if any(getattr(module, kind) for module in holder.modules() for kind in HOOKS):
         return False
-    names = [fqn.removeprefix(f"{prefix}.") if prefix else fqn for fqn in (*mlp.producers, mlp.consumer)]
-    layers = [holder.get_submodule(name) for name in names]
-    *producers, consumer = layers
-    channels, device = consumer.in_features, consumer.weight.device
-    if channels < 2 or any(layer.weight.is_meta for layer in layers):
+    names = [fqn.removeprefix(f"{prefix}.") if prefix else fqn for fqn in names]
+    weights = [layer.weight for layer in layers]
+    channels, device = weights[-1].shape[1], weights[-1].device
+    if channels < 2 or any(weight.is_meta for weight in weights):
         return False
     dtype = torch.float64 if float64_device(device) == device else torch.float32
-    with contextlib.suppress(Exception), random_state_kept(holder) as generators, torch.no_grad():  # a model may raise any
+    with random_state_kept(holder) as generators, torch.no_grad(), contextlib.suppress(Exception):  # of the model
         for generator in generators:
             generator.manual_seed(0)
         kept = torch.randperm(channels)[: channels // 2].sort().values.to(device)
-        wide = [_random(layer, layer.weight.shape, dtype) for layer in layers]
-        narrow = [
-            _linear(layer.weight[kept], None if layer.bias is None else layer.bias[kept]) for layer in wide[:-1]
-        ]
+        wide = [_random(layer, dtype) for layer in layers]
+        narrow = [_linear(layer.weight[kept], None if layer.bias is None else layer.bias[kept]) for layer in wide[:-1]]
         narrow.append(_linear(wide[-1].weight[:, kept], wide[-1].bias))
         zeros = torch.ones(channels, dtype=torch.bool, device=device)
         zeros[kept] = False
         wide[-1].weight[:, zeros] = 0
         copied = shared_copy(holder)
-        for size in _sizes(producers[0].in_features):
+        for size in _sizes(weights[0].shape[1]):
             x = torch.randn(size, dtype=dtype, device=device)
             with contextlib.suppress(Exception):
                 return _alike(*(_outputs(copied, names, parts, x) for parts in (wide, narrow)))
@@ -122,8 +125,8 @@ def _sizes(features: int) -> Sequence[tuple[int, ...]]:
     return (2, 5, features), (7, features), (2, 4, 4, features), (2, features, 8, 8)
 
 
-def _random(layer: nn.Linear, shape: torch.Size, dtype: torch.dtype) -> nn.Linear:
-    weight = torch.randn(shape, dtype=dtype, device=layer.weight.device) / shape[1] ** 0.5
+def _random(layer: nn.Linear, dtype: torch.dtype) -> nn.Linear:
+    weight = torch.randn_like(layer.weight, dtype=dtype) / layer.in_features**0.5
     return _linear(weight, None if layer.bias is None else torch.randn_like(weight[:, 0]))
 
 

@@ -226,8 +226,8 @@ def _named(key: str, spaces: Spaces, argument: str) -> list[str]:
         for fqn, space in spaces.items():
             if isinstance(space, ChannelSubspaces) and _matches(key, space.producers, argument):
                 raise ValueError(
-                    f"{argument}: {key!r} names a layer of an MLP whose channels are dropped; name {fqn!r} and a number "
-                    "of channels."
+                    f"{argument}: {key!r} names a layer of an MLP whose channels are dropped; name {fqn!r} and a "
+                    "number of channels."
                 )
         raise ValueError(f"{argument}: {key!r} matches none of the layers considered: {', '.join(spaces)}.")
     return matches

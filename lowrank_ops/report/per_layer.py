@@ -26,6 +26,11 @@ class LayerUtilization:
     kind: str = "other"  # one of KINDS
     spectrum: tuple[float, ...] | None = None  # see spectrum_of
 
+    @property
+    def kept_share(self) -> float:
+        """The same as ``utilization``."""
+        return self.utilization
+
 
 @dataclass(frozen=True)
 class LayerCompression:

@@ -133,7 +133,7 @@ def with_channels(
     elif not mlps:
         raise ValueError(f"channels=True: the model has no MLP whose channels could be dropped. {_VERIFIED}")
     dropped = {fqn for name in chosen for fqn in mlps[name].producers}
-    found = {}
+    found: dict[str, LayerSubspaces] = {}
     for fqn, space in subspaces.items():
         if fqn in chosen:
             producers = {name: subspaces[name] for name in mlps[fqn].producers}
@@ -178,13 +178,13 @@ class _ChannelLoss(LossSpace):
         return order, values * self.scale
 
     def projection(self, rank: int) -> tuple[None, Tensor, Tensor]:
-        """None, R^-1 and W R for the first ``rank`` channels: their products are the parts of the weight."""
+        """None, R^-1 and W R for the first ``rank`` channels: the weight fitted to them is the product of the two."""
         spaces, order = self._channels, self.subspace.leading(rank)
-        moment = spaces.damped_moment(spaces.loss_activations)[order][:, order]
-        root = torch.linalg.cholesky(moment)
+        moment = spaces.damped_moment(spaces.loss_activations)[order]
+        root = torch.linalg.cholesky(moment[:, order])
         down = moment.new_zeros(rank, spaces.max_rank)
         down[:, order] = torch.linalg.solve_triangular(root, torch.eye(rank).to(root), upper=False)
-        return None, down, spaces.weight[:, order] @ root
+        return None, down, torch.linalg.solve_triangular(root, moment @ spaces.weight.mT, upper=False).mT
 
 
 def kept_order(moment: Tensor, weight: Tensor) -> Tensor:
