@@ -134,7 +134,7 @@ def test_all_channels_give_the_same_function(calibrated):
 
 
 def test_names_choose_mlps_and_the_others_get_factors(calibrated):
-    budget, names = lro.ParameterBudget(0.9, "uniform"), ["re:blocks\\.[01]\\..*"]
+    budget, names = lro.ParameterBudget(0.75, "uniform"), ["re:blocks\\.[01]\\..*"]
     _, report = compressed(calibrated, budget, names, config={"pivoted": True, "overrides": {"blocks.2.down": 8}})
     rows = rows_of(report)
     assert rows["blocks.0.down"].channels and rows["blocks.1.0"].channels
