@@ -51,7 +51,7 @@ def find_mlps(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[Mlp]:
     found: list[Mlp] = []
     taken: set[str] = set()
     for consumer in linear:
-        for holder, producers in _candidates(consumer, linear):
+        for holder, producers in _candidates(model, consumer, linear):
             names = (*producers, consumer)
             parts = [linear[fqn] for fqn in names]
             if taken.isdisjoint(names) and _drops_channels(model.get_submodule(holder), holder, names, parts):
@@ -61,22 +61,23 @@ def find_mlps(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[Mlp]:
     return found
 
 
-def _candidates(consumer: str, layers: Mapping[str, nn.Linear]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Names of modules that hold the consumer and, in the smallest of them, of layers that may be its producers."""
-    channels, names = layers[consumer].in_features, list(layers)
-    holder = consumer
+def _candidates(
+    model: nn.Module, consumer: str, layers: Mapping[str, nn.Linear]
+) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """The name of the smallest module that holds the consumer and layers that may be its producers, and their names."""
+    channels, holder = layers[consumer].in_features, consumer
     for _ in range(1 + LEVELS):
         if not holder:
             return
         holder = _parent(holder)
-        inside = [fqn for fqn in names if fqn != consumer and (not holder or fqn.startswith(f"{holder}."))]
+        names = [name for name, _ in model.get_submodule(holder).named_modules(prefix=holder) if name in layers]
         groups: dict[tuple[str, int], list[str]] = {}
-        for fqn in inside:
-            if layers[fqn].out_features == channels:
+        for fqn in names:
+            if fqn != consumer and layers[fqn].out_features == channels:
                 groups.setdefault((_parent(fqn), layers[fqn].in_features), []).append(fqn)
         for group in groups.values():
             yield holder, tuple(group)
-            before = [fqn for fqn in group if names.index(fqn) < names.index(consumer)]
+            before = [fqn for fqn in names[: names.index(consumer)] if fqn in group]
             if len(group) > 1 and before:
                 yield holder, (before[-1],)
         if groups:
