@@ -27,7 +27,7 @@ from ..calibration.statistics import NonFiniteActivationError
 from ..factors.projections import Factors
 from ..files import digest
 from ..layers import LowRankConv1d, LowRankLayer
-from ..layers.replace import lowrank_type, replacements_of
+from ..layers.replace import lowrank_type, replaceable
 from ..models.experts import on_listed_experts
 from ..models.layers import find_layers, is_supported
 from ..models.masks import Mask, Masks, real_rows
@@ -164,7 +164,7 @@ def reconstruct_blocks(
     batches = checked_batches(model, factors, settings.batches)
     if len(batches) < 2:
         raise ValueError("a block-wise reconstruction needs at least 2 batches, one of them held out; split the batch.")
-    replacements_of(model, factors)  # raises now for layers that could not be replaced in the end
+    replaceable(model, factors)  # raises now for layers that could not be replaced in the end
     found, _ = find_layers(model)
     layers = {fqn: found[fqn] for fqn in factors}
     chains = find_chains(model, layers) if settings.blocks is None else chains_named(model, settings.blocks)
