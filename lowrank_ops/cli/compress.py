@@ -234,7 +234,10 @@ def run(options: argparse.Namespace) -> Result:
                 subspaces=subspaces, mask=options.mask, progress=True,
             )  # fmt: skip
         config = replace(config, rank=ranks)
-    report = compress_(model, covariances, config, subspaces=subspaces, reconstruction=reconstruction, progress=True)
+    report = compress_(
+        model, covariances, config, subspaces=subspaces, reconstruction=reconstruction,
+        max_memory=None if options.batches else options.max_memory, progress=True,
+    )  # fmt: skip
     if not any(layer.is_replaced for layer in report.layers):
         raise Failure(1, "every layer stays dense at these ranks, so nothing was written; allow smaller ranks")
     loading = _save(model, options, report)
@@ -269,6 +272,7 @@ def _run_on_folder(options: argparse.Namespace) -> Result:
         _damped(options, Covariances.load(options.covariances, packed=True)),
         _config(options, _policy(options)),
         device=options.device,
+        max_memory=options.max_memory,
         progress=True,
     )
     loader = "lowrank_ops.load_pretrained(dense_model, {!r})"

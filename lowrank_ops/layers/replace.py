@@ -63,23 +63,23 @@ def replace_(model: nn.Module, factors: Mapping[str, Factors], *, pivoted: bool 
 
 
 def _replace(model: nn.Module, factors: Mapping[str, Factors], pivoted: bool) -> nn.Module:
-    replacements = replacements_of(model, factors, pivoted)
+    layers = replaceable(model, factors)
+    replacements = {layers[fqn]: replacement(layers[fqn], part, pivoted) for fqn, part in factors.items()}
     swap_(model, replacements)
     return replacements.get(model, model)
 
 
-def replacements_of(
-    model: nn.Module, factors: Mapping[str, Factors], pivoted: bool = False
-) -> dict[nn.Module, LowRankLayer | NarrowLinear]:
-    """``{dense layer: its replacement}``; arguments and errors as for :func:`replace_`."""
+def replaceable(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+    """The layers of these names; errors as for :func:`replace_`."""
     check_not_wrapped(model)
+    names = list(names)
     layers, skipped = find_layers(model)
-    unknown = [fqn for fqn in factors if fqn not in layers]
+    unknown = [fqn for fqn in names if fqn not in layers]
     if unknown:
         reasons = "; ".join(f"{fqn!r}: {skipped.get(fqn, 'no such layer')}" for fqn in unknown)
         raise ValueError(f"factors names layers that cannot be replaced: {reasons}.")
     tied = tied_layers(model)
-    for fqn in factors:
+    for fqn in names:
         if fqn in tied:
             raise ValueError(
                 f"layer {fqn!r} cannot be replaced: its weight is tied to {tied[fqn]!r}. "
@@ -89,11 +89,11 @@ def replacements_of(
             raise ValueError(f"layer {fqn!r} cannot be replaced: it has fewer channels already.")
         if has_hooks(layers[fqn]):
             raise ValueError(f"layer {fqn!r} has hooks, which its replacement would drop; remove them first.")
-    return {layers[fqn]: replacement(layers[fqn], part, pivoted) for fqn, part in factors.items()}
+    return {fqn: layers[fqn] for fqn in names}
 
 
 def replacement(dense: nn.Module, factors: Factors, pivoted: bool = False) -> LowRankLayer | NarrowLinear:
-    """The layer that holds ``factors`` in place of ``dense``."""
+    """The layer that holds ``factors`` in the place of ``dense``."""
     if factors.kept is not None:
         return NarrowLinear.from_factors(dense, factors)
     kind = EightBitLinear if factors.is_dense else lowrank_type(dense, factors.rank if pivoted else None)

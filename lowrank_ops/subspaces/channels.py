@@ -215,8 +215,8 @@ def kept_order(moment: Tensor, weight: Tensor) -> Tensor:
         kept = stays.nonzero().squeeze(1)
         # P_KR P_RR^-1, for the channels K that stay and R that go
         gain = torch.cholesky_solve(inverse[gone][:, kept], torch.linalg.cholesky(inverse[gone][:, gone])).mT
-        weight = torch.addmm(weight[:, kept], weight[:, gone], gain.mT, alpha=-1)
-        inverse = torch.addmm(inverse[kept][:, kept], gain, inverse[gone][:, kept], alpha=-1)
+        weight = weight[:, kept].addmm_(weight[:, gone], gain.mT, alpha=-1)
+        inverse = inverse[kept][:, kept].addmm_(gain, inverse[gone][:, kept], alpha=-1)
         left = left[kept]
     return torch.cat(dropped).flip(0)
 

@@ -37,6 +37,7 @@ from .principal import (
     times_root,
 )
 
+_SPACES = ("input", "output", "loss", "weight_output")
 DAMPING = 1e-3  # of the loss's metric, relative to its mean eigenvalue
 
 
@@ -451,7 +452,7 @@ class LayerSubspaces:
         return noise_of_sums(mean_square, activations.rounding)
 
     def _spaces(self) -> list[Subspace | LossSpace]:
-        found = [self.__dict__.get(name) for name in ("input", "output", "loss", "weight_output")]
+        found = [self.__dict__.get(name) for name in _SPACES]
         return [space for space in found if space is not None]
 
     def held_bytes(self) -> int:
@@ -471,6 +472,14 @@ class LayerSubspaces:
             for space in self._spaces():
                 if shared or space is not self._input_space:
                     space.release()
+
+    def drop_spaces(self) -> None:
+        """Drop the spaces, which refer to this object: it then frees its weight without a garbage collection."""
+        for name in _SPACES:
+            self.__dict__.pop(name, None)
+        if self.channels is not None:
+            self.channels.drop_spaces()
+            self.channels = None
 
     def utilized_rank(self, explained_variance: float) -> int:
         """r = min(k_S, k_T); k_T alone if k_S is not measured."""
