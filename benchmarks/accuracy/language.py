@@ -242,7 +242,7 @@ class Study:
             found = layer_subspaces({fqn: model.get_submodule(fqn) for fqn in covariances}, covariances)
             if variant.corrected:
                 names = [name for name in ("damped", "channels") if getattr(variant, name)]
-                file = self.cached.with_suffix(".".join(["", *names, "corrected.pt"]))
+                file = self.cached.with_suffix(".".join(["", *names, "corrections.pt"]))
                 if not file.exists():
                     torch.save(self.corrections(covariances, variant.channels), file)
                 members = with_channels(model, found, variant.channels)
@@ -254,12 +254,13 @@ class Study:
         return self.kept[1:]  # type: ignore[return-value]
 
     def corrections(self, covariances: lro.Covariances, channels: bool) -> dict[str, Tensor]:
-        """Corrected spectra, by labels that are drawn from the model's own distribution."""
+        """Corrected spectra, by the loss of labels that are drawn from the model's own distribution."""
         with torch.autocast("cpu", self.autocast or torch.bfloat16, self.autocast is not None):
             found = lro.correct_predictions(
                 self.dense,
                 covariances,
                 self.batches[::2],
+                sensitivity=drawn_loss if self.options.sensitivity == "labels" else self.sensitivity,
                 filter_fn=is_block_layer,
                 channels=channels,
                 progress=True,
@@ -396,6 +397,13 @@ def label_loss(output: Any, batch: Mapping[str, Tensor]) -> Tensor:
     ids = batch["input_ids"]
     losses = nn.functional.cross_entropy(output.logits[:, :-1].mT.float(), ids[:, 1:], reduction="none")
     return losses.sum(1)
+
+
+def drawn_loss(output: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """As :func:`label_loss`, of tokens drawn from the model's own distribution."""
+    logits = output.logits[:, :-1].float()
+    drawn = torch.multinomial(logits.detach().flatten(0, 1).softmax(-1), 1).view(logits.shape[:-1])
+    return nn.functional.cross_entropy(logits.mT, drawn, reduction="none").sum(1)
 
 
 def asvd(space: LayerSubspaces, rank: int) -> Factors:

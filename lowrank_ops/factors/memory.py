@@ -48,7 +48,8 @@ def bytes_to_spare(subspaces: Mapping[str, LayerSubspaces], config: CompressionC
         space = subspaces[fqn]
         _, in_features, out_features = space.dimensions
         smaller = ""
-        if space.statistics.side == "input" and out_features < in_features and config.projection in ("output", "loss"):
+        may_stream_output = config.projection in ("output", "loss") and not config.channels_of
+        if space.statistics.side == "input" and out_features < in_features and may_stream_output:
             smaller = ", calibrate with side='smaller'"
         raise ValueError(
             f"layer {fqn!r} ({in_features} -> {out_features}) needs {size(needed[fqn])} beside the model, and spectra "

@@ -216,11 +216,8 @@ def _check_copy(model: PreTrainedModel) -> None:
         return
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in type(model)(model.config).state_dict().items()}
-    kinds = (
-        LowRankLayer,
-        NarrowLinear,
-        ListedExperts,
-    )  # of a copy that was compressed again; config.json describes them
+    # Of a copy that was compressed again; config.json describes them.
+    kinds = (LowRankLayer, NarrowLinear, ListedExperts)
     described = tuple(f"{fqn}." for fqn, module in model.named_modules() if isinstance(module, kinds))
     unknown = [
         name
