@@ -279,8 +279,12 @@ def considered_layers(
     missing = [fqn for fqn in covariances if fqn not in dict(model.named_modules())]
     if missing:
         raise ValueError(f"covariances name layers that model does not have: {', '.join(missing)}.")
-    unreached = {fqn: "no calibration batch reached it" for fqn in layers if fqn not in covariances}
-    skipped |= unreached | {fqn: covariances.skipped[fqn] for fqn in unreached if fqn in covariances.skipped}
+    unknown = {
+        fqn: "no calibration batch reached it" if fqn in covariances.unreached else "it was not calibrated"
+        for fqn in layers
+        if fqn not in covariances
+    }
+    skipped |= unknown | {fqn: covariances.skipped[fqn] for fqn in unknown if fqn in covariances.skipped}
     for fqn, module in model.named_modules():
         if isinstance(module, NarrowLinear):
             layers.pop(fqn, None)
