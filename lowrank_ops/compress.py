@@ -223,6 +223,11 @@ def _with_reconstruction(
     if reconstruction is None:
         return config
     name = next(name for name, kind in RECONSTRUCTIONS.items() if isinstance(reconstruction, kind))
+    if config.reconstruction not in (None, name):
+        raise ValueError(
+            f"config.reconstruction={config.reconstruction!r} and reconstruction={type(reconstruction).__name__}(...) "
+            "are two kinds; pass one of them."
+        )
     return replace(config, reconstruction=name)
 
 

@@ -94,7 +94,7 @@ def correct_predictions(
     if not batches:
         raise ValueError(EMPTY)
     run, device = forward or call_model, device_of(model)
-    warning = None
+    warning, differs = None, False
     for part in _parts(subspaces, max_state_bytes):
         directions = {
             fqn: _Directions(fqn, layers[fqn], subspaces[fqn])
@@ -119,12 +119,14 @@ def correct_predictions(
                 gradients.clear()
                 for each in directions.values():
                     each.finish_batch()
-        reached = [each for each in directions.values() if each.samples]
-        if not samples or (reached and not any(bool(each.squares.any()) for each in reached)):
+        if not samples:
             raise ValueError(NO_ROWS)
         for fqn, each in directions.items():
             each.correct(subspaces[fqn], samples)
+            differs |= bool(each.squares.any())
         warning = masks.finish()  # the same for all parts
+    if not differs:
+        raise ValueError(NO_ROWS)
     if warning is not None:
         warn_caller(warning)
     return subspaces

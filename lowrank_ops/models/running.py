@@ -25,6 +25,7 @@ from torch.utils.hooks import RemovableHandle
 from tqdm.auto import tqdm
 
 EMPTY = "batches was empty; pass at least one batch, and not a generator that is used up."
+NO_REAL_ROW = "has no row that counts: it is empty, or the mask leaves none of its positions. Leave it out."
 _MODES = ("train", "eval")
 PATIENCE = 5.0  # seconds that a Ctrl-C waits at most
 _PROTECTED = ("__enter__", "__exit__", "register_")  # how the names of functions begin that change or restore a model

@@ -32,6 +32,7 @@ from ..models.experts import on_listed_experts
 from ..models.layers import find_layers, is_supported
 from ..models.masks import Mask, Masks, real_rows
 from ..models.running import (
+    NO_REAL_ROW,
     ProgressBar,
     call_model,
     device_of,
@@ -156,8 +157,9 @@ def reconstruct_blocks(
 
     Raises:
         NonFiniteActivationError: NaN or inf in the error or the output gradient of a block.
-        ValueError: an invalid setting, fewer than 2 batches, no blocks, layers that cannot be replaced, a checkpoint of
-            another run, a batch whose loss depends on no block, a model without logits for ``target="logits"``.
+        ValueError: an invalid setting, fewer than 2 batches, a batch without rows that count, no blocks, layers that
+            cannot be replaced, a checkpoint of another run, a batch whose loss depends on no block, a model without
+            logits for ``target="logits"``.
     """
     batches = checked_batches(model, factors, settings.batches)
     if len(batches) < 2:
@@ -247,6 +249,8 @@ def _block_error(
     for batch in range(len(runs.batches)):
         dense = runs.section(window[0], window[-1], batch, False)
         targets.append(rows(dense.output, dense.mask).to("cpu", copy=True))
+        if not targets[-1].numel():
+            raise ValueError(f"block {name!r}: batch {batch} (counted from 0) {NO_REAL_ROW}")
         if metric is None:
             given = dense.input
             start = torch.zeros(()) if given is None or given.dim() < 2 else rows(given, dense.mask).cpu()

@@ -14,6 +14,7 @@ from ..arguments import check_positive, checked
 from ..calibration.call_weights import SEED
 from ..calibration.covariances import Covariances
 from ..calibration.objectives import Sensitivity, check_sensitivity, distance
+from ..calibration.recorder import NO_ROWS
 from ..compress import considered_layers, decompose, factorize_layers, resolved
 from ..config import CompressionConfig, ParameterBudget, Ranks
 from ..layers.replace import replace_
@@ -83,7 +84,8 @@ def measured_ranks(
             ``"output"``: half the squared difference; ``"pooled"``: of rows and of their mean, weighted as in
             calibration.
         rounds: corrections, each at the ranks of the one before.
-        config: projection, centering, overrides, bounds, pivoting and groups; its rank policy is not used.
+        config: projection, centering, overrides, bounds, pivoting and groups; its rank policy and its
+            reconstruction are not used.
         filter_fn, subspaces: as for :func:`lowrank_ops.compress_`.
         mask, unmasked_rows, forward: as for :func:`lowrank_ops.calibrate`. ``forward`` has to run the copy that it is
             called with.
@@ -95,9 +97,9 @@ def measured_ranks(
 
     Raises:
         RuntimeError: another thread calibrates or compresses the model when this begins.
-        ValueError: an invalid argument, a budget that cannot be met, statistics without output gradients, a loss that
-            is not finite or does not depend on the compressed layers, a model that cannot be copied, or as for
-            :func:`lowrank_ops.compress_`.
+        ValueError: an invalid argument, a budget that cannot be met, statistics without output gradients, batches
+            without rows that count, a loss that is not finite or does not depend on the compressed layers, a model that
+            cannot be copied, or as for :func:`lowrank_ops.compress_`.
 
     Example:
         >>> import torch, lowrank_ops as lro
@@ -144,6 +146,11 @@ def measured_ranks(
                 predicted[fqn] = predicted.get(fqn, 0.0) + _dropped(subspaces[fqn], ranks[fqn])
     if (warning := masks.finish()) is not None:  # the same in all rounds
         warn_caller(warning)
+    if sum(measured.values()) <= 0 < sum(predicted.values()):
+        warn_caller(
+            "predicted losses are not corrected: over these batches the loss does not rise with the layers' errors. "
+            "Pass more of them."
+        )
     assert best is not None
     return Ranks({fqn: rank for fqn, rank in best[1].items() if rank is not None})
 
@@ -166,10 +173,11 @@ def _differentiated(
     device = device_of(trial)
     gates = {fqn: torch.zeros((), device=device, requires_grad=True) for fqn in gated}
     total, derivatives = 0.0, dict[str, float]()
+    reached, counted = set[nn.Module](), False  # layers by any row; whether the masks leave any
     with differentiable(trial, SEED), evaluating(dense), hooks() as handles, torch.set_grad_enabled(bool(gates)):
         masks.attach(handles)
         for fqn, gate in gates.items():
-            hook = _without_error(dense.get_submodule(fqn), gate)
+            hook = _without_error(dense.get_submodule(fqn), gate, reached)
             handles.append(trial.get_submodule(fqn).register_forward_hook(hook, with_kwargs=True))
         for index, batch in enumerate(batches):
             with in_batch(index):
@@ -177,7 +185,9 @@ def _differentiated(
                 output = forward(trial, moved)
                 with torch.no_grad():
                     target = None if callable(sensitivity) else forward(dense, moved)
-                loss = distance(sensitivity, output, target, moved, masks.of_output())
+                mask = masks.of_output()
+                loss = distance(sensitivity, output, target, moved, mask)
+            counted |= mask is None or bool(mask.any())
             value = float(loss.detach())
             if not math.isfinite(value):
                 raise ValueError(
@@ -200,13 +210,17 @@ def _differentiated(
             bar.update()
     if gates and not derivatives:
         raise ValueError(_INDEPENDENT)
+    if gates and not (reached and counted):
+        raise ValueError(NO_ROWS)
     return total, derivatives
 
 
-def _without_error(dense: nn.Module, gate: Tensor) -> Callable[..., Tensor]:
-    """A forward hook that scales the layer's error by 1 - ``gate``."""
+def _without_error(dense: nn.Module, gate: Tensor, reached: set[nn.Module]) -> Callable[..., Tensor]:
+    """A forward hook that scales the layer's error by 1 - ``gate``, and adds layers with rows to ``reached``."""
 
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+        if output.numel():
+            reached.add(dense)
         return output + gate * (dense(*args, **kwargs) - output)
 
     return hook
