@@ -65,7 +65,8 @@ def measure_errors(
 
     The error is E|y - y'|^2 / E|y - E y|^2 over the rows of ``batches``. ``LayerCompression.relative_error`` predicts
     it from the calibration rows. Pass batches that calibration has not seen, and add the result to the report with
-    ``report.with_measured(errors)``. Only ``dense`` is run, so errors do not accumulate from layer to layer.
+    ``report.with_measured(errors)``. Only ``dense`` is run, so errors do not accumulate from layer to layer. Layers of
+    MLPs with fewer channels are not compared, because they do not take the input of the dense layer.
 
     Args:
         dense: a copy of the model from before compression. It runs in eval mode; its training flags are restored.
@@ -94,7 +95,9 @@ def measure_errors(
     """
     replaced = {fqn: layer for fqn, layer in compressed.named_modules() if isinstance(layer, LowRankLayer)}
     if not replaced:
-        raise ValueError("compressed has no replaced layer; pass the model that compress_ changed.")
+        raise ValueError(
+            "compressed has no replaced layer with factors or an 8-bit weight; pass the model that compress_ changed."
+        )
     with experts_listed(dense, names=replaced):
         return _measured(dense, compressed, replaced, batches, mask, unmasked_rows, forward, centered, progress)
 

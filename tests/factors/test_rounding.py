@@ -8,8 +8,8 @@ from torch import nn
 
 import lowrank_ops as lro
 from lowrank_ops.factors import factorize
-from lowrank_ops.factors.projections import MAX_HIDDEN
 from lowrank_ops.subspaces import layer_subspaces
+from lowrank_ops.subspaces.balance import MAX_HIDDEN
 
 
 def one_wide_direction(out_features: int = 2048) -> tuple[nn.Module, torch.Tensor]:

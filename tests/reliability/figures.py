@@ -17,8 +17,8 @@ MARK = re.compile(r"(<!-- figures: (?P<name>[\w ]+) -->\n).*?(<!-- end -->)", re
 # Campaigns by table, by the beginning of their names.
 CAMPAIGNS = {
     "fuzzing": (
-        "lowrank_linear", "covariance_update_", "conv_covariance_update_", "unfit arguments", "choice of",
-        "mutated bytes", "forged headers", "edited JSON", "factors of rows of any scale",
+        "lowrank_linear", "lowrank_experts", "covariance_update_", "conv_covariance_update_", "unfit arguments",
+        "choice of", "mutated bytes", "forged headers", "edited JSON", "factors of rows of any scale",
     ),
     "kills": ("killed", "interrupted"),
     "numerics": ("predicted and measured error", "covariance over many tokens"),
