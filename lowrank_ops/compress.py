@@ -279,8 +279,12 @@ def considered_layers(
     missing = [fqn for fqn in covariances if fqn not in dict(model.named_modules())]
     if missing:
         raise ValueError(f"covariances name layers that model does not have: {', '.join(missing)}.")
-    unreached = {fqn: "no calibration batch reached it" for fqn in layers if fqn not in covariances}
-    skipped |= unreached | {fqn: covariances.skipped[fqn] for fqn in unreached if fqn in covariances.skipped}
+    unknown = {
+        fqn: "no calibration batch reached it" if fqn in covariances.unreached else "it was not calibrated"
+        for fqn in layers
+        if fqn not in covariances
+    }
+    skipped |= unknown | {fqn: covariances.skipped[fqn] for fqn in unknown if fqn in covariances.skipped}
     for fqn, module in model.named_modules():
         if isinstance(module, NarrowLinear):
             layers.pop(fqn, None)
@@ -391,8 +395,9 @@ def factorize_layers(
                     if isinstance(space, ChannelSubspaces):
                         found = narrowed(fqn, space, rank, projection)
                     else:
-                        factors = factorize(space, rank, projection)
-                        found = {fqn: rounded(factors, space, space.dtype, space.layer_device)}
+                        exact = factorize(space, rank, projection)
+                        found = {fqn: rounded(exact, space, space.dtype, space.layer_device)}
+                        del exact  # twice as large
             except ValueError as error:
                 raise ValueError(f"layer {fqn!r}: {error}") from None
             left[id(space.input)] -= 1

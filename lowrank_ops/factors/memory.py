@@ -53,7 +53,7 @@ def bytes_to_spare(subspaces: Mapping[str, LayerSubspaces], config: CompressionC
             smaller = ", calibrate with side='smaller'"
         raise ValueError(
             f"layer {fqn!r} ({in_features} -> {out_features}) needs {size(needed[fqn])} beside the model, and spectra "
-            f"and inputs that layers share {size(kept)}, more than max_memory ({size(max_memory)}). Pass a larger "
+            f"and shared inputs take {size(kept)}; max_memory is {size(max_memory)}. Pass a larger "
             f"max_memory{smaller}, or leave the layer out with filter_fn."
         )
     return spare

@@ -293,6 +293,7 @@ class TestCompress:
         assert cli.main([*COMPRESS, "--budget", "0.8", "--save-covariances", "c.safetensors", "--json"]) == 0
         first = json.loads(capsys.readouterr().out)
         argv = ["compress", "cli_project:build", "--covariances", "c.safetensors", "--budget", "0.8", "--out", "out"]
+        argv += ["--max-memory", "1GB"]
         assert cli.main([*argv, "--json"]) == 0
         assert json.loads(capsys.readouterr().out) == first
 
