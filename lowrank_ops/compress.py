@@ -395,8 +395,9 @@ def factorize_layers(
                     if isinstance(space, ChannelSubspaces):
                         found = narrowed(fqn, space, rank, projection)
                     else:
-                        factors = factorize(space, rank, projection)
-                        found = {fqn: rounded(factors, space, space.dtype, space.layer_device)}
+                        exact = factorize(space, rank, projection)
+                        found = {fqn: rounded(exact, space, space.dtype, space.layer_device)}
+                        del exact  # twice as large
             except ValueError as error:
                 raise ValueError(f"layer {fqn!r}: {error}") from None
             left[id(space.input)] -= 1

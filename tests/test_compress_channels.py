@@ -206,7 +206,7 @@ def test_blocks_are_trained_and_resumed(calibrated, tmp_path):
 
     def run():
         settings = lro.BlockReconstruction(
-            batches, target="logits", epochs=2, lr=1e-2, together=3, blocks="blocks", checkpoint=tmp_path / "state"
+            batches, target="logits", epochs=1, lr=1e-2, together=3, blocks="blocks", checkpoint=tmp_path / "state"
         )
         return compressed(calibrated, reconstruction=settings)
 
