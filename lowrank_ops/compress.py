@@ -137,9 +137,8 @@ def _compress(
     decompose(config.rank, subspaces, progress, spare)
     ranks, eight_bit, groups = choose_grouped_sizes(config, subspaces)
     layers = replaceable(model, [fqn for fqn, rank in ranks.items() if rank is not None or fqn in eight_bit])
-    in_files = max_memory is not None and _new_bytes(subspaces, ranks, eight_bit, config.pivoted) > spare - (
-        spare if reused else sum(space.held_bytes() for space in subspaces.values())
-    )
+    held = spare if reused else sum(space.held_bytes() for space in subspaces.values())
+    in_files = max_memory is not None and held + _new_bytes(subspaces, ranks, eight_bit, config.pivoted) > spare
     with torch.inference_mode(False):  # parameters created in inference mode could not be trained
         found: Iterable[tuple[str, Factors]] = factorize_layers(
             subspaces, ranks, str(config.projection), keep_directions=reused, max_held_bytes=spare, progress=progress
