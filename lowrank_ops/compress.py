@@ -14,9 +14,10 @@ from .calibration.covariances import Covariances
 from .calibration.packing import empty_in_file
 from .calibration.plan import parse_bytes
 from .config import CompressionConfig, ExplainedVariance, RankPolicy
+from .factors.channels import narrowed
 from .factors.memory import bytes_to_spare
 from .factors.projections import Factors, eight_bit_weight, factorize, rounded, stored_as
-from .layers import EightBitLinear, LowRankLayer, group_
+from .layers import EightBitLinear, LowRankLayer, NarrowLinear, group_
 from .layers.replace import replaceable, replacement, swap_
 from .models.experts import on_listed_experts
 from .models.layers import FilterFn, check_not_wrapped, find_layers, tied_layers, with_values
@@ -34,6 +35,7 @@ from .reconstruction import (
 )
 from .report import CompressionReport
 from .report.text import warn_of_few_rows
+from .subspaces.channels import ChannelSubspaces, with_channels
 from .subspaces.layer import LayerSubspaces, layer_subspaces
 
 # Decompositions held between choosing ranks and factorizing, and for the next call; beyond this they are recomputed.
@@ -134,14 +136,15 @@ def _compress(
     )
     config = resolved(config, subspaces)
     spare = MAX_HELD_BYTES if max_memory is None else bytes_to_spare(subspaces, config, max_memory)
-    decompose(config.rank, subspaces, progress, spare)
-    ranks, eight_bit, groups = choose_grouped_sizes(config, subspaces)
-    layers = replaceable(model, [fqn for fqn, rank in ranks.items() if rank is not None or fqn in eight_bit])
-    held = spare if reused else sum(space.held_bytes() for space in subspaces.values())
-    in_files = max_memory is not None and held + _new_bytes(subspaces, ranks, eight_bit, config.pivoted) > spare
+    members = with_channels(model, subspaces, config.channels_of)
+    decompose(config.rank, members, progress, spare)
+    ranks, eight_bit, groups = choose_grouped_sizes(config, members)
+    layers = replaceable(model, _changed(members, ranks, eight_bit))
+    held = spare if reused else sum(space.held_bytes() for space in members.values())
+    in_files = max_memory is not None and held + _new_bytes(members, ranks, eight_bit, config.pivoted) > spare
     with torch.inference_mode(False):  # parameters created in inference mode could not be trained
         found: Iterable[tuple[str, Factors]] = factorize_layers(
-            subspaces, ranks, str(config.projection), keep_directions=reused, max_held_bytes=spare, progress=progress
+            members, ranks, str(config.projection), keep_directions=reused, max_held_bytes=spare, progress=progress
         )
         if reconstruction is not None and any(rank is not None for rank in ranks.values()):
             found = _reconstructed(model, dict(found), reconstruction, covariances, config.centered, progress).items()
@@ -159,6 +162,18 @@ def _compress(
     group_(model, groups)
     warn_of_few_rows(report.few_rows())
     return report, {new[dense]: dense.get_parameter("weight").device for dense in new if in_files}
+
+
+def _changed(
+    members: Mapping[str, LayerSubspaces], ranks: ChosenRanks, eight_bit: Mapping[str, Rounded]
+) -> Iterator[str]:
+    """The names of the layers that are replaced."""
+    for fqn, rank in ranks.items():
+        member = members[fqn]
+        if rank is not None and isinstance(member, ChannelSubspaces):
+            yield from member.producers
+        if rank is not None or fqn in eight_bit:
+            yield fqn
 
 
 def _new_bytes(
@@ -263,9 +278,16 @@ def considered_layers(
     missing = [fqn for fqn in covariances if fqn not in dict(model.named_modules())]
     if missing:
         raise ValueError(f"covariances name layers that model does not have: {', '.join(missing)}.")
-    unreached = {fqn: "no calibration batch reached it" for fqn in layers if fqn not in covariances}
-    skipped |= unreached | {fqn: covariances.skipped[fqn] for fqn in unreached if fqn in covariances.skipped}
+    unknown = {
+        fqn: "no calibration batch reached it" if fqn in covariances.unreached else "it was not calibrated"
+        for fqn in layers
+        if fqn not in covariances
+    }
+    skipped |= unknown | {fqn: covariances.skipped[fqn] for fqn in unknown if fqn in covariances.skipped}
     for fqn, module in model.named_modules():
+        if isinstance(module, NarrowLinear):
+            layers.pop(fqn, None)
+            skipped[fqn] = "it has fewer channels already"
         if isinstance(module, LowRankLayer):
             skipped[fqn] = f"it is {'8-bit' if isinstance(module, EightBitLinear) else 'low-rank'} already"
     given = _checked_subspaces(subspaces, layers, covariances)
@@ -355,7 +377,7 @@ def factorize_layers(
     """Names and factors of the layers that have a rank, one by one, in the dtype and on the device of their weights.
 
     Args:
-        subspaces: of the layers.
+        subspaces: of the layers; those of an MLP give the factors of all its layers.
         ranks: ``{fqn: rank or None}``.
         projection: as for :func:`lowrank_ops.factors.factorize`.
         keep_directions: keep the decompositions for other ranks of the same layers.
@@ -369,14 +391,19 @@ def factorize_layers(
             space = subspaces[fqn]
             try:
                 with in_layer(fqn):
-                    factors = rounded(factorize(space, rank, projection), space, space.dtype, space.layer_device)
+                    if isinstance(space, ChannelSubspaces):
+                        found = narrowed(fqn, space, rank, projection)
+                    else:
+                        exact = factorize(space, rank, projection)
+                        found = {fqn: rounded(exact, space, space.dtype, space.layer_device)}
+                        del exact  # twice as large
             except ValueError as error:
                 raise ValueError(f"layer {fqn!r}: {error}") from None
             left[id(space.input)] -= 1
             held = sum(other.held_bytes() for other in subspaces.values()) if keep_directions else 0
             drop = not keep_directions or held > max_held_bytes
             space.release(directions=drop, shared=not left[id(space.input)])
-            yield fqn, factors
+            yield from found.items()
 
 
 def in_eight_bits(

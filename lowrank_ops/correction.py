@@ -7,7 +7,7 @@ pass measures, for every direction, the second moment over samples of the loss's
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -22,10 +22,12 @@ from .calibration.objectives import Sensitivity, check_sensitivity
 from .calibration.recorder import NO_ROWS, Recorder
 from .calibration.statistics import NonFiniteActivationError
 from .compress import considered_layers
+from .config import check_channels
 from .models.experts import on_listed_experts
 from .models.layers import FilterFn, find_layers, images, input_rows, is_conv
 from .models.masks import Mask, Masks
 from .models.running import EMPTY, ProgressBar, call_model, device_of, differentiable, move, warn_caller
+from .subspaces.channels import with_channels
 from .subspaces.layer import LayerSubspaces
 
 PRIOR_SAMPLES = 8  # weight of the prediction, in measured samples
@@ -45,6 +47,7 @@ def correct_predictions(
     unmasked_rows: str = "count",
     forward: Callable[[nn.Module, Any], Any] | None = None,
     centered: bool = True,
+    channels: bool | Sequence[str] = False,
     max_state_bytes: int = 4 << 30,
     progress: bool = False,
 ) -> dict[str, LayerSubspaces]:
@@ -64,7 +67,7 @@ def correct_predictions(
             images) are enough: the prediction counts as much as 8 of them.
         sensitivity, mask, unmasked_rows, forward: as for :func:`lowrank_ops.calibrate`.
         filter_fn: as for :func:`lowrank_ops.compress_`.
-        centered: as in the configuration of the compression.
+        centered, channels: as in the configuration of the compression.
         max_state_bytes: bound on the directions held; with fewer bytes than all layers need, batches run several times.
         progress: show progress bars.
 
@@ -87,7 +90,8 @@ def correct_predictions(
     check_positive(max_state_bytes=max_state_bytes)
     if not covariances.has_output_gradients:
         raise ValueError("covariances hold no output gradients to correct; use calibrate(..., sensitivity=...) first.")
-    subspaces, _ = considered_layers(model, covariances, filter_fn, None, centered=centered)
+    given, _ = considered_layers(model, covariances, filter_fn, None, centered=centered)
+    subspaces = with_channels(model, given, channels if isinstance(channels, bool) else check_channels(channels))
     found, _ = find_layers(model)
     layers = {fqn: found[fqn] for fqn in subspaces}
     batches = list(batches)
@@ -129,7 +133,7 @@ def correct_predictions(
         raise ValueError(NO_ROWS)
     if warning is not None:
         warn_caller(warning)
-    return subspaces
+    return given
 
 
 def _parts(subspaces: Mapping[str, LayerSubspaces], max_bytes: int) -> Iterator[list[str]]:
@@ -140,7 +144,7 @@ def _parts(subspaces: Mapping[str, LayerSubspaces], max_bytes: int) -> Iterator[
         if space.loss is None:
             continue
         groups, in_features, out_features = space.dimensions
-        size = 4 * groups * min(in_features, out_features) * (in_features + out_features)
+        size = 4 * groups * space.max_rank * (in_features + out_features)
         if part and held + size > max_bytes:
             yield part
             part, held = [], 0
@@ -156,8 +160,8 @@ class _Directions:
     def __init__(self, fqn: str, layer: nn.Module, space: LayerSubspaces) -> None:
         assert space.loss is not None
         self.fqn, self.layer = fqn, layer
-        self.groups, in_features, out_features = space.dimensions
-        left, down, up = space.loss.projection(min(in_features, out_features))
+        self.groups = space.dimensions.groups
+        left, down, up = space.loss.projection(space.max_rank)
         offset = torch.zeros_like(down[..., :1])
         if space.centered and space.statistics.side == "input":
             offset = down @ space.mean.unsqueeze(-1)

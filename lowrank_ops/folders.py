@@ -127,6 +127,10 @@ def compress_folder(
     for fqn in covariances:
         if fqn in modules and f"{fqn}.bias" in weights.forms:
             modules[fqn].bias = nn.Parameter(weights.read(f"{fqn}.bias").clone(), requires_grad=False)
+    if config.channels_of:
+        raise ValueError(
+            "channels runs the MLPs of the model, which compress_folder does not load; load it and call compress_."
+        )
     subspaces, skipped = considered_layers(
         model,
         covariances,

@@ -23,7 +23,8 @@ def working_bytes(space: LayerSubspaces, config: CompressionConfig) -> int:
     """The most bytes that one layer's matrices take at one time, from its moments to its new layer."""
     allocation = getattr(config.rank, "allocation", None)
     steps = [str(config.projection), *([_OF_ALLOCATION[allocation]] if allocation in _OF_ALLOCATION else [])]
-    if config.projection not in _ELEMENTS or isinstance(config.rank, ByteBudget | ExplainedVariance):
+    others = config.channels_of or isinstance(config.rank, ByteBudget | ExplainedVariance)
+    if config.projection not in _ELEMENTS or others:
         steps = ["other"]
     groups, in_features, out_features = space.dimensions
     streamed = in_features if space.statistics.side == "input" else out_features
@@ -47,7 +48,8 @@ def bytes_to_spare(subspaces: Mapping[str, LayerSubspaces], config: CompressionC
         space = subspaces[fqn]
         _, in_features, out_features = space.dimensions
         smaller = ""
-        if space.statistics.side == "input" and out_features < in_features and config.projection in ("output", "loss"):
+        may_stream_output = config.projection in ("output", "loss") and not config.channels_of
+        if space.statistics.side == "input" and out_features < in_features and may_stream_output:
             smaller = ", calibrate with side='smaller'"
         raise ValueError(
             f"layer {fqn!r} ({in_features} -> {out_features}) needs {size(needed[fqn])} beside the model, and spectra "

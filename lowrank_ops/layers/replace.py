@@ -20,6 +20,7 @@ from ._base import LowRankLayer
 from .conv import LowRankConv1d, LowRankConv2d
 from .eight_bit import EightBitLinear
 from .linear import LowRankLinear
+from .narrow import NarrowLinear
 from .pivoted import PivotedLinear
 
 
@@ -33,7 +34,7 @@ def replace_(model: nn.Module, factors: Mapping[str, Factors], *, pivoted: bool 
     Args:
         model: any module.
         factors: ``{fqn: Factors}``, from :func:`lowrank_ops.factors.factorize` for example; those of
-            :meth:`Factors.of_weight` make a dense layer with an 8-bit weight.
+            :meth:`Factors.of_weight` make a dense layer, with an 8-bit weight or fewer channels.
         pivoted: store linear layers as :class:`lowrank_ops.layers.PivotedLinear`, where that takes fewer parameters.
 
     Returns:
@@ -84,13 +85,17 @@ def replaceable(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
                 f"layer {fqn!r} cannot be replaced: its weight is tied to {tied[fqn]!r}. "
                 "Untie the two or leave the layer out with filter_fn."
             )
+        if isinstance(layers[fqn], NarrowLinear):
+            raise ValueError(f"layer {fqn!r} cannot be replaced: it has fewer channels already.")
         if has_hooks(layers[fqn]):
             raise ValueError(f"layer {fqn!r} has hooks, which its replacement would drop; remove them first.")
     return {fqn: layers[fqn] for fqn in names}
 
 
-def replacement(dense: nn.Module, factors: Factors, pivoted: bool = False) -> LowRankLayer:
+def replacement(dense: nn.Module, factors: Factors, pivoted: bool = False) -> LowRankLayer | NarrowLinear:
     """The layer that holds ``factors`` in the place of ``dense``."""
+    if factors.kept is not None:
+        return NarrowLinear.from_factors(dense, factors)
     kind = EightBitLinear if factors.is_dense else lowrank_type(dense, factors.rank if pivoted else None)
     return kind.from_factors(dense, factors)
 
