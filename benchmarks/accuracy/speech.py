@@ -64,7 +64,7 @@ BEST = Variant("loss", "loss", pivoted=True, corrected=True)
 VARIANTS = {
     "weight SVD": Variant("weight", "uniform"),
     "output, uniform": Variant("output", "uniform"),
-    "output, one share of variance (LiteASR)": Variant("output", "share"),
+    "output, shares of variance (LiteASR)": Variant("output", "shares"),
     "output, by variance": Variant("output", "variance"),
     "utilized, uniform": Variant("utilized", "uniform"),
     "loss": Variant("loss", "loss"),
@@ -219,8 +219,8 @@ class Study:
                 model, covariances, self.batches[::MEASURED], share, config=config, forward=run,
                 sensitivity=self.sensitivity, subspaces=subspaces, progress=True,
             )  # fmt: skip
-        elif variant.allocation == "share":
-            ranks = one_share_of_variance(subspaces, share)
+        elif variant.allocation == "shares":
+            ranks = liteasr(subspaces, share)
         else:
             ranks = lro.ParameterBudget(share, variant.allocation)
         report = lro.compress_(model, covariances, replace(config, rank=ranks), subspaces=subspaces)
@@ -242,27 +242,29 @@ def transcript_loss(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
     return F.cross_entropy(logits.mT, batch["decoder_input_ids"][:, PROMPT:], reduction="none").sum(1)
 
 
-def one_share_of_variance(subspaces: Mapping[str, LayerSubspaces], share: float) -> lro.Ranks:
-    """LiteASR's ranks (Kamahori et al. 2025, arXiv 2502.20583).
+def liteasr(subspaces: Mapping[str, LayerSubspaces], share: float) -> lro.Ranks:
+    """LiteASR's ranks (Kamahori et al. 2025, arXiv 2502.20583), at the largest shares of variance that meet a budget.
 
-    Each layer keeps the output principal components that hold a share of its output variance, the same in all layers,
-    and stays dense where that saves no parameters. Here the share is the largest at which a budget of parameters is
-    met.
+    Each linear layer keeps the output principal components that hold a share of its output variance, and stays dense
+    where that saves no parameters; convolutions stay dense. What attention drops is ten times what the MLP drops, as in
+    the default of LiteASR's code, 0.99 and 0.999.
     """
+    linear = {fqn: space for fqn, space in subspaces.items() if "conv" not in fqn}
     whole = sum(map(dense_parameters, subspaces.values()))
-    low, high, found = 0.0, 1.0, dict[str, int]()
+    low, high, found = -6.0, 1.0, dict[str, int]()  # logarithms of what attention drops
     for _ in range(30):
         middle = (low + high) / 2
         ranks, kept = dict[str, int](), whole
-        for fqn, space in subspaces.items():
-            rank = space.output.rank_at(middle)
+        for fqn, space in linear.items():
+            dropped = 10**middle * (1 if "attn" in fqn else 0.1)
+            rank = space.output.rank_at(max(1 - dropped, 1e-9))
             saved = dense_parameters(space) - lowrank_parameters(space, rank)
             if saved > 0:
                 ranks[fqn], kept = rank, kept - saved
         if kept <= share * whole:
-            low, found = middle, ranks
+            high, found = middle, ranks
         else:
-            high = middle
+            low = middle
     return lro.Ranks(found)
 
 

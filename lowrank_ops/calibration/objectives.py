@@ -188,7 +188,7 @@ def _tensor(output: Any, kind: str) -> Tensor:
     found = output_tensor(output, _FIELDS[kind])
     if found is None:
         raise ValueError(
-            f"sensitivity={kind!r} found no floating-point tensor in the model's output of type "
-            f"{type(output).__name__}; pass forward=, which picks one, or a function loss(output, batch) as sensitivity."
+            f"sensitivity={kind!r} found no floating-point tensor in the output of type {type(output).__name__}; "
+            "pass forward=, which picks one, or a function loss(output, batch) as sensitivity."
         )
     return found
