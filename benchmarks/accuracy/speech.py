@@ -70,8 +70,8 @@ VARIANTS = {
     "loss": Variant("loss", "loss"),
     "loss, corrected": Variant("loss", "loss", corrected=True),
     "loss, pivoted, corrected": BEST,
-    "loss, damped, pivoted, corrected": BEST._replace(damped=True),
     "loss, pivoted, corrected, measured ranks": BEST._replace(measured=True),
+    "loss, damped, pivoted, corrected": BEST._replace(damped=True),
     "loss, damped, pivoted, corrected, measured ranks": BEST._replace(damped=True, measured=True),
 }
 
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     study = Study(options)
     setup = {"calibrated": options.calibration, "tested": options.test, "sensitivity": options.sensitivity}
     cases = [{**setup, "variant": "dense", "budget": 100.0}]
-    cases += [{**setup, "variant": name, "budget": budget} for budget in options.budgets for name in options.variants]
+    cases += [{**setup, "variant": name, "budget": budget} for name in options.variants for budget in options.budgets]
     for case in tqdm([case for case in cases if results.find(case) is None], unit="model", desc="variants"):
         results.add(case, study.measure(str(case["variant"]), float(case["budget"])))
     print(table([row for case in cases if (row := results.find(case)) is not None]))
@@ -127,7 +127,6 @@ class Study:
         options.cache.mkdir(parents=True, exist_ok=True)
         handbook = corpus("handbook", 20)
         self.test = utterances(handbook.test, "test", options.test, extractor)
-        self.batches: list[dict[str, Tensor]] = []
         self.covariances: lro.Covariances | None = None
         self.sensitivity: Any = transcript_loss if options.sensitivity == "transcripts" else options.sensitivity
         self.seconds: dict[str, float] = {}  # of each step
@@ -164,7 +163,6 @@ class Study:
             self.covariances = lro.Covariances.load(file)
         if self.kept[0] != kind:
             covariances = self.covariances.damped(DAMPING) if variant.damped else self.covariances
-            found = layer_subspaces({fqn: self.dense.get_submodule(fqn) for fqn in covariances}, covariances)
             if variant.corrected:
                 started = time.perf_counter()
                 torch.manual_seed(0)
@@ -173,6 +171,8 @@ class Study:
                     progress=True,
                 )  # fmt: skip
                 self.seconds["correction"] = time.perf_counter() - started
+            else:
+                found = layer_subspaces({fqn: self.dense.get_submodule(fqn) for fqn in covariances}, covariances)
             self.kept = kind, covariances, found
         return self.kept[1:]  # type: ignore[return-value]
 
@@ -365,7 +365,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """One line per budget and variant: word error rates with their standard errors, divergence, sizes, seconds."""
     lines = ["| layer parameters | variant | to the dense | to the text | divergence | encoder | seconds |"]
     lines.append("|---|---|---|---|---|---|---|")
-    for row in rows:
+    for row in sorted(rows, key=lambda row: -row["budget"]):
         rates = [f"{row[f'to_{to}_rate']:.1f}% ± {row[f'to_{to}_deviation']:.1f}" for to in ("dense", "spoken")]
         size = f"{row['encoder_parameters'] / 1e6:.1f}M"
         cells = [f"{row['budget']:g}%", row["variant"], *rates, f"{row['divergence']:.3g}", size]
