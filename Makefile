@@ -156,7 +156,7 @@ bench: $(VENV)/ready
 # The long campaigns, about an hour and a half on one core, and the tables of docs/reliability.md.
 reliability: $(VENV)/ready-dev
 	OMP_NUM_THREADS=1 LOWRANK_OPS_CAMPAIGN=long $(PYTEST) tests/reliability
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.reliability.mutate --mutants 150
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.reliability.mutate --mutants 300
 	$(BIN)/python -m tests.reliability.figures
 
 # Warnings are errors. Sources are read, not imported.

@@ -2,7 +2,7 @@
 
 - ``calibrate``: seconds of a calibration relative to the plain forward passes over the same tokens, interleaved.
 - ``memory``: peak memory of a Llama-shaped model of 1.1B random parameters in bfloat16, or of ``--folder``, under
-  ``max_memory``, each step in a process of its own; ``--blocks`` of its blocks are compressed.
+  ``max_memory``, each step in a process of its own, on the first ``--blocks``.
 - ``growth``: seconds of ``compress_`` of one layer by width, the exponent of the widest step, and what that predicts
   for known models. Predictions are no measurements.
 - ``optimum``: output error and predicted loss of the factors of every layer of real models, above the optimum that
@@ -148,7 +148,7 @@ def one_memory(options: argparse.Namespace) -> dict[str, Any]:
     file = options.store / f"{'fisher' if step in ('fisher', 'loss') else 'plain'}.safetensors"
 
     def wanted(module: nn.Module, fqn: str) -> bool:
-        return fqn.startswith("model.layers.") if step == "plain" else fqn.startswith(kept)
+        return fqn.startswith(kept)
 
     time.sleep(0.1)
     before, start = peak.bytes, time.process_time()
@@ -351,6 +351,9 @@ def excess(model: nn.Module, batches: list[Any], sensitivity: Any) -> dict[str, 
         rank = max(1, weight.size // sum(weight.shape) // 2)
         second, total, count = sums.pop(fqn)
         covariance = second / count - np.outer(total / count, total / count)
+        if len(weight) > weight.shape[1]:
+            squares, directions = np.linalg.eigh(covariance)
+            inputs = directions * np.sqrt(squares.clip(0))
         gradients = statistics[fqn].output_gradients
         assert gradients is not None
         metric = gradients.second_moment.numpy() / gradients.count
@@ -360,7 +363,11 @@ def excess(model: nn.Module, batches: list[Any], sensitivity: Any) -> dict[str, 
             lost = weight - factors.up.numpy() @ factors.down.numpy()
             error = np.sum((m @ lost) * (lost @ covariance))
             scale = np.linalg.cholesky(m).T @ weight
-            eigenvalues = np.linalg.eigvalsh(scale @ covariance @ scale.T)
+            if len(weight) > weight.shape[1]:  # the same eigenvalues from the smaller matrix
+                inner = inputs.T @ (scale.T @ scale) @ inputs
+            else:
+                inner = scale @ covariance @ scale.T
+            eigenvalues = np.linalg.eigvalsh(inner)
             best, whole = eigenvalues[:-rank].sum(), eigenvalues.sum()
             if best > NEGLIGIBLE * whole:
                 relative[projection].append(abs(float(error / best - 1)))
@@ -392,7 +399,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--encoder", type=Path, help="optimum: a text encoder of transformers")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--blocks", type=int, default=2, help="memory: that are compressed")
+    parser.add_argument("--blocks", type=int, default=2, help="memory: that are calibrated and compressed")
     parser.add_argument("--widths", type=int, nargs="+", default=[512, 1024, 2048])
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS, help="memory: that run, in this order")
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)

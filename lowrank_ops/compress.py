@@ -140,9 +140,8 @@ def _compress(
     decompose(config.rank, members, progress, spare)
     ranks, eight_bit, groups = choose_grouped_sizes(config, members)
     layers = replaceable(model, _changed(members, ranks, eight_bit))
-    in_files = max_memory is not None and _new_bytes(members, ranks, eight_bit, config.pivoted) > spare - (
-        spare if reused else sum(space.held_bytes() for space in members.values())
-    )
+    held = spare if reused else sum(space.held_bytes() for space in members.values())
+    in_files = max_memory is not None and held + _new_bytes(members, ranks, eight_bit, config.pivoted) > spare
     with torch.inference_mode(False):  # parameters created in inference mode could not be trained
         found: Iterable[tuple[str, Factors]] = factorize_layers(
             members, ranks, str(config.projection), keep_directions=reused, max_held_bytes=spare, progress=progress
@@ -395,8 +394,9 @@ def factorize_layers(
                     if isinstance(space, ChannelSubspaces):
                         found = narrowed(fqn, space, rank, projection)
                     else:
-                        factors = factorize(space, rank, projection)
-                        found = {fqn: rounded(factors, space, space.dtype, space.layer_device)}
+                        exact = factorize(space, rank, projection)
+                        found = {fqn: rounded(exact, space, space.dtype, space.layer_device)}
+                        del exact  # twice as large
             except ValueError as error:
                 raise ValueError(f"layer {fqn!r}: {error}") from None
             left[id(space.input)] -= 1

@@ -63,8 +63,9 @@ def narrowed(fqn: str, spaces: ChannelSubspaces, channels: int, projection: str)
     }  # fmt: skip
     for name, space in spaces.producers.items():
         known = None if increase is None else 0.0  # that of the MLP is the consumer's
+        rows = kept.to(space.device)
         found[name] = _of_weight(
-            space.weight[kept], None if space.bias is None else space.bias.to(space.weight)[kept],
+            space.weight[rows], None if space.bias is None else space.bias.to(space.weight)[rows],
             predicted_error=0.0, predicted_loss=known, output_variance=space.output_variance, **shared,
         )  # fmt: skip
     own = {fqn: spaces, **spaces.producers}

@@ -95,9 +95,7 @@ def measure_errors(
     """
     replaced = {fqn: layer for fqn, layer in compressed.named_modules() if isinstance(layer, LowRankLayer)}
     if not replaced:
-        raise ValueError(
-            "compressed has no replaced layer with factors or an 8-bit weight; pass the model that compress_ changed."
-        )
+        raise ValueError("compressed has no replaced layer; pass the model that compress_ changed.")
     with experts_listed(dense, names=replaced):
         return _measured(dense, compressed, replaced, batches, mask, unmasked_rows, forward, centered, progress)
 

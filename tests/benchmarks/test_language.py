@@ -37,7 +37,7 @@ def model() -> torch.nn.Module:
 
 def test_names_of_variants_list_their_options() -> None:
     for name, variant in language.VARIANTS.items():
-        for option in ("damped", "pivoted", "corrected"):
+        for option in ("damped", "channels", "pivoted", "corrected"):
             assert getattr(variant, option) == (option in name.split(", ")), name
 
 
@@ -52,7 +52,7 @@ def test_variants_are_measured_once(model: torch.nn.Module, monkeypatch: pytest.
         "ASVD",
         "output, uniform (SVD-LLM)",
         "loss, blocks",
-        "loss, damped, pivoted, corrected, blocks, distilled",
+        "loss, damped, channels, pivoted, corrected, measured ranks, blocks, distilled",
     ]
     arguments += ["--calibrate", "both", "--cache", str(tmp_path / "cache"), "--variants", *variants]
     language.main(arguments)
@@ -63,6 +63,15 @@ def test_variants_are_measured_once(model: torch.nn.Module, monkeypatch: pytest.
         assert row["bytes"] < sum(part.nbytes for part in model.parameters()) and row["generated_per_second"] > 0
     language.main(arguments)
     assert language.Results(tmp_path / "rows.json").rows == rows
+
+
+def test_predictions_are_corrected_in_the_units_of_the_statistics(model: torch.nn.Module) -> None:
+    batch = {"input_ids": torch.randint(60, (3, 40))}
+    output = model(**batch)
+    drawn, labels = (loss(output, batch) for loss in (language.drawn_loss, language.label_loss))
+    assert drawn.shape == labels.shape == (3,) and drawn.requires_grad
+    assert not torch.equal(drawn, labels)
+    assert float(drawn.mean().detach()) == pytest.approx(39 * math.log(60), rel=0.1)  # of random weights
 
 
 def test_perplexity_is_that_of_the_labels(model: torch.nn.Module) -> None:

@@ -160,3 +160,12 @@ def test_variants_are_measured_once(model: torch.nn.Module, monkeypatch: pytest.
     speech.main(arguments)
     assert speech.Results(tmp_path / "rows.json").rows == rows
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_loss_is_that_of_the_tokens_after_the_prompt(model: torch.nn.Module) -> None:
+    batch = {"input_features": torch.randn(2, 8, FRAMES), "decoder_input_ids": torch.randint(50, (2, 9))}
+    found = speech.transcript_loss(speech.run(model, batch), batch)
+    labels = batch["decoder_input_ids"][:, 1:].clone()
+    labels[:, : speech.PROMPT - 1] = -100
+    batch["decoder_input_ids"] = batch["decoder_input_ids"][:, :-1]
+    assert found.sum() == pytest.approx(float(model(**batch, labels=labels).loss) * 10, rel=1e-5)
