@@ -14,7 +14,7 @@ from ..subspaces.layer import LayerSubspaces
 _ELEMENTS = {
     "output": ((4.0, 0.0, 5.5), (5.5, 5.0, 2.25)),
     "loss": ((4.0, 0.0, 5.5), (4.25, 4.25, 4.0)),
-    "other": ((5.0, 0.25, 9.0), (7.0, 6.0, 3.0)),
+    "other": ((5.0, 0.25, 9.0), (7.0, 6.0, 4.0)),
 }
 _OF_ALLOCATION = {"variance": "output", "loss": "loss"}
 
