@@ -125,7 +125,7 @@ def token_weights(layer: nn.Module, gradient: Tensor, mask: Tensor | None) -> Te
         return torch.cat([relative_squares(part.unsqueeze(0)).flatten() for part in gradient.unbind()])
     if mask is not None and gradient.shape[:-1] in (mask.shape, (mask.numel(),)):
         mask = mask.to(gradient.device)
-        return relative_squares(gradient.reshape(*mask.shape, -1), mask)[mask]
+        return relative_squares(gradient.reshape(*mask.shape, gradient.shape[-1]), mask)[mask]
     return relative_squares(gradient if gradient.dim() > 1 else gradient.unsqueeze(0)).flatten()
 
 

@@ -12,12 +12,11 @@ from ..config import PROJECTIONS, check_choice
 from ..models.layers import all_finite
 from ..ops.linear.reference import dequantized
 from ..ranks.costs import PLAIN, Formats
+from ..subspaces.balance import balance
 from ..subspaces.layer import LayerSubspaces
 from ..subspaces.principal import Subspace, half_product
 from .eight_bit import quantized
 from .pivoted import Pivots, all_coefficients, pivots_of
-
-MAX_HIDDEN = 1024.0  # root mean square of an element of x down^T; outliers of 60 times as much fit into float16
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Factors:
             in the compressed model, so it includes the errors of earlier layers. If the reconstruction used token
             weights, ``predicted_error`` and ``output_variance`` are over token-weighted rows.
         formats: how a layer stores ``down`` and ``up``: ``"int8"``, ``"fp8"``, or None for its dtype. Here they are not
-            rounded yet. One format only: ``down`` is the weight of a layer that stays dense, and ``up`` is empty.
+            rounded yet. One format only: ``down`` is the weight of a dense layer, and ``up`` is empty.
     """
 
     down: Tensor
@@ -53,6 +52,7 @@ class Factors:
     reconstructed: bool = False
     formats: Formats = PLAIN
     pivots: Pivots | None = None  # of a pivoted layer with 8-bit factors; others compute them from the factors
+    kept: Tensor | None = None  # (rank,), int64: of a layer of an MLP with fewer channels, those that it keeps
 
     @property
     def is_dense(self) -> bool:
@@ -60,8 +60,8 @@ class Factors:
         return len(self.formats) == 1
 
     @classmethod
-    def of_weight(cls, weight: Tensor, bias: Tensor | None, form: str, **predicted: Any) -> Factors:
-        """A weight (out_features, in_features) that a dense layer stores in 8 bits."""
+    def of_weight(cls, weight: Tensor, bias: Tensor | None, form: str | None, **predicted: Any) -> Factors:
+        """A weight (out_features, in_features) that a dense layer stores, in 8 bits or its dtype (None)."""
         values = {"predicted_error": None, "output_variance": 0.0, **predicted}
         return cls(weight, weight.new_empty(len(weight), 0), bias, min(weight.shape), "", formats=(form,), **values)
 
@@ -129,7 +129,7 @@ def factorize(spaces: LayerSubspaces, rank: int, projection: str = "output") -> 
         squares = 2 * (half * reader.mT).sum(-2).clamp_min(0)
     error, increase = _predictions(spaces, down, up, left, half, rank, projection, centered=centered)
     bias = _bias(spaces, down, up, left, projection)
-    scale = _scale(spaces, down, up, reader, squares)
+    scale = balance(spaces, down, up, reader, squares)
     down, up = down * scale.unsqueeze(-1), up / scale.unsqueeze(-2)
     return Factors(down, up, bias, rank, projection, error, spaces.output_variance, increase)
 
@@ -228,26 +228,6 @@ def _with_exact_mean(factors: Factors, result: Factors, spaces: LayerSubspaces) 
     up, down = (part.to(mean) for part in (result.up, result.down))
     bias = factors.bias + (factors.up @ (factors.down @ mean) - up @ (down @ mean)).flatten()
     return replace(result, bias=bias.to(result.up))
-
-
-def _scale(spaces: LayerSubspaces, down: Tensor, up: Tensor, reader: Tensor | None, squares: Tensor | None) -> Tensor:
-    """Powers of two (..., rank) to multiply ``down`` by and to divide ``up`` by: their product is exactly the same.
-
-    With an orthonormal ``up``, one element of t = x down^T could hold the norm of a whole output and overflow float16
-    although no output does. So the largest elements of both factors are made equal, direction by direction, and the
-    root mean square of t over the calibration rows is kept well inside the range of float16, also for autocast.
-    """
-    largest = down.abs().amax(-1), up.abs().amax(-2)
-    balanced = (largest[1].log2() - largest[0].log2()) / 2
-    if reader is not None and squares is not None:
-        square = squares
-        if spaces.centered:
-            square = square + (reader @ spaces.mean.unsqueeze(-1)).squeeze(-1).square()
-        size = square.sqrt()
-        limit = torch.where(size > 0, torch.log2(MAX_HIDDEN / size), torch.inf)  # size is NaN without rows
-        balanced = torch.minimum(balanced, limit)
-    usable = (largest[0] > 0) & (largest[1] > 0) & balanced.isfinite()
-    return torch.exp2(torch.where(usable, balanced, 0.0).floor())
 
 
 def _input_space(spaces: LayerSubspaces, projection: str) -> Subspace:

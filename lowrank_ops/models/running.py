@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from threading import Lock, RLock, get_ident
 from types import FrameType
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from torch.utils.hooks import RemovableHandle
 from tqdm.auto import tqdm
 
 EMPTY = "batches was empty; pass at least one batch, and not a generator that is used up."
+NO_REAL_ROW = "has no row that counts: it is empty, or the mask leaves none of its positions. Leave it out."
 _MODES = ("train", "eval")
 PATIENCE = 5.0  # seconds that a Ctrl-C waits at most
 _PROTECTED = ("__enter__", "__exit__", "register_")  # how the names of functions begin that change or restore a model
@@ -156,8 +157,9 @@ def exclusive(model: nn.Module) -> Iterator[None]:
                     "another thread calibrates, compresses or searches this model or shares modules with it; wait for "
                     "that thread, or work on copy.deepcopy(model)."
                 )
-            new = [module for module in modules if module not in _owners]
+            new = WeakSet(module for module in modules if module not in _owners)  # some may be replaced and freed
             _owners.update(dict.fromkeys(new, thread))
+            del modules
         try:
             yield
         finally:

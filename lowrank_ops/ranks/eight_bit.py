@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from ..config import EIGHT_BIT
+from ..subspaces.balance import balance
+from ..subspaces.channels import ChannelSubspaces
 from ..subspaces.layer import DAMPING, LayerSubspaces
 from ..subspaces.pivots import pivoted_rows
 from .costs import (
@@ -51,7 +53,9 @@ def eight_bit_bytes(spaces: LayerSubspaces) -> int:
 
 
 def lowrank_bytes(spaces: LayerSubspaces, rank: int, formats: Formats = PLAIN, *, pivoted: bool = False) -> int:
-    """Bytes of the low-rank layer; centering adds a bias to a layer without one."""
+    """Bytes of the low-rank layer, or of an MLP with ``rank`` channels; centering adds a bias to one without."""
+    if isinstance(spaces, ChannelSubspaces):
+        return lowrank_parameters(spaces, rank) * spaces.dtype.itemsize
     biases = lowrank_parameters(spaces, rank) - factor_parameters(spaces, rank)
     return factor_bytes(spaces, rank, formats, pivoted=pivoted) + biases * spaces.dtype.itemsize
 
@@ -107,8 +111,7 @@ def rounding_of(space: LayerSubspaces, form: str, *, by_loss: bool, pivoted: boo
 
     Roundings of elements are independent of each other and of the input, so their mean squares add up: an error e in
     row j of ``down`` causes the output error u_j e^T x, one in ``up`` the error e t_j, one in row i of the weight
-    e^T x in output i. The factors are scaled as :func:`lowrank_ops.factors.factorize` does it: the largest elements of
-    both are equal, direction by direction.
+    e^T x in output i. The factors are scaled as :func:`lowrank_ops.factors.factorize` does it.
 
     Args:
         space: of a linear layer whose input was streamed.
@@ -127,8 +130,8 @@ def rounding_of(space: LayerSubspaces, form: str, *, by_loss: bool, pivoted: boo
     moment = space.loss_moment(centered=space.centered)  # centered layers have a bias that makes their mean exact
     hidden = ((down @ moment) * down).sum(-1).clamp_min(0)  # E[t_j^2]
     inputs = moment.diagonal()
-    ratio = up.abs().amax(0) / down.abs().amax(1)
-    factors = torch.exp2((torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0).log2() / 2).floor())
+    plain = space.loss_activations is space.statistics.activations
+    factors = balance(space, down, up, down, hidden if plain else ((down @ space.moment) * down).sum(-1).clamp_min(0))
     up, down, hidden = up / factors, down * factors.unsqueeze(1), hidden * factors.square()
     squares = up.square().sum(0)
     of_outputs, of_directions = torch.zeros(len(up), dtype=up.dtype, device=up.device), torch.zeros_like(squares)

@@ -19,7 +19,7 @@ from ..calibration.call_weights import CallWeights, call_weights
 from ..calibration.objectives import Sensitivity, check_sensitivity
 from ..calibration.statistics import LayerStatistics, NonFiniteActivationError
 from ..factors.projections import Factors
-from ..layers.replace import lowrank_type, replacements_of
+from ..layers.replace import lowrank_type, replaceable
 from ..models.experts import ExpertLinear, on_listed_experts
 from ..models.layers import compiled_or_scripted, find_layers, input_rows
 from ..models.masks import Mask, Masks, real_rows
@@ -28,6 +28,7 @@ from .checkpoint import resume_checkpoint, run_identity, save_checkpoint
 from .paired_runs import Group, PairedRuns, find_chains
 from .regression import PairedSums, reconstruct_layers
 
+TOO_FEW = "too few rows reached it"
 _MEMORY = "Pass a smaller max_state_bytes, or leave the layer out with filter_fn."
 
 
@@ -117,8 +118,8 @@ def reconstruct_factors(
 
     Raises:
         NonFiniteActivationError: NaN or inf in the input of a layer, or in a gradient.
-        ValueError: an invalid setting, layers that cannot be replaced, a checkpoint of another run, a batch whose loss
-            depends on no layer.
+        ValueError: an invalid setting, too few rows for all layers, layers that cannot be replaced, a checkpoint of
+            another run, a batch whose loss depends on no layer.
     """
     sensitivity, ridge, mask, checkpoint = settings.sensitivity, settings.ridge, settings.mask, settings.checkpoint
     gradients = {
@@ -131,7 +132,7 @@ def reconstruct_factors(
             f"factors of projection='loss' need output gradients, which {', '.join(missing)} lack; pass the "
             "covariances of a calibration with a sensitivity as statistics=."
         )
-    replacements_of(model, factors)  # raises now for layers that could not be replaced in the end
+    replaceable(model, factors)  # raises now for layers that could not be replaced in the end
     found, _ = find_layers(model)
     layers = {fqn: found[fqn] for fqn in factors}
     chains = find_chains(model, layers) if settings.blocks is None else chains_named(model, settings.blocks)
@@ -212,6 +213,8 @@ def reconstruct_factors(
                 save_checkpoint(Path(checkpoint), identity, ready)
     if (warning := masks.finish()) is not None:
         warn_caller(warning)
+    if layers and all(kept.get(fqn) == TOO_FEW for fqn in layers):
+        raise ValueError("too few rows reached every layer: the batches are empty, or the mask leaves no position.")
     if kept:
         reasons = "".join(f"\n  {fqn}: {reason}" for fqn, reason in kept.items())
         warn_caller(f"these layers are not reconstructed:{reasons}")
@@ -244,7 +247,7 @@ def _stream(runs: PairedRuns, group: Group, sums: Sequence[PairedSums], call_wei
                 else:
                     pairs.update(batch % 2 if last else 0, x, z, weights)
     if not all(fold.count for fold in folds):
-        return "too few rows reached it"
+        return TOO_FEW
     for pairs in sums:
         pairs.finish()
     if not all(pairs.is_finite() for pairs in sums):

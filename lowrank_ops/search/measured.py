@@ -14,8 +14,10 @@ from ..arguments import check_positive, checked
 from ..calibration.call_weights import SEED
 from ..calibration.covariances import Covariances
 from ..calibration.objectives import Sensitivity, check_sensitivity, distance
+from ..calibration.recorder import NO_ROWS
 from ..compress import considered_layers, decompose, factorize_layers, resolved
 from ..config import CompressionConfig, ParameterBudget, Ranks
+from ..factors.channels import widened
 from ..layers.replace import replace_
 from ..models.copies import filter_of_original, shared_copy
 from ..models.experts import list_experts_
@@ -33,8 +35,9 @@ from ..models.running import (
     move,
     warn_caller,
 )
-from ..ranks.choose import ChosenRanks, limits_of
+from ..ranks.choose import ChosenRanks, as_policy, limits_of
 from ..ranks.groups import choose_grouped_sizes
+from ..subspaces.channels import with_channels
 from ..subspaces.layer import LayerSubspaces
 
 _INDEPENDENT = (
@@ -83,7 +86,8 @@ def measured_ranks(
             ``"output"``: half the squared difference; ``"pooled"``: of rows and of their mean, weighted as in
             calibration.
         rounds: corrections, each at the ranks of the one before.
-        config: projection, centering, overrides, bounds, pivoting and groups; its rank policy is not used.
+        config: projection, centering, overrides, bounds, pivoting and groups; its rank policy and its
+            reconstruction are not used.
         filter_fn, subspaces: as for :func:`lowrank_ops.compress_`.
         mask, unmasked_rows, forward: as for :func:`lowrank_ops.calibrate`. ``forward`` has to run the copy that it is
             called with.
@@ -95,9 +99,9 @@ def measured_ranks(
 
     Raises:
         RuntimeError: another thread calibrates or compresses the model when this begins.
-        ValueError: an invalid argument, a budget that cannot be met, statistics without output gradients, a loss that
-            is not finite or does not depend on the compressed layers, a model that cannot be copied, or as for
-            :func:`lowrank_ops.compress_`.
+        ValueError: an invalid argument, a budget that cannot be met, statistics without output gradients, batches
+            without rows that count, a loss that is not finite or does not depend on the compressed layers, a model that
+            cannot be copied, or as for :func:`lowrank_ops.compress_`.
 
     Example:
         >>> import torch, lowrank_ops as lro
@@ -117,6 +121,7 @@ def measured_ranks(
     list_experts_(dense)
     subspaces, _ = considered_layers(dense, covariances, filter_fn, subspaces, centered=config.centered)
     config = resolved(config, subspaces)
+    subspaces = with_channels(dense, subspaces, config.channels)
     decompose(config.rank, subspaces, progress)
     fixed = limits_of(subspaces, config.overrides, config.bounds).fixed
     measured: dict[str, float] = {}  # by layer, summed over the rounds
@@ -130,7 +135,11 @@ def measured_ranks(
         for step in range(rounds + 1):
             ranks, *_ = choose_grouped_sizes(config, subspaces, _corrections(measured, predicted))
             trial = shared_copy(dense)
-            replace_(trial, dict(factorize_layers(subspaces, ranks, str(config.projection), keep_directions=True)))
+            factors = dict(factorize_layers(subspaces, ranks, str(config.projection), keep_directions=True))
+            for fqn, rank in ranks.items():  # MLPs keep all channels, so that a gate adds the dense consumer's output
+                if rank is not None and factors[fqn].kept is not None:
+                    factors[fqn] = widened(factors[fqn], subspaces[fqn].max_rank)
+            replace_(trial, {fqn: part for fqn, part in factors.items() if fqn in ranks})
             gated = [fqn for fqn, rank in ranks.items() if rank is not None and fqn not in fixed]
             masks = Masks(trial, mask, unmasked_rows)
             loss, found = _differentiated(
@@ -144,8 +153,13 @@ def measured_ranks(
                 predicted[fqn] = predicted.get(fqn, 0.0) + _dropped(subspaces[fqn], ranks[fqn])
     if (warning := masks.finish()) is not None:  # the same in all rounds
         warn_caller(warning)
+    if sum(measured.values()) <= 0 < sum(predicted.values()):
+        warn_caller(
+            "predicted losses are not corrected: over these batches the loss does not rise with the layers' errors. "
+            "Pass more of them."
+        )
     assert best is not None
-    return Ranks({fqn: rank for fqn, rank in best[1].items() if rank is not None})
+    return as_policy(best[1], subspaces)
 
 
 def _differentiated(
@@ -166,10 +180,11 @@ def _differentiated(
     device = device_of(trial)
     gates = {fqn: torch.zeros((), device=device, requires_grad=True) for fqn in gated}
     total, derivatives = 0.0, dict[str, float]()
+    reached, counted = set[nn.Module](), False  # layers by any row; whether the masks leave any
     with differentiable(trial, SEED), evaluating(dense), hooks() as handles, torch.set_grad_enabled(bool(gates)):
         masks.attach(handles)
         for fqn, gate in gates.items():
-            hook = _without_error(dense.get_submodule(fqn), gate)
+            hook = _without_error(dense.get_submodule(fqn), gate, reached)
             handles.append(trial.get_submodule(fqn).register_forward_hook(hook, with_kwargs=True))
         for index, batch in enumerate(batches):
             with in_batch(index):
@@ -177,7 +192,9 @@ def _differentiated(
                 output = forward(trial, moved)
                 with torch.no_grad():
                     target = None if callable(sensitivity) else forward(dense, moved)
-                loss = distance(sensitivity, output, target, moved, masks.of_output())
+                mask = masks.of_output()
+                loss = distance(sensitivity, output, target, moved, mask)
+            counted |= mask is None or bool(mask.any())
             value = float(loss.detach())
             if not math.isfinite(value):
                 raise ValueError(
@@ -200,13 +217,17 @@ def _differentiated(
             bar.update()
     if gates and not derivatives:
         raise ValueError(_INDEPENDENT)
+    if gates and not (reached and counted):
+        raise ValueError(NO_ROWS)
     return total, derivatives
 
 
-def _without_error(dense: nn.Module, gate: Tensor) -> Callable[..., Tensor]:
-    """A forward hook that scales the layer's error by 1 - ``gate``."""
+def _without_error(dense: nn.Module, gate: Tensor, reached: set[nn.Module]) -> Callable[..., Tensor]:
+    """A forward hook that scales the layer's error by 1 - ``gate``, and adds layers with rows to ``reached``."""
 
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+        if output.numel():
+            reached.add(dense)
         return output + gate * (dense(*args, **kwargs) - output)
 
     return hook

@@ -24,8 +24,10 @@ from ..models.copies import filter_of_original, shared_copy
 from ..models.experts import list_experts_
 from ..models.layers import FilterFn
 from ..models.running import ProgressBar, hooks, training_flags_kept, warn_caller
-from ..ranks.choose import ChosenRanks, Limits, limits_of
+from ..ranks.choose import ChosenRanks, Limits, as_policy, limits_of
 from ..ranks.costs import Option, dense_parameters, in_parameters
+from ..ranks.groups import choose_grouped_sizes
+from ..subspaces.channels import ChannelSubspaces, with_channels
 from ..subspaces.layer import LayerSubspaces
 from .trial_cache import TrialCache
 
@@ -64,8 +66,8 @@ def search_ranks(
             layer).
         allocation: how layers share the budget, as in :class:`lowrank_ops.ParameterBudget`; for ``"budget"`` only.
         num_evaluations: for ``"budget"`` only: at most this many, the dense model's included; at least 2. None: 10.
-        config: projection, centering, overrides, bounds and pivoting of the trials; its rank policy is not used.
-            Bounds take precedence over the tolerance.
+        config: projection, centering, overrides, bounds, pivoting and, for ``"budget"``, groups of the trials; its rank
+            policy and its reconstruction are not used. Bounds take precedence over the tolerance.
         filter_fn, subspaces: as for :func:`lowrank_ops.compress_`.
         cache: file that stores the accuracy of every trial. Stored trials are not repeated, by the same search resumed
             or by another one on the same model. Trials of other weights, covariances or projections are refused;
@@ -93,14 +95,23 @@ def search_ranks(
     _check(max_drop, by, {"allocation": allocation, "num_evaluations": num_evaluations})
     num_evaluations = num_evaluations or 10
     config = replace(CompressionConfig.of(config), rank=ParameterBudget(1.0, allocation))
+    if config.group and by == "layers":
+        raise ValueError(
+            "config.group=True does not go with by='layers', which chooses each layer's rank without the others of its "
+            "group; use by='budget'."
+        )
     dense, filter_fn = shared_copy(model), filter_of_original(model, filter_fn)
     list_experts_(dense)
     subspaces, _ = considered_layers(dense, covariances, filter_fn, subspaces, centered=config.centered)
     config = resolved(config, subspaces)
+    subspaces = with_channels(dense, subspaces, config.channels)
     policy = config.rank
     assert isinstance(policy, ParameterBudget)
     if by == "budget":  # layer by layer, no spectra are used
         decompose(policy, subspaces, progress)
+
+    def at(fraction: float) -> ChosenRanks:
+        return choose_grouped_sizes(replace(config, rank=replace(policy, fraction=fraction)), subspaces)[0]
 
     measure = accuracy_of(dense, model, evaluate, subspaces, config, cache)
     limits = limits_of(subspaces, config.overrides, config.bounds, pivoted=config.pivoted)
@@ -119,13 +130,10 @@ def search_ranks(
 
         dense_accuracy = trial(dict.fromkeys(subspaces))
         if by == "budget":
-            found = _bisect_budget(
-                num_evaluations, str(policy.allocation), subspaces, limits, free, dense_accuracy - max_drop, trial
-            )
+            found = _bisect_budget(num_evaluations, at, subspaces, limits, free, dense_accuracy - max_drop, trial)
         else:
             found = _bisect_layers(max_drop, free, dense_accuracy, trial)
-    ranks = {fqn: {**found, **limits.fixed}[fqn] for fqn in subspaces}
-    return Ranks({fqn: rank for fqn, rank in ranks.items() if rank is not None})
+    return as_policy({fqn: {**found, **limits.fixed}[fqn] for fqn in subspaces}, subspaces)
 
 
 def accuracy_of(
@@ -148,7 +156,7 @@ def accuracy_of(
     def accuracy_at(ranks: ChosenRanks) -> float:
         factors = dict(factorize_layers(subspaces, ranks, str(config.projection), keep_directions=True))
         trial = shared_copy(dense)
-        replace_(trial, factors)
+        replace_(trial, factors, pivoted=config.pivoted)
         mine, others = _Runs(), _Runs(get_ident())
         with hooks() as handles, torch.no_grad(), training_flags_kept(trial):
             if factors:  # the dense copy keeps the fast path of nn.TransformerEncoderLayer, which hooks would disable
@@ -167,7 +175,7 @@ def accuracy_of(
 
     if cache is None:
         return accuracy_at
-    return TrialCache(cache, _key(dense, subspaces, str(config.projection), config.centered)).cached(accuracy_at)
+    return TrialCache(cache, _key(dense, subspaces, config)).cached(accuracy_at)
 
 
 class _Runs:
@@ -216,27 +224,30 @@ def _finite(accuracy: Any) -> float:
     return value
 
 
-def _key(model: nn.Module, subspaces: Mapping[str, LayerSubspaces], projection: str, centered: bool) -> dict[str, str]:
+def _key(model: nn.Module, subspaces: Mapping[str, LayerSubspaces], config: CompressionConfig) -> dict[str, str]:
     """Digests of what decides the accuracy at given ranks, except the user's ``evaluate``."""
     sums: dict[str, torch.Tensor] = {}
     for fqn, space in subspaces.items():
         for name, moments in space.statistics.moments().items():
-            if name == "activations" or projection == "loss":
+            if name == "activations" or config.projection == "loss":
                 sums[f"{fqn} {name} total"] = moments.total
                 sums[f"{fqn} {name} squares"] = moments.second_moment.diagonal(dim1=-2, dim2=-1)
                 if moments.shift is not None:
                     sums[f"{fqn} {name} shift"] = moments.shift
+    mlps = [fqn for fqn, space in subspaces.items() if isinstance(space, ChannelSubspaces)]
     return {
+        **({"channels": digest(mlps)} if mlps else {}),
         "model": digest({**dict(model.named_parameters()), **dict(model.named_buffers())}),
         "covariances": digest(sums),
-        "projection": projection,
-        "centered": str(centered),
+        "projection": str(config.projection),
+        "centered": str(config.centered),
+        **({"pivoted": "True"} if config.pivoted else {}),
     }
 
 
 def _bisect_budget(
     num_evaluations: int,
-    allocation: str,
+    ranks_at: Callable[[float], ChosenRanks],
     spaces: Mapping[str, LayerSubspaces],
     limits: Limits,
     free: Mapping[str, list[Option]],
@@ -252,7 +263,7 @@ def _bisect_budget(
     best: ChosenRanks = {fqn: options[-1].rank for fqn, options in free.items()}
     for _ in range(num_evaluations - 1):
         middle = (low + high) / 2
-        whole = limits.allocate(middle, allocation, spaces)
+        whole = ranks_at(middle)
         ranks = {fqn: whole[fqn] for fqn in free}
         if ranks == best or measure(ranks) >= min_accuracy:
             best, high = ranks, middle

@@ -25,6 +25,7 @@ from ..models.layers import check_not_dispatched
 from ..models.masks import Mask, Masks, real_rows
 from ..models.running import (
     EMPTY,
+    NO_REAL_ROW,
     ProgressBar,
     call_model,
     device_of,
@@ -122,8 +123,9 @@ def finetune_(
         The losses and the duration.
 
     Raises:
-        ValueError: a bad argument, no batch, a loss or gradient that is not finite, a checkpoint that is damaged or of
-            another run, float16 parameters, or outputs to match that have no common shape.
+        ValueError: a bad argument, no batch, a batch without rows that count, a loss or gradient that is not finite, a
+            checkpoint that is damaged or of another run, float16 parameters, or outputs to match that have no common
+            shape.
         OSError: the checkpoint cannot be written.
 
     Example:
@@ -310,6 +312,8 @@ def _mismatch(
                     "the teacher; name modules whose outputs have the same shape."
                 )
             y, target = real_rows(y, mask), real_rows(target, mask).float()
+            if not y.numel():
+                raise ValueError(f"match: a batch of {name!r} {NO_REAL_ROW}")
             variance = (target - target.mean()).square().mean()
             rounding = 1e-6 * target.square().mean()  # below, the output is constant: use the absolute error
             errors.append((y.float() - target).square().mean() / torch.where(variance > rounding, variance, 1.0))

@@ -130,6 +130,7 @@ def test_rounding_of_gradient_sums_does_not_weaken_the_damping(rounding: float) 
     statistics = LayerStatistics("input", moments_of(x), gradients)
     space = LayerSubspaces.of_layer(layer, statistics, centered=True).loss
     assert float(torch.linalg.eigvalsh(space.root @ space.root.T)[0]) > 0.4 * DAMPING
+    assert float(space.metric.trace()) == pytest.approx(7, rel=0.01)
 
 
 def test_without_gradients_it_is_the_output_projection() -> None:

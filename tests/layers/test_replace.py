@@ -30,6 +30,16 @@ def test_layers_are_replaced_in_place():
     torch.testing.assert_close(model[2]["fc"].to_dense().weight, linear.weight, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_new_layers_take_the_flags_of_the_old(dtype):
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)).to(dtype)
+    model[1].requires_grad_(False)
+    model[2].bias.requires_grad_(False)
+    replace_(model, {str(i): factors_of(copy.deepcopy(model[i]).float(), 4).to(dtype) for i in range(3)})
+    flags = [[getattr(layer, name).requires_grad for name in ("down", "up", "bias")] for layer in model]
+    assert flags == [[True, True, True], [False, False, False], [True, True, False]]
+
+
 def test_no_factors_change_nothing():
     model = nn.Sequential(nn.Linear(4, 4))
     layer = model[0]

@@ -5,11 +5,21 @@ import itertools
 from dataclasses import replace
 
 import pytest
+import torch
+from torch import nn
 
 import lowrank_ops as lro
 from lowrank_ops.ranks import choose_ranks
 from lowrank_ops.ranks.costs import in_macs, in_parameters, options_of, stored_rank
 from lowrank_ops.subspaces import LayerSubspaces, layer_subspaces
+
+
+def test_macs_of_a_pivoted_layer_are_its_elements_by_rows() -> None:
+    model = nn.Sequential(nn.Linear(48, 32))
+    space = layer_subspaces({"0": model[0]}, lro.calibrate(model, [torch.randn(50, 48)]))["0"]
+    layer = lro.layers.PivotedLinear.from_linear(model[0], 16)
+    elements = sum(getattr(layer, name).numel() for name in layer.matrices)
+    assert in_macs(pivoted=True).lowrank("0", space, 16) == 50 * elements == 50 * 16 * (48 + 32 - 16)
 
 
 def test_macs_are_counted_by_rows(calibrated) -> None:  # type: ignore[no-untyped-def]

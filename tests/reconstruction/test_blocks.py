@@ -307,3 +307,6 @@ def test_compress_reports_what_was_reconstructed() -> None:
     assert lro.CompressionConfig.from_json(report.config.to_json()) == report.config
     with pytest.raises(ValueError, match=r"pass compress_\(\.\.\., reconstruction=BlockReconstruction\(batches\)\)"):
         lro.compress_(deep(3)[0], covariances, lro.CompressionConfig(ranks, reconstruction="blocks"))
+    with pytest.raises(ValueError, match=r"='sequential' and reconstruction=BlockReconstruction\(\.\.\.\)"):
+        config = lro.CompressionConfig(ranks, reconstruction="sequential")
+        lro.compress_(deep(3)[0], covariances, config, reconstruction=BlockReconstruction(batches))

@@ -17,8 +17,8 @@ MARK = re.compile(r"(<!-- figures: (?P<name>[\w ]+) -->\n).*?(<!-- end -->)", re
 # Campaigns by table, by the beginning of their names.
 CAMPAIGNS = {
     "fuzzing": (
-        "lowrank_linear", "covariance_update_", "conv_covariance_update_", "unfit arguments", "choice of",
-        "mutated bytes", "forged headers", "edited JSON", "factors of rows of any scale",
+        "lowrank_linear", "lowrank_experts", "covariance_update_", "conv_covariance_update_", "unfit arguments",
+        "choice of", "mutated bytes", "forged headers", "edited JSON", "factors of rows of any scale",
     ),
     "kills": ("killed", "interrupted"),
     "numerics": ("predicted and measured error", "covariance over many tokens"),
@@ -48,6 +48,13 @@ def campaigns(known: dict[str, Any], starts: tuple[str, ...]) -> Iterator[list[s
         yield [name, *shown, str(values.get("left", 0))]
 
 
+def interval(successes: int, trials: int) -> tuple[float, float]:
+    """Wilson's 95% confidence interval of a share."""
+    z2 = 1.96**2
+    middle, half = successes + z2 / 2, (z2 * (successes * (trials - successes) / trials + z2 / 4)) ** 0.5
+    return (middle - half) / (trials + z2), (middle + half) / (trials + z2)
+
+
 def mutants(found: dict[str, Any]) -> Iterator[list[str]]:
     rows, total, killed = found["mutants"], Counter[str](), Counter[str]()
     for row in rows:
@@ -55,9 +62,16 @@ def mutants(found: dict[str, Any]) -> Iterator[list[str]]:
         for key in (room, "all"):
             total[key] += 1
             killed[key] += not row["survived"]
-    yield ["module", "mutants tried", "killed", "share"]
+    yield ["module", "mutants tried", "killed", "share", "95% interval"]
     for room in [*sorted(total - Counter(all=total["all"])), "all"]:
-        yield [room, str(total[room]), str(killed[room]), f"{killed[room] / total[room]:.1%}"]
+        low, high = interval(killed[room], total[room])
+        yield [
+            room,
+            str(total[room]),
+            str(killed[room]),
+            f"{killed[room] / total[room]:.1%}",
+            f"{low:.0%} to {high:.0%}",
+        ]
 
 
 def rendered(name: str, known: dict[str, Any]) -> str:

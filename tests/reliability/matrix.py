@@ -9,6 +9,7 @@ index; with none it uses each interpreter as it is. Combinations that are not na
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import re
@@ -21,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 OTHERS = ("interpreter", "compile_gate", "simulator", "native", "gpu", "demo", "benchmarks", "test_docs.py")
 TESTS = ["tests", *(f"--ignore=tests/{name}" for name in OTHERS)]
 PACKAGES = ["pytest", "hypothesis", "psutil", "safetensors", "tqdm", "numpy", "matplotlib"]
-HEAD = ["Python", "torch", "Triton", "numpy", "tests", "result"]
+HEAD = ["Python", "torch", "Triton", "numpy", "tests", "result", "date"]
 SUPPORTED = [
     (f"3.{minor}", torch) for torch in ("2.10", "2.11", "2.12", "2.13", "2.14", "2.15") for minor in range(10, 15)
 ]
@@ -44,6 +45,7 @@ def environment(python: Path, torch: str, folder: Path) -> Path:
 
 def run(python: Path, tests: list[str], timeout: int) -> list[str]:
     """A row of the table."""
+    today = datetime.date.today().isoformat()
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     versions = subprocess.run([python, "-c", VERSIONS], capture_output=True, text=True, check=True).stdout.split()
     command = [
@@ -63,13 +65,13 @@ def run(python: Path, tests: list[str], timeout: int) -> list[str]:
             command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=timeout, check=False
         )
     except subprocess.TimeoutExpired:
-        return [*versions, " ".join(tests), f"not finished after {timeout} s"]
+        return [*versions, " ".join(tests), f"not finished after {timeout} s", today]
     failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", process.stdout, re.M)
     print("\n".join(process.stdout.splitlines()[-40:]))
     summary = r"^[=\s]*((?:\d+ (?:passed|failed|skipped|errors?|deselected|warnings?)(?:, )?)+) in"
     counts = re.findall(summary, process.stdout, re.M)
     result = counts[-1] if counts else f"exit code {process.returncode}"
-    return [*versions, " ".join(tests), result + "".join(f"; {name}" for name in failed[:5])]
+    return [*versions, " ".join(tests), result + "".join(f"; {name}" for name in failed[:5]), today]
 
 
 def main() -> int:
@@ -83,10 +85,10 @@ def main() -> int:
     pythons = [environment(python, torch, options.folder) for python in options.pythons for torch in options.torch]
     ran_now = [run(python, options.tests, options.timeout) for python in pythons or options.pythons]
     known = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
-    rows = {tuple(row[:3]): row for row in known.get("matrix", [HEAD])[1:] if row[-1] != "not run"}
+    rows = {tuple(row[:3]): row for row in known.get("matrix", [HEAD])[1:] if row[5] != "not run"}
     rows |= {tuple(row[:3]): row for row in ran_now}
     ran = {(row[0], ".".join(row[1].split(".")[:2])) for row in rows.values()}
-    left = [[python, torch, "", "", "", "not run"] for python, torch in SUPPORTED if (python, torch) not in ran]
+    left = [[python, torch, "", "", "", "not run", ""] for python, torch in SUPPORTED if (python, torch) not in ran]
     known["matrix"] = [HEAD, *sorted(rows.values()), *left]
     FIGURES.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
     return 0

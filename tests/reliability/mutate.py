@@ -1,9 +1,10 @@
 """Mutation testing: how many small changes of the source does a test notice?
 
-    python -m tests.reliability.mutate --mutants 150
+    python -m tests.reliability.mutate --mutants 300
 
 Draws mutants at random from the modules below, all places alike, and runs the tests beside the module on each, in a
-forked process that has torch imported already. A mutant is killed if a test fails or the time is up. The existing tools
+forked process that has torch imported already; if they pass, the tests of the steps that use the module as well. A
+mutant is killed if a test fails or the time is up. The existing tools
 import the package once per mutant, which takes longer than the tests.
 """
 
@@ -34,6 +35,12 @@ TESTS = {
     "layers": ["tests/layers", "tests/ranks/test_latency.py"],
     "checkpoint.py": ["tests/test_checkpoint.py"],
 }
+USERS = [
+    "tests/test_compress.py", "tests/test_compress_group.py", "tests/test_compress_device.py", "tests/test_folders.py",
+    "tests/test_golden_files.py", "tests/test_correction.py", "tests/test_midpoint.py", "tests/report",
+    "tests/ranks/test_byte_budget.py", "tests/layers/test_eight_bit.py", "tests/layers/test_pivoted.py",
+    "tests/integrations/test_eight_bit.py", "tests/integrations/test_transformers.py",
+]  # fmt: skip
 LEFT_OUT = "not demo_model and not autocast"  # take as long as all others together
 LIMIT = 120  # seconds of CPU for the tests of one mutant
 
@@ -137,7 +144,7 @@ def run_tests(folder: Path, tests: list[str]) -> tuple[bool, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--mutants", type=int, default=150)
+    parser.add_argument("--mutants", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", help="a room, such as ranks")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("mutants.json"))
@@ -157,9 +164,10 @@ def main() -> int:
             (folder / part.name).symlink_to(part)
     tests = {room: paths for room, paths in TESTS.items() if options.only in (None, room)}
     found = []
-    for room, paths in tests.items():
+    for room in tests:
         files = [ROOT / "lowrank_ops" / room] if room.endswith(".py") else (ROOT / "lowrank_ops" / room).glob("*.py")
         found += [(room, mutant) for file in sorted(files) for mutant in mutants_of(file)]
+    for room, paths in {**tests, "users": USERS}.items():
         passed, seconds = run_tests(folder, paths)
         print(f"{room}: tests pass {passed}, {seconds:.0f} s", flush=True)
         if not passed:
@@ -182,6 +190,9 @@ def main() -> int:
         original = target.read_text()
         target.write_text(mutant.source)
         survived, seconds = run_tests(folder, tests[room])
+        if survived:
+            survived, more = run_tests(folder, USERS)
+            seconds += more
         target.write_text(original)
         rows.append({**mutant._asdict(), "survived": survived, "seconds": round(seconds, 1)})
         del rows[-1]["source"]

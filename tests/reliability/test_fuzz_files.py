@@ -27,7 +27,7 @@ from lowrank_ops.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from lowrank_ops.config import LatencyCurve, LayerLatencies
 from lowrank_ops.files import digest, digests, replacing, write_tensors
 from lowrank_ops.folders import compress_folder
-from lowrank_ops.layers import LowRankLayer
+from lowrank_ops.layers import LowRankLayer, PivotedLinear
 from lowrank_ops.layers.group import groups_in
 from lowrank_ops.search.trial_cache import TrialCache
 from tests.reliability.campaign import examples, figures
@@ -146,10 +146,11 @@ def saved_checkpoint(path: Path, make: Callable[[], nn.Module] = network, **opti
     lro.save_pretrained(model, path.parent, report)
 
 
-def saved_eight_bit(path: Path) -> None:
+def saved_eight_bit(path: Path, pivoted: bool = False) -> None:
     """Factors of each form, one of the layer's dtype, and a dense layer."""
     model = nn.Sequential(*network(), nn.Linear(6, 6))
-    lro.compress_(model, lro.calibrate(model, batches()), RANKS)
+    lro.compress_(model, lro.calibrate(model, batches()), lro.CompressionConfig(RANKS, pivoted=pivoted))
+    assert isinstance(model[0], PivotedLinear) is pivoted
     model[0].quantize_("int8")
     model[2].quantize_("fp8", up=False)
     model[3] = lro.layers.EightBitLinear.from_linear(model[3])
@@ -171,6 +172,9 @@ class Format(NamedTuple):
 FORMATS = {
     "checkpoint": Format(WEIGHTS_FILE, saved_checkpoint, load_checkpoint),
     "checkpoint, 8-bit factors": Format(WEIGHTS_FILE, saved_eight_bit, load_eight_bit),
+    "checkpoint, pivoted layers of 8 bits": Format(
+        WEIGHTS_FILE, partial(saved_eight_bit, pivoted=True), load_eight_bit
+    ),
     "checkpoint, pivoted layers": Format(WEIGHTS_FILE, partial(saved_checkpoint, pivoted=True), load_checkpoint),
     "checkpoint, grouped layers": Format(
         WEIGHTS_FILE, partial(saved_checkpoint, make=Siblings, rank=4, group=True), load_siblings

@@ -127,6 +127,15 @@ def test_corrections_are_bounded_and_relative() -> None:
     assert measured._corrections({"a": -1.0}, {"a": 1.0}) == {} == measured._corrections({}, {})
 
 
+def test_a_loss_that_errors_lower_corrects_nothing(heads: Calibrated) -> None:
+    def norm(output: Tensor, batch: Tensor) -> Tensor:  # what low ranks drop is missing from it
+        return output.square().sum(1)
+
+    with pytest.warns(UserWarning, match="predicted losses are not corrected"):
+        found = lro.measured_ranks(heads.model, heads.covariances, heads_batches(), 0.5, sensitivity=norm)
+    assert ranks_of(found, heads.model) == allocate(0.5, "loss", in_parameters(), heads.spaces, {}, {})
+
+
 def detached(output: Tensor, batch: Tensor) -> Tensor:
     return output.detach().sum(1)
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import lowrank_ops as lro
+from lowrank_ops.layers import PivotedLinear
 from lowrank_ops.ranks.costs import in_parameters, options_of
 from tests.calibrated_net import Calibrated
 from tests.search.conftest import ParameterAccuracy
@@ -70,6 +73,57 @@ def test_overrides_hold_and_ranks_go_to_json_and_back(calibrated: Calibrated, mo
     assert ranks.ranks["head"] == 16 and "conv" not in ranks.ranks
     report = lro.compress_(model, calibrated.covariances, ranks)
     assert lro.CompressionConfig.from_json(report.config.to_json()).rank == ranks
+
+
+class Heads(nn.Module):
+    """Layers of one input; a rank saves little in the narrow one, which a budget therefore leaves dense."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k, self.v = nn.Linear(48, 48), nn.Linear(48, 48), nn.Linear(48, 24)
+        self.o = nn.Linear(120, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(torch.cat([self.q(x), self.k(x), self.v(x)], -1))
+
+
+def test_groups_are_low_rank_all_or_none_in_every_trial() -> None:
+    model = Heads()
+    covariances, tried = lro.calibrate(model, [torch.randn(200, 48)]), list[set[str]]()
+
+    def evaluate(trial: nn.Module) -> float:
+        tried.append({fqn for fqn, part in trial.named_modules() if isinstance(part, lro.LowRankLinear)})
+        return ParameterAccuracy(model)(trial)
+
+    alone = lro.search_ranks(model, covariances, evaluate, 4)
+    assert any(0 < len(names & {"q", "k", "v"}) < 3 for names in tried) and "v" not in alone.ranks
+    tried.clear()
+    config = lro.CompressionConfig(group=True)
+    together = lro.search_ranks(model, covariances, evaluate, 4, config=config)
+    assert all(len(names & {"q", "k", "v"}) in (0, 3) for names in tried) and len(tried) > 3
+    assert {"q", "k", "v"} <= together.ranks.keys()
+    report = lro.compress_(model, covariances, replace(config, rank=together))
+    assert report.groups == (("q", "k", "v"),)
+    with pytest.raises(ValueError, match="group=True does not go with by='layers'"):
+        lro.search_ranks(Heads(), covariances, evaluate, 4, by="layers", config=config)
+
+
+def test_trials_are_pivoted_as_the_compressed_model(calibrated: Calibrated, model: nn.Module, tmp_path: Path) -> None:
+    kinds = set[type]()
+
+    def evaluate(trial: nn.Module) -> float:
+        kinds.update(type(part) for part in trial.modules())
+        return ParameterAccuracy(model)(trial)
+
+    config, cache = lro.CompressionConfig(pivoted=True), tmp_path / "trials"
+    ranks = lro.search_ranks(model, calibrated.covariances, evaluate, 4, config=config, cache=cache)
+    assert PivotedLinear in kinds
+    with pytest.raises(ValueError, match="holds trials with another pivoted"):
+        lro.search_ranks(model, calibrated.covariances, evaluate, 4, cache=cache)
+    lro.compress_(model, calibrated.covariances, replace(config, rank=ranks))
+    with torch.no_grad():
+        assert ParameterAccuracy(calibrated.model)(model) >= 96
 
 
 def test_filter_fn_selects_the_layers(calibrated: Calibrated, model: nn.Module) -> None:
