@@ -194,6 +194,7 @@ def _tensor(output: Any, kind: str) -> Tensor:
     if found is None:
         raise ValueError(
             f"sensitivity={kind!r} found no floating-point tensor in the model's output of type "
-            f"{type(output).__name__}; pass forward=, which picks one, or a function loss(output, batch) as sensitivity."
+            f"{type(output).__name__}; pass forward=, which picks one, or a function loss(output, batch) as "
+            "sensitivity."
         )
     return found
