@@ -109,6 +109,7 @@ COMPILER_12 = LOWRANK_OPS_NVRTC="$(shell ls -d $(abspath .venv-cuda12)/lib/pytho
 COMPILER_13 = CUDACXX="$(shell ls $(abspath .venv-cuda13)/lib/python3*/site-packages/nvidia/cu13/bin/nvcc)"
 
 .venv-cuda%/ready: Makefile
+	$(if $(PACKAGES_$*),,$(error CUDA must be 12 or 13; got $*))
 	$(PYTHON) -m venv .venv-cuda$*
 	.venv-cuda$*/bin/python -m pip install --quiet $(PACKAGES_$*:%=%==$(RELEASE_$*).*)
 	touch $@

@@ -65,7 +65,9 @@ def correct_predictions(
         covariances: from :func:`lowrank_ops.calibrate` with a sensitivity.
         batches: as for :func:`lowrank_ops.calibrate`, the same ones or some of them. A few dozen samples (sequences,
             images) are enough: the prediction counts as much as 8 of them.
-        sensitivity, mask, unmasked_rows, forward: as for :func:`lowrank_ops.calibrate`.
+        sensitivity: as for :func:`lowrank_ops.calibrate`. It may be another one, such as drawn labels for statistics of
+            true ones, and of any scale: how large gradients are is known from the statistics.
+        mask, unmasked_rows, forward: as for :func:`lowrank_ops.calibrate`.
         filter_fn: as for :func:`lowrank_ops.compress_`.
         centered, channels: as in the configuration of the compression.
         max_state_bytes: bound on the directions held; with fewer bytes than all layers need, batches run several times.
@@ -126,7 +128,7 @@ def correct_predictions(
         if not samples:
             raise ValueError(NO_ROWS)
         for fqn, each in directions.items():
-            each.correct(subspaces[fqn], samples)
+            each.correct(subspaces[fqn])
             differs |= bool(each.squares.any())
         warning = masks.finish()  # the same for all parts
     if not differs:
@@ -175,6 +177,7 @@ class _Directions:
         space.release(directions=False)
         self.squares = torch.zeros(self.groups, down.shape[-2], dtype=torch.float64)
         self.samples = 0
+        self.energy = 0.0  # sum of |g|^2
         self.calls: list[Tensor] = []  # of the batch, (groups, samples, directions)
 
     @torch.no_grad()
@@ -195,6 +198,8 @@ class _Directions:
         x, g = (part.movedim(1, 0).to(self.down.dtype) for part in rows)  # (groups, rows, features)
         products = ((x @ self.down.mT - self.offset) * (g @ self.up)).float().unflatten(1, (samples, -1))
         self.calls.append((products if keep is None else products.where(keep, 0.0)).sum(2))
+        squares = g.float().square().sum(-1, keepdim=True).unflatten(1, (samples, -1))
+        self.energy += float((squares if keep is None else squares.where(keep, 0.0)).sum(dtype=torch.float64))
 
     def finish_batch(self) -> None:
         """Sum the calls of a batch, and add the squares."""
@@ -204,9 +209,12 @@ class _Directions:
             self.samples += part.shape[1]
         self.calls.clear()
 
-    def correct(self, space: LayerSubspaces, samples: int) -> None:
-        """Store the corrected spectrum; ``samples`` as in the statistics, where each label drawn is one."""
-        assert space.loss is not None
+    def correct(self, space: LayerSubspaces) -> None:
+        """Store the corrected spectrum, of gradients as large as those of the statistics.
+
+        So it says how rows add up, and a mean instead of a sum in the sensitivity, or another one, changes no units.
+        """
+        assert space.loss is not None and space.statistics.output_gradients is not None
         if not self.samples:
             return
         if not bool(self.squares.isfinite().all()):
@@ -215,6 +223,8 @@ class _Directions:
                 "model in a wider dtype."
             )
         spectrum = space.loss.subspace.spectrum
-        measured = (self.squares / samples).to(spectrum).view(spectrum.shape)
+        expected = float(space.statistics.output_gradients.mean_square.sum())
+        scale = expected / self.energy if self.energy else 0.0
+        measured = (self.squares * scale).to(spectrum).view(spectrum.shape)
         trust = self.samples / (self.samples + PRIOR_SAMPLES)
         space.loss.corrected = trust * measured + (1 - trust) * spectrum

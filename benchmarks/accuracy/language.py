@@ -222,6 +222,7 @@ class Study:
         self.covariances = lro.Covariances.load(self.cached, packed=True)
         self.calibration_seconds = time.perf_counter() - started
         self.kept: tuple[Any, ...] = (None,)  # by subspaces
+        self.measured_ranks: dict[tuple[Variant, float], lro.Ranks] = {}  # by variant and budget
 
     def text(self, tokens: int) -> Tensor:
         """Sequences (tokens / WINDOW, WINDOW) for calibration, equally many and in turn of every kind."""
@@ -254,13 +255,12 @@ class Study:
         return self.kept[1:]  # type: ignore[return-value]
 
     def corrections(self, covariances: lro.Covariances, channels: bool) -> dict[str, Tensor]:
-        """Corrected spectra, by the loss of labels that are drawn from the model's own distribution."""
+        """Corrected spectra, by labels that are drawn from the model's own distribution."""
         with torch.autocast("cpu", self.autocast or torch.bfloat16, self.autocast is not None):
             found = lro.correct_predictions(
                 self.dense,
                 covariances,
                 self.batches[::2],
-                sensitivity=drawn_loss if self.options.sensitivity == "labels" else self.sensitivity,
                 filter_fn=is_block_layer,
                 channels=channels,
                 progress=True,
@@ -336,18 +336,20 @@ class Study:
             covariances = lro.recalibrate(model, covariances, self.batches, config, sensitivity=self.sensitivity)
             subspaces = layer_subspaces({fqn: model.get_submodule(fqn) for fqn in covariances}, covariances)
         if "measured" in variant.then:
-            with torch.autocast("cpu", self.autocast or torch.bfloat16, self.autocast is not None):
-                ranks = lro.measured_ranks(
-                    model,
-                    covariances,
-                    self.batches[::MEASURED],
-                    share,
-                    config=config,
-                    subspaces=subspaces,
-                    filter_fn=is_block_layer,
-                    progress=True,
-                )
-            config = replace(config, rank=ranks)
+            case = variant._replace(then=()), budget
+            if case not in self.measured_ranks:
+                with torch.autocast("cpu", self.autocast or torch.bfloat16, self.autocast is not None):
+                    self.measured_ranks[case] = lro.measured_ranks(
+                        model,
+                        covariances,
+                        self.batches[::MEASURED],
+                        share,
+                        config=config,
+                        subspaces=subspaces,
+                        filter_fn=is_block_layer,
+                        progress=True,
+                    )
+            config = replace(config, rank=self.measured_ranks[case])
         reconstruction: Any = None
         if "sequential" in variant.then:
             reconstruction = lro.SequentialReconstruction(self.batches, sensitivity=self.sensitivity)
@@ -397,13 +399,6 @@ def label_loss(output: Any, batch: Mapping[str, Tensor]) -> Tensor:
     ids = batch["input_ids"]
     losses = nn.functional.cross_entropy(output.logits[:, :-1].mT.float(), ids[:, 1:], reduction="none")
     return losses.sum(1)
-
-
-def drawn_loss(output: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    """As :func:`label_loss`, of tokens drawn from the model's own distribution."""
-    logits = output.logits[:, :-1].float()
-    drawn = torch.multinomial(logits.detach().flatten(0, 1).softmax(-1), 1).view(logits.shape[:-1])
-    return nn.functional.cross_entropy(logits.mT, drawn, reduction="none").sum(1)
 
 
 def asvd(space: LayerSubspaces, rank: int) -> Factors:

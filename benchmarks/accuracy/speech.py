@@ -64,14 +64,14 @@ BEST = Variant("loss", "loss", pivoted=True, corrected=True)
 VARIANTS = {
     "weight SVD": Variant("weight", "uniform"),
     "output, uniform": Variant("output", "uniform"),
-    "output, one share of variance (LiteASR)": Variant("output", "share"),
+    "output, shares of variance (LiteASR)": Variant("output", "shares"),
     "output, by variance": Variant("output", "variance"),
     "utilized, uniform": Variant("utilized", "uniform"),
     "loss": Variant("loss", "loss"),
     "loss, corrected": Variant("loss", "loss", corrected=True),
     "loss, pivoted, corrected": BEST,
-    "loss, damped, pivoted, corrected": BEST._replace(damped=True),
     "loss, pivoted, corrected, measured ranks": BEST._replace(measured=True),
+    "loss, damped, pivoted, corrected": BEST._replace(damped=True),
     "loss, damped, pivoted, corrected, measured ranks": BEST._replace(damped=True, measured=True),
 }
 
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     study = Study(options)
     setup = {"calibrated": options.calibration, "tested": options.test, "sensitivity": options.sensitivity}
     cases = [{**setup, "variant": "dense", "budget": 100.0}]
-    cases += [{**setup, "variant": name, "budget": budget} for budget in options.budgets for name in options.variants]
+    cases += [{**setup, "variant": name, "budget": budget} for name in options.variants for budget in options.budgets]
     for case in tqdm([case for case in cases if results.find(case) is None], unit="model", desc="variants"):
         results.add(case, study.measure(str(case["variant"]), float(case["budget"])))
     print(table([row for case in cases if (row := results.find(case)) is not None]))
@@ -127,7 +127,6 @@ class Study:
         options.cache.mkdir(parents=True, exist_ok=True)
         handbook = corpus("handbook", 20)
         self.test = utterances(handbook.test, "test", options.test, extractor)
-        self.batches: list[dict[str, Tensor]] = []
         self.covariances: lro.Covariances | None = None
         self.sensitivity: Any = transcript_loss if options.sensitivity == "transcripts" else options.sensitivity
         self.seconds: dict[str, float] = {}  # of each step
@@ -164,7 +163,6 @@ class Study:
             self.covariances = lro.Covariances.load(file)
         if self.kept[0] != kind:
             covariances = self.covariances.damped(DAMPING) if variant.damped else self.covariances
-            found = layer_subspaces({fqn: self.dense.get_submodule(fqn) for fqn in covariances}, covariances)
             if variant.corrected:
                 started = time.perf_counter()
                 torch.manual_seed(0)
@@ -173,6 +171,8 @@ class Study:
                     progress=True,
                 )  # fmt: skip
                 self.seconds["correction"] = time.perf_counter() - started
+            else:
+                found = layer_subspaces({fqn: self.dense.get_submodule(fqn) for fqn in covariances}, covariances)
             self.kept = kind, covariances, found
         return self.kept[1:]  # type: ignore[return-value]
 
@@ -219,8 +219,8 @@ class Study:
                 model, covariances, self.batches[::MEASURED], share, config=config, forward=run,
                 sensitivity=self.sensitivity, subspaces=subspaces, progress=True,
             )  # fmt: skip
-        elif variant.allocation == "share":
-            ranks = one_share_of_variance(subspaces, share)
+        elif variant.allocation == "shares":
+            ranks = liteasr(subspaces, share)
         else:
             ranks = lro.ParameterBudget(share, variant.allocation)
         report = lro.compress_(model, covariances, replace(config, rank=ranks), subspaces=subspaces)
@@ -242,27 +242,29 @@ def transcript_loss(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
     return F.cross_entropy(logits.mT, batch["decoder_input_ids"][:, PROMPT:], reduction="none").sum(1)
 
 
-def one_share_of_variance(subspaces: Mapping[str, LayerSubspaces], share: float) -> lro.Ranks:
-    """LiteASR's ranks (Kamahori et al. 2025, arXiv 2502.20583).
+def liteasr(subspaces: Mapping[str, LayerSubspaces], share: float) -> lro.Ranks:
+    """LiteASR's ranks (Kamahori et al. 2025, arXiv 2502.20583), at the largest shares of variance that meet a budget.
 
-    Each layer keeps the output principal components that hold a share of its output variance, the same in all layers,
-    and stays dense where that saves no parameters. Here the share is the largest at which a budget of parameters is
-    met.
+    Each linear layer keeps the output principal components that hold a share of its output variance, and stays dense
+    where that saves no parameters; convolutions stay dense. What attention drops is ten times what the MLP drops, as in
+    the default of LiteASR's code, 0.99 and 0.999.
     """
+    linear = {fqn: space for fqn, space in subspaces.items() if "conv" not in fqn}
     whole = sum(map(dense_parameters, subspaces.values()))
-    low, high, found = 0.0, 1.0, dict[str, int]()
+    low, high, found = -6.0, 1.0, dict[str, int]()  # logarithms of what attention drops
     for _ in range(30):
         middle = (low + high) / 2
         ranks, kept = dict[str, int](), whole
-        for fqn, space in subspaces.items():
-            rank = space.output.rank_at(middle)
+        for fqn, space in linear.items():
+            dropped = 10**middle * (1 if "attn" in fqn else 0.1)
+            rank = space.output.rank_at(max(1 - dropped, 1e-9))
             saved = dense_parameters(space) - lowrank_parameters(space, rank)
             if saved > 0:
                 ranks[fqn], kept = rank, kept - saved
         if kept <= share * whole:
-            low, found = middle, ranks
+            high, found = middle, ranks
         else:
-            high = middle
+            low = middle
     return lro.Ranks(found)
 
 
@@ -363,7 +365,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """One line per budget and variant: word error rates with their standard errors, divergence, sizes, seconds."""
     lines = ["| layer parameters | variant | to the dense | to the text | divergence | encoder | seconds |"]
     lines.append("|---|---|---|---|---|---|---|")
-    for row in rows:
+    for row in sorted(rows, key=lambda row: -row["budget"]):
         rates = [f"{row[f'to_{to}_rate']:.1f}% ± {row[f'to_{to}_deviation']:.1f}" for to in ("dense", "spoken")]
         size = f"{row['encoder_parameters'] / 1e6:.1f}M"
         cells = [f"{row['budget']:g}%", row["variant"], *rates, f"{row['divergence']:.3g}", size]

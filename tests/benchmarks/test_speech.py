@@ -146,7 +146,7 @@ def test_variants_are_measured_once(model: torch.nn.Module, monkeypatch: pytest.
     monkeypatch.setattr(speech, "load", lambda folder: (model, tokenizer, extractor))
     monkeypatch.setattr(speech, "LONGEST", 8)
     before = copy.deepcopy(model.state_dict())
-    variants = ["output, one share of variance (LiteASR)", "loss, damped, pivoted, corrected, measured ranks"]
+    variants = ["output, shares of variance (LiteASR)", "loss, damped, pivoted, corrected, measured ranks"]
     arguments = ["--out", str(tmp_path / "rows.json"), "--calibration", "2", "--test", "2", "--budgets", "60"]
     arguments += ["--cache", str(tmp_path / "cache"), "--variants", *variants]
     speech.main(arguments)
@@ -164,7 +164,7 @@ def test_variants_are_measured_once(model: torch.nn.Module, monkeypatch: pytest.
 
 def test_the_loss_is_that_of_the_tokens_after_the_prompt(model: torch.nn.Module) -> None:
     batch = {"input_features": torch.randn(2, 8, FRAMES), "decoder_input_ids": torch.randint(50, (2, 9))}
-    found = speech.transcript_loss(speech.run(model, batch), batch)
+    found = speech.transcript_loss(speech.run(model, batch), batch).detach()
     labels = batch["decoder_input_ids"][:, 1:].clone()
     labels[:, : speech.PROMPT - 1] = -100
     batch["decoder_input_ids"] = batch["decoder_input_ids"][:, :-1]

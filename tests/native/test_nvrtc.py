@@ -10,25 +10,30 @@ import pytest
 CSRC = Path(__file__).parents[2] / "csrc"
 
 LAUNCHERS = """
+#include <cstdio>
 #include "launch.h"
 namespace lowrank_ops {
 template <int kTile> __global__ void first(const __grid_constant__ int x);
 template <class Element> __global__ void second(const __grid_constant__ float x);
-void launch_missing(const Launch& launch);
-void launch_all(const Launch& launch) {
+}
+int main() {
+  using namespace lowrank_ops;
+  const Launch launch{nullptr, 0, 0, [] { return std::string("it"); }};
   for (int i = 0; i < 2; ++i) launch_kernel(first<64>, {dim3(1), 32, 0}, launch, i);
   launch_kernel(second<__half>, {dim3(1), 32, 0}, launch, 0.5f);
   opt_in_shared_memory(first<128>, 50000, launch);
-  launch_missing(launch);
-}
+  void (*unknown)(int) = [](int) {};
+  try {
+    launch_kernel(unknown, {dim3(1), 32, 0}, launch, 0);
+  } catch (const std::runtime_error& error) {
+    std::puts(error.what());
+  }
 }
 """
 
 RUNTIME = """
 #include <cstdio>
-#include <cstring>
-#include "launch.h"
-using namespace lowrank_ops;
+#include <cuda_runtime_api.h>
 extern "C" {
 cudaError_t cudaLibraryLoadData(cudaLibrary_t* library, const void* code, cudaJitOption*, void**, unsigned,
                                 cudaLibraryOption*, void**, unsigned) {
@@ -48,18 +53,6 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t*, const void* kernel, v
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 const char* cudaGetErrorString(cudaError_t error) { return error == cudaErrorInvalidDeviceFunction ? "no such" : "?"; }
 }
-namespace lowrank_ops {
-void launch_all(const Launch& launch);
-void launch_missing(const Launch& launch) {
-  void (*unknown)(int) = [](int) {};
-  try {
-    launch_kernel(unknown, {dim3(1), 32, 0}, launch, 0);
-  } catch (const std::runtime_error& error) {
-    std::puts(error.what());
-  }
-}
-}
-int main() { launch_all({nullptr, 0, 0, [] { return std::string("it"); }}); }
 """
 
 
