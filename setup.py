@@ -2,9 +2,10 @@
 
 LOWRANK_OPS_CUDA=AUTO|ON|OFF: AUTO (default) builds where nvcc, CMake and torch are found and else says so in a line.
 LOWRANK_OPS_CUDA_ARCHS: CUDA archs, "80;90a;100f;120f" unless set; CUDACXX names an nvcc that is not on PATH.
-LOWRANK_OPS_WERROR=ON makes every warning of nvcc and every spilled register an error.
+LOWRANK_OPS_NVRTC names a folder of NVRTC's packages, site-packages/nvidia, that compile the kernels instead of nvcc.
+LOWRANK_OPS_WERROR=ON makes every warning of nvcc or NVRTC and every spilled register an error.
 
-A wheel with the library has the local version +cu12 or +cu13, that of nvcc: it decides which drivers the wheel needs.
+A wheel with the library has the local version +cu12 or +cu13, that of the compiler: it decides which drivers it needs.
 """
 
 import importlib.machinery
@@ -36,8 +37,18 @@ def find_nvcc():
     return os.environ.get("CUDACXX") or shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
 
 
+def find_nvrtc():
+    """The folder that LOWRANK_OPS_NVRTC names."""
+    folder = os.environ.get("LOWRANK_OPS_NVRTC")
+    if folder and not list(Path(folder).glob("*/lib/libnvrtc.so.1?")):
+        raise SystemExit(f"LOWRANK_OPS_NVRTC must be a folder that has */lib/libnvrtc.so.1?; got {folder!r}.")
+    return folder and str(Path(folder).resolve())
+
+
 def cuda_major():
-    """12 or 13: that of nvcc."""
+    """12 or 13: that of NVRTC or nvcc."""
+    if folder := find_nvrtc():
+        return next(Path(folder).glob("*/lib/libnvrtc.so.1?")).suffix[1:]
     text = subprocess.run([find_nvcc(), "--version"], check=True, capture_output=True, text=True).stdout
     return re.search(r"release (\d+)\.", text)[1]
 
@@ -47,7 +58,7 @@ def native():
     choice = os.environ.get("LOWRANK_OPS_CUDA", "AUTO").upper()
     if choice not in {"AUTO", "ON", "OFF"}:
         raise SystemExit(f"LOWRANK_OPS_CUDA must be AUTO, ON or OFF; got {choice!r}.")
-    needs = {"nvcc": find_nvcc(), "cmake": shutil.which("cmake"), "torch": find_torch()}
+    needs = {"nvcc": find_nvrtc() or find_nvcc(), "cmake": shutil.which("cmake"), "torch": find_torch()}
     missing = ", ".join(name for name, found in needs.items() if not found)
     if choice == "OFF" or (missing and choice == "AUTO"):
         if choice == "AUTO":
@@ -71,7 +82,8 @@ class CMakeBuild(build_ext):
             "LOWRANK_OPS_WERROR": os.environ.get("LOWRANK_OPS_WERROR"),
             "LOWRANK_OPS_TESTS": "OFF",
             "CMAKE_INSTALL_PREFIX": package.parent,
-            "CMAKE_CUDA_COMPILER": find_nvcc(),
+            "CMAKE_CUDA_COMPILER": None if find_nvrtc() else find_nvcc(),
+            "LOWRANK_OPS_NVRTC": find_nvrtc(),
             "Python_EXECUTABLE": sys.executable,
             "TORCH_DIR": find_torch(),
             # A build isolated by pip has its own ninja, gone the next time: the cached one must be replaced.
@@ -80,7 +92,8 @@ class CMakeBuild(build_ext):
         generator = ["-G", "Ninja"] if options["CMAKE_MAKE_PROGRAM"] else []
         cache = build / "CMakeCache.txt"
         # When the compiler changes, CMake itself would drop all other options.
-        fresh = ["--fresh"] if cache.exists() and f"={find_nvcc()}\n" not in cache.read_text() else []
+        compiler = find_nvrtc() or find_nvcc()
+        fresh = ["--fresh"] if cache.exists() and f"={compiler}\n" not in cache.read_text() else []
         defines = [f"-D{name}={value}" for name, value in options.items() if value]
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         jobs = max(1, min(os.cpu_count() or 1, memory // BYTES_PER_JOB))

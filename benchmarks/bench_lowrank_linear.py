@@ -25,8 +25,8 @@ from .suite import main
 
 
 def cases(dtype: str, quick: bool = False) -> Iterator[Case]:
-    """Every layer with every number of tokens, then with int8 factors."""
-    for make in (case, eight_bit_case):
+    """Every layer with every number of tokens, then with int8 and with fp8 factors."""
+    for make in (case, *(functools.partial(eight_bit_case, format) for format in ("int8", "fp8"))):
         for layer in shapes.QUICK_LAYERS if quick else shapes.LAYERS:
             for tokens in shapes.QUICK_TOKENS if quick else shapes.TOKENS:
                 yield make(layer, tokens, dtype)
@@ -72,21 +72,21 @@ def case(layer: shapes.Layer, tokens: int, dtype: str) -> Case:
     )
 
 
-def eight_bit_case(layer: shapes.Layer, tokens: int, dtype: str) -> Case:
-    """The same with int8 factors, against the dense layer and against dequantized factors."""
+def eight_bit_case(format: str, layer: shapes.Layer, tokens: int, dtype: str) -> Case:
+    """The same with 8-bit factors, against the dense layer and against dequantized factors."""
     plain = case(layer, tokens, dtype)
     in_features, out_features, rank = layer
     kind = shapes.DTYPES[dtype]
 
     def make(device: torch.device, seed: int) -> Tensors:
         x, down, up, bias, _ = plain.make(device, seed)
-        (down, down_scale), (up, up_scale) = quantized(down, "int8"), quantized(up, "int8")
+        (down, down_scale), (up, up_scale) = quantized(down, format), quantized(up, format)
         factors = dequantized(down, down_scale, kind), dequantized(up, up_scale, kind)
         return x, down, up, bias, down_scale, up_scale, *factors, factors[1] @ factors[0]
 
     return replace(
         plain,
-        shape=plain.shape | {"factors": "int8"},  # type: ignore[operator]
+        shape=plain.shape | {"factors": format},  # type: ignore[operator]
         bytes=(tokens * (in_features + out_features) + out_features) * kind.itemsize
         + rank * (in_features + out_features)
         + 4 * (rank + out_features),

@@ -1,8 +1,8 @@
 """Calibration and compression at scale, in processor time of one thread: ``python -m benchmarks.bench_scale PART``.
 
 - ``calibrate``: seconds of a calibration relative to the plain forward passes over the same tokens, interleaved.
-- ``memory``: peak memory of a Llama-shaped model of 1.1B random parameters in bfloat16 under ``max_memory``, each step
-  in a process of its own; ``--blocks`` of its 22 blocks are compressed.
+- ``memory``: peak memory of a Llama-shaped model of 1.1B random parameters in bfloat16, or of ``--folder``, under
+  ``max_memory``, each step in a process of its own, on the first ``--blocks``.
 - ``growth``: seconds of ``compress_`` of one layer by width, the exponent of the widest step, and what that predicts
   for known models. Predictions are no measurements.
 - ``optimum``: output error and predicted loss of the factors of every layer of real models, above the optimum that
@@ -39,8 +39,10 @@ from .suite import environment, write
 
 RESULTS = Path(__file__).parent / "results"
 BLOCKS, VOCABULARY = 22, 32_000
+NEGLIGIBLE = 1e-9  # share of the variance; eigenvalues in float64 are exact to about 1e-15 of it
 LAYER_COUNTS = (4, 16, 64)
 MEMORY = "2GB"
+STEPS = ("plain", "output", "fisher", "loss")  # the calibrations, and the compressions by their statistics
 # Blocks of known models, and of each input of a block its features and those of the outputs computed from it.
 KNOWN = {
     "Llama-2-7B": (32, [(4096, [4096] * 3), (4096, [4096]), (4096, [11008] * 2), (11008, [4096])]),
@@ -132,15 +134,21 @@ class PeakMemory(threading.Thread):
 
 def one_memory(options: argparse.Namespace) -> dict[str, Any]:
     """One step of :func:`memory`, in this process."""
-    model = llama(BLOCKS)
+    if options.folder is None:
+        model, head = llama(BLOCKS), VOCABULARY
+    else:
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(options.folder).eval()
+        head = model.config.vocab_size
     held = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     peak, step = PeakMemory(), options.step
     kept = tuple(f"model.layers.{block}." for block in range(options.blocks))
-    batch = [{"input_ids": torch.randint(VOCABULARY, (1, options.tokens), generator=torch.Generator().manual_seed(0))}]
-    file = options.folder / f"{'fisher' if step in ('fisher', 'loss') else 'plain'}.safetensors"
+    batch = [{"input_ids": torch.randint(head, (1, options.tokens), generator=torch.Generator().manual_seed(0))}]
+    file = options.store / f"{'fisher' if step in ('fisher', 'loss') else 'plain'}.safetensors"
 
     def wanted(module: nn.Module, fqn: str) -> bool:
-        return fqn.startswith("model.layers.") if step == "plain" else fqn.startswith(kept)
+        return fqn.startswith(kept)
 
     time.sleep(0.1)
     before, start = peak.bytes, time.process_time()
@@ -154,7 +162,7 @@ def one_memory(options: argparse.Namespace) -> dict[str, Any]:
     else:
         projection = {"output": "output", "loss": "loss"}[step]
         config = lro.CompressionConfig(lro.ParameterBudget(0.5, "uniform"), projection=projection)
-        lro.compress_(model, lro.Covariances.load(file, packed=True), config, wanted)
+        lro.compress_(model, lro.Covariances.load(file, packed=True), config, wanted, max_memory=MEMORY)
         most = peak.bytes
     return {
         "step": step, "model_bytes": held, "before": before, "peak": most, "over_model": most - held,
@@ -166,9 +174,10 @@ def memory(options: argparse.Namespace) -> dict[str, Any]:
     """Peak memory of each step."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        for step in ("plain", "output", "fisher", "loss"):
-            command = [sys.executable, "-m", "benchmarks.bench_scale", "memory", "--step", step, "--folder", folder]
+        for step in options.steps:
+            command = [sys.executable, "-m", "benchmarks.bench_scale", "memory", "--step", step, "--store", folder]
             command += ["--blocks", str(options.blocks), "--tokens", str(options.tokens)]
+            command += [] if options.folder is None else ["--folder", str(options.folder)]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             found[step] = json.loads(done.stdout.splitlines()[-1])
             print(found[step], file=sys.stderr, flush=True)
@@ -291,7 +300,10 @@ def precision(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def optimum(options: argparse.Namespace) -> dict[str, Any]:
-    """The largest and the mean excess over the layers of each model, at half of each layer's break-even rank."""
+    """The largest and the mean excess over the layers of each model, at half of each layer's break-even rank.
+
+    Of layers whose optimum is above NEGLIGIBLE, relative to it; of the others, relative to the whole variance or loss.
+    """
     from lowrank_ops.demo.data import load_images
     from lowrank_ops.demo.vit import load_vit
 
@@ -332,12 +344,16 @@ def excess(model: nn.Module, batches: list[Any], sensitivity: Any) -> dict[str, 
     statistics = lro.calibrate(
         model, batches, filter_fn=lambda module, fqn: fqn in layers, sensitivity=sensitivity, token_weights=False
     )
-    errors: dict[str, list[float]] = {"output": [], "loss": []}
+    relative: dict[str, list[float]] = {"output": [], "loss": []}  # to the optimum
+    of_all: dict[str, list[float]] = {"output": [], "loss": []}  # to the variance, or its loss
     for fqn, space in layer_subspaces(layers, statistics).items():
         weight = layers[fqn].weight.detach().double().numpy()
         rank = max(1, weight.size // sum(weight.shape) // 2)
         second, total, count = sums.pop(fqn)
         covariance = second / count - np.outer(total / count, total / count)
+        if len(weight) > weight.shape[1]:
+            squares, directions = np.linalg.eigh(covariance)
+            inputs = directions * np.sqrt(squares.clip(0))
         gradients = statistics[fqn].output_gradients
         assert gradients is not None
         metric = gradients.second_moment.numpy() / gradients.count
@@ -347,14 +363,26 @@ def excess(model: nn.Module, batches: list[Any], sensitivity: Any) -> dict[str, 
             lost = weight - factors.up.numpy() @ factors.down.numpy()
             error = np.sum((m @ lost) * (lost @ covariance))
             scale = np.linalg.cholesky(m).T @ weight
-            eigenvalues = np.linalg.eigvalsh(scale @ covariance @ scale.T)
-            best = eigenvalues[:-rank].sum()
-            # beyond the numerical rank of an input both are rounding errors of the whole variance
-            errors[projection].append(float((error - best) / max(best, 1e-10 * eigenvalues.sum())))
+            if len(weight) > weight.shape[1]:  # the same eigenvalues from the smaller matrix
+                inner = inputs.T @ (scale.T @ scale) @ inputs
+            else:
+                inner = scale @ covariance @ scale.T
+            eigenvalues = np.linalg.eigvalsh(inner)
+            best, whole = eigenvalues[:-rank].sum(), eigenvalues.sum()
+            if best > NEGLIGIBLE * whole:
+                relative[projection].append(abs(float(error / best - 1)))
+            else:  # beyond the numerical rank of the input, error and optimum are rounding errors
+                of_all[projection].append(abs(float((error - best) / whole)))
         space.release()
     return {
-        "layers": len(errors["output"]),
-        **{name: {"largest": max(map(abs, of)), "mean": sum(map(abs, of)) / len(of)} for name, of in errors.items()},
+        name: {
+            "layers": len(relative[name]),
+            "largest": max(relative[name]),
+            "mean": sum(relative[name]) / len(relative[name]),
+            "layers without error": len(of_all[name]),
+            "their largest, of the whole": max(of_all[name], default=0.0),
+        }
+        for name in relative
     }
 
 
@@ -367,13 +395,15 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("part", choices=["calibrate", "memory", "growth", "optimum", "precision"])
-    parser.add_argument("--folder", type=Path, help="calibrate, optimum: a language model of transformers")
+    parser.add_argument("--folder", type=Path, help="calibrate, memory, optimum: a language model of transformers")
     parser.add_argument("--encoder", type=Path, help="optimum: a text encoder of transformers")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--blocks", type=int, default=2, help="memory: that are compressed")
+    parser.add_argument("--blocks", type=int, default=2, help="memory: that are calibrated and compressed")
     parser.add_argument("--widths", type=int, nargs="+", default=[512, 1024, 2048])
-    parser.add_argument("--step", choices=["plain", "fisher", "output", "loss"], help=argparse.SUPPRESS)
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS, help="memory: that run, in this order")
+    parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
+    parser.add_argument("--store", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     if options.step is not None:
@@ -386,7 +416,9 @@ def main(arguments: list[str] | None = None) -> None:
     found = parts[options.part](options)
     print(json.dumps(found, indent=1))
     settings = {
-        name: value for name, value in vars(options).items() if name not in ("step", "part", "folder", "encoder")
+        name: value
+        for name, value in vars(options).items()
+        if name not in ("step", "store", "part", "folder", "encoder")
     }
     write(RESULTS / f"scale_{options.part}.json", {"environment": facts, "settings": settings, "results": found})
 

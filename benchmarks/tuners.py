@@ -199,7 +199,7 @@ class ConvCovarianceTuner(CovarianceTuner):
 
 
 class LowRankLinearTuner(Tuner):
-    """``lowrank_linear``, also with int8 factors."""
+    """``lowrank_linear``, also with 8-bit factors."""
 
     op = "lowrank_linear"
     table = _linear.TABLE

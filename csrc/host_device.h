@@ -9,6 +9,15 @@
 #define LRO_HD inline
 #endif
 
+// A .cu file holds kernels and their launchers. nvcc compiles both at once. Without it (csrc/nvrtc.py) NVRTC compiles the
+// kernels and the host's compiler the launchers, for which LOWRANK_OPS_NVRTC is defined.
+#ifndef LOWRANK_OPS_NVRTC
+#define LRO_KERNELS
+#endif
+#ifndef __CUDACC_RTC__
+#define LRO_LAUNCHERS
+#endif
+
 namespace lowrank_ops {
 
 LRO_HD constexpr int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }

@@ -29,12 +29,19 @@ inline void check(cudaError_t error, const Launch& launch) {
   throw std::runtime_error("lowrank_ops: launching " + launch.what() + " failed: " + cudaGetErrorString(error));
 }
 
+// The function that the runtime knows for a kernel of a launcher: itself where nvcc compiled both.
+#ifdef LOWRANK_OPS_NVRTC
+const void* function_of(const void* kernel, const Launch& launch);
+#else
+inline const void* function_of(const void* kernel, const Launch&) { return kernel; }
+#endif
+
 // More than 48 KB of dynamic shared memory needs an opt-in, once. It belongs to the kernel, not to the launch: `bytes`
 // is the same in all calls for a kernel, which opts in to the maximum if its size varies, or a launch on another thread
 // could lower the limit before this one.
 template <class... Parameters>
 void opt_in_shared_memory(void (*kernel)(Parameters...), int64_t bytes, const Launch& launch) {
-  const void* const function = reinterpret_cast<const void*>(kernel);
+  const void* const function = function_of(reinterpret_cast<const void*>(kernel), launch);
   remember(std::tuple{launch.device, function, bytes}, [&] {
     check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)), launch);
     return true;
@@ -91,8 +98,8 @@ template <class... Parameters>
 void launch_kernel(void (*kernel)(Parameters...), const LaunchShape& shape, const Launch& launch,
                    const typename Exactly<Parameters>::type&... arguments) {
   void* addresses[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
-  check(cudaLaunchKernelExC(LaunchConfig(shape, launch).get(), reinterpret_cast<const void*>(kernel), addresses),
-        launch);
+  const void* const function = function_of(reinterpret_cast<const void*>(kernel), launch);
+  check(cudaLaunchKernelExC(LaunchConfig(shape, launch).get(), function, addresses), launch);
 }
 
 // Calls `f` with a value of the 16-bit element type.

@@ -7,6 +7,8 @@
 #include <utility>
 #include <vector>
 
+#include "problem.h"
+
 namespace lowrank_ops {
 
 enum class Dtype { bfloat16, float16, float32, float64 };
@@ -40,12 +42,6 @@ struct Choice {
 };
 
 // ---- covariance_update_ ----
-
-enum class Source {
-  matrix,          // rows of any alignment, staged through registers
-  aligned_matrix,  // rows on 16 bytes: cp.async or TMA, unless float32 is split in parts
-  patches,         // implicit im2col
-};
 
 // Accepts the names of the enumerators; throws std::invalid_argument for any other.
 Source parse_source(const std::string& name);
@@ -81,8 +77,6 @@ CovariancePlan plan_covariance(const CovarianceProblem& problem);
 std::string describe(const CovariancePlan& plan);
 
 // ---- lowrank_linear ----
-
-constexpr int kMaxMembers = 3;  // of lowrank_linear_grouped
 
 struct LowRankProblem {
   int64_t tokens;

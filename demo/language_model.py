@@ -96,8 +96,8 @@ def run(folder: Path, budget: float, tokens: int, prompt: str) -> int:
     batches = [{"input_ids": rows} for rows in calibration.split(2)]
     covariances = lro.calibrate(model, batches, sensitivity="fisher").damped(0.1)
     show(f"calibrated on {calibration.numel():,} tokens")
-    subspaces = lro.correct_predictions(model, covariances, batches[::2])
-    config = lro.CompressionConfig(pivoted=True)
+    subspaces = lro.correct_predictions(model, covariances, batches[::2], channels=True)
+    config = lro.CompressionConfig(channels=True, pivoted=True)
     ranks = lro.measured_ranks(model, covariances, batches[::2], budget, config=config, subspaces=subspaces)
     show("chose ranks")
     report = lro.compress_(model, covariances, replace(config, rank=ranks), subspaces=subspaces)

@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 from .arguments import checked
 from .factors.eight_bit import DTYPES
 from .files import digests, open_tensors, parse_json, read_header, read_tensor, replacing, write_tensors
-from .layers import EightBitLinear, LowRankLayer, LowRankLinear, PivotedLinear
+from .layers import EightBitLinear, LowRankLayer, LowRankLinear, NarrowLinear, PivotedLinear
 from .layers.conv import GEOMETRY, LowRankConv
 from .layers.group import group_layers, groups_in
 from .layers.pivoted import is_order
@@ -31,7 +31,7 @@ from .report import CompressionReport
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "lowrank_config.json"
 FORMAT = "lowrank_ops.checkpoint"
-FORMAT_VERSION = 4  # 1 has no checksums; 2 is written where no layer is pivoted, 3 where no factor is 8-bit
+FORMAT_VERSION = 5  # 1 has no checksums; 2 is written without pivoted layers, 3 without 8 bits, 4 without narrow layers
 
 _EIGHT_BIT = {torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3"}  # as safetensors names them
 _COPY_AGAIN = "Copy or save the checkpoint again."
@@ -183,7 +183,7 @@ def _distinct_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, st
 
 
 def describe_layers(model: nn.Module, report: CompressionReport | None = None) -> dict[str, Any]:
-    """Format, version and ``layers``, as plain JSON types: per low-rank layer its kind, rank, bias and sizes.
+    """Format, version and ``layers``, as plain JSON types: per replaced layer its kind, rank, bias and sizes.
 
     Raises:
         ValueError: ``report`` is of another model.
@@ -193,17 +193,23 @@ def describe_layers(model: nn.Module, report: CompressionReport | None = None) -
     entries = {
         fqn: {
             **_sizes(module),
-            "rank": module.rank,
+            **({"narrow": _features(module)} if isinstance(module, NarrowLinear) else {"rank": module.rank}),
             "bias": module.bias is not None,
             "calibration_rows": rows[fqn].rows if fqn in rows else None,
             **groups.get(fqn, {}),
         }
         for fqn, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, LowRankLayer)
+        if isinstance(module, (LowRankLayer, NarrowLinear))
     }
     for fqn, row in rows.items():
-        if fqn not in entries or row.rank not in (None, entries[fqn]["rank"]):
-            size = "with an 8-bit weight" if row.rank is None else f"at rank {row.rank}"
+        entry = entries.get(fqn, {})
+        if row.channels is None and row.rank is not None:
+            fits, size = row.rank == entry.get("rank"), f"at rank {row.rank}"
+        elif row.channels is not None:
+            fits, size = row.channels in entry.get("narrow", ()), f"with {row.channels} channels"
+        else:
+            fits, size = bool(entry), "with an 8-bit weight"
+        if not fits:
             raise ValueError(
                 f"report does not describe model: it has layer {fqn!r} {size}, and model does not. Pass "
                 "the report that compress_ returned for this model, or none."
@@ -213,12 +219,12 @@ def describe_layers(model: nn.Module, report: CompressionReport | None = None) -
         if isinstance(layer, LowRankLinear) and any(layer.formats):
             entry |= {"formats": list(layer.formats), "dtype": str(layer.dtype).removeprefix("torch.")}
     keys = {key for entry in entries.values() for key in entry}
-    version = FORMAT_VERSION if "formats" in keys else 3 if "pivoted" in keys else 2
+    version = FORMAT_VERSION if "narrow" in keys else 4 if "formats" in keys else 3 if "pivoted" in keys else 2
     return {"format": FORMAT, "version": version, "layers": entries}
 
 
 def _sizes(layer: nn.Module) -> dict[str, Any]:
-    """Kind and sizes of a dense or low-rank layer, as plain JSON types."""
+    """Kind and sizes of a dense layer or of the one that a layer has replaced, as plain JSON types."""
     if is_conv(layer) or isinstance(layer, LowRankConv):
         values = {name: getattr(layer, name) for name in GEOMETRY}
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
@@ -226,9 +232,15 @@ def _sizes(layer: nn.Module) -> dict[str, Any]:
     pivoted = {"pivoted": True} if isinstance(layer, PivotedLinear) else {}
     if isinstance(layer, LowRankLinear):
         in_features, out_features = layer.in_features, layer.out_features
+    elif isinstance(layer, NarrowLinear):
+        in_features, out_features = layer.dense_features
     else:
         _, in_features, out_features = dimensions(layer)
     return {"kind": "linear", "in_features": in_features, "out_features": out_features, **pivoted}
+
+
+def _features(layer: nn.Linear) -> list[int]:
+    return [layer.in_features, layer.out_features]
 
 
 def _read_config(file: Path, verify: bool) -> dict[str, Any]:
@@ -294,7 +306,7 @@ def empty_layers(model: nn.Module, entries: Mapping[str, Mapping[str, Any]]) -> 
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     for fqn, module in modules.items():
-        if isinstance(module, LowRankLayer):
+        if isinstance(module, (LowRankLayer, NarrowLinear)):
             raise CheckpointError(
                 f"dense_model is already compressed: {fqn or 'the model'} is a {type(module).__name__}. Build the "
                 "original architecture and load into that."
@@ -346,7 +358,7 @@ def _empty_layer(fqn: str, dense: nn.Module, entry: Mapping[str, Any]) -> nn.Mod
                 f"layer {fqn!r} has {name} {entry.get(name)!r} in the checkpoint and {value!r} in dense_model. "
                 f"{_OTHER_MODEL}"
             )
-    bias, pivoted = entry.get("bias"), entry.get("pivoted", False)
+    bias, pivoted, narrow = entry.get("bias"), entry.get("pivoted", False), entry.get("narrow")
     if not isinstance(pivoted, bool) or (pivoted and is_conv(dense)):
         raise CheckpointError(f"layer {fqn!r} of {CONFIG_FILE} has pivoted {pivoted!r}. {_COPY_AGAIN}")
     if not isinstance(bias, bool) or (dense.bias is not None and not bias):
@@ -354,6 +366,8 @@ def _empty_layer(fqn: str, dense: nn.Module, entry: Mapping[str, Any]) -> nn.Mod
             f"layer {fqn!r} has bias {bias!r} in the checkpoint and {dense.bias is not None} in dense_model. "
             f"{_OTHER_MODEL}"
         )
+    if narrow is not None:
+        return _narrow_layer(fqn, dense, narrow, bias)
     try:
         formats = entry.get("formats")
         kind = PivotedLinear if pivoted else lowrank_type(dense)
@@ -364,6 +378,16 @@ def _empty_layer(fqn: str, dense: nn.Module, entry: Mapping[str, Any]) -> nn.Mod
             _set_formats(fqn, layer, formats, entry.get("dtype"))
         return layer
     except (TypeError, ValueError) as error:
+        raise CheckpointError(f"layer {fqn!r} of {CONFIG_FILE}: {error}") from None
+
+
+def _narrow_layer(fqn: str, dense: nn.Module, features: Any, bias: bool) -> NarrowLinear:
+    pair = isinstance(features, list) and len(features) == 2 and all(type(size) is int for size in features)
+    if not isinstance(dense, nn.Linear) or not pair:
+        raise CheckpointError(f"layer {fqn!r} of {CONFIG_FILE} has narrow {features!r}. {_COPY_AGAIN}")
+    try:
+        return NarrowLinear.empty_like(dense, features[0], features[1], bias)
+    except ValueError as error:
         raise CheckpointError(f"layer {fqn!r} of {CONFIG_FILE}: {error}") from None
 
 
@@ -485,6 +509,8 @@ def _check_shapes_and_dtypes(
     for fqn, entry in layers.items():
         formats = [*entry.get("formats", (None, None)), None]
         parts = ("down", "up", "bias") if len(formats) == 3 else ("values", "bias")
+        if "narrow" in entry:
+            parts, formats = ("weight", "bias"), [None, None]
         names = [f"{fqn}.{part}" if fqn else part for part, form in zip(parts, formats, strict=True) if form is None]
         dtypes = {stored[name].get_dtype() for name in names if name in stored}
         if len(dtypes) > 1:

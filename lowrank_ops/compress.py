@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .arguments import checked
 from .calibration.covariances import Covariances
+from .calibration.packing import empty_in_file
+from .calibration.plan import parse_bytes
 from .config import CompressionConfig, ExplainedVariance, RankPolicy
+from .factors.channels import narrowed
+from .factors.memory import bytes_to_spare
 from .factors.projections import Factors, eight_bit_weight, factorize, rounded, stored_as
-from .layers import EightBitLinear, LowRankLayer, group_
-from .layers.replace import replace_
+from .layers import EightBitLinear, LowRankLayer, NarrowLinear, group_
+from .layers.replace import replaceable, replacement, swap_
 from .models.experts import on_listed_experts
 from .models.layers import FilterFn, check_not_wrapped, find_layers, tied_layers, with_values
 from .models.running import ProgressBar, exclusive, in_layer
 from .ranks.choose import ChosenRanks, Rounded
 from .ranks.costs import is_pivoted
+from .ranks.eight_bit import eight_bit_bytes, lowrank_bytes
 from .ranks.groups import choose_grouped_sizes
 from .reconstruction import (
     RECONSTRUCTIONS,
@@ -30,6 +35,7 @@ from .reconstruction import (
 )
 from .report import CompressionReport
 from .report.text import warn_of_few_rows
+from .subspaces.channels import ChannelSubspaces, with_channels
 from .subspaces.layer import LayerSubspaces, layer_subspaces
 
 # Decompositions held between choosing ranks and factorizing, and for the next call; beyond this they are recomputed.
@@ -37,7 +43,6 @@ MAX_HELD_BYTES = 2 << 30
 
 
 @checked()
-@on_listed_experts
 def compress_(
     model: nn.Module,
     covariances: Covariances,
@@ -47,6 +52,7 @@ def compress_(
     subspaces: Mapping[str, LayerSubspaces] | None = None,
     reconstruction: SequentialReconstruction | BlockReconstruction | None = None,
     device: torch.device | str | None = None,
+    max_memory: int | str | None = None,
     progress: bool = False,
 ) -> CompressionReport:
     """Replace layers of ``model`` by low-rank ones, in place; on an error the model is unchanged.
@@ -70,6 +76,10 @@ def compress_(
         device: where factors are computed, such as ``"cuda"`` for a model in the CPU's memory: the layers are moved
             there one after another, and their factors back. By default each layer's own device; the CPU instead of a
             device without float64. A reconstruction runs where the model is.
+        max_memory: bound on the bytes beside the model and ``covariances``, a number or text such as ``"2GB"``: of one
+            layer's matrices at a time, of the new layers, and of decompositions. New layers that do not fit are in
+            temporary files (in TMPDIR) until the dense layers are gone; decompositions that do not fit are computed
+            again. By default new layers are in memory, and 2 GiB of decompositions are kept.
         progress: show progress bars with the time left.
 
     Returns:
@@ -79,8 +89,9 @@ def compress_(
         RuntimeError: another thread calibrates, compresses or searches the model.
         TypeError: ``config`` or ``covariances`` of another type.
         ValueError: covariances of another model, a budget or override that cannot be met, a ``device`` that is not
-            there, a layer that cannot be replaced, a model that is wrapped for distributed training; the message names
-            it.
+            there, a layer that cannot be replaced or that alone needs more than ``max_memory``, a model that is wrapped
+            for distributed training; the message names it. ``max_memory`` with a reconstruction, which it does not
+            bound.
 
     Example:
         >>> import torch, lowrank_ops as lro
@@ -90,11 +101,21 @@ def compress_(
         >>> report.layer_parameters / report.layer_parameters_before <= 0.5
         True
     """
+    bound = None if max_memory is None else parse_bytes(max_memory)
+    if bound is not None and reconstruction is not None:
+        raise ValueError("max_memory does not bound a reconstruction, which runs the model; leave one of the two out.")
     with exclusive(model):
         on = None if device is None else available(device)
-        return _compress(model, covariances, config, filter_fn, subspaces, reconstruction, on, progress)
+        report, in_files = _compress(
+            model, covariances, config, filter_fn, subspaces, reconstruction, on, bound, progress
+        )
+        with torch.inference_mode(False):
+            for layer, home in in_files.items():  # nothing holds the dense layers any more
+                layer._apply(lambda part, home=home: part.to(home, copy=True))
+        return report
 
 
+@on_listed_experts
 def _compress(
     model: nn.Module,
     covariances: Covariances,
@@ -103,8 +124,10 @@ def _compress(
     subspaces: Mapping[str, LayerSubspaces] | None,
     reconstruction: SequentialReconstruction | BlockReconstruction | None,
     device: torch.device | None,
+    max_memory: int | None,
     progress: bool,
-) -> CompressionReport:
+) -> tuple[CompressionReport, dict[nn.Module, torch.device]]:
+    """The report, and the new layers whose values are in files, with the device that they belong on."""
     config = CompressionConfig.of(config)
     config = _with_reconstruction(config, reconstruction)
     reused = subspaces is not None
@@ -112,33 +135,94 @@ def _compress(
         model, covariances, filter_fn, subspaces, centered=config.centered, device=device
     )
     config = resolved(config, subspaces)
-    decompose(config.rank, subspaces, progress)
-    ranks, eight_bit, groups = choose_grouped_sizes(config, subspaces)
+    spare = MAX_HELD_BYTES if max_memory is None else bytes_to_spare(subspaces, config, max_memory)
+    members = with_channels(model, subspaces, config.channels_of)
+    decompose(config.rank, members, progress, spare)
+    ranks, eight_bit, groups = choose_grouped_sizes(config, members)
+    layers = replaceable(model, _changed(members, ranks, eight_bit))
+    held = spare if reused else sum(space.held_bytes() for space in members.values())
+    in_files = max_memory is not None and held + _new_bytes(members, ranks, eight_bit, config.pivoted) > spare
     with torch.inference_mode(False):  # parameters created in inference mode could not be trained
-        factors = dict(
-            factorize_layers(subspaces, ranks, str(config.projection), keep_directions=reused, progress=progress)
+        found: Iterable[tuple[str, Factors]] = factorize_layers(
+            members, ranks, str(config.projection), keep_directions=reused, max_held_bytes=spare, progress=progress
         )
-        if not factors:  # all layers stay dense
-            reconstruction = None
-        if isinstance(reconstruction, BlockReconstruction):
-            factors = reconstruct_blocks(model, factors, reconstruction, progress=progress)
-        elif reconstruction is not None:
-            factors = reconstruct_factors(
-                model,
-                factors,
-                reconstruction,
-                statistics=covariances,
-                centered=config.centered,
-                progress=progress,
-            )
-        for fqn, chosen in eight_bit.items():
-            factors[fqn] = in_eight_bits(factors.get(fqn), subspaces[fqn], config, chosen)
-            subspaces[fqn].release(directions=False)
+        if reconstruction is not None and any(rank is not None for rank in ranks.values()):
+            found = _reconstructed(model, dict(found), reconstruction, covariances, config.centered, progress).items()
+        factors: dict[str, Factors] = {}  # without values
+        new: dict[nn.Module, nn.Module] = {}
+        for fqn, part in _in_eight_bits(found, subspaces, eight_bit, config):
+            layer = replacement(layers[fqn], part, config.pivoted)
+            new[layers[fqn]] = layer._apply(_in_file) if in_files else layer
+            factors[fqn] = part.to(device=torch.device("meta"))
         report = CompressionReport.build(model, config, subspaces, factors, skipped, groups)
-        replace_(model, factors, pivoted=config.pivoted)
+        swap_(model, new)
+    if not reused:
+        for space in subspaces.values():
+            space.drop_spaces()
     group_(model, groups)
     warn_of_few_rows(report.few_rows())
-    return report
+    return report, {new[dense]: dense.get_parameter("weight").device for dense in new if in_files}
+
+
+def _changed(
+    members: Mapping[str, LayerSubspaces], ranks: ChosenRanks, eight_bit: Mapping[str, Rounded]
+) -> Iterator[str]:
+    """The names of the layers that are replaced."""
+    for fqn, rank in ranks.items():
+        member = members[fqn]
+        if rank is not None and isinstance(member, ChannelSubspaces):
+            yield from member.producers
+        if rank is not None or fqn in eight_bit:
+            yield fqn
+
+
+def _new_bytes(
+    subspaces: Mapping[str, LayerSubspaces], ranks: ChosenRanks, eight_bit: Mapping[str, Rounded], pivoted: bool
+) -> int:
+    """Bytes of the new layers."""
+    plain = Rounded()
+    sizes = {
+        fqn: lowrank_bytes(subspaces[fqn], rank, eight_bit.get(fqn, plain).formats, pivoted=pivoted)
+        for fqn, rank in ranks.items()
+        if rank is not None
+    }
+    return sum(sizes.values()) + sum(eight_bit_bytes(subspaces[fqn]) for fqn in eight_bit if fqn not in sizes)
+
+
+def _in_file(tensor: Tensor) -> Tensor:
+    return empty_in_file(tensor.shape, tensor.dtype).copy_(tensor)
+
+
+def _reconstructed(
+    model: nn.Module,
+    factors: dict[str, Factors],
+    reconstruction: SequentialReconstruction | BlockReconstruction,
+    covariances: Covariances,
+    centered: bool,
+    progress: bool,
+) -> dict[str, Factors]:
+    if isinstance(reconstruction, BlockReconstruction):
+        return reconstruct_blocks(model, factors, reconstruction, progress=progress)
+    return reconstruct_factors(
+        model, factors, reconstruction, statistics=covariances, centered=centered, progress=progress
+    )
+
+
+def _in_eight_bits(
+    found: Iterable[tuple[str, Factors]],
+    subspaces: Mapping[str, LayerSubspaces],
+    eight_bit: Mapping[str, Rounded],
+    config: CompressionConfig,
+) -> Iterator[tuple[str, Factors]]:
+    """The same, in the formats of the layers that store 8 bits; then the weights of those that stay dense."""
+    dense = dict.fromkeys(eight_bit)
+    for fqn, part in found:
+        dense.pop(fqn, None)
+        yield fqn, in_eight_bits(part, subspaces[fqn], config, eight_bit[fqn]) if fqn in eight_bit else part
+        subspaces[fqn].release(directions=False)
+    for fqn in dense:
+        yield fqn, in_eight_bits(None, subspaces[fqn], config, eight_bit[fqn])
+        subspaces[fqn].release(directions=False)
 
 
 def _with_reconstruction(
@@ -194,9 +278,16 @@ def considered_layers(
     missing = [fqn for fqn in covariances if fqn not in dict(model.named_modules())]
     if missing:
         raise ValueError(f"covariances name layers that model does not have: {', '.join(missing)}.")
-    unreached = {fqn: "no calibration batch reached it" for fqn in layers if fqn not in covariances}
-    skipped |= unreached | {fqn: covariances.skipped[fqn] for fqn in unreached if fqn in covariances.skipped}
+    unknown = {
+        fqn: "no calibration batch reached it" if fqn in covariances.unreached else "it was not calibrated"
+        for fqn in layers
+        if fqn not in covariances
+    }
+    skipped |= unknown | {fqn: covariances.skipped[fqn] for fqn in unknown if fqn in covariances.skipped}
     for fqn, module in model.named_modules():
+        if isinstance(module, NarrowLinear):
+            layers.pop(fqn, None)
+            skipped[fqn] = "it has fewer channels already"
         if isinstance(module, LowRankLayer):
             skipped[fqn] = f"it is {'8-bit' if isinstance(module, EightBitLinear) else 'low-rank'} already"
     given = _checked_subspaces(subspaces, layers, covariances)
@@ -280,31 +371,39 @@ def factorize_layers(
     projection: str,
     *,
     keep_directions: bool = False,
+    max_held_bytes: int | None = None,
     progress: bool = False,
 ) -> Iterator[tuple[str, Factors]]:
     """Names and factors of the layers that have a rank, one by one, in the dtype and on the device of their weights.
 
     Args:
-        subspaces: of the layers.
+        subspaces: of the layers; those of an MLP give the factors of all its layers.
         ranks: ``{fqn: rank or None}``.
         projection: as for :func:`lowrank_ops.factors.factorize`.
-        keep_directions: keep the decompositions, up to ``MAX_HELD_BYTES``, for other ranks of the same layers.
+        keep_directions: keep the decompositions for other ranks of the same layers.
+        max_held_bytes: of decompositions that are kept; by default ``MAX_HELD_BYTES``.
         progress: show a progress bar.
     """
+    max_held_bytes = MAX_HELD_BYTES if max_held_bytes is None else max_held_bytes
     left = Counter(id(subspaces[fqn].input) for fqn, rank in ranks.items() if rank is not None)
     for fqn, rank in ProgressBar(ranks.items(), desc="factorizing", unit="layer", disable=not progress):
         if rank is not None:
             space = subspaces[fqn]
             try:
                 with in_layer(fqn):
-                    factors = rounded(factorize(space, rank, projection), space, space.dtype, space.layer_device)
+                    if isinstance(space, ChannelSubspaces):
+                        found = narrowed(fqn, space, rank, projection)
+                    else:
+                        exact = factorize(space, rank, projection)
+                        found = {fqn: rounded(exact, space, space.dtype, space.layer_device)}
+                        del exact  # twice as large
             except ValueError as error:
                 raise ValueError(f"layer {fqn!r}: {error}") from None
             left[id(space.input)] -= 1
             held = sum(other.held_bytes() for other in subspaces.values()) if keep_directions else 0
-            drop = not keep_directions or held > MAX_HELD_BYTES
+            drop = not keep_directions or held > max_held_bytes
             space.release(directions=drop, shared=not left[id(space.input)])
-            yield fqn, factors
+            yield from found.items()
 
 
 def in_eight_bits(

@@ -263,12 +263,19 @@ class UniformRank:
 
 @dataclass(frozen=True)
 class Ranks:
-    """Ranks by hand: ``{fqn or "re:pattern": rank}``; layers that are not named stay dense."""
+    """Ranks by hand: ``{fqn or "re:pattern": rank}``; layers that are not named stay dense.
+
+    Args:
+        ranks: of layers.
+        channels: how many channels MLPs keep, by the layers that read them, as :class:`CompressionConfig` says.
+    """
 
     ranks: Mapping[str, int]
+    channels: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_names("ranks", self.ranks)
+        _check_names("channels", self.channels)
 
 
 RankPolicy = ExplainedVariance | ParameterBudget | FlopBudget | ByteBudget | LatencyBudget | UniformRank | Ranks
@@ -312,6 +319,14 @@ class CompressionConfig:
             all or none, and compute their outputs together where kernels do that (:func:`lowrank_ops.layers.group_`).
             Each layer keeps factors, ranks and names of its own. Layers that ``overrides`` or ``Ranks`` leave dense are
             in no group.
+        channels: drop channels of MLPs, the features between the layers that compute them, such as gate and up, and the
+            ``nn.Linear`` that reads them, such as down. The result is dense layers with fewer features, without a
+            second product. Channels are dropped one by one, each time the one whose loss (or output error, by
+            ``projection``) is smallest after the others have been fitted again. True: all MLPs, found by running their
+            modules on random inputs; other layers get factors. Or names and patterns of the layers that read the
+            channels. Such a layer stands for its MLP in ``overrides`` and ``bounds``, which then hold numbers of
+            channels. For a :class:`ParameterBudget`, a :class:`FlopBudget`, or :class:`Ranks`, whose ``channels`` count
+            instead of these names.
 
     Example:
         >>> import lowrank_ops as lro
@@ -328,6 +343,7 @@ class CompressionConfig:
     bounds: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
     pivoted: bool = False
     group: bool = False
+    channels: bool | Sequence[str] = False
 
     def __post_init__(self) -> None:
         _check_names("overrides", self.overrides)
@@ -356,8 +372,31 @@ class CompressionConfig:
         if self.group and isinstance(self.rank, ByteBudget):
             raise ValueError("group=True does not go with a ByteBudget: no kernels run groups of 8-bit factors.")
         check_choice("reconstruction", self.reconstruction, RECONSTRUCTIONS)
+        self._check_channels()
         if self.reconstruction is not None and self.projection == "weight":
             raise ValueError("reconstruction fits the data and projection='weight' ignores it; choose one of the two.")
+
+    def _check_channels(self) -> None:
+        if not isinstance(self.channels, bool):
+            object.__setattr__(self, "channels", check_channels(self.channels))
+        if not self.channels_of:
+            return
+        if not isinstance(self.rank, ParameterBudget | FlopBudget | Ranks):
+            raise ValueError(
+                f"channels does not go with {type(self.rank).__name__}; use a ParameterBudget, a FlopBudget or Ranks."
+            )
+        if self.projection not in (None, "loss", "output"):
+            raise ValueError(f"channels needs projection='loss' or 'output'; got {self.projection!r}.")
+        if self.reconstruction == "sequential":
+            raise ValueError(
+                "channels does not go with reconstruction='sequential', which fits factors; use 'blocks', or none: the "
+                "layer that reads the channels is fitted again in any case."
+            )
+
+    @property
+    def channels_of(self) -> bool | Sequence[str]:
+        """The MLPs whose channels are dropped: all, or those of these names."""
+        return tuple(self.rank.channels) if isinstance(self.rank, Ranks) else self.channels
 
     @classmethod
     def of(cls, value: object) -> CompressionConfig:
@@ -398,6 +437,7 @@ class CompressionConfig:
             "bounds": {name: list(pair) for name, pair in self.bounds.items()},
             "pivoted": self.pivoted,
             "group": self.group,
+            "channels": self.channels if isinstance(self.channels, bool) else list(self.channels),
         }
 
     @classmethod
@@ -480,6 +520,13 @@ def check_bound(name: str, pair: Any) -> tuple[int, int | None]:
         f"bounds[{name!r}] must be (min, max), ranks with 0 <= min <= max and max > 0, or None for no max; "
         f"got {pair!r}."
     )
+
+
+def check_channels(value: object) -> tuple[str, ...]:
+    """``value`` as a tuple; TypeError unless it is a sequence of strings."""
+    if isinstance(value, (tuple, list)) and all(isinstance(name, str) for name in value):
+        return tuple(value)
+    raise TypeError(f'channels must be a bool, or names or "re:" patterns of layers; got {value!r}.')
 
 
 def check_share(name: str, value: float) -> None:

@@ -7,7 +7,7 @@ pass measures, for every direction, the second moment over samples of the loss's
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -22,10 +22,12 @@ from .calibration.objectives import Sensitivity, check_sensitivity
 from .calibration.recorder import NO_ROWS, Recorder
 from .calibration.statistics import NonFiniteActivationError
 from .compress import considered_layers
+from .config import check_channels
 from .models.experts import on_listed_experts
 from .models.layers import FilterFn, find_layers, images, input_rows, is_conv
 from .models.masks import Mask, Masks
 from .models.running import EMPTY, ProgressBar, call_model, device_of, differentiable, move, warn_caller
+from .subspaces.channels import with_channels
 from .subspaces.layer import LayerSubspaces
 
 PRIOR_SAMPLES = 8  # weight of the prediction, in measured samples
@@ -45,6 +47,7 @@ def correct_predictions(
     unmasked_rows: str = "count",
     forward: Callable[[nn.Module, Any], Any] | None = None,
     centered: bool = True,
+    channels: bool | Sequence[str] = False,
     max_state_bytes: int = 4 << 30,
     progress: bool = False,
 ) -> dict[str, LayerSubspaces]:
@@ -62,9 +65,11 @@ def correct_predictions(
         covariances: from :func:`lowrank_ops.calibrate` with a sensitivity.
         batches: as for :func:`lowrank_ops.calibrate`, the same ones or some of them. A few dozen samples (sequences,
             images) are enough: the prediction counts as much as 8 of them.
-        sensitivity, mask, unmasked_rows, forward: as for :func:`lowrank_ops.calibrate`.
+        sensitivity: as for :func:`lowrank_ops.calibrate`. It may be another one, such as drawn labels for statistics of
+            true ones, and of any scale: how large gradients are is known from the statistics.
+        mask, unmasked_rows, forward: as for :func:`lowrank_ops.calibrate`.
         filter_fn: as for :func:`lowrank_ops.compress_`.
-        centered: as in the configuration of the compression.
+        centered, channels: as in the configuration of the compression.
         max_state_bytes: bound on the directions held; with fewer bytes than all layers need, batches run several times.
         progress: show progress bars.
 
@@ -87,7 +92,8 @@ def correct_predictions(
     check_positive(max_state_bytes=max_state_bytes)
     if not covariances.has_output_gradients:
         raise ValueError("covariances hold no output gradients to correct; use calibrate(..., sensitivity=...) first.")
-    subspaces, _ = considered_layers(model, covariances, filter_fn, None, centered=centered)
+    given, _ = considered_layers(model, covariances, filter_fn, None, centered=centered)
+    subspaces = with_channels(model, given, channels if isinstance(channels, bool) else check_channels(channels))
     found, _ = find_layers(model)
     layers = {fqn: found[fqn] for fqn in subspaces}
     batches = list(batches)
@@ -122,14 +128,14 @@ def correct_predictions(
         if not samples:
             raise ValueError(NO_ROWS)
         for fqn, each in directions.items():
-            each.correct(subspaces[fqn], samples)
+            each.correct(subspaces[fqn])
             differs |= bool(each.squares.any())
         warning = masks.finish()  # the same for all parts
     if not differs:
         raise ValueError(NO_ROWS)
     if warning is not None:
         warn_caller(warning)
-    return subspaces
+    return given
 
 
 def _parts(subspaces: Mapping[str, LayerSubspaces], max_bytes: int) -> Iterator[list[str]]:
@@ -140,7 +146,7 @@ def _parts(subspaces: Mapping[str, LayerSubspaces], max_bytes: int) -> Iterator[
         if space.loss is None:
             continue
         groups, in_features, out_features = space.dimensions
-        size = 4 * groups * min(in_features, out_features) * (in_features + out_features)
+        size = 4 * groups * space.max_rank * (in_features + out_features)
         if part and held + size > max_bytes:
             yield part
             part, held = [], 0
@@ -156,8 +162,8 @@ class _Directions:
     def __init__(self, fqn: str, layer: nn.Module, space: LayerSubspaces) -> None:
         assert space.loss is not None
         self.fqn, self.layer = fqn, layer
-        self.groups, in_features, out_features = space.dimensions
-        left, down, up = space.loss.projection(min(in_features, out_features))
+        self.groups = space.dimensions.groups
+        left, down, up = space.loss.projection(space.max_rank)
         offset = torch.zeros_like(down[..., :1])
         if space.centered and space.statistics.side == "input":
             offset = down @ space.mean.unsqueeze(-1)
@@ -171,6 +177,7 @@ class _Directions:
         space.release(directions=False)
         self.squares = torch.zeros(self.groups, down.shape[-2], dtype=torch.float64)
         self.samples = 0
+        self.energy = 0.0  # sum of |g|^2
         self.calls: list[Tensor] = []  # of the batch, (groups, samples, directions)
 
     @torch.no_grad()
@@ -191,6 +198,8 @@ class _Directions:
         x, g = (part.movedim(1, 0).to(self.down.dtype) for part in rows)  # (groups, rows, features)
         products = ((x @ self.down.mT - self.offset) * (g @ self.up)).float().unflatten(1, (samples, -1))
         self.calls.append((products if keep is None else products.where(keep, 0.0)).sum(2))
+        squares = g.float().square().sum(-1, keepdim=True).unflatten(1, (samples, -1))
+        self.energy += float((squares if keep is None else squares.where(keep, 0.0)).sum(dtype=torch.float64))
 
     def finish_batch(self) -> None:
         """Sum the calls of a batch, and add the squares."""
@@ -200,9 +209,12 @@ class _Directions:
             self.samples += part.shape[1]
         self.calls.clear()
 
-    def correct(self, space: LayerSubspaces, samples: int) -> None:
-        """Store the corrected spectrum; ``samples`` as in the statistics, where each label drawn is one."""
-        assert space.loss is not None
+    def correct(self, space: LayerSubspaces) -> None:
+        """Store the corrected spectrum, of gradients as large as those of the statistics.
+
+        So it says how rows add up, and a mean instead of a sum in the sensitivity, or another one, changes no units.
+        """
+        assert space.loss is not None and space.statistics.output_gradients is not None
         if not self.samples:
             return
         if not bool(self.squares.isfinite().all()):
@@ -211,6 +223,8 @@ class _Directions:
                 "model in a wider dtype."
             )
         spectrum = space.loss.subspace.spectrum
-        measured = (self.squares / samples).to(spectrum).view(spectrum.shape)
+        expected = float(space.statistics.output_gradients.mean_square.sum())
+        scale = expected / self.energy if self.energy else 0.0
+        measured = (self.squares * scale).to(spectrum).view(spectrum.shape)
         trust = self.samples / (self.samples + PRIOR_SAMPLES)
         space.loss.corrected = trust * measured + (1 - trust) * spectrum

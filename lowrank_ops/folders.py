@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 from .arguments import checked
 from .calibration.covariances import Covariances
+from .calibration.plan import parse_bytes
 from .checkpoint import CONFIG_FILE, WEIGHTS_FILE, describe_layers
 from .compress import available, considered_layers, decompose, factorize_layers, in_eight_bits, resolved
 from .config import CompressionConfig, RankPolicy
+from .factors.memory import bytes_to_spare
 from .factors.projections import Factors
 from .files import (
     HEADER,
@@ -54,6 +56,7 @@ def compress_folder(
     config: CompressionConfig | RankPolicy | int | None = None,
     *,
     device: torch.device | str | None = None,
+    max_memory: int | str | None = None,
     progress: bool = False,
 ) -> CompressionReport:
     """Compress the model in a folder without loading it; the result is that of :func:`lowrank_ops.compress_`.
@@ -73,13 +76,15 @@ def compress_folder(
         config: as for :func:`lowrank_ops.compress_`. Policies that run the model take stored figures, such as
             ``LatencyBudget(0.5, LayerLatencies.load(path))``; a reconstruction needs the model in memory.
         device: where factors are computed; the CPU by default.
+        max_memory: as for :func:`lowrank_ops.compress_`. A layer that needs more is an error, before any other work.
         progress: show progress bars with the time left.
 
     Raises:
         FileNotFoundError: ``source`` has no safetensors files.
         TypeError: an argument of another type.
         ValueError: ``source`` is damaged, already compressed or of a class that transformers does not have; covariances
-            of another model; a budget that cannot be met; an unavailable ``device``; ``target`` holds other weights.
+            of another model; a budget that cannot be met; an unavailable ``device``; a layer that needs more than
+            ``max_memory``; ``target`` holds other weights.
             Values are compared with the checksums that :func:`lowrank_ops.save_pretrained` writes.
 
     Example:
@@ -97,6 +102,7 @@ def compress_folder(
     config = CompressionConfig.of(config)
     if config.reconstruction is not None:
         raise ValueError("a reconstruction runs the model; load it and call compress_(..., reconstruction=...).")
+    bound = None if max_memory is None else parse_bytes(max_memory)
     weights, folder = _Weights(Path(source)), Path(target)
     of_transformers = "model_type" in weights.config
     _check_target(weights, folder, of_transformers)
@@ -121,6 +127,10 @@ def compress_folder(
     for fqn in covariances:
         if fqn in modules and f"{fqn}.bias" in weights.forms:
             modules[fqn].bias = nn.Parameter(weights.read(f"{fqn}.bias").clone(), requires_grad=False)
+    if config.channels_of:
+        raise ValueError(
+            "channels runs the MLPs of the model, which compress_folder does not load; load it and call compress_."
+        )
     subspaces, skipped = considered_layers(
         model,
         covariances,
@@ -131,6 +141,8 @@ def compress_folder(
         load=lambda fqn: weights.layer(fqn, modules[fqn]),
     )
     config = resolved(config, subspaces)
+    if bound is not None:
+        bytes_to_spare(subspaces, config, bound)
     decompose(config.rank, subspaces, progress, max_held_bytes=0)
     ranks, eight_bit, groups = choose_grouped_sizes(config, subspaces)
     with torch.inference_mode(False):

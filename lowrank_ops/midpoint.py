@@ -99,6 +99,11 @@ def recalibrate(
             f"Pass the model and the filter_fn of the first calibrate.{reasons}"
         )
     config = replace(CompressionConfig.of(config), reconstruction=None)
+    if config.channels_of:
+        raise ValueError(
+            "recalibrate has no midpoint of an MLP with all of its channels and one with fewer; leave channels out of "
+            "its config, so that the MLPs have factors at the midpoint."
+        )
     samples = _samples(covariances)  # grows with each run, so that a third run draws other labels as well
     with torch.inference_mode(False):  # weights made in inference mode would have no gradients
         compress_(middle, covariances, config, progress=options.get("progress", False))

@@ -251,6 +251,7 @@ BAD: dict[str, list[tuple[str, str]]] = {
         ("lro.compress_(model, covariances, 8, subspaces={'0': covariances['0']})", "TypeError"),
         ("lro.compress_(model, covariances, 8, reconstruction=batches)", "TypeError"),
         ("lro.compress_(model, covariances, 8, progress=1)", "TypeError"),
+        ("lro.compress_(model, covariances, 8, max_memory='1kB')", "ValueError"),
         ("lro.compress_(other, covariances, 8)", "ValueError"),
         ("lro.compress_(with_nan, covariances, 8)", "ValueError"),
         ("lro.compress_(model, lro.Covariances(), 8)", "ValueError"),

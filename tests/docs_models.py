@@ -13,6 +13,7 @@ VIT = "google/vit-base-patch16-224"
 LANGUAGE_MODEL = "Qwen/Qwen3-0.6B"
 ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 SMOLLM2 = "smollm2"
+WHISPER = "openai/whisper-base"
 
 _TEXT = """\
 The harbor was quiet when the last ferry came in, and the lamps along the pier were already lit.
@@ -80,6 +81,26 @@ def save_encoder() -> None:
         max_position_embeddings=512,
     )  # fmt: skip
     BertModel(config).save_pretrained(ENCODER)
+
+
+def save_whisper() -> None:
+    """A speech recognizer of random weights."""
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    config = WhisperConfig(
+        vocab_size=50, d_model=32, encoder_layers=2, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64, num_mel_bins=8, max_source_positions=20,
+        max_target_positions=32, decoder_start_token_id=1, pad_token_id=0, suppress_tokens=None,
+        begin_suppress_tokens=None,
+    )  # fmt: skip
+    WhisperForConditionalGeneration(config).save_pretrained(WHISPER)
+
+
+def speech_batches(count: int = 4) -> list[tuple[Tensor, Tensor]]:
+    """Spectrograms and the tokens of their transcripts, padded with -100."""
+    labels = torch.randint(3, 50, (4, 9))
+    labels[0, 6:] = -100
+    return [(torch.randn(4, 8, 40), labels) for _ in range(count)]
 
 
 def save_texts(path: str, copies: int = 8) -> None:

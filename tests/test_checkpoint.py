@@ -270,7 +270,7 @@ class TestSaving:
         config = json.loads((saved / CONFIG_FILE).read_text())
         assert (config["format"], config["version"], config["tied"]) == ("lowrank_ops.checkpoint", 2, {})
         assert lro.CompressionConfig.from_dict(config["compression"]).projection == "utilized"
-        assert config["compression"]["rank"] == {"policy": "ranks", "ranks": RANKS}
+        assert config["compression"]["rank"] == {"policy": "ranks", "ranks": RANKS, "channels": {}}
         assert config["layers"]["fc1"] == {
             "kind": "linear", "in_features": 72, "out_features": 24, "rank": 11, "bias": True, "calibration_rows": 128,
         }  # fmt: skip
@@ -450,10 +450,10 @@ DAMAGES: dict[str, tuple[Any, ...]] = {
     "weights without metadata": (foreign_weights(None), FOREIGN, "load_state_dict"),
     "weights of torch": (foreign_weights({"format": "pt"}), FOREIGN, "load_state_dict"),
     "broken metadata": (foreign_weights({"lowrank_ops": "{"}), FOREIGN, "load_state_dict"),
-    "newer version": (edit_config(version=5), "format version 5", "versions 1 to 4", "Update lowrank_ops"),
-    "version as bool": (edit_config(version=True), "format version True", "versions 1 to 4"),
-    "version as text": (edit_config(version="1"), "format version '1'", "versions 1 to 4"),
-    "no version": (edit_config(version=None), "format version None", "versions 1 to 4"),
+    "newer version": (edit_config(version=6), "format version 6", "versions 1 to 5", "Update lowrank_ops"),
+    "version as bool": (edit_config(version=True), "format version True", "versions 1 to 5"),
+    "version as text": (edit_config(version="1"), "format version '1'", "versions 1 to 5"),
+    "no version": (edit_config(version=None), "format version None", "versions 1 to 5"),
     "no layers": (edit_config(layers=None), DAMAGED, "'layers'"),
     "layer that is a number": (edit_config(layers={"fc1": 3}), DAMAGED, "'layers'"),
     "no checksums": (edit_config(checksums=None), DAMAGED, "'checksums'"),

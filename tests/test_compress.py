@@ -201,6 +201,14 @@ def test_overrides_and_filter_fn():
     assert (model.k.rank, model.k.stored_rank) == (9, 16)
 
 
+def test_layers_that_calibration_left_out_are_listed_as_such():
+    model = Model()
+    covariances = lro.calibrate(model, [torch.randn(40, 4, 6, 6)], filter_fn=lambda module, fqn: fqn in ("o", "idle"))
+    report = lro.compress_(model, covariances, lro.ParameterBudget(0.5))
+    reasons = dict.fromkeys(("conv", "q", "k", "head"), "it was not calibrated")
+    assert report.skipped == {**reasons, "idle": "no calibration batch reached it"}
+
+
 def test_given_subspaces_are_recomputed_if_not_centered_alike():
     dense, x = Model(), torch.randn(40, 4, 6, 6)
     covariances = lro.calibrate(dense, [x])

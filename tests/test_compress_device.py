@@ -1,8 +1,7 @@
 """Factors computed on another device than the model's, one layer at a time."""
 
 import copy
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import lowrank_ops as lro
 from lowrank_ops.models.running import has_float64
+from tests.allocator import peak_bytes
 
 DEVICE = torch.device("xpu", 0)  # stands for any that this machine does not have
 
@@ -110,15 +110,6 @@ def test_a_device_that_is_not_there_is_named(device: str) -> None:
     with pytest.raises(ValueError, match=f"device='{device}' cannot be used here"):
         lro.compress_(model, covariances["plain"], device=device)
     assert isinstance(model[0], nn.Linear)
-
-
-def peak_bytes(call: Callable[[], object]) -> int:
-    """The most bytes of the CPU's memory that a call has added at one time, by torch's allocator."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        call()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    return max(itertools.accumulate((event.nbytes() for event in events), initial=0))
 
 
 @pytest.mark.parametrize("projection", ["output", "loss"])

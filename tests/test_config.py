@@ -39,6 +39,7 @@ def test_json_of_a_budget():
         "bounds": {},
         "pivoted": False,
         "group": False,
+        "channels": False,
     }
 
 

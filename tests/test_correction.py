@@ -113,6 +113,20 @@ def test_layers_whose_rows_add_up_get_larger_ranks():
     assert sum(row.predicted_loss for row in report.layers) == pytest.approx(measured, rel=0.3)
 
 
+@pytest.mark.parametrize(
+    "other", [lambda output, batch: 7 * loss(output, batch), lambda output, batch: loss(output, batch).mean()]
+)
+def test_units_are_those_of_the_statistics(other):
+    torch.manual_seed(0)
+    model, batches = Tokens(), [{"x": torch.randn(12, 5, 6)}, {"x": torch.randn(12, 5, 6)}]
+    covariances = lro.calibrate(model, batches, sensitivity=loss)
+    of_loss, of_other = (
+        lro.correct_predictions(model, covariances, batches, sensitivity=sensitivity) for sensitivity in (loss, other)
+    )
+    for fqn, space in of_loss.items():
+        torch.testing.assert_close(of_other[fqn].loss.corrected, space.loss.corrected, rtol=1e-4, atol=0)
+
+
 def test_bad_arguments_are_refused():
     model, batches = nn.Sequential(nn.Linear(8, 8)), [torch.randn(32, 8)]
     with pytest.raises(ValueError, match="hold no output gradients"):

@@ -17,7 +17,7 @@ FRAME = 1024  # samples
 KINDS = ("tones", "short-tones", "speech")
 
 # Voices and sentences of calibration and of the test have nothing in common.
-_VOICES = {
+VOICES = {
     "calibration": ("en-us+m1", "en-us+f1", "en-us+m4", "en-us+f4"),
     "test": ("en-gb+m3", "en-gb+f2", "en-gb+m7"),
 }
@@ -85,14 +85,19 @@ def _tones(part: str, seconds: float, note: float) -> Tensor:
 
 
 def _speech(part: str) -> Tensor:
-    if shutil.which("espeak-ng") is None:
-        raise RuntimeError("speech needs espeak-ng: apt-get install espeak-ng, or --kinds tones.")
-    spoken = [_say(sentence, voice) for voice in _VOICES[part] for sentence in _SENTENCES[part]]
+    spoken = [say(sentence, voice) for voice in VOICES[part] for sentence in _SENTENCES[part]]
     return torch.cat(spoken)
 
 
-def _say(sentence: str, voice: str) -> Tensor:
-    command = ["espeak-ng", "-v", voice, "--stdout", sentence]
+def say(text: str, voice: str, words_per_minute: int = 175) -> Tensor:
+    """Samples at 16 kHz.
+
+    Raises:
+        RuntimeError: espeak-ng is not installed.
+    """
+    if shutil.which("espeak-ng") is None:
+        raise RuntimeError("speech needs espeak-ng: apt-get install espeak-ng.")
+    command = ["espeak-ng", "-v", voice, "-s", str(words_per_minute), "--stdout", text]
     data = subprocess.run(command, check=True, capture_output=True).stdout
     with wave.open(BytesIO(data)) as file:
         rate = file.getframerate()

@@ -32,6 +32,7 @@ from lowrank_ops.layers.replace import replace_
 from lowrank_ops.ops.linear.reference import dequantized
 from lowrank_ops.ranks.choose import choose_ranks
 from lowrank_ops.subspaces import LayerSubspaces, layer_subspaces
+from lowrank_ops.subspaces.channels import with_channels
 
 from .corpora import corpus
 from .results import Results
@@ -67,11 +68,13 @@ class Variant(NamedTuple):
     pivoted: bool = False
     corrected: bool = False  # predictions
     damped: bool = False  # statistics, by DAMPING
+    channels: bool = False  # of the MLPs are dropped, instead of factors
     form: str | None = None  # of 8-bit factors and weights of a model in bfloat16; the budget is then of bytes
 
 
 PIVOTED = Variant("loss", "loss", pivoted=True, corrected=True)
 BEST = PIVOTED._replace(damped=True)  # one-shot
+CHANNELS = BEST._replace(channels=True)
 
 
 # SVD-LLM (Wang et al. 2024, arXiv 2403.07378) computes output PCA with uniform ranks. KFAC-SVD's factors are those by
@@ -98,6 +101,17 @@ VARIANTS = {
     ),
     "loss, damped, pivoted, corrected, distilled on all": BEST._replace(then=("distilled on all",)),
     "loss, damped, pivoted, corrected, blocks, distilled": BEST._replace(then=("blocks", "distilled")),
+    "loss, damped, channels, pivoted, corrected": CHANNELS,
+    "loss, damped, channels, pivoted, corrected, measured ranks": CHANNELS._replace(then=("measured",)),
+    "loss, damped, channels, pivoted, corrected, measured ranks, blocks": CHANNELS._replace(
+        then=("measured", "blocks")
+    ),
+    "loss, damped, channels, pivoted, corrected, measured ranks, distilled": CHANNELS._replace(
+        then=("measured", "distilled")
+    ),
+    "loss, damped, channels, pivoted, corrected, measured ranks, blocks, distilled": CHANNELS._replace(
+        then=("measured", "blocks", "distilled")
+    ),
     "no factors, int8": Variant("none", "uniform", form="int8"),
     "loss, corrected, int8": Variant("loss", "loss", corrected=True, form="int8"),
     "loss, corrected, fp8": Variant("loss", "loss", corrected=True, form="fp8"),
@@ -208,6 +222,7 @@ class Study:
         self.covariances = lro.Covariances.load(self.cached, packed=True)
         self.calibration_seconds = time.perf_counter() - started
         self.kept: tuple[Any, ...] = (None,)  # by subspaces
+        self.measured_ranks: dict[tuple[Variant, float], lro.Ranks] = {}  # by variant and budget
 
     def text(self, tokens: int) -> Tensor:
         """Sequences (tokens / WINDOW, WINDOW) for calibration, equally many and in turn of every kind."""
@@ -220,30 +235,38 @@ class Study:
 
     def subspaces(self, variant: Variant) -> tuple[lro.Covariances, dict[str, LayerSubspaces]]:
         """Statistics and subspaces of a variant, kept until one needs others."""
-        kind = (variant.damped, variant.corrected, variant.form is not None)
+        kind = (variant.damped, variant.corrected, variant.channels, variant.form is not None)
         if self.kept[0] != kind:
             self.kept = (None,)  # frees their memory
             covariances = self.covariances.damped(DAMPING) if variant.damped else self.covariances
             model = self.dense if variant.form is None else copy.deepcopy(self.dense).bfloat16()
             found = layer_subspaces({fqn: model.get_submodule(fqn) for fqn in covariances}, covariances)
             if variant.corrected:
-                file = self.cached.with_suffix(".damped.corrected.pt" if variant.damped else ".corrected.pt")
+                names = [name for name in ("damped", "channels") if getattr(variant, name)]
+                file = self.cached.with_suffix(".".join(["", *names, "corrections.pt"]))
                 if not file.exists():
-                    torch.save(self.corrections(covariances), file)
+                    torch.save(self.corrections(covariances, variant.channels), file)
+                members = with_channels(model, found, variant.channels)
                 for fqn, spectrum in torch.load(file).items():
-                    loss = found[fqn].loss
+                    loss = members[fqn].loss
                     assert loss is not None
                     loss.corrected = spectrum
             self.kept = kind, covariances, found
         return self.kept[1:]  # type: ignore[return-value]
 
-    def corrections(self, covariances: lro.Covariances) -> dict[str, Tensor]:
+    def corrections(self, covariances: lro.Covariances, channels: bool) -> dict[str, Tensor]:
         """Corrected spectra, by labels that are drawn from the model's own distribution."""
         with torch.autocast("cpu", self.autocast or torch.bfloat16, self.autocast is not None):
             found = lro.correct_predictions(
-                self.dense, covariances, self.batches[::2], filter_fn=is_block_layer, progress=True
+                self.dense,
+                covariances,
+                self.batches[::2],
+                filter_fn=is_block_layer,
+                channels=channels,
+                progress=True,
             )
-        return {fqn: space.loss.corrected for fqn, space in found.items() if space.loss is not None}  # type: ignore[misc]
+        members = with_channels(self.dense, found, channels)
+        return {fqn: space.loss.corrected for fqn, space in members.items() if space.loss is not None}  # type: ignore[misc]
 
     def measure(self, name: str, budget: float) -> dict[str, Any]:
         """Everything that is reported of one compressed model."""
@@ -306,23 +329,27 @@ class Study:
             chosen = choose_ranks(policy, subspaces)
             replace_(model, {fqn: asvd(subspaces[fqn], rank) for fqn, rank in chosen.items() if rank is not None})
             return share
-        config = lro.CompressionConfig(policy, projection=variant.projection, pivoted=variant.pivoted)
+        config = lro.CompressionConfig(
+            policy, projection=variant.projection, pivoted=variant.pivoted, channels=variant.channels
+        )
         if "midpoint" in variant.then:
             covariances = lro.recalibrate(model, covariances, self.batches, config, sensitivity=self.sensitivity)
             subspaces = layer_subspaces({fqn: model.get_submodule(fqn) for fqn in covariances}, covariances)
         if "measured" in variant.then:
-            with torch.autocast("cpu", self.autocast or torch.bfloat16, self.autocast is not None):
-                ranks = lro.measured_ranks(
-                    model,
-                    covariances,
-                    self.batches[::MEASURED],
-                    share,
-                    config=config,
-                    subspaces=subspaces,
-                    filter_fn=is_block_layer,
-                    progress=True,
-                )
-            config = replace(config, rank=ranks)
+            case = variant._replace(then=()), budget
+            if case not in self.measured_ranks:
+                with torch.autocast("cpu", self.autocast or torch.bfloat16, self.autocast is not None):
+                    self.measured_ranks[case] = lro.measured_ranks(
+                        model,
+                        covariances,
+                        self.batches[::MEASURED],
+                        share,
+                        config=config,
+                        subspaces=subspaces,
+                        filter_fn=is_block_layer,
+                        progress=True,
+                    )
+            config = replace(config, rank=self.measured_ranks[case])
         reconstruction: Any = None
         if "sequential" in variant.then:
             reconstruction = lro.SequentialReconstruction(self.batches, sensitivity=self.sensitivity)

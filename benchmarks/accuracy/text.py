@@ -36,6 +36,7 @@ class Variant(NamedTuple):
     reconstruct: bool = False
     pivoted: bool = False
     corrected: bool = False  # predictions
+    channels: bool = False  # of MLPs are dropped, instead of factors
 
 
 VARIANTS = {
@@ -49,6 +50,7 @@ VARIANTS = {
     "loss-corrected": Variant("loss", "loss", corrected=True),
     "loss-pivoted": Variant("loss", "loss", pivoted=True),
     "loss-pivoted-corrected": Variant("loss", "loss", pivoted=True, corrected=True),
+    "loss-channels-pivoted-corrected": Variant("loss", "loss", pivoted=True, corrected=True, channels=True),
 }
 # What random probes project: the forward to calibrate with, and the sensitivity.
 PROBED: dict[str, tuple[Callable[[nn.Module, Any], Any] | None, str]] = {
@@ -99,12 +101,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 continue
             bench = bench or Bench(folder, kind, options)
             covariances = bench.calibrate(texts).damped(options.damping)
-            spaces = {False: layer_subspaces(bench.layers(), covariances)}
-            if any(VARIANTS[case["variant"]].corrected for case in missing):
-                spaces[True] = bench.corrected(texts, covariances)
+            plain = layer_subspaces(bench.layers(), covariances)
+            corrected: dict[bool, dict[str, LayerSubspaces]] = {}  # by whether channels are dropped
             for case in tqdm(missing, desc=f"{kind}, {texts} texts", unit="model"):
                 variant = VARIANTS[case["variant"]]
-                student, report = bench.compress(variant, case["budget"], texts, covariances, spaces[variant.corrected])
+                if variant.corrected and variant.channels not in corrected:
+                    corrected[variant.channels] = bench.corrected(texts, covariances, variant.channels)
+                spaces = corrected[variant.channels] if variant.corrected else plain
+                student, report = bench.compress(variant, case["budget"], texts, covariances, spaces)
                 results.add(case, {**bench.judge(student), "layer_share": share(report), **bench.describe(texts)})
     print(table([row for case in asked if (row := results.find(case)) is not None]))
 
@@ -191,7 +195,7 @@ class Bench:
             part.save(path)
         return part
 
-    def corrected(self, texts: int, covariances: lro.Covariances) -> dict[str, LayerSubspaces]:
+    def corrected(self, texts: int, covariances: lro.Covariances, channels: bool) -> dict[str, LayerSubspaces]:
         """Subspaces with predictions corrected on the calibration texts."""
         forward, sensitivity = PROBED[self._options.probed]
         torch.manual_seed(0)
@@ -202,6 +206,7 @@ class Bench:
             sensitivity=sensitivity,
             mask="attention_mask",
             forward=forward,
+            channels=channels,
             progress=True,
         )
 
@@ -215,7 +220,9 @@ class Bench:
     ) -> tuple[nn.Module, CompressionReport]:
         """A compressed copy, and what was done to it; ``budget`` in % of the parameters of all layers."""
         rank = lro.ParameterBudget(budget / 100, variant.allocation)
-        config = lro.CompressionConfig(rank, projection=variant.projection, pivoted=variant.pivoted)
+        config = lro.CompressionConfig(
+            rank, projection=variant.projection, pivoted=variant.pivoted, channels=variant.channels
+        )
         student = copy.deepcopy(self.dense)
         forward, sensitivity = PROBED[self._options.probed]
         batches = tokenize(self._folder, self._corpus.calibration[:texts])

@@ -32,7 +32,8 @@ from .results import Results, study_parser, uses_token_weights
 from .train_demo import read_original
 
 PROJECTIONS = ("weight", "input", "utilized", "output", "loss")
-LOSS_VARIANTS = ("loss-pivoted", "loss-corrected", "loss-pivoted-corrected")  # pivoted factors, corrected predictions
+# Pivoted factors, corrected predictions, and MLPs with fewer channels.
+LOSS_VARIANTS = ("loss-pivoted", "loss-corrected", "loss-pivoted-corrected", "loss-channels-pivoted-corrected")
 ALLOCATIONS = ("uniform", "variance", "loss")
 WAYS = ("plain", "distilled")
 CALIBRATION_BATCH = 100
@@ -208,13 +209,14 @@ class Bench:
             lro.ParameterBudget(budget / 100, allocation),
             projection=projection,
             pivoted="pivoted" in choices,
+            channels="channels" in choices,
             overrides=dict.fromkeys(kept_dense),
         )
         student = copy.deepcopy(self.dense)
         covariances, subspaces = self.covariances, self.subspaces
         if "corrected" in choices:
             torch.manual_seed(0)
-            subspaces = lro.correct_predictions(self.dense, covariances, self._batches)
+            subspaces = lro.correct_predictions(self.dense, covariances, self._batches, channels="channels" in choices)
         if recalibrate:
             torch.manual_seed(0)
             covariances = lro.recalibrate(student, covariances, self._batches, config, sensitivity="fisher")

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "tf32.h"
+
 namespace lowrank_ops::arch {
 
 // Four 8 x 8 matrices of 16-bit elements, each transposed.
@@ -15,9 +17,6 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&to)[4], uint32_t ro
                : "r"(row)
                : "memory");
 }
-
-// An operand type: float32 whose last 13 bits the tensor cores ignore.
-struct Tf32;
 
 // Rounds to nearest. The tensor cores would truncate, and squares would be biased downward.
 __device__ __forceinline__ uint32_t cvt_rna_tf32(float value) {

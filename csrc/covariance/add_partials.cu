@@ -4,13 +4,24 @@
 //   CTA            256 threads, 4 elements each
 //   deterministic  yes
 
-#include "covariance.h"
-#include "state.cuh"
+#include "arguments.h"
 #include "tiles.h"
 #include "wide_tiles.h"
 
+#ifdef LRO_KERNELS
+#include "state.cuh"
+#endif
+
+#ifdef LRO_LAUNCHERS
+#include "covariance.h"
+#endif
+
 namespace lowrank_ops::covariance {
-namespace {
+
+template <int kEdge>
+__global__ void covariance_add_partials(const __grid_constant__ Arguments args);
+
+#ifdef LRO_KERNELS
 
 template <int kEdge>
 __global__ void __launch_bounds__(kThreads, 1) covariance_add_partials(const __grid_constant__ Arguments args) {
@@ -34,6 +45,11 @@ __global__ void __launch_bounds__(kThreads, 1) covariance_add_partials(const __g
   add_to_total(args, group, feature, sum);
 }
 
+#endif  // LRO_KERNELS
+
+#ifdef LRO_LAUNCHERS
+namespace {
+
 template <int kEdge>
 void launch_edge(const Arguments& args, const Launch& launch) {
   const auto kernel = covariance_add_partials<kEdge>;
@@ -48,5 +64,7 @@ void launch_add_partials(const Arguments& args, int edge, const Launch& launch) 
   if (edge == kTile) return launch_edge<kTile>(args, launch);
   launch_edge<wide::kTile>(args, launch);
 }
+
+#endif  // LRO_LAUNCHERS
 
 }  // namespace lowrank_ops::covariance

@@ -13,18 +13,31 @@
 
 #include <type_traits>
 
+#include "../arch/tf32.h"
+#include "arguments.h"
+#include "tiles.h"
+
+#ifdef LRO_KERNELS
 #include "../arch/cp_async.cuh"
 #include "../arch/mma.cuh"
 #include "../arch/smem.cuh"
 #include "../elements.cuh"
-#include "covariance.h"
 #include "state.cuh"
-#include "tiles.h"
+#endif
+
+#ifdef LRO_LAUNCHERS
+#include "covariance.h"
+#endif
 
 namespace lowrank_ops::covariance {
-namespace {
 
 using arch::Tf32;
+
+template <class Element, Source kSource, int kStages>
+__global__ void covariance_sm80(const __grid_constant__ Arguments args);
+
+#ifdef LRO_KERNELS
+namespace {
 
 template <class Element>
 struct Math {  // how an element becomes an MMA operand
@@ -366,6 +379,8 @@ __device__ void run_staged(Accumulators& acc, ColumnSums& sums, const Arguments&
   }
 }
 
+}  // namespace
+
 template <class Element, Source kSource, int kStages>
 __global__ void __launch_bounds__(kThreads, kSource == Source::aligned_matrix && kStages != 5 ? 2 : 1)
     covariance_sm80(const __grid_constant__ Arguments args) {
@@ -381,6 +396,11 @@ __global__ void __launch_bounds__(kThreads, kSource == Source::aligned_matrix &&
     run_staged<Element, kSource == Source::patches>(acc, sums, args, cta, shared);
   if (cta.diagonal()) flush_column_sums(sums, args, cta);
 }
+
+#endif  // LRO_KERNELS
+
+#ifdef LRO_LAUNCHERS
+namespace {
 
 template <class Element, Source kSource, int kStages>
 void launch_variant(const CovariancePlan& plan, const Arguments& args, const Launch& launch) {
@@ -398,7 +418,7 @@ void launch_element(const CovariancePlan& plan, const Arguments& args, Source so
   if (source == Source::aligned_matrix) {
     if constexpr (std::is_same_v<Element, Tf32>) {
       return launch_variant<Element, Source::aligned_matrix, 2>(plan, args, launch);
-    } else if constexpr (Math<Element>::kParts == 1) {
+    } else if constexpr (!std::is_same_v<Element, float>) {
       if (plan.stages == 4) return launch_variant<Element, Source::aligned_matrix, 4>(plan, args, launch);
       return launch_variant<Element, Source::aligned_matrix, 5>(plan, args, launch);
     }
@@ -415,5 +435,7 @@ void launch_sm80(const CovariancePlan& plan, const Arguments& arguments, Dtype d
   if (plan.tf32) return launch_element<Tf32>(plan, arguments, source, launch);
   launch_element<float>(plan, arguments, source, launch);
 }
+
+#endif  // LRO_LAUNCHERS
 
 }  // namespace lowrank_ops::covariance

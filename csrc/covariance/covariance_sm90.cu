@@ -9,19 +9,35 @@
 //   shared memory  stages | mbarriers, from the next 1024 bytes on; static: column sums
 //   deterministic  yes
 
+#include <cuda.h>
+
+#include "arguments.h"
+#include "wgmma_tiles.h"
+
+#ifdef LRO_KERNELS
 #include "../arch/pipeline.cuh"
 #include "../arch/smem.cuh"
-#include "../arch/tensor_map.h"
 #include "../arch/tma.cuh"
 #include "../arch/wgmma.cuh"
 #include "column_sums.cuh"
-#include "covariance.h"
 #include "state.cuh"
+#endif
+
+#ifdef LRO_LAUNCHERS
+#include "../arch/tensor_map.h"
+#include "covariance.h"
+#endif
 
 namespace lowrank_ops::covariance {
-namespace {
 
 namespace w = wgmma;
+
+template <class Element>
+__global__ void covariance_sm90(const __grid_constant__ CUtensorMap map, const __grid_constant__ Arguments args);
+
+#ifdef LRO_KERNELS
+namespace {
+
 using w::kAccumulators, w::kConsumers, w::kOperandBytes, w::kStageBytes, w::kStages, w::kTmaBytes, w::kTmaFeatures;
 
 using Pipeline = arch::Pipeline<kStages, kStageBytes>;
@@ -96,6 +112,8 @@ __device__ void flush_column_sums(const ColumnSums& sums, const Arguments& args,
   flush_column_sum(args, blockIdx.z, feature, sums.of_column(threadIdx.x), args.splits > 1, blockIdx.y);
 }
 
+}  // namespace
+
 template <class Element>
 __global__ void __launch_bounds__(w::kThreads, 2)
     covariance_sm90(const __grid_constant__ CUtensorMap map, const __grid_constant__ Arguments args) {
@@ -122,12 +140,17 @@ __global__ void __launch_bounds__(w::kThreads, 2)
   if (cta.diagonal()) flush_column_sums(sums, args, cta);
 }
 
+#endif  // LRO_KERNELS
+
+#ifdef LRO_LAUNCHERS
+namespace {
+
 template <class Element>
 void launch_element(const CovariancePlan& plan, const Arguments& args, const Launch& launch) {
   const auto kernel = covariance_sm90<Element>;
   opt_in_shared_memory(kernel, plan.shared_bytes, launch);
   const CUtensorMap map = arch::encode_tensor_map_2d<Element>(args.x, args.tokens, args.features, args.x_row_stride,
-                                                              w::kTokens, kTmaFeatures, launch);
+                                                              w::kTokens, w::kTmaFeatures, launch);
   const dim3 grid(static_cast<unsigned>(args.tiles), static_cast<unsigned>(args.splits),
                   static_cast<unsigned>(args.groups));
   launch_kernel(kernel, {grid, w::kThreads, plan.shared_bytes}, launch, map, args);
@@ -139,5 +162,7 @@ void launch_element(const CovariancePlan& plan, const Arguments& args, const Lau
 void launch_sm90(const CovariancePlan& plan, const Arguments& args, Dtype dtype, const Launch& launch) {
   dispatch_16_bit(dtype, [&](auto element) { launch_element<decltype(element)>(plan, args, launch); });
 }
+
+#endif  // LRO_LAUNCHERS
 
 }  // namespace lowrank_ops::covariance

@@ -11,20 +11,34 @@
 //   shared memory  stages | mbarriers, from the next 1024 bytes on; static: column sums
 //   deterministic  yes: each element of the state or of a partial tile is added to by one thread, in its order
 
+#include <cuda.h>
+
+#include "arguments.h"
+#include "wide_tiles.h"
+
+#ifdef LRO_KERNELS
 #include "../arch/cluster.cuh"
 #include "../arch/pipeline.cuh"
 #include "../arch/red.cuh"
 #include "../arch/setmaxnreg.cuh"
 #include "../arch/smem.cuh"
-#include "../arch/tensor_map.h"
 #include "../arch/tma.cuh"
 #include "../arch/wgmma.cuh"
 #include "column_sums.cuh"
-#include "covariance.h"
 #include "state.cuh"
-#include "wide_tiles.h"
+#endif
+
+#ifdef LRO_LAUNCHERS
+#include "../arch/tensor_map.h"
+#include "covariance.h"
+#endif
 
 namespace lowrank_ops::covariance {
+
+template <class Element>
+__global__ void covariance_sm90_wide(const __grid_constant__ CUtensorMap map, const __grid_constant__ Arguments args);
+
+#ifdef LRO_KERNELS
 namespace {
 
 using wide::kAccumulators, wide::kClusterCtas, wide::kConsumers, wide::kStageBytes, wide::kStages;
@@ -156,6 +170,8 @@ __device__ void flush_column_sums(const ColumnSums& sums, const Arguments& args,
   flush_column_sum(args, 0, feature, sums.of_column(threadIdx.x), cta.is_split(), cta.share.split, wide::kTile);
 }
 
+}  // namespace
+
 template <class Element>
 __global__ void __launch_bounds__(wide::kThreads, 1)
     covariance_sm90_wide(const __grid_constant__ CUtensorMap map, const __grid_constant__ Arguments args) {
@@ -192,15 +208,20 @@ __global__ void __launch_bounds__(wide::kThreads, 1)
   if (cta.diagonal()) flush_column_sums(sums, args, cta);
 }
 
+#endif  // LRO_KERNELS
+
+#ifdef LRO_LAUNCHERS
+namespace {
+
 template <class Element>
 void launch_element(const CovariancePlan& plan, const Arguments& args, const Launch& launch) {
   const auto kernel = covariance_sm90_wide<Element>;
   opt_in_shared_memory(kernel, plan.shared_bytes, launch);
   const CUtensorMap map = arch::encode_tensor_map_2d<Element>(args.x, args.tokens, args.features, args.x_row_stride,
                                                               wide::kTokens, wide::kTmaFeatures, launch);
-  const int64_t ctas = kClusterCtas * wide::clusters(args.tiles, args.whole, args.splits);
-  launch_kernel(kernel, {dim3(static_cast<unsigned>(ctas)), wide::kThreads, plan.shared_bytes, kClusterCtas}, launch,
-                map, args);
+  const int64_t ctas = wide::kClusterCtas * wide::clusters(args.tiles, args.whole, args.splits);
+  launch_kernel(kernel, {dim3(static_cast<unsigned>(ctas)), wide::kThreads, plan.shared_bytes, wide::kClusterCtas},
+                launch, map, args);
   if (args.whole < args.tiles) launch_add_partials(args, wide::kTile, launch);
 }
 
@@ -209,5 +230,7 @@ void launch_element(const CovariancePlan& plan, const Arguments& args, const Lau
 void launch_sm90_wide(const CovariancePlan& plan, const Arguments& args, Dtype dtype, const Launch& launch) {
   dispatch_16_bit(dtype, [&](auto element) { launch_element<decltype(element)>(plan, args, launch); });
 }
+
+#endif  // LRO_LAUNCHERS
 
 }  // namespace lowrank_ops::covariance

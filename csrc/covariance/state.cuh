@@ -2,7 +2,7 @@
 // or to partial tiles in scratch.
 #pragma once
 
-#include "covariance.h"
+#include "arguments.h"
 #include "tiles.h"
 
 namespace lowrank_ops::covariance {

@@ -13,17 +13,31 @@
 //   PDL (sm_90+)   launch_dependents at the start               wait before t is read
 //   deterministic  yes: warps, then splits, summed in order     yes
 
+#include "arguments.h"
+#include "decode_layout.h"
+
+#ifdef LRO_KERNELS
 #include "../arch/atom.cuh"
 #include "../arch/pdl.cuh"
 #include "decode.cuh"
 #include "epilogue.cuh"
-#include "lowrank_linear.h"
+#endif
 
+#ifdef LRO_LAUNCHERS
 #include <iterator>
 #include <utility>
 
+#include "lowrank_linear.h"
+#endif
+
 namespace lowrank_ops::lowrank_linear {
-namespace {
+
+template <class Element, int kTokenGroups, bool kVectorized>
+__global__ void decode_down_sm80(const __grid_constant__ Group group);
+template <class Element, int kTokenGroups, bool kVectorized>
+__global__ void decode_up_sm80(const __grid_constant__ Group group);
+
+#ifdef LRO_KERNELS
 
 template <class Element, int kTokenGroups, bool kVectorized>
 __global__ void __launch_bounds__(kThreads, 1) decode_down_sm80(const __grid_constant__ Group group) {
@@ -128,6 +142,11 @@ __global__ void __launch_bounds__(kThreads, 1) decode_up_sm80(const __grid_const
   }
 }
 
+#endif  // LRO_KERNELS
+
+#ifdef LRO_LAUNCHERS
+namespace {
+
 template <class Element, int kTokenGroups, bool kVectorized>
 void launch_pair(const LowRankPlan& plan, Group group, const Launch& launch) {
   const auto down = decode_down_sm80<Element, kTokenGroups, kVectorized>;
@@ -184,5 +203,7 @@ void launch_decode_sm80(const LowRankPlan& plan, const Group& group, Dtype dtype
     check(launched ? cudaSuccess : cudaErrorInvalidValue, launch);
   });
 }
+
+#endif  // LRO_LAUNCHERS
 
 }  // namespace lowrank_ops::lowrank_linear

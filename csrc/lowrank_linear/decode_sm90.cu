@@ -12,20 +12,33 @@
 //   shared memory  mbarrier | warp sums | CTA sums (2 buffers) or t | slab: SmemLayout
 //   deterministic  yes: warps, then CTAs of a cluster, summed in order
 
-#include <cooperative_groups.h>
+#include "arguments.h"
+#include "decode_layout.h"
 
-#include <array>
-#include <iterator>
-#include <utility>
+#ifdef LRO_KERNELS
+#include <cooperative_groups.h>
 
 #include "../arch/mbarrier.cuh"
 #include "../arch/smem.cuh"
 #include "../arch/tma.cuh"
 #include "decode.cuh"
 #include "epilogue.cuh"
+#endif
+
+#ifdef LRO_LAUNCHERS
+#include <array>
+#include <iterator>
+#include <utility>
+
 #include "lowrank_linear.h"
+#endif
 
 namespace lowrank_ops::lowrank_linear {
+
+template <class Element, int kTokenGroups, int kRowTiles>
+__global__ void decode_sm90(const __grid_constant__ Group group);
+
+#ifdef LRO_KERNELS
 namespace {
 
 namespace cg = cooperative_groups;
@@ -201,6 +214,8 @@ __device__ __forceinline__ void compute_up(const Slab& slab, const Group& group,
     });
 }
 
+}  // namespace
+
 template <class Element, int kTokenGroups, int kRowTiles>
 __global__ void __launch_bounds__(kThreads, 1) decode_sm90(const __grid_constant__ Group group) {
   extern __shared__ __align__(128) unsigned char shared[];
@@ -217,6 +232,11 @@ __global__ void __launch_bounds__(kThreads, 1) decode_sm90(const __grid_constant
   cg::this_grid().sync();
   compute_up<Element, kTokenGroups>(slab, group, shared, at);
 }
+
+#endif  // LRO_KERNELS
+
+#ifdef LRO_LAUNCHERS
+namespace {
 
 template <class Element, int kTokenGroups, int kRowTiles>
 void launch_variant(const LowRankPlan& plan, Group group, const Launch& launch) {
@@ -262,12 +282,13 @@ std::array<int64_t, 3> count_clusters(const Launch& launch) {
     const int ctas = 2 << i;
     const LaunchShape shape{dim3(static_cast<unsigned>(ctas)), kThreads, launch.shared_memory, ctas};
     int count = 0;
-    check(cudaOccupancyMaxActiveClusters(&count, reinterpret_cast<const void*>(kernel),
-                                         LaunchConfig(shape, launch).get()),
-          launch);
+    const void* const function = function_of(reinterpret_cast<const void*>(kernel), launch);
+    check(cudaOccupancyMaxActiveClusters(&count, function, LaunchConfig(shape, launch).get()), launch);
     clusters[i] = count;
   }
   return clusters;
 }
+
+#endif  // LRO_LAUNCHERS
 
 }  // namespace lowrank_ops::lowrank_linear

@@ -3,7 +3,7 @@
 
 #include "../elements.cuh"
 #include "activation.h"
-#include "lowrank_linear.h"
+#include "arguments.h"
 
 namespace lowrank_ops::lowrank_linear {
 

@@ -15,29 +15,44 @@
 //   shared memory  stages | exchange of t | mbarriers, from the next 1024 bytes on
 //   deterministic  yes, and independent of the variant
 
-#include <iterator>
-#include <utility>
+#include <cuda.h>
 
+#include "arguments.h"
+#include "prefill_layout.h"
+
+#ifdef LRO_KERNELS
 #include "../arch/cluster.cuh"
 #include "../arch/pipeline.cuh"
 #include "../arch/setmaxnreg.cuh"
 #include "../arch/smem.cuh"
-#include "../arch/tensor_map.h"
 #include "../arch/tma.cuh"
 #include "../arch/wgmma.cuh"
 #include "epilogue.cuh"
+#endif
+
+#ifdef LRO_LAUNCHERS
+#include <iterator>
+#include <utility>
+
+#include "../arch/tensor_map.h"
 #include "lowrank_linear.h"
-#include "prefill_layout.h"
+#endif
 
 namespace lowrank_ops::lowrank_linear {
-namespace {
 
 namespace p = prefill;
-using arch::smem_descriptor_k_major;
 
 struct Maps {
   CUtensorMap x, down[kMaxMembers], up[kMaxMembers];
 };
+
+template <class Element, int kRankTile, int kCluster, int kPeers, int kWarpgroups>
+__global__ void prefill_sm90(const __grid_constant__ Maps maps, const __grid_constant__ Group group);
+
+#ifdef LRO_KERNELS
+namespace {
+
+using arch::smem_descriptor_k_major;
 
 template <class Element, int kRankTile, int kCluster, int kPeers, int kWarpgroups>
 struct Cta {
@@ -239,6 +254,8 @@ struct Cta {
   }
 };
 
+}  // namespace
+
 template <class Element, int kRankTile, int kCluster, int kPeers, int kWarpgroups>
 __global__ void __launch_bounds__(p::Variant{kRankTile, kCluster, kWarpgroups, kPeers}.threads(), 1)
     prefill_sm90(const __grid_constant__ Maps maps, const __grid_constant__ Group group) {
@@ -287,6 +304,11 @@ __global__ void __launch_bounds__(p::Variant{kRankTile, kCluster, kWarpgroups, k
   }
 }
 
+#endif  // LRO_KERNELS
+
+#ifdef LRO_LAUNCHERS
+namespace {
+
 template <class Element, int kRankTile, int kCluster, int kPeers, int kWarpgroups>
 void launch_variant(const LowRankPlan& plan, const Group& group, const Launch& launch) {
   constexpr p::Variant kVariant{kRankTile, kCluster, kWarpgroups, kPeers};
@@ -334,5 +356,7 @@ void launch_prefill_sm90(const LowRankPlan& plan, const Group& group, Dtype dtyp
     check(launched ? cudaSuccess : cudaErrorInvalidValue, launch);
   });
 }
+
+#endif  // LRO_LAUNCHERS
 
 }  // namespace lowrank_ops::lowrank_linear

@@ -152,6 +152,11 @@ def _add_compression(parser: argparse.ArgumentParser) -> None:
         "saves rank^2 parameters",
     )  # fmt: skip
     factors.add_argument(
+        "--channels", action="store_true",
+        help="drop channels of MLPs, the features between their layers, instead of factorizing these; with --budget or "
+        "--flops",
+    )  # fmt: skip
+    factors.add_argument(
         "--reconstruct", choices=list(RECONSTRUCTIONS),
         help="then fit the factors to the dense model's outputs at the compressed model's inputs: layer by layer by "
         "regression (sequential), or one block at a time by training (blocks)",
@@ -218,8 +223,9 @@ def run(options: argparse.Namespace) -> Result:
         batches = load_batches(options, model)  # which may set the mask
         with failing_as("correction", but=ValueError):
             subspaces = correct_predictions(
-                model, covariances, batches, sensitivity=options.sensitivity, mask=options.mask, progress=True
-            )
+                model, covariances, batches, sensitivity=options.sensitivity, mask=options.mask,
+                channels=options.channels, progress=True,
+            )  # fmt: skip
     if options.measure:
         batches = load_batches(options, model)  # which may set the mask
         with failing_as("measuring", but=ValueError):
@@ -228,7 +234,10 @@ def run(options: argparse.Namespace) -> Result:
                 subspaces=subspaces, mask=options.mask, progress=True,
             )  # fmt: skip
         config = replace(config, rank=ranks)
-    report = compress_(model, covariances, config, subspaces=subspaces, reconstruction=reconstruction, progress=True)
+    report = compress_(
+        model, covariances, config, subspaces=subspaces, reconstruction=reconstruction,
+        max_memory=None if options.batches else options.max_memory, progress=True,
+    )  # fmt: skip
     if not any(layer.is_replaced for layer in report.layers):
         raise Failure(1, "every layer stays dense at these ranks, so nothing was written; allow smaller ranks")
     loading = _save(model, options, report)
@@ -247,6 +256,7 @@ def _run_on_folder(options: argparse.Namespace) -> Result:
         "--recalibrate": options.recalibrate,
         "--correct": options.correct,
         "--measure": options.measure,
+        "--channels": options.channels,
         "--resume": options.resume,
         "--save-covariances": options.save_covariances,
         "--save-latencies": options.save_latencies,
@@ -262,6 +272,7 @@ def _run_on_folder(options: argparse.Namespace) -> Result:
         _damped(options, Covariances.load(options.covariances, packed=True)),
         _config(options, _policy(options)),
         device=options.device,
+        max_memory=options.max_memory,
         progress=True,
     )
     loader = "lowrank_ops.load_pretrained(dense_model, {!r})"
@@ -304,6 +315,7 @@ def _config(options: argparse.Namespace, policy: RankPolicy | None) -> Compressi
         overrides=dict.fromkeys(options.keep_dense),
         pivoted=options.pivoted,
         group=options.group,
+        channels=options.channels,
     )
 
 
@@ -328,6 +340,18 @@ def _policy(options: argparse.Namespace) -> RankPolicy | None:
         raise Failure(2, "--pivoted cannot be combined with --group, whose kernels take two factors per layer")
     if options.pivoted and options.latency is not None:
         raise Failure(2, "--pivoted cannot be combined with --latency, which times layers of two factors")
+    if options.channels:
+        others = {
+            "--latency": options.latency is not None,
+            "--bytes": options.bytes is not None,
+            "--ranks": options.ranks is not None,
+            "--explained-variance": options.explained_variance is not None,
+            "--recalibrate": options.recalibrate,
+            "--reconstruct sequential": options.reconstruct == "sequential",
+            f"--projection {options.projection}": options.projection not in (None, "loss", "output"),
+        }
+        if given := [flag for flag, value in others.items() if value]:
+            raise Failure(2, f"--channels cannot be combined with {given[0]}; it takes --budget or --flops")
     if options.latency is not None and options.latencies is None:
         if options.batches is None:
             raise Failure(2, "--latency measures times with --calibration; with --covariances it needs --latencies")

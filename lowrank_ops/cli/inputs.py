@@ -75,7 +75,7 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     calibration.add_argument(
         "--max-memory", metavar="BYTES",
         help="bound on the sums on each device, such as 8GB; if they need more, the batches run several times "
-        "(default: half of the free memory)",
+        "(default: half of the free memory). compress --covariances: on what computing the factors takes",
     )  # fmt: skip
     calibration.add_argument(
         "--tokens", type=share, metavar="SHARE",
@@ -102,7 +102,7 @@ def calibrated(
         check_folder(options.save_covariances, "--save-covariances")
     model = load_model_of(options)
     if options.covariances is not None:
-        covariances = Covariances.load(options.covariances)
+        covariances = Covariances.load(options.covariances, packed=options.max_memory is not None)
     else:
 
         def measure() -> Covariances:
@@ -120,7 +120,12 @@ def given_calibration(options: argparse.Namespace) -> list[str]:
     """The given flags that only a calibration uses."""
     defaults = {"side": "auto"}
     names = ("mask", "side", "sensitivity", "tokens", "max_memory", "offload", "batch_size", "samples", "max_length")
-    return [f"--{name.replace('_', '-')}" for name in names if getattr(options, name) != defaults.get(name)]
+    others = {"max_memory"} if options.command == "compress" else set()
+    return [
+        f"--{name.replace('_', '-')}"
+        for name in names
+        if name not in others and getattr(options, name) != defaults.get(name)
+    ]
 
 
 def calibration_arguments(options: argparse.Namespace) -> dict[str, Any]:

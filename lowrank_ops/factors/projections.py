@@ -38,7 +38,7 @@ class Factors:
             in the compressed model, so it includes the errors of earlier layers. If the reconstruction used token
             weights, ``predicted_error`` and ``output_variance`` are over token-weighted rows.
         formats: how a layer stores ``down`` and ``up``: ``"int8"``, ``"fp8"``, or None for its dtype. Here they are not
-            rounded yet. One format only: ``down`` is the weight of a layer that stays dense, and ``up`` is empty.
+            rounded yet. One format only: ``down`` is the weight of a dense layer, and ``up`` is empty.
     """
 
     down: Tensor
@@ -52,6 +52,7 @@ class Factors:
     reconstructed: bool = False
     formats: Formats = PLAIN
     pivots: Pivots | None = None  # of a pivoted layer with 8-bit factors; others compute them from the factors
+    kept: Tensor | None = None  # (rank,), int64: of a layer of an MLP with fewer channels, those that it keeps
 
     @property
     def is_dense(self) -> bool:
@@ -59,8 +60,8 @@ class Factors:
         return len(self.formats) == 1
 
     @classmethod
-    def of_weight(cls, weight: Tensor, bias: Tensor | None, form: str, **predicted: Any) -> Factors:
-        """A weight (out_features, in_features) that a dense layer stores in 8 bits."""
+    def of_weight(cls, weight: Tensor, bias: Tensor | None, form: str | None, **predicted: Any) -> Factors:
+        """A weight (out_features, in_features) that a dense layer stores, in 8 bits or its dtype (None)."""
         values = {"predicted_error": None, "output_variance": 0.0, **predicted}
         return cls(weight, weight.new_empty(len(weight), 0), bias, min(weight.shape), "", formats=(form,), **values)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from ..checkpoint import CheckpointError, check_format, describe_layers, empty_l
 from ..layers._base import LowRankLayer
 from ..layers.eight_bit import EightBitLinear
 from ..layers.linear import LowRankLinear
+from ..layers.narrow import NarrowLinear
 from ..layers.pivoted import PivotedLinear, is_order
 from ..layers.plain import CONVERTED
 from ..layers.replace import swap_
@@ -214,7 +216,8 @@ def _check_copy(model: PreTrainedModel) -> None:
         return
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in type(model)(model.config).state_dict().items()}
-    kinds = (LowRankLayer, ListedExperts)  # of a copy that was compressed again; config.json describes them
+    # Of a copy that was compressed again; config.json describes them.
+    kinds = (LowRankLayer, NarrowLinear, ListedExperts)
     described = tuple(f"{fqn}." for fqn, module in model.named_modules() if isinstance(module, kinds))
     unknown = [
         name
@@ -255,10 +258,10 @@ def _register() -> None:
 def model_card(model: nn.Module) -> str:
     """A section of a model card, in Markdown: number, parameters and ranks of the low-rank layers of ``model``.
 
-    Dense layers with 8-bit weights are counted on a line of their own.
+    Dense layers with 8-bit weights and layers with fewer channels are counted on lines of their own.
 
     Raises:
-        ValueError: ``model`` has neither.
+        ValueError: ``model`` has none of them.
 
     Example:
         >>> import torch, lowrank_ops as lro
@@ -273,7 +276,8 @@ def model_card(model: nn.Module) -> str:
     """
     found = [layer for layer in model.modules() if isinstance(layer, LowRankLayer)]
     layers = [layer for layer in found if not isinstance(layer, EightBitLinear)]
-    if not found:
+    narrow = [layer for layer in model.modules() if isinstance(layer, NarrowLinear)]
+    if not found and not narrow:
         raise ValueError("model has no low-rank layers to describe; call compress_ first.")
     lines = []
     if layers:
@@ -288,6 +292,13 @@ def model_card(model: nn.Module) -> str:
     if len(found) > len(layers):
         rounded = len(found) - len(layers)
         lines.append(f"- Dense layers with 8-bit weights, by `lowrank_ops` {__version__}: {rounded}")
+    if narrow:
+        held = sum(layer.weight.numel() for layer in narrow)
+        dense = sum(math.prod(layer.dense_features) for layer in narrow)
+        lines.append(
+            f"- Layers of MLPs with fewer channels, by `lowrank_ops` {__version__}: {len(narrow)}, with "
+            f"{held / dense:.1%} of the {dense:,} elements of their dense weights"
+        )
     text = "\n".join(lines)
     return f"""\
 ## Low-rank layers

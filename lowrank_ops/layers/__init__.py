@@ -12,6 +12,7 @@ from .eight_bit import quantize_ as quantize_
 from .group import group_ as group_
 from .latency import measure_latency as measure_latency
 from .linear import LowRankLinear as LowRankLinear
+from .narrow import NarrowLinear as NarrowLinear
 from .pivoted import PivotedLinear as PivotedLinear
 from .plain import to_dense_layers as to_dense_layers
 from .plain import to_plain_layers as to_plain_layers

@@ -19,6 +19,7 @@ from ._base import LowRankLayer
 from .conv import GEOMETRY, LowRankConv
 from .eight_bit import EightBitLinear
 from .linear import LowRankLinear
+from .narrow import NarrowLinear
 from .pivoted import PivotedLinear
 from .replace import has_hooks, swap_
 
@@ -50,7 +51,7 @@ def to_dense_layers(model: nn.Module) -> nn.Module:
           (1): ReLU()
         )
     """
-    converted = _converted(model, _dense_layer)
+    converted = _converted(model, _dense_layer, NarrowLinear.to_dense)
     fused: dict[nn.Module, nn.Module] = {}
     for fqn, module in converted.named_modules():
         if isinstance(module, ListedExperts):
@@ -98,7 +99,7 @@ def to_plain_layers(model: nn.Module) -> nn.Module:
         )
     """
     _check_reads(model)
-    converted = _converted(model, _two_layers)
+    converted = _converted(model, _two_layers, NarrowLinear.to_plain)
     graphs: dict[nn.Module, nn.Module] = {
         module: _as_graph(module) for module in converted.modules() if isinstance(module, ListedExperts)
     }
@@ -142,11 +143,13 @@ def _as_graph(experts: ListedExperts) -> fx.GraphModule:
     return fx.GraphModule(experts, graph).train(experts.training)
 
 
-def _converted(model: nn.Module, convert: Callable[[LowRankLayer], nn.Module]) -> nn.Module:
+def _converted(
+    model: nn.Module, convert: Callable[[LowRankLayer], nn.Module], of_narrow: Callable[[NarrowLinear], nn.Module]
+) -> nn.Module:
     check_no_adapters(model)
     check_not_dispatched(model)
     for fqn, module in model.named_modules():
-        if isinstance(module, LowRankLayer) and has_hooks(module):
+        if isinstance(module, (LowRankLayer, NarrowLinear)) and has_hooks(module):
             raise ValueError(f"layer {fqn!r} has hooks, which its replacement would drop; remove them first.")
         if isinstance(module, LowRankLayer) and not module._parameters.keys() >= {*module.matrices, "bias"}:
             raise ValueError(
@@ -154,9 +157,13 @@ def _converted(model: nn.Module, convert: Callable[[LowRankLayer], nn.Module]) -
                 "call torch.nn.utils.parametrize.remove_parametrizations first."
             )
     converted = copy.deepcopy(model)
-    replacements = {layer: convert(layer) for layer in converted.modules() if isinstance(layer, LowRankLayer)}
-    swap_(converted, replacements)  # type: ignore[arg-type]
-    converted = replacements.get(converted, converted)  # type: ignore[call-overload]
+    replacements: dict[nn.Module, nn.Module] = {
+        layer: convert(layer) if isinstance(layer, LowRankLayer) else of_narrow(layer)
+        for layer in converted.modules()
+        if isinstance(layer, (LowRankLayer, NarrowLinear))
+    }
+    swap_(converted, replacements)
+    converted = replacements.get(converted, converted)
     if replacements:
         setattr(converted, CONVERTED, True)
     return converted

@@ -20,6 +20,7 @@ from ._base import LowRankLayer
 from .conv import LowRankConv1d, LowRankConv2d
 from .eight_bit import EightBitLinear
 from .linear import LowRankLinear
+from .narrow import NarrowLinear
 from .pivoted import PivotedLinear
 
 
@@ -33,7 +34,7 @@ def replace_(model: nn.Module, factors: Mapping[str, Factors], *, pivoted: bool 
     Args:
         model: any module.
         factors: ``{fqn: Factors}``, from :func:`lowrank_ops.factors.factorize` for example; those of
-            :meth:`Factors.of_weight` make a dense layer with an 8-bit weight.
+            :meth:`Factors.of_weight` make a dense layer, with an 8-bit weight or fewer channels.
         pivoted: store linear layers as :class:`lowrank_ops.layers.PivotedLinear`, where that takes fewer parameters.
 
     Returns:
@@ -62,36 +63,41 @@ def replace_(model: nn.Module, factors: Mapping[str, Factors], *, pivoted: bool 
 
 
 def _replace(model: nn.Module, factors: Mapping[str, Factors], pivoted: bool) -> nn.Module:
-    replacements = replacements_of(model, factors, pivoted)
+    layers = replaceable(model, factors)
+    replacements = {layers[fqn]: replacement(layers[fqn], part, pivoted) for fqn, part in factors.items()}
     swap_(model, replacements)
     return replacements.get(model, model)
 
 
-def replacements_of(
-    model: nn.Module, factors: Mapping[str, Factors], pivoted: bool = False
-) -> dict[nn.Module, LowRankLayer]:
-    """``{dense layer: its low-rank layer}``; arguments and errors as for :func:`replace_`."""
+def replaceable(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+    """The layers of these names; errors as for :func:`replace_`."""
     check_not_wrapped(model)
+    names = list(names)
     layers, skipped = find_layers(model)
-    unknown = [fqn for fqn in factors if fqn not in layers]
+    unknown = [fqn for fqn in names if fqn not in layers]
     if unknown:
         reasons = "; ".join(f"{fqn!r}: {skipped.get(fqn, 'no such layer')}" for fqn in unknown)
         raise ValueError(f"factors names layers that cannot be replaced: {reasons}.")
     tied = tied_layers(model)
-    for fqn in factors:
+    for fqn in names:
         if fqn in tied:
             raise ValueError(
                 f"layer {fqn!r} cannot be replaced: its weight is tied to {tied[fqn]!r}. "
                 "Untie the two or leave the layer out with filter_fn."
             )
+        if isinstance(layers[fqn], NarrowLinear):
+            raise ValueError(f"layer {fqn!r} cannot be replaced: it has fewer channels already.")
         if has_hooks(layers[fqn]):
             raise ValueError(f"layer {fqn!r} has hooks, which its replacement would drop; remove them first.")
-    return {
-        layers[fqn]: (
-            EightBitLinear if part.is_dense else lowrank_type(layers[fqn], part.rank if pivoted else None)
-        ).from_factors(layers[fqn], part)
-        for fqn, part in factors.items()
-    }
+    return {fqn: layers[fqn] for fqn in names}
+
+
+def replacement(dense: nn.Module, factors: Factors, pivoted: bool = False) -> LowRankLayer | NarrowLinear:
+    """The layer that holds ``factors`` in the place of ``dense``."""
+    if factors.kept is not None:
+        return NarrowLinear.from_factors(dense, factors)
+    kind = EightBitLinear if factors.is_dense else lowrank_type(dense, factors.rank if pivoted else None)
+    return kind.from_factors(dense, factors)
 
 
 def swap_(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:

@@ -467,10 +467,11 @@ def _rows(mask: Any, name: str, batch_first: bool = True) -> _Known:
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         given = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"mask must have shape (batch, positions); got {given}.")
-    if mask.is_floating_point() and not name.endswith("key_padding_mask") and bool((mask < 0).any()):
+    added = mask.is_floating_point() and name.endswith("key_padding_mask")
+    if not added and mask.dtype != torch.bool and bool((mask < 0).any()):
         raise ValueError(
-            "mask holds negative values, as masks do that are added to attention scores; pass a function mask(args, "
-            "kwargs) that is true for real tokens."
+            "mask holds negative values, as masks do that are added to attention scores, and labels of padding; pass a "
+            "function mask(args, kwargs) that is true for real tokens."
         )
     real = mask.bool()
     if name.endswith("key_padding_mask"):  # true is padding; of floats, which are added to scores, -inf is

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from threading import Lock, RLock, get_ident
 from types import FrameType
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -157,8 +157,9 @@ def exclusive(model: nn.Module) -> Iterator[None]:
                     "another thread calibrates, compresses or searches this model or shares modules with it; wait for "
                     "that thread, or work on copy.deepcopy(model)."
                 )
-            new = [module for module in modules if module not in _owners]
+            new = WeakSet(module for module in modules if module not in _owners)  # some may be replaced and freed
             _owners.update(dict.fromkeys(new, thread))
+            del modules
         try:
             yield
         finally:

@@ -21,6 +21,7 @@ from ..config import (
     UniformRank,
     check_bound,
 )
+from ..subspaces.channels import ChannelSubspaces
 from ..subspaces.layer import LayerSubspaces
 from .allocation import allocate, allocate_bytes
 from .costs import (
@@ -164,7 +165,7 @@ def _layer_by_layer(rank_of: Callable[[LayerSubspaces], int], spaces: Spaces, li
         low, high = limits.bounds.get(fqn, UNBOUNDED)
         rank = max(rank_of(space), low)
         rank = rank if high is None else min(rank, high)
-        fits = rank <= min(space.dimensions[1:])
+        fits = rank <= space.max_rank
         saves = fits and lowrank_parameters(space, rank, pivoted=limits.pivoted) < dense_parameters(space)
         chosen[fqn] = rank if saves else limits.options(fqn, space)[-1].rank
     return chosen
@@ -172,7 +173,17 @@ def _layer_by_layer(rank_of: Callable[[LayerSubspaces], int], spaces: Spaces, li
 
 @_choose.register
 def _(policy: Ranks, spaces: Spaces, limits: Limits) -> ChosenRanks:
-    return {**dict.fromkeys(spaces), **_by_hand(policy.ranks, spaces, "ranks")}
+    mlps = {fqn: space for fqn, space in spaces.items() if isinstance(space, ChannelSubspaces)}
+    others = {fqn: space for fqn, space in spaces.items() if fqn not in mlps}
+    by_hand = {**_by_hand(policy.ranks, others, "ranks"), **_by_hand(policy.channels, mlps, "channels")}
+    return {**dict.fromkeys(spaces), **by_hand}
+
+
+def as_policy(ranks: Mapping[str, int | None], spaces: Spaces) -> Ranks:
+    """The policy that chooses these ranks and numbers of channels."""
+    kept = {fqn: rank for fqn, rank in ranks.items() if rank is not None}
+    channels = {fqn: kept.pop(fqn) for fqn in list(kept) if isinstance(spaces[fqn], ChannelSubspaces)}
+    return Ranks(kept, channels)
 
 
 @_choose.register
@@ -212,6 +223,12 @@ def _bounds(bounds: Mapping[str, tuple[int, int | None]], spaces: Spaces) -> dic
 def _named(key: str, spaces: Spaces, argument: str) -> list[str]:
     matches = _matches(key, spaces, argument)
     if not matches:
+        for fqn, space in spaces.items():
+            if isinstance(space, ChannelSubspaces) and _matches(key, space.producers, argument):
+                raise ValueError(
+                    f"{argument}: {key!r} names a layer of an MLP whose channels are dropped; name {fqn!r} and a "
+                    "number of channels."
+                )
         raise ValueError(f"{argument}: {key!r} matches none of the layers considered: {', '.join(spaces)}.")
     return matches
 
@@ -229,8 +246,11 @@ def _by_hand(ranks: Mapping[str, int | None], spaces: Spaces, argument: str) -> 
     chosen: ChosenRanks = {}
     for key, rank in sorted(ranks.items(), key=lambda item: not item[0].startswith("re:")):
         for fqn in _named(key, spaces, argument):
-            largest = min(spaces[fqn].dimensions[1:])
-            if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank <= largest):
-                raise ValueError(f"{argument}[{key!r}] must be None or an integer in [0, {largest}]; got {rank!r}.")
+            least, largest = int(isinstance(spaces[fqn], ChannelSubspaces)), spaces[fqn].max_rank
+            whole = isinstance(rank, int) and not isinstance(rank, bool)
+            if rank is not None and not (whole and least <= rank <= largest):
+                raise ValueError(
+                    f"{argument}[{key!r}] must be None or an integer in [{least}, {largest}]; got {rank!r}."
+                )
             chosen[fqn] = rank
     return chosen

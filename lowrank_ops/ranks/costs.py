@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from ..config import LayerLatencies
+from ..subspaces.channels import ChannelSubspaces
 from ..subspaces.layer import LayerSubspaces
 
-RANK_ALIGNMENT = 8  # stored ranks are multiples of this, which the fast kernels need
+RANK_ALIGNMENT = 8  # stored ranks, and channels that budgets choose, are multiples of this: fast kernels need it
 
 
 def stored_rank(rank: int) -> int:
@@ -22,7 +23,9 @@ def stored_rank_of(spaces: LayerSubspaces, rank: int, *, pivoted: bool = False) 
 
 
 def dense_parameters(spaces: LayerSubspaces) -> int:
-    """Parameters of the dense layer."""
+    """Parameters of the dense layer, or of the layers of an MLP."""
+    if isinstance(spaces, ChannelSubspaces):
+        return sum(map(dense_parameters, spaces.layers))
     groups, in_features, out_features = spaces.dimensions
     return groups * (in_features * out_features + (out_features if spaces.bias is not None else 0))
 
@@ -46,20 +49,35 @@ def factor_parameters(spaces: LayerSubspaces, rank: int, *, pivoted: bool = Fals
 
 
 def lowrank_parameters(spaces: LayerSubspaces, rank: int, *, pivoted: bool = False) -> int:
-    """Parameters of the low-rank layer; centering adds a bias to a layer without one."""
+    """Parameters of the low-rank layer; centering adds a bias to a layer without one.
+
+    Of an MLP, those of the layers with ``rank`` channels.
+    """
     groups, _, out_features = spaces.dimensions
     bias = groups * out_features if spaces.bias is not None or spaces.centered else 0
+    if isinstance(spaces, ChannelSubspaces):
+        biases = sum(space.bias is not None for space in spaces.producers.values())
+        return rank * (_widths(spaces) + biases) + bias
     return factor_parameters(spaces, rank, pivoted=pivoted) + bias
 
 
+def _widths(spaces: ChannelSubspaces) -> int:
+    """Elements of the weights of an MLP per channel."""
+    return spaces.dimensions.out_features + sum(space.dimensions.in_features for space in spaces.producers.values())
+
+
 def dense_macs(spaces: LayerSubspaces) -> int:
-    """MACs of the dense layer, over the calibration rows."""
+    """MACs of the dense layer, or of the layers of an MLP, over the calibration rows."""
+    if isinstance(spaces, ChannelSubspaces):
+        return sum(map(dense_macs, spaces.layers))
     groups, in_features, out_features = spaces.dimensions
     return spaces.rows * groups * in_features * out_features
 
 
 def lowrank_macs(spaces: LayerSubspaces, rank: int, *, pivoted: bool = False) -> int:
-    """MACs of the low-rank layer, over the calibration rows."""
+    """MACs of the low-rank layer, over the calibration rows; of an MLP, those with ``rank`` channels."""
+    if isinstance(spaces, ChannelSubspaces):
+        return spaces.rows * rank * _widths(spaces)
     groups, in_features, out_features = spaces.dimensions
     if is_pivoted(spaces, rank, pivoted):
         return spaces.rows * rank * (in_features + out_features - rank)
@@ -136,7 +154,7 @@ class Option(NamedTuple):
 
 
 def options_of(fqn: str, space: LayerSubspaces, price: Price, bounds: Bounds = UNBOUNDED) -> list[Option]:
-    """Aligned ranks that save parameters, and dense, in ascending order of cost.
+    """Aligned ranks, or numbers of channels, that save parameters, and dense, in ascending order of cost.
 
     Ranks that cost as much as a larger one are left out.
 
@@ -144,7 +162,7 @@ def options_of(fqn: str, space: LayerSubspaces, price: Price, bounds: Bounds = U
         ValueError: the bounds leave nothing.
     """
     kept = [Option(None, price.dense(fqn, space))] if bounds.max is None else []
-    largest = min(space.dimensions[1:] if bounds.max is None else (*space.dimensions[1:], bounds.max))
+    largest = space.max_rank if bounds.max is None else min(space.max_rank, bounds.max)
     for rank in range(largest // RANK_ALIGNMENT * RANK_ALIGNMENT, max(bounds.min - 1, 0), -RANK_ALIGNMENT):
         if lowrank_parameters(space, rank, pivoted=price.pivoted) < dense_parameters(space):
             option = Option(rank, price.lowrank(fqn, space, rank))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..config import EIGHT_BIT
 from ..subspaces.balance import balance
+from ..subspaces.channels import ChannelSubspaces
 from ..subspaces.layer import DAMPING, LayerSubspaces
 from ..subspaces.pivots import pivoted_rows
 from .costs import (
@@ -52,7 +53,9 @@ def eight_bit_bytes(spaces: LayerSubspaces) -> int:
 
 
 def lowrank_bytes(spaces: LayerSubspaces, rank: int, formats: Formats = PLAIN, *, pivoted: bool = False) -> int:
-    """Bytes of the low-rank layer; centering adds a bias to a layer without one."""
+    """Bytes of the low-rank layer, or of an MLP with ``rank`` channels; centering adds a bias to one without."""
+    if isinstance(spaces, ChannelSubspaces):
+        return lowrank_parameters(spaces, rank) * spaces.dtype.itemsize
     biases = lowrank_parameters(spaces, rank) - factor_parameters(spaces, rank)
     return factor_bytes(spaces, rank, formats, pivoted=pivoted) + biases * spaces.dtype.itemsize
 

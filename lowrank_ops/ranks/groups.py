@@ -71,4 +71,4 @@ def choose_grouped_sizes(
         if not mixed:
             return ranks, rounded, tuple(group for group in groups if ranks[group[0]] is not None)
         for fqn in mixed:
-            bounds[fqn] = limits.bounds.get(fqn, UNBOUNDED).min, min(spaces[fqn].dimensions[1:])
+            bounds[fqn] = limits.bounds.get(fqn, UNBOUNDED).min, spaces[fqn].max_rank

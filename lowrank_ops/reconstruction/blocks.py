@@ -26,8 +26,8 @@ from ..calibration.objectives import Sensitivity, check_sensitivity, divergence,
 from ..calibration.statistics import NonFiniteActivationError
 from ..factors.projections import Factors
 from ..files import digest
-from ..layers import LowRankConv1d, LowRankLayer
-from ..layers.replace import lowrank_type, replacements_of
+from ..layers import LowRankConv1d, LowRankLayer, NarrowLinear
+from ..layers.replace import replaceable, replacement
 from ..models.experts import on_listed_experts
 from ..models.layers import find_layers, is_supported
 from ..models.masks import Mask, Masks, real_rows
@@ -164,7 +164,7 @@ def reconstruct_blocks(
     batches = checked_batches(model, factors, settings.batches)
     if len(batches) < 2:
         raise ValueError("a block-wise reconstruction needs at least 2 batches, one of them held out; split the batch.")
-    replacements_of(model, factors)  # raises now for layers that could not be replaced in the end
+    replaceable(model, factors)  # raises now for layers that could not be replaced in the end
     found, _ = find_layers(model)
     layers = {fqn: found[fqn] for fqn in factors}
     chains = find_chains(model, layers) if settings.blocks is None else chains_named(model, settings.blocks)
@@ -197,7 +197,7 @@ def reconstruct_blocks(
         if settings.sensitivity is not None and not all(fqn in done for part in inside.values() for fqn in part):
             metrics = _output_metrics(model, [window[-1] for window in windows], batches, settings, progress)
         for fqn, layer in layers.items():
-            runs.replace(fqn, lowrank_type(layer).from_factors(layer, new[fqn]))
+            runs.replace(fqn, replacement(layer, new[fqn]))
         ready: dict[str, Factors] = {}
         with ProgressBar(total=len(windows), desc="reconstructing", unit="window", disable=not progress) as bar:
             for window, names in inside.items():
@@ -210,7 +210,7 @@ def reconstruct_blocks(
                     result = _train(runs, window, parts, settings, masks, metrics.get(window[-1]))
                 for fqn, part in result.items():
                     new[fqn] = ready[fqn] = part
-                    runs.replace(fqn, lowrank_type(layers[fqn]).from_factors(layers[fqn], part))
+                    runs.replace(fqn, replacement(layers[fqn], part))
                 bar.update()
                 if checkpoint is not None:
                     save_checkpoint(checkpoint, identity, ready)
@@ -298,7 +298,7 @@ def _train(
             except RuntimeError as problem:  # activations changed in place
                 raise ValueError(f"block {name!r} cannot be trained: {problem}") from problem
 
-    new = {fqn: lowrank_type(dense).from_factors(dense, factors) for fqn, (dense, factors) in members.items()}
+    new = {fqn: replacement(dense, factors) for fqn, (dense, factors) in members.items()}
     for fqn, layer in new.items():
         runs.replace(fqn, layer.requires_grad_(True))
     parameters = [parameter for layer in new.values() for parameter in layer.parameters()]
@@ -363,12 +363,17 @@ def _fill(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
         parameter.copy_(value)
 
 
-def _factors_of(layer: LowRankLayer, old: Factors) -> Factors:
-    """The factors in a trained layer, without its padding."""
+def _factors_of(layer: LowRankLayer | NarrowLinear, old: Factors) -> Factors:
+    """The factors in a trained layer, without its padding, or its weight."""
+    if isinstance(layer, NarrowLinear):
+        down, up = layer.weight.detach().clone(), old.up
+    else:
+        down = layer.down.detach().reshape(*old.down.shape[:-2], -1, old.down.shape[-1])[..., : old.rank, :].clone()
+        up = layer.up.detach().reshape(*old.up.shape[:-1], -1)[..., : old.rank].clone()
     return replace(
         old,
-        down=layer.down.detach().reshape(*old.down.shape[:-2], -1, old.down.shape[-1])[..., : old.rank, :].clone(),
-        up=layer.up.detach().reshape(*old.up.shape[:-1], -1)[..., : old.rank].clone(),
+        down=down,
+        up=up,
         bias=None if layer.bias is None else layer.bias.detach().clone(),
         predicted_error=None,
         predicted_loss=None,

@@ -15,7 +15,7 @@ from ..files import check_file, digest, digests, open_tensors, read_header, read
 from ..models.layers import bias_vector, weight_matrix
 
 _FORMAT = "lowrank_ops.reconstruction/3"
-_TENSORS = ("down", "up", "bias")  # of Factors
+_TENSORS = ("down", "up", "bias", "kept")  # of Factors
 
 
 def run_identity(
@@ -90,6 +90,8 @@ def resume_checkpoint(path: Path, identity: dict[str, Any], layers: Mapping[str,
 
 def _stored(fqn: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Factors:
     part = Factors(**{name: tensors.get(f"{fqn}.{name}") for name in _TENSORS}, **entry)  # type: ignore[arg-type]
+    if part.kept is not None and part.kept.shape != (part.rank,):
+        raise ValueError(f"the channels of {fqn!r} are not as many as it says")
     for value in (part.down, part.up, *([] if part.bias is None else [part.bias])):
         if not value.is_floating_point() or not bool(value.isfinite().all()):
             raise ValueError(f"the factors of {fqn!r} are not finite numbers")
@@ -100,6 +102,9 @@ def _stored(fqn: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
 
 def _fits(part: Factors, rank: int, layer: nn.Module) -> bool:
     *groups, out_features, in_features = weight_matrix(layer).shape
-    shapes = ((*groups, part.rank, in_features), (*groups, out_features, part.rank))
+    shapes = [((*groups, part.rank, in_features), (*groups, out_features, part.rank))]
+    if part.kept is not None:  # rows of the weight, or columns
+        shapes = [((n, m), (n, 0)) for n, m in ((part.rank, in_features), (out_features, part.rank))]
+        out_features = len(part.down)
     bias = part.bias is None or part.bias.shape == (math.prod(groups) * out_features,)
-    return part.rank == rank and (part.down.shape, part.up.shape) == shapes and bias
+    return part.rank == rank and (part.down.shape, part.up.shape) in shapes and bias

@@ -19,7 +19,7 @@ from ..calibration.call_weights import CallWeights, call_weights
 from ..calibration.objectives import Sensitivity, check_sensitivity
 from ..calibration.statistics import LayerStatistics, NonFiniteActivationError
 from ..factors.projections import Factors
-from ..layers.replace import lowrank_type, replacements_of
+from ..layers.replace import lowrank_type, replaceable
 from ..models.experts import ExpertLinear, on_listed_experts
 from ..models.layers import compiled_or_scripted, find_layers, input_rows
 from ..models.masks import Mask, Masks, real_rows
@@ -132,7 +132,7 @@ def reconstruct_factors(
             f"factors of projection='loss' need output gradients, which {', '.join(missing)} lack; pass the "
             "covariances of a calibration with a sensitivity as statistics=."
         )
-    replacements_of(model, factors)  # raises now for layers that could not be replaced in the end
+    replaceable(model, factors)  # raises now for layers that could not be replaced in the end
     found, _ = find_layers(model)
     layers = {fqn: found[fqn] for fqn in factors}
     chains = find_chains(model, layers) if settings.blocks is None else chains_named(model, settings.blocks)

@@ -272,10 +272,10 @@ class CompressionReport:
 
     def few_rows(self) -> list[str]:
         """The replaced layers with fewer calibration rows than min(in_features, out_features), with both numbers."""
-        return few_rows(layer for layer in self.layers if layer.rank is not None)  # rounding a weight needs few
+        return few_rows(layer for layer in self.layers if layer.is_fitted)  # rounding a weight needs few
 
     def _rows_note(self) -> list[str]:
-        return rows_note([layer for layer in self.layers if layer.rank is not None], errors=True)
+        return rows_note([layer for layer in self.layers if layer.is_fitted], errors=True)
 
     def _groups_note(self) -> list[str]:
         """How many groups there are, and one of them."""
@@ -285,7 +285,7 @@ class CompressionReport:
 
     def fallbacks(self) -> list[str]:
         """One line per layer that was not compressed as requested."""
-        replaced = [layer for layer in self.layers if layer.rank is not None]
+        replaced = [layer for layer in self.layers if layer.is_fitted]
         return [
             f"{layer.fqn}: projection {layer.projection!r}, because calibration recorded no output gradients for it"
             for layer in replaced
@@ -328,7 +328,9 @@ def _layer_compression(
     pivoted: bool,
 ) -> LayerCompression:
     _, in_features, out_features = space.dimensions
-    dense, macs, spectrum = dense_parameters(space), dense_macs(space), spectrum_of(space)
+    dense, macs = dense_parameters(space), dense_macs(space)
+    narrow = factors is not None and factors.kept is not None
+    spectrum = spectrum_of(space.channels if narrow and space.channels is not None else space)
     output_variance = space.output_variance if factors is None else factors.output_variance
     space.release(directions=False)  # compress_ bounds what is held
     shared: dict[str, Any] = {
@@ -358,17 +360,21 @@ def _layer_compression(
         )
     biases = 0 if factors.bias is None else factors.bias.numel()
     if factors.is_dense:
+        weights = factors.down.numel()
         return LayerCompression(
             **shared,
             rank=None,
             stored_rank=None,
-            parameters=in_features * out_features + biases,
-            bytes=weight_bytes(space) + biases * space.dtype.itemsize,
-            formats=factors.formats,
-            macs=macs,
+            parameters=weights + biases,
+            bytes=(weights * space.dtype.itemsize if narrow else weight_bytes(space)) + biases * space.dtype.itemsize,
+            formats=PLAIN if narrow else factors.formats,
+            channels=factors.rank if narrow else None,
+            macs=macs * weights // (in_features * out_features),
             seconds=None,
             predicted_error=factors.predicted_error,
             predicted_loss=factors.predicted_loss,
+            projection=factors.projection if narrow else None,
+            reconstructed=factors.reconstructed,
         )
     parameters = factor_parameters(space, factors.rank, pivoted=pivoted)
     stored = factor_bytes(space, factors.rank, factors.formats, pivoted=pivoted) + biases * space.dtype.itemsize

@@ -65,7 +65,8 @@ def measure_errors(
 
     The error is E|y - y'|^2 / E|y - E y|^2 over the rows of ``batches``. ``LayerCompression.relative_error`` predicts
     it from the calibration rows. Pass batches that calibration has not seen, and add the result to the report with
-    ``report.with_measured(errors)``. Only ``dense`` is run, so errors do not accumulate from layer to layer.
+    ``report.with_measured(errors)``. Only ``dense`` is run, so errors do not accumulate from layer to layer. Layers of
+    MLPs with fewer channels are not compared, because they do not take the input of the dense layer.
 
     Args:
         dense: a copy of the model from before compression. It runs in eval mode; its training flags are restored.

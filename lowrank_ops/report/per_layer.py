@@ -26,6 +26,11 @@ class LayerUtilization:
     kind: str = "other"  # one of KINDS
     spectrum: tuple[float, ...] | None = None  # see spectrum_of
 
+    @property
+    def kept_share(self) -> float:
+        """The same as ``utilization``."""
+        return self.utilization
+
 
 @dataclass(frozen=True)
 class LayerCompression:
@@ -54,11 +59,31 @@ class LayerCompression:
     dense_bytes: int = 0
     bytes: int = 0  # with the scales of 8-bit factors and weights
     formats: Formats = PLAIN  # of both factors, or of a dense weight: "int8" or "fp8"; None: the layer's dtype
+    channels: int | None = None  # that its MLP keeps; the errors are those of the MLP, at the layer that reads them
 
     @property
     def is_replaced(self) -> bool:
-        """Whether the layer has factors or an 8-bit weight."""
-        return self.rank is not None or self.formats != PLAIN
+        """Whether the layer has factors, fewer channels or an 8-bit weight."""
+        return self.is_fitted or self.formats != PLAIN
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the layer has factors or fewer channels."""
+        return self.rank is not None or self.channels is not None
+
+    @property
+    def size(self) -> str:
+        """The rank, the number of channels, or dense."""
+        if self.channels is not None:
+            return f"{self.channels} channels"
+        return "dense" if self.rank is None else f"rank {self.rank}"
+
+    @property
+    def kept_share(self) -> float | None:
+        """The rank, or the channels at the layer that reads them, relative to the largest; None: left dense."""
+        if self.channels is not None:
+            return self.channels / self.in_features
+        return None if self.rank is None else self.rank / min(self.in_features, self.out_features)
 
     @property
     def share(self) -> float:
@@ -109,7 +134,7 @@ def compression_columns(layers: Sequence[LayerCompression]) -> CompressionColumn
         "layer": lambda layer: layer.fqn,
         "kind": lambda layer: layer.kind,
         "weight": lambda layer: f"{layer.out_features} x {layer.in_features}",
-        "rank": lambda layer: "dense" if layer.rank is None else str(layer.rank),
+        "rank": lambda layer: layer.size.removeprefix("rank "),
         "stored": lambda layer: "-" if layer.stored_rank is None else str(layer.stored_rank),
         "projection": lambda layer: layer.projection or "-",
         "parameters": lambda layer: f"{layer.share:.1%}",

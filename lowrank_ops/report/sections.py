@@ -80,7 +80,7 @@ def compression_by_layer(layers: Sequence[LayerCompression]) -> str:
     return _bar_per_layer(
         "Chosen ranks", "Parameters of each layer relative to dense.", "Parameters left in every layer", layers,
         [
-            (layer.share, "dense" if layer.rank is None else f"{layer.share:.1%}, rank {layer.rank}")
+            (layer.share, f"{layer.share:.1%}, {layer.size}" if layer.is_fitted else "dense")
             for layer in layers
         ],
     )  # fmt: skip
@@ -120,7 +120,7 @@ def spectra(layers: Layers, point: str) -> str:
             layer.fqn,
             layer.kind,
             layer.spectrum,
-            None if layer.rank is None else layer.rank / min(layer.in_features, layer.out_features),
+            layer.kept_share,
         )
         for layer in layers
         if layer.spectrum is not None

@@ -16,7 +16,7 @@ def spectrum_of(space: LayerSubspaces) -> tuple[float, ...] | None:
     found = space.decomposed_output()
     if found is None:
         return None
-    largest = min(space.dimensions[1:])
+    largest = space.max_rank
     ranks = [round(largest * point / (POINTS - 1)) for point in range(POINTS)]
     shares = found.mean_shares()
     return tuple(round(shares[rank], 6) if rank else 0.0 for rank in ranks)

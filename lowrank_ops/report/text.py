@@ -36,13 +36,17 @@ def rows_note(layers: Iterable[Any], errors: bool) -> list[str]:
     if not layers or few_rows(layers):
         return []
     sampling = max(2 * (2 / layer.rows) ** 0.5 for layer in layers)
-    fitted = max(2 * (2 / layer.rows) ** 0.5 + 2 * (layer.rank or 0) / layer.rows for layer in layers)
+    fitted = max(2 * (2 / layer.rows) ** 0.5 + 2 * _fitted(layer) / layer.rows for layer in layers)
     rows = min(layer.rows for layer in layers)
     predicted = f", predicted errors within {fitted:.1%}" if errors else ""
     return [
         f"from at least {rows:,} rows per layer: variances are within {sampling:.1%}{predicted} (two standard errors, "
         "if rows are independent)"
     ]
+
+
+def _fitted(layer: Any) -> int:
+    return layer.rank or getattr(layer, "channels", None) or 0
 
 
 def warn_of_few_rows(found: Sequence[str]) -> None:

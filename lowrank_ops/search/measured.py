@@ -17,6 +17,7 @@ from ..calibration.objectives import Sensitivity, check_sensitivity, distance
 from ..calibration.recorder import NO_ROWS
 from ..compress import considered_layers, decompose, factorize_layers, resolved
 from ..config import CompressionConfig, ParameterBudget, Ranks
+from ..factors.channels import widened
 from ..layers.replace import replace_
 from ..models.copies import filter_of_original, shared_copy
 from ..models.experts import list_experts_
@@ -34,8 +35,9 @@ from ..models.running import (
     move,
     warn_caller,
 )
-from ..ranks.choose import ChosenRanks, limits_of
+from ..ranks.choose import ChosenRanks, as_policy, limits_of
 from ..ranks.groups import choose_grouped_sizes
+from ..subspaces.channels import with_channels
 from ..subspaces.layer import LayerSubspaces
 
 _INDEPENDENT = (
@@ -119,6 +121,7 @@ def measured_ranks(
     list_experts_(dense)
     subspaces, _ = considered_layers(dense, covariances, filter_fn, subspaces, centered=config.centered)
     config = resolved(config, subspaces)
+    subspaces = with_channels(dense, subspaces, config.channels)
     decompose(config.rank, subspaces, progress)
     fixed = limits_of(subspaces, config.overrides, config.bounds).fixed
     measured: dict[str, float] = {}  # by layer, summed over the rounds
@@ -132,7 +135,11 @@ def measured_ranks(
         for step in range(rounds + 1):
             ranks, *_ = choose_grouped_sizes(config, subspaces, _corrections(measured, predicted))
             trial = shared_copy(dense)
-            replace_(trial, dict(factorize_layers(subspaces, ranks, str(config.projection), keep_directions=True)))
+            factors = dict(factorize_layers(subspaces, ranks, str(config.projection), keep_directions=True))
+            for fqn, rank in ranks.items():  # MLPs keep all channels, so that a gate adds the dense consumer's output
+                if rank is not None and factors[fqn].kept is not None:
+                    factors[fqn] = widened(factors[fqn], subspaces[fqn].max_rank)
+            replace_(trial, {fqn: part for fqn, part in factors.items() if fqn in ranks})
             gated = [fqn for fqn, rank in ranks.items() if rank is not None and fqn not in fixed]
             masks = Masks(trial, mask, unmasked_rows)
             loss, found = _differentiated(
@@ -152,7 +159,7 @@ def measured_ranks(
             "Pass more of them."
         )
     assert best is not None
-    return Ranks({fqn: rank for fqn, rank in best[1].items() if rank is not None})
+    return as_policy(best[1], subspaces)
 
 
 def _differentiated(

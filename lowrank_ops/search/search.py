@@ -24,9 +24,10 @@ from ..models.copies import filter_of_original, shared_copy
 from ..models.experts import list_experts_
 from ..models.layers import FilterFn
 from ..models.running import ProgressBar, hooks, training_flags_kept, warn_caller
-from ..ranks.choose import ChosenRanks, Limits, limits_of
+from ..ranks.choose import ChosenRanks, Limits, as_policy, limits_of
 from ..ranks.costs import Option, dense_parameters, in_parameters
 from ..ranks.groups import choose_grouped_sizes
+from ..subspaces.channels import ChannelSubspaces, with_channels
 from ..subspaces.layer import LayerSubspaces
 from .trial_cache import TrialCache
 
@@ -103,6 +104,7 @@ def search_ranks(
     list_experts_(dense)
     subspaces, _ = considered_layers(dense, covariances, filter_fn, subspaces, centered=config.centered)
     config = resolved(config, subspaces)
+    subspaces = with_channels(dense, subspaces, config.channels)
     policy = config.rank
     assert isinstance(policy, ParameterBudget)
     if by == "budget":  # layer by layer, no spectra are used
@@ -131,8 +133,7 @@ def search_ranks(
             found = _bisect_budget(num_evaluations, at, subspaces, limits, free, dense_accuracy - max_drop, trial)
         else:
             found = _bisect_layers(max_drop, free, dense_accuracy, trial)
-    ranks = {fqn: {**found, **limits.fixed}[fqn] for fqn in subspaces}
-    return Ranks({fqn: rank for fqn, rank in ranks.items() if rank is not None})
+    return as_policy({fqn: {**found, **limits.fixed}[fqn] for fqn in subspaces}, subspaces)
 
 
 def accuracy_of(
@@ -233,7 +234,9 @@ def _key(model: nn.Module, subspaces: Mapping[str, LayerSubspaces], config: Comp
                 sums[f"{fqn} {name} squares"] = moments.second_moment.diagonal(dim1=-2, dim2=-1)
                 if moments.shift is not None:
                     sums[f"{fqn} {name} shift"] = moments.shift
+    mlps = [fqn for fqn, space in subspaces.items() if isinstance(space, ChannelSubspaces)]
     return {
+        **({"channels": digest(mlps)} if mlps else {}),
         "model": digest({**dict(model.named_parameters()), **dict(model.named_buffers())}),
         "covariances": digest(sums),
         "projection": str(config.projection),

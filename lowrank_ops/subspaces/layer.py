@@ -37,6 +37,7 @@ from .principal import (
     times_root,
 )
 
+_SPACES = ("input", "output", "loss", "weight_output")
 DAMPING = 1e-3  # of the loss's metric, relative to its mean eigenvalue
 
 
@@ -253,6 +254,7 @@ class LayerSubspaces:
         out_features, in_features = weight.shape[-2:]
         self.dimensions = Dimensions(weight.shape[0] if weight.dim() == 3 else 1, in_features, out_features)
         self.is_linear = weight.dim() == 2  # not a convolution's
+        self.channels: LayerSubspaces | None = None  # those of the MLP whose channels this layer reads, once found
         statistics.check()
         for name, values in (("weight", weight if load is None else None), ("bias", bias)):
             if values is not None and not all_finite(values):
@@ -283,6 +285,11 @@ class LayerSubspaces:
         """Whether ``layer`` has the weight and bias that these are the spaces of."""
         pairs = [(self._weight, weight_matrix(layer)), (self.bias, bias_vector(layer))]
         return all(mine is other is None or _same(mine, other) for mine, other in pairs)
+
+    @property
+    def max_rank(self) -> int:
+        """The largest rank."""
+        return min(self.dimensions[1:])
 
     @property
     def rows(self) -> int:
@@ -445,7 +452,7 @@ class LayerSubspaces:
         return noise_of_sums(mean_square, activations.rounding)
 
     def _spaces(self) -> list[Subspace | LossSpace]:
-        found = [self.__dict__.get(name) for name in ("input", "output", "loss", "weight_output")]
+        found = [self.__dict__.get(name) for name in _SPACES]
         return [space for space in found if space is not None]
 
     def held_bytes(self) -> int:
@@ -465,6 +472,14 @@ class LayerSubspaces:
             for space in self._spaces():
                 if shared or space is not self._input_space:
                     space.release()
+
+    def drop_spaces(self) -> None:
+        """Drop the spaces, which refer to this object: it then frees its weight without a garbage collection."""
+        for name in _SPACES:
+            self.__dict__.pop(name, None)
+        if self.channels is not None:
+            self.channels.drop_spaces()
+            self.channels = None
 
     def utilized_rank(self, explained_variance: float) -> int:
         """r = min(k_S, k_T); k_T alone if k_S is not measured."""

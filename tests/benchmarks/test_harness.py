@@ -207,7 +207,7 @@ def test_rows_of_other_conditions_are_not_mixed(run, capsys):
 def test_quick_and_dtypes_choose_the_cases(capsys):
     assert suite.main("some", "", cases, "bf16", ["--dry-run", "--quick", "--dtypes", "fp16,fp32"]) == 0
     shown = capsys.readouterr().out
-    number = 2 * 2 * len(shapes.QUICK_LAYERS) * len(shapes.QUICK_TOKENS)  # in two dtypes, also with int8 factors
+    number = 2 * 3 * len(shapes.QUICK_LAYERS) * len(shapes.QUICK_TOKENS)  # two dtypes; also int8 and fp8 factors
     assert shown.count("dense: would run") == number and "bf16" not in shown
 
 

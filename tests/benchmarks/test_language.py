@@ -37,7 +37,7 @@ def model() -> torch.nn.Module:
 
 def test_names_of_variants_list_their_options() -> None:
     for name, variant in language.VARIANTS.items():
-        for option in ("damped", "pivoted", "corrected"):
+        for option in ("damped", "channels", "pivoted", "corrected"):
             assert getattr(variant, option) == (option in name.split(", ")), name
 
 
@@ -52,7 +52,7 @@ def test_variants_are_measured_once(model: torch.nn.Module, monkeypatch: pytest.
         "ASVD",
         "output, uniform (SVD-LLM)",
         "loss, blocks",
-        "loss, damped, pivoted, corrected, blocks, distilled",
+        "loss, damped, channels, pivoted, corrected, measured ranks, blocks, distilled",
     ]
     arguments += ["--calibrate", "both", "--cache", str(tmp_path / "cache"), "--variants", *variants]
     language.main(arguments)

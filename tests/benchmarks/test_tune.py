@@ -122,11 +122,12 @@ def test_a_table_chooses_the_implementation(write, op, impl):
     assert choose(table, problem, "auto").name == impl
 
 
-def test_eight_bit_factors_have_entries_of_their_own(write):
-    """The candidates get the scales, and the package finds the entry for int8 factors only."""
+@pytest.mark.parametrize(("factors", "dtype"), [("int8", "int8"), ("fp8", "float8_e4m3fn")])
+def test_eight_bit_factors_have_entries_of_their_own(write, factors: str, dtype: str):
+    """The candidates get the scales, and the package finds the entry for factors of this format only."""
     tuner = TUNERS["lowrank_linear"]
-    shape, case = next(pair for pair in tuner.shapes() if "factors" in pair[1].shape)
-    assert shape["dtype"] == "bfloat16 int8 int8"
+    shape, case = next(pair for pair in tuner.shapes() if pair[1].shape.get("factors") == factors)
+    assert shape["dtype"] == f"bfloat16 {dtype} {dtype}"
     problem = on_device(tuner, case, H200)
     start = next(start for start in tuner.starts(problem) if start.impl == "triton.decode")
     changed = dataclasses.replace(start.config, up_stages=start.config.up_stages + 1)

@@ -248,7 +248,8 @@ def test_merge_without_output_gradients_names_the_layers() -> None:
         ({"sensitivity": "fisher", "num_probes": 0}, "num_probes must be positive"),
         ({"sensitivity": lambda output, batch: 1.0}, "returned float"),
         ({"sensitivity": lambda output, batch: output.detach().sum()}, "depends on no layer"),
-        ({"sensitivity": "fisher", "forward": lambda model, batch: (model(batch[0]), 3)[1]}, "found no tensor"),
+        ({"sensitivity": "fisher", "forward": lambda model, batch: (model(batch[0]), 3)[1]}, "type int"),
+        ({"sensitivity": "fisher", "forward": lambda model, batch: model(batch[0]).argmax(-1)}, "no floating-point"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, object], message: str) -> None:

@@ -293,6 +293,7 @@ class TestCompress:
         assert cli.main([*COMPRESS, "--budget", "0.8", "--save-covariances", "c.safetensors", "--json"]) == 0
         first = json.loads(capsys.readouterr().out)
         argv = ["compress", "cli_project:build", "--covariances", "c.safetensors", "--budget", "0.8", "--out", "out"]
+        argv += ["--max-memory", "1GB"]
         assert cli.main([*argv, "--json"]) == 0
         assert json.loads(capsys.readouterr().out) == first
 
@@ -385,6 +386,23 @@ class TestCompress:
         for more in (["--budget", "0.6", "--allocation", "uniform"], ["--flops", "0.6"]):
             line = refused(capsys, 2, *COMPRESS, "--sensitivity", "fisher", "--measure", *more)
             assert "--measure divides --budget by loss; it needs --budget, and no other --allocation" in line
+
+    def test_channels_are_dropped(self, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        argv = [
+            *COMPRESS,
+            "--channels",
+            "--sensitivity",
+            "fisher",
+            "--correct",
+            "--measure",
+            "--budget",
+            "0.6",
+            "--json",
+        ]
+        assert cli.main(argv) == 0
+        layers = json.loads(capsys.readouterr().out)["compression"]["layers"]
+        channels = [layer["channels"] for layer in layers]
+        assert channels == [16, 16] and lro.load_pretrained(build(), project / "out")[2].in_features == 16
 
     @pytest.mark.parametrize("flag", [["--reconstruct", "sequential"], ["--recalibrate"], ["--correct"], ["--measure"]])
     def test_modes_that_run_the_model_need_batches(self, capsys: pytest.CaptureFixture[str], flag: list[str]) -> None:
@@ -522,6 +540,19 @@ class TestRefusals:
             ([*COMPRESS, "--budget", "0.5", "--eight-bit", "int8"], "--eight-bit needs --bytes"),
             ([*COMPRESS, "--group", "--bytes", "0.5"], "--group cannot be combined with --bytes"),
             ([*COMPRESS, "--group", "--pivoted"], "--pivoted cannot be combined with --group"),
+            ([*COMPRESS, "--channels", "--bytes", "0.5"], "--channels cannot be combined with --bytes"),
+            (
+                [*COMPRESS, "--channels", "--explained-variance", "0.9"],
+                "--channels cannot be combined with --explained",
+            ),
+            (
+                [*COMPRESS, "--channels", "--reconstruct", "sequential"],
+                "--channels cannot be combined with --reconstruct sequential",
+            ),
+            (
+                [*COMPRESS, "--channels", "--projection", "weight"],
+                "--channels cannot be combined with --projection weight",
+            ),
             ([*COMPRESS, "--projection", "svd"], "invalid choice: 'svd'"),
             ([*COMPRESS[:-2]], "required: --out"),
             ([*COMPRESS[:-1], "cli_project.py"], "--out must be a folder; 'cli_project.py' is a file"),

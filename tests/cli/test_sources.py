@@ -109,6 +109,7 @@ def test_a_folder_is_compressed_without_loading_it(saved: Path, capsys: pytest.C
         ("--model", "hf:x"): "leave out --model",
         ("--sensitivity", "fisher"): "leave out --sensitivity",
         ("--device", "nowhere"): "device='nowhere' cannot be used here",
+        ("--max-memory", "1kB"): "max_memory is 1000 B. Pass a larger",
         ("--latency", "0.5", "--pivoted"): "--pivoted cannot be combined with --latency",
         ("--latency", "0.5"): "with --covariances it needs --latencies",
     }.items():

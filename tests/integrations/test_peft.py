@@ -254,6 +254,17 @@ def test_a_model_with_adapters_is_not_compressed(net, dense):
     assert lro.calibrate(to_dense_layers(merged), [X])
 
 
+def test_layers_with_fewer_channels_are_adapted_as_linears():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 40), nn.ReLU(), nn.Linear(40, 6)).eval()
+    x = torch.randn(64, 12)
+    lro.compress_(model, lro.calibrate(model, [x]), lro.Ranks({}, channels={"2": 24}))
+    result = adapted(model, target_modules=["0", "2"])
+    merged, y = result.merge_and_unload(), result(x)
+    torch.testing.assert_close(merged(x), y)
+    assert isinstance(merged[2], lro.layers.NarrowLinear) and merged[2].in_features == 24
+
+
 def test_a_pivoted_layer_is_refused(net):
     net.wide = lro.layers.PivotedLinear.from_lowrank(net.wide)
     for targets in (["wide"], "all-linear"):

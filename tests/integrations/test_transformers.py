@@ -106,6 +106,28 @@ def test_pivoted_layers_load_whole_or_not_at_all(model: LlamaForCausalLM, tmp_pa
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("options", [{"max_shard_size": "20KB"}, {}])
+def test_channels_of_mlps_load_to_the_bit(tmp_path: Path, options: dict) -> None:
+    model = dense()
+    covariances = lro.calibrate(model, [{"input_ids": torch.randint(50, (8, 16))}])
+    report = lro.compress_(model, covariances, lro.CompressionConfig(lro.ParameterBudget(0.6), channels=True))
+    kept = {row.fqn: row.channels for row in report.layers if row.channels}
+    assert set(kept) == {
+        f"model.layers.{i}.mlp.{name}_proj" for i in range(2) for name in ("gate", "up", "down")
+    }  # attention is no MLP
+    model.save_pretrained(tmp_path, **options)
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()) and torch.equal(logits(loaded), logits(model))
+    assert loaded.config.intermediate_size == 48
+    assert loaded.model.layers[1].mlp.down_proj.in_features == kept["model.layers.1.mlp.down_proj"]
+    assert "Layers of MLPs with fewer channels" in model_card(loaded)
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), logits(model))
+    for other in (to_plain_layers(loaded), to_dense_layers(loaded)):
+        assert not any(isinstance(part, lro.layers.NarrowLinear) for part in other.modules())
+        torch.testing.assert_close(logits(other), logits(model), rtol=1e-4, atol=1e-5)
+
+
 def test_one_description_of_the_layers(model: LlamaForCausalLM, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "transformers")
     lro.save_pretrained(model, tmp_path / "own")

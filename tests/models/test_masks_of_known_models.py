@@ -386,6 +386,8 @@ def test_polarity_is_not_guessed():
     assert covariances["fc"].activations.count == 3
     with pytest.raises(ValueError, match=r"mask holds negative values, as masks do that are added"):
         lro.calibrate(Model(), [batch], mask=lambda args, kwargs: kwargs["padding_mask"] * -1e4)
+    with pytest.raises(ValueError, match=r"and labels of padding"):
+        lro.calibrate(Model(), [batch], mask=lambda args, kwargs: kwargs["padding_mask"] * -100)
 
 
 class Reads(nn.Module):

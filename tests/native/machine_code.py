@@ -104,9 +104,8 @@ def kernels(binary: Path) -> list[Kernel]:
 
 
 def kernel_name(symbol: str) -> str:
-    """``"decode_up_sm80"`` from a symbol mangled for an anonymous namespace, any other as it is."""
-    match = re.search(r"_cu_[0-9a-f]{8}(?:_\d+)?(\d+)", symbol)
-    return symbol[match.end() : match.end() + int(match[1])] if match else symbol
+    """``"decode_up_sm80"`` from its mangled symbol, of any namespace; a kernel that is not in the list as it is."""
+    return next((name for name in LAUNCH_BOUNDS if f"{len(name)}{name}" in symbol), symbol)
 
 
 def faults(kernel: Kernel) -> list[str]:

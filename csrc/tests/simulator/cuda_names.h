@@ -83,5 +83,6 @@ cudaError_t launch_kernel(const cudaLaunchConfig_t& config, void (*kernel)(Param
 }  // namespace lowrank_ops::simulator
 
 // The only launch, in csrc/launch.h: the simulator takes the kernel and its arguments instead of their addresses.
-#define cudaLaunchKernelExC(config, function, addresses) \
-  (static_cast<void>(addresses), ::lowrank_ops::simulator::launch_kernel(*(config), kernel, arguments...))
+#define cudaLaunchKernelExC(config, function, addresses)      \
+  (static_cast<void>(addresses), static_cast<void>(function), \
+   ::lowrank_ops::simulator::launch_kernel(*(config), kernel, arguments...))
