@@ -23,6 +23,7 @@ import lowrank_ops as lro
 from lowrank_ops import checkpoint
 from lowrank_ops.checkpoint import CONFIG_FILE, WEIGHTS_FILE, CheckpointError, load_pretrained, save_pretrained
 from lowrank_ops.files import digests
+from lowrank_ops.layers import EightBitLinear
 from lowrank_ops.report import CompressionReport
 from tests.conv1d import Conv1D
 
@@ -138,6 +139,16 @@ class TestRoundTrip:
         assert_same_output(fresh, model, images(dtype))
         assert [type(module) for module in fresh.modules()] == [type(module) for module in model.modules()]
         assert (fresh.fc1.rank, fresh.fc1.stored_rank, fresh.conv.rank) == (11, 16, 3)
+
+    @pytest.mark.parametrize("bias", [True, False])
+    def test_eight_bit_layers_have_the_dtype_of_the_file(self, tmp_path: Path, bias: bool) -> None:
+        options = {"bias": bias, "dtype": torch.bfloat16}
+        model = nn.Sequential(lro.LowRankLinear(16, 16, 8, **options).quantize_(), EightBitLinear(16, 16, **options))
+        save_pretrained(model, tmp_path)
+        loaded = load_pretrained(nn.Sequential(*(nn.Linear(16, 16, bias) for _ in range(2))), tmp_path)
+        assert [layer.dtype for layer in loaded] == [torch.bfloat16, torch.bfloat16]
+        x = torch.randn(3, 16, dtype=torch.bfloat16)
+        assert torch.equal(loaded(x), model(x))
 
     @pytest.mark.parametrize(
         ("bias", "ranks"),

@@ -85,8 +85,8 @@ def main() -> int:
     pythons = [environment(python, torch, options.folder) for python in options.pythons for torch in options.torch]
     ran_now = [run(python, options.tests, options.timeout) for python in pythons or options.pythons]
     known = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
-    rows = {tuple(row[:3]): row for row in known.get("matrix", [HEAD])[1:] if row[5] != "not run"}
-    rows |= {tuple(row[:3]): row for row in ran_now}
+    rows = {tuple(row[:5]): row for row in known.get("matrix", [HEAD])[1:] if row[5] != "not run"}
+    rows |= {tuple(row[:5]): row for row in ran_now}
     ran = {(row[0], ".".join(row[1].split(".")[:2])) for row in rows.values()}
     left = [[python, torch, "", "", "", "not run", ""] for python, torch in SUPPORTED if (python, torch) not in ran]
     known["matrix"] = [HEAD, *sorted(rows.values()), *left]
