@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import subprocess
 import sys
 import tempfile
@@ -308,8 +309,9 @@ def optimum(options: argparse.Namespace) -> dict[str, Any]:
     from lowrank_ops.demo.vit import load_vit
 
     found = {}
-    images = load_images("calibration")[0]
-    found["demo ViT"] = excess(load_vit(), list(images[:400].split(100)), "fisher")
+    if not options.layers:
+        images = load_images("calibration")[0]
+        found["demo ViT"] = excess(load_vit(), list(images[:400].split(100)), "fisher")
     for name, folder in (("MiniLM", options.encoder), ("SmolLM2-135M", options.folder)):
         if folder is not None:
             from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
@@ -320,14 +322,15 @@ def optimum(options: argparse.Namespace) -> dict[str, Any]:
             model = kind.from_pretrained(folder).eval()
             sequences = texts(AutoTokenizer.from_pretrained(folder), options.tokens)[0]
             batches = [{"input_ids": rows} for rows in sequences[:, :512].split(2)]
-            found[name] = excess(model, batches, "pooled" if name == "MiniLM" else "fisher")
+            found[name] = excess(model, batches, "pooled" if name == "MiniLM" else "fisher", options.layers)
     return found
 
 
-def excess(model: nn.Module, batches: list[Any], sensitivity: Any) -> dict[str, Any]:
-    """Of one model; rows are summed here in NumPy, and gradients are those of the calibration."""
+def excess(model: nn.Module, batches: list[Any], sensitivity: Any, pattern: str = "") -> dict[str, Any]:
+    """Of one model's layers with ``pattern`` in their names. Rows are summed in NumPy, gradients by the calibration."""
     head = {fqn for fqn, module in model.named_modules() if fqn.endswith(("lm_head", "pooler.dense"))}
     layers = {fqn: m for fqn, m in model.named_modules() if isinstance(m, nn.Linear) and fqn not in head}
+    layers = {fqn: m for fqn, m in layers.items() if re.search(pattern, fqn)}
     sums: dict[str, tuple[Any, Any, int]] = {}
 
     def add(fqn: str, x: torch.Tensor) -> None:
@@ -397,6 +400,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("part", choices=["calibrate", "memory", "growth", "optimum", "precision"])
     parser.add_argument("--folder", type=Path, help="calibrate, memory, optimum: a language model of transformers")
     parser.add_argument("--encoder", type=Path, help="optimum: a text encoder of transformers")
+    parser.add_argument("--layers", default="", help="optimum: a pattern of the names of layers; by default all")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--blocks", type=int, default=2, help="memory: that are calibrated and compressed")
