@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..files import digest
 from ..models.masks import real_rows
-from ..models.running import output_tensor
+from ..models.running import NO_REAL_ROW, output_tensor
 from .distributed import rank_and_world
 
 Sensitivity = str | Callable[[Any, Any], Tensor]
@@ -132,6 +132,9 @@ def divergence(output: Any, dense: Any, mask: Tensor | None, temperature: float,
         mask: (batch, positions), the real positions.
         temperature: divides the logits.
         argument, instead: what asked for the divergence and what could be passed instead, for errors.
+
+    Raises:
+        ValueError: no logits, logits of two shapes, or no real row.
     """
     logits = [found for part in (output, dense) if (found := output_tensor(part, ("logits",))) is not None]
     if len(logits) < 2:
@@ -147,6 +150,8 @@ def divergence(output: Any, dense: Any, mask: Tensor | None, temperature: float,
         )
     if mask is not None and all(part.shape[:-1] == mask.shape for part in logits):  # not logits of a whole sequence
         logits = [real_rows(part, mask) for part in logits]
+    if not logits[0].numel():
+        raise ValueError(f"{argument}: a batch {NO_REAL_ROW}")
     log_q, log_p = ((part.flatten(0, -2).float() / temperature).log_softmax(-1) for part in logits)
     return temperature**2 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 

@@ -39,7 +39,7 @@ USERS = [
     "tests/test_compress.py", "tests/test_compress_group.py", "tests/test_compress_device.py", "tests/test_folders.py",
     "tests/test_golden_files.py", "tests/test_correction.py", "tests/test_midpoint.py", "tests/report",
     "tests/ranks/test_byte_budget.py", "tests/layers/test_eight_bit.py", "tests/layers/test_pivoted.py",
-    "tests/integrations/test_eight_bit.py", "tests/integrations/test_transformers.py",
+    "tests/integrations/test_eight_bit.py", "tests/integrations/test_transformers.py", "tests/models/test_experts.py",
 ]  # fmt: skip
 LEFT_OUT = "not demo_model and not autocast"  # take as long as all others together
 LIMIT = 120  # seconds of CPU for the tests of one mutant
