@@ -391,7 +391,7 @@ class CompressionConfig:
         if self.reconstruction == "sequential":
             raise ValueError(
                 "channels does not go with reconstruction='sequential', which fits factors; use 'blocks', or none: the "
-                "layer that reads the channels is fitted again in any case."
+                "weight of the layer that reads the channels is updated in any case."
             )
 
     @property

@@ -26,7 +26,7 @@ DAMPING = 1e-6  # of the channels' moment, relative to its diagonal
 BLOCKS = 48  # at least as many rounds drop all channels
 _VERIFIED = (
     "An MLP consists of nn.Linear layers, all of them calibrated with side='input' and kept by filter_fn, in a module "
-    "that runs on one tensor; between them, channels do not mix, and no width is fixed."
+    "that runs on one tensor; nothing between them mixes channels or has a fixed number of them."
 )
 CANDIDATES = 4  # candidates of a round, the cheapest at its start, per channel that it drops
 
