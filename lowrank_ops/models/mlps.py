@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -37,16 +38,18 @@ def find_mlps(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[Mlp]:
     inputs (the producers), such as down, gate and up projections. A copy of the smallest module that holds them, with
     random weights in these layers, runs on random inputs twice: with half of the channels in narrower layers, and with
     all channels but columns of zeros in the consumer. The candidate is an MLP if both outputs are the same. Modules
-    with hooks, and those that do not run on one tensor with the producers' input features, are not verified.
+    with hooks, and those that do not run on one tensor with the producers' input features, are not verified. A layer that is in the model at two places, such as one that two
+    MLPs share, is in none: only one of its places would be verified.
 
     Args:
         model: any module; not changed.
         layers: ``{fqn: layer}``, the layers that may be changed.
     """
+    places = Counter(child for module in model.modules() for child in module._modules.values())
     linear = {
         fqn: layer
         for fqn, layer in layers.items()
-        if isinstance(layer, nn.Linear) and not isinstance(layer, ExpertLinear)
+        if isinstance(layer, nn.Linear) and not isinstance(layer, ExpertLinear) and places[layer] == 1
     }
     found: list[Mlp] = []
     taken: set[str] = set()

@@ -89,7 +89,11 @@ class ChannelSubspaces(LayerSubspaces):
         noise = noise_of_sums(activations.mean_square.to(moment), activations.rounding)
         diagonal = moment.diagonal()
         smallest = DAMPING * DAMPING * diagonal.mean()
-        diagonal.add_((DAMPING * diagonal + noise).clamp_min(max(float(smallest), 1e-200)))
+        half = 0.5 * (DAMPING * diagonal + noise).clamp_min(max(float(smallest), 1e-200))
+        diagonal.add_(half)
+        if torch.linalg.cholesky_ex(moment).info:  # token weights round each row, which may exceed the damping
+            diagonal.add_(2 * torch.linalg.eigvalsh(moment)[0].abs())
+        diagonal.add_(half)
         return moment
 
     def lost_outputs(self, moment: Tensor, order: Tensor) -> Tensor:

@@ -109,6 +109,18 @@ def test_what_mixes_or_shows_channels_is_no_mlp(model):
     assert mlps_of(model) == []
 
 
+@pytest.mark.parametrize("shared", ["w1", "w2"])
+def test_layers_that_two_mlps_share_are_in_no_mlp(shared):
+    model = nn.Sequential(Gated(), Gated(), Gated())
+    setattr(model[1], shared, model[0].get_submodule(shared))
+    assert mlps_of(model) == [Mlp(("2.w1", "2.w3"), "2.w2")]
+
+
+def test_an_mlp_that_is_called_twice_is_found():
+    mlp = Gated()
+    assert mlps_of(nn.Sequential(mlp, nn.ReLU(), mlp)) == [Mlp(("0.w1", "0.w3"), "0.w2")]
+
+
 def test_layers_that_may_not_be_changed_are_in_no_mlp():
     model = nn.Sequential(Gated(), Gated())
     layers = {fqn: layer for fqn, layer in find_layers(model)[0].items() if fqn != "0.w3"}

@@ -93,3 +93,18 @@ def test_channels_without_use_are_dropped_first():
     assert set(kept_order(moment, copies)[-2:].tolist()) <= {3, 7, 11}
     nothing = kept_order(1e-200 * torch.eye(4).double(), torch.zeros(2, 4).double())
     assert sorted(nothing.tolist()) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("offset", [-1e-6, -1e-7, 0.0])
+def test_sums_with_a_negative_eigenvalue_give_an_order(offset):
+    space = spaces_of(300)
+    rows = torch.randn(3, 40).double()  # more channels than rows, and token weights that round each row
+    activations = space.loss_activations
+    activations.second_moment.copy_(rows.mT @ rows).diagonal().add_(3 * offset)
+    activations.total.zero_()
+    activations.count = 3
+    moment = space.damped_moment(activations)
+    order = kept_order(moment, space.weight)
+    assert sorted(order.tolist()) == list(range(40))
+    torch.linalg.cholesky(moment[order][:, order])
+    torch.testing.assert_close(moment, space.loss_moment(centered=space.centered), rtol=1e-4, atol=1e-4)
