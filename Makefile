@@ -98,8 +98,8 @@ test-triton36: .venv-triton36/ready
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(OLD)/bin/python -m pytest tests/interpreter -n 2
 	$(OLD)/bin/python -m pytest tests/compile_gate -n 2
 
-# The compiler comes from the package index: nvcc for CUDA=13, the default; ptxas before 13.3 may reuse registers that wgmma
-# still reads. The packages of CUDA 12 hold no nvcc, but NVRTC.
+# The compiler comes from the package index. CUDA=13, the default: nvcc 13.3, because ptxas 13 before that may reuse registers
+# that wgmma still reads. CUDA=12: NVRTC, because the packages contain no nvcc.
 CUDA ?= 13
 RELEASE_12 := 12.9
 RELEASE_13 := 13.3

@@ -2,10 +2,10 @@
 
 LOWRANK_OPS_CUDA=AUTO|ON|OFF: AUTO (default) builds where nvcc, CMake and torch are found and else says so in a line.
 LOWRANK_OPS_CUDA_ARCHS: CUDA archs, "80;90a;100f;120f" unless set; CUDACXX names an nvcc that is not on PATH.
-LOWRANK_OPS_NVRTC names a folder of NVRTC's packages, site-packages/nvidia, that compile the kernels instead of nvcc.
+LOWRANK_OPS_NVRTC names the folder of NVRTC's packages (site-packages/nvidia), used instead of nvcc.
 LOWRANK_OPS_WERROR=ON makes every warning of nvcc or NVRTC and every spilled register an error.
 
-A wheel with the library has the local version +cu12 or +cu13, that of the compiler: it decides which drivers it needs.
+A wheel with the library has the local version +cu12 or +cu13, from the compiler, which determines the drivers it needs.
 """
 
 import importlib.machinery

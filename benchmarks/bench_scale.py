@@ -1,8 +1,8 @@
 """Calibration and compression at scale, in processor time of one thread: ``python -m benchmarks.bench_scale PART``.
 
 - ``calibrate``: seconds of a calibration relative to the plain forward passes over the same tokens, interleaved.
-- ``memory``: peak memory of a Llama-shaped model of 1.1B random parameters in bfloat16, or of ``--folder``, under
-  ``max_memory``, each step in a process of its own, on the first ``--blocks``.
+- ``memory``: peak memory of calibration and ``compress_`` under ``max_memory``, on the first ``--blocks`` of a
+  Llama-shaped model of 1.1B random parameters in bfloat16, or of ``--folder``; each step in a process of its own.
 - ``growth``: seconds of ``compress_`` of one layer by width, the exponent of the widest step, and what that predicts
   for known models. Predictions are no measurements.
 - ``optimum``: output error and predicted loss of the factors of every layer of real models, above the optimum that
@@ -43,7 +43,7 @@ BLOCKS, VOCABULARY = 22, 32_000
 NEGLIGIBLE = 1e-9  # share of the variance; eigenvalues in float64 are exact to about 1e-15 of it
 LAYER_COUNTS = (4, 16, 64)
 MEMORY = "2GB"
-STEPS = ("plain", "output", "fisher", "loss")  # the calibrations, and the compressions by their statistics
+STEPS = ("plain", "output", "fisher", "loss")  # each calibration, then the compression by its statistics
 # Blocks of known models, and of each input of a block its features and those of the outputs computed from it.
 KNOWN = {
     "Llama-2-7B": (32, [(4096, [4096] * 3), (4096, [4096]), (4096, [11008] * 2), (11008, [4096])]),
@@ -303,7 +303,7 @@ def precision(options: argparse.Namespace) -> dict[str, Any]:
 def optimum(options: argparse.Namespace) -> dict[str, Any]:
     """The largest and the mean excess over the layers of each model, at half of each layer's break-even rank.
 
-    Of layers whose optimum is above NEGLIGIBLE, relative to it; of the others, relative to the whole variance or loss.
+    Relative to the optimum where it is above NEGLIGIBLE; for the other layers, relative to the whole variance or loss.
     """
     from lowrank_ops.demo.data import load_images
     from lowrank_ops.demo.vit import load_vit
@@ -327,7 +327,7 @@ def optimum(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def excess(model: nn.Module, batches: list[Any], sensitivity: Any, pattern: str = "") -> dict[str, Any]:
-    """Of one model's layers with ``pattern`` in their names. Rows are summed in NumPy, gradients by the calibration."""
+    """The excess over one model's layers whose names match ``pattern``; NumPy sums rows, calibration the gradients."""
     head = {fqn for fqn, module in model.named_modules() if fqn.endswith(("lm_head", "pooler.dense"))}
     layers = {fqn: m for fqn, m in model.named_modules() if isinstance(m, nn.Linear) and fqn not in head}
     layers = {fqn: m for fqn, m in layers.items() if re.search(pattern, fqn)}
@@ -403,9 +403,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--layers", default="", help="optimum: a pattern of the names of layers; by default all")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--blocks", type=int, default=2, help="memory: that are calibrated and compressed")
+    parser.add_argument("--blocks", type=int, default=2, help="memory: the number of blocks to calibrate and compress")
     parser.add_argument("--widths", type=int, nargs="+", default=[512, 1024, 2048])
-    parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS, help="memory: that run, in this order")
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS, help="memory: steps to run, in this order")
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
     parser.add_argument("--store", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

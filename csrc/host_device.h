@@ -9,8 +9,8 @@
 #define LRO_HD inline
 #endif
 
-// A .cu file holds kernels and their launchers. nvcc compiles both at once. Without it (csrc/nvrtc.py) NVRTC compiles the
-// kernels and the host's compiler the launchers, for which LOWRANK_OPS_NVRTC is defined.
+// A .cu file contains kernels and their launchers. nvcc compiles both at once. Without nvcc (csrc/nvrtc.py), NVRTC compiles
+// the kernels, and the host compiler the launchers, with LOWRANK_OPS_NVRTC defined.
 #ifndef LOWRANK_OPS_NVRTC
 #define LRO_KERNELS
 #endif

@@ -29,7 +29,7 @@ inline void check(cudaError_t error, const Launch& launch) {
   throw std::runtime_error("lowrank_ops: launching " + launch.what() + " failed: " + cudaGetErrorString(error));
 }
 
-// The function that the runtime knows for a kernel of a launcher: itself where nvcc compiled both.
+// The function to launch for a kernel: the kernel itself, unless NVRTC compiled it (nvrtc.cpp).
 #ifdef LOWRANK_OPS_NVRTC
 const void* function_of(const void* kernel, const Launch& launch);
 #else

@@ -1,5 +1,5 @@
-// The kernels of a library that was built without nvcc. The launchers take the address of a symbol of a kernel's mangled
-// name; the runtime knows it by that name in an image. nvrtc.py compiles the images and writes the table.
+// Looks up the kernels of a library that was built without nvcc. Launchers take the address of a symbol with the kernel's
+// mangled name; a table maps it to that name and the image (fatbin) with the kernel. nvrtc.py writes images and table.
 
 #include <map>
 #include <mutex>
@@ -17,7 +17,7 @@ struct Compiled {
 
 }  // namespace
 
-// The ends of the section in which nvrtc.py puts the table.
+// Start and end of the section with the table.
 extern "C" __attribute__((visibility("hidden"))) const Compiled __start_lowrank_kernels[];
 extern "C" __attribute__((visibility("hidden"))) const Compiled __stop_lowrank_kernels[];
 
@@ -37,7 +37,7 @@ cudaLibrary_t library_of(const void* image, const Launch& launch) {
 
 }  // namespace
 
-// A cudaKernel_t, which the runtime takes for a function.
+// A cudaKernel_t, which the runtime accepts as a function.
 const void* function_of(const void* kernel, const Launch& launch) {
   return remember(kernel, [&]() -> const void* {
     const Compiled* compiled = __start_lowrank_kernels;

@@ -1,10 +1,11 @@
-"""Compiles the kernels of a .cu file by NVRTC, from packages of the Python index that hold no nvcc.
+"""Compiles the kernels of a .cu file with NVRTC, for toolkits whose Python packages contain no nvcc.
 
     nvrtc.py TOOLKIT SOURCE OBJECT OUT ARCHS [--werror]
 
-TOOLKIT is the folder "nvidia" of the packages nvidia-cuda-nvrtc, -nvcc, -runtime, -cccl and nvidia-nvfatbin. OBJECT
-holds the launchers of SOURCE, compiled by the host's compiler; the kernels that it lacks are those to compile. OUT, an
-assembler file, gives each kernel a symbol of its mangled name and a line of the table that nvrtc.cpp reads.
+TOOLKIT is the folder "nvidia" with the packages nvidia-cuda-nvrtc, -nvcc, -runtime, -cccl and nvidia-nvfatbin. OBJECT
+contains the launchers of SOURCE, compiled by the host compiler; its undefined kernels are compiled for ARCHS, such as
+80,90a. OUT is an assembler file with the images, a symbol with the mangled name of each kernel, and the table that
+nvrtc.cpp reads.
 """
 
 import ctypes
@@ -12,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-# What kernels include that NVRTC has not: standard headers, and of the driver's the layout of a tensor map.
+# Headers that kernels include and NVRTC lacks: standard ones, and the tensor map of the driver's.
 HEADERS = {
     "cstdint": """#pragma once
 typedef signed char int8_t; typedef short int16_t; typedef int int32_t; typedef long long int64_t;
@@ -33,7 +34,7 @@ typedef struct CUtensorMap_st { alignas(64) unsigned long long opaque[16]; } CUt
 
 
 class Library:
-    """A library of the toolkit. A function that fails raises SystemExit with the library's words."""
+    """A library of the toolkit. A function that fails raises SystemExit with the library's message."""
 
     def __init__(self, toolkit: Path, name: str) -> None:
         paths = list(toolkit.glob(f"*/lib/lib{name}.so.*"))
@@ -53,7 +54,7 @@ def strings(texts: list[str]) -> ctypes.Array:
 
 
 def missing_kernels(launchers: str) -> dict[str, str]:
-    """C++ name of each kernel whose address the launchers take -> its symbol."""
+    """``{C++ name: symbol}`` of the kernels whose address the launchers take."""
 
     def undefined(*options: str) -> list[str]:
         command = ["nm", "--undefined-only", "--no-sort", *options, launchers]
@@ -70,7 +71,7 @@ def missing_kernels(launchers: str) -> dict[str, str]:
 def compile_kernels(
     nvrtc: Library, toolkit: Path, source: Path, arch: str, kernels: dict[str, str], werror: bool
 ) -> bytes:
-    """The cubin."""
+    """The cubin of ``kernels`` for one arch."""
     program = ctypes.c_void_p()
     nvrtc("nvrtcCreateProgram", ctypes.byref(program), source.read_bytes(), str(source).encode(), len(HEADERS),
           strings(list(HEADERS.values())), strings(list(HEADERS)))  # fmt: skip
@@ -100,7 +101,7 @@ def compile_kernels(
 
 
 def bundle(nvfatbin: Library, cubins: dict[str, bytes]) -> bytes:
-    """One image of the cubins of all archs."""
+    """A fatbin with the cubins of all archs."""
     handle, size = ctypes.c_void_p(), ctypes.c_size_t()
     nvfatbin("nvFatbinCreate", ctypes.byref(handle), strings(["-64"]), 1)
     for arch, cubin in cubins.items():
@@ -113,7 +114,7 @@ def bundle(nvfatbin: Library, cubins: dict[str, bytes]) -> bytes:
 
 
 def assembly(image: Path, symbols: list[str]) -> str:
-    """The image, where cuobjdump looks for it; each symbol, a byte that nobody reads; the table."""
+    """The image in the section that cuobjdump reads, one unused byte per symbol, and the table."""
     lines = ['.section .nv_fatbin,"a",@progbits', ".balign 8", "image:", f'.incbin "{image}"']
     for i, symbol in enumerate(symbols):
         lines += [".section .rodata", f".globl {symbol}", f".hidden {symbol}", f"{symbol}: .byte 0"]

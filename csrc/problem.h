@@ -1,4 +1,4 @@
-// What the planner's problems and the kernels share.
+// Types that the planner and the kernels share.
 #pragma once
 
 namespace lowrank_ops {

@@ -224,7 +224,7 @@ def describe_layers(model: nn.Module, report: CompressionReport | None = None) -
 
 
 def _sizes(layer: nn.Module) -> dict[str, Any]:
-    """Kind and sizes of a dense layer or of the one that a layer has replaced, as plain JSON types."""
+    """Kind and sizes of a dense layer, or of the dense layer that ``layer`` replaced, as plain JSON types."""
     if is_conv(layer) or isinstance(layer, LowRankConv):
         values = {name: getattr(layer, name) for name in GEOMETRY}
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

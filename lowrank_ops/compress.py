@@ -76,10 +76,11 @@ def compress_(
         device: where factors are computed, such as ``"cuda"`` for a model in the CPU's memory: the layers are moved
             there one after another, and their factors back. By default each layer's own device; the CPU instead of a
             device without float64. A reconstruction runs where the model is.
-        max_memory: bound on the bytes beside the model and ``covariances``, a number or text such as ``"2GB"``: of one
-            layer's matrices at a time, of the new layers, and of decompositions. New layers that do not fit are in
-            temporary files (in TMPDIR) until the dense layers are gone; decompositions that do not fit are computed
-            again. By default new layers are in memory, and 2 GiB of decompositions are kept.
+        max_memory: bound on the memory used in addition to the model and ``covariances``, in bytes or as a string such
+            as ``"2GB"``. It covers the matrices of one layer at a time, the new layers and the decompositions that are
+            kept. New layers that do not fit are stored in temporary files (in TMPDIR) until the dense layers are freed;
+            decompositions that do not fit are computed again. By default new layers are in memory, and up to 2 GiB of
+            decompositions are kept.
         progress: show progress bars with the time left.
 
     Returns:
@@ -90,8 +91,8 @@ def compress_(
         TypeError: ``config`` or ``covariances`` of another type.
         ValueError: covariances of another model, a budget or override that cannot be met, a ``device`` that is not
             there, a layer that cannot be replaced or that alone needs more than ``max_memory``, a model that is wrapped
-            for distributed training; the message names it. ``max_memory`` with a reconstruction, which it does not
-            bound.
+            for distributed training; the message names it. ``max_memory`` together with a reconstruction, which it
+            does not bound.
 
     Example:
         >>> import torch, lowrank_ops as lro
@@ -110,7 +111,7 @@ def compress_(
             model, covariances, config, filter_fn, subspaces, reconstruction, on, bound, progress
         )
         with torch.inference_mode(False):
-            for layer, home in in_files.items():  # nothing holds the dense layers any more
+            for layer, home in in_files.items():  # the dense layers are freed now
                 layer._apply(lambda part, home=home: part.to(home, copy=True))
         return report
 
@@ -127,7 +128,7 @@ def _compress(
     max_memory: int | None,
     progress: bool,
 ) -> tuple[CompressionReport, dict[nn.Module, torch.device]]:
-    """The report, and the new layers whose values are in files, with the device that they belong on."""
+    """The report, and ``{new layer: device to move it to}`` for those whose values are in files."""
     config = CompressionConfig.of(config)
     config = _with_reconstruction(config, reconstruction)
     reused = subspaces is not None
@@ -214,7 +215,7 @@ def _in_eight_bits(
     eight_bit: Mapping[str, Rounded],
     config: CompressionConfig,
 ) -> Iterator[tuple[str, Factors]]:
-    """The same, in the formats of the layers that store 8 bits; then the weights of those that stay dense."""
+    """``found``, with the factors of 8-bit layers rounded; then the 8-bit weights of layers without factors."""
     dense = dict.fromkeys(eight_bit)
     for fqn, part in found:
         dense.pop(fqn, None)
@@ -377,11 +378,11 @@ def factorize_layers(
     """Names and factors of the layers that have a rank, one by one, in the dtype and on the device of their weights.
 
     Args:
-        subspaces: of the layers; those of an MLP give the factors of all its layers.
+        subspaces: of the layers; those of an MLP yield the factors of each of its layers.
         ranks: ``{fqn: rank or None}``.
         projection: as for :func:`lowrank_ops.factors.factorize`.
         keep_directions: keep the decompositions for other ranks of the same layers.
-        max_held_bytes: of decompositions that are kept; by default ``MAX_HELD_BYTES``.
+        max_held_bytes: bound on the decompositions that are kept; by default ``MAX_HELD_BYTES``.
         progress: show a progress bar.
     """
     max_held_bytes = MAX_HELD_BYTES if max_held_bytes is None else max_held_bytes

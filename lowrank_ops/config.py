@@ -266,8 +266,9 @@ class Ranks:
     """Ranks by hand: ``{fqn or "re:pattern": rank}``; layers that are not named stay dense.
 
     Args:
-        ranks: of layers.
-        channels: how many channels MLPs keep, by the layers that read them, as :class:`CompressionConfig` says.
+        ranks: by layer.
+        channels: number of channels that an MLP keeps, by its consumer, the layer that reads the channels; see
+            :class:`CompressionConfig`.
     """
 
     ranks: Mapping[str, int]
@@ -319,14 +320,14 @@ class CompressionConfig:
             all or none, and compute their outputs together where kernels do that (:func:`lowrank_ops.layers.group_`).
             Each layer keeps factors, ranks and names of its own. Layers that ``overrides`` or ``Ranks`` leave dense are
             in no group.
-        channels: drop channels of MLPs, the features between the layers that compute them, such as gate and up, and the
-            ``nn.Linear`` that reads them, such as down. The result is dense layers with fewer features, without a
-            second product. Channels are dropped one by one, each time the one whose loss (or output error, by
-            ``projection``) is smallest after the others have been fitted again. True: all MLPs, found by running their
-            modules on random inputs; other layers get factors. Or names and patterns of the layers that read the
-            channels. Such a layer stands for its MLP in ``overrides`` and ``bounds``, which then hold numbers of
-            channels. For a :class:`ParameterBudget`, a :class:`FlopBudget`, or :class:`Ranks`, whose ``channels`` count
-            instead of these names.
+        channels: drop channels of MLPs instead of factorizing their layers. Channels are the features between the
+            layers that compute them (such as gate and up) and the ``nn.Linear`` that reads them, the consumer (such as
+            down). The layers stay dense, with fewer features. Channels are dropped one by one, each time the one whose
+            loss (or output error, by ``projection``) is smallest after the weights of the others are updated. True: all
+            MLPs, found by running their modules on random inputs; other layers get factors. A sequence: names and
+            "re:" patterns of consumers. In ``overrides`` and ``bounds``, the consumer stands for its MLP, and the
+            values are numbers of channels. Needs a :class:`ParameterBudget`, a :class:`FlopBudget` or :class:`Ranks`,
+            whose own ``channels`` are used instead.
 
     Example:
         >>> import lowrank_ops as lro
@@ -390,7 +391,7 @@ class CompressionConfig:
         if self.reconstruction == "sequential":
             raise ValueError(
                 "channels does not go with reconstruction='sequential', which fits factors; use 'blocks', or none: the "
-                "layer that reads the channels is fitted again in any case."
+                "weight of the layer that reads the channels is updated in any case."
             )
 
     @property

@@ -65,8 +65,8 @@ def correct_predictions(
         covariances: from :func:`lowrank_ops.calibrate` with a sensitivity.
         batches: as for :func:`lowrank_ops.calibrate`, the same ones or some of them. A few dozen samples (sequences,
             images) are enough: the prediction counts as much as 8 of them.
-        sensitivity: as for :func:`lowrank_ops.calibrate`. It may be another one, such as drawn labels for statistics of
-            true ones, and of any scale: how large gradients are is known from the statistics.
+        sensitivity: as for :func:`lowrank_ops.calibrate`. It may differ from the calibration's, as drawn labels from
+            true ones, and may have any scale: gradients are rescaled to those of the statistics.
         mask, unmasked_rows, forward: as for :func:`lowrank_ops.calibrate`.
         filter_fn: as for :func:`lowrank_ops.compress_`.
         centered, channels: as in the configuration of the compression.
@@ -177,7 +177,7 @@ class _Directions:
         space.release(directions=False)
         self.squares = torch.zeros(self.groups, down.shape[-2], dtype=torch.float64)
         self.samples = 0
-        self.energy = 0.0  # sum of |g|^2
+        self.gradient_squares = 0.0  # sum of |g|^2
         self.calls: list[Tensor] = []  # of the batch, (groups, samples, directions)
 
     @torch.no_grad()
@@ -199,7 +199,7 @@ class _Directions:
         products = ((x @ self.down.mT - self.offset) * (g @ self.up)).float().unflatten(1, (samples, -1))
         self.calls.append((products if keep is None else products.where(keep, 0.0)).sum(2))
         squares = g.float().square().sum(-1, keepdim=True).unflatten(1, (samples, -1))
-        self.energy += float((squares if keep is None else squares.where(keep, 0.0)).sum(dtype=torch.float64))
+        self.gradient_squares += float((squares if keep is None else squares.where(keep, 0.0)).sum(dtype=torch.float64))
 
     def finish_batch(self) -> None:
         """Sum the calls of a batch, and add the squares."""
@@ -210,9 +210,9 @@ class _Directions:
         self.calls.clear()
 
     def correct(self, space: LayerSubspaces) -> None:
-        """Store the corrected spectrum, of gradients as large as those of the statistics.
+        """Store the corrected spectrum, with gradients rescaled to the mean square of the statistics.
 
-        So it says how rows add up, and a mean instead of a sum in the sensitivity, or another one, changes no units.
+        So the units do not depend on the sensitivity, such as a mean over rows instead of a sum.
         """
         assert space.loss is not None and space.statistics.output_gradients is not None
         if not self.samples:
@@ -224,7 +224,7 @@ class _Directions:
             )
         spectrum = space.loss.subspace.spectrum
         expected = float(space.statistics.output_gradients.mean_square.sum())
-        scale = expected / self.energy if self.energy else 0.0
+        scale = expected / self.gradient_squares if self.gradient_squares else 0.0
         measured = (self.squares * scale).to(spectrum).view(spectrum.shape)
         trust = self.samples / (self.samples + PRIOR_SAMPLES)
         space.loss.corrected = trust * measured + (1 - trust) * spectrum

@@ -76,7 +76,7 @@ def compress_folder(
         config: as for :func:`lowrank_ops.compress_`. Policies that run the model take stored figures, such as
             ``LatencyBudget(0.5, LayerLatencies.load(path))``; a reconstruction needs the model in memory.
         device: where factors are computed; the CPU by default.
-        max_memory: as for :func:`lowrank_ops.compress_`. A layer that needs more is an error, before any other work.
+        max_memory: as for :func:`lowrank_ops.compress_`. A layer that needs more is an error at the start.
         progress: show progress bars with the time left.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The memory that a call takes."""
+"""The memory that a call uses."""
 
 import gc
 import itertools
@@ -8,8 +8,8 @@ import torch
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
-    """The most bytes of the CPU's memory that a call has added at one time, by torch's allocator."""
-    gc.collect()  # tensors of an earlier call would count as freed in this one
+    """Peak bytes of CPU memory that a call adds, by torch's allocator."""
+    gc.collect()  # else tensors of an earlier call could count as freed in this one
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]

@@ -1,4 +1,4 @@
-"""Batches without a row that counts are refused where none has one, and where each takes a step of a training."""
+"""Batches without rows that count are refused if no batch has any, or if each batch is a training step."""
 
 import copy
 

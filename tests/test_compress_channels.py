@@ -180,7 +180,7 @@ def test_measured_ranks_and_corrected_predictions(calibrated):
 
 
 def test_derivatives_of_gates_are_those_of_the_narrow_model(calibrated):
-    """The copies that measured_ranks differentiates keep all channels; their loss is that of fewer."""
+    """The copies that measured_ranks differentiates keep all channels and compute what the narrow model does."""
     dense, batches, _ = calibrated
     wide, narrow = copy.deepcopy(dense), copy.deepcopy(dense)
     parts = narrowed_down(calibrated, 17)

@@ -68,7 +68,7 @@ class Variant(NamedTuple):
     pivoted: bool = False
     corrected: bool = False  # predictions
     damped: bool = False  # statistics, by DAMPING
-    channels: bool = False  # of the MLPs are dropped, instead of factors
+    channels: bool = False  # drop channels of MLPs instead of factorizing their layers
     form: str | None = None  # of 8-bit factors and weights of a model in bfloat16; the budget is then of bytes
 
 

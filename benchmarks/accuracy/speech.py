@@ -1,8 +1,7 @@
 """A speech recognizer's encoder at equal size: ``python -m benchmarks.accuracy.speech``, the table of docs/results.md.
 
-Compresses the encoder of Whisper base without fine-tuning and reports the word error rate on speech that calibration
-has not heard: sentences of the Debian handbook, spoken by espeak-ng; calibration and the test have no page and no voice
-in common.
+Compresses the encoder of Whisper base without fine-tuning and reports word error rates on sentences of the Debian
+handbook, spoken by espeak-ng. Calibration and test share no page and no voice.
 
 ::
 
@@ -39,18 +38,18 @@ from .results import Results, study_parser
 from .whisper import dense_model
 
 SENTENCE = re.compile(r"[A-Z][a-z']*(?:,? [a-z']+){7,19}[.?!]")  # no names, abbreviations, numbers, file names
-TOGETHER = 3  # sentences of an utterance
+TOGETHER = 3  # sentences per utterance
 SPEEDS = (140, 160, 180)  # words per minute
 PROMPT = 4  # tokens: start, language, task, no timestamps
-LONGEST = 200  # tokens of a transcript; a compressed model may repeat itself
-BATCH = 10  # utterances
+LONGEST = 200  # tokens of a transcript, because a compressed model may repeat itself
+BATCH = 10  # utterances per batch
 DAMPING = 0.1
 SUMS = torch.float32  # twice as fast as float64 on a CPU
-CORRECTED, MEASURED = 2, 4  # corrections take every second calibration utterance, measured ranks every fourth
+CORRECTED, MEASURED = 2, 4  # corrections use every second calibration utterance, measured ranks every fourth
 
 
 class Variant(NamedTuple):
-    """What is done at a budget."""
+    """What is done at a budget: factors and ranks."""
 
     projection: str
     allocation: str
@@ -139,7 +138,7 @@ class Study:
                 calibration.features.split(1), self._transcripts("calibration", calibration), strict=True
             )
         ]
-        self.kept: tuple[Any, ...] = (None,)  # subspaces
+        self.kept: tuple[Any, ...] = (None,)  # kind, covariances and subspaces
 
     def _transcripts(self, part: str, spoken: Utterances, encoded: Sequence[Any] | None = None) -> list[Tensor]:
         file = self.options.cache / f"{part}-{len(spoken.texts)}.pt"
@@ -177,7 +176,7 @@ class Study:
         return self.kept[1:]  # type: ignore[return-value]
 
     def measure(self, name: str, budget: float) -> dict[str, Any]:
-        """Everything that is reported of one compressed model, or of the dense one."""
+        """The figures of one compressed model, or of the dense one."""
         student, share, seconds = self.dense, 1.0, 0.0
         encoded, encoder_seconds = self.encoded, self.dense_seconds
         if name != "dense":
@@ -212,7 +211,7 @@ class Study:
         covariances: lro.Covariances,
         subspaces: dict[str, LayerSubspaces],
     ) -> float:
-        """Compress the encoder in place; the share of its layers' parameters that it keeps."""
+        """Compress the encoder in place; returns the share of its layers' parameters that is left."""
         config = lro.CompressionConfig(projection=variant.projection, pivoted=variant.pivoted)
         if variant.measured:
             ranks: Any = lro.measured_ranks(
@@ -245,13 +244,13 @@ def transcript_loss(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
 def liteasr(subspaces: Mapping[str, LayerSubspaces], share: float) -> lro.Ranks:
     """LiteASR's ranks (Kamahori et al. 2025, arXiv 2502.20583), at the largest shares of variance that meet a budget.
 
-    Each linear layer keeps the output principal components that hold a share of its output variance, and stays dense
-    where that saves no parameters; convolutions stay dense. What attention drops is ten times what the MLP drops, as in
-    the default of LiteASR's code, 0.99 and 0.999.
+    Each linear layer keeps the output principal components that explain a share of its output variance, and stays dense
+    where that saves no parameters; convolutions stay dense. Attention drops ten times the share that the MLP drops, as
+    in the defaults of LiteASR's code, 0.99 and 0.999.
     """
     linear = {fqn: space for fqn, space in subspaces.items() if "conv" not in fqn}
     whole = sum(map(dense_parameters, subspaces.values()))
-    low, high, found = -6.0, 1.0, dict[str, int]()  # logarithms of what attention drops
+    low, high, found = -6.0, 1.0, dict[str, int]()  # log10 of the share that attention drops
     for _ in range(30):
         middle = (low + high) / 2
         ranks, kept = dict[str, int](), whole
@@ -269,21 +268,21 @@ def liteasr(subspaces: Mapping[str, LayerSubspaces], share: float) -> lro.Ranks:
 
 
 def sentences(documents: Sequence[str]) -> Iterator[str]:
-    """Those of plain words only."""
+    """The sentences that consist of plain words."""
     for document in documents:
         for line in document.split("\n"):
             yield from filter(SENTENCE.fullmatch, re.split(r"(?<=[.!?]) (?=[A-Z])", line))
 
 
 def utterances(documents: Sequence[str], part: str, count: int, extractor: Any) -> Utterances:
-    """Three sentences each, in turn by all voices and speeds of a part of the study.
+    """``count`` utterances of three sentences each, alternating all voices of a part of the study, and all speeds.
 
     Raises:
-        ValueError: there are not so many sentences.
+        ValueError: too few sentences.
     """
     found = list(dict.fromkeys(sentences(documents)))
     if len(found) < count * TOGETHER:
-        raise ValueError(f"the documents hold {len(found)} sentences; {count * TOGETHER} are asked for.")
+        raise ValueError(f"the documents hold {len(found)} sentences; {count * TOGETHER} are needed.")
     texts = [" ".join(found[start : start + TOGETHER]) for start in range(0, count * TOGETHER, TOGETHER)]
     voices = VOICES[part]
     spoken = [
@@ -295,7 +294,7 @@ def utterances(documents: Sequence[str], part: str, count: int, extractor: Any) 
 
 @torch.inference_mode()
 def encode(model: nn.Module, features: Tensor) -> tuple[list[Any], float]:
-    """The encoder's outputs by batch, with states (utterances, positions, features), and its seconds."""
+    """The encoder's outputs by batch, with states (utterances, positions, features), and the seconds it took."""
     started = time.perf_counter()
     found = [model.get_encoder()(part) for part in features.split(BATCH)]
     return found, time.perf_counter() - started
@@ -303,7 +302,7 @@ def encode(model: nn.Module, features: Tensor) -> tuple[list[Any], float]:
 
 @torch.inference_mode()
 def transcribe(model: nn.Module, encoded: Sequence[Any]) -> list[Tensor]:
-    """Tokens of each utterance, by greedy search, from the start to the end token."""
+    """Tokens of each utterance, by greedy decoding, from the start to the end token."""
     found, given = [], model.generation_config
     end = given.eos_token_id
     timestamps = range(given.no_timestamps_token_id + 1, model.config.vocab_size)  # generate would start again there
@@ -324,7 +323,7 @@ def divergence(model: nn.Module, dense: Sequence[Any], student: Sequence[Any], t
     """Mean KL divergence of the next-token distributions over the tokens of the transcripts.
 
     Args:
-        model: for its decoder, which both have in common.
+        model: for its decoder, which the dense and the compressed model share.
         dense, student: the encoders' outputs.
         transcripts: of the dense model.
     """
@@ -352,7 +351,7 @@ def word_errors(references: Sequence[str], heard: Sequence[str]) -> dict[str, fl
 
 
 def edits(a: Sequence[str], b: Sequence[str]) -> int:
-    """The smallest number of words to insert, delete or replace that turns one into the other (Levenshtein)."""
+    """The Levenshtein distance in words."""
     row = list(range(len(b) + 1))
     for i, word in enumerate(a, 1):
         diagonal, row[0] = row[0], i

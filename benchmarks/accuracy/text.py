@@ -36,7 +36,7 @@ class Variant(NamedTuple):
     reconstruct: bool = False
     pivoted: bool = False
     corrected: bool = False  # predictions
-    channels: bool = False  # of MLPs are dropped, instead of factors
+    channels: bool = False  # drop channels of MLPs instead of factorizing their layers
 
 
 VARIANTS = {

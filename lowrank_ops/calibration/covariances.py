@@ -94,7 +94,7 @@ class Covariances(Mapping[str, LayerStatistics]):
         In a compressed model, the errors of earlier layers change the input of a layer in directions in which
         calibration saw almost no variance. Texts of another kind do so too. Ranks and factors from damped statistics
         preserve these directions. In return, errors on the calibration rows are larger, and reports include the noise
-        in the errors that they predict. Apply it once, to the sum of all batches and after
+        in the errors that they predict. Apply it once, to the sum of all batches, and after
         :func:`lowrank_ops.recalibrate`. The damping is that of K-FAC (Martens & Grosse 2015, arXiv 1503.05671).
 
         Args:

@@ -153,7 +153,7 @@ def _add_compression(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     factors.add_argument(
         "--channels", action="store_true",
-        help="drop channels of MLPs, the features between their layers, instead of factorizing these; with --budget or "
+        help="drop channels of MLPs, the features between their layers, instead of factorizing them; with --budget or "
         "--flops",
     )  # fmt: skip
     factors.add_argument(

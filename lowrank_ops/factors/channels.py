@@ -1,4 +1,4 @@
-"""The layers of an MLP with fewer channels: rows of the producers' weights, and the consumer's weight fitted again."""
+"""The layers of an MLP with fewer channels: rows of the producers' weights, and the consumer's updated weight."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from .projections import Factors
 
 
 def narrowed(fqn: str, spaces: ChannelSubspaces, channels: int, projection: str) -> dict[str, Factors]:
-    """``{fqn: Factors}`` of all layers of an MLP, each with its whole weight, in the dtype and on the device of each.
+    """``{fqn: Factors}`` of all layers of an MLP, each a whole weight in the dtype and on the device of its layer.
 
-    The consumer's weight is W C_:K (C_KK)^-1, the minimum of the output's error for the channels K that are kept, in
-    every metric; its bias holds the mean of what is dropped.
+    The consumer's weight is W C_:K (C_KK)^-1 for the kept channels K, which minimizes the output error in every metric.
+    Its bias takes the mean of what is dropped.
 
     Args:
         fqn: of the consumer.
         spaces: of the MLP.
-        channels: how many are kept.
-        projection: ``"loss"`` keeps the channels of the smallest loss, ``"output"`` those of the smallest output error.
+        channels: number to keep.
+        projection: which channels are kept: ``"loss"``, by smallest loss; ``"output"``, by smallest output error.
 
     Raises:
         ValueError: an element overflows the dtype of the layer.
@@ -62,7 +62,7 @@ def narrowed(fqn: str, spaces: ChannelSubspaces, channels: int, projection: str)
         )
     }  # fmt: skip
     for name, space in spaces.producers.items():
-        known = None if increase is None else 0.0  # that of the MLP is the consumer's
+        known = None if increase is None else 0.0  # the consumer has that of the whole MLP
         rows = kept.to(space.device)
         found[name] = _of_weight(
             space.weight[rows], None if space.bias is None else space.bias.to(space.weight)[rows],
@@ -85,7 +85,7 @@ def _of_weight(weight: Tensor, bias: Tensor | None, *, kept: Tensor, projection:
 
 
 def widened(factors: Factors, in_features: int) -> Factors:
-    """The consumer's factors with columns of zeros for the channels that it does not keep: the same function."""
+    """The consumer's factors with columns of zeros for the dropped channels; the function stays the same."""
     assert factors.kept is not None
     weight = factors.down.new_zeros(len(factors.down), in_features)
     weight[:, factors.kept] = factors.down

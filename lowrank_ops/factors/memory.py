@@ -1,4 +1,4 @@
-"""The memory that compressing a layer takes, beside the model and its covariances."""
+"""Estimates of the memory that compression uses in addition to the model and its covariances."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from ..calibration.plan import size
 from ..config import ByteBudget, CompressionConfig, ExplainedVariance
 from ..subspaces.layer import LayerSubspaces
 
-# The most float64 elements that exist at one time, in multiples of features^2 of the streamed side, of out_features^2
-# and of in_features * out_features: without output gradients, and with them. These cover what torch's allocator
-# measured at full rank, of regular and of rank-deficient moments, and are half more than that on average.
+# Peak number of float64 elements, in multiples of features^2 of the streamed side, of out_features^2 and of
+# in_features * out_features: without output gradients, and with them. Chosen to cover the peaks of torch's allocator at
+# full rank, for regular and rank-deficient moments; on average they are 1.5 times those peaks.
 _ELEMENTS = {
     "output": ((4.0, 0.0, 5.5), (5.5, 5.0, 2.25)),
     "loss": ((4.0, 0.0, 5.5), (4.25, 4.25, 4.0)),
@@ -20,7 +20,7 @@ _OF_ALLOCATION = {"variance": "output", "loss": "loss"}
 
 
 def working_bytes(space: LayerSubspaces, config: CompressionConfig) -> int:
-    """The most bytes that one layer's matrices take at one time, from its moments to its new layer."""
+    """Peak bytes of one layer's matrices, from its moments to its new layer."""
     allocation = getattr(config.rank, "allocation", None)
     steps = [str(config.projection), *([_OF_ALLOCATION[allocation]] if allocation in _OF_ALLOCATION else [])]
     others = config.channels_of or isinstance(config.rank, ByteBudget | ExplainedVariance)
@@ -35,10 +35,10 @@ def working_bytes(space: LayerSubspaces, config: CompressionConfig) -> int:
 
 
 def bytes_to_spare(subspaces: Mapping[str, LayerSubspaces], config: CompressionConfig, max_memory: int) -> int:
-    """What the layer that needs most leaves of ``max_memory``.
+    """The bytes of ``max_memory`` that are left beside the layer that needs most, spectra and shared inputs.
 
     Raises:
-        ValueError: a layer needs more than that; the message names it.
+        ValueError: ``max_memory`` is too small; the message names the layer.
     """
     needed = {fqn: working_bytes(space, config) for fqn, space in subspaces.items()}
     kept = _kept_bytes(subspaces)
@@ -60,10 +60,10 @@ def bytes_to_spare(subspaces: Mapping[str, LayerSubspaces], config: CompressionC
 
 
 def _kept_bytes(subspaces: Mapping[str, LayerSubspaces]) -> int:
-    """Bytes of all spectra, and of the input spaces that are kept while layers with other inputs are worked on."""
+    """Bytes of all spectra, and of input spaces that are kept until a later layer with the same input."""
     spectra = 0
     apart: dict[int, int] = {}
-    last: dict[int, int] = {}  # by input, the number of the layer that had it last
+    last: dict[int, int] = {}  # by input, the index of the last layer that had it
     for number, space in enumerate(subspaces.values()):
         groups, in_features, out_features = space.dimensions
         spectra += 6 * 8 * groups * max(in_features, out_features)

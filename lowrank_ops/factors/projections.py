@@ -52,7 +52,7 @@ class Factors:
     reconstructed: bool = False
     formats: Formats = PLAIN
     pivots: Pivots | None = None  # of a pivoted layer with 8-bit factors; others compute them from the factors
-    kept: Tensor | None = None  # (rank,), int64: of a layer of an MLP with fewer channels, those that it keeps
+    kept: Tensor | None = None  # (rank,), int64: the channels kept, for a layer of an MLP with fewer channels
 
     @property
     def is_dense(self) -> bool:

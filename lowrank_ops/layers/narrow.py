@@ -1,4 +1,4 @@
-"""NarrowLinear: a dense layer of an MLP that has fewer channels than its architecture says."""
+"""NarrowLinear: a dense layer of an MLP whose channels were dropped."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from ._base import copy_flags
 
 
 class NarrowLinear(nn.Linear):
-    """A ``torch.nn.Linear`` in place of a larger one, whose sizes it remembers for checkpoints.
+    """A ``torch.nn.Linear`` that replaces a larger one and stores the larger sizes, for checkpoints.
 
-    :func:`lowrank_ops.compress_` puts it into MLPs whose channels it drops. It runs as its base class does, and what
-    supports ``torch.nn.Linear`` supports it.
+    :func:`lowrank_ops.compress_` puts it into MLPs whose channels it drops. It computes what its base class does, and
+    tools that support ``torch.nn.Linear`` support it.
 
     Args:
         in_features, out_features: of this layer.
-        dense_features: in_features and out_features of the layer that it replaces.
-        bias: whether to learn a bias.
+        dense_features: (in_features, out_features) of the replaced layer.
+        bias: whether the layer has a bias.
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: more features than the layer that it replaces.
+        ValueError: more features than the replaced layer, or fewer than 1.
 
     Example:
         >>> import torch
@@ -85,7 +85,7 @@ class NarrowLinear(nn.Linear):
 
     @torch.no_grad()
     def to_dense(self) -> nn.Linear:
-        """An ``nn.Linear`` with the sizes of the replaced layer: zeros for the channels that are gone."""
+        """An ``nn.Linear`` with the sizes of the replaced layer, padded with zeros at the end."""
         in_features, out_features = self.dense_features
         added = in_features - self.in_features, out_features - self.out_features
         weight = nn.Parameter(F.pad(self.weight, (0, added[0], 0, added[1])), self.weight.requires_grad)

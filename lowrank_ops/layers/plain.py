@@ -30,6 +30,8 @@ CONVERTED = "_converted_by_lowrank_ops"  # set on such a copy: what saves it mus
 def to_dense_layers(model: nn.Module) -> nn.Module:
     """A copy of ``model`` whose low-rank layers are dense ones with the product as their weight.
 
+    Layers with fewer channels are padded with zeros to the sizes before compression.
+
     Args:
         model: any module; not changed.
 
@@ -69,8 +71,9 @@ def to_plain_layers(model: nn.Module) -> nn.Module:
 
     The copy has only torch's own layers, and as many parameters as ``model``, plus rank^2 for each pivoted layer. So it
     can be pickled and loaded without lowrank_ops, scripted, quantized by torchao, and exported by tools that support no
-    custom ops; 8-bit factors get the layer's dtype, and a dense layer with an 8-bit weight becomes an ``nn.Linear``. A
-    pair of layers has the sizes of the dense layer as attributes, such as ``stride``, but no ``weight``.
+    custom ops; 8-bit factors get the layer's dtype, and a dense layer with an 8-bit weight or fewer channels becomes
+    an ``nn.Linear``. A pair of layers has the sizes of the dense layer as attributes, such as ``stride``, but no
+    ``weight``.
 
     The experts of a mixture and the projections of converted attention become such layers too, and can be quantized.
     The module that calls the experts becomes a ``torch.fx.GraphModule``. Those of :func:`convert_attention_` are this
@@ -84,8 +87,8 @@ def to_plain_layers(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: a low-rank layer has hooks, which would be lost, parametrized factors, or a PEFT adapter; accelerate
-            moves weights on each call; or the
-            forward of a module around it reads its ``weight``, as in transformers' T5 and ViT.
+            moves weights on each call; or the forward of a module around it reads its ``weight``, as in transformers'
+            T5 and ViT.
 
     Example:
         >>> import torch, lowrank_ops as lro

@@ -70,7 +70,7 @@ def _replace(model: nn.Module, factors: Mapping[str, Factors], pivoted: bool) ->
 
 
 def replaceable(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
-    """The layers of these names; errors as for :func:`replace_`."""
+    """``{fqn: layer}`` for these names; errors as for :func:`replace_`."""
     check_not_wrapped(model)
     names = list(names)
     layers, skipped = find_layers(model)
@@ -93,7 +93,7 @@ def replaceable(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
 
 
 def replacement(dense: nn.Module, factors: Factors, pivoted: bool = False) -> LowRankLayer | NarrowLinear:
-    """The layer that holds ``factors`` in the place of ``dense``."""
+    """The layer with ``factors`` that replaces ``dense``."""
     if factors.kept is not None:
         return NarrowLinear.from_factors(dense, factors)
     kind = EightBitLinear if factors.is_dense else lowrank_type(dense, factors.rank if pivoted else None)

@@ -17,33 +17,33 @@ from .experts import ExpertLinear
 from .layers import HOOKS
 from .running import evaluating, float64_device, random_state_kept
 
-LEVELS = 2  # above the consumer's parent, up to which modules that hold the MLP are tried
-TOLERANCE = 1e-4  # of outputs, relative to their norm; the models run in float64 where the device has it
+LEVELS = 2  # how far above the consumer's parent the producers are looked for
+TOLERANCE = 1e-4  # of outputs, relative to their norm; modules run in float64 where the device has it
 
 
 class Mlp(NamedTuple):
-    """Linear layers of which one reads, channel by channel, what the others compute.
+    """The linear layers of an MLP by name: the producers compute its channels, the consumer reads them.
 
-    Input feature j of the consumer depends on output feature j of the producers only, and nothing else reads these.
+    Input feature j of the consumer depends on output feature j of each producer only, and nothing else reads those.
     """
 
-    producers: tuple[str, ...]  # of one input
+    producers: tuple[str, ...]  # which have the same input
     consumer: str
 
 
 def find_mlps(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[Mlp]:
-    """The MLPs of ``model`` among ``layers``; no layer is in two.
+    """The MLPs of ``model`` among ``layers``; no layer belongs to two.
 
-    A candidate is an ``nn.Linear`` and those of one module that have as many outputs as it has inputs, such as gate, up
-    and down projections. A copy of the smallest module that holds them, with random weights in these layers, then runs
-    on random inputs: once with half of the channels, in narrower layers, and once with all of them and columns of zeros
-    in the consumer. It is an MLP if both runs give the same outputs. Modules that do not run on one tensor of the
-    producers' input features, and those with hooks, are not verified and hold none. A layer that is in the model at
-    two places, such as one that two MLPs share, is in none: only one of its places would be verified.
+    A candidate is an ``nn.Linear`` (the consumer) and those layers of one module that have as many outputs as it has
+    inputs (the producers), such as down, gate and up projections. A copy of the smallest module that holds them, with
+    random weights in these layers, runs on random inputs twice: with half of the channels in narrower layers, and with
+    all channels but columns of zeros in the consumer. The candidate is an MLP if both outputs are the same. Modules
+    with hooks, and those that do not run on one tensor with the producers' input features, are not verified. A layer in
+    two places of the model, such as one that two MLPs share, is in none, as only one of the places would be verified.
 
     Args:
         model: any module; not changed.
-        layers: ``{fqn: layer}``, those that may be changed.
+        layers: ``{fqn: layer}``, the layers that may be changed.
     """
     places = Counter(child for module in model.modules() for child in module._modules.values())
     linear = {
@@ -67,7 +67,7 @@ def find_mlps(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[Mlp]:
 def _candidates(
     model: nn.Module, consumer: str, layers: Mapping[str, nn.Linear]
 ) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """The name of the smallest module that holds the consumer and layers that may be its producers, and their names."""
+    """(name of the smallest module that holds the consumer and possible producers, names of the producers)."""
     channels, holder = layers[consumer].in_features, consumer
     for _ in range(1 + LEVELS):
         if not holder:
@@ -92,10 +92,10 @@ def _parent(fqn: str) -> str:
 
 
 def _drops_channels(holder: nn.Module, prefix: str, names: Sequence[str], layers: Sequence[nn.Linear]) -> bool:
-    """Whether ``holder`` gives the same outputs without channels as with columns of zeros.
+    """Whether ``holder`` has the same outputs without some channels as with columns of zeros for them.
 
     Args:
-        holder: a module, whose name is ``prefix``.
+        holder: the module named ``prefix``.
         names, layers: of the producers, then of the consumer.
     """
     if any(getattr(module, kind) for module in holder.modules() for kind in HOOKS):
@@ -106,7 +106,7 @@ def _drops_channels(holder: nn.Module, prefix: str, names: Sequence[str], layers
     if channels < 2 or any(weight.is_meta for weight in weights):
         return False
     dtype = torch.float64 if float64_device(device) == device else torch.float32
-    with random_state_kept(holder) as generators, torch.no_grad(), contextlib.suppress(Exception):  # of the model
+    with random_state_kept(holder) as generators, torch.no_grad(), contextlib.suppress(Exception):  # the model's
         for generator in generators:
             generator.manual_seed(0)
         kept = torch.randperm(channels)[: channels // 2].sort().values.to(device)
@@ -125,7 +125,7 @@ def _drops_channels(holder: nn.Module, prefix: str, names: Sequence[str], layers
 
 
 def _sizes(features: int) -> Sequence[tuple[int, ...]]:
-    """Of tensors on which a module may run: sequences, rows, and images with channels last or first."""
+    """Input shapes to try: sequences, rows, images with channels last and first."""
     return (2, 5, features), (7, features), (2, 4, 4, features), (2, features, 8, 8)
 
 
@@ -142,7 +142,7 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 def _outputs(holder: nn.Module, names: Sequence[str], layers: Sequence[nn.Linear], x: Tensor) -> list[Tensor]:
-    """What the last of ``layers`` and the module return, with ``layers`` in the module."""
+    """The outputs of the consumer and of the module, with ``layers`` in the module."""
     for name, layer in zip(names, layers, strict=True):
         setattr(holder.get_submodule(_parent(name)), name.rpartition(".")[2], layer)
     holder.to(x.dtype)

@@ -51,7 +51,7 @@ def factor_parameters(spaces: LayerSubspaces, rank: int, *, pivoted: bool = Fals
 def lowrank_parameters(spaces: LayerSubspaces, rank: int, *, pivoted: bool = False) -> int:
     """Parameters of the low-rank layer; centering adds a bias to a layer without one.
 
-    Of an MLP, those of the layers with ``rank`` channels.
+    For an MLP, those of its layers with ``rank`` channels.
     """
     groups, _, out_features = spaces.dimensions
     bias = groups * out_features if spaces.bias is not None or spaces.centered else 0
@@ -62,7 +62,7 @@ def lowrank_parameters(spaces: LayerSubspaces, rank: int, *, pivoted: bool = Fal
 
 
 def _widths(spaces: ChannelSubspaces) -> int:
-    """Elements of the weights of an MLP per channel."""
+    """Weight elements of an MLP per channel."""
     return spaces.dimensions.out_features + sum(space.dimensions.in_features for space in spaces.producers.values())
 
 
@@ -75,7 +75,7 @@ def dense_macs(spaces: LayerSubspaces) -> int:
 
 
 def lowrank_macs(spaces: LayerSubspaces, rank: int, *, pivoted: bool = False) -> int:
-    """MACs of the low-rank layer, over the calibration rows; of an MLP, those with ``rank`` channels."""
+    """MACs of the low-rank layer, or of an MLP with ``rank`` channels, over the calibration rows."""
     if isinstance(spaces, ChannelSubspaces):
         return spaces.rows * rank * _widths(spaces)
     groups, in_features, out_features = spaces.dimensions

@@ -364,7 +364,7 @@ def _fill(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
 
 
 def _factors_of(layer: LowRankLayer | NarrowLinear, old: Factors) -> Factors:
-    """The factors in a trained layer, without its padding, or its weight."""
+    """The factors of a trained layer without their padding, or the weight of a narrow one."""
     if isinstance(layer, NarrowLinear):
         down, up = layer.weight.detach().clone(), old.up
     else:

@@ -59,7 +59,7 @@ class LayerCompression:
     dense_bytes: int = 0
     bytes: int = 0  # with the scales of 8-bit factors and weights
     formats: Formats = PLAIN  # of both factors, or of a dense weight: "int8" or "fp8"; None: the layer's dtype
-    channels: int | None = None  # that its MLP keeps; the errors are those of the MLP, at the layer that reads them
+    channels: int | None = None  # kept by its MLP, whose errors are those of its consumer
 
     @property
     def is_replaced(self) -> bool:
@@ -73,14 +73,14 @@ class LayerCompression:
 
     @property
     def size(self) -> str:
-        """The rank, the number of channels, or dense."""
+        """Such as ``"rank 8"``, ``"64 channels"`` or ``"dense"``."""
         if self.channels is not None:
             return f"{self.channels} channels"
         return "dense" if self.rank is None else f"rank {self.rank}"
 
     @property
     def kept_share(self) -> float | None:
-        """The rank, or the channels at the layer that reads them, relative to the largest; None: left dense."""
+        """The rank relative to the largest, or a consumer's channels relative to all of them; None: left dense."""
         if self.channels is not None:
             return self.channels / self.in_features
         return None if self.rank is None else self.rank / min(self.in_features, self.out_features)

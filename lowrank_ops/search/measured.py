@@ -136,7 +136,7 @@ def measured_ranks(
             ranks, *_ = choose_grouped_sizes(config, subspaces, _corrections(measured, predicted))
             trial = shared_copy(dense)
             factors = dict(factorize_layers(subspaces, ranks, str(config.projection), keep_directions=True))
-            for fqn, rank in ranks.items():  # MLPs keep all channels, so that a gate adds the dense consumer's output
+            for fqn, rank in ranks.items():  # trial MLPs keep all channels, for their gates run the dense consumer
                 if rank is not None and factors[fqn].kept is not None:
                     factors[fqn] = widened(factors[fqn], subspaces[fqn].max_rank)
             replace_(trial, {fqn: part for fqn, part in factors.items() if fqn in ranks})
@@ -156,7 +156,7 @@ def measured_ranks(
     if sum(measured.values()) <= 0 < sum(predicted.values()):
         warn_caller(
             "predicted losses are not corrected: over these batches the loss does not rise with the layers' errors. "
-            "Pass more of them."
+            "Pass more batches."
         )
     assert best is not None
     return as_policy(best[1], subspaces)
@@ -180,7 +180,7 @@ def _differentiated(
     device = device_of(trial)
     gates = {fqn: torch.zeros((), device=device, requires_grad=True) for fqn in gated}
     total, derivatives = 0.0, dict[str, float]()
-    reached, counted = set[nn.Module](), False  # layers by any row; whether the masks leave any
+    reached, counted = set[nn.Module](), False  # layers that any row reached; whether the masks leave any row
     with differentiable(trial, SEED), evaluating(dense), hooks() as handles, torch.set_grad_enabled(bool(gates)):
         masks.attach(handles)
         for fqn, gate in gates.items():

@@ -1,4 +1,4 @@
-"""How large the two factors of a layer are, direction by direction."""
+"""The scale of the two factors of a layer, direction by direction."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ MAX_HIDDEN = 1024.0  # root mean square of an element of x down^T; outliers of 6
 
 
 def balance(spaces: LayerSubspaces, down: Tensor, up: Tensor, reader: Tensor | None, squares: Tensor | None) -> Tensor:
-    """Powers of two (..., rank) to multiply ``down`` by and to divide ``up`` by: their product is exactly the same.
+    """Powers of two (..., rank) to multiply ``down`` by and to divide ``up`` by, which leaves their product unchanged.
 
-    With an orthonormal ``up``, one element of t = x down^T could hold the norm of a whole output and overflow float16
-    although no output does. So the largest elements of both factors are made equal, direction by direction, and the
+    With an orthonormal ``up``, an element of t = x down^T may be as large as the norm of the whole output, and overflow
+    float16 although no output does. So the largest elements of both factors are made equal up to a factor of 2, and the
     root mean square of t over the calibration rows is kept well inside the range of float16, also for autocast.
     """
     largest = down.abs().amax(-1), up.abs().amax(-2)

@@ -1,11 +1,11 @@
-"""The channels of an MLP in the order in which they are kept: optimal brain surgeon on the layer that reads them.
+"""The order in which the channels of an MLP are kept, and the loss of each: optimal brain surgeon on the consumer.
 
-Channels are dropped one after another, each time the one whose loss is smallest after the weights of the others have
-been fitted again (Hassibi & Stork 1992; of whole columns as in Kurtic et al. 2023, ZipLM, arXiv 2302.04089). With
-C = R R^T the second moment of the channels in that order, last dropped first, z = R^-1 x is white and its first r
-entries span the first r channels. So W R e_i is what is lost of the output with channel i, and one Cholesky factor
-gives the losses of all numbers of channels. Dropping with C damped by 1e-6 of its diagonal also orders channels that
-are linear combinations of others, which is the normal case with fewer rows than channels.
+Channels are dropped one after another, each time the one whose loss is smallest after the weights of the others are
+updated to compensate (Hassibi & Stork 1992; for whole columns as in ZipLM, Kurtic et al. 2023, arXiv 2302.04089). Let
+C = R R^T be the second moment of the channels, in the reverse of that order. Then z = R^-1 x is white, and its first r
+entries span the first r channels. Column i of W R is therefore the part of the output that is lost with channel i, so
+that one Cholesky factor gives the loss for every number of channels. C is damped by 1e-6 of its diagonal, so that
+channels which are linear combinations of others have an order too, as with fewer rows than channels.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from .layer import LayerSubspaces, LossSpace
 from .principal import Subspace, noise_of_sums
 
 DAMPING = 1e-6  # of the channels' moment, relative to its diagonal
-BLOCKS = 48  # rounds in which all channels are dropped, at least
+BLOCKS = 48  # at least as many rounds drop all channels
 _VERIFIED = (
     "An MLP consists of nn.Linear layers, all of them calibrated with side='input' and kept by filter_fn, in a module "
-    "that runs on one tensor; between them, channels do not mix, and no width is fixed."
+    "that runs on one tensor; nothing between them mixes channels or has a fixed number of them."
 )
-CANDIDATES = 4  # the cheapest channels of a round, times the number that it drops
+CANDIDATES = 4  # candidates of a round, the cheapest at its start, per channel that it drops
 
 
 class ChannelSubspaces(LayerSubspaces):
-    """The subspaces of a layer that reads the channels of an MLP; its directions are those channels.
+    """The subspaces of an MLP, as those of its consumer; the directions are the channels.
 
-    ``rank`` is a number of channels, wherever ranks are chosen. The bases of ``output`` and ``loss`` are indices of
-    channels (channels,), the first to keep first.
+    Where ranks are chosen, its ``rank`` is the number of channels. The bases of ``output`` and ``loss`` are indices
+    (channels,) in the order in which channels are kept.
 
     Args:
-        consumer: of the layer that reads the channels; its input was streamed.
-        producers: ``{fqn: LayerSubspaces}`` of the layers that compute them.
+        consumer: subspaces of the consumer, whose input was streamed.
+        producers: ``{fqn: LayerSubspaces}`` of the producers.
     """
 
     def __init__(self, consumer: LayerSubspaces, producers: Mapping[str, LayerSubspaces]) -> None:
@@ -52,7 +52,7 @@ class ChannelSubspaces(LayerSubspaces):
             load=consumer._load,
         )
         self.consumer, self.producers = consumer, dict(producers)
-        self.is_linear = False  # as one layer: it has no factors
+        self.is_linear = False  # it gets no factors
 
     @property
     def max_rank(self) -> int:
@@ -60,7 +60,7 @@ class ChannelSubspaces(LayerSubspaces):
 
     @property
     def layers(self) -> tuple[LayerSubspaces, ...]:
-        """The spaces of all layers of the MLP."""
+        """The subspaces of all layers of the MLP."""
         return (*self.producers.values(), self.consumer)
 
     @cached_property
@@ -97,7 +97,7 @@ class ChannelSubspaces(LayerSubspaces):
         return moment
 
     def lost_outputs(self, moment: Tensor, order: Tensor) -> Tensor:
-        """W R, (out_features, channels): column i is lost of the output with the i-th channel of the order."""
+        """W R, (out_features, channels): column i is lost with the i-th channel of the order."""
         return self.weight[:, order] @ torch.linalg.cholesky(moment[order][:, order])
 
     def release(self, *, directions: bool = True, shared: bool = True) -> None:
@@ -109,9 +109,9 @@ class ChannelSubspaces(LayerSubspaces):
 def with_channels(
     model: nn.Module, subspaces: Mapping[str, LayerSubspaces], wanted: bool | Sequence[str]
 ) -> dict[str, LayerSubspaces]:
-    """``subspaces`` in which those of the layers of an MLP are one, by the name of its consumer.
+    """``subspaces`` with one :class:`ChannelSubspaces` per MLP, under its consumer's name, for those of its layers.
 
-    They are kept with the consumer's, so that other budgets reuse them.
+    It is stored in the consumer's subspaces, so that other budgets reuse it.
 
     Args:
         model: any module.
@@ -119,7 +119,7 @@ def with_channels(
         wanted: True for all MLPs, or names or "re:" patterns of their consumers.
 
     Raises:
-        ValueError: no MLP was found, or none of a name.
+        ValueError: no MLP was found, or none for one of the names.
     """
     if not wanted:
         return dict(subspaces)
@@ -158,14 +158,14 @@ def _names(name: str, fqn: str) -> bool:
 
 
 class _Channels(Subspace):
-    """An order of channels, which is kept: it takes long to find and little memory."""
+    """An order of channels, which ``release`` keeps: it takes long to find and little memory."""
 
     def release(self) -> None:
         pass
 
 
 class _ChannelLoss(LossSpace):
-    """The loss by channel, in units of the loss as that of any other layer."""
+    """The loss by channel, in the same units as other layers' losses."""
 
     def __init__(self, spaces: ChannelSubspaces, gradients: Moments) -> None:
         super().__init__(spaces, gradients)
@@ -182,7 +182,7 @@ class _ChannelLoss(LossSpace):
         return order, values * self.scale
 
     def projection(self, rank: int) -> tuple[None, Tensor, Tensor]:
-        """None, R^-1 and W R for the first ``rank`` channels: the weight fitted to them is the product of the two."""
+        """None, R^-1 and W R for the first ``rank`` channels; the updated weight is the product of the two."""
         spaces, order = self._channels, self.subspace.leading(rank)
         moment = spaces.damped_moment(spaces.loss_activations)[order]
         root = torch.linalg.cholesky(moment[:, order])
@@ -192,11 +192,11 @@ class _ChannelLoss(LossSpace):
 
 
 def kept_order(moment: Tensor, weight: Tensor) -> Tensor:
-    """The channels, from the one to keep longest to the one to drop first.
+    """The channels, from the last to drop to the first.
 
-    With P the inverse of the moment of the channels that are left and A the weight fitted to them, dropping channel j
-    costs |A_j|^2 / P_jj. A round drops a 1/``BLOCKS`` of all channels one by one, among the cheapest ones at its start,
-    with A and P exact for these; those of the others follow in one product at its end.
+    With P the inverse of the moment of the remaining channels and A their updated weight, dropping channel j costs
+    |A_j|^2 / P_jj. A round drops 1/``BLOCKS`` of all channels one by one, from the candidates that were cheapest at its
+    start. A and P are updated after each channel for the candidates, and at the end of the round for the others.
 
     Args:
         moment: of the channels (channels, channels), float64, positive definite.
@@ -226,7 +226,7 @@ def kept_order(moment: Tensor, weight: Tensor) -> Tensor:
 
 
 def _cheapest(inverse: Tensor, weight: Tensor, count: int) -> Tensor:
-    """The indices of ``count`` columns, each the cheapest to drop after those before it."""
+    """Indices of ``count`` columns, each the cheapest to drop once those before it are gone."""
     inverse, weight = inverse.clone(), weight.clone()
     gone = torch.zeros(len(inverse), dtype=weight.dtype, device=weight.device)
     found = []

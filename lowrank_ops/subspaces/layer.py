@@ -254,7 +254,7 @@ class LayerSubspaces:
         out_features, in_features = weight.shape[-2:]
         self.dimensions = Dimensions(weight.shape[0] if weight.dim() == 3 else 1, in_features, out_features)
         self.is_linear = weight.dim() == 2  # not a convolution's
-        self.channels: LayerSubspaces | None = None  # those of the MLP whose channels this layer reads, once found
+        self.channels: LayerSubspaces | None = None  # of the MLP whose consumer this layer is, once found
         statistics.check()
         for name, values in (("weight", weight if load is None else None), ("bias", bias)):
             if values is not None and not all_finite(values):
@@ -474,7 +474,7 @@ class LayerSubspaces:
                     space.release()
 
     def drop_spaces(self) -> None:
-        """Drop the spaces, which refer to this object: it then frees its weight without a garbage collection."""
+        """Drop the spaces, whose references to this object would keep its weight until a garbage collection."""
         for name in _SPACES:
             self.__dict__.pop(name, None)
         if self.channels is not None:

@@ -1,4 +1,4 @@
-"""What compress_ holds under max_memory, and layers that alone need more."""
+"""What compress_ keeps in memory under max_memory, and layers that alone need more."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from .device import on_streams_at_once
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
-CYCLES = 20_000_000  # ten milliseconds or so; a kernel on another stream than its input runs long before
+CYCLES = 20_000_000  # about ten milliseconds, so that a kernel on another stream than its input's starts too early
 RANKS = {"conv": 8, "q": 16, "k": 24, "mix": 16, "wide": 24}
 
 

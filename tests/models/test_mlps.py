@@ -9,7 +9,7 @@ from lowrank_ops.models.mlps import Mlp, find_mlps
 
 
 class Gated(nn.Module):
-    """Gate, up and down projections, named in another order than they are called, and what is done in between."""
+    """Gate, up and down projections, named in another order than they are called."""
 
     def __init__(self, between=lambda h: h, after=lambda module, h, y: y):
         super().__init__()
@@ -27,7 +27,7 @@ class Masked(Gated):
 
 
 class Squares(nn.Module):
-    """Four layers of one shape, of which one reads what one other computes."""
+    """Four layers of one shape; only fc1 and fc2 are an MLP."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Kernels of NVRTC, without it and without a device: csrc/nvrtc.cpp finds them by what csrc/nvrtc.py writes."""
+"""csrc/nvrtc.cpp finds kernels in the table that csrc/nvrtc.py writes; without NVRTC and without a device."""
 
 import importlib.util
 import shutil

@@ -2,10 +2,10 @@
 
     python -m tests.reliability.mutate --mutants 300
 
-Draws mutants at random from the modules below, all places alike, and runs the tests beside the module on each, in a
-forked process that has torch imported already; if they pass, the tests of the steps that use the module as well. A
-mutant is killed if a test fails or the time is up. The existing tools
-import the package once per mutant, which takes longer than the tests.
+Draws mutants at random from the modules below, all places alike. On each it runs the tests beside the module, in a
+forked process that has torch imported already; if they pass, also those of the modules that use it (USERS). A mutant
+is killed if a test fails or the time is up. The existing tools import the package once per mutant, which takes longer
+than the tests.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The order in which channels are dropped, and what that costs, against optimal brain surgeon written out."""
+"""The order in which channels are dropped, and the cost of each, against a plain optimal brain surgeon."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from lowrank_ops.subspaces.channels import ChannelSubspaces, kept_order
 
 
 def exact_order(moment, weight):
-    """One channel after another, with updates of everything."""
+    """The order by dropping one channel at a time, with exact updates."""
     inverse, weight, left, dropped = torch.linalg.inv(moment), weight.clone(), list(range(len(moment))), []
     while left:
         costs = weight.square().sum(0)[left] / inverse.diagonal()[left]
@@ -23,7 +23,7 @@ def exact_order(moment, weight):
 
 
 def costs_of(moment, weight, order):
-    """By numbers of channels kept, the error of the weight that is fitted to them."""
+    """By number of kept channels, the error of the weight with the least squares."""
     costs = []
     for count in range(len(order) + 1):
         kept = order[:count]
