@@ -91,16 +91,8 @@ VARIANTS = {
     "loss, pivoted": Variant("loss", "loss", pivoted=True),
     "loss, corrected": Variant("loss", "loss", corrected=True),
     "loss, pivoted, corrected": PIVOTED,
-    "loss, pivoted, corrected, distilled": PIVOTED._replace(then=("distilled",)),
     "loss, damped, pivoted, corrected": BEST,
     "loss, damped, pivoted, corrected, measured ranks": BEST._replace(then=("measured",)),
-    "loss, damped, pivoted, corrected, measured ranks, blocks": BEST._replace(then=("measured", "blocks")),
-    "loss, damped, pivoted, corrected, measured ranks, distilled": BEST._replace(then=("measured", "distilled")),
-    "loss, damped, pivoted, corrected, measured ranks, blocks, distilled": BEST._replace(
-        then=("measured", "blocks", "distilled")
-    ),
-    "loss, damped, pivoted, corrected, distilled on all": BEST._replace(then=("distilled on all",)),
-    "loss, damped, pivoted, corrected, blocks, distilled": BEST._replace(then=("blocks", "distilled")),
     "loss, damped, channels, pivoted, corrected": CHANNELS,
     "loss, damped, channels, pivoted, corrected, measured ranks": CHANNELS._replace(then=("measured",)),
     "loss, damped, channels, pivoted, corrected, measured ranks, blocks": CHANNELS._replace(
@@ -111,6 +103,9 @@ VARIANTS = {
     ),
     "loss, damped, channels, pivoted, corrected, measured ranks, blocks, distilled": CHANNELS._replace(
         then=("measured", "blocks", "distilled")
+    ),
+    "loss, damped, channels, pivoted, corrected, measured ranks, distilled on all": CHANNELS._replace(
+        then=("measured", "distilled on all")
     ),
     "no factors, int8": Variant("none", "uniform", form="int8"),
     "loss, corrected, int8": Variant("loss", "loss", corrected=True, form="int8"),
@@ -125,9 +120,7 @@ ONE_SHOT = (  # by default
     "output, uniform (SVD-LLM)",
     "loss, uniform (KFAC-SVD)",
     "loss",
-    "loss, pivoted, corrected",
-    "loss, damped, pivoted, corrected",
-    "loss, damped, pivoted, corrected, measured ranks",
+    "loss, damped, channels, pivoted, corrected, measured ranks",
 )
 
 

@@ -38,8 +38,8 @@ def find_mlps(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[Mlp]:
     inputs (the producers), such as down, gate and up projections. A copy of the smallest module that holds them, with
     random weights in these layers, runs on random inputs twice: with half of the channels in narrower layers, and with
     all channels but columns of zeros in the consumer. The candidate is an MLP if both outputs are the same. Modules
-    with hooks, and those that do not run on one tensor with the producers' input features, are not verified. A layer in
-    two places of the model, such as one that two MLPs share, is in none, as only one of the places would be verified.
+    with hooks, and those that do not run on one tensor with the producers' input features, are not verified. A layer
+    that the model holds at two places, such as one that two MLPs share, is in none: only one place would be verified.
 
     Args:
         model: any module; not changed.
