@@ -327,7 +327,8 @@ class CompressionConfig:
             MLPs, found by running their modules on random inputs; other layers get factors. Code outside such a module
             must not use its channels: that is not verified. A sequence: names and "re:" patterns of consumers. In
             ``overrides`` and ``bounds``, the consumer stands for its MLP, and the values are numbers of channels. Needs
-            a :class:`ParameterBudget`, a :class:`FlopBudget` or :class:`Ranks`, whose own ``channels`` are used instead.
+            a :class:`ParameterBudget`, a :class:`FlopBudget` or :class:`Ranks`, whose own ``channels`` are used
+            instead.
 
     Example:
         >>> import lowrank_ops as lro
