@@ -460,13 +460,15 @@ def _rows(mask: Any, name: str, batch_first: bool = True) -> _Known:
     """A mask (batch, positions) that was given, as rows.
 
     Raises:
-        ValueError: it does not have two dimensions.
+        ValueError: it does not have two dimensions, or holds NaN or negative values.
     """
     if mask is None:
         return None
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         given = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"mask must have shape (batch, positions); got {given}.")
+    if mask.is_floating_point() and bool(mask.isnan().any()):
+        raise ValueError("mask holds NaN; pass one that is true or 1 for real tokens.")
     added = mask.is_floating_point() and name.endswith("key_padding_mask")
     if not added and mask.dtype != torch.bool and bool((mask < 0).any()):
         raise ValueError(

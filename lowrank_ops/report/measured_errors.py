@@ -95,7 +95,10 @@ def measure_errors(
     """
     replaced = {fqn: layer for fqn, layer in compressed.named_modules() if isinstance(layer, LowRankLayer)}
     if not replaced:
-        raise ValueError("compressed has no replaced layer; pass the model that compress_ changed.")
+        raise ValueError(
+            "compressed has no replaced layer to compare; pass the model that compress_ changed. Layers of MLPs with "
+            "fewer channels are not compared."
+        )
     with experts_listed(dense, names=replaced):
         return _measured(dense, compressed, replaced, batches, mask, unmasked_rows, forward, centered, progress)
 

@@ -388,6 +388,8 @@ def test_polarity_is_not_guessed():
         lro.calibrate(Model(), [batch], mask=lambda args, kwargs: kwargs["padding_mask"] * -1e4)
     with pytest.raises(ValueError, match=r"and labels of padding"):
         lro.calibrate(Model(), [batch], mask=lambda args, kwargs: kwargs["padding_mask"] * -100)
+    with pytest.raises(ValueError, match=r"mask holds NaN; pass one that is true or 1"):
+        lro.calibrate(Model(), [batch], mask=lambda args, kwargs: kwargs["padding_mask"] * torch.nan)
 
 
 class Reads(nn.Module):
