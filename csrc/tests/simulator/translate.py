@@ -25,6 +25,7 @@ REPLACEMENTS = {
     r"STABLE_TORCH_LIBRARY_IMPL\(lowrank_ops, CUDA, m\)": "STABLE_TORCH_LIBRARY_IMPL(lowrank_ops, CPU, m)",
     r"(STABLE_TORCH_LIBRARY\w*)\(lowrank_ops,": r"\1(lowrank_ops_simulated,",
 }
+SUFFIXES = (".cu", ".cuh", ".h", ".cpp")
 
 
 def translate(csrc: Path, out: Path) -> None:
@@ -33,7 +34,7 @@ def translate(csrc: Path, out: Path) -> None:
     replaced = Path(__file__).parent / "replaced"
     for source in sorted(csrc.rglob("*.*")):
         name = source.relative_to(csrc)
-        if "tests" in name.parts or (replaced / name).is_file():
+        if name.suffix not in SUFFIXES or "tests" in name.parts or (replaced / name).is_file():
             continue
         text = source.read_text()
         for pattern, replacement in REPLACEMENTS.items():
