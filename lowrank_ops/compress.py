@@ -87,6 +87,7 @@ def compress_(
         What was chosen per layer, with the predicted output error.
 
     Raises:
+        OSError: there is no room for temporary files (``max_memory``).
         RuntimeError: another thread calibrates, compresses or searches the model.
         TypeError: ``config`` or ``covariances`` of another type.
         ValueError: covariances of another model, a budget or override that cannot be met, a ``device`` that is not

@@ -27,7 +27,7 @@ from .models.experts import on_listed_experts
 from .models.layers import FilterFn, find_layers, images, input_rows, is_conv
 from .models.masks import Mask, Masks
 from .models.running import EMPTY, ProgressBar, call_model, device_of, differentiable, move, warn_caller
-from .subspaces.channels import with_channels
+from .subspaces.channels import check_apart, with_channels
 from .subspaces.layer import LayerSubspaces
 
 PRIOR_SAMPLES = 8  # weight of the prediction, in measured samples
@@ -78,7 +78,8 @@ def correct_predictions(
 
     Raises:
         NonFiniteActivationError: NaN or inf in an input or in a gradient.
-        ValueError: covariances without output gradients or of another model, no sample, an invalid argument.
+        ValueError: covariances without output gradients or of another model, no sample, an invalid argument, channels
+            that something else than their MLP reads.
 
     Example:
         >>> import torch, lowrank_ops as lro
@@ -100,6 +101,7 @@ def correct_predictions(
     if not batches:
         raise ValueError(EMPTY)
     run, device = forward or call_model, device_of(model)
+    check_apart(model, subspaces, lambda: run(model, move(batches[0], device)))
     warning, differs = None, False
     for part in _parts(subspaces, max_state_bytes):
         directions = {

@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -17,18 +17,41 @@ ROWS = 64  # of a matrix that are copied at a time
 
 
 def empty_in_file(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A tensor in a file that is mapped into memory, and has no name where the system allows that."""
-    if not math.prod(shape):
+    """A tensor in a file that is mapped into memory, and has no name where the system allows that.
+
+    Raises:
+        OSError: the disk is full, or there is no folder for temporary files.
+    """
+    count, bytes_ = math.prod(shape), math.prod(shape) * dtype.itemsize
+    if not count:
         return torch.empty(shape, dtype=dtype)
-    handle, name = tempfile.mkstemp(prefix="lowrank_ops_", suffix=".sums")
     try:
-        if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and a crash in the mapping
-            os.posix_fallocate(handle, 0, math.prod(shape) * dtype.itemsize)
-        return torch.from_file(name, shared=True, size=math.prod(shape), dtype=dtype).view(*shape)
+        with _temporary_file() as (handle, name):
+            if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and a crash in the mapping
+                os.posix_fallocate(handle, 0, bytes_)
+            return torch.from_file(name, shared=True, size=count, dtype=dtype).view(*shape)
+    except OSError as error:
+        where = os.environ.get("TMPDIR") or tempfile.tempdir
+        message = f"{error.strerror or error}: no temporary file of {bytes_:,} bytes (TMPDIR={where})"
+        remedy = "make room there, or set TMPDIR to another folder before Python starts"
+        raise OSError(error.errno, f"{message}; {remedy}") from error
+
+
+@contextlib.contextmanager
+def _temporary_file() -> Iterator[tuple[int, str]]:
+    """The descriptor of a file, and a name to open it by inside the block."""
+    handle, name = tempfile.mkstemp(prefix="lowrank_ops_", suffix=".sums")
+    opened = f"/proc/self/fd/{handle}"
+    needs_name = not os.path.exists(opened)
+    try:
+        if not needs_name:  # a process that is killed meanwhile leaves no file
+            os.unlink(name)
+        yield handle, name if needs_name else opened
     finally:
         os.close(handle)
-        with contextlib.suppress(OSError):
-            os.unlink(name)
+        if needs_name:
+            with contextlib.suppress(OSError):
+                os.unlink(name)
 
 
 def lower_triangle(matrices: Tensor, out: Tensor | None = None) -> Tensor:
