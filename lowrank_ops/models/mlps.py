@@ -107,8 +107,8 @@ def _output_without_half(model: nn.Module, mlps: Sequence[Mlp], run: Callable[[]
 
     with random_state_kept(model) as generators, evaluating(model), hooks() as handles:
         for mlp in mlps:
-            channels = model.get_submodule(mlp.consumer).in_features
-            dropped = torch.randperm(int(channels), generator=torch.Generator().manual_seed(0)) < int(channels) // 2
+            channels = model.get_submodule(mlp.consumer).get_parameter("weight").shape[1]
+            dropped = torch.randperm(channels, generator=torch.Generator().manual_seed(0)) < channels // 2
             handles.append(model.get_submodule(mlp.consumer).register_forward_pre_hook(ignore(dropped)))
             for name in mlp.producers if changed else ():
                 handles.append(model.get_submodule(name).register_forward_hook(change(dropped)))
@@ -178,7 +178,8 @@ def _drops_channels(holder: nn.Module, prefix: str, names: Sequence[str], layers
         for size in _sizes(weights[0].shape[1]):
             x = torch.randn(size, dtype=dtype, device=device)
             with contextlib.suppress(Exception):
-                return _alike(*(_outputs(copied, names, parts, x) for parts in (wide, narrow)))
+                first, second = (_outputs(copied, names, parts, x) for parts in (wide, narrow))
+                return _alike(first, second)
     return False
 
 
