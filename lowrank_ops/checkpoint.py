@@ -22,9 +22,17 @@ from .layers import EightBitLinear, LowRankLayer, LowRankLinear, NarrowLinear, P
 from .layers.conv import GEOMETRY, LowRankConv
 from .layers.group import group_layers, groups_in
 from .layers.pivoted import is_order
-from .layers.replace import has_hooks, lowrank_type, note_replaced, swap_
+from .layers.replace import lowrank_type, note_replaced, swap_
 from .models.experts import experts_listed
-from .models.layers import check_no_adapters, check_not_dispatched, dimensions, find_layers, is_conv, tied_layers
+from .models.layers import (
+    check_no_adapters,
+    check_not_dispatched,
+    dimensions,
+    find_layers,
+    has_hooks,
+    is_conv,
+    tied_layers,
+)
 from .models.running import warn_caller
 from .report import CompressionReport
 
