@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import resource
 import signal
@@ -178,3 +179,56 @@ def test_digests_see_values_at_any_depth() -> None:
     for wrap in (lambda x: {"a": [x, "b"]}, lambda x: (1, (x,)), Batch, lambda x: x.numpy(), lambda x: [x.tolist()]):
         assert digest(wrap(x)) == digest(wrap(x.clone())) != digest(wrap(other))
     assert digest([[x], x]) != digest([x, [x]]) and digest("1") != digest(1)
+
+
+class Loss:
+    def __init__(self, power: int) -> None:
+        self.power = power
+
+    def __call__(self, y: torch.Tensor) -> torch.Tensor:
+        return y**self.power
+
+    def halved(self, y: torch.Tensor) -> torch.Tensor:
+        return 0.5 * self(y)
+
+
+class OtherLoss(Loss):
+    def __call__(self, y: torch.Tensor) -> torch.Tensor:
+        return y.abs() ** self.power
+
+
+OtherLoss.__qualname__ = "Loss"
+
+
+def test_digests_see_the_code_of_functions() -> None:
+    """Other constants, operations, nested code, defaults, wrappers, methods and objects, under one name."""
+
+    def calls(*operations: Callable[..., Any]) -> list[Callable[..., Any]]:
+        return [functools.wraps(operation)(lambda y, operation=operation: operation(y)) for operation in operations]
+
+    def scaled(by: float) -> Callable[..., Any]:
+        def loss(y: torch.Tensor, by: float = by) -> torch.Tensor:
+            return by * y
+
+        return loss
+
+    functions = [
+        lambda y: y.square(), lambda y: 2 * y.square(), lambda y: 3 * y.square(), lambda y: y.exp(),
+        lambda y: [v for v in y if v in {1, 2}], lambda y: [v for v in y if v in {1, 3}], *calls(torch.sum, torch.mean),
+        scaled(1.0), scaled(2.0), functools.partial(scaled, 1.0), functools.partial(scaled, 2.0), Loss(2), OtherLoss(2),
+        Loss(2).halved, nn.MSELoss(), torch.sum,
+    ]  # fmt: skip
+    assert len(set(map(digest, functions))) == len(functions)
+    assert digest(scaled(1.0)) == digest(scaled(1.0)) and digest(Loss(2)) == digest(Loss(2))
+
+
+def test_digests_of_functions_do_not_depend_on_the_order_of_sets() -> None:
+    def loss(y: list[int]) -> list[int]:
+        return [v for v in y if v in {0, 8}]
+
+    digests = set()
+    for members in ([0, 8], [8, 0]):  # which collide in a small set
+        consts = [frozenset(members) if isinstance(part, frozenset) else part for part in loss.__code__.co_consts]
+        loss.__code__ = loss.__code__.replace(co_consts=tuple(consts))
+        digests.add(digest(loss))
+    assert len(digests) == 1
