@@ -21,7 +21,7 @@ from .layers import EightBitLinear, LowRankLayer, NarrowLinear, group_
 from .layers.replace import replaceable, replacement, swap_
 from .models.experts import on_listed_experts
 from .models.layers import FilterFn, check_not_wrapped, find_layers, tied_layers, with_values
-from .models.running import ProgressBar, exclusive, in_layer
+from .models.running import ProgressBar, exclusive, in_layer, warn_of_few_rows
 from .ranks.choose import ChosenRanks, Rounded
 from .ranks.costs import is_pivoted
 from .ranks.eight_bit import eight_bit_bytes, lowrank_bytes
@@ -34,7 +34,6 @@ from .reconstruction import (
     reconstruct_factors,
 )
 from .report import CompressionReport
-from .report.text import warn_of_few_rows
 from .subspaces.channels import ChannelSubspaces, with_channels
 from .subspaces.layer import LayerSubspaces, layer_subspaces
 

@@ -38,10 +38,10 @@ from .files import (
 from .layers import EightBitLinear, LowRankLayer, LowRankLinear, group_
 from .layers.replace import lowrank_type, swap_
 from .models.layers import all_finite, fused_projections
+from .models.running import warn_of_few_rows
 from .ranks.choose import Rounded
 from .ranks.groups import choose_grouped_sizes
 from .report import CompressionReport
-from .report.text import warn_of_few_rows
 from .subspaces.layer import LayerSubspaces
 
 INDEX_FILE = "model.safetensors.index.json"

@@ -114,6 +114,15 @@ def shortened(names: Sequence[str]) -> str:
     return ", ".join([*names[:5], *([f"and {len(names) - 5} more"] if len(names) > 5 else [])])
 
 
+def warn_of_few_rows(found: Sequence[str], rows: str = "calibration rows", remedy: str = "calibrate with") -> None:
+    """One warning for all layers with few rows, ``["name (rows of features)"]``."""
+    if found:
+        warn_caller(
+            f"fewer {rows} than min(in_features, out_features): {shortened(found)}. "
+            f"Ranks and errors hold for these rows only; {remedy} more batches."
+        )
+
+
 class _ProcessState:
     """A setting of the process that blocks change; where blocks overlap in several threads, the last restores it."""
 

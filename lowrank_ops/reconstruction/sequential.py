@@ -21,9 +21,9 @@ from ..calibration.statistics import LayerStatistics, NonFiniteActivationError
 from ..factors.projections import Factors
 from ..layers.replace import lowrank_type, replaceable
 from ..models.experts import ExpertLinear, on_listed_experts
-from ..models.layers import compiled_or_scripted, find_layers, input_rows
+from ..models.layers import compiled_or_scripted, dimensions, find_layers, input_rows
 from ..models.masks import Mask, Masks, real_rows
-from ..models.running import EMPTY, ProgressBar, call_model, in_layer, warn_caller
+from ..models.running import EMPTY, ProgressBar, call_model, in_layer, warn_caller, warn_of_few_rows
 from .checkpoint import resume_checkpoint, run_identity, save_checkpoint
 from .paired_runs import Group, PairedRuns, find_chains
 from .regression import PairedSums, reconstruct_layers
@@ -148,6 +148,7 @@ def reconstruct_factors(
         if factors[fqn].projection == "loss" and fqn not in done and getattr(layer, "groups", 1) == 1
     }
     run = settings.forward or call_model
+    few: list[str] = []  # layers with fewer rows than features
     weights = CallWeights()
     if sensitivity is not None and by_loss:
         weights = call_weights(
@@ -183,6 +184,9 @@ def reconstruct_factors(
             return reason
         fitted: dict[str, Factors] = {}
         for pairs in sums:
+            rows = sum(fold.count for fold in pairs.folds)
+            sizes = {fqn: min(pairs.in_features, dimensions(layer).out_features) for fqn, layer in pairs.layers.items()}
+            few.extend(f"{fqn} ({rows:,} of {size:,})" for fqn, size in sizes.items() if rows < size)
             old = {fqn: factors[fqn] for fqn in pairs.layers}
             with in_layer(next(iter(old)), _MEMORY):
                 fitted |= reconstruct_layers(pairs, old, gradients, centered=centered, ridge=ridge)
@@ -213,6 +217,7 @@ def reconstruct_factors(
                 save_checkpoint(Path(checkpoint), identity, ready)
     if (warning := masks.finish()) is not None:
         warn_caller(warning)
+    warn_of_few_rows(few, "rows in the batches of the reconstruction", "pass it")
     if layers and all(kept.get(fqn) == TOO_FEW for fqn in layers):
         raise ValueError("too few rows reached every layer: the batches are empty, or the mask leaves no position.")
     if kept:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..models.running import shortened, warn_caller
-
 
 def notes(unreached: Sequence[str], skipped: Mapping[str, str]) -> list[str]:
     """One line per layer that was left out, with the reason."""
@@ -47,15 +45,6 @@ def rows_note(layers: Iterable[Any], errors: bool) -> list[str]:
 
 def _fitted(layer: Any) -> int:
     return layer.rank or getattr(layer, "channels", None) or 0
-
-
-def warn_of_few_rows(found: Sequence[str]) -> None:
-    """One warning for all layers that :func:`few_rows` found."""
-    if found:
-        warn_caller(
-            f"fewer calibration rows than min(in_features, out_features): {shortened(found)}. "
-            "Ranks and errors hold for these rows only; calibrate with more batches."
-        )
 
 
 def percent(share: float | None) -> str:

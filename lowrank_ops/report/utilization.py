@@ -15,14 +15,14 @@ from ..calibration.covariances import Covariances
 from ..config import check_share
 from ..models.experts import on_listed_experts
 from ..models.layers import FilterFn, find_layers
-from ..models.running import ProgressBar, in_layer
+from ..models.running import ProgressBar, in_layer, warn_of_few_rows
 from ..subspaces.layer import LayerSubspaces, layer_subspaces
 from .kinds import kind_of
 from .page import framed, page
 from .per_layer import LayerUtilization, utilization_columns
 from .sections import kinds_of, remarks, spectra, utilization_by_kind, utilization_by_layer, utilization_table
 from .spectra import spectrum_of
-from .text import few_rows, few_rows_note, format_table, layer_bars, new_figure, notes, rows_note, warn_of_few_rows
+from .text import few_rows, few_rows_note, format_table, layer_bars, new_figure, notes, rows_note
 
 
 @dataclass(frozen=True)
