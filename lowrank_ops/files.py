@@ -57,6 +57,26 @@ def replacing(*paths: Path) -> Iterator[list[BinaryIO]]:
 
 
 @contextmanager
+def made(folder: Path) -> Iterator[None]:
+    """The folder exists inside the block; after an exception, one that was made here and is empty does not."""
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+def write_whole(path: str | Path, content: bytes) -> None:
+    """Replace a file, or create it; errors as for :func:`replacing`."""
+    with replacing(Path(path)) as (file,):
+        file.write(content)
+
+
+@contextmanager
 def _temporary(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
     if path.exists() and not path.is_file():
         raise OSError(f"{str(path)!r} is a folder or device, not a file that can be replaced.")

@@ -19,6 +19,7 @@ from torch import nn
 import lowrank_ops as lro
 from lowrank_ops.config import LayerLatencies
 from lowrank_ops.files import digest, open_tensors, parse_json, read_header, replacing, write_tensors
+from lowrank_ops.folders import compress_folder
 
 
 def model() -> nn.Module:
@@ -44,12 +45,21 @@ def latencies(path: Path) -> None:
     LayerLatencies("cpu", 1, {}, {f"layer {i}": {} for i in range(5000)}).save(path)
 
 
+def report() -> Any:
+    dense = model()
+    covariances = lro.calibrate(dense, [torch.randn(80, 64)])
+    return lro.utilization(dense, covariances), lro.compress_(dense, covariances, 8)
+
+
 WRITERS: dict[str, Callable[[Path], Any]] = {
     "save_pretrained": lambda path: lro.save_pretrained(model(), path.parent),
     "covariances": lambda path: lro.calibrate(model(), batches()).save(path),
     "finetune_": finetune,
     "reconstruction": reconstruct,
     "latencies": latencies,
+    "page of a utilization": lambda path: report()[0].to_html(path),
+    "page of a compression": lambda path: report()[1].to_html(path),
+    "picture of a compression": lambda path: report()[1].plot(path.with_suffix(".svg")),
 }
 
 
@@ -74,6 +84,28 @@ def test_a_full_disk_is_an_oserror_and_leaves_nothing(tmp_path: Path, name: str)
     with small_files(), pytest.raises(OSError, match="File too large"):
         WRITERS[name](tmp_path / "file")
     assert not content(tmp_path)
+
+
+def test_a_folder_that_was_made_for_a_failed_save_is_removed(tmp_path: Path) -> None:
+    lro.save_pretrained(model(), tmp_path / "dense")
+    covariances = lro.calibrate(model(), [torch.randn(80, 64)])
+    with small_files():
+        with pytest.raises(OSError, match="File too large"):
+            lro.save_pretrained(model(), tmp_path / "new")
+        with pytest.raises(OSError, match="File too large"):
+            compress_folder(tmp_path / "dense", tmp_path / "smaller", covariances, 8)
+    assert os.listdir(tmp_path) == ["dense"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [name for name in WRITERS if "of a" in name])
+def test_reports_that_cannot_be_written_keep_the_old_ones(tmp_path: Path, name: str) -> None:
+    old = dict.fromkeys(("file", "file.svg"), b"old")
+    for file, text in old.items():
+        (tmp_path / file).write_bytes(text)
+    with small_files(), pytest.raises(OSError, match="File too large"):
+        WRITERS[name](tmp_path / "file")
+    assert content(tmp_path) == old
 
 
 @pytest.mark.filterwarnings("ignore")
