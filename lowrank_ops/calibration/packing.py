@@ -40,18 +40,17 @@ def empty_in_file(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 @contextlib.contextmanager
 def _temporary_file() -> Iterator[tuple[int, str]]:
     """The descriptor of a file, and a name to open it by inside the block."""
+    if os.path.exists("/proc/self/fd"):  # Linux, where the file itself needs no name: a killed process leaves none
+        with tempfile.TemporaryFile() as file:
+            yield file.fileno(), f"/proc/self/fd/{file.fileno()}"
+        return
     handle, name = tempfile.mkstemp(prefix="lowrank_ops_", suffix=".sums")
-    opened = f"/proc/self/fd/{handle}"
-    needs_name = not os.path.exists(opened)
     try:
-        if not needs_name:  # a process that is killed meanwhile leaves no file
-            os.unlink(name)
-        yield handle, name if needs_name else opened
+        yield handle, name
     finally:
         os.close(handle)
-        if needs_name:
-            with contextlib.suppress(OSError):
-                os.unlink(name)
+        with contextlib.suppress(OSError):
+            os.unlink(name)
 
 
 def lower_triangle(matrices: Tensor, out: Tensor | None = None) -> Tensor:
