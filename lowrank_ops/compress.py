@@ -13,7 +13,7 @@ from .arguments import checked
 from .calibration.covariances import Covariances
 from .calibration.packing import empty_in_file
 from .calibration.plan import parse_bytes
-from .config import CompressionConfig, ExplainedVariance, RankPolicy
+from .config import CompressionConfig
 from .factors.channels import narrowed
 from .factors.memory import bytes_to_spare
 from .factors.projections import Factors, eight_bit_weight, factorize, rounded, stored_as
@@ -22,6 +22,7 @@ from .layers.replace import replaceable, replacement, swap_
 from .models.experts import on_listed_experts
 from .models.layers import FilterFn, check_not_wrapped, find_layers, tied_layers, with_values
 from .models.running import ProgressBar, exclusive, in_layer
+from .policies import ExplainedVariance, RankPolicy
 from .ranks.choose import ChosenRanks, Rounded
 from .ranks.costs import is_pivoted
 from .ranks.eight_bit import eight_bit_bytes, lowrank_bytes

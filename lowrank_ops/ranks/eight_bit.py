@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import EIGHT_BIT
+from ..policies import EIGHT_BIT
 from ..subspaces.balance import balance
 from ..subspaces.channels import ChannelSubspaces
 from ..subspaces.layer import DAMPING, LayerSubspaces

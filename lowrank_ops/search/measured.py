@@ -16,7 +16,7 @@ from ..calibration.covariances import Covariances
 from ..calibration.objectives import Sensitivity, check_sensitivity, distance
 from ..calibration.recorder import NO_ROWS
 from ..compress import considered_layers, decompose, factorize_layers, resolved
-from ..config import CompressionConfig, ParameterBudget, Ranks
+from ..config import CompressionConfig
 from ..factors.channels import widened
 from ..layers.replace import replace_
 from ..models.copies import filter_of_original, shared_copy
@@ -35,6 +35,7 @@ from ..models.running import (
     move,
     warn_caller,
 )
+from ..policies import ParameterBudget, Ranks
 from ..ranks.choose import ChosenRanks, as_policy, limits_of
 from ..ranks.groups import choose_grouped_sizes
 from ..subspaces.channels import with_channels
