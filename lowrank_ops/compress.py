@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from .arguments import checked
 from .calibration.covariances import Covariances
 from .calibration.packing import empty_in_file
-from .calibration.plan import parse_bytes
 from .config import CompressionConfig
 from .factors.channels import narrowed
 from .factors.memory import bytes_to_spare
@@ -21,6 +20,7 @@ from .layers import EightBitLinear, LowRankLayer, NarrowLinear, group_
 from .layers.replace import replaceable, replacement, swap_
 from .models.experts import on_listed_experts
 from .models.layers import FilterFn, check_not_wrapped, find_layers, tied_layers, with_values
+from .models.memory import parse_bytes
 from .models.running import ProgressBar, exclusive, in_layer
 from .policies import ExplainedVariance, RankPolicy
 from .ranks.choose import ChosenRanks, Rounded

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from .arguments import checked
 from .calibration.covariances import Covariances
-from .calibration.plan import parse_bytes
 from .checkpoint import CONFIG_FILE, WEIGHTS_FILE, describe_layers
 from .compress import available, considered_layers, decompose, factorize_layers, in_eight_bits, resolved
 from .config import CompressionConfig
@@ -38,6 +37,7 @@ from .files import (
 from .layers import EightBitLinear, LowRankLayer, LowRankLinear, group_
 from .layers.replace import lowrank_type, swap_
 from .models.layers import all_finite, fused_projections
+from .models.memory import parse_bytes
 from .policies import RankPolicy
 from .ranks.choose import Rounded
 from .ranks.groups import choose_grouped_sizes

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..calibration.plan import size
 from ..config import CompressionConfig
+from ..models.memory import size
 from ..policies import ByteBudget, ExplainedVariance
 from ..subspaces.layer import LayerSubspaces
 

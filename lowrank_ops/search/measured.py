@@ -22,7 +22,8 @@ from ..layers.replace import replace_
 from ..models.copies import filter_of_original, shared_copy
 from ..models.experts import list_experts_
 from ..models.layers import FilterFn
-from ..models.masks import Mask, Masks
+from ..models.mask_sources import Mask
+from ..models.masks import Masks
 from ..models.running import (
     EMPTY,
     ProgressBar,
