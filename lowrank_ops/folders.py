@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from .arguments import checked
 from .calibration.covariances import Covariances
-from .checkpoint import CONFIG_FILE, WEIGHTS_FILE, describe_layers
+from .checkpoint import WEIGHTS_FILE
 from .compress import available, considered_layers, decompose, factorize_layers, in_eight_bits, resolved
 from .config import CompressionConfig
+from .description import CONFIG_FILE, describe_layers
 from .factors.memory import bytes_to_spare
 from .factors.projections import Factors
 from .files import (

@@ -23,7 +23,8 @@ from hypothesis import given
 from torch import nn
 
 import lowrank_ops as lro
-from lowrank_ops.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from lowrank_ops.checkpoint import WEIGHTS_FILE
+from lowrank_ops.description import CONFIG_FILE
 from lowrank_ops.files import digest, digests, replacing, write_tensors
 from lowrank_ops.folders import compress_folder
 from lowrank_ops.latencies import LatencyCurve, LayerLatencies
