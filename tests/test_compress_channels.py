@@ -140,7 +140,7 @@ def test_errors_of_mlps_are_measured_at_their_consumers(calibrated):
     with torch.no_grad():
         model.blocks[1][0].bias[0] += 1
     model.head = dense.head
-    with pytest.raises(ValueError, match="compressed has only layers with fewer channels, whose weights were trained"):
+    with pytest.raises(ValueError, match="compressed has only MLPs with fewer channels whose weights were trained"):
         lro.measure_errors(dense, model, batches)
 
 

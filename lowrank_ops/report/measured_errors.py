@@ -69,7 +69,7 @@ def measure_errors(
     it from the calibration rows. Pass batches that calibration has not seen, and add the result to the report with
     ``report.with_measured(errors)``. Only ``dense`` is run, so errors do not accumulate from layer to layer. An MLP
     with fewer channels has its error at its consumer, the layer that reads the channels; it is not measured if the
-    other layers of the MLP were trained after compression.
+    other layers of the MLP were trained, as by ``finetune_`` and ``BlockReconstruction``.
 
     Args:
         dense: a copy of the model from before compression. It runs in eval mode; its training flags are restored.
@@ -111,8 +111,8 @@ def measure_errors(
         replaced = {fqn: layer for fqn, layer in layers.items() if fqn not in narrow} | _consumers(dense, narrow)
         if not replaced:
             raise ValueError(
-                "compressed has only layers with fewer channels, whose weights were trained after compression; their "
-                "errors are not measured."
+                "compressed has only MLPs with fewer channels whose weights were trained; their errors cannot be "
+                "measured. Pass the model from before finetune_, or one compressed without BlockReconstruction."
             )
         return _measured(dense, compressed, replaced, batches, mask, unmasked_rows, forward, centered, progress)
 
