@@ -1,6 +1,6 @@
 """Rank policies: from subspaces to a rank for every layer. A rank of None keeps a layer dense.
 
-A policy is a frozen dataclass of ``config`` and one function here, registered by its type.
+A policy is a frozen dataclass of ``policies`` and one function here, registered by its type.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def choose_ranks(
     """A rank for every layer, or None if it stays dense.
 
     Args:
-        policy: one of ``config``'s, with its allocation set.
+        policy: a rank policy, with its allocation set.
         spaces: the layers considered.
         overrides: ``{fqn or "re:pattern": rank or None}``, which takes precedence over the policy. An exact name takes
             precedence over a pattern, a later pattern over an earlier one.
