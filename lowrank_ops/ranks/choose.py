@@ -11,6 +11,7 @@ from functools import singledispatch
 from typing import NamedTuple
 
 from ..config import check_bound
+from ..models.running import shortened
 from ..policies import (
     ByteBudget,
     ExplainedVariance,
@@ -229,7 +230,7 @@ def _named(key: str, spaces: Spaces, argument: str) -> list[str]:
                     f"{argument}: {key!r} names a layer of an MLP whose channels are dropped; name {fqn!r} and a "
                     "number of channels."
                 )
-        raise ValueError(f"{argument}: {key!r} matches none of the layers considered: {', '.join(spaces)}.")
+        raise ValueError(f"{argument}: {key!r} matches none of the layers considered: {shortened(list(spaces))}.")
     return matches
 
 

@@ -289,7 +289,9 @@ def checked_batches(model: nn.Module, factors: Mapping[str, Factors], batches: I
     if (reason := compiled_or_scripted(model)) is not None:
         raise ValueError(f"model cannot be reconstructed: {reason}.")
     if "" in factors:
-        raise ValueError("model is itself the layer to reconstruct, and has no layer before it.")
+        raise ValueError(
+            "model is itself the layer to reconstruct, and has no layer before it; leave the reconstruction out."
+        )
     held = list(batches)
     if not held:
         raise ValueError(EMPTY)
