@@ -25,7 +25,8 @@ from .compress import considered_layers
 from .config import check_channels
 from .models.experts import on_listed_experts
 from .models.layers import FilterFn, find_layers, images, input_rows, is_conv
-from .models.masks import Mask, Masks
+from .models.mask_sources import Mask
+from .models.masks import Masks
 from .models.running import EMPTY, ProgressBar, call_model, device_of, differentiable, move, warn_caller
 from .subspaces.channels import with_channels
 from .subspaces.layer import LayerSubspaces

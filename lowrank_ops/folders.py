@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from .arguments import checked
 from .calibration.covariances import Covariances
-from .calibration.plan import parse_bytes
-from .checkpoint import CONFIG_FILE, WEIGHTS_FILE, describe_layers
+from .checkpoint import WEIGHTS_FILE
 from .compress import available, considered_layers, decompose, factorize_layers, in_eight_bits, resolved
-from .config import CompressionConfig, RankPolicy
+from .config import CompressionConfig
+from .description import CONFIG_FILE, describe_layers
 from .factors.memory import bytes_to_spare
 from .factors.projections import Factors
 from .files import (
@@ -38,6 +38,8 @@ from .files import (
 from .layers import EightBitLinear, LowRankLayer, LowRankLinear, group_
 from .layers.replace import lowrank_type, swap_
 from .models.layers import all_finite, fused_projections
+from .models.memory import parse_bytes
+from .policies import RankPolicy
 from .ranks.choose import Rounded
 from .ranks.groups import choose_grouped_sizes
 from .report import CompressionReport

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import lowrank_ops as lro
-from lowrank_ops.checkpoint import describe_layers, empty_layers
+from lowrank_ops.description import describe_layers, empty_layers
 from lowrank_ops.factors.channels import narrowed, widened
 from lowrank_ops.folders import compress_folder
 from lowrank_ops.layers import NarrowLinear, replace_

@@ -64,7 +64,7 @@ class Variant(NamedTuple):
 
     projection: str
     allocation: str
-    then: tuple[str, ...] = ()  # of "measured", "midpoint", "sequential", "blocks", "distilled", "distilled on all"
+    then: tuple[str, ...] = ()  # of "measured", "blocks", "distilled", "distilled on all"
     pivoted: bool = False
     corrected: bool = False  # predictions
     damped: bool = False  # statistics, by DAMPING
@@ -72,10 +72,8 @@ class Variant(NamedTuple):
     form: str | None = None  # of 8-bit factors and weights of a model in bfloat16; the budget is then of bytes
 
 
-PIVOTED = Variant("loss", "loss", pivoted=True, corrected=True)
-BEST = PIVOTED._replace(damped=True)  # one-shot
-CHANNELS = BEST._replace(channels=True)
-
+BEST = Variant("loss", "loss", ("measured",), pivoted=True, corrected=True, damped=True, channels=True)
+RECIPE = "loss, damped, channels, pivoted, corrected, measured ranks"
 
 # SVD-LLM (Wang et al. 2024, arXiv 2403.07378) computes output PCA with uniform ranks. KFAC-SVD's factors are those by
 # loss. ASVD (Yuan et al. 2023, arXiv 2312.05821) scales the input features before a truncated SVD.
@@ -85,33 +83,14 @@ VARIANTS = {
     "output, uniform (SVD-LLM)": Variant("output", "uniform"),
     "loss, uniform (KFAC-SVD)": Variant("loss", "uniform"),
     "loss": Variant("loss", "loss"),
-    "loss, midpoint": Variant("loss", "loss", ("midpoint",)),
-    "loss, sequential": Variant("loss", "loss", ("sequential",)),
-    "loss, blocks": Variant("loss", "loss", ("blocks",)),
-    "loss, pivoted": Variant("loss", "loss", pivoted=True),
-    "loss, corrected": Variant("loss", "loss", corrected=True),
-    "loss, pivoted, corrected": PIVOTED,
-    "loss, damped, pivoted, corrected": BEST,
-    "loss, damped, pivoted, corrected, measured ranks": BEST._replace(then=("measured",)),
-    "loss, damped, channels, pivoted, corrected": CHANNELS,
-    "loss, damped, channels, pivoted, corrected, measured ranks": CHANNELS._replace(then=("measured",)),
-    "loss, damped, channels, pivoted, corrected, measured ranks, blocks": CHANNELS._replace(
-        then=("measured", "blocks")
-    ),
-    "loss, damped, channels, pivoted, corrected, measured ranks, distilled": CHANNELS._replace(
-        then=("measured", "distilled")
-    ),
-    "loss, damped, channels, pivoted, corrected, measured ranks, blocks, distilled": CHANNELS._replace(
-        then=("measured", "blocks", "distilled")
-    ),
-    "loss, damped, channels, pivoted, corrected, measured ranks, distilled on all": CHANNELS._replace(
-        then=("measured", "distilled on all")
-    ),
+    RECIPE: BEST,
+    f"{RECIPE}, blocks": BEST._replace(then=("measured", "blocks")),
+    f"{RECIPE}, distilled": BEST._replace(then=("measured", "distilled")),
+    f"{RECIPE}, distilled on all": BEST._replace(then=("measured", "distilled on all")),
     "no factors, int8": Variant("none", "uniform", form="int8"),
     "loss, corrected, int8": Variant("loss", "loss", corrected=True, form="int8"),
     "loss, corrected, fp8": Variant("loss", "loss", corrected=True, form="fp8"),
-    "loss, pivoted, corrected, int8": PIVOTED._replace(form="int8"),
-    "loss, damped, pivoted, corrected, int8": BEST._replace(form="int8"),
+    "loss, pivoted, corrected, int8": Variant("loss", "loss", pivoted=True, corrected=True, form="int8"),
 }
 
 ONE_SHOT = (  # by default
@@ -120,7 +99,7 @@ ONE_SHOT = (  # by default
     "output, uniform (SVD-LLM)",
     "loss, uniform (KFAC-SVD)",
     "loss",
-    "loss, damped, channels, pivoted, corrected, measured ranks",
+    RECIPE,
 )
 
 
@@ -325,9 +304,6 @@ class Study:
         config = lro.CompressionConfig(
             policy, projection=variant.projection, pivoted=variant.pivoted, channels=variant.channels
         )
-        if "midpoint" in variant.then:
-            covariances = lro.recalibrate(model, covariances, self.batches, config, sensitivity=self.sensitivity)
-            subspaces = layer_subspaces({fqn: model.get_submodule(fqn) for fqn in covariances}, covariances)
         if "measured" in variant.then:
             case = variant._replace(then=()), budget
             if case not in self.measured_ranks:
@@ -344,8 +320,6 @@ class Study:
                     )
             config = replace(config, rank=self.measured_ranks[case])
         reconstruction: Any = None
-        if "sequential" in variant.then:
-            reconstruction = lro.SequentialReconstruction(self.batches, sensitivity=self.sensitivity)
         if "blocks" in variant.then:
             sequences = [  # one per step; logits at every fourth position, to save time
                 {"input_ids": ids, "logits_to_keep": torch.arange(index % 4, WINDOW - 1, 4)}

@@ -12,25 +12,24 @@ from torch import nn
 from ..calibration.covariances import Covariances
 from ..checkpoint import save_pretrained
 from ..compress import compress_
-from ..config import (
+from ..config import PROJECTIONS, CompressionConfig
+from ..correction import correct_predictions
+from ..files import parse_json
+from ..folders import compress_folder
+from ..latencies import LayerLatencies
+from ..layers.latency import measure_latency
+from ..midpoint import recalibrate
+from ..policies import (
     ALLOCATIONS,
     EIGHT_BIT,
-    PROJECTIONS,
     ByteBudget,
-    CompressionConfig,
     ExplainedVariance,
     FlopBudget,
     LatencyBudget,
-    LayerLatencies,
     ParameterBudget,
     RankPolicy,
     Ranks,
 )
-from ..correction import correct_predictions
-from ..files import parse_json
-from ..folders import compress_folder
-from ..layers.latency import measure_latency
-from ..midpoint import recalibrate
 from ..reconstruction import RECONSTRUCTIONS
 from ..report.compression import CompressionReport
 from ..search import measured_ranks

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from ..subspaces.layer import LayerSubspaces, LossSpace
+from ..subspaces.layer import LayerSubspaces
+from ..subspaces.loss import LossSpace
 from .costs import UNBOUNDED, Bounds, Option, Price, options_of
 from .eight_bit import Rounding, byte_options, can_be_eight_bit, dense_bytes, lowrank_bytes, rounding_of
 

@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from functools import singledispatch
 from typing import NamedTuple
 
-from ..config import (
+from ..config import check_bound
+from ..policies import (
     ByteBudget,
     ExplainedVariance,
     FlopBudget,
@@ -19,7 +20,6 @@ from ..config import (
     RankPolicy,
     Ranks,
     UniformRank,
-    check_bound,
 )
 from ..subspaces.channels import ChannelSubspaces
 from ..subspaces.layer import LayerSubspaces

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from ..config import LayerLatencies
+from ..latencies import LayerLatencies
 from ..subspaces.channels import ChannelSubspaces
 from ..subspaces.layer import LayerSubspaces
 

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import EIGHT_BIT
+from ..policies import EIGHT_BIT
 from ..subspaces.balance import balance
 from ..subspaces.channels import ChannelSubspaces
-from ..subspaces.layer import DAMPING, LayerSubspaces
+from ..subspaces.layer import LayerSubspaces
+from ..subspaces.loss import DAMPING
 from ..subspaces.pivots import pivoted_rows
 from .costs import (
     PLAIN,

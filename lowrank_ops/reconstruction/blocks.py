@@ -30,7 +30,8 @@ from ..layers import LowRankConv1d, LowRankLayer, NarrowLinear
 from ..layers.replace import replaceable, replacement
 from ..models.experts import on_listed_experts
 from ..models.layers import find_layers, is_supported
-from ..models.masks import Mask, Masks, real_rows
+from ..models.mask_sources import Mask
+from ..models.masks import Masks, real_rows
 from ..models.running import (
     NO_REAL_ROW,
     ProgressBar,

@@ -22,7 +22,8 @@ from ..factors.projections import Factors
 from ..layers.replace import lowrank_type, replaceable
 from ..models.experts import ExpertLinear, on_listed_experts
 from ..models.layers import compiled_or_scripted, find_layers, input_rows
-from ..models.masks import Mask, Masks, real_rows
+from ..models.mask_sources import Mask
+from ..models.masks import Masks, real_rows
 from ..models.running import EMPTY, ProgressBar, call_model, in_layer, warn_caller
 from .checkpoint import resume_checkpoint, run_identity, save_checkpoint
 from .paired_runs import Group, PairedRuns, find_chains

@@ -14,9 +14,11 @@ import torch
 from torch import nn
 
 from ..arguments import checked
-from ..config import CompressionConfig, LatencyBudget, LayerLatencies, Ranks
+from ..config import CompressionConfig
 from ..factors.projections import Factors
+from ..latencies import LayerLatencies
 from ..models.layers import unsupported_weights
+from ..policies import LatencyBudget, Ranks
 from ..ranks.costs import (
     PLAIN,
     dense_macs,

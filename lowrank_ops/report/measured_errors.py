@@ -12,7 +12,8 @@ from ..arguments import checked
 from ..layers import LowRankLayer
 from ..models.experts import experts_listed
 from ..models.layers import bias_vector, is_conv, output_rows
-from ..models.masks import Mask, Masks, real_rows
+from ..models.mask_sources import Mask
+from ..models.masks import Masks, real_rows
 from ..models.running import (
     EMPTY,
     ProgressBar,
