@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lowrank_ops as lro
-from lowrank_ops.calibration.calibrator import _side
+from lowrank_ops.calibration.selection import side_of
 from tests.calibration.comparing import of_group
 from tests.sums import assert_sums
 
@@ -175,7 +175,7 @@ def test_auto_streams_the_output_beside_huge_patches():
     ],
 )
 def test_auto_bounds_the_state(shape, bound, expected):
-    assert _side(nn.Linear(*shape, device="meta"), "auto", torch.float64, bound) == expected
+    assert side_of(nn.Linear(*shape, device="meta"), "auto", torch.float64, bound) == expected
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import lowrank_ops as lro
 from lowrank_ops.calibration.packing import from_lower_triangle, lower_triangle
-from lowrank_ops.calibration.plan import free_memory, parse_bytes
+from lowrank_ops.models.memory import free_memory, parse_bytes
 from tests.calibration.comparing import assert_same_statistics
 
 WIDTH = 24
