@@ -153,8 +153,9 @@ def _compress(
         factors: dict[str, Factors] = {}  # without values
         new: dict[nn.Module, nn.Module] = {}
         for fqn, part in _in_eight_bits(found, subspaces, eight_bit, config):
-            layer = replacement(layers[fqn], part, config.pivoted)
-            new[layers[fqn]] = layer._apply(_in_file) if in_files else layer
+            with in_layer(fqn):
+                layer = replacement(layers[fqn], part, config.pivoted)
+                new[layers[fqn]] = layer._apply(_in_file) if in_files else layer
             factors[fqn] = part.to(device=torch.device("meta"))
         report = CompressionReport.build(model, config, subspaces, factors, skipped, groups)
         swap_(model, new)

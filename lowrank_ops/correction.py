@@ -27,10 +27,11 @@ from .models.experts import on_listed_experts
 from .models.layers import FilterFn, find_layers, images, input_rows, is_conv
 from .models.mask_sources import Mask
 from .models.masks import Masks
-from .models.running import EMPTY, ProgressBar, call_model, device_of, differentiable, move, warn_caller
+from .models.running import EMPTY, ProgressBar, call_model, device_of, differentiable, in_layer, move, warn_caller
 from .subspaces.channels import check_apart, with_channels
 from .subspaces.layer import LayerSubspaces
 
+_MEMORY = "Pass a smaller max_state_bytes, or leave the layer out with filter_fn."
 PRIOR_SAMPLES = 8  # weight of the prediction, in measured samples
 
 
@@ -108,10 +109,10 @@ def correct_predictions(
     check_apart(model, subspaces, lambda: run(model, move(batches[0], device)))
     warning, differs = None, False
     for part in _parts(subspaces, max_state_bytes):
-        directions = {
-            fqn: _Directions(fqn, layers[fqn], subspaces[fqn])
-            for fqn in ProgressBar(part, desc="decomposing", unit="layer", disable=not progress)
-        }
+        directions: dict[str, _Directions] = {}
+        for fqn in ProgressBar(part, desc="decomposing", unit="layer", disable=not progress):
+            with in_layer(fqn, _MEMORY):
+                directions[fqn] = _Directions(fqn, layers[fqn], subspaces[fqn])
         samples = 0
         masks = Masks(model, mask, unmasked_rows)
         recorder = Recorder(layers, masks, share=False)
