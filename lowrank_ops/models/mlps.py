@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from .copies import shared_copy
 from .experts import ExpertLinear
 from .layers import HOOKS
-from .running import evaluating, float64_device, hooks, random_state_kept, shortened
+from .running import evaluating, exclusive, float64_device, hooks, random_state_kept, shortened
 
 LEVELS = 2  # how far above the consumer's parent the producers are looked for
 TOLERANCE = 1e-4  # of outputs, relative to their norm; modules run in float64 where the device has it
@@ -46,7 +46,15 @@ def find_mlps(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[Mlp]:
     Args:
         model: any module; not changed.
         layers: ``{fqn: layer}``, the layers that may be changed.
+
+    Raises:
+        RuntimeError: another thread works on the model.
     """
+    with exclusive(model):
+        return _find_mlps(model, layers)
+
+
+def _find_mlps(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[Mlp]:
     places = Counter(child for module in model.modules() for child in module._modules.values())
     linear = {
         fqn: layer

@@ -285,9 +285,20 @@ def without_fast_path(wanted: bool = True) -> Iterator[None]:
         yield
 
 
+def check_differentiable(model: nn.Module) -> None:
+    """Raise ValueError for a parameter that was made in inference mode: autograd does not take it."""
+    name = next((name for name, parameter in model.named_parameters() if parameter.is_inference()), None)
+    if name is not None:
+        raise ValueError(
+            f"parameter {name!r} was made in torch.inference_mode, so it cannot be differentiated. Make the "
+            "model outside of it, or pass copy.deepcopy(model), called outside of it."
+        )
+
+
 @contextmanager
 def differentiable(model: nn.Module, seed: int) -> Iterator[None]:
     """Eval mode with gradients and a seed inside the block; modes and random states are restored."""
+    check_differentiable(model)
     with (
         uninterrupted_exits(),
         torch.inference_mode(False),

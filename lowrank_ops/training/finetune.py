@@ -29,6 +29,7 @@ from ..models.running import (
     NO_REAL_ROW,
     ProgressBar,
     call_model,
+    check_differentiable,
     device_of,
     evaluating,
     hooks,
@@ -358,6 +359,7 @@ def _total_steps(batches: Iterable[Any], epochs: int, steps: int | None, accumul
 def _check(
     student: nn.Module, lr: float, weight_decay: float, warmup: float, clip: float, checkpoint_every: int
 ) -> None:
+    check_differentiable(student)
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     for fqn, layer in student.named_modules():
         if isinstance(layer, LowRankLinear) and any(layer.formats) and not fqn.endswith("base_layer"):

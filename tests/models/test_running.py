@@ -428,3 +428,30 @@ def test_other_threads_do_not_touch_handlers():
             return signal.getsignal(signal.SIGINT)
 
     assert in_thread(work) is before
+
+
+def test_parameters_of_inference_mode_are_named_where_gradients_are_needed():
+    x = torch.randn(20, 8)
+    with torch.inference_mode():
+        model = small()
+    covariances = lro.calibrate(copy.deepcopy(model), [x], sensitivity="output")
+    uses = [
+        lambda one: lro.calibrate(one, [x], sensitivity="output"),
+        lambda one: lro.correct_predictions(one, covariances, [x], sensitivity="output"),
+        lambda one: lro.finetune_(one, [x], teacher=small(), steps=1),
+    ]
+    for use in uses:
+        with pytest.raises(
+            ValueError, match=r"parameter '0\.weight' was made in torch\.inference_mode.* copy\.deepcopy"
+        ):
+            use(model)
+        use(copy.deepcopy(model))
+    lro.compress_(model, lro.calibrate(model, [x]), 4)  # which differentiates nothing
+
+
+def test_mlps_are_looked_for_by_one_thread():
+    model, x = small(), torch.randn(20, 8)
+    covariances = lro.calibrate(model, [x], sensitivity="output")
+    with exclusive(model):
+        found = in_thread(lambda: lro.correct_predictions(model, covariances, [x], sensitivity="output", channels=True))
+    assert isinstance(found, RuntimeError) and "another thread" in str(found)
