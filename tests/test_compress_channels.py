@@ -311,6 +311,38 @@ def test_low_precision(calibrated):
     assert model(calibrated[1][0].bfloat16()).isfinite().all()
 
 
+def test_what_overflows_the_dtype_is_refused():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
+    with torch.no_grad():  # channels of mean 30,000 that cancel, until some of them are dropped
+        model[0].bias.fill_(3e4)
+        model[2].weight[:, ::2], model[2].weight[:, 1::2] = 4, -4
+    x = torch.randn(400, 16)
+    covariances, narrow = lro.calibrate(model, [x]), copy.deepcopy(model).half()
+    assert narrow(x.half()).isfinite().all()
+    with pytest.raises(ValueError, match=r"^layer '2': its weight or bias with 9 channels overflows torch\.float16"):
+        lro.compress_(narrow, covariances, lro.Ranks({}, channels={"2": 9}))
+    assert type(narrow[2]) is nn.Linear
+    lro.compress_(model, covariances, lro.Ranks({}, channels={"2": 9}))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_biases_are_computed_from_the_rounded_weight(dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 24)).to(dtype)
+    with torch.no_grad():
+        model[0].bias.add_(30)
+    x = torch.randn(600, 16).to(dtype)
+    smaller = copy.deepcopy(model)
+    lro.compress_(smaller, lro.calibrate(model, [x]), lro.Ranks({}, channels={"2": 24}))
+    means = []
+    for one in (model, smaller):
+        hidden = one[1](one[0](x)).double().mean(0)
+        means.append(one[2].weight.double() @ hidden + one[2].bias.double())
+    rounding = torch.finfo(dtype).eps / 2 * smaller[2].bias.double().abs()
+    assert ((means[0] - means[1]).abs() <= rounding + 1e-6).all()
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

@@ -73,7 +73,7 @@ def narrowed(fqn: str, spaces: ChannelSubspaces, channels: int, projection: str)
     for name, part in found.items():
         if not all(all_finite(values) for values in (part.down, part.bias) if values is not None):
             raise ValueError(
-                f"layer {name!r}: its weight or bias with {channels} channels overflows {own[name].dtype}. Convert the "
+                f"its weight or bias with {channels} channels overflows {own[name].dtype}. Convert the "
                 "model to torch.bfloat16 or torch.float32, or keep the MLP dense with overrides={name: None}."
             )
     return {name: found[name] for name in (*spaces.producers, fqn)}
