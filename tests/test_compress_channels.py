@@ -144,6 +144,17 @@ def test_errors_of_mlps_are_measured_at_their_consumers(calibrated):
         lro.measure_errors(dense, model, batches)
 
 
+@pytest.mark.parametrize("channels", [8, 24, 40])
+def test_the_predicted_loss_is_that_of_the_order(calibrated, channels):
+    model, _, covariances = calibrated
+    spaces = layer_subspaces({fqn: model.get_submodule(fqn) for fqn in covariances}, covariances)
+    member = of_channels.with_channels(model, spaces, ["blocks.0.down"])["blocks.0.down"]
+    parts = narrowed("blocks.0.down", member, channels, "loss")
+    expected = 0.5 * float(member.loss.subspace.spectrum[channels:].sum())
+    assert parts["blocks.0.down"].predicted_loss == pytest.approx(expected, rel=0.02)  # which is damped
+    assert parts["blocks.0.gate"].predicted_loss == 0
+
+
 def test_all_channels_give_the_same_function(calibrated):
     sizes = {consumer: calibrated[0].get_submodule(consumer).in_features for consumer in MLPS}
     model, _ = compressed(calibrated, lro.Ranks({}, channels=sizes))

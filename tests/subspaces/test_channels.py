@@ -78,8 +78,11 @@ def test_spectra_are_the_increase_of_the_error(rows):
 
 def test_an_order_is_found_once():
     space = spaces_of(100)
+    for part in space.layers:
+        assert part.weight.isfinite().all() and part.moment.isfinite().all()  # computed, and kept
     spectrum = space.loss.subspace.spectrum
     space.release()
+    assert not any({"weight", "moment"} & vars(part).keys() for part in (space, *space.layers))
     assert space.loss.subspace.is_decomposed and space.loss.subspace.spectrum is spectrum
     assert space.held_bytes() == space.loss.subspace.held_bytes() == 40 * 8
 
