@@ -152,7 +152,8 @@ def test_the_predicted_loss_is_that_of_the_order(calibrated, channels):
     parts = narrowed("blocks.0.down", member, channels, "loss")
     expected = 0.5 * float(member.loss.subspace.spectrum[channels:].sum())
     assert parts["blocks.0.down"].predicted_loss == pytest.approx(expected, rel=0.02)  # which is damped
-    assert parts["blocks.0.gate"].predicted_loss == 0
+    assert all(parts[f"blocks.0.{name}"].predicted_loss == 0 for name in ("gate", "up"))  # the consumer has the whole
+    assert all(parts[f"blocks.0.{name}"].predicted_error == 0 for name in ("gate", "up"))
 
 
 def test_all_channels_give_the_same_function(calibrated):

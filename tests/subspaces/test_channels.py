@@ -6,7 +6,7 @@ from torch import nn
 
 import lowrank_ops as lro
 from lowrank_ops.subspaces import layer_subspaces
-from lowrank_ops.subspaces.channels import ChannelSubspaces, kept_order
+from lowrank_ops.subspaces.channels import ChannelSubspaces, _cheapest, kept_order
 
 
 def exact_order(moment, weight):
@@ -50,6 +50,13 @@ def test_blocks_drop_about_as_well_as_single_channels(channels):
     for count in {channels // 4, channels // 2, 3 * channels // 4}:
         mine, best = (costs_of(moment, weight, found)[count] for found in (order, exact))
         assert mine <= 1.05 * best
+
+
+def test_a_round_of_all_channels_is_exact():
+    """Costs, weights and the inverse are updated after each channel that is dropped."""
+    moment, weight = moment_of(400, 40), torch.randn(24, 40).double()
+    found = _cheapest(torch.linalg.inv(moment), weight, 40)
+    assert torch.equal(found.flip(0), exact_order(moment, weight))
 
 
 def spaces_of(rows, sensitivity="output"):
