@@ -38,6 +38,7 @@ from .corpora import corpus
 from .results import Results
 
 KINDS = ("python", "handbook")
+HELD_OUT = 20  # documents of each kind that are tested on
 STEPS = 200  # of a distillation, one sequence each
 WINDOW = 256  # tokens of one sequence
 BATCH = 4  # sequences
@@ -112,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         {
             "calibrated": options.calibrate,
             "tokens": options.tokens,
-            "sensitivity": options.sensitivity,
+            "sensitivity": "labels",
             "test_tokens": options.test_tokens,
             "bfloat16": options.bfloat16,
             "variant": variant,
@@ -139,9 +140,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--test-tokens", type=int, default=16384, help="of each kind, to evaluate on")
     parser.add_argument("--budgets", type=float, nargs="+", default=[90, 80, 70, 60, 50], help="%% of layer parameters")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=ONE_SHOT)
-    parser.add_argument("--sensitivity", choices=["labels", "fisher"], default="labels")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="kinds of text to test on")
-    parser.add_argument("--held-out", type=int, default=20, help="documents of each kind that are tested on")
     parser.add_argument("--no-answers", action="store_true", help="leave out the answers to a dozen prompts")
     parser.add_argument("--bfloat16", action="store_true", help="run tests and distillation in mixed precision")
     parser.add_argument("--lr", type=float, default=3e-5, help="of the distillation")
@@ -169,13 +168,12 @@ class Study:
         self.dense, self.tokenizer, self.options = dense, tokenizer, options
         self.autocast = torch.bfloat16 if options.bfloat16 else None
         calibrated = KINDS if options.calibrate == "both" else (options.calibrate,)
-        texts = {kind: corpus(kind, options.held_out) for kind in {*calibrated, *options.kinds}}
+        texts = {kind: corpus(kind, HELD_OUT) for kind in {*calibrated, *options.kinds}}
         self.tests = {
             kind: windows(tokenizer, texts[kind].test, options.test_tokens).split(BATCH) for kind in options.kinds
         }
         self.documents = [texts[kind].calibration for kind in calibrated]
         self.batches = [{"input_ids": ids} for ids in self.text(options.tokens).split(BATCH)]
-        self.sensitivity: Any = label_loss if options.sensitivity == "labels" else options.sensitivity
         self.wanted = {
             kind: [logits_of(dense, ids, self.autocast).half() for ids in self.tests[kind]] for kind in self.tests
         }
@@ -183,13 +181,11 @@ class Study:
             kind: compare(self.wanted[kind], self.wanted[kind], test)["perplexity"] for kind, test in self.tests.items()
         }
         options.cache.mkdir(exist_ok=True)
-        self.cached = options.cache / f"{options.calibrate}-{options.tokens}-{options.sensitivity}.safetensors"
+        self.cached = options.cache / f"{options.calibrate}-{options.tokens}-labels.safetensors"
         started = time.perf_counter()
         torch.manual_seed(0)
         if not self.cached.exists():
-            found = lro.calibrate(
-                dense, self.batches, filter_fn=is_block_layer, sensitivity=self.sensitivity, progress=True
-            )
+            found = lro.calibrate(dense, self.batches, filter_fn=is_block_layer, sensitivity=label_loss, progress=True)
             found.save(self.cached)
         self.covariances = lro.Covariances.load(self.cached, packed=True)
         self.calibration_seconds = time.perf_counter() - started

@@ -50,6 +50,7 @@ VARIANTS = {
     "loss-corrected": Variant("loss", "loss", corrected=True),
     "loss-pivoted": Variant("loss", "loss", pivoted=True),
     "loss-pivoted-corrected": Variant("loss", "loss", pivoted=True, corrected=True),
+    "loss-channels-pivoted": Variant("loss", "loss", pivoted=True, channels=True),
     "loss-channels-pivoted-corrected": Variant("loss", "loss", pivoted=True, corrected=True, channels=True),
 }
 # What random probes project: the forward to calibrate with, and the sensitivity.

@@ -243,7 +243,9 @@ def _block_error(
     def rows(values: Any, mask: Tensor | None) -> Tensor:
         found = output_tensor(values, OUTPUT_FIELDS)
         if found is None:
-            raise ValueError(f"block {name!r} returns {type(values).__name__}, which holds no float tensor.")
+            raise ValueError(
+                f"block {name!r} returns {type(values).__name__}, which holds no float tensor; name other blocks."
+            )
         return _rows(name, module, found, mask)
 
     targets, added = [], []
