@@ -40,6 +40,7 @@ from .results import Results
 KINDS = ("python", "handbook")
 HELD_OUT = 20  # documents of each kind that are tested on
 STEPS = 200  # of a distillation, one sequence each
+LABELS = 0.25  # weight of the true next tokens where a distillation uses them
 WINDOW = 256  # tokens of one sequence
 BATCH = 4  # sequences
 DAMPING = 0.1  # of the inputs; half of it of the output gradients
@@ -65,7 +66,7 @@ class Variant(NamedTuple):
 
     projection: str
     allocation: str
-    then: tuple[str, ...] = ()  # of "measured", "blocks", "distilled", "distilled on all"
+    then: tuple[str, ...] = ()  # of "measured", "blocks", "distilled", "distilled on all", "distilled with labels"
     pivoted: bool = False
     corrected: bool = False  # predictions
     damped: bool = False  # statistics, by DAMPING
@@ -88,6 +89,8 @@ VARIANTS = {
     f"{RECIPE}, blocks": BEST._replace(then=("measured", "blocks")),
     f"{RECIPE}, distilled": BEST._replace(then=("measured", "distilled")),
     f"{RECIPE}, distilled on all": BEST._replace(then=("measured", "distilled on all")),
+    f"{RECIPE}, distilled with labels": BEST._replace(then=("measured", "distilled with labels")),
+    "dense, distilled with labels": Variant("none", "uniform", ("distilled with labels",)),  # what the labels alone do
     "no factors, int8": Variant("none", "uniform", form="int8"),
     "loss, corrected, int8": Variant("loss", "loss", corrected=True, form="int8"),
     "loss, corrected, fp8": Variant("loss", "loss", corrected=True, form="fp8"),
@@ -244,9 +247,10 @@ class Study:
         statistics = self.subspaces(variant)
         started = time.perf_counter()
         kept = self.compress(student, name, budget, *statistics)
-        for step, tokens in {"distilled": self.options.tokens, "distilled on all": STEPS * WINDOW}.items():
-            if step in variant.then:
-                self.distill(student, self.text(tokens), self.checkpoint(name, budget, step))
+        for step in variant.then:
+            if step.startswith("distilled"):
+                tokens = STEPS * WINDOW if step == "distilled on all" else self.options.tokens
+                self.distill(student, self.text(tokens), self.checkpoint(name, budget, step), "labels" in step)
         seconds = time.perf_counter() - started
         size = sum(part.numel() * min(part.itemsize, 2) for part in (*student.parameters(), *student.buffers()))
         student.float()  # 8-bit factors keep their bits
@@ -288,6 +292,8 @@ class Study:
         policy: Any = lro.ParameterBudget(share, variant.allocation)
         if variant.form is not None:
             policy = lro.ByteBudget(share, variant.form, variant.allocation)
+        if variant.projection == "none" and variant.form is None:
+            return 1.0
         if variant.projection == "none":
             weights = [model.get_submodule(fqn).get_parameter("weight") for fqn in self.covariances]
             for weight in weights:
@@ -340,15 +346,19 @@ class Study:
         )
         return report.layer_bytes / report.layer_bytes_before
 
-    def distill(self, student: nn.Module, text: Tensor, checkpoint: Path) -> None:
-        """Train factors, biases and norms by the dense model's next-token distributions, one sequence per step."""
+    def distill(self, student: nn.Module, text: Tensor, checkpoint: Path, labels: bool) -> None:
+        """Train factors, biases and norms by the dense model's next-token distributions, one sequence per step.
+
+        With ``labels``, the true next tokens have a weight of ``LABELS``.
+        """
         student.get_parameter("model.embed_tokens.weight").requires_grad_(False)
         order = torch.randperm(len(text), generator=torch.Generator().manual_seed(0))
         batches = [{"input_ids": ids} for ids in text[order].split(1)]
+        loss: dict[str, Any] = {"loss": mean_label_loss, "soft_weight": 1 - LABELS} if labels else {}
         lro.finetune_(
             student, batches, teacher=self.dense, temperature=1.0, steps=STEPS, lr=self.options.lr, weight_decay=0.0,
             autocast=self.autocast, checkpoint=checkpoint, checkpoint_every=STEPS // 8,
-            progress=True,
+            progress=True, **loss,
         )  # fmt: skip
 
 
@@ -362,6 +372,11 @@ def label_loss(output: Any, batch: Mapping[str, Tensor]) -> Tensor:
     ids = batch["input_ids"]
     losses = nn.functional.cross_entropy(output.logits[:, :-1].mT.float(), ids[:, 1:], reduction="none")
     return losses.sum(1)
+
+
+def mean_label_loss(output: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """The negative log-likelihood of the next tokens, mean over tokens."""
+    return label_loss(output, batch).sum() / batch["input_ids"][:, 1:].numel()
 
 
 def asvd(space: LayerSubspaces, rank: int) -> Factors:
