@@ -33,7 +33,7 @@ import lowrank_ops as lro
 from lowrank_ops.calibration import LayerStatistics, Moments
 from lowrank_ops.factors import factorize
 from lowrank_ops.subspaces import layer_subspaces
-from lowrank_ops.subspaces.layer import DAMPING
+from lowrank_ops.subspaces.loss import DAMPING
 
 from .bench_compress import SHAPES, moments_of, random_rows
 from .suite import environment, write

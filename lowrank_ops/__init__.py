@@ -4,18 +4,11 @@ from . import ops
 from .calibration import Calibrator, Covariances, NonFiniteActivationError, calibrate, plan_calibration
 from .checkpoint import CheckpointError, load_pretrained, save_pretrained
 from .compress import compress_
-from .config import (
-    ByteBudget,
-    CompressionConfig,
-    ExplainedVariance,
-    FlopBudget,
-    LatencyBudget,
-    ParameterBudget,
-    Ranks,
-)
+from .config import CompressionConfig
 from .correction import correct_predictions
 from .layers import LowRankConv2d, LowRankLinear, measure_latency
 from .midpoint import recalibrate
+from .policies import ByteBudget, ExplainedVariance, FlopBudget, LatencyBudget, ParameterBudget, Ranks
 from .reconstruction import BlockReconstruction, SequentialReconstruction
 from .report import utilization
 from .report.measured_errors import measure_errors

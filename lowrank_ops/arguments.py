@@ -1,6 +1,6 @@
 """Argument checks for public functions: types by their annotations, and arguments that would have no effect.
 
-The checks run before the function body. Values, such as ranges and names, are checked by the functions.
+These run before the function body. Values, such as ranges and names, are checked in the body, by the functions here.
 """
 
 from __future__ import annotations
@@ -120,6 +120,28 @@ def check_positive(**values: float) -> None:
     for name, value in values.items():
         if not 0 < value < math.inf:
             raise ValueError(f"{name} must be positive{' and finite' * (value == math.inf)}; got {value!r}.")
+
+
+def check_share(name: str, value: float) -> None:
+    """Raise TypeError unless ``value`` is a number, ValueError unless it is in (0, 1]."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 < value <= 1:
+        raise (ValueError if number else TypeError)(f"{name} must be a number in (0, 1]; got {value!r}.")
+
+
+def check_choice(name: str, value: object, accepted: Sequence[object]) -> None:
+    """Raise TypeError unless ``value`` is a string or None, ValueError unless it is among the accepted names."""
+    named = value is None or isinstance(value, str)
+    if not named or value not in accepted:
+        raise (ValueError if named else TypeError)(
+            f"{name} must be one of {', '.join(map(repr, accepted))}; got {value!r}."
+        )
+
+
+def check_names(name: str, value: object) -> None:
+    """Raise TypeError unless ``value`` is a mapping with strings for keys, names or patterns of layers."""
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise TypeError(f'{name} must be a mapping {{fqn or "re:pattern": rank}} with strings for keys; got {value!r}.')
 
 
 @functools.cache

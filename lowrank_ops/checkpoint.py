@@ -16,30 +16,27 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .arguments import checked
-from .factors.eight_bit import DTYPES
+from .description import (
+    CONFIG_FILE,
+    COPY_AGAIN,
+    OTHER_MODEL,
+    CheckpointError,
+    check_field,
+    check_format,
+    describe_layers,
+    empty_layers,
+)
 from .files import digests, open_tensors, parse_json, read_header, read_tensor, replacing, write_tensors
-from .layers import EightBitLinear, LowRankLayer, LowRankLinear, NarrowLinear, PivotedLinear
-from .layers.conv import GEOMETRY, LowRankConv
-from .layers.group import group_layers, groups_in
+from .layers import LowRankLinear
 from .layers.pivoted import is_order
-from .layers.replace import has_hooks, lowrank_type, note_replaced, swap_
+from .layers.replace import note_replaced, swap_
 from .models.experts import experts_listed
-from .models.layers import check_no_adapters, check_not_dispatched, dimensions, find_layers, is_conv, tied_layers
+from .models.layers import check_no_adapters, check_not_dispatched
 from .models.running import warn_caller
 from .report import CompressionReport
 
 WEIGHTS_FILE = "model.safetensors"
-CONFIG_FILE = "lowrank_config.json"
-FORMAT = "lowrank_ops.checkpoint"
-FORMAT_VERSION = 5  # 1 has no checksums; 2 is written without pivoted layers, 3 without 8 bits, 4 without narrow layers
-
 _EIGHT_BIT = {torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3"}  # as safetensors names them
-_COPY_AGAIN = "Copy or save the checkpoint again."
-_OTHER_MODEL = "Pass the architecture that was compressed."
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be loaded. The message gives the reason; the model is unchanged."""
 
 
 @checked()
@@ -182,67 +179,6 @@ def _distinct_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, st
     return stored, tied
 
 
-def describe_layers(model: nn.Module, report: CompressionReport | None = None) -> dict[str, Any]:
-    """Format, version and ``layers``, as plain JSON types: per replaced layer its kind, rank, bias and sizes.
-
-    Raises:
-        ValueError: ``report`` is of another model.
-    """
-    rows = {} if report is None else {row.fqn: row for row in report.layers if row.is_replaced}
-    groups = {fqn: {"group": i} for i, names in enumerate(groups_in(model)) for fqn in names}
-    entries = {
-        fqn: {
-            **_sizes(module),
-            **({"narrow": _features(module)} if isinstance(module, NarrowLinear) else {"rank": module.rank}),
-            "bias": module.bias is not None,
-            "calibration_rows": rows[fqn].rows if fqn in rows else None,
-            **groups.get(fqn, {}),
-        }
-        for fqn, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, (LowRankLayer, NarrowLinear))
-    }
-    for fqn, row in rows.items():
-        entry = entries.get(fqn, {})
-        if row.channels is None and row.rank is not None:
-            fits, size = row.rank == entry.get("rank"), f"at rank {row.rank}"
-        elif row.channels is not None:
-            fits, size = row.channels in entry.get("narrow", ()), f"with {row.channels} channels"
-        else:
-            fits, size = bool(entry), "with an 8-bit weight"
-        if not fits:
-            raise ValueError(
-                f"report does not describe model: it has layer {fqn!r} {size}, and model does not. Pass "
-                "the report that compress_ returned for this model, or none."
-            )
-    for fqn, entry in entries.items():
-        layer = model.get_submodule(fqn)
-        if isinstance(layer, LowRankLinear) and any(layer.formats):
-            entry |= {"formats": list(layer.formats), "dtype": str(layer.dtype).removeprefix("torch.")}
-    keys = {key for entry in entries.values() for key in entry}
-    version = FORMAT_VERSION if "narrow" in keys else 4 if "formats" in keys else 3 if "pivoted" in keys else 2
-    return {"format": FORMAT, "version": version, "layers": entries}
-
-
-def _sizes(layer: nn.Module) -> dict[str, Any]:
-    """Kind and sizes of a dense layer, or of the dense layer that ``layer`` replaced, as plain JSON types."""
-    if is_conv(layer) or isinstance(layer, LowRankConv):
-        values = {name: getattr(layer, name) for name in GEOMETRY}
-        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-        return {"kind": f"conv{len(layer.kernel_size)}d", **plain}
-    pivoted = {"pivoted": True} if isinstance(layer, PivotedLinear) else {}
-    if isinstance(layer, LowRankLinear):
-        in_features, out_features = layer.in_features, layer.out_features
-    elif isinstance(layer, NarrowLinear):
-        in_features, out_features = layer.dense_features
-    else:
-        _, in_features, out_features = dimensions(layer)
-    return {"kind": "linear", "in_features": in_features, "out_features": out_features, **pivoted}
-
-
-def _features(layer: nn.Linear) -> list[int]:
-    return [layer.in_features, layer.out_features]
-
-
 def _read_config(file: Path, verify: bool) -> dict[str, Any]:
     if not file.exists():
         raise CheckpointError(
@@ -254,36 +190,13 @@ def _read_config(file: Path, verify: bool) -> dict[str, Any]:
             config = read_header(stored, verify=verify)
     except (ValueError, OSError) as error:
         raise CheckpointError(
-            f"{str(file)!r} is damaged or was not written by save_pretrained: {error}. {_COPY_AGAIN} For a folder "
+            f"{str(file)!r} is damaged or was not written by save_pretrained: {error}. {COPY_AGAIN} For a folder "
             "that transformers wrote use from_pretrained, for the weights of a dense model model.load_state_dict."
         ) from None
     check_format(str(file), config)
     for field in ("tied", *(["checksums"] if config["version"] > 1 else [])):
-        _check_field(str(file), config, field, str)
+        check_field(str(file), config, field, str)
     return config
-
-
-def check_format(file: str, config: Mapping[str, Any]) -> None:
-    """Refuse what :func:`describe_layers` of this or an earlier version has not written.
-
-    Raises:
-        CheckpointError: another format, a newer version, or ``layers`` of another type.
-    """
-    version = config.get("version")
-    if config.get("format") != FORMAT:
-        raise CheckpointError(f"{file!r} was not written by save_pretrained: its format is not {FORMAT!r}.")
-    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
-        raise CheckpointError(
-            f"{file!r} has format version {version!r}; this lowrank_ops reads versions 1 to {FORMAT_VERSION}. "
-            "Update lowrank_ops, or save the checkpoint again with this version."
-        )
-    _check_field(file, config, "layers", dict)
-
-
-def _check_field(file: str, config: Mapping[str, Any], field: str, kind: type) -> None:
-    values = config.get(field)
-    if not isinstance(values, dict) or not all(isinstance(value, kind) for value in values.values()):
-        raise CheckpointError(f"{file!r} is damaged: {field!r} has the wrong type. {_COPY_AGAIN}")
 
 
 def _warn_of_another_copy(file: Path, config: Mapping[str, Any]) -> None:
@@ -296,108 +209,6 @@ def _warn_of_another_copy(file: Path, config: Mapping[str, Any]) -> None:
             f"{str(file)!r} is missing, was edited, or is of another save. The configuration in the header of "
             f"{WEIGHTS_FILE} is loaded instead; save the model again to write both."
         )
-
-
-def empty_layers(model: nn.Module, entries: Mapping[str, Mapping[str, Any]]) -> dict[nn.Module, nn.Module]:
-    """``{dense layer: its replacement with uninitialized values}`` for the ``layers`` of a description.
-
-    Raises:
-        CheckpointError: a layer that ``model`` does not have, or has in another form.
-    """
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for fqn, module in modules.items():
-        if isinstance(module, (LowRankLayer, NarrowLinear)):
-            raise CheckpointError(
-                f"dense_model is already compressed: {fqn or 'the model'} is a {type(module).__name__}. Build the "
-                "original architecture and load into that."
-            )
-    found, skipped = find_layers(model)
-    compressible, tied = set(found.values()), tied_layers(model)
-    layers: dict[nn.Module, nn.Module] = {}
-    for fqn, entry in entries.items():
-        dense = modules.get(fqn)
-        if dense is None or dense not in compressible:
-            problem = (
-                "has no module of that name" if dense is None else f"has a module of type {type(dense).__name__} there"
-            )
-            reason = f" ({skipped[fqn]})" if fqn in skipped else ""
-            raise CheckpointError(
-                f"the checkpoint has a low-rank {entry.get('kind')} layer {fqn!r}, but dense_model {problem}{reason}. "
-                f"{_OTHER_MODEL}"
-            )
-        if fqn in tied:
-            raise CheckpointError(
-                f"dense_model ties the weight of layer {fqn!r} to {tied[fqn]!r}, but the checkpoint has factors "
-                "instead. Untie the two, as before the compression."
-            )
-        if has_hooks(dense):
-            raise CheckpointError(
-                f"layer {fqn!r} of dense_model has hooks, which its replacement would drop; remove them first."
-            )
-        layers[dense] = _empty_layer(fqn, dense, entry)
-    _group(entries, {fqn: layers[module] for fqn, module in modules.items() if fqn in entries})
-    return layers
-
-
-def _group(entries: Mapping[str, Mapping[str, Any]], layers: Mapping[str, nn.Module]) -> None:
-    """Group new layers as they were; a group of which one layer is left is none."""
-    groups: dict[Any, list[str]] = {}
-    for fqn in layers:
-        if isinstance(index := entries[fqn].get("group"), int):
-            groups.setdefault(index, []).append(fqn)
-    try:
-        group_layers(layers, [names for names in groups.values() if len(names) > 1])
-    except ValueError as error:
-        raise CheckpointError(f"the checkpoint is damaged: {error} {_COPY_AGAIN}") from None
-
-
-def _empty_layer(fqn: str, dense: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
-    for name, value in _sizes(dense).items():
-        if entry.get(name) != value:
-            raise CheckpointError(
-                f"layer {fqn!r} has {name} {entry.get(name)!r} in the checkpoint and {value!r} in dense_model. "
-                f"{_OTHER_MODEL}"
-            )
-    bias, pivoted, narrow = entry.get("bias"), entry.get("pivoted", False), entry.get("narrow")
-    if not isinstance(pivoted, bool) or (pivoted and is_conv(dense)):
-        raise CheckpointError(f"layer {fqn!r} of {CONFIG_FILE} has pivoted {pivoted!r}. {_COPY_AGAIN}")
-    if not isinstance(bias, bool) or (dense.bias is not None and not bias):
-        raise CheckpointError(
-            f"layer {fqn!r} has bias {bias!r} in the checkpoint and {dense.bias is not None} in dense_model. "
-            f"{_OTHER_MODEL}"
-        )
-    if narrow is not None:
-        return _narrow_layer(fqn, dense, narrow, bias)
-    try:
-        formats = entry.get("formats")
-        kind = PivotedLinear if pivoted else lowrank_type(dense)
-        if isinstance(formats, list) and len(formats) == 1 and kind is LowRankLinear:
-            kind = EightBitLinear
-        layer = kind.empty_like(dense, entry.get("rank"), bias)  # type: ignore[arg-type]
-        if formats is not None:
-            _set_formats(fqn, layer, formats, entry.get("dtype"))
-        return layer
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"layer {fqn!r} of {CONFIG_FILE}: {error}") from None
-
-
-def _narrow_layer(fqn: str, dense: nn.Module, features: Any, bias: bool) -> NarrowLinear:
-    pair = isinstance(features, list) and len(features) == 2 and all(type(size) is int for size in features)
-    if not isinstance(dense, nn.Linear) or not pair:
-        raise CheckpointError(f"layer {fqn!r} of {CONFIG_FILE} has narrow {features!r}. {_COPY_AGAIN}")
-    try:
-        return NarrowLinear.empty_like(dense, features[0], features[1], bias)
-    except ValueError as error:
-        raise CheckpointError(f"layer {fqn!r} of {CONFIG_FILE}: {error}") from None
-
-
-def _set_formats(fqn: str, layer: nn.Module, formats: Any, dtype: Any) -> None:
-    can = isinstance(layer, LowRankLinear) and isinstance(formats, list)
-    if not can or len(formats) != len(layer.matrices) or any(form not in (None, *DTYPES) for form in formats):  # type: ignore[arg-type]
-        raise CheckpointError(f"layer {fqn!r} of {CONFIG_FILE} has formats {formats!r}. {_COPY_AGAIN}")
-    if dtype not in (None, "float16", "bfloat16", "float32", "float64"):
-        raise CheckpointError(f"layer {fqn!r} of {CONFIG_FILE} has dtype {dtype!r}. {_COPY_AGAIN}")
-    layer.set_formats_(tuple(formats))  # type: ignore[operator]
 
 
 def _targets(model: nn.Module, layers: Mapping[nn.Module, nn.Module]) -> dict[str, Tensor]:
@@ -456,7 +267,7 @@ def _read_tensors(
         raise
     except ValueError as error:
         raise CheckpointError(
-            f"{str(path)!r} is damaged: {error}. {_COPY_AGAIN} With verify=False it is loaded as it is."
+            f"{str(path)!r} is damaged: {error}. {COPY_AGAIN} With verify=False it is loaded as it is."
         ) from None
     return {
         name: parameters[source] if isinstance(targets[name], nn.Parameter) else values[source]
@@ -473,7 +284,7 @@ def _check_names(path: Path, stored: set[str], sources: Mapping[str, str], tied:
         )
     unexpected = sorted((stored | set(tied)) - set(sources))
     if unexpected:
-        raise CheckpointError(f"{str(path)!r} has {_listed(unexpected)}, which dense_model does not. {_OTHER_MODEL}")
+        raise CheckpointError(f"{str(path)!r} has {_listed(unexpected)}, which dense_model does not. {OTHER_MODEL}")
 
 
 def _check_ties(targets: Mapping[str, Tensor], sources: Mapping[str, str]) -> None:
@@ -499,12 +310,12 @@ def _check_shapes_and_dtypes(
             )
         if dtype != _EIGHT_BIT.get(target.dtype, dtype):
             raise CheckpointError(
-                f"{name!r} has dtype {dtype} in {str(path)!r}, but {target.dtype} by {CONFIG_FILE}. {_COPY_AGAIN}"
+                f"{name!r} has dtype {dtype} in {str(path)!r}, but {target.dtype} by {CONFIG_FILE}. {COPY_AGAIN}"
             )
         if dtype.startswith(("F", "BF")) != target.is_floating_point():
             raise CheckpointError(
                 f"{name!r} has dtype {dtype} in {str(path)!r}, but {target.dtype} in dense_model; only a float tensor "
-                f"can replace a float tensor. {_OTHER_MODEL}"
+                f"can replace a float tensor. {OTHER_MODEL}"
             )
     for fqn, entry in layers.items():
         formats = [*entry.get("formats", (None, None)), None]

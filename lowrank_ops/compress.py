@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from .arguments import checked
 from .calibration.covariances import Covariances
 from .calibration.packing import empty_in_file
-from .calibration.plan import parse_bytes
-from .config import CompressionConfig, ExplainedVariance, RankPolicy
+from .config import CompressionConfig
 from .factors.channels import narrowed
 from .factors.memory import bytes_to_spare
 from .factors.projections import Factors, eight_bit_weight, factorize, rounded, stored_as
@@ -21,7 +20,9 @@ from .layers import EightBitLinear, LowRankLayer, NarrowLinear, group_
 from .layers.replace import replaceable, replacement, swap_
 from .models.experts import on_listed_experts
 from .models.layers import FilterFn, check_not_wrapped, find_layers, tied_layers, with_values
-from .models.running import ProgressBar, exclusive, in_layer
+from .models.memory import parse_bytes
+from .models.running import ProgressBar, exclusive, in_layer, shortened
+from .policies import ExplainedVariance, RankPolicy
 from .ranks.choose import ChosenRanks, Rounded
 from .ranks.costs import is_pivoted
 from .ranks.eight_bit import eight_bit_bytes, lowrank_bytes
@@ -278,7 +279,10 @@ def considered_layers(
         raise ValueError("model is itself the layer to replace; use LowRankLinear.from_linear or its like.")
     missing = [fqn for fqn in covariances if fqn not in dict(model.named_modules())]
     if missing:
-        raise ValueError(f"covariances name layers that model does not have: {', '.join(missing)}.")
+        raise ValueError(
+            f"covariances name layers that model does not have: {shortened(missing)}; pass the model that was "
+            "calibrated."
+        )
     unknown = {
         fqn: "no calibration batch reached it" if fqn in covariances.unreached else "it was not calibrated"
         for fqn in layers

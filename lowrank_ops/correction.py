@@ -25,7 +25,8 @@ from .compress import considered_layers
 from .config import check_channels
 from .models.experts import on_listed_experts
 from .models.layers import FilterFn, find_layers, images, input_rows, is_conv
-from .models.masks import Mask, Masks
+from .models.mask_sources import Mask
+from .models.masks import Masks
 from .models.running import EMPTY, ProgressBar, call_model, device_of, differentiable, move, warn_caller
 from .subspaces.channels import with_channels
 from .subspaces.layer import LayerSubspaces
@@ -42,6 +43,7 @@ def correct_predictions(
     batches: Iterable[Any],
     *,
     sensitivity: Sensitivity = "fisher",
+    num_probes: int = 1,
     filter_fn: FilterFn | None = None,
     mask: Mask | None = None,
     unmasked_rows: str = "count",
@@ -67,6 +69,8 @@ def correct_predictions(
             images) are enough: the prediction counts as much as 8 of them.
         sensitivity: as for :func:`lowrank_ops.calibrate`. It may differ from the calibration's, as drawn labels from
             true ones, and may have any scale: gradients are rescaled to those of the statistics.
+        num_probes: random draws per batch for a sensitivity given by name, with one backward pass each. Each draw of a
+            sample counts as a sample.
         mask, unmasked_rows, forward: as for :func:`lowrank_ops.calibrate`.
         filter_fn: as for :func:`lowrank_ops.compress_`.
         centered, channels: as in the configuration of the compression.
@@ -89,7 +93,7 @@ def correct_predictions(
         >>> report = lro.compress_(model, covariances, lro.ParameterBudget(0.5), subspaces=subspaces)
     """
     check_sensitivity(sensitivity)
-    check_positive(max_state_bytes=max_state_bytes)
+    check_positive(num_probes=num_probes, max_state_bytes=max_state_bytes)
     if not covariances.has_output_gradients:
         raise ValueError("covariances hold no output gradients to correct; use calibrate(..., sensitivity=...) first.")
     given, _ = considered_layers(model, covariances, filter_fn, None, centered=centered)
@@ -116,15 +120,18 @@ def correct_predictions(
             recorder.attach_gradient_reader(save_inputs=True)
             for batch in ProgressBar(batches, desc="directions", unit="batch", disable=not progress):
                 moved = move(batch, device)
-                # The output is not bound to a name, which would keep this batch's graph during the next forward.
-                gradients, count = recorder.gradients_of(sensitivity, run(model, moved), moved)
-                samples += count
-                for gradient in gradients:
-                    if gradient.fqn in directions:
-                        directions[gradient.fqn].add(gradient)
-                gradients.clear()
-                for each in directions.values():
-                    each.finish_batch()
+                output = run(model, moved)
+                for probe in range(num_probes):
+                    retain = probe + 1 < num_probes
+                    gradients, count = recorder.gradients_of(sensitivity, output, moved, retain)
+                    samples += count
+                    for gradient in gradients:
+                        if gradient.fqn in directions:
+                            directions[gradient.fqn].add(gradient)
+                    gradients.clear()
+                    for each in directions.values():
+                        each.finish_draw()
+                del output  # which would keep this batch's graph during the next forward
         if not samples:
             raise ValueError(NO_ROWS)
         for fqn, each in directions.items():
@@ -201,8 +208,8 @@ class _Directions:
         squares = g.float().square().sum(-1, keepdim=True).unflatten(1, (samples, -1))
         self.gradient_squares += float((squares if keep is None else squares.where(keep, 0.0)).sum(dtype=torch.float64))
 
-    def finish_batch(self) -> None:
-        """Sum the calls of a batch, and add the squares."""
+    def finish_draw(self) -> None:
+        """Sum the calls of a batch's forward, and add the squares."""
         alike = {part.shape for part in self.calls}
         for part in [torch.stack(self.calls).sum(0)] if len(alike) == 1 else self.calls:
             self.squares += part.double().square().sum(1).cpu()

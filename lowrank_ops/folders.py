@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from .arguments import checked
 from .calibration.covariances import Covariances
-from .calibration.plan import parse_bytes
-from .checkpoint import CONFIG_FILE, WEIGHTS_FILE, describe_layers
+from .checkpoint import WEIGHTS_FILE
 from .compress import available, considered_layers, decompose, factorize_layers, in_eight_bits, resolved
-from .config import CompressionConfig, RankPolicy
+from .config import CompressionConfig
+from .description import CONFIG_FILE, describe_layers
 from .factors.memory import bytes_to_spare
 from .factors.projections import Factors
 from .files import (
@@ -38,6 +38,8 @@ from .files import (
 from .layers import EightBitLinear, LowRankLayer, LowRankLinear, group_
 from .layers.replace import lowrank_type, swap_
 from .models.layers import all_finite, fused_projections
+from .models.memory import parse_bytes
+from .policies import RankPolicy
 from .ranks.choose import Rounded
 from .ranks.groups import choose_grouped_sizes
 from .report import CompressionReport
@@ -102,35 +104,16 @@ def compress_folder(
     config = CompressionConfig.of(config)
     if config.reconstruction is not None:
         raise ValueError("a reconstruction runs the model; load it and call compress_(..., reconstruction=...).")
-    bound = None if max_memory is None else parse_bytes(max_memory)
-    weights, folder = _Weights(Path(source)), Path(target)
-    of_transformers = "model_type" in weights.config
-    _check_target(weights, folder, of_transformers)
-    model: nn.Module
-    undescribed: dict[str, str] = {}
-    if of_transformers:
-        from .integrations.transformers import description, empty_model
-
-        try:
-            model = empty_model(weights.folder, weights.forms)
-        except (OSError, ValueError):
-            raise
-        except Exception as error:  # of the class, which does not check its configuration
-            raise ValueError(
-                f"source {str(source)!r}: transformers cannot build the model of config.json: {type(error).__name__}: "
-                f"{error}."
-            ) from error
-    else:
-        model, undescribed = _model_of_state_dict(weights, covariances)
-    modules = dict(model.named_modules())
-    _check_names(weights, modules, covariances)
-    for fqn in covariances:
-        if fqn in modules and f"{fqn}.bias" in weights.forms:
-            modules[fqn].bias = nn.Parameter(weights.read(f"{fqn}.bias").clone(), requires_grad=False)
     if config.channels_of:
         raise ValueError(
             "channels runs the MLPs of the model, which compress_folder does not load; load it and call compress_."
         )
+    bound = None if max_memory is None else parse_bytes(max_memory)
+    weights, folder = _Weights(Path(source)), Path(target)
+    of_transformers = "model_type" in weights.config
+    _check_target(weights, folder, of_transformers)
+    model, undescribed = _empty_model(weights, covariances)
+    modules = dict(model.named_modules())
     subspaces, skipped = considered_layers(
         model,
         covariances,
@@ -155,6 +138,8 @@ def compress_folder(
         entry["calibration_rows"] = subspaces[fqn].rows
     texts: dict[str, dict[str, Any]] = {}
     if of_transformers:
+        from .integrations.transformers import description
+
         texts["config.json"] = description(compressed)
         if weights.index is not None:
             texts[INDEX_FILE] = _index(layout)
@@ -180,6 +165,36 @@ def compress_folder(
     report = CompressionReport.build(model, config, subspaces, found, {**skipped, **undescribed}, groups)
     warn_of_few_rows(report.few_rows())
     return report
+
+
+def _empty_model(weights: _Weights, covariances: Covariances) -> tuple[nn.Module, dict[str, str]]:
+    """The model, with the biases of its calibrated layers, and the layers that a state dict does not describe, and why.
+
+    Raises:
+        ValueError: transformers cannot build it, or ``covariances`` are of another model.
+    """
+    model: nn.Module
+    undescribed: dict[str, str] = {}
+    if "model_type" in weights.config:
+        from .integrations.transformers import empty_model
+
+        try:
+            model = empty_model(weights.folder, weights.forms)
+        except (OSError, ValueError):
+            raise
+        except Exception as error:  # of the class, which does not check its configuration
+            raise ValueError(
+                f"source {str(weights.folder)!r}: transformers cannot build the model of config.json: "
+                f"{type(error).__name__}: {error}."
+            ) from error
+    else:
+        model, undescribed = _model_of_state_dict(weights, covariances)
+    modules = dict(model.named_modules())
+    _check_names(weights, modules, covariances)
+    for fqn in covariances:
+        if fqn in modules and f"{fqn}.bias" in weights.forms:
+            modules[fqn].bias = nn.Parameter(weights.read(f"{fqn}.bias").clone(), requires_grad=False)
+    return model, undescribed
 
 
 class _Weights:

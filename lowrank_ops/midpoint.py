@@ -19,13 +19,14 @@ from .calibration.calibrator import calibrate
 from .calibration.covariances import Covariances
 from .calibration.statistics import LayerStatistics
 from .compress import compress_
-from .config import CompressionConfig, RankPolicy
+from .config import CompressionConfig
 from .layers import LowRankLayer
 from .layers.replace import swap_
 from .models.copies import filter_of_original, shared_copy
 from .models.experts import list_experts_
 from .models.layers import bias_vector, find_layers, weight_matrix
 from .models.running import random_state_kept
+from .policies import RankPolicy
 
 
 @checked()

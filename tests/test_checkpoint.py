@@ -21,7 +21,8 @@ from torch.nn.parameter import is_lazy
 
 import lowrank_ops as lro
 from lowrank_ops import checkpoint
-from lowrank_ops.checkpoint import CONFIG_FILE, WEIGHTS_FILE, CheckpointError, load_pretrained, save_pretrained
+from lowrank_ops.checkpoint import WEIGHTS_FILE, CheckpointError, load_pretrained, save_pretrained
+from lowrank_ops.description import CONFIG_FILE
 from lowrank_ops.files import digests
 from lowrank_ops.layers import EightBitLinear
 from lowrank_ops.report import CompressionReport

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import lowrank_ops as lro
-from lowrank_ops.checkpoint import describe_layers, empty_layers
+from lowrank_ops.description import describe_layers, empty_layers
 from lowrank_ops.factors.channels import narrowed, widened
 from lowrank_ops.folders import compress_folder
 from lowrank_ops.layers import NarrowLinear, replace_
@@ -124,6 +124,24 @@ def test_the_consumer_is_the_best_fit_to_the_channels_kept(calibrated, projectio
     assert row.predicted_error == pytest.approx(float(error.square().sum(1).mean()), rel=1e-3)
     gate = dense.blocks[0].gate.weight
     assert all(any(torch.equal(part, other) for other in gate) for part in model.blocks[0].gate.weight)
+
+
+def test_errors_of_mlps_are_measured_at_their_consumers(calibrated):
+    dense, batches, _ = calibrated
+    model, report = compressed(calibrated, lro.Ranks({"head": 4}, channels={"blocks.0.down": 24, "blocks.1.2": 16}))
+    errors = lro.measure_errors(dense, model, batches)
+    assert errors.keys() == {"head", "blocks.0.down", "blocks.1.2"}
+    for fqn, error in errors.items():
+        assert error == pytest.approx(rows_of(report)[fqn].relative_error, rel=1e-3)
+    assert report.with_measured(errors).prediction().layers == 3
+    with torch.no_grad():
+        model.blocks[0].up.weight[3] += 1
+    assert lro.measure_errors(dense, model, batches).keys() == {"head", "blocks.1.2"}
+    with torch.no_grad():
+        model.blocks[1][0].bias[0] += 1
+    model.head = dense.head
+    with pytest.raises(ValueError, match="compressed has only MLPs with fewer channels whose weights were trained"):
+        lro.measure_errors(dense, model, batches)
 
 
 def test_all_channels_give_the_same_function(calibrated):

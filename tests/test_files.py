@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import lowrank_ops as lro
-from lowrank_ops.config import LayerLatencies
 from lowrank_ops.files import digest, open_tensors, parse_json, read_header, replacing, write_tensors
+from lowrank_ops.latencies import LayerLatencies
 
 
 def model() -> nn.Module:

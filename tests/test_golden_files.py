@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import lowrank_ops as lro
-from lowrank_ops.config import LatencyCurve, LayerLatencies
+from lowrank_ops.latencies import LatencyCurve, LayerLatencies
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 import lowrank_ops as lro
-from lowrank_ops.config import LayerLatencies
 from lowrank_ops.demo.data import load_images
 from lowrank_ops.demo.vit import load_vit
+from lowrank_ops.latencies import LayerLatencies
 from lowrank_ops.layers.latency import time_in_turn
 from lowrank_ops.models.running import call_model
 from lowrank_ops.ranks import choose_ranks

@@ -19,7 +19,6 @@ import math
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,7 +44,8 @@ LONGEST = 200  # tokens of a transcript, because a compressed model may repeat i
 BATCH = 10  # utterances per batch
 DAMPING = 0.1
 SUMS = torch.float32  # twice as fast as float64 on a CPU
-CORRECTED, MEASURED = 2, 4  # corrections use every second calibration utterance, measured ranks every fourth
+CORRECTED = 2  # corrections use every second calibration utterance
+SENSITIVITY = "fisher"
 
 
 class Variant(NamedTuple):
@@ -56,22 +56,13 @@ class Variant(NamedTuple):
     pivoted: bool = False
     corrected: bool = False  # predictions
     damped: bool = False  # statistics, by DAMPING
-    measured: bool = False  # ranks
 
 
-BEST = Variant("loss", "loss", pivoted=True, corrected=True)
 VARIANTS = {
-    "weight SVD": Variant("weight", "uniform"),
     "output, uniform": Variant("output", "uniform"),
     "output, shares of variance (LiteASR)": Variant("output", "shares"),
-    "output, by variance": Variant("output", "variance"),
-    "utilized, uniform": Variant("utilized", "uniform"),
     "loss": Variant("loss", "loss"),
-    "loss, corrected": Variant("loss", "loss", corrected=True),
-    "loss, pivoted, corrected": BEST,
-    "loss, pivoted, corrected, measured ranks": BEST._replace(measured=True),
-    "loss, damped, pivoted, corrected": BEST._replace(damped=True),
-    "loss, damped, pivoted, corrected, measured ranks": BEST._replace(damped=True, measured=True),
+    "loss, damped, pivoted, corrected": Variant("loss", "loss", pivoted=True, corrected=True, damped=True),
 }
 
 
@@ -86,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     results = Results(options.out)
     study = Study(options)
-    setup = {"calibrated": options.calibration, "tested": options.test, "sensitivity": options.sensitivity}
+    setup = {"calibrated": options.calibration, "tested": options.test, "sensitivity": SENSITIVITY}
     cases = [{**setup, "variant": "dense", "budget": 100.0}]
     cases += [{**setup, "variant": name, "budget": budget} for name in options.variants for budget in options.budgets]
     for case in tqdm([case for case in cases if results.find(case) is None], unit="model", desc="variants"):
@@ -101,7 +92,6 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--test", type=int, default=30, help="utterances to evaluate on")
     parser.add_argument("--budgets", type=float, nargs="+", default=[75, 50, 35], help="%% of layer parameters")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--sensitivity", choices=["fisher", "transcripts"], default="fisher")
     parser.add_argument("--cache", type=Path, default=Path("speech-cache"), help="folder of transcripts and statistics")
     return parser
 
@@ -127,7 +117,6 @@ class Study:
         handbook = corpus("handbook", 20)
         self.test = utterances(handbook.test, "test", options.test, extractor)
         self.covariances: lro.Covariances | None = None
-        self.sensitivity: Any = transcript_loss if options.sensitivity == "transcripts" else options.sensitivity
         self.seconds: dict[str, float] = {}  # of each step
         self.encoded, self.dense_seconds = encode(self.dense, self.test.features)
         self.transcripts = self._transcripts("test", self.test, self.encoded)
@@ -150,12 +139,12 @@ class Study:
         """Statistics and subspaces of a variant, kept until one needs others."""
         kind = variant.damped, variant.corrected
         if self.covariances is None:
-            file = self.options.cache / f"{self.options.calibration}-{self.options.sensitivity}.safetensors"
+            file = self.options.cache / f"{self.options.calibration}-{SENSITIVITY}.safetensors"
             started = time.perf_counter()
             if not file.exists():
                 torch.manual_seed(0)
                 lro.calibrate(
-                    self.dense, self.batches, filter_fn=in_encoder, forward=run, sensitivity=self.sensitivity,
+                    self.dense, self.batches, filter_fn=in_encoder, forward=run, sensitivity=SENSITIVITY,
                     dtype=SUMS, progress=True,
                 ).save(file)  # fmt: skip
                 self.seconds["calibration"] = time.perf_counter() - started
@@ -166,7 +155,7 @@ class Study:
                 started = time.perf_counter()
                 torch.manual_seed(0)
                 found = lro.correct_predictions(
-                    self.dense, covariances, self.batches[::CORRECTED], forward=run, sensitivity=self.sensitivity,
+                    self.dense, covariances, self.batches[::CORRECTED], forward=run, sensitivity=SENSITIVITY,
                     progress=True,
                 )  # fmt: skip
                 self.seconds["correction"] = time.perf_counter() - started
@@ -212,17 +201,10 @@ class Study:
         subspaces: dict[str, LayerSubspaces],
     ) -> float:
         """Compress the encoder in place; returns the share of its layers' parameters that is left."""
-        config = lro.CompressionConfig(projection=variant.projection, pivoted=variant.pivoted)
-        if variant.measured:
-            ranks: Any = lro.measured_ranks(
-                model, covariances, self.batches[::MEASURED], share, config=config, forward=run,
-                sensitivity=self.sensitivity, subspaces=subspaces, progress=True,
-            )  # fmt: skip
-        elif variant.allocation == "shares":
-            ranks = liteasr(subspaces, share)
-        else:
-            ranks = lro.ParameterBudget(share, variant.allocation)
-        report = lro.compress_(model, covariances, replace(config, rank=ranks), subspaces=subspaces)
+        shares = variant.allocation == "shares"
+        ranks = liteasr(subspaces, share) if shares else lro.ParameterBudget(share, variant.allocation)
+        config = lro.CompressionConfig(ranks, projection=variant.projection, pivoted=variant.pivoted)
+        report = lro.compress_(model, covariances, config, subspaces=subspaces)
         return report.layer_parameters / report.layer_parameters_before
 
 
@@ -234,11 +216,6 @@ def in_encoder(module: nn.Module, fqn: str) -> bool:
 def run(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Logits (utterances, tokens, vocabulary) of the tokens that follow the prompt."""
     return model(**batch).logits[:, PROMPT - 1 : -1]
-
-
-def transcript_loss(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-    """The negative log-likelihood of the transcripts, summed over each utterance."""
-    return F.cross_entropy(logits.mT, batch["decoder_input_ids"][:, PROMPT:], reduction="none").sum(1)
 
 
 def liteasr(subspaces: Mapping[str, LayerSubspaces], share: float) -> lro.Ranks:

@@ -5,9 +5,9 @@ In: a model and batches. Out: Covariances, {fqn: LayerStatistics}.
 
 from .calibrator import Calibrator as Calibrator
 from .calibrator import calibrate as calibrate
-from .calibrator import plan_calibration as plan_calibration
 from .covariances import Covariances as Covariances
 from .plan import CalibrationPlan as CalibrationPlan
+from .plan import plan_calibration as plan_calibration
 from .statistics import LayerStatistics as LayerStatistics
 from .statistics import Moments as Moments
 from .statistics import NonFiniteActivationError as NonFiniteActivationError

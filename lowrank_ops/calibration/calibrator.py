@@ -19,18 +19,10 @@ from torch import Tensor, nn
 
 from ..arguments import check_positive, checked
 from ..files import digest
-from ..models.experts import experts_listed, list_experts
-from ..models.layers import (
-    FilterFn,
-    check_finite,
-    check_no_adapters,
-    compiled_or_scripted,
-    dimensions,
-    find_layers,
-    tied_layers,
-    with_values,
-)
-from ..models.masks import Mask, Masks
+from ..models.experts import experts_listed
+from ..models.layers import FilterFn
+from ..models.mask_sources import Mask
+from ..models.masks import Masks
 from ..models.running import (
     EMPTY,
     ProgressBar,
@@ -47,17 +39,13 @@ from ..models.running import (
 )
 from .covariances import Covariances
 from .distributed import failures_posted, post_failure, rank_and_world
-from .experts import pooling, pools_of, twin_name, with_pooled_rows
+from .experts import pooling, with_pooled_rows
 from .gradients import NO_GRADIENTS
 from .objectives import Sensitivity, check_sensitivity
-from .plan import CalibrationPlan, make_plan, size
+from .plan import CalibrationPlan, make_plan
 from .recorder import NO_ROWS, Recorder
 from .resume import CalibrationCheckpoint
-
-# ``side="auto"`` streams the output, whose moment is (ratio)^2 smaller, where in_features / out_features exceeds the
-# ratio, unless the input's moment is small anyway.
-OUTPUT_SIDE_RATIO = 16
-SMALL_STATE_BYTES = 64 << 20
+from .selection import select_layers
 
 
 @failures_posted()
@@ -202,12 +190,12 @@ def calibrate(
         )
     parts: list[Covariances] = []
     seen, packed = 0, plan.offload is not None or len(passes) > 1
-    for number, layers in enumerate(passes):
+    for number, names in enumerate(passes):
         found = None if saved is None else saved.finished(number, packed)
         if found is None:
-            part = calibrator if len(passes) == 1 else calibrator._over(layers)
-            name = f"calibrating, pass {number + 1} of {len(passes)}" if len(passes) > 1 else "calibrating"
-            bar = ProgressBar(batches, desc=name, unit="batch", disable=not progress)
+            part = calibrator if len(passes) == 1 else calibrator._over(names)
+            title = f"calibrating, pass {number + 1} of {len(passes)}" if len(passes) > 1 else "calibrating"
+            bar = ProgressBar(batches, desc=title, unit="batch", disable=not progress)
             count = _run(part, bar, forward or call_model, sensitivity, num_probes, saved)
             if seen and count != seen:
                 raise ValueError(
@@ -225,10 +213,9 @@ def calibrate(
     if len(parts) == 1:
         return parts[0]
     statistics = {fqn: layer for part in parts for fqn, layer in part.items()}
-    unreached = tuple(fqn for fqn in calibrator._layers if fqn not in statistics)
-    whole = Covariances(
-        {fqn: statistics[fqn] for fqn in calibrator._layers if fqn in statistics}, unreached, parts[0].skipped
-    )
+    layers = calibrator._selected.layers
+    unreached = tuple(fqn for fqn in layers if fqn not in statistics)
+    whole = Covariances({fqn: statistics[fqn] for fqn in layers if fqn in statistics}, unreached, parts[0].skipped)
     if rank_and_world()[1] == 1 and (not whole or (sensitivity is not None and not whole.has_output_gradients)):
         raise ValueError(NO_GRADIENTS if whole else NO_ROWS)
     return whole
@@ -271,56 +258,6 @@ def _run(
     return seen
 
 
-@checked()
-def plan_calibration(
-    model: nn.Module,
-    *,
-    filter_fn: FilterFn | None = None,
-    side: str = "auto",
-    dtype: torch.dtype = torch.float64,
-    sensitivity: Sensitivity | None = None,
-    token_weights: bool = True,
-    max_state_bytes: int = 2 << 30,
-    max_memory: int | str | None = None,
-    offload: str | None = None,
-) -> CalibrationPlan:
-    """The memory that :func:`calibrate` will need with these arguments: bytes by layer and device, and passes.
-
-    Layers that share their input will need less than planned, since sharing is known only when the model runs. The
-    model's own activations are not counted, and output gradients per row of a batch, since its size is not known.
-
-    Args:
-        model: as for :func:`calibrate`; may be on the meta device, where no memory bound is known.
-        filter_fn, side, dtype, sensitivity, token_weights, max_state_bytes, max_memory, offload: as for
-            :func:`calibrate`.
-
-    Raises:
-        ValueError: as for :func:`calibrate`.
-
-    Example:
-        >>> import torch, lowrank_ops as lro
-        >>> model = torch.nn.Sequential(torch.nn.Linear(1024, 64), torch.nn.ReLU(), torch.nn.Linear(64, 1024))
-        >>> print(lro.plan_calibration(model, sensitivity="fisher", max_memory="40MB").table())
-        layer  device  side   activations  output_gradients  token_weighted  pass
-        0      cpu     input  8.0 MiB      33.0 KiB          8.0 MiB         1
-        2      cpu     input  33.0 KiB     8.0 MiB           33.0 KiB        2
-        calibration: 2 passes over the batches, sums of at most 32.4 MiB on cpu, and 3.9 MiB for 1,000 rows of a \
-batch; 12.4 MiB packed in the CPU's memory
-    """
-    if sensitivity is not None:
-        check_sensitivity(sensitivity)
-    calibrator = _Planner(
-        model,
-        output_gradients=sensitivity is not None,
-        filter_fn=filter_fn,
-        side=side,
-        dtype=dtype,
-        token_weights=token_weights,
-        max_state_bytes=max_state_bytes,
-    )
-    return calibrator._plan(max_memory, offload)
-
-
 class Calibrator:
     """Collects covariances from whatever runs inside its ``with`` block, for training or inference loops of your own.
 
@@ -330,9 +267,6 @@ class Calibrator:
             to :meth:`observe`; the forward's graph is kept until then.
         filter_fn, mask, unmasked_rows, side, dtype, token_weights, max_state_bytes, share_inputs, tokens: as
             for :func:`calibrate`.
-
-    Attributes:
-        skipped: ``{fqn: reason}`` of the layers that are left out.
 
     Raises:
         TypeError, ValueError: as for :func:`calibrate`. Losses by name, such as ``"fisher"``, are for that function.
@@ -350,8 +284,6 @@ class Calibrator:
         32
     """
 
-    _needs_values = True
-
     @checked(unmasked_rows="mask")
     def __init__(
         self,
@@ -368,46 +300,30 @@ class Calibrator:
         share_inputs: bool = True,
         tokens: float = 1.0,
     ) -> None:
-        if side not in ("auto", "input", "output", "smaller"):
-            raise ValueError(f"side must be 'auto', 'input', 'output' or 'smaller'; got {side!r}.")
-        if dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"dtype must be torch.float32 or torch.float64, the dtype of the sums; got {dtype}.")
-        check_positive(max_state_bytes=max_state_bytes)
         if not 0 < tokens <= 1:
             raise ValueError(f"tokens must be a number in (0, 1]; got {tokens!r}.")
-        if (reason := compiled_or_scripted(model)) is not None:
-            raise ValueError(f"model cannot be calibrated: {reason}.")
-        check_no_adapters(model)
-        self._listed = list_experts(model)
-        with experts_listed(model, listed=self._listed):
-            layers, self.skipped = find_layers(model, filter_fn, dispatched=True)
-            self._pools, twins = pools_of(model, layers)
-        if self._needs_values:
-            layers, without = with_values(layers)
-            self.skipped |= without
-        tied_or_large = {}
-        if output_gradients:
-            tied_or_large = _without_output_gradients(model, layers, dtype, max_state_bytes, filter_fn)
-            layers = {fqn: layer for fqn, layer in layers.items() if fqn not in tied_or_large}
-        if not layers:
-            self.skipped |= tied_or_large
-            reasons = "".join(f"\n  {fqn or '(the model)'}: {reason}" for fqn, reason in self.skipped.items())
-            raise ValueError(f"model has no supported Linear, Conv1d, Conv2d or Conv1D that filter_fn keeps.{reasons}")
-        if self._needs_values:
-            check_finite(layers)
-        _warn_of_skipped(self.skipped, filter_fn)
-        self.skipped |= tied_or_large
-        self._model, self._dtype, self._modules = model, dtype, layers | twins
+        self._selected = select_layers(
+            model,
+            output_gradients=output_gradients,
+            filter_fn=filter_fn,
+            side=side,
+            dtype=dtype,
+            max_state_bytes=max_state_bytes,
+        )
+        self._model, self._dtype = model, dtype
         self._output_gradients, self._token_weights = output_gradients, token_weights
-        self._layers = tuple(layers)
-        self._sides = {fqn: _side(layer, side, dtype, max_state_bytes) for fqn, layer in self._modules.items()}
         self._new_masks, self._share = partial(Masks, model, mask, unmasked_rows), share_inputs
         self._masks = self._new_masks()
         self._tokens = tokens
-        self._recorder = Recorder(self._modules, self._masks, share_inputs, tokens=tokens)
+        self._recorder = Recorder(self._selected.modules, self._masks, share_inputs, tokens=tokens)
         self._stack: ExitStack | None = None  # while the block runs
         self._entered = False
         self._covariances: Covariances | None = None
+
+    @property
+    def skipped(self) -> Mapping[str, str]:
+        """Why layers are left out, by name."""
+        return self._selected.skipped
 
     @property
     def covariances(self) -> Covariances:
@@ -425,8 +341,7 @@ class Calibrator:
 
     def _plan(self, max_memory: int | str | None, offload: str | None) -> CalibrationPlan:
         return make_plan(
-            {fqn: self._modules[fqn] for fqn in self._layers},
-            self._sides,
+            self._selected,
             self._dtype,
             output_gradients=self._output_gradients,
             token_weights=self._token_weights,
@@ -436,14 +351,8 @@ class Calibrator:
 
     def _identity(self) -> dict[str, str]:
         """What the sums depend on besides the batches, for a checkpoint."""
-        arguments = [
-            self._sides,
-            self._dtype,
-            self._output_gradients,
-            self._token_weights,
-            self._share,
-            self._tokens,
-        ]
+        sides, gradients = self._selected.sides, self._output_gradients
+        arguments = [sides, self._dtype, gradients, self._token_weights, self._share, self._tokens]
         tensors = {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
         if offloaded := [name for name, tensor in tensors.items() if tensor.is_meta]:
             raise ValueError(
@@ -455,12 +364,9 @@ class Calibrator:
     def _over(self, layers: Sequence[str]) -> Calibrator:
         """A calibrator of some of the layers, for one of several passes."""
         part = copy.copy(self)
-        part._layers = tuple(layers)
-        wanted = {*layers, *map(twin_name, layers)}
-        part._modules = {fqn: layer for fqn, layer in self._modules.items() if fqn in wanted}
-        part._sides = {fqn: self._sides[fqn] for fqn in part._modules}
+        part._selected = self._selected.only(layers)
         part._masks = self._new_masks()
-        part._recorder = Recorder(part._modules, part._masks, self._share, partial=True, tokens=self._tokens)
+        part._recorder = Recorder(part._selected.modules, part._masks, self._share, partial=True, tokens=self._tokens)
         return part
 
     def __enter__(self) -> Calibrator:
@@ -469,14 +375,14 @@ class Calibrator:
         self._entered = True
         with ExitStack() as stack:
             stack.enter_context(exclusive(self._model))
-            stack.enter_context(experts_listed(self._model, listed=self._listed))
-            stack.enter_context(pooling(self._pools))
+            stack.enter_context(experts_listed(self._model, listed=self._selected.listed))
+            stack.enter_context(pooling(self._selected.pools))
             stack.enter_context(without_fast_path(self._output_gradients))
             stack.enter_context(evaluating(self._model))
             self._generators = stack.enter_context(random_state_kept(self._model))
             self._recorder.seed = digest(self._generators[0].get_state())
             stack.callback(self._recorder.detach)
-            self._recorder.attach(self._model, self._sides, self._dtype)
+            self._recorder.attach(self._model, self._selected.sides, self._dtype)
             if self._output_gradients:
                 self._recorder.attach_output_gradients(self._dtype, self._token_weights)
             self._stack = stack.pop_all()
@@ -492,7 +398,7 @@ class Calibrator:
         with failures_posted():
             with stack:
                 self._recorder.check_finite()
-            self._covariances = with_pooled_rows(self._recorder.finish(self.skipped), self._layers)
+            self._covariances = with_pooled_rows(self._recorder.finish(self.skipped), self._selected.layers)
             if (warning := self._masks.finish()) is not None:
                 warn_caller(warning)
             if self._output_gradients and not self._recorder.partial and not self.covariances.has_output_gradients:
@@ -519,49 +425,3 @@ class Calibrator:
             )
         check_positive(samples=samples)
         self._recorder.add_gradients(loss.sum(), samples, retain_graph)
-
-
-class _Planner(Calibrator):
-    """Chooses layers and sides as a Calibrator does, of a model that may be on the meta device."""
-
-    _needs_values = False
-
-
-def _without_output_gradients(
-    model: nn.Module,
-    layers: Mapping[str, nn.Module],
-    dtype: torch.dtype,
-    max_state_bytes: int,
-    filter_fn: FilterFn | None,
-) -> dict[str, str]:
-    """``{fqn: reason}`` of layers that are not streamed with output gradients: tied ones and vocabulary-sized heads."""
-    tied = tied_layers(model) if filter_fn is None else {}
-    found = {}
-    for fqn, layer in layers.items():
-        groups, _, out_features = dimensions(layer)
-        state_bytes = groups * out_features**2 * dtype.itemsize
-        if fqn in tied:
-            found[fqn] = f"its weight is tied to {tied[fqn]!r}"
-        elif state_bytes > max_state_bytes:
-            found[fqn] = (
-                f"the second moment of its output gradients would take {size(state_bytes)}, more than max_state_bytes "
-                f"({size(max_state_bytes)})"
-            )
-    return found
-
-
-def _warn_of_skipped(skipped: Mapping[str, str], filter_fn: FilterFn | None) -> None:
-    if skipped and filter_fn is None:
-        reasons = "".join(f"\n  {fqn}: {reason}" for fqn, reason in skipped.items())
-        warn_caller(f"calibration skips unsupported modules:{reasons}")
-
-
-def _side(layer: nn.Module, side: str, dtype: torch.dtype, max_state_bytes: int) -> str:
-    if side in ("input", "output"):
-        return side
-    groups, in_features, out_features = dimensions(layer)
-    state_bytes = groups * in_features**2 * dtype.itemsize
-    if out_features >= in_features or side == "smaller":
-        return "input" if out_features >= in_features else "output"
-    much_wider = in_features > OUTPUT_SIDE_RATIO * out_features and state_bytes > SMALL_STATE_BYTES
-    return "output" if much_wider or state_bytes > max_state_bytes else "input"

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..models.layers import find_layers
-from ..models.masks import Mask, Masks
+from ..models.mask_sources import Mask
+from ..models.masks import Masks
 from ..models.running import ProgressBar, device_of, differentiable, move
 from .objectives import Sensitivity
 from .recorder import Recorder

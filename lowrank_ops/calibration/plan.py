@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
-from pathlib import Path
 
 import torch
 from torch import nn
 
-from ..models.layers import device_of_layer, dimensions
+from ..arguments import checked
+from ..models.layers import FilterFn, device_of_layer, dimensions
+from ..models.memory import free_memory, parse_bytes, size
 from ..models.running import has_float64
 from ..ops.covariance.reference import CHUNK_BYTES
 from .experts import twin_name
+from .objectives import Sensitivity, check_sensitivity
+from .selection import SelectedLayers, select_layers
 from .token_weights import MAX_ELEMENTS
 
 OFFLOADS = (None, "cpu", "disk")
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _CPU = torch.device("cpu")
 
 
@@ -106,9 +106,61 @@ class CalibrationPlan:
         return "\n".join([*lines, str(self)])
 
 
+@checked()
+def plan_calibration(
+    model: nn.Module,
+    *,
+    filter_fn: FilterFn | None = None,
+    side: str = "auto",
+    dtype: torch.dtype = torch.float64,
+    sensitivity: Sensitivity | None = None,
+    token_weights: bool = True,
+    max_state_bytes: int = 2 << 30,
+    max_memory: int | str | None = None,
+    offload: str | None = None,
+) -> CalibrationPlan:
+    """The memory that :func:`calibrate` will need with these arguments: bytes by layer and device, and passes.
+
+    Layers that share their input will need less than planned, since sharing is known only when the model runs. The
+    model's own activations are not counted, and output gradients per row of a batch, since its size is not known.
+
+    Args:
+        model: as for :func:`calibrate`; may be on the meta device, where no memory bound is known.
+        filter_fn, side, dtype, sensitivity, token_weights, max_state_bytes, max_memory, offload: as for
+            :func:`calibrate`.
+
+    Raises:
+        ValueError: as for :func:`calibrate`.
+
+    Example:
+        >>> import torch, lowrank_ops as lro
+        >>> model = torch.nn.Sequential(torch.nn.Linear(1024, 64), torch.nn.ReLU(), torch.nn.Linear(64, 1024))
+        >>> print(lro.plan_calibration(model, sensitivity="fisher", max_memory="40MB").table())
+        layer  device  side   activations  output_gradients  token_weighted  pass
+        0      cpu     input  8.0 MiB      33.0 KiB          8.0 MiB         1
+        2      cpu     input  33.0 KiB     8.0 MiB           33.0 KiB        2
+        calibration: 2 passes over the batches, sums of at most 32.4 MiB on cpu, and 3.9 MiB for 1,000 rows of a \
+batch; 12.4 MiB packed in the CPU's memory
+    """
+    if sensitivity is not None:
+        check_sensitivity(sensitivity)
+    gradients = sensitivity is not None
+    selected = select_layers(
+        model,
+        output_gradients=gradients,
+        filter_fn=filter_fn,
+        side=side,
+        dtype=dtype,
+        max_state_bytes=max_state_bytes,
+        needs_values=False,
+    )
+    return make_plan(
+        selected, dtype, output_gradients=gradients, token_weights=token_weights, max_memory=max_memory, offload=offload
+    )
+
+
 def make_plan(
-    layers: Mapping[str, nn.Module],
-    sides: Mapping[str, str],
+    selected: SelectedLayers,
     dtype: torch.dtype,
     *,
     output_gradients: bool,
@@ -116,15 +168,15 @@ def make_plan(
     max_memory: int | str | None,
     offload: str | None,
 ) -> CalibrationPlan:
-    """The plan of a calibration of ``layers``, each with its side.
+    """The plan of a calibration of these layers.
 
     Raises:
         ValueError: an invalid ``max_memory`` or ``offload``, or sums of one layer that exceed the bound.
     """
     if offload not in OFFLOADS:
         raise ValueError(f"offload must be None, 'cpu' or 'disk'; got {offload!r}.")
-    planned = []
-    for fqn, layer in layers.items():
+    planned, sides = [], selected.sides
+    for fqn, layer in selected.layers.items():
         groups, in_features, out_features = dimensions(layer)
         features = in_features if sides[fqn] == "input" else out_features
         sums = {"activations": features}
@@ -216,45 +268,6 @@ def _passes(
             current += part
     finish()
     return numbers, peak, None
-
-
-def parse_bytes(given: int | str) -> int:
-    """Bytes of ``max_memory``: a number, or text such as ``"8GB"`` or ``"500 MiB"``."""
-    found = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?I?)B?\s*", given.upper()) if isinstance(given, str) else None
-    with contextlib.suppress(ValueError, KeyError):
-        if found is not None:
-            given = int(float(found[1]) * _UNITS[found[2]])
-    if isinstance(given, bool) or not isinstance(given, int) or given <= 0:
-        raise ValueError(f"max_memory must be a positive number of bytes or text such as '8GB'; got {given!r}.")
-    return given
-
-
-def size(count: int) -> str:
-    """Bytes as text, such as ``"1.5 GiB"``."""
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= scale:
-            return f"{count / scale:.1f} {unit}"
-    return f"{count} B"
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that can be allocated on a device; None if that is not known."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    if device.type != "cpu":
-        return None
-    found = []
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]))
-    with contextlib.suppress(OSError, ValueError, StopIteration):  # the limit of a container; its caches can be dropped
-        group = Path("/sys/fs/cgroup")
-        lines = (group / "memory.stat").read_text().splitlines()
-        caches = int(next(line for line in lines if line.startswith("inactive_file ")).split()[1])
-        used = int((group / "memory.current").read_text()) - caches
-        found.append(int((group / "memory.max").read_text()) - used)
-    return min(found, default=None)
 
 
 def _half(free: int | None) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..config import EIGHT_BIT
+from ..policies import EIGHT_BIT
 
 DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 

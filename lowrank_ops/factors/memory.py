@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..calibration.plan import size
-from ..config import ByteBudget, CompressionConfig, ExplainedVariance
+from ..config import CompressionConfig
+from ..models.memory import size
+from ..policies import ByteBudget, ExplainedVariance
 from ..subspaces.layer import LayerSubspaces
 
 # Peak number of float64 elements, in multiples of features^2 of the streamed side, of out_features^2 and of

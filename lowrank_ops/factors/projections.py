@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import PROJECTIONS, check_choice
+from ..arguments import check_choice
+from ..config import PROJECTIONS
 from ..models.layers import all_finite
 from ..ops.linear.reference import dequantized
 from ..ranks.costs import PLAIN, Formats

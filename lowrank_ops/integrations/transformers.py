@@ -25,7 +25,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..checkpoint import CheckpointError, check_format, describe_layers, empty_layers
+from ..description import CheckpointError, check_format, describe_layers, empty_layers
 from ..layers._base import LowRankLayer
 from ..layers.eight_bit import EightBitLinear
 from ..layers.linear import LowRankLinear

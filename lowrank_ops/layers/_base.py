@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
+from ..arguments import check_choice
 from ..calibration.statistics import LayerStatistics, Moments
-from ..config import PROJECTIONS, check_choice
+from ..config import PROJECTIONS
 from ..factors.projections import Factors, factorize, rounded
 from ..models.layers import dimensions, find_layers, weight_matrix, with_values
 from ..ranks.costs import stored_rank

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from ..arguments import checked
-from ..config import EIGHT_BIT, check_choice
+from ..arguments import check_choice, checked
 from ..factors.eight_bit import quantized
 from ..factors.projections import Factors
 from ..models.layers import (
@@ -23,6 +22,7 @@ from ..models.layers import (
     has_transposed_weight,
     weight_matrix,
 )
+from ..policies import EIGHT_BIT
 from ._base import LowRankLayer, copy_flags
 from .linear import LowRankLinear
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import checked
-from ..config import LatencyCurve, LayerLatencies
+from ..latencies import LatencyCurve, LayerLatencies
 from ..models.experts import on_listed_experts
 from ..models.layers import FilterFn, check_not_dispatched, dimensions, find_layers, input_of, is_conv
 from ..models.running import ProgressBar, call_model, device_of, evaluating, hooks, in_batch, move

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from ..arguments import checked
+from ..arguments import check_choice, checked
 from ..calibration.statistics import LayerStatistics
-from ..config import check_choice
 from ..factors.eight_bit import DTYPES, empty_quantized, quantized
 from ..factors.projections import Factors
 from ..models.layers import dimensions, has_transposed_weight

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ..config import CompressionConfig, Ranks
+from ..config import CompressionConfig
 from ..ops.grouped import MAX_MEMBERS
+from ..policies import Ranks
 from .choose import ChosenRanks, Rounded, Spaces, choose_sizes, limits_of
 from .costs import UNBOUNDED
 

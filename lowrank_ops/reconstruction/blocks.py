@@ -30,7 +30,8 @@ from ..layers import LowRankConv1d, LowRankLayer, NarrowLinear
 from ..layers.replace import replaceable, replacement
 from ..models.experts import on_listed_experts
 from ..models.layers import find_layers, is_supported
-from ..models.masks import Mask, Masks, real_rows
+from ..models.mask_sources import Mask
+from ..models.masks import Masks, real_rows
 from ..models.running import (
     NO_REAL_ROW,
     ProgressBar,
@@ -242,7 +243,9 @@ def _block_error(
     def rows(values: Any, mask: Tensor | None) -> Tensor:
         found = output_tensor(values, OUTPUT_FIELDS)
         if found is None:
-            raise ValueError(f"block {name!r} returns {type(values).__name__}, which holds no float tensor.")
+            raise ValueError(
+                f"block {name!r} returns {type(values).__name__}, which holds no float tensor; name other blocks."
+            )
         return _rows(name, module, found, mask)
 
     targets, added = [], []

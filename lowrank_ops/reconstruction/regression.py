@@ -24,7 +24,8 @@ from ..factors.projections import Factors, factorize, rounded
 from ..models.layers import bias_vector, weight_matrix
 from ..models.running import has_float64
 from ..ops import covariance_finalize_, covariance_update_
-from ..subspaces.layer import DAMPING, LayerSubspaces
+from ..subspaces.layer import LayerSubspaces
+from ..subspaces.loss import DAMPING
 from ..subspaces.principal import Subspace, noise_of_sums, principal_directions
 
 # Candidates for the ridge, relative to the mean variance of the input's features; infinity leaves W as it is.

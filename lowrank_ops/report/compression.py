@@ -14,9 +14,11 @@ import torch
 from torch import nn
 
 from ..arguments import checked
-from ..config import CompressionConfig, LatencyBudget, LayerLatencies, Ranks
+from ..config import CompressionConfig
 from ..factors.projections import Factors
+from ..latencies import LayerLatencies
 from ..models.layers import unsupported_weights
+from ..policies import LatencyBudget, Ranks
 from ..ranks.costs import (
     PLAIN,
     dense_macs,
@@ -121,7 +123,10 @@ class CompressionReport:
         """
         unknown = set(errors) - {layer.fqn for layer in self.layers}
         if unknown:
-            raise ValueError(f"errors has layers that the report does not have: {', '.join(sorted(unknown))}.")
+            raise ValueError(
+                f"errors has layers that the report does not have: {', '.join(sorted(unknown))}. Pass those of "
+                "measure_errors for the model that this report describes."
+            )
         for fqn, error in errors.items():
             if not error >= 0:
                 raise ValueError(f"errors[{fqn!r}] must be a relative error of at least 0; got {error!r}.")

@@ -10,9 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from ..arguments import checked
+from ..arguments import check_share, checked
 from ..calibration.covariances import Covariances
-from ..config import check_share
 from ..models.experts import on_listed_experts
 from ..models.layers import FilterFn, find_layers
 from ..models.running import ProgressBar, in_layer

@@ -16,13 +16,14 @@ from ..calibration.covariances import Covariances
 from ..calibration.objectives import Sensitivity, check_sensitivity, distance
 from ..calibration.recorder import NO_ROWS
 from ..compress import considered_layers, decompose, factorize_layers, resolved
-from ..config import CompressionConfig, ParameterBudget, Ranks
+from ..config import CompressionConfig
 from ..factors.channels import widened
 from ..layers.replace import replace_
 from ..models.copies import filter_of_original, shared_copy
 from ..models.experts import list_experts_
 from ..models.layers import FilterFn
-from ..models.masks import Mask, Masks
+from ..models.mask_sources import Mask
+from ..models.masks import Masks
 from ..models.running import (
     EMPTY,
     ProgressBar,
@@ -35,6 +36,7 @@ from ..models.running import (
     move,
     warn_caller,
 )
+from ..policies import ParameterBudget, Ranks
 from ..ranks.choose import ChosenRanks, as_policy, limits_of
 from ..ranks.groups import choose_grouped_sizes
 from ..subspaces.channels import with_channels

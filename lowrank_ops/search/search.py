@@ -14,16 +14,17 @@ from weakref import ref
 import torch
 from torch import nn
 
-from ..arguments import checked
+from ..arguments import check_choice, checked
 from ..calibration.covariances import Covariances
 from ..compress import considered_layers, decompose, factorize_layers, resolved
-from ..config import CompressionConfig, ParameterBudget, Ranks, check_choice
+from ..config import CompressionConfig
 from ..files import digest
 from ..layers.replace import replace_
 from ..models.copies import filter_of_original, shared_copy
 from ..models.experts import list_experts_
 from ..models.layers import FilterFn
 from ..models.running import ProgressBar, hooks, training_flags_kept, warn_caller
+from ..policies import ParameterBudget, Ranks
 from ..ranks.choose import ChosenRanks, Limits, as_policy, limits_of
 from ..ranks.costs import Option, dense_parameters, in_parameters
 from ..ranks.groups import choose_grouped_sizes

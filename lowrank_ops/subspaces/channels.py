@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from ..calibration.statistics import Moments
 from ..models.mlps import find_mlps
-from .layer import LayerSubspaces, LossSpace
+from .layer import LayerSubspaces
+from .loss import LossSpace
 from .principal import Subspace, noise_of_sums
 
 DAMPING = 1e-6  # of the channels' moment, relative to its diagonal

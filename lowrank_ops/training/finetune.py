@@ -22,7 +22,8 @@ from ..calibration.objectives import divergence
 from ..files import check_file, digest
 from ..layers import LowRankLinear
 from ..models.layers import check_not_dispatched
-from ..models.masks import Mask, Masks, real_rows
+from ..models.mask_sources import Mask
+from ..models.masks import Masks, real_rows
 from ..models.running import (
     EMPTY,
     NO_REAL_ROW,

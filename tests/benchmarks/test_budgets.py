@@ -6,7 +6,7 @@ pytest.importorskip("transformers")
 
 import lowrank_ops as lro
 from benchmarks.accuracy import budgets
-from lowrank_ops.config import LatencyCurve, LayerLatencies
+from lowrank_ops.latencies import LatencyCurve, LayerLatencies
 from lowrank_ops.layers.latency import ranks_to_time
 from lowrank_ops.models.layers import dimensions
 from lowrank_ops.ranks import choose_ranks

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 import lowrank_ops as lro
 from lowrank_ops.calibration.packing import from_lower_triangle, lower_triangle
-from lowrank_ops.calibration.plan import free_memory, parse_bytes
 from tests.calibration.comparing import assert_same_statistics
 
 WIDTH = 24
@@ -200,12 +199,6 @@ def test_plan_of_a_model_without_values() -> None:
     plan = lro.plan_calibration(model, max_memory="300MB", offload="disk")
     assert plan.passes == 4 and "128.1 MiB" in plan.table() and str(plan) in plan.table()
     assert lro.plan_calibration(model).passes == 1
-
-
-def test_free_memory_is_known_here() -> None:
-    free = free_memory(torch.device("cpu"))
-    assert free is None or free > 0
-    assert parse_bytes("8GB") == 8 * 10**9 and parse_bytes("1.5 GiB") == 3 << 29 and parse_bytes(4096) == 4096
 
 
 def test_half_of_the_free_memory_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ import lowrank_ops as lro
 from lowrank_ops import cli, ops
 from lowrank_ops.checkpoint import load_pretrained
 from lowrank_ops.cli import compress, doctor, inputs, verify
-from lowrank_ops.config import LatencyCurve, LayerLatencies
+from lowrank_ops.latencies import LatencyCurve, LayerLatencies
 
 PROJECT = """
 import torch

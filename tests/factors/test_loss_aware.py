@@ -13,7 +13,7 @@ import lowrank_ops as lro
 from lowrank_ops.calibration import LayerStatistics, Moments
 from lowrank_ops.factors import Factors, factorize
 from lowrank_ops.subspaces import LayerSubspaces
-from lowrank_ops.subspaces.layer import DAMPING
+from lowrank_ops.subspaces.loss import DAMPING
 
 
 def moments_of(rows: Tensor) -> Moments:

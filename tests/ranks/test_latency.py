@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import lowrank_ops as lro
-from lowrank_ops.config import LatencyCurve, LayerLatencies
+from lowrank_ops.latencies import LatencyCurve, LayerLatencies
 from lowrank_ops.layers import latency as timing
 from lowrank_ops.layers.latency import ranks_to_time
 from lowrank_ops.models.layers import dimensions

@@ -16,7 +16,7 @@ from lowrank_ops.factors import Factors, factorize
 from lowrank_ops.models.layers import input_rows
 from lowrank_ops.reconstruction.regression import PairedSums, reconstruct_layers
 from lowrank_ops.subspaces import LayerSubspaces
-from lowrank_ops.subspaces.layer import DAMPING
+from lowrank_ops.subspaces.loss import DAMPING
 
 
 def rows_of(count: int, features: int, rank: int, noise: float, seed: int) -> tuple[Tensor, Tensor]:

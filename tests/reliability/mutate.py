@@ -34,6 +34,7 @@ TESTS = {
     "factors": ["tests/factors", "tests/subspaces"],
     "layers": ["tests/layers", "tests/ranks/test_latency.py"],
     "checkpoint.py": ["tests/test_checkpoint.py"],
+    "description.py": ["tests/test_checkpoint.py"],
 }
 USERS = [
     "tests/test_compress.py", "tests/test_compress_group.py", "tests/test_compress_device.py", "tests/test_folders.py",

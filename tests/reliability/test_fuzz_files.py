@@ -23,10 +23,11 @@ from hypothesis import given
 from torch import nn
 
 import lowrank_ops as lro
-from lowrank_ops.checkpoint import CONFIG_FILE, WEIGHTS_FILE
-from lowrank_ops.config import LatencyCurve, LayerLatencies
+from lowrank_ops.checkpoint import WEIGHTS_FILE
+from lowrank_ops.description import CONFIG_FILE
 from lowrank_ops.files import digest, digests, replacing, write_tensors
 from lowrank_ops.folders import compress_folder
+from lowrank_ops.latencies import LatencyCurve, LayerLatencies
 from lowrank_ops.layers import LowRankLayer, PivotedLinear
 from lowrank_ops.layers.group import groups_in
 from lowrank_ops.search.trial_cache import TrialCache

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import lowrank_ops as lro
 from lowrank_ops import cli
-from lowrank_ops.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from lowrank_ops.checkpoint import WEIGHTS_FILE
+from lowrank_ops.description import CONFIG_FILE
 from lowrank_ops.files import digests, replacing, write_tensors
 
 SOURCES = sorted(Path(lro.__file__).parent.rglob("*.py"))

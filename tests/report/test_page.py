@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import lowrank_ops as lro
-from lowrank_ops.config import LatencyCurve, LayerLatencies
+from lowrank_ops.latencies import LatencyCurve, LayerLatencies
 from lowrank_ops.report import KINDS
 from lowrank_ops.report.page import KIND_COLORS
 

@@ -10,7 +10,7 @@ from lowrank_ops.calibration import Moments
 from lowrank_ops.calibration.statistics import LayerStatistics
 from lowrank_ops.factors import Factors, factorize
 from lowrank_ops.subspaces import LayerSubspaces
-from lowrank_ops.subspaces.layer import DAMPING
+from lowrank_ops.subspaces.loss import DAMPING
 
 GROUPS, ROWS, FEATURES, OUTPUTS = 2, 300, 8, 24
 
