@@ -88,7 +88,7 @@ def measured_ranks(
             ``"output"``: half the squared difference; ``"pooled"``: of rows and of their mean, weighted as in
             calibration.
         rounds: corrections, each at the ranks of the one before.
-        config: projection, centering, overrides, bounds, pivoting and groups; its rank policy and its
+        config: projection, centering, overrides, bounds, pivoting, groups and channels; its rank policy and its
             reconstruction are not used.
         filter_fn, subspaces: as for :func:`lowrank_ops.compress_`.
         mask, unmasked_rows, forward: as for :func:`lowrank_ops.calibrate`. ``forward`` has to run the copy that it is
