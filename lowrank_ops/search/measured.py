@@ -69,10 +69,10 @@ def measured_ranks(
     """Ranks for a parameter budget, allocated by predicted losses that gradients of the compressed model correct.
 
     The predicted loss of a layer ignores the errors of other layers. Each round compresses a copy of the model. The
-    error of a layer, its output less that of the dense layer, is scaled by a number, which is 1, and the copy's loss is
-    differentiated with respect to it. If layers did not interact, the derivative would be twice the predicted loss. The
-    ratio of the two corrects the predictions of the layer, and the budget is allocated again. The ranks with the lowest
-    loss are returned.
+    error of a layer, its output minus that of the dense layer, is multiplied by a scale of 1, and the copy's loss is
+    differentiated with respect to that scale. If layers did not interact, the derivative would be twice the predicted
+    loss. The ratio of the two corrects the predictions of the layer, and the budget is allocated again. The ranks with
+    the lowest loss are returned.
 
     Costs ``rounds`` + 1 factorizations and forward passes and ``rounds`` backward passes over the batches. In the
     backward passes all low-rank layers also run dense, and a distance as the loss runs the dense model.
@@ -88,7 +88,7 @@ def measured_ranks(
             ``"output"``: half the squared difference; ``"pooled"``: of rows and of their mean, weighted as in
             calibration.
         rounds: corrections, each at the ranks of the one before.
-        config: projection, centering, overrides, bounds, pivoting and groups; its rank policy and its
+        config: projection, centering, overrides, bounds, pivoting, groups and channels; its rank policy and its
             reconstruction are not used.
         filter_fn, subspaces: as for :func:`lowrank_ops.compress_`.
         mask, unmasked_rows, forward: as for :func:`lowrank_ops.calibrate`. ``forward`` has to run the copy that it is

@@ -25,13 +25,13 @@ from .loss import LossSpace
 from .principal import Subspace, noise_of_sums
 
 DAMPING = 1e-6  # of the channels' moment, relative to its diagonal
-BLOCKS = 48  # at least as many rounds drop all channels
+ROUNDS = 48  # at least as many; each drops one channel or more
+CANDIDATES = 4  # of a round, the cheapest at its start, per channel that it drops
 _VERIFIED = (
     "An MLP consists of nn.Linear layers, all of them calibrated with side='input' and kept by filter_fn, in a module "
     "that runs on one tensor; nothing between them mixes channels or has a fixed number of them, and nothing else runs "
     "them."
 )
-CANDIDATES = 4  # candidates of a round, the cheapest at its start, per channel that it drops
 
 
 class ChannelSubspaces(LayerSubspaces):
@@ -210,7 +210,7 @@ def kept_order(moment: Tensor, weight: Tensor) -> Tensor:
     """The channels, from the last to drop to the first.
 
     With P the inverse of the moment of the remaining channels and A their updated weight, dropping channel j costs
-    |A_j|^2 / P_jj. A round drops 1/``BLOCKS`` of all channels one by one, from the candidates that were cheapest at its
+    |A_j|^2 / P_jj. A round drops 1/``ROUNDS`` of all channels one by one, from the candidates that were cheapest at its
     start. A and P are updated after each channel for the candidates, and at the end of the round for the others.
 
     Args:
@@ -223,7 +223,7 @@ def kept_order(moment: Tensor, weight: Tensor) -> Tensor:
     left = torch.arange(len(moment), device=moment.device)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment))
     dropped = []
-    count = max(1, len(moment) // BLOCKS)
+    count = max(1, len(moment) // ROUNDS)
     while len(left):
         costs = weight.square().sum(0) / inverse.diagonal()
         chosen = costs.argsort()[: CANDIDATES * count]

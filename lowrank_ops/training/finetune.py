@@ -1,4 +1,4 @@
-"""Recover accuracy after compression: train the factors by a loss, by distillation from the dense model, or by both.
+"""Recover accuracy after compression: train the model by a loss, by distillation from the dense model, or by both.
 
 Any other training loop works as well: the factors are ordinary parameters. The zeros that pad a rank receive zero
 gradients, so training keeps the rank.
