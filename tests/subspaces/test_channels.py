@@ -6,7 +6,7 @@ from torch import nn
 
 import lowrank_ops as lro
 from lowrank_ops.subspaces import layer_subspaces
-from lowrank_ops.subspaces.channels import ChannelSubspaces, _cheapest, kept_order
+from lowrank_ops.subspaces.channels import DAMPING, ChannelSubspaces, _cheapest, kept_order
 
 
 def exact_order(moment, weight):
@@ -103,6 +103,19 @@ def test_channels_without_use_are_dropped_first():
     assert set(kept_order(moment, copies)[-2:].tolist()) <= {3, 7, 11}
     nothing = kept_order(1e-200 * torch.eye(4).double(), torch.zeros(2, 4).double())
     assert sorted(nothing.tolist()) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("rows", [300, 20])
+def test_the_damping_is_a_millionth_of_every_channel(rows):
+    space = spaces_of(rows)
+    for activations, plain in (
+        (space.statistics.activations, space.moment),
+        (space.loss_activations, space.loss_moment(centered=True)),
+    ):
+        added = space.damped_moment(activations) - plain
+        expected = DAMPING * plain.diagonal()
+        torch.testing.assert_close(added.diagonal(), expected, rtol=1e-3, atol=DAMPING**2 * float(plain.trace()) / 40)
+        assert not (added - added.diag().diag()).any()
 
 
 @pytest.mark.parametrize("offset", [-1e-6, -1e-7, 0.0])
