@@ -154,6 +154,10 @@ def test_the_predicted_loss_is_that_of_the_order(calibrated, channels):
     assert parts["blocks.0.down"].predicted_loss == pytest.approx(expected, rel=0.02)  # which is damped
     assert all(parts[f"blocks.0.{name}"].predicted_loss == 0 for name in ("gate", "up"))  # the consumer has the whole
     assert all(parts[f"blocks.0.{name}"].predicted_error == 0 for name in ("gate", "up"))
+    assert {part.projection for part in parts.values()} == {"loss"}
+    plain = narrowed("blocks.0.down", member, channels, "output")
+    assert {part.projection for part in plain.values()} == {"output"}
+    assert plain["blocks.0.down"].predicted_error <= parts["blocks.0.down"].predicted_error
 
 
 def test_all_channels_give_the_same_function(calibrated):
@@ -168,6 +172,7 @@ def test_names_choose_mlps_and_the_others_get_factors(calibrated):
     _, report = compressed(calibrated, budget, names, config={"pivoted": True, "overrides": {"blocks.2.down": 8}})
     rows = rows_of(report)
     assert rows["blocks.0.down"].channels and rows["blocks.1.0"].channels
+    assert all(row.channels % 8 == 0 for row in report.layers if row.channels)  # ranks of pivoted layers are not
     assert rows["blocks.2.down"].channels is None and rows["blocks.2.down"].rank
     json_ = report.config.to_json()
     assert lro.CompressionConfig.from_json(json_) == report.config
