@@ -405,9 +405,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--layers", default="", help="optimum: a pattern of the names of layers; by default all")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument(
-        "--blocks", type=int, default=2, help="of the Llama-shaped model"
-    )
+    parser.add_argument("--blocks", type=int, default=2, help="of the Llama-shaped model")
     parser.add_argument("--runs", nargs="+", help="calibrate: what is timed, with 'forward'; by default all")
     parser.add_argument("--widths", type=int, nargs="+", default=[512, 1024, 2048])
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS, help="memory: steps to run, in this order")
