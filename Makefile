@@ -105,8 +105,10 @@ RELEASE_12 := 12.9
 RELEASE_13 := 13.3
 PACKAGES_12 := nvidia-cuda-nvrtc-cu12 nvidia-nvfatbin-cu12 nvidia-cuda-nvcc-cu12 nvidia-cuda-runtime-cu12 nvidia-cuda-cccl-cu12
 PACKAGES_13 := nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt nvidia-cuda-runtime nvidia-cuda-cccl
-COMPILER_12 = LOWRANK_OPS_NVRTC="$(shell ls -d $(abspath .venv-cuda12)/lib/python3*/site-packages/nvidia)"
-COMPILER_13 = CUDACXX="$(shell ls $(abspath .venv-cuda13)/lib/python3*/site-packages/nvidia/cu13/bin/nvcc)"
+# Where nothing is found the pattern stays, which setup.py refuses: without a value it would look for another compiler.
+FOUND = $(or $(shell ls -d $(1) 2>/dev/null),$(1))
+COMPILER_12 = LOWRANK_OPS_NVRTC="$(call FOUND,$(abspath .venv-cuda12)/lib/python3*/site-packages/nvidia)"
+COMPILER_13 = CUDACXX="$(call FOUND,$(abspath .venv-cuda13)/lib/python3*/site-packages/nvidia/cu13/bin/nvcc)"
 
 .venv-cuda%/ready: Makefile
 	$(if $(PACKAGES_$*),,$(error CUDA must be 12 or 13; got $*))

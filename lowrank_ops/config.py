@@ -97,7 +97,10 @@ class CompressionConfig:
                 "choose one of the two."
             )
         if self.group and isinstance(self.rank, ByteBudget):
-            raise ValueError("group=True does not go with a ByteBudget: no kernels run groups of 8-bit factors.")
+            raise ValueError(
+                "group=True does not go with a ByteBudget, because no kernels run groups of 8-bit factors; choose one "
+                "of the two."
+            )
         check_choice("reconstruction", self.reconstruction, RECONSTRUCTIONS)
         self._check_channels()
         if self.reconstruction is not None and self.projection == "weight":

@@ -27,10 +27,11 @@ from .models.experts import on_listed_experts
 from .models.layers import FilterFn, find_layers, images, input_rows, is_conv
 from .models.mask_sources import Mask
 from .models.masks import Masks
-from .models.running import EMPTY, ProgressBar, call_model, device_of, differentiable, move, warn_caller
-from .subspaces.channels import with_channels
+from .models.running import EMPTY, ProgressBar, call_model, device_of, differentiable, in_layer, move, warn_caller
+from .subspaces.channels import check_apart, with_channels
 from .subspaces.layer import LayerSubspaces
 
+_MEMORY = "Pass a smaller max_state_bytes, or leave the layer out with filter_fn."
 PRIOR_SAMPLES = 8  # weight of the prediction, in measured samples
 
 
@@ -43,6 +44,7 @@ def correct_predictions(
     batches: Iterable[Any],
     *,
     sensitivity: Sensitivity = "fisher",
+    num_probes: int = 1,
     filter_fn: FilterFn | None = None,
     mask: Mask | None = None,
     unmasked_rows: str = "count",
@@ -68,6 +70,8 @@ def correct_predictions(
             images) are enough: the prediction counts as much as 8 of them.
         sensitivity: as for :func:`lowrank_ops.calibrate`. It may differ from the calibration's, as drawn labels from
             true ones, and may have any scale: gradients are rescaled to those of the statistics.
+        num_probes: random draws per batch for a sensitivity given by name, with one backward pass each. Each draw of a
+            sample counts as a sample.
         mask, unmasked_rows, forward: as for :func:`lowrank_ops.calibrate`.
         filter_fn: as for :func:`lowrank_ops.compress_`.
         centered, channels: as in the configuration of the compression.
@@ -79,7 +83,8 @@ def correct_predictions(
 
     Raises:
         NonFiniteActivationError: NaN or inf in an input or in a gradient.
-        ValueError: covariances without output gradients or of another model, no sample, an invalid argument.
+        ValueError: covariances without output gradients or of another model, no sample, an invalid argument, channels
+            that something else than their MLP reads.
 
     Example:
         >>> import torch, lowrank_ops as lro
@@ -90,7 +95,7 @@ def correct_predictions(
         >>> report = lro.compress_(model, covariances, lro.ParameterBudget(0.5), subspaces=subspaces)
     """
     check_sensitivity(sensitivity)
-    check_positive(max_state_bytes=max_state_bytes)
+    check_positive(num_probes=num_probes, max_state_bytes=max_state_bytes)
     if not covariances.has_output_gradients:
         raise ValueError("covariances hold no output gradients to correct; use calibrate(..., sensitivity=...) first.")
     given, _ = considered_layers(model, covariances, filter_fn, None, centered=centered)
@@ -101,12 +106,13 @@ def correct_predictions(
     if not batches:
         raise ValueError(EMPTY)
     run, device = forward or call_model, device_of(model)
+    check_apart(model, subspaces, lambda: run(model, move(batches[0], device)))
     warning, differs = None, False
     for part in _parts(subspaces, max_state_bytes):
-        directions = {
-            fqn: _Directions(fqn, layers[fqn], subspaces[fqn])
-            for fqn in ProgressBar(part, desc="decomposing", unit="layer", disable=not progress)
-        }
+        directions: dict[str, _Directions] = {}
+        for fqn in ProgressBar(part, desc="decomposing", unit="layer", disable=not progress):
+            with in_layer(fqn, _MEMORY):
+                directions[fqn] = _Directions(fqn, layers[fqn], subspaces[fqn])
         samples = 0
         masks = Masks(model, mask, unmasked_rows)
         recorder = Recorder(layers, masks, share=False)
@@ -117,15 +123,18 @@ def correct_predictions(
             recorder.attach_gradient_reader(save_inputs=True)
             for batch in ProgressBar(batches, desc="directions", unit="batch", disable=not progress):
                 moved = move(batch, device)
-                # The output is not bound to a name, which would keep this batch's graph during the next forward.
-                gradients, count = recorder.gradients_of(sensitivity, run(model, moved), moved)
-                samples += count
-                for gradient in gradients:
-                    if gradient.fqn in directions:
-                        directions[gradient.fqn].add(gradient)
-                gradients.clear()
-                for each in directions.values():
-                    each.finish_batch()
+                output = run(model, moved)
+                for probe in range(num_probes):
+                    retain = probe + 1 < num_probes
+                    gradients, count = recorder.gradients_of(sensitivity, output, moved, retain)
+                    samples += count
+                    for gradient in gradients:
+                        if gradient.fqn in directions:
+                            directions[gradient.fqn].add(gradient)
+                    gradients.clear()
+                    for each in directions.values():
+                        each.finish_draw()
+                del output  # which would keep this batch's graph during the next forward
         if not samples:
             raise ValueError(NO_ROWS)
         for fqn, each in directions.items():
@@ -202,8 +211,8 @@ class _Directions:
         squares = g.float().square().sum(-1, keepdim=True).unflatten(1, (samples, -1))
         self.gradient_squares += float((squares if keep is None else squares.where(keep, 0.0)).sum(dtype=torch.float64))
 
-    def finish_batch(self) -> None:
-        """Sum the calls of a batch, and add the squares."""
+    def finish_draw(self) -> None:
+        """Sum the calls of a batch's forward, and add the squares."""
         alike = {part.shape for part in self.calls}
         for part in [torch.stack(self.calls).sum(0)] if len(alike) == 1 else self.calls:
             self.squares += part.double().square().sum(1).cpu()

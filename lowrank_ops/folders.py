@@ -28,6 +28,7 @@ from .factors.projections import Factors
 from .files import (
     HEADER,
     form_of,
+    made,
     open_tensors,
     parse_json,
     read_header,
@@ -39,11 +40,11 @@ from .layers import EightBitLinear, LowRankLayer, LowRankLinear, group_
 from .layers.replace import lowrank_type, swap_
 from .models.layers import all_finite, fused_projections
 from .models.memory import parse_bytes
+from .models.running import warn_of_few_rows
 from .policies import RankPolicy
 from .ranks.choose import Rounded
 from .ranks.groups import choose_grouped_sizes
 from .report import CompressionReport
-from .report.text import warn_of_few_rows
 from .subspaces.layer import LayerSubspaces
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -104,35 +105,16 @@ def compress_folder(
     config = CompressionConfig.of(config)
     if config.reconstruction is not None:
         raise ValueError("a reconstruction runs the model; load it and call compress_(..., reconstruction=...).")
-    bound = None if max_memory is None else parse_bytes(max_memory)
-    weights, folder = _Weights(Path(source)), Path(target)
-    of_transformers = "model_type" in weights.config
-    _check_target(weights, folder, of_transformers)
-    model: nn.Module
-    undescribed: dict[str, str] = {}
-    if of_transformers:
-        from .integrations.transformers import description, empty_model
-
-        try:
-            model = empty_model(weights.folder, weights.forms)
-        except (OSError, ValueError):
-            raise
-        except Exception as error:  # of the class, which does not check its configuration
-            raise ValueError(
-                f"source {str(source)!r}: transformers cannot build the model of config.json: {type(error).__name__}: "
-                f"{error}."
-            ) from error
-    else:
-        model, undescribed = _model_of_state_dict(weights, covariances)
-    modules = dict(model.named_modules())
-    _check_names(weights, modules, covariances)
-    for fqn in covariances:
-        if fqn in modules and f"{fqn}.bias" in weights.forms:
-            modules[fqn].bias = nn.Parameter(weights.read(f"{fqn}.bias").clone(), requires_grad=False)
     if config.channels_of:
         raise ValueError(
             "channels runs the MLPs of the model, which compress_folder does not load; load it and call compress_."
         )
+    bound = None if max_memory is None else parse_bytes(max_memory)
+    weights, folder = _Weights(Path(source)), Path(target)
+    of_transformers = "model_type" in weights.config
+    _check_target(weights, folder, of_transformers)
+    model, undescribed = _empty_model(weights, covariances)
+    modules = dict(model.named_modules())
     subspaces, skipped = considered_layers(
         model,
         covariances,
@@ -157,14 +139,20 @@ def compress_folder(
         entry["calibration_rows"] = subspaces[fqn].rows
     texts: dict[str, dict[str, Any]] = {}
     if of_transformers:
+        from .integrations.transformers import description
+
         texts["config.json"] = description(compressed)
         if weights.index is not None:
             texts[INDEX_FILE] = _index(layout)
     names = [*layout, *(texts if of_transformers else [CONFIG_FILE])]
-    folder.mkdir(parents=True, exist_ok=True)
+    copied = [
+        path for path in (weights.folder.iterdir() if of_transformers else ())
+        if path.suffix in _COPIED and path.name not in (*names, INDEX_FILE, CONFIG_FILE) and path.is_file()
+    ]  # fmt: skip
     found: dict[str, Factors] = {}
     tensors = _tensors(weights, layout, new, subspaces, ranks, eight_bit, config, found, progress)
-    with replacing(*(folder / name for name in names)) as files:
+    places = [folder / name for name in (*names, *(path.name for path in copied))]
+    with made(folder), replacing(*places) as files:
         for file, forms in zip(files, layout.values(), strict=False):
             mine = itertools.islice(tensors, len(forms))
             if of_transformers:
@@ -172,16 +160,45 @@ def compress_folder(
             else:
                 header = {**described, "compression": config.to_dict(), "tied": weights.tied}
                 texts[CONFIG_FILE] = write_stream(file, forms, mine, header)
-        for name, file in zip(names[len(layout) :], files[len(layout) :], strict=True):
+        for name, file in zip(names[len(layout) :], files[len(layout) : len(names)], strict=True):
             file.write(json.dumps(texts[name], indent=2).encode() + b"\n")
+        for path, file in zip(copied, files[len(names) :], strict=True):
+            with path.open("rb") as original:
+                shutil.copyfileobj(original, file)
     next(tensors, None)  # ends the progress bar
-    if of_transformers:
-        for path in weights.folder.iterdir():
-            if path.suffix in _COPIED and path.name not in (*names, INDEX_FILE, CONFIG_FILE) and path.is_file():
-                shutil.copyfile(path, folder / path.name)
     report = CompressionReport.build(model, config, subspaces, found, {**skipped, **undescribed}, groups)
     warn_of_few_rows(report.few_rows())
     return report
+
+
+def _empty_model(weights: _Weights, covariances: Covariances) -> tuple[nn.Module, dict[str, str]]:
+    """The model, with the biases of its calibrated layers, and the layers that a state dict does not describe, and why.
+
+    Raises:
+        ValueError: transformers cannot build it, or ``covariances`` are of another model.
+    """
+    model: nn.Module
+    undescribed: dict[str, str] = {}
+    if "model_type" in weights.config:
+        from .integrations.transformers import empty_model
+
+        try:
+            model = empty_model(weights.folder, weights.forms)
+        except (OSError, ValueError):
+            raise
+        except Exception as error:  # of the class, which does not check its configuration
+            raise ValueError(
+                f"source {str(weights.folder)!r}: transformers cannot build the model of config.json: "
+                f"{type(error).__name__}: {error}."
+            ) from error
+    else:
+        model, undescribed = _model_of_state_dict(weights, covariances)
+    modules = dict(model.named_modules())
+    _check_names(weights, modules, covariances)
+    for fqn in covariances:
+        if fqn in modules and f"{fqn}.bias" in weights.forms:
+            modules[fqn].bias = nn.Parameter(weights.read(f"{fqn}.bias").clone(), requires_grad=False)
+    return model, undescribed
 
 
 class _Weights:

@@ -146,6 +146,7 @@ BAD: dict[str, list[tuple[str, str]]] = {
         ("lro.correct_predictions(model, covariances, [])", "ValueError"),
         ("lro.correct_predictions(model, covariances, [torch.ones(0, 16)])", "ValueError"),
         ("lro.correct_predictions(model, covariances, batches, max_state_bytes=0)", "ValueError"),
+        ("lro.correct_predictions(model, covariances, batches, num_probes=0)", "ValueError"),
     ],
     "Statistics": [
         ("covariances.merge([covariances])", "TypeError"),

@@ -127,6 +127,18 @@ def test_units_are_those_of_the_statistics(other):
         torch.testing.assert_close(of_other[fqn].loss.corrected, space.loss.corrected, rtol=1e-4, atol=0)
 
 
+def test_probes_are_draws_for_one_forward():
+    torch.manual_seed(0)
+    model, batch = Tokens(), {"x": torch.randn(12, 5, 6)}
+    covariances = lro.calibrate(model, [batch], sensitivity="output")
+    probed = lro.correct_predictions(model, covariances, [batch], sensitivity="output", num_probes=2)
+    twice = lro.correct_predictions(model, covariances, [batch, batch], sensitivity="output")
+    once = lro.correct_predictions(model, covariances, [batch], sensitivity="output")
+    for fqn, space in probed.items():
+        torch.testing.assert_close(space.loss.corrected, twice[fqn].loss.corrected)
+        assert not torch.equal(space.loss.corrected, once[fqn].loss.corrected)
+
+
 def test_bad_arguments_are_refused():
     model, batches = nn.Sequential(nn.Linear(8, 8)), [torch.randn(32, 8)]
     with pytest.raises(ValueError, match="hold no output gradients"):
@@ -134,6 +146,8 @@ def test_bad_arguments_are_refused():
     covariances = lro.calibrate(model, batches, sensitivity="output")
     with pytest.raises(ValueError, match="batches was empty"):
         lro.correct_predictions(model, covariances, [], sensitivity="output")
+    with pytest.raises(ValueError, match="num_probes must be positive"):
+        lro.correct_predictions(model, covariances, batches, sensitivity="output", num_probes=0)
     with pytest.raises(ValueError, match="sensitivity must be"):
         lro.correct_predictions(model, covariances, batches, sensitivity="else")
     with pytest.raises(lro.NonFiniteActivationError, match="layer '0'"):

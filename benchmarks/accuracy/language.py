@@ -38,7 +38,9 @@ from .corpora import corpus
 from .results import Results
 
 KINDS = ("python", "handbook")
+HELD_OUT = 20  # documents of each kind that are tested on
 STEPS = 200  # of a distillation, one sequence each
+LABELS = 0.25  # weight of the true next tokens where a distillation uses them
 WINDOW = 256  # tokens of one sequence
 BATCH = 4  # sequences
 DAMPING = 0.1  # of the inputs; half of it of the output gradients
@@ -64,7 +66,7 @@ class Variant(NamedTuple):
 
     projection: str
     allocation: str
-    then: tuple[str, ...] = ()  # of "measured", "blocks", "distilled", "distilled on all"
+    then: tuple[str, ...] = ()  # of "measured", "blocks", "distilled", "distilled on all", "distilled with labels"
     pivoted: bool = False
     corrected: bool = False  # predictions
     damped: bool = False  # statistics, by DAMPING
@@ -87,6 +89,8 @@ VARIANTS = {
     f"{RECIPE}, blocks": BEST._replace(then=("measured", "blocks")),
     f"{RECIPE}, distilled": BEST._replace(then=("measured", "distilled")),
     f"{RECIPE}, distilled on all": BEST._replace(then=("measured", "distilled on all")),
+    f"{RECIPE}, distilled with labels": BEST._replace(then=("measured", "distilled with labels")),
+    "dense, distilled with labels": Variant("none", "uniform", ("distilled with labels",)),  # what the labels alone do
     "no factors, int8": Variant("none", "uniform", form="int8"),
     "loss, corrected, int8": Variant("loss", "loss", corrected=True, form="int8"),
     "loss, corrected, fp8": Variant("loss", "loss", corrected=True, form="fp8"),
@@ -112,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         {
             "calibrated": options.calibrate,
             "tokens": options.tokens,
-            "sensitivity": options.sensitivity,
+            "sensitivity": "labels",
             "test_tokens": options.test_tokens,
             "bfloat16": options.bfloat16,
             "variant": variant,
@@ -139,9 +143,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--test-tokens", type=int, default=16384, help="of each kind, to evaluate on")
     parser.add_argument("--budgets", type=float, nargs="+", default=[90, 80, 70, 60, 50], help="%% of layer parameters")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=ONE_SHOT)
-    parser.add_argument("--sensitivity", choices=["labels", "fisher"], default="labels")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="kinds of text to test on")
-    parser.add_argument("--held-out", type=int, default=20, help="documents of each kind that are tested on")
     parser.add_argument("--no-answers", action="store_true", help="leave out the answers to a dozen prompts")
     parser.add_argument("--bfloat16", action="store_true", help="run tests and distillation in mixed precision")
     parser.add_argument("--lr", type=float, default=3e-5, help="of the distillation")
@@ -169,13 +171,12 @@ class Study:
         self.dense, self.tokenizer, self.options = dense, tokenizer, options
         self.autocast = torch.bfloat16 if options.bfloat16 else None
         calibrated = KINDS if options.calibrate == "both" else (options.calibrate,)
-        texts = {kind: corpus(kind, options.held_out) for kind in {*calibrated, *options.kinds}}
+        texts = {kind: corpus(kind, HELD_OUT) for kind in {*calibrated, *options.kinds}}
         self.tests = {
             kind: windows(tokenizer, texts[kind].test, options.test_tokens).split(BATCH) for kind in options.kinds
         }
         self.documents = [texts[kind].calibration for kind in calibrated]
         self.batches = [{"input_ids": ids} for ids in self.text(options.tokens).split(BATCH)]
-        self.sensitivity: Any = label_loss if options.sensitivity == "labels" else options.sensitivity
         self.wanted = {
             kind: [logits_of(dense, ids, self.autocast).half() for ids in self.tests[kind]] for kind in self.tests
         }
@@ -183,13 +184,11 @@ class Study:
             kind: compare(self.wanted[kind], self.wanted[kind], test)["perplexity"] for kind, test in self.tests.items()
         }
         options.cache.mkdir(exist_ok=True)
-        self.cached = options.cache / f"{options.calibrate}-{options.tokens}-{options.sensitivity}.safetensors"
+        self.cached = options.cache / f"{options.calibrate}-{options.tokens}-labels.safetensors"
         started = time.perf_counter()
         torch.manual_seed(0)
         if not self.cached.exists():
-            found = lro.calibrate(
-                dense, self.batches, filter_fn=is_block_layer, sensitivity=self.sensitivity, progress=True
-            )
+            found = lro.calibrate(dense, self.batches, filter_fn=is_block_layer, sensitivity=label_loss, progress=True)
             found.save(self.cached)
         self.covariances = lro.Covariances.load(self.cached, packed=True)
         self.calibration_seconds = time.perf_counter() - started
@@ -248,9 +247,10 @@ class Study:
         statistics = self.subspaces(variant)
         started = time.perf_counter()
         kept = self.compress(student, name, budget, *statistics)
-        for step, tokens in {"distilled": self.options.tokens, "distilled on all": STEPS * WINDOW}.items():
-            if step in variant.then:
-                self.distill(student, self.text(tokens), self.checkpoint(name, budget, step))
+        for step in variant.then:
+            if step.startswith("distilled"):
+                tokens = STEPS * WINDOW if step == "distilled on all" else self.options.tokens
+                self.distill(student, self.text(tokens), self.checkpoint(name, budget, step), "labels" in step)
         seconds = time.perf_counter() - started
         size = sum(part.numel() * min(part.itemsize, 2) for part in (*student.parameters(), *student.buffers()))
         student.float()  # 8-bit factors keep their bits
@@ -292,6 +292,8 @@ class Study:
         policy: Any = lro.ParameterBudget(share, variant.allocation)
         if variant.form is not None:
             policy = lro.ByteBudget(share, variant.form, variant.allocation)
+        if variant.projection == "none" and variant.form is None:
+            return 1.0
         if variant.projection == "none":
             weights = [model.get_submodule(fqn).get_parameter("weight") for fqn in self.covariances]
             for weight in weights:
@@ -344,15 +346,19 @@ class Study:
         )
         return report.layer_bytes / report.layer_bytes_before
 
-    def distill(self, student: nn.Module, text: Tensor, checkpoint: Path) -> None:
-        """Train factors, biases and norms by the dense model's next-token distributions, one sequence per step."""
+    def distill(self, student: nn.Module, text: Tensor, checkpoint: Path, labels: bool) -> None:
+        """Train factors, biases and norms by the dense model's next-token distributions, one sequence per step.
+
+        With ``labels``, the true next tokens have a weight of ``LABELS``.
+        """
         student.get_parameter("model.embed_tokens.weight").requires_grad_(False)
         order = torch.randperm(len(text), generator=torch.Generator().manual_seed(0))
         batches = [{"input_ids": ids} for ids in text[order].split(1)]
+        loss: dict[str, Any] = {"loss": mean_label_loss, "soft_weight": 1 - LABELS} if labels else {}
         lro.finetune_(
             student, batches, teacher=self.dense, temperature=1.0, steps=STEPS, lr=self.options.lr, weight_decay=0.0,
             autocast=self.autocast, checkpoint=checkpoint, checkpoint_every=STEPS // 8,
-            progress=True,
+            progress=True, **loss,
         )  # fmt: skip
 
 
@@ -366,6 +372,11 @@ def label_loss(output: Any, batch: Mapping[str, Tensor]) -> Tensor:
     ids = batch["input_ids"]
     losses = nn.functional.cross_entropy(output.logits[:, :-1].mT.float(), ids[:, 1:], reduction="none")
     return losses.sum(1)
+
+
+def mean_label_loss(output: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """The negative log-likelihood of the next tokens, mean over tokens."""
+    return label_loss(output, batch).sum() / batch["input_ids"][:, 1:].numel()
 
 
 def asvd(space: LayerSubspaces, rank: int) -> Factors:

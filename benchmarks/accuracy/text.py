@@ -50,6 +50,7 @@ VARIANTS = {
     "loss-corrected": Variant("loss", "loss", corrected=True),
     "loss-pivoted": Variant("loss", "loss", pivoted=True),
     "loss-pivoted-corrected": Variant("loss", "loss", pivoted=True, corrected=True),
+    "loss-channels-pivoted": Variant("loss", "loss", pivoted=True, channels=True),
     "loss-channels-pivoted-corrected": Variant("loss", "loss", pivoted=True, corrected=True, channels=True),
 }
 # What random probes project: the forward to calibrate with, and the sensitivity.
@@ -59,13 +60,8 @@ PROBED: dict[str, tuple[Callable[[nn.Module, Any], Any] | None, str]] = {
     "pooled": (None, "pooled"),
 }
 SUMS = torch.float32  # twice as fast as float64 on a CPU
-SIZES = (
-    100,
-    200,
-    400,
-    800,
-    1600,
-)  # calibration runs in steps from one to the next, so that a whole curve costs one run
+# Calibration runs in steps from one size to the next, so that a whole curve costs one run.
+SIZES = (100, 200, 400, 800, 1600)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

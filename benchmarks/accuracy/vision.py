@@ -33,7 +33,13 @@ from .train_demo import read_original
 
 PROJECTIONS = ("weight", "input", "utilized", "output", "loss")
 # Pivoted factors, corrected predictions, and MLPs with fewer channels.
-LOSS_VARIANTS = ("loss-pivoted", "loss-corrected", "loss-pivoted-corrected", "loss-channels-pivoted-corrected")
+LOSS_VARIANTS = (
+    "loss-pivoted",
+    "loss-corrected",
+    "loss-pivoted-corrected",
+    "loss-channels-pivoted",
+    "loss-channels-pivoted-corrected",
+)
 ALLOCATIONS = ("uniform", "variance", "loss")
 WAYS = ("plain", "distilled")
 CALIBRATION_BATCH = 100

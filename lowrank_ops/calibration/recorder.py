@@ -122,10 +122,12 @@ class Recorder:
                 )
             )
 
-    def gradients_of(self, sensitivity: Sensitivity, output: Any, batch: Any) -> tuple[list[OutputGradient], int]:
+    def gradients_of(
+        self, sensitivity: Sensitivity, output: Any, batch: Any, retain_graph: bool = False
+    ) -> tuple[list[OutputGradient], int]:
         """The gradients of the last forward's objective at the layers' outputs, call by call, and its samples."""
         loss, samples = objective(sensitivity, output, batch, self._masks.of_output())
-        return self._differentiate(loss, retain_graph=False), samples
+        return self._differentiate(loss, retain_graph), samples
 
     def add_loss(self, sensitivity: Sensitivity, output: Any, batch: Any, retain_graph: bool) -> None:
         """Add the output gradients of a batch's objective."""

@@ -174,17 +174,7 @@ def run(options: argparse.Namespace) -> Result:
         check_folder(options.html, "--html")
     if options.from_checkpoint is not None:
         return _run_on_folder(options)
-    modes = {"--recalibrate": options.recalibrate, "--correct": options.correct, "--measure": options.measure}
-    for flag, given in (("--reconstruct", options.reconstruct), *modes.items()):
-        if given and options.batches is None:
-            raise Failure(2, f"{flag} runs the model on --calibration; it cannot be combined with --covariances")
-        if given and flag in modes and options.sensitivity is None:
-            raise Failure(2, f"{flag} records output gradients again; it needs --sensitivity")
-    if options.measure and (options.budget is None or options.allocation not in (None, "loss")):
-        raise Failure(2, "--measure divides --budget by loss; it needs --budget, and no other --allocation")
-    shares_by_loss = _budget(options) is not None and options.allocation in (None, "loss")
-    if options.recalibrate and options.projection not in (None, "loss") and not shares_by_loss:
-        raise Failure(2, "--recalibrate needs --projection loss, or a budget with --allocation loss")
+    _check_modes(options)
     policy = _policy(options)
     config = _config(options, policy)
     progress: Progress | None = None
@@ -242,6 +232,21 @@ def run(options: argparse.Namespace) -> Result:
     loading = _save(model, options, report)
     progress.finish()
     return _result(options, report, loading)
+
+
+def _check_modes(options: argparse.Namespace) -> None:
+    """Refuse options that run the model without the batches, gradients or budget that they need."""
+    modes = {"--recalibrate": options.recalibrate, "--correct": options.correct, "--measure": options.measure}
+    for flag, given in (("--reconstruct", options.reconstruct), *modes.items()):
+        if given and options.batches is None:
+            raise Failure(2, f"{flag} runs the model on --calibration; it cannot be combined with --covariances")
+        if given and flag in modes and options.sensitivity is None:
+            raise Failure(2, f"{flag} records output gradients again; it needs --sensitivity")
+    if options.measure and (options.budget is None or options.allocation not in (None, "loss")):
+        raise Failure(2, "--measure divides --budget by loss; it needs --budget, and no other --allocation")
+    shares_by_loss = _budget(options) is not None and options.allocation in (None, "loss")
+    if options.recalibrate and options.projection not in (None, "loss") and not shares_by_loss:
+        raise Failure(2, "--recalibrate needs --projection loss, or a budget with --allocation loss")
 
 
 def _run_on_folder(options: argparse.Namespace) -> Result:

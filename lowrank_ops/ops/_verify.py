@@ -46,13 +46,16 @@ class FirstCall(NamedTuple):
         """Whether a call of this bucket was found right."""
         return self.bucket in _passed
 
-    def check(self, run: Callable[[], Errors | None]) -> bool:
-        """Whether the kernel was right; if not, a warning was given.
+    def check(self, x: Tensor, run: Callable[[], Errors | None]) -> bool:
+        """Whether the kernel was right. If not, a warning was given, unless nothing could be checked now.
 
         Args:
+            x: the input.
             run: runs the kernel and returns its error and the allowed one. None if the call shows nothing, as for
                 x = 0: it then counts as right, and the next call is checked.
         """
+        if not can_check(x):
+            return False
         try:
             errors = run()
         except torch.OutOfMemoryError:
@@ -97,7 +100,10 @@ def first_call(op: str, impl: Impl, problem: Any, backend: str, forget: Callable
 
 
 def can_check(x: Tensor) -> bool:
-    """Whether a check may run now: it reads results, which is impossible in a CUDA graph capture or a trace."""
+    """Whether a check may run now: it reads results, which is impossible in a CUDA graph capture or a trace.
+
+    Nor can Triton load a kernel during a capture: ``cuModuleLoadData`` would end it.
+    """
     return not torch.compiler.is_compiling() and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 

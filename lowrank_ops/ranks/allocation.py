@@ -10,8 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from ..subspaces.layer import LayerSubspaces
-from ..subspaces.loss import LossSpace
-from .costs import UNBOUNDED, Bounds, Option, Price, options_of
+from .costs import UNBOUNDED, Bounds, Option, Price, options_of, worth_of_ranks
 from .eight_bit import Rounding, byte_options, can_be_eight_bit, dense_bytes, lowrank_bytes, rounding_of
 
 MIN_STEPS = 2000  # of the knapsack's budget
@@ -166,21 +165,18 @@ def _taken(
 
 def _worth(fqn: str, space: LayerSubspaces, options: list[Option], allocation: str) -> list[float]:
     """The value of each option: the share of the layer's output variance that it keeps, or the loss that it saves."""
-    if allocation == "variance":
-        shares = space.output.mean_shares()
-        return [1.0 if option.rank is None else shares[option.rank] for option in options]
-    spectrum = _check_gradients(fqn, space).spectrum
-    kept = spectrum.reshape(-1, spectrum.shape[-1]).sum(0).cumsum(0).tolist()
-    return [kept[-1] if option.rank is None else kept[option.rank - 1] for option in options]
+    if allocation == "loss":
+        _check_gradients(fqn, space)
+    kept = worth_of_ranks(space, allocation)
+    return [kept[-1 if option.rank is None else option.rank] for option in options]
 
 
-def _check_gradients(fqn: str, space: LayerSubspaces) -> LossSpace:
+def _check_gradients(fqn: str, space: LayerSubspaces) -> None:
     if space.loss is None:
         raise ValueError(
             f"allocation='loss' needs output gradients for every layer, and {fqn!r} has none; calibrate with "
             "sensitivity='fisher', 'output' or a loss, leave the layer out with filter_fn, or set it in overrides."
         )
-    return space.loss
 
 
 def _upper_hull(fqn: str, options: int, gain: Callable[[str, int, int], float]) -> list[int]:

@@ -1,6 +1,6 @@
 """Rank policies: from subspaces to a rank for every layer. A rank of None keeps a layer dense.
 
-A policy is a frozen dataclass of ``config`` and one function here, registered by its type.
+A policy is a frozen dataclass of ``policies`` and one function here, registered by its type.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from functools import singledispatch
 from typing import NamedTuple
 
 from ..config import check_bound
+from ..models.running import shortened
 from ..policies import (
     ByteBudget,
     ExplainedVariance,
@@ -61,7 +62,7 @@ def choose_ranks(
     """A rank for every layer, or None if it stays dense.
 
     Args:
-        policy: one of ``config``'s, with its allocation set.
+        policy: a rank policy, with its allocation set.
         spaces: the layers considered.
         overrides: ``{fqn or "re:pattern": rank or None}``, which takes precedence over the policy. An exact name takes
             precedence over a pattern, a later pattern over an earlier one.
@@ -229,7 +230,7 @@ def _named(key: str, spaces: Spaces, argument: str) -> list[str]:
                     f"{argument}: {key!r} names a layer of an MLP whose channels are dropped; name {fqn!r} and a "
                     "number of channels."
                 )
-        raise ValueError(f"{argument}: {key!r} matches none of the layers considered: {', '.join(spaces)}.")
+        raise ValueError(f"{argument}: {key!r} matches none of the layers considered: {shortened(list(spaces))}.")
     return matches
 
 

@@ -1,4 +1,4 @@
-"""The cost of a layer at a rank, in parameters, MACs or time, and the sizes that a budget chooses from."""
+"""What a layer costs at a rank, in parameters, MACs or time, what the rank is worth, and the sizes to choose from."""
 
 from __future__ import annotations
 
@@ -82,6 +82,20 @@ def lowrank_macs(spaces: LayerSubspaces, rank: int, *, pivoted: bool = False) ->
     if is_pivoted(spaces, rank, pivoted):
         return spaces.rows * rank * (in_features + out_features - rank)
     return spaces.rows * groups * stored_rank(rank) * (in_features + out_features)
+
+
+def worth_of_ranks(space: LayerSubspaces, allocation: str) -> list[float]:
+    """What an allocation maximizes, by rank from 0 to all directions, or by number of channels.
+
+    The loss that is saved, doubled; the share of the output variance that is kept; or, if uniform, the rank itself.
+    """
+    if allocation == "uniform":
+        return [float(rank) for rank in range(space.max_rank + 1)]
+    if allocation == "variance":
+        return space.output.mean_shares()
+    assert space.loss is not None
+    spectrum = space.loss.spectrum
+    return [0.0, *spectrum.reshape(-1, spectrum.shape[-1]).sum(0).cumsum(0).tolist()]
 
 
 class Price(NamedTuple):

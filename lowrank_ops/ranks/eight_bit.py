@@ -26,6 +26,7 @@ from .costs import (
     is_pivoted,
     lowrank_parameters,
     stored_rank,
+    worth_of_ranks,
 )
 
 SCALE_BYTES = 4  # per row
@@ -219,8 +220,8 @@ def byte_options(
     formats: list[Formats] = [PLAIN] if rounding is None else [PLAIN, (form, None), (None, form), (form, form)]
     if allocation == "uniform":
         formats = formats[-1:]
-    kept = _kept(space, allocation)
-    largest = min(space.dimensions[1:] if bounds.max is None else (*space.dimensions[1:], bounds.max))
+    kept = worth_of_ranks(space, allocation)
+    largest = space.max_rank if bounds.max is None else min(space.max_rank, bounds.max)
     found = [(dense, kept[-1])] if bounds.max is None else []
 
     def add(option: Option, worth: float) -> None:
@@ -245,15 +246,3 @@ def byte_options(
         if not rising or worth > rising[-1][1]:
             rising.append((option, worth))
     return rising
-
-
-def _kept(space: LayerSubspaces, allocation: str) -> list[float]:
-    """The worth of each rank before rounding, from 0 to all directions."""
-    directions = min(space.dimensions[1:])
-    if allocation == "uniform":
-        return [float(rank) for rank in range(directions + 1)]
-    if allocation == "variance":
-        return [float(space.output.explained(rank).mean()) for rank in range(directions + 1)]
-    assert space.loss is not None
-    spectrum = space.loss.spectrum
-    return [0.0, *spectrum.reshape(-1, spectrum.shape[-1]).sum(0).cumsum(0).tolist()]

@@ -6,7 +6,7 @@ corrects earlier errors as far as its input allows, as GPTQ does for quantizatio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,15 @@ from torch import Tensor, nn
 from ..arguments import check_arguments, check_positive
 from ..calibration.call_weights import CallWeights, call_weights
 from ..calibration.objectives import Sensitivity, check_sensitivity
-from ..calibration.statistics import LayerStatistics, NonFiniteActivationError
+from ..calibration.statistics import LayerStatistics, Moments, NonFiniteActivationError
 from ..factors.projections import Factors
 from ..layers.replace import lowrank_type, replaceable
 from ..models.experts import ExpertLinear, on_listed_experts
-from ..models.layers import compiled_or_scripted, find_layers, input_rows
+from ..models.layers import compiled_or_scripted, dimensions, find_layers, input_rows
 from ..models.mask_sources import Mask
 from ..models.masks import Masks, real_rows
-from ..models.running import EMPTY, ProgressBar, call_model, in_layer, warn_caller
+from ..models.memory import size
+from ..models.running import EMPTY, ProgressBar, call_model, in_layer, warn_caller, warn_of_few_rows
 from .checkpoint import resume_checkpoint, run_identity, save_checkpoint
 from .paired_runs import Group, PairedRuns, find_chains
 from .regression import PairedSums, reconstruct_layers
@@ -122,7 +123,7 @@ def reconstruct_factors(
         ValueError: an invalid setting, too few rows for all layers, layers that cannot be replaced, a checkpoint of
             another run, a batch whose loss depends on no layer.
     """
-    sensitivity, ridge, mask, checkpoint = settings.sensitivity, settings.ridge, settings.mask, settings.checkpoint
+    sensitivity, mask, checkpoint = settings.sensitivity, settings.mask, settings.checkpoint
     gradients = {
         fqn: layer.output_gradients for fqn, layer in (statistics or {}).items() if layer.output_gradients is not None
     }
@@ -140,7 +141,7 @@ def reconstruct_factors(
     identity: dict[str, Any] = {}
     done: dict[str, Factors] = {}
     if checkpoint is not None:
-        identity = run_identity(layers, factors, batches, settings, centered=centered, ridge=ridge)
+        identity = run_identity(layers, factors, batches, settings, centered=centered, ridge=settings.ridge)
         done = resume_checkpoint(Path(checkpoint), identity, layers)
     new, kept = dict(factors), dict.fromkeys(layers, "the first batch did not reach it")
     by_loss = {
@@ -149,6 +150,7 @@ def reconstruct_factors(
         if factors[fqn].projection == "loss" and fqn not in done and getattr(layer, "groups", 1) == 1
     }
     run = settings.forward or call_model
+    few: list[str] = []  # layers with fewer rows than features
     weights = CallWeights()
     if sensitivity is not None and by_loss:
         weights = call_weights(
@@ -162,33 +164,6 @@ def reconstruct_factors(
             progress=progress,
         )
 
-    def reconstructed(runs: PairedRuns, group: Group) -> dict[str, Factors] | str:
-        """New factors of a group, or the reason why it keeps its own."""
-        if all(fqn in done for fqn in group.layers):
-            return {fqn: done[fqn] for fqn in group.layers}
-        members = {fqn: layers[fqn] for fqn in group.layers}
-        folds = 2 if ridge is None else 1
-        if any(getattr(layer, "groups", 1) > 1 for layer in members.values()):
-            return "it is a convolution with groups"
-        if any(isinstance(layer, ExpertLinear) for layer in members.values()):
-            return "a router chooses its rows, and may choose others in the compressed model than in the dense one"
-        # Layers without token weights share one sum; each layer with token weights has its own.
-        unweighted = {fqn: layer for fqn, layer in members.items() if fqn not in weights}
-        parts = [*([unweighted] if unweighted else []), *({fqn: members[fqn]} for fqn in members if fqn in weights)]
-        if (needed := sum(PairedSums.state_bytes(part, folds) for part in parts)) > settings.max_state_bytes:
-            return f"its sums would take {needed / 2**30:.2g} GiB, more than max_state_bytes"
-        with in_layer(group.layers[0], _MEMORY):
-            sums = [PairedSums(part, folds) for part in parts]
-        reason = _stream(runs, group, sums, weights)
-        if reason is not None:
-            return reason
-        fitted: dict[str, Factors] = {}
-        for pairs in sums:
-            old = {fqn: factors[fqn] for fqn in pairs.layers}
-            with in_layer(next(iter(old)), _MEMORY):
-                fitted |= reconstruct_layers(pairs, old, gradients, centered=centered, ridge=ridge)
-        return fitted
-
     masks = Masks(model, mask, settings.unmasked_rows)
     with (
         PairedRuns(model, layers, batches, run, masks, chains, strict=settings.blocks is not None) as runs,
@@ -200,7 +175,10 @@ def reconstruct_factors(
         ready: dict[str, Factors] = {}
         for group, following in zip(runs.groups, [*runs.groups[1:], None], strict=False):
             runs.advance(group.position)
-            result = reconstructed(runs, group)
+            if all(fqn in done for fqn in group.layers):
+                result: dict[str, Factors] | str = {fqn: done[fqn] for fqn in group.layers}
+            else:
+                result = _reconstructed(runs, group, factors, settings, weights, gradients, centered, few)
             for fqn in group.layers:
                 if isinstance(result, str):
                     kept[fqn] = result
@@ -214,17 +192,61 @@ def reconstruct_factors(
                 save_checkpoint(Path(checkpoint), identity, ready)
     if (warning := masks.finish()) is not None:
         warn_caller(warning)
+    warn_of_few_rows(few, "rows in the batches of the reconstruction", "pass it")
     if layers and all(kept.get(fqn) == TOO_FEW for fqn in layers):
         raise ValueError("too few rows reached every layer: the batches are empty, or the mask leaves no position.")
+    _warn_of(kept, weights.missing)
+    return new
+
+
+def _reconstructed(
+    runs: PairedRuns,
+    group: Group,
+    factors: Mapping[str, Factors],
+    settings: SequentialReconstruction,
+    weights: CallWeights,
+    gradients: Mapping[str, Moments],
+    centered: bool,
+    few: list[str],
+) -> dict[str, Factors] | str:
+    """New factors of a group, or the reason why it keeps its own; layers with few rows are added to ``few``."""
+    members = {fqn: runs.layers[fqn] for fqn in group.layers}
+    folds = 2 if settings.ridge is None else 1
+    if any(getattr(layer, "groups", 1) > 1 for layer in members.values()):
+        return "it is a convolution with groups"
+    if any(isinstance(layer, ExpertLinear) for layer in members.values()):
+        return "a router chooses its rows, and may choose others in the compressed model than in the dense one"
+    # Layers without token weights share one sum; each layer with token weights has its own.
+    unweighted = {fqn: layer for fqn, layer in members.items() if fqn not in weights}
+    parts = [*([unweighted] if unweighted else []), *({fqn: members[fqn]} for fqn in members if fqn in weights)]
+    if (needed := sum(PairedSums.state_bytes(part, folds) for part in parts)) > settings.max_state_bytes:
+        return f"its sums would take {size(needed)}, more than max_state_bytes"
+    with in_layer(group.layers[0], _MEMORY):
+        sums = [PairedSums(part, folds) for part in parts]
+    reason = _stream(runs, group, sums, weights)
+    if reason is not None:
+        return reason
+    fitted: dict[str, Factors] = {}
+    for pairs in sums:
+        rows = sum(fold.count for fold in pairs.folds)
+        sizes = {fqn: min(pairs.in_features, dimensions(layer).out_features) for fqn, layer in pairs.layers.items()}
+        few.extend(f"{fqn} ({rows:,} of {size:,})" for fqn, size in sizes.items() if rows < size)
+        old = {fqn: factors[fqn] for fqn in pairs.layers}
+        with in_layer(next(iter(old)), _MEMORY):
+            fitted |= reconstruct_layers(pairs, old, gradients, centered=centered, ridge=settings.ridge)
+    return fitted
+
+
+def _warn_of(kept: Mapping[str, str], unweighted: Collection[str]) -> None:
+    """Warn of layers that keep their factors, by reason, and of those whose rows have no token weights."""
     if kept:
         reasons = "".join(f"\n  {fqn}: {reason}" for fqn, reason in kept.items())
         warn_caller(f"these layers are not reconstructed:{reasons}")
-    if unweighted := [fqn for fqn in weights.missing if fqn not in kept]:
+    if unweighted := [fqn for fqn in unweighted if fqn not in kept]:
         warn_caller(
             "output gradients do not correspond row by row to the inputs of these layers, so some or all of their rows "
             f"are unweighted: {', '.join(unweighted)}"
         )
-    return new
 
 
 def _stream(runs: PairedRuns, group: Group, sums: Sequence[PairedSums], call_weights: CallWeights) -> str | None:
@@ -273,7 +295,9 @@ def checked_batches(model: nn.Module, factors: Mapping[str, Factors], batches: I
     if (reason := compiled_or_scripted(model)) is not None:
         raise ValueError(f"model cannot be reconstructed: {reason}.")
     if "" in factors:
-        raise ValueError("model is itself the layer to reconstruct, and has no layer before it.")
+        raise ValueError(
+            "model is itself the layer to reconstruct, and has no layer before it; leave the reconstruction out."
+        )
     held = list(batches)
     if not held:
         raise ValueError(EMPTY)

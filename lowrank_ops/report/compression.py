@@ -16,6 +16,7 @@ from torch import nn
 from ..arguments import checked
 from ..config import CompressionConfig
 from ..factors.projections import Factors
+from ..files import write_whole
 from ..latencies import LayerLatencies
 from ..models.layers import unsupported_weights
 from ..policies import LatencyBudget, Ranks
@@ -43,7 +44,7 @@ from .sections import (
     spectra,
 )
 from .spectra import spectrum_of
-from .text import few_rows, few_rows_note, format_table, layer_bars, new_figure, notes, rows_note
+from .text import few_rows, few_rows_note, format_table, layer_bars, new_figure, notes, rows_note, save_figure
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,10 @@ class CompressionReport:
         """
         unknown = set(errors) - {layer.fqn for layer in self.layers}
         if unknown:
-            raise ValueError(f"errors has layers that the report does not have: {', '.join(sorted(unknown))}.")
+            raise ValueError(
+                f"errors has layers that the report does not have: {', '.join(sorted(unknown))}. Pass those of "
+                "measure_errors for the model that this report describes."
+            )
         for fqn, error in errors.items():
             if not error >= 0:
                 raise ValueError(f"errors[{fqn!r}] must be a relative error of at least 0; got {error!r}.")
@@ -206,7 +210,7 @@ class CompressionReport:
     @checked()
     def to_html(self, path: str | Path) -> None:
         """Write a self-contained HTML page with charts and tables."""
-        Path(path).write_text(self._page(), encoding="utf-8")
+        write_whole(path, self._page().encode())
 
     def _repr_html_(self) -> str:
         """What a notebook shows."""
@@ -262,7 +266,7 @@ class CompressionReport:
         names, shares = [layer.fqn for layer in self.layers], [layer.share for layer in self.layers]
         layer_bars(axes, names, shares, kept, f"all layers, {kept:.1%}")
         axes.set_ylabel("parameters, relative to dense")
-        figure.savefig(path)
+        save_figure(figure, path)
 
     @property
     def predicted_loss(self) -> float | None:

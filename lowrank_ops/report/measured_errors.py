@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..arguments import checked
-from ..layers import LowRankLayer
+from ..calibration.statistics import NonFiniteActivationError
+from ..layers import LowRankLayer, NarrowLinear
 from ..models.experts import experts_listed
 from ..models.layers import bias_vector, is_conv, output_rows
 from ..models.mask_sources import Mask
 from ..models.masks import Masks, real_rows
+from ..models.mlps import find_mlps
 from ..models.running import (
     EMPTY,
     ProgressBar,
@@ -66,8 +68,9 @@ def measure_errors(
 
     The error is E|y - y'|^2 / E|y - E y|^2 over the rows of ``batches``. ``LayerCompression.relative_error`` predicts
     it from the calibration rows. Pass batches that calibration has not seen, and add the result to the report with
-    ``report.with_measured(errors)``. Only ``dense`` is run, so errors do not accumulate from layer to layer. Layers of
-    MLPs with fewer channels are not compared, because they do not take the input of the dense layer.
+    ``report.with_measured(errors)``. Only ``dense`` is run, so errors do not accumulate from layer to layer. An MLP
+    with fewer channels has its error at its consumer, the layer that reads the channels; it is not measured if the
+    other layers of the MLP were trained, as by ``finetune_`` and ``BlockReconstruction``.
 
     Args:
         dense: a copy of the model from before compression. It runs in eval mode; its training flags are restored.
@@ -82,6 +85,7 @@ def measure_errors(
         the error is not zero.
 
     Raises:
+        NonFiniteActivationError: NaN or inf in an output.
         TypeError: an argument of another type.
         ValueError: ``compressed`` has no replaced layer, or one that ``dense`` does not have; ``batches`` has no rows;
             the mask fits no layer, or is unknown and ``unmasked_rows="error"``.
@@ -94,20 +98,58 @@ def measure_errors(
         >>> sorted(lro.measure_errors(dense, model, [torch.randn(128, 64)]))
         ['0', '2']
     """
-    replaced = {fqn: layer for fqn, layer in compressed.named_modules() if isinstance(layer, LowRankLayer)}
-    if not replaced:
-        raise ValueError(
-            "compressed has no replaced layer to compare; pass the model that compress_ changed. Layers of MLPs with "
-            "fewer channels are not compared."
-        )
-    with experts_listed(dense, names=replaced):
+    kinds = (LowRankLayer, NarrowLinear)
+    layers = {fqn: layer for fqn, layer in compressed.named_modules() if isinstance(layer, kinds)}
+    if not layers:
+        raise ValueError("compressed has no replaced layer to compare; pass the model that compress_ changed.")
+    with experts_listed(dense, names=layers):
+        originals = dict(dense.named_modules())
+        for fqn in layers:
+            if fqn not in originals or isinstance(originals[fqn], kinds):
+                raise ValueError(
+                    f"dense has no dense layer {fqn!r}; pass a copy (copy.deepcopy) of the model from before compress_."
+                )
+        narrow = {fqn: layer for fqn, layer in layers.items() if isinstance(layer, NarrowLinear)}
+        replaced = {fqn: layer for fqn, layer in layers.items() if fqn not in narrow} | _consumers(dense, narrow)
+        if not replaced:
+            raise ValueError(
+                "compressed has only MLPs with fewer channels whose weights were trained; their errors cannot be "
+                "measured. Pass the model from before finetune_, or one compressed without BlockReconstruction."
+            )
         return _measured(dense, compressed, replaced, batches, mask, unmasked_rows, forward, centered, progress)
+
+
+def _consumers(dense: nn.Module, narrow: Mapping[str, NarrowLinear]) -> dict[str, Callable[[Tensor], Tensor]]:
+    """By consumer, its output from all channels of the dense MLP, of which it takes those that are left."""
+    found: dict[str, Callable[[Tensor], Tensor]] = {}
+    for mlp in find_mlps(dense, {fqn: dense.get_submodule(fqn) for fqn in narrow}):
+        wide, left = (_rows([of(fqn) for fqn in mlp.producers]) for of in (dense.get_submodule, narrow.__getitem__))
+        if (kept := _places(left, wide)) is not None:
+            found[mlp.consumer] = lambda x, layer=narrow[mlp.consumer], kept=kept: layer(x[..., kept])  # type: ignore[misc]
+    return found
+
+
+def _places(rows: Tensor, of: Tensor) -> list[int] | None:
+    """Where ``rows`` are among those ``of`` another tensor, in the same order; None if some are not."""
+    found, others = [], enumerate(of)
+    for row in rows:
+        place = next((index for index, other in others if torch.equal(row, other)), None)
+        if place is None:
+            return None
+        found.append(place)
+    return found
+
+
+def _rows(layers: Sequence[nn.Module]) -> Tensor:
+    """What each channel is computed from: (channels, features and biases of all producers)."""
+    parts = [[layer.get_parameter("weight"), bias_vector(layer)] for layer in layers]
+    return torch.cat([part.reshape(len(part), -1) for pair in parts for part in pair if part is not None], 1).detach()
 
 
 def _measured(
     dense: nn.Module,
     compressed: nn.Module,
-    replaced: Mapping[str, nn.Module],
+    replaced: Mapping[str, Callable[[Tensor], Tensor]],
     batches: Iterable[Any],
     mask: Mask | None,
     unmasked_rows: str,
@@ -115,12 +157,6 @@ def _measured(
     centered: bool,
     progress: bool,
 ) -> dict[str, float]:
-    originals = dict(dense.named_modules())
-    for fqn in replaced:
-        if fqn not in originals or isinstance(originals[fqn], LowRankLayer):
-            raise ValueError(
-                f"dense has no dense layer {fqn!r}; pass a copy (copy.deepcopy) of the model from before compress_."
-            )
     sums: dict[str, _Sums] = {}
     masks = Masks(dense, mask, unmasked_rows)
 
@@ -147,7 +183,7 @@ def _measured(
     with hooks() as handles, evaluating(dense, compressed), torch.no_grad():
         masks.attach(handles)
         for fqn in replaced:
-            handle = originals[fqn].register_forward_hook(
+            handle = dense.get_submodule(fqn).register_forward_hook(
                 lambda module, args, kwargs, y, fqn=fqn: record(
                     fqn, module, args[0] if args else next(iter(kwargs.values())), y
                 ),
@@ -163,6 +199,12 @@ def _measured(
         raise ValueError(EMPTY)
     if (warning := masks.finish()) is not None:
         warn_caller(warning)
+    for fqn, part in sums.items():
+        if not bool((part.error + part.squares).isfinite()):
+            raise NonFiniteActivationError(
+                f"layer {fqn!r}: its output holds NaN or inf, in the dense or in the compressed model. Check the "
+                "batches, or run the models in a wider dtype."
+            )
     errors = {fqn: sums[fqn].relative(centered) for fqn in replaced if fqn in sums and sums[fqn].rows}
     if not errors:
         raise ValueError("no row reached a replaced layer: the batches are empty, or the mask leaves no position.")

@@ -79,6 +79,12 @@ class LayerCompression:
         return "dense" if self.rank is None else f"rank {self.rank}"
 
     @property
+    def format(self) -> str:
+        """Of the factors or the weight: such as ``"int8"``, ``"down int8, up as dense"`` or ``"as dense"``."""
+        names = [form or "as dense" for form in self.formats]
+        return names[0] if len(set(names)) == 1 else ", ".join(map(" ".join, zip(("down", "up"), names, strict=True)))
+
+    @property
     def kept_share(self) -> float | None:
         """The rank relative to the largest, or a consumer's channels relative to all of them; None: left dense."""
         if self.channels is not None:
@@ -148,9 +154,7 @@ def compression_columns(layers: Sequence[LayerCompression]) -> CompressionColumn
     if any(layer.measured_error is not None for layer in layers):
         columns["measured error"] = lambda layer: "-" if layer.measured_error is None else percent(layer.measured_error)
     if any(layer.formats != PLAIN for layer in layers):
-        columns["down, up"] = lambda layer: (
-            ", ".join(form or "as dense" for form in layer.formats) if layer.is_replaced else "-"
-        )
+        columns["format"] = lambda layer: layer.format if layer.is_replaced else "-"
         columns["bytes"] = lambda layer: f"{layer.bytes / layer.dense_bytes:.1%}"
     if all(layer.seconds is not None for layer in layers):
         columns["dense ms"] = lambda layer: f"{1e3 * (layer.dense_seconds or 0):.3f}"

@@ -48,13 +48,15 @@ def test_variants_are_measured_once(model: torch.nn.Module, monkeypatch: pytest.
     monkeypatch.setattr(language, "PROMPTS", language.PROMPTS[:1])
     arguments = ["--out", str(tmp_path / "rows.json"), "--tokens", "4096", "--test-tokens", "1024", "--budgets", "60"]
     monkeypatch.setattr(language, "STEPS", 8)
-    steps = [f"{language.RECIPE}, {step}" for step in ("blocks", "distilled")]
-    variants = ["ASVD", "output, uniform (SVD-LLM)", *steps]
+    steps = [f"{language.RECIPE}, {step}" for step in ("blocks", "distilled", "distilled with labels")]
+    variants = ["ASVD", "output, uniform (SVD-LLM)", *steps, "dense, distilled with labels"]
     arguments += ["--calibrate", "both", "--cache", str(tmp_path / "cache"), "--variants", *variants]
     language.main(arguments)
     rows = language.Results(tmp_path / "rows.json").rows
     assert [row["variant"] for row in rows] == variants
-    for row in rows:
+    *compressed, dense = rows
+    assert dense["layer_share"] == 1 and dense["python_divergence"] > 0  # it was trained
+    for row in compressed:
         assert row["layer_share"] <= 0.6 and row["python_divergence"] > 0 and row["handbook_perplexity"] > 1
         assert row["bytes"] < sum(part.nbytes for part in model.parameters()) and row["generated_per_second"] > 0
     language.main(arguments)

@@ -1,6 +1,5 @@
-"""Rows of studies: stored, found again, and read in their older words."""
+"""Rows of studies: stored, and found again."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -16,24 +15,6 @@ def test_rows_are_found_in_a_later_run(tmp_path: Path) -> None:
     results = Results(tmp_path / "rows.json")
     assert results.find({"budget": 50.0}) == {"budget": 50.0, "token_weights": True, "accuracy": 80.0}
     assert results.find({"budget": 25.0}) is None
-
-
-def test_older_words_are_read_and_stay_in_the_file(tmp_path: Path) -> None:
-    path = tmp_path / "rows.json"
-    old = {"arm": "loss-refit", "allocation": "energy", "rows": "alike", "finetuned": "refit", "budget": 25.0}
-    path.write_text(json.dumps([old]))
-    results = Results(path)
-    assert results.rows == [
-        {
-            "variant": "loss-reconstructed",
-            "allocation": "variance",
-            "token_weights": False,
-            "finetuned": "reconstruction",
-            "budget": 25.0,
-        }
-    ]
-    results.add({"budget": 50.0}, {})
-    assert json.loads(path.read_text()) == [old, {"budget": 50.0}]
 
 
 def test_stored_vision_rows_fill_the_default_table(capsys: pytest.CaptureFixture[str]) -> None:

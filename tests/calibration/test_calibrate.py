@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import lowrank_ops as lro
-from lowrank_ops.calibration.selection import side_of
 from tests.calibration.comparing import of_group
 from tests.sums import assert_sums
 
@@ -162,20 +161,6 @@ def test_auto_streams_the_output_beside_huge_patches():
     covariances = lro.calibrate(nn.Sequential(conv), [torch.randn(1, 1024, 66, 1)])
     assert covariances["0"].side == "output" and covariances["0"].activations.count == 3
     assert covariances.memory() < (128 * 128 + 3 * 128) * 8
-
-
-@pytest.mark.parametrize(
-    ("shape", "bound", "expected"),
-    [
-        ((64, 64), 2 << 30, "input"),
-        ((4096, 64), 2 << 30, "output"),  # 64 times as wide, 128 MiB
-        ((2048, 64), 2 << 30, "input"),  # 32 times as wide, but only 32 MiB
-        ((64, 32), 1000, "output"),
-        ((32, 64), 1000, "input"),  # the output's moment would be larger still
-    ],
-)
-def test_auto_bounds_the_state(shape, bound, expected):
-    assert side_of(nn.Linear(*shape, device="meta"), "auto", torch.float64, bound) == expected
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -296,14 +296,15 @@ def _grouped(device, sizes=None):
         tuned = _tuned("lowrank_linear_grouped", device, impl, kind)
         cases += [(shape["tokens"], shape["rank"], config) for shape, config in tuned]
     for tokens, rank, tuned_config in cases:
-        ranks, out_features = (rank, 64, 104), (2056, 512, 520)
+        decode = isinstance(tuned_config, DecodeConfig) if tuned_config else tokens <= 256
+        # Members of unequal ranks are prefilled one by one if tokens are many.
+        ranks, out_features = (rank, 64, 104) if decode else (rank,) * 3, (2056, 512, 520)
         x = torch.empty(tokens, 4096, dtype=BF16)
         downs = [torch.empty(rank, 4096, dtype=BF16) for rank in ranks]
         ups = [torch.empty(out, rank, dtype=BF16) for rank, out in zip(ranks, out_features, strict=True)]
         biases = [torch.empty(out, dtype=BF16) for out in out_features]
         ys = [torch.empty(tokens, out, dtype=BF16) for out in out_features]
         problem = grouped.describe(x, downs, ups, biases)._replace(device=device)
-        decode = isinstance(tuned_config, DecodeConfig) if tuned_config else tokens <= 256
         tiles_of = grouped_triton.decode_tiles if decode else grouped_triton.prefill_tiles
         config = tuned_config or tiles_of(problem)
         if linear_triton.unfenced(config, device):

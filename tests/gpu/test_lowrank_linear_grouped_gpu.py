@@ -45,6 +45,8 @@ def test_members_take_their_outputs_from_one_call(tokens, monkeypatch):
     monkeypatch.setattr(LowRankGroup, "_compute", lambda *args: calls.append(compute(*args)) or calls[-1])
     factors = ([getattr(layer, name) for layer in layers.values()] for name in ("down", "up", "bias"))
     factors = [*factors]
+    x = torch.randn(tokens, 256, **options)
+    lowrank_linear_grouped(x, *factors, backend="triton")  # skips this test under a Triton that is refused here
     for _ in range(3):
         x = torch.randn(tokens, 256, **options)
         assert_grouped([layer(x) for layer in layers.values()], x, *factors)

@@ -210,7 +210,9 @@ HOPPER = Device("cuda", 0, (9, 0), 132, 232448)
     [
         ({}, "triton.decode"),
         ({"tokens": 256}, "triton.decode"),
-        ({"tokens": 4096}, "triton.prefill"),
+        ({"tokens": 1000}, "triton.prefill"),
+        ({"tokens": 65536}, "members"),  # in tiles of 256 ranks, those of 64 would cost more than by themselves
+        ({"tokens": 65536, "ranks": (248, 256, 256), "out_features": (4096,) * 3}, "triton.prefill"),
         ({"tokens": 4096, "ranks": (264, 64, 64)}, "members"),  # prefill keeps ranks up to 256 on chip
         ({"tokens": 4096, "ranks": (64, 64, 64), "shared": True}, "members"),
         ({"ranks": (1024, 512, 512), "out_features": (1024, 512, 512)}, "members"),  # above the break-even rank

@@ -11,6 +11,7 @@ from lowrank_ops.ops._backend import Backend, Device, Impl, choose, distrust, ex
 from tests.ops.inputs import linear_inputs
 
 KEYS = [("lowrank_linear", f"triton.{name}", "triton 3.9.0") for name in ("decode", "prefill")]
+X = torch.ones(1)
 
 
 @pytest.fixture(autouse=True)
@@ -41,14 +42,14 @@ def test_only_unverified_kernels_of_auto_are_checked():
 
 def test_a_bucket_is_checked_once():
     pytest.importorskip("triton", reason="its version is part of a record")
-    assert first_call(5).check(lambda: (0.1, 0.2))
+    assert first_call(5).check(X, lambda: (0.1, 0.2))
     assert first_call(7) is None  # the same number of bits, and neither is a multiple of 8
     assert first_call(8) is not None and first_call(9) is not None
 
 
 def test_calls_that_show_nothing_are_checked_again():
     pytest.importorskip("triton", reason="its version is part of a record")
-    assert first_call().check(lambda: None)
+    assert first_call().check(X, lambda: None)
     assert first_call() is not None
 
 
@@ -59,7 +60,7 @@ def test_decisions_are_forgotten_before_a_warning_that_is_an_error(monkeypatch):
     first = first_call(forget=lambda: forgotten.append(True))
     with warnings.catch_warnings(), pytest.raises(RuntimeWarning, match="is wrong: its error is 3"):
         warnings.simplefilter("error")
-        first.check(lambda: (3.0, 2.0))
+        first.check(X, lambda: (3.0, 2.0))
     assert forgotten and not first.passed
 
 

@@ -55,7 +55,11 @@ def test_budget_is_met_in_bytes(calibrated, form, fraction, sensitivity, pivoted
     assert formats == {row.fqn: row.formats for row in report.layers if row.is_replaced}
     eight_bit = {fqn for fqn, layer in model.named_modules() if isinstance(layer, EightBitLinear)}
     assert eight_bit == {row.fqn for row in report.layers if row.formats == (form,)} and (eight_bit or fraction < 0.8)
-    assert "layer bytes" in report.table() and "down, up" in report.table()
+    assert "layer bytes" in report.table()
+    cells = {row.fqn: row.format for row in report.layers}
+    expected = {(form,): form, (form, form): form, (form, None): f"down {form}, up as dense"}
+    expected |= {(None, form): f"down as dense, up {form}", (None, None): "as dense"}
+    assert cells == {row.fqn: expected[row.formats] for row in report.layers} and "format" in report.table()
     assert report.to_dict()["layer_bytes"] == report.layer_bytes
 
 

@@ -465,14 +465,14 @@ _decisions = BoundedCache(8192)  # problems whose implementation needs no check
 
 
 def _checked(impl: Impl, problem: Problem | ConvProblem, backend: str, x: Tensor) -> Impl:
-    """``impl``, or the reference if a first call, on a state of its own, finds ``impl`` wrong."""
+    """``impl``; the reference if a first call, on a state of its own, finds it wrong or cannot be checked now."""
     op, table, run_trial = "covariance_update_", TABLE, trial
     if isinstance(problem, ConvProblem):
         op, table, run_trial = "conv_covariance_update_", CONV_TABLE, trial_conv
     first = _verify.first_call(op, impl, problem, backend, _decisions.clear)
     if first is None:
         _decisions[problem, backend] = impl
-    elif _verify.can_check(x) and not first.check(lambda: run_trial(impl, problem, x)):
+    elif not first.check(x, lambda: run_trial(impl, problem, x)):
         return choose(table, problem, "reference")
     return impl
 

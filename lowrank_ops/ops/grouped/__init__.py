@@ -317,8 +317,7 @@ def _decision(x: Tensor, downs: Tensors, ups: Tensors, biases: Biases, backend: 
         decision = _Decision(impl.bind(problem), True)
         first = _verify.first_call("lowrank_linear_grouped", impl, problem, backend, _decisions.clear)
         if first is not None:
-            run = _checked(first, decision, key) if _verify.can_check(x) else decision.run
-            return _Decision(run, True, settled=False)
+            return _Decision(_checked(first, decision, key), True, settled=False)
     _decisions[key] = decision
     return decision
 
@@ -333,7 +332,7 @@ def _one_by_one(backend: str) -> _Bound:
 
 
 def _checked(first: _verify.FirstCall, decision: _Decision, key: Any) -> _Bound:
-    """Runs the kernel and compares; the products of the library if the kernel is found wrong."""
+    """Runs the kernel and compares; the products of the library if it is wrong or cannot be checked now."""
 
     def run(x: Tensor, downs: Tensors, ups: Tensors, biases: Biases) -> list[Tensor]:
         results: list[list[Tensor]] = []
@@ -343,7 +342,7 @@ def _checked(first: _verify.FirstCall, decision: _Decision, key: Any) -> _Bound:
             return reference.errors(results[0], x, downs, ups, biases)
 
         with torch.no_grad():
-            if not first.check(compare):
+            if not first.check(x, compare):
                 return reference.products(x, downs, ups, biases)
         if first.passed:
             _decisions[key] = decision

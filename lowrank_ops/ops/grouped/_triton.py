@@ -17,7 +17,7 @@ from .. import _tuning
 from ..linear import Problem as Layer
 from ..linear import _triton as single
 from ..linear._triton import _SUM_BLOCK, _has_pdl, _Launch, _on_device
-from ..linear._triton_config import DecodeConfig, PrefillConfig, arch, decode_config, prefill_config
+from ..linear._triton_config import DecodeConfig, PrefillConfig, arch, cheapest_prefill, decode_config, prefill_config
 
 if TYPE_CHECKING:
     from . import Problem
@@ -59,8 +59,13 @@ def prefers_decode(problem: Problem) -> bool:
 
 
 def prefers_prefill(problem: Problem) -> bool:
-    """Likewise, unless t of a shared down would be recomputed per member."""
-    return not problem.shared and _preferred("triton.prefill", problem)
+    """Likewise, unless t of a shared down would be recomputed per member, or members would cost less one by one.
+
+    All members are computed in tiles of the largest rank.
+    """
+    if problem.shared or not _preferred("triton.prefill", problem):
+        return False
+    return tuned_entry(problem) is not None or _prefill_saves(problem)
 
 
 def table_shape(problem: Problem) -> dict[str, Any]:
@@ -125,6 +130,14 @@ def _by_member(problem: Problem) -> Layer:
     layer = _as_layer(problem)
     members = len(problem.ranks)
     return layer._replace(tokens=problem.tokens * members, out_features=max(problem.out_features))
+
+
+def _prefill_saves(problem: Problem) -> bool:
+    """Whether the group, whose outputs count as their average, costs at most 5% more than its members one by one."""
+    layer, sizes = _as_layer(problem), [*zip(problem.ranks, problem.out_features, strict=True)]
+    average = layer._replace(tokens=problem.tokens * len(sizes), out_features=layer.out_features // len(sizes))
+    members = (layer._replace(rank=rank, out_features=out) for rank, out in sizes)
+    return cheapest_prefill(average)[0] <= 1.05 * sum(cheapest_prefill(member)[0] for member in members)
 
 
 def _unit(problem: Problem) -> int:

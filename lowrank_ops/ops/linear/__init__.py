@@ -349,9 +349,7 @@ class _ByLayout:
             bound = _bind(problem, self.backend)
             impl = choose(TABLE, problem, self.backend)
             first = _verify.first_call("lowrank_linear", impl, problem, self.backend, _decisions.clear)
-            y = None
-            if first is not None and _verify.can_check(x):
-                y = _checked(first, bound, x, down, up, bias, *scales)
+            y = None if first is None else _checked(first, bound, x, down, up, bias, *scales)
             if first is None or first.passed:
                 self.decisions[layout] = bound
             if y is not None:
@@ -360,7 +358,7 @@ class _ByLayout:
 
 
 def _checked(first: _verify.FirstCall, kernel: _Bound, *tensors: Any) -> Tensor:
-    """The kernel's result, or that of two GEMMs if the kernel is found wrong."""
+    """The kernel's result, or that of two GEMMs if the kernel is wrong or cannot be checked now."""
     args = (*tensors[:4], first.problem.activation, *tensors[4:])
     results: list[Tensor] = []
 
@@ -369,7 +367,7 @@ def _checked(first: _verify.FirstCall, kernel: _Bound, *tensors: Any) -> Tensor:
         return reference.errors(results[0], *args)
 
     with torch.no_grad():
-        if first.check(run):
+        if first.check(tensors[0], run):
             return results[0]
     return reference.two_products(*args)
 

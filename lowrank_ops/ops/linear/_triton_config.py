@@ -7,6 +7,7 @@ not spill. The cost model counts bytes, CTAs and SMs.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -139,14 +140,17 @@ def decode_config(problem: Problem) -> DecodeConfig:
 def prefill_config(problem: Problem) -> PrefillConfig | None:
     """The configuration of the prefill kernel for ``problem``; None if none covers its rank."""
     tuned = _tuning.configured(tuned_entry(problem), "triton.prefill", PrefillConfig)
-    if tuned is not None and tuned.rank >= problem.rank:
-        return tuned
+    return tuned if tuned is not None and tuned.rank >= problem.rank else cheapest_prefill(problem)[1]
+
+
+def cheapest_prefill(problem: Problem) -> tuple[float, PrefillConfig | None]:
+    """The lowest cost of a configuration that covers the rank, in MACs of one SM, and that configuration."""
     candidates = [
         _cheapest_parts(config, problem)
         for config in _PREFILL[arch(problem.device.capability)]
         if config.rank >= problem.rank and _fits(config, problem) and not (problem.scaled and config == _PREFILL_256)
     ]
-    return min(candidates, key=lambda candidate: candidate[0])[1] if candidates else None
+    return min(candidates, key=lambda candidate: candidate[0], default=(math.inf, None))
 
 
 def shipped_decode(name: str) -> list[DecodeConfig]:
