@@ -26,7 +26,7 @@ from .description import (
     describe_layers,
     empty_layers,
 )
-from .files import digests, open_tensors, parse_json, read_header, read_tensor, replacing, write_tensors
+from .files import digests, made, open_tensors, parse_json, read_header, read_tensor, replacing, write_tensors
 from .layers import LowRankLinear
 from .layers.pivoted import is_order
 from .layers.replace import note_replaced, swap_
@@ -82,8 +82,7 @@ def save_pretrained(model: nn.Module, path: str | Path, report: CompressionRepor
     }
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"path {str(path)!r} is a file; name a folder.")
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / WEIGHTS_FILE, folder / CONFIG_FILE) as (weights_file, config_file):
+    with made(folder), replacing(folder / WEIGHTS_FILE, folder / CONFIG_FILE) as (weights_file, config_file):
         write_tensors(weights_file, tensors, config)
         config_file.write(json.dumps(config, indent=2).encode() + b"\n")
 

@@ -355,6 +355,66 @@ def test_wrong_names_and_numbers_leave_the_model_unchanged(calibrated, config, m
     assert str(model) == str(calibrated[0])
 
 
+class Around(nn.Module):
+    """Uses an MLP in another way than its own forward does."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.stem, self.mlp, self.use = nn.Linear(20, 16), Mlp(), use
+
+    def forward(self, x):
+        return self.use(self.mlp, self.stem(x))
+
+
+def mixed(mlp, x):
+    return x + mlp.down(mlp.gate(x).softmax(-1) * mlp.up(x))
+
+
+def normalized(mlp, x):
+    return x + mlp.down(nn.functional.rms_norm(mlp.gate(x) * mlp.up(x), (48,)))
+
+
+def read_by_another(mlp, x):
+    return mlp(x) * mlp.up(x).mean(-1, keepdim=True).sigmoid()
+
+
+def read_in_one_sample(mlp, x):
+    return mlp(x) + mlp.gate(x[:1]).amax()
+
+
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        (mixed, "channels of mlp.down cannot be dropped: the model's output depends on them"),
+        (normalized, "channels of mlp.down cannot be dropped"),
+        (read_by_another, "the model has no MLP whose channels could be dropped.*nothing else runs them"),
+        (read_in_one_sample, "the model has no MLP"),
+    ],
+)
+@pytest.mark.parametrize("function", [lro.correct_predictions, lro.measured_ranks])
+def test_channels_that_are_read_elsewhere_are_refused(use, message, function):
+    torch.manual_seed(0)
+    model, batches = Around(use).eval(), [torch.randn(32, 20) for _ in range(2)]
+    covariances = lro.calibrate(model, batches, sensitivity="output")
+    options = {"channels": True}
+    if function is lro.measured_ranks:
+        options = {"fraction": 0.6, "config": lro.CompressionConfig(channels=True)}
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match=message):
+        function(model, covariances, batches, sensitivity="output", **options)
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_only_the_mlp_that_is_read_elsewhere_is_named(calibrated):
+    mixing = nn.Sequential(calibrated[0].stem, Around(mixed), nn.Linear(16, 20), Around(lambda mlp, x: mlp(x)))
+    mixing[1].stem = nn.Linear(16, 16)
+    covariances = lro.calibrate(mixing, calibrated[1], sensitivity="output")
+    with pytest.raises(ValueError, match=r"^channels of 1\.mlp\.down cannot"):
+        lro.correct_predictions(mixing, covariances, calibrated[1], sensitivity="output", channels=True)
+    lro.correct_predictions(mixing, covariances, calibrated[1], sensitivity="output", channels=["3.mlp.down"])
+
+
 def test_recalibrate_and_folders_refuse_channels(calibrated, tmp_path):
     model, batches, covariances = calibrated
     config = lro.CompressionConfig(channels=True)

@@ -27,6 +27,7 @@ from ..models.running import (
     EMPTY,
     ProgressBar,
     call_model,
+    check_differentiable,
     device_of,
     evaluating,
     exclusive,
@@ -311,6 +312,8 @@ class Calibrator:
             max_state_bytes=max_state_bytes,
         )
         self._model, self._dtype = model, dtype
+        if output_gradients:
+            check_differentiable(model)
         self._output_gradients, self._token_weights = output_gradients, token_weights
         self._new_masks, self._share = partial(Masks, model, mask, unmasked_rows), share_inputs
         self._masks = self._new_masks()

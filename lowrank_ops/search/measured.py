@@ -39,7 +39,7 @@ from ..models.running import (
 from ..policies import ParameterBudget, Ranks
 from ..ranks.choose import ChosenRanks, as_policy, limits_of
 from ..ranks.groups import choose_grouped_sizes
-from ..subspaces.channels import with_channels
+from ..subspaces.channels import check_apart, with_channels
 from ..subspaces.layer import LayerSubspaces
 
 _INDEPENDENT = (
@@ -102,8 +102,9 @@ def measured_ranks(
     Raises:
         RuntimeError: another thread calibrates or compresses the model when this begins.
         ValueError: an invalid argument, a budget that cannot be met, statistics without output gradients, batches
-            without rows that count, a loss that is not finite or does not depend on the compressed layers, a model that
-            cannot be copied, or as for :func:`lowrank_ops.compress_`.
+            without rows that count, a loss that is not finite or does not depend on the compressed layers, channels
+            that something else than their MLP reads, a model that cannot be copied, or as for
+            :func:`lowrank_ops.compress_`.
 
     Example:
         >>> import torch, lowrank_ops as lro
@@ -124,6 +125,9 @@ def measured_ranks(
     subspaces, _ = considered_layers(dense, covariances, filter_fn, subspaces, centered=config.centered)
     config = resolved(config, subspaces)
     subspaces = with_channels(dense, subspaces, config.channels)
+    run, device = forward or call_model, device_of(dense)
+    with in_batch(0):
+        check_apart(dense, subspaces, lambda: run(dense, move(batches[0], device)))
     decompose(config.rank, subspaces, progress)
     fixed = limits_of(subspaces, config.overrides, config.bounds).fixed
     measured: dict[str, float] = {}  # by layer, summed over the rounds
@@ -145,7 +149,7 @@ def measured_ranks(
             gated = [fqn for fqn, rank in ranks.items() if rank is not None and fqn not in fixed]
             masks = Masks(trial, mask, unmasked_rows)
             loss, found = _differentiated(
-                dense, trial, gated if step < rounds else [], batches, sensitivity, masks, forward or call_model, bar
+                dense, trial, gated if step < rounds else [], batches, sensitivity, masks, run, bar
             )
             bar.set_postfix(loss=f"{loss:.4g}")
             if best is None or loss < best[0]:
