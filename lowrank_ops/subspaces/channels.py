@@ -72,7 +72,7 @@ class ChannelSubspaces(LayerSubspaces):
         return None
 
     @cached_property
-    def output(self) -> Subspace:
+    def output(self) -> Subspace:  # type: ignore[override]  # factorize takes no channels
         def decompose() -> tuple[Tensor, Tensor]:
             moment = self.damped_moment(self.statistics.activations)
             order = kept_order(moment, self.weight)
