@@ -455,6 +455,25 @@ def test_channels_that_are_read_elsewhere_are_refused(use, message, function):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def by_keyword(mlp, x):
+    return x + mlp.down(input=nn.functional.silu(mlp.gate(input=x)) * mlp.up(x))
+
+
+def test_layers_may_be_called_by_keyword_and_in_nested_encoders():
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 48, batch_first=True), 2)
+    model = nn.ModuleDict({"around": Around(by_keyword), "encoder": encoder}).eval().requires_grad_(False)
+    x, padding = torch.randn(4, 6, 20), torch.arange(6) > torch.tensor([[5], [3], [2], [5]])
+
+    def run(model, batch):
+        return model["encoder"](model["around"](batch), src_key_padding_mask=padding)
+
+    covariances = lro.calibrate(model, [x], sensitivity="output", forward=run)
+    options = {"sensitivity": "output", "forward": run, "channels": ["around.mlp.down", "encoder.layers.1.linear2"]}
+    spaces = lro.correct_predictions(model, covariances, [x], **options)
+    assert all(spaces[name].channels is not None for name in options["channels"])
+
+
 def test_only_the_mlp_that_is_read_elsewhere_is_named(calibrated):
     mixing = nn.Sequential(calibrated[0].stem, Around(mixed), nn.Linear(16, 20), Around(lambda mlp, x: mlp(x)))
     mixing[1].stem = nn.Linear(16, 16)
