@@ -102,7 +102,7 @@ def load_pretrained(dense_model: nn.Module, path: str | Path, *, verify: bool = 
         dense_model: the original architecture with its dense layers; its values do not matter.
         path: a folder that :func:`save_pretrained` wrote.
         verify: compare every tensor with its checksum, and refuse factors with NaN or inf, or a pivoted layer's
-            ``order`` that has not each output once; False saves the time. Checkpoints of version 0.1 have no checksums.
+            ``order`` that is not a permutation; False saves the time. Checkpoints of version 0.1 have no checksums.
 
     Returns:
         ``dense_model``, or the new layer where ``dense_model`` is itself the compressed layer.
@@ -259,7 +259,7 @@ def _read_tensors(
                         raise ValueError(f"layer {fqn!r} has NaN or inf in {source!r}")
                     of_pivoted = fqn in config["layers"] and config["layers"][fqn].get("pivoted")
                     if verify and of_pivoted and source.endswith("order") and not is_order(values[source]):
-                        raise ValueError(f"layer {fqn!r} has in {source!r} not each output once")
+                        raise ValueError(f"layer {fqn!r}: {source!r} is not a permutation of the outputs")
                 if isinstance(target, nn.Parameter) and source not in parameters:
                     parameters[source] = nn.Parameter(values[source], target.requires_grad)
     except CheckpointError:

@@ -55,7 +55,7 @@ def compress_(
     max_memory: int | str | None = None,
     progress: bool = False,
 ) -> CompressionReport:
-    """Replace layers of ``model`` by low-rank ones, in place; on an error the model is unchanged.
+    """Replace layers of ``model`` by smaller ones, in place; on an error the model is unchanged.
 
     The new layers have new parameters. So compress first, then wrap the model for distributed training, create the
     optimizer and call ``torch.compile``: an optimizer created before would train the old parameters, and warns of it in

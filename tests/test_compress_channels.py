@@ -144,6 +144,18 @@ def test_errors_of_mlps_are_measured_at_their_consumers(calibrated):
         lro.measure_errors(dense, model, batches)
 
 
+@pytest.mark.parametrize("channels", [8, 24, 40])
+def test_the_predicted_loss_is_that_of_the_order(calibrated, channels):
+    model, _, covariances = calibrated
+    spaces = layer_subspaces({fqn: model.get_submodule(fqn) for fqn in covariances}, covariances)
+    member = of_channels.with_channels(model, spaces, ["blocks.0.down"])["blocks.0.down"]
+    parts = narrowed("blocks.0.down", member, channels, "loss")
+    expected = 0.5 * float(member.loss.subspace.spectrum[channels:].sum())
+    assert parts["blocks.0.down"].predicted_loss == pytest.approx(expected, rel=0.02)  # which is damped
+    assert all(parts[f"blocks.0.{name}"].predicted_loss == 0 for name in ("gate", "up"))  # the consumer has the whole
+    assert all(parts[f"blocks.0.{name}"].predicted_error == 0 for name in ("gate", "up"))
+
+
 def test_all_channels_give_the_same_function(calibrated):
     sizes = {consumer: calibrated[0].get_submodule(consumer).in_features for consumer in MLPS}
     model, _ = compressed(calibrated, lro.Ranks({}, channels=sizes))
@@ -309,6 +321,38 @@ def test_low_precision(calibrated):
     lro.compress_(model, covariances, lro.CompressionConfig(channels=True))
     assert {part.dtype for part in model.parameters()} == {torch.bfloat16}
     assert model(calibrated[1][0].bfloat16()).isfinite().all()
+
+
+def test_what_overflows_the_dtype_is_refused():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
+    with torch.no_grad():  # channels of mean 30,000 that cancel, until some of them are dropped
+        model[0].bias.fill_(3e4)
+        model[2].weight[:, ::2], model[2].weight[:, 1::2] = 4, -4
+    x = torch.randn(400, 16)
+    covariances, narrow = lro.calibrate(model, [x]), copy.deepcopy(model).half()
+    assert narrow(x.half()).isfinite().all()
+    with pytest.raises(ValueError, match=r"^layer '2': its weight or bias with 9 channels overflows torch\.float16"):
+        lro.compress_(narrow, covariances, lro.Ranks({}, channels={"2": 9}))
+    assert type(narrow[2]) is nn.Linear
+    lro.compress_(model, covariances, lro.Ranks({}, channels={"2": 9}))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_biases_are_computed_from_the_rounded_weight(dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 24)).to(dtype)
+    with torch.no_grad():
+        model[0].bias.add_(30)
+    x = torch.randn(600, 16).to(dtype)
+    smaller = copy.deepcopy(model)
+    lro.compress_(smaller, lro.calibrate(model, [x]), lro.Ranks({}, channels={"2": 24}))
+    means = []
+    for one in (model, smaller):
+        hidden = one[1](one[0](x)).double().mean(0)
+        means.append(one[2].weight.double() @ hidden + one[2].bias.double())
+    rounding = torch.finfo(dtype).eps / 2 * smaller[2].bias.double().abs()
+    assert ((means[0] - means[1]).abs() <= rounding + 1e-6).all()
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def narrowed(fqn: str, spaces: ChannelSubspaces, channels: int, projection: str)
         part = found[name] = part.to(space.dtype, space.layer_device)
         if not all(all_finite(each) for each in (part.down, part.bias) if each is not None):
             raise ValueError(
-                f"layer {name!r}: its weight or bias with {channels} channels overflows {space.dtype}. Convert the "
+                f"its weight or bias with {channels} channels overflows {space.dtype}. Convert the "
                 "model to torch.bfloat16 or torch.float32, or keep the MLP dense with overrides={name: None}."
             )
     return found

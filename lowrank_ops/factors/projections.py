@@ -40,6 +40,8 @@ class Factors:
             weights, ``predicted_error`` and ``output_variance`` are over token-weighted rows.
         formats: how a layer stores ``down`` and ``up``: ``"int8"``, ``"fp8"``, or None for its dtype. Here they are not
             rounded yet. One format only: ``down`` is the weight of a dense layer, and ``up`` is empty.
+        pivots: of a pivoted layer with 8-bit factors; others compute them from the factors.
+        kept: (rank,), int64: the channels that are kept, for a layer of an MLP with fewer channels.
     """
 
     down: Tensor
@@ -52,8 +54,8 @@ class Factors:
     predicted_loss: float | None = None
     reconstructed: bool = False
     formats: Formats = PLAIN
-    pivots: Pivots | None = None  # of a pivoted layer with 8-bit factors; others compute them from the factors
-    kept: Tensor | None = None  # (rank,), int64: the channels kept, for a layer of an MLP with fewer channels
+    pivots: Pivots | None = None
+    kept: Tensor | None = None
 
     @property
     def is_dense(self) -> bool:

@@ -19,7 +19,7 @@ from ..calibration.call_weights import CallWeights, call_weights
 from ..calibration.objectives import Sensitivity, check_sensitivity
 from ..calibration.statistics import LayerStatistics, Moments, NonFiniteActivationError
 from ..factors.projections import Factors
-from ..layers.replace import lowrank_type, replaceable
+from ..layers.replace import replaceable, replacement
 from ..models.experts import ExpertLinear, on_listed_experts
 from ..models.layers import compiled_or_scripted, dimensions, find_layers, input_rows
 from ..models.mask_sources import Mask
@@ -171,7 +171,7 @@ def reconstruct_factors(
     ):
         called_once = {fqn for group in runs.groups if group.calls == 1 for fqn in group.layers}
         for fqn in layers.keys() - called_once:  # later calls depend on the outputs of earlier ones
-            runs.replace(fqn, lowrank_type(layers[fqn]).from_factors(layers[fqn], new[fqn]))
+            runs.replace(fqn, replacement(layers[fqn], new[fqn]))
         ready: dict[str, Factors] = {}
         for group, following in zip(runs.groups, [*runs.groups[1:], None], strict=False):
             runs.advance(group.position)
@@ -186,7 +186,7 @@ def reconstruct_factors(
                     new[fqn] = result[fqn]
                     del kept[fqn]
                 ready[fqn] = new[fqn]
-                runs.replace(fqn, lowrank_type(layers[fqn]).from_factors(layers[fqn], new[fqn]))
+                runs.replace(fqn, replacement(layers[fqn], new[fqn]))
             bar.update(len(group.layers))
             if checkpoint is not None and (following is None or following.position != group.position):
                 save_checkpoint(Path(checkpoint), identity, ready)

@@ -103,7 +103,7 @@ def measured_ranks(
         RuntimeError: another thread calibrates or compresses the model when this begins.
         ValueError: an invalid argument, a budget that cannot be met, statistics without output gradients, batches
             without rows that count, a loss that is not finite or does not depend on the compressed layers, channels
-            that something else than their MLP reads, a model that cannot be copied, or as for
+            that something other than their MLP reads, a model that cannot be copied, or as for
             :func:`lowrank_ops.compress_`.
 
     Example:

@@ -14,7 +14,7 @@ from .principal import (
     bytes_of,
     congruence,
     denoised,
-    falling_eigh,
+    descending_eigh,
     noise_along,
     orthonormal,
     orthonormal_pair,
@@ -81,7 +81,7 @@ class LossSpace:
         """Eigenvectors of L^T W C W^T L."""
         matrix, noise = self._spaces.output_moment(self._spaces.loss_activations)
         root = self.root
-        values, vectors = falling_eigh(root_congruence(matrix, root))
+        values, vectors = descending_eigh(root_congruence(matrix, root))
         limit = (noise * root.square().sum(-1)).sum(-1)
         values = denoised(values, limit, lambda start: noise_along(noise, root @ vectors[..., start:]))
         outputs = torch.linalg.solve_triangular(root.mT, vectors, upper=True)
@@ -93,7 +93,7 @@ class LossSpace:
         activations, weight, metric = self._spaces.loss_activations, self._spaces.weight, self.metric
         root = self._spaces.input_root(activations)
         inner = congruence(metric, weight)
-        values, vectors = falling_eigh(root_congruence(inner, root))
+        values, vectors = descending_eigh(root_congruence(inner, root))
         inputs = root_times(root, vectors)
         columns = weight @ inputs
         squares = columns.square()

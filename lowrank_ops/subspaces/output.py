@@ -11,7 +11,7 @@ from .principal import (
     Subspace,
     bytes_of,
     denoised,
-    falling_eigh,
+    descending_eigh,
     gram,
     noise_along,
     orthonormal_pair,
@@ -42,7 +42,7 @@ class OutputSpace(Subspace):
         """W R V with V the eigenvectors of R^T W^T W R, R R^T = C: no matrix is (out_features, out_features)."""
         spaces, activations = self._spaces, self._spaces.statistics.activations
         weight, root, self._inner = spaces.weight, spaces.input_root(activations), gram(spaces.weight)
-        values, vectors = falling_eigh(root_congruence(self._inner, root))
+        values, vectors = descending_eigh(root_congruence(self._inner, root))
 
         def along(start: int) -> Tensor:
             columns = weight @ (root @ vectors)

@@ -123,12 +123,12 @@ def principal_directions(moment: Tensor, noise: Tensor | None = None) -> tuple[T
     Returns:
         (..., features, features) and (..., features).
     """
-    values, vectors = falling_eigh(moment)
+    values, vectors = descending_eigh(moment)
     limit = None if noise is None else noise.amax(-1)
     return vectors, denoised(values, limit, lambda start: noise_along(noise, vectors[..., start:]))
 
 
-def falling_eigh(moment: Tensor) -> tuple[Tensor, Tensor]:
+def descending_eigh(moment: Tensor) -> tuple[Tensor, Tensor]:
     """``eigh`` of a symmetric matrix (its lower triangle is read), eigenvalues in descending order."""
     values, vectors = torch.linalg.eigh(moment)
     return values.flip(-1), vectors.flip(-1)
@@ -144,7 +144,7 @@ def singular_directions(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         The right singular vectors (..., columns, columns), the values (..., columns) and ``matrix``, as
         :class:`Subspace` takes them: ``matrix`` times the right singular vectors gives the left ones.
     """
-    values, vectors = falling_eigh(lower_product(matrix.mT, matrix))
+    values, vectors = descending_eigh(lower_product(matrix.mT, matrix))
     return vectors, denoised(values), matrix
 
 

@@ -47,10 +47,10 @@ def numpy_is_full(*args, **kwargs):
             lambda m, c: lro.calibrate(m, BATCHES, sensitivity="output"),
             "0",
         ),
-        ("lowrank_ops.subspaces.principal.falling_eigh", lambda m, c: lro.utilization(m, c), "0"),
-        ("lowrank_ops.subspaces.principal.falling_eigh", lambda m, c: lro.compress_(m, c, lro.Ranks({"2": 4})), "2"),
+        ("lowrank_ops.subspaces.principal.descending_eigh", lambda m, c: lro.utilization(m, c), "0"),
+        ("lowrank_ops.subspaces.principal.descending_eigh", lambda m, c: lro.compress_(m, c, lro.Ranks({"2": 4})), "2"),
         (
-            "lowrank_ops.subspaces.principal.falling_eigh",
+            "lowrank_ops.subspaces.principal.descending_eigh",
             lambda m, c: lro.compress_(m, c, lro.ExplainedVariance(0.9)),
             "0",
         ),
