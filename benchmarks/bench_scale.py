@@ -1,6 +1,7 @@
 """Calibration and compression at scale, in processor time of one thread: ``python -m benchmarks.bench_scale PART``.
 
-- ``calibrate``: seconds of a calibration relative to the plain forward passes over the same tokens, interleaved.
+- ``calibrate``: seconds of a calibration relative to the plain forward passes over the same tokens, interleaved; of
+  ``--folder``, or of the first ``--blocks`` of a Llama-shaped model and its head.
 - ``memory``: peak memory of calibration and ``compress_`` under ``max_memory``, on the first ``--blocks`` of a
   Llama-shaped model of 1.1B random parameters in bfloat16, or of ``--folder``; each step in a process of its own.
 - ``growth``: seconds of ``compress_`` of one layer by width, the exponent of the widest step, and what that predicts
@@ -43,7 +44,7 @@ BLOCKS, VOCABULARY = 22, 32_000
 NEGLIGIBLE = 1e-9  # share of the variance; eigenvalues in float64 are exact to about 1e-15 of it
 LAYER_COUNTS = (4, 16, 64)
 MEMORY = "2GB"
-STEPS = ("plain", "output", "fisher", "loss")  # each calibration, then the compression by its statistics
+STEPS = ("plain", "output", "utilized", "fisher", "loss")  # each calibration, then the compression by its statistics
 # Blocks of known models, and of each input of a block its features and those of the outputs computed from it.
 KNOWN = {
     "Llama-2-7B": (32, [(4096, [4096] * 3), (4096, [4096]), (4096, [11008] * 2), (11008, [4096])]),
@@ -69,9 +70,7 @@ def interleaved(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str
 
 def calibrate(options: argparse.Namespace) -> dict[str, Any]:
     """Ratios to the plain forward passes."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(options.folder).eval()
+    model = llama(options.blocks) if options.folder is None else loaded(options.folder)
     ids = torch.randint(1000, 30_000, (options.tokens // 512, 512), generator=torch.Generator().manual_seed(0))
     batches = [{"input_ids": rows} for rows in ids.split(1)]
 
@@ -92,8 +91,14 @@ def calibrate(options: argparse.Namespace) -> dict[str, Any]:
         "calibrate, fisher, without token weights": run(sensitivity="fisher", token_weights=False),
         "calibrate, fisher": run(sensitivity="fisher"),
     }
-    best = interleaved(runs, options.repeats)
+    best = interleaved({name: run for name, run in runs.items() if name in (options.runs or runs)}, options.repeats)
     return {name: {"seconds": round(s, 2), "over_forward": round(s / best["forward"], 3)} for name, s in best.items()}
+
+
+def loaded(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
 def llama(blocks: int) -> nn.Module:
@@ -138,9 +143,7 @@ def one_memory(options: argparse.Namespace) -> dict[str, Any]:
     if options.folder is None:
         model, head = llama(BLOCKS), VOCABULARY
     else:
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(options.folder).eval()
+        model = loaded(options.folder)
         head = model.config.vocab_size
     held = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     peak, step = PeakMemory(), options.step
@@ -161,8 +164,7 @@ def one_memory(options: argparse.Namespace) -> dict[str, Any]:
         most = peak.bytes
         found.save(file)
     else:
-        projection = {"output": "output", "loss": "loss"}[step]
-        config = lro.CompressionConfig(lro.ParameterBudget(0.5, "uniform"), projection=projection)
+        config = lro.CompressionConfig(lro.ParameterBudget(0.5, "uniform"), projection=step)
         lro.compress_(model, lro.Covariances.load(file, packed=True), config, wanted, max_memory=MEMORY)
         most = peak.bytes
     return {
@@ -403,7 +405,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--layers", default="", help="optimum: a pattern of the names of layers; by default all")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--blocks", type=int, default=2, help="memory: the number of blocks to calibrate and compress")
+    parser.add_argument("--blocks", type=int, default=2, help="of the Llama-shaped model")
+    parser.add_argument("--runs", nargs="+", help="calibrate: what is timed, with 'forward'; by default all")
     parser.add_argument("--widths", type=int, nargs="+", default=[512, 1024, 2048])
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS, help="memory: steps to run, in this order")
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)

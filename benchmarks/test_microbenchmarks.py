@@ -27,7 +27,7 @@ def calls() -> Iterator[Any]:
         bench_lowrank_linear.case(TINY, 1, "fp32"),
     ]
     on_gpu = [
-        *(bench_covariance.case(8192, width, "bf16") for width in shapes.COVARIANCE_FEATURES[:4]),
+        *(bench_covariance.case(8192, width, "bf16") for width in shapes.COVARIANCE_FEATURES[:5]),
         *bench_lowrank_linear.cases("bf16", quick=True),
     ]
     for device, cases in (("cpu", on_cpu), ("cuda", on_gpu if torch.cuda.is_available() else [])):

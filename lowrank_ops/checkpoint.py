@@ -26,7 +26,7 @@ from .description import (
     describe_layers,
     empty_layers,
 )
-from .files import digests, open_tensors, parse_json, read_header, read_tensor, replacing, write_tensors
+from .files import digests, made, open_tensors, parse_json, read_header, read_tensor, replacing, write_tensors
 from .layers import LowRankLinear
 from .layers.pivoted import is_order
 from .layers.replace import note_replaced, swap_
@@ -82,8 +82,7 @@ def save_pretrained(model: nn.Module, path: str | Path, report: CompressionRepor
     }
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"path {str(path)!r} is a file; name a folder.")
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / WEIGHTS_FILE, folder / CONFIG_FILE) as (weights_file, config_file):
+    with made(folder), replacing(folder / WEIGHTS_FILE, folder / CONFIG_FILE) as (weights_file, config_file):
         write_tensors(weights_file, tensors, config)
         config_file.write(json.dumps(config, indent=2).encode() + b"\n")
 
@@ -103,7 +102,7 @@ def load_pretrained(dense_model: nn.Module, path: str | Path, *, verify: bool = 
         dense_model: the original architecture with its dense layers; its values do not matter.
         path: a folder that :func:`save_pretrained` wrote.
         verify: compare every tensor with its checksum, and refuse factors with NaN or inf, or a pivoted layer's
-            ``order`` that has not each output once; False saves the time. Checkpoints of version 0.1 have no checksums.
+            ``order`` that is not a permutation; False saves the time. Checkpoints of version 0.1 have no checksums.
 
     Returns:
         ``dense_model``, or the new layer where ``dense_model`` is itself the compressed layer.
@@ -260,7 +259,7 @@ def _read_tensors(
                         raise ValueError(f"layer {fqn!r} has NaN or inf in {source!r}")
                     of_pivoted = fqn in config["layers"] and config["layers"][fqn].get("pivoted")
                     if verify and of_pivoted and source.endswith("order") and not is_order(values[source]):
-                        raise ValueError(f"layer {fqn!r} has in {source!r} not each output once")
+                        raise ValueError(f"layer {fqn!r}: {source!r} is not a permutation of the outputs")
                 if isinstance(target, nn.Parameter) and source not in parameters:
                     parameters[source] = nn.Parameter(values[source], target.requires_grad)
     except CheckpointError:

@@ -21,7 +21,7 @@ from .layers.replace import replaceable, replacement, swap_
 from .models.experts import on_listed_experts
 from .models.layers import FilterFn, check_not_wrapped, find_layers, tied_layers, with_values
 from .models.memory import parse_bytes
-from .models.running import ProgressBar, exclusive, in_layer, shortened
+from .models.running import ProgressBar, exclusive, in_layer, shortened, warn_of_few_rows
 from .policies import ExplainedVariance, RankPolicy
 from .ranks.choose import ChosenRanks, Rounded
 from .ranks.costs import is_pivoted
@@ -35,7 +35,6 @@ from .reconstruction import (
     reconstruct_factors,
 )
 from .report import CompressionReport
-from .report.text import warn_of_few_rows
 from .subspaces.channels import ChannelSubspaces, with_channels
 from .subspaces.layer import LayerSubspaces, layer_subspaces
 
@@ -56,7 +55,7 @@ def compress_(
     max_memory: int | str | None = None,
     progress: bool = False,
 ) -> CompressionReport:
-    """Replace layers of ``model`` by low-rank ones, in place; on an error the model is unchanged.
+    """Replace layers of ``model`` by smaller ones, in place; on an error the model is unchanged.
 
     The new layers have new parameters. So compress first, then wrap the model for distributed training, create the
     optimizer and call ``torch.compile``: an optimizer created before would train the old parameters, and warns of it in
@@ -88,6 +87,7 @@ def compress_(
         What was chosen per layer, with the predicted output error.
 
     Raises:
+        OSError: there is no room for temporary files (``max_memory``).
         RuntimeError: another thread calibrates, compresses or searches the model.
         TypeError: ``config`` or ``covariances`` of another type.
         ValueError: covariances of another model, a budget or override that cannot be met, a ``device`` that is not
@@ -153,8 +153,9 @@ def _compress(
         factors: dict[str, Factors] = {}  # without values
         new: dict[nn.Module, nn.Module] = {}
         for fqn, part in _in_eight_bits(found, subspaces, eight_bit, config):
-            layer = replacement(layers[fqn], part, config.pivoted)
-            new[layers[fqn]] = layer._apply(_in_file) if in_files else layer
+            with in_layer(fqn):
+                layer = replacement(layers[fqn], part, config.pivoted)
+                new[layers[fqn]] = layer._apply(_in_file) if in_files else layer
             factors[fqn] = part.to(device=torch.device("meta"))
         report = CompressionReport.build(model, config, subspaces, factors, skipped, groups)
         swap_(model, new)

@@ -50,10 +50,10 @@ class CompressionConfig:
             down). The layers stay dense, with fewer features. Channels are dropped one by one, each time the one whose
             loss (or output error, by ``projection``) is smallest after the weights of the others are updated. True: all
             MLPs, found by running their modules on random inputs; other layers get factors. Code outside such a module
-            must not use its channels: that is not verified. A sequence: names and "re:" patterns of consumers. In
-            ``overrides`` and ``bounds``, the consumer stands for its MLP, and the values are numbers of channels. Needs
-            a :class:`ParameterBudget`, a :class:`FlopBudget` or :class:`Ranks`, whose own ``channels`` are used
-            instead.
+            must not use its channels, which only ``correct_predictions`` and ``measured_ranks`` verify. A sequence:
+            names and "re:" patterns of consumers. In ``overrides`` and ``bounds``, the consumer stands for its MLP, and
+            the values are numbers of channels. Needs a :class:`ParameterBudget`, a :class:`FlopBudget` or
+            :class:`Ranks`, whose own ``channels`` are used instead.
 
     Example:
         >>> import lowrank_ops as lro

@@ -27,10 +27,11 @@ from .models.experts import on_listed_experts
 from .models.layers import FilterFn, find_layers, images, input_rows, is_conv
 from .models.mask_sources import Mask
 from .models.masks import Masks
-from .models.running import EMPTY, ProgressBar, call_model, device_of, differentiable, move, warn_caller
-from .subspaces.channels import with_channels
+from .models.running import EMPTY, ProgressBar, call_model, device_of, differentiable, in_layer, move, warn_caller
+from .subspaces.channels import check_apart, with_channels
 from .subspaces.layer import LayerSubspaces
 
+_MEMORY = "Pass a smaller max_state_bytes, or leave the layer out with filter_fn."
 PRIOR_SAMPLES = 8  # weight of the prediction, in measured samples
 
 
@@ -82,7 +83,8 @@ def correct_predictions(
 
     Raises:
         NonFiniteActivationError: NaN or inf in an input or in a gradient.
-        ValueError: covariances without output gradients or of another model, no sample, an invalid argument.
+        ValueError: covariances without output gradients or of another model, no sample, an invalid argument, channels
+            that something other than their MLP reads.
 
     Example:
         >>> import torch, lowrank_ops as lro
@@ -104,12 +106,13 @@ def correct_predictions(
     if not batches:
         raise ValueError(EMPTY)
     run, device = forward or call_model, device_of(model)
+    check_apart(model, subspaces, lambda: run(model, move(batches[0], device)))
     warning, differs = None, False
     for part in _parts(subspaces, max_state_bytes):
-        directions = {
-            fqn: _Directions(fqn, layers[fqn], subspaces[fqn])
-            for fqn in ProgressBar(part, desc="decomposing", unit="layer", disable=not progress)
-        }
+        directions: dict[str, _Directions] = {}
+        for fqn in ProgressBar(part, desc="decomposing", unit="layer", disable=not progress):
+            with in_layer(fqn, _MEMORY):
+                directions[fqn] = _Directions(fqn, layers[fqn], subspaces[fqn])
         samples = 0
         masks = Masks(model, mask, unmasked_rows)
         recorder = Recorder(layers, masks, share=False)

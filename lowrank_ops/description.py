@@ -11,8 +11,8 @@ from .factors.eight_bit import DTYPES
 from .layers import EightBitLinear, LowRankLayer, LowRankLinear, NarrowLinear, PivotedLinear
 from .layers.conv import GEOMETRY, LowRankConv
 from .layers.group import group_layers, groups_in
-from .layers.replace import has_hooks, lowrank_type
-from .models.layers import dimensions, find_layers, is_conv, tied_layers
+from .layers.replace import lowrank_type
+from .models.layers import dimensions, find_layers, has_hooks, is_conv, tied_layers
 from .report import CompressionReport
 
 CONFIG_FILE = "lowrank_config.json"

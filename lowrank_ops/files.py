@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import CodeType
 from typing import Any, BinaryIO
 
 import torch
@@ -52,6 +54,26 @@ def replacing(*paths: Path) -> Iterator[list[BinaryIO]]:
             os.replace(name, path)
         for folder in {path.parent for path in paths}:
             _sync_folder(folder)
+
+
+@contextmanager
+def made(folder: Path) -> Iterator[None]:
+    """The folder exists inside the block; after an exception, one that was made here and is empty does not."""
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+def write_whole(path: str | Path, content: bytes) -> None:
+    """Replace a file, or create it; errors as for :func:`replacing`."""
+    with replacing(Path(path)) as (file,):
+        file.write(content)
 
 
 @contextmanager
@@ -244,7 +266,7 @@ def open_tensors(path: str | Path) -> Iterator[Any]:
 def digest(value: Any) -> str:
     """SHA-256 of a value: of dtypes, shapes and bytes of tensors and arrays, nested in mappings, sequences and objects.
 
-    Functions and types are identified by their names only.
+    Functions are identified by their names and code, but not by the variables that they read; types by their names.
     """
     found = hashlib.sha256()
     _update(found, value, [])
@@ -273,10 +295,35 @@ def _update(found: Any, value: Any, parents: Sequence[int]) -> None:
     elif hasattr(value, "tobytes"):  # an array
         found.update(f"array {getattr(value, 'shape', None)} {getattr(value, 'dtype', None)} ".encode())
         found.update(value.tobytes())
+    elif isinstance(value, functools.partial):
+        _update(found, [value.func, value.args, value.keywords], inner)
     elif callable(value) or not isinstance(getattr(value, "__dict__", None), dict):
         found.update(f"{getattr(value, '__qualname__', type(value).__qualname__)} ".encode())
+        if not isinstance(value, type):
+            function = _function_of(value)
+            if isinstance(code := getattr(function, "__code__", None), CodeType):
+                found.update(_code_of(code).encode())
+                wrapped = getattr(function, "__wrapped__", None)
+                _update(found, [function.__defaults__, function.__kwdefaults__, wrapped], inner)
     else:
         _update(found, vars(value), inner)
+
+
+def _function_of(value: Any) -> Any:
+    """What runs when ``value`` is called."""
+    if hasattr(value, "__code__") or hasattr(value, "__func__"):
+        return value
+    return getattr(type(value), "forward", type(value).__call__)
+
+
+def _code_of(code: CodeType) -> str:
+    consts = (
+        _code_of(const) if isinstance(const, CodeType)
+        else sorted(map(repr, const)) if isinstance(const, frozenset)
+        else repr(const)
+        for const in code.co_consts
+    )  # fmt: skip
+    return f"{code.co_code.hex()} {code.co_names} {list(consts)}"
 
 
 def _bytes(tensor: Tensor) -> memoryview:

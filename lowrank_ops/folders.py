@@ -28,6 +28,7 @@ from .factors.projections import Factors
 from .files import (
     HEADER,
     form_of,
+    made,
     open_tensors,
     parse_json,
     read_header,
@@ -39,11 +40,11 @@ from .layers import EightBitLinear, LowRankLayer, LowRankLinear, group_
 from .layers.replace import lowrank_type, swap_
 from .models.layers import all_finite, fused_projections
 from .models.memory import parse_bytes
+from .models.running import warn_of_few_rows
 from .policies import RankPolicy
 from .ranks.choose import Rounded
 from .ranks.groups import choose_grouped_sizes
 from .report import CompressionReport
-from .report.text import warn_of_few_rows
 from .subspaces.layer import LayerSubspaces
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -144,10 +145,14 @@ def compress_folder(
         if weights.index is not None:
             texts[INDEX_FILE] = _index(layout)
     names = [*layout, *(texts if of_transformers else [CONFIG_FILE])]
-    folder.mkdir(parents=True, exist_ok=True)
+    copied = [
+        path for path in (weights.folder.iterdir() if of_transformers else ())
+        if path.suffix in _COPIED and path.name not in (*names, INDEX_FILE, CONFIG_FILE) and path.is_file()
+    ]  # fmt: skip
     found: dict[str, Factors] = {}
     tensors = _tensors(weights, layout, new, subspaces, ranks, eight_bit, config, found, progress)
-    with replacing(*(folder / name for name in names)) as files:
+    places = [folder / name for name in (*names, *(path.name for path in copied))]
+    with made(folder), replacing(*places) as files:
         for file, forms in zip(files, layout.values(), strict=False):
             mine = itertools.islice(tensors, len(forms))
             if of_transformers:
@@ -155,13 +160,12 @@ def compress_folder(
             else:
                 header = {**described, "compression": config.to_dict(), "tied": weights.tied}
                 texts[CONFIG_FILE] = write_stream(file, forms, mine, header)
-        for name, file in zip(names[len(layout) :], files[len(layout) :], strict=True):
+        for name, file in zip(names[len(layout) :], files[len(layout) : len(names)], strict=True):
             file.write(json.dumps(texts[name], indent=2).encode() + b"\n")
+        for path, file in zip(copied, files[len(names) :], strict=True):
+            with path.open("rb") as original:
+                shutil.copyfileobj(original, file)
     next(tensors, None)  # ends the progress bar
-    if of_transformers:
-        for path in weights.folder.iterdir():
-            if path.suffix in _COPIED and path.name not in (*names, INDEX_FILE, CONFIG_FILE) and path.is_file():
-                shutil.copyfile(path, folder / path.name)
     report = CompressionReport.build(model, config, subspaces, found, {**skipped, **undescribed}, groups)
     warn_of_few_rows(report.few_rows())
     return report

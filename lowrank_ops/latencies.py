@@ -22,7 +22,7 @@ class LatencyCurve:
 
     Attributes:
         dense: of the layer as it is.
-        ranks: stored ranks at which its replacement was timed, rising; at least one.
+        ranks: stored ranks at which its replacement was timed, ascending; at least one.
         seconds: of the replacement at each of them.
     """
 
@@ -126,7 +126,7 @@ def _check_latencies(curves: Mapping[str, LatencyCurve], layers: Mapping[str, Ma
         if not all(type(value) in (int, float) and 0 <= float(value) < math.inf for value in times):
             raise ValueError(f"not the latencies of layers: {name!r} has times {times!r}.")
         if not all(type(rank) is int and 0 <= rank < 2**31 for rank in ranks) or list(ranks) != sorted(set(ranks)):
-            raise ValueError(f"not the latencies of layers: {name!r} has ranks {ranks!r}, which must be rising.")
+            raise ValueError(f"not the latencies of layers: {name!r} has ranks {ranks!r}, which must be ascending.")
     for fqn, calls in layers.items():
         if not all(type(count) is int and 0 < count < 2**31 for count in calls.values()):
             raise ValueError(f"not the latencies of layers: {fqn!r} has calls {calls!r}.")

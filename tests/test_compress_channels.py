@@ -144,6 +144,18 @@ def test_errors_of_mlps_are_measured_at_their_consumers(calibrated):
         lro.measure_errors(dense, model, batches)
 
 
+@pytest.mark.parametrize("channels", [8, 24, 40])
+def test_the_predicted_loss_is_that_of_the_order(calibrated, channels):
+    model, _, covariances = calibrated
+    spaces = layer_subspaces({fqn: model.get_submodule(fqn) for fqn in covariances}, covariances)
+    member = of_channels.with_channels(model, spaces, ["blocks.0.down"])["blocks.0.down"]
+    parts = narrowed("blocks.0.down", member, channels, "loss")
+    expected = 0.5 * float(member.loss.subspace.spectrum[channels:].sum())
+    assert parts["blocks.0.down"].predicted_loss == pytest.approx(expected, rel=0.02)  # which is damped
+    assert all(parts[f"blocks.0.{name}"].predicted_loss == 0 for name in ("gate", "up"))  # the consumer has the whole
+    assert all(parts[f"blocks.0.{name}"].predicted_error == 0 for name in ("gate", "up"))
+
+
 def test_all_channels_give_the_same_function(calibrated):
     sizes = {consumer: calibrated[0].get_submodule(consumer).in_features for consumer in MLPS}
     model, _ = compressed(calibrated, lro.Ranks({}, channels=sizes))
@@ -311,6 +323,38 @@ def test_low_precision(calibrated):
     assert model(calibrated[1][0].bfloat16()).isfinite().all()
 
 
+def test_what_overflows_the_dtype_is_refused():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
+    with torch.no_grad():  # channels of mean 30,000 that cancel, until some of them are dropped
+        model[0].bias.fill_(3e4)
+        model[2].weight[:, ::2], model[2].weight[:, 1::2] = 4, -4
+    x = torch.randn(400, 16)
+    covariances, narrow = lro.calibrate(model, [x]), copy.deepcopy(model).half()
+    assert narrow(x.half()).isfinite().all()
+    with pytest.raises(ValueError, match=r"^layer '2': its weight or bias with 9 channels overflows torch\.float16"):
+        lro.compress_(narrow, covariances, lro.Ranks({}, channels={"2": 9}))
+    assert type(narrow[2]) is nn.Linear
+    lro.compress_(model, covariances, lro.Ranks({}, channels={"2": 9}))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_biases_are_computed_from_the_rounded_weight(dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 24)).to(dtype)
+    with torch.no_grad():
+        model[0].bias.add_(30)
+    x = torch.randn(600, 16).to(dtype)
+    smaller = copy.deepcopy(model)
+    lro.compress_(smaller, lro.calibrate(model, [x]), lro.Ranks({}, channels={"2": 24}))
+    means = []
+    for one in (model, smaller):
+        hidden = one[1](one[0](x)).double().mean(0)
+        means.append(one[2].weight.double() @ hidden + one[2].bias.double())
+    rounding = torch.finfo(dtype).eps / 2 * smaller[2].bias.double().abs()
+    assert ((means[0] - means[1]).abs() <= rounding + 1e-6).all()
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -353,6 +397,66 @@ def test_wrong_names_and_numbers_leave_the_model_unchanged(calibrated, config, m
     with pytest.raises(ValueError, match=re.escape(message)):
         lro.compress_(model, calibrated[2], lro.CompressionConfig(**{"channels": True, **config}))
     assert str(model) == str(calibrated[0])
+
+
+class Around(nn.Module):
+    """Uses an MLP in another way than its own forward does."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.stem, self.mlp, self.use = nn.Linear(20, 16), Mlp(), use
+
+    def forward(self, x):
+        return self.use(self.mlp, self.stem(x))
+
+
+def mixed(mlp, x):
+    return x + mlp.down(mlp.gate(x).softmax(-1) * mlp.up(x))
+
+
+def normalized(mlp, x):
+    return x + mlp.down(nn.functional.rms_norm(mlp.gate(x) * mlp.up(x), (48,)))
+
+
+def read_by_another(mlp, x):
+    return mlp(x) * mlp.up(x).mean(-1, keepdim=True).sigmoid()
+
+
+def read_in_one_sample(mlp, x):
+    return mlp(x) + mlp.gate(x[:1]).amax()
+
+
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        (mixed, "channels of mlp.down cannot be dropped: the model's output depends on them"),
+        (normalized, "channels of mlp.down cannot be dropped"),
+        (read_by_another, "the model has no MLP whose channels could be dropped.*nothing else runs them"),
+        (read_in_one_sample, "the model has no MLP"),
+    ],
+)
+@pytest.mark.parametrize("function", [lro.correct_predictions, lro.measured_ranks])
+def test_channels_that_are_read_elsewhere_are_refused(use, message, function):
+    torch.manual_seed(0)
+    model, batches = Around(use).eval(), [torch.randn(32, 20) for _ in range(2)]
+    covariances = lro.calibrate(model, batches, sensitivity="output")
+    options = {"channels": True}
+    if function is lro.measured_ranks:
+        options = {"fraction": 0.6, "config": lro.CompressionConfig(channels=True)}
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match=message):
+        function(model, covariances, batches, sensitivity="output", **options)
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_only_the_mlp_that_is_read_elsewhere_is_named(calibrated):
+    mixing = nn.Sequential(calibrated[0].stem, Around(mixed), nn.Linear(16, 20), Around(lambda mlp, x: mlp(x)))
+    mixing[1].stem = nn.Linear(16, 16)
+    covariances = lro.calibrate(mixing, calibrated[1], sensitivity="output")
+    with pytest.raises(ValueError, match=r"^channels of 1\.mlp\.down cannot"):
+        lro.correct_predictions(mixing, covariances, calibrated[1], sensitivity="output", channels=True)
+    lro.correct_predictions(mixing, covariances, calibrated[1], sensitivity="output", channels=["3.mlp.down"])
 
 
 def test_recalibrate_and_folders_refuse_channels(calibrated, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import resource
 import signal
@@ -17,6 +18,7 @@ from torch import nn
 
 import lowrank_ops as lro
 from lowrank_ops.files import digest, open_tensors, parse_json, read_header, replacing, write_tensors
+from lowrank_ops.folders import compress_folder
 from lowrank_ops.latencies import LayerLatencies
 
 
@@ -43,12 +45,21 @@ def latencies(path: Path) -> None:
     LayerLatencies("cpu", 1, {}, {f"layer {i}": {} for i in range(5000)}).save(path)
 
 
+def report() -> Any:
+    dense = model()
+    covariances = lro.calibrate(dense, [torch.randn(80, 64)])
+    return lro.utilization(dense, covariances), lro.compress_(dense, covariances, 8)
+
+
 WRITERS: dict[str, Callable[[Path], Any]] = {
     "save_pretrained": lambda path: lro.save_pretrained(model(), path.parent),
     "covariances": lambda path: lro.calibrate(model(), batches()).save(path),
     "finetune_": finetune,
     "reconstruction": reconstruct,
     "latencies": latencies,
+    "page of a utilization": lambda path: report()[0].to_html(path),
+    "page of a compression": lambda path: report()[1].to_html(path),
+    "picture of a compression": lambda path: report()[1].plot(path.with_suffix(".svg")),
 }
 
 
@@ -73,6 +84,28 @@ def test_a_full_disk_is_an_oserror_and_leaves_nothing(tmp_path: Path, name: str)
     with small_files(), pytest.raises(OSError, match="File too large"):
         WRITERS[name](tmp_path / "file")
     assert not content(tmp_path)
+
+
+def test_a_folder_that_was_made_for_a_failed_save_is_removed(tmp_path: Path) -> None:
+    lro.save_pretrained(model(), tmp_path / "dense")
+    covariances = lro.calibrate(model(), [torch.randn(80, 64)])
+    with small_files():
+        with pytest.raises(OSError, match="File too large"):
+            lro.save_pretrained(model(), tmp_path / "new")
+        with pytest.raises(OSError, match="File too large"):
+            compress_folder(tmp_path / "dense", tmp_path / "smaller", covariances, 8)
+    assert os.listdir(tmp_path) == ["dense"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [name for name in WRITERS if "of a" in name])
+def test_reports_that_cannot_be_written_keep_the_old_ones(tmp_path: Path, name: str) -> None:
+    old = dict.fromkeys(("file", "file.svg"), b"old")
+    for file, text in old.items():
+        (tmp_path / file).write_bytes(text)
+    with small_files(), pytest.raises(OSError, match="File too large"):
+        WRITERS[name](tmp_path / "file")
+    assert content(tmp_path) == old
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -178,3 +211,56 @@ def test_digests_see_values_at_any_depth() -> None:
     for wrap in (lambda x: {"a": [x, "b"]}, lambda x: (1, (x,)), Batch, lambda x: x.numpy(), lambda x: [x.tolist()]):
         assert digest(wrap(x)) == digest(wrap(x.clone())) != digest(wrap(other))
     assert digest([[x], x]) != digest([x, [x]]) and digest("1") != digest(1)
+
+
+class Loss:
+    def __init__(self, power: int) -> None:
+        self.power = power
+
+    def __call__(self, y: torch.Tensor) -> torch.Tensor:
+        return y**self.power
+
+    def halved(self, y: torch.Tensor) -> torch.Tensor:
+        return 0.5 * self(y)
+
+
+class OtherLoss(Loss):
+    def __call__(self, y: torch.Tensor) -> torch.Tensor:
+        return y.abs() ** self.power
+
+
+OtherLoss.__qualname__ = "Loss"
+
+
+def test_digests_see_the_code_of_functions() -> None:
+    """Other constants, operations, nested code, defaults, wrappers, methods and objects, under one name."""
+
+    def calls(*operations: Callable[..., Any]) -> list[Callable[..., Any]]:
+        return [functools.wraps(operation)(lambda y, operation=operation: operation(y)) for operation in operations]
+
+    def scaled(by: float) -> Callable[..., Any]:
+        def loss(y: torch.Tensor, by: float = by) -> torch.Tensor:
+            return by * y
+
+        return loss
+
+    functions = [
+        lambda y: y.square(), lambda y: 2 * y.square(), lambda y: 3 * y.square(), lambda y: y.exp(),
+        lambda y: [v for v in y if v in {1, 2}], lambda y: [v for v in y if v in {1, 3}], *calls(torch.sum, torch.mean),
+        scaled(1.0), scaled(2.0), functools.partial(scaled, 1.0), functools.partial(scaled, 2.0), Loss(2), OtherLoss(2),
+        Loss(2).halved, nn.MSELoss(), torch.sum,
+    ]  # fmt: skip
+    assert len(set(map(digest, functions))) == len(functions)
+    assert digest(scaled(1.0)) == digest(scaled(1.0)) and digest(Loss(2)) == digest(Loss(2))
+
+
+def test_digests_of_functions_do_not_depend_on_the_order_of_sets() -> None:
+    def loss(y: list[int]) -> list[int]:
+        return [v for v in y if v in {0, 8}]
+
+    digests = set()
+    for members in ([0, 8], [8, 0]):  # which collide in a small set
+        consts = [frozenset(members) if isinstance(part, frozenset) else part for part in loss.__code__.co_consts]
+        loss.__code__ = loss.__code__.replace(co_consts=tuple(consts))
+        digests.add(digest(loss))
+    assert len(digests) == 1

@@ -27,6 +27,7 @@ from ..models.running import (
     EMPTY,
     ProgressBar,
     call_model,
+    check_differentiable,
     device_of,
     evaluating,
     exclusive,
@@ -115,13 +116,13 @@ def calibrate(
             skipped and stays dense; so is a layer whose weight is tied, unless ``filter_fn`` selects it.
         share_inputs: keep one moment for layers that receive the same tensor (q, k, v; gate, up). Tensors created
             under ``torch.inference_mode`` are not shared, because in-place changes to them cannot be detected.
-        tokens: share of the rows (tokens, positions) that is used: in each call of a layer a random subset, in
-            which each row is with this probability, by torch's seed; for convolutions, whole lines of the output. Saves
+        tokens: share of the rows (tokens, positions) that is used: each call of a layer adds a random subset, drawn by
+            torch's seed, which holds each row with this probability; for convolutions, whole lines of the output. Saves
             the time of the sums, not of the model. Rows left out are checked for NaN too. Reports show the uncertainty
             of variances and errors from that number of rows.
-        max_memory: bound on the bytes of the sums on each device, with the copies of rows that are added to them, a
-            number or text such as ``"8GB"``; by default half of the free memory. If they need more, the batches run
-            several times, each time for some of the layers; the result is the same up to rounding. A line on stderr
+        max_memory: bound on the bytes of the sums on each device, with the copies of rows that are added to them, an
+            integer or a string such as ``"8GB"``; by default half of the free memory. If they need more, the batches
+            run several times, each time for some of the layers; the result is the same up to rounding. A line on stderr
             then shows the plan, as :func:`plan_calibration` does in advance. The model's activations come on top, and
             with a sensitivity the output gradients of a batch, whose bytes per row the plan shows.
         offload: where finished sums are stored, as lower triangles: ``"cpu"``, in the CPU's memory, or ``"disk"``, in a
@@ -311,6 +312,8 @@ class Calibrator:
             max_state_bytes=max_state_bytes,
         )
         self._model, self._dtype = model, dtype
+        if output_gradients:
+            check_differentiable(model)
         self._output_gradients, self._token_weights = output_gradients, token_weights
         self._new_masks, self._share = partial(Masks, model, mask, unmasked_rows), share_inputs
         self._masks = self._new_masks()

@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -17,14 +17,36 @@ ROWS = 64  # of a matrix that are copied at a time
 
 
 def empty_in_file(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A tensor in a file that is mapped into memory, and has no name where the system allows that."""
-    if not math.prod(shape):
+    """A tensor in a file that is mapped into memory, and has no name where the system allows that.
+
+    Raises:
+        OSError: the disk is full, or there is no folder for temporary files.
+    """
+    count, bytes_ = math.prod(shape), math.prod(shape) * dtype.itemsize
+    if not count:
         return torch.empty(shape, dtype=dtype)
+    try:
+        with _temporary_file() as (handle, name):
+            if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and a crash in the mapping
+                os.posix_fallocate(handle, 0, bytes_)
+            return torch.from_file(name, shared=True, size=count, dtype=dtype).view(*shape)
+    except OSError as error:
+        where = os.environ.get("TMPDIR") or tempfile.tempdir
+        message = f"{error.strerror or error}: no temporary file of {bytes_:,} bytes (TMPDIR={where})"
+        remedy = "make room there, or set TMPDIR to another folder before Python starts"
+        raise OSError(error.errno, f"{message}; {remedy}") from error
+
+
+@contextlib.contextmanager
+def _temporary_file() -> Iterator[tuple[int, str]]:
+    """The descriptor of a file, and a name to open it by inside the block."""
+    if os.path.exists("/proc/self/fd"):  # Linux, where the file itself needs no name: a killed process leaves none
+        with tempfile.TemporaryFile() as file:
+            yield file.fileno(), f"/proc/self/fd/{file.fileno()}"
+        return
     handle, name = tempfile.mkstemp(prefix="lowrank_ops_", suffix=".sums")
     try:
-        if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and a crash in the mapping
-            os.posix_fallocate(handle, 0, math.prod(shape) * dtype.itemsize)
-        return torch.from_file(name, shared=True, size=math.prod(shape), dtype=dtype).view(*shape)
+        yield handle, name
     finally:
         os.close(handle)
         with contextlib.suppress(OSError):

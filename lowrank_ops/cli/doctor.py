@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> Result:
             state = "runs" if row["chosen"] else "can run" if row["can_run"] else f"cannot run: {row['reason']}"
             state += f", by {row['plan']}" if row["plan"] else ""
             lines.append(f"  {row['implementation'].ljust(names)}  {state}")
-    lines += ["", "Every operation can run on every device." if held else "An operation has nothing that can run it."]
+    lines += ["", "Every op can run on every device." if held else "No implementation can run one of these calls."]
     document = {"command": "doctor", "environment": environment, "devices": devices, "calls": calls, "held": held}
     return Result(document, "\n".join(lines), 0 if held else 1)
 

@@ -1,4 +1,4 @@
-"""Low-rank factors of one layer.
+"""Low-rank factors of one layer, or the narrower layers of an MLP.
 
 In: LayerSubspaces, a rank and a projection. Out: Factors(down, up, bias).
 """

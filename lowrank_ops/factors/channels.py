@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..models.layers import all_finite
 from ..subspaces.channels import ChannelSubspaces
@@ -28,10 +26,10 @@ def narrowed(fqn: str, spaces: ChannelSubspaces, channels: int, projection: str)
     Raises:
         ValueError: an element overflows the dtype of the layer.
     """
-    by_loss = projection == "loss" and spaces.loss is not None
-    if by_loss:
-        assert spaces.loss is not None
-        kept, activations = spaces.loss.subspace.leading(channels), spaces.loss_activations
+    loss = spaces.loss if projection == "loss" else None
+    used = "output" if loss is None else "loss"
+    if loss is not None:
+        kept, activations = loss.subspace.leading(channels), spaces.loss_activations
     else:
         kept, activations = spaces.output.leading(channels), spaces.statistics.activations
     kept = kept.sort().values
@@ -46,42 +44,31 @@ def narrowed(fqn: str, spaces: ChannelSubspaces, channels: int, projection: str)
         bias = shift if bias is None else bias + shift
     error = float(((lost @ spaces.moment) * lost).sum().clamp_min(0))
     increase = None
-    if by_loss and spaces.loss is not None and spaces.loss.corrected is not None:
-        increase = spaces.loss.loss_increase(channels)
+    if loss is not None and loss.corrected is not None:
+        increase = loss.loss_increase(channels)
     elif (gradients := spaces.gradient_moment) is not None:
         weighted = lost @ spaces.loss_moment(centered=spaces.centered)
         increase = 0.5 * float(((gradients @ lost) * weighted).sum().clamp_min(0))
-    shared: dict[str, Any] = {
-        "kept": kept.to(spaces.layer_device),
-        "projection": "loss" if by_loss else "output",
-    }
-    found = {
-        fqn: _of_weight(
-            weight, bias, predicted_error=error, predicted_loss=increase, output_variance=spaces.output_variance,
-            **shared,
-        )
-    }  # fmt: skip
-    for name, space in spaces.producers.items():
-        known = None if increase is None else 0.0  # the consumer has that of the whole MLP
-        rows = kept.to(space.device)
-        found[name] = _of_weight(
-            space.weight[rows], None if space.bias is None else space.bias.to(space.weight)[rows],
-            predicted_error=0.0, predicted_loss=known, output_variance=space.output_variance, **shared,
+    found: dict[str, Factors] = {}
+    for name, space in {**spaces.producers, fqn: spaces}.items():
+        if name == fqn:
+            values, its_bias, predicted = weight, bias, (error, increase)
+        else:  # the consumer's prediction is that of the whole MLP
+            rows = kept.to(space.device)
+            values, its_bias = space.weight[rows], None if space.bias is None else space.bias.to(space.weight)[rows]
+            predicted = 0.0, None if increase is None else 0.0
+        part = Factors.of_weight(
+            values, its_bias, None, predicted_error=predicted[0], predicted_loss=predicted[1],
+            output_variance=space.output_variance,
         )  # fmt: skip
-    own = {fqn: spaces, **spaces.producers}
-    found = {name: part.to(own[name].dtype, own[name].layer_device) for name, part in found.items()}
-    for name, part in found.items():
-        if not all(all_finite(values) for values in (part.down, part.bias) if values is not None):
+        part = replace(part, rank=channels, kept=kept.to(spaces.layer_device), projection=used)
+        part = found[name] = part.to(space.dtype, space.layer_device)
+        if not all(all_finite(each) for each in (part.down, part.bias) if each is not None):
             raise ValueError(
-                f"layer {name!r}: its weight or bias with {channels} channels overflows {own[name].dtype}. Convert the "
+                f"its weight or bias with {channels} channels overflows {space.dtype}. Convert the "
                 "model to torch.bfloat16 or torch.float32, or keep the MLP dense with overrides={name: None}."
             )
-    return {name: found[name] for name in (*spaces.producers, fqn)}
-
-
-def _of_weight(weight: Tensor, bias: Tensor | None, *, kept: Tensor, projection: str, **predicted: Any) -> Factors:
-    part = Factors.of_weight(weight, bias, None, **predicted)
-    return replace(part, rank=len(kept), kept=kept, projection=projection)
+    return found
 
 
 def widened(factors: Factors, in_features: int) -> Factors:

@@ -14,7 +14,8 @@ from ..subspaces.layer import LayerSubspaces
 # full rank, for regular and rank-deficient moments; on average they are 1.5 times those peaks.
 _ELEMENTS = {
     "output": ((4.0, 0.0, 5.5), (5.5, 5.0, 2.25)),
-    "loss": ((4.0, 0.0, 5.5), (4.25, 4.25, 4.0)),
+    "loss": ((4.0, 0.0, 5.5), (4.25, 5.25, 4.0)),
+    "utilized": ((5.0, 0.5, 6.0), (7.0, 6.0, 4.0)),
     "other": ((5.0, 0.25, 9.0), (7.0, 6.0, 4.0)),
 }
 _OF_ALLOCATION = {"variance": "output", "loss": "loss"}

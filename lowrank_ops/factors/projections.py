@@ -40,6 +40,8 @@ class Factors:
             weights, ``predicted_error`` and ``output_variance`` are over token-weighted rows.
         formats: how a layer stores ``down`` and ``up``: ``"int8"``, ``"fp8"``, or None for its dtype. Here they are not
             rounded yet. One format only: ``down`` is the weight of a dense layer, and ``up`` is empty.
+        pivots: of a pivoted layer with 8-bit factors; others compute them from the factors.
+        kept: (rank,), int64: the channels that are kept, for a layer of an MLP with fewer channels.
     """
 
     down: Tensor
@@ -52,8 +54,8 @@ class Factors:
     predicted_loss: float | None = None
     reconstructed: bool = False
     formats: Formats = PLAIN
-    pivots: Pivots | None = None  # of a pivoted layer with 8-bit factors; others compute them from the factors
-    kept: Tensor | None = None  # (rank,), int64: the channels kept, for a layer of an MLP with fewer channels
+    pivots: Pivots | None = None
+    kept: Tensor | None = None
 
     @property
     def is_dense(self) -> bool:
@@ -119,10 +121,12 @@ def factorize(spaces: LayerSubspaces, rank: int, projection: str = "output") -> 
         left, down, up = spaces.loss.projection(rank)
         if spaces.loss_activations is spaces.statistics.activations:
             squares = spaces.loss.values[..., :rank]
+    elif projection == "output":
+        down, up = spaces.output.projection(rank)
+        left, squares = up.mT, spaces.output.spectrum[..., :rank]
     else:
-        up = (spaces.output if projection == "output" else spaces.weight_output).leading(rank)
+        up = spaces.weight_output.leading(rank)
         left, down = up.mT, up.mT @ weight
-        squares = spaces.output.spectrum[..., :rank] if projection == "output" else None
     centered = spaces.centered and projection != "weight"
     reader = down if spaces.statistics.side == "input" else left  # of the streamed side, (..., rank, features), or None
     half = None if squares is not None or reader is None else half_product(spaces.moment, reader.mT)
@@ -320,10 +324,11 @@ def _predictions(
         return error, increase
     if error is None:
         if centered == spaces.centered and half is not None:  # from the halves that other figures take as well
-            weighted = spaces.half_moment - half @ up.mT
+            whole = spaces.half_moment
+            weighted = (half @ up.mT).neg_().add_(whole)
         else:
             weighted = half_product(spaces.statistics.activations.moment(centered=centered).to(lost.device), lost.mT)
-        error = max(0.0, 2 * float((weighted * lost.mT).sum()))
+        error = max(0.0, 2 * float(weighted.mul_(lost.mT).sum()))
     if lacks_increase:
         assert spaces.gradient_moment is not None
         weighted = spaces.gradient_moment @ lost

@@ -101,7 +101,7 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
             if isinstance(module, LowRankLinear):
                 module.follow_dtype_()
             if isinstance(module, PivotedLinear) and not module.order.is_meta and not is_order(module.order):
-                raise CheckpointError(f"{fqn}.order of the checkpoint has not each output once; save the model again.")
+                raise CheckpointError(f"{fqn}.order of the checkpoint is not a permutation; save the model again.")
         # An ordinary float model, which may be cast, trained and saved as such.
         for name in ("hf_quantizer", "quantization_method", "is_quantized"):
             vars(model).pop(name, None)

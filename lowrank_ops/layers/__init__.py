@@ -1,6 +1,6 @@
-"""Low-rank layers, how they replace a model's dense layers, and how long both take.
+"""Low-rank, narrower and 8-bit layers, how they replace a model's dense layers, and how long both take.
 
-In: dense layers and their Factors. Out: LowRankLinear, LowRankConv1d and LowRankConv2d in the model, or LayerLatencies.
+In: dense layers and their Factors. Out: such layers in the model, or LayerLatencies.
 """
 
 from ._base import LowRankLayer as LowRankLayer

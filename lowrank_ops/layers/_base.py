@@ -15,6 +15,7 @@ from ..calibration.statistics import LayerStatistics, Moments
 from ..config import PROJECTIONS
 from ..factors.projections import Factors, factorize, rounded
 from ..models.layers import dimensions, find_layers, weight_matrix, with_values
+from ..models.running import warn_of_few_rows
 from ..ranks.costs import stored_rank
 from ..subspaces.layer import LayerSubspaces
 from .weight import ProductWeight, lost_write
@@ -151,6 +152,9 @@ def factorize_layer(
     if projection is None:
         projection = "output" if statistics.output_gradients is None else "loss"
     spaces = LayerSubspaces.of_layer(layer, statistics, centered=centered)
+    rows, features = statistics.activations.count, min(in_features, out_features)
+    if projection != "weight" and rows < features:
+        warn_of_few_rows([f"{type(layer).__name__} ({rows:,} of {features:,})"])
     return rounded(factorize(spaces, rank, projection), spaces, spaces.dtype)
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models.layers import HOOKS, check_not_dispatched, check_not_wrapped, is_window_attention, tied_layers
+from ..models.layers import check_not_dispatched, check_not_wrapped, has_hooks, is_window_attention, tied_layers
 from .replace import swap_
 
 _HOOKED = "it has hooks, which would be lost; remove them first"
@@ -250,7 +250,7 @@ def _reason_to_keep(attention: nn.Module, tied: str | None) -> str | None:
     if not isinstance(attention, nn.MultiheadAttention):
         if not type(attention).forward.__module__.startswith("torchvision.") or "forward" in vars(attention):
             return "it overrides forward"
-        return _HOOKED if any(getattr(attention, kind) for kind in HOOKS) else None
+        return _HOOKED if has_hooks(attention) else None
     if getattr(attention.forward, "__func__", None) is not nn.MultiheadAttention.forward:
         return "it overrides forward"
     if tied is not None:
@@ -259,7 +259,7 @@ def _reason_to_keep(attention: nn.Module, tied: str | None) -> str | None:
     own = [getattr(attention, name) for name in names] + [attention.out_proj.weight]
     if any(type(weight) is not nn.Parameter for weight in own):
         return "its weights are not plain parameters, as by a parametrization, pruning or quantization; undo that first"
-    if any(getattr(module, kind) for module in (attention, attention.out_proj) for kind in HOOKS):
+    if has_hooks(attention) or has_hooks(attention.out_proj):
         return _HOOKED
     return None
 

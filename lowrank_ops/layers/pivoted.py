@@ -146,5 +146,5 @@ class PivotedLinear(LowRankLinear):
 
 
 def is_order(values: Tensor) -> bool:
-    """Whether ``values`` can be the ``order`` of a layer: each index once."""
+    """Whether ``values`` can be the ``order`` of a layer: a permutation."""
     return torch.equal(values.cpu().long().sort().values, torch.arange(len(values), device="cpu"))

@@ -14,14 +14,14 @@ from torch import fx, nn
 
 from ..arguments import checked
 from ..models.experts import ExpertLinear, ListedExperts
-from ..models.layers import check_no_adapters, check_not_dispatched
+from ..models.layers import check_no_adapters, check_not_dispatched, has_hooks
 from ._base import LowRankLayer
 from .conv import GEOMETRY, LowRankConv
 from .eight_bit import EightBitLinear
 from .linear import LowRankLinear
 from .narrow import NarrowLinear
 from .pivoted import PivotedLinear
-from .replace import has_hooks, swap_
+from .replace import swap_
 
 CONVERTED = "_converted_by_lowrank_ops"  # set on such a copy: what saves it must know that it may have other layers
 
@@ -152,13 +152,13 @@ def _converted(
     check_no_adapters(model)
     check_not_dispatched(model)
     for fqn, module in model.named_modules():
-        if isinstance(module, (LowRankLayer, NarrowLinear)) and has_hooks(module):
-            raise ValueError(f"layer {fqn!r} has hooks, which its replacement would drop; remove them first.")
         if isinstance(module, LowRankLayer) and not module._parameters.keys() >= {*module.matrices, "bias"}:
             raise ValueError(
                 f"layer {fqn!r} has parametrized factors; "
                 "call torch.nn.utils.parametrize.remove_parametrizations first."
             )
+        if isinstance(module, (LowRankLayer, NarrowLinear)) and has_hooks(module):
+            raise ValueError(f"layer {fqn!r} has hooks, which its replacement would drop; remove them first.")
     converted = copy.deepcopy(model)
     replacements: dict[nn.Module, nn.Module] = {
         layer: convert(layer) if isinstance(layer, LowRankLayer) else of_narrow(layer)

@@ -13,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..factors.projections import Factors
 from ..models.experts import experts_listed
-from ..models.layers import HOOKS, check_not_wrapped, dimensions, find_layers, tied_layers
+from ..models.layers import check_not_wrapped, dimensions, find_layers, has_hooks, tied_layers
 from ..models.running import warn_caller
 from ..ranks.costs import pivoting_saves
 from ._base import LowRankLayer
@@ -152,11 +152,6 @@ def lowrank_type(dense: nn.Module, pivoted_rank: int | None = None) -> type[LowR
     found = next((kind for kind in kinds if isinstance(dense, kind.dense_type)), LowRankLinear)
     smaller = pivoted_rank is not None and pivoting_saves(pivoted_rank, dimensions(dense).out_features)
     return PivotedLinear if smaller and found is LowRankLinear else found
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether a replacement of ``module`` would lose hooks."""
-    return any(getattr(module, kind) for kind in HOOKS)
 
 
 def _set_children(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:

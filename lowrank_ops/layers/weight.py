@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 _DETACH = {Tensor.detach, Tensor.data.__get__}  # type: ignore[attr-defined]
+_IS_LEAF = Tensor.is_leaf.__get__  # type: ignore[attr-defined]
 _NEED_VALUES = {getattr(Tensor, name).__get__ for name in ("T", "H", "mT", "mH", "real", "imag")}
 _METADATA = {
     getattr(Tensor, name)
@@ -55,6 +56,8 @@ class ProductWeight(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         name = func.__name__
+        if func == _IS_LEAF:  # an optimizer refuses what is no leaf
+            return not args[0].requires_grad
         if (name == "__get__" and func not in _NEED_VALUES and func not in _DETACH) or func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)

@@ -21,6 +21,10 @@ _DISPATCHED = (
 )
 _DISPATCHED_EXPERTS = f"accelerate's hooks move its weights on each call; {_WITHOUT_HOOKS}"
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_STATE_HOOKS = (
+    "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
+)  # fmt: skip
+_PARAMETER_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 FilterFn = Callable[[nn.Module, str], bool]
 Conv = nn.Conv1d | nn.Conv2d
@@ -89,7 +93,8 @@ def compiled_or_scripted(module: nn.Module) -> str | None:
     """Why hooks on the children of ``module`` would not run: it is compiled or scripted. None if it is not."""
     if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
         return "it is compiled, which hides its layers; calibrate and compress before torch.compile"
-    if isinstance(module, torch.jit.ScriptModule):
+    own = vars(module).get("forward")
+    if isinstance(module, torch.jit.ScriptModule) or isinstance(own, (torch.ScriptMethod, torch.ScriptFunction)):
         return "it is a TorchScript module, which hides its layers; calibrate and compress before scripting or tracing"
     return None
 
@@ -120,6 +125,13 @@ def check_not_wrapped(model: nn.Module) -> None:
                 f"{repr(fqn) if fqn else 'model'} is wrapped by {min(found)}, which would keep the parameters of the "
                 "dense layers. Compress the module first, then wrap it, then create the optimizer."
             )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether ``module`` or one of its own parameters has hooks, which another module in its place would not have."""
+    own = (getattr(module, kind) for kind in HOOKS + _STATE_HOOKS)
+    of_parameters = (getattr(part, kind) for part in module.parameters(recurse=False) for kind in _PARAMETER_HOOKS)
+    return any(own) or any(of_parameters)
 
 
 def check_not_dispatched(model: nn.Module) -> None:

@@ -12,13 +12,13 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "
 
 
 def parse_bytes(given: int | str) -> int:
-    """Bytes of ``max_memory``: a number, or text such as ``"8GB"`` or ``"500 MiB"``."""
+    """Bytes of ``max_memory``: a number, or a string such as ``"8GB"`` or ``"500 MiB"``."""
     found = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?I?)B?\s*", given.upper()) if isinstance(given, str) else None
     with contextlib.suppress(ValueError, KeyError):
         if found is not None:
             given = int(float(found[1]) * _UNITS[found[2]])
     if isinstance(given, bool) or not isinstance(given, int) or given <= 0:
-        raise ValueError(f"max_memory must be a positive number of bytes or text such as '8GB'; got {given!r}.")
+        raise ValueError(f"max_memory must be a positive number of bytes or a string such as '8GB'; got {given!r}.")
     return given
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from .copies import shared_copy
 from .experts import ExpertLinear
 from .layers import HOOKS
-from .running import evaluating, float64_device, random_state_kept
+from .running import evaluating, exclusive, float64_device, hooks, random_state_kept, shortened
 
 LEVELS = 2  # how far above the consumer's parent the producers are looked for
 TOLERANCE = 1e-4  # of outputs, relative to their norm; modules run in float64 where the device has it
@@ -37,14 +37,24 @@ def find_mlps(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[Mlp]:
     A candidate is an ``nn.Linear`` (the consumer) and those layers of one module that have as many outputs as it has
     inputs (the producers), such as down, gate and up projections. A copy of the smallest module that holds them, with
     random weights in these layers, runs on random inputs twice: with half of the channels in narrower layers, and with
-    all channels but columns of zeros in the consumer. The candidate is an MLP if both outputs are the same. Modules
-    with hooks, and those that do not run on one tensor with the producers' input features, are not verified. A layer
-    that the model holds at two places, such as one that two MLPs share, is in none: only one place would be verified.
+    all channels but columns of zeros in the consumer. The candidate is an MLP if both outputs are the same, and all
+    tensors that the modules keep as attributes. Modules with hooks, and those that do not run on one tensor with the
+    producers' input features, are not verified. A layer that the model holds at two places, such as one that two MLPs
+    share, is in none: only one place would be verified. What the model does outside the module is not seen here but by
+    :func:`check_channels_apart`.
 
     Args:
         model: any module; not changed.
         layers: ``{fqn: layer}``, the layers that may be changed.
+
+    Raises:
+        RuntimeError: another thread works on the model.
     """
+    with exclusive(model):
+        return _find_mlps(model, layers)
+
+
+def _find_mlps(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[Mlp]:
     places = Counter(child for module in model.modules() for child in module._modules.values())
     linear = {
         fqn: layer
@@ -62,6 +72,62 @@ def find_mlps(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[Mlp]:
                 taken.update(names)
                 break
     return found
+
+
+@torch.no_grad()
+def check_channels_apart(model: nn.Module, mlps: Sequence[Mlp], run: Callable[[], Any]) -> None:
+    """Refuse MLPs whose channels the model reads elsewhere, by running it twice.
+
+    Both times the consumers ignore half of their channels, and the second time the producers' outputs for these are
+    changed. The outputs of the model must stay the same.
+
+    Args:
+        model: any module.
+        mlps: of the model.
+        run: runs the model on a batch and returns its output.
+
+    Raises:
+        ValueError: the outputs differ; the message names the consumers.
+    """
+
+    def differ(some: Sequence[Mlp]) -> bool:
+        first, second = (_output_without_half(model, some, run, changed) for changed in (False, True))
+        narrow = any(part.dtype.itemsize < 4 for part in first if part.is_floating_point())
+        return not _alike(first, second, 1e-2 if narrow else 1e-3)
+
+    if mlps and differ(mlps):
+        found = [mlp.consumer for mlp in mlps if differ([mlp])] or [mlp.consumer for mlp in mlps]
+        raise ValueError(
+            f"channels of {shortened(found)} cannot be dropped: the model's output depends on them also where these "
+            "layers ignore them, because it mixes them or reads them elsewhere. Name the consumers of other MLPs, "
+            "channels=[...], or leave these layers out with filter_fn."
+        )
+
+
+def _output_without_half(model: nn.Module, mlps: Sequence[Mlp], run: Callable[[], Any], changed: bool) -> list[Tensor]:
+    """The output of the model if consumers ignore half of their channels, which producers compute wrongly if so."""
+
+    def ignore(dropped: Tensor) -> Callable[..., Any]:
+        return lambda module, args: (args[0].masked_fill(dropped.to(args[0].device), 0), *args[1:])
+
+    def change(dropped: Tensor) -> Callable[..., Any]:
+        return lambda module, args, output: torch.where(dropped.to(output.device), -100 * output - 100, output)
+
+    with random_state_kept(model) as generators, evaluating(model), hooks() as handles:
+        for mlp in mlps:
+            channels = model.get_submodule(mlp.consumer).get_parameter("weight").shape[1]
+            dropped = torch.randperm(channels, generator=torch.Generator().manual_seed(0)) < channels // 2
+            handles.append(model.get_submodule(mlp.consumer).register_forward_pre_hook(ignore(dropped)))
+            for name in mlp.producers if changed else ():
+                handles.append(model.get_submodule(name).register_forward_hook(change(dropped)))
+        for generator in generators:
+            generator.manual_seed(0)
+        output = run()
+    return [part for part in tree_leaves(dict(output) if isinstance(output, Mapping) else output) if _is_tensor(part)]
+
+
+def _is_tensor(part: Any) -> bool:
+    return isinstance(part, Tensor) and not part.is_nested
 
 
 def _candidates(
@@ -120,7 +186,8 @@ def _drops_channels(holder: nn.Module, prefix: str, names: Sequence[str], layers
         for size in _sizes(weights[0].shape[1]):
             x = torch.randn(size, dtype=dtype, device=device)
             with contextlib.suppress(Exception):
-                return _alike(*(_outputs(copied, names, parts, x) for parts in (wide, narrow)))
+                first, second = (_outputs(copied, names, parts, x) for parts in (wide, narrow))
+                return _alike(first, second)
     return False
 
 
@@ -142,7 +209,7 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 def _outputs(holder: nn.Module, names: Sequence[str], layers: Sequence[nn.Linear], x: Tensor) -> list[Tensor]:
-    """The outputs of the consumer and of the module, with ``layers`` in the module."""
+    """The outputs of the consumer and of the module with ``layers`` in it, and the tensors that its modules keep."""
     for name, layer in zip(names, layers, strict=True):
         setattr(holder.get_submodule(_parent(name)), name.rpartition(".")[2], layer)
     holder.to(x.dtype)
@@ -151,7 +218,8 @@ def _outputs(holder: nn.Module, names: Sequence[str], layers: Sequence[nn.Linear
         handle = layers[-1].register_forward_hook(lambda module, args, output: seen.append(output))
         output = holder(x.clone(), *[None] * _required(holder))
         handle.remove()
-    found = [part for part in tree_leaves([seen, output]) if isinstance(part, Tensor)]
+    kept = [{**vars(module), "_modules": None, "_parameters": None} for module in holder.modules()]
+    found = [part for part in tree_leaves([seen, output, kept]) if isinstance(part, Tensor)]
     if not seen or not all(bool(part.any()) for part in seen):
         raise ValueError("its consumer was not called")
     return found
@@ -163,8 +231,15 @@ def _required(module: nn.Module) -> int:
     return sum(part.kind is part.POSITIONAL_OR_KEYWORD and part.default is part.empty for part in parameters)
 
 
-def _alike(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+def _alike(first: Sequence[Tensor], second: Sequence[Tensor], tolerance: float = TOLERANCE) -> bool:
     return [part.shape for part in first] == [part.shape for part in second] and all(
-        bool((a - b).norm() <= TOLERANCE * a.norm()) if a.is_floating_point() else torch.equal(a, b)
+        torch.equal(a, b) or (a.is_floating_point() and _distance(a, b) <= tolerance * _distance(a, None))
         for a, b in zip(first, second, strict=True)
     )
+
+
+def _distance(a: Tensor, b: Tensor | None) -> float:
+    """The norm of the difference, or of ``a``; values that are not finite count as zero."""
+    a = a.nan_to_num(0.0, 0.0, 0.0)
+    difference = a if b is None else a - b.nan_to_num(0.0, 0.0, 0.0)
+    return float(torch.linalg.vector_norm(difference, dtype=torch.promote_types(a.dtype, torch.float32)))

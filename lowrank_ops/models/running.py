@@ -93,7 +93,7 @@ class _Deferring:
 def hooks() -> Iterator[list[RemovableHandle]]:
     """A list for the handles of hooks, which are removed after the block, however it ends."""
     handles: list[RemovableHandle] = []
-    with uninterrupted_exits():
+    with uninterrupted_exits(), _eager():
         try:
             yield handles
         finally:
@@ -112,6 +112,15 @@ def warn_caller(message: str) -> None:
 def shortened(names: Sequence[str]) -> str:
     """The first five, and how many more there are."""
     return ", ".join([*names[:5], *([f"and {len(names) - 5} more"] if len(names) > 5 else [])])
+
+
+def warn_of_few_rows(found: Sequence[str], rows: str = "calibration rows", remedy: str = "calibrate with") -> None:
+    """One warning for all layers with few rows, ``["name (rows of features)"]``."""
+    if found:
+        warn_caller(
+            f"fewer {rows} than min(in_features, out_features): {shortened(found)}. "
+            f"Ranks and errors hold for these rows only; {remedy} more batches."
+        )
 
 
 class _ProcessState:
@@ -136,8 +145,21 @@ class _ProcessState:
                     self._write(self._before)
 
 
+@contextmanager
+def _eager() -> Iterator[None]:
+    """Run compiled functions as plain Python inside the block: compiled code does not run hooks that come later."""
+    if "torch._dynamo" not in sys.modules:  # then nothing is compiled, and the import would take long
+        yield
+        return
+    with _stance.kept():
+        yield
+
+
 _fast_path = _ProcessState(torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled)
 _cpu_random_state = _ProcessState(torch.get_rng_state, torch.set_rng_state)
+_stance = _ProcessState(
+    lambda: torch.compiler.set_stance("force_eager"), lambda stance: stance.__exit__(None, None, None)
+)
 _owners: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # the thread that works on a module
 _owners_lock = Lock()
 
@@ -177,13 +199,14 @@ def training_flags_kept(*models: nn.Module, trained: bool = False) -> Iterator[N
     """
     training = {module: module.training for model in models for module in model.modules()}
     named = {module: fqn for model in models for fqn, module in model.named_modules() if _defines_mode(module)}
-    before = {module: _norms(module) for module in named}
+    before = _norms_in(named)
     try:
         yield
     finally:
         for model in models:
             _set_modes(model, training)
-        changed = [fqn or "(the model)" for module, fqn in named.items() if not _alike(before[module], _norms(module))]
+        after = _norms_in(named)
+        changed = [fqn or "(the model)" for module, fqn in named.items() if not _alike(before[module], after[module])]
         if changed and not trained:
             warn_caller(
                 f"the parameters of {', '.join(changed)} are not what they were: train() does not undo eval() there, "
@@ -193,8 +216,8 @@ def training_flags_kept(*models: nn.Module, trained: bool = False) -> Iterator[N
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block; every module is back in its own mode afterwards."""
-    with uninterrupted_exits(), training_flags_kept(*models):
+    """Eval mode inside the block, without compiled code; every module is back in its own mode afterwards."""
+    with uninterrupted_exits(), _eager(), training_flags_kept(*models):
         for model in models:
             _set_modes(model, dict.fromkeys(model.modules(), False))
         yield
@@ -206,7 +229,8 @@ def _set_modes(module: nn.Module, wanted: Mapping[nn.Module, bool]) -> None:
     if _defines_mode(module):
         inside = list(module.modules())
         if any(part.training != wanted.get(part, part.training) for part in inside):
-            module.train(mode) if mode else module.eval()
+            with contextlib.suppress(NotImplementedError):  # an exported program has no modes
+                module.train(mode) if mode else module.eval()
     module.training = mode
     for child in module.children():
         _set_modes(child, wanted)
@@ -217,13 +241,20 @@ def _defines_mode(module: nn.Module) -> bool:
     return any(getattr(getattr(module, name), "__func__", None) is not getattr(nn.Module, name) for name in _MODES)
 
 
-def _norms(module: nn.Module) -> list[float]:
-    """The norms of the module's own parameters."""
-    return [
-        0.0 if parameter.is_meta else float(torch.linalg.vector_norm(parameter.detach().float()))
-        for parameter in module.parameters(recurse=False)
-        if not isinstance(parameter, nn.parameter.UninitializedParameter) and parameter.is_floating_point()
-    ]
+def _norms_in(modules: dict[nn.Module, str]) -> dict[nn.Module, list[float]]:
+    """The norms of the parameters in each module that are in none of the ``modules`` inside it."""
+    found: dict[nn.Module, list[float]] = {}
+    seen: set[nn.Parameter] = set()
+    for module in reversed(modules):  # inner ones come after outer ones
+        own = [parameter for parameter in module.parameters() if parameter not in seen]
+        found[module] = [_norm(parameter) for parameter in own]
+        seen.update(own)
+    return found
+
+
+def _norm(parameter: nn.Parameter) -> float:
+    empty = isinstance(parameter, nn.parameter.UninitializedParameter) or parameter.is_meta
+    return 0.0 if empty or not parameter.is_floating_point() else float(parameter.detach().float().norm())
 
 
 def _alike(before: list[float], after: list[float]) -> bool:
@@ -254,9 +285,20 @@ def without_fast_path(wanted: bool = True) -> Iterator[None]:
         yield
 
 
+def check_differentiable(model: nn.Module) -> None:
+    """Raise ValueError for a parameter that was made in inference mode: autograd does not take it."""
+    name = next((name for name, parameter in model.named_parameters() if parameter.is_inference()), None)
+    if name is not None:
+        raise ValueError(
+            f"parameter {name!r} was made in torch.inference_mode, so it cannot be differentiated. Make the "
+            "model outside of it, or pass copy.deepcopy(model), called outside of it."
+        )
+
+
 @contextmanager
 def differentiable(model: nn.Module, seed: int) -> Iterator[None]:
     """Eval mode with gradients and a seed inside the block; modes and random states are restored."""
+    check_differentiable(model)
     with (
         uninterrupted_exits(),
         torch.inference_mode(False),

@@ -123,7 +123,7 @@ def arch(device: Device) -> str:
 
 @functools.cache
 def compiler(op: str, backend: Backend) -> str:
-    """What compiled the kernels of an op: Triton and a digest of its sources here, or nvcc for this release."""
+    """What compiled the kernels of an op: Triton with a digest of its sources, or a CUDA toolkit with this release."""
     if backend is Backend.CUDA:
         return f"cuda {_native.toolkit()}, lowrank_ops {__version__}"
     import triton

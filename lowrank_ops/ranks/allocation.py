@@ -233,9 +233,9 @@ def _spend(
         push(fqn)
     while heap:
         _, _, fqn, then = heapq.heappop(heap)
-        price = options[fqn][then].cost - options[fqn][taken[fqn]].cost
-        if price <= left:
-            left -= price
+        cost = options[fqn][then].cost - options[fqn][taken[fqn]].cost
+        if cost <= left:
+            left -= cost
             taken[fqn] = then
             push(fqn)
 

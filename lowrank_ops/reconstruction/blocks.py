@@ -40,6 +40,7 @@ from ..models.running import (
     differentiable,
     float64_device,
     hooks,
+    in_layer,
     move,
     output_tensor,
     shortened,
@@ -49,6 +50,7 @@ from .checkpoint import resume_checkpoint, run_identity, save_checkpoint
 from .paired_runs import OUTPUT_FIELDS, Block, PairedRuns, block_name, find_chains
 from .sequential import chains_named, checked_batches
 
+_MEMORY = "Use smaller batches, or train fewer blocks together."
 DAMPING = 1e-3  # of the output metric, relative to its mean diagonal
 WARMUP = 5  # steps
 LOWER = 4.0  # divides the learning rate where the first epoch does not lower the error
@@ -208,7 +210,8 @@ def reconstruct_blocks(
                     before = runs.blocks[: runs.blocks.index(window[0])]
                     runs.advance({chain: index + 1 for chain, index in before})
                     parts = {fqn: (layers[fqn], new[fqn]) for fqn in names}
-                    result = _train(runs, window, parts, settings, masks, metrics.get(window[-1]))
+                    with in_layer(names[0], _MEMORY):
+                        result = _train(runs, window, parts, settings, masks, metrics.get(window[-1]))
                 for fqn, part in result.items():
                     new[fqn] = ready[fqn] = part
                     runs.replace(fqn, replacement(layers[fqn], part))

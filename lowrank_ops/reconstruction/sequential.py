@@ -19,13 +19,13 @@ from ..calibration.call_weights import CallWeights, call_weights
 from ..calibration.objectives import Sensitivity, check_sensitivity
 from ..calibration.statistics import LayerStatistics, Moments, NonFiniteActivationError
 from ..factors.projections import Factors
-from ..layers.replace import lowrank_type, replaceable
+from ..layers.replace import replaceable, replacement
 from ..models.experts import ExpertLinear, on_listed_experts
-from ..models.layers import compiled_or_scripted, find_layers, input_rows
+from ..models.layers import compiled_or_scripted, dimensions, find_layers, input_rows
 from ..models.mask_sources import Mask
 from ..models.masks import Masks, real_rows
 from ..models.memory import size
-from ..models.running import EMPTY, ProgressBar, call_model, in_layer, warn_caller
+from ..models.running import EMPTY, ProgressBar, call_model, in_layer, warn_caller, warn_of_few_rows
 from .checkpoint import resume_checkpoint, run_identity, save_checkpoint
 from .paired_runs import Group, PairedRuns, find_chains
 from .regression import PairedSums, reconstruct_layers
@@ -150,6 +150,7 @@ def reconstruct_factors(
         if factors[fqn].projection == "loss" and fqn not in done and getattr(layer, "groups", 1) == 1
     }
     run = settings.forward or call_model
+    few: list[str] = []  # layers with fewer rows than features
     weights = CallWeights()
     if sensitivity is not None and by_loss:
         weights = call_weights(
@@ -170,14 +171,14 @@ def reconstruct_factors(
     ):
         called_once = {fqn for group in runs.groups if group.calls == 1 for fqn in group.layers}
         for fqn in layers.keys() - called_once:  # later calls depend on the outputs of earlier ones
-            runs.replace(fqn, lowrank_type(layers[fqn]).from_factors(layers[fqn], new[fqn]))
+            runs.replace(fqn, replacement(layers[fqn], new[fqn]))
         ready: dict[str, Factors] = {}
         for group, following in zip(runs.groups, [*runs.groups[1:], None], strict=False):
             runs.advance(group.position)
             if all(fqn in done for fqn in group.layers):
                 result: dict[str, Factors] | str = {fqn: done[fqn] for fqn in group.layers}
             else:
-                result = _reconstructed(runs, group, factors, settings, weights, gradients, centered)
+                result = _reconstructed(runs, group, factors, settings, weights, gradients, centered, few)
             for fqn in group.layers:
                 if isinstance(result, str):
                     kept[fqn] = result
@@ -185,12 +186,13 @@ def reconstruct_factors(
                     new[fqn] = result[fqn]
                     del kept[fqn]
                 ready[fqn] = new[fqn]
-                runs.replace(fqn, lowrank_type(layers[fqn]).from_factors(layers[fqn], new[fqn]))
+                runs.replace(fqn, replacement(layers[fqn], new[fqn]))
             bar.update(len(group.layers))
             if checkpoint is not None and (following is None or following.position != group.position):
                 save_checkpoint(Path(checkpoint), identity, ready)
     if (warning := masks.finish()) is not None:
         warn_caller(warning)
+    warn_of_few_rows(few, "rows in the batches of the reconstruction", "pass it")
     if layers and all(kept.get(fqn) == TOO_FEW for fqn in layers):
         raise ValueError("too few rows reached every layer: the batches are empty, or the mask leaves no position.")
     _warn_of(kept, weights.missing)
@@ -205,8 +207,9 @@ def _reconstructed(
     weights: CallWeights,
     gradients: Mapping[str, Moments],
     centered: bool,
+    few: list[str],
 ) -> dict[str, Factors] | str:
-    """New factors of a group, or the reason why it keeps its own."""
+    """New factors of a group, or the reason why it keeps its own; layers with few rows are added to ``few``."""
     members = {fqn: runs.layers[fqn] for fqn in group.layers}
     folds = 2 if settings.ridge is None else 1
     if any(getattr(layer, "groups", 1) > 1 for layer in members.values()):
@@ -225,6 +228,9 @@ def _reconstructed(
         return reason
     fitted: dict[str, Factors] = {}
     for pairs in sums:
+        rows = sum(fold.count for fold in pairs.folds)
+        sizes = {fqn: min(pairs.in_features, dimensions(layer).out_features) for fqn, layer in pairs.layers.items()}
+        few.extend(f"{fqn} ({rows:,} of {size:,})" for fqn, size in sizes.items() if rows < size)
         old = {fqn: factors[fqn] for fqn in pairs.layers}
         with in_layer(next(iter(old)), _MEMORY):
             fitted |= reconstruct_layers(pairs, old, gradients, centered=centered, ridge=settings.ridge)

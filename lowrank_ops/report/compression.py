@@ -16,6 +16,7 @@ from torch import nn
 from ..arguments import checked
 from ..config import CompressionConfig
 from ..factors.projections import Factors
+from ..files import write_whole
 from ..latencies import LayerLatencies
 from ..models.layers import unsupported_weights
 from ..policies import LatencyBudget, Ranks
@@ -43,7 +44,7 @@ from .sections import (
     spectra,
 )
 from .spectra import spectrum_of
-from .text import few_rows, few_rows_note, format_table, layer_bars, new_figure, notes, rows_note
+from .text import few_rows, few_rows_note, format_table, layer_bars, new_figure, notes, rows_note, save_figure
 
 
 @dataclass(frozen=True)
@@ -209,7 +210,7 @@ class CompressionReport:
     @checked()
     def to_html(self, path: str | Path) -> None:
         """Write a self-contained HTML page with charts and tables."""
-        Path(path).write_text(self._page(), encoding="utf-8")
+        write_whole(path, self._page().encode())
 
     def _repr_html_(self) -> str:
         """What a notebook shows."""
@@ -265,7 +266,7 @@ class CompressionReport:
         names, shares = [layer.fqn for layer in self.layers], [layer.share for layer in self.layers]
         layer_bars(axes, names, shares, kept, f"all layers, {kept:.1%}")
         axes.set_ylabel("parameters, relative to dense")
-        figure.savefig(path)
+        save_figure(figure, path)
 
     @property
     def predicted_loss(self) -> float | None:

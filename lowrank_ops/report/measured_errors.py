@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import checked
+from ..calibration.statistics import NonFiniteActivationError
 from ..layers import LowRankLayer, NarrowLinear
 from ..models.experts import experts_listed
 from ..models.layers import bias_vector, is_conv, output_rows
@@ -84,6 +85,7 @@ def measure_errors(
         the error is not zero.
 
     Raises:
+        NonFiniteActivationError: NaN or inf in an output.
         TypeError: an argument of another type.
         ValueError: ``compressed`` has no replaced layer, or one that ``dense`` does not have; ``batches`` has no rows;
             the mask fits no layer, or is unknown and ``unmasked_rows="error"``.
@@ -197,6 +199,12 @@ def _measured(
         raise ValueError(EMPTY)
     if (warning := masks.finish()) is not None:
         warn_caller(warning)
+    for fqn, part in sums.items():
+        if not bool((part.error + part.squares).isfinite()):
+            raise NonFiniteActivationError(
+                f"layer {fqn!r}: its output holds NaN or inf, in the dense or in the compressed model. Check the "
+                "batches, or run the models in a wider dtype."
+            )
     errors = {fqn: sums[fqn].relative(centered) for fqn in replaced if fqn in sums and sums[fqn].rows}
     if not errors:
         raise ValueError("no row reached a replaced layer: the batches are empty, or the mask leaves no position.")

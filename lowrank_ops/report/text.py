@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from ..models.running import shortened, warn_caller
+from ..files import write_whole
 
 
 def notes(unreached: Sequence[str], skipped: Mapping[str, str]) -> list[str]:
@@ -49,15 +51,6 @@ def _fitted(layer: Any) -> int:
     return layer.rank or getattr(layer, "channels", None) or 0
 
 
-def warn_of_few_rows(found: Sequence[str]) -> None:
-    """One warning for all layers that :func:`few_rows` found."""
-    if found:
-        warn_caller(
-            f"fewer calibration rows than min(in_features, out_features): {shortened(found)}. "
-            "Ranks and errors hold for these rows only; calibrate with more batches."
-        )
-
-
 def percent(share: float | None) -> str:
     """A share in percent; None reads "unknown"."""
     return "unknown" if share is None else f"{share:.3%}"
@@ -85,6 +78,15 @@ def new_figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]
         raise ImportError("plotting needs matplotlib: pip install 'lowrank_ops[plots]'") from error
     figure = Figure(figsize=(width, height), layout="constrained", dpi=150)
     return figure, figure.subplots(1, columns)
+
+
+def save_figure(figure: Any, path: str | Path) -> None:
+    """Write a figure whole or not at all, in the format of the file's suffix; without one, PNG."""
+    path = Path(path)
+    path = path if path.suffix else path.with_suffix(".png")
+    content = io.BytesIO()
+    figure.savefig(content, format=path.suffix[1:])
+    write_whole(path, content.getvalue())
 
 
 def layer_bars(axes: Any, names: Sequence[str], values: Sequence[float], mean: float, label: str) -> None:

@@ -12,16 +12,17 @@ from torch import nn
 
 from ..arguments import check_share, checked
 from ..calibration.covariances import Covariances
+from ..files import write_whole
 from ..models.experts import on_listed_experts
 from ..models.layers import FilterFn, find_layers
-from ..models.running import ProgressBar, in_layer
+from ..models.running import ProgressBar, in_layer, warn_of_few_rows
 from ..subspaces.layer import LayerSubspaces, layer_subspaces
 from .kinds import kind_of
 from .page import framed, page
 from .per_layer import LayerUtilization, utilization_columns
 from .sections import kinds_of, remarks, spectra, utilization_by_kind, utilization_by_layer, utilization_table
 from .spectra import spectrum_of
-from .text import few_rows, few_rows_note, format_table, layer_bars, new_figure, notes, rows_note, warn_of_few_rows
+from .text import few_rows, few_rows_note, format_table, layer_bars, new_figure, notes, rows_note, save_figure
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class UtilizationReport:
     @checked()
     def to_html(self, path: str | Path) -> None:
         """Write a self-contained HTML page with charts and tables."""
-        Path(path).write_text(self._page(), encoding="utf-8")
+        write_whole(path, self._page().encode())
 
     def _repr_html_(self) -> str:
         """What a notebook shows."""
@@ -120,7 +121,7 @@ class UtilizationReport:
         """
         figure, axes = new_figure(width=max(6.0, 0.25 * len(self.layers)), height=4)
         self.draw(axes)
-        figure.savefig(path)
+        save_figure(figure, path)
 
     def draw(self, axes: Any) -> None:
         """Draw the bar chart of :meth:`plot` into matplotlib axes."""

@@ -39,7 +39,7 @@ from ..models.running import (
 from ..policies import ParameterBudget, Ranks
 from ..ranks.choose import ChosenRanks, as_policy, limits_of
 from ..ranks.groups import choose_grouped_sizes
-from ..subspaces.channels import with_channels
+from ..subspaces.channels import check_apart, with_channels
 from ..subspaces.layer import LayerSubspaces
 
 _INDEPENDENT = (
@@ -69,10 +69,10 @@ def measured_ranks(
     """Ranks for a parameter budget, allocated by predicted losses that gradients of the compressed model correct.
 
     The predicted loss of a layer ignores the errors of other layers. Each round compresses a copy of the model. The
-    error of a layer, its output less that of the dense layer, is scaled by a number, which is 1, and the copy's loss is
-    differentiated with respect to it. If layers did not interact, the derivative would be twice the predicted loss. The
-    ratio of the two corrects the predictions of the layer, and the budget is allocated again. The ranks with the lowest
-    loss are returned.
+    error of a layer, its output minus that of the dense layer, is multiplied by a scale of 1, and the copy's loss is
+    differentiated with respect to that scale. If layers did not interact, the derivative would be twice the predicted
+    loss. The ratio of the two corrects the predictions of the layer, and the budget is allocated again. The ranks with
+    the lowest loss are returned.
 
     Costs ``rounds`` + 1 factorizations and forward passes and ``rounds`` backward passes over the batches. In the
     backward passes all low-rank layers also run dense, and a distance as the loss runs the dense model.
@@ -88,7 +88,7 @@ def measured_ranks(
             ``"output"``: half the squared difference; ``"pooled"``: of rows and of their mean, weighted as in
             calibration.
         rounds: corrections, each at the ranks of the one before.
-        config: projection, centering, overrides, bounds, pivoting and groups; its rank policy and its
+        config: projection, centering, overrides, bounds, pivoting, groups and channels; its rank policy and its
             reconstruction are not used.
         filter_fn, subspaces: as for :func:`lowrank_ops.compress_`.
         mask, unmasked_rows, forward: as for :func:`lowrank_ops.calibrate`. ``forward`` has to run the copy that it is
@@ -102,8 +102,9 @@ def measured_ranks(
     Raises:
         RuntimeError: another thread calibrates or compresses the model when this begins.
         ValueError: an invalid argument, a budget that cannot be met, statistics without output gradients, batches
-            without rows that count, a loss that is not finite or does not depend on the compressed layers, a model that
-            cannot be copied, or as for :func:`lowrank_ops.compress_`.
+            without rows that count, a loss that is not finite or does not depend on the compressed layers, channels
+            that something other than their MLP reads, a model that cannot be copied, or as for
+            :func:`lowrank_ops.compress_`.
 
     Example:
         >>> import torch, lowrank_ops as lro
@@ -124,6 +125,9 @@ def measured_ranks(
     subspaces, _ = considered_layers(dense, covariances, filter_fn, subspaces, centered=config.centered)
     config = resolved(config, subspaces)
     subspaces = with_channels(dense, subspaces, config.channels)
+    run, device = forward or call_model, device_of(dense)
+    with in_batch(0):
+        check_apart(dense, subspaces, lambda: run(dense, move(batches[0], device)))
     decompose(config.rank, subspaces, progress)
     fixed = limits_of(subspaces, config.overrides, config.bounds).fixed
     measured: dict[str, float] = {}  # by layer, summed over the rounds
@@ -145,7 +149,7 @@ def measured_ranks(
             gated = [fqn for fqn, rank in ranks.items() if rank is not None and fqn not in fixed]
             masks = Masks(trial, mask, unmasked_rows)
             loss, found = _differentiated(
-                dense, trial, gated if step < rounds else [], batches, sensitivity, masks, forward or call_model, bar
+                dense, trial, gated if step < rounds else [], batches, sensitivity, masks, run, bar
             )
             bar.set_postfix(loss=f"{loss:.4g}")
             if best is None or loss < best[0]:

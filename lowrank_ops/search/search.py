@@ -67,8 +67,8 @@ def search_ranks(
             layer).
         allocation: how layers share the budget, as in :class:`lowrank_ops.ParameterBudget`; for ``"budget"`` only.
         num_evaluations: for ``"budget"`` only: at most this many, the dense model's included; at least 2. None: 10.
-        config: projection, centering, overrides, bounds, pivoting and, for ``"budget"``, groups of the trials; its rank
-            policy and its reconstruction are not used. Bounds take precedence over the tolerance.
+        config: projection, centering, overrides, bounds, pivoting, channels and, for ``"budget"``, groups of the
+            trials; its rank policy and its reconstruction are not used. Bounds take precedence over the tolerance.
         filter_fn, subspaces: as for :func:`lowrank_ops.compress_`.
         cache: file that stores the accuracy of every trial. Stored trials are not repeated, by the same search resumed
             or by another one on the same model. Trials of other weights, covariances or projections are refused;

@@ -11,25 +11,27 @@ channels which are linear combinations of others have an order too, as with fewe
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..calibration.statistics import Moments
-from ..models.mlps import find_mlps
+from ..models.mlps import Mlp, check_channels_apart, find_mlps
 from .layer import LayerSubspaces
 from .loss import LossSpace
 from .principal import Subspace, noise_of_sums
 
 DAMPING = 1e-6  # of the channels' moment, relative to its diagonal
-BLOCKS = 48  # at least as many rounds drop all channels
+ROUNDS = 48  # at least as many; each drops one channel or more
+CANDIDATES = 4  # of a round, the cheapest at its start, per channel that it drops
 _VERIFIED = (
     "An MLP consists of nn.Linear layers, all of them calibrated with side='input' and kept by filter_fn, in a module "
-    "that runs on one tensor; nothing between them mixes channels or has a fixed number of them."
+    "that runs on one tensor; nothing between them mixes channels or has a fixed number of them, and nothing else runs "
+    "them."
 )
-CANDIDATES = 4  # candidates of a round, the cheapest at its start, per channel that it drops
 
 
 class ChannelSubspaces(LayerSubspaces):
@@ -70,7 +72,7 @@ class ChannelSubspaces(LayerSubspaces):
         return None
 
     @cached_property
-    def output(self) -> Subspace:
+    def output(self) -> Subspace:  # type: ignore[override]  # factorize takes no channels
         def decompose() -> tuple[Tensor, Tensor]:
             moment = self.damped_moment(self.statistics.activations)
             order = kept_order(moment, self.weight)
@@ -125,7 +127,7 @@ def with_channels(
     if not wanted:
         return dict(subspaces)
     layers = {fqn: model.get_submodule(fqn) for fqn, space in subspaces.items() if space.statistics.side == "input"}
-    mlps = {mlp.consumer: mlp for mlp in find_mlps(model, layers)}
+    mlps = {mlp.consumer: mlp for mlp in find_mlps(model, layers) if _runs_as_one(subspaces, mlp)}
     chosen = set(mlps)
     if not isinstance(wanted, bool):
         by_name = {name: {fqn for fqn in mlps if _names(name, fqn)} for name in wanted}
@@ -151,11 +153,23 @@ def with_channels(
     return found
 
 
+def _runs_as_one(subspaces: Mapping[str, LayerSubspaces], mlp: Mlp) -> bool:
+    """Whether all layers of the MLP have had as many rows; else something else runs some of them."""
+    counts = {subspaces[fqn].statistics.activations.count for fqn in (*mlp.producers, mlp.consumer)}
+    return len(counts) == 1
+
+
 def _names(name: str, fqn: str) -> bool:
     try:
         return bool(re.fullmatch(name[3:], fqn)) if name.startswith("re:") else name == fqn
     except re.error as error:
         raise ValueError(f"channels: {name!r} is not a regular expression: {error}.") from None
+
+
+def check_apart(model: nn.Module, subspaces: Mapping[str, LayerSubspaces], run: Callable[[], Any]) -> None:
+    """:func:`check_channels_apart` for the MLPs among ``subspaces``."""
+    members = {fqn: space for fqn, space in subspaces.items() if isinstance(space, ChannelSubspaces)}
+    check_channels_apart(model, [Mlp(tuple(space.producers), fqn) for fqn, space in members.items()], run)
 
 
 class _Channels(Subspace):
@@ -196,7 +210,7 @@ def kept_order(moment: Tensor, weight: Tensor) -> Tensor:
     """The channels, from the last to drop to the first.
 
     With P the inverse of the moment of the remaining channels and A their updated weight, dropping channel j costs
-    |A_j|^2 / P_jj. A round drops 1/``BLOCKS`` of all channels one by one, from the candidates that were cheapest at its
+    |A_j|^2 / P_jj. A round drops 1/``ROUNDS`` of all channels one by one, from the candidates that were cheapest at its
     start. A and P are updated after each channel for the candidates, and at the end of the round for the others.
 
     Args:
@@ -209,7 +223,7 @@ def kept_order(moment: Tensor, weight: Tensor) -> Tensor:
     left = torch.arange(len(moment), device=moment.device)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment))
     dropped = []
-    count = max(1, len(moment) // BLOCKS)
+    count = max(1, len(moment) // ROUNDS)
     while len(left):
         costs = weight.square().sum(0) / inverse.diagonal()
         chosen = costs.argsort()[: CANDIDATES * count]

@@ -18,6 +18,7 @@ from ..calibration.statistics import LayerStatistics, Moments
 from ..models.layers import Dimensions, all_finite, bias_vector, is_conv, weight_matrix
 from ..models.running import float64_device
 from .loss import LossSpace
+from .output import OutputSpace
 from .principal import (
     Subspace,
     bytes_of,
@@ -28,7 +29,6 @@ from .principal import (
     principal_directions,
     singular_directions,
     square_root,
-    times_root,
 )
 
 _SPACES = ("input", "output", "loss", "weight_output")
@@ -194,17 +194,9 @@ class LayerSubspaces:
         return self._input_space or InputSpace(self.statistics.activations, centered=self.centered, device=self.device)
 
     @cached_property
-    def output(self) -> Subspace:
+    def output(self) -> OutputSpace:
         """The space of the bias-free output, with min(in_features, out_features) directions."""
-        activations = self.statistics.activations
-
-        def decompose() -> tuple[Tensor, ...]:
-            if not self.is_tall:
-                return principal_directions(*self.output_moment(activations))
-            matrix = times_root(self.weight, self.input_root(activations))
-            return singular_directions(matrix, self.noise(matrix.square().sum(-1), activations))
-
-        return Subspace(decompose)
+        return OutputSpace(self)
 
     @property
     def output_variance(self) -> float:
@@ -255,7 +247,7 @@ class LayerSubspaces:
         moment = moments.moment(centered=centered)
         if centered:
             shift = moments.mean - self.statistics.activations.mean.to(moments.mean)
-            moment += shift.unsqueeze(-1) * shift.unsqueeze(-2)
+            moment.addcmul_(shift.unsqueeze(-1), shift.unsqueeze(-2))
         return moment.to(self.device)
 
     @property
@@ -291,9 +283,9 @@ class LayerSubspaces:
             moment = congruence(moment, self.weight.mT)
         return moment, self.noise(moment.diagonal(dim1=-2, dim2=-1), activations)
 
-    def noise(self, variances: Tensor, activations: Moments) -> Tensor:
-        """The noise of the outputs with these variances."""
-        if activations is self.statistics.activations:
+    def noise(self, variances: Tensor, activations: Moments, *, exact: bool = True) -> Tensor:
+        """The noise of the outputs with these variances, or at most these (``exact=False``)."""
+        if exact and activations is self.statistics.activations:
             self._variances = variances.clone()
         mean_square = activations.mean_square.to(variances)
         if self.statistics.side == "input":

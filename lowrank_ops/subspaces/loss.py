@@ -14,10 +14,10 @@ from .principal import (
     bytes_of,
     congruence,
     denoised,
-    falling_eigh,
-    near_identity_cholesky,
+    descending_eigh,
     noise_along,
     orthonormal,
+    orthonormal_pair,
     root_congruence,
     root_times,
 )
@@ -47,7 +47,7 @@ class LossSpace:
 
     def __init__(self, spaces: LayerSubspaces, gradients: Moments) -> None:
         self._spaces, self._gradients, self._device = spaces, gradients, spaces.mean.device
-        self._held: tuple[Tensor, Tensor] | None = None  # of a tall layer, W^T M W and its directions
+        self._held: tuple[Tensor, ...] = ()  # directions P; of a tall layer, W^T M W, and P before they are orthonormal
         self._lost: tuple[Tensor, Tensor] | None = None  # with each direction: plain output variance, and that in M
         self.corrected: Tensor | None = None
         self.subspace = Subspace(self._decompose_tall if spaces.is_tall else self._decompose)
@@ -81,10 +81,11 @@ class LossSpace:
         """Eigenvectors of L^T W C W^T L."""
         matrix, noise = self._spaces.output_moment(self._spaces.loss_activations)
         root = self.root
-        values, vectors = falling_eigh(root_congruence(matrix, root))
+        values, vectors = descending_eigh(root_congruence(matrix, root))
         limit = (noise * root.square().sum(-1)).sum(-1)
         values = denoised(values, limit, lambda start: noise_along(noise, root @ vectors[..., start:]))
-        self._lost = values * torch.linalg.solve_triangular(root.mT, vectors, upper=True).square().sum(-2), values
+        outputs = torch.linalg.solve_triangular(root.mT, vectors, upper=True)
+        self._held, self._lost = (outputs,), (values * outputs.square().sum(-2), values)
         return vectors, values * self.scale.unsqueeze(-1)
 
     def _decompose_tall(self) -> tuple[Tensor, Tensor]:
@@ -92,7 +93,7 @@ class LossSpace:
         activations, weight, metric = self._spaces.loss_activations, self._spaces.weight, self.metric
         root = self._spaces.input_root(activations)
         inner = congruence(metric, weight)
-        values, vectors = falling_eigh(root_congruence(inner, root))
+        values, vectors = descending_eigh(root_congruence(inner, root))
         inputs = root_times(root, vectors)
         columns = weight @ inputs
         squares = columns.square()
@@ -139,32 +140,28 @@ class LossSpace:
         P^T M is None where it was not needed.
         """
         basis = self.subspace.leading(rank)
-        if self._held is None:
-            return self._lifted(basis)
-        inner, columns = self._held[0] @ basis, self._held[1][..., :rank]
-        gram = basis.mT @ inner  # P^T M P, diagonal up to the rounding of the decomposition
-        norms = gram.diagonal(dim1=-2, dim2=-1).clamp_min(1e-300).sqrt()
-        factor = near_identity_cholesky(gram / (norms.unsqueeze(-1) * norms.unsqueeze(-2)))
-        if factor is None:  # directions without variance
-            return self._lifted(orthonormal(self.root.mT @ columns))
-        down, up = (
-            torch.linalg.solve_triangular(factor, (part / norms.unsqueeze(-2)).mT, upper=False)
-            for part in (inner, columns)
-        )
-        return None, down, up.mT
+        *inner, columns = self._held
+        columns = columns[..., :rank]
+        if not inner:
+            return self._lifted(basis, columns)
+        pair = orthonormal_pair(basis, inner[0] @ basis, columns)
+        if pair is None:  # directions without variance
+            basis = orthonormal(self.root.mT @ columns)
+            return self._lifted(basis, torch.linalg.solve_triangular(self.root.mT, basis, upper=True))
+        return None, *pair
 
-    def _lifted(self, directions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        left = directions.mT @ self.root.mT
-        return left, left @ self._spaces.weight, torch.linalg.solve_triangular(self.root.mT, directions, upper=True)
+    def _lifted(self, basis: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        left = root_times(self.root, basis).mT
+        return left, left @ self._spaces.weight, outputs
 
     def held_bytes(self) -> int:
         """Bytes of the decompositions that are held."""
-        return self.subspace.held_bytes() + sum(map(bytes_of, (self.__dict__.get("root"), *(self._held or ()))))
+        return self.subspace.held_bytes() + sum(map(bytes_of, (self.__dict__.get("root"), *self._held)))
 
     def release(self) -> None:
         """Drop the matrices, which are recomputed if needed; the spectrum stays."""
         self.__dict__.pop("root", None)
-        self._held = None
+        self._held = ()
         self.subspace.release()
 
 

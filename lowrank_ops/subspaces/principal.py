@@ -19,9 +19,9 @@ class Subspace:
     """The principal directions of a space in descending order of variance, computed when first needed.
 
     Args:
-        decompose: returns ``basis`` and ``spectrum``; called again if the basis is needed after :meth:`release`. With a
-            third tensor, a matrix (..., features, n), the basis is that of the columns of the matrix times the first
-            one, made orthonormal when it is read.
+        decompose: returns ``basis`` and ``spectrum``; called again if the basis is needed after :meth:`release`. With
+            more tensors, matrices whose last one has ``features`` rows, the basis is that of the first tensor
+            multiplied by each of them in turn, with columns made orthonormal when it is read.
 
     Attributes:
         basis: (..., features, directions), float64, orthonormal columns.
@@ -31,13 +31,12 @@ class Subspace:
     def __init__(self, decompose: Callable[[], tuple[Tensor, ...]]) -> None:
         self._decompose = decompose
         self._basis: Tensor | None = None
-        self._matrix: Tensor | None = None
+        self._matrices: list[Tensor] = []
         self._spectrum: Tensor | None = None
 
     def _find(self) -> tuple[Tensor, Tensor]:
         if self._basis is None or self._spectrum is None:
-            self._basis, self._spectrum, *matrix = self._decompose()
-            self._matrix = matrix[0] if matrix else None
+            self._basis, self._spectrum, *self._matrices = self._decompose()
         return self._basis, self._spectrum
 
     @property
@@ -51,10 +50,16 @@ class Subspace:
     def leading(self, rank: int) -> Tensor:
         """The first ``rank`` columns of the basis; takes less than the whole basis."""
         vectors = self._find()[0][..., :rank]
-        if self._matrix is None:
+        if not self._matrices:
             return vectors
+        for matrix in self._matrices:
+            vectors = matrix @ vectors
+        return orthonormal(vectors, self._are_nearly_orthogonal(rank))
+
+    def _are_nearly_orthogonal(self, rank: int) -> bool:
+        """Whether the products of the first ``rank`` vectors with the matrices are, before they are made so."""
         kept = self.spectrum[..., :rank]
-        return orthonormal(self._matrix @ vectors, bool((kept[..., -1:] > NEARLY_ORTHOGONAL * kept[..., :1]).all()))
+        return bool((kept[..., -1:] > NEARLY_ORTHOGONAL * kept[..., :1]).all())
 
     @property
     def total(self) -> Tensor:
@@ -68,11 +73,11 @@ class Subspace:
 
     def held_bytes(self) -> int:
         """Bytes of the basis, 0 after :meth:`release`."""
-        return sum(bytes_of(tensor) for tensor in (self._basis, self._matrix))
+        return sum(bytes_of(tensor) for tensor in (self._basis, *self._matrices))
 
     def release(self) -> None:
         """Drop the basis, which is recomputed if needed; the spectrum stays."""
-        self._basis = self._matrix = None
+        self._basis, self._matrices = None, []
 
     def rank_at(self, explained_variance: float) -> int:
         """The smallest number of directions with this share of the variance; with groups, the largest of theirs.
@@ -118,35 +123,29 @@ def principal_directions(moment: Tensor, noise: Tensor | None = None) -> tuple[T
     Returns:
         (..., features, features) and (..., features).
     """
-    values, vectors = falling_eigh(moment)
+    values, vectors = descending_eigh(moment)
     limit = None if noise is None else noise.amax(-1)
     return vectors, denoised(values, limit, lambda start: noise_along(noise, vectors[..., start:]))
 
 
-def falling_eigh(moment: Tensor) -> tuple[Tensor, Tensor]:
+def descending_eigh(moment: Tensor) -> tuple[Tensor, Tensor]:
     """``eigh`` of a symmetric matrix (its lower triangle is read), eigenvalues in descending order."""
     values, vectors = torch.linalg.eigh(moment)
     return values.flip(-1), vectors.flip(-1)
 
 
-def singular_directions(matrix: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def singular_directions(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Left singular vectors and squared singular values of a tall matrix, from the Gram matrix of its columns.
 
     Args:
         matrix: (..., features, columns), float64, columns <= features; may be rank-deficient.
-        noise: as for :func:`principal_directions`.
 
     Returns:
         The right singular vectors (..., columns, columns), the values (..., columns) and ``matrix``, as
         :class:`Subspace` takes them: ``matrix`` times the right singular vectors gives the left ones.
     """
-    values, vectors = falling_eigh(lower_product(matrix.mT, matrix))
-
-    def along(start: int) -> Tensor:
-        columns = matrix @ vectors[..., start:]
-        return noise_along(noise, columns) / columns.square().sum(-2).clamp_min(1e-300)
-
-    return vectors, denoised(values, None if noise is None else noise.amax(-1), along), matrix
+    values, vectors = descending_eigh(lower_product(matrix.mT, matrix))
+    return vectors, denoised(values), matrix
 
 
 def orthonormal(columns: Tensor, nearly: bool = False) -> Tensor:
@@ -164,6 +163,30 @@ def orthonormal(columns: Tensor, nearly: bool = False) -> Tensor:
     if factor is None:
         return torch.linalg.qr(columns).Q
     return torch.linalg.solve_triangular(factor, scaled.mT, upper=False).mT
+
+
+def orthonormal_pair(
+    basis: Tensor, inner: Tensor, columns: Tensor, nearly: bool = False
+) -> tuple[Tensor, Tensor] | None:
+    """P^T M A (..., n, features) and P (..., m, n), where P are ``columns`` made orthonormal in a metric M.
+
+    Args:
+        basis: B, (..., features, n).
+        inner: A^T M A B, (..., features, n).
+        columns: A B, (..., m, n).
+        nearly: as for :func:`orthonormal`.
+
+    Returns:
+        None if the columns are far from orthogonal in M.
+    """
+    norms = (basis * inner).sum(-2, keepdim=True).clamp_min(1e-300).sqrt()
+    down, up = (inner / norms).mT, (columns / norms).mT
+    if not nearly:
+        factor = near_identity_cholesky((basis / norms).mT @ inner / norms)
+        if factor is None:
+            return None
+        down, up = (torch.linalg.solve_triangular(factor, part, upper=False) for part in (down, up))
+    return down, up.mT
 
 
 def near_identity_cholesky(gram: Tensor) -> Tensor | None:
@@ -184,6 +207,12 @@ def lower_product(left: Tensor, right: Tensor) -> Tensor:
     for rows in _blocks(left.shape[-2]):
         product[..., rows, : rows.stop] = left[..., rows, :] @ right[..., : rows.stop]
     return product
+
+
+def gram(matrix: Tensor) -> Tensor:
+    """matrix^T matrix, (..., n, n), of a matrix (..., m, n), at half the work."""
+    lower = lower_product(matrix.mT, matrix).tril()
+    return lower + lower.tril(-1).mT
 
 
 def congruence(symmetric: Tensor, matrix: Tensor) -> Tensor:
@@ -208,9 +237,8 @@ def half_product(symmetric: Tensor, matrix: Tensor) -> Tensor:
     """
     half = torch.empty_like(matrix, memory_format=torch.contiguous_format)
     for rows in _blocks(symmetric.shape[-1]):
-        block = symmetric[..., rows, rows].tril()
-        block.diagonal(dim1=-2, dim2=-1).mul_(0.5)
-        block = torch.cat([symmetric[..., rows, : rows.start], block], -1)
+        block = symmetric[..., rows, : rows.stop].tril(rows.start)
+        block.diagonal(rows.start, dim1=-2, dim2=-1).mul_(0.5)
         half[..., rows, :] = block @ matrix[..., : rows.stop, :]
     return half
 
@@ -234,19 +262,6 @@ def root_congruence(symmetric: Tensor, root: Tensor) -> Tensor:
                 left = root[..., rows.start :, rows].mT
                 product[..., rows, columns] = left @ inner[..., rows.start - first :, :]
     return product
-
-
-def times_root(left: Tensor, root: Tensor) -> Tensor:
-    """``left @ root``; half the work where ``root`` is lower triangular.
-
-    Args:
-        left: (..., m, n).
-        root: (..., n, n).
-    """
-    if not is_lower_triangular(root):
-        return left @ root
-    blocks = _blocks(root.shape[-1])
-    return torch.cat([left[..., columns.start :] @ root[..., columns.start :, columns] for columns in blocks], -1)
 
 
 def root_times(root: Tensor, right: Tensor) -> Tensor:
@@ -310,7 +325,7 @@ def noise_along(noise: Tensor | None, vectors: Tensor) -> Tensor:
     return (noise.unsqueeze(-2) @ vectors.square()).squeeze(-2)
 
 
-def denoised(values: Tensor, limit: Tensor | None, along: Callable[[int], Tensor]) -> Tensor:
+def denoised(values: Tensor, limit: Tensor | None = None, along: Callable[[int], Tensor] | None = None) -> Tensor:
     """Descending eigenvalues, with those within rounding error of zero set to zero.
 
     Args:
@@ -320,9 +335,10 @@ def denoised(values: Tensor, limit: Tensor | None, along: Callable[[int], Tensor
             directions whose values are not above the limit.
     """
     bound = values.shape[-1] * torch.finfo(values.dtype).eps * values[..., :1].expand_as(values)  # eigh's own error
-    if limit is not None:
+    if limit is not None and along is not None:
         start = int((values > limit.unsqueeze(-1)).sum(-1).min()) if values.numel() else 0
-        bound = torch.cat([bound[..., :start], torch.maximum(bound[..., start:], along(start))], -1)
+        if start < values.shape[-1]:
+            bound = torch.cat([bound[..., :start], torch.maximum(bound[..., start:], along(start))], -1)
     return torch.where(values > bound, values, 0.0)
 
 

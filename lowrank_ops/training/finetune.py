@@ -1,4 +1,4 @@
-"""Recover accuracy after compression: train the factors by a loss, by distillation from the dense model, or by both.
+"""Recover accuracy after compression: train the model by a loss, by distillation from the dense model, or by both.
 
 Any other training loop works as well: the factors are ordinary parameters. The zeros that pad a rank receive zero
 gradients, so training keeps the rank.
@@ -29,6 +29,7 @@ from ..models.running import (
     NO_REAL_ROW,
     ProgressBar,
     call_model,
+    check_differentiable,
     device_of,
     evaluating,
     hooks,
@@ -116,7 +117,8 @@ def finetune_(
             matched outputs. It is not applied to ``loss``.
         checkpoint: file written every ``checkpoint_every`` steps and at the end. If it exists, training
             resumes from it, with the same batches and random numbers as an uninterrupted run, provided that
-            ``batches`` draws from torch's global generator.
+            ``batches`` draws from torch's global generator. A checkpoint of other arguments, of another loss or forward
+            by their code, or of another teacher is refused; ``batches`` are not compared.
         checkpoint_every: optimizer steps between two checkpoints.
         progress: show a progress bar.
 
@@ -148,7 +150,9 @@ def finetune_(
     )
     objective.check()
     _check(student, lr, weight_decay, warmup, clip, checkpoint_every)
-    run = Run(student, total, lr, weight_decay, warmup, accumulate, clip, objective.settings())
+    run = Run(
+        student, total, lr, weight_decay, warmup, accumulate, clip, {} if checkpoint is None else objective.settings()
+    )
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None:
         check_file("checkpoint", path)
@@ -241,15 +245,22 @@ class _Objective:
             yield
 
     def settings(self) -> dict[str, Any]:
-        """What must be equal in a resumed run."""
+        """What must be equal in a resumed run; of functions and of the teacher, digests."""
+        teacher = {} if self.teacher is None else self.teacher.state_dict()
         return {
             "soft_weight": self.soft_weight,
             "temperature": self.temperature,
             "match": list(self.match),
             "match_weight": self.match_weight,
             "autocast": str(self.autocast),
-            "teacher": self.teacher is not None,
-            "loss": self.loss is not None,
+            "teacher": digest(
+                {
+                    name: None if isinstance(value, Tensor) and value.is_meta else value
+                    for name, value in teacher.items()
+                }
+            ),
+            "loss": digest(self.loss),
+            "forward": digest(self.forward),
             **({} if self.mask is None else {"mask": digest(self.mask)}),
         }
 
@@ -348,6 +359,7 @@ def _total_steps(batches: Iterable[Any], epochs: int, steps: int | None, accumul
 def _check(
     student: nn.Module, lr: float, weight_decay: float, warmup: float, clip: float, checkpoint_every: int
 ) -> None:
+    check_differentiable(student)
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     for fqn, layer in student.named_modules():
         if isinstance(layer, LowRankLinear) and any(layer.formats) and not fqn.endswith("base_layer"):

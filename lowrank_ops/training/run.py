@@ -163,8 +163,9 @@ class Run:
         """Why a checkpoint cannot be resumed, to be put after its name; None if it can."""
         try:
             settings = header["settings"]
-            if settings != self.settings:
-                return f"is of a run with {settings}, this one has {self.settings}. Use the same arguments to resume it"
+            changed = [name for name in {**self.settings, **settings} if settings.get(name) != self.settings.get(name)]
+            if changed:
+                return f"is of another run: its {', '.join(changed)} differ. Use the same arguments to resume it"
             own, student = self.student.state_dict(), _part(tensors, "student.")
             differ = [name for name in {**own, **student} if _kind(own.get(name)) != _kind(student.get(name))]
             if differ:

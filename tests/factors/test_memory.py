@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import itertools
+import os
 import weakref
 from pathlib import Path
 
@@ -90,6 +92,29 @@ def test_a_bound_is_kept_and_changes_no_factors(spare: int, monkeypatch: pytest.
         assert torch.equal(value, other.state_dict()[name])
         assert value.untyped_storage().filename is None
     model(torch.randn(3, 96)).sum().backward()
+
+
+@pytest.mark.parametrize("fault", ["full disk", "no folder", "file size"])
+def test_files_that_cannot_be_written_leave_the_model(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, covariances = calibrated(*[48] * 6)
+    spaces = layer_subspaces(dict(model.named_children()), covariances)
+    bound = 10**9 - bytes_to_spare(spaces, LOSS, 10**9)
+    before = {name: (id(part), part.clone()) for name, part in model.named_parameters()}
+    written, code = [], {"full disk": errno.ENOSPC, "no folder": errno.ENOENT, "file size": errno.EFBIG}[fault]
+
+    def allocate(*args: object) -> None:
+        written.append(args)
+        if len(written) == 5 and fault != "no folder":  # some layers are in files by then
+            raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "posix_fallocate", allocate)
+    if fault == "no folder":
+        monkeypatch.setattr("tempfile.tempdir", "/missing")
+    with pytest.raises(OSError, match=r"no temporary file of .* bytes .*set TMPDIR to another folder") as raised:
+        lro.compress_(model, covariances, LOSS, max_memory=bound)
+    assert raised.value.errno == code
+    for name, part in model.named_parameters():
+        assert id(part) == before[name][0] and torch.equal(part, before[name][1])
 
 
 @pytest.mark.parametrize("where", ["model", "folder"])

@@ -85,10 +85,30 @@ HOOKS = (
     "register_forward_hook",
     "register_full_backward_pre_hook",
     "register_full_backward_hook",
+    "register_state_dict_pre_hook",
+    "register_state_dict_post_hook",
+    "register_load_state_dict_pre_hook",
+    "register_load_state_dict_post_hook",
 )
 
 
-@pytest.mark.parametrize("make", [tied_embedding, tied_linears, *map(hooked, HOOKS)])
+def hooked_parameter(register):
+    """Gradients that are masked, and an optimizer that steps during the backward pass."""
+
+    def make():
+        model = nn.ModuleDict({"a": nn.Linear(16, 16)})
+        getattr(model["a"].bias, register)(lambda *args: None)
+        return model, "a", "has hooks"
+
+    return make
+
+
+PARAMETER_HOOKS = ("register_hook", "register_post_accumulate_grad_hook")
+
+
+@pytest.mark.parametrize(
+    "make", [tied_embedding, tied_linears, *map(hooked, HOOKS), *map(hooked_parameter, PARAMETER_HOOKS)]
+)
 def test_tied_weights_and_hooks_are_refused(make):
     model, fqn, reason = make()
     layers = dict(model)

@@ -152,6 +152,12 @@ def test_pruning_and_tying_the_weight_are_refused(layer):
     assert isinstance(other.weight, nn.Parameter) and list(layer.state_dict()) == ["down", "up", "bias"]
 
 
+def test_an_optimizer_of_the_weight_is_refused(layer):
+    with pytest.raises(ValueError, match="can't optimize a non-leaf Tensor"):
+        torch.optim.SGD([layer.weight], lr=0.1)
+    assert layer.requires_grad_(False).weight.is_leaf
+
+
 class ReadsDtype(nn.Module):
     """Casts its input as transformers' T5 does."""
 

@@ -21,6 +21,16 @@ class Gated(nn.Module):
         return self.after(self, h, self.w2(h))
 
 
+def keeping(what):
+    """Keeps a part of what it computes as an attribute, which others can read."""
+
+    def after(module, h, y):
+        module.kept = [what(h, y).detach()]
+        return y
+
+    return Gated(after=after)
+
+
 class Masked(Gated):
     def forward(self, x, mask):
         return super().forward(x) if mask is None else super().forward(x) * mask
@@ -52,6 +62,7 @@ def mlps_of(model):
         (Gated(), [GATED]),
         (Gated(between=nn.Dropout(0.5)), [GATED]),
         (Masked(), [GATED]),
+        (keeping(lambda h, y: y.abs().mean()), [GATED]),
         (Squares(), [Mlp(("fc1",), "fc2")]),
         (Gated().to(torch.bfloat16), [GATED]),
         (nn.Sequential(Gated(), Gated()), [Mlp(("0.w1", "0.w3"), "0.w2"), Mlp(("1.w1", "1.w3"), "1.w2")]),
@@ -98,6 +109,8 @@ def hooked(model):
         Gated(after=lambda module, h, y: y + h.sum(-1, keepdim=True)),  # another reader of the channels
         Gated(after=lambda module, h, y: (y, h)),
         Gated(after=lambda module, h, y: y * module.w1.out_features),
+        keeping(lambda h, y: h),
+        keeping(lambda h, y: h.abs().mean()),
         hooked(Gated()),
         nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Linear(12, 8)),  # does not run
         nn.Sequential(nn.Linear(8, 1), nn.ReLU(), nn.Linear(1, 8)),  # has nothing to drop

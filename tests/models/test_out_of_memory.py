@@ -10,6 +10,7 @@ from lowrank_ops.models.running import in_layer
 
 BATCHES = [torch.randn(20, 8)]
 RANKS, SEQUENTIAL = lro.Ranks({"0": 4}), lro.SequentialReconstruction(BATCHES, ridge=0.0)
+BLOCKS = lro.BlockReconstruction(2 * BATCHES, blocks="")
 
 
 def model() -> nn.Module:
@@ -46,10 +47,10 @@ def numpy_is_full(*args, **kwargs):
             lambda m, c: lro.calibrate(m, BATCHES, sensitivity="output"),
             "0",
         ),
-        ("lowrank_ops.subspaces.principal.falling_eigh", lambda m, c: lro.utilization(m, c), "0"),
-        ("lowrank_ops.subspaces.principal.falling_eigh", lambda m, c: lro.compress_(m, c, lro.Ranks({"2": 4})), "2"),
+        ("lowrank_ops.subspaces.principal.descending_eigh", lambda m, c: lro.utilization(m, c), "0"),
+        ("lowrank_ops.subspaces.principal.descending_eigh", lambda m, c: lro.compress_(m, c, lro.Ranks({"2": 4})), "2"),
         (
-            "lowrank_ops.subspaces.principal.falling_eigh",
+            "lowrank_ops.subspaces.principal.descending_eigh",
             lambda m, c: lro.compress_(m, c, lro.ExplainedVariance(0.9)),
             "0",
         ),
@@ -57,6 +58,22 @@ def numpy_is_full(*args, **kwargs):
             "lowrank_ops.reconstruction.sequential.reconstruct_layers",
             lambda m, c: lro.compress_(m, c, RANKS, reconstruction=SEQUENTIAL),
             "0",
+        ),
+        ("lowrank_ops.compress.replacement", lambda m, c: lro.compress_(m, c, lro.Ranks({"2": 4})), "2"),
+        (
+            "lowrank_ops.subspaces.channels.kept_order",
+            lambda m, c: lro.compress_(m, c, lro.Ranks({}, channels={"2": 4})),
+            "2",
+        ),
+        (
+            "lowrank_ops.correction._Directions",
+            lambda m, c: lro.correct_predictions(m, lro.calibrate(m, BATCHES, sensitivity="output"), BATCHES),
+            "0",
+        ),
+        (
+            "lowrank_ops.reconstruction.blocks._train",
+            lambda m, c: lro.compress_(m, c, lro.Ranks({"2": 4}), reconstruction=BLOCKS),
+            "2",
         ),
     ],
 )

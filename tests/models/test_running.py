@@ -65,6 +65,19 @@ class Drops(nn.Linear):
         return super().train(mode)
 
 
+class FoldsItsChild(nn.Sequential):
+    """Folds an adapter into the weight of a layer inside it, or loses a part of that."""
+
+    def __init__(self, left: float) -> None:
+        super().__init__(nn.Linear(8, 8), nn.Linear(8, 8))
+        self.left = left
+
+    def train(self, mode: bool = True) -> "FoldsItsChild":
+        if mode != self.training:
+            self[1].weight.data += -self.left if mode else 1.0
+        return super().train(mode)
+
+
 def nested(*layers: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Linear(8, 8), nn.Sequential(*layers, nn.Dropout(0.5)))
 
@@ -183,6 +196,79 @@ def test_weights_that_train_does_not_restore_are_named():
     model = nested(Drops(8, 8))
     with pytest.warns(UserWarning, match=r"parameters of 1\.0 are not what they were"), evaluating(model):
         pass
+
+
+@pytest.mark.parametrize("outer", [nested, lambda layer: KeepsNormFrozen(nn.Linear(8, 8), nn.BatchNorm1d(8), layer)])
+def test_parents_that_fold_their_layers_are_watched(outer):
+    """Only the innermost module that does work in train() is named."""
+    model = outer(FoldsItsChild(1.0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with evaluating(model):
+            assert not model.training
+    model = outer(FoldsItsChild(0.5))
+    with pytest.warns(UserWarning, match=r"parameters of (1\.0|2) are not what they were"), evaluating(model):
+        pass
+
+
+def calls_compiled(model: nn.Module) -> nn.Module:
+    model.run = torch.compile(lambda x: model.layers(x), backend="eager")
+    return model
+
+
+def forward_compiled(model: nn.Module) -> nn.Module:
+    model.layers.forward = torch.compile(model.layers.forward, backend="eager")
+    return model
+
+
+class Runs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+        self.run = lambda x: self.layers(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.run(x)
+
+
+class Decorated(Runs):
+    @torch.compile(backend="eager")
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.run(x)
+
+
+@pytest.mark.parametrize("make", [lambda: calls_compiled(Runs()), lambda: forward_compiled(Runs()), Decorated])
+def test_layers_in_compiled_functions_are_reached(make):
+    """Compiled code does not run hooks that come later; it is compiled again for the new layers."""
+    torch.manual_seed(0)
+    model, x = make(), torch.randn(40, 8)
+    plain = Runs()
+    plain.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), plain(x))  # compiled here
+    found, expected = (lro.calibrate(one, [x], sensitivity="output") for one in (model, plain))
+    for fqn, statistics in expected.items():
+        assert torch.equal(found[fqn].activations.second_moment, statistics.activations.second_moment)
+    for one, statistics in ((model, found), (plain, expected)):
+        lro.compress_(one, statistics, lro.Ranks({"layers.0": 4}))
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), plain(x))
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+
+
+def test_compiled_functions_that_run_the_model_are_reached():
+    model, x = Runs(), torch.randn(40, 8)
+    run = torch.compile(lambda model, batch: model(batch), backend="eager")
+    run(model, x)
+    found, expected = lro.calibrate(model, [x], forward=run), lro.calibrate(model, [x])
+    assert set(found) == set(expected) == {"layers.0", "layers.2"}
+    assert torch.equal(found["layers.2"].activations.total, expected["layers.2"].activations.total)
+
+
+def test_exported_parts_have_no_modes():
+    part = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+    model = nn.Sequential(nn.Linear(8, 8), torch.export.export(part, (torch.randn(3, 8),)).module())
+    assert set(lro.calibrate(model, [torch.randn(3, 8)])) == {"0"}
 
 
 def in_thread(function) -> object:
@@ -342,3 +428,30 @@ def test_other_threads_do_not_touch_handlers():
             return signal.getsignal(signal.SIGINT)
 
     assert in_thread(work) is before
+
+
+def test_parameters_of_inference_mode_are_named_where_gradients_are_needed():
+    x = torch.randn(20, 8)
+    with torch.inference_mode():
+        model = small()
+    covariances = lro.calibrate(copy.deepcopy(model), [x], sensitivity="output")
+    uses = [
+        lambda one: lro.calibrate(one, [x], sensitivity="output"),
+        lambda one: lro.correct_predictions(one, covariances, [x], sensitivity="output"),
+        lambda one: lro.finetune_(one, [x], teacher=small(), steps=1),
+    ]
+    for use in uses:
+        with pytest.raises(
+            ValueError, match=r"parameter '0\.weight' was made in torch\.inference_mode.* copy\.deepcopy"
+        ):
+            use(model)
+        use(copy.deepcopy(model))
+    lro.compress_(model, lro.calibrate(model, [x]), 4)  # which differentiates nothing
+
+
+def test_mlps_are_looked_for_by_one_thread():
+    model, x = small(), torch.randn(20, 8)
+    covariances = lro.calibrate(model, [x], sensitivity="output")
+    with exclusive(model):
+        found = in_thread(lambda: lro.correct_predictions(model, covariances, [x], sensitivity="output", channels=True))
+    assert isinstance(found, RuntimeError) and "another thread" in str(found)

@@ -36,9 +36,16 @@ def float8() -> nn.Module:
     return layer
 
 
+def forward_traced() -> nn.Module:
+    block = nn.Sequential(nn.Linear(8, 8))
+    block.forward = torch.jit.trace(block, torch.ones(1, 8)).forward
+    return block
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
+        (forward_traced, "TorchScript module, which hides its layers"),
         (lambda: nn.Linear(8, 8, device="meta"), "on the meta device and has no values; load the weights"),
         (lambda: nn.Linear(8, 8, bias=False, device="meta"), "on the meta device"),
         (lambda: Quantized(8, 8), r"quantized \(Quantized of bitsandbytes\); compress the float model"),

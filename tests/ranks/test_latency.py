@@ -208,7 +208,7 @@ def test_latencies_survive_a_round_trip_by_file(calibrated, tmp_path) -> None:
         ('{"curves": {"b": {"dense": 1, "ranks": [8], "seconds": []}}, "layers": {}}', "missing or empty"),
         ('{"curves": {"b": {"dense": NaN, "ranks": [8], "seconds": [1]}}, "layers": {}}', "'b' has times"),
         ('{"curves": {"b": {"dense": 1, "ranks": [8], "seconds": ["1"]}}, "layers": {}}', "'b' has times"),
-        ('{"curves": {"b": {"dense": 1, "ranks": [8, 4], "seconds": [1, 2]}}, "layers": {}}', "must be rising"),
+        ('{"curves": {"b": {"dense": 1, "ranks": [8, 4], "seconds": [1, 2]}}, "layers": {}}', "must be ascending"),
         ('{"curves": {"b": {"dense": 1, "ranks": [8], "seconds": [1]}}, "layers": {"a": {"b": null}}}', "has calls"),
     ],
 )

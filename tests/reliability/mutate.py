@@ -37,7 +37,8 @@ TESTS = {
     "description.py": ["tests/test_checkpoint.py"],
 }
 USERS = [
-    "tests/test_compress.py", "tests/test_compress_group.py", "tests/test_compress_device.py", "tests/test_folders.py",
+    "tests/test_compress.py", "tests/test_compress_group.py", "tests/test_compress_channels.py",
+    "tests/test_compress_device.py", "tests/test_folders.py",
     "tests/test_golden_files.py", "tests/test_correction.py", "tests/test_midpoint.py", "tests/report",
     "tests/ranks/test_byte_budget.py", "tests/layers/test_eight_bit.py", "tests/layers/test_pivoted.py",
     "tests/integrations/test_eight_bit.py", "tests/integrations/test_transformers.py", "tests/models/test_experts.py",
@@ -147,7 +148,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mutants", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", help="a room, such as ranks")
+    parser.add_argument("--only", help="a room, such as ranks, or files of rooms, such as channels.py")
+    parser.add_argument("--tests", nargs="+", help="the tests to run, instead of those of the rooms and their users")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("mutants.json"))
     parser.add_argument("--again", action="store_true", help="only the survivors in --out, after tests were added")
     options = parser.parse_args()
@@ -163,12 +165,17 @@ def main() -> int:
             shutil.copytree(part, folder / part.name, ignore=shutil.ignore_patterns("__pycache__"))
         elif not part.name.startswith("."):
             (folder / part.name).symlink_to(part)
-    tests = {room: paths for room, paths in TESTS.items() if options.only in (None, room)}
+    of_files = str(options.only).endswith(".py") and options.only not in TESTS
+    tests = {room: paths for room, paths in TESTS.items() if of_files or options.only in (None, room)}
     found = []
     for room in tests:
         files = [ROOT / "lowrank_ops" / room] if room.endswith(".py") else (ROOT / "lowrank_ops" / room).glob("*.py")
-        found += [(room, mutant) for file in sorted(files) for mutant in mutants_of(file)]
-    for room, paths in {**tests, "users": USERS}.items():
+        files = sorted(file for file in files if not of_files or file.name == options.only)
+        found += [(room, mutant) for file in files for mutant in mutants_of(file)]
+    users = USERS
+    if options.tests:
+        tests, users = dict.fromkeys(tests, options.tests), []
+    for room, paths in ({"given": options.tests} if options.tests else {**tests, "users": users}).items():
         passed, seconds = run_tests(folder, paths)
         print(f"{room}: tests pass {passed}, {seconds:.0f} s", flush=True)
         if not passed:
@@ -191,8 +198,8 @@ def main() -> int:
         original = target.read_text()
         target.write_text(mutant.source)
         survived, seconds = run_tests(folder, tests[room])
-        if survived:
-            survived, more = run_tests(folder, USERS)
+        if survived and users:
+            survived, more = run_tests(folder, users)
             seconds += more
         target.write_text(original)
         rows.append({**mutant._asdict(), "survived": survived, "seconds": round(seconds, 1)})

@@ -28,7 +28,7 @@ from lowrank_ops.description import CONFIG_FILE
 from lowrank_ops.files import digest, digests, replacing, write_tensors
 from lowrank_ops.folders import compress_folder
 from lowrank_ops.latencies import LatencyCurve, LayerLatencies
-from lowrank_ops.layers import LowRankLayer, PivotedLinear
+from lowrank_ops.layers import LowRankLayer, NarrowLinear, PivotedLinear
 from lowrank_ops.layers.group import groups_in
 from lowrank_ops.search.trial_cache import TrialCache
 from tests.reliability.campaign import examples, figures
@@ -72,7 +72,7 @@ def load_checkpoint(path: Path, make: Callable[[], nn.Module] = network) -> str:
         lro.load_pretrained(model, path.parent)
     except ValueError:
         assert digest(model.state_dict()) == before
-        assert not any(isinstance(part, LowRankLayer) for part in model.modules())
+        assert not any(isinstance(part, (LowRankLayer, NarrowLinear)) for part in model.modules())
         raise
     model(batches()[0])
     return digest(model.state_dict()) + repr(groups_in(model))
@@ -158,8 +158,17 @@ def saved_eight_bit(path: Path, pivoted: bool = False) -> None:
     lro.save_pretrained(model, path.parent)
 
 
-def load_eight_bit(path: Path) -> str:
+def load_with_head(path: Path) -> str:
     return load_checkpoint(path, lambda: nn.Sequential(*network(), nn.Linear(6, 6)))
+
+
+def saved_channels(path: Path) -> None:
+    """An MLP that has lost channels, and a layer with factors."""
+    model = nn.Sequential(*network(), nn.Linear(6, 6))
+    covariances = lro.calibrate(model, batches(), sensitivity="output")
+    lro.compress_(model, covariances, lro.Ranks({"3": 2}, channels={"2": 7}))
+    assert isinstance(model[2], NarrowLinear) and isinstance(model[3], LowRankLayer)
+    lro.save_pretrained(model, path.parent)
 
 
 class Format(NamedTuple):
@@ -172,11 +181,12 @@ class Format(NamedTuple):
 
 FORMATS = {
     "checkpoint": Format(WEIGHTS_FILE, saved_checkpoint, load_checkpoint),
-    "checkpoint, 8-bit factors": Format(WEIGHTS_FILE, saved_eight_bit, load_eight_bit),
+    "checkpoint, 8-bit factors": Format(WEIGHTS_FILE, saved_eight_bit, load_with_head),
     "checkpoint, pivoted layers of 8 bits": Format(
-        WEIGHTS_FILE, partial(saved_eight_bit, pivoted=True), load_eight_bit
+        WEIGHTS_FILE, partial(saved_eight_bit, pivoted=True), load_with_head
     ),
     "checkpoint, pivoted layers": Format(WEIGHTS_FILE, partial(saved_checkpoint, pivoted=True), load_checkpoint),
+    "checkpoint, fewer channels": Format(WEIGHTS_FILE, saved_channels, load_with_head),
     "checkpoint, grouped layers": Format(
         WEIGHTS_FILE, partial(saved_checkpoint, make=Siblings, rank=4, group=True), load_siblings
     ),

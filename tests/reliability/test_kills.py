@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import warnings
 from collections import Counter
@@ -22,7 +23,9 @@ from torch import nn
 
 import lowrank_ops as lro
 from lowrank_ops.calibration import resume
+from lowrank_ops.factors.memory import bytes_to_spare
 from lowrank_ops.files import digest
+from lowrank_ops.subspaces import layer_subspaces
 from tests.reliability.campaign import LONG, figures, sized
 
 
@@ -48,6 +51,20 @@ def compress(folder: Path, seed: int) -> None:
 def compress_to_eight_bits(folder: Path, seed: int) -> None:
     model = network(seed)
     report = lro.compress_(model, lro.calibrate(model, batches()), lro.ByteBudget(0.3, allocation="uniform"))
+    lro.save_pretrained(model, folder, report)
+
+
+def drop_channels(folder: Path, seed: int) -> None:
+    """Of the first two layers as an MLP, with the new layers in temporary files until the old ones are freed."""
+    model, places = network(seed), tempfile.tempdir
+    covariances = lro.calibrate(model, batches(), sensitivity="output")
+    layers = {fqn: model.get_submodule(fqn) for fqn in covariances}
+    config = lro.CompressionConfig(lro.Ranks({"4": 4}, channels={"2": 16}))
+    spare = bytes_to_spare(layer_subspaces(layers, covariances), config.resolved(True, True), 10**9)
+    (folder / "temporary").mkdir(exist_ok=True)
+    tempfile.tempdir = str(folder / "temporary")
+    report = lro.compress_(model, covariances, config, max_memory=10**9 - spare)
+    tempfile.tempdir = places
     lro.save_pretrained(model, folder, report)
 
 
@@ -139,6 +156,7 @@ if LONG:  # make test has enough of their kind
     WORKS |= {
         "compress_ to 8 bits and save_pretrained over a good checkpoint": Work(compress_to_eight_bits, loaded, True),
         "compress_ with a block reconstruction, resumed": Work(reconstruct_blocks, result, False),
+        "compress_ of channels within max_memory and save_pretrained": Work(drop_channels, loaded, True),
     }
 
 

@@ -34,6 +34,34 @@ def test_fewer_patches_than_features_are_marked():
         lro.compress_(dense, covariances, 8)
 
 
+@pytest.mark.parametrize("kind", ["linear", "conv2d", "conv1d"])
+def test_single_layers_are_warned_of(kind):
+    layer = {"linear": nn.Linear(64, 48), "conv2d": nn.Conv2d(4, 48, 4), "conv1d": nn.Conv1d(32, 48, 2)}[kind]
+    x = {"linear": torch.randn(5, 64), "conv2d": torch.randn(5, 4, 4, 4), "conv1d": torch.randn(5, 32, 2)}[kind]
+    statistics = lro.calibrate(nn.Sequential(layer), [x])["0"]
+    make = {
+        "linear": lro.LowRankLinear.from_linear,
+        "conv2d": lro.LowRankConv2d.from_conv2d,
+        "conv1d": lro.layers.LowRankConv1d.from_conv1d,
+    }[kind]
+    with pytest.warns(UserWarning, match=r"fewer calibration rows than .*: \w+ \(5 of 48\)") as found:
+        make(layer, 4, statistics)
+    assert len(found) == 1 and found[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make(layer, 4)
+        make(layer, 4, statistics, projection="weight")
+
+
+def test_few_rows_of_a_reconstruction_are_warned_of():
+    model = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 16))
+    covariances = lro.calibrate(model, [torch.randn(100, 16)])
+    settings = lro.SequentialReconstruction([torch.randn(2, 16), torch.randn(3, 16)])
+    match = r"fewer rows in the batches of the reconstruction than .*: 0 \(5 of 16\), 2 \(5 of 16\)\..*; pass it more"
+    with pytest.warns(UserWarning, match=match):
+        lro.compress_(model, covariances, lro.Ranks({"0": 4, "2": 4}), reconstruction=settings)
+
+
 def test_enough_rows_are_not_marked():
     dense = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 64))
     covariances = lro.calibrate(dense, [torch.randn(48, 64)])

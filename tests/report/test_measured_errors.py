@@ -155,3 +155,14 @@ def test_models_that_cannot_be_compared_are_refused() -> None:
     with pytest.raises(ValueError, match="errors has layers that the report does not have: nowhere"):
         report.with_measured({"nowhere": 1.0})
     assert report.prediction() is None
+
+
+@pytest.mark.parametrize("broken", ["batch", "compressed"])
+def test_outputs_that_are_not_finite_are_refused(broken):
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    dense, x = copy.deepcopy(model), torch.randn(40, 16)
+    lro.compress_(model, lro.calibrate(model, [x]), lro.Ranks({"2": 4}))
+    values = {"batch": x, "compressed": model[2].up.data}[broken]
+    values[3, 3] = float("nan" if broken == "batch" else "inf")
+    with pytest.raises(lro.NonFiniteActivationError, match="layer '2': its output holds NaN or inf"):
+        lro.measure_errors(dense, model, [x])

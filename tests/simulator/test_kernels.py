@@ -7,6 +7,7 @@ in one of the orders, and a deadlock is an error.
 from __future__ import annotations
 
 import re
+import warnings
 
 import pytest
 import torch
@@ -14,7 +15,10 @@ import torch.nn.functional as F
 from simulated import ORDERS, SM80, SM86, SM90, Machine, Simulated
 from torch import Tensor
 
-from tests.ops.inputs import ACTIVATIONS
+from lowrank_ops.ops import _verify, linear, lowrank_linear
+from lowrank_ops.ops._backend import Backend, Impl
+from lowrank_ops.ops._dispatcher import BoundedCache
+from tests.ops.inputs import ACTIVATIONS, linear_inputs
 from tests.tolerance import assert_close_to_float64
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -422,6 +426,28 @@ def test_ops_refuse_a_choice_without_a_kernel(simulated: Simulated):
             simulated.ops._cuda_lowrank_linear(x, down, up, None, "none", kernel, splits)
     with pytest.raises(RuntimeError, match="cannot split its work over 2 CTAs"):
         simulated.ops._cuda_covariance_update_(torch.zeros(64, 64), torch.zeros(64), x, False, "", 2)
+
+
+@pytest.mark.parametrize(
+    "kernel, tokens, in_features", [("decode_sm80", 9, 1040), ("decode_sm90", 9, 1040), ("prefill_sm90", 80, 72)]
+)
+def test_first_calls_of_auto_are_right(simulated: Simulated, kernel, tokens, in_features, monkeypatch):
+    """A kernel that is found wrong in its first call gives a warning, by which one of the planted faults is found."""
+
+    def run(problem, x, down, up, bias, activation):
+        return simulated.lowrank_linear(x, down, up, bias, activation, (kernel, 0, 0))[0]
+
+    simulated.configure(SM90)
+    impl = Impl(kernel, Backend.CUDA, lambda problem: None, run)
+    monkeypatch.setattr(linear, "TABLE", (impl, linear.TABLE[-1]))
+    monkeypatch.setattr(linear, "_decisions", BoundedCache(8))
+    monkeypatch.setattr(_verify, "_passed", passed := set())
+    args = linear_inputs(tokens, in_features=in_features, rank=24, out_features=40, dtype=BF16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        y = lowrank_linear(*args)
+    assert len(passed) == 1
+    assert torch.equal(y, run(None, *args, "none"))
 
 
 def test_attributes_and_maps_of_weights_are_set_once(simulated: Simulated):

@@ -6,7 +6,7 @@ from torch import nn
 
 import lowrank_ops as lro
 from lowrank_ops.subspaces import layer_subspaces
-from lowrank_ops.subspaces.channels import ChannelSubspaces, kept_order
+from lowrank_ops.subspaces.channels import DAMPING, ChannelSubspaces, _cheapest, kept_order
 
 
 def exact_order(moment, weight):
@@ -52,6 +52,13 @@ def test_blocks_drop_about_as_well_as_single_channels(channels):
         assert mine <= 1.05 * best
 
 
+def test_a_round_of_all_channels_is_exact():
+    """Costs, weights and the inverse are updated after each channel that is dropped."""
+    moment, weight = moment_of(400, 40), torch.randn(24, 40).double()
+    found = _cheapest(torch.linalg.inv(moment), weight, 40)
+    assert torch.equal(found.flip(0), exact_order(moment, weight))
+
+
 def spaces_of(rows, sensitivity="output"):
     model = nn.Sequential(nn.Linear(12, 40), nn.ReLU(), nn.Linear(40, 8, bias=False)).double()
     batches = [torch.randn(rows, 12).double()]
@@ -78,8 +85,11 @@ def test_spectra_are_the_increase_of_the_error(rows):
 
 def test_an_order_is_found_once():
     space = spaces_of(100)
+    for part in space.layers:
+        assert part.weight.isfinite().all() and part.moment.isfinite().all()  # computed, and kept
     spectrum = space.loss.subspace.spectrum
     space.release()
+    assert not any({"weight", "moment"} & vars(part).keys() for part in (space, *space.layers))
     assert space.loss.subspace.is_decomposed and space.loss.subspace.spectrum is spectrum
     assert space.held_bytes() == space.loss.subspace.held_bytes() == 40 * 8
 
@@ -93,6 +103,19 @@ def test_channels_without_use_are_dropped_first():
     assert set(kept_order(moment, copies)[-2:].tolist()) <= {3, 7, 11}
     nothing = kept_order(1e-200 * torch.eye(4).double(), torch.zeros(2, 4).double())
     assert sorted(nothing.tolist()) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("rows", [300, 20])
+def test_the_damping_is_a_millionth_of_every_channel(rows):
+    space = spaces_of(rows)
+    for activations, plain in (
+        (space.statistics.activations, space.moment),
+        (space.loss_activations, space.loss_moment(centered=True)),
+    ):
+        added = space.damped_moment(activations) - plain
+        expected = DAMPING * plain.diagonal()
+        torch.testing.assert_close(added.diagonal(), expected, rtol=1e-3, atol=DAMPING**2 * float(plain.trace()) / 40)
+        assert not (added - added.diag().diag()).any()
 
 
 @pytest.mark.parametrize("offset", [-1e-6, -1e-7, 0.0])

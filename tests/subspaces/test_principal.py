@@ -9,6 +9,7 @@ from torch import Tensor
 from lowrank_ops.subspaces import Subspace
 from lowrank_ops.subspaces.principal import (
     congruence,
+    gram,
     half_product,
     lower_product,
     noise_of_sums,
@@ -17,7 +18,6 @@ from lowrank_ops.subspaces.principal import (
     root_times,
     singular_directions,
     square_root,
-    times_root,
 )
 
 
@@ -119,12 +119,12 @@ def test_half_products_are_the_whole_ones(n: int, groups: tuple[int, ...]) -> No
     matrix = torch.randn(*groups, n, 5).double()
     moment = matrix @ matrix.mT + torch.eye(n).double()
     torch.testing.assert_close(lower_product(matrix, matrix.mT).tril(), (matrix @ matrix.mT).tril())
+    torch.testing.assert_close(gram(matrix), matrix.mT @ matrix)
     torch.testing.assert_close(congruence(moment, matrix), matrix.mT @ moment @ matrix)
     torch.testing.assert_close(
         2 * (matrix * half_product(moment, matrix)).sum(-2), ((moment @ matrix) * matrix).sum(-2)
     )
     for root in (torch.linalg.cholesky(moment), moment):  # a triangle, and a whole matrix
-        torch.testing.assert_close(times_root(matrix.mT, root), matrix.mT @ root)
         torch.testing.assert_close(root_times(root, matrix), root @ matrix)
         torch.testing.assert_close(root_congruence(moment, root).tril(), (root.mT @ moment @ root).tril())
 

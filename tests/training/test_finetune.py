@@ -275,14 +275,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, stop: int) ->
     arguments = {"forward": first, "epochs": 3, "checkpoint_every": 2, "lr": 1e-2}
 
     torch.manual_seed(5)
-    expected = lro.finetune_(whole, loader, loss=cross_entropy, **arguments)
+    expected = lro.finetune_(whole, loader, loss=interrupted_after(99), **arguments)
     torch.manual_seed(5)
     path = tmp_path / "run.pt"
     with pytest.raises(Interrupted):
         lro.finetune_(interrupted, loader, loss=interrupted_after(stop), checkpoint=path, **arguments)
     torch.manual_seed(77)
     fresh = copy.deepcopy(start)
-    report = lro.finetune_(fresh, loader, loss=cross_entropy, checkpoint=path, **arguments)
+    report = lro.finetune_(fresh, loader, loss=interrupted_after(99), checkpoint=path, **arguments)
     assert report.losses == expected.losses
     assert all(torch.equal(value, whole.state_dict()[key]) for key, value in fresh.state_dict().items())
 
@@ -296,8 +296,12 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "run.pt"
     arguments = {"loss": cross_entropy, "forward": first, "checkpoint": path}
     lro.finetune_(network(), data(2), **arguments)
-    with pytest.raises(ValueError, match=r"is of a run with .*'lr': 0.0003.* this one has .*'lr': 0.1"):
+    with pytest.raises(ValueError, match=r"is of another run: its lr differ\. Use the same arguments to resume it"):
         lro.finetune_(network(), data(2), lr=0.1, **arguments)
+    with pytest.raises(ValueError, match="another run: its loss, forward differ"):
+        lro.finetune_(network(), data(2), loss=interrupted_after(9), forward=lambda m, b: m(b[0]), checkpoint=path)
+    with pytest.raises(ValueError, match="another run: its soft_weight, teacher differ"):
+        lro.finetune_(network(), data(2), teacher=network(), soft_weight=0.1, **arguments)
     with pytest.raises(ValueError, match="is of another student"):
         lro.finetune_(nn.Linear(12, 5), data(2), **arguments)
     content = path.read_bytes()
@@ -310,6 +314,15 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path: Path) -> None:
     torch.save({"format": "lowrank_ops.finetune/1"}, path)  # as version 0.1 wrote; a pickle is not opened
     with pytest.raises(ValueError, match="cannot be read"):
         lro.finetune_(network(), data(2), **arguments)
+
+
+def test_a_checkpoint_of_another_teacher_is_refused(tmp_path: Path) -> None:
+    arguments = {"forward": first, "checkpoint": tmp_path / "run"}
+    student, teacher = network(), network()
+    lro.finetune_(copy.deepcopy(student), data(2), teacher=teacher, **arguments)
+    teacher[-1].bias.data[0] += 1e-3
+    with pytest.raises(ValueError, match="another run: its teacher differ"):
+        lro.finetune_(student, data(2), teacher=teacher, **arguments)
 
 
 def test_a_state_that_is_no_tensor_is_refused_at_the_start(tmp_path: Path) -> None:

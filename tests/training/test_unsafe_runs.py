@@ -44,5 +44,5 @@ def test_checkpoint_in_a_missing_folder(model, batches, tmp_path):
 
 def test_checkpoint_of_another_run(model, batches, tmp_path):
     lro.finetune_(model, batches, loss=squared, checkpoint=tmp_path / "x.pt")
-    with pytest.raises(ValueError, match=r"is of a run with"):
+    with pytest.raises(ValueError, match="is of another run: its clip differ"):
         lro.finetune_(model, batches, loss=squared, clip=2.0, checkpoint=tmp_path / "x.pt")
