@@ -154,6 +154,10 @@ def test_the_predicted_loss_is_that_of_the_order(calibrated, channels):
     assert parts["blocks.0.down"].predicted_loss == pytest.approx(expected, rel=0.02)  # which is damped
     assert all(parts[f"blocks.0.{name}"].predicted_loss == 0 for name in ("gate", "up"))  # the consumer has the whole
     assert all(parts[f"blocks.0.{name}"].predicted_error == 0 for name in ("gate", "up"))
+    assert {part.projection for part in parts.values()} == {"loss"}
+    plain = narrowed("blocks.0.down", member, channels, "output")
+    assert {part.projection for part in plain.values()} == {"output"}
+    assert plain["blocks.0.down"].predicted_error <= parts["blocks.0.down"].predicted_error
 
 
 def test_all_channels_give_the_same_function(calibrated):
@@ -168,6 +172,7 @@ def test_names_choose_mlps_and_the_others_get_factors(calibrated):
     _, report = compressed(calibrated, budget, names, config={"pivoted": True, "overrides": {"blocks.2.down": 8}})
     rows = rows_of(report)
     assert rows["blocks.0.down"].channels and rows["blocks.1.0"].channels
+    assert all(row.channels % 8 == 0 for row in report.layers if row.channels)  # ranks of pivoted layers are not
     assert rows["blocks.2.down"].channels is None and rows["blocks.2.down"].rank
     json_ = report.config.to_json()
     assert lro.CompressionConfig.from_json(json_) == report.config
@@ -448,6 +453,25 @@ def test_channels_that_are_read_elsewhere_are_refused(use, message, function):
         function(model, covariances, batches, sensitivity="output", **options)
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def by_keyword(mlp, x):
+    return x + mlp.down(input=nn.functional.silu(mlp.gate(input=x)) * mlp.up(x))
+
+
+def test_layers_may_be_called_by_keyword_and_in_nested_encoders():
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 48, batch_first=True), 2)
+    model = nn.ModuleDict({"around": Around(by_keyword), "encoder": encoder}).eval().requires_grad_(False)
+    x, padding = torch.randn(4, 6, 20), torch.arange(6) > torch.tensor([[5], [3], [2], [5]])
+
+    def run(model, batch):
+        return model["encoder"](model["around"](batch), src_key_padding_mask=padding)
+
+    covariances = lro.calibrate(model, [x], sensitivity="output", forward=run)
+    options = {"sensitivity": "output", "forward": run, "channels": ["around.mlp.down", "encoder.layers.1.linear2"]}
+    spaces = lro.correct_predictions(model, covariances, [x], **options)
+    assert all(spaces[name].channels is not None for name in options["channels"])
 
 
 def test_only_the_mlp_that_is_read_elsewhere_is_named(calibrated):

@@ -29,7 +29,7 @@ from .results import Results, study_parser, uses_token_weights
 
 
 class Variant(NamedTuple):
-    """A projection and an allocation, one-shot or with sequential reconstruction."""
+    """A projection and an allocation, one-shot or with reconstruction."""
 
     projection: str
     allocation: str
@@ -37,6 +37,7 @@ class Variant(NamedTuple):
     pivoted: bool = False
     corrected: bool = False  # predictions
     channels: bool = False  # drop channels of MLPs instead of factorizing their layers
+    blocks: bool = False  # block-wise reconstruction
 
 
 VARIANTS = {
@@ -51,6 +52,7 @@ VARIANTS = {
     "loss-pivoted": Variant("loss", "loss", pivoted=True),
     "loss-pivoted-corrected": Variant("loss", "loss", pivoted=True, corrected=True),
     "loss-channels-pivoted": Variant("loss", "loss", pivoted=True, channels=True),
+    "loss-channels-pivoted-blocks": Variant("loss", "loss", pivoted=True, channels=True, blocks=True),
     "loss-channels-pivoted-corrected": Variant("loss", "loss", pivoted=True, corrected=True, channels=True),
 }
 # What random probes project: the forward to calibrate with, and the sensitivity.
@@ -59,6 +61,7 @@ PROBED: dict[str, tuple[Callable[[nn.Module, Any], Any] | None, str]] = {
     "embedding": (embed, "output"),
     "pooled": (None, "pooled"),
 }
+BLOCK_BATCH = 16  # texts of one step of block-wise reconstruction
 SUMS = torch.float32  # twice as fast as float64 on a CPU
 # Calibration runs in steps from one size to the next, so that a whole curve costs one run.
 SIZES = (100, 200, 400, 800, 1600)
@@ -237,16 +240,21 @@ class Bench:
                 progress=True,
             )
             subspaces = layer_subspaces(self.layers(), covariances)
-        if not variant.reconstruct:
-            return student, lro.compress_(student, covariances, config, subspaces=subspaces)
-        reconstruction = lro.SequentialReconstruction(
-            batches,
-            sensitivity=sensitivity if self._options.token_weights else None,
-            mask="attention_mask",
-            forward=forward,
-        )
+        weighted = sensitivity if self._options.token_weights else None
+        reconstruction: Any = None
+        if variant.reconstruct:
+            reconstruction = lro.SequentialReconstruction(batches, weighted, mask="attention_mask", forward=forward)
+        elif variant.blocks:
+            torch.manual_seed(0)
+            batches = tokenize(self._folder, self._corpus.calibration[:texts], batch=BLOCK_BATCH)
+            reconstruction = lro.BlockReconstruction(batches, weighted, mask="attention_mask", forward=forward)
         report = lro.compress_(
-            student, covariances, config, subspaces=subspaces, reconstruction=reconstruction, progress=True
+            student,
+            covariances,
+            config,
+            subspaces=subspaces,
+            reconstruction=reconstruction,
+            progress=reconstruction is not None,
         )
         return student, report
 

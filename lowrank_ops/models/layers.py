@@ -129,9 +129,11 @@ def check_not_wrapped(model: nn.Module) -> None:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether ``module`` or one of its own parameters has hooks, which another module in its place would not have."""
-    own = (getattr(module, kind) for kind in HOOKS + _STATE_HOOKS)
+    of_state = (getattr(hook, "hook", hook) for kind in _STATE_HOOKS for hook in getattr(module, kind).values())
+    # remove_parametrizations and remove_spectral_norm leave some of torch's own.
+    users = any(not str(getattr(hook, "__module__", "")).startswith("torch.nn.utils.") for hook in of_state)
     of_parameters = (getattr(part, kind) for part in module.parameters(recurse=False) for kind in _PARAMETER_HOOKS)
-    return any(own) or any(of_parameters)
+    return users or any(getattr(module, kind) for kind in HOOKS) or any(of_parameters)
 
 
 def check_not_dispatched(model: nn.Module) -> None:

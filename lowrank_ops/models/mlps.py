@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from .copies import shared_copy
 from .experts import ExpertLinear
-from .layers import HOOKS
-from .running import evaluating, exclusive, float64_device, hooks, random_state_kept, shortened
+from .layers import HOOKS, input_of
+from .running import evaluating, exclusive, float64_device, hooks, random_state_kept, shortened, without_fast_path
 
 LEVELS = 2  # how far above the consumer's parent the producers are looked for
 TOLERANCE = 1e-4  # of outputs, relative to their norm; modules run in float64 where the device has it
@@ -108,16 +108,22 @@ def _output_without_half(model: nn.Module, mlps: Sequence[Mlp], run: Callable[[]
     """The output of the model if consumers ignore half of their channels, which producers compute wrongly if so."""
 
     def ignore(dropped: Tensor) -> Callable[..., Any]:
-        return lambda module, args: (args[0].masked_fill(dropped.to(args[0].device), 0), *args[1:])
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            x = input_of(args, kwargs)
+            return (x.masked_fill(dropped.to(x.device), 0),), {}
+
+        return hook
 
     def change(dropped: Tensor) -> Callable[..., Any]:
         return lambda module, args, output: torch.where(dropped.to(output.device), -100 * output - 100, output)
 
-    with random_state_kept(model) as generators, evaluating(model), hooks() as handles:
+    with random_state_kept(model) as generators, evaluating(model), without_fast_path(), hooks() as handles:
         for mlp in mlps:
             channels = model.get_submodule(mlp.consumer).get_parameter("weight").shape[1]
             dropped = torch.randperm(channels, generator=torch.Generator().manual_seed(0)) < channels // 2
-            handles.append(model.get_submodule(mlp.consumer).register_forward_pre_hook(ignore(dropped)))
+            handles.append(
+                model.get_submodule(mlp.consumer).register_forward_pre_hook(ignore(dropped), with_kwargs=True)
+            )
             for name in mlp.producers if changed else ():
                 handles.append(model.get_submodule(name).register_forward_hook(change(dropped)))
         for generator in generators:

@@ -117,6 +117,15 @@ def test_tied_weights_and_hooks_are_refused(make):
     assert all(model[name] is layer for name, layer in layers.items())
 
 
+def test_what_torch_leaves_of_a_norm_is_no_hook():
+    model = nn.Sequential(nn.Linear(16, 20), nn.Linear(20, 16))
+    nn.utils.parametrize.remove_parametrizations(nn.utils.parametrizations.weight_norm(model[0]), "weight")
+    nn.utils.remove_spectral_norm(nn.utils.spectral_norm(model[1]))
+    assert model[0]._load_state_dict_pre_hooks
+    replace_(model, {"0": factors_of(nn.Linear(16, 20), 2), "1": factors_of(nn.Linear(20, 16), 2)})
+    assert all(isinstance(layer, lro.LowRankLinear) for layer in model)
+
+
 def test_tied_layers_name_each_other():
     assert tied_layers(tied_embedding()[0]) == {"embedding": "head", "head": "embedding"}
     assert not tied_layers(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
