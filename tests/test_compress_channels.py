@@ -1,5 +1,6 @@
 """compress_ with channels: MLPs with fewer channels, from statistics to checkpoints."""
 
+import contextlib
 import copy
 import json
 import re
@@ -453,6 +454,40 @@ def test_channels_that_are_read_elsewhere_are_refused(use, message, function):
         function(model, covariances, batches, sensitivity="output", **options)
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class Counting(nn.Module):
+    """Its output depends on how often it was called: by a buffer, or by an attribute."""
+
+    def __init__(self, use, buffer):
+        super().__init__()
+        self.around, self.buffer, self.calls = Around(use), buffer, 0
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("last", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        self.count += 1
+        self.last = self.last + 1
+        return self.around(x) + (self.count * self.last if self.buffer else self.calls)
+
+
+@pytest.mark.parametrize(
+    ("use", "buffer", "message"),
+    [
+        (lambda mlp, x: x + mlp(x), True, None),
+        (mixed, True, "channels of around.mlp.down cannot be dropped"),
+        (lambda mlp, x: x + mlp(x), False, "output differs from call to call"),
+        (mixed, False, "output differs from call to call"),
+    ],
+)
+def test_channels_of_models_that_change_with_every_call(use, buffer, message):
+    torch.manual_seed(0)
+    model, batches = Counting(use, buffer).eval(), [torch.randn(32, 20)]
+    covariances = lro.calibrate(model, batches, sensitivity="output")
+    with contextlib.nullcontext() if message is None else pytest.raises(ValueError, match=message):
+        lro.correct_predictions(model, covariances, batches, sensitivity="output", channels=True)
+    assert model.count == model.last == 2 - (message is not None)  # calls whose outputs count
 
 
 def by_keyword(mlp, x):

@@ -31,6 +31,23 @@ def keeping(what):
     return Gated(after=after)
 
 
+def counting():
+    """Counts its calls and keeps a running mean of its outputs, and the outputs themselves."""
+
+    def after(module, h, y):
+        module.calls += 1
+        module.outputs.append(y)
+        module.mean = 0.9 * module.mean + y.detach().mean()
+        return y
+
+    model = Gated(after=after)
+    model.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+    model.register_buffer("mean", torch.zeros(()))
+    model.outputs = []
+    model(torch.randn(3, 8))
+    return model
+
+
 class Masked(Gated):
     def forward(self, x, mask):
         return super().forward(x) if mask is None else super().forward(x) * mask
@@ -62,6 +79,7 @@ def mlps_of(model):
         (Gated(), [GATED]),
         (Gated(between=nn.Dropout(0.5)), [GATED]),
         (Masked(), [GATED]),
+        (counting(), [GATED]),
         (keeping(lambda h, y: y.abs().mean()), [GATED]),
         (Squares(), [Mlp(("fc1",), "fc2")]),
         (Gated().to(torch.bfloat16), [GATED]),
