@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 if sys.platform != "win32":  # there abandoned temporary files stay
     import fcntl
@@ -266,7 +266,8 @@ def open_tensors(path: str | Path) -> Iterator[Any]:
 def digest(value: Any) -> str:
     """SHA-256 of a value: of dtypes, shapes and bytes of tensors and arrays, nested in mappings, sequences and objects.
 
-    Functions are identified by their names and code, but not by the variables that they read; types by their names.
+    Functions are identified by their names and code, but not by the variables that they read; types by their names. Of
+    a module, such as a loss, the constants, parameters and buffers of its own count as well.
     """
     found = hashlib.sha256()
     _update(found, value, [])
@@ -300,6 +301,11 @@ def _update(found: Any, value: Any, parents: Sequence[int]) -> None:
     elif callable(value) or not isinstance(getattr(value, "__dict__", None), dict):
         found.update(f"{getattr(value, '__qualname__', type(value).__qualname__)} ".encode())
         if not isinstance(value, type):
+            if isinstance(value, nn.Module):
+                constants = {name: getattr(value, name, None) for name in getattr(value, "__constants__", ())}
+                tensors = {**value._parameters, **value._buffers}
+                known = {name: part for name, part in tensors.items() if part is None or not part.is_meta}
+                _update(found, [constants, known], inner)
             function = _function_of(value)
             if isinstance(code := getattr(function, "__code__", None), CodeType):
                 found.update(_code_of(code).encode())

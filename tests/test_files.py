@@ -264,3 +264,14 @@ def test_digests_of_functions_do_not_depend_on_the_order_of_sets() -> None:
         loss.__code__ = loss.__code__.replace(co_consts=tuple(consts))
         digests.add(digest(loss))
     assert len(digests) == 1
+
+
+def test_digests_see_the_settings_of_losses() -> None:
+    def losses() -> list[torch.nn.Module]:
+        kind = torch.nn.CrossEntropyLoss
+        weighted = [kind(torch.full((3,), weight)) for weight in (1.0, 2.0)]
+        return [kind(), kind(label_smoothing=0.1), kind(ignore_index=0), *weighted]
+
+    found = [digest(loss) for loss in losses()]
+    assert len(set(found)) == len(found) and found == [digest(loss) for loss in losses()]
+    assert digest(torch.nn.Linear(2, 2, device="meta")) == digest(torch.nn.Linear(2, 2, device="meta"))
