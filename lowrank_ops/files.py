@@ -266,8 +266,9 @@ def open_tensors(path: str | Path) -> Iterator[Any]:
 def digest(value: Any) -> str:
     """SHA-256 of a value: of dtypes, shapes and bytes of tensors and arrays, nested in mappings, sequences and objects.
 
-    Functions are identified by their names and code, but not by the variables that they read; types by their names. Of
-    a module, such as a loss, the constants, parameters and buffers of its own count as well.
+    Tensors on ``meta`` have no bytes. Functions are identified by their names and code, but not by the variables that
+    they read; types by their names. Of a module, such as a loss, the constants, parameters and buffers of its own count
+    as well.
     """
     found = hashlib.sha256()
     _update(found, value, [])
@@ -283,7 +284,7 @@ def _update(found: Any, value: Any, parents: Sequence[int]) -> None:
     inner = [*parents, id(value)]
     if isinstance(value, Tensor):
         found.update(f"tensor {tuple(value.shape)} {value.dtype} ".encode())
-        found.update(_bytes(value))
+        found.update(b"" if value.is_meta else _bytes(value))
     elif isinstance(value, (str, bytes, int, float, complex, type(None))):
         found.update(f"{value!r} ".encode())
     elif id(value) in parents:
@@ -303,9 +304,7 @@ def _update(found: Any, value: Any, parents: Sequence[int]) -> None:
         if not isinstance(value, type):
             if isinstance(value, nn.Module):
                 constants = {name: getattr(value, name, None) for name in getattr(value, "__constants__", ())}
-                tensors = {**value._parameters, **value._buffers}
-                known = {name: part for name, part in tensors.items() if part is None or not part.is_meta}
-                _update(found, [constants, known], inner)
+                _update(found, [constants, value._parameters, value._buffers], inner)
             function = _function_of(value)
             if isinstance(code := getattr(function, "__code__", None), CodeType):
                 found.update(_code_of(code).encode())

@@ -93,7 +93,6 @@ VARIANTS = {
     "dense, distilled with labels": Variant("none", "uniform", ("distilled with labels",)),  # what the labels alone do
     "no factors, int8": Variant("none", "uniform", form="int8"),
     "loss, corrected, int8": Variant("loss", "loss", corrected=True, form="int8"),
-    "loss, corrected, fp8": Variant("loss", "loss", corrected=True, form="fp8"),
     "loss, pivoted, corrected, int8": Variant("loss", "loss", pivoted=True, corrected=True, form="int8"),
 }
 

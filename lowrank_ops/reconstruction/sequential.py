@@ -230,7 +230,7 @@ def _reconstructed(
     for pairs in sums:
         rows = sum(fold.count for fold in pairs.folds)
         sizes = {fqn: min(pairs.in_features, dimensions(layer).out_features) for fqn, layer in pairs.layers.items()}
-        few.extend(f"{fqn} ({rows:,} of {size:,})" for fqn, size in sizes.items() if rows < size)
+        few.extend(f"{fqn} ({rows:,} of {features:,})" for fqn, features in sizes.items() if rows < features)
         old = {fqn: factors[fqn] for fqn in pairs.layers}
         with in_layer(next(iter(old)), _MEMORY):
             fitted |= reconstruct_layers(pairs, old, gradients, centered=centered, ridge=settings.ridge)

@@ -246,19 +246,13 @@ class _Objective:
 
     def settings(self) -> dict[str, Any]:
         """What must be equal in a resumed run; of functions and of the teacher, digests."""
-        teacher = {} if self.teacher is None else self.teacher.state_dict()
         return {
             "soft_weight": self.soft_weight,
             "temperature": self.temperature,
             "match": list(self.match),
             "match_weight": self.match_weight,
             "autocast": str(self.autocast),
-            "teacher": digest(
-                {
-                    name: None if isinstance(value, Tensor) and value.is_meta else value
-                    for name, value in teacher.items()
-                }
-            ),
+            "teacher": digest(None if self.teacher is None else self.teacher.state_dict()),
             "loss": digest(self.loss),
             "forward": digest(self.forward),
             **({} if self.mask is None else {"mask": digest(self.mask)}),
