@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from .arguments import checked
 from .calibration.covariances import Covariances
 from .checkpoint import WEIGHTS_FILE
-from .compress import available, considered_layers, decompose, factorize_layers, in_eight_bits, resolved
 from .config import CompressionConfig
+from .considered import considered_layers, resolved
 from .description import CONFIG_FILE, describe_layers
+from .factors.layer_by_layer import decompose, factorize_layers, in_eight_bits
 from .factors.memory import bytes_to_spare
 from .factors.projections import Factors
 from .files import (
@@ -40,7 +41,7 @@ from .layers import EightBitLinear, LowRankLayer, LowRankLinear, group_
 from .layers.replace import lowrank_type, swap_
 from .models.layers import all_finite, fused_projections
 from .models.memory import parse_bytes
-from .models.running import warn_of_few_rows
+from .models.running import available, warn_of_few_rows
 from .policies import RankPolicy
 from .ranks.choose import Rounded
 from .ranks.groups import choose_grouped_sizes

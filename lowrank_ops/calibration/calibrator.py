@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..arguments import check_positive, checked
 from ..files import digest
 from ..models.experts import experts_listed
+from ..models.interrupts import uninterrupted_exits
 from ..models.layers import FilterFn
 from ..models.mask_sources import Mask
 from ..models.masks import Masks
@@ -34,7 +35,6 @@ from ..models.running import (
     in_batch,
     move,
     random_state_kept,
-    uninterrupted_exits,
     warn_caller,
     without_fast_path,
 )

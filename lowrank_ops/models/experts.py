@@ -15,8 +15,8 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..ops import lowrank_experts
 from ..ops._dispatcher import is_recorded
+from .interrupts import uninterrupted_exits
 from .layers import HOOKS, fused_projections, reason_to_stay_fused, tied_layers
-from .running import uninterrupted_exits
 
 MIN_ROWS = 256  # an expert with fewer rows of its own is also calibrated on rows that went to others
 

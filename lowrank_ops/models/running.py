@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import _thread
 import contextlib
 import functools
 import math
-import os
-import signal
 import sys
-import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import Lock, RLock, get_ident
-from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -24,11 +18,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from tqdm.auto import tqdm
 
+from .interrupts import uninterrupted_exits
+
 EMPTY = "batches was empty; pass at least one batch, and not a generator that is used up."
 NO_REAL_ROW = "has no row that counts: it is empty, or the mask leaves none of its positions. Leave it out."
 _MODES = ("train", "eval")
-PATIENCE = 5.0  # seconds that a Ctrl-C waits at most
-_PROTECTED = ("__enter__", "__exit__", "register_")  # how the names of functions begin that change or restore a model
 
 
 class ProgressBar(tqdm):  # type: ignore[type-arg]
@@ -39,54 +33,6 @@ class ProgressBar(tqdm):  # type: ignore[type-arg]
     """
 
     _lock = RLock()
-
-
-@contextmanager
-def uninterrupted_exits() -> Iterator[None]:
-    """Inside the block, a Ctrl-C that comes while something is changed or restored is raised when that has ended.
-
-    Python raises KeyboardInterrupt between any two instructions, also before the first one of an ``__exit__``, which
-    can therefore not catch it. What changes a model for a while enters this block first.
-    """
-    in_main = threading.current_thread() is threading.main_thread()  # others cannot set handlers, and get no signals
-    if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # the user's own, or ours
-        yield
-        return
-    deferring = _Deferring()
-    try:
-        signal.signal(signal.SIGINT, deferring)
-        yield
-    finally:
-        if signal.getsignal(signal.SIGINT) is deferring:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-class _Deferring:
-    """A handler of SIGINT that waits, for a few seconds at most, until no function of ``_PROTECTED`` runs."""
-
-    def __init__(self) -> None:
-        self._first, self._again = 0.0, False
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        self._first = self._first or time.monotonic()
-        # contextlib's other functions may be about to call one of them, or have just called it.
-        waits, inner = frame is not None and frame.f_code.co_filename == contextlib.__file__, frame
-        while inner is not None and not waits:
-            waits, inner = inner.f_code.co_name.startswith(_PROTECTED), inner.f_back
-        if not waits or time.monotonic() - self._first > PATIENCE:
-            self._first = 0.0
-            raise KeyboardInterrupt
-        if not self._again:
-            self._again = True
-            _thread.start_new_thread(self._interrupt_again, ())
-
-    def _interrupt_again(self) -> None:
-        time.sleep(0.001)
-        self._again = False
-        if sys.platform == "win32":
-            _thread.interrupt_main()
-        else:  # ends a wait of the main thread as well
-            os.kill(os.getpid(), signal.SIGINT)
 
 
 @contextmanager
@@ -366,6 +312,21 @@ def device_of(model: nn.Module) -> torch.device:
     dispatched = hasattr(model, "_hf_hook")
     devices = (parameter.device for parameter in model.parameters())
     return next((device for device in devices if not dispatched or device.type != "meta"), torch.device("cpu"))
+
+
+def available(device: torch.device | str) -> torch.device:
+    """The device, with its index.
+
+    Raises:
+        ValueError: it is unknown or not there.
+    """
+    try:
+        found = torch.empty(0, device=device).device
+        if found.type == "meta":
+            raise RuntimeError("it holds no values")
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device={str(device)!r} cannot be used here: {error}") from None
+    return found
 
 
 @functools.cache

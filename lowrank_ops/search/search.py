@@ -16,8 +16,9 @@ from torch import nn
 
 from ..arguments import check_choice, checked
 from ..calibration.covariances import Covariances
-from ..compress import considered_layers, decompose, factorize_layers, resolved
 from ..config import CompressionConfig
+from ..considered import considered_layers, resolved
+from ..factors.layer_by_layer import decompose, factorize_layers
 from ..files import digest
 from ..layers.replace import replace_
 from ..models.copies import filter_of_original, shared_copy
