@@ -263,6 +263,26 @@ def open_tensors(path: str | Path) -> Iterator[Any]:
         raise ValueError(f"{type(error).__name__}: {error}") from None
 
 
+@contextmanager
+def open_checkpoint(path: Path, form: str) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
+    """The header and the tensors of a checkpoint. Any error in the block that the file may cause is a ValueError.
+
+    Raises:
+        ValueError: the file cannot be read, or its format is not ``form``.
+    """
+    try:
+        with open_tensors(path) as file:
+            header = read_header(file)
+            if header.get("format") != form:
+                raise ValueError(f"its format is {header.get('format')!r}, not {form!r}")
+            checksums = dict(header["checksums"])
+            yield header, {name: read_tensor(file, name, checksums) for name in checksums}
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"checkpoint {str(path)!r} cannot be read: {error}. Delete it to start again, or pass another path."
+        ) from None
+
+
 def digest(value: Any) -> str:
     """SHA-256 of a value: of dtypes, shapes and bytes of tensors and arrays, nested in mappings, sequences and objects.
 
