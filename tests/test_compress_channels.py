@@ -364,11 +364,11 @@ def test_biases_are_computed_from_the_rounded_weight(dtype):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"rank": 8}, "channels does not go with UniformRank; use a ParameterBudget"),
-        ({"rank": lro.ByteBudget(0.5)}, "channels does not go with ByteBudget"),
-        ({"rank": lro.ExplainedVariance(0.9)}, "channels does not go with ExplainedVariance"),
+        ({"rank": 8}, "channels cannot be combined with UniformRank; use a ParameterBudget"),
+        ({"rank": lro.ByteBudget(0.5)}, "channels cannot be combined with ByteBudget"),
+        ({"rank": lro.ExplainedVariance(0.9)}, "channels cannot be combined with ExplainedVariance"),
         ({"projection": "weight"}, "channels needs projection='loss' or 'output'; got 'weight'"),
-        ({"reconstruction": "sequential"}, "channels does not go with reconstruction='sequential'"),
+        ({"reconstruction": "sequential"}, "channels cannot be combined with reconstruction='sequential'"),
     ],
 )
 def test_what_does_not_go_together_is_refused(config, message):
