@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dis
 import functools
 import hashlib
 import json
@@ -336,13 +337,15 @@ def _update(found: Any, value: Any, parents: Sequence[int]) -> None:
 
 
 def _read_by(function: Any) -> dict[str, Any]:
-    """The numbers and strings that a function reads from its closure and its globals."""
+    """The numbers and strings that a function reads from its closure and its globals, without those that it changes."""
     code, names = function.__code__, function.__globals__
+    changed = {step.argval for step in dis.get_instructions(code) if step.opname in ("STORE_DEREF", "STORE_GLOBAL")}
     read = {name: names[name] for name in sorted(code.co_names) if name in names}
     for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
         with contextlib.suppress(ValueError):  # it is empty
             read[name] = cell.cell_contents
-    return {name: value for name, value in read.items() if isinstance(value, (int, float, complex, str, bytes))}
+    plain = (int, float, complex, str, bytes)
+    return {name: value for name, value in read.items() if name not in changed and isinstance(value, plain)}
 
 
 def _function_of(value: Any) -> Any:
