@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dis
 import functools
 import hashlib
 import json
@@ -286,8 +287,8 @@ def open_checkpoint(path: Path, form: str) -> Iterator[tuple[dict[str, Any], dic
 def digest(value: Any) -> str:
     """SHA-256 of a value: of dtypes, shapes and bytes of tensors and arrays, nested in mappings, sequences and objects.
 
-    Tensors on ``meta`` have no bytes. Functions are identified by their names and code, but not by the variables that
-    they read; types by their names. A module, such as a loss, also counts with its own constants, parameters and
+    Tensors on ``meta`` have no bytes. Functions are identified by their names, their code, and the numbers and strings
+    that they read; types by their names. A module, such as a loss, also counts with its own constants, parameters and
     buffers.
     """
     found = hashlib.sha256()
@@ -329,9 +330,22 @@ def _update(found: Any, value: Any, parents: Sequence[int]) -> None:
             if isinstance(code := getattr(function, "__code__", None), CodeType):
                 found.update(_code_of(code).encode())
                 wrapped = getattr(function, "__wrapped__", None)
-                _update(found, [function.__defaults__, function.__kwdefaults__, wrapped], inner)
+                parts = [function.__defaults__, function.__kwdefaults__, wrapped, _read_by(function)]
+                _update(found, parts, inner)
     else:
         _update(found, vars(value), inner)
+
+
+def _read_by(function: Any) -> dict[str, Any]:
+    """The numbers and strings that a function reads from its closure and its globals, without those that it changes."""
+    code, names = function.__code__, function.__globals__
+    changed = {step.argval for step in dis.get_instructions(code) if step.opname in ("STORE_DEREF", "STORE_GLOBAL")}
+    read = {name: names[name] for name in sorted(code.co_names) if name in names}
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # it is empty
+            read[name] = cell.cell_contents
+    plain = (int, float, complex, str, bytes)
+    return {name: value for name, value in read.items() if name not in changed and isinstance(value, plain)}
 
 
 def _function_of(value: Any) -> Any:

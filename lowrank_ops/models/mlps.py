@@ -7,11 +7,13 @@ import copy
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .copies import shared_copy
 from .experts import ExpertLinear
@@ -79,8 +81,9 @@ def _find_mlps(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[Mlp]:
 def check_channels_apart(model: nn.Module, mlps: Sequence[Mlp], run: Callable[[], Any]) -> None:
     """Refuse MLPs whose channels the model reads elsewhere, by running it twice.
 
-    Both times the consumers ignore half of their channels, and the second time the producers' outputs for these are
-    changed. Both start with the same buffers. The outputs of the model must stay the same.
+    In both runs the consumers ignore half of their channels; in the second, the weights and biases of these channels
+    have other values, also for code that reads them without calling the layer. Both runs start with the same buffers.
+    The outputs of the model must be the same.
 
     Args:
         model: any module.
@@ -129,17 +132,20 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
 
 
 def _output_without_half(model: nn.Module, mlps: Sequence[Mlp], run: Callable[[], Any], changed: bool) -> list[Tensor]:
-    """The model's output if consumers ignore half of their channels, which producers alter if ``changed``."""
+    """The model's output if consumers ignore half of their channels, whose weights are replaced if ``changed``.
+
+    Other threads that run the model meanwhile are not affected.
+    """
+    thread = get_ident()
 
     def ignore(dropped: Tensor) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if get_ident() != thread:
+                return None
             x = input_of(args, kwargs)
             return (x.masked_fill(dropped.to(x.device), 0),), {}
 
         return hook
-
-    def change(dropped: Tensor) -> Callable[..., Any]:
-        return lambda module, args, output: torch.where(dropped.to(output.device), -100 * output - 100, output)
 
     with (
         random_state_kept(model) as generators,
@@ -147,19 +153,44 @@ def _output_without_half(model: nn.Module, mlps: Sequence[Mlp], run: Callable[[]
         evaluating(model),
         without_fast_path(),
         hooks() as handles,
+        _OtherValues() as values,
     ):
         for mlp in mlps:
-            channels = model.get_submodule(mlp.consumer).get_parameter("weight").shape[1]
+            consumer = model.get_submodule(mlp.consumer)
+            weight = consumer.get_parameter("weight")
+            channels = weight.shape[1]
             dropped = torch.randperm(channels, generator=torch.Generator().manual_seed(0)) < channels // 2
-            handles.append(
-                model.get_submodule(mlp.consumer).register_forward_pre_hook(ignore(dropped), with_kwargs=True)
-            )
-            for name in mlp.producers if changed else ():
-                handles.append(model.get_submodule(name).register_forward_hook(change(dropped)))
+            handles.append(consumer.register_forward_pre_hook(ignore(dropped), with_kwargs=True))
+            if changed:
+                values.where[id(weight)] = dropped
+                for producer in map(model.get_submodule, mlp.producers):
+                    for part in producer.parameters(recurse=False):
+                        values.where[id(part)] = dropped.unsqueeze(1) if part.dim() > 1 else dropped
         for generator in generators:
             generator.manual_seed(0)
         output = run()
     return [part for part in tree_leaves(dict(output) if isinstance(output, Mapping) else output) if _is_tensor(part)]
+
+
+class _OtherValues(TorchFunctionMode):
+    """Functions of torch, those of layers included, get other values of some parameters, in this thread."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.where: dict[int, Tensor] = {}  # by id of the parameter: which values, as a mask
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(function, "__name__", "") == "__get__" and not isinstance(found := function(*args), Tensor):
+            return found  # a dtype, a shape
+        args, kwargs = tree_map(self._changed, (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+    def _changed(self, part: Any) -> Any:
+        if id(part) not in self.where:
+            return part
+        return torch.where(self.where[id(part)].to(part.device), -100 * (part + part.abs().mean()), part)
 
 
 def _is_tensor(part: Any) -> bool:

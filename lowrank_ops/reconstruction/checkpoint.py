@@ -32,7 +32,7 @@ def run_identity(
         "projections": {fqn: part.projection for fqn, part in factors.items()},
         "batches": [digest(batch) for batch in batches],
         "weights": digest(weights),
-        "sensitivity": "a function" if callable(settings.sensitivity) else settings.sensitivity,
+        "sensitivity": digest(settings.sensitivity) if callable(settings.sensitivity) else settings.sensitivity,
         "mask": digest([settings.mask, settings.unmasked_rows]),
         "forward": digest(settings.forward),
         **others,

@@ -118,7 +118,7 @@ def finetune_(
         checkpoint: file written every ``checkpoint_every`` steps and at the end. If it exists, training
             resumes from it, with the same batches and random numbers as an uninterrupted run, provided that
             ``batches`` draws from torch's global generator. A checkpoint of other arguments, of another loss or forward
-            by their code, or of another teacher is refused; ``batches`` are not compared.
+            by code and the numbers they read, or of another teacher is refused; ``batches`` are not compared.
         checkpoint_every: optimizer steps between two checkpoints.
         progress: show a progress bar.
 
