@@ -41,7 +41,7 @@ from .layers import EightBitLinear, LowRankLayer, LowRankLinear, group_
 from .layers.replace import lowrank_type, swap_
 from .models.layers import all_finite, fused_projections
 from .models.memory import parse_bytes
-from .models.running import available, warn_of_few_rows
+from .models.running import available, shortened, warn_of_few_rows
 from .policies import RankPolicy
 from .ranks.choose import Rounded
 from .ranks.groups import choose_grouped_sizes
@@ -247,7 +247,7 @@ class _Weights:
             self._open(name)
         lost = sorted(set(self.index or ()) ^ set(self.forms if self.index is not None else ()))
         if lost:
-            raise ValueError(f"source {str(folder)!r}: index and files differ at {', '.join(lost[:5])}; copy it again.")
+            raise ValueError(f"source {str(folder)!r}: index and files differ at {shortened(lost)}; copy it again.")
 
     def _open(self, name: str) -> None:
         path = self.folder / name
