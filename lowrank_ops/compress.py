@@ -124,9 +124,12 @@ def _compress(
     max_memory: int | None,
     progress: bool,
 ) -> tuple[CompressionReport, dict[nn.Module, torch.device]]:
-    """The report, and ``{new layer: device to move it to}`` for those whose values are in files."""
-    config = CompressionConfig.of(config)
-    config = _with_reconstruction(config, reconstruction)
+    """The steps: layers, spectra, ranks, factors, reconstruction, new layers, report, replacement, groups.
+
+    Returns:
+        The report, and ``{new layer: device to move it to}`` for those whose values are in files.
+    """
+    config = _with_reconstruction(CompressionConfig.of(config), reconstruction)
     reused = subspaces is not None
     subspaces, skipped = considered_layers(
         model, covariances, filter_fn, subspaces, centered=config.centered, device=device

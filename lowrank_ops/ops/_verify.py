@@ -178,7 +178,7 @@ def write_record(name: str, device: str, verdicts: Mapping[tuple[str, str, str],
 
 
 def _bucketed(value: Any) -> Hashable:
-    """Sizes and strides by their number of bits and whether vectors of 8 divide them; all else as it is."""
+    """Sizes and strides by their number of bits and whether vectors of 8 divide them; everything else unchanged."""
     if isinstance(value, tuple) and not isinstance(value, Device):
         return tuple(map(_bucketed, value))
     return (value.bit_length(), value % 8 == 0) if type(value) is int else value
