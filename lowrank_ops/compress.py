@@ -60,13 +60,13 @@ def compress_(
         model: the model that was calibrated.
         covariances: from :func:`lowrank_ops.calibrate`.
         config: a configuration, a rank policy, or an int, one rank for all layers where it saves parameters. By default
-            ``ParameterBudget(0.5)``. What it leaves open is chosen by what ``covariances`` hold: with output
-            gradients, ranks and factors by loss; without, uniform ranks and output PCA. The report says which.
+            ``ParameterBudget(0.5)``. Choices that it leaves open depend on ``covariances``: with output gradients,
+            ranks and factors by loss; without, uniform ranks and output PCA. The report states them.
         filter_fn: ``filter_fn(module, fqn) -> bool`` selects among the calibrated layers. None selects all but layers
             whose weight is tied to another module, which the report lists; selecting one of those is an error.
         subspaces: from :func:`lowrank_ops.subspaces.layer_subspaces`, to try several configurations on copies of a
-            model without decomposing again; they keep up to 2 GiB of decompositions. By default computed here, and for
-            layers that are not among them.
+            model without decomposing again; they keep up to 2 GiB of decompositions. Computed here by default, and for
+            layers that they lack.
         reconstruction: fit the factors to the dense model's outputs on data, layer by layer or block by block.
         device: where factors are computed, such as ``"cuda"`` for a model in the CPU's memory: the layers are moved
             there one after another, and their factors back. By default each layer's own device; the CPU instead of a

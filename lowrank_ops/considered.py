@@ -44,7 +44,9 @@ def considered_layers(
         layers = {fqn: layer for fqn, layer in layers.items() if fqn not in tied}
         skipped = {**skipped, **tied}
     if "" in layers:
-        raise ValueError("model is itself the layer to replace; use LowRankLinear.from_linear or its like.")
+        raise ValueError(
+            "model is itself a layer; use LowRankLinear.from_linear, or LowRankConv2d.from_conv2d for a convolution."
+        )
     missing = [fqn for fqn in covariances if fqn not in dict(model.named_modules())]
     if missing:
         raise ValueError(
@@ -86,7 +88,7 @@ def considered_layers(
 def _checked_subspaces(
     subspaces: Mapping[str, LayerSubspaces] | None, layers: Mapping[str, nn.Module], covariances: Covariances
 ) -> dict[str, LayerSubspaces]:
-    """The given subspaces of ``layers``, which must be of their weights and of ``covariances``."""
+    """The given subspaces of ``layers``, after a check that they are of these weights and ``covariances``."""
     if subspaces is None:
         return {}
     for fqn, space in subspaces.items():
@@ -104,7 +106,7 @@ def _checked_subspaces(
 
 
 def resolved(config: CompressionConfig, subspaces: Mapping[str, LayerSubspaces]) -> CompressionConfig:
-    """``config`` with its open choices made by what the statistics of these layers hold."""
+    """``config`` with its open choices filled in, by which of these layers have output gradients."""
     gradients = [space.statistics.output_gradients is not None for space in subspaces.values()]
     if config.projection == "loss" and not any(gradients):
         raise ValueError(

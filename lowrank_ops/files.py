@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-if sys.platform != "win32":  # there abandoned temporary files stay
+if sys.platform != "win32":  # on Windows, abandoned temporary files stay
     import fcntl
 
 HEADER, _CHECKSUM = "lowrank_ops", "lowrank_ops.sha256"  # of safetensors metadata
@@ -59,7 +59,7 @@ def replacing(*paths: Path) -> Iterator[list[BinaryIO]]:
 
 @contextmanager
 def made(folder: Path) -> Iterator[None]:
-    """The folder exists inside the block; after an exception, one that was made here and is empty does not."""
+    """Create the folder for the block; after an exception, remove it if it was created here and is empty."""
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -249,7 +249,7 @@ def read_tensor(file: Any, name: str, checksums: Mapping[str, str] | None) -> Te
 
 @contextmanager
 def open_tensors(path: str | Path) -> Iterator[Any]:
-    """Open a safetensors file; whatever is wrong with the file or what is read from it is a ValueError.
+    """Open a safetensors file. Any error in the block that the file may cause is a ValueError.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -288,8 +288,8 @@ def digest(value: Any) -> str:
     """SHA-256 of a value: of dtypes, shapes and bytes of tensors and arrays, nested in mappings, sequences and objects.
 
     Tensors on ``meta`` have no bytes. Functions are identified by their names, their code, and the numbers and strings
-    that they read; types by their names. Of a module, such as a loss, the constants, parameters and buffers of its own
-    count as well.
+    that they read; types by their names. A module, such as a loss, also counts with its own constants, parameters and
+    buffers.
     """
     found = hashlib.sha256()
     _update(found, value, [])

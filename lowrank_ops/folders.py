@@ -65,7 +65,7 @@ def compress_folder(
 ) -> CompressionReport:
     """Compress the model in a folder without loading it; the result is that of :func:`lowrank_ops.compress_`.
 
-    Beside ``covariances`` one layer is in memory at a time. Weights are read once for the factors, and once before if
+    One layer is in memory at a time, besides ``covariances``. Weights are read once for the factors, and once before if
     ranks depend on spectra; decompositions are then computed twice, because none is kept.
 
     Args:
@@ -326,7 +326,7 @@ def _model_of_state_dict(weights: _Weights, covariances: Covariances) -> tuple[n
             place(fqn).register_parameter(last, parameters[weights.tied.get(name, name)])
         except (KeyError, TypeError) as error:
             raise ValueError(
-                f"source {str(weights.folder)!r} holds {name!r}, which is no name of a parameter: {error}."
+                f"source {str(weights.folder)!r} holds {name!r}, which cannot be the name of a parameter: {error}."
             ) from None
     return model, undescribed
 

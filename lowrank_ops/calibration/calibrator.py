@@ -337,8 +337,7 @@ class Calibrator:
         """
         if self._covariances is None:
             raise AttributeError(
-                "covariances exist when the with block of the Calibrator has ended without an exception; read them "
-                "after the block."
+                "covariances are available after the with block of the Calibrator has ended without an exception."
             )
         return self._covariances
 

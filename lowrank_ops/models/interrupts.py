@@ -1,4 +1,4 @@
-"""Delay a Ctrl-C until what it interrupts is changed or restored as a whole."""
+"""Delay a Ctrl-C while a model is being changed or restored, so that it is never left half changed."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from contextlib import contextmanager
 from types import FrameType
 
 PATIENCE = 5.0  # seconds that a Ctrl-C waits at most
-_PROTECTED = ("__enter__", "__exit__", "register_")  # how the names of functions begin that change or restore a model
+_PROTECTED = ("__enter__", "__exit__", "register_")  # prefixes of functions that change or restore a model
 
 
 @contextmanager
 def uninterrupted_exits() -> Iterator[None]:
-    """Inside the block, a Ctrl-C that comes while something is changed or restored is raised when that has ended.
+    """Inside the block, a Ctrl-C waits while a model is being changed or restored.
 
-    Python raises KeyboardInterrupt between any two instructions, also before the first one of an ``__exit__``, which
-    can therefore not catch it. What changes a model for a while enters this block first.
+    Python raises KeyboardInterrupt between any two instructions, even before the first one of an ``__exit__``, which
+    then does not run. Code that changes a model temporarily enters this block first.
     """
     in_main = threading.current_thread() is threading.main_thread()  # others cannot set handlers, and get no signals
     if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # the user's own, or ours
@@ -38,7 +38,7 @@ def uninterrupted_exits() -> Iterator[None]:
 
 
 class _Deferring:
-    """A handler of SIGINT that waits, for a few seconds at most, until no function of ``_PROTECTED`` runs."""
+    """A handler of SIGINT that waits until no function of ``_PROTECTED`` runs, for a few seconds at most."""
 
     def __init__(self) -> None:
         self._first, self._again = 0.0, False

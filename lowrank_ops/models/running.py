@@ -21,15 +21,15 @@ from tqdm.auto import tqdm
 from .interrupts import uninterrupted_exits
 
 EMPTY = "batches was empty; pass at least one batch, and not a generator that is used up."
-NO_REAL_ROW = "has no row that counts: it is empty, or the mask leaves none of its positions. Leave it out."
+NO_REAL_ROW = "has no rows to use: it is empty, or the mask excludes all of its positions. Remove it."
 _MODES = ("train", "eval")
 
 
 class ProgressBar(tqdm):  # type: ignore[type-arg]
     """tqdm with a lock of this process.
 
-    tqdm's own lock is shared with forked processes: one that is killed while it holds the lock leaves all others
-    waiting for ever. Making it also fixes the start method of multiprocessing.
+    tqdm's own lock is shared with forked processes: if one is killed while it holds the lock, all others wait forever.
+    Creating that lock also fixes the start method of multiprocessing.
     """
 
     _lock = RLock()
@@ -70,7 +70,7 @@ def warn_of_few_rows(found: Sequence[str], rows: str = "calibration rows", remed
 
 
 class _ProcessState:
-    """A setting of the process that blocks change; where blocks overlap in several threads, the last restores it."""
+    """A setting of the process: saved by the first of several overlapping blocks, restored by the last."""
 
     def __init__(self, read: Callable[[], Any], write: Callable[[Any], Any]) -> None:
         self._read, self._write = read, write
@@ -138,7 +138,7 @@ def exclusive(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def training_flags_kept(*models: nn.Module, trained: bool = False) -> Iterator[None]:
-    """Every module is back in its own mode after the block, by its ``train()`` if it defines one.
+    """Restore every module's mode after the block, by its own ``train()`` if it defines one.
 
     Layers that fold an adapter into their weight in ``eval()`` unfold it in ``train()``. A warning names those whose
     weights differ afterwards by more than rounding, unless they are ``trained`` inside the block.
@@ -155,14 +155,14 @@ def training_flags_kept(*models: nn.Module, trained: bool = False) -> Iterator[N
         changed = [fqn or "(the model)" for module, fqn in named.items() if not _alike(before[module], after[module])]
         if changed and not trained:
             warn_caller(
-                f"the parameters of {', '.join(changed)} are not what they were: train() does not undo eval() there, "
-                "or the model changed them."
+                f"the parameters of {', '.join(changed)} have changed: train() of these modules does not undo their "
+                "eval(), or the model changed them."
             )
 
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block, without compiled code; every module is back in its own mode afterwards."""
+    """Eval mode inside the block, without compiled code; every module's mode is restored afterwards."""
     with uninterrupted_exits(), _eager(), training_flags_kept(*models):
         for model in models:
             _set_modes(model, dict.fromkeys(model.modules(), False))
@@ -170,7 +170,7 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 
 def _set_modes(module: nn.Module, wanted: Mapping[nn.Module, bool]) -> None:
-    """Put every module in its mode, with the fewest calls of ``train()``: not idempotent for all modules."""
+    """Set every module's mode with as few calls of ``train()`` as possible: it is not idempotent for all modules."""
     mode = wanted.get(module, module.training)
     if _defines_mode(module):
         inside = list(module.modules())
@@ -232,12 +232,12 @@ def without_fast_path(wanted: bool = True) -> Iterator[None]:
 
 
 def check_differentiable(model: nn.Module) -> None:
-    """Raise ValueError for a parameter that was made in inference mode: autograd does not take it."""
+    """Raise ValueError for a parameter that was created in inference mode, which autograd does not support."""
     name = next((name for name, parameter in model.named_parameters() if parameter.is_inference()), None)
     if name is not None:
         raise ValueError(
-            f"parameter {name!r} was made in torch.inference_mode, so it cannot be differentiated. Make the "
-            "model outside of it, or pass copy.deepcopy(model), called outside of it."
+            f"parameter {name!r} was created in torch.inference_mode, so it cannot have a gradient. Outside of "
+            "inference mode, create the model again or pass copy.deepcopy(model)."
         )
 
 

@@ -1,7 +1,7 @@
 """The ops: ``lowrank_linear``, also for groups and experts, ``covariance_update_``, also for convolutions.
 
-Independent of the rest. One folder per op: ``reference.py`` is plain PyTorch, ``_triton*.py`` and ``_cuda.py`` are
-kernels, and ``__init__.py`` lists them in the ``TABLE`` from which ``_backend.choose`` picks.
+Independent of the rest of the package. One folder per op: ``reference.py`` is plain PyTorch, ``_triton*.py`` and
+``_cuda.py`` are kernels, and ``__init__.py`` lists them in the ``TABLE`` from which ``_backend.choose`` picks.
 """
 
 from __future__ import annotations

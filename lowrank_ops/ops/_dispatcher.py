@@ -64,8 +64,8 @@ def is_exporting() -> bool:
 def is_recorded(free: bool = True) -> bool:
     """Whether a trace of ``torch.jit`` or ``torch.export`` is to record torch's own ops instead of a custom one.
 
-    Programs are to run where the custom op is not known. An export records it only for a backend asked for by name, not
-    where the choice is ``free``.
+    Programs are to run where the custom op is not known. An export records the custom op only if a backend was named,
+    not if the choice is ``free``.
     """
     return is_exporting() and free if is_compiling() else torch.jit.is_tracing()
 

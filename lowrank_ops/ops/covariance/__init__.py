@@ -359,7 +359,7 @@ _decisions = BoundedCache(8192)  # problems whose implementation needs no check
 
 
 def _checked(impl: Impl, problem: Problem | ConvProblem, backend: str, x: Tensor) -> Impl:
-    """``impl``; the reference if a first call, on a state of its own, finds it wrong or cannot be checked now."""
+    """``impl``, or the reference if a first call, on a separate state, is wrong or cannot be checked now."""
     op, table, run_trial = "covariance_update_", TABLE, trial
     if isinstance(problem, ConvProblem):
         op, table, run_trial = "conv_covariance_update_", CONV_TABLE, trial_conv

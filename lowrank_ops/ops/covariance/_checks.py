@@ -20,7 +20,10 @@ def check_in_place(second_moment: Tensor, total: Tensor) -> None:
         if is_compiling() or not isinstance(tensor, Tensor):  # a proxy of torch.fx
             continue
         if tensor.is_neg() or (tensor.requires_grad and torch.is_grad_enabled()):
-            raise ValueError(f"{name} is updated in place: it must need no gradient and be no lazy negation.")
+            raise ValueError(
+                f"{name} is updated in place, so it must not require a gradient or be a negative view; pass a detached "
+                "copy."
+            )
 
 
 def check_pair(name: str, value: Sequence[int]) -> list[int]:
