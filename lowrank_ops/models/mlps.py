@@ -81,9 +81,9 @@ def _find_mlps(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[Mlp]:
 def check_channels_apart(model: nn.Module, mlps: Sequence[Mlp], run: Callable[[], Any]) -> None:
     """Refuse MLPs whose channels the model reads elsewhere, by running it twice.
 
-    Both times the consumers ignore half of their channels, and the second time weights and biases of these have other
-    values, also for functions that read them without calling the layer. Both start with the same buffers. The outputs
-    of the model must stay the same.
+    In both runs the consumers ignore half of their channels; in the second, the weights and biases of these channels
+    have other values, also for code that reads them without calling the layer. Both runs start with the same buffers.
+    The outputs of the model must be the same.
 
     Args:
         model: any module.

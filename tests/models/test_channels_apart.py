@@ -8,7 +8,7 @@ from torch import nn
 
 import lowrank_ops as lro
 from tests.models.test_running import in_thread
-from tests.test_compress_channels import Mlp
+from tests.test_compress_channels import Mlp, Net
 
 
 class Around(nn.Module):
@@ -59,12 +59,12 @@ def dtype_of_a_weight(mlp, x):
     [
         (mixed, "channels of mlp.down cannot be dropped: the model's output depends on them"),
         (normalized, "channels of mlp.down cannot be dropped"),
-        (read_by_another, "the model has no MLP whose channels could be dropped.*nothing else runs them"),
-        (read_in_one_sample, "the model has no MLP"),
         (product_with_a_weight, "channels of mlp.down cannot be dropped"),
         (transposed_weight, "channels of mlp.down cannot be dropped"),
         (norm_of_the_consumer, "channels of mlp.down cannot be dropped"),
         (dtype_of_a_weight, None),
+        (read_by_another, "the model has no MLP whose channels could be dropped.*nothing else runs them"),
+        (read_in_one_sample, "the model has no MLP"),
     ],
 )
 @pytest.mark.parametrize("function", [lro.correct_predictions, lro.measured_ranks])
@@ -116,6 +116,23 @@ def test_channels_of_models_that_change_with_every_call(use, buffer, message):
     assert model.count == model.last == 2 - (message is not None)  # calls whose outputs count
 
 
+@pytest.mark.parametrize("function", [lro.correct_predictions, lro.measured_ranks])
+def test_other_threads_are_served_as_before(function):
+    model, batches = Net().eval(), [torch.randn(32, 20)]
+    covariances = lro.calibrate(model, batches, sensitivity="output")
+    served = []
+
+    def run(model_or_copy, batch):
+        served.append(in_thread(lambda: model(batches[0])))
+        return model_or_copy(batch)
+
+    options = {"channels": True}
+    if function is lro.measured_ranks:
+        options = {"fraction": 0.6, "config": lro.CompressionConfig(channels=True), "rounds": 1}
+    function(model, covariances, batches, sensitivity="output", forward=run, **options)
+    assert len(served) > 2 and all(torch.equal(output, model(batches[0])) for output in served)
+
+
 def by_keyword(mlp, x):
     return x + mlp.down(input=nn.functional.silu(mlp.gate(input=x)) * mlp.up(x))
 
@@ -143,21 +160,3 @@ def test_only_the_mlp_that_is_read_elsewhere_is_named():
     with pytest.raises(ValueError, match=r"^channels of 0\.mlp\.down cannot"):
         lro.correct_predictions(model, covariances, batches, sensitivity="output", channels=True)
     lro.correct_predictions(model, covariances, batches, sensitivity="output", channels=["2.mlp.down"])
-
-
-@pytest.mark.parametrize("function", [lro.correct_predictions, lro.measured_ranks])
-def test_other_threads_are_served_as_before(function):
-    torch.manual_seed(0)
-    model, batches = Around(lambda mlp, x: x + mlp(x)).eval(), [torch.randn(32, 20)]
-    covariances = lro.calibrate(model, batches, sensitivity="output")
-    served = []
-
-    def run(model_or_copy, batch):
-        served.append(in_thread(lambda: model(batches[0])))
-        return model_or_copy(batch)
-
-    options = {"channels": True}
-    if function is lro.measured_ranks:
-        options = {"fraction": 0.6, "config": lro.CompressionConfig(channels=True), "rounds": 1}
-    function(model, covariances, batches, sensitivity="output", forward=run, **options)
-    assert len(served) > 2 and all(torch.equal(output, model(batches[0])) for output in served)
