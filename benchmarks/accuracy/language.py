@@ -39,7 +39,7 @@ from .results import Results
 
 KINDS = ("python", "handbook")
 HELD_OUT = 20  # documents of each kind that are tested on
-STEPS = 200  # of a distillation, one sequence each
+STEPS = 200  # of a distillation, one sequence each; more if there are more sequences
 LABELS = 0.25  # weight of the true next tokens where a distillation uses them
 WINDOW = 256  # tokens of one sequence
 BATCH = 4  # sequences
@@ -90,8 +90,8 @@ VARIANTS = {
     RECIPE: BEST,
     f"{RECIPE}, blocks": BEST._replace(then=("measured", "blocks")),
     f"{RECIPE}, distilled": BEST._replace(then=("measured", "distilled")),
-    f"{RECIPE}, distilled on all": BEST._replace(then=("measured", "distilled on all")),
     f"{RECIPE}, distilled with labels": BEST._replace(then=("measured", "distilled with labels")),
+    f"{RECIPE}, distilled with labels on 10x": BEST._replace(then=("measured", "distilled with labels on 10x")),
     "dense, distilled with labels": Variant("none", "uniform", ("distilled with labels",)),  # what the labels alone do
     "no factors, int8": Variant("none", "uniform", form="int8"),
     "loss, corrected, int8": Variant("loss", "loss", corrected=True, form="int8"),
@@ -255,8 +255,8 @@ class Study:
         kept = self.compress(student, name, budget, *statistics)
         for step in variant.then:
             if step.startswith("distilled"):
-                tokens = STEPS * WINDOW if step == "distilled on all" else self.options.tokens
-                self.distill(student, self.text(tokens), self.checkpoint(name, budget, step), "labels" in step)
+                text = self.text(self.options.tokens * (10 if step.endswith("10x") else 1))
+                self.distill(student, text, self.checkpoint(name, budget, step), "labels" in step)
         seconds = time.perf_counter() - started
         size = sum(part.numel() * min(part.itemsize, 2) for part in (*student.parameters(), *student.buffers()))
         student.float()  # 8-bit factors keep their bits
@@ -373,7 +373,8 @@ class Study:
         batches = [{"input_ids": ids} for ids in text[order].split(1)]
         loss: dict[str, Any] = {"loss": label_loss, "soft_weight": 1 - LABELS} if labels else {}
         lro.finetune_(
-            student, batches, teacher=self.dense, temperature=1.0, steps=STEPS, lr=self.options.lr, weight_decay=0.0,
+            student, batches, teacher=self.dense, temperature=1.0,
+            steps=max(STEPS, len(batches)), lr=self.options.lr, weight_decay=0.0,
             autocast=self.autocast, checkpoint=checkpoint, checkpoint_every=STEPS // 8,
             progress=True, **loss,
         )  # fmt: skip

@@ -132,9 +132,9 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
 
 
 def _output_without_half(model: nn.Module, mlps: Sequence[Mlp], run: Callable[[], Any], changed: bool) -> list[Tensor]:
-    """The model's output if consumers ignore half of their channels, whose weights are replaced if ``changed``.
+    """The model's output if consumers ignore half of their channels, whose weights have other values if ``changed``.
 
-    Other threads that run the model meanwhile are not affected.
+    Other threads may run the model meanwhile.
     """
     thread = get_ident()
 
