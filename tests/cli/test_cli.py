@@ -358,7 +358,7 @@ class TestCompress:
             predicted.append([layer["predicted_loss"] for layer in layers])
         assert predicted[0] != predicted[1]
         line = refused(capsys, 1, *COMPRESS, "--side", "output", "--budget", "0.8", "--damping", "0.1")
-        assert "--damping failed: the outputs of these layers were streamed" in line
+        assert "--damping failed: calibration recorded only the outputs of these layers" in line
 
     def test_correct_changes_the_predicted_loss(self, capsys: pytest.CaptureFixture[str]) -> None:
         argv = [*COMPRESS, "--sensitivity", "fisher", "--json", "--budget", "0.8"]
