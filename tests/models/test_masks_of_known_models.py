@@ -407,7 +407,7 @@ class Reads(nn.Module):
     ("mask", "rows"),
     [("attention_mask", 6), ({"": "attention_mask"}, 3), ({"own": "attention_mask", "other": None}, 6)],
 )  # fmt: skip
-@pytest.mark.filterwarnings("ignore:all rows of these layers count")
+@pytest.mark.filterwarnings("ignore:the masks of these layers are unknown")
 def test_rows_of_another_sequence_have_the_mask_that_is_named(mask, rows):
     real = torch.tensor([[1, 1, 0], [1, 0, 0]])
     batch = {"x": torch.randn(2, 3, 4), "memory": torch.randn(2, 3, 4), "attention_mask": real}
