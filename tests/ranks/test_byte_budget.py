@@ -185,6 +185,26 @@ def test_smallest_rank_overrides_and_other_kinds(calibrated):
     assert report.layer_bytes == stored_bytes(conv)
 
 
+@pytest.mark.parametrize(("bounds", "rank"), [((16, 16), 16), ((8, 15), 8)])
+def test_both_bounds_are_allowed_ranks(calibrated, bounds, rank):
+    config = lro.CompressionConfig(lro.ByteBudget(0.9), bounds={"re:.*": bounds})
+    assert [row.rank for row in lro.compress_(build(), calibrated[None], config).layers] == 3 * [rank]
+
+
+def test_rounding_of_many_elements_is_near_its_mean():
+    layer = nn.Linear(200, 220).double()
+    space = layer_subspaces({"0": layer}, lro.calibrate(nn.Sequential(layer), [torch.randn(400, 200).double()]))["0"]
+    predicted, factors, moment = rounding_of(space, "int8", by_loss=False), factorize(space, 96, "output"), space.moment
+    down, up = (dequantized(*quantized(part, "int8"), torch.float64) for part in (factors.down, factors.up))
+    for formats, change in (
+        (("int8", None), factors.up @ (down - factors.down)),
+        ((None, "int8"), (up - factors.up) @ factors.down),
+        (("int8",), dequantized(*quantized(space.weight, "int8"), torch.float64) - space.weight),
+    ):
+        rank = 96 if len(formats) == 2 else None
+        assert predicted.error(rank, formats) == pytest.approx(float((change @ moment * change).sum()), rel=0.05)
+
+
 def test_streamed_outputs_keep_their_dtype():
     model = build()
     covariances = lro.calibrate(model, [torch.randn(300, 96).bfloat16()], side="output")
