@@ -29,9 +29,10 @@ from .description import (
 from .files import digests, made, open_tensors, parse_json, read_header, read_tensor, replacing, write_tensors
 from .layers import LowRankLinear
 from .layers.pivoted import is_order
-from .layers.replace import note_replaced, swap_
+from .layers.replace import swap_
 from .models.experts import experts_listed
 from .models.layers import check_no_adapters, check_not_dispatched
+from .models.old_optimizers import note_replaced
 from .models.running import warn_caller
 from .report import CompressionReport
 

@@ -21,8 +21,8 @@ from .calibration.gradients import OutputGradient
 from .calibration.objectives import Sensitivity, check_sensitivity
 from .calibration.recorder import NO_ROWS, Recorder
 from .calibration.statistics import NonFiniteActivationError
-from .compress import considered_layers
 from .config import check_channels
+from .considered import considered_layers
 from .models.experts import on_listed_experts
 from .models.layers import FilterFn, find_layers, images, input_rows, is_conv
 from .models.mask_sources import Mask

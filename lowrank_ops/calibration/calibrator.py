@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..arguments import check_positive, checked
 from ..files import digest
 from ..models.experts import experts_listed
+from ..models.interrupts import uninterrupted_exits
 from ..models.layers import FilterFn
 from ..models.mask_sources import Mask
 from ..models.masks import Masks
@@ -34,7 +35,6 @@ from ..models.running import (
     in_batch,
     move,
     random_state_kept,
-    uninterrupted_exits,
     warn_caller,
     without_fast_path,
 )
@@ -337,8 +337,7 @@ class Calibrator:
         """
         if self._covariances is None:
             raise AttributeError(
-                "covariances exist when the with block of the Calibrator has ended without an exception; read them "
-                "after the block."
+                "covariances are available after the with block of the Calibrator has ended without an exception."
             )
         return self._covariances
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from ..config import CompressionConfig
 from ..models.memory import size
 from ..policies import ByteBudget, ExplainedVariance
+from ..ranks.choose import ChosenRanks, Rounded
+from ..ranks.eight_bit import eight_bit_bytes, lowrank_bytes
 from ..subspaces.layer import LayerSubspaces
 
 # Peak number of float64 elements, in multiples of features^2 of the streamed side, of out_features^2 and of
@@ -74,3 +76,16 @@ def _kept_bytes(subspaces: Mapping[str, LayerSubspaces]) -> int:
             apart[key] = 2 * 8 * groups * in_features**2
         last[key] = number
     return spectra + sum(apart.values())
+
+
+def new_bytes(
+    subspaces: Mapping[str, LayerSubspaces], ranks: ChosenRanks, eight_bit: Mapping[str, Rounded], pivoted: bool
+) -> int:
+    """Bytes of the new layers."""
+    plain = Rounded()
+    sizes = {
+        fqn: lowrank_bytes(subspaces[fqn], rank, eight_bit.get(fqn, plain).formats, pivoted=pivoted)
+        for fqn, rank in ranks.items()
+        if rank is not None
+    }
+    return sum(sizes.values()) + sum(eight_bit_bytes(subspaces[fqn]) for fqn in eight_bit if fqn not in sizes)

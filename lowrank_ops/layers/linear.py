@@ -14,6 +14,7 @@ from ..calibration.statistics import LayerStatistics
 from ..factors.eight_bit import DTYPES, empty_quantized, quantized
 from ..factors.projections import Factors
 from ..models.layers import dimensions, has_transposed_weight
+from ..models.old_optimizers import note_replaced
 from ..ops import lowrank_linear
 from ..ops.linear.reference import dequantized
 from ..ranks.costs import Formats
@@ -240,6 +241,7 @@ class LowRankLinear(LowRankLayer):
         """Take what :meth:`_quantized` returned."""
         self._dtype = self.dtype if parts else None
         for name, (values, scale) in parts.items():
+            note_replaced([self.get_parameter(name)])
             setattr(self, name, nn.Parameter(values, requires_grad=False))
             setattr(self, f"{name}_scale", scale)
 
@@ -255,6 +257,7 @@ class LowRankLinear(LowRankLayer):
         """
         for name, factor, form in zip(self.matrices, self.float_factors(), self.formats, strict=True):
             if form is not None:
+                note_replaced([self.get_parameter(name)])
                 setattr(self, name, nn.Parameter(factor))
                 setattr(self, f"{name}_scale", None)
         self._dtype = None

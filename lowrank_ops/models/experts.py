@@ -15,8 +15,9 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..ops import lowrank_experts
 from ..ops._dispatcher import is_recorded
+from .interrupts import uninterrupted_exits
 from .layers import HOOKS, fused_projections, reason_to_stay_fused, tied_layers
-from .running import uninterrupted_exits
+from .old_optimizers import note_replaced
 
 MIN_ROWS = 256  # an expert with fewer rows of its own is also calibrated on rows that went to others
 
@@ -309,9 +310,10 @@ def experts_listed(
         finally:
             _put_in(model, {experts: fused for fused, experts in listed.items() if experts.is_dense()})
             with torch.inference_mode(False):
-                for experts in listed.values():
+                for fused, experts in listed.items():
                     if not experts.is_dense():
                         experts.unshare_()
+                        note_replaced(fused.parameters())
 
 
 def list_experts_(model: nn.Module) -> None:

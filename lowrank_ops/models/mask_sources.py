@@ -226,6 +226,6 @@ def _check_source(argument: str, source: object) -> None:
         )
     if isinstance(source, str) and "pad" in source and not source.endswith("key_padding_mask"):
         raise ValueError(
-            f"{argument}={source!r}: whether true means padding does not follow from that name; pass a function, such "
-            f"as lambda args, kwargs: ~kwargs[{source!r}], that is true for real tokens."
+            f"{argument}={source!r}: the name does not show whether true means padding; pass a function that is true "
+            f"for real tokens, such as lambda args, kwargs: ~kwargs[{source!r}]."
         )

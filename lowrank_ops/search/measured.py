@@ -15,9 +15,10 @@ from ..calibration.call_weights import SEED
 from ..calibration.covariances import Covariances
 from ..calibration.objectives import Sensitivity, check_sensitivity, distance
 from ..calibration.recorder import NO_ROWS
-from ..compress import considered_layers, decompose, factorize_layers, resolved
 from ..config import CompressionConfig
+from ..considered import considered_layers, resolved
 from ..factors.channels import widened
+from ..factors.layer_by_layer import decompose, factorize_layers
 from ..layers.replace import replace_
 from ..models.copies import filter_of_original, shared_copy
 from ..models.experts import list_experts_

@@ -380,7 +380,7 @@ def test_polarity_is_not_guessed():
             return self.fc(x)
 
     batch = {"x": torch.randn(2, 3, 4), "padding_mask": torch.tensor([[0, 0, 1], [0, 1, 1]])}
-    with pytest.raises(ValueError, match=r"mask='padding_mask': whether true means padding does not follow"):
+    with pytest.raises(ValueError, match=r"mask='padding_mask': the name does not show whether true means padding"):
         lro.calibrate(Model(), [batch], mask="padding_mask")
     covariances = lro.calibrate(Model(), [batch], mask=lambda args, kwargs: kwargs["padding_mask"] == 0)
     assert covariances["fc"].activations.count == 3

@@ -113,7 +113,7 @@ def test_compress_refuses_models_wrapped_for_parallel_training(process_group):
 def test_weights_that_accelerate_moves_are_named(function, tmp_path):
     model = model_with(nn.Linear(8, 8))
     model[1]._hf_hook = object()
-    with pytest.raises(ValueError, match="1 cannot be used as it is: .*accelerate"):
+    with pytest.raises(ValueError, match=r"1 cannot be used as it is: .*accelerate"):
         function(model, tmp_path / "saved")
 
 

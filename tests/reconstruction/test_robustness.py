@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="in a folder that does not exist"):
         reconstruct(model, factors, batches, checkpoint=tmp_path / "no" / "file")
     lro.calibrate(model, batches).save(path)
-    with pytest.raises(ValueError, match="was not written by a reconstruction"):
+    with pytest.raises(ValueError, match="its format is"):
         reconstruct(model, factors, batches, checkpoint=path)
 
 
@@ -146,6 +147,25 @@ def test_another_mask_or_forward_is_another_run(tmp_path: Path) -> None:
         reconstruct(model, factors, batches, checkpoint=path)
     with pytest.raises(ValueError, match="its forward differ"):
         reconstruct(model, factors, batches, mask=mask, forward=lambda model, batch: model(**batch), checkpoint=path)
+
+
+def test_another_loss_is_another_run(tmp_path: Path) -> None:
+    """Functions are compared by their code and by what they read."""
+    model, batches, mask = made("vit")
+    factors = one_shot(model, batches, mask)
+    path = tmp_path / "factors.safetensors"
+
+    def loss(output: Any) -> torch.Tensor:
+        return output.square().sum()
+
+    def scaled(by: float) -> Callable[[Any, Any], torch.Tensor]:
+        return lambda output, batch: by * loss(output)
+
+    reconstruct(model, factors, batches, sensitivity=scaled(1.0), checkpoint=path)
+    reconstruct(model, factors, batches, sensitivity=scaled(1.0), checkpoint=path)
+    for other in (scaled(2.0), lambda output, batch: output.sum(), "output"):
+        with pytest.raises(ValueError, match="its sensitivity differ"):
+            reconstruct(model, factors, batches, sensitivity=other, checkpoint=path)
 
 
 def test_every_value_of_weights_and_batches_counts(tmp_path: Path) -> None:
