@@ -152,7 +152,7 @@ def _compress(
             found = _reconstructed(model, dict(found), reconstruction, covariances, config.centered, progress).items()
         factors: dict[str, Factors] = {}  # without values
         new: dict[nn.Module, nn.Module] = {}
-        for fqn, part in _in_eight_bits(found, subspaces, eight_bit, config):
+        for fqn, part in _as_stored(found, subspaces, eight_bit, config):
             with in_layer(fqn):
                 layer = replacement(layers[fqn], part, config.pivoted)
                 new[layers[fqn]] = layer._apply(_in_file) if in_files else layer
@@ -211,20 +211,20 @@ def _reconstructed(
     )
 
 
-def _in_eight_bits(
+def _as_stored(
     found: Iterable[tuple[str, Factors]],
     subspaces: Mapping[str, LayerSubspaces],
     eight_bit: Mapping[str, Rounded],
     config: CompressionConfig,
 ) -> Iterator[tuple[str, Factors]]:
-    """``found``, with the factors of 8-bit layers rounded; then the 8-bit weights of layers without factors."""
+    """``found``, for layers of 8 bits or pivot rows; then the 8-bit weights of layers without factors."""
     dense = dict.fromkeys(eight_bit)
     for fqn, part in found:
         dense.pop(fqn, None)
-        yield fqn, in_eight_bits(part, subspaces[fqn], config, eight_bit[fqn]) if fqn in eight_bit else part
+        yield fqn, as_stored(part, subspaces[fqn], config, eight_bit.get(fqn))
         subspaces[fqn].release(directions=False)
     for fqn in dense:
-        yield fqn, in_eight_bits(None, subspaces[fqn], config, eight_bit[fqn])
+        yield fqn, as_stored(None, subspaces[fqn], config, eight_bit[fqn])
         subspaces[fqn].release(directions=False)
 
 
@@ -412,13 +412,14 @@ def factorize_layers(
             yield from found.items()
 
 
-def in_eight_bits(
-    factors: Factors | None, space: LayerSubspaces, config: CompressionConfig, chosen: Rounded
+def as_stored(
+    factors: Factors | None, space: LayerSubspaces, config: CompressionConfig, chosen: Rounded | None = None
 ) -> Factors:
-    """``factors``, or the weight of a layer that stays dense, for a layer that stores 8 bits."""
+    """``factors``, or the weight of a layer that stays dense, as a layer of 8 bits or pivot rows stores them."""
     if factors is None:
-        return eight_bit_weight(space, str(config.projection), *chosen)
-    return stored_as(factors, space, *chosen, pivoted=is_pivoted(space, factors.rank, config.pivoted))
+        return eight_bit_weight(space, str(config.projection), *(chosen or Rounded()))
+    pivoted = factors.kept is None and is_pivoted(space, factors.rank, config.pivoted)
+    return stored_as(factors, space, *(chosen or Rounded()), pivoted=pivoted) if chosen or pivoted else factors
 
 
 def available(device: torch.device | str) -> torch.device:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .arguments import checked
 from .calibration.covariances import Covariances
 from .checkpoint import WEIGHTS_FILE
-from .compress import available, considered_layers, decompose, factorize_layers, in_eight_bits, resolved
+from .compress import as_stored, available, considered_layers, decompose, factorize_layers, resolved
 from .config import CompressionConfig
 from .description import CONFIG_FILE, describe_layers
 from .factors.memory import bytes_to_spare
@@ -437,8 +437,8 @@ def _tensors(
         else:
             result = next(factors)[1] if ranks[fqn] is not None else None
             empty = copy.deepcopy(new[fqn])
+            result = as_stored(result, subspaces[fqn], config, eight_bit.get(fqn))
             if fqn in eight_bit:
-                result = in_eight_bits(result, subspaces[fqn], config, eight_bit[fqn])
                 subspaces[fqn].release()
             if isinstance(empty, LowRankLinear) and not isinstance(empty, EightBitLinear):
                 empty.dequantize_()

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..arguments import check_choice, checked
 from ..calibration.covariances import Covariances
-from ..compress import considered_layers, decompose, factorize_layers, resolved
+from ..compress import as_stored, considered_layers, decompose, factorize_layers, resolved
 from ..config import CompressionConfig
 from ..files import digest
 from ..layers.replace import replace_
@@ -155,7 +155,8 @@ def accuracy_of(
     """
 
     def accuracy_at(ranks: ChosenRanks) -> float:
-        factors = dict(factorize_layers(subspaces, ranks, str(config.projection), keep_directions=True))
+        found = factorize_layers(subspaces, ranks, str(config.projection), keep_directions=True)
+        factors = {fqn: as_stored(part, subspaces[fqn], config) for fqn, part in found}
         trial = shared_copy(dense)
         replace_(trial, factors, pivoted=config.pivoted)
         mine, others = _Runs(), _Runs(get_ident())
