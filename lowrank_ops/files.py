@@ -8,20 +8,19 @@ import functools
 import hashlib
 import json
 import os
-import re
 import secrets
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import CellType, CodeType, FunctionType
+from types import CodeType
 from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-if sys.platform != "win32":  # there abandoned temporary files stay
+if sys.platform != "win32":  # on Windows, abandoned temporary files stay
     import fcntl
 
 HEADER, _CHECKSUM = "lowrank_ops", "lowrank_ops.sha256"  # of safetensors metadata
@@ -60,7 +59,7 @@ def replacing(*paths: Path) -> Iterator[list[BinaryIO]]:
 
 @contextmanager
 def made(folder: Path) -> Iterator[None]:
-    """The folder exists inside the block; after an exception, one that was made here and is empty does not."""
+    """Create the folder for the block; after an exception, remove it if it was created here and is empty."""
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -250,7 +249,7 @@ def read_tensor(file: Any, name: str, checksums: Mapping[str, str] | None) -> Te
 
 @contextmanager
 def open_tensors(path: str | Path) -> Iterator[Any]:
-    """Open a safetensors file; whatever is wrong with the file or what is read from it is a ValueError.
+    """Open a safetensors file. Any error in the block that the file may cause is a ValueError.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -265,14 +264,35 @@ def open_tensors(path: str | Path) -> Iterator[Any]:
         raise ValueError(f"{type(error).__name__}: {error}") from None
 
 
+@contextmanager
+def open_checkpoint(path: Path, form: str) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
+    """The header and the tensors of a checkpoint. Any error in the block that the file may cause is a ValueError.
+
+    Raises:
+        ValueError: the file cannot be read, or its format is not ``form``.
+    """
+    try:
+        with open_tensors(path) as file:
+            header = read_header(file)
+            if header.get("format") != form:
+                raise ValueError(f"its format is {header.get('format')!r}, not {form!r}")
+            checksums = dict(header["checksums"])
+            yield header, {name: read_tensor(file, name, checksums) for name in checksums}
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"checkpoint {str(path)!r} cannot be read: {error}. Delete it to start again, or pass another path."
+        ) from None
+
+
 def digest(value: Any) -> str:
     """SHA-256 of a value: of dtypes, shapes and bytes of tensors and arrays, nested in mappings, sequences and objects.
 
-    Tensors on ``meta`` have no bytes; types are identified by their names, functions by names, code and settings: see
-    :func:`_settings`. Of a module, such as a loss, parameters and buffers of its own count as well.
+    Tensors on ``meta`` have no bytes. Functions are identified by their names, their code, and the numbers and strings
+    that they read; types by their names. A module, such as a loss, also counts with its own constants, parameters and
+    buffers.
     """
     found = hashlib.sha256()
-    _update(found, value, [], set())
+    _update(found, value, [])
     return found.hexdigest()
 
 
@@ -281,12 +301,12 @@ def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return {name: digest(tensor) for name, tensor in tensors.items()}
 
 
-def _update(found: Any, value: Any, parents: Sequence[int], functions: set[int]) -> None:
+def _update(found: Any, value: Any, parents: Sequence[int]) -> None:
     inner = [*parents, id(value)]
     if isinstance(value, Tensor):
         found.update(f"tensor {tuple(value.shape)} {value.dtype} ".encode())
         found.update(b"" if value.is_meta else _bytes(value))
-    elif isinstance(value, (str, bytes, int, float, complex, torch.dtype, type(None))):
+    elif isinstance(value, (str, bytes, int, float, complex, type(None))):
         found.update(f"{value!r} ".encode())
     elif id(value) in parents:
         found.update(b"cycle ")
@@ -294,87 +314,38 @@ def _update(found: Any, value: Any, parents: Sequence[int], functions: set[int])
         parts = [part for item in value.items() for part in item] if isinstance(value, Mapping) else value
         found.update(f"{len(parts)} parts ".encode())
         for part in parts:
-            _update(found, part, inner, functions)
+            _update(found, part, inner)
     elif hasattr(value, "tobytes"):  # an array
         found.update(f"array {getattr(value, 'shape', None)} {getattr(value, 'dtype', None)} ".encode())
         found.update(value.tobytes())
     elif isinstance(value, functools.partial):
-        _update(found, [value.func, value.args, value.keywords], inner, functions)
-    elif id(value) in functions:  # a helper of several
-        found.update(b"again ")
+        _update(found, [value.func, value.args, value.keywords], inner)
     elif callable(value) or not isinstance(getattr(value, "__dict__", None), dict):
         found.update(f"{getattr(value, '__qualname__', type(value).__qualname__)} ".encode())
-        functions |= {id(value)} if isinstance(value, FunctionType) else set()
         if not isinstance(value, type):
             if isinstance(value, nn.Module):
-                _update(found, [value._parameters, value._buffers], inner, functions)
+                constants = {name: getattr(value, name, None) for name in getattr(value, "__constants__", ())}
+                _update(found, [constants, value._parameters, value._buffers], inner)
             function = _function_of(value)
             if isinstance(code := getattr(function, "__code__", None), CodeType):
                 found.update(_code_of(code).encode())
                 wrapped = getattr(function, "__wrapped__", None)
-                _update(found, [function.__defaults__, function.__kwdefaults__, wrapped], inner, functions)
-                _update(found, _settings(value, function), inner, functions)
+                parts = [function.__defaults__, function.__kwdefaults__, wrapped, _read_by(function)]
+                _update(found, parts, inner)
     else:
-        _update(found, vars(value), inner, functions)
+        _update(found, vars(value), inner)
 
 
-def _settings(value: Any, function: Any) -> dict[str, Any]:
-    """What ``function``, which runs when ``value`` is called, reads: of its closure, its globals and its object.
-
-    Of these, numbers, strings, tensors, losses and functions of the same file, unless code assigns them: counters may
-    have other values where a run is resumed. So may lists and dicts, models, and the name of a device.
-    """
-    code, names, own = function.__code__, function.__globals__, getattr(value, "__self__", value)
-    globals_, assigned = _names_in(code)
-    read = {name: names[name] for name in sorted(globals_) if name in names}
-    read |= zip(code.co_freevars, map(_contents, function.__closure__ or ()), strict=True)
-    model = own is not value and isinstance(own, nn.Module) and _has_parameters(own)
-    other = own is function or model or isinstance(own, (type, torch.jit.ScriptModule))
-    if not other and hasattr(own, "__dict__"):
-        parts = {name: part for kind in reversed(type(own).__mro__) for name, part in vars(kind).items()}
-        parts = {name: part for name, part in parts.items() if not name.startswith("__")}
-        codes = [part.__code__ for part in parts.values() if hasattr(part, "__code__")]
-        assigned = assigned.union(*(_names_in(code)[1] for code in codes))
-        held = [parts, vars(own), *([own._modules, own._buffers] if isinstance(own, nn.Module) else [])]
-        read |= {f"self.{name}": part for some in held for name, part in some.items() if name not in assigned}
-    return {name: read[name] for name in sorted(read) if name not in assigned and _is_setting(read[name], names)}
-
-
-def _is_setting(value: Any, names: Mapping[str, Any]) -> bool:
-    """``names`` are the globals of the function that reads the value."""
-    if isinstance(value, tuple):
-        return all(_is_setting(part, names) for part in value)
-    if isinstance(value, nn.Module):
-        return not isinstance(value, torch.jit.ScriptModule) and not _has_parameters(value)
-    if isinstance(value, Tensor):
-        plain = type(value) is Tensor and value.layout is torch.strided and not (value.is_nested or value.is_quantized)
-        return plain and not value.requires_grad
-    if isinstance(value, str):
-        return re.fullmatch(r"(cpu|cuda|mps|xpu)(:\d+)?", value) is None
-    numbers = isinstance(value, (bytes, int, float, complex, torch.dtype))
-    return numbers or (isinstance(value, FunctionType) and value.__globals__ is names)
-
-
-def _has_parameters(module: nn.Module) -> bool:
-    return next(module.parameters(), None) is not None
-
-
-def _contents(cell: CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # it is empty
-        return None
-
-
-@functools.lru_cache(4096)
-def _names_in(code: CodeType) -> tuple[frozenset[str], frozenset[str]]:
-    """The globals that code reads, and the names of variables and attributes outside it that it assigns."""
-    steps = list(dis.get_instructions(code))
-    inner = [_names_in(part) for part in code.co_consts if isinstance(part, CodeType)]
-    reads = frozenset(step.argval for step in steps if step.opname == "LOAD_GLOBAL")
-    assigned = frozenset(step.argval for step in steps if step.opname in ("STORE_DEREF", "STORE_GLOBAL", "STORE_ATTR"))
-    assigned = assigned.union(*(names for _, names in inner)) - {*code.co_cellvars}
-    return reads.union(*(names for names, _ in inner)), assigned
+def _read_by(function: Any) -> dict[str, Any]:
+    """The numbers and strings that a function reads from its closure and its globals, without those that it changes."""
+    code, names = function.__code__, function.__globals__
+    changed = {step.argval for step in dis.get_instructions(code) if step.opname in ("STORE_DEREF", "STORE_GLOBAL")}
+    read = {name: names[name] for name in sorted(code.co_names) if name in names}
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # it is empty
+            read[name] = cell.cell_contents
+    plain = (int, float, complex, str, bytes)
+    return {name: value for name, value in read.items() if name not in changed and isinstance(value, plain)}
 
 
 def _function_of(value: Any) -> Any:

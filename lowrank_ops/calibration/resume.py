@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import digest, digests, open_tensors, read_header, read_tensor, replacing, write_tensors
+from ..files import digest, digests, open_checkpoint, replacing, write_tensors
 from .covariances import Covariances
 from .distributed import rank_and_world
 from .recorder import Recorder
@@ -49,20 +49,11 @@ class CalibrationCheckpoint:
             self._read()
 
     def _read(self) -> None:
-        try:
-            with open_tensors(self._path) as file:
-                header = read_header(file)
-                if header["format"] != _FORMAT:
-                    raise ValueError(f"its format is {header['format']!r}, this version reads {_FORMAT!r}")
-                tensors = {name: read_tensor(file, name, header["checksums"]) for name in header["checksums"]}
-                identity, self.passes, self._number = header["identity"], header["passes"], header["number"]
-                self._batches, self._seen, self._first = header["batches"], header["seen"], header.get("first", "")
-                self._start = [tensors[f"start.{i}"] for i in range(header["generators"])]
-                self._state = (header, tensors) if self._batches else None
-        except ValueError as error:
-            raise ValueError(
-                f"checkpoint {str(self._path)!r} cannot be read: {error}. Delete it to start again."
-            ) from None
+        with open_checkpoint(self._path, _FORMAT) as (header, tensors):
+            identity, self.passes, self._number = header["identity"], header["passes"], header["number"]
+            self._batches, self._seen, self._first = header["batches"], header["seen"], header.get("first", "")
+            self._start = [tensors[f"start.{i}"] for i in range(header["generators"])]
+            self._state = (header, tensors) if self._batches else None
         differ = [name for name in {**identity, **self._identity} if identity.get(name) != self._identity.get(name)]
         if differ:
             raise ValueError(

@@ -123,7 +123,8 @@ def _add_compression(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     ranks.add_argument(
         "--damping", type=share, metavar="SHARE",
-        help="ranks and factors for inputs with noise of this share of their variance, and gradients with half of it",
+        help="compute ranks and factors as if inputs had noise of this share of their variance, and gradients of half "
+        "of it",
     )  # fmt: skip
     ranks.add_argument(
         "--correct", action="store_true",
@@ -131,8 +132,8 @@ def _add_compression(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     ranks.add_argument(
         "--measure", action="store_true",
-        help="with --budget: compress copies of the model, and divide the budget by predicted losses that gradients of "
-        "the copies on --calibration correct",
+        help="with --budget: divide it by predicted losses, which gradients of compressed copies of the model on "
+        "--calibration correct",
     )  # fmt: skip
     factors = parser.add_argument_group("factors")
     factors.add_argument(
@@ -143,7 +144,7 @@ def _add_compression(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     factors.add_argument(
         "--group", action="store_true",
-        help="layers with one input, such as q, k and v, become low-rank all or none and run together on a GPU",
+        help="make layers that share an input, such as q, k and v, low-rank all or none; on a GPU they run together",
     )  # fmt: skip
     factors.add_argument(
         "--pivoted", action="store_true",

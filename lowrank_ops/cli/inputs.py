@@ -75,7 +75,7 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     calibration.add_argument(
         "--max-memory", metavar="BYTES",
         help="bound on the sums on each device, such as 8GB; if they need more, the batches run several times "
-        "(default: half of the free memory). With compress --covariances: on the memory for computing factors",
+        "(default: half of the free memory). With compress --covariances: bound on the memory for computing factors",
     )  # fmt: skip
     calibration.add_argument(
         "--tokens", type=share, metavar="SHARE",

@@ -196,7 +196,7 @@ def reconstruct_factors(
         warn_caller(warning)
     warn_of_few_rows(few, "rows in the batches of the reconstruction", "pass it")
     if layers and all(kept.get(fqn) == TOO_FEW for fqn in layers):
-        raise ValueError("too few rows reached every layer: the batches are empty, or the mask leaves no position.")
+        raise ValueError("no layer received enough rows: the batches are empty, or the mask excludes all positions.")
     _warn_of(kept, weights.missing)
     return new
 
@@ -319,7 +319,7 @@ def checked_batches(model: nn.Module, factors: Mapping[str, Factors], batches: I
 
 
 def chains_named(model: nn.Module, blocks: str | Sequence[str]) -> list[str]:
-    """The names in ``blocks``; ValueError for one that is no container."""
+    """The names in ``blocks``; ValueError for one that is not a container."""
     names = [blocks] if isinstance(blocks, str) else list(blocks)
     modules = dict(model.named_modules())
     for name in names:

@@ -207,5 +207,5 @@ def _measured(
             )
     errors = {fqn: sums[fqn].relative(centered) for fqn in replaced if fqn in sums and sums[fqn].rows}
     if not errors:
-        raise ValueError("no row reached a replaced layer: the batches are empty, or the mask leaves no position.")
+        raise ValueError("no row reached a replaced layer: the batches are empty, or the mask excludes all positions.")
     return errors

@@ -1,4 +1,4 @@
-"""A calibration that was killed resumes from its checkpoint, equal to the bit."""
+"""A calibration that was killed resumes from its checkpoint, with a bit-identical result."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -173,7 +173,7 @@ def test_smallest_rank_overrides_and_other_kinds(calibrated):
     dense = 2 * (96 * 128 + 128)
     ranks, rounded = choose_sizes(lro.ByteBudget(smallest / dense, allocation="loss"), spaces)
     assert ranks == {"0": 8} and rounded["0"].formats == ("int8", "int8")
-    with pytest.raises(ValueError, match=f"the smallest ranks take {smallest} bytes, {smallest - 1} are left"):
+    with pytest.raises(ValueError, match=f"take {smallest} bytes, but only {smallest - 1} are available"):
         choose_sizes(lro.ByteBudget((smallest - 0.5) / dense, allocation="loss"), spaces)
     model = build()
     lro.compress_(model, covariances, lro.CompressionConfig(lro.ByteBudget(0.5), overrides={"0": 16, "4": None}))

@@ -38,7 +38,7 @@ TESTS = {
 }
 USERS = [
     "tests/test_compress.py", "tests/test_compress_group.py", "tests/test_compress_channels.py",
-    "tests/test_compress_device.py", "tests/test_folders.py",
+    "tests/test_compress_device.py", "tests/test_folders.py", "tests/models/test_channels_apart.py",
     "tests/test_golden_files.py", "tests/test_correction.py", "tests/test_midpoint.py", "tests/report",
     "tests/ranks/test_byte_budget.py", "tests/layers/test_eight_bit.py", "tests/layers/test_pivoted.py",
     "tests/integrations/test_eight_bit.py", "tests/integrations/test_transformers.py", "tests/models/test_experts.py",
