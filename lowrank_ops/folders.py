@@ -23,7 +23,7 @@ from .checkpoint import WEIGHTS_FILE
 from .config import CompressionConfig
 from .considered import considered_layers, resolved
 from .description import CONFIG_FILE, describe_layers
-from .factors.layer_by_layer import decompose, factorize_layers, in_eight_bits
+from .factors.layer_by_layer import as_stored, decompose, factorize_layers
 from .factors.memory import bytes_to_spare
 from .factors.projections import Factors
 from .files import (
@@ -438,8 +438,8 @@ def _tensors(
         else:
             result = next(factors)[1] if ranks[fqn] is not None else None
             empty = copy.deepcopy(new[fqn])
+            result = as_stored(result, subspaces[fqn], config, eight_bit.get(fqn))
             if fqn in eight_bit:
-                result = in_eight_bits(result, subspaces[fqn], config, eight_bit[fqn])
                 subspaces[fqn].release()
             if isinstance(empty, LowRankLinear) and not isinstance(empty, EightBitLinear):
                 empty.dequantize_()

@@ -130,7 +130,8 @@ def calibrate(
             are moved to the CPU, and if they do not fit there either, to the disk.
         checkpoint: a folder for the progress, written about once a minute. If it holds a calibration of the same model,
             batches and arguments, the call resumes it: batches that were added are skipped, and the result is
-            bit-identical. A finished calibration is only read. Delete the folder when it is no longer needed.
+            bit-identical. A finished calibration is only read, and only the first batch is compared, if there is one.
+            Delete the folder when it is no longer needed.
         progress: show a progress bar.
 
     Returns:
@@ -211,6 +212,9 @@ def calibrate(
         if share_inputs:
             found.share_equal_(parts)
         parts.append(found)
+    if saved is not None and not seen:  # no pass was left to run
+        with random_state_kept(model):
+            saved.check_first(batches)
     if len(parts) == 1:
         return parts[0]
     statistics = {fqn: layer for part in parts for fqn, layer in part.items()}

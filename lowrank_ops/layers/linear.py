@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,7 @@ class LowRankLinear(LowRankLayer):
     """
 
     replaced_conv1d: type[nn.Module] | None = None  # transformers' class, where the layer took the place of one
+    pivoted: ClassVar[bool] = False  # it stores pivot rows
     group: LowRankGroup | None = None  # of layers with the same input; see group_
     place: int = 0  # in the group
     _dtype: torch.dtype | None = None  # of the layer before its factors became 8-bit
@@ -130,7 +131,8 @@ class LowRankLinear(LowRankLayer):
         """
         if not isinstance(linear, nn.Linear) and not has_transposed_weight(linear):
             raise TypeError(f"linear must be a torch.nn.Linear; got {type(linear).__name__}.")
-        return cls.from_factors(linear, factorize_layer(linear, rank, statistics, projection, centered))
+        factors = factorize_layer(linear, rank, statistics, projection, centered, pivoted=cls.pivoted)
+        return cls.from_factors(linear, factors)
 
     @classmethod
     def empty_like(cls, dense: nn.Module, rank: int, bias: bool) -> LowRankLinear:

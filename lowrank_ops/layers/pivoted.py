@@ -42,6 +42,7 @@ class PivotedLinear(LowRankLinear):
         torch.Size([2, 5, 32])
     """
 
+    pivoted = True
     order: Tensor
 
     @property

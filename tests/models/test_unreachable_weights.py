@@ -121,7 +121,25 @@ def test_compress_refuses_models_wrapped_for_parallel_training(process_group):
             covariances = lro.calibrate(model, [torch.randn(20, 8)])
             with pytest.raises(ValueError, match=rf"is wrapped by {name}.* Compress the module first, then wrap it"):
                 lro.compress_(model, covariances, 4)
+            with pytest.raises(ValueError, match=f"is wrapped by {name}"):
+                lro.layers.convert_attention_(model)
             assert dict(model.named_modules()) == before
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda model, path: lro.save_pretrained(model.to("meta"), path),
+        lambda model, path: lro.measure_latency(model, [torch.randn(2, 8)]),
+        lambda model, path: lro.layers.convert_attention_(model),
+    ],
+    ids=["save_pretrained", "measure_latency", "convert_attention_"],
+)
+def test_weights_that_accelerate_moves_are_named(function, tmp_path):
+    model = model_with(nn.Linear(8, 8))
+    model[1]._hf_hook = object()
+    with pytest.raises(ValueError, match=r"1 cannot be used as it is: .*accelerate"):
+        function(model, tmp_path / "saved")
 
 
 @pytest.mark.parametrize("inside", [False, True])
