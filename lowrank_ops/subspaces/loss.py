@@ -144,7 +144,7 @@ class LossSpace:
         columns = columns[..., :rank]
         if not inner:
             return self._lifted(basis, columns)
-        pair = orthonormal_pair(basis, inner[0] @ basis, columns)
+        pair = orthonormal_pair(basis.mT, basis.mT @ inner[0], columns.mT)
         if pair is None:  # directions without variance
             basis = orthonormal(self.root.mT @ columns)
             return self._lifted(basis, torch.linalg.solve_triangular(self.root.mT, basis, upper=True))
