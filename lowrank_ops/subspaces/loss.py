@@ -71,9 +71,9 @@ class LossSpace:
         return _cholesky_of_damped(self._damped())
 
     def _damped(self) -> Tensor:
-        scale = self.scale[..., None, None] * max(self._gradients.count, 1)
-        moment = self._gradients.second_moment.to(self._device, torch.float64)
-        metric = moment * torch.where(scale > 0, 1 / scale.clamp_min(1e-300), 0.0)
+        gradients, scale = self._gradients, self.scale[..., None, None]
+        divisor = torch.where(scale > 0, scale.clamp_min(1e-300) * max(gradients.count, 1), torch.inf)
+        metric = gradients.divided(divisor.to(gradients.total.device)).to(self._device)
         metric.diagonal(dim1=-2, dim2=-1).add_(DAMPING)
         return metric
 
