@@ -88,18 +88,18 @@ class CompressionConfig:
                 raise TypeError(f"{name} must be a bool; got {value!r}.")
         if self.pivoted and isinstance(self.rank, LatencyBudget):
             raise ValueError(
-                "pivoted=True does not go with a LatencyBudget, because measure_latency times layers of two factors; "
-                "use a ParameterBudget or a FlopBudget."
+                "pivoted=True cannot be combined with a LatencyBudget, because measure_latency times layers of two "
+                "factors; use a ParameterBudget or a FlopBudget."
             )
         if self.pivoted and self.group:
             raise ValueError(
-                "pivoted=True does not go with group=True, because the kernels of groups take two factors per layer; "
-                "choose one of the two."
+                "pivoted=True cannot be combined with group=True, because the kernels of groups take two factors per "
+                "layer; choose one of the two."
             )
         if self.group and isinstance(self.rank, ByteBudget):
             raise ValueError(
-                "group=True does not go with a ByteBudget, because no kernels run groups of 8-bit factors; choose one "
-                "of the two."
+                "group=True cannot be combined with a ByteBudget, because no kernels run groups of 8-bit factors; "
+                "choose one of the two."
             )
         check_choice("reconstruction", self.reconstruction, RECONSTRUCTIONS)
         self._check_channels()
@@ -113,14 +113,15 @@ class CompressionConfig:
             return
         if not isinstance(self.rank, ParameterBudget | FlopBudget | Ranks):
             raise ValueError(
-                f"channels does not go with {type(self.rank).__name__}; use a ParameterBudget, a FlopBudget or Ranks."
+                f"channels cannot be combined with {type(self.rank).__name__}; use a ParameterBudget, a FlopBudget or "
+                "Ranks."
             )
         if self.projection not in (None, "loss", "output"):
             raise ValueError(f"channels needs projection='loss' or 'output'; got {self.projection!r}.")
         if self.reconstruction == "sequential":
             raise ValueError(
-                "channels does not go with reconstruction='sequential', which fits factors; use 'blocks', or none: the "
-                "weight of the layer that reads the channels is updated in any case."
+                "channels cannot be combined with reconstruction='sequential', which fits factors; use 'blocks', or "
+                "none: the weight of the layer that reads the channels is updated in any case."
             )
 
     @property

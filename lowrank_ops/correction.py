@@ -21,8 +21,8 @@ from .calibration.gradients import OutputGradient
 from .calibration.objectives import Sensitivity, check_sensitivity
 from .calibration.recorder import NO_ROWS, Recorder
 from .calibration.statistics import NonFiniteActivationError
-from .compress import considered_layers
 from .config import check_channels
+from .considered import considered_layers
 from .models.experts import on_listed_experts
 from .models.layers import FilterFn, find_layers, images, input_rows, is_conv
 from .models.mask_sources import Mask
@@ -84,7 +84,7 @@ def correct_predictions(
     Raises:
         NonFiniteActivationError: NaN or inf in an input or in a gradient.
         ValueError: covariances without output gradients or of another model, no sample, an invalid argument, channels
-            that something other than their MLP reads.
+            that are read outside their MLP.
 
     Example:
         >>> import torch, lowrank_ops as lro

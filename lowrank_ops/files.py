@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dis
 import functools
 import hashlib
 import json
@@ -19,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-if sys.platform != "win32":  # there abandoned temporary files stay
+if sys.platform != "win32":  # on Windows, abandoned temporary files stay
     import fcntl
 
 HEADER, _CHECKSUM = "lowrank_ops", "lowrank_ops.sha256"  # of safetensors metadata
@@ -58,7 +59,7 @@ def replacing(*paths: Path) -> Iterator[list[BinaryIO]]:
 
 @contextmanager
 def made(folder: Path) -> Iterator[None]:
-    """The folder exists inside the block; after an exception, one that was made here and is empty does not."""
+    """Create the folder for the block; after an exception, remove it if it was created here and is empty."""
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -248,7 +249,7 @@ def read_tensor(file: Any, name: str, checksums: Mapping[str, str] | None) -> Te
 
 @contextmanager
 def open_tensors(path: str | Path) -> Iterator[Any]:
-    """Open a safetensors file; whatever is wrong with the file or what is read from it is a ValueError.
+    """Open a safetensors file. Any error in the block that the file may cause is a ValueError.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -263,12 +264,32 @@ def open_tensors(path: str | Path) -> Iterator[Any]:
         raise ValueError(f"{type(error).__name__}: {error}") from None
 
 
+@contextmanager
+def open_checkpoint(path: Path, form: str) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
+    """The header and the tensors of a checkpoint. Any error in the block that the file may cause is a ValueError.
+
+    Raises:
+        ValueError: the file cannot be read, or its format is not ``form``.
+    """
+    try:
+        with open_tensors(path) as file:
+            header = read_header(file)
+            if header.get("format") != form:
+                raise ValueError(f"its format is {header.get('format')!r}, not {form!r}")
+            checksums = dict(header["checksums"])
+            yield header, {name: read_tensor(file, name, checksums) for name in checksums}
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"checkpoint {str(path)!r} cannot be read: {error}. Delete it to start again, or pass another path."
+        ) from None
+
+
 def digest(value: Any) -> str:
     """SHA-256 of a value: of dtypes, shapes and bytes of tensors and arrays, nested in mappings, sequences and objects.
 
-    Tensors on ``meta`` have no bytes. Functions are identified by their names and code, but not by the variables that
-    they read; types by their names. Of a module, such as a loss, the constants, parameters and buffers of its own count
-    as well.
+    Tensors on ``meta`` have no bytes. Functions are identified by their names, their code, and the numbers and strings
+    that they read; types by their names. A module, such as a loss, also counts with its own constants, parameters and
+    buffers.
     """
     found = hashlib.sha256()
     _update(found, value, [])
@@ -309,9 +330,22 @@ def _update(found: Any, value: Any, parents: Sequence[int]) -> None:
             if isinstance(code := getattr(function, "__code__", None), CodeType):
                 found.update(_code_of(code).encode())
                 wrapped = getattr(function, "__wrapped__", None)
-                _update(found, [function.__defaults__, function.__kwdefaults__, wrapped], inner)
+                parts = [function.__defaults__, function.__kwdefaults__, wrapped, _read_by(function)]
+                _update(found, parts, inner)
     else:
         _update(found, vars(value), inner)
+
+
+def _read_by(function: Any) -> dict[str, Any]:
+    """The numbers and strings that a function reads from its closure and its globals, without those that it changes."""
+    code, names = function.__code__, function.__globals__
+    changed = {step.argval for step in dis.get_instructions(code) if step.opname in ("STORE_DEREF", "STORE_GLOBAL")}
+    read = {name: names[name] for name in sorted(code.co_names) if name in names}
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # it is empty
+            read[name] = cell.cell_contents
+    plain = (int, float, complex, str, bytes)
+    return {name: value for name, value in read.items() if name not in changed and isinstance(value, plain)}
 
 
 def _function_of(value: Any) -> Any:

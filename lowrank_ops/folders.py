@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from .arguments import checked
 from .calibration.covariances import Covariances
 from .checkpoint import WEIGHTS_FILE
-from .compress import available, considered_layers, decompose, factorize_layers, in_eight_bits, resolved
 from .config import CompressionConfig
+from .considered import considered_layers, resolved
 from .description import CONFIG_FILE, describe_layers
+from .factors.layer_by_layer import as_stored, decompose, factorize_layers
 from .factors.memory import bytes_to_spare
 from .factors.projections import Factors
 from .files import (
@@ -40,7 +41,7 @@ from .layers import EightBitLinear, LowRankLayer, LowRankLinear, group_
 from .layers.replace import lowrank_type, swap_
 from .models.layers import all_finite, fused_projections
 from .models.memory import parse_bytes
-from .models.running import warn_of_few_rows
+from .models.running import available, shortened, warn_of_few_rows
 from .policies import RankPolicy
 from .ranks.choose import Rounded
 from .ranks.groups import choose_grouped_sizes
@@ -64,7 +65,7 @@ def compress_folder(
 ) -> CompressionReport:
     """Compress the model in a folder without loading it; the result is that of :func:`lowrank_ops.compress_`.
 
-    Beside ``covariances`` one layer is in memory at a time. Weights are read once for the factors, and once before if
+    One layer is in memory at a time, besides ``covariances``. Weights are read once for the factors, and once before if
     ranks depend on spectra; decompositions are then computed twice, because none is kept.
 
     Args:
@@ -246,7 +247,7 @@ class _Weights:
             self._open(name)
         lost = sorted(set(self.index or ()) ^ set(self.forms if self.index is not None else ()))
         if lost:
-            raise ValueError(f"source {str(folder)!r}: index and files differ at {', '.join(lost[:5])}; copy it again.")
+            raise ValueError(f"source {str(folder)!r}: index and files differ at {shortened(lost)}; copy it again.")
 
     def _open(self, name: str) -> None:
         path = self.folder / name
@@ -325,7 +326,7 @@ def _model_of_state_dict(weights: _Weights, covariances: Covariances) -> tuple[n
             place(fqn).register_parameter(last, parameters[weights.tied.get(name, name)])
         except (KeyError, TypeError) as error:
             raise ValueError(
-                f"source {str(weights.folder)!r} holds {name!r}, which is no name of a parameter: {error}."
+                f"source {str(weights.folder)!r} holds {name!r}, which cannot be the name of a parameter: {error}."
             ) from None
     return model, undescribed
 
@@ -437,8 +438,8 @@ def _tensors(
         else:
             result = next(factors)[1] if ranks[fqn] is not None else None
             empty = copy.deepcopy(new[fqn])
+            result = as_stored(result, subspaces[fqn], config, eight_bit.get(fqn))
             if fqn in eight_bit:
-                result = in_eight_bits(result, subspaces[fqn], config, eight_bit[fqn])
                 subspaces[fqn].release()
             if isinstance(empty, LowRankLinear) and not isinstance(empty, EightBitLinear):
                 empty.dequantize_()

@@ -87,7 +87,7 @@ def recalibrate(
         )
     accepted = inspect.signature(calibrate).parameters.keys() - {"model", "batches"}
     if unknown := [name for name in options if name not in accepted]:  # before the long work
-        raise TypeError(f"options must be keyword arguments of calibrate; it has no {', '.join(unknown)}.")
+        raise TypeError(f"options: calibrate has no keyword argument {', '.join(map(repr, unknown))}.")
     check_arguments(calibrate, options)
     filter_fn = filter_of_original(model, options.pop("filter_fn", None))
     middle = shared_copy(model)

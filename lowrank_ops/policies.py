@@ -26,8 +26,19 @@ class ExplainedVariance:
         check_share("threshold", self.threshold)
 
 
+class _Budget:
+    """The checks of a budget; its subclasses declare the fields in their order."""
+
+    fraction: float
+    allocation: str | None
+
+    def __post_init__(self) -> None:
+        check_share("fraction", self.fraction)
+        check_choice("allocation", self.allocation, (None, *ALLOCATIONS))
+
+
 @dataclass(frozen=True)
-class ParameterBudget:
+class ParameterBudget(_Budget):
     """All considered layers together keep at most ``fraction`` of their parameters.
 
     Args:
@@ -46,13 +57,9 @@ class ParameterBudget:
     fraction: float
     allocation: str | None = None
 
-    def __post_init__(self) -> None:
-        check_share("fraction", self.fraction)
-        _check_allocation(self.allocation)
-
 
 @dataclass(frozen=True)
-class FlopBudget:
+class FlopBudget(_Budget):
     """All considered layers together keep at most ``fraction`` of their multiply-accumulates (MACs).
 
     A layer's MACs are the elements of its weight times the rows that calibration saw, so layers that run at many
@@ -66,13 +73,9 @@ class FlopBudget:
     fraction: float
     allocation: str | None = None
 
-    def __post_init__(self) -> None:
-        check_share("fraction", self.fraction)
-        _check_allocation(self.allocation)
-
 
 @dataclass(frozen=True)
-class ByteBudget:
+class ByteBudget(_Budget):
     """All considered layers together keep at most ``fraction`` of their bytes, with 8 bits per element where better.
 
     A layer stays dense, in its dtype or with an 8-bit weight (:class:`lowrank_ops.layers.EightBitLinear`), or gets
@@ -103,13 +106,12 @@ class ByteBudget:
     allocation: str | None = None
 
     def __post_init__(self) -> None:
-        check_share("fraction", self.fraction)
+        super().__post_init__()
         check_choice("form", self.form, tuple(EIGHT_BIT))
-        _check_allocation(self.allocation)
 
 
 @dataclass(frozen=True)
-class LatencyBudget:
+class LatencyBudget(_Budget):
     """All considered layers together take at most ``fraction`` of the time of the dense ones, as measured.
 
     The budget holds for the sum of the layers' measured times, not for the whole model, which does other work as well.
@@ -127,7 +129,7 @@ class LatencyBudget:
     allocation: str | None = None
 
     def __post_init__(self) -> None:
-        check_share("fraction", self.fraction)
+        super().__post_init__()
         if isinstance(self.latencies, Mapping):  # from JSON
             object.__setattr__(self, "latencies", LayerLatencies.from_dict(self.latencies))
         if not isinstance(self.latencies, LayerLatencies):
@@ -135,7 +137,6 @@ class LatencyBudget:
                 f"latencies must come from measure_latency(model, batch) or LayerLatencies.load; got "
                 f"{type(self.latencies).__name__}."
             )
-        _check_allocation(self.allocation)
 
 
 @dataclass(frozen=True)
@@ -177,8 +178,3 @@ POLICIES: dict[str, type[RankPolicy]] = {
     "uniform_rank": UniformRank,
     "ranks": Ranks,
 }
-
-
-def _check_allocation(allocation: object) -> None:
-    """Raise ValueError unless ``allocation`` is one of ``ALLOCATIONS`` or None."""
-    check_choice("allocation", allocation, (None, *ALLOCATIONS))

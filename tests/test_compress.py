@@ -356,7 +356,7 @@ def test_nothing_to_compress_is_an_error():
 def test_a_model_that_is_the_layer_is_refused():
     model = nn.Linear(32, 32)
     covariances = lro.calibrate(model, [torch.randn(40, 32)])
-    with pytest.raises(ValueError, match=r"model is itself the layer to replace; use LowRankLinear\.from_linear"):
+    with pytest.raises(ValueError, match=r"model is itself a layer; use LowRankLinear\.from_linear"):
         lro.compress_(model, covariances)
 
 

@@ -69,5 +69,5 @@ def test_a_filter_is_a_function(model, batches, filter_fn):
 
 def test_a_budget_spent_by_overrides_says_so(model, batches):
     config = lro.CompressionConfig(lro.ParameterBudget(0.5), overrides={"re:.*": None})
-    with pytest.raises(ValueError, match=r"-1381 are left as overrides take 2762 of 1381\."):
+    with pytest.raises(ValueError, match=r"-1381 are available \(overrides take 2762 of 1381\)\."):
         lro.compress_(model, lro.calibrate(model, batches), config)

@@ -85,9 +85,9 @@ def test_layers_that_are_dense_by_hand_are_in_no_group(model):
 
 
 def test_layers_without_kernels_for_groups_are_refused():
-    with pytest.raises(ValueError, match="pivoted=True does not go with group=True"):
+    with pytest.raises(ValueError, match="pivoted=True cannot be combined with group=True"):
         lro.CompressionConfig(group=True, pivoted=True)
-    with pytest.raises(ValueError, match="group=True does not go with a ByteBudget"):
+    with pytest.raises(ValueError, match="group=True cannot be combined with a ByteBudget"):
         lro.CompressionConfig(lro.ByteBudget(0.5), group=True)
     with pytest.raises(TypeError, match="group must be a bool"):
         lro.CompressionConfig(group=1)

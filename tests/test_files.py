@@ -275,3 +275,33 @@ def test_digests_see_the_settings_of_losses() -> None:
     found = [digest(loss) for loss in losses()]
     assert len(set(found)) == len(found) and found == [digest(loss) for loss in losses()]
     assert digest(torch.nn.Linear(2, 2, device="meta")) == digest(torch.nn.Linear(2, 2, device="meta"))
+
+
+SCALE = 1.0
+
+
+def scaled(y: torch.Tensor) -> torch.Tensor:
+    return SCALE * y
+
+
+def captured(value: Any) -> Callable[..., Any]:
+    return lambda y: [(y, value) for _ in range(1)]
+
+
+def test_digests_see_the_numbers_that_functions_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = [1, 2.5, "kl", None]
+    assert len({digest(captured(value)) for value in values}) == len(values)
+    assert digest(captured(torch.nn.Linear(2, 2))) == digest(captured(None))  # a model may be another copy
+    calls = 0
+
+    def counted(y: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return y
+
+    before = digest(counted)
+    counted(torch.ones(1))
+    assert digest(counted) == before  # where a run is resumed, a counter goes on
+    before = digest(scaled)
+    monkeypatch.setitem(globals(), "SCALE", 2.0)
+    assert digest(scaled) != before

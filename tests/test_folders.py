@@ -234,7 +234,7 @@ def test_names_that_no_parameter_has_are_refused(tmp_path: Path, name: str, tied
     covariances = lro.calibrate(model, [torch.randint(50, (200,))])
     state = model.state_dict() | ({} if tied else {name: torch.ones(2)})
     safetensors.torch.save_file(state, tmp_path / "a.safetensors", {name: "3.weight"} if tied else None)
-    with pytest.raises(ValueError, match=f"holds {name!r}, which is no name of a parameter"):
+    with pytest.raises(ValueError, match=f"holds {name!r}, which cannot be the name of a parameter"):
         compress_folder(tmp_path, tmp_path / "out", covariances, 4)
     assert not (tmp_path / "out").exists()
 

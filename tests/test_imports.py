@@ -14,8 +14,8 @@ ROOT = Path(lowrank_ops.__file__).parent
 # The rooms, bottom first: each may import only those before it.
 ORDER = [
     "version", "files", "arguments", "ops", "latencies", "policies", "config", "models", "calibration", "subspaces",
-    "ranks", "factors", "layers", "reconstruction", "report", "compress", "search", "correction", "midpoint",
-    "training", "description", "checkpoint", "integrations", "folders", "demo", "cli",
+    "ranks", "factors", "layers", "considered", "reconstruction", "report", "compress", "search", "correction",
+    "midpoint", "training", "description", "checkpoint", "integrations", "folders", "demo", "cli",
 ]  # fmt: skip
 OP_LEAVES = {"_backend", "_dispatcher", "_native", "_triton_device", "_tuning"}
 BUILT_ON = {"grouped": "linear"}  # the op of an op's shared device functions

@@ -185,7 +185,7 @@ def test_bad_arguments_are_errors_before_any_batch(mixed: Any) -> None:
         lro.recalibrate(model, covariances, never, sensitivity=loss, filter_fn=lambda module, fqn: fqn != "head")
     with pytest.raises(ValueError, match="token_weights must be True, as in the first calibrate; got False"):
         lro.recalibrate(model, covariances, never, sensitivity=loss, token_weights=False)
-    with pytest.raises(TypeError, match="keyword arguments of calibrate; it has no masks"):
+    with pytest.raises(TypeError, match="calibrate has no keyword argument 'masks'"):
         lro.recalibrate(model, covariances, never, sensitivity=loss, masks="mask")
     assert next(never) == 0
     with pytest.raises(ValueError, match="side must stream what the first calibrate did; it differs at conv, twice"):

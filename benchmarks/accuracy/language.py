@@ -5,8 +5,8 @@ and divergence from the dense model on documents that calibration has not seen: 
 Debian handbook (``apt-get install debian-handbook``). The package holds 4-bit weights; their noise is part of the dense
 model. The output layer stays dense, because its weight is the embedding's.
 
-Rows are appended to a JSON file; another run computes those that are missing. Statistics and the training of a
-distillation are stored in ``--cache``, from which an interrupted run resumes.
+Rows are appended to a JSON file; another run computes those that are missing. Statistics, the dense model's logits and
+the training of a distillation are stored in ``--cache``, from which an interrupted run resumes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import argparse
 import copy
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -39,7 +39,7 @@ from .results import Results
 
 KINDS = ("python", "handbook")
 HELD_OUT = 20  # documents of each kind that are tested on
-STEPS = 200  # of a distillation, one sequence each
+STEPS = 200  # of a distillation, one sequence each; more if there are more sequences
 LABELS = 0.25  # weight of the true next tokens where a distillation uses them
 WINDOW = 256  # tokens of one sequence
 BATCH = 4  # sequences
@@ -66,7 +66,7 @@ class Variant(NamedTuple):
 
     projection: str
     allocation: str
-    then: tuple[str, ...] = ()  # of "measured", "blocks", "distilled", "distilled on all", "distilled with labels"
+    then: tuple[str, ...] = ()  # "midpoint", "sequential", "measured", "blocks", and the three kinds of "distilled"
     pivoted: bool = False
     corrected: bool = False  # predictions
     damped: bool = False  # statistics, by DAMPING
@@ -85,11 +85,13 @@ VARIANTS = {
     "output, uniform (SVD-LLM)": Variant("output", "uniform"),
     "loss, uniform (KFAC-SVD)": Variant("loss", "uniform"),
     "loss": Variant("loss", "loss"),
+    "loss, midpoint gradients": Variant("loss", "loss", ("midpoint",)),
+    "loss, sequential reconstruction": Variant("loss", "loss", ("sequential",)),
     RECIPE: BEST,
     f"{RECIPE}, blocks": BEST._replace(then=("measured", "blocks")),
     f"{RECIPE}, distilled": BEST._replace(then=("measured", "distilled")),
-    f"{RECIPE}, distilled on all": BEST._replace(then=("measured", "distilled on all")),
     f"{RECIPE}, distilled with labels": BEST._replace(then=("measured", "distilled with labels")),
+    f"{RECIPE}, distilled with labels on 10x": BEST._replace(then=("measured", "distilled with labels on 10x")),
     "dense, distilled with labels": Variant("none", "uniform", ("distilled with labels",)),  # what the labels alone do
     "no factors, int8": Variant("none", "uniform", form="int8"),
     "loss, corrected, int8": Variant("loss", "loss", corrected=True, form="int8"),
@@ -115,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         {
             "calibrated": options.calibrate,
             "tokens": options.tokens,
-            "sensitivity": "labels",
+            "sensitivity": "fisher",
             "test_tokens": options.test_tokens,
             "bfloat16": options.bfloat16,
             "variant": variant,
@@ -176,18 +178,16 @@ class Study:
         }
         self.documents = [texts[kind].calibration for kind in calibrated]
         self.batches = [{"input_ids": ids} for ids in self.text(options.tokens).split(BATCH)]
-        self.wanted = {
-            kind: [logits_of(dense, ids, self.autocast).half() for ids in self.tests[kind]] for kind in self.tests
-        }
+        options.cache.mkdir(exist_ok=True)
+        self.wanted = {kind: self.dense_logits(kind) for kind in self.tests}
         self.dense_perplexity = {
             kind: compare(self.wanted[kind], self.wanted[kind], test)["perplexity"] for kind, test in self.tests.items()
         }
-        options.cache.mkdir(exist_ok=True)
-        self.cached = options.cache / f"{options.calibrate}-{options.tokens}-labels.safetensors"
+        self.cached = options.cache / f"{options.calibrate}-{options.tokens}-fisher.safetensors"
         started = time.perf_counter()
         torch.manual_seed(0)
         if not self.cached.exists():
-            found = lro.calibrate(dense, self.batches, filter_fn=is_block_layer, sensitivity=label_loss, progress=True)
+            found = lro.calibrate(dense, self.batches, filter_fn=is_block_layer, sensitivity="fisher", progress=True)
             found.save(self.cached)
         self.covariances = lro.Covariances.load(self.cached, packed=True)
         self.calibration_seconds = time.perf_counter() - started
@@ -198,6 +198,13 @@ class Study:
         """Sequences (tokens / WINDOW, WINDOW) for calibration, equally many and in turn of every kind."""
         kinds = [windows(self.tokenizer, part, tokens // len(self.documents)) for part in self.documents]
         return torch.stack(kinds, 1).flatten(0, 1)
+
+    def dense_logits(self, kind: str) -> list[Tensor]:
+        """The dense model's logits of a test, by batch. They stay in their file, which processes share."""
+        file = self.options.cache / f"dense-{kind}-{self.options.test_tokens}-{self.autocast or torch.float32}.pt"
+        if not file.exists():
+            torch.save([logits_of(self.dense, ids, self.autocast) for ids in self.tests[kind]], file)
+        return torch.load(file, mmap=True)
 
     @cached_property
     def answers(self) -> list[list[int]]:
@@ -248,17 +255,21 @@ class Study:
         kept = self.compress(student, name, budget, *statistics)
         for step in variant.then:
             if step.startswith("distilled"):
-                tokens = STEPS * WINDOW if step == "distilled on all" else self.options.tokens
-                self.distill(student, self.text(tokens), self.checkpoint(name, budget, step), "labels" in step)
+                text = self.text(self.options.tokens * (10 if step.endswith("10x") else 1))
+                self.distill(student, text, self.checkpoint(name, budget, step), "labels" in step)
         seconds = time.perf_counter() - started
         size = sum(part.numel() * min(part.itemsize, 2) for part in (*student.parameters(), *student.buffers()))
         student.float()  # 8-bit factors keep their bits
-        by_kind, forward = {}, 0.0
-        for kind, test in self.tests.items():
+        forward = 0.0
+
+        def logits(ids: Tensor) -> Tensor:
+            nonlocal forward
             started = time.process_time()
-            logits = [logits_of(student, ids, self.autocast).half() for ids in test]
+            found = logits_of(student, ids, self.autocast)
             forward += time.process_time() - started
-            by_kind[kind] = compare(self.wanted[kind], logits, test)
+            return found
+
+        by_kind = {kind: compare(self.wanted[kind], map(logits, test), test) for kind, test in self.tests.items()}
         generated = {}
         if not self.options.no_answers:
             found, speed = answers(student, self.tokenizer)
@@ -305,6 +316,11 @@ class Study:
         config = lro.CompressionConfig(
             policy, projection=variant.projection, pivoted=variant.pivoted, channels=variant.channels
         )
+        if "midpoint" in variant.then:
+            covariances = lro.recalibrate(
+                model, covariances, self.batches, config, filter_fn=is_block_layer, sensitivity="fisher", progress=True
+            )
+            subspaces = layer_subspaces({fqn: model.get_submodule(fqn) for fqn in covariances}, covariances)
         if "measured" in variant.then:
             case = variant._replace(then=()), budget
             if case not in self.measured_ranks:
@@ -321,6 +337,8 @@ class Study:
                     )
             config = replace(config, rank=self.measured_ranks[case])
         reconstruction: Any = None
+        if "sequential" in variant.then:
+            reconstruction = lro.SequentialReconstruction(self.batches, sensitivity="fisher")
         if "blocks" in variant.then:
             sequences = [  # one per step; logits at every fourth position, to save time
                 {"input_ids": ids, "logits_to_keep": torch.arange(index % 4, WINDOW - 1, 4)}
@@ -353,9 +371,10 @@ class Study:
         student.get_parameter("model.embed_tokens.weight").requires_grad_(False)
         order = torch.randperm(len(text), generator=torch.Generator().manual_seed(0))
         batches = [{"input_ids": ids} for ids in text[order].split(1)]
-        loss: dict[str, Any] = {"loss": mean_label_loss, "soft_weight": 1 - LABELS} if labels else {}
+        loss: dict[str, Any] = {"loss": label_loss, "soft_weight": 1 - LABELS} if labels else {}
         lro.finetune_(
-            student, batches, teacher=self.dense, temperature=1.0, steps=STEPS, lr=self.options.lr, weight_decay=0.0,
+            student, batches, teacher=self.dense, temperature=1.0,
+            steps=max(STEPS, len(batches)), lr=self.options.lr, weight_decay=0.0,
             autocast=self.autocast, checkpoint=checkpoint, checkpoint_every=STEPS // 8,
             progress=True, **loss,
         )  # fmt: skip
@@ -367,15 +386,8 @@ def is_block_layer(module: nn.Module, fqn: str) -> bool:
 
 
 def label_loss(output: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    """The negative log-likelihood of the next tokens, summed over each sequence."""
-    ids = batch["input_ids"]
-    losses = nn.functional.cross_entropy(output.logits[:, :-1].mT.float(), ids[:, 1:], reduction="none")
-    return losses.sum(1)
-
-
-def mean_label_loss(output: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """The negative log-likelihood of the next tokens, mean over tokens."""
-    return label_loss(output, batch).sum() / batch["input_ids"][:, 1:].numel()
+    return nn.functional.cross_entropy(output.logits[:, :-1].mT.float(), batch["input_ids"][:, 1:])
 
 
 def asvd(space: LayerSubspaces, rank: int) -> Factors:
@@ -405,12 +417,12 @@ def windows(tokenizer: Any, documents: Sequence[str], tokens: int) -> Tensor:
 
 @torch.inference_mode()
 def logits_of(model: nn.Module, ids: Tensor, autocast: torch.dtype | None = None) -> Tensor:
-    """(tokens, vocabulary), float32, at all positions that have a next token."""
+    """(tokens, vocabulary), float16, at all positions that have a next token."""
     with torch.autocast("cpu", autocast or torch.bfloat16, autocast is not None):
-        return model(input_ids=ids).logits[:, :-1].float().flatten(0, 1)
+        return model(input_ids=ids).logits[:, :-1].half().flatten(0, 1)
 
 
-def compare(dense: Sequence[Tensor], student: Sequence[Tensor], test: Sequence[Tensor]) -> dict[str, float]:
+def compare(dense: Sequence[Tensor], student: Iterable[Tensor], test: Sequence[Tensor]) -> dict[str, float]:
     """Perplexity of the student, and how it differs from the dense model: next-token agreement and KL divergence.
 
     Args:

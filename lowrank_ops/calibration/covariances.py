@@ -118,8 +118,8 @@ class Covariances(Mapping[str, LayerStatistics]):
         streamed = [fqn for fqn, layer in self.items() if layer.side == "output"]
         if streamed:
             raise ValueError(
-                f"the outputs of these layers were streamed, so noise on their inputs is not known: "
-                f'{shortened(streamed)}. Calibrate with side="input".'
+                "calibration recorded only the outputs of these layers, so the effect of noise on their inputs is "
+                f'unknown: {shortened(streamed)}. Calibrate with side="input".'
             )
         done: dict[int, Moments] = {}  # layers that share moments keep sharing them
         layers = {}

@@ -26,7 +26,7 @@ from .token_weights import SavedActivation
 
 _MEMORY = "Pass max_memory or offload, calibrate fewer layers with filter_fn, or use smaller batches."
 NO_ROWS = (
-    "no row reached a layer: the batches are empty, the mask leaves no position, tokens is too small, or the "
+    "no row reached a layer: the batches are empty, the mask excludes all positions, tokens is too small, or the "
     "model calls none of the layers that filter_fn keeps."
 )
 

@@ -56,7 +56,7 @@ class Union:
         for what in ("samples", "token_weights"):
             if len({getattr(part, what) in (None, False) for part in parts if part.layers}) > 1:
                 name = "output gradients" if what == "samples" else "token weights"
-                raise ValueError(f"must all hold {name}, or none; only some do")
+                raise ValueError(f"must all hold {name}, or none")
         samples = sum(part.samples or 0 for part in parts)
         wrong = []
         for fqn in _merged_order([list(part.layers) for part in parts]):

@@ -73,7 +73,7 @@ def share(text: str) -> float:
 
 def path(text: str) -> Path:
     if not text:
-        raise argparse.ArgumentTypeError("must be a path; got an empty one, which a shell makes of an unset variable")
+        raise argparse.ArgumentTypeError("must be a path; got an empty string, such as from an unset shell variable")
     return Path(text)
 
 

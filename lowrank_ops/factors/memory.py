@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from ..config import CompressionConfig
 from ..models.memory import size
 from ..policies import ByteBudget, ExplainedVariance
+from ..ranks.choose import ChosenRanks, Rounded
+from ..ranks.eight_bit import eight_bit_bytes, lowrank_bytes
 from ..subspaces.layer import LayerSubspaces
 
 # Peak number of float64 elements, in multiples of features^2 of the streamed side, of out_features^2 and of
@@ -54,7 +56,7 @@ def bytes_to_spare(subspaces: Mapping[str, LayerSubspaces], config: CompressionC
         if space.statistics.side == "input" and out_features < in_features and may_stream_output:
             smaller = ", calibrate with side='smaller'"
         raise ValueError(
-            f"layer {fqn!r} ({in_features} -> {out_features}) needs {size(needed[fqn])} beside the model, and spectra "
+            f"layer {fqn!r} ({in_features} -> {out_features}) needs {size(needed[fqn])} besides the model, and spectra "
             f"and shared inputs take {size(kept)}; max_memory is {size(max_memory)}. Pass a larger "
             f"max_memory{smaller}, or leave the layer out with filter_fn."
         )
@@ -74,3 +76,16 @@ def _kept_bytes(subspaces: Mapping[str, LayerSubspaces]) -> int:
             apart[key] = 2 * 8 * groups * in_features**2
         last[key] = number
     return spectra + sum(apart.values())
+
+
+def new_bytes(
+    subspaces: Mapping[str, LayerSubspaces], ranks: ChosenRanks, eight_bit: Mapping[str, Rounded], pivoted: bool
+) -> int:
+    """Bytes of the new layers."""
+    plain = Rounded()
+    sizes = {
+        fqn: lowrank_bytes(subspaces[fqn], rank, eight_bit.get(fqn, plain).formats, pivoted=pivoted)
+        for fqn, rank in ranks.items()
+        if rank is not None
+    }
+    return sum(sizes.values()) + sum(eight_bit_bytes(subspaces[fqn]) for fqn in eight_bit if fqn not in sizes)

@@ -40,7 +40,7 @@ class Factors:
             weights, ``predicted_error`` and ``output_variance`` are over token-weighted rows.
         formats: how a layer stores ``down`` and ``up``: ``"int8"``, ``"fp8"``, or None for its dtype. Here they are not
             rounded yet. One format only: ``down`` is the weight of a dense layer, and ``up`` is empty.
-        pivots: of a pivoted layer with 8-bit factors; others compute them from the factors.
+        pivots: of a pivoted layer; computed from the factors where None.
         kept: (rank,), int64: the channels that are kept, for a layer of an MLP with fewer channels.
     """
 
@@ -168,7 +168,7 @@ def rounded(
 def stored_as(
     factors: Factors, spaces: LayerSubspaces, formats: Formats, loss: float, error: float, *, pivoted: bool = False
 ) -> Factors:
-    """``factors`` of :func:`rounded` for a layer that stores them in these formats, with the bias for these.
+    """``factors`` of :func:`rounded` for a layer that stores them in these formats or pivoted, with the bias for these.
 
     Args:
         factors: in the dtype of the layer; they are rounded to 8 bits when they are put into one.
@@ -214,7 +214,7 @@ def eight_bit_weight(spaces: LayerSubspaces, projection: str, formats: Formats, 
     bias = None if spaces.bias is None else spaces.bias.to(spaces.weight)
     if bias is not None and spaces.centered and projection != "weight":
         lost = spaces.weight - dequantized(*quantized(weight, form), spaces.dtype).to(spaces.weight)
-        bias += lost @ spaces.mean
+        bias = bias + lost @ spaces.mean  # not in place: in float64 it is the layer's own
     predicted = {
         "predicted_error": error,
         "predicted_loss": None if spaces.loss is None else loss,

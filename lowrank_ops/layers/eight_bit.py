@@ -16,8 +16,8 @@ from ..factors.projections import Factors
 from ..models.layers import (
     FilterFn,
     bias_vector,
-    check_no_adapters,
     check_not_dispatched,
+    check_not_wrapped,
     dimensions,
     has_transposed_weight,
     weight_matrix,
@@ -192,7 +192,7 @@ def quantize_(model: nn.Module, form: str = "int8", filter_fn: FilterFn | None =
         )
     """
     check_choice("form", form, tuple(EIGHT_BIT))
-    check_no_adapters(model)
+    check_not_wrapped(model)
     check_not_dispatched(model)
     layers = {fqn: layer for fqn, layer in model.named_modules() if isinstance(layer, LowRankLayer)}
     if filter_fn is None:

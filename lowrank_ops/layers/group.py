@@ -17,7 +17,7 @@ from ..ops._backend import distrusted_kernels
 from ..ops.grouped import MAX_MEMBERS
 from .linear import LowRankLinear
 
-_MAX_WASTED = 3  # calls of the group in a row whose outputs were not all taken; then its members run alone
+_MAX_WASTED = 3  # consecutive calls of the group with unused outputs; after more, its members run alone
 
 
 @checked()
@@ -28,13 +28,13 @@ def group_(model: nn.Module, groups: Iterable[Sequence[str]]) -> nn.Module:
     call of a member with a tensor runs :func:`lowrank_ops.ops.lowrank_linear_grouped` for all members. The others
     return their outputs of that call if they are called with that tensor in the same thread, and neither the tensor nor
     their parameters were changed. This happens only where kernels for groups run (on a GPU) and where no gradient is
-    recorded. Elsewhere each member runs alone. So it does with inference tensors, under autocast, ``torch.compile``,
-    tracing, profilers and ``torch.func``, and while a CUDA graph is captured.
+    recorded. Elsewhere each member runs alone; also with inference tensors, under autocast, ``torch.compile``, tracing,
+    profilers and ``torch.func``, and while a CUDA graph is captured.
 
     A group whose outputs are repeatedly not used, because its members get different tensors, stops computing together.
-    A copy of all members, also by pickle, is a group; a copy or a replacement of one is a layer of its own. Writes
-    through ``.data`` between the calls of two members, such as ``x.data.add_(1)``, are not detected; autograd does not
-    detect them either.
+    A copy of all members, also by pickle, is again a group; a copy or a replacement of one member is in no group.
+    Writes through ``.data`` between the calls of two members, such as ``x.data.add_(1)``, are not detected; autograd
+    does not detect them either.
 
     Args:
         model: any module.
@@ -235,6 +235,6 @@ def _contents(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _state(x: Tensor) -> tuple[Any, ...]:
-    """All that outputs depend on beside the factors, and that may change between two calls."""
+    """Everything besides the factors that outputs depend on and that may change between two calls."""
     stream = torch.cuda.current_stream(x.device) if x.is_cuda else None
     return *_contents(x), torch.is_inference_mode_enabled(), stream

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Mapping
-from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..factors.projections import Factors
 from ..models.experts import experts_listed
 from ..models.layers import check_not_wrapped, dimensions, find_layers, has_hooks, tied_layers
-from ..models.running import warn_caller
+from ..models.old_optimizers import note_replaced
 from ..ranks.costs import pivoting_saves
 from ._base import LowRankLayer
 from .conv import LowRankConv1d, LowRankConv2d
@@ -115,35 +111,6 @@ def swap_(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None
         [parameter for old in replacements for parameter in old.parameters()],
         [parameter for new in replacements.values() for parameter in new.parameters()],
     )
-
-
-_replaced: dict[int, weakref.ref[nn.Parameter]] = {}  # parameters that modules had before; freed ones are removed
-_warned: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-
-
-def note_replaced(old: Iterable[nn.Parameter], new: Iterable[nn.Parameter] = ()) -> None:
-    """Optimizers that hold parameters of ``old`` warn in their next step, unless these are among ``new``."""
-    for parameter in old:
-        key = id(parameter)
-        _replaced[key] = weakref.ref(parameter, lambda _, key=key: _replaced.pop(key, None))  # type: ignore[misc]
-    for parameter in new:
-        _replaced.pop(id(parameter), None)
-
-
-def _warn_of_replaced(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """Before every step of every optimizer."""
-    if not _replaced or optimizer in _warned:
-        return
-    held = sum(id(parameter) in _replaced for group in optimizer.param_groups for parameter in group["params"])
-    if held:
-        _warned.add(optimizer)
-        warn_caller(
-            f"this {type(optimizer).__name__} holds {held} parameters of layers that have been replaced, and does not "
-            "train the layers in their place; create the optimizer after compress_, load_pretrained or conversions."
-        )
-
-
-register_optimizer_step_pre_hook(_warn_of_replaced)
 
 
 def lowrank_type(dense: nn.Module, pivoted_rank: int | None = None) -> type[LowRankLayer]:

@@ -1,4 +1,4 @@
-"""Copies of a model that share its parameters, so that trials leave the model itself alone."""
+"""Copies of a model that share its parameters, so that trials do not change the model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _REMEDY = (
 
 
 def shared_copy(model: nn.Module) -> nn.Module:
-    """A copy of a model whose parameters are in the memory of the model's; all else is copied, buffers included.
+    """A copy of a model that shares the memory of its parameters; everything else, including buffers, is copied.
 
     The copy's parameters are objects of their own: ``copy.to(...)`` and new layers in the copy do not change the model.
 
@@ -73,7 +73,7 @@ def filter_of_original(model: nn.Module, filter_fn: FilterFn | None) -> FilterFn
 
 
 def _is_special(parameter: nn.Parameter) -> bool:
-    """Whether a parameter is of a class of its own, such as an uninitialized or a quantized one: it is copied."""
+    """Whether a parameter has its own class, as uninitialized and quantized ones have; these are copied."""
     return type(parameter) is not nn.Parameter and issubclass(type(parameter), nn.Parameter)
 
 
@@ -111,7 +111,7 @@ def _reachable(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _globals_of(function: FunctionType) -> list[Any]:
-    """The globals that a function reads: modules, methods and containers; and functions beside it.
+    """The globals that a function reads: modules, methods, containers, and functions of its own file.
 
     A notebook that replaces a forward, ``run = layer.forward; layer.forward = lambda x: 2 * run(x)``, refers to the
     model's layer in this way.
@@ -137,7 +137,7 @@ def _check_parameters(model: nn.Module, copied: nn.Module) -> None:
     for fqn in before | after:
         x, y = before.get(fqn), after.get(fqn)
         if x is None or y is None or not _same(x, y):
-            raise ValueError(f"model cannot be copied: copy.deepcopy gives another parameter {fqn!r}. {_REMEDY}")
+            raise ValueError(f"model cannot be copied: copy.deepcopy returns another parameter {fqn!r}. {_REMEDY}")
 
 
 def _same(x: nn.Parameter, y: nn.Parameter) -> bool:

@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .experts import routed_rows
 from .mask_sources import INHERIT, Known, Mask, MaskSources, Reader, Rows, Unknown, rows_of
+from .running import shortened
 from .sequences import (
     batch_first_of,
     core_of,
@@ -138,12 +139,9 @@ class Masks:
         by_reason: dict[str, list[str]] = {}
         for fqn, unknown in self._unknown.items():
             by_reason.setdefault(unknown.reason, []).append(fqn or "the output")
-        lines = [
-            f"\n  {', '.join(layers[:3])}{f' and {len(layers) - 3} more' if len(layers) > 3 else ''}: {reason}"
-            for reason, layers in by_reason.items()
-        ]
+        lines = [f"\n  {shortened(layers)}: {reason}" for reason, layers in by_reason.items()]
         return (
-            f"all rows of these layers count, because their mask is unknown:{''.join(lines)}\nName it with "
+            f"the masks of these layers are unknown, so all of their rows count:{''.join(lines)}\nName it with "
             "mask={module: name}, or None for a module without padding; unmasked_rows='error' refuses such rows."
         )
 
@@ -256,7 +254,7 @@ class Masks:
             if square or flat:
                 return Unknown(
                     f"has an activation {tuple(x.shape)} whose batch dimension is unknown, because the model has "
-                    "modules whose first dimension is the position (batch_first=False)"
+                    "modules with batch_first=False"
                 )
         if leading == real.shape or flat:
             return self._fits(real)
@@ -271,8 +269,8 @@ class Masks:
                 if frames.shape == leading:
                     return self._fits(frames.bool())
         return Unknown(
-            f"has an activation {tuple(x.shape)} that the mask of shape {tuple(real.shape)} does not fit; its leading "
-            "shape must be (batch, positions), (batch * positions,) or (batch,)",
+            f"has an activation {tuple(x.shape)}, which the mask of shape {tuple(real.shape)} does not fit; "
+            "without its features, the activation must be (batch, positions), (batch * positions,) or (batch,)",
             misfit=True,
         )
 

@@ -7,11 +7,13 @@ import copy
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .copies import shared_copy
 from .experts import ExpertLinear
@@ -41,8 +43,8 @@ def find_mlps(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[Mlp]:
     all channels but columns of zeros in the consumer. The candidate is an MLP if both outputs are the same, and all
     tensors that the modules keep as attributes. Modules with hooks, and those that do not run on one tensor with the
     producers' input features, are not verified. A layer that the model holds at two places, such as one that two MLPs
-    share, is in none: only one place would be verified. What the model does outside the module is not seen here but by
-    :func:`check_channels_apart`.
+    share, is in none: only one place would be verified. What the model does outside the module is verified by
+    :func:`check_channels_apart` only.
 
     Args:
         model: any module; not changed.
@@ -79,8 +81,9 @@ def _find_mlps(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[Mlp]:
 def check_channels_apart(model: nn.Module, mlps: Sequence[Mlp], run: Callable[[], Any]) -> None:
     """Refuse MLPs whose channels the model reads elsewhere, by running it twice.
 
-    Both times the consumers ignore half of their channels, and the second time the producers' outputs for these are
-    changed. Both start with the same buffers. The outputs of the model must stay the same.
+    In both runs the consumers ignore half of their channels; in the second, the weights and biases of these channels
+    have other values, also for code that reads them without calling the layer. Both runs start with the same buffers.
+    The outputs of the model must be the same.
 
     Args:
         model: any module.
@@ -102,14 +105,14 @@ def check_channels_apart(model: nn.Module, mlps: Sequence[Mlp], run: Callable[[]
     if mlps and differ(mlps):
         if differ(mlps, changed=False):
             raise ValueError(
-                "channels cannot be verified: the model's output differs from call to call, also with the same seed "
-                "and buffers. Fix what it depends on (a counter, a clock, another random generator), or pass "
-                "channels=False."
+                "channels cannot be verified: the model's output differs from call to call, even with the same seed "
+                "and buffers. Make the model deterministic (it may read a counter, a clock or another random "
+                "generator), or pass channels=False."
             )
         found = [mlp.consumer for mlp in mlps if differ([mlp])] or [mlp.consumer for mlp in mlps]
         raise ValueError(
-            f"channels of {shortened(found)} cannot be dropped: the model's output depends on them also where these "
-            "layers ignore them, because it mixes them or reads them elsewhere. Name the consumers of other MLPs, "
+            f"channels of {shortened(found)} cannot be dropped: the model's output depends on them even if these "
+            "layers ignore them, so the model mixes them or reads them elsewhere. Name the consumers of other MLPs, "
             "channels=[...], or leave these layers out with filter_fn."
         )
 
@@ -129,17 +132,20 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
 
 
 def _output_without_half(model: nn.Module, mlps: Sequence[Mlp], run: Callable[[], Any], changed: bool) -> list[Tensor]:
-    """The output of the model if consumers ignore half of their channels, which producers compute wrongly if so."""
+    """The model's output if consumers ignore half of their channels, whose weights have other values if ``changed``.
+
+    Other threads may run the model meanwhile.
+    """
+    thread = get_ident()
 
     def ignore(dropped: Tensor) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if get_ident() != thread:
+                return None
             x = input_of(args, kwargs)
             return (x.masked_fill(dropped.to(x.device), 0),), {}
 
         return hook
-
-    def change(dropped: Tensor) -> Callable[..., Any]:
-        return lambda module, args, output: torch.where(dropped.to(output.device), -100 * output - 100, output)
 
     with (
         random_state_kept(model) as generators,
@@ -147,19 +153,44 @@ def _output_without_half(model: nn.Module, mlps: Sequence[Mlp], run: Callable[[]
         evaluating(model),
         without_fast_path(),
         hooks() as handles,
+        _OtherValues() as values,
     ):
         for mlp in mlps:
-            channels = model.get_submodule(mlp.consumer).get_parameter("weight").shape[1]
+            consumer = model.get_submodule(mlp.consumer)
+            weight = consumer.get_parameter("weight")
+            channels = weight.shape[1]
             dropped = torch.randperm(channels, generator=torch.Generator().manual_seed(0)) < channels // 2
-            handles.append(
-                model.get_submodule(mlp.consumer).register_forward_pre_hook(ignore(dropped), with_kwargs=True)
-            )
-            for name in mlp.producers if changed else ():
-                handles.append(model.get_submodule(name).register_forward_hook(change(dropped)))
+            handles.append(consumer.register_forward_pre_hook(ignore(dropped), with_kwargs=True))
+            if changed:
+                values.where[id(weight)] = dropped
+                for producer in map(model.get_submodule, mlp.producers):
+                    for part in producer.parameters(recurse=False):
+                        values.where[id(part)] = dropped.unsqueeze(1) if part.dim() > 1 else dropped
         for generator in generators:
             generator.manual_seed(0)
         output = run()
     return [part for part in tree_leaves(dict(output) if isinstance(output, Mapping) else output) if _is_tensor(part)]
+
+
+class _OtherValues(TorchFunctionMode):
+    """Functions of torch, those of layers included, get other values of some parameters, in this thread."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.where: dict[int, Tensor] = {}  # by id of the parameter: which values, as a mask
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(function, "__name__", "") == "__get__" and not isinstance(found := function(*args), Tensor):
+            return found  # a dtype, a shape
+        args, kwargs = tree_map(self._changed, (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+    def _changed(self, part: Any) -> Any:
+        if id(part) not in self.where:
+            return part
+        return torch.where(self.where[id(part)].to(part.device), -100 * (part + part.abs().mean()), part)
 
 
 def _is_tensor(part: Any) -> bool:
@@ -228,7 +259,7 @@ def _drops_channels(holder: nn.Module, prefix: str, names: Sequence[str], layers
 
 
 def _again(copied: nn.Module) -> nn.Module:
-    """A copy with the same parameters, so that what ``forward`` changes starts anew."""
+    """A copy with the same parameters, and its own copy of any state that ``forward`` changes."""
     parts = [part for module in copied.modules() for part in tree_leaves(dict(vars(module)))]
     kept = [part for part in parts if isinstance(part, Tensor) and (isinstance(part, nn.Parameter) or not part.is_leaf)]
     return copy.deepcopy(copied, {id(part): part for part in kept})
@@ -269,7 +300,7 @@ def _outputs(holder: nn.Module, names: Sequence[str], layers: Sequence[nn.Linear
 
 
 def _required(module: nn.Module) -> int:
-    """How many arguments beside the first one ``forward`` requires, such as masks."""
+    """How many arguments ``forward`` requires besides the first one, such as masks."""
     parameters = list(inspect.signature(module.forward).parameters.values())[1:]
     return sum(part.kind is part.POSITIONAL_OR_KEYWORD and part.default is part.empty for part in parameters)
 

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import _thread
 import contextlib
 import functools
 import math
-import os
-import signal
 import sys
-import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import Lock, RLock, get_ident
-from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -24,69 +18,21 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from tqdm.auto import tqdm
 
+from .interrupts import uninterrupted_exits
+
 EMPTY = "batches was empty; pass at least one batch, and not a generator that is used up."
-NO_REAL_ROW = "has no row that counts: it is empty, or the mask leaves none of its positions. Leave it out."
+NO_REAL_ROW = "has no rows to use: it is empty, or the mask excludes all of its positions. Remove it."
 _MODES = ("train", "eval")
-PATIENCE = 5.0  # seconds that a Ctrl-C waits at most
-_PROTECTED = ("__enter__", "__exit__", "register_")  # how the names of functions begin that change or restore a model
 
 
 class ProgressBar(tqdm):  # type: ignore[type-arg]
     """tqdm with a lock of this process.
 
-    tqdm's own lock is shared with forked processes: one that is killed while it holds the lock leaves all others
-    waiting for ever. Making it also fixes the start method of multiprocessing.
+    tqdm's own lock is shared with forked processes: if one is killed while it holds the lock, all others wait forever.
+    Creating that lock also fixes the start method of multiprocessing.
     """
 
     _lock = RLock()
-
-
-@contextmanager
-def uninterrupted_exits() -> Iterator[None]:
-    """Inside the block, a Ctrl-C that comes while something is changed or restored is raised when that has ended.
-
-    Python raises KeyboardInterrupt between any two instructions, also before the first one of an ``__exit__``, which
-    can therefore not catch it. What changes a model for a while enters this block first.
-    """
-    in_main = threading.current_thread() is threading.main_thread()  # others cannot set handlers, and get no signals
-    if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # the user's own, or ours
-        yield
-        return
-    deferring = _Deferring()
-    try:
-        signal.signal(signal.SIGINT, deferring)
-        yield
-    finally:
-        if signal.getsignal(signal.SIGINT) is deferring:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-class _Deferring:
-    """A handler of SIGINT that waits, for a few seconds at most, until no function of ``_PROTECTED`` runs."""
-
-    def __init__(self) -> None:
-        self._first, self._again = 0.0, False
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        self._first = self._first or time.monotonic()
-        # contextlib's other functions may be about to call one of them, or have just called it.
-        waits, inner = frame is not None and frame.f_code.co_filename == contextlib.__file__, frame
-        while inner is not None and not waits:
-            waits, inner = inner.f_code.co_name.startswith(_PROTECTED), inner.f_back
-        if not waits or time.monotonic() - self._first > PATIENCE:
-            self._first = 0.0
-            raise KeyboardInterrupt
-        if not self._again:
-            self._again = True
-            _thread.start_new_thread(self._interrupt_again, ())
-
-    def _interrupt_again(self) -> None:
-        time.sleep(0.001)
-        self._again = False
-        if sys.platform == "win32":
-            _thread.interrupt_main()
-        else:  # ends a wait of the main thread as well
-            os.kill(os.getpid(), signal.SIGINT)
 
 
 @contextmanager
@@ -124,7 +70,7 @@ def warn_of_few_rows(found: Sequence[str], rows: str = "calibration rows", remed
 
 
 class _ProcessState:
-    """A setting of the process that blocks change; where blocks overlap in several threads, the last restores it."""
+    """A setting of the process: saved by the first of several overlapping blocks, restored by the last."""
 
     def __init__(self, read: Callable[[], Any], write: Callable[[Any], Any]) -> None:
         self._read, self._write = read, write
@@ -192,12 +138,13 @@ def exclusive(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def training_flags_kept(*models: nn.Module, trained: bool = False) -> Iterator[None]:
-    """Every module is back in its own mode after the block, by its ``train()`` if it defines one.
+    """Restore every module's mode after the block, by its own ``train()`` if it defines one.
 
     Layers that fold an adapter into their weight in ``eval()`` unfold it in ``train()``. A warning names those whose
     weights differ afterwards by more than rounding, unless they are ``trained`` inside the block.
     """
-    training = {module: module.training for model in models for module in model.modules()}
+    modules = [module for model in models for module in model.modules() if hasattr(module, "training")]
+    training = {module: module.training for module in modules}
     named = {module: fqn for model in models for fqn, module in model.named_modules() if _defines_mode(module)}
     before = _norms_in(named)
     try:
@@ -209,14 +156,14 @@ def training_flags_kept(*models: nn.Module, trained: bool = False) -> Iterator[N
         changed = [fqn or "(the model)" for module, fqn in named.items() if not _alike(before[module], after[module])]
         if changed and not trained:
             warn_caller(
-                f"the parameters of {', '.join(changed)} are not what they were: train() does not undo eval() there, "
-                "or the model changed them."
+                f"the parameters of {', '.join(changed)} have changed: train() of these modules does not undo their "
+                "eval(), or the model changed them."
             )
 
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block, without compiled code; every module is back in its own mode afterwards."""
+    """Eval mode inside the block, without compiled code; every module's mode is restored afterwards."""
     with uninterrupted_exits(), _eager(), training_flags_kept(*models):
         for model in models:
             _set_modes(model, dict.fromkeys(model.modules(), False))
@@ -224,10 +171,12 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 
 def _set_modes(module: nn.Module, wanted: Mapping[nn.Module, bool]) -> None:
-    """Put every module in its mode, with the fewest calls of ``train()``: not idempotent for all modules."""
+    """Set every module's mode with as few calls of ``train()`` as possible: it is not idempotent for all modules."""
+    if not hasattr(module, "training"):  # frozen TorchScript
+        return
     mode = wanted.get(module, module.training)
     if _defines_mode(module):
-        inside = list(module.modules())
+        inside = [part for part in module.modules() if hasattr(part, "training")]
         if any(part.training != wanted.get(part, part.training) for part in inside):
             with contextlib.suppress(NotImplementedError):  # an exported program has no modes
                 module.train(mode) if mode else module.eval()
@@ -286,12 +235,12 @@ def without_fast_path(wanted: bool = True) -> Iterator[None]:
 
 
 def check_differentiable(model: nn.Module) -> None:
-    """Raise ValueError for a parameter that was made in inference mode: autograd does not take it."""
+    """Raise ValueError for a parameter that was created in inference mode, which autograd does not support."""
     name = next((name for name, parameter in model.named_parameters() if parameter.is_inference()), None)
     if name is not None:
         raise ValueError(
-            f"parameter {name!r} was made in torch.inference_mode, so it cannot be differentiated. Make the "
-            "model outside of it, or pass copy.deepcopy(model), called outside of it."
+            f"parameter {name!r} was created in torch.inference_mode, so it cannot have a gradient. Outside of "
+            "inference mode, create the model again or pass copy.deepcopy(model)."
         )
 
 
@@ -366,6 +315,21 @@ def device_of(model: nn.Module) -> torch.device:
     dispatched = hasattr(model, "_hf_hook")
     devices = (parameter.device for parameter in model.parameters())
     return next((device for device in devices if not dispatched or device.type != "meta"), torch.device("cpu"))
+
+
+def available(device: torch.device | str) -> torch.device:
+    """The device, with its index.
+
+    Raises:
+        ValueError: it is unknown or not there.
+    """
+    try:
+        found = torch.empty(0, device=device).device
+        if found.type == "meta":
+            raise RuntimeError("it holds no values")
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device={str(device)!r} cannot be used here: {error}") from None
+    return found
 
 
 @functools.cache

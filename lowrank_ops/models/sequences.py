@@ -27,7 +27,7 @@ class Core(NamedTuple):
 
 
 def core_of(modules: Mapping[str, nn.Module]) -> Core | None:
-    """The decoder of a transformers model, or its text model beside models of images or audio."""
+    """The decoder of a transformers model, or its text model if it also has models of images or audio."""
     names: dict[Any, str] = {module: fqn for fqn, module in modules.items()}
     outermost: Any = next((module for module in modules.values() if is_transformers(module)), None)
     if outermost is None:

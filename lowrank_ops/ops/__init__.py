@@ -1,7 +1,7 @@
 """The ops: ``lowrank_linear``, also for groups and experts, ``covariance_update_``, also for convolutions.
 
-Independent of the rest. One folder per op: ``reference.py`` is plain PyTorch, ``_triton*.py`` and ``_cuda.py`` are
-kernels, and ``__init__.py`` lists them in the ``TABLE`` from which ``_backend.choose`` picks.
+Independent of the rest of the package. One folder per op: ``reference.py`` is plain PyTorch, ``_triton*.py`` and
+``_cuda.py`` are kernels, and ``__init__.py`` lists them in the ``TABLE`` from which ``_backend.choose`` picks.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from . import experts as _experts
 from . import grouped as _grouped
 from . import linear as _linear
 from ._backend import Backend, BackendUnavailableError
+from ._decompositions import decompositions
 from .covariance import conv_covariance_update_, covariance_finalize_, covariance_update_
 from .experts import lowrank_experts
 from .grouped import lowrank_linear_grouped
-from .linear import decompositions, lowrank_linear
+from .linear import lowrank_linear
 
 _EXPLAIN: dict[str, Callable[..., str]] = {
     "covariance_update_": _covariance.explain,

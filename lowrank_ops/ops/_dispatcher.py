@@ -5,6 +5,7 @@ The dispatcher costs more than a small GEMM. A call that needs none of its featu
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor, peek_interpreter_st
 from torch.autograd import _profiler_enabled, forward_ad
 from torch.compiler import is_compiling
 from torch.nn import Parameter
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 _PLAIN = frozenset((Tensor, Parameter))
 _STRIDED = torch.strided
@@ -62,8 +64,8 @@ def is_exporting() -> bool:
 def is_recorded(free: bool = True) -> bool:
     """Whether a trace of ``torch.jit`` or ``torch.export`` is to record torch's own ops instead of a custom one.
 
-    Programs are to run where the custom op is not known. An export records it only for a backend asked for by name, not
-    where the choice is ``free``.
+    Programs are to run where the custom op is not known. An export records the custom op only if a backend was named,
+    not if the choice is ``free``.
     """
     return is_exporting() and free if is_compiling() else torch.jit.is_tracing()
 
@@ -122,6 +124,26 @@ class BoundedCache(dict[Hashable, Any]):
             except (RuntimeError, StopIteration):  # another thread changed the dict between the two calls
                 continue
         super().__setitem__(key, value)
+
+
+def detached_view(y: Tensor) -> Tensor:
+    """``y``, detached from its base: autograd forbids in-place ops on a view that a Function returns.
+
+    ``F.linear`` returns a view for x of three dimensions.
+    """
+    return y.data if y._is_view() else y
+
+
+def count_flops(op: Any, formula: Callable[..., int]) -> None:
+    """Give active FlopCounterModes a formula for an op.
+
+    Not registered at import, because ``torch.utils.flop_counter`` imports Triton.
+    """
+    if "torch.utils.flop_counter" in sys.modules:
+        for mode in _get_current_dispatch_mode_stack():
+            registry = getattr(getattr(mode, "counter", mode), "flop_registry", None)
+            if registry is not None:
+                registry.setdefault(op, formula)
 
 
 def register_autocast(lib: torch.library.Library, name: str, *, cast: bool, first: int | None = None) -> None:

@@ -121,8 +121,8 @@ def _budget(
     minimum = sum(choices[0].cost for choices in options.values())
     if minimum > budget:
         raise ValueError(
-            f"fraction={fraction} cannot be met: the smallest ranks take {minimum} {price.unit}, {budget} are left"
-            f"{f' as overrides take {by_hand} of {total}' if fixed else ''}. "
+            f"fraction={fraction} cannot be met: the smallest ranks take {minimum} {price.unit}, but only {budget} are "
+            f"available{f' (overrides take {by_hand} of {total})' if fixed else ''}. "
             "Use a larger fraction, lower the bounds if there are any, or leave layers out with filter_fn."
         )
     return budget

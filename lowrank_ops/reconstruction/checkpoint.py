@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..factors.projections import Factors
-from ..files import check_file, digest, digests, open_tensors, read_header, read_tensor, replacing, write_tensors
+from ..files import check_file, digest, digests, open_checkpoint, replacing, write_tensors
 from ..models.layers import bias_vector, weight_matrix
 
 _FORMAT = "lowrank_ops.reconstruction/3"
@@ -32,7 +32,7 @@ def run_identity(
         "projections": {fqn: part.projection for fqn, part in factors.items()},
         "batches": [digest(batch) for batch in batches],
         "weights": digest(weights),
-        "sensitivity": "a function" if callable(settings.sensitivity) else settings.sensitivity,
+        "sensitivity": digest(settings.sensitivity) if callable(settings.sensitivity) else settings.sensitivity,
         "mask": digest([settings.mask, settings.unmasked_rows]),
         "forward": digest(settings.forward),
         **others,
@@ -60,19 +60,9 @@ def resume_checkpoint(path: Path, identity: dict[str, Any], layers: Mapping[str,
     check_file("checkpoint", path)
     if not path.exists():
         return {}
-    try:
-        with open_tensors(path) as file:
-            header = read_header(file)
-            if header["format"] == _FORMAT:
-                settings, checksums = dict(header["settings"]), dict(header["checksums"])
-                tensors = {name: read_tensor(file, name, checksums) for name in checksums}
-                done = {fqn: _stored(fqn, entry, tensors) for fqn, entry in header["layers"].items()}
-    except (ValueError, OSError) as error:
-        raise ValueError(f"checkpoint {str(path)!r} cannot be read: {error}. Delete it to start again.") from None
-    if header["format"] != _FORMAT:
-        raise ValueError(
-            f"checkpoint {str(path)!r} was not written by a reconstruction of this version. Name another file."
-        )
+    with open_checkpoint(path, _FORMAT) as (header, tensors):
+        settings = dict(header["settings"])
+        done = {fqn: _stored(fqn, entry, tensors) for fqn, entry in header["layers"].items()}
     differ = [name for name, value in identity.items() if settings.get(name) != value]
     if differ:
         raise ValueError(

@@ -19,6 +19,7 @@ from ..calibration.call_weights import CallWeights, call_weights
 from ..calibration.objectives import Sensitivity, check_sensitivity
 from ..calibration.statistics import LayerStatistics, Moments, NonFiniteActivationError
 from ..factors.projections import Factors
+from ..files import digest
 from ..layers.replace import replaceable, replacement
 from ..models.experts import ExpertLinear, on_listed_experts
 from ..models.layers import compiled_or_scripted, dimensions, find_layers, input_rows
@@ -141,7 +142,8 @@ def reconstruct_factors(
     identity: dict[str, Any] = {}
     done: dict[str, Factors] = {}
     if checkpoint is not None:
-        identity = run_identity(layers, factors, batches, settings, centered=centered, ridge=settings.ridge)
+        own = {"centered": centered, "ridge": settings.ridge, "statistics": _digest(statistics or {}, layers)}
+        identity = run_identity(layers, factors, batches, settings, **own)
         done = resume_checkpoint(Path(checkpoint), identity, layers)
     new, kept = dict(factors), dict.fromkeys(layers, "the first batch did not reach it")
     by_loss = {
@@ -194,7 +196,7 @@ def reconstruct_factors(
         warn_caller(warning)
     warn_of_few_rows(few, "rows in the batches of the reconstruction", "pass it")
     if layers and all(kept.get(fqn) == TOO_FEW for fqn in layers):
-        raise ValueError("too few rows reached every layer: the batches are empty, or the mask leaves no position.")
+        raise ValueError("no layer received enough rows: the batches are empty, or the mask excludes all positions.")
     _warn_of(kept, weights.missing)
     return new
 
@@ -281,6 +283,18 @@ def _stream(runs: PairedRuns, group: Group, sums: Sequence[PairedSums], call_wei
     return None
 
 
+def _digest(statistics: Mapping[str, LayerStatistics], layers: Iterable[str]) -> str:
+    """Of the sums and sums of squares of the layers."""
+    moments = {fqn: statistics[fqn].moments() for fqn in layers if fqn in statistics}
+    return digest(
+        [
+            (fqn, name, part.count, part.total, part.second_moment.diagonal(dim1=-2, dim2=-1))
+            for fqn, found in moments.items()
+            for name, part in found.items()
+        ]
+    )
+
+
 def _of_mean_one(weights: Tensor) -> Tensor:
     """Weights rescaled to a mean of 1, because sums are divided by rows."""
     return weights / weights.mean() if bool(weights.any()) else torch.ones_like(weights)
@@ -305,7 +319,7 @@ def checked_batches(model: nn.Module, factors: Mapping[str, Factors], batches: I
 
 
 def chains_named(model: nn.Module, blocks: str | Sequence[str]) -> list[str]:
-    """The names in ``blocks``; ValueError for one that is no container."""
+    """The names in ``blocks``; ValueError for one that is not a container."""
     names = [blocks] if isinstance(blocks, str) else list(blocks)
     modules = dict(model.named_modules())
     for name in names:

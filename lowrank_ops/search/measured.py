@@ -15,9 +15,10 @@ from ..calibration.call_weights import SEED
 from ..calibration.covariances import Covariances
 from ..calibration.objectives import Sensitivity, check_sensitivity, distance
 from ..calibration.recorder import NO_ROWS
-from ..compress import considered_layers, decompose, factorize_layers, resolved
 from ..config import CompressionConfig
+from ..considered import considered_layers, resolved
 from ..factors.channels import widened
+from ..factors.layer_by_layer import decompose, factorize_layers
 from ..layers.replace import replace_
 from ..models.copies import filter_of_original, shared_copy
 from ..models.experts import list_experts_
@@ -75,7 +76,7 @@ def measured_ranks(
     the lowest loss are returned.
 
     Costs ``rounds`` + 1 factorizations and forward passes and ``rounds`` backward passes over the batches. In the
-    backward passes all low-rank layers also run dense, and a distance as the loss runs the dense model.
+    backward passes all low-rank layers also run dense; with a distance as the loss, the dense model runs as well.
 
     Args:
         model: the model that was calibrated. It is not changed, and other threads may run it meanwhile: the batches run
@@ -103,7 +104,7 @@ def measured_ranks(
         RuntimeError: another thread calibrates or compresses the model when this begins.
         ValueError: an invalid argument, a budget that cannot be met, statistics without output gradients, batches
             without rows that count, a loss that is not finite or does not depend on the compressed layers, channels
-            that something other than their MLP reads, a model that cannot be copied, or as for
+            that are read outside their MLP, a model that cannot be copied, or as for
             :func:`lowrank_ops.compress_`.
 
     Example:

@@ -16,8 +16,9 @@ from torch import nn
 
 from ..arguments import check_choice, checked
 from ..calibration.covariances import Covariances
-from ..compress import considered_layers, decompose, factorize_layers, resolved
 from ..config import CompressionConfig
+from ..considered import considered_layers, resolved
+from ..factors.layer_by_layer import as_stored, decompose, factorize_layers
 from ..files import digest
 from ..layers.replace import replace_
 from ..models.copies import filter_of_original, shared_copy
@@ -59,7 +60,7 @@ def search_ranks(
         covariances: from :func:`lowrank_ops.calibrate`.
         evaluate: ``evaluate(trial) -> float``, higher is better; called with copies of the model, dense and compressed.
             It has to run the copy that it is called with: ``model`` itself stays dense. To train a trial, train
-            ``copy.deepcopy(trial)``: what is written into a trial's dense parameters is written into the model's.
+            ``copy.deepcopy(trial)``: a trial shares its dense parameters with the model.
         max_drop: accepted decrease from the dense model's value, in the units of ``evaluate``.
         by: ``"budget"`` bisects one parameter budget for all layers. ``"layers"`` bisects the rank of each layer, the
             largest layer first. Each trial keeps the layers before it compressed, and each layer may use a share of
@@ -98,8 +99,8 @@ def search_ranks(
     config = replace(CompressionConfig.of(config), rank=ParameterBudget(1.0, allocation))
     if config.group and by == "layers":
         raise ValueError(
-            "config.group=True does not go with by='layers', which chooses each layer's rank without the others of its "
-            "group; use by='budget'."
+            "config.group=True cannot be combined with by='layers', which chooses each layer's rank without the others "
+            "of its group; use by='budget'."
         )
     dense, filter_fn = shared_copy(model), filter_of_original(model, filter_fn)
     list_experts_(dense)
@@ -155,7 +156,8 @@ def accuracy_of(
     """
 
     def accuracy_at(ranks: ChosenRanks) -> float:
-        factors = dict(factorize_layers(subspaces, ranks, str(config.projection), keep_directions=True))
+        found = factorize_layers(subspaces, ranks, str(config.projection), keep_directions=True)
+        factors = {fqn: as_stored(part, subspaces[fqn], config) for fqn, part in found}
         trial = shared_copy(dense)
         replace_(trial, factors, pivoted=config.pivoted)
         mine, others = _Runs(), _Runs(get_ident())
@@ -180,7 +182,7 @@ def accuracy_of(
 
 
 class _Runs:
-    """A hook that notes whether its module or a copy has run, if given a thread, in that one. It can be pickled."""
+    """A hook that records whether its module or a copy has run; given a thread, only in that one. It can be pickled."""
 
     def __init__(self, thread: int | None = None) -> None:
         self.seen, self._thread = False, thread
@@ -200,7 +202,7 @@ def _complain(ran_model: bool) -> None:
             "it is called with; write evaluate(trial) so that it runs trial."
         )
     warn_caller(
-        "evaluate did not run the compressed copy that it was called with; the search knows nothing of another model."
+        "evaluate did not run the compressed copy that it was called with, so its value does not measure that copy."
     )
 
 

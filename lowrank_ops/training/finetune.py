@@ -118,7 +118,7 @@ def finetune_(
         checkpoint: file written every ``checkpoint_every`` steps and at the end. If it exists, training
             resumes from it, with the same batches and random numbers as an uninterrupted run, provided that
             ``batches`` draws from torch's global generator. A checkpoint of other arguments, of another loss or forward
-            by their code, or of another teacher is refused; ``batches`` are not compared.
+            by code and the numbers they read, or of another teacher is refused; ``batches`` are not compared.
         checkpoint_every: optimizer steps between two checkpoints.
         progress: show a progress bar.
 
@@ -259,11 +259,15 @@ class _Objective:
         }
 
     def check(self) -> None:
-        """Raise ValueError for arguments that leave nothing to train by or do not fit together."""
+        """Raise ValueError for arguments that define no loss, or contradict each other."""
         if self.teacher is None and self.loss is None:
             raise ValueError("finetune_ needs a loss(output, batch), a teacher, or both.")
         if self.teacher is self.student:
             raise ValueError("teacher is the student itself; keep a copy of the dense model before compress_.")
+        teacher = nn.Module() if self.teacher is None else self.teacher
+        dispatched = any(hasattr(module, "_hf_hook") for module in teacher.modules())  # by accelerate, which loads them
+        if any(parameter.is_meta for parameter in teacher.parameters()) and not dispatched:
+            raise ValueError("teacher has parameters on the meta device, which have no values; load the weights.")
         if not 0 <= self.soft_weight <= 1:
             raise ValueError(f"soft_weight must be in [0, 1]; got {self.soft_weight!r}.")
         check_positive(temperature=self.temperature)
@@ -328,7 +332,7 @@ def _mismatch(
 
 @contextmanager
 def _modes(student: nn.Module, teacher: nn.Module | None) -> Iterator[None]:
-    """Train mode for the student, eval mode for the teacher; every module is back in its own mode afterwards."""
+    """Train mode for the student, eval mode for the teacher; every module's mode is restored afterwards."""
     with evaluating(*([] if teacher is None else [teacher])), training_flags_kept(student, trained=True):
         if not all(module.training for module in student.modules()):
             student.train()

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..files import digests, open_tensors, read_header, read_tensor, replacing, write_tensors
-from ..models.running import device_of, in_batch, move
+from ..files import digests, open_checkpoint, replacing, write_tensors
+from ..models.running import device_of, in_batch, move, shortened
 
 _FORMAT = "lowrank_ops.finetune/2"  # 1 was a pickle
 
@@ -139,19 +139,10 @@ class Run:
         Raises:
             ValueError: the file is damaged, or of another run or student.
         """
-        try:
-            with open_tensors(path) as file:
-                header, tensors = read_header(file), {}
-                if known := header.get("format") == _FORMAT:
-                    checksums = dict(header["checksums"])
-                    tensors = {name: read_tensor(file, name, checksums) for name in checksums}
-        except ValueError as error:
-            raise ValueError(f"checkpoint {str(path)!r} cannot be read: {error}. Delete it to start over.") from None
-        if not known:
-            raise ValueError(f"checkpoint {str(path)!r} was not written by finetune_. Choose another file name.")
-        problem = self._problem(header, tensors)
+        with open_checkpoint(path, _FORMAT) as (header, tensors):
+            problem = self._problem(header, tensors)
         if problem is not None:
-            raise ValueError(f"checkpoint {str(path)!r} {problem}, or delete it to start over.")
+            raise ValueError(f"checkpoint {str(path)!r} {problem}, or delete it to start again.")
         self.student.load_state_dict(_part(tensors, "student."))
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": _moments(tensors), "param_groups": groups})
@@ -169,7 +160,7 @@ class Run:
             own, student = self.student.state_dict(), _part(tensors, "student.")
             differ = [name for name in {**own, **student} if _kind(own.get(name)) != _kind(student.get(name))]
             if differ:
-                return f"is of another student: {', '.join(differ[:5])} differ. Name another file"
+                return f"is of another student: {shortened(differ)} differ. Name another file"
             ordered = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
             for index, values in _moments(tensors).items():
                 if any(values[name].shape != ordered[index].shape for name in ("exp_avg", "exp_avg_sq")):

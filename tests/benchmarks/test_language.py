@@ -49,7 +49,8 @@ def test_variants_are_measured_once(model: torch.nn.Module, monkeypatch: pytest.
     arguments = ["--out", str(tmp_path / "rows.json"), "--tokens", "4096", "--test-tokens", "1024", "--budgets", "60"]
     monkeypatch.setattr(language, "STEPS", 8)
     steps = [f"{language.RECIPE}, {step}" for step in ("blocks", "distilled", "distilled with labels")]
-    variants = ["ASVD", "output, uniform (SVD-LLM)", *steps, "dense, distilled with labels"]
+    repeated = ["loss, midpoint gradients", "loss, sequential reconstruction"]
+    variants = ["ASVD", "output, uniform (SVD-LLM)", *repeated, *steps, "dense, distilled with labels"]
     arguments += ["--calibrate", "both", "--cache", str(tmp_path / "cache"), "--variants", *variants]
     language.main(arguments)
     rows = language.Results(tmp_path / "rows.json").rows

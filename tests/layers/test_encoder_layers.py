@@ -4,9 +4,11 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import lowrank_ops as lro
+from lowrank_ops.layers.replace import swap_
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +34,16 @@ def test_compressed_encoder_calls_its_factors(monkeypatch):
         assert len(calls) == len(fqns) == 4
         found, expected = model(x, src_key_padding_mask=padding), dense(x, src_key_padding_mask=padding)
         torch.testing.assert_close(found[~padding], expected[~padding], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("activation", [F.relu, nn.ReLU(), F.gelu, nn.GELU(), torch.tanh], ids=str)
+def test_dense_layers_allow_the_fast_path_again(activation):
+    layer = nn.TransformerEncoderLayer(8, 2, 16, activation=activation)
+    code, dense, lowrank = layer.activation_relu_or_gelu, layer.linear1, lro.LowRankLinear(8, 16, 4)
+    swap_(layer, {dense: lowrank})
+    assert layer.activation_relu_or_gelu == 0
+    swap_(layer, {lowrank: dense})
+    assert layer.activation_relu_or_gelu == code
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")

@@ -187,7 +187,7 @@ def test_an_order_that_misses_an_output_is_refused(calibrated, tmp_path, index):
 
 def test_a_latency_budget_is_refused():
     latencies = lro.measure_latency(nn.Sequential(nn.Linear(16, 16)), torch.randn(2, 16), points=2, rounds=1)
-    with pytest.raises(ValueError, match="does not go with a LatencyBudget"):
+    with pytest.raises(ValueError, match="cannot be combined with a LatencyBudget"):
         lro.CompressionConfig(lro.LatencyBudget(0.5, latencies), pivoted=True)
     with pytest.raises(TypeError, match="pivoted must be a bool; got 1"):
         lro.CompressionConfig(pivoted=1)

@@ -56,7 +56,7 @@ def test_mask_may_be_none_and_skips_convolutions():
 def test_masks_of_another_shape_are_errors():
     x = torch.randn(2, 3, 6)
     with pytest.raises(
-        ValueError, match=r"mask fits no layer: layer 'tokens' has an activation \(2, 3, 6\) that the mask .* \(2, 4\)"
+        ValueError, match=r"mask fits no layer: layer 'tokens' has an activation \(2, 3, 6\), which .* \(2, 4\)"
     ):
         lro.calibrate(Padded(), [x], mask=lambda args, kwargs: torch.ones(2, 4))
     with pytest.raises(ValueError, match=r"mask must have shape \(batch, positions\); got \(2, 1, 1, 3\)"):

@@ -13,7 +13,8 @@ from lowrank_ops.factors.pivoted import all_coefficients, pivots_of
 from lowrank_ops.layers import EightBitLinear, PivotedLinear
 from lowrank_ops.ops.linear.reference import dequantized
 from lowrank_ops.ranks.choose import choose_sizes
-from lowrank_ops.ranks.eight_bit import eight_bit_bytes, lowrank_bytes, rounding_of
+from lowrank_ops.ranks.costs import UNBOUNDED
+from lowrank_ops.ranks.eight_bit import byte_options, eight_bit_bytes, lowrank_bytes, rounding_of
 from lowrank_ops.subspaces import layer_subspaces
 
 
@@ -173,7 +174,7 @@ def test_smallest_rank_overrides_and_other_kinds(calibrated):
     dense = 2 * (96 * 128 + 128)
     ranks, rounded = choose_sizes(lro.ByteBudget(smallest / dense, allocation="loss"), spaces)
     assert ranks == {"0": 8} and rounded["0"].formats == ("int8", "int8")
-    with pytest.raises(ValueError, match=f"the smallest ranks take {smallest} bytes, {smallest - 1} are left"):
+    with pytest.raises(ValueError, match=f"take {smallest} bytes, but only {smallest - 1} are available"):
         choose_sizes(lro.ByteBudget((smallest - 0.5) / dense, allocation="loss"), spaces)
     model = build()
     lro.compress_(model, covariances, lro.CompressionConfig(lro.ByteBudget(0.5), overrides={"0": 16, "4": None}))
@@ -183,6 +184,36 @@ def test_smallest_rank_overrides_and_other_kinds(calibrated):
     report = lro.compress_(conv, covariances, lro.ByteBudget(0.2))
     assert [row.formats for row in report.layers] == [(None, None), ("int8", "int8")]
     assert report.layer_bytes == stored_bytes(conv)
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "loss", "variance"])
+def test_the_sizes_of_one_layer(calibrated, allocation):
+    """One factor alone may have 8 bits where ranks go by what is lost; the dense layer loses nothing."""
+    space = layer_subspaces({"0": build()[0]}, calibrated["output"])["0"]
+    options = byte_options(space, "int8", UNBOUNDED, rounding_of(space, "int8", by_loss=True), allocation)
+    assert any(option.formats in (("int8", None), (None, "int8")) for option, _ in options) == (allocation != "uniform")
+    whole = {"uniform": 96, "loss": float(space.loss.spectrum.sum()), "variance": 1}[allocation]
+    assert options[-1][0].rank is None and options[-1][1] == pytest.approx(whole)
+
+
+@pytest.mark.parametrize(("bounds", "rank"), [((16, 16), 16), ((8, 15), 8)])
+def test_both_bounds_are_allowed_ranks(calibrated, bounds, rank):
+    config = lro.CompressionConfig(lro.ByteBudget(0.9), bounds={"re:.*": bounds})
+    assert [row.rank for row in lro.compress_(build(), calibrated[None], config).layers] == 3 * [rank]
+
+
+def test_rounding_of_many_elements_is_near_its_mean():
+    layer = nn.Linear(200, 220).double()
+    space = layer_subspaces({"0": layer}, lro.calibrate(nn.Sequential(layer), [torch.randn(400, 200).double()]))["0"]
+    predicted, factors, moment = rounding_of(space, "int8", by_loss=False), factorize(space, 96, "output"), space.moment
+    down, up = (dequantized(*quantized(part, "int8"), torch.float64) for part in (factors.down, factors.up))
+    for formats, change in (
+        (("int8", None), factors.up @ (down - factors.down)),
+        ((None, "int8"), (up - factors.up) @ factors.down),
+        (("int8",), dequantized(*quantized(space.weight, "int8"), torch.float64) - space.weight),
+    ):
+        rank = 96 if len(formats) == 2 else None
+        assert predicted.error(rank, formats) == pytest.approx(float((change @ moment * change).sum()), rel=0.05)
 
 
 def test_streamed_outputs_keep_their_dtype():

@@ -1,7 +1,9 @@
 """Reconstruction inside compress_, on errors, from a checkpoint, and with invalid arguments."""
 
+import contextlib
 import copy
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +135,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="in a folder that does not exist"):
         reconstruct(model, factors, batches, checkpoint=tmp_path / "no" / "file")
     lro.calibrate(model, batches).save(path)
-    with pytest.raises(ValueError, match="was not written by a reconstruction"):
+    with pytest.raises(ValueError, match="its format is"):
         reconstruct(model, factors, batches, checkpoint=path)
 
 
@@ -146,6 +148,37 @@ def test_another_mask_or_forward_is_another_run(tmp_path: Path) -> None:
         reconstruct(model, factors, batches, checkpoint=path)
     with pytest.raises(ValueError, match="its forward differ"):
         reconstruct(model, factors, batches, mask=mask, forward=lambda model, batch: model(**batch), checkpoint=path)
+
+
+def test_other_statistics_are_another_run(tmp_path: Path) -> None:
+    """Their output gradients are the metric of factors by loss."""
+    model, draw = deep()
+    ranks, checkpoint = lro.CompressionConfig(lro.ParameterBudget(0.6, "uniform")), tmp_path / "factors.safetensors"
+    first, second = (lro.calibrate(model, batches, sensitivity="output") for batches in (draw(4), draw(4)))
+    batches = draw(4)
+    for covariances, differs in ((first, False), (first, False), (second, True)):
+        reconstruction = SequentialReconstruction(batches, checkpoint=checkpoint)
+        with pytest.raises(ValueError, match="its statistics differ") if differs else contextlib.nullcontext():
+            lro.compress_(copy.deepcopy(model), covariances, ranks, reconstruction=reconstruction)
+
+
+def test_another_loss_is_another_run(tmp_path: Path) -> None:
+    """Functions are compared by their code and by what they read."""
+    model, batches, mask = made("vit")
+    factors = one_shot(model, batches, mask)
+    path = tmp_path / "factors.safetensors"
+
+    def loss(output: Any) -> torch.Tensor:
+        return output.square().sum()
+
+    def scaled(by: float) -> Callable[[Any, Any], torch.Tensor]:
+        return lambda output, batch: by * loss(output)
+
+    reconstruct(model, factors, batches, sensitivity=scaled(1.0), checkpoint=path)
+    reconstruct(model, factors, batches, sensitivity=scaled(1.0), checkpoint=path)
+    for other in (scaled(2.0), lambda output, batch: output.sum(), "output"):
+        with pytest.raises(ValueError, match="its sensitivity differ"):
+            reconstruct(model, factors, batches, sensitivity=other, checkpoint=path)
 
 
 def test_every_value_of_weights_and_batches_counts(tmp_path: Path) -> None:

@@ -2,49 +2,48 @@
 
     python -m tests.reliability.mutate --mutants 300
 
-Draws mutants at random from the modules below, all places alike. On each it runs the tests beside the module, in a
-forked process that has torch imported already; if they pass, also those of the modules that use it (USERS). A mutant
-is killed if a test fails or the time is up. The existing tools import the package once per mutant, which takes longer
-than the tests.
+Draws mutants at random from the bodies of all functions of the modules below, all places alike. The tests are run once
+to see which lines each of them reaches. For each mutant, a forked process replaces the code of the changed function
+and runs the tests that reach the changed statement, fast ones first. A mutant is killed if one of them fails or takes
+far longer than before. The existing tools import the package once per mutant, which takes longer than most tests.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
-import contextlib
 import copy
-import io
+import gc
 import json
 import os
 import random
-import shutil
 import signal
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
+import types
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from functools import partial
+from operator import setitem
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-ROOT = Path(__file__).parents[2]
-TESTS = {
-    "subspaces": ["tests/subspaces", "tests/factors"],
-    "ranks": ["tests/ranks", "tests/search/test_search.py"],
-    "factors": ["tests/factors", "tests/subspaces"],
-    "layers": ["tests/layers", "tests/ranks/test_latency.py"],
-    "checkpoint.py": ["tests/test_checkpoint.py"],
-    "description.py": ["tests/test_checkpoint.py"],
-}
-USERS = [
-    "tests/test_compress.py", "tests/test_compress_group.py", "tests/test_compress_channels.py",
-    "tests/test_compress_device.py", "tests/test_folders.py",
-    "tests/test_golden_files.py", "tests/test_correction.py", "tests/test_midpoint.py", "tests/report",
-    "tests/ranks/test_byte_budget.py", "tests/layers/test_eight_bit.py", "tests/layers/test_pivoted.py",
-    "tests/integrations/test_eight_bit.py", "tests/integrations/test_transformers.py", "tests/models/test_experts.py",
+import coverage
+import pytest
+import torch
+
+import lowrank_ops
+
+PACKAGE = Path(lowrank_ops.__file__).parent
+ROOMS = ["subspaces", "ranks", "factors", "layers", "checkpoint.py", "description.py"]
+TESTS = [
+    "tests/subspaces", "tests/factors", "tests/ranks", "tests/layers", "tests/search/test_search.py", "tests/report",
+    "tests/test_checkpoint.py", "tests/test_golden_files.py", "tests/test_folders.py", "tests/test_compress.py",
+    "tests/test_compress_group.py", "tests/test_compress_channels.py", "tests/test_compress_device.py",
+    "tests/test_correction.py", "tests/test_midpoint.py", "tests/test_bad_inputs.py", "tests/integrations",
+    "tests/models/test_experts.py", "tests/models/test_channels_apart.py", "tests/models/test_unreachable_weights.py",
 ]  # fmt: skip
 LEFT_OUT = "not demo_model and not autocast"  # take as long as all others together
-LIMIT = 120  # seconds of CPU for the tests of one mutant
 
 COMPARISONS = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
@@ -57,164 +56,176 @@ OPERATORS = {
 
 
 class Mutant(NamedTuple):
-    """One change of one file."""
+    """One change in the body of a function of one file."""
 
-    file: str  # relative to the package
-    line: int
-    before: str
+    file: Path
+    tree: ast.Module
+    lines: tuple[int, int]  # of the statement
+    node: Any
+    put: Callable[[ast.AST], None]
+    new: ast.AST
     after: str
-    source: str
+
+    def row(self) -> dict[str, Any]:
+        place = {"line": self.node.lineno, "column": self.node.col_offset, "before": shown(self.node)}
+        return {"file": str(self.file.relative_to(PACKAGE)), **place, "after": self.after}
+
+    def code(self) -> types.CodeType:
+        """Of the changed file, whose tree is changed for good."""
+        self.put(ast.copy_location(self.new, self.node))
+        return compile(ast.fix_missing_locations(self.tree), str(self.file), "exec")
 
 
-def mutated(node: ast.AST) -> Iterator[ast.AST]:
-    """Other nodes in place of ``node``."""
-    new = copy.deepcopy(node)
+def shown(node: ast.AST) -> str:
+    return ast.unparse(node).split("\n")[0]
+
+
+def mutated(node: ast.AST) -> Iterator[tuple[ast.AST, str]]:
+    """Other nodes in place of ``node``, and how they read; all names stay, so that closures have the same cells."""
+    new: Any = copy.deepcopy(node)
     if isinstance(new, ast.Compare):
         for i, operator in enumerate(new.ops):
-            yield ast.Compare(
-                new.left, [*new.ops[:i], COMPARISONS[type(operator)](), *new.ops[i + 1 :]], new.comparators
-            )
-    elif isinstance(new, ast.BinOp) and type(new.op) in OPERATORS:
-        yield ast.BinOp(new.left, OPERATORS[type(new.op)](), new.right)
+            operators = [*new.ops[:i], COMPARISONS[type(operator)](), *new.ops[i + 1 :]]
+            yield (other := ast.Compare(new.left, operators, new.comparators)), shown(other)
+        return
+    if isinstance(new, ast.Return) and new.value is not None:
+        yield ast.Return(ast.IfExp(ast.Constant(True), ast.Constant(None), new.value)), "return None"
+        return
+    if isinstance(new, ast.Expr) and isinstance(new.value, ast.Call):
+        yield ast.If(ast.Constant(False), [new], []), "pass"
+        return
+    if isinstance(new, ast.BinOp) and type(new.op) in OPERATORS:
+        new.op = OPERATORS[type(new.op)]()
     elif isinstance(new, ast.BoolOp):
-        yield ast.BoolOp(ast.Or() if isinstance(new.op, ast.And) else ast.And(), new.values)
+        new.op = ast.Or() if isinstance(new.op, ast.And) else ast.And()
     elif isinstance(new, ast.UnaryOp):
-        yield new.operand
-    elif isinstance(new, ast.IfExp):
-        yield ast.IfExp(ast.UnaryOp(ast.Not(), new.test), new.body, new.orelse)
-    elif isinstance(new, (ast.If, ast.While)):
+        new = new.operand
+    elif isinstance(new, (ast.IfExp, ast.If, ast.While)):
         new.test = ast.UnaryOp(ast.Not(), new.test)
-        yield new
-    elif isinstance(new, ast.Constant) and isinstance(new.value, bool):
-        yield ast.Constant(not new.value)
-    elif isinstance(new, ast.Constant) and isinstance(new.value, (int, float)):
-        yield ast.Constant(new.value + 1)
-    elif isinstance(new, ast.Return) and new.value is not None:
-        yield ast.Return(ast.Constant(None))
-    elif isinstance(new, ast.Expr) and isinstance(new.value, ast.Call):
-        yield ast.Pass()
+    elif isinstance(new, ast.Constant) and isinstance(new.value, (bool, int, float)):
+        new.value = not new.value if isinstance(new.value, bool) else new.value + 1
+    else:
+        return
+    yield new, shown(new)
 
 
-def places(node: ast.AST) -> Iterator[tuple[ast.AST, str, int | None, ast.AST]]:
-    """Parent, field, index and child of every node whose change a test could notice: no annotations and messages."""
+def places(node: ast.AST, statement: ast.stmt | None = None) -> Iterator[tuple[ast.stmt, ast.AST, Any]]:
+    """Statements in functions, their nodes, and what puts another node there; no annotations and messages."""
     for field, value in ast.iter_fields(node):
         if field in ("annotation", "returns", "decorator_list") or isinstance(node, (ast.Raise, ast.JoinedStr)):
             continue
+        inside = statement or (isinstance(node, ast.FunctionDef) and field == "body")
         for index, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
             if isinstance(child, ast.AST):
-                yield node, field, index, child
-                yield from places(child)
+                of = child if inside and isinstance(child, ast.stmt) else statement
+                if of:
+                    yield of, child, partial(setattr, node, field) if index is None else partial(setitem, value, index)
+                yield from places(child, of)
 
 
-def mutants_of(file: Path) -> Iterator[Mutant]:
-    tree = ast.parse(file.read_text())
-    for parent, field, index, child in list(places(tree)):
-        for new in mutated(child):
-            holder = getattr(parent, field)
-            setattr(parent, field, new) if index is None else holder.__setitem__(index, new)
-            source = ast.unparse(ast.fix_missing_locations(tree))
-            setattr(parent, field, child) if index is None else holder.__setitem__(index, child)
-            before, after = (ast.unparse(part).split("\n")[0] for part in (child, new))
-            yield Mutant(str(file.relative_to(ROOT / "lowrank_ops")), child.lineno, before, after, source)
+def mutants() -> Iterator[Mutant]:
+    for room in ROOMS:
+        for file in sorted((PACKAGE / room).glob("*.py")) or [PACKAGE / room]:
+            tree = ast.parse(file.read_text())
+            for statement, node, put in places(tree):
+                for change in mutated(node):
+                    yield Mutant(file, tree, (statement.lineno, statement.end_lineno), node, put, *change)
 
 
-def _key(row: dict[str, str]) -> tuple[str, str, str]:
-    return row["file"], row["before"], row["after"]
+def functions_of(code: types.CodeType) -> Iterator[types.CodeType]:
+    for part in code.co_consts:
+        if isinstance(part, types.CodeType):
+            yield part
+            yield from functions_of(part)
 
 
-def run_tests(folder: Path, tests: list[str]) -> tuple[bool, float]:
-    """Whether the tests pass in a forked process, and its CPU seconds."""
-    started = os.times()
-    process = os.fork()
-    if not process:
-        import pytest
+def place_of(code: types.CodeType) -> tuple[str, str, int]:
+    return code.co_filename, code.co_name, code.co_firstlineno
 
-        os.chdir(folder)
-        os.setpgid(0, 0)
-        sys.path.insert(0, str(folder))
-        output = io.StringIO()
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            signal.setitimer(signal.ITIMER_PROF, LIMIT)  # its signal ends the process
-            code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-W", "ignore", "-k", LEFT_OUT, *tests])
-        (folder / "output.txt").write_text(output.getvalue())
-        os._exit(min(int(code), 1))
-    _, status = os.waitpid(process, 0)
-    ended = os.times()
-    seconds = ended.children_user - started.children_user + ended.children_system - started.children_system
-    return status == 0, seconds
+
+class Mutation:
+    """A plugin of pytest that runs the collected tests on mutants."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.seconds = options, dict[str, float]()  # of the processor, by test
+        self.folder = Path(tempfile.mkdtemp(prefix="mutants"))
+        self.functions = defaultdict[tuple[str, str, int], list[types.FunctionType]](list)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            print(report.nodeid, report.longrepr, flush=True)
+            os._exit(1)
+
+    def run(self, items: list[pytest.Item], limit: float = 0, mutant: Mutant | None = None) -> bool:
+        """Whether the tests pass in a forked process, which writes what they reach if there is no mutant."""
+        process = os.fork()
+        if not process:
+            tracer = coverage.Coverage(self.folder / "coverage", include=[f"{PACKAGE}/*"], config_file=False)
+            signal.setitimer(signal.ITIMER_PROF, limit)  # its signal ends the process
+            if mutant:
+                for stream in (1, 2):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+                for code in functions_of(mutant.code()):
+                    for function in self.functions[place_of(code)]:
+                        function.__code__ = code
+            else:
+                tracer.start()
+            for item, following in zip(items, [*items[1:], None], strict=False):
+                started = time.process_time()
+                if not mutant:
+                    tracer.switch_context(item.nodeid)
+                item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+                self.seconds[item.nodeid] = time.process_time() - started
+            if not mutant:
+                tracer.save()
+                (self.folder / "seconds").write_text(json.dumps(self.seconds))
+            os._exit(0)
+        return os.waitpid(process, 0)[1] == 0
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        out, rows, items = self.options.out, [], {item.nodeid: item for item in session.items}
+        for thing in gc.get_objects():
+            if isinstance(thing, types.FunctionType):
+                self.functions[place_of(thing.__code__)].append(thing)
+        # Mutants run them in other orders, too.
+        if not self.run(random.Random(0).sample(session.items, len(items))):
+            pytest.exit("tests fail without a mutant")
+        self.seconds |= json.loads((self.folder / "seconds").read_text())
+        reached = coverage.CoverageData(str(self.folder / "coverage"))
+        reached.read()
+        found = list(mutants())
+        print(f"{len(items)} tests, {sum(self.seconds.values()):.0f} s; {(number := len(found))} places", flush=True)
+        random.Random(self.options.seed).shuffle(found)
+        if self.options.again:
+            rows = json.loads(out.read_text())["mutants"]
+            found = [mutant for mutant in found if {**mutant.row(), "survived": True} in rows]
+            rows = [row for row in rows if row not in [{**mutant.row(), "survived": True} for mutant in found]]
+        for mutant in found[: self.options.mutants]:
+            lines, (first, last) = reached.contexts_by_lineno(str(mutant.file)), mutant.lines
+            names = {name for line in range(first, last + 1) for name in lines.get(line, ()) if name in items}
+            taken, tests = 0.0, []
+            for name in sorted(names, key=self.seconds.__getitem__):
+                taken += self.seconds[name]
+                tests += [items[name]] if taken < self.options.seconds else []
+            survived = self.run(tests, 10 + 3 * self.options.seconds, mutant)
+            rows.append({**mutant.row(), "survived": survived})
+            print(sum(not row["survived"] for row in rows), len(rows), *rows[-1].values(), len(tests), flush=True)
+            summary = {"places": number, "seed": self.options.seed, "mutants": rows, "time": time.ctime()}
+            out.write_text(json.dumps(summary, indent=1) + "\n")
+        return True
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mutants", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", help="a room, such as ranks, or files of rooms, such as channels.py")
-    parser.add_argument("--tests", nargs="+", help="the tests to run, instead of those of the rooms and their users")
+    parser.add_argument("--seconds", type=float, default=20, help="tests of one mutant that take longer are left out")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("mutants.json"))
     parser.add_argument("--again", action="store_true", help="only the survivors in --out, after tests were added")
     options = parser.parse_args()
-    import hypothesis  # noqa: F401  # once, not in every process
-    import torch
-    import torch._dynamo
-
     torch.set_num_threads(1)
-    sys.dont_write_bytecode = True
-    folder = Path(tempfile.mkdtemp(prefix="mutants"))
-    for part in ROOT.iterdir():
-        if part.name in ("lowrank_ops", "tests"):
-            shutil.copytree(part, folder / part.name, ignore=shutil.ignore_patterns("__pycache__"))
-        elif not part.name.startswith("."):
-            (folder / part.name).symlink_to(part)
-    of_files = str(options.only).endswith(".py") and options.only not in TESTS
-    tests = {room: paths for room, paths in TESTS.items() if of_files or options.only in (None, room)}
-    found = []
-    for room in tests:
-        files = [ROOT / "lowrank_ops" / room] if room.endswith(".py") else (ROOT / "lowrank_ops" / room).glob("*.py")
-        files = sorted(file for file in files if not of_files or file.name == options.only)
-        found += [(room, mutant) for file in files for mutant in mutants_of(file)]
-    users = USERS
-    if options.tests:
-        tests, users = dict.fromkeys(tests, options.tests), []
-    for room, paths in ({"given": options.tests} if options.tests else {**tests, "users": users}).items():
-        passed, seconds = run_tests(folder, paths)
-        print(f"{room}: tests pass {passed}, {seconds:.0f} s", flush=True)
-        if not passed:
-            print((folder / "output.txt").read_text()[-3000:])
-            return 1
-    random.Random(options.seed).shuffle(found)
-    places, rows, drawn = len(found), [], found[: options.mutants]
-    if options.again:
-        before = json.loads(options.out.read_text())
-        places, rows = before["places"], [row for row in before["mutants"] if not row["survived"]]
-        survivors = [row for row in before["mutants"] if row["survived"]]
-        alike = [
-            [(abs(m.line - row["line"]), i) for i, (_, m) in enumerate(found) if (m.file, *m[2:4]) == _key(row)]
-            for row in survivors
-        ]
-        drawn = [found[min(near)[1]] for near in alike if near]
-        rows += [row for row, near in zip(survivors, alike, strict=True) if not near]
-    for room, mutant in drawn:
-        target = folder / "lowrank_ops" / mutant.file
-        original = target.read_text()
-        target.write_text(mutant.source)
-        survived, seconds = run_tests(folder, tests[room])
-        if survived and users:
-            survived, more = run_tests(folder, users)
-            seconds += more
-        target.write_text(original)
-        rows.append({**mutant._asdict(), "survived": survived, "seconds": round(seconds, 1)})
-        del rows[-1]["source"]
-        killed = sum(not row["survived"] for row in rows)
-        print(
-            f"{killed}/{len(rows)} {'SURVIVED' if survived else 'killed'} {mutant.file}:{mutant.line} "
-            f"{mutant.before} -> {mutant.after} ({seconds:.0f} s)",
-            flush=True,
-        )
-        options.out.write_text(
-            json.dumps({"places": places, "seed": options.seed, "mutants": rows, "time": time.ctime()}, indent=1)
-        )
-    shutil.rmtree(folder)
-    return 0
+    arguments = ["-s", "-q", "-p", "no:cacheprovider", "-W", "ignore", "-k", LEFT_OUT, *TESTS]
+    return pytest.main(arguments, plugins=[Mutation(options)])
 
 
 if __name__ == "__main__":

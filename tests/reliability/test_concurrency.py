@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import lowrank_ops as lro
+from lowrank_ops.factors.memory import bytes_to_spare
 from lowrank_ops.files import digest
 from lowrank_ops.ops import lowrank_linear
 from lowrank_ops.report.measured_errors import measure_errors
+from lowrank_ops.subspaces import layer_subspaces
 from tests.reliability.campaign import LONG, figures, sized
 
 HOOKS = [
@@ -80,12 +82,20 @@ def reconstruct_blocks(model: nn.Module, covariances: lro.Covariances) -> None:
 
 
 def drop_channels(model: nn.Module, covariances: lro.Covariances) -> None:
-    batch, config = batches(), lro.CompressionConfig(channels=True)
+    """With the new layers in temporary files until the old ones are freed."""
+    config = lro.CompressionConfig(lro.Ranks({"4": 4}, channels={"3.0": 24}))
+    spaces = layer_subspaces({fqn: model.get_submodule(fqn) for fqn in covariances}, covariances)
+    spare = bytes_to_spare(spaces, config.resolved(True, True), 10**9)
+    lro.compress_(model, covariances, config, max_memory=10**9 - spare)
+
+
+def measure_channels(model: nn.Module, covariances: lro.Covariances) -> None:
+    batch, config = batches()[:1], lro.CompressionConfig(channels=True)
     spaces = lro.correct_predictions(model, covariances, batch, sensitivity="output", channels=True)
     ranks = lro.measured_ranks(
         model, covariances, batch, 0.7, sensitivity="output", rounds=1, config=config, subspaces=spaces
     )
-    lro.compress_(model, covariances, ranks, max_memory="20MB")
+    lro.compress_(model, covariances, ranks)
 
 
 def finetune(model: nn.Module, teacher: nn.Module) -> None:
@@ -112,7 +122,10 @@ INTERRUPTED: dict[str, Callable[..., Any]] = {
     "compress_ with a block reconstruction": lambda model, other, covariances, compressed: reconstruct_blocks(
         model, covariances
     ),
-    "compress_ of channels by measured ranks": lambda model, other, covariances, compressed: drop_channels(
+    "compress_ of channels by measured ranks": lambda model, other, covariances, compressed: measure_channels(
+        model, covariances
+    ),
+    "compress_ of channels within max_memory": lambda model, other, covariances, compressed: drop_channels(
         model, covariances
     ),
     "search_ranks": lambda model, other, covariances, compressed: search(model, covariances),

@@ -105,7 +105,7 @@ def test_groups_are_low_rank_all_or_none_in_every_trial() -> None:
     assert {"q", "k", "v"} <= together.ranks.keys()
     report = lro.compress_(model, covariances, replace(config, rank=together))
     assert report.groups == (("q", "k", "v"),)
-    with pytest.raises(ValueError, match="group=True does not go with by='layers'"):
+    with pytest.raises(ValueError, match="group=True cannot be combined with by='layers'"):
         lro.search_ranks(Heads(), covariances, evaluate, 4, by="layers", config=config)
 
 

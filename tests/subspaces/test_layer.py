@@ -251,6 +251,20 @@ def test_zero_inputs(out_features):
     assert space.input.basis.isfinite().all() and space.output.basis.isfinite().all()
 
 
+@pytest.mark.parametrize("centered", [True, False])
+def test_noise_is_relative_to_the_outputs_about_the_shift_and_their_terms(centered):
+    """Sums in float32 are about a shift that the first rows set, here far from the mean of all rows."""
+    rows = torch.randn(1024, 6) + 50 + torch.arange(1024).unsqueeze(1) / 100
+    space = calibrated(rows, 4, torch.float32, centered)
+    moments, rows = space.statistics.activations, rows.double()
+    about = rows - moments.shift
+    assert about.mean(0).min() > 1
+    squares = (about @ space.weight.T).square().mean(0) + about.square().mean(0) @ space.weight.square().T
+    outputs = rows @ space.weight.T
+    variances = outputs.var(0, correction=0) if centered else outputs.square().mean(0)
+    torch.testing.assert_close(space.noise(variances, moments) / moments.rounding, 2 * squares, rtol=1e-4, atol=0)
+
+
 # --- sharing, sides, errors -------------------------------------------------------------------------------------
 
 
@@ -282,6 +296,7 @@ def test_a_streamed_output_gives_the_same_output_space():
     assert by_output.utilized_rank(0.9) == by_input.output.rank_at(0.9)
     torch.testing.assert_close(by_output.output.spectrum, by_input.output.spectrum, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(by_output.output_mean, by_input.output_mean)
+    torch.testing.assert_close(by_output.half_moment + by_output.half_moment.mT, by_output.moment)
 
 
 @pytest.mark.parametrize("side", ["input", "output"])
@@ -290,6 +305,8 @@ def test_grouped_convolutions_are_groups_of_matrices(side):
     model = nn.Sequential(conv)
     x = torch.randn(3, 4, 6, 6, dtype=torch.float64)
     space = layer_subspaces({"0": conv}, lro.calibrate(model, [x], side=side))["0"]
+    variance = float(conv(x).detach().var((0, 2, 3), correction=0).sum())
+    assert space.output_variance == pytest.approx(variance)
     patches = nn.functional.unfold(x, 3).transpose(1, 2).flatten(0, 1).numpy()
     weight = conv.weight.detach().flatten(1).numpy()
     for group in range(2):

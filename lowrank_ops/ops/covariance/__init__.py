@@ -6,12 +6,11 @@ Schema, validation, fake kernels, autocast, and ``TABLE`` and ``CONV_TABLE``, th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from ...arguments import checked
 from .. import _verify
@@ -19,11 +18,9 @@ from .._backend import Backend, Device, Impl, choose, device_facts, row_stride
 from .._backend import explain as _explain
 from .._dispatcher import BoundedCache, register_autocast
 from . import _cuda, _triton, _triton_conv, reference
+from ._checks import check, check_conv, check_in_place, check_memory, check_pair
 from ._trial import trial, trial_conv
 from .reference import output_size as output_size
-
-_STATE_DTYPES = (torch.float32, torch.float64)
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Problem(NamedTuple):
@@ -117,7 +114,7 @@ def covariance_update_(
         >>> total
         tensor([18., 22., 26.])
     """
-    _check_in_place(second_moment, total)
+    check_in_place(second_moment, total)
     torch.ops.lowrank_ops.covariance_update_(
         second_moment, total, x, deterministic=deterministic, allow_tf32=allow_tf32, backend=backend
     )
@@ -164,15 +161,15 @@ def conv_covariance_update_(
         >>> int(total[0, 0])  # 2 images x 6 x 6 patches
         72
     """
-    _check_in_place(second_moment, total)
+    check_in_place(second_moment, total)
     torch.ops.lowrank_ops.conv_covariance_update_(
         second_moment,
         total,
         x,
-        _pair("kernel_size", kernel_size),
-        _pair("stride", stride),
-        _pair("padding", padding),
-        _pair("dilation", dilation),
+        check_pair("kernel_size", kernel_size),
+        check_pair("stride", stride),
+        check_pair("padding", padding),
+        check_pair("dilation", dilation),
         deterministic=deterministic,
         allow_tf32=allow_tf32,
         backend=backend,
@@ -225,7 +222,7 @@ def explain(
     backend: str = "auto",
 ) -> str:
     """Which implementation runs this ``covariance_update_`` call, and why each other one does not."""
-    _check(second_moment, total, x)
+    check(second_moment, total, x)
     return _explain(TABLE, describe(second_moment, x, deterministic, allow_tf32), backend)
 
 
@@ -244,7 +241,7 @@ def explain_conv(
     backend: str = "auto",
 ) -> str:
     """Which implementation runs this ``conv_covariance_update_`` call, and why each other one does not."""
-    _check_conv(second_moment, total, x, kernel_size, {"stride": stride, "padding": padding, "dilation": dilation})
+    check_conv(second_moment, total, x, kernel_size, {"stride": stride, "padding": padding, "dilation": dilation})
     problem = describe_conv(second_moment, total, x, kernel_size, stride, padding, dilation, deterministic, allow_tf32)
     return _explain(CONV_TABLE, problem, backend)
 
@@ -297,109 +294,6 @@ def describe_conv(
     )
 
 
-def _check_in_place(second_moment: Tensor, total: Tensor) -> None:
-    for name, tensor in (("second_moment", second_moment), ("total", total)):
-        if is_compiling() or not isinstance(tensor, Tensor):  # a proxy of torch.fx
-            continue
-        if tensor.is_neg() or (tensor.requires_grad and torch.is_grad_enabled()):
-            raise ValueError(f"{name} is updated in place: it must need no gradient and be no lazy negation.")
-
-
-def _pair(name: str, value: Sequence[int]) -> list[int]:
-    minimum = 0 if name == "padding" else 1
-    pair = list(value) if isinstance(value, Sequence) else []
-    if len(pair) != 2 or not all(isinstance(part, (int, torch.SymInt)) and part >= minimum for part in pair):
-        raise ValueError(f"{name} must be two integers (height, width) of at least {minimum}; got {pair or value!r}.")
-    return pair
-
-
-def _check(second_moment: Tensor, total: Tensor, x: Tensor) -> None:
-    if x.dim() == 0:
-        raise ValueError("x must have shape (..., features); got a scalar.")
-    features = x.shape[-1]
-    if second_moment.shape != (features, features):
-        raise ValueError(
-            f"second_moment must have shape ({features}, {features}) to take x with {features} features; "
-            f"got {tuple(second_moment.shape)}."
-        )
-    if total.shape != (features,):
-        raise ValueError(f"total must have shape ({features},); got {tuple(total.shape)}.")
-    _check_dtypes(second_moment, total, x)
-
-
-def _check_dtypes(second_moment: Tensor, total: Tensor, x: Tensor) -> None:
-    if second_moment.dtype not in _STATE_DTYPES or total.dtype != second_moment.dtype:
-        raise ValueError(
-            "second_moment and total must share one dtype, float32 or float64; "
-            f"got {second_moment.dtype} and {total.dtype}."
-        )
-    if x.dtype not in _DTYPES:
-        raise ValueError(f"x must be float64, float32, bfloat16 or float16; got {x.dtype}.")
-    if x.dtype == torch.float64 and second_moment.dtype == torch.float32:
-        raise ValueError("x is float64 but the state is float32, which would round it; use a float64 state.")
-    if not (second_moment.device == total.device == x.device):
-        raise ValueError(
-            "second_moment, total and x must be on one device; "
-            f"got {second_moment.device}, {total.device} and {x.device}."
-        )
-
-
-def _check_memory(second_moment: Tensor, total: Tensor, x: Tensor) -> None:
-    """Refuse memory that would be written while it is read, or twice; a fake tensor has none."""
-    spans = {}
-    for name, tensor in (("second_moment", second_moment), ("total", total), ("x", x)):
-        state = name != "x"
-        if tensor.layout is not torch.strided:
-            raise ValueError(f"{name} must be a dense tensor; got {tensor.layout}.")
-        sizes = sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1)
-        if state and any(stride < inner for (stride, _), inner in zip(sizes, _extents(sizes), strict=True)):
-            raise ValueError(f"{name} has elements that share memory (strides {tensor.stride()}); pass a clone.")
-        if tensor.numel():
-            extent = 1 + sum(stride * (size - 1) for stride, size in sizes)
-            spans[name] = tensor.data_ptr(), tensor.data_ptr() + extent * tensor.element_size()
-    for one, other in (("second_moment", "total"), ("second_moment", "x"), ("total", "x")):
-        if (
-            one in spans
-            and other in spans
-            and max(spans[one][0], spans[other][0]) < min(spans[one][1], spans[other][1])
-        ):
-            raise ValueError(f"{one} and {other} share memory; pass a clone of {other}.")
-
-
-def _extents(sizes: Sequence[tuple[int, int]]) -> Iterator[int]:
-    """By rising stride, the elements that the dimensions before each one span."""
-    extent = 1
-    for stride, size in sizes:
-        yield extent
-        extent += stride * (size - 1)
-
-
-def _check_conv(
-    second_moment: Tensor, total: Tensor, x: Tensor, kernel_size: Sequence[int], geometry: dict[str, Sequence[int]]
-) -> None:
-    for name, value in {"kernel_size": kernel_size, **geometry}.items():
-        _pair(name, value)
-    if x.dim() != 4:
-        raise ValueError(f"x must have shape (batch, channels, height, width); got {tuple(x.shape)}.")
-    if total.dim() != 2 or second_moment.shape != (*total.shape, total.shape[-1]):
-        raise ValueError(
-            "second_moment must be (groups, d, d) and total (groups, d); "
-            f"got {tuple(second_moment.shape)} and {tuple(total.shape)}."
-        )
-    groups, features = total.shape
-    if groups * features != x.shape[1] * kernel_size[0] * kernel_size[1] or x.shape[1] % max(groups, 1) or not groups:
-        raise ValueError(
-            f"total with {groups} groups of {features} features does not fit x with {x.shape[1]} channels and a "
-            f"kernel of {kernel_size[0]} x {kernel_size[1]}: d must be channels / groups * height * width."
-        )
-    if min(reference.output_size(x.shape[2:], kernel_size, **geometry)) < 1:
-        raise ValueError(
-            f"kernel_size {list(kernel_size)} with dilation {list(geometry['dilation'])} is larger than the padded "
-            f"input {tuple(x.shape[2:])} + 2 * {list(geometry['padding'])}."
-        )
-    _check_dtypes(second_moment, total, x)
-
-
 _lib = torch.library.Library("lowrank_ops", "FRAGMENT")
 _lib.define(
     "covariance_update_(Tensor(a!) second_moment, Tensor(b!) total, Tensor x, *, "
@@ -421,8 +315,8 @@ def _run(
     allow_tf32: bool = False,
     backend: str = "auto",
 ) -> None:
-    _check(second_moment, total, x)
-    _check_memory(second_moment, total, x)
+    check(second_moment, total, x)
+    check_memory(second_moment, total, x)
     problem = describe(second_moment, x, deterministic, allow_tf32)
     decided = _decisions.get((problem, backend))
     impl = decided or choose(TABLE, problem, backend)
@@ -448,8 +342,8 @@ def _run_conv(
     allow_tf32: bool = False,
     backend: str = "auto",
 ) -> None:
-    _check_conv(second_moment, total, x, kernel_size, {"stride": stride, "padding": padding, "dilation": dilation})
-    _check_memory(second_moment, total, x)
+    check_conv(second_moment, total, x, kernel_size, {"stride": stride, "padding": padding, "dilation": dilation})
+    check_memory(second_moment, total, x)
     problem = describe_conv(second_moment, total, x, kernel_size, stride, padding, dilation, deterministic, allow_tf32)
     decided = _decisions.get((problem, backend))
     impl = decided or choose(CONV_TABLE, problem, backend)
@@ -465,7 +359,7 @@ _decisions = BoundedCache(8192)  # problems whose implementation needs no check
 
 
 def _checked(impl: Impl, problem: Problem | ConvProblem, backend: str, x: Tensor) -> Impl:
-    """``impl``; the reference if a first call, on a state of its own, finds it wrong or cannot be checked now."""
+    """``impl``, or the reference if a first call, on a separate state, is wrong or cannot be checked now."""
     op, table, run_trial = "covariance_update_", TABLE, trial
     if isinstance(problem, ConvProblem):
         op, table, run_trial = "conv_covariance_update_", CONV_TABLE, trial_conv
@@ -478,7 +372,7 @@ def _checked(impl: Impl, problem: Problem | ConvProblem, backend: str, x: Tensor
 
 
 def _fake(second_moment: Tensor, total: Tensor, x: Tensor, **options: object) -> None:
-    _check(second_moment, total, x)
+    check(second_moment, total, x)
 
 
 def _fake_conv(
@@ -491,7 +385,7 @@ def _fake_conv(
     dilation: list[int],
     **options: object,
 ) -> None:
-    _check_conv(second_moment, total, x, kernel_size, {"stride": stride, "padding": padding, "dilation": dilation})
+    check_conv(second_moment, total, x, kernel_size, {"stride": stride, "padding": padding, "dilation": dilation})
 
 
 for _name, _kernel, _fake_kernel in (

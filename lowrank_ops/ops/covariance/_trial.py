@@ -1,4 +1,4 @@
-"""Runs a covariance kernel on a state of its own and compares a part of the result with float64."""
+"""Runs a covariance kernel on a separate state and compares a part of the result with float64."""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ from torch.compiler import is_compiling
 from ...arguments import checked
 from .._backend import Backend, Device, Impl, choose, device_facts, row_stride
 from .._backend import explain as _explain
-from .._dispatcher import all_plain, can_bypass, in_transform, is_recorded, register_autocast
-from ..linear import DECOMPOSED, count_flops
+from .._decompositions import DECOMPOSED
+from .._dispatcher import all_plain, can_bypass, count_flops, in_transform, is_recorded, register_autocast
 from . import reference
 
 # Copying the factors of an expert into stacks has to take less time than the launches of its two GEMMs: about 10 us, in

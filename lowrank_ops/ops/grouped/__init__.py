@@ -19,17 +19,20 @@ from ...arguments import check_arguments, checked
 from .. import _verify
 from .._backend import FREE, Backend, Device, Impl, choose, device_facts, row_stride
 from .._backend import explain as _explain
+from .._decompositions import DECOMPOSED
 from .._dispatcher import (
     BoundedCache,
     all_strided,
     can_bypass,
+    count_flops,
+    detached_view,
     has_functorch_wrapper,
     in_transform,
     is_recorded,
     needs_grad,
     register_autocast,
 )
-from ..linear import DECOMPOSED, _gradients, _not_a_view, _run, count_flops
+from ..linear import gradients_of, run_linear
 from . import _cuda, _triton, reference
 
 MAX_MEMBERS = _triton.MAX_MEMBERS  # of a group that kernels take
@@ -326,7 +329,7 @@ def _one_by_one(backend: str) -> _Bound:
     """Each member by the implementation that ``lowrank_linear`` chooses for it."""
 
     def run(x: Tensor, downs: Tensors, ups: Tensors, biases: Biases) -> list[Tensor]:
-        return [_run(x, down, up, bias, backend=backend) for down, up, bias in zip(downs, ups, biases, strict=True)]
+        return [run_linear(x, *member, backend=backend) for member in zip(downs, ups, biases, strict=True)]
 
     return run
 
@@ -363,7 +366,7 @@ def _or_none(biases: Tensors, ups: Tensors) -> Biases:
 
 def _run_group(x: Tensor, downs: Tensors, ups: Tensors, biases: Tensors, *, backend: str = "auto") -> list[Tensor]:
     given = _or_none(biases, ups)
-    return [_not_a_view(y) for y in _decision(x, downs, ups, given, backend).run(x, downs, ups, given)]
+    return [detached_view(y) for y in _decision(x, downs, ups, given, backend).run(x, downs, ups, given)]
 
 
 def _fake(x: Tensor, downs: Tensors, ups: Tensors, biases: Tensors, *, backend: str = "auto") -> list[Tensor]:
@@ -394,7 +397,7 @@ class _Recorded(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         ctx.sizes, ctx.backend = (downs, ups), backend
         ctx.set_materialize_grads(False)
-        return tuple(_not_a_view(y) for y in run(*_unpacked(tensors, downs, ups)))
+        return tuple(detached_view(y) for y in run(*_unpacked(tensors, downs, ups)))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -432,7 +435,7 @@ def _all_gradients(
             continue
         place = i if len(downs) == len(ups) else 0
         wanted = needs_x, needs_downs[place], needs_ups[i], needs_biases[i]
-        of_x, of_down, grad_ups[i], grad_biases[i] = _gradients(
+        of_x, of_down, grad_ups[i], grad_biases[i] = gradients_of(
             grad, x, downs[place], up, bias, wanted, "none", backend
         )
         grad_x, grad_downs[place] = _sum(grad_x, of_x), _sum(grad_downs[place], of_down)

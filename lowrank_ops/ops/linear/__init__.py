@@ -7,7 +7,6 @@ considers them. ``reference`` holds the library GEMMs, ``_triton`` and ``_cuda``
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,16 +14,18 @@ import torch
 from torch import Tensor
 from torch._decomp import register_decomposition
 from torch.compiler import is_compiling
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ...arguments import check_arguments, checked
 from .. import _verify
 from .._backend import FREE, Backend, Device, Impl, choose, device_facts, row_stride
 from .._backend import explain as _explain
+from .._decompositions import DECOMPOSED
 from .._dispatcher import (
     BoundedCache,
     all_strided,
     can_bypass,
+    count_flops,
+    detached_view,
     has_functorch_wrapper,
     in_transform,
     is_recorded,
@@ -165,23 +166,7 @@ def lowrank_linear(
             return run(x, down, up, bias)
         if not has_functorch_wrapper(x, down, up, bias):
             return _record(run, activation, backend, x, down, up, bias)
-    if not is_compiling():
-        check_types(x=x, down=down, up=up, bias=bias)
-    if _runs_as_products(x, backend):
-        check_activation(activation)
-        return reference.two_products(x, down, up, bias, activation)
-    if not is_compiling():
-        count_flops(torch.ops.lowrank_ops.lowrank_linear, _flops)
-    return torch.ops.lowrank_ops.lowrank_linear(x, down, up, bias, activation=activation, backend=backend)
-
-
-def _runs_as_products(x: Tensor, backend: str) -> bool:
-    """Whether the call runs as torch's GEMMs and not as the op.
-
-    nn.TransformerEncoder passes nested tensors. The comparison is explicit because is_nested of a torch.fx proxy is not
-    a bool.
-    """
-    return x.is_nested is True or in_transform() or is_recorded(backend in FREE)
+    return _dispatched(x, down, up, bias, activation, backend)
 
 
 def _with_scales(
@@ -201,14 +186,31 @@ def _with_scales(
         run = _decision(x, down, up, bias, activation, backend, *scales)
         if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
             return run(x, down, up, bias, *scales)
+    return _dispatched(x, down, up, bias, activation, backend, *scales)
+
+
+def _dispatched(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    backend: str,
+    down_scale: Tensor | None = None,
+    up_scale: Tensor | None = None,
+) -> Tensor:
+    """The call through PyTorch's dispatcher, or two GEMMs where the op is not supported."""
     if not is_compiling():
         check_types(x=x, down=down, up=up, bias=bias, down_scale=down_scale, up_scale=up_scale)
-    if _runs_as_products(x, backend):
+    # nn.TransformerEncoder passes nested tensors. Compared to True because a torch.fx proxy's is_nested is not a bool.
+    if x.is_nested is True or in_transform() or is_recorded(backend in FREE):
         check_activation(activation)
-        return reference.two_products(x, down, up, bias, activation, *scales)
+        return reference.two_products(x, down, up, bias, activation, down_scale, up_scale)
     if not is_compiling():
         count_flops(torch.ops.lowrank_ops.lowrank_linear, _flops)
-    return torch.ops.lowrank_ops.lowrank_linear(x, down, up, bias, *scales, activation=activation, backend=backend)
+    return torch.ops.lowrank_ops.lowrank_linear(  # type: ignore[no-any-return]
+        x, down, up, bias, down_scale, up_scale, activation=activation, backend=backend
+    )
 
 
 @checked()
@@ -381,7 +383,7 @@ _lib.define(
 )
 
 
-def _run(
+def run_linear(
     x: Tensor,
     down: Tensor,
     up: Tensor,
@@ -393,15 +395,7 @@ def _run(
     backend: str = "auto",
 ) -> Tensor:
     scales = () if down_scale is None and up_scale is None else (down_scale, up_scale)
-    return _not_a_view(_decision(x, down, up, bias, activation, backend, *scales)(x, down, up, bias, *scales))
-
-
-def _not_a_view(y: Tensor) -> Tensor:
-    """``y``, detached from its base: autograd forbids in-place ops on a view that a Function returns.
-
-    ``F.linear`` returns a view for x of three dimensions.
-    """
-    return y.data if y._is_view() else y
+    return detached_view(_decision(x, down, up, bias, activation, backend, *scales)(x, down, up, bias, *scales))
 
 
 def _fake(
@@ -437,7 +431,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, down, up, bias, *scales = ctx.saved_tensors
     needed = (*ctx.needs_input_grad, False)[:4]
     down, up = (reference.dequantized(*pair, x.dtype) for pair in zip((down, up), scales, strict=True))
-    gradients = _gradients(grad, x, down, up, bias, needed, **ctx.options)
+    gradients = gradients_of(grad, x, down, up, bias, needed, **ctx.options)
     return (*gradients, None, None)[: len(ctx.needs_input_grad)]
 
 
@@ -457,13 +451,13 @@ class _Recorded(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, down, up, bias)
         ctx.options = activation, backend
-        return _not_a_view(run(x, down, up, bias))
+        return detached_view(run(x, down, up, bias))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, down, up, bias = ctx.saved_tensors
         activation, backend = ctx.options
-        gradients = _gradients(grad, x, down, up, bias, ctx.needs_input_grad[3:], activation, backend)
+        gradients = gradients_of(grad, x, down, up, bias, ctx.needs_input_grad[3:], activation, backend)
         return (None, None, None, *gradients)
 
 
@@ -471,7 +465,7 @@ class _Recorded(torch.autograd.Function):
 _record: Callable[..., Tensor] = super(torch.autograd.Function, _Recorded).apply
 
 
-def _gradients(
+def gradients_of(
     grad: Tensor,
     x: Tensor,
     down: Tensor,
@@ -525,47 +519,13 @@ def _decomposed(
     return reference.two_products(x, down, up, bias, activation, down_scale, up_scale)
 
 
-DECOMPOSED: dict[Any, Callable[..., Any]] = {torch.ops.lowrank_ops.lowrank_linear.default: _decomposed}
-
-
-def decompositions() -> dict[Any, Callable[..., Any]]:
-    """torch.export's default decompositions and those of the low-rank ops into matrix products.
-
-    For exported programs that hold an op because it was called with a named backend; others hold products already.
-
-    Example:
-        >>> import torch, lowrank_ops as lro
-        >>> class Model(torch.nn.Module):
-        ...     def forward(self, x, down, up):
-        ...         return lro.ops.lowrank_linear(x, down, up, backend="reference")
-        >>> tensors = torch.randn(4, 64), torch.randn(8, 64), torch.randn(32, 8)
-        >>> exported = torch.export.export(Model(), tensors).run_decompositions(lro.ops.decompositions())
-        >>> "lowrank" in exported.graph_module.code
-        False
-    """
-    table: dict[Any, Callable[..., Any]] = torch.export.default_decompositions()
-    table.update(DECOMPOSED)
-    return table
-
-
-_lib.impl("lowrank_linear", _run, "CompositeExplicitAutograd")
+_lib.impl("lowrank_linear", run_linear, "CompositeExplicitAutograd")
 torch.library.register_fake("lowrank_ops::lowrank_linear", _fake, lib=_lib)
 torch.library.register_autograd("lowrank_ops::lowrank_linear", _backward, setup_context=_setup_context, lib=_lib)
 register_autocast(_lib, "lowrank_linear", cast=True, first=4)
+DECOMPOSED[torch.ops.lowrank_ops.lowrank_linear.default] = _decomposed
 # torch.compile does not use this table and keeps one op; torch.onnx.export does.
 register_decomposition(torch.ops.lowrank_ops.lowrank_linear.default)(_decomposed)
-
-
-def count_flops(op: Any, formula: Callable[..., int]) -> None:
-    """Give active FlopCounterModes a formula for an op.
-
-    Not registered at import, because ``torch.utils.flop_counter`` imports Triton.
-    """
-    if "torch.utils.flop_counter" in sys.modules:
-        for mode in _get_current_dispatch_mode_stack():
-            registry = getattr(getattr(mode, "counter", mode), "flop_registry", None)
-            if registry is not None:
-                registry.setdefault(op, formula)
 
 
 def _flops(x: Tensor, down: Tensor, up: Tensor, *args: Any, **kwargs: Any) -> int:

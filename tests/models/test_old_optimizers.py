@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 import lowrank_ops as lro
-from lowrank_ops.layers import convert_attention_, replace, to_plain_layers
+from lowrank_ops.layers import convert_attention_, quantize_, to_plain_layers
+from lowrank_ops.models import old_optimizers
+from tests.mixtures import mixture, tokens
 
 
 def model_and_covariances():
@@ -60,6 +62,29 @@ def test_converted_attention_is_noticed():
         optimizer.step()
 
 
+def test_factors_that_change_their_format_are_noticed():
+    model, covariances = model_and_covariances()
+    compress(model, covariances, None)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    quantize_(model)
+    eight_bit = torch.optim.SGD(model.parameters(), lr=0.1)
+    model[0].dequantize_()
+    for older, held in ((optimizer, 4), (eight_bit, 2)):
+        with pytest.warns(UserWarning, match=f"holds {held} parameters"):
+            step(model, older)
+    steps_without_warning(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def test_fused_experts_that_were_split_are_noticed():
+    torch.manual_seed(0)
+    model = mixture(layers=1)
+    covariances = lro.calibrate(model, [tokens()])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    lro.compress_(model, covariances, lro.Ranks({"model.layers.0.mlp.experts.1.down_proj": 8}))
+    with pytest.warns(UserWarning, match="holds 2 parameters"):  # of all experts
+        optimizer.step()
+
+
 def test_layers_replaced_for_a_while_are_no_reason():
     model, covariances = model_and_covariances()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -72,9 +97,9 @@ def test_layers_replaced_for_a_while_are_no_reason():
 
 def test_nothing_is_kept_of_parameters_that_nobody_holds():
     gc.collect()
-    before = len(replace._replaced)
+    before = len(old_optimizers._replaced)
     model, covariances = model_and_covariances()
     compress(model, covariances, None)
     del covariances
     gc.collect()
-    assert len(replace._replaced) == before
+    assert len(old_optimizers._replaced) == before
