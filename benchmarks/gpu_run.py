@@ -1,9 +1,9 @@
 """Everything that needs a GPU, in calls of ten minutes: ``python -m benchmarks.gpu_run FOLDER [--quick] [PART ...]``.
 
 Parts, in this order: the GPU tests of a wheel, the tuner, and the suites with the tables that it chose. Call it again
-with the same FOLDER as long as the exit code is 3: parts that ended are skipped, and the tuner and the suites resume
-with the next case. A killed call loses one case, and so does a kernel that ends its process. ``--quick`` measures
-representative shapes, for a GPU that is there for minutes. A FOLDER is for one GPU.
+with the same FOLDER as long as the exit code is 3: parts that ended are skipped, and the tuner and the suites resume,
+without a kernel that ended their process, broke the device for it or hung. ``--quick`` measures representative shapes,
+for a GPU that is there for minutes. A FOLDER is for one GPU.
 
 Exit codes: 0 if every part passed, 1 if one failed (see FOLDER/PART.log), 2 without a GPU, 3 if there is more to do.
 FOLDER/ended.json holds the exit codes of the parts; to run one again, delete it there.
@@ -12,6 +12,8 @@ FOLDER/ended.json holds the exit codes of the parts; to run one again, delete it
 from __future__ import annotations
 
 import argparse
+import contextlib
+import math
 import os
 import shutil
 import signal
@@ -30,6 +32,7 @@ PARTS = ("tests", "tune", "covariance", "lowrank_linear", "grouped", "model")
 MIN_SECONDS = 90.0  # with fewer no part is begun
 LAST_CASE = 60.0  # kept for the case that is being measured when the budget ends
 TESTS_SHARE = 0.4  # of a quick call
+STALLED, STALLED_QUICK = 600.0, 60.0  # after so long without a sign of progress the tuner or a suite hangs
 SHOWN = 30  # last lines of a log
 
 
@@ -60,16 +63,35 @@ def run(part: str, options: argparse.Namespace, seconds: float) -> int:
             command(part, options, seconds), cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, preexec_fn=os.setpgrp
         )
         try:
-            code = process.wait(seconds)
+            code = wait(process, log, seconds, stalled(part, options))
         except BaseException as interruption:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             if not isinstance(interruption, subprocess.TimeoutExpired):
                 raise
-            code = UNFINISHED
+            code = UNFINISHED if time.monotonic() - start >= seconds else -signal.SIGKILL
     print("\n".join(log.read_text(errors="replace").splitlines()[-SHOWN:]))
     print(f"== {part} ended with exit code {code} after {time.monotonic() - start:.0f} s", flush=True)
     return code
+
+
+def stalled(part: str, options: argparse.Namespace) -> float:
+    """After how many seconds without a sign of progress a part hangs; the tests have a timeout for each."""
+    return math.inf if part == "tests" else STALLED_QUICK if options.quick else STALLED
+
+
+def wait(process: subprocess.Popen[bytes], log: Path, seconds: float, stalled: float) -> int:
+    """The exit code; raises ``TimeoutExpired`` after ``seconds``, or ``stalled`` after the last sign of progress."""
+    end, seen, changed = time.monotonic() + seconds, None, 0.0
+    while True:
+        if (now := (log.stat().st_size, progress(log.parent))) != seen:
+            seen, changed = now, time.monotonic()
+        left = min(end, changed + stalled) - time.monotonic()
+        try:
+            return process.wait(max(0.0, min(left, 1.0)))
+        except subprocess.TimeoutExpired:
+            if left <= 1.0:
+                raise
 
 
 def prepare(part: str, options: argparse.Namespace) -> None:
@@ -96,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=float, default=0, help="of the tuner's search (default: choose what ships)")
     parser.add_argument("--commit", help="what is measured, where git is not there to ask")
     parser.add_argument("--dry-run", action="store_true", help="show what would be done, which needs no GPU")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)  # parts behind options, too
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"PART must be one of {', '.join(PARTS)}; got {', '.join(sorted(unknown))}")
     options.folder, end = options.folder.resolve(), time.monotonic() + options.seconds
@@ -142,9 +164,11 @@ def work(parts: Sequence[str], options: argparse.Namespace, end: float) -> int:
 
 
 def progress(folder: Path) -> list[int]:
-    """Changes with every case that is begun."""
-    files = [folder / "results.json", *sorted((folder / "tuning").glob("*.json"))]
-    return [file.stat().st_mtime_ns for file in files if file.exists()]
+    """Changes with every case that is begun, and with everything that runs for the first time."""
+    files = sorted(file for pattern in ("results.*", "tuning/*") for file in folder.glob(pattern))
+    with contextlib.suppress(FileNotFoundError):  # an attempt that ended just now
+        return [file.stat().st_mtime_ns for file in files]
+    return []
 
 
 if __name__ == "__main__":

@@ -332,16 +332,21 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def measure_case(
-    case: Case, device: torch.device, peak: Peak, seconds: float, clock: Clock = time.perf_counter
+    case: Case,
+    device: torch.device,
+    peak: Peak,
+    seconds: float,
+    clock: Clock = time.perf_counter,
+    attempt: Callable[[str], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> tuple[list[Row], dict[str, str]]:
-    """Check, then time, every variant that runs on ``device``.
+    """Check, then time, every variant that runs on ``device``. Each is checked within ``attempt(name)``.
 
     Returns:
         The rows, wrong ones first, and why each of the other variants cannot run.
     """
     with case.context():
         tensors = case.make(device, 0)
-        rows, runs, not_run = _check(case, tensors, roofline(case, peak))
+        rows, runs, not_run = _check(case, tensors, roofline(case, peak), attempt)
         try:
             copies = copies_to_rotate(tensors[: case.rotated]) if case.cold else 1
             rotation = [tensors, *(case.make(device, seed) for seed in range(1, copies))]
@@ -354,7 +359,10 @@ def measure_case(
 
 
 def _check(
-    case: Case, tensors: Tensors, limit: tuple[float | None, str]
+    case: Case,
+    tensors: Tensors,
+    limit: tuple[float | None, str],
+    attempt: Callable[[str], contextlib.AbstractContextManager[None]],
 ) -> tuple[dict[str, Row], dict[str, Callable[..., Any]], dict[str, str]]:
     exact, tolerance = truth(case, tensors)
     rows: dict[str, Row] = {}
@@ -366,12 +374,13 @@ def _check(
             continue
         row = Row(case.op, dict(case.shape), variant.name, roofline_us=limit[0], unit=limit[1], tolerance=tolerance)
         try:
-            if variant.checked:
-                row.error = distance(case.solve(variant.run, tensors), exact)
-                row.correct = within(row.error, tolerance)
-            else:
-                variant.run(*tensors)
-                row.correct, row.tolerance = True, None
+            with attempt(variant.name):
+                if variant.checked:
+                    row.error = distance(case.solve(variant.run, tensors), exact)
+                    row.correct = within(row.error, tolerance)
+                else:
+                    variant.run(*tensors)
+                    row.correct, row.tolerance = True, None
             row.implementation = _implementation(case, variant, tensors)
             runs[variant.name] = variant.run
         except lro.ops.BackendUnavailableError as refusal:

@@ -1,13 +1,15 @@
 """The command line and the results file of the ``bench_*`` suites.
 
-``--out`` names a JSON file that gets every row as it is measured; ``--resume`` skips cases that have rows there. A case
-that ends its process keeps one row that says so. Exit codes: 0, 1 where a result of lowrank_ops is wrong or
-failed, 3 where ``--budget`` ended, or the device failed, before the last case.
+``--out`` names a JSON file that gets every row as it is measured; ``--resume`` skips cases that have rows there. A
+variant that ends its process, or breaks the device for it, is left out when the suite resumes; a case that ends its
+process in another way keeps one row that says so. Exit codes: 0, 1 where a result of lowrank_ops is wrong or failed, 3
+where ``--budget`` ended, or the device failed, before the last case.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import hashlib
 import importlib.metadata
@@ -18,8 +20,8 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,35 @@ RESULTS = Path(__file__).parent / "results"
 TABLES = Path(lro.__file__).parent / "ops" / "tuned"
 CONDITIONS = ("device", "commit", "torch", "triton", "threads", "clock", "tables")  # equal for all rows of a suite
 STATED = Peak(4.3e12, {"bfloat16": 790e12, "float16": 790e12})  # of an H200, for the dry run; real runs measure
+
+
+class DeviceLostError(BaseException):
+    """The device takes no more work from this process."""
+
+
+class Attempts:
+    """What runs for the first time, named in a file, so that the next process leaves out what ended this one."""
+
+    def __init__(self, path: Path, ended: list[str], device: torch.device) -> None:
+        """``ended`` gets what the process before did not survive; ``resumed`` says whether there was such."""
+        self.path, self.ended, self.device = path, ended, device
+        self.resumed = path.exists()
+        if self.resumed:
+            ended.append(path.read_text())
+            path.unlink()
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(name)
+        try:
+            yield
+        except Exception as failure:
+            if not isinstance(failure, lro.ops.BackendUnavailableError) and not usable(self.device):
+                raise DeviceLostError(described(failure)) from failure
+            self.path.unlink()
+            raise
+        self.path.unlink()
 
 
 def main(
@@ -111,12 +142,25 @@ def run(name: str, cases: Sequence[Case], arguments: argparse.Namespace, clock: 
         had = [(row["op"], row["shape"]) for row in suite["rows"]]
         return [case for case in cases if (case.op, case.shape) not in had]
 
+    attempt: Callable[[str], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+    ended: list[str] = suite.setdefault("ended", [])
+    if arguments.out:
+        path = arguments.out.with_suffix(f".{name}.attempt")
+        if not arguments.resume:
+            path.unlink(missing_ok=True)
+        attempt = attempts = Attempts(path, ended, device)
+        if attempts.resumed:
+            suite["rows"] = [row for row in suite["rows"] if row["failure"] != ENDED]
     for case in left():
         if time.perf_counter() > end:
             break
         keep([_failed(case, ENDED)])
         try:
-            rows, not_run = measure_case(case, device, peak, arguments.seconds, clock)
+            whole = replace(case, variants=tuple(one for one in case.variants if one.name not in ended))
+            rows, not_run = measure_case(whole, device, peak, arguments.seconds, clock, attempt)
+        except DeviceLostError as failure:
+            print(f"{case}: {failure}", file=sys.stderr)
+            break
         except Exception as failure:  # such as for want of memory for the inputs
             rows, not_run = [_failed(case, described(failure))], {}
         print("\n".join(["", str(case), *(f"  {row}" for row in rows)]), flush=True)
@@ -124,6 +168,7 @@ def run(name: str, cases: Sequence[Case], arguments: argparse.Namespace, clock: 
         suite["not_run"] |= not_run
         if not usable(device):
             break
+    suite["not_run"] |= dict.fromkeys(ended, ENDED)
     suite["complete"] = not (left() or arguments.only or arguments.quick)
     suite["environment"]["load_at_end"] = round(os.getloadavg()[0], 2)
     keep([])
@@ -135,7 +180,8 @@ def run(name: str, cases: Sequence[Case], arguments: argparse.Namespace, clock: 
     if left():
         print(f"{len(left())} cases are left, first {left()[0]}; --resume measures them")
         return UNFINISHED
-    return int(any(row.variant.startswith(("lowrank_ops", WHOLE_CASE)) for row in wrong))
+    failed = [*ended, *(row.variant for row in wrong)]
+    return int(any(variant.startswith(("lowrank_ops", WHOLE_CASE)) for variant in failed))
 
 
 def _failed(case: Case, failure: str) -> Row:

@@ -4,9 +4,10 @@ Writes ``lowrank_ops/ops/tuned/<op>.<arch>.json``, by which ``auto`` also choose
 search begins with the configurations that ship, CUDA kernels included, and goes to the best neighbor, one field at a
 time, while that gains. What the kernels' own predicates refuse is not launched, and a wrong result is not timed.
 
-Progress is kept after every shape, and the same command resumes. The table is written when all shapes are
-done; not where one has no right candidate, as the table would choose by the nearest shape there. Exit codes: 0, 1 where
-a shape failed, 2 without a GPU, 3 where shapes are left. ``make test-compile`` then checks the new configurations.
+Progress is kept after every shape, and the same command resumes, without a kernel that ended the process, or broke the
+device for it, when it was first run. The table is written when all shapes are done; not where one has no right
+candidate, as the table would choose by the nearest shape there. Exit codes: 0, 1 where a shape failed, 2 without a GPU,
+3 where shapes are left. ``make test-compile`` then checks the new configurations.
 """
 
 from __future__ import annotations
@@ -27,7 +28,18 @@ import lowrank_ops as lro
 from lowrank_ops.ops._backend import Device, device_facts
 
 from .harness import Case, Timing, copies_to_rotate, described, distance, time_variants, truth, within
-from .suite import ENDED, RESULTS, TABLES, UNFINISHED, environment, load, usable, write
+from .suite import (
+    ENDED,
+    RESULTS,
+    TABLES,
+    UNFINISHED,
+    Attempts,
+    DeviceLostError,
+    environment,
+    load,
+    usable,
+    write,
+)
 from .tuners import H200, TUNERS, Candidate, Shape, Tuner, on_device
 
 GAIN = 0.01  # what a change has to gain not to be noise
@@ -36,9 +48,18 @@ GAIN = 0.01  # what a change has to gain not to be noise
 class Search:
     """The search of one shape."""
 
-    def __init__(self, tuner: Tuner, case: Case, device: torch.device, seconds: float, steps: float = math.inf) -> None:
+    def __init__(
+        self,
+        tuner: Tuner,
+        case: Case,
+        device: torch.device,
+        attempts: Attempts,
+        seconds: float,
+        steps: float = math.inf,
+    ) -> None:
         """At most ``steps`` changes from the best start, and about ``seconds`` of timing for each."""
         self.tuner, self.case, self.seconds, self.steps = tuner, case, seconds, steps
+        self.attempts = attempts
         self.tensors = case.make(device, 0)
         self.problem = tuner.problem(self.tensors, case)
         self.exact, self.tolerance = truth(case, self.tensors)
@@ -93,11 +114,14 @@ class Search:
         """Whether a candidate is legal, runs and is right; each is tried once."""
         if candidate not in self.runs:
             self.runs[candidate] = None
-            reason = self.tuner.refuse(candidate, self.problem)
+            reason, kernel = self.tuner.refuse(candidate, self.problem), candidate.kernel()
+            if reason is None and kernel in self.attempts.ended:
+                reason = ENDED
             if reason is None:
                 run = self.tuner.runner(candidate, self.problem)
                 try:
-                    error = distance(self.case.solve(run, self.tensors), self.exact)
+                    with self.attempts(kernel):
+                        error = distance(self.case.solve(run, self.tensors), self.exact)
                     if within(error, self.tolerance):
                         self.runs[candidate] = run
                     else:
@@ -123,9 +147,14 @@ def tune(
         "options": hashlib.sha256(json.dumps(tuner.options).encode()).hexdigest()[:12],
     }
     path = options.progress / f"{tuner.op}.{arch}.json"
-    state: dict[str, Any] = {"conditions": conditions, "entries": [], "failed": []}
+    state: dict[str, Any] = {"conditions": conditions, "entries": [], "failed": [], "ended": []}
     if path.exists() and load(path)["conditions"] == conditions:
         state = load(path)
+    attempts = Attempts(path.with_suffix(".attempt"), state["ended"], device)
+    if attempts.resumed:
+        state["failed"] = [entry for entry in state["failed"] if entry["reason"] != ENDED]
+        write(path, state)
+        print(f"{tuner.op}: {state['ended'][-1]} ended the process and is left out", file=sys.stderr)
 
     def left() -> list[tuple[Shape, Case]]:
         ended = [entry["shape"] for entry in [*state["entries"], *state["failed"]]]
@@ -136,8 +165,11 @@ def tune(
             break
         write(path, {**state, "failed": [*state["failed"], {"shape": shape, "reason": ENDED}]})
         try:
-            search = Search(tuner, case, device, options.seconds, options.steps)
+            search = Search(tuner, case, device, attempts, options.seconds, options.steps)
             found, failed = search.fastest(), search.failed
+        except DeviceLostError as failure:
+            print(f"{case}: {failure}", file=sys.stderr)
+            break
         except Exception as failure:  # such as for want of memory for the inputs
             found, failed = None, {"all": described(failure)}
         for candidate, reason in failed.items():

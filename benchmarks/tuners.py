@@ -41,6 +41,10 @@ class Candidate(NamedTuple):
     impl: str
     config: Any
 
+    def kernel(self) -> str:
+        """What is left out if it ends the process: a CUDA kernel as named, or one configuration of a Triton kernel."""
+        return f"{self.impl} {getattr(self.config, 'kernel', self.config)}"
+
     def to_dict(self) -> dict[str, Any]:
         return {"impl": self.impl, "config": {} if self.config is None else dataclasses.asdict(self.config)}
 

@@ -10,6 +10,8 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <type_traits>
+#include <utility>
 
 #include "planner.h"
 #include "remember.h"
@@ -25,7 +27,6 @@ struct Launch {
 
 inline void check(cudaError_t error, const Launch& launch) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // clears it: torch checks the last error after its next launch
   throw std::runtime_error("lowrank_ops: launching " + launch.what() + " failed: " + cudaGetErrorString(error));
 }
 
@@ -107,6 +108,15 @@ template <class F>
 void dispatch_16_bit(Dtype dtype, const F& f) {
   if (dtype == Dtype::bfloat16) return f(__nv_bfloat16{});
   f(__half{});
+}
+
+// Calls f(element, i) for each variant i of a kernel, a constant, until it returns true: that variant was planned.
+template <class F, size_t... kVariants>
+void dispatch_variant(Dtype dtype, const Launch& launch, std::index_sequence<kVariants...>, const F& f) {
+  dispatch_16_bit(dtype, [&](auto element) {
+    const bool launched = (f(element, std::integral_constant<size_t, kVariants>{}) || ...);
+    check(launched ? cudaSuccess : cudaErrorInvalidValue, launch);
+  });
 }
 
 }  // namespace lowrank_ops

@@ -30,8 +30,13 @@ cudaLibrary_t library_of(const void* image, const Launch& launch) {
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = libraries.find(image);
   if (found != libraries.end()) return found->second;
+  // This thread may be capturing a stream: allow what could not be captured, as loading belongs to no stream.
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  check(cudaThreadExchangeStreamCaptureMode(&mode), launch);
   cudaLibrary_t library = nullptr;
-  check(cudaLibraryLoadData(&library, image, nullptr, nullptr, 0, nullptr, nullptr, 0), launch);
+  const cudaError_t loaded = cudaLibraryLoadData(&library, image, nullptr, nullptr, 0, nullptr, nullptr, 0);
+  check(cudaThreadExchangeStreamCaptureMode(&mode), launch);
+  check(loaded, launch);
   return libraries[image] = library;
 }
 

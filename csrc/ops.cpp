@@ -303,7 +303,7 @@ std::tuple<int64_t, int64_t, int64_t> clusters(int64_t device) {
 // "13.3" from the form of CUDA's macros and functions.
 std::string dotted(int version) { return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10); }
 
-/// The CUDA toolkit that compiled the library, such as "13.3".
+// The CUDA toolkit that compiled the library, such as "13.3".
 std::string cuda_toolkit() { return dotted(CUDART_VERSION); }
 
 // The newest CUDA that the driver knows; empty where there is none.
@@ -331,15 +331,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lowrank_ops, m) {
       "int splits=0, int token_tile=0) -> Tensor[]");
   m.def(
       "_plan_covariance(int tokens, int features, int groups, str dtype, str source, bool allow_tf32, "
-      "int capability, int sm_count, int shared_memory, int[] clusters, str kernel=\"\", int splits=0, int "
-      "token_tile=0) -> "
-      "(str, str)");
+      "int capability, int sm_count, int shared_memory, int[] clusters, str kernel=\"\", int splits=0, "
+      "int token_tile=0) -> (str, str)");
   m.def(
       "_plan_lowrank_linear(int tokens, int in_features, int[] ranks, int[] out_features, bool shared, str dtype, "
       "bool aligned, int capability, int sm_count, int shared_memory, int[] clusters, str kernel=\"\", int splits=0, "
-      "int "
-      "token_tile=0) -> "
-      "(str, str)");
+      "int token_tile=0) -> (str, str)");
   m.def("_clusters(int device) -> (int, int, int)");
   m.def("_cuda_driver() -> str");
 }

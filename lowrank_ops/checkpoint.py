@@ -33,7 +33,7 @@ from .layers.replace import swap_
 from .models.experts import experts_listed
 from .models.layers import check_no_adapters, check_not_dispatched
 from .models.old_optimizers import note_replaced
-from .models.running import warn_caller
+from .models.running import shortened, warn_caller
 from .report import CompressionReport
 
 WEIGHTS_FILE = "model.safetensors"
@@ -276,15 +276,15 @@ def _read_tensors(
 
 
 def _check_names(path: Path, stored: set[str], sources: Mapping[str, str], tied: Mapping[str, str]) -> None:
-    missing = [name for name, source in sources.items() if source not in stored]
+    missing = [repr(name) for name, source in sources.items() if source not in stored]
     if missing:
         raise CheckpointError(
-            f"{str(path)!r} lacks {_listed(missing)} of dense_model. Pass the architecture that was compressed, or "
+            f"{str(path)!r} lacks {shortened(missing)} of dense_model. Pass the architecture that was compressed, or "
             "save the checkpoint again."
         )
-    unexpected = sorted((stored | set(tied)) - set(sources))
+    unexpected = sorted(map(repr, (stored | set(tied)) - set(sources)))
     if unexpected:
-        raise CheckpointError(f"{str(path)!r} has {_listed(unexpected)}, which dense_model does not. {OTHER_MODEL}")
+        raise CheckpointError(f"{str(path)!r} has {shortened(unexpected)}, which dense_model does not. {OTHER_MODEL}")
 
 
 def _check_ties(targets: Mapping[str, Tensor], sources: Mapping[str, str]) -> None:
@@ -329,8 +329,3 @@ def _check_shapes_and_dtypes(
                 f"layer {fqn!r} has tensors of dtypes {', '.join(sorted(dtypes))} in {str(path)!r}; its factors and "
                 "bias must share one. Save the checkpoint again."
             )
-
-
-def _listed(names: list[str], limit: int = 5) -> str:
-    shown = ", ".join(map(repr, names[:limit]))
-    return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown

@@ -13,7 +13,7 @@ from .calibration.covariances import Covariances
 from .calibration.packing import empty_in_file
 from .config import CompressionConfig
 from .considered import considered_layers, resolved
-from .factors.layer_by_layer import MAX_HELD_BYTES, decompose, factorize_layers, in_eight_bits
+from .factors.layer_by_layer import MAX_HELD_BYTES, as_stored, decompose, factorize_layers
 from .factors.memory import bytes_to_spare, new_bytes
 from .factors.projections import Factors
 from .layers import group_
@@ -124,9 +124,12 @@ def _compress(
     max_memory: int | None,
     progress: bool,
 ) -> tuple[CompressionReport, dict[nn.Module, torch.device]]:
-    """The report, and ``{new layer: device to move it to}`` for those whose values are in files."""
-    config = CompressionConfig.of(config)
-    config = _with_reconstruction(config, reconstruction)
+    """The steps: layers, spectra, ranks, factors, reconstruction, new layers, report, replacement, groups.
+
+    Returns:
+        The report, and ``{new layer: device to move it to}`` for those whose values are in files.
+    """
+    config = _with_reconstruction(CompressionConfig.of(config), reconstruction)
     reused = subspaces is not None
     subspaces, skipped = considered_layers(
         model, covariances, filter_fn, subspaces, centered=config.centered, device=device
@@ -147,7 +150,7 @@ def _compress(
             found = _reconstructed(model, dict(found), reconstruction, covariances, config.centered, progress).items()
         factors: dict[str, Factors] = {}  # without values
         new: dict[nn.Module, nn.Module] = {}
-        for fqn, part in _in_eight_bits(found, subspaces, eight_bit, config):
+        for fqn, part in _as_stored(found, subspaces, eight_bit, config):
             with in_layer(fqn):
                 layer = replacement(layers[fqn], part, config.pivoted)
                 new[layers[fqn]] = layer._apply(_in_file) if in_files else layer
@@ -193,20 +196,20 @@ def _reconstructed(
     )
 
 
-def _in_eight_bits(
+def _as_stored(
     found: Iterable[tuple[str, Factors]],
     subspaces: Mapping[str, LayerSubspaces],
     eight_bit: Mapping[str, Rounded],
     config: CompressionConfig,
 ) -> Iterator[tuple[str, Factors]]:
-    """``found``, with the factors of 8-bit layers rounded; then the 8-bit weights of layers without factors."""
+    """``found``, for layers of 8 bits or pivot rows; then the 8-bit weights of layers without factors."""
     dense = dict.fromkeys(eight_bit)
     for fqn, part in found:
         dense.pop(fqn, None)
-        yield fqn, in_eight_bits(part, subspaces[fqn], config, eight_bit[fqn]) if fqn in eight_bit else part
+        yield fqn, as_stored(part, subspaces[fqn], config, eight_bit.get(fqn))
         subspaces[fqn].release(directions=False)
     for fqn in dense:
-        yield fqn, in_eight_bits(None, subspaces[fqn], config, eight_bit[fqn])
+        yield fqn, as_stored(None, subspaces[fqn], config, eight_bit[fqn])
         subspaces[fqn].release(directions=False)
 
 

@@ -84,7 +84,7 @@ def correct_predictions(
     Raises:
         NonFiniteActivationError: NaN or inf in an input or in a gradient.
         ValueError: covariances without output gradients or of another model, no sample, an invalid argument, channels
-            that something other than their MLP reads.
+            that are read outside their MLP.
 
     Example:
         >>> import torch, lowrank_ops as lro

@@ -23,7 +23,7 @@ from .checkpoint import WEIGHTS_FILE
 from .config import CompressionConfig
 from .considered import considered_layers, resolved
 from .description import CONFIG_FILE, describe_layers
-from .factors.layer_by_layer import decompose, factorize_layers, in_eight_bits
+from .factors.layer_by_layer import as_stored, decompose, factorize_layers
 from .factors.memory import bytes_to_spare
 from .factors.projections import Factors
 from .files import (
@@ -41,7 +41,7 @@ from .layers import EightBitLinear, LowRankLayer, LowRankLinear, group_
 from .layers.replace import lowrank_type, swap_
 from .models.layers import all_finite, fused_projections
 from .models.memory import parse_bytes
-from .models.running import available, warn_of_few_rows
+from .models.running import available, shortened, warn_of_few_rows
 from .policies import RankPolicy
 from .ranks.choose import Rounded
 from .ranks.groups import choose_grouped_sizes
@@ -247,7 +247,7 @@ class _Weights:
             self._open(name)
         lost = sorted(set(self.index or ()) ^ set(self.forms if self.index is not None else ()))
         if lost:
-            raise ValueError(f"source {str(folder)!r}: index and files differ at {', '.join(lost[:5])}; copy it again.")
+            raise ValueError(f"source {str(folder)!r}: index and files differ at {shortened(lost)}; copy it again.")
 
     def _open(self, name: str) -> None:
         path = self.folder / name
@@ -438,8 +438,8 @@ def _tensors(
         else:
             result = next(factors)[1] if ranks[fqn] is not None else None
             empty = copy.deepcopy(new[fqn])
+            result = as_stored(result, subspaces[fqn], config, eight_bit.get(fqn))
             if fqn in eight_bit:
-                result = in_eight_bits(result, subspaces[fqn], config, eight_bit[fqn])
                 subspaces[fqn].release()
             if isinstance(empty, LowRankLinear) and not isinstance(empty, EightBitLinear):
                 empty.dequantize_()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .arguments import checked
-from .files import parse_json, replacing
+from .files import parse_json, write_whole
 
 FORMAT_VERSION = 1
 
@@ -102,8 +102,7 @@ class LayerLatencies:
     @checked()
     def save(self, path: str | Path) -> None:
         """Write the times to a JSON file."""
-        with replacing(Path(path)) as (file,):
-            file.write(json.dumps(self.to_dict(), indent=1).encode() + b"\n")
+        write_whole(path, json.dumps(self.to_dict(), indent=1).encode() + b"\n")
 
     @classmethod
     @checked()

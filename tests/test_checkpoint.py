@@ -555,4 +555,4 @@ class TestRefusals:
 
     def test_many_missing_tensors_are_counted(self, tmp_path: Path) -> None:
         save_pretrained(nn.Sequential(), tmp_path)
-        assert_refused(nn.Sequential(*(nn.Linear(2, 2) for _ in range(5))), tmp_path, "'2.weight' and 5 more")
+        assert_refused(nn.Sequential(*(nn.Linear(2, 2) for _ in range(5))), tmp_path, "'2.weight', and 5 more")

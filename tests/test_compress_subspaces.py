@@ -33,7 +33,7 @@ def subspaces(model, covariances):
 def decompositions(monkeypatch):
     """The shapes that ``torch.linalg.eigh`` was called with."""
     calls, eigh = [], torch.linalg.eigh
-    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: calls.append(matrix.shape) or eigh(matrix))
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix, **how: calls.append(matrix.shape) or eigh(matrix, **how))
     return calls
 
 

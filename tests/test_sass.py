@@ -1,8 +1,8 @@
-"""The scan of machine code for operands that are overwritten while a wgmma reads them."""
+"""The scans of machine code: for operands that are overwritten while a wgmma reads them, and for returned registers."""
 
 import pytest
 
-from tests.sass import overwritten_operands
+from tests.sass import overwritten_operands, returned_registers
 
 # A loop whose last wgmma is waited for in the next iteration.
 LOOP = """
@@ -66,3 +66,24 @@ def test_addresses_are_followed_as_labels_are():
     )
     assert overwritten_operands(code.replace("0x18", "0x20")) == []
     assert len(overwritten_operands(back)) == 1
+
+
+# The producer's branch gives back all registers from 24 on, then meets the consumers'.
+PRODUCER = """
+        /*0000*/                   MOV R40, RZ ;
+        /*0010*/              @!P0 BRA 0x50 ;
+        /*0020*/                   USETMAXREG.DEALLOC.CTAPOOL 0x18 ;
+        /*0030*/                   MOV R23, RZ ;
+        /*0040*/                   BRA 0x70 ;
+        /*0050*/                   USETMAXREG.TRY_ALLOC.CTAPOOL UP0, 0xf0 ;
+        /*0060*/                   MOV R200, RZ ;
+        /*0070*/                   IADD3 R4, R23, UR40, RZ ;
+        /*0080*/                   EXIT ;
+"""
+
+
+def test_registers_that_were_given_back_are_found():
+    assert returned_registers(PRODUCER) == []
+    (found,) = returned_registers(PRODUCER.replace("MOV R23", "MOV R24"))
+    assert found == "MOV R24, RZ after USETMAXREG.DEALLOC.CTAPOOL 0x18"
+    assert len(returned_registers(PRODUCER.replace("R4, R23", "R4, R40"))) == 1  # where the branches meet

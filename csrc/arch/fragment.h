@@ -16,7 +16,6 @@ LRO_HD constexpr int wgmma_accumulator_row(int thread, int i) {
 LRO_HD constexpr int wgmma_accumulator_col(int thread, int i) { return i / 4 * 8 + thread % 4 * 2 + i % 2; }
 
 // The 128-byte swizzle permutes 16-byte chunks by address bits 7 to 9; it repeats every 1024 bytes.
-constexpr int kSwizzleBytes = 128;
 constexpr int kSwizzleAlignment = 1024;
 
 // wgmma shared-memory descriptor with the 128-byte swizzle.

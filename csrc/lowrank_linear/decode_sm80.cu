@@ -25,7 +25,6 @@
 
 #ifdef LRO_LAUNCHERS
 #include <iterator>
-#include <utility>
 
 #include "lowrank_linear.h"
 #endif
@@ -177,30 +176,15 @@ void launch_pair(const LowRankPlan& plan, Group group, const Launch& launch) {
   launch_kernel(up, {up_grid, kThreads, plan.shared_bytes_up, 0, false, plan.dependent_launch}, launch, group);
 }
 
-// False where the plan is for another variant.
-template <class Element, int kTokenTile, bool kVectorized>
-bool launch_if_planned(const LowRankPlan& plan, const Group& group, const Launch& launch) {
-  if (plan.token_tile != kTokenTile || plan.vectorized != kVectorized) return false;
-  launch_pair<Element, kTokenTile / 8, kVectorized>(plan, group, launch);
-  return true;
-}
-
-template <class Element, size_t... kIndices>
-bool launch_planned(const LowRankPlan& plan, const Group& group, const Launch& launch,
-                    std::index_sequence<kIndices...>) {
-  return (
-      launch_if_planned<Element, kDecodeSm80Variants[kIndices].token_tile, kDecodeSm80Variants[kIndices].vectorized>(
-          plan, group, launch) ||
-      ...);
-}
-
 }  // namespace
 
 void launch_decode_sm80(const LowRankPlan& plan, const Group& group, Dtype dtype, const Launch& launch) {
-  dispatch_16_bit(dtype, [&](auto element) {
-    constexpr auto kAll = std::make_index_sequence<std::size(kDecodeSm80Variants)>{};
-    const bool launched = launch_planned<decltype(element)>(plan, group, launch, kAll);
-    check(launched ? cudaSuccess : cudaErrorInvalidValue, launch);
+  constexpr auto kAll = std::make_index_sequence<std::size(kDecodeSm80Variants)>{};
+  dispatch_variant(dtype, launch, kAll, [&](auto element, auto i) {
+    constexpr DecodeVariant v = kDecodeSm80Variants[i];
+    if (plan.token_tile != v.token_tile || plan.vectorized != v.vectorized) return false;
+    launch_pair<decltype(element), v.token_tile / 8, v.vectorized>(plan, group, launch);
+    return true;
   });
 }
 

@@ -28,7 +28,6 @@
 #ifdef LRO_LAUNCHERS
 #include <array>
 #include <iterator>
-#include <utility>
 
 #include "lowrank_linear.h"
 #endif
@@ -247,29 +246,15 @@ void launch_variant(const LowRankPlan& plan, Group group, const Launch& launch) 
   launch_kernel(kernel, {grid, kThreads, plan.shared_bytes, plan.cluster, true}, launch, group);
 }
 
-// False where the plan is for another variant.
-template <class Element, int kTokenTile, int kRowTiles>
-bool launch_if_planned(const LowRankPlan& plan, const Group& group, const Launch& launch) {
-  if (plan.token_tile != kTokenTile || plan.rows_down != kRowTiles * kRows) return false;
-  launch_variant<Element, kTokenTile / 8, kRowTiles>(plan, group, launch);
-  return true;
-}
-
-template <class Element, size_t... kIndices>
-bool launch_planned(const LowRankPlan& plan, const Group& group, const Launch& launch,
-                    std::index_sequence<kIndices...>) {
-  return (launch_if_planned<Element, kDecodeSm90Variants[kIndices].token_tile, kDecodeSm90Variants[kIndices].row_tiles>(
-              plan, group, launch) ||
-          ...);
-}
-
 }  // namespace
 
 void launch_decode_sm90(const LowRankPlan& plan, const Group& group, Dtype dtype, const Launch& launch) {
-  dispatch_16_bit(dtype, [&](auto element) {
-    constexpr auto kAll = std::make_index_sequence<std::size(kDecodeSm90Variants)>{};
-    const bool launched = launch_planned<decltype(element)>(plan, group, launch, kAll);
-    check(launched ? cudaSuccess : cudaErrorInvalidValue, launch);
+  constexpr auto kAll = std::make_index_sequence<std::size(kDecodeSm90Variants)>{};
+  dispatch_variant(dtype, launch, kAll, [&](auto element, auto i) {
+    constexpr DecodeSm90Variant v = kDecodeSm90Variants[i];
+    if (plan.token_tile != v.token_tile || plan.rows_down != v.rows()) return false;
+    launch_variant<decltype(element), v.token_tile / 8, v.row_tiles>(plan, group, launch);
+    return true;
   });
 }
 

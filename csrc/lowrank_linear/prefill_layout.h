@@ -15,7 +15,7 @@ constexpr int kTileN = 64;  // rows of up at a time
 constexpr int kMmaK = 16;
 constexpr int kMaxRank = 256;
 constexpr int kMaxStages = 6;
-constexpr int kSharedLimit = 232448;
+constexpr int kSharedLimit = 232448;  // bytes that a CTA may opt in to on sm_90
 // An SM quarter has 16384 registers for one warp of each of four warpgroups: three consumers with 160 per thread and
 // one producer.
 constexpr int kConsumerRegisters = 160, kProducerRegisters = 32;

@@ -32,7 +32,6 @@
 
 #ifdef LRO_LAUNCHERS
 #include <iterator>
-#include <utility>
 
 #include "../arch/tensor_map.h"
 #include "lowrank_linear.h"
@@ -330,30 +329,15 @@ void launch_variant(const LowRankPlan& plan, const Group& group, const Launch& l
   launch_kernel(kernel, {grid, kVariant.threads(), plan.shared_bytes, kVariant.ctas()}, launch, maps, group);
 }
 
-// False where the plan is for another variant.
-template <class Element, int kRankTile, int kCluster, int kPeers, int kWarpgroups>
-bool launch_if_planned(const LowRankPlan& plan, const Group& group, const Launch& launch) {
-  constexpr p::Variant kVariant{kRankTile, kCluster, kWarpgroups, kPeers};
-  if (plan.rank_tile != kRankTile || plan.cluster != kCluster || plan.token_tile != kVariant.token_tile()) return false;
-  launch_variant<Element, kRankTile, kCluster, kPeers, kWarpgroups>(plan, group, launch);
-  return true;
-}
-
-template <class Element, size_t... kIndices>
-bool launch_planned(const LowRankPlan& plan, const Group& group, const Launch& launch,
-                    std::index_sequence<kIndices...>) {
-  return (launch_if_planned<Element, p::kVariants[kIndices].rank_tile, p::kVariants[kIndices].cluster,
-                            p::kVariants[kIndices].peers, p::kVariants[kIndices].warpgroups>(plan, group, launch) ||
-          ...);
-}
-
 }  // namespace
 
 void launch_prefill_sm90(const LowRankPlan& plan, const Group& group, Dtype dtype, const Launch& launch) {
-  dispatch_16_bit(dtype, [&](auto element) {
-    constexpr auto kAll = std::make_index_sequence<std::size(p::kVariants)>{};
-    const bool launched = launch_planned<decltype(element)>(plan, group, launch, kAll);
-    check(launched ? cudaSuccess : cudaErrorInvalidValue, launch);
+  constexpr auto kAll = std::make_index_sequence<std::size(p::kVariants)>{};
+  dispatch_variant(dtype, launch, kAll, [&](auto element, auto i) {
+    constexpr p::Variant v = p::kVariants[i];
+    if (plan.rank_tile != v.rank_tile || plan.cluster != v.cluster || plan.token_tile != v.token_tile()) return false;
+    launch_variant<decltype(element), v.rank_tile, v.cluster, v.peers, v.warpgroups>(plan, group, launch);
+    return true;
   });
 }
 

@@ -123,14 +123,15 @@ def calibrate(
         max_memory: bound on the bytes of the sums on each device, with the copies of rows that are added to them, an
             integer or a string such as ``"8GB"``; by default half of the free memory. If they need more, the batches
             run several times, each time for some of the layers; the result is the same up to rounding. A line on stderr
-            then shows the plan, as :func:`plan_calibration` does in advance. The model's activations come on top, and
-            with a sensitivity the output gradients of a batch, whose bytes per row the plan shows.
+            then shows the plan, as :func:`plan_calibration` does in advance. The activations of a batch are not
+            included, nor, with a sensitivity, its output gradients; the plan shows the bytes per row of the latter.
         offload: where finished sums are stored, as lower triangles: ``"cpu"``, in the CPU's memory, or ``"disk"``, in a
             temporary file (in TMPDIR). None leaves them on their device; if they do not fit into ``max_memory``, they
             are moved to the CPU, and if they do not fit there either, to the disk.
         checkpoint: a folder for the progress, written about once a minute. If it holds a calibration of the same model,
             batches and arguments, the call resumes it: batches that were added are skipped, and the result is
-            bit-identical. A finished calibration is only read. Delete the folder when it is no longer needed.
+            bit-identical. A finished calibration is only read, and only the first batch is compared, if there is one.
+            Delete the folder when it is no longer needed.
         progress: show a progress bar.
 
     Returns:
@@ -211,6 +212,9 @@ def calibrate(
         if share_inputs:
             found.share_equal_(parts)
         parts.append(found)
+    if saved is not None and not seen:  # no pass was left to run
+        with random_state_kept(model):
+            saved.check_first(batches)
     if len(parts) == 1:
         return parts[0]
     statistics = {fqn: layer for part in parts for fqn, layer in part.items()}

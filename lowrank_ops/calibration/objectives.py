@@ -144,7 +144,7 @@ def divergence(output: Any, dense: Any, mask: Tensor | None, temperature: float,
         )
     if logits[0].shape != logits[1].shape:
         raise ValueError(
-            f"{argument} gives logits of shape {tuple(logits[1].shape)} where the student gives "
+            f"{argument} returns logits of shape {tuple(logits[1].shape)}, but the student returns "
             f"{tuple(logits[0].shape)}; pass the dense model of this student, or a forward that returns logits of one "
             "shape."
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class CalibrationCheckpoint:
         self._identity = dict(identity)
         self.passes = [list(layers) for layers in passes]
         self._number, self._batches, self._seen, self._skipped = 0, 0, "", ""
+        self._first = ""  # digest of the first batch
         self._start: list[Tensor] = []  # random states at the start of each pass
         self._state: tuple[dict[str, Any], dict[str, Tensor]] | None = None
         self._last, self._cost = time.monotonic(), 0.0
@@ -50,7 +51,7 @@ class CalibrationCheckpoint:
     def _read(self) -> None:
         with open_checkpoint(self._path, _FORMAT) as (header, tensors):
             identity, self.passes, self._number = header["identity"], header["passes"], header["number"]
-            self._batches, self._seen = header["batches"], header["seen"]
+            self._batches, self._seen, self._first = header["batches"], header["seen"], header.get("first", "")
             self._start = [tensors[f"start.{i}"] for i in range(header["generators"])]
             self._state = (header, tensors) if self._batches else None
         differ = [name for name in {**identity, **self._identity} if identity.get(name) != self._identity.get(name)]
@@ -71,6 +72,12 @@ class CalibrationCheckpoint:
                 f"checkpoint {str(self._folder)!r} lacks the file {self._file(number).name!r} of a finished pass. "
                 "Delete the folder to start again."
             ) from None
+
+    def check_first(self, batches: Iterable[Any]) -> None:
+        """Raise ValueError if the batches of a finished calibration began with another one; none need be given."""
+        first = next(iter(batches), None) if self._first else None
+        if first is not None and digest(first) != self._first:
+            raise self._other_batches()
 
     def begin(self, recorder: Recorder, generators: Sequence[torch.Generator]) -> int:
         """Restore the sums of the pass and the random states of its start; return the number of batches to skip."""
@@ -94,10 +101,7 @@ class CalibrationCheckpoint:
         if index + 1 < self._batches:
             return
         if self._skipped != self._seen:
-            raise ValueError(
-                f"checkpoint {str(self._folder)!r} is of another calibration: its batches differ. Use the same batches "
-                "in the same order to resume, or another folder."
-            )
+            raise self._other_batches()
         assert self._state is not None
         _, tensors = self._state
         for i, generator in enumerate(generators):
@@ -106,6 +110,7 @@ class CalibrationCheckpoint:
 
     def add(self, batch: Any, recorder: Recorder, generators: Sequence[torch.Generator]) -> None:
         """Count an added batch, and write the state if ``SECONDS`` have passed."""
+        self._first = self._first or digest(batch)
         self._seen = digest([self._seen, batch])
         self._batches += 1
         if time.monotonic() - self._last >= max(SECONDS, 20 * self._cost):
@@ -129,6 +134,7 @@ class CalibrationCheckpoint:
             "number": self._number,
             "batches": self._batches,
             "seen": self._seen,
+            "first": self._first,
             "generators": len(self._start),
             "checksums": digests(tensors),
             **more,
@@ -137,6 +143,12 @@ class CalibrationCheckpoint:
             write_tensors(file, tensors, header)
         self._last = time.monotonic()
         self._cost = self._last - begun
+
+    def _other_batches(self) -> ValueError:
+        return ValueError(
+            f"checkpoint {str(self._folder)!r} is of another calibration: its batches differ. Use the same batches in "
+            "the same order to resume, or another folder."
+        )
 
     def _file(self, number: int) -> Path:
         return self._folder / f"pass-{number + 1}.safetensors"

@@ -74,6 +74,11 @@ class Moments:
         else:
             self._stored = value
 
+    def divided(self, divisor: float | Tensor) -> Tensor:
+        """The second moment divided by a number, or one for each group (groups, 1, 1): a new tensor, float64."""
+        moment = self.second_moment.double()
+        return moment.div_(divisor) if self.is_packed else moment / divisor  # unpacked ones are new already
+
     def tensors(self) -> dict[str, Tensor]:
         """What is stored, by name."""
         found = {"second_moment": self._stored, "total": self.total}
@@ -175,7 +180,7 @@ class Moments:
 
         A feature whose variance is below the rounding error of its squared offset is constant: its variance is 0.
         """
-        moment = self.second_moment.double() / max(self.count, 1)
+        moment = self.divided(max(self.count, 1))
         if centered:
             _add_outer(moment, self.offset, -1)
             varies = moment.diagonal(dim1=-2, dim2=-1) > self.rounding * self.offset.square()

@@ -78,8 +78,8 @@ def add(commands: Any) -> None:
     )  # fmt: skip
     compress.add_argument(
         "--from-checkpoint", type=path, metavar="DIR",
-        help="instead of --model: a folder of safetensors that is compressed layer by layer without loading it, with "
-        "--covariances; of transformers, or of any state dict of nn.Linear layers",
+        help="instead of --model, with --covariances: compress a folder of safetensors layer by layer without loading "
+        "the model; a transformers checkpoint, or any state dict of nn.Linear layers",
     )  # fmt: skip
     compress.add_argument("--html", type=path, metavar="FILE", help="also write an HTML page with charts and tables")
     add_output(compress)
@@ -96,7 +96,7 @@ def _add_compression(parser: argparse.ArgumentParser) -> None:
         "--budget",
         type=share,
         metavar="SHARE",
-        help="all layers keep at most this share of their parameters (the default, with 0.5)",
+        help="all layers keep at most this share of their parameters (default: 0.5)",
     )
     policy.add_argument("--flops", type=share, metavar="SHARE", help="all layers keep at most this share of their MACs")
     policy.add_argument(
@@ -132,8 +132,8 @@ def _add_compression(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     ranks.add_argument(
         "--measure", action="store_true",
-        help="with --budget: divide it by predicted losses, which gradients of compressed copies of the model on "
-        "--calibration correct",
+        help="with --budget: divide it by predicted losses that are corrected on --calibration, by gradients of "
+        "compressed copies of the model",
     )  # fmt: skip
     factors = parser.add_argument_group("factors")
     factors.add_argument(

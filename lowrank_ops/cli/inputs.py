@@ -65,7 +65,7 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     calibration.add_argument(
         "--side", choices=["auto", "input", "output", "smaller"], default="auto",
         help="what to record: input, output, the smaller of the two (enough for --projection output or loss), or auto: "
-        "the input, except of very wide layers (default: auto)",
+        "the input, except for very wide layers (default: auto)",
     )  # fmt: skip
     calibration.add_argument(
         "--sensitivity", choices=["fisher", "output", "pooled"],
@@ -79,7 +79,7 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     calibration.add_argument(
         "--tokens", type=share, metavar="SHARE",
-        help="share of the rows (tokens, positions) of each call of a layer that is used, drawn at random (default: 1)",
+        help="use a random share of the rows (tokens, positions) of each call of a layer (default: 1)",
     )  # fmt: skip
     calibration.add_argument(
         "--offload", choices=["cpu", "disk"], help="where finished sums are stored (default: where they fit)"

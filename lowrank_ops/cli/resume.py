@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import nn
 
 from ..calibration.covariances import Covariances
-from ..files import digest, parse_json, replacing
+from ..files import digest, parse_json, write_whole
 from .command import Failure
 
 _NOT_THE_RUN = ("command", "run", "json", "html", "plot", "traceback", "resume", "out", "positional_model")
@@ -47,8 +47,7 @@ class Progress:
                     "delete it, or choose another --out",
                 )  # fmt: skip
             return
-        with replacing(file) as (opened,):
-            opened.write(json.dumps(run, indent=2).encode())
+        write_whole(file, json.dumps(run, indent=2).encode())
 
     def covariances(self, name: str, measure: Callable[[], Covariances]) -> Covariances:
         """The stored covariances of this name, or measured ones, which are then stored."""

@@ -84,10 +84,11 @@ def factorize_layers(
             yield from found.items()
 
 
-def in_eight_bits(
-    factors: Factors | None, space: LayerSubspaces, config: CompressionConfig, chosen: Rounded
+def as_stored(
+    factors: Factors | None, space: LayerSubspaces, config: CompressionConfig, chosen: Rounded | None = None
 ) -> Factors:
-    """``factors``, or the weight of a layer that stays dense, for a layer that stores 8 bits."""
+    """``factors``, or the weight of a layer that stays dense, as a layer of 8 bits or pivot rows stores them."""
     if factors is None:
-        return eight_bit_weight(space, str(config.projection), *chosen)
-    return stored_as(factors, space, *chosen, pivoted=is_pivoted(space, factors.rank, config.pivoted))
+        return eight_bit_weight(space, str(config.projection), *(chosen or Rounded()))
+    pivoted = factors.kept is None and is_pivoted(space, factors.rank, config.pivoted)
+    return stored_as(factors, space, *(chosen or Rounded()), pivoted=pivoted) if chosen or pivoted else factors

@@ -56,7 +56,7 @@ def bytes_to_spare(subspaces: Mapping[str, LayerSubspaces], config: CompressionC
         if space.statistics.side == "input" and out_features < in_features and may_stream_output:
             smaller = ", calibrate with side='smaller'"
         raise ValueError(
-            f"layer {fqn!r} ({in_features} -> {out_features}) needs {size(needed[fqn])} beside the model, and spectra "
+            f"layer {fqn!r} ({in_features} -> {out_features}) needs {size(needed[fqn])} besides the model, and spectra "
             f"and shared inputs take {size(kept)}; max_memory is {size(max_memory)}. Pass a larger "
             f"max_memory{smaller}, or leave the layer out with filter_fn."
         )

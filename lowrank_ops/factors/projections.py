@@ -40,7 +40,7 @@ class Factors:
             weights, ``predicted_error`` and ``output_variance`` are over token-weighted rows.
         formats: how a layer stores ``down`` and ``up``: ``"int8"``, ``"fp8"``, or None for its dtype. Here they are not
             rounded yet. One format only: ``down`` is the weight of a dense layer, and ``up`` is empty.
-        pivots: of a pivoted layer with 8-bit factors; others compute them from the factors.
+        pivots: of a pivoted layer; computed from the factors where None.
         kept: (rank,), int64: the channels that are kept, for a layer of an MLP with fewer channels.
     """
 
@@ -108,11 +108,9 @@ def factorize(spaces: LayerSubspaces, rank: int, projection: str = "output") -> 
         projection = "output"
     weight, left = spaces.weight, None  # left (..., rank, out_features): down is left @ W
     squares = None  # mean square of each element of x down^T about the mean, (..., rank), where known
+    error = None
     if projection == "utilized":
-        inputs = _input_space(spaces, projection)
-        sizes = _utilized_sizes(inputs.spectrum, spaces.output.spectrum, rank)
-        source, target = inputs.leading(max(k for k, _ in sizes)), spaces.output.leading(max(k for _, k in sizes))
-        down, up = _two_sided_projection(weight, source, target, sizes)
+        down, up, squares, error = _two_sided_projection(weight, _input_space(spaces, projection), spaces.output, rank)
     elif projection == "input":
         source = _input_space(spaces, projection).leading(rank)
         down, up = source.mT, weight @ source
@@ -124,6 +122,7 @@ def factorize(spaces: LayerSubspaces, rank: int, projection: str = "output") -> 
     elif projection == "output":
         down, up = spaces.output.projection(rank)
         left, squares = up.mT, spaces.output.spectrum[..., :rank]
+        error = float(spaces.output.dropped(rank).sum())
     else:
         up = spaces.weight_output.leading(rank)
         left, down = up.mT, up.mT @ weight
@@ -132,7 +131,7 @@ def factorize(spaces: LayerSubspaces, rank: int, projection: str = "output") -> 
     half = None if squares is not None or reader is None else half_product(spaces.moment, reader.mT)
     if half is not None and reader is not None:
         squares = 2 * (half * reader.mT).sum(-2).clamp_min(0)
-    error, increase = _predictions(spaces, down, up, left, half, rank, projection, centered=centered)
+    error, increase = _predictions(spaces, down, up, left, half, rank, projection, error, centered=centered)
     bias = _bias(spaces, down, up, left, projection)
     scale = balance(spaces, down, up, reader, squares)
     down, up = down * scale.unsqueeze(-1), up / scale.unsqueeze(-2)
@@ -169,7 +168,7 @@ def rounded(
 def stored_as(
     factors: Factors, spaces: LayerSubspaces, formats: Formats, loss: float, error: float, *, pivoted: bool = False
 ) -> Factors:
-    """``factors`` of :func:`rounded` for a layer that stores them in these formats, with the bias for these.
+    """``factors`` of :func:`rounded` for a layer that stores them in these formats or pivoted, with the bias for these.
 
     Args:
         factors: in the dtype of the layer; they are rounded to 8 bits when they are put into one.
@@ -215,7 +214,7 @@ def eight_bit_weight(spaces: LayerSubspaces, projection: str, formats: Formats, 
     bias = None if spaces.bias is None else spaces.bias.to(spaces.weight)
     if bias is not None and spaces.centered and projection != "weight":
         lost = spaces.weight - dequantized(*quantized(weight, form), spaces.dtype).to(spaces.weight)
-        bias += lost @ spaces.mean
+        bias = bias + lost @ spaces.mean  # not in place: in float64 it is the layer's own
     predicted = {
         "predicted_error": error,
         "predicted_loss": None if spaces.loss is None else loss,
@@ -245,23 +244,36 @@ def _input_space(spaces: LayerSubspaces, projection: str) -> Subspace:
 
 
 def _two_sided_projection(
-    weight: Tensor, input_basis: Tensor, output_basis: Tensor, sizes: list[tuple[int, int]]
-) -> tuple[Tensor, Tensor]:
-    """P_T W P_S in the thinner of its two forms, group by group."""
-    downs, ups = [], []
-    for w, source, target, (k_s, k_t) in zip(
-        _groups(weight), _groups(input_basis), _groups(output_basis), sizes, strict=True
+    weight: Tensor, inputs: Subspace, outputs: Subspace, rank: int
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """P_T W P_S in the thinner of its two forms, group by group, the mean squares of x down^T, and the output error.
+
+    Along the input directions, elements of U^T W x are uncorrelated: their variances add up, to the squares over those
+    in S and, with the variance outside T, to the error over the others.
+    """
+    sizes = _utilized_sizes(inputs.spectrum, outputs.spectrum, rank)
+    targets = outputs.leading(max(k_t for _, k_t in sizes))
+    found, error = [], 0.0
+    for w, source, variances, target, dropped, (k_s, k_t) in zip(
+        _groups(weight),
+        _groups(inputs.basis),
+        _groups(inputs.spectrum, 1),
+        _groups(targets),
+        _groups(outputs.spectrum, 1),
+        sizes,
+        strict=True,
     ):
-        source, target = source[:, :k_s], target[:, :k_t]
+        target = target[:, :k_t]
+        inner = target.T @ w @ source
+        by_direction = inner.square() * variances
+        error += float(dropped[k_t:].sum() + by_direction[:, k_s:].sum())
+        inner, source = inner[:, :k_s], source[:, :k_s]
         if k_t <= k_s:
-            down, up = target.T @ w @ source @ source.T, target
+            found.append((inner @ source.T, target, by_direction[:, :k_s].sum(1)))
         else:
-            down, up = source.T, target @ (target.T @ w @ source)
-        downs.append(down)
-        ups.append(up)
-    if weight.dim() == 2:
-        return downs[0], ups[0]
-    return torch.stack(downs), torch.stack(ups)
+            found.append((source.T, target @ inner, variances[:k_s]))
+    down, up, squares = (part[0] if weight.dim() == 2 else torch.stack(part) for part in zip(*found, strict=True))
+    return down, up, squares, error
 
 
 def _utilized_sizes(input_spectrum: Tensor, output_spectrum: Tensor, rank: int) -> list[tuple[int, int]]:
@@ -305,14 +317,17 @@ def _predictions(
     half: Tensor | None,
     rank: int,
     projection: str,
+    error: float | None,
     *,
     centered: bool,
 ) -> tuple[float | None, float | None]:
     """E|y - y'|^2, and E[(g^T (y - y'))^2] / 2 with g and y - y' as if independent; None if it cannot be known.
 
     Of the optimal projections they are sums over the directions dropped, else sums over W - W'.
+
+    Args:
+        error: where it is known.
     """
-    error = float(spaces.output.dropped(rank).sum()) if projection == "output" else None
     increase = None
     if projection == "loss" and spaces.loss is not None:
         increase = spaces.loss.loss_increase(rank)

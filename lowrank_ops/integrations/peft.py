@@ -91,7 +91,7 @@ class _Adapter(lora.LoraLayer):
         return dora.weight.view(-1, 1) / norm.view(-1, 1)
 
     def unmerge(self) -> None:
-        """Restore the base layer's factors from before the merge, to the bit."""
+        """Restore the base layer's exact factors from before the merge."""
         if self._unmerged is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return

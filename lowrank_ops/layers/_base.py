@@ -13,10 +13,10 @@ from torch.compiler import is_dynamo_compiling
 from ..arguments import check_choice
 from ..calibration.statistics import LayerStatistics, Moments
 from ..config import PROJECTIONS
-from ..factors.projections import Factors, factorize, rounded
+from ..factors.projections import Factors, factorize, rounded, stored_as
 from ..models.layers import dimensions, find_layers, weight_matrix, with_values
 from ..models.running import warn_of_few_rows
-from ..ranks.costs import stored_rank
+from ..ranks.costs import PLAIN, stored_rank
 from ..subspaces.layer import LayerSubspaces
 from .weight import ProductWeight, lost_write
 
@@ -125,7 +125,12 @@ class LowRankLayer(nn.Module):
 
 
 def factorize_layer(
-    layer: nn.Module, rank: int, statistics: LayerStatistics | None, projection: str | None, centered: bool
+    layer: nn.Module,
+    rank: int,
+    statistics: LayerStatistics | None,
+    projection: str | None,
+    centered: bool,
+    pivoted: bool = False,
 ) -> Factors:
     """Factors of one dense layer from its calibration statistics, or by truncated SVD of its weight without them."""
     found, skipped = find_layers(layer)
@@ -155,7 +160,8 @@ def factorize_layer(
     rows, features = statistics.activations.count, min(in_features, out_features)
     if projection != "weight" and rows < features:
         warn_of_few_rows([f"{type(layer).__name__} ({rows:,} of {features:,})"])
-    return rounded(factorize(spaces, rank, projection), spaces, spaces.dtype)
+    factors = rounded(factorize(spaces, rank, projection), spaces, spaces.dtype)
+    return stored_as(factors, spaces, PLAIN, 0.0, 0.0, pivoted=True) if pivoted else factors
 
 
 def check_rank(rank: int, in_features: int, out_features: int) -> None:

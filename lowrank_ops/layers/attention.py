@@ -170,7 +170,7 @@ class _CallsProjections:
 
 
 class _Called:
-    """A projection, and its weight: ``F.linear`` with that is a call of the layer, which adds its bias itself."""
+    """Stands for a projection and for its weight: ``F.linear`` with it calls the layer, which adds its own bias."""
 
     bias = None
 

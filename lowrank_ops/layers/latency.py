@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..arguments import checked
 from ..latencies import LatencyCurve, LayerLatencies
 from ..models.experts import on_listed_experts
-from ..models.layers import FilterFn, check_not_dispatched, dimensions, find_layers, input_of, is_conv
+from ..models.layers import FilterFn, check_not_dispatched, dimensions, find_layers, input_of, is_conv, with_values
 from ..models.running import ProgressBar, call_model, device_of, evaluating, hooks, in_batch, move
 from ..ranks.costs import RANK_ALIGNMENT
 from .replace import lowrank_type
@@ -98,7 +98,9 @@ def measure_latency(
     device = device_of(model)
     calls: dict[str, Counter[str]] = {}
     distinct: dict[str, _Call] = {}
-    layers, _ = find_layers(model, filter_fn)
+    layers, without = with_values(find_layers(model, filter_fn)[0])
+    for fqn, reason in without.items():
+        raise ValueError(f"layer {fqn!r} cannot be timed: {reason}.")
 
     def record(fqn: str, x: Any) -> None:
         if not isinstance(x, Tensor):

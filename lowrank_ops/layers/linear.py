@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,7 @@ class LowRankLinear(LowRankLayer):
     """
 
     replaced_conv1d: type[nn.Module] | None = None  # transformers' class, where the layer took the place of one
+    pivoted: ClassVar[bool] = False  # it stores pivot rows
     group: LowRankGroup | None = None  # of layers with the same input; see group_
     place: int = 0  # in the group
     _dtype: torch.dtype | None = None  # of the layer before its factors became 8-bit
@@ -130,7 +131,8 @@ class LowRankLinear(LowRankLayer):
         """
         if not isinstance(linear, nn.Linear) and not has_transposed_weight(linear):
             raise TypeError(f"linear must be a torch.nn.Linear; got {type(linear).__name__}.")
-        return cls.from_factors(linear, factorize_layer(linear, rank, statistics, projection, centered))
+        factors = factorize_layer(linear, rank, statistics, projection, centered, pivoted=cls.pivoted)
+        return cls.from_factors(linear, factors)
 
     @classmethod
     def empty_like(cls, dense: nn.Module, rank: int, bias: bool) -> LowRankLinear:
@@ -156,14 +158,14 @@ class LowRankLinear(LowRankLayer):
         return lowrank_linear(x, self.down, self.up, self.bias)  # parametrized, pruned or sharded
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Of a copy, also by pickle: it joins the copy of its group."""
+        """Let a copy, also by pickle, join the copy of its group."""
         super().__setstate__(state)
         if self.group is not None:
             self.group.join(self)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weight: that of the factors, unless these are 8-bit."""
+        """The dtype of the weight, which is that of the factors unless these are 8-bit."""
         return self._dtype or self._parts()[0][0].dtype
 
     @property
@@ -226,7 +228,7 @@ class LowRankLinear(LowRankLayer):
         )
 
     def follow_dtype_(self, dtype: torch.dtype | None = None) -> None:
-        """After tensors have been replaced: take the dtype of a factor that is not 8-bit, or of the bias, or ``dtype``.
+        """Take the dtype of a factor that is not 8-bit, or of the bias, or ``dtype``, after tensors were replaced.
 
         transformers gives each parameter of a floating-point dtype a gradient, also those in fp8.
         """
@@ -307,9 +309,9 @@ class LowRankLinear(LowRankLayer):
             super()._load_from_state_dict(state_dict, prefix, *args)
 
     def factors(self) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
-        """Down, up and bias, if a call of this layer computes only their product; None of a subclass.
+        """Down, up and bias, if a call of this layer computes only their product; None for a subclass.
 
-        None of 8-bit factors as well, except while compiling: then they are dequantized.
+        Also None for 8-bit factors, except while compiling: then they are dequantized.
         """
         plain = type(self) is LowRankLinear and {"down", "up", "bias"} <= self._parameters.keys()
         if not plain or (self._dtype is not None and not is_compiling()):

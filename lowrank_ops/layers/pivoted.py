@@ -42,6 +42,7 @@ class PivotedLinear(LowRankLinear):
         torch.Size([2, 5, 32])
     """
 
+    pivoted = True
     order: Tensor
 
     @property
@@ -102,13 +103,13 @@ class PivotedLinear(LowRankLinear):
     def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
         down, up = (self.down, self.up) if self._dtype is None else self.float_factors()
         pivots = F.linear(x, down)
-        if x.is_nested is True:  # of torch.fx it is not a bool; nested tensors have no index_select
+        if x.is_nested is True:  # not a bool in torch.fx; nested tensors have no index_select
             return F.linear(pivots, all_coefficients(up, self.order), self.bias)
         y = torch.cat([pivots, F.linear(pivots, up)], -1).index_select(-1, self.order)
         return y if self.bias is None else y + self.bias.to(y.dtype)  # which autocast may have narrowed
 
     def factors(self) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
-        """Down, up with the coefficients of the pivots, and bias, while compiling; else None, a call costs less."""
+        """Down, up with the coefficients of the pivots, and bias, while compiling; else None: a call costs less."""
         plain = type(self) is PivotedLinear and {"down", "up", "bias"} <= self._parameters.keys()
         if not plain or not is_compiling():
             return None

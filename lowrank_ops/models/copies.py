@@ -137,7 +137,7 @@ def _check_parameters(model: nn.Module, copied: nn.Module) -> None:
     for fqn in before | after:
         x, y = before.get(fqn), after.get(fqn)
         if x is None or y is None or not _same(x, y):
-            raise ValueError(f"model cannot be copied: copy.deepcopy gives another parameter {fqn!r}. {_REMEDY}")
+            raise ValueError(f"model cannot be copied: copy.deepcopy returns another parameter {fqn!r}. {_REMEDY}")
 
 
 def _same(x: nn.Parameter, y: nn.Parameter) -> bool:

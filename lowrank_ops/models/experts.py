@@ -19,7 +19,7 @@ from .interrupts import uninterrupted_exits
 from .layers import HOOKS, fused_projections, reason_to_stay_fused, tied_layers
 from .old_optimizers import note_replaced
 
-MIN_ROWS = 256  # an expert with fewer rows of its own is also calibrated on rows that went to others
+MIN_ROWS = 256  # an expert that receives fewer rows is also calibrated on rows that went to others
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -35,7 +35,7 @@ class RoutedRows(NamedTuple):
 class SortedRows(NamedTuple):
     """The slots (tokens, k) of a router, sorted by expert and flattened."""
 
-    experts: Tensor  # those at the end, of larger indices than any expert's, are for none
+    experts: Tensor  # larger indices than those of experts, at the end, belong to none
     order: Tensor  # of the slots; slot i of all tokens comes before slot i + 1
     ends: Tensor  # (experts,), of the rows of each expert
     tokens: Tensor
@@ -106,8 +106,8 @@ class ListedExperts(nn.Module):
         if together and (factors := self.factors()) is not None:
             return self.run_together(rows, factors).to(hidden_states.dtype)
         output = torch.zeros_like(hidden_states)
-        # The rows of an expert are in the order of transformers' eager implementation, hence the same bits; no two of
-        # them are of one token, hence index_add_ is deterministic.
+        # The rows of an expert are in the order of transformers' eager implementation, so the bits are the same; no two
+        # belong to one token, so index_add_ is deterministic.
         start = 0
         for expert, end in enumerate(rows.ends.tolist()):
             if end > start:
@@ -274,7 +274,7 @@ def list_experts(model: nn.Module, names: Collection[str] | None = None) -> dict
 
     Args:
         model: any module.
-        names: of layers; only modules that one of them is in. None takes all.
+        names: of layers; takes only the modules that contain one of them. None takes all.
     """
     tied = tied_layers(model)
     return {
@@ -317,7 +317,7 @@ def experts_listed(
 
 
 def list_experts_(model: nn.Module) -> None:
-    """Put :class:`ListedExperts` in the places of the fused experts inside ``model``, for good."""
+    """Put :class:`ListedExperts` in the places of the fused experts inside ``model``, permanently."""
     with torch.inference_mode(False):
         _put_in(model, list_experts(model))
 

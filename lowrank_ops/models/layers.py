@@ -194,6 +194,8 @@ def _not_plain(weight: Tensor) -> str | None:
     given = f"its weight is a {name} of {weight.dtype}, not a plain float tensor"
     if type(weight) not in (Tensor, nn.Parameter):
         return f"{given}; if it is quantized, compress the float model first"
+    if weight.layout is not torch.strided:
+        return f"its weight is sparse ({weight.layout}); make it dense first, by weight.to_dense()"
     if weight.dtype not in _DTYPES:
         return f"{given}; convert it to float32, bfloat16 or float16 first"
     return None

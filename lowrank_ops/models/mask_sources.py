@@ -64,8 +64,8 @@ class MaskSources:
         _check_source("mask", source)
         if callable(source) and core is not None and core.encoder:
             raise ValueError(
-                f"mask is one function, and {core.encoder!r} and {core.fqn!r} have rows of two "
-                f"sequences; pass mask={{{core.encoder!r}: ..., {core.fqn!r}: ...}}."
+                f"mask is one function, but {core.encoder!r} and {core.fqn!r} process different sequences; pass "
+                f"mask={{{core.encoder!r}: ..., {core.fqn!r}: ...}}."
             )
         self.readers[""] = partial(self._of_call, source, "mask")
         if isinstance(source, str):
@@ -84,7 +84,7 @@ class MaskSources:
             if not found:
                 near = [fqn for fqn in self._modules if fqn.split(".")[-1] == key.split(".")[-1]][:3]
                 hint = f"did you mean {', '.join(map(repr, near))}?" if near else "use names of model.named_modules()."
-                raise ValueError(f"mask has the key {key!r}, which is the name of no module; {hint}")
+                raise ValueError(f"mask has the key {key!r}, which names no module; {hint}")
             for fqn in found:
                 (patterns if key.startswith("re:") else exact)[fqn] = (key, one)
         for fqn, (key, one) in {**patterns, **exact}.items():
@@ -115,7 +115,7 @@ class MaskSources:
         self.readers[fqn] = read
         if decodes and own != name and "" in self.readers and fqn:
             self.readers[""] = lambda given, args, kwargs: Unknown(
-                f"may have rows of {fqn!r}, which mask={name!r} is not of"
+                f"may have rows of {fqn!r}, to which mask={name!r} does not apply"
             )
 
     def _of_call(

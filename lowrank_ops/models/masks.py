@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .experts import routed_rows
 from .mask_sources import INHERIT, Known, Mask, MaskSources, Reader, Rows, Unknown, rows_of
+from .running import shortened
 from .sequences import (
     batch_first_of,
     core_of,
@@ -138,10 +139,7 @@ class Masks:
         by_reason: dict[str, list[str]] = {}
         for fqn, unknown in self._unknown.items():
             by_reason.setdefault(unknown.reason, []).append(fqn or "the output")
-        lines = [
-            f"\n  {', '.join(layers[:3])}{f' and {len(layers) - 3} more' if len(layers) > 3 else ''}: {reason}"
-            for reason, layers in by_reason.items()
-        ]
+        lines = [f"\n  {shortened(layers)}: {reason}" for reason, layers in by_reason.items()]
         return (
             f"the masks of these layers are unknown, so all of their rows count:{''.join(lines)}\nName it with "
             "mask={module: name}, or None for a module without padding; unmasked_rows='error' refuses such rows."

@@ -143,7 +143,8 @@ def training_flags_kept(*models: nn.Module, trained: bool = False) -> Iterator[N
     Layers that fold an adapter into their weight in ``eval()`` unfold it in ``train()``. A warning names those whose
     weights differ afterwards by more than rounding, unless they are ``trained`` inside the block.
     """
-    training = {module: module.training for model in models for module in model.modules()}
+    modules = [module for model in models for module in model.modules() if hasattr(module, "training")]
+    training = {module: module.training for module in modules}
     named = {module: fqn for model in models for fqn, module in model.named_modules() if _defines_mode(module)}
     before = _norms_in(named)
     try:
@@ -171,9 +172,11 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 def _set_modes(module: nn.Module, wanted: Mapping[nn.Module, bool]) -> None:
     """Set every module's mode with as few calls of ``train()`` as possible: it is not idempotent for all modules."""
+    if not hasattr(module, "training"):  # frozen TorchScript
+        return
     mode = wanted.get(module, module.training)
     if _defines_mode(module):
-        inside = list(module.modules())
+        inside = [part for part in module.modules() if hasattr(part, "training")]
         if any(part.training != wanted.get(part, part.training) for part in inside):
             with contextlib.suppress(NotImplementedError):  # an exported program has no modes
                 module.train(mode) if mode else module.eval()

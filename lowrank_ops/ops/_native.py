@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 from collections.abc import Callable, Iterator, Sequence
@@ -91,10 +92,13 @@ def unavailable_on(device_type: str) -> str | None:
 
 @functools.cache
 def machine(device: Device) -> Machine:
-    """A ``Device`` in the planner's terms. The runtime counts the clusters of one that is here."""
+    """A ``Device`` in the planner's terms, with its clusters as the runtime counts them, or else estimated."""
     major, minor = device.capability
     here = device.ordinal < torch.cuda.device_count() and device == device_facts(torch.device("cuda", device.ordinal))
-    clusters = tuple(torch.ops.lowrank_ops._clusters(device.ordinal)) if here and unavailable() is None else ()
+    clusters: tuple[int, ...] = ()
+    if here and unavailable() is None:
+        with contextlib.suppress(RuntimeError):  # that a launch raises as well; to ask what a kernel can do must not
+            clusters = tuple(torch.ops.lowrank_ops._clusters(device.ordinal))
     return Machine(10 * major + minor, device.sm_count, device.shared_memory, clusters)
 
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..files import replacing
+from ..files import write_whole
 from ..version import __version__
 from . import _native
 from ._backend import Backend, Device, Impl, distrust, kernel_of
@@ -172,14 +172,13 @@ def write_record(name: str, device: str, verdicts: Mapping[tuple[str, str, str],
         if passed:
             kernels.append({"op": op, "kernel": kernel, "compiler": compiled_by})
     path.parent.mkdir(exist_ok=True)
-    with replacing(path) as (file,):
-        file.write(json.dumps({"arch": name, "device": device, "kernels": kernels}, indent=1).encode() + b"\n")
+    write_whole(path, json.dumps({"arch": name, "device": device, "kernels": kernels}, indent=1).encode() + b"\n")
     _record.cache_clear()
     return path
 
 
 def _bucketed(value: Any) -> Hashable:
-    """Sizes and strides by their number of bits and whether vectors of 8 divide them; all else as it is."""
+    """Sizes and strides by their number of bits and whether vectors of 8 divide them; everything else unchanged."""
     if isinstance(value, tuple) and not isinstance(value, Device):
         return tuple(map(_bucketed, value))
     return (value.bit_length(), value % 8 == 0) if type(value) is int else value

@@ -19,6 +19,7 @@ from ..calibration.call_weights import CallWeights, call_weights
 from ..calibration.objectives import Sensitivity, check_sensitivity
 from ..calibration.statistics import LayerStatistics, Moments, NonFiniteActivationError
 from ..factors.projections import Factors
+from ..files import digest
 from ..layers.replace import replaceable, replacement
 from ..models.experts import ExpertLinear, on_listed_experts
 from ..models.layers import compiled_or_scripted, dimensions, find_layers, input_rows
@@ -141,7 +142,8 @@ def reconstruct_factors(
     identity: dict[str, Any] = {}
     done: dict[str, Factors] = {}
     if checkpoint is not None:
-        identity = run_identity(layers, factors, batches, settings, centered=centered, ridge=settings.ridge)
+        own = {"centered": centered, "ridge": settings.ridge, "statistics": _digest(statistics or {}, layers)}
+        identity = run_identity(layers, factors, batches, settings, **own)
         done = resume_checkpoint(Path(checkpoint), identity, layers)
     new, kept = dict(factors), dict.fromkeys(layers, "the first batch did not reach it")
     by_loss = {
@@ -279,6 +281,18 @@ def _stream(runs: PairedRuns, group: Group, sums: Sequence[PairedSums], call_wei
             "batches, or run the model in a wider dtype."
         )
     return None
+
+
+def _digest(statistics: Mapping[str, LayerStatistics], layers: Iterable[str]) -> str:
+    """Of the sums and sums of squares of the layers."""
+    moments = {fqn: statistics[fqn].moments() for fqn in layers if fqn in statistics}
+    return digest(
+        [
+            (fqn, name, part.count, part.total, part.second_moment.diagonal(dim1=-2, dim2=-1))
+            for fqn, found in moments.items()
+            for name, part in found.items()
+        ]
+    )
 
 
 def _of_mean_one(weights: Tensor) -> Tensor:

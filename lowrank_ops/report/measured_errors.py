@@ -12,7 +12,7 @@ from ..arguments import checked
 from ..calibration.statistics import NonFiniteActivationError
 from ..layers import LowRankLayer, NarrowLinear
 from ..models.experts import experts_listed
-from ..models.layers import bias_vector, is_conv, output_rows
+from ..models.layers import bias_vector, input_of, is_conv, output_rows
 from ..models.mask_sources import Mask
 from ..models.masks import Masks, real_rows
 from ..models.mlps import find_mlps
@@ -164,8 +164,8 @@ def _measured(
         other = replaced[fqn](x)
         if other.shape != y.shape:
             raise ValueError(
-                f"layer {fqn!r} gives {tuple(y.shape)} in dense and {tuple(other.shape)} in compressed; pass a copy of "
-                "the model from before compress_."
+                f"layer {fqn!r} returns {tuple(y.shape)} in dense and {tuple(other.shape)} in compressed; pass a copy "
+                "of the model from before compress_."
             )
         error = y - other
         bias = None if centered else bias_vector(layer)
@@ -184,9 +184,7 @@ def _measured(
         masks.attach(handles)
         for fqn in replaced:
             handle = dense.get_submodule(fqn).register_forward_hook(
-                lambda module, args, kwargs, y, fqn=fqn: record(
-                    fqn, module, args[0] if args else next(iter(kwargs.values())), y
-                ),
+                lambda module, args, kwargs, y, fqn=fqn: record(fqn, module, input_of(args, kwargs), y),
                 with_kwargs=True,
                 prepend=True,
             )

@@ -14,7 +14,7 @@ from ..arguments import check_share, checked
 from ..calibration.covariances import Covariances
 from ..files import write_whole
 from ..models.experts import on_listed_experts
-from ..models.layers import FilterFn, find_layers
+from ..models.layers import FilterFn, find_layers, with_values
 from ..models.running import ProgressBar, in_layer, warn_of_few_rows
 from ..subspaces.layer import LayerSubspaces, layer_subspaces
 from .kinds import kind_of
@@ -168,7 +168,9 @@ def utilization(
     check_share("explained_variance", explained_variance)
     layers, skipped = find_layers(model, filter_fn)
     if subspaces is None or any(space.centered != centered for space in subspaces.values()):
-        subspaces = layer_subspaces(layers, covariances, centered=centered)
+        held, without = with_values(layers)
+        skipped |= without
+        subspaces = layer_subspaces(held, covariances, centered=centered)
     subspaces = {fqn: space for fqn, space in subspaces.items() if fqn in layers}
     bar = ProgressBar(subspaces.items(), desc="decomposing", unit="layer", disable=not progress)
     rows = tuple(_layer_utilization(fqn, layers[fqn], space, explained_variance) for fqn, space in bar)

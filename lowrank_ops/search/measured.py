@@ -76,7 +76,7 @@ def measured_ranks(
     the lowest loss are returned.
 
     Costs ``rounds`` + 1 factorizations and forward passes and ``rounds`` backward passes over the batches. In the
-    backward passes all low-rank layers also run dense, and a distance as the loss runs the dense model.
+    backward passes all low-rank layers also run dense; with a distance as the loss, the dense model runs as well.
 
     Args:
         model: the model that was calibrated. It is not changed, and other threads may run it meanwhile: the batches run
@@ -104,7 +104,7 @@ def measured_ranks(
         RuntimeError: another thread calibrates or compresses the model when this begins.
         ValueError: an invalid argument, a budget that cannot be met, statistics without output gradients, batches
             without rows that count, a loss that is not finite or does not depend on the compressed layers, channels
-            that something other than their MLP reads, a model that cannot be copied, or as for
+            that are read outside their MLP, a model that cannot be copied, or as for
             :func:`lowrank_ops.compress_`.
 
     Example:

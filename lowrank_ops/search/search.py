@@ -18,7 +18,7 @@ from ..arguments import check_choice, checked
 from ..calibration.covariances import Covariances
 from ..config import CompressionConfig
 from ..considered import considered_layers, resolved
-from ..factors.layer_by_layer import decompose, factorize_layers
+from ..factors.layer_by_layer import as_stored, decompose, factorize_layers
 from ..files import digest
 from ..layers.replace import replace_
 from ..models.copies import filter_of_original, shared_copy
@@ -156,7 +156,8 @@ def accuracy_of(
     """
 
     def accuracy_at(ranks: ChosenRanks) -> float:
-        factors = dict(factorize_layers(subspaces, ranks, str(config.projection), keep_directions=True))
+        found = factorize_layers(subspaces, ranks, str(config.projection), keep_directions=True)
+        factors = {fqn: as_stored(part, subspaces[fqn], config) for fqn, part in found}
         trial = shared_copy(dense)
         replace_(trial, factors, pivoted=config.pivoted)
         mine, others = _Runs(), _Runs(get_ident())

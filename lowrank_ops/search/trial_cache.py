@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..files import digest, parse_json, replacing
+from ..files import digest, parse_json, write_whole
 from ..ranks.choose import ChosenRanks
 
 _FORMAT = "lowrank_ops.trials/2"
@@ -68,8 +68,7 @@ class TrialCache:
                 "file, or delete this one. (Calibrating again can change covariances: keep them by Covariances.save.)"
             )
         if torn:
-            with replacing(self._path) as (file,):
-                file.write(b"\n".join([*whole, b""]))
+            write_whole(self._path, b"\n".join([*whole, b""]))
 
     def _first_line(self) -> bytes:
         return _line({"format": _FORMAT, "key": self._key})

@@ -103,7 +103,7 @@ class LayerSubspaces:
         self._weight, self.bias, self.statistics, self.centered = weight, bias, statistics, centered
         self._version = None if weight.is_inference() else weight._version
         self._input_space = input_space
-        self._variances: Tensor | None = None
+        self._variances: tuple[Tensor, Tensor] | None = None  # of the outputs, and their noise
         out_features, in_features = weight.shape[-2:]
         self.dimensions = Dimensions(weight.shape[0] if weight.dim() == 3 else 1, in_features, out_features)
         self.is_linear = weight.dim() == 2  # not a convolution's
@@ -205,11 +205,13 @@ class LayerSubspaces:
             return float(self.output.total.sum())
         if self._variances is None:
             if self.statistics.side == "input":
-                self._variances = 2 * (self.half_moment * self.weight.mT).sum(-2)
+                variances = 2 * (self.half_moment * self.weight.mT).sum(-2)
             else:
-                self._variances = self.moment.diagonal(dim1=-2, dim2=-1)
-        variances = self._variances
-        return float(torch.where(variances > self.noise(variances, self.statistics.activations), variances, 0.0).sum())
+                variances = self.moment.diagonal(dim1=-2, dim2=-1)
+            self.noise(variances, self.statistics.activations)
+        assert self._variances is not None
+        variances, noise = self._variances
+        return float(torch.where(variances > noise, variances, 0.0).sum())
 
     @cached_property
     def half_moment(self) -> Tensor:
@@ -285,8 +287,6 @@ class LayerSubspaces:
 
     def noise(self, variances: Tensor, activations: Moments, *, exact: bool = True) -> Tensor:
         """The noise of the outputs with these variances, or at most these (``exact=False``)."""
-        if exact and activations is self.statistics.activations:
-            self._variances = variances.clone()
         mean_square = activations.mean_square.to(variances)
         if self.statistics.side == "input":
             # W C W^T may cancel: it has the rounding of its terms as well.
@@ -294,7 +294,10 @@ class LayerSubspaces:
             offset = (self.weight @ activations.offset.to(variances).unsqueeze(-1)).squeeze(-1)
             spread = variances if self.centered else (variances - self.output_mean.square()).clamp_min(0)
             mean_square = spread + offset.square() + terms
-        return noise_of_sums(mean_square, activations.rounding)
+        noise = noise_of_sums(mean_square, activations.rounding)
+        if exact and activations is self.statistics.activations:
+            self._variances = variances.clone(), noise
+        return noise
 
     def _spaces(self) -> list[Subspace | LossSpace]:
         found = [self.__dict__.get(name) for name in _SPACES]

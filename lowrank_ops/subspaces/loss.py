@@ -71,9 +71,9 @@ class LossSpace:
         return _cholesky_of_damped(self._damped())
 
     def _damped(self) -> Tensor:
-        scale = self.scale[..., None, None] * max(self._gradients.count, 1)
-        moment = self._gradients.second_moment.to(self._device, torch.float64)
-        metric = moment * torch.where(scale > 0, 1 / scale.clamp_min(1e-300), 0.0)
+        gradients, scale = self._gradients, self.scale[..., None, None]
+        divisor = torch.where(scale > 0, scale.clamp_min(1e-300) * max(gradients.count, 1), torch.inf)
+        metric = gradients.divided(divisor.to(gradients.total.device)).to(self._device)
         metric.diagonal(dim1=-2, dim2=-1).add_(DAMPING)
         return metric
 
@@ -144,7 +144,7 @@ class LossSpace:
         columns = columns[..., :rank]
         if not inner:
             return self._lifted(basis, columns)
-        pair = orthonormal_pair(basis, inner[0] @ basis, columns)
+        pair = orthonormal_pair(basis.mT, basis.mT @ inner[0], columns.mT)
         if pair is None:  # directions without variance
             basis = orthonormal(self.root.mT @ columns)
             return self._lifted(basis, torch.linalg.solve_triangular(self.root.mT, basis, upper=True))

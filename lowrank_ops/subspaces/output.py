@@ -59,8 +59,8 @@ class OutputSpace(Subspace):
         vectors = self._find()[0][..., :rank]
         if self._inner is not None:
             root, weight = self._matrices
-            inputs = root @ vectors
-            pair = orthonormal_pair(inputs, self._inner @ inputs, weight @ inputs, self._are_nearly_orthogonal(rank))
+            inputs = vectors.mT @ root.mT  # rows: products with few columns are slower
+            pair = orthonormal_pair(inputs, inputs @ self._inner, inputs @ weight.mT, self._are_nearly_orthogonal(rank))
             if pair is not None:
                 return pair
         up = self.leading(rank)

@@ -130,7 +130,7 @@ def principal_directions(moment: Tensor, noise: Tensor | None = None) -> tuple[T
 
 def descending_eigh(moment: Tensor) -> tuple[Tensor, Tensor]:
     """``eigh`` of a symmetric matrix (its lower triangle is read), eigenvalues in descending order."""
-    values, vectors = torch.linalg.eigh(moment)
+    values, vectors = torch.linalg.eigh(moment.mT, UPLO="U")  # LAPACK stores columns: no transposed copy
     return values.flip(-1), vectors.flip(-1)
 
 
@@ -166,23 +166,23 @@ def orthonormal(columns: Tensor, nearly: bool = False) -> Tensor:
 
 
 def orthonormal_pair(
-    basis: Tensor, inner: Tensor, columns: Tensor, nearly: bool = False
+    basis: Tensor, inner: Tensor, outputs: Tensor, nearly: bool = False
 ) -> tuple[Tensor, Tensor] | None:
-    """P^T M A (..., n, features) and P (..., m, n), where P are ``columns`` made orthonormal in a metric M.
+    """P M W (..., n, features) and P^T (..., m, n), where P are the rows of B W^T made orthonormal in a metric M.
 
     Args:
-        basis: B, (..., features, n).
-        inner: A^T M A B, (..., features, n).
-        columns: A B, (..., m, n).
+        basis: B, (..., n, features).
+        inner: B W^T M W, (..., n, features).
+        outputs: B W^T, (..., n, m).
         nearly: as for :func:`orthonormal`.
 
     Returns:
-        None if the columns are far from orthogonal in M.
+        None if the rows are far from orthogonal in M.
     """
-    norms = (basis * inner).sum(-2, keepdim=True).clamp_min(1e-300).sqrt()
-    down, up = (inner / norms).mT, (columns / norms).mT
+    norms = (basis * inner).sum(-1, keepdim=True).clamp_min(1e-300).sqrt()
+    down, up = inner / norms, outputs / norms
     if not nearly:
-        factor = near_identity_cholesky((basis / norms).mT @ inner / norms)
+        factor = near_identity_cholesky(down @ (basis / norms).mT)
         if factor is None:
             return None
         down, up = (torch.linalg.solve_triangular(factor, part, upper=False) for part in (down, up))
@@ -235,12 +235,22 @@ def half_product(symmetric: Tensor, matrix: Tensor) -> Tensor:
         symmetric: (..., n, n).
         matrix: (..., n, m).
     """
-    half = torch.empty_like(matrix, memory_format=torch.contiguous_format)
-    for rows in _blocks(symmetric.shape[-1]):
-        block = symmetric[..., rows, : rows.stop].tril(rows.start)
-        block.diagonal(rows.start, dim1=-2, dim2=-1).mul_(0.5)
-        half[..., rows, :] = block @ matrix[..., : rows.stop, :]
-    return half
+    product = torch.empty_like(matrix, memory_format=torch.contiguous_format)
+    three = [part if part.dim() == 3 else part.unsqueeze(0) for part in (symmetric, matrix, product)]
+    _half_product(*three)
+    return product
+
+
+def _half_product(symmetric: Tensor, matrix: Tensor, out: Tensor) -> None:
+    half = symmetric.shape[-1] // 2
+    if half <= 72:  # smaller products are slower
+        block = symmetric.tril()
+        block.diagonal(dim1=-2, dim2=-1).mul_(0.5)
+        torch.bmm(block, matrix, out=out)
+        return
+    _half_product(symmetric[:, :half, :half], matrix[:, :half], out[:, :half])
+    _half_product(symmetric[:, half:, half:], matrix[:, half:], out[:, half:])
+    out[:, half:].baddbmm_(symmetric[:, half:, :half], matrix[:, :half])
 
 
 def root_congruence(symmetric: Tensor, root: Tensor) -> Tensor:

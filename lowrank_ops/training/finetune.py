@@ -264,6 +264,10 @@ class _Objective:
             raise ValueError("finetune_ needs a loss(output, batch), a teacher, or both.")
         if self.teacher is self.student:
             raise ValueError("teacher is the student itself; keep a copy of the dense model before compress_.")
+        teacher = nn.Module() if self.teacher is None else self.teacher
+        dispatched = any(hasattr(module, "_hf_hook") for module in teacher.modules())  # by accelerate, which loads them
+        if any(parameter.is_meta for parameter in teacher.parameters()) and not dispatched:
+            raise ValueError("teacher has parameters on the meta device, which have no values; load the weights.")
         if not 0 <= self.soft_weight <= 1:
             raise ValueError(f"soft_weight must be in [0, 1]; got {self.soft_weight!r}.")
         check_positive(temperature=self.temperature)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..files import digests, open_checkpoint, replacing, write_tensors
-from ..models.running import device_of, in_batch, move
+from ..models.running import device_of, in_batch, move, shortened
 
 _FORMAT = "lowrank_ops.finetune/2"  # 1 was a pickle
 
@@ -160,7 +160,7 @@ class Run:
             own, student = self.student.state_dict(), _part(tensors, "student.")
             differ = [name for name in {**own, **student} if _kind(own.get(name)) != _kind(student.get(name))]
             if differ:
-                return f"is of another student: {', '.join(differ[:5])} differ. Name another file"
+                return f"is of another student: {shortened(differ)} differ. Name another file"
             ordered = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
             for index, values in _moments(tensors).items():
                 if any(values[name].shape != ordered[index].shape for name in ("exp_avg", "exp_avg_sq")):

@@ -66,6 +66,15 @@ def test_a_part_that_hangs_is_stopped(run, monkeypatch):
     assert code == 1 and asked == ["tests"] and time.monotonic() - begin < 30
 
 
+def test_a_part_that_stalls_resumes_unless_it_got_nowhere(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_run, "STALLED_QUICK", 0.5)
+    file = tmp_path / "run" / "results.model.attempt"
+    stalls = f"from pathlib import Path; import time; p = Path({str(file)!r})\n"
+    stalls += "if not p.exists(): p.write_text('a kernel'); time.sleep(60)"
+    assert run("--quick", "model", model=stalls) == (0, ["model"] * 2)
+    assert run("--quick", "grouped", grouped="import time; time.sleep(60)") == (1, ["grouped"])
+
+
 def test_suites_measure_the_tables_that_were_tuned(run, tmp_path):
     folder = tmp_path / "run" / "tuned"
     write = f"from pathlib import Path; p = Path({str(folder)!r}); p.mkdir(); (p / 'op.sm90.json').write_text('1')"

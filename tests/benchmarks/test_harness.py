@@ -1,5 +1,6 @@
 """The harness: what is wrong gets no speedup, what fails leaves the rest, and what timing and rooflines mean."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -195,6 +196,23 @@ def test_a_device_that_fails_ends_the_process(run, monkeypatch):
     assert run()[0] == suite.UNFINISHED
     code, made = run("--resume")
     assert code == 0 and len(made["rows"]) == 8
+
+
+@pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt], ids=["broken", "killed"])
+def test_a_variant_that_ends_the_process_is_left_out(run, monkeypatch, failure):
+    def ends(*tensors):
+        raise failure("an illegal memory access")
+
+    def cases():
+        for made in (tiny(1), tiny(6)):
+            yield dataclasses.replace(made, variants=(*made.variants[:3], made.variants[3]._replace(run=ends)))
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(suite, "usable", lambda device: False)
+        assert run(cases=cases)[0] == suite.UNFINISHED
+    code, made = run("--resume", cases=cases)
+    assert code == 1 and made["complete"] and made["not_run"]["lowrank_ops auto"] == suite.ENDED
+    assert len(made["rows"]) == 4 and all(row["correct"] for row in made["rows"])
 
 
 def test_rows_of_other_conditions_are_not_mixed(run, capsys):

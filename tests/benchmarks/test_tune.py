@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import tune, tuners
+from benchmarks import suite, tune, tuners
 from benchmarks.suite import UNFINISHED
 from benchmarks.tuners import H200, TUNERS, Candidate, on_device
 from lowrank_ops.ops import _tuning
@@ -209,6 +209,23 @@ def test_a_shape_that_ends_its_process_is_not_searched_again(search, monkeypatch
         with pytest.raises(KeyboardInterrupt):
             search()
     assert search() == (1, [2, 3], [])
+
+
+def test_what_broke_the_device_is_left_out_by_the_next_process(search, monkeypatch, capsys):
+    class Broken:
+        def __init__(self, tuner, case, device, attempts, *rest):
+            self.attempts = attempts
+
+        def fastest(self):
+            with self.attempts("cuda decode_sm90"):
+                raise RuntimeError("an illegal memory access")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tune, "Search", Broken)
+        patch.setattr(suite, "usable", lambda device: False)
+        assert search() == (UNFINISHED, [], [])
+    assert search() == (0, [1, 2, 3], [1, 2, 3])  # the shape is not given up
+    assert "cuda decode_sm90 ended the process and is left out" in capsys.readouterr().err
 
 
 def test_dry_run_and_no_gpu(capsys):

@@ -1,4 +1,4 @@
-"""A calibration that was killed resumes from its checkpoint, equal to the bit."""
+"""A calibration that was killed resumes from its checkpoint, with a bit-identical result."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,6 +57,17 @@ def test_goes_on_equal_to_the_bit(
             calibrated(model, Killed(given, left), seed if run else 3, **options)
     assert_same_statistics(calibrated(model, given, seed, **options), expected, 0)
     assert_same_statistics(calibrated(model, [], seed, **options), expected, 0)  # finished: no batch is needed
+
+
+def test_a_finished_calibration_of_other_batches_is_refused(tmp_path: Path) -> None:
+    model, given = Net(), batches()
+    expected, state = calibrated(model, given, checkpoint=tmp_path), torch.get_rng_state()
+    loader = torch.utils.data.DataLoader(given[::-1], batch_size=None)  # which draws a seed
+    for others in (given[::-1], iter(given[1:]), loader):
+        with pytest.raises(ValueError, match="of another calibration: its batches differ"):
+            lro.calibrate(model, others, sensitivity="fisher", num_probes=2, checkpoint=tmp_path)
+    assert_same_statistics(calibrated(model, iter(given), checkpoint=tmp_path), expected, 0)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_other_calibrations_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

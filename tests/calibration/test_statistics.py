@@ -128,7 +128,7 @@ def test_damping_refuses_impossible_noise(arguments):
 
 def test_damping_refuses_streamed_outputs():
     covariances = calibrated(images(), side="output")
-    with pytest.raises(ValueError, match=r'these layers were streamed.*conv, a, b.*side="input"'):
+    with pytest.raises(ValueError, match=r'only the outputs of these layers.*conv, a, b.*side="input"'):
         covariances.damped(0.1)
 
 

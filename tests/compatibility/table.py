@@ -142,7 +142,7 @@ def check_trainer(family: Family, model: nn.Module) -> None:
 
 
 CHECKS = {
-    "save and load to the bit": check_save,
+    "save and load": check_save,
     "generate": check_generate,
     "compile": check_compile,
     "export": check_export,
@@ -202,12 +202,12 @@ def page(rows: list[Row]) -> str:
         "",
         "- layers: how many were replaced, of those that were calibrated",
         "- considered: the share of the model's parameters that these layers hold",
-        "- save and load to the bit: `save_pretrained` in shards and `from_pretrained`; outputs are equal to the bit",
+        "- save and load: `save_pretrained` in shards and `from_pretrained`; outputs are bit-identical",
         "- generate: with the dynamic and the static cache, which give the same tokens",
         '- compile: `torch.compile` with the backend "aot_eager"',
         "- export: `torch.export.export`; ONNX: `torch.onnx.export(dynamo=True)`, run by onnxruntime",
         '- LoRA: a PEFT adapter with target "all-linear", saved, loaded and merged',
-        "- Trainer: two steps, and its checkpoint loaded to the bit",
+        "- Trainer: two steps, and its checkpoint loaded, bit-identical",
         "",
         "Outputs of compile, export, ONNX and LoRA may differ by 1e-4. An empty cell: the check does not apply.",
         '"dense: no": it fails for the dense model as well.',

@@ -7,7 +7,7 @@ pytest.importorskip("transformers")
 from tests.compatibility.families import FAMILIES
 from tests.compatibility.table import CHECKS, PAGE, Row
 
-FAST = ["save and load to the bit", "generate", "Trainer"]
+FAST = ["save and load", "generate", "Trainer"]
 
 
 def documented() -> dict[str, dict[str, str]]:

@@ -122,7 +122,7 @@ def test_a_layer_that_needs_more_is_named(where: str, tmp_path: Path) -> None:
     model, covariances = calibrated(32, 96, 32)
     config = lro.CompressionConfig(8, projection="output")
     message = (
-        r"layer '1' \(96 -> 32\) needs 4\d\d\.\d KiB beside the model, and spectra and shared inputs take 9\.0 KiB; "
+        r"layer '1' \(96 -> 32\) needs 4\d\d\.\d KiB besides the model, and spectra and shared inputs take 9\.0 KiB; "
         r"max_memory is 195\.3 KiB\. Pass a larger max_memory, calibrate with side='smaller', or leave the layer out"
     )
     lro.save_pretrained(model, tmp_path / "dense")

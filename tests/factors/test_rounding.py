@@ -8,6 +8,8 @@ from torch import nn
 
 import lowrank_ops as lro
 from lowrank_ops.factors import factorize
+from lowrank_ops.layers import EightBitLinear, PivotedLinear
+from lowrank_ops.models.layers import weight_matrix
 from lowrank_ops.subspaces import layer_subspaces
 from lowrank_ops.subspaces.balance import MAX_HIDDEN
 
@@ -143,6 +145,62 @@ def test_bias_makes_the_mean_exact_for_rounded_factors(dtype, projection):
     found = layer.up.double() @ (layer.down.double() @ mean) + layer.bias.double()
     rounding = torch.finfo(dtype).eps / 2 * layer.bias.double().abs()  # of the bias alone, element by element
     assert ((found - wanted).abs() <= rounding + 1e-9).all()
+
+
+def gpt2() -> nn.Module:
+    from transformers.pytorch_utils import Conv1D
+
+    return Conv1D(48, 64)
+
+
+def rows() -> torch.Tensor:
+    return torch.randn(400, 64) * torch.logspace(0, -1, 64) + 30 * torch.randn(64)
+
+
+def images() -> torch.Tensor:
+    return torch.randn(40, 8, 6, 6) + 30 * torch.randn(8, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "draw", "config"),
+    [
+        (lambda: nn.Linear(64, 48), rows, {"rank": 24, "pivoted": True}),
+        (gpt2, rows, {"rank": 24, "pivoted": True}),
+        (lambda: nn.Linear(64, 48), rows, {"rank": lro.ByteBudget(0.3), "pivoted": True}),
+        (lambda: nn.Linear(64, 48), rows, {"rank": lro.ByteBudget(0.3)}),
+        (lambda: nn.Linear(64, 48), rows, {"rank": lro.ByteBudget(0.6)}),
+        (lambda: nn.Conv2d(8, 32, 3), images, {"rank": 12}),
+        (lambda: nn.Conv1d(8, 32, 3), lambda: images().flatten(2), {"rank": 8}),
+    ],
+)
+def test_every_kind_of_layer_makes_the_mean_exact(make, draw, config):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(make()).bfloat16(), draw().bfloat16()
+    dense, covariances = copy.deepcopy(model[0]), lro.calibrate(model, [x])
+    lro.compress_(model, covariances, lro.CompressionConfig(**config))
+    layer = model[0].to_dense() if isinstance(model[0], EightBitLinear) else model[0].double()
+    assert type(model[0]) is not type(dense) and layer.bias is not None
+    mean = covariances["0"].activations.mean
+    weight = layer.weight.detach().double().flatten(1) + 0  # the product of float64 factors
+    wanted = weight_matrix(dense).double() @ mean + dense.bias.double()
+    rounding = torch.finfo(torch.bfloat16).eps * layer.bias.double().abs()  # of two roundings of the bias
+    assert ((weight @ mean + layer.bias.double() - wanted).abs() <= rounding + 1e-6).all()
+
+
+def test_pivoted_layers_of_single_layers_make_the_mean_exact():
+    model, x = nn.Sequential(nn.Linear(64, 48)).bfloat16(), rows().bfloat16()
+    layer = PivotedLinear.from_linear(model[0], 24, lro.calibrate(model, [x])["0"])
+    error = (layer.double()(x.double()) - model.double()(x.double())).mean(0)
+    assert (error.abs() <= torch.finfo(torch.bfloat16).eps * layer.bias.abs() + 1e-6).all()
+
+
+def test_eight_bits_leave_the_bias_of_the_dense_layer():
+    """In float64 too, where no cast makes a copy of it."""
+    model = nn.Sequential(nn.Linear(64, 48)).double()
+    layer, bias = model[0], model[0].bias.detach().clone()
+    lro.compress_(model, lro.calibrate(model, [rows().double()]), lro.ByteBudget(0.3))
+    assert isinstance(model[0], EightBitLinear) and torch.equal(layer.bias, bias)
+    assert not torch.equal(model[0].bias, bias)
 
 
 @pytest.mark.parametrize("projection", ["output", "loss", "input", "utilized"])

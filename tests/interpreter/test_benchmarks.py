@@ -10,7 +10,7 @@ import torch
 if not os.environ.get("TRITON_INTERPRET"):
     pytest.skip("needs TRITON_INTERPRET=1 in a process of its own", allow_module_level=True)
 
-from benchmarks import bench_covariance, bench_lowrank_linear, shapes, tune, tuners
+from benchmarks import bench_covariance, bench_lowrank_linear, shapes, suite, tune, tuners
 from benchmarks.harness import Timing
 from benchmarks.symmetric_kernel import symmetric_product
 from benchmarks.tuners import Candidate
@@ -62,9 +62,13 @@ def timed(monkeypatch):
     return names
 
 
-def searched(tuner, case=COVARIANCE, steps=9):
-    search = tune.Search(tuner, case, CPU, 0.01, steps)
-    return search.fastest(), search.failed
+@pytest.fixture
+def searched(tmp_path):
+    def searched(tuner, case=COVARIANCE, steps=9, ended=()):
+        search = tune.Search(tuner, case, CPU, tune.Attempts(tmp_path / "attempt", [*ended], CPU), 0.01, steps)
+        return search.fastest(), search.failed
+
+    return searched
 
 
 @pytest.mark.parametrize(
@@ -77,18 +81,18 @@ def searched(tuner, case=COVARIANCE, steps=9):
     ],
     ids=["covariance", "patches", "strided patches", "linear"],
 )
-def test_every_candidate_of_a_small_search_is_right(tuner, case):
+def test_every_candidate_of_a_small_search_is_right(searched, tuner, case):
     found, failed = searched(tuner, case)
     assert found is not None and not any(reason.startswith("wrong") for reason in failed.values()), failed
 
 
 @pytest.mark.parametrize(("steps", "expected"), [(0, (32, 2)), (1, (16, 2)), (9, (16, 1))])
-def test_the_search_goes_downhill(steps, expected):
+def test_the_search_goes_downhill(searched, steps, expected):
     (best, _, current, _), _ = searched(SmallCovariance(), steps=steps)
     assert (best.config.block_t, best.config.split) == expected and current.config.block_t == 32
 
 
-def test_a_wrong_candidate_is_never_timed_and_never_wins(timed):
+def test_a_wrong_candidate_is_never_timed_and_never_wins(searched, timed):
     """It would win: it has the smallest number."""
 
     class Wrong(SmallCovariance):
@@ -101,7 +105,7 @@ def test_a_wrong_candidate_is_never_timed_and_never_wins(timed):
     assert any(reason.startswith("wrong") and "split=1" in name for name, reason in failed.items())
 
 
-def test_a_candidate_that_raises_or_is_illegal_is_passed_over():
+def test_a_candidate_that_raises_or_is_illegal_is_passed_over(searched):
     class Refuses(SmallCovariance):
         def refuse(self, candidate, problem):
             return "too large" if candidate.config.block_t == 16 else None
@@ -117,12 +121,19 @@ def test_a_candidate_that_raises_or_is_illegal_is_passed_over():
     assert set(failed.values()) == {"too large", "RuntimeError: out of resources"}
 
 
-def test_nothing_is_found_where_nothing_runs():
+def test_nothing_is_found_where_nothing_runs(searched):
     class Nothing(SmallCovariance):
         def refuse(self, candidate, problem):
             return "no"
 
     assert searched(Nothing())[0] is None
+
+
+def test_a_kernel_that_ended_a_process_is_not_run_again(searched, timed):
+    (start,) = SmallCovariance().starts(None)
+    ended = [start._replace(config=dataclasses.replace(start.config, block_t=16)).kernel()]
+    _, failed = searched(SmallCovariance(), ended=ended)
+    assert suite.ENDED in failed.values() and not any("block_t=16" in name and "split=2" in name for name in timed)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

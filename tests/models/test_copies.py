@@ -196,7 +196,7 @@ def test_a_copy_computes_the_same_and_is_independent(make) -> None:
         (WeakParent, r"in the copy, body\.2\.parent would still refer to the model's own WeakParent"),
         (ProxyOfParent, r"body\.2\.parent holds a weak proxy"),
         (Locked, r"body\.2\.state raises TypeError"),
-        (lambda: holding(Fresh(8, 8)), r"copy.deepcopy gives another parameter '1\.(weight|bias)'"),
+        (lambda: holding(Fresh(8, 8)), r"copy.deepcopy returns another parameter '1\.(weight|bias)'"),
         (lambda: holding(Itself(8, 8)), r"in the copy, model\._modules would still refer to the model's own Itself"),
     ],
 )

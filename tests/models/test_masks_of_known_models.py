@@ -127,7 +127,7 @@ def test_decoder_without_a_mask_is_counted_whole_or_refused():
 
 
 def test_one_function_for_two_sequences_is_refused():
-    with pytest.raises(ValueError, match=r"'encoder' and 'decoder' have rows of two sequences; pass mask="):
+    with pytest.raises(ValueError, match=r"'encoder' and 'decoder' process different sequences; pass mask="):
         lro.calibrate(t5(), [TWO_SIDES], mask=lambda args, kwargs: kwargs["attention_mask"])
 
 
@@ -407,7 +407,7 @@ class Reads(nn.Module):
     ("mask", "rows"),
     [("attention_mask", 6), ({"": "attention_mask"}, 3), ({"own": "attention_mask", "other": None}, 6)],
 )  # fmt: skip
-@pytest.mark.filterwarnings("ignore:all rows of these layers count")
+@pytest.mark.filterwarnings("ignore:the masks of these layers are unknown")
 def test_rows_of_another_sequence_have_the_mask_that_is_named(mask, rows):
     real = torch.tensor([[1, 1, 0], [1, 0, 0]])
     batch = {"x": torch.randn(2, 3, 4), "memory": torch.randn(2, 3, 4), "attention_mask": real}
@@ -420,9 +420,9 @@ def test_rows_of_another_sequence_have_the_mask_that_is_named(mask, rows):
 @pytest.mark.parametrize(
     ("mask", "error", "message"),
     [
-        ({"encodr": "attention_mask"}, ValueError, r"key 'encodr', which is the name of no module"),
+        ({"encodr": "attention_mask"}, ValueError, r"key 'encodr', which names no module"),
         ({"layer.0.SelfAttention.q": "m"}, ValueError, r"did you mean 'encoder\S+SelfAttention.q'"),
-        ({"re:nothing.*": "attention_mask"}, ValueError, r"key 're:nothing.\*', which is the name of no module"),
+        ({"re:nothing.*": "attention_mask"}, ValueError, r"key 're:nothing.\*', which names no module"),
         ({0: "attention_mask"}, TypeError, r"keys of mask must be names of modules"),
         ({"encoder": 3}, TypeError, r"mask\['encoder'\] must be the name of an argument"),
         (torch.ones(2, 2), TypeError, r"mask must be the name of an argument"),

@@ -36,6 +36,16 @@ def float8() -> nn.Module:
     return layer
 
 
+def sparse() -> nn.Module:
+    layer = nn.Linear(8, 8)
+    layer.weight = nn.Parameter(layer.weight.detach().to_sparse_csr(), requires_grad=False)
+    return layer
+
+
+def frozen() -> nn.Module:
+    return torch.jit.freeze(torch.jit.script(nn.Sequential(nn.Linear(8, 8)).eval()))
+
+
 def forward_traced() -> nn.Module:
     block = nn.Sequential(nn.Linear(8, 8))
     block.forward = torch.jit.trace(block, torch.ones(1, 8)).forward
@@ -50,6 +60,8 @@ def forward_traced() -> nn.Module:
         (lambda: nn.Linear(8, 8, bias=False, device="meta"), "on the meta device"),
         (lambda: Quantized(8, 8), r"quantized \(Quantized of bitsandbytes\); compress the float model"),
         (float8, "of torch.float8_e4m3fn, not a plain float tensor; convert it"),
+        (sparse, r"sparse \(torch.sparse_csr\); make it dense first"),
+        (frozen, "TorchScript module, which hides its layers"),
         (lambda: torch.compile(nn.Sequential(nn.Linear(8, 8))), "compiled, which hides its layers"),
         (lambda: torch.jit.script(nn.Sequential(nn.Linear(8, 8))), "TorchScript module, which hides its layers"),
         (lambda: torch.jit.trace(nn.Linear(8, 8), torch.ones(1, 8)), "TorchScript module"),
@@ -60,6 +72,13 @@ def test_unreachable_layers_are_named_with_a_remedy(make, reason):
     with pytest.warns(UserWarning, match=rf"1: .*{reason}"):
         calibrator = lro.Calibrator(model)
     assert list(calibrator.skipped) == ["1"]
+
+
+@pytest.mark.parametrize("make", [sparse, frozen])
+def test_other_layers_beside_them_are_compressed(make):
+    model = model_with(make()).train(False)
+    lro.compress_(model, lro.calibrate(model, [torch.randn(20, 8)]), lro.Ranks({"0": 3}))
+    assert isinstance(model[0], lro.LowRankLinear)
 
 
 def test_blocks_compiled_in_place_are_named():
@@ -82,6 +101,12 @@ def test_compress_names_layers_that_lost_their_values():
     covariances = lro.calibrate(model, [torch.randn(20, 8)])
     with pytest.raises(ValueError, match=r"(?s)hold none.*  0: its weight is on the meta device"):
         lro.compress_(model.to("meta"), covariances, 4)
+    with pytest.raises(ValueError, match=r"(?s)covariances has none.*  0: its weight is on the meta device"):
+        lro.utilization(model, covariances)
+    with pytest.raises(ValueError, match="layer '0' cannot be timed: its weight is on the meta device"):
+        lro.measure_latency(model, torch.randn(2, 8))
+    with pytest.raises(ValueError, match="teacher has parameters on the meta device"):
+        lro.finetune_(model_with(nn.Linear(8, 8)), [torch.randn(2, 8)], teacher=model)
 
 
 def test_compress_refuses_models_wrapped_for_parallel_training(process_group):

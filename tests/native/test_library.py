@@ -48,6 +48,22 @@ def test_names_its_toolkit(library: Path) -> None:
     assert re.fullmatch(r"1[23]\.\d+", _native.toolkit())
 
 
+@pytest.mark.parametrize("counted", [(66, 32, 15), None])
+def test_clusters_that_cannot_be_counted_are_estimated(monkeypatch, counted) -> None:
+    """Or a call of auto would fail, which may not run a CUDA kernel at all."""
+
+    def clusters(ordinal: int) -> tuple[int, ...]:
+        if counted is None:
+            raise RuntimeError("the kernel does not load")
+        return counted
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(_native, "device_facts", lambda device: H200)
+    monkeypatch.setattr(_native, "unavailable", lambda: None)
+    monkeypatch.setattr(torch.ops.lowrank_ops, "_clusters", clusters, raising=False)
+    assert _native.machine.__wrapped__(H200) == (90, 132, 232448, counted or ())
+
+
 @pytest.mark.parametrize("kernel", _native.KERNELS)
 def test_every_listed_kernel_can_be_chosen(library: Path, kernel: str) -> None:
     """doctor --verify runs the kernels of this list."""

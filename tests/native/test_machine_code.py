@@ -155,7 +155,9 @@ def test_the_gate_counts() -> None:
     assert "too many" in machine_code.faults(good._replace(registers=128))[0]
     assert "serialized" in machine_code.faults(good._replace(opcodes={**good.opcodes, "WARPGROUP": 5}))[0]
     assert "2 writes to registers" in machine_code.faults(good._replace(overwritten=2))[0]
-    assert "static shared" in machine_code.faults(good._replace(shared=50000))[0]
+    assert "1 instructions with registers that were given back" in machine_code.faults(good._replace(returned=1))[0]
+    assert not machine_code.faults(good._replace(shared=4096 + machine_code.RESERVED_SHARED))
+    assert "4097 bytes of static shared" in machine_code.faults(good._replace(shared=5121))[0]
     assert "1 fences for the device" in machine_code.faults(good._replace(device_fences=1))[0]
     assert not machine_code.faults(good._replace(device_fences=1, opcodes={**good.opcodes, "UCGABAR_ARV": 1}))
     copies = machine_code.Kernel("covariance_sm80", "SourceE1E", "sm_80", 128, 0, 0, {}, {"HMMA.16816.F32.BF16": 1})

@@ -34,7 +34,13 @@ int main() {
 RUNTIME = """
 #include <cstdio>
 #include <cuda_runtime_api.h>
+#include <utility>
 extern "C" {
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  static cudaStreamCaptureMode now = cudaStreamCaptureModeGlobal;
+  std::swap(now, *mode);
+  return std::puts(now == cudaStreamCaptureModeGlobal ? "captures strictly" : "captures freely"), cudaSuccess;
+}
 cudaError_t cudaLibraryLoadData(cudaLibrary_t* library, const void* code, cudaJitOption*, void**, unsigned,
                                 cudaLibraryOption*, void**, unsigned) {
   std::printf("load %s\\n", static_cast<const char*>(code));
@@ -50,7 +56,6 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int valu
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t*, const void* kernel, void**) {
   return std::printf("launch %s\\n", static_cast<const char*>(kernel)), cudaSuccess;
 }
-cudaError_t cudaGetLastError() { return cudaSuccess; }
 const char* cudaGetErrorString(cudaError_t error) { return error == cudaErrorInvalidDeviceFunction ? "no such" : "?"; }
 }
 """
@@ -77,7 +82,9 @@ def test_launchers_reach_the_kernels_by_name(tmp_path: Path) -> None:
 
     first, other, second = (kernels[f"lowrank_ops::{name}"] for name in ("first<64>", "first<128>", "second<__half>"))
     assert printed == [
+        "captures freely",
         "load IMAGE",
+        "captures strictly",
         f"find {first} in IMAGE",
         f"launch {first}",
         f"launch {first}",

@@ -1,5 +1,6 @@
 """Reconstruction inside compress_, on errors, from a checkpoint, and with invalid arguments."""
 
+import contextlib
 import copy
 import dataclasses
 from collections.abc import Callable
@@ -147,6 +148,18 @@ def test_another_mask_or_forward_is_another_run(tmp_path: Path) -> None:
         reconstruct(model, factors, batches, checkpoint=path)
     with pytest.raises(ValueError, match="its forward differ"):
         reconstruct(model, factors, batches, mask=mask, forward=lambda model, batch: model(**batch), checkpoint=path)
+
+
+def test_other_statistics_are_another_run(tmp_path: Path) -> None:
+    """Their output gradients are the metric of factors by loss."""
+    model, draw = deep()
+    ranks, checkpoint = lro.CompressionConfig(lro.ParameterBudget(0.6, "uniform")), tmp_path / "factors.safetensors"
+    first, second = (lro.calibrate(model, batches, sensitivity="output") for batches in (draw(4), draw(4)))
+    batches = draw(4)
+    for covariances, differs in ((first, False), (first, False), (second, True)):
+        reconstruction = SequentialReconstruction(batches, checkpoint=checkpoint)
+        with pytest.raises(ValueError, match="its statistics differ") if differs else contextlib.nullcontext():
+            lro.compress_(copy.deepcopy(model), covariances, ranks, reconstruction=reconstruction)
 
 
 def test_another_loss_is_another_run(tmp_path: Path) -> None:

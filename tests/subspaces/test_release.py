@@ -101,7 +101,7 @@ def test_each_matrix_is_decomposed_once(
     """Two layers, which share their input; the third one stays dense."""
     calls = []
     eigh = torch.linalg.eigh
-    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: calls.append(matrix.shape) or eigh(matrix))
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix, **how: calls.append(matrix.shape) or eigh(matrix, **how))
     report = lro.compress_(model, covariances, lro.CompressionConfig(policy, projection=projection))
     assert [layer.fqn for layer in report.layers if layer.rank is not None] == ["a", "b"]
     assert len(calls) == inputs + outputs
