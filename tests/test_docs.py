@@ -17,6 +17,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,16 +99,19 @@ class Parsed(Exception):
 
 def parse(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a command up to its parsed arguments; SystemExit if they are not accepted."""
-    parse_args = argparse.ArgumentParser.parse_args
 
-    def stop(parser: argparse.ArgumentParser, *arguments: object) -> None:
-        parse_args(parser, *arguments)
-        raise Parsed
+    def stopping(parse: Callable[..., object]) -> Callable[..., None]:
+        def stop(*arguments: object) -> None:
+            parse(*arguments)
+            raise Parsed
+
+        return stop
 
     words = shlex.split(command.replace("...", PLACEHOLDERS), comments=True)
     module, arguments = ("lowrank_ops.cli", words[1:]) if words[0] == "lowrank-ops" else (words[2], words[3:])
     with monkeypatch.context() as patch, pytest.raises(Parsed):
-        patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        for name in ("parse_args", "parse_intermixed_args"):
+            patch.setattr(argparse.ArgumentParser, name, stopping(getattr(argparse.ArgumentParser, name)))
         patch.setattr(sys, "argv", [module, *arguments])
         runpy.run_module(module, run_name="__main__")
 

@@ -157,7 +157,9 @@ def accuracy_of(
 
     def accuracy_at(ranks: ChosenRanks) -> float:
         found = factorize_layers(subspaces, ranks, str(config.projection), keep_directions=True)
-        factors = {fqn: as_stored(part, subspaces[fqn], config) for fqn, part in found}
+        factors = {
+            fqn: part if part.kept is not None else as_stored(part, subspaces[fqn], config) for fqn, part in found
+        }
         trial = shared_copy(dense)
         replace_(trial, factors, pivoted=config.pivoted)
         mine, others = _Runs(), _Runs(get_ident())
