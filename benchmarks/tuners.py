@@ -42,7 +42,7 @@ class Candidate(NamedTuple):
     config: Any
 
     def kernel(self) -> str:
-        """What its candidates share if it ends the process: a CUDA kernel, or one configuration of a Triton kernel."""
+        """What is left out if it ends the process: a CUDA kernel as named, or one configuration of a Triton kernel."""
         return f"{self.impl} {getattr(self.config, 'kernel', self.config)}"
 
     def to_dict(self) -> dict[str, Any]:

@@ -184,6 +184,12 @@ def test_export_and_compile_of_a_dtype_read_have_no_product():
     assert "lowrank_ops.lowrank_linear.default" in calls and not any("mm" in c or "matmul" in c for c in calls)
 
 
+def test_the_weight_of_parametrized_factors_is_their_product():
+    layer = lro.LowRankLinear(8, 6, 4)
+    nn.utils.parametrize.register_parametrization(layer, "up", nn.Softsign())
+    torch.testing.assert_close(layer.weight, layer.up @ layer.down)
+
+
 def test_the_weight_works_under_torch_func():
     class UsesWeight(nn.Module):
         def __init__(self):
