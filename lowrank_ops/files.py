@@ -288,8 +288,8 @@ def digest(value: Any) -> str:
     """SHA-256 of a value: of dtypes, shapes and bytes of tensors and arrays, nested in mappings, sequences and objects.
 
     Tensors on ``meta`` have no bytes. Functions are identified by their names, their code, and the numbers and strings
-    that they read; types by their names. A module, such as a loss, also counts with its own constants, parameters and
-    buffers.
+    that they read from their closure, their globals and the object they belong to; types by their names. A module, such
+    as a loss, also counts with its own constants, parameters and buffers.
     """
     found = hashlib.sha256()
     _update(found, value, [])
@@ -315,7 +315,7 @@ def _update(found: Any, value: Any, parents: Sequence[int]) -> None:
         found.update(f"{len(parts)} parts ".encode())
         for part in parts:
             _update(found, part, inner)
-    elif hasattr(value, "tobytes"):  # an array
+    elif hasattr(value, "tobytes") and not isinstance(value, type):  # an array
         found.update(f"array {getattr(value, 'shape', None)} {getattr(value, 'dtype', None)} ".encode())
         found.update(value.tobytes())
     elif isinstance(value, functools.partial):
@@ -330,22 +330,30 @@ def _update(found: Any, value: Any, parents: Sequence[int]) -> None:
             if isinstance(code := getattr(function, "__code__", None), CodeType):
                 found.update(_code_of(code).encode())
                 wrapped = getattr(function, "__wrapped__", None)
-                parts = [function.__defaults__, function.__kwdefaults__, wrapped, _read_by(function)]
+                parts = [function.__defaults__, function.__kwdefaults__, wrapped, _read_by(value, function)]
                 _update(found, parts, inner)
     else:
         _update(found, vars(value), inner)
 
 
-def _read_by(function: Any) -> dict[str, Any]:
-    """The numbers and strings that a function reads from its closure and its globals, without those that it changes."""
-    code, names = function.__code__, function.__globals__
-    changed = {step.argval for step in dis.get_instructions(code) if step.opname in ("STORE_DEREF", "STORE_GLOBAL")}
-    read = {name: names[name] for name in sorted(code.co_names) if name in names}
-    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+def _read_by(value: Any, function: Any) -> list[dict[str, Any]]:
+    """The numbers and strings that a function reads from closure, globals and its object, unless it changes them."""
+    codes = [function.__code__]
+    for code in codes:  # and those inside it, such as comprehensions
+        codes += [const for const in code.co_consts if isinstance(const, CodeType)]
+    stores = ("STORE_DEREF", "STORE_GLOBAL", "STORE_ATTR")
+    changed = {step.argval for code in codes for step in dis.get_instructions(code) if step.opname in stores}
+    names = sorted({name for code in codes for name in code.co_names} - changed - {"training"})
+    captured = {}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         with contextlib.suppress(ValueError):  # it is empty
-            read[name] = cell.cell_contents
+            captured[name] = cell.cell_contents
+    own = getattr(getattr(value, "__self__", value), "__dict__", {})
     plain = (int, float, complex, str, bytes)
-    return {name: value for name, value in read.items() if name not in changed and isinstance(value, plain)}
+    return [
+        {name: found[name] for name in read if isinstance(found.get(name), plain)}
+        for read, found in ((sorted(captured.keys() - changed), captured), (names, function.__globals__), (names, own))
+    ]
 
 
 def _function_of(value: Any) -> Any:

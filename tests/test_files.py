@@ -284,6 +284,10 @@ def scaled(y: torch.Tensor) -> torch.Tensor:
     return SCALE * y
 
 
+def scaled_inside(y: torch.Tensor) -> Any:
+    return sum(SCALE * part for part in y)
+
+
 def captured(value: Any) -> Callable[..., Any]:
     return lambda y: [(y, value) for _ in range(1)]
 
@@ -302,6 +306,25 @@ def test_digests_see_the_numbers_that_functions_read(monkeypatch: pytest.MonkeyP
     before = digest(counted)
     counted(torch.ones(1))
     assert digest(counted) == before  # where a run is resumed, a counter goes on
-    before = digest(scaled)
+    before = list(map(digest, (scaled, scaled_inside)))
     monkeypatch.setitem(globals(), "SCALE", 2.0)
-    assert digest(scaled) != before
+    assert not set(before) & set(map(digest, (scaled, scaled_inside)))
+
+
+class Weighted(torch.nn.Module):
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.weight, self.calls = weight, 0
+
+    def forward(self, y: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.weight * y
+
+
+def test_digests_see_the_numbers_that_objects_hold() -> None:
+    for made in (Weighted, Loss, lambda weight: Weighted(weight).forward, lambda weight: Loss(weight).__call__):
+        assert len({digest(made(weight)) for weight in (1.0, 2.0, 2.0)}) == 2
+    loss = Weighted(1.0)
+    before = digest(loss)
+    loss.eval()(torch.ones(1))
+    assert digest(loss) == before  # its counter and its mode are no settings
