@@ -12,7 +12,7 @@ import secrets
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import CodeType
 from typing import Any, BinaryIO
 
@@ -30,6 +30,8 @@ _DTYPES = {
     torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.float8_e8m0fnu: "F8_E8M0",
 }  # fmt: skip
+
+_PLAIN = (torch.dtype, torch.device, torch.layout, range, slice, PurePath)  # whose repr says all
 
 
 @contextmanager
@@ -306,7 +308,7 @@ def _update(found: Any, value: Any, parents: Sequence[int]) -> None:
     if isinstance(value, Tensor):
         found.update(f"tensor {tuple(value.shape)} {value.dtype} ".encode())
         found.update(b"" if value.is_meta else _bytes(value))
-    elif isinstance(value, (str, bytes, int, float, complex, type(None))):
+    elif isinstance(value, (str, bytes, int, float, complex, type(None), *_PLAIN)):
         found.update(f"{value!r} ".encode())
     elif id(value) in parents:
         found.update(b"cycle ")
@@ -318,9 +320,11 @@ def _update(found: Any, value: Any, parents: Sequence[int]) -> None:
     elif hasattr(value, "tobytes") and not isinstance(value, type):  # an array
         found.update(f"array {getattr(value, 'shape', None)} {getattr(value, 'dtype', None)} ".encode())
         found.update(value.tobytes())
+    elif isinstance(value, (set, frozenset)):
+        _update(found, sorted(map(digest, value)), inner)
     elif isinstance(value, functools.partial):
         _update(found, [value.func, value.args, value.keywords], inner)
-    elif callable(value) or not isinstance(getattr(value, "__dict__", None), dict):
+    elif callable(value) or not _attributes(value):
         found.update(f"{getattr(value, '__qualname__', type(value).__qualname__)} ".encode())
         if not isinstance(value, type):
             if isinstance(value, nn.Module):
@@ -333,7 +337,13 @@ def _update(found: Any, value: Any, parents: Sequence[int]) -> None:
                 parts = [function.__defaults__, function.__kwdefaults__, wrapped, _read_by(value, function)]
                 _update(found, parts, inner)
     else:
-        _update(found, vars(value), inner)
+        _update(found, _attributes(value), inner)
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    """Of an object, also those in slots."""
+    slots = [name for kind in type(value).__mro__ for name in kind.__dict__.get("__slots__", ()) if name[:2] != "__"]
+    return {name: getattr(value, name, None) for name in slots} | dict(getattr(value, "__dict__", {}))
 
 
 def _read_by(value: Any, function: Any) -> list[dict[str, Any]]:
@@ -348,7 +358,7 @@ def _read_by(value: Any, function: Any) -> list[dict[str, Any]]:
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         with contextlib.suppress(ValueError):  # it is empty
             captured[name] = cell.cell_contents
-    own = getattr(getattr(value, "__self__", value), "__dict__", {})
+    own = _attributes(getattr(value, "__self__", value))
     plain = (int, float, complex, str, bytes)
     return [
         {name: found[name] for name in read if isinstance(found.get(name), plain)}

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -208,9 +209,25 @@ def test_digests_see_values_at_any_depth() -> None:
             self.x, self.own = x, self
 
     x, other = torch.zeros(3), torch.tensor([0.0, 0.0, 1.0])
-    for wrap in (lambda x: {"a": [x, "b"]}, lambda x: (1, (x,)), Batch, lambda x: x.numpy(), lambda x: [x.tolist()]):
+
+    class InSlots:
+        __slots__ = ("x",)
+
+        def __init__(self, x: torch.Tensor) -> None:
+            self.x = x
+
+    for wrap in (
+        InSlots,
+        lambda x: {"a": [x, "b"]},
+        lambda x: (1, (x,)),
+        Batch,
+        lambda x: x.numpy(),
+        lambda x: [x.tolist()],
+    ):
         assert digest(wrap(x)) == digest(wrap(x.clone())) != digest(wrap(other))
     assert digest([[x], x]) != digest([x, [x]]) and digest("1") != digest(1)
+    values = [torch.float16, torch.float32, torch.device("cpu"), {1, 2}, {1, 3}, range(2), range(3), Path("a"), np.int8]
+    assert len(set(map(digest, values))) == len(values) and digest({"b", "a"}) == digest({"a", "b"})
 
 
 class Loss:
