@@ -1,4 +1,4 @@
-"""Covariance updates against what calibration codes do: ``python -m benchmarks.bench_covariance``.
+"""Covariance updates against what other calibration code does: ``python -m benchmarks.bench_covariance``.
 
 Every variant accumulates into a float32 state; baselines leave out the column sums that lowrank_ops computes as well.
 """
@@ -76,14 +76,14 @@ def ours(op: Callable[..., Any], **options: Any) -> list[Variant]:
 
 
 def solve(run: Callable[..., Any], tensors: Tensors) -> Tensor:
-    """The lower triangle that a variant makes of a state of zeros."""
+    """The lower triangle after a variant updates a zero state."""
     state, total = torch.zeros_like(tensors[0]), torch.zeros_like(tensors[1])
     run(state, total, *tensors[2:])
     return state.tril()
 
 
 def float32_product(state: Tensor, total: Tensor, x: Tensor) -> None:
-    """What calibration codes commonly do with 16-bit activations."""
+    """What calibration code commonly does with 16-bit activations."""
     wide = x.float()
     state.addmm_(wide.T, wide)
 
@@ -129,8 +129,8 @@ def quack_symmetric(state: Tensor, total: Tensor, x: Tensor) -> None:
 def plain(state: Tensor, total: Tensor, x: Tensor) -> None:
     """torch's own in the dtype of ``x``.
 
-    For float32 on a GPU in precision "high", there TensorFloat-32: the three bfloat16 products of our kernel are well
-    within its error, and not within that of "highest", in which the variant ``torch_mm`` computes.
+    float32 on a GPU has precision "high", which is TensorFloat-32: the three bfloat16 products of our kernel are well
+    within its error, but not within that of "highest", which the variant ``torch_mm`` uses.
     """
     with _precision("high" if x.is_cuda else "highest"):
         (torch_mm if x.is_cuda else float32_product)(state, total, x)
@@ -188,7 +188,7 @@ def conv_case(conv: shapes.Conv, dtype: str) -> Case:
         return F.unfold(x, **geometry).transpose(1, 2).reshape(-1, features)
 
     def unfolded(state: Tensor, total: Tensor, x: Tensor) -> None:
-        """What calibration codes commonly do."""
+        """What calibration code commonly does."""
         float32_product(state[0], total, patches(x))
 
     def plain(state: Tensor, total: Tensor, x: Tensor) -> None:

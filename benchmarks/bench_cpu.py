@@ -1,4 +1,4 @@
-"""What a CPU can measure: ``python -m benchmarks.bench_cpu --out FILE``; with ``--quick`` in less than a minute.
+"""Benchmarks on a CPU: ``python -m benchmarks.bench_cpu --out FILE``; with ``--quick`` in less than a minute.
 
 Covariances by the block triangle against the full product, low-rank layers against dense ones, and the cost of a call
 in Python beside ``F.linear``. One thread on its own clock, which leaves out what other processes take from the core;

@@ -76,7 +76,7 @@ def case(group: shapes.Group, tokens: int, dtype: str) -> Case:
 
 
 def members_of(tensors: Sequence[Tensor]) -> Members:
-    """Those of a case's tensors, which begin with x."""
+    """The members among a case's tensors, which begin with x."""
     return [tuple(tensors[first : first + 4]) for first in range(1, len(tensors), 4)]
 
 
@@ -95,7 +95,7 @@ def dense(x: Tensor, members: Members) -> list[Tensor]:
 
 
 def two_linears(x: Tensor, members: Members) -> list[Tensor]:
-    """The factorized layers as one would write them in torch."""
+    """The factorized layers in plain torch."""
     return [F.linear(F.linear(x, down), up, bias) for down, up, bias, _ in members]
 
 

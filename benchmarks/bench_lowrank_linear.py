@@ -129,7 +129,7 @@ def dense(x: Tensor, down: Tensor, up: Tensor, bias: Tensor, weight: Tensor) -> 
 
 
 def two_linears(x: Tensor, down: Tensor, up: Tensor, bias: Tensor, weight: Tensor) -> Tensor:
-    """The factorized layer as one would write it in torch."""
+    """The factorized layer in plain torch."""
     return F.linear(F.linear(x, down), up, bias)
 
 

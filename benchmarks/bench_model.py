@@ -149,7 +149,7 @@ def calibration_case(name: str, size: models.Size, batch: int, dtype: str) -> Ca
 
 
 def _hooked(model: nn.Module, batches: Iterable[Tensor], dtype: torch.dtype, compared: str) -> Tensor:
-    """The second moment of one layer's input, by hooks on every layer as one would write them."""
+    """The second moment of one layer's input, by plain hooks on every layer."""
     states: dict[nn.Module, Tensor] = {}
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:

@@ -116,7 +116,7 @@ def _case(
 
 @functools.lru_cache(maxsize=8)
 def _t5(which: str, dtype: torch.dtype, **sizes: int) -> Any:
-    """A T5 by variant; that of "lowrank_ops" has the factors of the others."""
+    """The low-rank T5 for "lowrank_ops", a dense copy of it for other variants."""
     from transformers import T5Config, T5ForConditionalGeneration
 
     if which != "lowrank_ops":

@@ -88,7 +88,7 @@ class Timing(NamedTuple):
 
 
 class Peak(NamedTuple):
-    """What the machine reaches, by which rooflines are computed."""
+    """The machine's measured peaks, from which rooflines are computed."""
 
     copy: float  # bytes per second, read and written
     matmul: Mapping[str, float]  # dtype name -> floating-point operations per second
@@ -130,7 +130,7 @@ class Row:
         return f"{name:44} {times}  {reached}  {ratios}"
 
     def trouble(self) -> str:
-        """Why a row is not right."""
+        """Why a row is wrong or failed."""
         if self.failure:
             return f"FAILED: {self.failure}"
         return f"WRONG: error {self.error:.3g}, tolerance {self.tolerance:.3g}"
@@ -159,7 +159,7 @@ def distance(result: Tensor, exact: Tensor) -> float:
 
 
 def within(error: float, tolerance: float) -> bool:
-    """Whether an error is allowed; none is where torch's own is infinite."""
+    """Whether an error is within the tolerance; none is where torch's own error is infinite."""
     return error <= tolerance < math.inf
 
 
@@ -312,7 +312,7 @@ def measure_peak(device: torch.device, clock: Clock, seconds: float = 1.0) -> Pe
 
 
 def roofline(case: Case, peak: Peak) -> tuple[float | None, str]:
-    """The microseconds that a case takes at least, and the unit of what bounds it."""
+    """The minimum microseconds of a case, and the unit that bounds it."""
     dtype, rates = name_of(case.dtype), peak.matmul
     ways = [case.flops / rates[dtype]] if dtype in rates else []
     if dtype == "float32" and "bfloat16" in rates:

@@ -1,4 +1,4 @@
-"""Whole models of the true shapes with random weights: Vision Transformers and a stack of Llama-like decoder blocks."""
+"""Models of real shapes with random weights: Vision Transformers and a stack of Llama-like decoder blocks."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class TwoLinears(nn.Sequential):
-    """A factorized layer as one would write it in torch, with the factors of one of ours."""
+    """A factorized layer in plain torch, with the factors of one of ours."""
 
     def __init__(self, layer: lro.LowRankLinear) -> None:
         first, second = (
@@ -145,7 +145,7 @@ def lowrank_model(size: Size, fraction: float, device: torch.device, dtype: torc
 
 
 def variant(model: nn.Module, name: str) -> nn.Module:
-    """The same function by other layers: "dense", "two_linears" or, as it is, "lowrank_ops"."""
+    """The same function with layers "dense" or "two_linears", or unchanged: "lowrank_ops"."""
     if name == "lowrank_ops":
         return model
     changed = copy.deepcopy(model)

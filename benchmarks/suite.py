@@ -42,14 +42,14 @@ STATED = Peak(4.3e12, {"bfloat16": 790e12, "float16": 790e12})  # of an H200, fo
 
 
 class DeviceLostError(BaseException):
-    """The device takes no more work from this process."""
+    """The device accepts no more work from this process."""
 
 
 class Attempts:
-    """What runs for the first time, named in a file, so that the next process leaves out what ended this one."""
+    """Records in a file what runs for the first time, so that the next process leaves out what ended this one."""
 
     def __init__(self, path: Path, ended: list[str], device: torch.device) -> None:
-        """``ended`` gets what the process before did not survive; ``resumed`` says whether there was such."""
+        """``ended`` gets what the previous process did not survive; ``resumed`` says whether there was one."""
         self.path, self.ended, self.device = path, ended, device
         self.resumed = path.exists()
         if self.resumed:
@@ -205,7 +205,7 @@ def begin(name: str, arguments: argparse.Namespace, device: torch.device, clock:
 
 
 def usable(device: torch.device) -> bool:
-    """Whether the process can go on: after an illegal access a GPU refuses it everything else."""
+    """Whether the process can continue: after an illegal access, all further GPU calls of it fail."""
     if device.type == "cuda":
         try:
             torch.cuda.synchronize(device)

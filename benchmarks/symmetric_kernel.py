@@ -15,7 +15,7 @@ BLOCK_D, BLOCK_T, WARPS, STAGES = 128, 64, 8, 4
 
 
 def tokens_per_step(itemsize: int) -> int:
-    """``BLOCK_T`` for 16-bit inputs; half of it for float32, of which no GPU's shared memory holds as many."""
+    """``BLOCK_T`` for 16-bit inputs; half of it for float32, which would not fit in shared memory."""
     return BLOCK_T * 2 // itemsize
 
 

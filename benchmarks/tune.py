@@ -69,7 +69,7 @@ class Search:
         self.failed: dict[str, str] = {}  # candidate -> why it was not timed
 
     def fastest(self) -> tuple[Candidate, float, Candidate | None, float | None] | None:
-        """The fastest candidate and its microseconds, and the same of what would run now; None where none is right."""
+        """The fastest candidate and what would run now, each with its microseconds; None where none is right."""
         starts = self.tuner.starts(self.problem)
         times = self._time(starts, self.seconds)
         if not times:

@@ -74,11 +74,11 @@ class Tuner(ABC):
 
     @abstractmethod
     def candidates(self, problem: Any) -> list[Candidate]:
-        """What is worth beginning from."""
+        """Candidates to begin from."""
 
     @abstractmethod
     def refuse(self, candidate: Candidate, problem: Any) -> str | None:
-        """None, or why the kernels would not run ``problem`` so."""
+        """Why the kernels cannot run ``problem`` with this candidate, or None."""
 
     @abstractmethod
     def runner(self, candidate: Candidate, problem: Any) -> Callable[..., Any]:

@@ -528,7 +528,7 @@ def own_parameters(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 
 def state(names: dict[str, Any]) -> dict[str, str]:
-    """Digests of all that an error must leave as it was."""
+    """Digests of everything that an error must leave unchanged."""
     found = {"random numbers": digest(torch.get_rng_state())}
     for name, value in names.items():
         if isinstance(value, torch.nn.Module):

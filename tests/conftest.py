@@ -1,4 +1,4 @@
-"""What runs where: tests that need a GPU are left out, and said to be, on a machine without one."""
+"""Shared fixtures; tests that need a GPU are skipped, with a note, on a machine without one."""
 
 import pytest
 import torch

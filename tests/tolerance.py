@@ -1,4 +1,4 @@
-"""The one tolerance of the tests: an op may err twice as much as torch does in the same dtype."""
+"""The one tolerance of the tests: at most twice torch's own error in the same dtype."""
 
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""Voiced sounds as frames of 1,024 samples at 16 kHz: synthesised tones, and speech where espeak-ng is installed."""
+"""Voiced sounds as frames of 1,024 samples at 16 kHz: synthesized tones, and speech where espeak-ng is installed."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def say(text: str, voice: str, words_per_minute: int = 175) -> Tensor:
 
 
 def _resample(samples: Tensor, rate: int) -> Tensor:
-    """To 16 kHz by leaving out what lies above 8 kHz."""
+    """To 16 kHz; frequencies above 8 kHz are dropped."""
     length = len(samples) * RATE // rate
     kept = torch.fft.rfft(samples)[: length // 2 + 1]
     return torch.fft.irfft(kept, n=length) * (length / len(samples))

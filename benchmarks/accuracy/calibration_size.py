@@ -1,7 +1,7 @@
 """How many calibration rows are enough: ``python -m benchmarks.accuracy.calibration_size``, a table of docs/results.md.
 
-Calibrates the demo's Vision Transformer by more and more training images, drawn at random and each set holding the one
-before it, and reports Mean Layer Utilization and the accuracy of the model compressed to a quarter of its layer
+Calibrates the demo's Vision Transformer by more and more training images, drawn at random and each set containing the
+previous one, and reports Mean Layer Utilization and the accuracy of the model compressed to a quarter of its layer
 parameters. An image is 17 tokens, 16 patches and the class token, which is 17 rows for all layers but three: the
 patch embedding sees 16, the classifier 1. Rows are appended to a JSON file; another run
 computes those that are missing.

@@ -1,4 +1,4 @@
-"""Texts that a machine has at hand, in an order that depends on nothing but the texts themselves.
+"""Texts from Debian and Python's standard library, in an order that depends only on the texts.
 
 None is shipped: Debian's package descriptions come with ``apt-get -o Acquire::Languages=en update``, docstrings with
 Python's standard library.
@@ -26,14 +26,14 @@ APT_READER = "/usr/lib/apt/apt-helper"  # the lists are compressed as apt likes
 
 
 class Corpus(NamedTuple):
-    """Three sets of texts that have no text in common."""
+    """Three disjoint sets of texts."""
 
     test: list[str]
     validation: list[str]
     calibration: list[str]  # all that is left; take as many as needed from the front
 
     def describe(self, calibration: int) -> dict[str, object]:
-        """How many texts there were, and what identifies those that are used."""
+        """The number of texts, and a digest of those that are used."""
         used = [*self.test, *self.validation, *self.calibration[:calibration]]
         digest = hashlib.sha256("\0".join(used).encode()).hexdigest()
         return {"found": sum(map(len, self)), "used": len(used), "sha256": digest[:16]}
@@ -96,7 +96,7 @@ def docstrings() -> Iterator[str]:
 
 
 def documented(sources: Iterable[str]) -> Iterator[str]:
-    """The docstrings in Python sources, with their white space made single; what does not parse has none."""
+    """The docstrings in Python sources, white space collapsed; files that do not parse are skipped."""
     for source in sources:
         try:
             with warnings.catch_warnings():  # of invalid escapes in old sources

@@ -36,7 +36,7 @@ def load_encoder(folder: Path) -> nn.Module:
 
 
 def tokenize(folder: Path, texts: Sequence[str], max_tokens: int = MAX_TOKENS, batch: int = BATCH) -> list[Batch]:
-    """Padded batches of texts of like length; the order of the texts is not kept."""
+    """Padded batches of texts of similar length; the order of the texts is not kept."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -57,7 +57,7 @@ def pad(tokens: Sequence[Sequence[int]]) -> dict[str, Tensor]:
 
 
 def embed(model: nn.Module, batch: Batch) -> Tensor:
-    """The sentence embeddings, (texts, features), of unit length: the mean over real tokens, normalised."""
+    """The sentence embeddings, (texts, features), of unit length: the mean over real tokens, normalized."""
     hidden = model(**batch).last_hidden_state  # (texts, positions, features)
     mask = batch["attention_mask"].unsqueeze(-1).to(hidden)
     return nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
@@ -70,6 +70,6 @@ def embed_all(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
 
 
 def cosines(model: nn.Module, batches: Sequence[Batch], dense: Tensor) -> dict[str, Any]:
-    """How near a model's embeddings come to the dense one's: the mean cosine, and that of the worst tenth."""
+    """Cosines between a model's embeddings and the dense model's: the mean, and that of the worst tenth."""
     cosine = (embed_all(model, batches) * dense).sum(-1).sort().values
     return {"cosine": cosine.mean().item(), "worst_tenth": cosine[: max(1, len(cosine) // 10)].mean().item()}

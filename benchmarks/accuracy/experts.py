@@ -1,7 +1,7 @@
 """Do experts share a basis? ``python -m benchmarks.accuracy.experts``, a table of docs/results.md.
 
 Trains a small Mixtral on the bytes of docstrings, then compares factors of its experts' projections at equal numbers of
-parameters: each expert by its own output directions, at one rank or at ranks that follow the error; one input basis, or
+parameters: own output directions for each expert, at one rank or at ranks that follow the error; one input basis, or
 one output basis, for all experts of a layer. Covariances are about zero and factors have no bias. Errors are of test
 texts, relative to the outputs' squares. The loss is in nats per byte, with one kind of projection replaced everywhere.
 """

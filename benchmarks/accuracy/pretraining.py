@@ -218,7 +218,7 @@ def utilizations(encoder: ViT) -> dict[str, float]:
 
 
 def table(results: Results, cases: Sequence[dict[str, Any]]) -> str:
-    """One line per model and centring."""
+    """One line per model and centering."""
     columns = ["model", "linear probe", "about", *(f"MLU at {threshold:g}" for threshold in THRESHOLDS)]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for case in cases:

@@ -15,7 +15,7 @@ def narrowed(fqn: str, spaces: ChannelSubspaces, channels: int, projection: str)
     """``{fqn: Factors}`` of all layers of an MLP, each a whole weight in the dtype and on the device of its layer.
 
     The consumer's weight is W C_:K (C_KK)^-1 for the kept channels K, which minimizes the output error in every metric.
-    Its bias takes the mean of what is dropped.
+    Its bias takes up the mean of the dropped channels.
 
     Args:
         fqn: of the consumer.

@@ -321,9 +321,9 @@ def _predictions(
     *,
     centered: bool,
 ) -> tuple[float | None, float | None]:
-    """E|y - y'|^2, and E[(g^T (y - y'))^2] / 2 with g and y - y' as if independent; None if it cannot be known.
+    """E|y - y'|^2, and E[(g^T (y - y'))^2] / 2 assuming g and y - y' independent; None if unknown.
 
-    Of the optimal projections they are sums over the directions dropped, else sums over W - W'.
+    For optimal projections they are sums over the dropped directions, otherwise sums over W - W'.
 
     Args:
         error: where it is known.

@@ -113,7 +113,7 @@ def choose_sizes(
 
 
 class Limits(NamedTuple):
-    """Ranks that a policy does not choose, bounds on those that it does, whether layers are pivoted, and weights."""
+    """Fixed ranks, bounds on the ranks that a policy chooses, whether layers are pivoted, and weights."""
 
     fixed: ChosenRanks
     bounds: Mapping[str, Bounds]

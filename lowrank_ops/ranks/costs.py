@@ -170,7 +170,7 @@ class Option(NamedTuple):
 def options_of(fqn: str, space: LayerSubspaces, price: Price, bounds: Bounds = UNBOUNDED) -> list[Option]:
     """Aligned ranks, or numbers of channels, that save parameters, and dense, in ascending order of cost.
 
-    Ranks that cost as much as a larger one are left out.
+    Ranks that cost as much as a larger rank are left out.
 
     Raises:
         ValueError: the bounds leave nothing.

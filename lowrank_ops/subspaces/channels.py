@@ -5,7 +5,7 @@ updated to compensate (Hassibi & Stork 1992; for whole columns as in ZipLM, Kurt
 C = R R^T be the second moment of the channels, in the reverse of that order. Then z = R^-1 x is white, and its first r
 entries span the first r channels. Column i of W R is therefore the part of the output that is lost with channel i, so
 that one Cholesky factor gives the loss for every number of channels. C is damped by 1e-6 of its diagonal, so that
-channels which are linear combinations of others have an order too, as with fewer rows than channels.
+channels which are linear combinations of others have an order too; with fewer rows than channels there always are some.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def with_channels(
 
 
 def _runs_as_one(subspaces: Mapping[str, LayerSubspaces], mlp: Mlp) -> bool:
-    """Whether all layers of the MLP have had as many rows; else something else runs some of them."""
+    """Whether all layers of the MLP saw equally many rows; otherwise other code also runs some of them."""
     counts = {subspaces[fqn].statistics.activations.count for fqn in (*mlp.producers, mlp.consumer)}
     return len(counts) == 1
 
@@ -173,7 +173,7 @@ def check_apart(model: nn.Module, subspaces: Mapping[str, LayerSubspaces], run: 
 
 
 class _Channels(Subspace):
-    """An order of channels, which ``release`` keeps: it takes long to find and little memory."""
+    """An order of channels, which ``release`` keeps: it is slow to compute and takes little memory."""
 
     def release(self) -> None:
         pass

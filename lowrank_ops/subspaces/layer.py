@@ -311,7 +311,7 @@ class LayerSubspaces:
         """Drop matrices, which are recomputed if needed; spectra stay.
 
         Args:
-            directions: also drop the directions of the spaces; False keeps them, as they took longest to compute.
+            directions: also drop the directions of the spaces; False keeps them, since they are the slowest to compute.
             shared: also drop those of the input space; False keeps them for another layer with this input.
         """
         for name in ("weight", "moment", "half_moment"):

@@ -57,7 +57,7 @@ class Subspace:
         return orthonormal(vectors, self._are_nearly_orthogonal(rank))
 
     def _are_nearly_orthogonal(self, rank: int) -> bool:
-        """Whether the products of the first ``rank`` vectors with the matrices are, before they are made so."""
+        """Whether the products of the first ``rank`` vectors with the matrices are nearly orthogonal as they are."""
         kept = self.spectrum[..., :rank]
         return bool((kept[..., -1:] > NEARLY_ORTHOGONAL * kept[..., :1]).all())
 
@@ -284,7 +284,7 @@ def root_times(root: Tensor, right: Tensor) -> Tensor:
 
 
 def is_lower_triangular(matrix: Tensor) -> bool:
-    """Whether the blocks above the diagonal, as far as products may leave them out, are zero."""
+    """Whether the blocks above the diagonal that products would leave out are zero."""
     return not any(bool(matrix[..., : columns.start, columns].any()) for columns in _blocks(matrix.shape[-1]))
 
 

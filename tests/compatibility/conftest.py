@@ -1,4 +1,4 @@
-"""torchvision for its tests, also where its wheel does not fit the build of torch."""
+"""Imports torchvision for its tests, also where its wheel does not match the build of torch."""
 
 from __future__ import annotations
 

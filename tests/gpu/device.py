@@ -30,7 +30,7 @@ def arguments(tokens, in_features, rank, out_features, dtype=torch.bfloat16, bia
 
 
 def framed(matrix, pad):
-    """A copy of the matrix in a frame of NaN, ``pad`` elements wide."""
+    """A copy of the matrix with a border of NaN, ``pad`` elements wide."""
     frame = torch.full((matrix.shape[0] + 2, matrix.shape[1] + 2 * pad), float("nan")).to(matrix)
     frame[1:-1, pad:-pad].copy_(matrix)
     return frame[1:-1, pad:-pad]

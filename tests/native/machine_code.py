@@ -114,7 +114,7 @@ def kernel_name(symbol: str) -> str:
 
 
 def faults(kernel: Kernel) -> list[str]:
-    """Everything that is wrong with ``kernel``."""
+    """All faults of ``kernel``."""
     found = []
     threads, ctas = LAUNCH_BOUNDS.get(kernel.name, (1024, 1))
     if three_warpgroups(kernel):

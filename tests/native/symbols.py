@@ -1,8 +1,8 @@
-"""Which torch a library needs, by the symbols that it takes from it: ``python -m tests.native.symbols [LIBRARY]``.
+"""The torch version that a library needs, by the symbols that it imports: ``python -m tests.native.symbols [LIBRARY]``.
 
 ``--toolkit 13.3`` requires that this release of CUDA built the installed library.
 
-torch's C headers say since when each function of the stable interface is there; what they do not name is foreign to it.
+torch's C headers state which version added each function of the stable interface.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BEFORE = (2, 9)  # of functions without a version in the headers
 
 
 def undefined(library: Path) -> tuple[set[str], set[str]]:
-    """What the library takes from torch, and what it can do without; glibc and libstdc++ have versioned symbols."""
+    """Symbols required from torch, and weak ones; without those of glibc and libstdc++, which have versions."""
     result = subprocess.run(["nm", "-D", "--undefined-only", library], check=True, capture_output=True, text=True)
     symbols = [line.split()[-2:] for line in result.stdout.splitlines()]
     needed = {name for kind, name in symbols if kind != "w" and "@" not in name}
@@ -31,7 +31,7 @@ def undefined(library: Path) -> tuple[set[str], set[str]]:
 
 
 def since() -> dict[str, tuple[int, int]]:
-    """The version of torch that brought each function of the stable interface, from the headers of the torch here."""
+    """The version of torch that added each function of the stable interface, from the installed headers."""
     spec = importlib.util.find_spec("torch")
     assert spec is not None and spec.submodule_search_locations
     found: dict[str, tuple[int, int]] = {}

@@ -204,7 +204,7 @@ def reconstruct(
 
 
 def deep(depth: int = 6) -> tuple[nn.Module, Callable[[int], list[Any]]]:
-    """A stack of tanh blocks, and a function that draws so many batches for it."""
+    """A stack of tanh blocks, and a function that draws a number of batches for it."""
     torch.manual_seed(0)
     model = nn.Sequential(*[nn.Sequential(nn.Linear(32, 32), nn.Tanh()) for _ in range(depth)]).double()
     blur = torch.randn(32, 32).double() * torch.logspace(0, -1.5, 32)
@@ -226,7 +226,7 @@ def assert_same(
 
 
 def state_of(model: nn.Module) -> list[object]:
-    """Everything that a run must leave as it was, except parameter values."""
+    """Everything that a run must leave unchanged, except parameter values."""
     hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
     flags = [module.training for module in model.modules()]
     return [[*model.modules()], [sorted(vars(module)) for module in model.modules()], hooks, flags]

@@ -27,7 +27,7 @@ def sized(short: int, long: int) -> int:
 
 
 def examples(short: int, long: int) -> hypothesis.settings:
-    """So many random examples; the short run always takes the same ones."""
+    """Random examples, ``long`` or ``short`` of them; the short run always draws the same ones."""
     return hypothesis.settings(
         max_examples=sized(short, long),
         deadline=None,

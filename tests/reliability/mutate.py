@@ -71,7 +71,7 @@ class Mutant(NamedTuple):
         return {"file": str(self.file.relative_to(PACKAGE)), **place, "after": self.after}
 
     def code(self) -> types.CodeType:
-        """Of the changed file, whose tree is changed for good."""
+        """The code of the changed file, whose tree stays changed."""
         self.put(ast.copy_location(self.new, self.node))
         return compile(ast.fix_missing_locations(self.tree), str(self.file), "exec")
 
@@ -81,7 +81,7 @@ def shown(node: ast.AST) -> str:
 
 
 def mutated(node: ast.AST) -> Iterator[tuple[ast.AST, str]]:
-    """Other nodes in place of ``node``, and how they read; all names stay, so that closures have the same cells."""
+    """Replacements of ``node``, with their source; all names stay, so that closures have the same cells."""
     new: Any = copy.deepcopy(node)
     if isinstance(new, ast.Compare):
         for i, operator in enumerate(new.ops):
@@ -110,7 +110,7 @@ def mutated(node: ast.AST) -> Iterator[tuple[ast.AST, str]]:
 
 
 def places(node: ast.AST, statement: ast.stmt | None = None) -> Iterator[tuple[ast.stmt, ast.AST, Any]]:
-    """Statements in functions, their nodes, and what puts another node there; no annotations and messages."""
+    """Statements in functions, their nodes, and a function that replaces each; without annotations and messages."""
     for field, value in ast.iter_fields(node):
         if field in ("annotation", "returns", "decorator_list") or isinstance(node, (ast.Raise, ast.JoinedStr)):
             continue

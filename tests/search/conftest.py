@@ -1,4 +1,4 @@
-"""The calibrated network, and an evaluation whose value is known."""
+"""The calibrated network, and an evaluation with a known value."""
 
 from __future__ import annotations
 
