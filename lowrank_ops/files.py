@@ -12,7 +12,7 @@ import secrets
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import CodeType
 from typing import Any, BinaryIO
 
@@ -30,6 +30,8 @@ _DTYPES = {
     torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.float8_e8m0fnu: "F8_E8M0",
 }  # fmt: skip
+
+_PLAIN = (torch.dtype, torch.device, torch.layout, range, slice, PurePath)  # whose repr says all
 
 
 @contextmanager
@@ -288,8 +290,8 @@ def digest(value: Any) -> str:
     """SHA-256 of a value: of dtypes, shapes and bytes of tensors and arrays, nested in mappings, sequences and objects.
 
     Tensors on ``meta`` have no bytes. Functions are identified by their names, their code, and the numbers and strings
-    that they read; types by their names. A module, such as a loss, also counts with its own constants, parameters and
-    buffers.
+    that they read from their closure, their globals and the object they belong to; types by their names. A module, such
+    as a loss, also counts with its own constants, parameters and buffers.
     """
     found = hashlib.sha256()
     _update(found, value, [])
@@ -306,7 +308,7 @@ def _update(found: Any, value: Any, parents: Sequence[int]) -> None:
     if isinstance(value, Tensor):
         found.update(f"tensor {tuple(value.shape)} {value.dtype} ".encode())
         found.update(b"" if value.is_meta else _bytes(value))
-    elif isinstance(value, (str, bytes, int, float, complex, type(None))):
+    elif isinstance(value, (str, bytes, int, float, complex, type(None), *_PLAIN)):
         found.update(f"{value!r} ".encode())
     elif id(value) in parents:
         found.update(b"cycle ")
@@ -315,12 +317,14 @@ def _update(found: Any, value: Any, parents: Sequence[int]) -> None:
         found.update(f"{len(parts)} parts ".encode())
         for part in parts:
             _update(found, part, inner)
-    elif hasattr(value, "tobytes"):  # an array
+    elif hasattr(value, "tobytes") and not isinstance(value, type):  # an array
         found.update(f"array {getattr(value, 'shape', None)} {getattr(value, 'dtype', None)} ".encode())
         found.update(value.tobytes())
+    elif isinstance(value, (set, frozenset)):
+        _update(found, sorted(map(digest, value)), inner)
     elif isinstance(value, functools.partial):
         _update(found, [value.func, value.args, value.keywords], inner)
-    elif callable(value) or not isinstance(getattr(value, "__dict__", None), dict):
+    elif callable(value) or not _attributes(value):
         found.update(f"{getattr(value, '__qualname__', type(value).__qualname__)} ".encode())
         if not isinstance(value, type):
             if isinstance(value, nn.Module):
@@ -330,22 +334,36 @@ def _update(found: Any, value: Any, parents: Sequence[int]) -> None:
             if isinstance(code := getattr(function, "__code__", None), CodeType):
                 found.update(_code_of(code).encode())
                 wrapped = getattr(function, "__wrapped__", None)
-                parts = [function.__defaults__, function.__kwdefaults__, wrapped, _read_by(function)]
+                parts = [function.__defaults__, function.__kwdefaults__, wrapped, _read_by(value, function)]
                 _update(found, parts, inner)
     else:
-        _update(found, vars(value), inner)
+        _update(found, _attributes(value), inner)
 
 
-def _read_by(function: Any) -> dict[str, Any]:
-    """The numbers and strings that a function reads from its closure and its globals, without those that it changes."""
-    code, names = function.__code__, function.__globals__
-    changed = {step.argval for step in dis.get_instructions(code) if step.opname in ("STORE_DEREF", "STORE_GLOBAL")}
-    read = {name: names[name] for name in sorted(code.co_names) if name in names}
-    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+def _attributes(value: Any) -> dict[str, Any]:
+    """Of an object, also those in slots."""
+    slots = [name for kind in type(value).__mro__ for name in kind.__dict__.get("__slots__", ()) if name[:2] != "__"]
+    return {name: getattr(value, name, None) for name in slots} | dict(getattr(value, "__dict__", {}))
+
+
+def _read_by(value: Any, function: Any) -> list[dict[str, Any]]:
+    """The numbers and strings that a function reads from closure, globals and its object, unless it changes them."""
+    codes = [function.__code__]
+    for code in codes:  # and those inside it, such as comprehensions
+        codes += [const for const in code.co_consts if isinstance(const, CodeType)]
+    stores = ("STORE_DEREF", "STORE_GLOBAL", "STORE_ATTR")
+    changed = {step.argval for code in codes for step in dis.get_instructions(code) if step.opname in stores}
+    names = sorted({name for code in codes for name in code.co_names} - changed - {"training"})
+    captured = {}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         with contextlib.suppress(ValueError):  # it is empty
-            read[name] = cell.cell_contents
+            captured[name] = cell.cell_contents
+    own = _attributes(getattr(value, "__self__", value))
     plain = (int, float, complex, str, bytes)
-    return {name: value for name, value in read.items() if name not in changed and isinstance(value, plain)}
+    return [
+        {name: found[name] for name in read if isinstance(found.get(name), plain)}
+        for read, found in ((sorted(captured.keys() - changed), captured), (names, function.__globals__), (names, own))
+    ]
 
 
 def _function_of(value: Any) -> Any:

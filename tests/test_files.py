@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -208,9 +209,25 @@ def test_digests_see_values_at_any_depth() -> None:
             self.x, self.own = x, self
 
     x, other = torch.zeros(3), torch.tensor([0.0, 0.0, 1.0])
-    for wrap in (lambda x: {"a": [x, "b"]}, lambda x: (1, (x,)), Batch, lambda x: x.numpy(), lambda x: [x.tolist()]):
+
+    class InSlots:
+        __slots__ = ("x",)
+
+        def __init__(self, x: torch.Tensor) -> None:
+            self.x = x
+
+    for wrap in (
+        InSlots,
+        lambda x: {"a": [x, "b"]},
+        lambda x: (1, (x,)),
+        Batch,
+        lambda x: x.numpy(),
+        lambda x: [x.tolist()],
+    ):
         assert digest(wrap(x)) == digest(wrap(x.clone())) != digest(wrap(other))
     assert digest([[x], x]) != digest([x, [x]]) and digest("1") != digest(1)
+    values = [torch.float16, torch.float32, torch.device("cpu"), {1, 2}, {1, 3}, range(2), range(3), Path("a"), np.int8]
+    assert len(set(map(digest, values))) == len(values) and digest({"b", "a"}) == digest({"a", "b"})
 
 
 class Loss:
@@ -284,6 +301,10 @@ def scaled(y: torch.Tensor) -> torch.Tensor:
     return SCALE * y
 
 
+def scaled_inside(y: torch.Tensor) -> Any:
+    return sum(SCALE * part for part in y)
+
+
 def captured(value: Any) -> Callable[..., Any]:
     return lambda y: [(y, value) for _ in range(1)]
 
@@ -302,6 +323,25 @@ def test_digests_see_the_numbers_that_functions_read(monkeypatch: pytest.MonkeyP
     before = digest(counted)
     counted(torch.ones(1))
     assert digest(counted) == before  # where a run is resumed, a counter goes on
-    before = digest(scaled)
+    before = list(map(digest, (scaled, scaled_inside)))
     monkeypatch.setitem(globals(), "SCALE", 2.0)
-    assert digest(scaled) != before
+    assert not set(before) & set(map(digest, (scaled, scaled_inside)))
+
+
+class Weighted(torch.nn.Module):
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.weight, self.calls = weight, 0
+
+    def forward(self, y: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.weight * y
+
+
+def test_digests_see_the_numbers_that_objects_hold() -> None:
+    for made in (Weighted, Loss, lambda weight: Weighted(weight).forward, lambda weight: Loss(weight).__call__):
+        assert len({digest(made(weight)) for weight in (1.0, 2.0, 2.0)}) == 2
+    loss = Weighted(1.0)
+    before = digest(loss)
+    loss.eval()(torch.ones(1))
+    assert digest(loss) == before  # its counter and its mode are no settings

@@ -190,6 +190,9 @@ def calibrate(
             f"batches can be iterated only once, but the sums need {len(passes)} passes: {plan}. Pass a list or a "
             "DataLoader, or a larger max_memory."
         )
+    if saved is not None:
+        with random_state_kept(model) as generators:
+            saved.check_first(batches, generators)
     parts: list[Covariances] = []
     seen, packed = 0, plan.offload is not None or len(passes) > 1
     for number, names in enumerate(passes):
@@ -212,9 +215,6 @@ def calibrate(
         if share_inputs:
             found.share_equal_(parts)
         parts.append(found)
-    if saved is not None and not seen:  # no pass was left to run
-        with random_state_kept(model):
-            saved.check_first(batches)
     if len(parts) == 1:
         return parts[0]
     statistics = {fqn: layer for part in parts for fqn, layer in part.items()}

@@ -73,9 +73,13 @@ class CalibrationCheckpoint:
                 "Delete the folder to start again."
             ) from None
 
-    def check_first(self, batches: Iterable[Any]) -> None:
-        """Raise ValueError if the batches of a finished calibration began with another one; none need be given."""
-        first = next(iter(batches), None) if self._first else None
+    def check_first(self, batches: Iterable[Any], generators: Sequence[torch.Generator]) -> None:
+        """Raise ValueError if finished passes began with another batch; with none left to run, none need be given."""
+        if self._batches or not self._first:  # the batches of a pass that goes on are all compared
+            return
+        for generator, state in zip(generators, self._start, strict=False):  # a GPU may be missing now
+            generator.set_state(state)  # as in begin, for a DataLoader that shuffles
+        first = next(iter(batches), None)
         if first is not None and digest(first) != self._first:
             raise self._other_batches()
 

@@ -91,7 +91,8 @@ def check_channels_apart(model: nn.Module, mlps: Sequence[Mlp], run: Callable[[]
         run: runs the model on a batch and returns its output.
 
     Raises:
-        ValueError: the outputs differ; the message names the consumers. Or they differ from call to call anyway.
+        ValueError: the outputs differ; the message names the consumers. Or they differ from call to call anyway, or
+            hold no tensor.
     """
 
     def outputs(some: Sequence[Mlp], changed: bool) -> list[Tensor]:
@@ -169,7 +170,13 @@ def _output_without_half(model: nn.Module, mlps: Sequence[Mlp], run: Callable[[]
         for generator in generators:
             generator.manual_seed(0)
         output = run()
-    return [part for part in tree_leaves(dict(output) if isinstance(output, Mapping) else output) if _is_tensor(part)]
+    found = list(_tensors_in(output, set()))
+    if not found:
+        raise ValueError(
+            f"channels cannot be verified: no tensor was found in the model's output, a {type(output).__name__}. "
+            "Return tensors, in tuples, mappings or objects, or pass channels=False."
+        )
+    return found
 
 
 class _OtherValues(TorchFunctionMode):
@@ -193,8 +200,16 @@ class _OtherValues(TorchFunctionMode):
         return torch.where(self.where[id(part)].to(part.device), -100 * (part + part.abs().mean()), part)
 
 
-def _is_tensor(part: Any) -> bool:
-    return isinstance(part, Tensor) and not part.is_nested
+def _tensors_in(output: Any, seen: set[int]) -> Iterator[Tensor]:
+    """The tensors in an output: in containers, mappings and the attributes of objects, such as dataclasses."""
+    for part in tree_leaves(dict(output) if isinstance(output, Mapping) else output):
+        own = part if isinstance(part, Mapping) else getattr(part, "__dict__", None)
+        if isinstance(part, Tensor):
+            if not part.is_nested:
+                yield part
+        elif isinstance(own, Mapping) and not isinstance(part, (type, nn.Module)) and id(part) not in seen:
+            seen.add(id(part))
+            yield from _tensors_in(own, seen)
 
 
 def _candidates(

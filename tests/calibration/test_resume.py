@@ -70,6 +70,22 @@ def test_a_finished_calibration_of_other_batches_is_refused(tmp_path: Path) -> N
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_batches_that_are_shuffled_alike_are_the_same(tmp_path: Path) -> None:
+    """A pass begins with the random state of the first run's, so a DataLoader shuffles as it did then."""
+    model, loader = Net(), torch.utils.data.DataLoader(batches(), batch_size=None, shuffle=True)
+    expected = calibrated(model, loader, checkpoint=tmp_path)
+    assert_same_statistics(calibrated(model, loader, seed=5, checkpoint=tmp_path), expected, 0)
+
+
+def test_other_batches_after_a_finished_pass_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowrank_ops.calibration.resume.SECONDS", 60)  # nothing of the second pass is written
+    model, options = Net(), {"max_memory": "60kB", "checkpoint": tmp_path}
+    with pytest.raises(KeyboardInterrupt):
+        calibrated(model, Killed(batches(), 4), **options)
+    with pytest.raises(ValueError, match="of another calibration: its batches differ"):
+        calibrated(model, batches()[::-1], **options)
+
+
 def test_other_calibrations_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     costless(monkeypatch)
     model, given = Net(), batches()

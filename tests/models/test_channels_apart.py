@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 import lowrank_ops as lro
+from lowrank_ops.models.layers import find_layers
+from lowrank_ops.models.mlps import check_channels_apart, find_mlps
 from tests.models.test_running import in_thread
 from tests.test_compress_channels import Mlp, Net
 
@@ -131,6 +133,27 @@ def test_other_threads_are_served_as_before(function):
         options = {"fraction": 0.6, "config": lro.CompressionConfig(channels=True), "rounds": 1}
     function(model, covariances, batches, sensitivity="output", forward=run, **options)
     assert len(served) > 2 and all(torch.equal(output, model(batches[0])) for output in served)
+
+
+class Output:
+    def __init__(self, **parts):
+        vars(self).update(parts)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "message"),
+    [
+        (lambda y: Output(y=y), "channels of mlp.down cannot be dropped"),
+        (lambda y: {"parts": [Output(y=y)]}, "channels of mlp.down cannot be dropped"),
+        (lambda y: float(y.sum()), "no tensor was found in the model's output, a float"),
+    ],
+)
+def test_outputs_that_are_objects_are_compared(wrap, message):
+    torch.manual_seed(0)
+    model, x = Around(mixed).eval(), torch.randn(32, 20)
+    mlps = find_mlps(model, find_layers(model)[0])
+    with pytest.raises(ValueError, match=message):
+        check_channels_apart(model, mlps, lambda: wrap(model(x)))
 
 
 def by_keyword(mlp, x):
