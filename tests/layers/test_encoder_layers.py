@@ -36,7 +36,9 @@ def test_compressed_encoder_calls_its_factors(monkeypatch):
         torch.testing.assert_close(found[~padding], expected[~padding], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("activation", [F.relu, nn.ReLU(), F.gelu, nn.GELU(), torch.tanh], ids=str)
+@pytest.mark.parametrize(
+    "activation", [F.relu, nn.ReLU(), F.gelu, nn.GELU(), torch.tanh], ids=["relu", "ReLU", "gelu", "GELU", "tanh"]
+)
 def test_dense_layers_allow_the_fast_path_again(activation):
     layer = nn.TransformerEncoderLayer(8, 2, 16, activation=activation)
     code, dense, lowrank = layer.activation_relu_or_gelu, layer.linear1, lro.LowRankLinear(8, 16, 4)
