@@ -342,8 +342,9 @@ def _update(found: Any, value: Any, parents: Sequence[int]) -> None:
 
 def _attributes(value: Any) -> dict[str, Any]:
     """Of an object, also those in slots."""
-    slots = [name for kind in type(value).__mro__ for name in kind.__dict__.get("__slots__", ()) if name[:2] != "__"]
-    return {name: getattr(value, name, None) for name in slots} | dict(getattr(value, "__dict__", {}))
+    slots = [kind.__dict__.get("__slots__", ()) for kind in type(value).__mro__]
+    names = [name for some in slots for name in ((some,) if isinstance(some, str) else some) if name[:2] != "__"]
+    return {name: getattr(value, name, None) for name in names} | dict(getattr(value, "__dict__", {}))
 
 
 def _read_by(value: Any, function: Any) -> list[dict[str, Any]]:

@@ -216,8 +216,15 @@ def test_digests_see_values_at_any_depth() -> None:
         def __init__(self, x: torch.Tensor) -> None:
             self.x = x
 
+    class InOneSlot:
+        __slots__ = "rows"
+
+        def __init__(self, rows: torch.Tensor) -> None:
+            self.rows = rows
+
     for wrap in (
         InSlots,
+        InOneSlot,
         lambda x: {"a": [x, "b"]},
         lambda x: (1, (x,)),
         Batch,
