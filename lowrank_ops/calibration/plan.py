@@ -215,6 +215,7 @@ def make_plan(
             f"than max_memory ({size(bounds[one.device] or 0)}). Pass a larger max_memory, offload='disk', "
             "side='output' or dtype=torch.float32, or leave the layer out with filter_fn."
         )
+    numbers, peak = _balanced(planned, bounds, place, numbers, peak)
     numbered = tuple(replace(one, number=numbers[one.fqn]) for one in planned)
     passes = max(numbers.values()) + 1
     by_pass = [sum(one.gradients for one in numbered if one.number == number) for number in range(passes)]
@@ -268,6 +269,26 @@ def _passes(
             current += part
     finish()
     return numbers, peak, None
+
+
+def _balanced(
+    planned: list[PlannedLayer],
+    bounds: Mapping[torch.device, int | None],
+    place: str | None,
+    numbers: dict[str, int],
+    peak: dict[torch.device, int],
+) -> tuple[dict[str, int], dict[torch.device, int]]:
+    """The same number of passes with smaller bounds, so that the last one is not smaller than the others need be."""
+    low, high, passes = 0.0, 1.0, max(numbers.values())
+    for _ in range(6):
+        share = (low + high) / 2
+        smaller = {device: None if bound is None else int(share * bound) for device, bound in bounds.items()}
+        found, of_found, too_large = _passes(planned, smaller, place)
+        if too_large is None and max(found.values()) == passes:
+            numbers, peak, high = found, of_found, share
+        else:
+            low = share
+    return numbers, peak
 
 
 def _half(free: int | None) -> int | None:

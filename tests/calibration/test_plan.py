@@ -202,6 +202,8 @@ def test_plan_of_a_model_without_values() -> None:
     plan = lro.plan_calibration(model, max_memory="300MB", offload="disk")
     assert plan.passes == 4 and "128.1 MiB" in plan.table() and str(plan) in plan.table()
     assert lro.plan_calibration(model).passes == 1
+    fits_three = lro.plan_calibration(model, max_memory="600MB", offload="disk")
+    assert [layer.number for layer in fits_three.layers] == [0, 0, 1, 1]  # not three and one
 
 
 def test_half_of_the_free_memory_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
